@@ -1,0 +1,566 @@
+import datetime
+
+from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DATA_TYPE_UNSPECIFIED: _ClassVar[DataType]
+    DATA_TYPE_UINT8: _ClassVar[DataType]
+    DATA_TYPE_UINT16: _ClassVar[DataType]
+    DATA_TYPE_INT32: _ClassVar[DataType]
+    DATA_TYPE_INT64: _ClassVar[DataType]
+
+class StepOutcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STEP_OUTCOME_UNSPECIFIED: _ClassVar[StepOutcome]
+    STEP_OUTCOME_APPLIED: _ClassVar[StepOutcome]
+    STEP_OUTCOME_SKIPPED_NON_FINITE: _ClassVar[StepOutcome]
+    STEP_OUTCOME_OUT_OF_MEMORY: _ClassVar[StepOutcome]
+    STEP_OUTCOME_POISON: _ClassVar[StepOutcome]
+
+class RunState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RUN_STATE_UNSPECIFIED: _ClassVar[RunState]
+    RUN_STATE_RECOVERING: _ClassVar[RunState]
+    RUN_STATE_SERVING: _ClassVar[RunState]
+    RUN_STATE_RESTORING: _ClassVar[RunState]
+    RUN_STATE_HELD: _ClassVar[RunState]
+    RUN_STATE_HALTED: _ClassVar[RunState]
+    RUN_STATE_DRAINING: _ClassVar[RunState]
+    RUN_STATE_RECOVERY_FAILED: _ClassVar[RunState]
+
+class Estimator(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ESTIMATOR_UNSPECIFIED: _ClassVar[Estimator]
+    ESTIMATOR_SYSTEMATIC: _ClassVar[Estimator]
+    ESTIMATOR_CHAIN_RULE: _ClassVar[Estimator]
+
+class GenerationOrder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    GENERATION_ORDER_UNSPECIFIED: _ClassVar[GenerationOrder]
+    GENERATION_ORDER_RANDOM: _ClassVar[GenerationOrder]
+    GENERATION_ORDER_CONFIDENCE: _ClassVar[GenerationOrder]
+    GENERATION_ORDER_MARGIN: _ClassVar[GenerationOrder]
+    GENERATION_ORDER_ENTROPY: _ClassVar[GenerationOrder]
+    GENERATION_ORDER_CRITIC: _ClassVar[GenerationOrder]
+DATA_TYPE_UNSPECIFIED: DataType
+DATA_TYPE_UINT8: DataType
+DATA_TYPE_UINT16: DataType
+DATA_TYPE_INT32: DataType
+DATA_TYPE_INT64: DataType
+STEP_OUTCOME_UNSPECIFIED: StepOutcome
+STEP_OUTCOME_APPLIED: StepOutcome
+STEP_OUTCOME_SKIPPED_NON_FINITE: StepOutcome
+STEP_OUTCOME_OUT_OF_MEMORY: StepOutcome
+STEP_OUTCOME_POISON: StepOutcome
+RUN_STATE_UNSPECIFIED: RunState
+RUN_STATE_RECOVERING: RunState
+RUN_STATE_SERVING: RunState
+RUN_STATE_RESTORING: RunState
+RUN_STATE_HELD: RunState
+RUN_STATE_HALTED: RunState
+RUN_STATE_DRAINING: RunState
+RUN_STATE_RECOVERY_FAILED: RunState
+ESTIMATOR_UNSPECIFIED: Estimator
+ESTIMATOR_SYSTEMATIC: Estimator
+ESTIMATOR_CHAIN_RULE: Estimator
+GENERATION_ORDER_UNSPECIFIED: GenerationOrder
+GENERATION_ORDER_RANDOM: GenerationOrder
+GENERATION_ORDER_CONFIDENCE: GenerationOrder
+GENERATION_ORDER_MARGIN: GenerationOrder
+GENERATION_ORDER_ENTROPY: GenerationOrder
+GENERATION_ORDER_CRITIC: GenerationOrder
+
+class SessionRef(_message.Message):
+    __slots__ = ("run_id", "lineage", "epoch")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    lineage: int
+    epoch: int
+    def __init__(self, run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class History(_message.Message):
+    __slots__ = ("run_id", "lineage", "step", "digest")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    lineage: int
+    step: int
+    digest: bytes
+    def __init__(self, run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class ModelInfo(_message.Message):
+    __slots__ = ("num_tokens", "mask_id", "pad_id", "max_seq_len", "parameters", "objective", "loss_is_bound", "has_critic")
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MASK_ID_FIELD_NUMBER: _ClassVar[int]
+    PAD_ID_FIELD_NUMBER: _ClassVar[int]
+    MAX_SEQ_LEN_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    OBJECTIVE_FIELD_NUMBER: _ClassVar[int]
+    LOSS_IS_BOUND_FIELD_NUMBER: _ClassVar[int]
+    HAS_CRITIC_FIELD_NUMBER: _ClassVar[int]
+    num_tokens: int
+    mask_id: int
+    pad_id: int
+    max_seq_len: int
+    parameters: int
+    objective: str
+    loss_is_bound: bool
+    has_critic: bool
+    def __init__(self, num_tokens: _Optional[int] = ..., mask_id: _Optional[int] = ..., pad_id: _Optional[int] = ..., max_seq_len: _Optional[int] = ..., parameters: _Optional[int] = ..., objective: _Optional[str] = ..., loss_is_bound: _Optional[bool] = ..., has_critic: _Optional[bool] = ...) -> None: ...
+
+class Limits(_message.Message):
+    __slots__ = ("max_batch_tokens", "max_message_bytes", "window", "max_draws")
+    MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    MAX_DRAWS_FIELD_NUMBER: _ClassVar[int]
+    max_batch_tokens: int
+    max_message_bytes: int
+    window: int
+    max_draws: int
+    def __init__(self, max_batch_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., window: _Optional[int] = ..., max_draws: _Optional[int] = ...) -> None: ...
+
+class OpenSessionRequest(_message.Message):
+    __slots__ = ("client_name", "nonce", "takeover", "held_epoch", "history")
+    CLIENT_NAME_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    TAKEOVER_FIELD_NUMBER: _ClassVar[int]
+    HELD_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
+    client_name: str
+    nonce: str
+    takeover: bool
+    held_epoch: int
+    history: History
+    def __init__(self, client_name: _Optional[str] = ..., nonce: _Optional[str] = ..., takeover: _Optional[bool] = ..., held_epoch: _Optional[int] = ..., history: _Optional[_Union[History, _Mapping]] = ...) -> None: ...
+
+class OpenSessionResponse(_message.Message):
+    __slots__ = ("session", "step", "durable_step", "digest", "model", "limits")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_STEP_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    session: SessionRef
+    step: int
+    durable_step: int
+    digest: bytes
+    model: ModelInfo
+    limits: Limits
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ...) -> None: ...
+
+class CloseSessionRequest(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: SessionRef
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ...) -> None: ...
+
+class CloseSessionResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class TokenBatch(_message.Message):
+    __slots__ = ("data", "shape", "dtype", "lengths", "prompt_mask")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_MASK_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    dtype: DataType
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    prompt_mask: bytes
+    def __init__(self, data: _Optional[bytes] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[DataType, str]] = ..., lengths: _Optional[_Iterable[int]] = ..., prompt_mask: _Optional[bytes] = ...) -> None: ...
+
+class Losses(_message.Message):
+    __slots__ = ("loss", "generator_loss", "critic_loss")
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    GENERATOR_LOSS_FIELD_NUMBER: _ClassVar[int]
+    CRITIC_LOSS_FIELD_NUMBER: _ClassVar[int]
+    loss: float
+    generator_loss: float
+    critic_loss: float
+    def __init__(self, loss: _Optional[float] = ..., generator_loss: _Optional[float] = ..., critic_loss: _Optional[float] = ...) -> None: ...
+
+class TrainStepRequest(_message.Message):
+    __slots__ = ("session", "step", "request_id", "batch", "only_train_generator", "only_train_critic", "generator_sample_temperature", "learning_rate")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    ONLY_TRAIN_GENERATOR_FIELD_NUMBER: _ClassVar[int]
+    ONLY_TRAIN_CRITIC_FIELD_NUMBER: _ClassVar[int]
+    GENERATOR_SAMPLE_TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    session: SessionRef
+    step: int
+    request_id: str
+    batch: TokenBatch
+    only_train_generator: bool
+    only_train_critic: bool
+    generator_sample_temperature: float
+    learning_rate: float
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., step: _Optional[int] = ..., request_id: _Optional[str] = ..., batch: _Optional[_Union[TokenBatch, _Mapping]] = ..., only_train_generator: _Optional[bool] = ..., only_train_critic: _Optional[bool] = ..., generator_sample_temperature: _Optional[float] = ..., learning_rate: _Optional[float] = ...) -> None: ...
+
+class StepMetrics(_message.Message):
+    __slots__ = ("gradient_norm", "learning_rate", "masked_tokens", "maskable_tokens", "queue_seconds", "compute_seconds", "commit_seconds")
+    GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    MASKED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MASKABLE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    gradient_norm: float
+    learning_rate: float
+    masked_tokens: int
+    maskable_tokens: int
+    queue_seconds: float
+    compute_seconds: float
+    commit_seconds: float
+    def __init__(self, gradient_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ..., masked_tokens: _Optional[int] = ..., maskable_tokens: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., commit_seconds: _Optional[float] = ...) -> None: ...
+
+class TrainStepResponse(_message.Message):
+    __slots__ = ("step", "losses", "replayed", "outcome", "digest", "metrics")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    losses: Losses
+    replayed: bool
+    outcome: StepOutcome
+    digest: bytes
+    metrics: StepMetrics
+    def __init__(self, step: _Optional[int] = ..., losses: _Optional[_Union[Losses, _Mapping]] = ..., replayed: _Optional[bool] = ..., outcome: _Optional[_Union[StepOutcome, str]] = ..., digest: _Optional[bytes] = ..., metrics: _Optional[_Union[StepMetrics, _Mapping]] = ...) -> None: ...
+
+class EvalLossRequest(_message.Message):
+    __slots__ = ("batch", "row_ids", "only_train_generator", "only_train_critic", "generator_sample_temperature", "draws", "seed", "estimator", "raw_weights", "text_bytes")
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    ROW_IDS_FIELD_NUMBER: _ClassVar[int]
+    ONLY_TRAIN_GENERATOR_FIELD_NUMBER: _ClassVar[int]
+    ONLY_TRAIN_CRITIC_FIELD_NUMBER: _ClassVar[int]
+    GENERATOR_SAMPLE_TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    DRAWS_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATOR_FIELD_NUMBER: _ClassVar[int]
+    RAW_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    batch: TokenBatch
+    row_ids: _containers.RepeatedScalarFieldContainer[int]
+    only_train_generator: bool
+    only_train_critic: bool
+    generator_sample_temperature: float
+    draws: int
+    seed: int
+    estimator: Estimator
+    raw_weights: bool
+    text_bytes: int
+    def __init__(self, batch: _Optional[_Union[TokenBatch, _Mapping]] = ..., row_ids: _Optional[_Iterable[int]] = ..., only_train_generator: _Optional[bool] = ..., only_train_critic: _Optional[bool] = ..., generator_sample_temperature: _Optional[float] = ..., draws: _Optional[int] = ..., seed: _Optional[int] = ..., estimator: _Optional[_Union[Estimator, str]] = ..., raw_weights: _Optional[bool] = ..., text_bytes: _Optional[int] = ...) -> None: ...
+
+class RowResult(_message.Message):
+    __slots__ = ("row_id", "nats", "tokens")
+    ROW_ID_FIELD_NUMBER: _ClassVar[int]
+    NATS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    row_id: int
+    nats: float
+    tokens: int
+    def __init__(self, row_id: _Optional[int] = ..., nats: _Optional[float] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class FractionResult(_message.Message):
+    __slots__ = ("masked_fraction_min", "masked_fraction_max", "nats_per_masked_token", "accuracy", "masked_tokens")
+    MASKED_FRACTION_MIN_FIELD_NUMBER: _ClassVar[int]
+    MASKED_FRACTION_MAX_FIELD_NUMBER: _ClassVar[int]
+    NATS_PER_MASKED_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    MASKED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    masked_fraction_min: float
+    masked_fraction_max: float
+    nats_per_masked_token: float
+    accuracy: float
+    masked_tokens: int
+    def __init__(self, masked_fraction_min: _Optional[float] = ..., masked_fraction_max: _Optional[float] = ..., nats_per_masked_token: _Optional[float] = ..., accuracy: _Optional[float] = ..., masked_tokens: _Optional[int] = ...) -> None: ...
+
+class EvalLossResponse(_message.Message):
+    __slots__ = ("losses", "nats_per_token", "bits_per_token", "perplexity", "standard_error", "monte_carlo_error", "accuracy", "critic_accuracy", "by_masked_fraction", "rows", "bits_per_byte", "tokens", "step", "digest", "ema_weights", "draws")
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    NATS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    BITS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
+    STANDARD_ERROR_FIELD_NUMBER: _ClassVar[int]
+    MONTE_CARLO_ERROR_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    CRITIC_ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    BY_MASKED_FRACTION_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    BITS_PER_BYTE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    EMA_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    DRAWS_FIELD_NUMBER: _ClassVar[int]
+    losses: Losses
+    nats_per_token: float
+    bits_per_token: float
+    perplexity: float
+    standard_error: float
+    monte_carlo_error: float
+    accuracy: float
+    critic_accuracy: float
+    by_masked_fraction: _containers.RepeatedCompositeFieldContainer[FractionResult]
+    rows: _containers.RepeatedCompositeFieldContainer[RowResult]
+    bits_per_byte: float
+    tokens: int
+    step: int
+    digest: bytes
+    ema_weights: bool
+    draws: int
+    def __init__(self, losses: _Optional[_Union[Losses, _Mapping]] = ..., nats_per_token: _Optional[float] = ..., bits_per_token: _Optional[float] = ..., perplexity: _Optional[float] = ..., standard_error: _Optional[float] = ..., monte_carlo_error: _Optional[float] = ..., accuracy: _Optional[float] = ..., critic_accuracy: _Optional[float] = ..., by_masked_fraction: _Optional[_Iterable[_Union[FractionResult, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[RowResult, _Mapping]]] = ..., bits_per_byte: _Optional[float] = ..., tokens: _Optional[int] = ..., step: _Optional[int] = ..., digest: _Optional[bytes] = ..., ema_weights: _Optional[bool] = ..., draws: _Optional[int] = ...) -> None: ...
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("count", "length", "prompts", "steps", "order", "temperature", "top_k", "top_p", "choice_temperature", "row_seeds", "seed", "stream_steps")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    ROW_SEEDS_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    STREAM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    length: int
+    prompts: TokenBatch
+    steps: int
+    order: GenerationOrder
+    temperature: float
+    top_k: int
+    top_p: float
+    choice_temperature: float
+    row_seeds: _containers.RepeatedScalarFieldContainer[int]
+    seed: int
+    stream_steps: bool
+    def __init__(self, count: _Optional[int] = ..., length: _Optional[int] = ..., prompts: _Optional[_Union[TokenBatch, _Mapping]] = ..., steps: _Optional[int] = ..., order: _Optional[_Union[GenerationOrder, str]] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., choice_temperature: _Optional[float] = ..., row_seeds: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., stream_steps: _Optional[bool] = ...) -> None: ...
+
+class GenerateResponse(_message.Message):
+    __slots__ = ("tokens", "unmasking_step", "done", "step", "digest")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UNMASKING_STEP_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    tokens: TokenBatch
+    unmasking_step: int
+    done: bool
+    step: int
+    digest: bytes
+    def __init__(self, tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., unmasking_step: _Optional[int] = ..., done: _Optional[bool] = ..., step: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class CheckpointInfo(_message.Message):
+    __slots__ = ("name", "lineage", "step", "digest", "size_bytes", "files", "create_time", "labels")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    lineage: int
+    step: int
+    digest: bytes
+    size_bytes: int
+    files: _containers.RepeatedCompositeFieldContainer[CheckpointFile]
+    create_time: _timestamp_pb2.Timestamp
+    labels: _containers.ScalarMap[str, str]
+    def __init__(self, name: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., digest: _Optional[bytes] = ..., size_bytes: _Optional[int] = ..., files: _Optional[_Iterable[_Union[CheckpointFile, _Mapping]]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class CheckpointFile(_message.Message):
+    __slots__ = ("name", "size_bytes", "sha256")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    size_bytes: int
+    sha256: bytes
+    def __init__(self, name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[bytes] = ...) -> None: ...
+
+class CheckpointRequest(_message.Message):
+    __slots__ = ("request_id", "name", "labels")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    name: str
+    labels: _containers.ScalarMap[str, str]
+    def __init__(self, request_id: _Optional[str] = ..., name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class CheckpointResponse(_message.Message):
+    __slots__ = ("checkpoint",)
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    checkpoint: CheckpointInfo
+    def __init__(self, checkpoint: _Optional[_Union[CheckpointInfo, _Mapping]] = ...) -> None: ...
+
+class ListCheckpointsRequest(_message.Message):
+    __slots__ = ("page_size", "page_token")
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    page_size: int
+    page_token: str
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListCheckpointsResponse(_message.Message):
+    __slots__ = ("checkpoints", "next_page_token")
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    checkpoints: _containers.RepeatedCompositeFieldContainer[CheckpointInfo]
+    next_page_token: str
+    def __init__(self, checkpoints: _Optional[_Iterable[_Union[CheckpointInfo, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+
+class RestoreCheckpointRequest(_message.Message):
+    __slots__ = ("request_id", "name", "expected_lineage", "expected_step")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_STEP_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    name: str
+    expected_lineage: int
+    expected_step: int
+    def __init__(self, request_id: _Optional[str] = ..., name: _Optional[str] = ..., expected_lineage: _Optional[int] = ..., expected_step: _Optional[int] = ...) -> None: ...
+
+class RestoreCheckpointResponse(_message.Message):
+    __slots__ = ("lineage", "step", "digest")
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    lineage: int
+    step: int
+    digest: bytes
+    def __init__(self, lineage: _Optional[int] = ..., step: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class DeleteCheckpointRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class DeleteCheckpointResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DownloadCheckpointRequest(_message.Message):
+    __slots__ = ("name", "weights_only", "file", "offset_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_ONLY_FIELD_NUMBER: _ClassVar[int]
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    weights_only: bool
+    file: str
+    offset_bytes: int
+    def __init__(self, name: _Optional[str] = ..., weights_only: _Optional[bool] = ..., file: _Optional[str] = ..., offset_bytes: _Optional[int] = ...) -> None: ...
+
+class DownloadCheckpointResponse(_message.Message):
+    __slots__ = ("file", "offset_bytes", "data", "crc32")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    CRC32_FIELD_NUMBER: _ClassVar[int]
+    file: CheckpointFile
+    offset_bytes: int
+    data: bytes
+    crc32: int
+    def __init__(self, file: _Optional[_Union[CheckpointFile, _Mapping]] = ..., offset_bytes: _Optional[int] = ..., data: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatusResponse(_message.Message):
+    __slots__ = ("state", "state_time", "waiting_for", "run_id", "lineage", "step", "durable_step", "digest", "queue_length", "queue_limit", "steps_per_second", "tokens_per_second", "last_error", "writer", "epoch", "model", "limits", "newest_checkpoint", "versions", "uptime")
+    class VersionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STATE_TIME_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_STEP_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    STEPS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    LAST_ERROR_FIELD_NUMBER: _ClassVar[int]
+    WRITER_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_FIELD_NUMBER: _ClassVar[int]
+    state: RunState
+    state_time: _timestamp_pb2.Timestamp
+    waiting_for: str
+    run_id: str
+    lineage: int
+    step: int
+    durable_step: int
+    digest: bytes
+    queue_length: int
+    queue_limit: int
+    steps_per_second: float
+    tokens_per_second: float
+    last_error: str
+    writer: str
+    epoch: int
+    model: ModelInfo
+    limits: Limits
+    newest_checkpoint: CheckpointInfo
+    versions: _containers.ScalarMap[str, str]
+    uptime: _duration_pb2.Duration
+    def __init__(self, state: _Optional[_Union[RunState, str]] = ..., state_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., waiting_for: _Optional[str] = ..., run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., queue_length: _Optional[int] = ..., queue_limit: _Optional[int] = ..., steps_per_second: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., last_error: _Optional[str] = ..., writer: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., newest_checkpoint: _Optional[_Union[CheckpointInfo, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...

@@ -1,0 +1,348 @@
+"""The configuration: frozen, and checked where it is made.
+
+Flags over environment (`MASKWIRE_SECTION__KEY`) over the TOML file. Nothing reads more than its own
+section.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from maskwire_server.errors import ConfigError
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"must be finite, got {value}")
+    return value
+
+
+Finite = Annotated[float, AfterValidator(_finite)]
+Probability = Annotated[Finite, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunConfig(_Section):
+    """[run]: where the run lives, and its seed."""
+
+    dir: Path = Path("runs/default")
+    """Everything the run needs to come back, under one folder."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seeds the weights, the masks and every other draw. It belongs to the run and cannot change."""
+
+
+class ModelConfig(_Section):
+    """[model]: the encoder. It belongs to the run and cannot change."""
+
+    num_tokens: int = Field(257, ge=2, le=2**24)
+    """The vocabulary's size, the mask id included. 257 is bytes and a mask id."""
+    mask_id: int = Field(256, ge=0)
+    """The id that stands for a masked position. Reserve it: it is refused in data."""
+    pad_id: int | None = Field(None, ge=0)
+    """The id that stands for padding in batches without lengths, if the data has one."""
+    max_seq_len: int = Field(512, ge=1, le=2**20)
+    """The longest row, in tokens."""
+    dim: int = Field(256, ge=1)
+    """The width of the residual stream."""
+    depth: int = Field(4, ge=1)
+    """The number of blocks, each attention and feed-forward."""
+    heads: int = Field(4, ge=1)
+    """Attention heads."""
+    dim_head: int = Field(64, ge=1)
+    """The width of one head."""
+    ff_mult: float = Field(4, gt=0)
+    """The feed-forward's inner width, as a multiple of dim."""
+    emb_dim: int | None = Field(None, ge=1)
+    """The embeddings' width, when it differs from dim."""
+    dropout: float = Field(0, ge=0, lt=1)
+    """Dropout after attention and in the feed-forward."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """How positions enter."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """The normalisation before each sub-layer and at the end."""
+    feed_forward: Literal["gelu", "swiglu"] = "gelu"
+    """The feed-forward's nonlinearity."""
+    qk_norm: bool = False
+    """Normalise queries and keys to unit root mean square, with a learned gain."""
+    tied_embeddings: bool = False
+    """Use the token embedding as the output projection, scaled by dim^-1/2."""
+
+    @model_validator(mode="after")
+    def _ids_fit(self) -> ModelConfig:
+        for name in ("mask_id", "pad_id"):
+            value = getattr(self, name)
+            if value is not None and value >= self.num_tokens:
+                raise ValueError(f"{name} must be below num_tokens = {self.num_tokens}, got {value}")
+        if self.pad_id is not None and self.pad_id == self.mask_id:
+            raise ValueError(f"pad_id must differ from mask_id, got {self.pad_id} for both")
+        if self.num_tokens - 1 - (self.pad_id is not None) < 1:
+            raise ValueError(f"num_tokens must leave an id for data, got {self.num_tokens}")
+        if self.positions == "rotary" and self.dim_head % 2:
+            raise ValueError(f"dim_head must be even with rotary positions, got {self.dim_head}")
+        if self.tied_embeddings and self.emb_dim not in (None, self.dim):
+            raise ValueError(f"emb_dim must equal dim = {self.dim} with tied_embeddings, got {self.emb_dim}")
+        return self
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "mdlm": {"schedule": "linear", "masking": "exact", "weighting": "elbo"},
+    "maskgit": {"schedule": "cosine", "masking": "exact", "weighting": "masked_mean"},
+    "cmlm": {
+        "schedule": "linear", "masking": "exact", "weighting": "masked_mean",
+        "no_replace_prob": 0.1, "random_token_prob": 0.1,
+    },
+    "x-transformers": {
+        "schedule": "linear", "masking": "exact", "weighting": "elbo",
+        "no_replace_prob": 0.15, "random_token_prob": 0.1, "augment_prob": 0.5,
+    },
+}  # fmt: skip
+
+
+class ObjectiveConfig(_Section):
+    """[objective]: what is minimised. It belongs to the run and cannot change."""
+
+    preset: Literal["mdlm", "maskgit", "cmlm", "x-transformers"] = "mdlm"
+    """Defaults for the other keys of this section; each can be set beside it."""
+    schedule: Literal["linear", "cosine", "quadratic"] = "linear"
+    """The masked fraction m(t): 1-t, cos(pi t/2) or (1-t)^2."""
+    masking: Literal["exact", "bernoulli"] = "exact"
+    """A row masks an exact count of positions, or each position with probability m(t)."""
+    weighting: Literal["elbo", "masked_mean"] = "elbo"
+    """A bound on the negative log-likelihood, or the mean over masked positions."""
+    no_replace_prob: Probability = 0.0
+    """The share of masked positions that keep their own id."""
+    random_token_prob: Probability = 0.0
+    """The share of masked positions that get a random id."""
+    augment_prob: Probability = 1.0
+    """The probability, for each kind and batch, that it is used at all."""
+    self_cond: bool = False
+    """Feed a first pass's embeddings to the second."""
+    self_cond_prob: Probability = 0.5
+    """The probability, for each batch, of taking the first pass."""
+    self_cond_start: Literal["null", "none"] = "null"
+    """What conditions the first pass itself: the null embedding, or nothing."""
+    critic: Literal["none", "self", "token"] = "none"
+    """No critic, a head on the generator's trunk, or an encoder of its own."""
+    critic_loss_weight: Finite = Field(1.0, ge=0)
+    """The critic's share of the total loss."""
+    critic_labels: Literal["mismatch", "token_critic"] = "mismatch"
+    """The critic finds sampled ids that are wrong, or positions that were masked."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {**PRESETS.get(data.get("preset", "mdlm"), {}), **data}
+        return data
+
+    @model_validator(mode="after")
+    def _augmentation_fits(self) -> ObjectiveConfig:
+        total = self.no_replace_prob + self.random_token_prob
+        if total > 1:
+            raise ValueError(f"no_replace_prob + random_token_prob must be at most 1, got {total:g}")
+        return self
+
+    @property
+    def augments(self) -> bool:
+        """Whether masked positions can show something else than the mask id."""
+        return self.augment_prob > 0 and self.no_replace_prob + self.random_token_prob > 0
+
+    @property
+    def loss_is_bound(self) -> bool:
+        """Whether generator_loss estimates a bound on the negative log-likelihood."""
+        return self.weighting == "elbo" and not self.augments
+
+
+class OptimizerConfig(_Section):
+    """[optimizer]: it may change between restarts."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    learning_rate: Finite = Field(1e-3, ge=0)
+    """The peak learning rate."""
+    warmup_steps: int = Field(100, ge=0)
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or a half cosine to min_learning_rate at total_steps."""
+    total_steps: int | None = Field(None, ge=1)
+    """Where the cosine ends; it stays at min_learning_rate behind it."""
+    min_learning_rate: Finite = Field(0.0, ge=0)
+    """Where the cosine ends."""
+    weight_decay: Finite = Field(0.01, ge=0)
+    """Decoupled weight decay of matrices; norms, biases and embeddings are spared."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
+    """AdamW's decay rates."""
+    eps: Finite = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    clip_grad_norm: Finite | None = Field(1.0, gt=0)
+    """The largest global gradient norm; absent: no clipping."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """The decay of the weights' moving average, evaluated when kept; 0: none is kept."""
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> OptimizerConfig:
+        if self.schedule != "cosine":
+            return self
+        if self.total_steps is None:
+            raise ValueError("total_steps must be set with schedule = 'cosine', got none")
+        if self.total_steps <= self.warmup_steps:
+            raise ValueError(
+                f"total_steps must be above warmup_steps = {self.warmup_steps}, got {self.total_steps}"
+            )
+        return self
+
+
+class CheckpointsConfig(_Section):
+    """[checkpoints]: when they are saved and how long they are kept."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Save after every so many steps."""
+    every_seconds: Finite | None = Field(300.0, gt=0)
+    """Save when this much time passed since the last, if a step was trained."""
+    keep_last: int = Field(3, ge=2)
+    """Keep this many of the automatic checkpoints; named ones stay."""
+    keep_every: int | None = Field(None, ge=1)
+    """Keep also those whose step is a multiple of this."""
+
+
+class ServeConfig(_Section):
+    """[serve]: the door, the device and the limits. It may change between restarts."""
+
+    address: str = "127.0.0.1:50051"
+    """HOST:PORT to listen on; port 0 picks a free one."""
+    allow_insecure: bool = False
+    """Listen in plaintext beyond loopback: anyone who reaches the port can train."""
+    reflection: bool = True
+    """Let clients discover the service without its proto file."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    """auto (a GPU if there is one), cpu, mps, cuda or cuda:N."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on a GPU that has it, fp32 otherwise."""
+    threads: int | None = Field(None, ge=1, le=1024)
+    """CPU threads of the matrix products; absent: the cores this process may use."""
+    durability: Literal["full", "off"] = "full"
+    """full: a step is flushed to disk before it is acknowledged; off: steps since the last checkpoint
+    can be lost with the machine."""
+    keep_payloads: Literal["recovery", "all"] = "recovery"
+    """Keep batches until checkpoints cover them, or for ever."""
+    poison_after: int = Field(0, ge=0)
+    """Set a step aside when it crashed the process so often; 0: never."""
+    max_batch_tokens: int = Field(2**20, ge=1, le=2**28)
+    """The most positions (rows times columns) of one batch."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Split a batch into parts of at most so many positions, with the same loss and gradient; absent:
+    chosen for the device."""
+    max_message_bytes: int = Field(64 * 2**20, ge=2**16, le=2**31 - 1)
+    """The largest message accepted, in bytes."""
+    queue_limit: int = Field(64, ge=1, le=4096)
+    """The most requests that wait for the device."""
+    window: int = Field(8, ge=1, le=256)
+    """The most steps of a session in flight."""
+    max_draws: int = Field(1024, ge=1)
+    """The most evaluation draws a row."""
+    session_idle_seconds: Finite = Field(60.0, gt=0)
+    """A session ends when nothing of it was queued or running for so long."""
+    gap_seconds: Finite = Field(5.0, gt=0)
+    """How long a step waits for its predecessor."""
+    drain_seconds: Finite = Field(30.0, ge=0)
+    """How long SIGTERM waits for the running step and the last checkpoint."""
+
+    @model_validator(mode="after")
+    def _door_is_safe(self) -> ServeConfig:
+        host, colon, port = self.address.rpartition(":")
+        if not colon or not host or not port.isdigit() or int(port) > 65535:
+            raise ValueError(f"address must be HOST:PORT with a port of 0 to 65535, got {self.address!r}")
+        if not self.allow_insecure and not _is_loopback(host.strip("[]")):
+            raise ValueError(
+                f"address must be on loopback (127.0.0.1, localhost, [::1]) unless allow_insecure = true, "
+                f"got {self.address!r}; reach it with `ssh -L` instead"
+            )
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Config(BaseSettings):
+    """The whole configuration."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix="MASKWIRE_",
+        env_nested_delimiter="__",
+        validate_default=True,
+    )
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    serve: ServeConfig = ServeConfig()
+
+    def canonical(self) -> bytes:
+        """What belongs to the run for ever, as the bytes that its first digest covers."""
+        fixed = {
+            "model": self.model.model_dump(mode="json"),
+            "objective": self.objective.model_dump(mode="json"),
+        }
+        return json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode()
+
+
+def load(file: Path | None = None, **flags: dict[str, Any]) -> Config:
+    """Read the configuration: `flags` (by section) over the environment over `file`.
+
+    Raises ConfigError with one line a problem: the key, the value and what would be right.
+    """
+
+    class _Sourced(Config):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            toml = TomlConfigSettingsSource(settings_cls, toml_file=file)
+            return init_settings, env_settings, toml
+
+    if file is not None and not file.is_file():
+        raise ConfigError(f"{file}: no such file; `maskwire-server init` writes one")
+    try:
+        return _Sourced(**flags)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise ConfigError("\n".join(_line(problem) for problem in error.errors())) from None
+    except ValueError as error:  # not TOML
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def _line(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: unknown key"
+    if "got" in message:
+        return f"{key}: {message}"
+    return f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"

@@ -1,0 +1,92 @@
+"""Every error the server answers with, as values in one table.
+
+    MaskwireError
+    ├── Refused          an RPC is refused; `reason` is a row of REASONS
+    ├── ConfigError      the configuration cannot be used; one line a problem
+    └── RunDirectoryError  the run directory cannot be used; the server does not start
+
+The status is a name of `grpc.StatusCode`, kept as a string so that nothing here needs gRPC.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reason:
+    """How one refusal travels."""
+
+    status: str
+    """The name of the `grpc.StatusCode`."""
+    retry_after_seconds: float | None = None
+    """Sent as RetryInfo when waiting helps."""
+
+
+REASONS: dict[str, Reason] = {
+    "INVALID_FIELD": Reason("INVALID_ARGUMENT"),
+    "PAYLOAD_MISMATCH": Reason("INVALID_ARGUMENT"),
+    "WRONG_RUN": Reason("FAILED_PRECONDITION"),
+    "UNKNOWN_EPOCH": Reason("FAILED_PRECONDITION"),
+    "WRITER_PRESENT": Reason("FAILED_PRECONDITION"),
+    "HALTED": Reason("FAILED_PRECONDITION"),
+    "FENCED": Reason("ABORTED"),
+    "STEP_TAKEN": Reason("ALREADY_EXISTS"),
+    "CHECKPOINT_EXISTS": Reason("ALREADY_EXISTS"),
+    "CHECKPOINT_NOT_FOUND": Reason("NOT_FOUND"),
+    "CHECKPOINT_DAMAGED": Reason("DATA_LOSS"),
+    "CHECKPOINT_FAILED": Reason("RESOURCE_EXHAUSTED"),
+    "HISTORY_LOST": Reason("DATA_LOSS"),
+    "GAP": Reason("OUT_OF_RANGE"),
+    "QUEUE_FULL": Reason("RESOURCE_EXHAUSTED", 0.1),
+    "RECOVERING": Reason("UNAVAILABLE", 1.0),
+    "RESTORING": Reason("UNAVAILABLE", 0.5),
+    "DRAINING": Reason("UNAVAILABLE", 1.0),
+    "HELD": Reason("UNAVAILABLE", 1.0),
+    "UNIMPLEMENTED": Reason("UNIMPLEMENTED"),
+    "INTERNAL": Reason("INTERNAL"),
+}
+
+
+class MaskwireError(Exception):
+    """Everything that maskwire's server raises on purpose."""
+
+
+class Refused(MaskwireError):
+    """An RPC is refused and nothing changed.
+
+    `metadata` holds every dynamic value of the message, `fields` the offending fields with what would
+    be right (BadRequest).
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        message: str,
+        *,
+        fields: dict[str, str] | None = None,
+        **metadata: object,
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.fields = fields or {}
+        self.metadata = {name: str(value) for name, value in metadata.items()}
+
+    @property
+    def kind(self) -> Reason:
+        """The row of the table."""
+        return REASONS[self.reason]
+
+
+def invalid_field(field: str, message: str, **metadata: object) -> Refused:
+    """An INVALID_FIELD refusal; `message` begins with the field's name and tells what would be right."""
+    return Refused("INVALID_FIELD", message, fields={field: message}, field=field, **metadata)
+
+
+class ConfigError(MaskwireError):
+    """The configuration cannot be used; the message names the key, the value and the range."""
+
+
+class RunDirectoryError(MaskwireError):
+    """The run directory cannot be used; the message says why and what to do."""

@@ -1,0 +1,75 @@
+"""What the service asks of the engine: validated values, free of gRPC."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from maskwire_server.batch import Batch, Payload
+from maskwire_server.results import EvalOptions
+
+
+@dataclass(frozen=True)
+class SessionRef:
+    """The writer's session that a request names."""
+
+    run_id: str
+    lineage: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class History:
+    """The last acknowledged step that a client holds."""
+
+    run_id: str
+    lineage: int
+    step: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class SessionRequest:
+    """A client asks to be the run's writer."""
+
+    client_name: str
+    nonce: str
+    takeover: bool = False
+    held_epoch: int | None = None
+    history: History | None = None
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """A client asks for one training step; only the payload is needed."""
+
+    payload: Payload
+    session: SessionRef | None = None
+    step: int | None = None
+    request_id: str | None = None
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """A client asks for an evaluation, which changes nothing."""
+
+    batch: Batch
+    options: EvalOptions
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """A client asks for a checkpoint."""
+
+    name: str | None = None
+    request_id: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RestoreRequest:
+    """A client asks to go back to a checkpoint."""
+
+    name: str
+    request_id: str | None = None
+    expected_lineage: int | None = None
+    expected_step: int | None = None

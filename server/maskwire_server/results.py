@@ -1,0 +1,225 @@
+"""What the trainer and the engine answer: values that travel between the wings, in nats and seconds."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+class Outcome(enum.IntEnum):
+    """What became of a consumed step; the numbers are `maskwire.v1.StepOutcome`'s."""
+
+    APPLIED = 1
+    SKIPPED_NON_FINITE = 2
+    OUT_OF_MEMORY = 3
+    POISON = 4
+
+
+@dataclass(frozen=True)
+class Losses:
+    """None means absent, never 0."""
+
+    loss: float
+    generator_loss: float | None = None
+    critic_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One computed training step."""
+
+    outcome: Outcome
+    losses: Losses
+    gradient_norm: float | None = None
+    """Before clipping; None when no gradient was computed."""
+    learning_rate: float = 0.0
+    masked_tokens: int = 0
+    maskable_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How to evaluate a batch."""
+
+    row_ids: tuple[int, ...]
+    """One global id a row: it seeds the row's draws."""
+    draws: int = 16
+    seed: int = 0
+    only_train_generator: bool = False
+    only_train_critic: bool = False
+    generator_sample_temperature: float | None = None
+    raw_weights: bool = False
+    text_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """One row's part of an evaluation."""
+
+    row_id: int
+    nats: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class FractionResult:
+    """The part of an evaluation with masked fractions in (low, high]."""
+
+    low: float
+    high: float
+    nats_per_masked_token: float | None
+    accuracy: float | None
+    masked_tokens: int
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One evaluation; see `EvalLossResponse` in the proto for the meaning of each field."""
+
+    losses: Losses
+    nats_per_token: float
+    bits_per_token: float
+    perplexity: float
+    standard_error: float | None
+    monte_carlo_error: float | None
+    accuracy: float
+    critic_accuracy: float | None
+    tokens: int
+    ema_weights: bool
+    draws: int
+    bits_per_byte: float | None = None
+    by_masked_fraction: tuple[FractionResult, ...] = field(default=())
+    rows: tuple[RowResult, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is served."""
+
+    num_tokens: int
+    mask_id: int
+    pad_id: int | None
+    max_seq_len: int
+    parameters: int
+    objective: str
+    loss_is_bound: bool
+    has_critic: bool
+
+
+class RunState(enum.IntEnum):
+    """What the run is doing; the numbers are `maskwire.v1.RunState`'s."""
+
+    RECOVERING = 1
+    SERVING = 2
+    RESTORING = 3
+    HELD = 4
+    HALTED = 5
+    DRAINING = 6
+    RECOVERY_FAILED = 7
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on one request."""
+
+    max_batch_tokens: int
+    max_message_bytes: int
+    window: int
+    max_draws: int
+
+
+@dataclass(frozen=True)
+class SessionAnswer:
+    """The writer's session, and what the server holds."""
+
+    run_id: str
+    lineage: int
+    epoch: int
+    step: int
+    durable_step: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class StepAnswer:
+    """A consumed, durable step."""
+
+    step: int
+    result: StepResult
+    digest: bytes
+    replayed: bool = False
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    commit_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class EvalAnswer:
+    """An evaluation, with the step and digest it saw."""
+
+    result: EvalResult
+    step: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One file of a checkpoint."""
+
+    name: str
+    size_bytes: int
+    sha256: bytes
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A whole checkpoint."""
+
+    name: str
+    lineage: int
+    step: int
+    digest: bytes
+    files: tuple[FileInfo, ...]
+    created: float
+    """Seconds since the epoch."""
+    labels: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of its files together."""
+        return sum(file.size_bytes for file in self.files)
+
+
+@dataclass(frozen=True)
+class RestoreAnswer:
+    """Where the run is after a restore."""
+
+    lineage: int
+    step: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Status:
+    """Is it stuck or working?"""
+
+    state: RunState
+    state_since: float
+    """Seconds since the epoch."""
+    waiting_for: str
+    run_id: str
+    lineage: int
+    step: int
+    durable_step: int
+    digest: bytes
+    queue_length: int
+    queue_limit: int
+    steps_per_second: float
+    tokens_per_second: float
+    last_error: str
+    writer: str
+    epoch: int
+    model: ModelInfo | None
+    """None until the model is built."""
+    newest_checkpoint: CheckpointInfo | None
+    versions: dict[str, str]

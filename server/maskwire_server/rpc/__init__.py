@@ -1,0 +1,1 @@
+"""All that knows gRPC: the wire format, the service and its security."""

@@ -1,0 +1,1 @@
+"""Order, and what is kept: admission, the engine, the journal, checkpoints and recovery."""
