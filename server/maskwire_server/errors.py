@@ -90,3 +90,10 @@ class ConfigError(MaskwireError):
 
 class RunDirectoryError(MaskwireError):
     """The run directory cannot be used; the message says why and what to do."""
+
+
+class StateLost(MaskwireError):
+    """An update failed half-way: the state in memory is neither the old one nor the new one.
+
+    The process ends; a restart recovers the last durable step.
+    """
