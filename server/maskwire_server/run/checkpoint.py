@@ -1,0 +1,244 @@
+"""Checkpoints: a folder of files and a manifest, whole or absent.
+
+    checkpoints/NAME/  *.safetensors  *.json  manifest.json
+
+Each file is written and flushed, then read back and hashed, and the manifest comes last: without a
+whole manifest a checkpoint does not exist. The manifest holds each file's size and SHA-256, and a hash
+of itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from maskwire_server.errors import Refused
+from maskwire_server.results import CheckpointInfo, FileInfo
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+
+
+class Snapshot(Protocol):
+    """A copy of the trainer's state in host memory."""
+
+    def write(self, folder: Path) -> None:
+        """Write its files into `folder`; the caller flushes them."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is, beside its files."""
+
+    info: CheckpointInfo
+    run_id: str
+    automatic: bool
+    """Saved by the server, so that retention may collect it."""
+    request_id: str | None
+    configuration: dict[str, Any]
+    """The whole configuration that it was saved under."""
+    versions: dict[str, str]
+
+    def to_json(self) -> bytes:
+        """The manifest's file, its own hash included."""
+        body = {
+            "format": FORMAT,
+            "name": self.info.name,
+            "run_id": self.run_id,
+            "lineage": self.info.lineage,
+            "step": self.info.step,
+            "digest": self.info.digest.hex(),
+            "created": self.info.created,
+            "labels": self.info.labels,
+            "automatic": self.automatic,
+            "request_id": self.request_id,
+            "configuration": self.configuration,
+            "versions": self.versions,
+            "files": {
+                file.name: {"size_bytes": file.size_bytes, "sha256": file.sha256.hex()}
+                for file in self.info.files
+            },
+        }
+        return json.dumps({**body, "manifest_sha256": _body_hash(body)}, indent=1, sort_keys=True).encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> Manifest:
+        """The manifest that `to_json` wrote; ValueError when it is not whole."""
+        body = json.loads(data)
+        if not isinstance(body, dict) or body.pop("manifest_sha256", None) != _body_hash(body):
+            raise ValueError("the manifest does not match its own hash")
+        if body["format"] != FORMAT:
+            raise ValueError(f"checkpoint format {body['format']}, this version reads {FORMAT}")
+        files = tuple(
+            FileInfo(name, file["size_bytes"], bytes.fromhex(file["sha256"]))
+            for name, file in sorted(body["files"].items())
+        )
+        info = CheckpointInfo(
+            body["name"],
+            body["lineage"],
+            body["step"],
+            bytes.fromhex(body["digest"]),
+            files,
+            body["created"],
+            body["labels"],
+        )
+        return Manifest(
+            info,
+            body["run_id"],
+            body["automatic"],
+            body["request_id"],
+            body["configuration"],
+            body["versions"],
+        )
+
+
+def _body_hash(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. Safe to call from several threads, one `write` at a time."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.folder = run_dir / "checkpoints"
+
+    def path(self, name: str) -> Path:
+        """The folder of a checkpoint."""
+        return self.folder / name
+
+    def write(self, snapshot: Snapshot, manifest: Manifest) -> Manifest:
+        """Write a checkpoint durably, read it back, and return its manifest with the files in it.
+
+        Raises Refused CHECKPOINT_FAILED when that cannot be done; nothing of it then remains.
+        """
+        folder = self.path(manifest.info.name)
+        try:
+            if folder.exists():  # the unfinished folder of a save that was cut off
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True)
+            snapshot.write(folder)
+            files = tuple(_flush(path) for path in sorted(folder.iterdir()))
+            info = CheckpointInfo(**{**vars(manifest.info), "files": files})
+            whole = Manifest(**{**vars(manifest), "info": info})
+            _write_manifest(folder, whole)
+            _flush_folder(self.folder)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise Refused(
+                "CHECKPOINT_FAILED",
+                f"checkpoint {manifest.info.name!r} could not be written ({error.strerror}); training goes on",
+                name=manifest.info.name,
+                error=error.strerror,
+            ) from error
+        return whole
+
+    def all(self) -> list[Manifest]:
+        """The whole checkpoints, the newest first. Files are not read: `damage` does that."""
+        found = []
+        if self.folder.is_dir():
+            for folder in self.folder.iterdir():
+                manifest = _read_manifest(folder)
+                if manifest is not None:
+                    found.append(manifest)
+        return sorted(found, key=lambda m: (m.info.lineage, m.info.step, m.info.created), reverse=True)
+
+    def get(self, name: str) -> Manifest:
+        """A whole checkpoint by name; Refused CHECKPOINT_NOT_FOUND."""
+        manifest = _read_manifest(self.path(name)) if NAME.fullmatch(name) else None
+        if manifest is None:
+            names = ", ".join(m.info.name for m in self.all()[:3]) or "none"
+            raise Refused(
+                "CHECKPOINT_NOT_FOUND",
+                f"no checkpoint is named {name!r}; the newest are: {names}",
+                name=name,
+            )
+        return manifest
+
+    def damage(self, manifest: Manifest) -> str | None:
+        """What is wrong with a checkpoint's files, read and hashed anew; None when nothing is."""
+        folder = self.path(manifest.info.name)
+        for file in manifest.info.files:
+            try:
+                found = _describe(folder / file.name)
+            except OSError as error:
+                return f"{file.name}: {error.strerror}"
+            if found != file:
+                return f"{file.name}: does not match the manifest's size and SHA-256"
+        return None
+
+    def delete(self, name: str) -> None:
+        """Remove a checkpoint, its manifest first, so that it is never half there."""
+        folder = self.path(name)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        _flush_folder(folder)
+        shutil.rmtree(folder)
+
+    def sweep(self) -> list[str]:
+        """Remove what saves that were cut off have left, and return the names."""
+        if not self.folder.is_dir():
+            return []
+        unfinished = [
+            folder for folder in self.folder.iterdir() if folder.is_dir() and not (folder / MANIFEST).exists()
+        ]
+        for folder in unfinished:
+            shutil.rmtree(folder)
+        return [folder.name for folder in unfinished]
+
+
+def collectable(
+    manifests: list[Manifest], *, lineage: int, keep_last: int, keep_every: int | None, pinned: set[str]
+) -> list[str]:
+    """The automatic checkpoints of `lineage` that retention may delete; `manifests` newest first."""
+    automatic = [m.info for m in manifests if m.automatic and m.info.lineage == lineage]
+    return [
+        info.name
+        for info in automatic[keep_last:]
+        if info.name not in pinned and not (keep_every and info.step % keep_every == 0)
+    ]
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    draft = folder / (MANIFEST + ".draft")
+    with draft.open("wb") as file:
+        file.write(manifest.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+    draft.rename(folder / MANIFEST)
+    _flush_folder(folder)
+
+
+def _read_manifest(folder: Path) -> Manifest | None:
+    try:
+        manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return manifest if manifest.info.name == folder.name else None
+
+
+def _flush(path: Path) -> FileInfo:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # so that the hash is of what the disk holds
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return _describe(path)
+
+
+def _describe(path: Path) -> FileInfo:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+    return FileInfo(path.name, path.stat().st_size, digest)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

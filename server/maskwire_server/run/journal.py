@@ -1,0 +1,397 @@
+"""The journal: what happened, in order, in one SQLite file that one thread of one process writes.
+
+A step exists if and only if its row is durable. Its batch is kept beside it until checkpoints cover it,
+so that the step can be computed again; rows stay for ever, so that a recorded answer can always be
+given. Each row carries a hash of itself, because a flipped bit in the middle of SQLite's write-ahead log
+drops what follows without a word.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import sqlite3
+import struct
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskwire_server.errors import RunDirectoryError
+from maskwire_server.results import Losses, Outcome
+
+FORMAT = 1
+FILE_NAME = "journal.sqlite"
+
+_SCHEMA = """
+CREATE TABLE run (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE events (id INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL);
+CREATE TABLE lineages (
+  lineage INTEGER PRIMARY KEY, parent INTEGER, step INTEGER NOT NULL, digest BLOB NOT NULL,
+  request_id TEXT UNIQUE, checkpoint TEXT, at REAL NOT NULL);
+CREATE TABLE sessions (
+  epoch INTEGER PRIMARY KEY, client_name TEXT NOT NULL, nonce TEXT UNIQUE, takeover INTEGER NOT NULL,
+  lineage INTEGER NOT NULL, step INTEGER NOT NULL, closed INTEGER NOT NULL, at REAL NOT NULL);
+CREATE TABLE steps (
+  lineage INTEGER NOT NULL, step INTEGER NOT NULL, request_id TEXT, configuration INTEGER NOT NULL,
+  payload_hash BLOB NOT NULL, outcome INTEGER NOT NULL, numbers BLOB NOT NULL, digest BLOB NOT NULL,
+  row_hash BLOB NOT NULL, PRIMARY KEY (lineage, step)) WITHOUT ROWID;
+CREATE UNIQUE INDEX steps_by_request ON steps (request_id) WHERE request_id IS NOT NULL;
+CREATE TABLE payloads (
+  lineage INTEGER NOT NULL, step INTEGER NOT NULL, payload BLOB NOT NULL, PRIMARY KEY (lineage, step));
+"""
+
+_NUMBERS = struct.Struct("<Bdddd")  # which are present, loss, generator loss, critic loss, gradient norm
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One consumed step."""
+
+    lineage: int
+    step: int
+    request_id: str | None
+    configuration: int
+    """The id of the event that recorded the configuration it was computed under."""
+    payload_hash: bytes
+    outcome: Outcome
+    losses: Losses
+    gradient_norm: float | None
+    digest: bytes
+
+    def numbers(self) -> bytes:
+        """Losses and gradient norm as raw bytes: replay must find the very same."""
+        values = (self.losses.generator_loss, self.losses.critic_loss, self.gradient_norm)
+        present = sum(1 << bit for bit, value in enumerate(values) if value is not None)
+        return _NUMBERS.pack(
+            present, self.losses.loss, *(0.0 if value is None else value for value in values)
+        )
+
+    def row_hash(self) -> bytes:
+        """SHA-256 over every other column."""
+        name = b"" if self.request_id is None else b"\1" + self.request_id.encode()
+        fixed = struct.pack("<qqqi", self.lineage, self.step, self.configuration, self.outcome)
+        return hashlib.sha256(fixed + self.payload_hash + self.digest + self.numbers() + name).digest()
+
+    @staticmethod
+    def read(row: tuple[Any, ...]) -> StepRecord:
+        """The record of a row of `steps`; RunDirectoryError when the row's hash does not fit it."""
+        lineage, step, request_id, configuration, payload_hash, outcome, numbers, digest, row_hash = row
+        present, loss, *values = _NUMBERS.unpack(numbers)
+        generator, critic, norm = (
+            value if present & (1 << bit) else None for bit, value in enumerate(values)
+        )
+        record = StepRecord(
+            lineage,
+            step,
+            request_id,
+            configuration,
+            payload_hash,
+            Outcome(outcome),
+            Losses(loss, generator, critic),
+            norm,
+            digest,
+        )
+        if record.row_hash() != row_hash:
+            raise RunDirectoryError(
+                f"journal: the record of step {step} (lineage {lineage}) does not match its hash: the file "
+                "was damaged; restore the run directory from a copy"
+            )
+        return record
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """One line of history: the first, or what a restore opened."""
+
+    lineage: int
+    parent: int | None
+    step: int
+    """The step that it starts from."""
+    digest: bytes
+    """The digest that it starts from."""
+    request_id: str | None
+    checkpoint: str | None
+
+
+@dataclass(frozen=True)
+class SessionRecord:
+    """One writer's epoch."""
+
+    epoch: int
+    client_name: str
+    nonce: str | None
+    """None for the epoch that a restore used up."""
+    takeover: bool
+    lineage: int
+    step: int
+    closed: bool
+
+
+class Journal:
+    """One connection, used by one thread at a time; every method but the readers is a transaction's part."""
+
+    def __init__(self, run_dir: Path, *, durable: bool = True) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._path = run_dir / FILE_NAME
+        if not self._path.exists():
+            _refuse_leftovers(run_dir)
+        self._lock = _lock(run_dir)
+        try:
+            self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
+            # SQLite's own checkpoint comes in the middle of a step every 64 batches and stalls it for
+            # 10 ms; `tidy` makes it between steps instead.
+            self._db.execute("PRAGMA wal_autocheckpoint=0")
+            tables = self._db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'run'").fetchone()
+            self.is_new = not tables[0]
+            if self.is_new:
+                _refuse_leftovers(run_dir)
+            else:
+                self._check_format()
+        except sqlite3.DatabaseError as error:
+            self._unlock()
+            raise RunDirectoryError(
+                f"{self._path}: not a readable journal ({error}); restore the run directory from a copy"
+            ) from error
+        except RunDirectoryError:
+            self._unlock()
+            raise
+
+    def _check_format(self) -> None:
+        row = self._db.execute("SELECT value FROM run WHERE key = 'format'").fetchone()
+        if row is None or row[0] != FORMAT:
+            raise RunDirectoryError(
+                f"{self._path}: format {row and row[0]}, this version reads {FORMAT}; use the version that "
+                "wrote it"
+            )
+
+    def create(self, facts: dict[str, Any], digest: bytes) -> None:
+        """Begin a run: its facts, and lineage 1 at step 0 with `digest`."""
+
+        def write() -> None:
+            for statement in _SCHEMA.split(";\n"):
+                self._db.execute(statement)
+            for key, value in {"format": FORMAT, **facts}.items():
+                self._db.execute("INSERT INTO run VALUES (?, ?)", (key, value))
+            self.add_lineage(Lineage(1, None, 0, digest, None, None))
+
+        self.transaction(write)
+        _fsync_folder(self._path.parent)
+        self.is_new = False
+
+    def transaction(self, write: Callable[[], None]) -> None:
+        """Run `write` in one durable transaction; it leaves no trace if it raises."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            write()
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    def fact(self, key: str) -> Any:
+        """A fact that `create` was given."""
+        row = self._db.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
+        return None if row is None else row[0]
+
+    def add_event(self, kind: str, body: dict[str, Any]) -> int:
+        """Record something that happened beside the steps, and return its id."""
+        cursor = self._db.execute(
+            "INSERT INTO events (at, kind, body) VALUES (?, ?, ?)",
+            (time.time(), kind, json.dumps(body, sort_keys=True)),
+        )
+        return int(cursor.lastrowid or 0)
+
+    def last_event(self, kind: str) -> tuple[int, dict[str, Any]] | None:
+        """The newest event of a kind: its id and body."""
+        row = self._db.execute(
+            "SELECT id, body FROM events WHERE kind = ? ORDER BY id DESC LIMIT 1", (kind,)
+        ).fetchone()
+        return None if row is None else (row[0], json.loads(row[1]))
+
+    def add_step(self, record: StepRecord, payload: bytes) -> None:
+        """Append a step, with the batch that computes it again."""
+        self._db.execute(
+            "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                record.lineage,
+                record.step,
+                record.request_id,
+                record.configuration,
+                record.payload_hash,
+                int(record.outcome),
+                record.numbers(),
+                record.digest,
+                record.row_hash(),
+            ),
+        )
+        self._db.execute("INSERT INTO payloads VALUES (?, ?, ?)", (record.lineage, record.step, payload))
+
+    def step(self, lineage: int, step: int) -> StepRecord | None:
+        """The record of a step."""
+        row = self._db.execute(
+            "SELECT * FROM steps WHERE lineage = ? AND step = ?", (lineage, step)
+        ).fetchone()
+        return None if row is None else StepRecord.read(row)
+
+    def last_step(self, lineage: int) -> StepRecord | None:
+        """The newest record of a lineage."""
+        row = self._db.execute(
+            "SELECT * FROM steps WHERE lineage = ? ORDER BY step DESC LIMIT 1", (lineage,)
+        ).fetchone()
+        return None if row is None else StepRecord.read(row)
+
+    def step_of_request(self, request_id: str) -> StepRecord | None:
+        """The record of the step that a request id was consumed by."""
+        row = self._db.execute("SELECT * FROM steps WHERE request_id = ?", (request_id,)).fetchone()
+        return None if row is None else StepRecord.read(row)
+
+    def steps_after(self, lineage: int, step: int) -> Iterator[tuple[StepRecord, bytes | None]]:
+        """The records of a lineage behind `step`, in order, with their batches where still kept."""
+        rows = self._db.execute(
+            "SELECT s.*, p.payload FROM steps s LEFT JOIN payloads p USING (lineage, step) "
+            "WHERE s.lineage = ? AND s.step > ? ORDER BY s.step",
+            (lineage, step),
+        )
+        for row in rows:
+            yield StepRecord.read(row[:-1]), row[-1]
+
+    def drop_payloads(self, lineage: int, through_step: int) -> None:
+        """Forget the batches of a lineage up to a step; their records stay."""
+        self._db.execute("DELETE FROM payloads WHERE lineage = ? AND step <= ?", (lineage, through_step))
+
+    def add_lineage(self, lineage: Lineage) -> None:
+        """Open a line of history."""
+        self._db.execute(
+            "INSERT INTO lineages VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                lineage.lineage,
+                lineage.parent,
+                lineage.step,
+                lineage.digest,
+                lineage.request_id,
+                lineage.checkpoint,
+                time.time(),
+            ),
+        )
+
+    def lineages(self) -> dict[int, Lineage]:
+        """Every line of history."""
+        rows = self._db.execute(
+            "SELECT lineage, parent, step, digest, request_id, checkpoint FROM lineages ORDER BY lineage"
+        )
+        return {row[0]: Lineage(*row) for row in rows}
+
+    def add_session(self, session: SessionRecord) -> None:
+        """Open an epoch."""
+        self._db.execute(
+            "INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                session.epoch,
+                session.client_name,
+                session.nonce,
+                session.takeover,
+                session.lineage,
+                session.step,
+                session.closed,
+                time.time(),
+            ),
+        )
+
+    def close_session(self, epoch: int) -> None:
+        """Mark an epoch's session as closed by its owner."""
+        self._db.execute("UPDATE sessions SET closed = 1 WHERE epoch = ?", (epoch,))
+
+    def last_session(self) -> SessionRecord | None:
+        """The newest epoch."""
+        return self._session("ORDER BY epoch DESC LIMIT 1")
+
+    def session_of_nonce(self, nonce: str) -> SessionRecord | None:
+        """The epoch that a nonce was given."""
+        return self._session("WHERE nonce = ?", nonce)
+
+    def _session(self, where: str, *values: object) -> SessionRecord | None:
+        row = self._db.execute(
+            f"SELECT epoch, client_name, nonce, takeover, lineage, step, closed FROM sessions {where}", values
+        ).fetchone()
+        if row is None:
+            return None
+        return SessionRecord(row[0], row[1], row[2], bool(row[3]), row[4], row[5], bool(row[6]))
+
+    def tidy(self) -> None:
+        """Fold the write-ahead log into the database, between steps."""
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def log_bytes(self) -> int:
+        """The size of the write-ahead log."""
+        try:
+            return self._path.with_name(FILE_NAME + "-wal").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def close(self) -> None:
+        """Close the file and release the run directory."""
+        self._db.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def is_full(error: sqlite3.Error) -> bool:
+    """Whether a transaction failed for want of space, so that the same bytes can be tried again."""
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+
+
+def _lock(run_dir: Path) -> int:
+    # A file of its own: closing any descriptor of the database would drop SQLite's locks on it.
+    descriptor = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise RunDirectoryError(
+            f"{run_dir}: another server (process {holder or 'unknown'}) uses this run directory; stop it, "
+            "or choose another with --run-dir"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def _refuse_leftovers(run_dir: Path) -> None:
+    strange = sorted(
+        path.name
+        for path in run_dir.iterdir()
+        if path.name != "lock"
+        and not path.name.startswith(FILE_NAME)
+        and path.suffix not in (".toml", ".log")
+    )
+    if strange == ["checkpoints"]:
+        raise RunDirectoryError(
+            f"{run_dir}: checkpoints without a journal: the journal was lost; restore {FILE_NAME} from a "
+            "copy, or start a new run in an empty directory"
+        )
+    if strange:
+        raise RunDirectoryError(
+            f"{run_dir}: a new run needs an empty directory, found {', '.join(strange[:3])}; choose another "
+            "with --run-dir"
+        )
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
