@@ -133,7 +133,8 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
             raise Refused(
                 "CHECKPOINT_FAILED",
-                f"checkpoint {manifest.info.name!r} could not be written ({error.strerror}); training goes on",
+                f"checkpoint {manifest.info.name!r} could not be written ({error.strerror}); make room, and "
+                "ask again: training goes on",
                 name=manifest.info.name,
                 error=error.strerror,
             ) from error

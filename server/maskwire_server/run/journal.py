@@ -185,7 +185,7 @@ class Journal:
         _fsync_folder(self._path.parent)
         self.is_new = False
 
-    def transaction(self, write: Callable[[], None]) -> None:
+    def transaction(self, write: Callable[[], object]) -> None:
         """Run `write` in one durable transaction; it leaves no trace if it raises."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
@@ -208,6 +208,11 @@ class Journal:
             (time.time(), kind, json.dumps(body, sort_keys=True)),
         )
         return int(cursor.lastrowid or 0)
+
+    def event(self, event_id: int) -> dict[str, Any]:
+        """The body of an event; empty when there is none of this id."""
+        row = self._db.execute("SELECT body FROM events WHERE id = ?", (event_id,)).fetchone()
+        return {} if row is None else dict(json.loads(row[0]))
 
     def last_event(self, kind: str) -> tuple[int, dict[str, Any]] | None:
         """The newest event of a kind: its id and body."""

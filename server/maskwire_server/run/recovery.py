@@ -1,0 +1,201 @@
+"""From the files of a run directory to a running state.
+
+Recovery = the newest verified checkpoint on the current lineage's ancestry, and the journal's later
+steps computed again. The recomputed losses must equal the recorded bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskwire.v1.digest import initial_digest, step_digest
+from maskwire_server.batch import Payload
+from maskwire_server.errors import RunDirectoryError
+from maskwire_server.results import Outcome, StepResult
+from maskwire_server.run.checkpoint import Checkpoints, Manifest
+from maskwire_server.run.journal import Journal, Lineage, StepRecord
+
+log = logging.getLogger(__name__)
+
+
+class InexactReplayError(RunDirectoryError):
+    """A step computed again gave another result than the one that was acknowledged."""
+
+
+def open_journal(run_dir: Path, *, seed: int, canonical: bytes, durable: bool = True) -> Journal:
+    """Open the run of a directory, or begin one in an empty directory.
+
+    Raises RunDirectoryError when the directory holds another run, or something else.
+    """
+    journal = Journal(run_dir, durable=durable)
+    try:
+        if journal.is_new:
+            facts = {"run_id": uuid.uuid4().hex, "seed": seed, "canonical": canonical}
+            journal.create(facts, initial_digest(canonical, seed))
+        else:
+            _check_same_run(journal, run_dir, seed, canonical)
+    except BaseException:
+        journal.close()
+        raise
+    return journal
+
+
+def _check_same_run(journal: Journal, run_dir: Path, seed: int, canonical: bytes) -> None:
+    differences = []
+    if journal.fact("seed") != seed:
+        differences.append(f"run.seed is {journal.fact('seed')} in the run, {seed} in the configuration")
+    recorded, configured = json.loads(journal.fact("canonical")), json.loads(canonical)
+    for section in recorded.keys() | configured.keys():
+        was, now = recorded.get(section, {}), configured.get(section, {})
+        differences += [
+            f"{section}.{key} is {was.get(key)!r} in the run, {now.get(key)!r} in the configuration"
+            for key in sorted(was.keys() | now.keys())
+            if was.get(key) != now.get(key)
+        ]
+    if differences:
+        raise RunDirectoryError(
+            f"{run_dir}: {'; '.join(differences)}: model, objective and seed belong to the run; put them "
+            "back, or start a new run in an empty directory"
+        )
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of one lineage that the current state descends from."""
+
+    lineage: int
+    through: int | None
+    """The last step of it that counts; None: all."""
+
+
+def ancestry(lineages: dict[int, Lineage], lineage: int) -> list[Segment]:
+    """The segments from the first lineage to `lineage`, oldest first."""
+    segments = [Segment(lineage, None)]
+    current = lineages[lineage]
+    while current.parent is not None:
+        segments.append(Segment(current.parent, current.step))
+        current = lineages[current.parent]
+    return segments[::-1]
+
+
+def newest_verified(
+    checkpoints: Checkpoints, journal: Journal, segments: list[Segment]
+) -> tuple[Manifest | None, list[str]]:
+    """The newest whole checkpoint of the ancestry with its files intact, and what damaged ones lack.
+
+    Raises RunDirectoryError when a checkpoint holds a step that the journal lost.
+    """
+    run_id = journal.fact("run_id")
+    damaged: list[str] = []
+    for manifest in checkpoints.all():
+        info = manifest.info
+        segment = next((s for s in segments if s.lineage == info.lineage), None)
+        off_path = segment is None or (segment.through is not None and info.step > segment.through)
+        if off_path or manifest.run_id != run_id:
+            continue
+        if digest_at(journal, info.lineage, info.step) != info.digest:
+            raise RunDirectoryError(
+                f"checkpoint {info.name!r} holds step {info.step} (lineage {info.lineage}), which the "
+                "journal does not have: the journal lost acknowledged steps; restore it from a copy"
+            )
+        problem = checkpoints.damage(manifest)
+        if problem is None:
+            return manifest, damaged
+        damaged.append(f"{info.name}: {problem}")
+    return None, damaged
+
+
+def digest_at(journal: Journal, lineage: int, step: int) -> bytes | None:
+    """The digest that a lineage had after `step`, by the journal; None when it never got there."""
+    start = journal.lineages().get(lineage)
+    if start is not None and step == start.step:
+        return start.digest
+    record = journal.step(lineage, step)
+    return None if record is None else record.digest
+
+
+def steps_to_replay(
+    journal: Journal, segments: list[Segment], start: tuple[int, int]
+) -> Iterator[tuple[StepRecord, bytes | None]]:
+    """The records behind (lineage, step) along the ancestry; the digest chain is checked on the way."""
+    lineages = journal.lineages()
+    began = False
+    for segment in segments:
+        began = began or segment.lineage == start[0]
+        if not began:
+            continue
+        at = start[1] if segment.lineage == start[0] else lineages[segment.lineage].step
+        digest = digest_at(journal, segment.lineage, at)
+        for record, payload in journal.steps_after(segment.lineage, at):
+            if segment.through is not None and record.step > segment.through:
+                break
+            at += 1
+            expected = step_digest(digest or b"", segment.lineage, at, record.payload_hash, record.outcome)
+            if record.step != at or record.digest != expected:
+                raise RunDirectoryError(
+                    f"journal: step {at} (lineage {segment.lineage}) is missing or does not continue the "
+                    "history before it; restore the run directory from a copy"
+                )
+            digest = record.digest
+            yield record, payload
+
+
+def check_configuration(
+    journal: Journal, records: Iterator[tuple[StepRecord, bytes | None]], numerics: dict[str, Any]
+) -> Iterator[tuple[StepRecord, bytes | None]]:
+    """Pass the records on; RunDirectoryError at one that was trained under other `numerics`."""
+    for record, payload in records:
+        was = journal.event(record.configuration)
+        if record.outcome is Outcome.APPLIED and was != numerics:
+            changed = sorted(key for key in was.keys() | numerics.keys() if was.get(key) != numerics.get(key))
+            raise RunDirectoryError(
+                f"step {record.step} must be computed again, and the configuration changed since it was "
+                f"trained ({', '.join(f'{key} was {was.get(key)!r}' for key in changed)}): start once with "
+                "it as it was, stop the server cleanly, then change it"
+            )
+        yield record, payload
+
+
+def replay(
+    records: Iterator[tuple[StepRecord, bytes | None]],
+    train: Callable[[int, int, Payload], StepResult],
+    *,
+    accept_inexact: bool = False,
+) -> tuple[int, list[int]]:
+    """Compute the records' steps again: how many there were, and which were not exact.
+
+    Skipped and failed steps changed nothing and are not computed. Raises InexactReplayError at the
+    first step that differs, unless `accept_inexact`.
+    """
+    count, inexact = 0, []
+    for record, payload in records:
+        count += 1
+        if record.outcome is not Outcome.APPLIED:
+            continue
+        if payload is None:
+            raise RunDirectoryError(
+                f"journal: the batch of step {record.step} was dropped behind a checkpoint that is gone or "
+                "damaged; restore the run directory from a copy"
+            )
+        result = train(record.lineage, record.step, Payload.decode(payload))
+        again = StepRecord(**{**vars(record), "losses": result.losses, "gradient_norm": result.gradient_norm})
+        if result.outcome is record.outcome and again.numbers() == record.numbers():
+            continue
+        inexact.append(record.step)
+        message = (
+            f"step {record.step} computed again gave loss {result.losses.loss!r}, acknowledged was "
+            f"{record.losses.loss!r}"
+        )
+        if not accept_inexact:
+            raise InexactReplayError(
+                f"{message}: software, hardware, threads or configuration differ from when it was trained; "
+                "start as it was then, or accept the difference once with --accept-inexact-replay"
+            )
+        log.warning("%s; accepted", message)
+    return count, inexact

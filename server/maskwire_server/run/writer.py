@@ -1,0 +1,41 @@
+"""The run's one writer: whose session is open, and until when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from maskwire_server.run.journal import SessionRecord
+
+
+class Writer:
+    """The newest epoch, in memory. A session ends when it is closed, or idle for too long."""
+
+    def __init__(self, idle_seconds: float, clock: Callable[[], float]) -> None:
+        self._idle_seconds = idle_seconds
+        self._clock = clock
+        self._active = clock()
+        self.epoch = 0
+        self.client_name = ""
+        self.closed = True
+
+    def resume(self, session: SessionRecord | None) -> None:
+        """Take the newest recorded epoch over after a restart; its idle time starts now."""
+        if session is not None:
+            self.epoch, self.client_name, self.closed = session.epoch, session.client_name, session.closed
+        self.touch()
+
+    def open(self, epoch: int, client_name: str) -> None:
+        """A new epoch begins."""
+        self.epoch, self.client_name, self.closed = epoch, client_name, False
+        self.touch()
+
+    def touch(self) -> None:
+        """Something of the session came in or was answered."""
+        self._active = self._clock()
+
+    def present(self, busy: bool) -> str:
+        """The name of the client whose session is open, empty when none is; `busy`: it has steps here."""
+        if self.closed or not self.epoch:
+            return ""
+        idle = not busy and self._clock() - self._active >= self._idle_seconds
+        return "" if idle else self.client_name
