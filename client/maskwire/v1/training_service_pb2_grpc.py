@@ -104,6 +104,7 @@ class TrainingServiceServicer:
         INVALID_ARGUMENT (INVALID_FIELD): a name or nonce that is empty, too long or not printable.
         FAILED_PRECONDITION (WRITER_PRESENT): another client's session is open; wait, or set takeover.
         FAILED_PRECONDITION (WRONG_RUN): the history sent belongs to another run or lineage.
+        FAILED_PRECONDITION (UNKNOWN_EPOCH): the nonce's session was closed; make a new nonce.
         ABORTED (FENCED): this process held a session that was taken over, or a nonce that was superseded.
         DATA_LOSS (HISTORY_LOST): the server is behind the history sent, or differs from it; stop, and look
         at the server's storage.
@@ -155,8 +156,8 @@ class TrainingServiceServicer:
 
         OK: the evaluation, with the step and digest it saw.
         INVALID_ARGUMENT (INVALID_FIELD): as TrainStep.
-        RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING): ask again after
-        RetryInfo.
+        RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again
+        after RetryInfo.
         UNIMPLEMENTED (UNIMPLEMENTED): the estimator asked for is not served.
         INTERNAL (INTERNAL): the server's log explains the error id.
         """
@@ -182,7 +183,7 @@ class TrainingServiceServicer:
         INVALID_ARGUMENT (INVALID_FIELD): a name that does not match [a-z0-9][a-z0-9_-]{0,63}.
         ALREADY_EXISTS (CHECKPOINT_EXISTS): the name is taken by another checkpoint.
         RESOURCE_EXHAUSTED (CHECKPOINT_FAILED): it could not be written; training is not affected.
-        UNAVAILABLE (RECOVERING, RESTORING, DRAINING): ask again after RetryInfo.
+        UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again after RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -87,6 +87,18 @@ def refuse_unavailable(state: RunState) -> None:
         raise Refused("RECOVERING", "recovery failed; the server's log says why")
 
 
+def refuse_full(queue_length: int, queue_limit: int) -> None:
+    """Raise when no more may wait for the device."""
+    if queue_length >= queue_limit:
+        raise Refused(
+            "QUEUE_FULL",
+            f"{queue_length} requests wait for the device, the limit is {queue_limit}; ask again with the "
+            "same request id",
+            queue_length=queue_length,
+            queue_limit=queue_limit,
+        )
+
+
 def check_session(session: SessionRef, at: Position) -> None:
     """Raise unless `session` is the newest one of this run and lineage."""
     if session.run_id != at.run_id or session.lineage != at.lineage:
@@ -143,14 +155,7 @@ def admit_step(facts: StepFacts, at: Position) -> Verdict:
     ahead = 0 if facts.step is None else facts.step - at.next_step
     if ahead >= at.window or (ahead > 0 and at.refused_step == at.next_step):
         raise gap(facts.step, at.next_step)
-    if facts.queue_length >= facts.queue_limit:
-        raise Refused(
-            "QUEUE_FULL",
-            f"{facts.queue_length} requests wait for the device, the limit is {facts.queue_limit}; ask "
-            "again with the same request id",
-            queue_length=facts.queue_length,
-            queue_limit=facts.queue_limit,
-        )
+    refuse_full(facts.queue_length, facts.queue_limit)
     refuse_unavailable(at.state)
     if at.state is RunState.HALTED:
         raise Refused(
@@ -212,7 +217,14 @@ def admit_session(facts: SessionFacts, at: Position) -> bool:
                 session_epoch=facts.nonce_epoch,
                 writer=at.writer,
             )
-        return at.closed
+        if at.closed:
+            raise Refused(
+                "UNKNOWN_EPOCH",
+                f"this session (epoch {facts.nonce_epoch}) was closed; open another with a new nonce",
+                epoch=at.epoch,
+                session_epoch=facts.nonce_epoch,
+            )
+        return False
     if request.held_epoch is not None and request.held_epoch < at.epoch:
         raise Refused(
             "FENCED",

@@ -318,6 +318,10 @@ class Journal:
         """The newest epoch."""
         return self._session("ORDER BY epoch DESC LIMIT 1")
 
+    def last_takeover(self) -> SessionRecord | None:
+        """The newest epoch that was opened with takeover."""
+        return self._session("WHERE takeover ORDER BY epoch DESC LIMIT 1")
+
     def session_of_nonce(self, nonce: str) -> SessionRecord | None:
         """The epoch that a nonce was given."""
         return self._session("WHERE nonce = ?", nonce)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from maskwire_server.batch import Payload
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.results import Outcome, StepResult
 from maskwire_server.run.checkpoint import Checkpoints, Manifest
+from maskwire_server.run.device import Device
 from maskwire_server.run.journal import Journal, Lineage, StepRecord
 
 log = logging.getLogger(__name__)
@@ -146,14 +149,107 @@ def steps_to_replay(
             yield record, payload
 
 
+NUMERIC_SETTINGS = ("device", "precision", "threads", "micro_batch_tokens")
+
+
+def numerics(configuration: dict[str, Any]) -> dict[str, Any]:
+    """The part of the changeable configuration that a step's result depends on."""
+    serve = configuration.get("serve", {})
+    return {
+        **{f"optimizer.{key}": value for key, value in configuration.get("optimizer", {}).items()},
+        **{f"serve.{key}": serve.get(key) for key in NUMERIC_SETTINGS},
+    }
+
+
+def record_start(journal: Journal, versions: dict[str, str], settings: dict[str, Any]) -> int:
+    """Record that a server instance takes the run over, and return its configuration's id."""
+    last = journal.last_event("configuration")
+    unchanged = last[0] if last is not None and last[1] == settings else None
+    started: list[int] = []
+
+    def write() -> None:
+        journal.add_event("instance", {"versions": versions})
+        started.append(unchanged or journal.add_event("configuration", settings))
+
+    journal.transaction(write)
+    return started[0]
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """Where the run is after recovery."""
+
+    lineage: int
+    step: int
+    digest: bytes
+    non_finite: int
+    """Steps in a row, up to the last and since the last takeover, that were not finite."""
+
+
+def recover(
+    journal: Journal,
+    checkpoints: Checkpoints,
+    device: Device,
+    settings: dict[str, Any],
+    *,
+    accept_inexact: bool = False,
+) -> Recovered:
+    """Bring the device's trainer to the journal's last step.
+
+    Raises RunDirectoryError when that cannot be done exactly; nothing is changed then.
+    """
+    lineages = journal.lineages()
+    lineage = max(lineages)
+    segments = ancestry(lineages, lineage)
+    for name in checkpoints.sweep():
+        log.info("removed the unfinished checkpoint %s", name)
+    manifest, damaged = newest_verified(checkpoints, journal, segments)
+    for problem in damaged:
+        log.warning("checkpoint passed over, its files are damaged: %s", problem)
+    start = (segments[0].lineage, 0)
+    if manifest is not None:
+        info = manifest.info
+        start = (info.lineage, info.step)
+        device.call(partial(device.load, checkpoints.path(info.name), info.step))
+        log.info("loaded checkpoint %s (step %d)", info.name, info.step)
+    records = steps_to_replay(journal, segments, start)
+    if not accept_inexact:
+        records = check_configuration(journal, records, settings)
+    began = time.monotonic()
+    count, inexact = replay(
+        records,
+        lambda *step: device.call(partial(device.replay, *step)),
+        accept_inexact=accept_inexact,
+    )
+    if count:
+        log.info("replayed %d steps in %.1f s", count, time.monotonic() - began)
+    if inexact:
+        journal.transaction(partial(journal.add_event, "inexact_replay", {"steps": inexact}))
+    last = journal.last_step(lineage)
+    step, digest = (last.step, last.digest) if last else (lineages[lineage].step, lineages[lineage].digest)
+    return Recovered(lineage, step, digest, _non_finite(journal, lineage, step))
+
+
+def _non_finite(journal: Journal, lineage: int, step: int) -> int:
+    session = journal.last_takeover()
+    since = session.step if session is not None and session.lineage == lineage else 0
+    count = 0
+    while step - count > since:
+        record = journal.step(lineage, step - count)
+        if record is None or record.outcome is not Outcome.SKIPPED_NON_FINITE:
+            break
+        count += 1
+    return count
+
+
 def check_configuration(
-    journal: Journal, records: Iterator[tuple[StepRecord, bytes | None]], numerics: dict[str, Any]
+    journal: Journal, records: Iterator[tuple[StepRecord, bytes | None]], settings: dict[str, Any]
 ) -> Iterator[tuple[StepRecord, bytes | None]]:
-    """Pass the records on; RunDirectoryError at one that was trained under other `numerics`."""
+    """Pass the records on; RunDirectoryError at one that was trained under other `settings`."""
     for record, payload in records:
         was = journal.event(record.configuration)
-        if record.outcome is Outcome.APPLIED and was != numerics:
-            changed = sorted(key for key in was.keys() | numerics.keys() if was.get(key) != numerics.get(key))
+        if record.outcome is Outcome.APPLIED and was != settings:
+            changed = sorted(key for key in was.keys() | settings.keys() if was.get(key) != settings.get(key))
             raise RunDirectoryError(
                 f"step {record.step} must be computed again, and the configuration changed since it was "
                 f"trained ({', '.join(f'{key} was {was.get(key)!r}' for key in changed)}): start once with "

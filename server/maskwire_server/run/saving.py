@@ -12,7 +12,10 @@ from maskwire_server.config import CheckpointsConfig
 from maskwire_server.errors import Refused
 from maskwire_server.requests import SaveRequest
 from maskwire_server.results import CheckpointInfo
-from maskwire_server.run.checkpoint import NAME, Checkpoints, Manifest, Snapshot, collectable
+from maskwire_server.run.checkpoint import Checkpoints, Manifest, Snapshot, collectable
+from maskwire_server.run.jobs import Save, refuse
+from maskwire_server.run.journal import Journal
+from maskwire_server.run.standing import Head
 
 log = logging.getLogger(__name__)
 
@@ -24,22 +27,20 @@ class Saver:
         self,
         checkpoints: Checkpoints,
         settings: CheckpointsConfig,
-        *,
-        run_id: str,
         configuration: dict[str, Any],
         versions: dict[str, str],
         clock: Callable[[], float],
     ) -> None:
         self._checkpoints = checkpoints
         self._settings = settings
-        self._run_id = run_id
         self._configuration = configuration
         self._versions = versions
         self._clock = clock
         self._saved_at = clock()
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="maskwire-save")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="maskwire-save")
         self.busy = False
-        self.newest: Manifest | None = next(iter(checkpoints.all()), None)
+        """A snapshot is being made or written."""
+        self.newest: CheckpointInfo | None = next((m.info for m in checkpoints.all()), None)
 
     def due(self, step: int) -> bool:
         """Whether an automatic checkpoint is due after `step`."""
@@ -51,21 +52,13 @@ class Saver:
         return every_seconds is not None and self._clock() - self._saved_at >= every_seconds
 
     def find(self, request: SaveRequest) -> CheckpointInfo | None:
-        """The checkpoint that this request saved already; Refused when its name is taken or malformed."""
+        """The checkpoint that this request saved already; Refused when its name is taken."""
+        manifests = self._checkpoints.all()
         if request.request_id is not None:
-            for manifest in self._checkpoints.all():
+            for manifest in manifests:
                 if manifest.request_id == request.request_id:
                     return manifest.info
-        if request.name is None:
-            return None
-        if not NAME.fullmatch(request.name):
-            raise Refused(
-                "INVALID_FIELD",
-                f"name must match {NAME.pattern}, got {request.name!r}",
-                fields={"name": f"must match {NAME.pattern}"},
-                name=request.name,
-            )
-        if any(manifest.info.name == request.name for manifest in self._checkpoints.all()):
+        if any(manifest.info.name == request.name for manifest in manifests):
             raise Refused(
                 "CHECKPOINT_EXISTS",
                 f"the name {request.name!r} is taken; choose another, or leave it empty for one of the "
@@ -74,48 +67,46 @@ class Saver:
             )
         return None
 
-    def begin(
-        self,
-        request: SaveRequest,
-        snapshot: Snapshot,
-        *,
-        automatic: bool,
-        lineage: int,
-        step: int,
-        digest: bytes,
-    ) -> Future[Manifest]:
-        """Write a snapshot of (lineage, step) in the background."""
-        name = request.name or f"step-{step:09d}" + (f"-lineage-{lineage}" if lineage > 1 else "")
-        if request.name is None:
-            existing = [m for m in self._checkpoints.all() if m.info.name == name]
-            if existing and existing[0].info.digest == digest:
-                done: Future[Manifest] = Future()
-                done.set_result(existing[0])
-                return done
+    def write(self, job: Save, snapshot: Snapshot, head: Head) -> Future[CheckpointInfo]:
+        """Write a snapshot of the head's step in the background."""
+        self.busy = True
+        self._saved_at = self._clock()
+        request = job.request
+        name = request.name or f"step-{head.step:09d}" + (
+            f"-lineage-{head.lineage}" if head.lineage > 1 else ""
+        )
         manifest = Manifest(
-            CheckpointInfo(name, lineage, step, digest, (), time.time(), request.labels),
-            self._run_id,
-            automatic,
+            CheckpointInfo(name, head.lineage, head.step, head.digest, (), time.time(), request.labels),
+            head.run_id,
+            job.automatic,
             request.request_id,
             self._configuration,
             self._versions,
         )
-        self.busy = True
-        self._saved_at = self._clock()
-        return self._threads.submit(self._checkpoints.write, snapshot, manifest)
+        return self._thread.submit(self._write, request, manifest, snapshot)
 
-    def finished(self, manifest: Manifest | None, lineage: int, pinned: set[str]) -> None:
-        """The background write ended: note the newest, and collect what retention lets go."""
-        self.busy = False
-        if manifest is None:
-            return
-        self.newest = manifest
+    def _write(self, request: SaveRequest, manifest: Manifest, snapshot: Snapshot) -> CheckpointInfo:
+        saved = self.find(request)  # again: another save can have come first meanwhile
+        if saved is not None:
+            return saved
+        if request.name is None:
+            for existing in self._checkpoints.all():
+                if existing.info.name == manifest.info.name and existing.info.digest == manifest.info.digest:
+                    return existing.info
+        began = self._clock()
+        info = self._checkpoints.write(snapshot, manifest).info
         log.info(
-            "checkpoint %s saved (step %d, %.1f MB)",
-            manifest.info.name,
-            manifest.info.step,
-            manifest.info.size_bytes / 1e6,
+            "checkpoint %s saved: %.1f MB in %.1f s", info.name, info.size_bytes / 1e6, self._clock() - began
         )
+        return info
+
+    def finish(self, journal: Journal, lineage: int) -> int | None:
+        """A background write ended well: collect what retention lets go.
+
+        Returns the step of the lineage's second-newest checkpoint: older batches are not needed.
+        """
+        self.busy = False
+        pinned = {line.checkpoint for line in journal.lineages().values() if line.checkpoint}
         gone = collectable(
             self._checkpoints.all(),
             lineage=lineage,
@@ -126,12 +117,18 @@ class Saver:
         for name in gone:
             self._checkpoints.delete(name)
             log.info("checkpoint %s collected", name)
-
-    def covered_step(self, lineage: int) -> int | None:
-        """The step of the lineage's second-newest whole checkpoint: older batches are not needed."""
-        steps = [m.info.step for m in self._checkpoints.all() if m.info.lineage == lineage]
+        left = [m.info for m in self._checkpoints.all()]
+        self.newest = next(iter(left), None)
+        steps = [info.step for info in left if info.lineage == lineage]
         return steps[1] if len(steps) > 1 else None
+
+    def give_up(self, job: Save, refusal: Refused) -> None:
+        """A snapshot or its write failed; training goes on."""
+        self.busy = False
+        log.error("%s", refusal)
+        for waiter in job.waiters:
+            refuse(waiter, refusal)
 
     def close(self) -> None:
         """Finish what is being written."""
-        self._threads.shutdown(wait=True)
+        self._thread.shutdown(wait=True)

@@ -1,0 +1,81 @@
+"""What waits to become durable: several steps share one transaction, and answers wait for it."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Callable
+
+from maskwire_server.results import RunState
+from maskwire_server.run.journal import Journal, is_full
+from maskwire_server.run.standing import Standing
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 1.0
+TIDY_EVERY = 256  # commits between two folds of the journal's write-ahead log
+
+
+class Commits:
+    """Writes in order, then what follows from their being durable. Only the engine's thread calls it."""
+
+    def __init__(self, journal: Journal, standing: Standing, clock: Callable[[], float]) -> None:
+        self._journal = journal
+        self._standing = standing
+        self._clock = clock
+        self._writes: list[Callable[[], object]] = []
+        self._after: list[Callable[[], None]] = []
+        self._count = 0
+        self._retry_at: float | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Something is not durable, or not answered."""
+        return bool(self._writes or self._after)
+
+    @property
+    def retry_at(self) -> float | None:
+        """When a journal without room is tried again; None while it has room."""
+        return self._retry_at
+
+    def add(self, write: Callable[[], object], after: Callable[[], None]) -> None:
+        """Write in the next transaction, and once it is durable call `after`."""
+        self._writes.append(write)
+        self._after.append(after)
+
+    def after(self, act: Callable[[], None]) -> None:
+        """Call `act` once everything written so far is durable."""
+        self._after.append(act)
+
+    def flush(self) -> None:
+        """Commit, then answer. Without room the same bytes wait, and the state is HELD.
+
+        Raises sqlite3.Error for everything else: the outcome is unknown and the process must end.
+        """
+        if self._retry_at is not None and self._clock() < self._retry_at:
+            return
+        if self._writes:
+            try:
+                self._journal.transaction(lambda: [write() for write in self._writes])
+            except sqlite3.Error as error:
+                if not is_full(error):
+                    raise
+                self._hold(error)
+                return
+            self._count += 1
+        if self._retry_at is not None:
+            log.warning("the journal has room again; nothing was lost")
+            self._retry_at = None
+            self._standing.set(RunState.HELD, False)
+        after, self._writes, self._after = self._after, [], []
+        for act in after:
+            act()
+        if self._count >= TIDY_EVERY:
+            self._count = 0
+            self._journal.tidy()
+
+    def _hold(self, error: sqlite3.Error) -> None:
+        if self._retry_at is None:
+            log.error("the journal cannot be written (%s): nothing is admitted until there is room", error)
+        self._retry_at = self._clock() + RETRY_SECONDS
+        self._standing.set(RunState.HELD, waiting_for="room on the journal's disk")

@@ -1,0 +1,109 @@
+"""The device thread: it owns the trainer, and does one thing after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from maskwire_server.batch import Batch, Modes, Payload
+from maskwire_server.requests import EvalRequest
+from maskwire_server.results import EvalOptions, EvalResult, ModelInfo, StepResult
+from maskwire_server.run.checkpoint import Snapshot
+
+T = TypeVar("T")
+
+
+class Trainer(Protocol):
+    """What the engine needs of a trainer. It is built and used on the device thread alone."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is served."""
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Names and versions of what it runs on."""
+
+    def warm_up(self) -> None:
+        """Compute a step and throw it away."""
+
+    def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
+        """Apply one step; StateLost if the update failed half-way."""
+
+    def eval_loss(self, batch: Batch, options: EvalOptions) -> EvalResult:
+        """Evaluate; changes nothing."""
+
+    def snapshot(self) -> Snapshot:
+        """Copy the state to host memory."""
+
+    def load(self, folder: Path) -> None:
+        """Take the state of a checkpoint over; ValueError if it does not fit."""
+
+
+class Device:
+    """Hands work to the device thread; `submit` and `outstanding` are the engine's thread's."""
+
+    def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
+        self._post = post
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="maskwire-device")
+        self._trainer: Trainer
+        self._at = 0  # the step that the trainer's state is at
+        self.outstanding = 0
+        """Jobs handed over whose end was not yet heard of."""
+
+    def submit(self, work: Callable[[], T], done: Callable[[Future[T]], None]) -> None:
+        """Run `work` on the device thread, then `done` with its future on the engine's."""
+        self.outstanding += 1
+
+        def hear(future: Future[T]) -> None:
+            self.outstanding -= 1
+            done(future)
+
+        self._thread.submit(work).add_done_callback(lambda future: self._post(lambda: hear(future)))
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Run `work` on the device thread and wait for it."""
+        return self._thread.submit(work).result()
+
+    def close(self) -> None:
+        """Wait for what runs, and end the thread."""
+        self._thread.shutdown(wait=True)
+
+    # Work, for the device thread.
+
+    def build(self, factory: Callable[[], Trainer]) -> tuple[ModelInfo, dict[str, str]]:
+        """Build the trainer: what it serves, and the versions it runs on."""
+        self._trainer = factory()
+        return self._trainer.info, self._trainer.versions
+
+    def begin_at(self, step: int) -> None:
+        """Get ready for the step after `step`."""
+        self._trainer.warm_up()
+        self._at = step
+
+    def train(self, lineage: int, number: int, payload: Payload) -> StepResult | None:
+        """Compute a step; None when its predecessor was not consumed, so that it must not be."""
+        if number != self._at + 1:
+            return None
+        result = self._trainer.train_step(lineage, number, payload.batch, payload.modes)
+        self._at = number
+        return result
+
+    def replay(self, lineage: int, number: int, payload: Payload) -> StepResult:
+        """Compute a recorded step again."""
+        return self._trainer.train_step(lineage, number, payload.batch, payload.modes)
+
+    def evaluate(self, request: EvalRequest) -> EvalResult:
+        """Evaluate a batch."""
+        return self._trainer.eval_loss(request.batch, request.options)
+
+    def snapshot(self) -> Snapshot:
+        """Copy the state to host memory."""
+        return self._trainer.snapshot()
+
+    def load(self, folder: Path, step: int) -> None:
+        """Take over a checkpoint of `step`."""
+        self._trainer.load(folder)
+        self._at = step

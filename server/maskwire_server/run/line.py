@@ -1,0 +1,183 @@
+"""The line: jobs in the order in which the device will take them, and the steps' numbers.
+
+A step that is ahead of its turn waits beside the line. A number belongs to a step only once the step is
+consumed: when one is withdrawn, those behind it lose theirs too.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from maskwire_server.errors import Refused
+from maskwire_server.run.admission import gap
+from maskwire_server.run.jobs import Barrier, Evaluation, Job, Save, Step, refuse
+
+
+class Line:
+    """Only the engine's thread calls it."""
+
+    def __init__(self, clock: Callable[[], float], gap_seconds: float) -> None:
+        self._clock = clock
+        self._gap_seconds = gap_seconds
+        self._jobs: deque[Job] = deque()
+        self._ahead: dict[int, Step] = {}
+        self._numbered: dict[int, Step] = {}
+        self._by_request: dict[str, Step] = {}
+        self._assigned = 0
+        self.refused_step: int | None = None
+        """The next step, if its sender is known to have been refused with it."""
+
+    def __len__(self) -> int:
+        return len(self._jobs) + len(self._ahead)
+
+    @property
+    def busy(self) -> bool:
+        """Some step is not settled yet."""
+        return bool(self._numbered or self._ahead)
+
+    @property
+    def next_step(self) -> int:
+        """The first number that no step has."""
+        return self._assigned + 1
+
+    def begin_at(self, step: int) -> None:
+        """The history is at `step`; nothing is in flight."""
+        self._assigned = step
+        self.refused_step = None
+
+    def request(self, request_id: str | None) -> Step | None:
+        """The unsettled step of a request id."""
+        return None if request_id is None else self._by_request.get(request_id)
+
+    def waits(self, number: int | None) -> bool:
+        """Whether a step waits beside the line for this number."""
+        return number in self._ahead
+
+    # In.
+
+    def take(self, step: Step) -> None:
+        """Put the next step in the line, and those behind it that waited for it."""
+        self._register(step)
+        self.refused_step = None
+        self._give_number(step)
+        self._jobs.append(step)
+        successor = self._ahead.pop(self.next_step, None)
+        if successor is not None:
+            self.take(successor)
+
+    def take_ahead(self, step: Step, number: int) -> None:
+        """Let a step wait for its predecessor."""
+        self._register(step)
+        self._ahead[number] = step
+
+    def append(self, job: Evaluation | Save | Barrier) -> None:
+        """Put another job at the end."""
+        self._jobs.append(job)
+
+    def put_first(self, job: Save | Barrier) -> None:
+        """Put a job before everything that has not reached the device."""
+        self._jobs.appendleft(job)
+
+    def _register(self, step: Step) -> None:
+        if step.request.request_id is not None:
+            self._by_request[step.request.request_id] = step
+
+    def _give_number(self, step: Step) -> None:
+        self._assigned += 1
+        step.number = self._assigned
+        self._numbered[step.number] = step
+
+    # Out.
+
+    def first(self) -> Job | None:
+        """The next job for the device."""
+        return self._jobs[0] if self._jobs else None
+
+    def pop(self) -> None:
+        """The first job goes to the device; a step stays in flight until it is settled."""
+        self._jobs.popleft()
+
+    def settle(self, step: Step) -> None:
+        """A step is durable, or was given up."""
+        if self._numbered.get(step.number) is step:
+            del self._numbered[step.number]
+        if step.request.request_id is not None and self.request(step.request.request_id) is step:
+            del self._by_request[step.request.request_id]
+
+    def give_up(self, step: Step, error: Refused) -> None:
+        """Refuse a step that was not consumed."""
+        self.settle(step)
+        for waiter in step.waiters:
+            refuse(waiter, error)
+
+    def withdraw(self, step: Step, error: Refused) -> None:
+        """Give up a numbered step: its number is free again, and so are those behind it.
+
+        Steps behind it that asked for their number are refused with it; the others move up.
+        """
+        self.give_up(step, error)
+        behind = [job for job in self._jobs if isinstance(job, Step) and job.number > step.number]
+        for number in [number for number in self._numbered if number > step.number]:
+            del self._numbered[number]  # one that is on the device comes back as not computed
+        self._assigned = step.number - 1
+        for later in behind:
+            if later.request.step is None:
+                self._give_number(later)
+            else:
+                self._jobs.remove(later)
+                self.give_up(later, gap(later.request.step, step.number))
+        self.refuse_ahead(step.number)
+
+    def send_back(self, step: Step) -> None:
+        """A step came back from the device because its predecessor was withdrawn."""
+        if step.request.step is None:
+            self._give_number(step)
+            self._jobs.append(step)
+        else:
+            self.give_up(step, gap(step.request.step, self.next_step))
+
+    def refuse_ahead(self, beyond: int) -> None:
+        """Refuse the waiting steps behind number `beyond`: their predecessor is not coming."""
+        for number in sorted(number for number in self._ahead if number > beyond):
+            self.give_up(self._ahead.pop(number), gap(number, self.next_step))
+
+    def expire(self) -> None:
+        """Refuse what has waited too long for its predecessor, and what waits behind it."""
+        limit = self._clock() - self._gap_seconds
+        expired = [number for number, step in self._ahead.items() if step.arrived <= limit]
+        if expired:
+            self.refuse_ahead(min(expired) - 1)
+
+    def expires_at(self) -> float | None:
+        """When `expire` has something to do."""
+        return min((step.arrived + self._gap_seconds for step in self._ahead.values()), default=None)
+
+    def refuse_steps(self, why: Callable[[Step], Refused]) -> None:
+        """Refuse every step that has not reached the device."""
+        waiting = [job for job in self._jobs if isinstance(job, Step)]
+        for step in waiting:
+            self._jobs.remove(step)
+        self._assigned -= len(waiting)
+        for step in [*waiting, *self._ahead.values()]:
+            self.give_up(step, why(step))
+        self._ahead.clear()
+
+    def refuse_all(self, refusal: Refused) -> None:
+        """Refuse every job that has not reached the device."""
+        self.refuse_steps(lambda _: refusal)
+        for job in self._jobs:
+            if isinstance(job, Evaluation):
+                refuse(job.future, refusal)
+            elif isinstance(job, Barrier):
+                job.refuse(refusal)
+            elif isinstance(job, Save):
+                for waiter in job.waiters:
+                    refuse(waiter, refusal)
+        self._jobs.clear()
+
+    def abandon(self, refusal: Refused) -> None:
+        """Refuse everything, steps on the device and steps not yet durable too: the process ends."""
+        self.refuse_all(refusal)
+        for step in list(self._numbered.values()):
+            self.give_up(step, refusal)

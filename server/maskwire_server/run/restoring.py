@@ -1,0 +1,126 @@
+"""RestoreCheckpoint: the run goes back to a checkpoint, on a new lineage."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future
+from functools import partial
+
+from maskwire.v1.digest import lineage_digest
+from maskwire_server.errors import Refused
+from maskwire_server.requests import RestoreRequest
+from maskwire_server.results import RestoreAnswer, RunState
+from maskwire_server.run.checkpoint import Checkpoints, Manifest
+from maskwire_server.run.device import Device
+from maskwire_server.run.jobs import Barrier, answer, refuse
+from maskwire_server.run.journal import Journal, Lineage, SessionRecord
+from maskwire_server.run.line import Line
+from maskwire_server.run.standing import Head, Standing
+from maskwire_server.run.writer import Writer
+
+log = logging.getLogger(__name__)
+
+
+class Restoring:
+    """Only the engine's thread calls it."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        checkpoints: Checkpoints,
+        device: Device,
+        line: Line,
+        writer: Writer,
+        head: Head,
+        standing: Standing,
+    ) -> None:
+        self._journal = journal
+        self._checkpoints = checkpoints
+        self._device = device
+        self._line = line
+        self._writer = writer
+        self._head = head
+        self._standing = standing
+
+    def begin(self, request: RestoreRequest, future: Future[RestoreAnswer]) -> None:
+        """Restore once the running step is durable; a known request id gets its answer again."""
+        if request.request_id is not None:
+            for lineage in self._journal.lineages().values():
+                if lineage.request_id == request.request_id:
+                    answer(future, RestoreAnswer(lineage.lineage, lineage.step, lineage.digest))
+                    return
+        manifest = self._checkpoints.get(request.name)
+        self._standing.set(RunState.RESTORING, waiting_for="the running step")
+        self._line.put_first(
+            Barrier(partial(self._restore, request, manifest, future), partial(refuse, future))
+        )
+
+    def _restore(self, request: RestoreRequest, manifest: Manifest, future: Future[RestoreAnswer]) -> None:
+        try:
+            self._check(request, manifest)
+        except Refused as error:
+            refuse(future, error)
+        else:
+            answer(future, self._go_back(request, manifest))
+        finally:
+            self._standing.set(RunState.RESTORING, False)
+
+    def _check(self, request: RestoreRequest, manifest: Manifest) -> None:
+        head = self._head
+        for name, expected, actual in (
+            ("lineage", request.expected_lineage, head.lineage),
+            ("step", request.expected_step, head.step),
+        ):
+            if expected is not None and expected != actual:
+                raise Refused(
+                    "WRONG_RUN",
+                    f"expected_{name} is {expected}, the run is at {name} {actual}",
+                    lineage=head.lineage,
+                    step=head.step,
+                )
+        problem = self._checkpoints.damage(manifest)
+        if manifest.run_id != head.run_id:
+            problem = f"it belongs to run {manifest.run_id}"
+        if problem is not None:
+            raise Refused(
+                "CHECKPOINT_DAMAGED",
+                f"checkpoint {manifest.info.name!r} cannot be restored: {problem}; restore another",
+                name=manifest.info.name,
+                problem=problem,
+            )
+
+    def _go_back(self, request: RestoreRequest, manifest: Manifest) -> RestoreAnswer:
+        head, info = self._head, manifest.info
+        number = head.lineage + 1
+        lineage = Lineage(
+            number,
+            info.lineage,
+            info.step,
+            lineage_digest(info.digest, number),
+            request.request_id,
+            info.name,
+        )
+        # The epoch is used up, so that no writer of the old lineage goes on unaware.
+        session = SessionRecord(self._writer.epoch + 1, "restore", None, False, number, info.step, True)
+        self._line.refuse_steps(
+            lambda _: Refused(
+                "WRONG_RUN",
+                f"checkpoint {info.name!r} is being restored; open a session with lineage {number}",
+                lineage=number,
+            )
+        )
+
+        def write() -> None:
+            self._journal.add_lineage(lineage)
+            self._journal.add_session(session)
+
+        self._journal.transaction(write)
+        # From here on memory must follow the journal: a failure ends the process, and a restart
+        # comes back on the new lineage.
+        self._device.call(partial(self._device.load, self._checkpoints.path(info.name), info.step))
+        head.move(number, info.step, lineage.digest)
+        self._writer.resume(session)
+        self._line.begin_at(info.step)
+        self._standing.set(RunState.HALTED, False)
+        log.info("restored checkpoint %s: lineage %d from step %d", info.name, number, info.step)
+        return RestoreAnswer(number, info.step, lineage.digest)

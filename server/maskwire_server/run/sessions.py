@@ -1,0 +1,84 @@
+"""OpenSession and CloseSession: one writer at a time, and a durable epoch for each."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from functools import partial
+
+from maskwire_server.errors import Refused
+from maskwire_server.requests import SessionRef, SessionRequest
+from maskwire_server.results import RunState, SessionAnswer
+from maskwire_server.run import admission
+from maskwire_server.run.admission import Position, SessionFacts
+from maskwire_server.run.commits import Commits
+from maskwire_server.run.jobs import Barrier, Step, answer, refuse
+from maskwire_server.run.journal import Journal, SessionRecord
+from maskwire_server.run.line import Line
+from maskwire_server.run.recovery import digest_at
+from maskwire_server.run.standing import Head, Standing
+from maskwire_server.run.writer import Writer
+
+
+class Sessions:
+    """Only the engine's thread calls it."""
+
+    def __init__(
+        self, journal: Journal, commits: Commits, line: Line, writer: Writer, head: Head, standing: Standing
+    ) -> None:
+        self._journal = journal
+        self._commits = commits
+        self._line = line
+        self._writer = writer
+        self._head = head
+        self._standing = standing
+
+    def open(self, request: SessionRequest, at: Position, future: Future[SessionAnswer]) -> None:
+        """Admit a writer: fence the one before at once, answer once the running step is durable."""
+        given = self._journal.session_of_nonce(request.nonce)
+        recorded = None
+        if request.history is not None:
+            recorded = digest_at(self._journal, self._head.lineage, request.history.step)
+        facts = SessionFacts(request, given.epoch if given else None, self._head.durable[0], recorded)
+        if not admission.admit_session(facts, at):
+            self._writer.touch()
+            answer(future, self._answer())
+            return
+        epoch = at.epoch + 1
+        self._writer.open(epoch, request.client_name)
+        self._line.refuse_steps(partial(_fenced, request.client_name, epoch))
+        self._line.put_first(Barrier(partial(self._record, epoch, request, future), partial(refuse, future)))
+
+    def _record(self, epoch: int, request: SessionRequest, future: Future[SessionAnswer]) -> None:
+        if epoch != self._writer.epoch:
+            refuse(future, Refused("FENCED", f"epoch {epoch} was superseded while it was opened"))
+            return
+        head = self._head
+        session = SessionRecord(
+            epoch, request.client_name, request.nonce, request.takeover, head.lineage, head.step, False
+        )
+        if request.takeover:
+            head.non_finite = 0
+            self._standing.set(RunState.HALTED, False)
+        self._commits.add(partial(self._journal.add_session, session), lambda: answer(future, self._answer()))
+
+    def close(self, session: SessionRef, at: Position, future: Future[None]) -> None:
+        """End the writer's session; once more is no error."""
+        if at.closed and (session.run_id, session.epoch) == (at.run_id, at.epoch):
+            answer(future, None)
+            return
+        admission.check_session(session, at)
+        self._writer.closed = True
+        self._commits.add(partial(self._journal.close_session, session.epoch), partial(answer, future, None))
+
+    def _answer(self) -> SessionAnswer:
+        head = self._head
+        durable_step, digest = head.durable
+        return SessionAnswer(head.run_id, head.lineage, self._writer.epoch, head.step, durable_step, digest)
+
+
+def _fenced(client_name: str, epoch: int, step: Step) -> Refused:
+    if step.request.session is None:
+        return Refused(
+            "WRITER_PRESENT", f"{client_name!r} opened a session; wait until it is closed", writer=client_name
+        )
+    return Refused("FENCED", f"{client_name!r} took over with epoch {epoch}; stop this one", epoch=epoch)
