@@ -1,0 +1,84 @@
+"""A trainer without torch: its state is a running hash of what it trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from maskwire_server.batch import Batch, Modes
+from maskwire_server.results import (
+    EvalOptions,
+    EvalResult,
+    Losses,
+    ModelInfo,
+    Outcome,
+    RowResult,
+    StepResult,
+)
+
+NAN_ID = 7
+"""A batch that begins with this id is not finite."""
+FAIL_ID = 8
+"""A batch that begins with this id raises before the update."""
+
+
+class CounterSnapshot:
+    def __init__(self, state: dict[str, object]) -> None:
+        self._state = state
+
+    def write(self, folder: Path) -> None:
+        (folder / "state.json").write_text(json.dumps(self._state))
+
+
+class CounterTrainer:
+    """The trainer that the engine's tests use; `gate` lets a test hold it in the middle of a step."""
+
+    def __init__(self) -> None:
+        self.state = hashlib.sha256(b"start").hexdigest()
+        self.trained: list[tuple[int, int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Semaphore(0)
+
+    @property
+    def info(self) -> ModelInfo:
+        return ModelInfo(257, 256, None, 512, 1, "counting", True, False)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {"device": "counter"}
+
+    def warm_up(self) -> None:
+        pass
+
+    def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
+        self.entered.release()
+        self.gate.wait(60)
+        first = int(batch.ids.flat[0])
+        if first == FAIL_ID:
+            raise RuntimeError("the secret of the failing batch")
+        if first == NAN_ID:
+            return StepResult(Outcome.SKIPPED_NON_FINITE, Losses(float("nan"), float("nan")))
+        text = f"{self.state} {lineage} {step} {batch.ids.astype(np.int64).tobytes().hex()} {modes}"
+        self.state = hashlib.sha256(text.encode()).hexdigest()
+        self.trained.append((lineage, step))
+        loss = int(self.state[:12], 16) / 2**48
+        return StepResult(Outcome.APPLIED, Losses(loss, loss), 2 * loss, modes.learning_rate or 1e-3, 1, 2)
+
+    def eval_loss(self, batch: Batch, options: EvalOptions) -> EvalResult:
+        loss = int(self.state[:12], 16) / 2**48
+        rows = tuple(RowResult(row, loss, batch.columns) for row in options.row_ids)
+        losses = Losses(loss, loss)
+        return EvalResult(
+            losses, loss, loss, loss, None, None, 0.5, None, batch.tokens, False, options.draws, rows=rows
+        )
+
+    def snapshot(self) -> CounterSnapshot:
+        return CounterSnapshot({"state": self.state})
+
+    def load(self, folder: Path) -> None:
+        self.state = json.loads((folder / "state.json").read_text())["state"]
