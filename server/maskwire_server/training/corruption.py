@@ -1,0 +1,153 @@
+"""Which positions of a logical batch are masked, and what the model sees there.
+
+All of it is drawn before the batch is split, from counted draws. Letters: b rows, n positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskwire_server.config import ModelConfig, ObjectiveConfig
+from maskwire_server.training import draws, schedule
+from maskwire_server.training.draws import Purpose
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which ids are data."""
+
+    num_tokens: int
+    mask_id: int
+    pad_id: int | None
+
+    @staticmethod
+    def of(config: ModelConfig) -> Vocabulary:
+        """The vocabulary of a model."""
+        return Vocabulary(config.num_tokens, config.mask_id, config.pad_id)
+
+    @property
+    def special(self) -> list[int]:
+        """Ids that are no data, ascending: the mask id, and the pad id if there is one."""
+        return sorted({self.mask_id} | ({self.pad_id} if self.pad_id is not None else set()))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What every draw of a training step is keyed by."""
+
+    seed: int
+    lineage: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """A logical batch, masked."""
+
+    ids_bn: Tensor
+    """int64, 0 under padding."""
+    valid_bn: Tensor
+    """bool, False under padding."""
+    maskable_bn: Tensor
+    """bool: valid and no prompt."""
+    mask_bn: Tensor
+    """bool: the model must predict it."""
+    input_bn: Tensor
+    """int64: what the model sees."""
+    n_b: Tensor
+    """int64: maskable positions."""
+    k_b: Tensor
+    """int64: masked positions."""
+
+    def rows(self, part: slice) -> Corruption:
+        """Some rows, their columns trimmed to the longest."""
+        valid = self.valid_bn[part]
+        columns = int(valid.any(0).nonzero().max()) + 1 if bool(valid.any()) else 1
+        grids = (self.ids_bn, self.valid_bn, self.maskable_bn, self.mask_bn, self.input_bn)
+        return Corruption(*(grid[part, :columns] for grid in grids), n_b=self.n_b[part], k_b=self.k_b[part])
+
+
+def corrupt(
+    ids_bn: Tensor,
+    valid_bn: Tensor,
+    prompt_bn: Tensor,
+    config: ObjectiveConfig,
+    vocabulary: Vocabulary,
+    step: Step,
+    masking: schedule.Schedule | None = None,
+) -> Corruption:
+    """Mask a logical batch for training; `masking` replaces the configured schedule by another."""
+    at = (step.seed, step.lineage, step.number)
+    rows = range(ids_bn.shape[0])
+    chosen = masking or schedule.SCHEDULES[config.schedule]
+    maskable_bn = valid_bn & ~prompt_bn
+    n_b = maskable_bn.sum(-1)
+    permutation_b = draws.uniform(draws.keys(Purpose.PERMUTATION, *at, rows=rows), 1)[:, 0].argsort()
+    t_b = schedule.stratified_times(draws.uniform_scalar(Purpose.TIME, *at), permutation_b)
+    keys_b = draws.keys(Purpose.MASK, *at, rows=rows)
+    if config.masking == "exact":
+        k_b = schedule.exact_counts(chosen, t_b, n_b)
+        mask_bn = mask_exactly(keys_b, maskable_bn, k_b)
+    else:
+        mask_bn = maskable_bn & (_by_order(keys_b, maskable_bn) < chosen.fraction(t_b)[:, None])
+        k_b = mask_bn.sum(-1)
+    input_bn = torch.where(mask_bn, vocabulary.mask_id, ids_bn)
+    if config.augments:
+        input_bn = _augment(input_bn, ids_bn, mask_bn, config, vocabulary, step)
+    return Corruption(ids_bn, valid_bn, maskable_bn, mask_bn, input_bn, n_b, k_b)
+
+
+def _by_order(keys_b: Tensor, maskable_bn: Tensor) -> Tensor:
+    """A uniform number for each position, fp64 [b, n]: the i-th of a row goes to its i-th maskable one.
+
+    So padding and prompts do not shift a row's draws.
+    """
+    order_bn = (maskable_bn.cumsum(-1) - 1).clamp(min=0)
+    return draws.uniform(keys_b, maskable_bn.shape[1]).gather(1, order_bn)
+
+
+def mask_exactly(keys_b: Tensor, maskable_bn: Tensor, k_b: Tensor) -> Tensor:
+    """The k maskable positions with the lowest random numbers, bool [b, n]."""
+    numbers_bn = _by_order(keys_b, maskable_bn).masked_fill(~maskable_bn, 2.0)
+    order_bn = numbers_bn.argsort(-1)
+    rank = torch.arange(numbers_bn.shape[1]).expand_as(order_bn)
+    rank_bn = torch.empty_like(order_bn).scatter_(1, order_bn, rank)
+    return rank_bn < k_b[:, None]
+
+
+def coin(step: Step, which: int, probability: float) -> bool:
+    """A coin for the whole logical batch: 0 keeps ids, 1 replaces ids, 2 conditions on a first pass."""
+    return draws.uniform_scalar(Purpose.COINS, step.seed, step.lineage, step.number, which) < probability
+
+
+def _augment(
+    input_bn: Tensor,
+    ids_bn: Tensor,
+    mask_bn: Tensor,
+    config: ObjectiveConfig,
+    vocabulary: Vocabulary,
+    step: Step,
+) -> Tensor:
+    at = (step.seed, step.lineage, step.number)
+    b, n = ids_bn.shape
+    a_bn = draws.uniform(draws.keys(Purpose.AUGMENT, *at, rows=range(b)), n)
+    kept = a_bn < config.no_replace_prob
+    replaced = ~kept & (a_bn < config.no_replace_prob + config.random_token_prob)
+    if coin(step, 0, config.augment_prob):
+        input_bn = torch.where(mask_bn & kept, ids_bn, input_bn)
+    if coin(step, 1, config.augment_prob):
+        u_bn = draws.uniform(draws.keys(Purpose.RANDOM_ID, *at, rows=range(b)), n)
+        input_bn = torch.where(mask_bn & replaced, random_ids(u_bn, vocabulary), input_bn)
+    return input_bn
+
+
+def random_ids(u: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Ids of data, each equally likely, from uniform numbers in [0, 1); int64, u's shape."""
+    special = vocabulary.special
+    ids = (u * (vocabulary.num_tokens - len(special))).to(torch.int64)
+    for skipped in special:  # ascending, so that each step over one can meet the next
+        ids = ids + (ids >= skipped)
+    return ids

@@ -1,0 +1,77 @@
+"""Random numbers that are counted, not consumed: every draw is a function of what it is for.
+
+A key is a hash of (seed, lineage, step, row, purpose); the i-th number of a key is a hash of the key and
+i. So a step can be drawn again bit for bit, on any device and however its batch is split, and there is
+no generator whose state would need saving.
+
+SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014): the i-th
+output is mix(key + i * golden), where mix is David Stafford's variant 13 of MurmurHash3's finaliser.
+torch's int64 multiplication wraps like uint64's; only the right shift needs a mask.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import struct
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+class Purpose(enum.IntEnum):
+    """What a draw is for: the same row's draws for two purposes are independent."""
+
+    TIME = 1
+    PERMUTATION = 2
+    COINS = 3
+    MASK = 4
+    AUGMENT = 5
+    RANDOM_ID = 6
+    CRITIC_SAMPLE = 7
+    TEMPERATURE = 8
+    DROPOUT = 9
+    EVALUATION_OFFSET = 10
+    EVALUATION_SECOND_OFFSET = 11
+    WEIGHTS = 12
+
+
+def key(purpose: Purpose, *parts: int) -> int:
+    """The 64-bit key of a purpose and any integers, as a signed integer."""
+    data = struct.pack(f"<{1 + len(parts)}q", purpose, *parts)
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+def keys(purpose: Purpose, *parts: int, rows: range | list[int]) -> Tensor:
+    """One key a row, int64 [b]: H(purpose, parts…, row)."""
+    return torch.tensor([key(purpose, *parts, row) for row in rows], dtype=torch.int64)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def bits(keys_b: Tensor, n: int) -> Tensor:
+    """The first n numbers of each key, int64 [b, n], all 64 bits random."""
+    counter_n = torch.arange(1, n + 1, dtype=torch.int64, device=keys_b.device) * _GOLDEN
+    return _mix(keys_b[:, None] + counter_n)
+
+
+def uniform(keys_b: Tensor, n: int) -> Tensor:
+    """The first n numbers of each key in [0, 1), fp64 [b, n]: the upper 53 bits."""
+    return _shift_right(bits(keys_b, n), 11).to(torch.float64) * 2.0**-53
+
+
+def uniform_scalar(purpose: Purpose, *parts: int) -> float:
+    """One number in [0, 1)."""
+    return float(uniform(torch.tensor([key(purpose, *parts)]), 1))

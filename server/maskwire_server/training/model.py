@@ -1,0 +1,206 @@
+"""The encoder: a pre-norm bidirectional transformer over token ids.
+
+Letters: b rows, n positions, d dim, e embedding width, h heads, v vocabulary, m packed positions.
+
+With learned positions, layernorm and gelu it computes what x-transformers'
+`TransformerWrapper(attn_layers=Encoder(...))` computes, so that its users can bring trained weights;
+`x_transformers_names` tells where each of them goes.
+
+Initialisation. Token embeddings N(0, 2/e) and positions N(0, 1), scaled by e^-1/2 where they are used
+(x-transformers); linear maps U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default, which is
+Kaiming-uniform with a = sqrt(5) (He et al. 2015); norm gains 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from maskwire_server.config import ModelConfig
+
+
+class Norm(nn.Module):
+    """Layer or root-mean-square normalisation with a gain 1 + gamma and no bias."""
+
+    def __init__(self, dim: int, kind: str) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(dim))
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d], computed in fp32 under autocast."""
+        gain = self.gamma + 1
+        if self.kind == "layernorm":
+            return F.layer_norm(x, gain.shape, gain, eps=1e-5)
+        return F.rms_norm(x, gain.shape, gain, eps=1e-6)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused product for queries, keys and values."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inner = config.heads * config.dim_head
+        self.heads = config.heads
+        self.dropout = config.dropout
+        self.to_qkv = nn.Linear(config.dim, 3 * inner, bias=False)
+        self.to_out = nn.Linear(inner, config.dim, bias=False)
+        self.q_norm = Norm(config.dim_head, "rmsnorm") if config.qk_norm else None
+        self.k_norm = Norm(config.dim_head, "rmsnorm") if config.qk_norm else None
+
+    def forward(self, x_bnd: Tensor, keep: Tensor | None, rotation: Tensor | None) -> Tensor:
+        """`keep` is None or bool [b, 1, 1, n], True for keys to attend to."""
+        q, k, v = rearrange(self.to_qkv(x_bnd), "b n (three h c) -> three b h n c", three=3, h=self.heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = _rotate(q, rotation), _rotate(k, rotation)
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout)
+        out = self.to_out(rearrange(out, "b h n c -> b n (h c)"))
+        return F.dropout(out, self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    """Two linear maps around an exact GELU, or a SwiGLU (Shazeer 2020) of the same inner width."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inner = int(config.dim * config.ff_mult)
+        self.gated = config.feed_forward == "swiglu"
+        self.dropout = config.dropout
+        self.up = nn.Linear(config.dim, inner * (2 if self.gated else 1))
+        self.down = nn.Linear(inner, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., d]."""
+        x = self.up(x)
+        if self.gated:
+            x, gate = x.chunk(2, dim=-1)
+            x = x * F.silu(gate)
+        else:
+            x = F.gelu(x)
+        x = self.down(F.dropout(x, self.dropout, self.training))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = Norm(config.dim, config.norm)
+        self.attention = Attention(config)
+        self.feed_forward_norm = Norm(config.dim, config.norm)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x_bnd: Tensor, keep: Tensor | None, rotation: Tensor | None) -> Tensor:
+        """[b, n, d] -> [b, n, d]."""
+        x_bnd = x_bnd + self.attention(self.attention_norm(x_bnd), keep, rotation)
+        out_bnd: Tensor = x_bnd + self.feed_forward(self.feed_forward_norm(x_bnd))
+        return out_bnd
+
+
+class Encoder(nn.Module):
+    """Embeds ids and runs them through the blocks; `project` gives scores for chosen positions.
+
+    `outputs` is the number of scores a position: the vocabulary for a generator, 1 for a critic.
+    """
+
+    def __init__(self, config: ModelConfig, outputs: int, *, self_cond: bool = False) -> None:
+        super().__init__()
+        width = config.emb_dim or config.dim
+        self.token_emb = nn.Embedding(config.num_tokens, width)
+        self.pos_emb = nn.Embedding(config.max_seq_len, width) if config.positions == "learned" else None
+        self.project_emb = nn.Linear(width, config.dim) if width != config.dim else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_norm = Norm(config.dim, config.norm)
+        self.to_logits = None if config.tied_embeddings else nn.Linear(config.dim, outputs, bias=False)
+        self.null_embed = nn.Parameter(torch.zeros(config.dim)) if self_cond else None
+        self.to_self_cond = nn.Linear(config.dim, width, bias=False) if self_cond else None
+        self.dropout = config.dropout
+        self.dim_head = config.dim_head
+        nn.init.normal_(self.token_emb.weight, std=math.sqrt(2 / width))
+        if self.pos_emb is not None:
+            nn.init.normal_(self.pos_emb.weight)
+
+    def forward(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None = None) -> Tensor:
+        """Embeddings after the final norm, [b, n, d].
+
+        `valid_bn` is None when nothing is padded. `cond` is what `to_self_cond` maps and adds to the
+        embeddings: [b, n, d], or [d] for all positions; None adds nothing.
+        """
+        n = ids_bn.shape[1]
+        x = self.token_emb(ids_bn)
+        if self.pos_emb is not None:
+            x = x + self.pos_emb.weight[:n] * self.pos_emb.embedding_dim**-0.5
+        if cond is not None and self.to_self_cond is not None:
+            x = x + self.to_self_cond(cond)
+        x = F.dropout(x, self.dropout, self.training)
+        if self.project_emb is not None:
+            x = self.project_emb(x)
+        keep = None
+        if valid_bn is not None:
+            # A row of padding alone attends to itself: a softmax over nothing would be NaN, and a NaN
+            # that nobody reads still spoils gradients.
+            keep = rearrange(valid_bn | ~valid_bn.any(-1, keepdim=True), "b n -> b 1 1 n")
+        rotation = None if self.pos_emb is not None else _rotation(n, self.dim_head, x.device)
+        for block in self.blocks:
+            x = block(x, keep, rotation)
+        e_bnd: Tensor = self.final_norm(x)
+        return e_bnd
+
+    def project(self, e_md: Tensor) -> Tensor:
+        """Scores of packed positions, [m, v]; tied embeddings are scaled by d^-1/2."""
+        if self.to_logits is None:
+            return e_md @ self.token_emb.weight.t() * e_md.shape[-1] ** -0.5
+        logits_mv: Tensor = self.to_logits(e_md)
+        return logits_mv
+
+
+def _rotation(n: int, dim_head: int, device: torch.device) -> Tensor:
+    """cos and sin of the rotary angles, fp32 [2, n, c]; Su et al. 2021, base 10,000, halves paired."""
+    inverse_wavelength = 10_000 ** (-torch.arange(0, dim_head, 2, device=device) / dim_head)
+    angle_nc = torch.arange(n, device=device)[:, None] * inverse_wavelength
+    angle_nc = torch.cat((angle_nc, angle_nc), dim=-1)
+    return torch.stack((angle_nc.cos(), angle_nc.sin()))
+
+
+def _rotate(x_bhnc: Tensor, rotation: Tensor) -> Tensor:
+    cos, sin = rotation.to(x_bhnc.dtype)
+    left, right = x_bhnc.chunk(2, dim=-1)
+    return x_bhnc * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+def x_transformers_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Where the weights of a `TransformerWrapper(Encoder)` go: our name -> theirs, several stacked.
+
+    For the combination that both know: learned positions, layernorm, gelu, no qk_norm.
+    """
+    names: dict[str, tuple[str, ...]] = {
+        "token_emb.weight": ("token_emb.emb.weight",),
+        "pos_emb.weight": ("pos_emb.emb.weight",),
+        "final_norm.gamma": ("attn_layers.final_norm.gamma",),
+    }
+    if config.emb_dim not in (None, config.dim):
+        names |= {f"project_emb.{part}": (f"project_emb.{part}",) for part in ("weight", "bias")}
+    if not config.tied_embeddings:
+        names["to_logits.weight"] = ("to_logits.weight",)
+    for layer in range(config.depth):
+        attention = f"attn_layers.layers.{2 * layer}"
+        feed_forward = f"attn_layers.layers.{2 * layer + 1}"
+        ours = f"blocks.{layer}"
+        names |= {
+            f"{ours}.attention_norm.gamma": (f"{attention}.0.0.gamma",),
+            f"{ours}.attention.to_qkv.weight": tuple(f"{attention}.1.to_{part}.weight" for part in "qkv"),
+            f"{ours}.attention.to_out.weight": (f"{attention}.1.to_out.weight",),
+            f"{ours}.feed_forward_norm.gamma": (f"{feed_forward}.0.0.gamma",),
+        }
+        for part in ("weight", "bias"):
+            names[f"{ours}.feed_forward.up.{part}"] = (f"{feed_forward}.1.ff.0.0.{part}",)
+            names[f"{ours}.feed_forward.down.{part}"] = (f"{feed_forward}.1.ff.2.{part}",)
+    return names

@@ -1,0 +1,50 @@
+"""The generator and its critic: the encoder, or two of them, as the objective wants to see them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from maskwire_server.config import ModelConfig, ObjectiveConfig
+from maskwire_server.training.model import Encoder
+
+
+class Networks(nn.Module):
+    """A generator, and no critic, a head on its trunk (`self`), or an encoder of its own (`token`)."""
+
+    def __init__(self, model: ModelConfig, objective: ObjectiveConfig) -> None:
+        super().__init__()
+        self.generator = Encoder(model, model.num_tokens, self_cond=objective.self_cond)
+        self.critic: nn.Module | None = None
+        if objective.critic == "self":
+            self.critic = nn.Linear(model.dim, 1)
+        elif objective.critic == "token":
+            self.critic = Encoder(model.model_copy(update={"tied_embeddings": False}), 1)
+
+    def embed(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Tensor:
+        """Embeddings after the generator's final norm, [b, n, d]."""
+        e_bnd: Tensor = self.generator(ids_bn, valid_bn, cond)
+        return e_bnd
+
+    def project(self, e_md: Tensor) -> Tensor:
+        """Logits of packed positions, [m, v]."""
+        return self.generator.project(e_md)
+
+    def conditioning(self, e_bnd: Tensor | None) -> Tensor | None:
+        """A first pass's embeddings, or the null embedding, which is in the graph either way."""
+        null = self.generator.null_embed
+        if null is None or e_bnd is None:
+            return null
+        return e_bnd.detach() + 0.0 * null
+
+    def criticize(self, ids_bn: Tensor, valid_bn: Tensor | None, *, train_trunk: bool) -> Tensor:
+        """The critic's logits, [b, n]; critic passes are not conditioned."""
+        if self.critic is None:
+            raise ValueError("critic must be 'self' or 'token', this model has none")
+        if isinstance(self.critic, Encoder):
+            scores_bn1 = self.critic.project(self.critic(ids_bn, valid_bn))
+        else:
+            with torch.set_grad_enabled(train_trunk and torch.is_grad_enabled()):
+                e_bnd = self.generator(ids_bn, valid_bn)
+            scores_bn1 = self.critic(e_bnd)
+        return scores_bn1[..., 0]

@@ -1,0 +1,187 @@
+"""The losses of a masked batch: cross-entropy at masked positions, and the critic's.
+
+Letters: b rows, n positions, v vocabulary, m packed masked positions, p packed maskable positions.
+Nothing here knows a model class: `Networks` says what is needed of one. The vocabulary projection is
+computed at masked positions only; no [b, n, v] tensor exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskwire_server.config import ObjectiveConfig
+from maskwire_server.training import draws, schedule
+from maskwire_server.training.corruption import Corruption, Step, Vocabulary, coin
+from maskwire_server.training.draws import Purpose
+
+_SAMPLE_CHUNK = 2**21  # fp64 probabilities held at once while sampling: 16 MiB
+
+
+class Networks(Protocol):
+    """A generator, and perhaps a critic."""
+
+    def embed(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Tensor:
+        """Embeddings, [b, n, d]; `cond` as in `conditioning`."""
+
+    def project(self, e_md: Tensor) -> Tensor:
+        """Logits of packed positions, [m, v]."""
+
+    def conditioning(self, e_bnd: Tensor | None) -> Tensor | None:
+        """What the generator is conditioned on: a first pass, the null embedding for None, or nothing."""
+
+    def criticize(self, ids_bn: Tensor, valid_bn: Tensor | None, *, train_trunk: bool) -> Tensor:
+        """The critic's logits, [b, n]; without `train_trunk` a self critic's trunk gets no gradient."""
+
+
+@dataclass(frozen=True)
+class Modes:
+    """What a step computes, and who learns from it."""
+
+    generator_learns: bool = True
+    critic: bool = False
+    """Compute the critic's loss."""
+    first_pass: bool = False
+    """Condition on a first pass."""
+    temperature: float = 1.0
+    """Of the critic's samples; 0 takes the most probable id."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A part's share of the logical batch's losses, fp64 scalars with gradients."""
+
+    generator: Tensor
+    critic: Tensor | None
+
+
+def position_weights(
+    config: ObjectiveConfig, n_b: Tensor, k_b: Tensor, masking: schedule.Schedule | None = None
+) -> Tensor:
+    """What each masked position's cross-entropy counts for, fp64 [b], over the whole logical batch.
+
+    elbo: w_b / sum n_b, so that the sum estimates nats per maskable token. masked_mean: 1 / sum k_b.
+    """
+    if config.weighting == "masked_mean":
+        return torch.full_like(n_b, 1, dtype=torch.float64) / k_b.sum().clamp(min=1)
+    chosen = masking or schedule.SCHEDULES[config.schedule]
+    return schedule.elbo_weights(chosen, config.masking, k_b, n_b) / n_b.sum().clamp(min=1)
+
+
+def forbid_special(logits_mv: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """fp32 (or wider) logits in which the mask and the pad id have probability 0."""
+    if logits_mv.dtype not in (torch.float32, torch.float64):
+        logits_mv = logits_mv.float()
+    index = torch.tensor(vocabulary.special, device=logits_mv.device)
+    return logits_mv.index_fill(-1, index, float("-inf"))
+
+
+def step_modes(config: ObjectiveConfig, step: Step, *, has_critic: bool, train_generator: bool,
+               train_critic: bool, temperature: float | None) -> Modes:  # fmt: skip
+    """What a training step computes, its coins and its temperature drawn."""
+    at = (step.seed, step.lineage, step.number)
+    if temperature is None:
+        temperature = draws.uniform_scalar(Purpose.TEMPERATURE, *at)
+    return Modes(
+        generator_learns=train_generator,
+        critic=has_critic and train_critic,
+        first_pass=config.self_cond and coin(step, 2, config.self_cond_prob),
+        temperature=temperature,
+    )
+
+
+def generator_embeddings(
+    networks: Networks, config: ObjectiveConfig, part: Corruption, valid: Tensor | None, first_pass: bool
+) -> Tensor:
+    """The generator's embeddings of a masked part, [b, n, d], after a first pass if there is one."""
+    first = None
+    if first_pass:
+        with torch.no_grad():
+            start = networks.conditioning(None) if config.self_cond_start == "null" else None
+            first = networks.embed(part.input_bn, valid, start)
+    cond = networks.conditioning(first) if config.self_cond else None
+    return networks.embed(part.input_bn, valid, cond)
+
+
+def losses(
+    networks: Networks,
+    config: ObjectiveConfig,
+    vocabulary: Vocabulary,
+    part: Corruption,
+    weight_b: Tensor,
+    maskable: int,
+    modes: Modes,
+    sample_keys_b: Tensor,
+) -> Sums:
+    """One part's share of the losses of its logical batch.
+
+    `weight_b` are the part's `position_weights`, `maskable` the logical batch's number of maskable
+    positions, which the critic's mean runs over.
+    """
+    valid = None if bool(part.valid_bn.all()) else part.valid_bn
+    row_m = part.mask_bn.nonzero()[:, 0]
+    with torch.set_grad_enabled(modes.generator_learns and torch.is_grad_enabled()):
+        e_bnd = generator_embeddings(networks, config, part, valid, modes.first_pass)
+        logits_mv = forbid_special(networks.project(e_bnd[part.mask_bn]), vocabulary)
+        ce_m = F.cross_entropy(logits_mv, part.ids_bn[part.mask_bn], reduction="none")
+        generator = (ce_m.double() * weight_b[row_m]).sum()
+    if not modes.critic:
+        return Sums(generator, None)
+    u_bn = draws.uniform(sample_keys_b, part.ids_bn.shape[1])
+    sampled_m = sample(logits_mv.detach(), u_bn[part.mask_bn], modes.temperature)
+    filled_bn = part.ids_bn.masked_scatter(part.mask_bn, sampled_m)
+    bce_p = critic_cross_entropy(networks, config, part, filled_bn, valid, modes.generator_learns)
+    return Sums(generator, bce_p.double().sum() / maskable)
+
+
+def critic_cross_entropy(
+    networks: Networks,
+    config: ObjectiveConfig,
+    part: Corruption,
+    filled_bn: Tensor,
+    valid: Tensor | None,
+    train_trunk: bool,
+) -> Tensor:
+    """The critic's binary cross-entropy at each maskable position, fp32 [p]."""
+    scores_bn = networks.criticize(filled_bn, valid, train_trunk=train_trunk)
+    labels_bn = critic_labels(config, part, filled_bn)
+    scores_p = scores_bn[part.maskable_bn].float()
+    return F.binary_cross_entropy_with_logits(
+        scores_p, labels_bn[part.maskable_bn].to(scores_p.dtype), reduction="none"
+    )
+
+
+def critic_labels(config: ObjectiveConfig, part: Corruption, filled_bn: Tensor) -> Tensor:
+    """What the critic must find, bool [b, n]: ids that are wrong, or (Lezama et al. 2022) were masked."""
+    return part.mask_bn if config.critic_labels == "token_critic" else filled_bn != part.ids_bn
+
+
+def sample(logits_mv: Tensor, u_m: Tensor, temperature: float | Tensor) -> Tensor:
+    """An id for each row of logits, int64 [m]: softmax(logits / temperature) by its inverse CDF.
+
+    The same distribution as an argmax over logits / temperature + Gumbel noise, with one fp64 uniform
+    number a position; computed in fp64 a chunk at a time. Temperature 0 (or a fp64 [m] tensor with
+    zeros) takes the most probable id.
+    """
+    m, v = logits_mv.shape
+    temperature_m = torch.as_tensor(temperature, dtype=torch.float64, device=logits_mv.device).expand(m)
+    greedy_m = logits_mv.argmax(-1)
+    sampled = []
+    for rows in torch.arange(m, device=logits_mv.device).split(max(1, _SAMPLE_CHUNK // v)):
+        logits = logits_mv[rows].double()
+        # The largest logit goes to 0 before the division, so that a tiny temperature cannot overflow.
+        logits = logits - logits.amax(-1, keepdim=True)
+        cdf = (logits / temperature_m[rows, None].clamp(min=1e-300)).exp().cumsum(-1)
+        target = u_m[rows, None] * cdf[:, -1:]
+        # right=True skips ids of probability 0 in front, also when u is 0.
+        sampled.append(torch.searchsorted(cdf, target, right=True)[:, 0])
+    if not sampled:
+        return greedy_m
+    sampled_m = torch.cat(sampled)
+    # Rounding can put u times the total on the total itself: then the last id that is possible.
+    sampled_m = torch.where(sampled_m >= v, greedy_m, sampled_m)
+    return torch.where(temperature_m == 0, greedy_m, sampled_m)

@@ -1,0 +1,129 @@
+"""Masking schedules, and how many positions of a row they mask.
+
+m(t) is the masked fraction at time t in [0, 1): continuous, strictly decreasing, m(0) = 1, m(1) = 0.
+With *exact count*, a row of n positions masks k = ceil(m(t) n) of them, so that
+
+    P(k) = P(k-1 < m(t) n <= k) = m^-1((k-1)/n) - m^-1(k/n)         t uniform, m decreasing,
+
+and with *Bernoulli* masking k is binomial in m(t): P_B(k) = int_0^1 C(n,k) m^k (1-m)^(n-k) dt.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+_QUADRATURE_POINTS = 4096
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A masked fraction m and its inverse, on fp64 tensors."""
+
+    name: str
+    fraction: Callable[[Tensor], Tensor]
+    """m: t -> masked fraction."""
+    inverse: Callable[[Tensor], Tensor]
+    """m^-1: masked fraction -> t."""
+
+
+LINEAR = Schedule("linear", lambda t: 1 - t, lambda m: 1 - m)
+COSINE = Schedule(
+    "cosine", lambda t: torch.cos(math.pi / 2 * t), lambda m: torch.arccos(m.clamp(-1, 1)) * (2 / math.pi)
+)
+QUADRATIC = Schedule("quadratic", lambda t: (1 - t).square(), lambda m: 1 - m.sqrt())
+SCHEDULES = {schedule.name: schedule for schedule in (LINEAR, COSINE, QUADRATIC)}
+
+
+def schedule_of(fraction: Callable[[Tensor], Tensor], name: str = "custom") -> Schedule:
+    """A schedule from m alone, its inverse found by bisection.
+
+    Raises ValueError unless m(0) = 1, m(1) = 0 and m decreases strictly on a grid of 1,025 points.
+    """
+    grid = torch.linspace(0, 1, 1025, dtype=torch.float64)
+    m = fraction(grid)
+    if abs(float(m[0]) - 1) > 1e-9 or abs(float(m[-1])) > 1e-9:
+        raise ValueError(f"schedule {name} must have m(0) = 1 and m(1) = 0, got {m[0]:g} and {m[-1]:g}")
+    if not bool((m.diff() < 0).all()):
+        at = float(grid[int((m.diff() >= 0).nonzero()[0])])
+        raise ValueError(f"schedule {name} must decrease strictly, it does not at t = {at:g}")
+
+    def inverse(target: Tensor) -> Tensor:
+        low, high = torch.zeros_like(target), torch.ones_like(target)
+        for _ in range(60):
+            middle = (low + high) / 2
+            above = fraction(middle) > target
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        # The ends are exact, so that the P(k) add up to 1.
+        return torch.where(target >= 1, 0.0, torch.where(target <= 0, 1.0, (low + high) / 2))
+
+    return Schedule(name, fraction, inverse)
+
+
+def stratified_times(offset: float, permutation_b: Tensor) -> Tensor:
+    """t_i = (u + pi(i)/B) mod 1, fp64 [b]: one time in each of B equal intervals, rows in random order."""
+    rows = permutation_b.numel()
+    # u + pi(i)/B can round up to 1 exactly after the modulus; t = 1 would mask nothing.
+    return ((offset + permutation_b.to(torch.float64) / rows) % 1.0).clamp(max=1 - 2.0**-53)
+
+
+def exact_counts(schedule: Schedule, t_b: Tensor, n_b: Tensor) -> Tensor:
+    """k = clamp(ceil(m(t) n), 1, n), int64 [b]; 0 where n = 0."""
+    k_b = torch.ceil(schedule.fraction(t_b) * n_b).to(torch.int64)
+    return torch.minimum(k_b.clamp(min=1), n_b)
+
+
+def exact_probabilities(schedule: Schedule, k_b: Tensor, n_b: Tensor) -> Tensor:
+    """P(k) of the exact count, fp64 [b]; needs 1 <= k <= n."""
+    n = n_b.to(torch.float64)
+    return schedule.inverse((k_b - 1) / n) - schedule.inverse(k_b / n)
+
+
+@functools.lru_cache(maxsize=1)
+def _gauss_legendre() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    points, weights = np.polynomial.legendre.leggauss(_QUADRATURE_POINTS)
+    return (points + 1) / 2, weights / 2
+
+
+@functools.lru_cache(maxsize=4096)
+def _bernoulli_probability(schedule: Schedule, k: int, n: int) -> float:
+    """P_B(k) by Gauss-Legendre quadrature in a variable that is smooth at both ends.
+
+    With t = sin^2(pi s/2) the derivative vanishes at both ends, which takes the sting out of a square
+    root in m; the integrand is a bump of width about n^(-1/2), resolved by thousands of points.
+    """
+    s, weights = _gauss_legendre()
+    t = np.sin(np.pi / 2 * s) ** 2
+    jacobian = np.pi / 2 * np.sin(np.pi * s)
+    m = np.clip(schedule.fraction(torch.from_numpy(t)).numpy(), 1e-300, 1 - 1e-16)
+    log_choose = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    density = np.exp(log_choose + k * np.log(m) + (n - k) * np.log1p(-m))
+    return float((density * jacobian * weights).sum())
+
+
+def bernoulli_probabilities(schedule: Schedule, k_b: Tensor, n_b: Tensor) -> Tensor:
+    """P_B(k), fp64 [b]; for the linear schedule 1/(n+1), because int C(n,k) m^k (1-m)^(n-k) dm is."""
+    if schedule is LINEAR:
+        return 1 / (n_b + 1).to(torch.float64)
+    pairs = zip(k_b.tolist(), n_b.tolist(), strict=True)
+    return torch.tensor([_bernoulli_probability(schedule, k, n) for k, n in pairs], dtype=torch.float64)
+
+
+def elbo_weights(schedule: Schedule, masking: str, k_b: Tensor, n_b: Tensor) -> Tensor:
+    """w = 1/(k P(k)), fp64 [b], 0 where nothing is masked.
+
+    The negative ELBO of a row is sum over k of (1/k) E[sum of CE over a random set of k masked
+    positions]: the order-agnostic likelihood, each count k once (Uria et al. 2014, Hoogeboom et al. 2022).
+    Drawing k with probability P(k) and weighing by 1/(k P(k)) estimates it without bias.
+    """
+    masked = k_b > 0
+    k, n = k_b.clamp(min=1), n_b.clamp(min=1)
+    probabilities = exact_probabilities if masking == "exact" else bernoulli_probabilities
+    return torch.where(masked, 1 / (k * probabilities(schedule, k, n)), 0.0)
