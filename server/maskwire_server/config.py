@@ -229,8 +229,8 @@ class ServeConfig(_Section):
     """Listen in plaintext beyond loopback: anyone who reaches the port can train."""
     reflection: bool = True
     """Let clients discover the service without its proto file."""
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    """auto (a GPU if there is one), cpu, mps, cuda or cuda:N."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """auto (a GPU if there is one), cpu, cuda or cuda:N."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on a GPU that has it, fp32 otherwise."""
     threads: int | None = Field(None, ge=1, le=1024)

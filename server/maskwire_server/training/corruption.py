@@ -62,12 +62,19 @@ class Corruption:
     k_b: Tensor
     """int64: masked positions."""
 
+    def to(self, device: torch.device) -> Corruption:
+        """The same on a device."""
+        return Corruption(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+
     def rows(self, part: slice) -> Corruption:
         """Some rows, their columns trimmed to the longest."""
         valid = self.valid_bn[part]
         columns = int(valid.any(0).nonzero().max()) + 1 if bool(valid.any()) else 1
-        grids = (self.ids_bn, self.valid_bn, self.maskable_bn, self.mask_bn, self.input_bn)
-        return Corruption(*(grid[part, :columns] for grid in grids), n_b=self.n_b[part], k_b=self.k_b[part])
+        ids, valid, maskable, mask, seen = (
+            grid[part, :columns]
+            for grid in (self.ids_bn, self.valid_bn, self.maskable_bn, self.mask_bn, self.input_bn)
+        )
+        return Corruption(ids, valid, maskable, mask, seen, self.n_b[part], self.k_b[part])
 
 
 def corrupt(

@@ -156,10 +156,10 @@ class Encoder(nn.Module):
 
     def project(self, e_md: Tensor) -> Tensor:
         """Scores of packed positions, [m, v]; tied embeddings are scaled by d^-1/2."""
-        if self.to_logits is None:
-            return e_md @ self.token_emb.weight.t() * e_md.shape[-1] ** -0.5
-        logits_mv: Tensor = self.to_logits(e_md)
-        return logits_mv
+        if self.to_logits is not None:
+            logits_mv: Tensor = self.to_logits(e_md)
+            return logits_mv
+        return F.linear(e_md, self.token_emb.weight) * e_md.shape[-1] ** -0.5
 
 
 def _rotation(n: int, dim_head: int, device: torch.device) -> Tensor:

@@ -171,7 +171,8 @@ def sample(logits_mv: Tensor, u_m: Tensor, temperature: float | Tensor) -> Tenso
     temperature_m = torch.as_tensor(temperature, dtype=torch.float64, device=logits_mv.device).expand(m)
     greedy_m = logits_mv.argmax(-1)
     sampled = []
-    for rows in torch.arange(m, device=logits_mv.device).split(max(1, _SAMPLE_CHUNK // v)):
+    chunk = max(1, _SAMPLE_CHUNK // v)
+    for rows in (slice(start, start + chunk) for start in range(0, m, chunk)):
         logits = logits_mv[rows].double()
         # The largest logit goes to 0 before the division, so that a tiny temperature cannot overflow.
         logits = logits - logits.amax(-1, keepdim=True)

@@ -1,0 +1,291 @@
+"""Evaluation: a low-variance estimate of the negative ELBO, and of the configured losses.
+
+Each row takes K draws. Their counts are systematic, k_j = floor(n (j + u)/K) + 1 for j = 0 ... K-1 with
+one uniform u: the points (j + u)/K fall into each of the n intervals [(k-1)/n, k/n) equally often on
+average, so over u every count is equally likely, for every n and K. With k uniform on 1 ... n,
+
+    negative ELBO of a row = sum over k of (1/k) E[CE sum at k masked] = E[(n/k) CE sum].
+
+The K draws are two independent systematic halves, whose difference tells the error of the draws.
+
+Letters: r rows, d draws, b pseudo-rows (a row with one of its draws), n positions, m masked positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskwire_server.config import ObjectiveConfig
+from maskwire_server.results import EvalOptions, EvalResult, FractionResult, Losses, RowResult
+from maskwire_server.training import draws, objective, schedule
+from maskwire_server.training.corruption import Corruption, Vocabulary, mask_exactly
+from maskwire_server.training.draws import Purpose
+from maskwire_server.training.objective import Networks
+
+_BINS = 10
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch on the host: int64 and bool [r, n]."""
+
+    ids_rn: Tensor
+    valid_rn: Tensor
+    prompt_rn: Tensor
+
+    @property
+    def maskable_rn(self) -> Tensor:
+        """Positions that can be masked."""
+        return self.valid_rn & ~self.prompt_rn
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What each draw of each row found, fp64 [r, d]."""
+
+    ce: Tensor
+    """Cross-entropy over masked positions, in nats."""
+    correct: Tensor
+    """Masked positions whose most probable id was right."""
+    bce: Tensor
+    """The critic's binary cross-entropy over maskable positions."""
+    critic_correct: Tensor
+    """Maskable positions where the critic's sign was right."""
+
+
+def halves(count: int) -> tuple[int, int]:
+    """How many draws each systematic half has; a single draw has no second half."""
+    return count - count // 2, count // 2
+
+
+def systematic_counts(n_r: Tensor, u_r: Tensor, count: int) -> Tensor:
+    """k_j = floor(n (j + u)/K) + 1, int64 [r, K]; 0 where n = 0."""
+    j_d = torch.arange(count, dtype=torch.float64)
+    k_rd = torch.floor(n_r[:, None] * (j_d + u_r[:, None]) / count).to(torch.int64) + 1
+    return torch.minimum(k_rd, n_r[:, None])  # rounding can reach n + 1
+
+
+def draw_counts(n_r: Tensor, row_ids: list[int], seed: int, count: int) -> Tensor:
+    """The counts of both halves, int64 [r, d]; a row's depend on the seed and its id alone."""
+    first, second = halves(count)
+    offset = draws.uniform(draws.keys(Purpose.EVALUATION_OFFSET, seed, rows=row_ids), 1)[:, 0]
+    again = draws.uniform(draws.keys(Purpose.EVALUATION_SECOND_OFFSET, seed, rows=row_ids), 1)[:, 0]
+    parts = [systematic_counts(n_r, offset, first)]
+    if second:
+        parts.append(systematic_counts(n_r, again, second))
+    return torch.cat(parts, dim=1)
+
+
+def evaluate(
+    networks: Networks,
+    config: ObjectiveConfig,
+    vocabulary: Vocabulary,
+    batch: Batch,
+    options: EvalOptions,
+    *,
+    budget: int,
+    device: torch.device,
+    has_critic: bool,
+    ema_weights: bool,
+) -> EvalResult:
+    """Evaluate a batch in parts of at most `budget` positions. Call it without gradients."""
+    n_r = batch.maskable_rn.sum(-1)
+    k_rd = draw_counts(n_r, list(options.row_ids), options.seed, options.draws)
+    critic = has_critic and not options.only_train_generator
+    flat = torch.zeros(4, k_rd.numel(), dtype=torch.float64)
+    for where, part, keys_b, temperature_b in _parts(batch, k_rd, options, vocabulary, budget):
+        flat[:, where] = _part_sums(
+            networks, config, vocabulary, part.to(device), keys_b, temperature_b, critic
+        ).cpu()
+    sums = Sums(*flat.view(4, *k_rd.shape))
+    return summarize(sums, config, n_r, k_rd, options, has_critic=critic, ema_weights=ema_weights)
+
+
+def _parts(
+    batch: Batch, k_rd: Tensor, options: EvalOptions, vocabulary: Vocabulary, budget: int
+) -> Iterator[tuple[slice, Corruption, Tensor, Tensor]]:
+    """Pseudo-rows in order, a part at a time, with the keys and temperatures of the critic's samples."""
+    r, d = k_rd.shape
+    length_r = [int(row.nonzero().max()) + 1 if bool(row.any()) else 1 for row in batch.valid_rn]
+    start = 0
+    while start < r * d:
+        stop, longest = start, 0
+        while stop < r * d:
+            longest = max(longest, length_r[stop // d])
+            if stop > start and longest * (stop + 1 - start) > budget:
+                break
+            stop += 1
+        where = slice(start, stop)
+        row_b = torch.arange(start, stop) // d
+        who = [(options.row_ids[b // d], b % d) for b in range(start, stop)]
+        start = stop
+
+        def keys(purpose: Purpose, who: list[tuple[int, int]] = who) -> Tensor:
+            return torch.tensor([draws.key(purpose, options.seed, row, draw) for row, draw in who])
+
+        maskable_bn = batch.maskable_rn[row_b]
+        k_b = k_rd.flatten()[where]
+        mask_bn = mask_exactly(keys(Purpose.MASK), maskable_bn, k_b)
+        ids_bn = batch.ids_rn[row_b]
+        part = Corruption(
+            ids_bn,
+            batch.valid_rn[row_b],
+            maskable_bn,
+            mask_bn,
+            torch.where(mask_bn, vocabulary.mask_id, ids_bn),
+            maskable_bn.sum(-1),
+            k_b,
+        )
+        if options.generator_sample_temperature is None:
+            temperature_b = draws.uniform(keys(Purpose.TEMPERATURE), 1)[:, 0]
+        else:
+            temperature_b = torch.full((len(who),), options.generator_sample_temperature).double()
+        yield where, part.rows(slice(None)), keys(Purpose.CRITIC_SAMPLE), temperature_b
+
+
+def _part_sums(
+    networks: Networks,
+    config: ObjectiveConfig,
+    vocabulary: Vocabulary,
+    part: Corruption,
+    keys_b: Tensor,
+    temperature_b: Tensor,
+    critic: bool,
+) -> Tensor:
+    """The four sums of each pseudo-row, fp64 [4, b]."""
+    device = part.ids_bn.device
+    valid = None if bool(part.valid_bn.all()) else part.valid_bn
+    row_m = part.mask_bn.nonzero()[:, 0]
+    e_bnd = objective.generator_embeddings(networks, config, part, valid, first_pass=config.self_cond)
+    logits_mv = objective.forbid_special(networks.project(e_bnd[part.mask_bn]), vocabulary)
+    target_m = part.ids_bn[part.mask_bn]
+    sums = torch.zeros(4, part.ids_bn.shape[0], dtype=torch.float64, device=device)
+    sums[0].index_add_(0, row_m, F.cross_entropy(logits_mv, target_m, reduction="none").double())
+    sums[1].index_add_(0, row_m, (logits_mv.argmax(-1) == target_m).double())
+    if critic:
+        u_m = draws.uniform(keys_b.to(device), part.ids_bn.shape[1])[part.mask_bn]
+        sampled_m = objective.sample(logits_mv, u_m, temperature_b.to(device)[row_m])
+        filled_bn = part.ids_bn.masked_scatter(part.mask_bn, sampled_m)
+        scores_bn = networks.criticize(filled_bn, valid, train_trunk=False).float()
+        labels_bn = objective.critic_labels(config, part, filled_bn)
+        bce_bn = F.binary_cross_entropy_with_logits(
+            scores_bn, labels_bn.to(scores_bn.dtype), reduction="none"
+        )
+        sums[2] = bce_bn.double().masked_fill(~part.maskable_bn, 0).sum(-1)
+        sums[3] = (((scores_bn > 0) == labels_bn) & part.maskable_bn).sum(-1)
+    return sums
+
+
+def summarize(
+    sums: Sums,
+    config: ObjectiveConfig,
+    n_r: Tensor,
+    k_rd: Tensor,
+    options: EvalOptions,
+    *,
+    has_critic: bool,
+    ema_weights: bool,
+) -> EvalResult:
+    """From the draws' sums to the figures, all in fp64."""
+    n = n_r.double()
+    tokens = int(n_r.sum())
+    nats_rd = torch.where(k_rd > 0, n[:, None] / k_rd.clamp(min=1) * sums.ce, 0.0)
+    nats_r = nats_rd.mean(1)
+    per_token = float(nats_r.sum()) / tokens
+    critic = critic_accuracy = None
+    if has_critic:
+        # Draws of count k come with probability 1/n here and P(k) in training.
+        ratio_rd = _importance(config, n_r, k_rd)
+        critic = float((ratio_rd * sums.bce).sum() / (ratio_rd * n[:, None]).sum())
+        critic_accuracy = float(sums.critic_correct.sum()) / (tokens * k_rd.shape[1])
+    generator = per_token
+    if config.weighting == "masked_mean":
+        ratio_rd = _importance(config, n_r, k_rd)
+        generator = float((ratio_rd * sums.ce).sum() / (ratio_rd * k_rd).sum())
+    return EvalResult(
+        losses=combine(generator, critic, config.critic_loss_weight, options.only_train_critic),
+        nats_per_token=per_token,
+        bits_per_token=per_token / math.log(2),
+        perplexity=math.exp(min(per_token, 700.0)),
+        standard_error=_standard_error(nats_r, n, per_token),
+        monte_carlo_error=_monte_carlo_error(nats_rd, tokens),
+        accuracy=float(sums.correct.sum()) / int(k_rd.sum()),
+        critic_accuracy=critic_accuracy,
+        tokens=tokens,
+        ema_weights=ema_weights,
+        draws=options.draws,
+        bits_per_byte=(
+            float(nats_r.sum()) / math.log(2) / options.text_bytes if options.text_bytes else None
+        ),
+        by_masked_fraction=_by_fraction(sums, n_r, k_rd),
+        rows=tuple(
+            RowResult(row, nats, count)
+            for row, nats, count in zip(options.row_ids, nats_r.tolist(), n_r.tolist(), strict=True)
+        ),
+    )
+
+
+def combine(generator: float, critic: float | None, weight: float, only_critic: bool) -> Losses:
+    """The losses as a client sees them: absent means absent."""
+    if critic is None:
+        return Losses(generator, generator)
+    if only_critic:
+        return Losses(critic, None, critic)
+    return Losses(generator + weight * critic, generator, critic)
+
+
+def _importance(config: ObjectiveConfig, n_r: Tensor, k_rd: Tensor) -> Tensor:
+    """n P(k): how much more often training draws this count than evaluation does; 0 where n = 0."""
+    n_rd = n_r[:, None].expand_as(k_rd)
+    probabilities = (
+        schedule.exact_probabilities if config.masking == "exact" else schedule.bernoulli_probabilities
+    )
+    p_rd = probabilities(
+        schedule.SCHEDULES[config.schedule],
+        k_rd.flatten().clamp(min=1),
+        n_rd.flatten().clamp(min=1),
+    ).view_as(k_rd)
+    return torch.where(n_rd > 0, n_rd * p_rd, 0.0)
+
+
+def _standard_error(nats_r: Tensor, n_r: Tensor, per_token: float) -> float | None:
+    """Of the ratio sum L / sum n over the population of rows (Cochran 1977, 6.4)."""
+    rows = int((n_r > 0).sum())
+    if rows < 2:
+        return None
+    residual = (nats_r - per_token * n_r).square().sum()
+    return float((rows / (rows - 1) * residual).sqrt() / n_r.sum())
+
+
+def _monte_carlo_error(nats_rd: Tensor, tokens: int) -> float | None:
+    """From the halves: their mean's variance is a quarter of the variance of their difference."""
+    first, second = halves(nats_rd.shape[1])
+    if not second:
+        return None
+    difference_r = nats_rd[:, :first].mean(1) - nats_rd[:, first:].mean(1)
+    return float(difference_r.square().sum().sqrt()) / (2 * tokens)
+
+
+def _by_fraction(sums: Sums, n_r: Tensor, k_rd: Tensor) -> tuple[FractionResult, ...]:
+    # ceil(10 k/n) - 1 in integers: rounding must not move k/n = 0.3 into (0.3, 0.4].
+    bin_rd = (k_rd * _BINS + n_r[:, None] - 1) // n_r[:, None].clamp(min=1) - 1
+    found = []
+    for index in range(_BINS):
+        here = (bin_rd == index) & (k_rd > 0)
+        masked = int(k_rd[here].sum())
+        found.append(
+            FractionResult(
+                index / _BINS,
+                (index + 1) / _BINS,
+                float(sums.ce[here].sum()) / masked if masked else None,
+                float(sums.correct[here].sum()) / masked if masked else None,
+                masked,
+            )
+        )
+    return tuple(found)

@@ -1,0 +1,108 @@
+"""Optimizers, one for each group of weights, so that training one leaves the other bit-identical.
+
+A group's optimizer state and moving average advance only in the steps that train it; the learning
+rate follows the global step.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from maskwire_server.config import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, step: int) -> float:
+    """The schedule's rate at a step, counted from 1.
+
+    Linear warm-up reaches the peak at step `warmup_steps`; cosine: lr_min + (lr - lr_min)
+    (1 + cos(pi p))/2 with p the progress from there to `total_steps` (Loshchilov, Hutter 2017).
+    """
+    peak, low = config.learning_rate, config.min_learning_rate
+    if step < config.warmup_steps:
+        return peak * step / config.warmup_steps
+    if config.schedule == "constant" or config.total_steps is None:
+        return peak
+    progress = min(1.0, (step - config.warmup_steps) / (config.total_steps - config.warmup_steps))
+    return low + (peak - low) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _decays(name: str, weight: Tensor) -> bool:
+    """Weight decay is for matrices of linear maps: norms, biases and embeddings are spared."""
+    return weight.ndim >= 2 and "_emb." not in name
+
+
+class Group:
+    """The weights of the generator or of the critic, their AdamW and their moving average."""
+
+    def __init__(self, module: nn.Module, config: OptimizerConfig, *, fused: bool) -> None:
+        named = dict(module.named_parameters())
+        self.names = list(named)
+        self.weights = list(named.values())
+        decayed = [weight for name, weight in named.items() if _decays(name, weight)]
+        spared = [weight for name, weight in named.items() if not _decays(name, weight)]
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": spared, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            fused=fused,
+        )
+        for weight in self.weights:  # now, so that the first step cannot run out of memory half-way
+            self.optimizer.state[weight] = {
+                "step": torch.zeros((), dtype=torch.float32, device=weight.device),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
+            }
+        self.updates = 0
+        """Steps that trained this group."""
+        self._decay = config.ema_decay
+        self.ema = copy.deepcopy(module).eval().requires_grad_(False) if config.ema_decay else None
+        """The module with the moving average's weights, if one is kept."""
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients there are."""
+        return [weight.grad for weight in self.weights if weight.grad is not None]
+
+    def clear_gradients(self) -> None:
+        """Free the gradients."""
+        for weight in self.weights:
+            weight.grad = None
+
+    def update(self, rate: float) -> None:
+        """Apply the gradients, then let the moving average follow."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.updates += 1
+        if self.ema is not None:
+            # min(d, (1+s)/(10+s)): the average forgets its start quickly (Abadi et al., TensorFlow).
+            decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
+            averages: list[Tensor] = list(self.ema.parameters())
+            torch._foreach_lerp_(averages, [weight.detach() for weight in self.weights], 1 - decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """AdamW's state and the count of updates, by weight name."""
+        state = {"updates": torch.tensor(self.updates, dtype=torch.int64)}
+        for name, weight in zip(self.names, self.weights, strict=True):
+            for part, value in self.optimizer.state[weight].items():
+                state[f"{name}.{part}"] = value
+        return state
+
+
+def clip(groups: Iterable[Group], limit: float | None) -> Tensor:
+    """Scale the gradients of what learns to a global norm of at most `limit`; the norm before, fp32 []."""
+    gradients = [gradient for group in groups for gradient in group.gradients()]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit is not None and gradients:
+        # min(1, limit/norm), and gradients that are not finite stay so: the update is then skipped.
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm

@@ -1,0 +1,77 @@
+"""The trainer's state to and from files: safetensors alone, so that a foreign file can run no code.
+
+model.safetensors       generator.* and critic.*
+ema.safetensors         the same names, if a moving average is kept
+optimizer.safetensors   generator.* and critic.*: AdamW's state and the count of updates
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of the state in host memory: file name -> tensors."""
+
+    files: dict[str, dict[str, Tensor]]
+
+    @staticmethod
+    def copy(files: dict[str, dict[str, Tensor]]) -> Snapshot:
+        """Copy live tensors; training may go on at once."""
+        return Snapshot(
+            {
+                file: {name: _host_copy(tensor) for name, tensor in tensors.items()}
+                for file, tensors in files.items()
+            }
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write the files into `folder`. Raises OSError."""
+        for file, tensors in self.files.items():
+            try:
+                save_file(tensors, folder / file)
+            except SafetensorError as error:
+                raise OSError(0, str(error), str(folder / file)) from error
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def load(folder: Path, live: dict[str, dict[str, Tensor]]) -> None:
+    """Copy the files of `folder` into live tensors; nothing is copied unless everything fits.
+
+    Raises ValueError naming the first file or tensor that is missing, unknown or of another kind.
+    """
+    loaded = {file: _read(folder / file, tensors) for file, tensors in live.items()}
+    with torch.no_grad():
+        for file, tensors in live.items():
+            for name, tensor in tensors.items():
+                tensor.copy_(loaded[file][name])
+
+
+def _read(path: Path, live: dict[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path.name}: cannot be read: {error}") from error
+    for name in sorted(live.keys() | tensors.keys()):
+        if name not in tensors:
+            raise ValueError(f"{path.name}: {name} is missing")
+        if name not in live:
+            raise ValueError(f"{path.name}: {name} is not part of this model")
+        found, wanted = tensors[name], live[name]
+        if found.shape != wanted.shape or found.dtype != wanted.dtype:
+            raise ValueError(
+                f"{path.name}: {name} must be {wanted.dtype} {tuple(wanted.shape)}, "
+                f"got {found.dtype} {tuple(found.shape)}"
+            )
+    return tensors

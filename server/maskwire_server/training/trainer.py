@@ -1,0 +1,331 @@
+"""The trainer: the networks, their optimizers, and one step or evaluation at a time.
+
+It keeps no step number: whoever calls it says which step a batch is, and every draw follows from that.
+All of it, the construction too, belongs on one thread: once a second thread has entered a parallel
+region, OpenMP stops spinning and small steps take twice as long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from maskwire_server.batch import Batch
+from maskwire_server.batch import Modes as RequestModes
+from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
+from maskwire_server.errors import ConfigError, StateLost
+from maskwire_server.results import EvalOptions, EvalResult, Losses, ModelInfo, Outcome, StepResult
+from maskwire_server.training import draws, evaluation, objective, optim, snapshot
+from maskwire_server.training.corruption import Step, Vocabulary, corrupt, random_ids
+from maskwire_server.training.draws import Purpose
+from maskwire_server.training.networks import Networks
+from maskwire_server.training.optim import Group
+
+
+class Trainer:
+    """Trains and evaluates one model on one device."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        objective: ObjectiveConfig,
+        optimizer: OptimizerConfig,
+        serve: ServeConfig,
+        seed: int,
+    ) -> None:
+        torch.set_num_threads(serve.threads or len(os.sched_getaffinity(0)))
+        self._model, self._objective, self._optimizer = model, objective, optimizer
+        self._seed = seed
+        self._device = choose_device(serve.device)
+        self._bf16 = choose_bf16(serve.precision, self._device)
+        self._budget = serve.micro_batch_tokens or default_budget(self._device, model.num_tokens)
+        self._vocabulary = Vocabulary.of(model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(draws.key(Purpose.WEIGHTS, seed))
+            self.networks = Networks(model, objective)  # on the CPU, so that every device begins alike
+        self.networks.to(self._device)
+        fused = self._device.type in ("cpu", "cuda")
+        self.generator = Group(self.networks.generator, optimizer, fused=fused)
+        critic = self.networks.critic
+        self.critic = None if critic is None else Group(critic, optimizer, fused=fused)
+        self._averaged: Networks | None = None
+        if self.generator.ema is not None:
+            self._averaged = averaged(self.networks, self.generator, self.critic)
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is served."""
+        config = self._objective
+        words = f"{config.preset}: {config.schedule} schedule, {config.masking} masking, {config.weighting}"
+        if config.augments:
+            words += ", augmented (the training loss is no bound; evaluation is)"
+        if config.critic != "none":
+            words += f", {config.critic} critic"
+        return ModelInfo(
+            num_tokens=self._model.num_tokens,
+            mask_id=self._model.mask_id,
+            pad_id=self._model.pad_id,
+            max_seq_len=self._model.max_seq_len,
+            parameters=sum(weight.numel() for weight in self.networks.parameters()),
+            objective=words,
+            loss_is_bound=config.loss_is_bound,
+            has_critic=self.critic is not None,
+        )
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What results depend on beside the configuration."""
+        name = (
+            torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.processor()
+        )
+        return {
+            "torch": torch.__version__,
+            "device": f"{self._device}{f' ({name})' if name else ''}",
+            "precision": "bf16" if self._bf16 else "fp32",
+            "threads": str(torch.get_num_threads()),
+        }
+
+    def warm_up(self) -> None:
+        """Compute a small step and throw it away, so that the first real one is not slow."""
+        n = min(self._model.max_seq_len, 16)
+        u_bn = draws.uniform(draws.keys(Purpose.RANDOM_ID, rows=range(2)), n)
+        every = torch.ones(2, n, dtype=torch.bool)
+        batch = evaluation.Batch(random_ids(u_bn, self._vocabulary), every, ~every)
+        self._gradients(batch, RequestModes(), Step(self._seed, 0, 0))
+        self._clear_gradients()
+
+    def train_step(self, lineage: int, step: int, batch: Batch, modes: RequestModes) -> StepResult:
+        """Train on one logical batch: loss and gradient are those of the undivided batch.
+
+        Losses or gradients that are not finite leave everything as it was, and so does running out of
+        memory before the update. Raises StateLost when the update itself fails.
+        """
+        if modes.only_train_generator and modes.only_train_critic:
+            raise ValueError("only_train_generator and only_train_critic exclude each other, got both")
+        if modes.only_train_critic and self.critic is None:
+            raise ValueError("only_train_critic needs a critic, this model has none")
+        at = Step(self._seed, lineage, step)
+        rate = modes.learning_rate
+        rate = optim.learning_rate(self._optimizer, step) if rate is None else rate
+        try:
+            shares = self._gradients(self._host(batch), modes, at)
+            learners = self._learners(modes)
+            norm = optim.clip(learners, self._optimizer.clip_grad_norm)
+            generator, critic, gradient_norm = shares.read(norm)
+        except RuntimeError as error:
+            self._clear_gradients()
+            if not _out_of_memory(error):
+                raise
+            return StepResult(Outcome.OUT_OF_MEMORY, Losses(math.nan), learning_rate=rate)
+        losses = evaluation.combine(
+            generator, critic, self._objective.critic_loss_weight, modes.only_train_critic
+        )
+        finite = math.isfinite(losses.loss) and math.isfinite(gradient_norm)
+        try:
+            if finite and shares.masked:
+                for group in learners:
+                    group.update(rate)
+        except BaseException as error:
+            raise StateLost(f"the update of step {step} failed half-way") from error
+        finally:
+            self._clear_gradients()
+        outcome = Outcome.APPLIED if finite else Outcome.SKIPPED_NON_FINITE
+        return StepResult(outcome, losses, gradient_norm, rate, shares.masked, shares.maskable)
+
+    def eval_loss(self, batch: Batch, options: EvalOptions) -> EvalResult:
+        """Evaluate one batch, by the moving average's weights if one is kept; changes nothing."""
+        networks = self.networks
+        if self._averaged is not None and not options.raw_weights:
+            networks = self._averaged
+        networks.eval()
+        try:
+            with torch.no_grad(), self._autocast():
+                return evaluation.evaluate(
+                    networks,
+                    self._objective,
+                    self._vocabulary,
+                    self._host(batch),
+                    options,
+                    budget=self._budget,
+                    device=self._device,
+                    has_critic=self.critic is not None,
+                    ema_weights=networks is self._averaged,
+                )
+        finally:
+            self.networks.train()
+
+    def snapshot(self) -> snapshot.Snapshot:
+        """A copy of the state in host memory."""
+        return snapshot.Snapshot.copy(self._state())
+
+    def load(self, folder: Path) -> None:
+        """Take over the files of a snapshot. Raises ValueError, the state untouched, if they do not fit."""
+        state = self._state()
+        snapshot.load(folder, state)
+        for name, group in self._groups().items():
+            group.updates = int(state["optimizer.safetensors"][f"{name}.updates"])
+
+    def _groups(self) -> dict[str, Group]:
+        return {"generator": self.generator} | ({} if self.critic is None else {"critic": self.critic})
+
+    def _state(self) -> dict[str, dict[str, Tensor]]:
+        files: dict[str, dict[str, Tensor]] = {"model.safetensors": {}, "optimizer.safetensors": {}}
+        for group_name, group in self._groups().items():
+            for name, weight in zip(group.names, group.weights, strict=True):
+                files["model.safetensors"][f"{group_name}.{name}"] = weight
+            for name, value in group.state().items():
+                files["optimizer.safetensors"][f"{group_name}.{name}"] = value
+            if group.ema is not None:
+                averages = files.setdefault("ema.safetensors", {})
+                averages |= {f"{group_name}.{name}": w for name, w in group.ema.named_parameters()}
+        return files
+
+    def _learners(self, modes: RequestModes) -> list[Group]:
+        learners = [] if modes.only_train_critic else [self.generator]
+        if self.critic is not None and not modes.only_train_generator:
+            learners.append(self.critic)
+        return learners
+
+    def _host(self, batch: Batch) -> evaluation.Batch:
+        return evaluation.Batch(*(torch.from_numpy(grid) for grid in batch.dense(self._model.pad_id)))
+
+    def _gradients(self, batch: evaluation.Batch, modes: RequestModes, at: Step) -> Shares:
+        """Add up the gradients of the logical batch's parts."""
+        config = self._objective
+        whole = corrupt(batch.ids_rn, batch.valid_rn, batch.prompt_rn, config, self._vocabulary, at)
+        plan = objective.step_modes(
+            config,
+            at,
+            has_critic=self.critic is not None,
+            train_generator=not modes.only_train_critic,
+            train_critic=not modes.only_train_generator,
+            temperature=modes.generator_sample_temperature,
+        )
+        shares = Shares(int(whole.k_b.sum()), int(whole.n_b.sum()), self._device, critic=plan.critic)
+        if not shares.masked:
+            return shares
+        weight_b = objective.position_weights(config, whole.n_b, whole.k_b)
+        rows = range(batch.ids_rn.shape[0])
+        keys_b = draws.keys(Purpose.CRITIC_SAMPLE, at.seed, at.lineage, at.number, rows=rows)
+        with self._seeded_dropout(at):
+            for part in split(whole.valid_bn, self._budget):
+                with self._autocast():
+                    sums = objective.losses(
+                        self.networks,
+                        config,
+                        self._vocabulary,
+                        whole.rows(part).to(self._device),
+                        weight_b[part].to(self._device),
+                        shares.maskable,
+                        plan,
+                        keys_b[part].to(self._device),
+                    )
+                shares.add(sums)
+                total = sums.generator if plan.generator_learns else torch.zeros_like(sums.generator)
+                if sums.critic is not None:
+                    total = total + config.critic_loss_weight * sums.critic
+                total.backward()  # type: ignore[no-untyped-call]
+        return shares
+
+    def _clear_gradients(self) -> None:
+        for group in self._groups().values():
+            group.clear_gradients()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bf16)
+
+    @contextlib.contextmanager
+    def _seeded_dropout(self, at: Step) -> Iterator[None]:
+        if not self._model.dropout:
+            yield
+            return
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(draws.key(Purpose.DROPOUT, at.seed, at.lineage, at.number))
+            yield
+
+
+class Shares:
+    """What the parts of a logical batch add up to; it stays on the device until it is read."""
+
+    def __init__(self, masked: int, maskable: int, device: torch.device, *, critic: bool) -> None:
+        self.masked = masked
+        self.maskable = maskable
+        self._critic = critic
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, sums: objective.Sums) -> None:
+        """Add a part's losses."""
+        critic = torch.zeros_like(sums.generator) if sums.critic is None else sums.critic
+        self._sums += torch.stack((sums.generator, critic)).detach()
+
+    def read(self, norm: Tensor) -> tuple[float, float | None, float]:
+        """Generator loss, critic loss if one was computed, gradient norm: one copy to the host."""
+        generator, critic, norm_value = torch.cat((self._sums, norm.double().view(1).to(self._sums))).tolist()
+        return generator, critic if self._critic else None, norm_value
+
+
+def averaged(networks: Networks, generator: Group, critic: Group | None) -> Networks:
+    """Networks that share the groups' moving averages."""
+    shell = copy.copy(networks)
+    shell._modules = dict(networks._modules)
+    shell.generator = generator.ema  # type: ignore[assignment]
+    shell.critic = None if critic is None else critic.ema
+    return shell
+
+
+def choose_device(wish: str) -> torch.device:
+    """The device of `serve.device`. Raises ConfigError when this machine does not have it."""
+    if wish == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wish)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"serve.device: must be a device of this machine, which has {torch.cuda.device_count()} CUDA "
+            f"devices, got {wish!r}; use auto or cpu"
+        )
+    return device
+
+
+def choose_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to autocast to bfloat16: by itself only on a GPU that computes with it."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return precision == "bf16"
+
+
+def default_budget(device: torch.device, num_tokens: int) -> int:
+    """Positions a part: so that half of them masked have logits, their gradient and a copy in bounds.
+
+    3 copies of 4 bytes over positions/2 rows of the vocabulary: 6 v bytes a position, within 512 MiB on
+    a CPU and 8 GiB on a GPU; at most 16,384 or 131,072 positions, where larger parts gain nothing.
+    """
+    logits_bytes, most = (2**33, 2**17) if device.type == "cuda" else (2**29, 2**14)
+    return max(1, min(most, logits_bytes // (6 * num_tokens)))
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def split(valid_bn: Tensor, budget: int) -> Iterator[slice]:
+    """Consecutive rows of at most `budget` positions together, at least one row a part."""
+    length_b = [int(row.nonzero().max()) + 1 if bool(row.any()) else 1 for row in valid_bn]
+    start = 0
+    while start < len(length_b):
+        stop, longest = start, 0
+        while stop < len(length_b):
+            longest = max(longest, length_b[stop])
+            if stop > start and longest * (stop + 1 - start) > budget:
+                break
+            stop += 1
+        yield slice(start, stop)
+        start = stop
