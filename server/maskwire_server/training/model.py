@@ -159,7 +159,7 @@ class Encoder(nn.Module):
         if self.to_logits is not None:
             logits_mv: Tensor = self.to_logits(e_md)
             return logits_mv
-        return F.linear(e_md, self.token_emb.weight) * e_md.shape[-1] ** -0.5
+        return e_md @ self.token_emb.weight.t() / math.sqrt(e_md.shape[-1])
 
 
 def _rotation(n: int, dim_head: int, device: torch.device) -> Tensor:
@@ -171,7 +171,7 @@ def _rotation(n: int, dim_head: int, device: torch.device) -> Tensor:
 
 
 def _rotate(x_bhnc: Tensor, rotation: Tensor) -> Tensor:
-    cos, sin = rotation.to(x_bhnc.dtype)
+    cos, sin = rotation.to(x_bhnc.dtype).unbind()
     left, right = x_bhnc.chunk(2, dim=-1)
     return x_bhnc * cos + torch.cat((-right, left), dim=-1) * sin
 

@@ -1,0 +1,146 @@
+"""The server process: the only place that builds collaborators and joins the wings.
+
+Exit codes: 0 after a clean stop, 2 for a configuration that cannot be used, 3 for a run directory that
+cannot be used, 4 when a replay is not exact, 5 when a clean stop took longer than
+`serve.drain_seconds`, 70 for an unexpected failure. Whatever was acknowledged is safe in every case.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from maskwire._version import __version__
+from maskwire_server.config import Config
+from maskwire_server.errors import ConfigError, RunDirectoryError
+from maskwire_server.results import RunState
+from maskwire_server.rpc.server import Server
+from maskwire_server.run.device import Trainer
+from maskwire_server.run.engine import Engine
+from maskwire_server.run.recovery import InexactReplayError
+
+log = logging.getLogger(__name__)
+
+EXIT_CONFIG, EXIT_RUN_DIRECTORY, EXIT_INEXACT, EXIT_SLOW, EXIT_FAILURE = 2, 3, 4, 5, 70
+
+
+def serve(
+    config: Config,
+    *,
+    factory: Callable[[], Trainer] | None = None,
+    accept_inexact_replay: bool = False,
+) -> int:
+    """Serve one run until SIGTERM or SIGINT, and return the exit code.
+
+    `factory` builds another trainer than the configured one, on the device thread.
+    """
+    began = time.monotonic()
+    stop = threading.Event()
+    _on_signals(stop)
+    engine = Engine(
+        factory or _trainer_factory(config),
+        config.run.dir,
+        seed=config.run.seed,
+        canonical=config.canonical(),
+        configuration=config.model_dump(mode="json"),
+        serve=config.serve,
+        checkpoints=config.checkpoints,
+        versions={"maskwire": __version__, "python": platform.python_version()},
+        on_fatal=_die,
+        accept_inexact_replay=accept_inexact_replay,
+    )
+    server = Server(engine, config.serve)
+    engine.on_state(server.on_state)
+    try:
+        address = server.start()  # at once: status and liveness answer during recovery
+        engine.start()
+        while not stop.is_set():
+            try:
+                engine.wait_serving(0.2)
+                break
+            except TimeoutError:
+                continue
+        else:
+            return _leave(0)  # nothing was admitted yet
+        if not stop.is_set():
+            log.info("ready after %.1f s", time.monotonic() - began)
+            print(f"maskwire-server listening on {address}", flush=True)
+        stop.wait()
+        return _stop(engine, server, config.serve.drain_seconds)
+    except ConfigError as error:
+        return _fail(engine, server, EXIT_CONFIG, error)
+    except InexactReplayError as error:
+        return _fail(engine, server, EXIT_INEXACT, error)
+    except RunDirectoryError as error:
+        return _fail(engine, server, EXIT_RUN_DIRECTORY, error)
+    except Exception:
+        log.exception("the server could not start")
+        return _leave(EXIT_FAILURE)
+
+
+def _trainer_factory(config: Config) -> Callable[[], Trainer]:
+    def build() -> Trainer:
+        # On the device thread, torch's import too: its thread pools belong to the thread that
+        # first uses them.
+        from maskwire_server.training.trainer import Trainer as TorchTrainer
+
+        return TorchTrainer(config.model, config.objective, config.optimizer, config.serve, config.run.seed)
+
+    return build
+
+
+def _on_signals(stop: threading.Event) -> None:
+    def handle(number: int, _: FrameType | None) -> None:
+        if stop.is_set():
+            log.warning(
+                "%s again: leaving at once; what was acknowledged is safe", signal.Signals(number).name
+            )
+            _leave(EXIT_SLOW)
+        log.info("%s: finishing the running step and saving", signal.Signals(number).name)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+
+
+def _stop(engine: Engine, server: Server, seconds: float) -> int:
+    deadline = time.monotonic() + seconds
+    if not engine.drain(seconds):
+        log.error("the running step took longer than serve.drain_seconds = %g; leaving without it", seconds)
+        return _leave(EXIT_SLOW)
+    server.stop(min(1.0, max(0.0, deadline - time.monotonic())))
+    engine.close()
+    log.info("stopped")
+    return 0
+
+
+def _fail(engine: Engine, server: Server, code: int, error: Exception) -> int:
+    for line in str(error).splitlines():
+        print(f"maskwire-server: {line}", file=sys.stderr)
+    server.stop(0)
+    engine.close()
+    return code
+
+
+def _die(error: BaseException) -> None:
+    print(f"maskwire-server: {type(error).__name__}; see the log above; a restart goes on", file=sys.stderr)
+    _leave(EXIT_FAILURE)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without waiting for a thread that computes."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+__all__ = ["RunState", "serve"]

@@ -1,0 +1,148 @@
+"""From the engine's values to the proto's answers."""
+
+from __future__ import annotations
+
+import time
+
+from maskwire.v1 import training_service_pb2 as pb
+from maskwire_server.results import (
+    CheckpointInfo,
+    EvalAnswer,
+    Limits,
+    Losses,
+    ModelInfo,
+    RestoreAnswer,
+    SessionAnswer,
+    Status,
+    StepAnswer,
+)
+
+
+def losses(value: Losses) -> pb.Losses:
+    """Absent stays absent."""
+    return pb.Losses(loss=value.loss, generator_loss=value.generator_loss, critic_loss=value.critic_loss)
+
+
+def step(value: StepAnswer) -> pb.TrainStepResponse:
+    """The answer to a consumed step."""
+    result = value.result
+    return pb.TrainStepResponse(
+        step=value.step,
+        losses=losses(result.losses),
+        replayed=value.replayed,
+        outcome=pb.StepOutcome.Name(result.outcome),
+        digest=value.digest,
+        metrics=pb.StepMetrics(
+            gradient_norm=result.gradient_norm,
+            learning_rate=result.learning_rate,
+            masked_tokens=result.masked_tokens,
+            maskable_tokens=result.maskable_tokens,
+            queue_seconds=value.queue_seconds,
+            compute_seconds=value.compute_seconds,
+            commit_seconds=value.commit_seconds,
+        ),
+    )
+
+
+def evaluation(value: EvalAnswer) -> pb.EvalLossResponse:
+    """The answer to an evaluation."""
+    result = value.result
+    return pb.EvalLossResponse(
+        losses=losses(result.losses),
+        nats_per_token=result.nats_per_token,
+        bits_per_token=result.bits_per_token,
+        perplexity=result.perplexity,
+        standard_error=result.standard_error,
+        monte_carlo_error=result.monte_carlo_error,
+        accuracy=result.accuracy,
+        critic_accuracy=result.critic_accuracy,
+        by_masked_fraction=[
+            pb.FractionResult(
+                masked_fraction_min=part.low,
+                masked_fraction_max=part.high,
+                nats_per_masked_token=part.nats_per_masked_token,
+                accuracy=part.accuracy,
+                masked_tokens=part.masked_tokens,
+            )
+            for part in result.by_masked_fraction
+        ],
+        rows=[pb.RowResult(row_id=row.row_id, nats=row.nats, tokens=row.tokens) for row in result.rows],
+        bits_per_byte=result.bits_per_byte,
+        tokens=result.tokens,
+        step=value.step,
+        digest=value.digest,
+        ema_weights=result.ema_weights,
+        draws=result.draws,
+    )
+
+
+def session(value: SessionAnswer, info: ModelInfo, bounds: Limits) -> pb.OpenSessionResponse:
+    """The answer to a new writer."""
+    return pb.OpenSessionResponse(
+        session=pb.SessionRef(run_id=value.run_id, lineage=value.lineage, epoch=value.epoch),
+        step=value.step,
+        durable_step=value.durable_step,
+        digest=value.digest,
+        model=model(info),
+        limits=limits(bounds),
+    )
+
+
+def model(info: ModelInfo) -> pb.ModelInfo:
+    """What is served."""
+    return pb.ModelInfo(**vars(info))
+
+
+def limits(bounds: Limits) -> pb.Limits:
+    """Bounds on one request."""
+    return pb.Limits(**vars(bounds))
+
+
+def checkpoint(info: CheckpointInfo) -> pb.CheckpointInfo:
+    """A whole checkpoint."""
+    answer = pb.CheckpointInfo(
+        name=info.name,
+        lineage=info.lineage,
+        step=info.step,
+        digest=info.digest,
+        size_bytes=info.size_bytes,
+        files=[
+            pb.CheckpointFile(name=file.name, size_bytes=file.size_bytes, sha256=file.sha256)
+            for file in info.files
+        ],
+        labels=info.labels,
+    )
+    answer.create_time.FromNanoseconds(int(info.created * 1e9))
+    return answer
+
+
+def restore(value: RestoreAnswer) -> pb.RestoreCheckpointResponse:
+    """Where the run is now."""
+    return pb.RestoreCheckpointResponse(lineage=value.lineage, step=value.step, digest=value.digest)
+
+
+def status(value: Status, bounds: Limits, started: float) -> pb.GetStatusResponse:
+    """Is it stuck or working? `started` is the process's monotonic start."""
+    answer = pb.GetStatusResponse(
+        state=pb.RunState.Name(value.state),
+        waiting_for=value.waiting_for,
+        run_id=value.run_id,
+        lineage=value.lineage,
+        step=value.step,
+        durable_step=value.durable_step,
+        digest=value.digest,
+        queue_length=value.queue_length,
+        queue_limit=value.queue_limit,
+        steps_per_second=value.steps_per_second,
+        tokens_per_second=value.tokens_per_second,
+        last_error=value.last_error,
+        writer=value.writer,
+        epoch=value.epoch,
+        model=None if value.model is None else model(value.model),
+        limits=limits(bounds),
+        newest_checkpoint=None if value.newest_checkpoint is None else checkpoint(value.newest_checkpoint),
+        versions=value.versions,
+    )
+    answer.state_time.FromNanoseconds(int(value.state_since * 1e9))
+    answer.uptime.FromNanoseconds(int((time.monotonic() - started) * 1e9))
+    return answer

@@ -1,0 +1,97 @@
+"""The gRPC server around the service: ports, limits, health and reflection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1 import training_service_pb2_grpc as pb_grpc
+from maskwire_server.config import ServeConfig
+from maskwire_server.errors import ConfigError
+from maskwire_server.results import RunState
+from maskwire_server.rpc.service import Engine, TrainingService
+
+SERVICE = pb.DESCRIPTOR.services_by_name["TrainingService"].full_name
+LIVENESS = "liveness"
+_SPARE_WORKERS = 16  # beside one for each request that may wait, so that a full queue can say so
+
+
+class Server:
+    """Listens on one address for one engine."""
+
+    def __init__(self, engine: Engine, config: ServeConfig) -> None:
+        self._config = config
+        # Health and status have threads of their own: they must answer when every worker waits.
+        self._prompt_pool = ThreadPoolExecutor(2, thread_name_prefix="maskwire-health")
+        self._workers = ThreadPoolExecutor(
+            config.queue_limit + _SPARE_WORKERS, thread_name_prefix="maskwire-rpc"
+        )
+        self._server = grpc.server(
+            self._workers,
+            options=[
+                ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
+                ("grpc.max_receive_message_length", config.max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+                # Clients may ping every 15 s, also while nothing is under way.
+                ("grpc.http2.min_ping_interval_without_data_ms", 15_000),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 15_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ],
+        )
+        self._health = health.HealthServicer(experimental_thread_pool=self._prompt_pool)
+        for name, serving in (("", False), (SERVICE, False), (LIVENESS, True)):
+            self._set_health(name, serving)
+        self._promptly(self._health, "Check")
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        service = TrainingService(engine)
+        self._promptly(service, "GetStatus")
+        pb_grpc.add_TrainingServiceServicer_to_server(service, self._server)  # type: ignore[no-untyped-call]
+        if config.reflection:
+            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+
+    def _promptly(self, servicer: object, method: str) -> None:
+        behave: Callable[[Any, Any], Any] = getattr(servicer, method)
+
+        def prompt(request: Any, context: Any) -> Any:
+            return behave(request, context)
+
+        prompt.experimental_thread_pool = self._prompt_pool  # type: ignore[attr-defined]
+        setattr(servicer, method, prompt)
+
+    def start(self) -> str:
+        """Listen, and return HOST:PORT with the port that was found. Raises ConfigError."""
+        address = self._config.address
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise ConfigError(
+                f"serve.address: cannot listen on {address!r}: the port is taken or the host is not this "
+                "machine's; choose another, or port 0 for a free one"
+            )
+        self._server.start()
+        return f"{address.rpartition(':')[0]}:{port}"
+
+    def on_state(self, state: RunState) -> None:
+        """Readiness follows the state; liveness ends only with a failed recovery."""
+        for name in ("", SERVICE):
+            self._set_health(name, state is RunState.SERVING)
+        self._set_health(LIVENESS, state is not RunState.RECOVERY_FAILED)
+
+    def _set_health(self, name: str, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+
+    def stop(self, grace: float) -> None:
+        """Refuse new calls, give running ones `grace` seconds, and end the threads."""
+        self._server.stop(grace).wait()
+        self._workers.shutdown(wait=False, cancel_futures=True)
+        self._prompt_pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,285 @@
+"""The service: each method parses, submits and replies."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import grpc
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1 import training_service_pb2_grpc as pb_grpc
+from maskwire_server.errors import Refused, invalid_field
+from maskwire_server.requests import (
+    EvalRequest,
+    RestoreRequest,
+    SaveRequest,
+    SessionRef,
+    SessionRequest,
+    StepRequest,
+)
+from maskwire_server.results import (
+    CheckpointInfo,
+    EvalAnswer,
+    Limits,
+    ModelInfo,
+    RestoreAnswer,
+    SessionAnswer,
+    Status,
+    StepAnswer,
+)
+from maskwire_server.rpc import answers, wire
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+DOMAIN = "maskwire"
+_DEFAULT_PAGE, _LARGEST_PAGE = 50, 1000
+
+
+class Engine(Protocol):
+    """What the service needs of an engine; a `Refused` comes out of a call or of its future."""
+
+    @property
+    def info(self) -> ModelInfo | None:
+        """What is served; None until the model is built."""
+
+    @property
+    def limits(self) -> Limits:
+        """Bounds on one request."""
+
+    def train_step(self, request: StepRequest) -> Future[StepAnswer]:
+        """Train on one batch."""
+
+    def step_refused(self, session: SessionRef | None, step: int | None) -> None:
+        """A step was refused before it came to the engine."""
+
+    def eval_loss(self, request: EvalRequest) -> Future[EvalAnswer]:
+        """Evaluate one batch."""
+
+    def open_session(self, request: SessionRequest) -> Future[SessionAnswer]:
+        """Make the caller the run's writer."""
+
+    def close_session(self, session: SessionRef) -> Future[None]:
+        """End the caller's session."""
+
+    def save(self, request: SaveRequest) -> Future[CheckpointInfo]:
+        """Save a checkpoint."""
+
+    def restore(self, request: RestoreRequest) -> Future[RestoreAnswer]:
+        """Go back to a checkpoint."""
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """The whole checkpoints, newest first."""
+
+    def status(self) -> Status:
+        """Is it stuck or working?"""
+
+
+class TrainingService(pb_grpc.TrainingServiceServicer):
+    """Serves one engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._started = time.monotonic()
+
+    def OpenSession(  # noqa: N802
+        self, request: pb.OpenSessionRequest, context: grpc.ServicerContext
+    ) -> pb.OpenSessionResponse:
+        """See the proto."""
+        return self._serve(
+            context,
+            lambda: self._engine.open_session(wire.read_open(request)),
+            lambda value: answers.session(value, self._info(), self._engine.limits),
+        )
+
+    def CloseSession(  # noqa: N802
+        self, request: pb.CloseSessionRequest, context: grpc.ServicerContext
+    ) -> pb.CloseSessionResponse:
+        """See the proto."""
+        return self._serve(
+            context,
+            lambda: self._engine.close_session(wire.read_session(request.session)),
+            lambda _: pb.CloseSessionResponse(),
+        )
+
+    def TrainStep(  # noqa: N802
+        self, request: pb.TrainStepRequest, context: grpc.ServicerContext
+    ) -> pb.TrainStepResponse:
+        """See the proto."""
+        return self._serve(context, lambda: self._submit_step(request), answers.step)
+
+    def _submit_step(self, request: pb.TrainStepRequest) -> Future[StepAnswer]:
+        try:
+            step = wire.read_step(request, self._info(), self._engine.limits)
+        except Refused:
+            session = wire.read_session(request.session) if request.HasField("session") else None
+            self._engine.step_refused(session, request.step if request.HasField("step") else None)
+            raise
+        return self._engine.train_step(step)
+
+    def EvalLoss(  # noqa: N802
+        self, request: pb.EvalLossRequest, context: grpc.ServicerContext
+    ) -> pb.EvalLossResponse:
+        """See the proto."""
+        return self._serve(
+            context,
+            lambda: self._engine.eval_loss(wire.read_eval(request, self._info(), self._engine.limits)),
+            answers.evaluation,
+        )
+
+    def Generate(  # noqa: N802
+        self,
+        request: pb.GenerateRequest,  # noqa: ARG002
+        context: grpc.ServicerContext,
+    ) -> Iterator[pb.GenerateResponse]:
+        """See the proto."""
+        self._abort(context, Refused("UNIMPLEMENTED", "this server does not generate"))
+
+    def Checkpoint(  # noqa: N802
+        self, request: pb.CheckpointRequest, context: grpc.ServicerContext
+    ) -> pb.CheckpointResponse:
+        """See the proto."""
+        return self._serve(
+            context,
+            lambda: self._engine.save(wire.read_save(request)),
+            lambda info: pb.CheckpointResponse(checkpoint=answers.checkpoint(info)),
+        )
+
+    def ListCheckpoints(  # noqa: N802
+        self, request: pb.ListCheckpointsRequest, context: grpc.ServicerContext
+    ) -> pb.ListCheckpointsResponse:
+        """See the proto."""
+        return self._serve(context, lambda: _done(request), self._page)
+
+    def _page(self, request: pb.ListCheckpointsRequest) -> pb.ListCheckpointsResponse:
+        if request.page_size < 0:
+            raise invalid_field("page_size", f"page_size must be at least 0, got {request.page_size}")
+        size = min(request.page_size or _DEFAULT_PAGE, _LARGEST_PAGE)
+        found = self._engine.checkpoints()
+        start = 0
+        if request.page_token:
+            # The token names the last checkpoint of the page before, so that a page stays right when
+            # checkpoints come and go; one that has gone meanwhile cannot be gone on from.
+            try:
+                last = base64.urlsafe_b64decode(request.page_token.encode()).decode()
+                start = [info.name for info in found].index(last) + 1
+            except ValueError:
+                raise invalid_field(
+                    "page_token", f"page_token {request.page_token!r} is unknown or too old; begin again"
+                ) from None
+        page = found[start : start + size]
+        more = start + size < len(found)
+        return pb.ListCheckpointsResponse(
+            checkpoints=[answers.checkpoint(info) for info in page],
+            next_page_token=base64.urlsafe_b64encode(page[-1].name.encode()).decode() if more else "",
+        )
+
+    def RestoreCheckpoint(  # noqa: N802
+        self, request: pb.RestoreCheckpointRequest, context: grpc.ServicerContext
+    ) -> pb.RestoreCheckpointResponse:
+        """See the proto."""
+        return self._serve(context, lambda: self._engine.restore(wire.read_restore(request)), answers.restore)
+
+    def DeleteCheckpoint(  # noqa: N802
+        self,
+        request: pb.DeleteCheckpointRequest,  # noqa: ARG002
+        context: grpc.ServicerContext,
+    ) -> pb.DeleteCheckpointResponse:
+        """See the proto."""
+        self._abort(context, Refused("UNIMPLEMENTED", "this server does not delete checkpoints on request"))
+
+    def DownloadCheckpoint(  # noqa: N802
+        self,
+        request: pb.DownloadCheckpointRequest,  # noqa: ARG002
+        context: grpc.ServicerContext,
+    ) -> Iterator[pb.DownloadCheckpointResponse]:
+        """See the proto."""
+        self._abort(context, Refused("UNIMPLEMENTED", "this server does not serve downloads"))
+
+    def GetStatus(  # noqa: N802
+        self, request: pb.GetStatusRequest, context: grpc.ServicerContext
+    ) -> pb.GetStatusResponse:
+        """See the proto."""
+        return self._serve(
+            context,
+            lambda: _done(request),
+            lambda _: answers.status(self._engine.status(), self._engine.limits, self._started),
+        )
+
+    def _info(self) -> ModelInfo:
+        info = self._engine.info
+        if info is None:
+            raise Refused("RECOVERING", "the server is building the model; ask again")
+        return info
+
+    def _serve(
+        self,
+        context: grpc.ServicerContext,
+        submit: Callable[[], Future[T]],
+        reply: Callable[[T], R],
+    ) -> R:
+        try:
+            return reply(_wait(submit(), context))
+        except Refused as refusal:
+            self._abort(context, refusal)
+        except CancelledError:
+            self._abort(context, Refused("RECOVERING", "the client's deadline passed or it went away"))
+        except Exception:
+            # An unexpected error's text can hold anything: it stays in the log.
+            error_id = uuid.uuid4().hex[:12]
+            log.exception("unexpected error %s", error_id)
+            self._abort(
+                context,
+                Refused(
+                    "INTERNAL", f"unexpected; the server's log explains error {error_id}", error_id=error_id
+                ),
+            )
+
+    def _abort(self, context: grpc.ServicerContext, refusal: Refused) -> NoReturn:
+        context.abort_with_status(rpc_status.to_status(to_status(refusal)))
+        raise AssertionError("abort_with_status raises")
+
+
+def _done(value: T) -> Future[T]:
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future
+
+
+def _wait(future: Future[T], context: grpc.ServicerContext) -> T:
+    """The future's result; it is cancelled when the client has gone, so that nobody waits for it."""
+
+    def give_up() -> None:
+        future.cancel()
+
+    if not context.add_callback(give_up):
+        raise CancelledError
+    return future.result()
+
+
+def to_status(refusal: Refused) -> Any:
+    """A refusal as google.rpc.Status: ErrorInfo always, BadRequest and RetryInfo where they apply."""
+    kind = refusal.kind
+    status = status_pb2.Status(code=code_pb2.Code.Value(kind.status), message=refusal.message)
+    info = error_details_pb2.ErrorInfo(reason=refusal.reason, domain=DOMAIN, metadata=refusal.metadata)
+    status.details.add().Pack(info)
+    if refusal.fields:
+        bad = error_details_pb2.BadRequest()
+        for field, description in refusal.fields.items():
+            bad.field_violations.add(field=field, description=description)
+        status.details.add().Pack(bad)
+    if kind.retry_after_seconds is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(int(kind.retry_after_seconds * 1000))
+        status.details.add().Pack(retry)
+    return status

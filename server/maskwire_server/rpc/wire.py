@@ -1,0 +1,344 @@
+"""Between the proto's messages and the engine's values: reading checks, writing copies.
+
+Everything a request can be wrong in is found here, on the CPU, before the device hears of it. A
+refusal names the field, the first offending position, the value, and what would be right.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from maskwire.v1 import training_service_pb2 as pb
+from maskwire_server.batch import Batch, Modes, Payload
+from maskwire_server.errors import Refused, invalid_field
+from maskwire_server.requests import (
+    EvalRequest,
+    History,
+    RestoreRequest,
+    SaveRequest,
+    SessionRef,
+    SessionRequest,
+    StepRequest,
+)
+from maskwire_server.results import EvalOptions, Limits, ModelInfo
+
+DEFAULT_DRAWS = 16
+MAX_NAME = 128
+MAX_LABELS, MAX_LABEL = 32, 256
+_CHECKPOINT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+
+_DTYPES: dict[int, np.dtype[np.integer]] = {
+    pb.DATA_TYPE_UINT8: np.dtype("<u1"),
+    pb.DATA_TYPE_UINT16: np.dtype("<u2"),
+    pb.DATA_TYPE_INT32: np.dtype("<i4"),
+    pb.DATA_TYPE_INT64: np.dtype("<i8"),
+}
+_DTYPE_NAMES = ", ".join(pb.DataType.Name(number) for number in _DTYPES)
+
+
+def read_step(request: pb.TrainStepRequest, info: ModelInfo, limits: Limits) -> StepRequest:
+    """A TrainStep request, checked."""
+    _check_modes(request, info)
+    rate = request.learning_rate if request.HasField("learning_rate") else None
+    if rate is not None and not (math.isfinite(rate) and rate >= 0):
+        raise invalid_field("learning_rate", f"learning_rate must be finite and at least 0, got {rate}")
+    step = request.step if request.HasField("step") else None
+    if step is not None and not 1 <= step < 2**62:
+        raise invalid_field("step", f"step must be at least 1, got {step}: steps count from 1", value=step)
+    modes = Modes(
+        request.only_train_generator,
+        request.only_train_critic,
+        _temperature(request),
+        rate,
+    )
+    if not request.HasField("batch"):
+        raise invalid_field("batch", "batch is missing: send a TokenBatch")
+    return StepRequest(
+        Payload(read_batch(request.batch, info, limits), modes),
+        session=read_session(request.session) if request.HasField("session") else None,
+        step=step,
+        request_id=_name("request_id", request.request_id),
+    )
+
+
+def read_eval(request: pb.EvalLossRequest, info: ModelInfo, limits: Limits) -> EvalRequest:
+    """An EvalLoss request, checked."""
+    _check_modes(request, info)
+    if request.estimator == pb.ESTIMATOR_CHAIN_RULE:
+        raise Refused(
+            "UNIMPLEMENTED", "this server does not evaluate by the chain rule; use the systematic one"
+        )
+    if request.estimator not in (pb.ESTIMATOR_UNSPECIFIED, pb.ESTIMATOR_SYSTEMATIC):
+        raise invalid_field("estimator", f"estimator must be one of Estimator, got {request.estimator}")
+    if not 0 <= request.draws <= limits.max_draws:
+        raise invalid_field(
+            "draws", f"draws must be 1 to {limits.max_draws}, or 0 for {DEFAULT_DRAWS}, got {request.draws}"
+        )
+    if not request.HasField("batch"):
+        raise invalid_field("batch", "batch is missing: send a TokenBatch")
+    batch = read_batch(request.batch, info, limits)
+    if request.row_ids and len(request.row_ids) != batch.rows:
+        raise invalid_field(
+            "row_ids", f"row_ids must be one a row, {batch.rows}, or none, got {len(request.row_ids)}"
+        )
+    text_bytes = request.text_bytes if request.HasField("text_bytes") else None
+    if text_bytes is not None and text_bytes < 1:
+        raise invalid_field("text_bytes", f"text_bytes must be at least 1 where given, got {text_bytes}")
+    options = EvalOptions(
+        row_ids=tuple(request.row_ids) or tuple(range(batch.rows)),
+        draws=request.draws or DEFAULT_DRAWS,
+        seed=request.seed,
+        only_train_generator=request.only_train_generator,
+        only_train_critic=request.only_train_critic,
+        generator_sample_temperature=_temperature(request),
+        raw_weights=request.raw_weights,
+        text_bytes=text_bytes,
+    )
+    return EvalRequest(batch, options)
+
+
+def read_session(session: pb.SessionRef) -> SessionRef:
+    """A session, as the client sent it back."""
+    return SessionRef(session.run_id, session.lineage, session.epoch)
+
+
+def read_open(request: pb.OpenSessionRequest) -> SessionRequest:
+    """An OpenSession request, checked."""
+    history = None
+    if request.HasField("history"):
+        sent = request.history
+        if len(sent.digest) != 32:
+            raise invalid_field(
+                "history.digest", f"history.digest must have 32 bytes, got {len(sent.digest)}"
+            )
+        history = History(sent.run_id, sent.lineage, sent.step, sent.digest)
+    return SessionRequest(
+        client_name=_name("client_name", request.client_name, required=True) or "",
+        nonce=_name("nonce", request.nonce, required=True) or "",
+        takeover=request.takeover,
+        held_epoch=request.held_epoch if request.HasField("held_epoch") else None,
+        history=history,
+    )
+
+
+def read_save(request: pb.CheckpointRequest) -> SaveRequest:
+    """A Checkpoint request, checked."""
+    if len(request.labels) > MAX_LABELS:
+        raise invalid_field("labels", f"labels must be at most {MAX_LABELS}, got {len(request.labels)}")
+    for key, value in request.labels.items():
+        if max(len(key), len(value)) > MAX_LABEL:
+            raise invalid_field(
+                "labels", f"labels must have at most {MAX_LABEL} characters, {key[:32]!r} has more"
+            )
+    return SaveRequest(
+        name=_checkpoint_name(request.name) if request.name else None,
+        request_id=_name("request_id", request.request_id),
+        labels=dict(request.labels),
+    )
+
+
+def read_restore(request: pb.RestoreCheckpointRequest) -> RestoreRequest:
+    """A RestoreCheckpoint request, checked."""
+    return RestoreRequest(
+        name=_checkpoint_name(request.name),
+        request_id=_name("request_id", request.request_id),
+        expected_lineage=request.expected_lineage if request.HasField("expected_lineage") else None,
+        expected_step=request.expected_step if request.HasField("expected_step") else None,
+    )
+
+
+def read_batch(batch: pb.TokenBatch, info: ModelInfo, limits: Limits) -> Batch:
+    """A TokenBatch, checked; `data` is viewed, not copied."""
+    rows, columns = _shape(batch.shape, info, limits)
+    if batch.dtype not in _DTYPES:
+        raise invalid_field(
+            "batch.dtype", f"batch.dtype must be one of {_DTYPE_NAMES}, got {batch.dtype}", value=batch.dtype
+        )
+    lengths = _lengths(batch.lengths, rows, columns)
+    dtype = _DTYPES[batch.dtype]
+    count = rows * columns if lengths is None else int(lengths.sum())
+    if len(batch.data) != count * dtype.itemsize:
+        raise invalid_field(
+            "batch.data",
+            f"batch.data must have {count * dtype.itemsize} bytes ({count} ids of {dtype.itemsize} bytes), "
+            f"got {len(batch.data)}",
+            expected_bytes=count * dtype.itemsize,
+            bytes=len(batch.data),
+        )
+    ids = np.frombuffer(batch.data, dtype=dtype)
+    _check_ids(ids, columns, lengths, info)
+    if lengths is None:
+        ids = ids.reshape(rows, columns)
+    read = Batch(ids, rows, columns, lengths, _prompt_bits(batch.prompt_mask, rows, columns))
+    _check_something_maskable(read, info)
+    return read
+
+
+def _shape(shape: Sequence[int], info: ModelInfo, limits: Limits) -> tuple[int, int]:
+    sizes = list(shape)
+    if len(sizes) != 2:
+        raise invalid_field(
+            "batch.shape", f"batch.shape must be [rows, columns], got {len(sizes)} dimensions"
+        )
+    for name, size in zip(("rows", "columns"), sizes, strict=True):
+        if size < 1:
+            raise invalid_field("batch.shape", f"batch.shape: {name} must be at least 1, got {size}")
+    rows, columns = sizes
+    if columns > info.max_seq_len:
+        raise invalid_field(
+            "batch.shape",
+            f"batch.shape: a row must have at most {info.max_seq_len} tokens (max_seq_len), got {columns}",
+            columns=columns,
+            max_seq_len=info.max_seq_len,
+        )
+    if rows * columns > limits.max_batch_tokens:  # Python's integers do not overflow
+        raise invalid_field(
+            "batch.shape",
+            f"batch.shape: rows times columns must be at most {limits.max_batch_tokens} "
+            f"(serve.max_batch_tokens), got {rows} x {columns}",
+            tokens=rows * columns,
+            max_batch_tokens=limits.max_batch_tokens,
+        )
+    return rows, columns
+
+
+def _lengths(sent: Sequence[int], rows: int, columns: int) -> npt.NDArray[np.int32] | None:
+    if not sent:
+        return None
+    lengths = np.array(sent, dtype=np.int32)
+    if lengths.size != rows:
+        raise invalid_field(
+            "batch.lengths", f"batch.lengths must be one a row, {rows}, or none, got {lengths.size}"
+        )
+    wrong = (lengths < 1) | (lengths > columns)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise invalid_field(
+            "batch.lengths",
+            f"batch.lengths: row {row} must have 1 to {columns} tokens, got {lengths[row]}",
+            row=row,
+            value=int(lengths[row]),
+        )
+    if lengths.max() != columns:
+        raise invalid_field(
+            "batch.lengths",
+            f"batch.lengths: the longest row must have batch.shape's {columns} columns, got {lengths.max()}",
+            longest=int(lengths.max()),
+            columns=columns,
+        )
+    return lengths
+
+
+def _check_ids(
+    ids: npt.NDArray[np.integer], columns: int, lengths: npt.NDArray[np.int32] | None, info: ModelInfo
+) -> None:
+    refused_pad = info.pad_id if lengths is not None else None
+    wrong = ids == info.mask_id
+    if refused_pad is not None:
+        wrong |= ids == refused_pad
+    if ids.min() < 0 or ids.max() >= info.num_tokens:
+        wrong |= (ids < 0) | (ids >= info.num_tokens)
+    elif not wrong.any():
+        return
+    at = int(wrong.argmax())
+    value = int(ids[at])
+    if lengths is None:
+        row, column = divmod(at, columns)
+    else:
+        ends = lengths.cumsum()
+        row = int(np.searchsorted(ends, at, side="right"))
+        column = at - int(ends[row] - lengths[row])
+    if value == info.mask_id:
+        right = "the mask id stands for masked positions: reserve an id for it that no data has"
+    elif value == refused_pad:
+        right = "the pad id is no datum: with lengths, leave padding out"
+    else:
+        right = (
+            f"ids must be 0 to {info.num_tokens - 1} (num_tokens is {info.num_tokens}), without the mask id"
+        )
+    raise invalid_field(
+        "batch.data",
+        f"batch.data: row {row}, column {column} is {value}; {right}",
+        row=row,
+        column=column,
+        value=value,
+    )
+
+
+def _prompt_bits(bits: bytes, rows: int, columns: int) -> bytes:
+    if not bits:
+        return b""
+    positions = rows * columns
+    size = (positions + 7) // 8
+    if len(bits) != size:
+        raise invalid_field(
+            "batch.prompt_mask",
+            f"batch.prompt_mask must have {size} bytes (one bit for each of {rows} x {columns} positions), "
+            f"got {len(bits)}",
+            expected_bytes=size,
+            bytes=len(bits),
+        )
+    if positions % 8 and bits[-1] >> (positions % 8):
+        raise invalid_field(
+            "batch.prompt_mask",
+            f"batch.prompt_mask: the last {8 - positions % 8} bits of its last byte must be 0, "
+            f"got {bits[-1]:#04x}",
+        )
+    return bits
+
+
+def _check_something_maskable(batch: Batch, info: ModelInfo) -> None:
+    if not batch.prompt_bits and (info.pad_id is None or batch.lengths is not None):
+        return
+    _, valid, prompt = batch.dense(info.pad_id)
+    if not (valid & ~prompt).any():
+        what = "batch.prompt_mask" if batch.prompt_bits else "batch.data"
+        raise invalid_field(
+            what,
+            f"{what}: every position of every row is prompt or padding; leave at least one to predict",
+        )
+
+
+def _check_modes(request: pb.TrainStepRequest | pb.EvalLossRequest, info: ModelInfo) -> None:
+    if request.only_train_generator and request.only_train_critic:
+        raise invalid_field(
+            "only_train_critic", "only_train_generator and only_train_critic exclude each other, got both"
+        )
+    if request.only_train_critic and not info.has_critic:
+        raise invalid_field(
+            "only_train_critic",
+            "only_train_critic needs a critic, this model has none: serve one with objective.critic",
+        )
+
+
+def _temperature(request: pb.TrainStepRequest | pb.EvalLossRequest) -> float | None:
+    if not request.HasField("generator_sample_temperature"):
+        return None
+    value = request.generator_sample_temperature
+    if not (math.isfinite(value) and value >= 0):
+        raise invalid_field(
+            "generator_sample_temperature",
+            f"generator_sample_temperature must be finite and at least 0, got {value}",
+        )
+    return value
+
+
+def _name(field: str, value: str, *, required: bool = False) -> str | None:
+    if not value and not required:
+        return None
+    if not 1 <= len(value) <= MAX_NAME or not value.isprintable():
+        raise invalid_field(
+            field, f"{field} must have 1 to {MAX_NAME} printable characters, got {value[:MAX_NAME]!r}"
+        )
+    return value
+
+
+def _checkpoint_name(value: str) -> str:
+    if _CHECKPOINT_NAME.fullmatch(value) is None:
+        raise invalid_field("name", f"name must match {_CHECKPOINT_NAME.pattern}, got {value[:80]!r}")
+    return value

@@ -1,0 +1,69 @@
+"""What a configuration needs in memory, with the arithmetic, before anything is built."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
+from maskwire_server.training.networks import Networks
+from maskwire_server.training.trainer import choose_device, default_budget
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A report for people, and its verdict."""
+
+    lines: list[str]
+    fits: bool
+
+
+def footprint(
+    model: ModelConfig, objective: ObjectiveConfig, optimizer: OptimizerConfig, serve: ServeConfig
+) -> Footprint:
+    """Parameters, memory and the batch that fits; raises ConfigError for a device that is not there."""
+    device = choose_device(serve.device)
+    with torch.device("meta"):
+        networks = Networks(model, objective)
+    parameters = sum(weight.numel() for weight in networks.parameters())
+    copies = 5 if optimizer.ema_decay else 4
+    state = 4 * copies * parameters
+    positions = serve.micro_batch_tokens or default_budget(device, model.num_tokens)
+    # A block keeps about 8 vectors of dim (norms, q, k, v, attention, residuals) and 2 of the
+    # feed-forward's width; half the positions are masked and have logits, their gradient and a copy.
+    widths = 8 * model.dim + 2 * int(model.dim * model.ff_mult) * (2 if model.feed_forward == "swiglu" else 1)
+    passes = 2 if objective.critic != "none" else 1
+    activations = 4 * positions * widths * model.depth * passes
+    logits = 4 * 3 * (positions // 2) * model.num_tokens
+    need = state + activations + logits
+    have = _available(device)
+    fits = need <= have
+    lines = [
+        f"parameters      {parameters:,}",
+        f"weights, gradients, AdamW's two moments{' and the average' if copies == 5 else ''}: "
+        f"{copies} x 4 bytes each = {_size(state)}",
+        f"activations     {positions:,} positions a part x {widths:,} numbers x {model.depth} blocks x "
+        f"{passes} passes x 4 bytes = {_size(activations)}",
+        f"logits          {positions // 2:,} masked positions x {model.num_tokens:,} ids x 3 copies x 4 "
+        f"bytes = {_size(logits)}",
+        f"together        {_size(need)} of {_size(have)} on {device}",
+        (
+            f"fits; a larger batch is split into parts of {positions:,} positions, up to "
+            f"serve.max_batch_tokens = {serve.max_batch_tokens:,}"
+            if fits
+            else "does not fit: lower serve.micro_batch_tokens, model.dim, model.depth or model.num_tokens"
+        ),
+    ]
+    return Footprint(lines, fits)
+
+
+def _available(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
