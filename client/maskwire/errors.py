@@ -1,0 +1,184 @@
+"""Everything the client raises.
+
+    MaskwireError
+    ├── RequestError             the server refused the request, nothing changed
+    │   ├── InvalidRequestError      a field is wrong; `.field` names it
+    │   ├── ConflictError            the step or request id was used otherwise
+    │   ├── HaltedError              three steps in a row were not finite
+    │   ├── CheckpointError          not found, taken, damaged, or not written
+    │   └── UnimplementedError       this server does not serve it
+    ├── SessionError             this client may not write
+    │   ├── FencedError              another writer took over: stop
+    │   ├── WriterPresentError       another client's session is open
+    │   └── WrongRunError            the session is of another run, lineage or epoch
+    ├── HistoryError             server and client disagree about what was trained: stop
+    │   ├── HistoryLostError         the server lacks steps that it acknowledged
+    │   └── DigestMismatchError      the digests differ
+    ├── UnavailableError         no answer, or not yet: the outcome is unknown
+    └── ServerError              the server failed; its log explains `.error_id`
+
+`REASONS` is the one table from the wire's reasons to these classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+
+class MaskwireError(Exception):
+    """`reason` is the wire's name of it, `metadata` every dynamic value of the message."""
+
+    def __init__(self, message: str, *, reason: str = "", metadata: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.metadata = metadata or {}
+
+
+class RequestError(MaskwireError):
+    """The server refused the request; nothing changed."""
+
+
+class InvalidRequestError(RequestError):
+    """A field of the request is wrong; the message says what would be right."""
+
+    @property
+    def field(self) -> str:
+        """The field's name."""
+        return self.metadata.get("field", "")
+
+
+class ConflictError(RequestError):
+    """The step or the request id was used for something else."""
+
+
+class HaltedError(RequestError):
+    """Three steps in a row were not finite; look at the data, then connect with takeover=True."""
+
+
+class CheckpointError(RequestError):
+    """The checkpoint was not found, its name is taken, it is damaged, or it could not be written."""
+
+
+class UnimplementedError(RequestError):
+    """This server does not serve the request."""
+
+
+class SessionError(MaskwireError):
+    """This client may not write."""
+
+
+class FencedError(SessionError):
+    """Another writer took over; this client must stop."""
+
+
+class WriterPresentError(SessionError):
+    """Another client's session is open; wait until it is closed or idle, or connect with takeover=True."""
+
+
+class WrongRunError(SessionError):
+    """The session is of another run, lineage or epoch; connect again."""
+
+
+class HistoryError(MaskwireError):
+    """Server and client disagree about what was trained; stop and look at the server's storage."""
+
+
+class HistoryLostError(HistoryError):
+    """The server lacks steps that it acknowledged to this client."""
+
+
+class DigestMismatchError(HistoryError):
+    """The server's digest is not the one of what this client sent."""
+
+
+class UnavailableError(MaskwireError):
+    """No answer came, or the server asks to wait: whether a step was applied is unknown."""
+
+
+class ServerError(MaskwireError):
+    """The server failed unexpectedly; nothing changed, and its log explains `error_id`."""
+
+    @property
+    def error_id(self) -> str:
+        """What to look for in the server's log."""
+        return self.metadata.get("error_id", "")
+
+
+REASONS: dict[str, type[MaskwireError]] = {
+    "INVALID_FIELD": InvalidRequestError,
+    "PAYLOAD_MISMATCH": ConflictError,
+    "STEP_TAKEN": ConflictError,
+    "GAP": ConflictError,
+    "HALTED": HaltedError,
+    "CHECKPOINT_EXISTS": CheckpointError,
+    "CHECKPOINT_NOT_FOUND": CheckpointError,
+    "CHECKPOINT_DAMAGED": CheckpointError,
+    "CHECKPOINT_FAILED": CheckpointError,
+    "UNIMPLEMENTED": UnimplementedError,
+    "FENCED": FencedError,
+    "WRITER_PRESENT": WriterPresentError,
+    "WRONG_RUN": WrongRunError,
+    "UNKNOWN_EPOCH": WrongRunError,
+    "HISTORY_LOST": HistoryLostError,
+    "QUEUE_FULL": UnavailableError,
+    "RECOVERING": UnavailableError,
+    "RESTORING": UnavailableError,
+    "DRAINING": UnavailableError,
+    "HELD": UnavailableError,
+    "INTERNAL": ServerError,
+}
+
+_BY_STATUS: dict[grpc.StatusCode, type[MaskwireError]] = {
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: UnavailableError,
+    grpc.StatusCode.CANCELLED: UnavailableError,
+    grpc.StatusCode.UNIMPLEMENTED: UnimplementedError,
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: RequestError,
+}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failed attempt: the error it would be, and whether another attempt can help."""
+
+    error: MaskwireError
+    retryable: bool
+    """The outcome is unknown, or the server says when to ask again."""
+    unreachable: bool = False
+    """No answer came: the server may have been restarted meanwhile."""
+    retry_after: float | None = field(default=None)
+    """Seconds, where the server said."""
+
+
+def read_failure(error: grpc.RpcError) -> Failure:
+    """What a failed RPC means."""
+    call: Any = error  # what a stub raises is a grpc.Call too
+    code, text = call.code(), call.details() or str(error)
+    info, retry_after = _details(call)
+    unknown = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    if info is not None:
+        kind = REASONS.get(info.reason, ServerError)
+        made = kind(text, reason=info.reason, metadata=dict(info.metadata))
+        return Failure(made, unknown or retry_after is not None, retry_after=retry_after)
+    kind = _BY_STATUS.get(code, ServerError)
+    return Failure(kind(f"{code.name}: {text}", reason=code.name), unknown, unreachable=unknown)
+
+
+def _details(call: Any) -> tuple[error_details_pb2.ErrorInfo | None, float | None]:
+    info, retry_after = None, None
+    status: Any = rpc_status.from_call(call)
+    for detail in () if status is None else status.details:
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            info = error_details_pb2.ErrorInfo()
+            detail.Unpack(info)
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry = error_details_pb2.RetryInfo()
+            detail.Unpack(retry)
+            retry_after = retry.retry_delay.ToTimedelta().total_seconds()
+    return info, retry_after

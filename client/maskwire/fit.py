@@ -1,0 +1,252 @@
+"""The training loop: a window of steps in flight, evaluations, checkpoints, progress and metrics.
+
+Step targets are absolute and data is a function of the step, so the same call after any interruption
+goes on where the run is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol
+
+from maskwire.results import EvalResult, StepResult
+
+if TYPE_CHECKING:
+    from maskwire.client import Trainer
+
+PLAIN_EVERY_SECONDS = 10.0
+
+
+class Data(Protocol):
+    """Where batches come from."""
+
+    def batch(self, step: int) -> Any:
+        """The rows to train on at a step: a pure function of it."""
+
+
+@dataclass
+class FitResult:
+    """What a call of `fit` did."""
+
+    first_step: int
+    step: int
+    """The last step trained."""
+    seconds: float = 0.0
+    tokens: int = 0
+    interrupted: bool = False
+    """Ctrl-C ended it; the steps in flight were finished."""
+    last: StepResult | None = None
+    evaluations: list[EvalResult] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens sent, prompts included and padding not."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Progress(Protocol):
+    """Shows how far training is."""
+
+    def update(self, step: int, loss: float, tokens: int, note: str = "") -> None:
+        """A step was trained."""
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+
+    def close(self) -> None:
+        """Training ended."""
+
+
+def fit(
+    trainer: Trainer,
+    data: Data,
+    *,
+    until_step: int,
+    evaluate: Callable[[Trainer], EvalResult] | None = None,
+    eval_every: int | None = None,
+    checkpoint_every: int | None = None,
+    metrics: str | Path | None = None,
+    progress: bool | Progress = True,
+    on_step: Callable[[StepResult], None] | None = None,
+    **modes: Any,
+) -> FitResult:
+    """Train until the run is at `until_step`.
+
+    `evaluate(trainer)` runs every `eval_every` steps and a checkpoint is saved every
+    `checkpoint_every`; both are absolute multiples. `metrics` is a file that gets one JSON line a
+    step. `modes` go to each step (`only_train_critic`, `learning_rate`, ...). Ctrl-C finishes the
+    steps in flight and returns; the next call goes on.
+    """
+    result = FitResult(first_step=trainer.step + 1, step=trainer.step)
+    if isinstance(progress, bool):
+        progress = _progress(progress, trainer.step, until_step)
+    log: IO[str] | None = Path(metrics).open("a", buffering=1) if metrics is not None else None  # noqa: SIM115
+    loop = _Loop(trainer, data, result, progress, log, on_step, modes)
+    stops = [every for every in (eval_every if evaluate else None, checkpoint_every) if every]
+    began = time.monotonic()
+    try:
+        while result.step < until_step:
+            # Evaluations and checkpoints are of an exact step: nothing may be in flight then.
+            stop = min([until_step, *((result.step // every + 1) * every for every in stops)])
+            loop.run(stop)
+            if evaluate and eval_every and result.step % eval_every == 0:
+                found = evaluate(trainer)
+                result.evaluations.append(found)
+                loop.record_evaluation(found)
+            if checkpoint_every and result.step % checkpoint_every == 0:
+                progress.say(f"step {result.step}: checkpoint {trainer.checkpoint().name}")
+    except KeyboardInterrupt:
+        loop.finish()
+        result.interrupted = True
+        progress.say(f"interrupted at step {result.step}; the same command goes on from there")
+    finally:
+        result.seconds = time.monotonic() - began
+        progress.close()
+        if log is not None:
+            log.close()
+    return result
+
+
+class _Loop:
+    def __init__(
+        self,
+        trainer: Trainer,
+        data: Data,
+        result: FitResult,
+        progress: Progress,
+        log: IO[str] | None,
+        on_step: Callable[[StepResult], None] | None,
+        modes: dict[str, Any],
+    ) -> None:
+        self._trainer, self._data, self._result = trainer, data, result
+        self._progress, self._log, self._on_step, self._modes = progress, log, on_step, modes
+        self._in_flight: deque[tuple[int, Future[StepResult]]] = deque()
+        self._began = time.time()
+
+    def run(self, stop: int) -> None:
+        """Train up to and with step `stop`, with as many in flight as the trainer allows."""
+        for step in range(self._result.step + 1, stop + 1):
+            rows = self._data.batch(step)
+            tokens = sum(len(row) for row in rows)
+            self._in_flight.append((tokens, self._trainer.submit(rows, **self._modes)))
+            while self._in_flight and self._in_flight[0][1].done():
+                self._take()
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait for what is in flight."""
+        while self._in_flight:
+            self._take()
+
+    def _take(self) -> None:
+        tokens, future = self._in_flight[0]
+        answer = future.result()
+        self._in_flight.popleft()
+        result = self._result
+        result.step, result.last = answer.step, answer
+        result.tokens += tokens
+        if self._log is not None:
+            print(json.dumps(step_line(answer, tokens)), file=self._log)
+        note = "" if answer.outcome.name == "APPLIED" else answer.outcome.name
+        self._progress.update(answer.step, answer.loss, tokens, note)
+        if self._on_step is not None:
+            self._on_step(answer)
+
+    def record_evaluation(self, found: EvalResult) -> None:
+        error = f" ± {found.standard_error / math.log(2):.3f}" if found.standard_error is not None else ""
+        self._progress.say(f"step {found.step}: held out {found.bits_per_token:.3f}{error} bits per token")
+        if self._log is not None:
+            line = {
+                "step": found.step,
+                "eval_bits_per_token": found.bits_per_token,
+                "eval_standard_error_bits": None
+                if found.standard_error is None
+                else found.standard_error / math.log(2),
+                "time": time.time(),
+            }
+            print(json.dumps(line), file=self._log)
+
+
+def step_line(answer: StepResult, tokens: int) -> dict[str, Any]:
+    """A step's line of `metrics.jsonl`; numbers that are not finite become null."""
+    numbers = {
+        "loss": answer.loss,
+        "generator_loss": answer.generator_loss,
+        "critic_loss": answer.critic_loss,
+        "gradient_norm": answer.metrics.gradient_norm,
+        "learning_rate": answer.metrics.learning_rate,
+        "compute_seconds": answer.metrics.compute_seconds,
+    }
+    finite = {k: v if v is not None and math.isfinite(v) else None for k, v in numbers.items()}
+    return {
+        "step": answer.step,
+        **finite,
+        "tokens": tokens,
+        "outcome": answer.outcome.name,
+        "digest": answer.digest.hex(),
+        "time": time.time(),
+    }
+
+
+def _progress(wanted: bool, step: int, until_step: int) -> Progress:
+    if not wanted:
+        return Silent()
+    if sys.stderr.isatty():
+        from maskwire.progress import Bar
+
+        return Bar(step, until_step)
+    return Plain(step, until_step)
+
+
+class Silent:
+    """Shows nothing."""
+
+    def update(self, step: int, loss: float, tokens: int, note: str = "") -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class Plain:
+    """A line on stderr now and then, for logs."""
+
+    def __init__(self, step: int, until_step: int) -> None:
+        self._first, self._until = step, until_step
+        self._began = self._told = time.monotonic()
+        self._tokens = 0
+        self._last = ""
+
+    def update(self, step: int, loss: float, tokens: int, note: str = "") -> None:
+        """Tell how it goes every few seconds."""
+        self._tokens += tokens
+        now = time.monotonic()
+        spent = max(now - self._began, 1e-9)
+        left = spent / max(1, step - self._first) * (self._until - step)
+        self._last = (
+            f"step {step}/{self._until}  loss {loss:.4f}  {self._tokens / spent:,.0f} tokens/s  "
+            f"{left:.0f} s left  {note}".rstrip()
+        )
+        if now - self._told >= PLAIN_EVERY_SECONDS:
+            self._told, line, self._last = now, self._last, ""
+            print(line, file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Say where it ended."""
+        if self._last:
+            print(self._last, file=sys.stderr, flush=True)

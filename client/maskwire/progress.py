@@ -1,0 +1,43 @@
+"""The live progress bar, on a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Bar:
+    """Steps, loss, tokens per second and the time left, in one line on stderr."""
+
+    def __init__(self, step: int, until_step: int, console: Console | None = None) -> None:
+        self._tokens = 0
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss [bold]{task.fields[loss]}"),
+            TextColumn("{task.fields[rate]} tokens/s"),
+            TimeRemainingColumn(),
+            TextColumn("[yellow]{task.fields[note]}"),
+            console=console or Console(stderr=True),
+        )
+        self._task = self._progress.add_task(
+            "", total=until_step, completed=step, loss="…", rate="…", note=""
+        )
+        self._progress.start()
+
+    def update(self, step: int, loss: float, tokens: int, note: str = "") -> None:
+        """A step was trained."""
+        self._tokens += tokens
+        task = self._progress.tasks[self._task]
+        elapsed = task.elapsed or 0.0
+        rate = f"{self._tokens / elapsed:,.0f}" if elapsed else "…"
+        self._progress.update(self._task, completed=step, loss=f"{loss:.4f}", rate=rate, note=note)
+
+    def say(self, text: str) -> None:
+        """A line that stays above the bar."""
+        self._progress.console.print(text, highlight=False)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._progress.stop()

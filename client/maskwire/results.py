@@ -1,0 +1,197 @@
+"""What calls return: frozen values; losses in nats, times in seconds. None means absent, never 0."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from datetime import datetime
+
+
+class Outcome(enum.IntEnum):
+    """What became of a consumed step."""
+
+    APPLIED = 1
+    SKIPPED_NON_FINITE = 2
+    OUT_OF_MEMORY = 3
+    POISON = 4
+
+
+class RunState(enum.IntEnum):
+    """What the run is doing."""
+
+    RECOVERING = 1
+    SERVING = 2
+    RESTORING = 3
+    HELD = 4
+    HALTED = 5
+    DRAINING = 6
+    RECOVERY_FAILED = 7
+
+
+@dataclass(frozen=True)
+class Losses:
+    """`loss` is what was minimised."""
+
+    loss: float
+    generator_loss: float | None
+    critic_loss: float | None
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Measured on the way."""
+
+    gradient_norm: float | None
+    learning_rate: float
+    masked_tokens: int
+    maskable_tokens: int
+    queue_seconds: float
+    compute_seconds: float
+    commit_seconds: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A consumed, durable step."""
+
+    step: int
+    losses: Losses
+    outcome: Outcome
+    replayed: bool
+    """The recorded answer of an earlier attempt."""
+    digest: bytes
+    metrics: StepMetrics
+
+    @property
+    def loss(self) -> float:
+        """What was minimised."""
+        return self.losses.loss
+
+    @property
+    def generator_loss(self) -> float | None:
+        """The generator's masked cross-entropy."""
+        return self.losses.generator_loss
+
+    @property
+    def critic_loss(self) -> float | None:
+        """The critic's binary cross-entropy."""
+        return self.losses.critic_loss
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """One row's sum, so that evaluations combine exactly."""
+
+    row_id: int
+    nats: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class FractionResult:
+    """The part of an evaluation with masked fractions in (low, high]."""
+
+    low: float
+    high: float
+    nats_per_masked_token: float | None
+    accuracy: float | None
+    masked_tokens: int
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """An evaluation; `nats_per_token` is the negative ELBO whatever the objective."""
+
+    losses: Losses
+    nats_per_token: float
+    bits_per_token: float
+    perplexity: float
+    standard_error: float | None
+    monte_carlo_error: float | None
+    accuracy: float
+    critic_accuracy: float | None
+    by_masked_fraction: tuple[FractionResult, ...]
+    rows: tuple[RowResult, ...]
+    bits_per_byte: float | None
+    tokens: int
+    step: int
+    digest: bytes
+    ema_weights: bool
+    draws: int
+
+    @property
+    def loss(self) -> float:
+        """The configured objective's loss."""
+        return self.losses.loss
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A whole checkpoint."""
+
+    name: str
+    lineage: int
+    step: int
+    digest: bytes
+    size_bytes: int
+    files: tuple[str, ...]
+    created: datetime
+    labels: dict[str, str]
+
+
+@dataclass(frozen=True)
+class RestoreResult:
+    """Where the run is after a restore."""
+
+    lineage: int
+    step: int
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is served."""
+
+    num_tokens: int
+    mask_id: int
+    pad_id: int | None
+    max_seq_len: int
+    parameters: int
+    objective: str
+    loss_is_bound: bool
+    has_critic: bool
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The server's bounds on one request."""
+
+    max_batch_tokens: int
+    max_message_bytes: int
+    window: int
+    max_draws: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """Is it stuck or working?"""
+
+    state: RunState
+    state_since: datetime
+    waiting_for: str
+    run_id: str
+    lineage: int
+    step: int
+    durable_step: int
+    digest: bytes
+    queue_length: int
+    queue_limit: int
+    steps_per_second: float
+    tokens_per_second: float
+    last_error: str
+    writer: str
+    epoch: int
+    model: ModelInfo | None
+    newest_checkpoint: CheckpointInfo | None
+    versions: dict[str, str]
+    uptime_seconds: float
