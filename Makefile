@@ -1,0 +1,28 @@
+# maskwire: `make demo` and `make test` need nothing but Python 3.11.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := client server demo deploy proto tests
+
+.PHONY: help venv demo test lint proto
+help: ## What there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+venv: ## Set up .venv with everything (TORCH_INDEX=URL takes torch from another index)
+	@$(PYTHON) deploy/venv.py
+
+demo: venv ## Train on real text through a real server, kill it, go on; about 3 minutes
+	@$(BIN)/python -m demo
+
+test: venv ## The whole test suite
+	@$(BIN)/python -m pytest
+
+lint: venv ## Style, types, and stubs that are not stale
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python proto/generate.py --check
+	@if command -v buf >/dev/null; then cd proto && buf lint && buf format --diff --exit-code; \
+	else echo "buf is not installed: the proto was not linted (npm install -g @bufbuild/buf)"; fi
+
+proto: venv ## Generate the stubs from the proto files
+	$(BIN)/python proto/generate.py

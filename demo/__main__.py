@@ -1,0 +1,246 @@
+"""The demo, from an empty folder to a trained model and a picture.
+
+DEMO_SECONDS is how long it trains, 120 by default: faster machines do more steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import sysconfig
+import threading
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+import maskwire
+from demo.server import ServerProcess
+from maskwire.data import ByteData, find_files
+from maskwire.results import EvalResult, StepResult
+
+FOLDER = Path("demo-run")
+MARK = "made-by-maskwire-demo"
+LENGTH, ROWS, HELD_OUT, EVAL_ROWS = 128, 32, 0.05, 192
+PROBE_STEPS = 12
+CONFIG = f"""\
+# A byte-level model small enough for two CPU cores.
+[model]
+num_tokens = 257   # 256 bytes and the mask id
+mask_id = 256
+max_seq_len = {LENGTH}
+dim = 128
+depth = 3
+heads = 2
+positions = "rotary"
+
+[optimizer]
+learning_rate = 4e-3
+warmup_steps = 60
+schedule = "cosine"
+total_steps = TOTAL_STEPS
+min_learning_rate = 2e-4
+ema_decay = 0.99
+"""
+
+console = Console(highlight=False)
+
+
+def main() -> int:
+    """Entry point."""
+    began = time.monotonic()
+    seconds = float(os.environ.get("DEMO_SECONDS", "120"))
+    say("[bold]maskwire demo[/bold]: a server that owns the model, a client that sends it text.\n")
+    prepare_folder()
+    training, held_out = sources()
+    unigram = held_out.unigram_bits_per_byte()
+    say(
+        f"Data: {len(training.files)} of the Python standard library's own source files, "
+        f"{training.size / 1e6:.1f} MB; {len(held_out.files)} more are held out.\n"
+        f"Knowing only how often each byte occurs is worth {unigram:.2f} bits per byte on those.\n"
+    )
+    speed = measure_speed(training)
+    total = max(60, int(seconds * speed))
+    config = FOLDER / "maskwire.toml"
+    config.write_text(CONFIG.replace("TOTAL_STEPS", str(total)))
+    server = ServerProcess(FOLDER, config)
+    try:
+        summary = run(server, training, held_out, total, unigram)
+    except KeyboardInterrupt:
+        say("\nInterrupted. Nothing is left running; `make demo` begins again.")
+        return 130
+    finally:
+        server.stop()
+    summary["seconds"] = round(time.monotonic() - began, 1)
+    (FOLDER / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    close(summary)
+    return 0
+
+
+def prepare_folder() -> None:
+    """A fresh `demo-run`; one that the demo did not make is left alone."""
+    if FOLDER.exists():
+        if any(FOLDER.iterdir()) and not (FOLDER / MARK).exists():
+            sys.exit(f"{FOLDER}/ exists and is not the demo's; move it away and run `make demo` again")
+        shutil.rmtree(FOLDER)
+    FOLDER.mkdir()
+    (FOLDER / MARK).touch()
+
+
+def sources() -> tuple[ByteData, ByteData]:
+    """The standard library's sources without its tests: (training, held out)."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = [
+        path
+        for path in find_files(library, "*.py")
+        if not {"test", "tests", "site-packages", "idle_test", "lib2to3"}
+        & set(path.relative_to(library).parts)
+    ]
+    return ByteData(files, length=LENGTH, batch_size=ROWS).split(HELD_OUT)
+
+
+def measure_speed(training: ByteData) -> float:
+    """Steps per second here, by a run that is thrown away."""
+    folder = FOLDER / "probe"
+    folder.mkdir()
+    config = folder / "maskwire.toml"
+    config.write_text(CONFIG.replace("TOTAL_STEPS", "1000"))
+    server = ServerProcess(folder, config)
+    say("Measuring this machine …")
+    try:
+        server.start()
+        with maskwire.connect(server.address) as trainer:
+            trainer.fit(training, until_step=3, progress=False)
+            speed = PROBE_STEPS / trainer.fit(training, until_step=3 + PROBE_STEPS, progress=False).seconds
+    finally:
+        server.kill()
+        shutil.rmtree(folder)
+    return speed
+
+
+def run(
+    server: ServerProcess, training: ByteData, held_out: ByteData, total: int, unigram: float
+) -> dict[str, object]:
+    """Train, with a kill in the middle; the figures of it."""
+    say(f"Server up on {server.address if server.start() else ''}, loopback only.")
+    rows = held_out.spread(EVAL_ROWS)
+    text_bytes = sum(len(row) for row in rows)
+    killer = Killer(server, at_step=total // 2)
+
+    def evaluate(trainer: maskwire.Trainer) -> EvalResult:
+        return trainer.eval_loss(rows, text_bytes=text_bytes)
+
+    with maskwire.connect(server.address, name="demo", on_wait=killer.on_wait) as trainer:
+        model = trainer.model
+        say(
+            f"Model: {model.parameters:,} parameters, {model.objective}.\n"
+            f"Training {total} steps of {ROWS} rows of {LENGTH} bytes. Half-way the server is killed.\n"
+        )
+        start = evaluate(trainer)
+        say(f"Held out before training: {start.bits_per_byte:.2f} bits per byte.")
+        metrics = FOLDER / "metrics.jsonl"
+        record(metrics, start)
+        result = trainer.fit(
+            training,
+            until_step=total,
+            evaluate=evaluate,
+            eval_every=max(1, total // 6),
+            metrics=metrics,
+            on_step=killer.on_step,
+        )
+        if result.interrupted:
+            raise KeyboardInterrupt
+        end = result.evaluations[-1] if result.evaluations and result.evaluations[-1].step == total else None
+        if end is None:
+            end = evaluate(trainer)
+            record(metrics, end)
+        saved = trainer.checkpoint("demo-end")
+        digest = trainer.digest
+    from demo.plot import learning_curve
+
+    learning_curve(metrics, FOLDER / "learning-curve.png", unigram=unigram, killed_at=killer.at_step)
+    assert start.bits_per_byte is not None
+    assert end.bits_per_byte is not None
+    return {
+        "bits_per_byte_start": round(start.bits_per_byte, 4),
+        "bits_per_byte_end": round(end.bits_per_byte, 4),
+        "bits_per_byte_end_standard_error": round((end.standard_error or 0.0) / 0.6931471805599453, 4),
+        "unigram_bits_per_byte": round(unigram, 4),
+        "below_unigram": round(1 - end.bits_per_byte / unigram, 4),
+        "steps": result.step,
+        "tokens_per_second": round(result.tokens_per_second),
+        "parameters": model.parameters,
+        "killed_at_step": killer.at_step,
+        "restart_seconds": round(killer.restart_seconds, 2),
+        "checkpoint": saved.name,
+        "digest": digest.hex(),
+    }
+
+
+class Killer:
+    """Kills the server while it trains and starts it again; the client goes on by itself."""
+
+    def __init__(self, server: ServerProcess, at_step: int) -> None:
+        self.at_step = at_step
+        self.restart_seconds = 0.0
+        self._server = server
+        self._thread: threading.Thread | None = None
+
+    def on_step(self, result: StepResult) -> None:
+        """Strike once, at the step."""
+        if result.step == self.at_step and self._thread is None:
+            self._thread = threading.Thread(target=self._strike)
+            self._thread.start()
+
+    def on_wait(self, text: str) -> None:
+        """The client waits for the server: that is the point, so it is not worth an error message."""
+
+    def _strike(self) -> None:
+        self._server.kill()
+        say(f"[red]kill -9[/red] of the server after step {self.at_step}; it starts again …")
+        self.restart_seconds = self._server.start()
+        say(
+            f"[green]back[/green] after {self.restart_seconds:.1f} s: its checkpoint loaded, the journal's later "
+            "steps computed again; the client never noticed more than a pause."
+        )
+
+
+def record(metrics: Path, found: EvalResult) -> None:
+    """A held-out point in the metrics file, as `fit` writes them."""
+    error = None if found.standard_error is None else found.standard_error / 0.6931471805599453
+    line = {
+        "step": found.step,
+        "eval_bits_per_token": found.bits_per_token,
+        "eval_standard_error_bits": error,
+    }
+    with metrics.open("a") as file:
+        print(json.dumps(line), file=file)
+
+
+def close(summary: dict[str, object]) -> None:
+    """What came out, and what to try next."""
+    say(
+        f"\n[bold]Held out: {summary['bits_per_byte_start']:.2f} → {summary['bits_per_byte_end']:.2f} bits per "
+        f"byte[/bold] (± {summary['bits_per_byte_end_standard_error']:.2f}), "
+        f"{summary['below_unigram']:.0%} below byte frequencies alone ({summary['unigram_bits_per_byte']:.2f}).\n"
+        f"{summary['steps']} steps at {summary['tokens_per_second']:,} tokens/s; every acknowledged step "
+        f"survived the kill.\n\n"
+        f"  {FOLDER}/learning-curve.png   the picture\n"
+        f"  {FOLDER}/summary.json         these figures\n"
+        f"  {FOLDER}/metrics.jsonl        a line a step\n\n"
+        "Next, with your own text (in two terminals, after `source .venv/bin/activate`):\n"
+        "  maskwire-server init && maskwire-server serve --config maskwire.toml\n"
+        "  maskwire train FOLDER --until-step 1000 --eval-every 200 && maskwire status\n"
+        "From another machine: docs/remote.md. From Python: the ten lines in README.md."
+    )
+
+
+def say(text: str) -> None:
+    """A line for people."""
+    console.print(text, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Make `.venv` with everything that maskwire's demo, tests and checks need.
+
+Run it with any Python; it checks the machine first and says what to do. Set TORCH_INDEX to an index
+URL to take torch from there, a CPU build for instance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "maskwire-stamp"
+INPUTS = ("pyproject.toml", "constraints.txt", "deploy/venv.py")
+OLDEST = (3, 11)
+CPU_GB, CUDA_GB = 2, 8  # on disk, torch included
+
+
+def main() -> int:
+    """Entry point; exit status 1 when the machine lacks something."""
+    wanted = stamp()
+    if STAMP.exists() and STAMP.read_text() == wanted:
+        return 0
+    problem = missing()
+    if problem:
+        print(f"maskwire: {problem}", file=sys.stderr)
+        return 1
+    index = os.environ.get("TORCH_INDEX")
+    print(
+        f"Setting up {VENV} (once, some minutes): about {'0.4' if index else '0.4 to 3'} GB to download, torch "
+        "the most of it.\n"
+        + (
+            f"torch comes from {index}."
+            if index
+            else "On Linux torch comes with CUDA; for a small CPU build: "
+            "TORCH_INDEX=https://download.pytorch.org/whl/cpu make demo"
+        ),
+        flush=True,
+    )
+    began = time.monotonic()
+    STAMP.unlink(missing_ok=True)
+    run(sys.executable, "-m", "venv", "--clear", str(VENV))
+    pip = (str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    constrained = (*pip, "--constraint", str(ROOT / "constraints.txt"))
+    if index:
+        print("  torch …", flush=True)
+        run(*constrained, "--index-url", index, "torch")
+    print("  the rest …" if index else "  everything …", flush=True)
+    run(*constrained, "--editable", f"{ROOT}[dev]")
+    STAMP.write_text(wanted)
+    print(f"Set up in {time.monotonic() - began:.0f} s.", flush=True)
+    return 0
+
+
+def stamp() -> str:
+    """What the environment was made from."""
+    sha = hashlib.sha256(sys.version.encode() + os.environ.get("TORCH_INDEX", "").encode())
+    for name in INPUTS:
+        sha.update((ROOT / name).read_bytes())
+    return sha.hexdigest()
+
+
+def missing() -> str | None:
+    """What this machine lacks, and what to do about it."""
+    if sys.version_info < OLDEST:
+        return (
+            f"Python {OLDEST[0]}.{OLDEST[1]} or newer is needed, this is {sys.version.split()[0]}; "
+            "name another with `make PYTHON=python3.12 …`"
+        )
+    try:
+        import ensurepip  # noqa: F401
+        import venv  # noqa: F401
+    except ImportError:
+        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+        return f"Python's venv module is missing; on Debian or Ubuntu: apt install python{version}-venv"
+    free = shutil.disk_usage(ROOT).free / 1e9
+    need = CPU_GB if os.environ.get("TORCH_INDEX") or sys.platform != "linux" else CUDA_GB
+    if free < CPU_GB:
+        return f"{need} GB of free disk are needed in {ROOT}, {free:.1f} GB are left; make room and try again"
+    if free < need:
+        print(
+            f"maskwire: only {free:.1f} GB of disk are free, torch with CUDA needs about {need}; "
+            "TORCH_INDEX takes a smaller build",
+            file=sys.stderr,
+        )
+    return None
+
+
+def run(*command: str) -> None:
+    """Run a command; end with what it printed when it fails."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        print(done.stdout, file=sys.stderr)
+        print(
+            f"maskwire: `{' '.join(command)}` failed (see above). Is the package index within reach? "
+            "Run the same make command again to go on.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
