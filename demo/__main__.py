@@ -6,6 +6,7 @@ DEMO_SECONDS is how long it trains, 120 by default: faster machines do more step
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -23,8 +24,10 @@ from maskwire.results import EvalResult, StepResult
 
 FOLDER = Path("demo-run")
 MARK = "made-by-maskwire-demo"
-LENGTH, ROWS, HELD_OUT, EVAL_ROWS = 128, 32, 0.05, 192
-PROBE_STEPS = 12
+LENGTH, ROWS, HELD_OUT, EVAL_ROWS = 128, 32, 0.05, 128
+EVALUATIONS = 4
+PROBE_STEPS = 20
+LAST_RATE = 1e-3  # of the last fifth
 CONFIG = f"""\
 # A byte-level model small enough for two CPU cores.
 [model]
@@ -39,10 +42,10 @@ positions = "rotary"
 [optimizer]
 learning_rate = 4e-3
 warmup_steps = 60
-schedule = "cosine"
-total_steps = TOTAL_STEPS
-min_learning_rate = 2e-4
 ema_decay = 0.99
+
+[checkpoints]
+every_seconds = 15
 """
 
 console = Console(highlight=False)
@@ -61,13 +64,11 @@ def main() -> int:
         f"{training.size / 1e6:.1f} MB; {len(held_out.files)} more are held out.\n"
         f"Knowing only how often each byte occurs is worth {unigram:.2f} bits per byte on those.\n"
     )
-    speed = measure_speed(training)
-    total = max(60, int(seconds * speed))
     config = FOLDER / "maskwire.toml"
-    config.write_text(CONFIG.replace("TOTAL_STEPS", str(total)))
+    config.write_text(CONFIG)
     server = ServerProcess(FOLDER, config)
     try:
-        summary = run(server, training, held_out, total, unigram)
+        summary = run(server, training, held_out, seconds, unigram)
     except KeyboardInterrupt:
         say("\nInterrupted. Nothing is left running; `make demo` begins again.")
         return 130
@@ -101,76 +102,57 @@ def sources() -> tuple[ByteData, ByteData]:
     return ByteData(files, length=LENGTH, batch_size=ROWS).split(HELD_OUT)
 
 
-def measure_speed(training: ByteData) -> float:
-    """Steps per second here, by a run that is thrown away."""
-    folder = FOLDER / "probe"
-    folder.mkdir()
-    config = folder / "maskwire.toml"
-    config.write_text(CONFIG.replace("TOTAL_STEPS", "1000"))
-    server = ServerProcess(folder, config)
-    say("Measuring this machine …")
-    try:
-        server.start()
-        with maskwire.connect(server.address) as trainer:
-            trainer.fit(training, until_step=3, progress=False)
-            speed = PROBE_STEPS / trainer.fit(training, until_step=3 + PROBE_STEPS, progress=False).seconds
-    finally:
-        server.kill()
-        shutil.rmtree(folder)
-    return speed
-
-
 def run(
-    server: ServerProcess, training: ByteData, held_out: ByteData, total: int, unigram: float
+    server: ServerProcess, training: ByteData, held_out: ByteData, seconds: float, unigram: float
 ) -> dict[str, object]:
-    """Train, with a kill in the middle; the figures of it."""
-    say(f"Server up on {server.address if server.start() else ''}, loopback only.")
+    """Train for about `seconds`, with a kill in the middle; the figures of it."""
+    say(f"Server up after {server.start():.1f} s on {server.address}, loopback only.")
     rows = held_out.spread(EVAL_ROWS)
     text_bytes = sum(len(row) for row in rows)
-    killer = Killer(server, at_step=total // 2)
+    metrics = FOLDER / "metrics.jsonl"
+    killer = Killer(server)
 
     def evaluate(trainer: maskwire.Trainer) -> EvalResult:
         return trainer.eval_loss(rows, text_bytes=text_bytes)
 
     with maskwire.connect(server.address, name="demo", on_wait=killer.on_wait) as trainer:
         model = trainer.model
-        say(
-            f"Model: {model.parameters:,} parameters, {model.objective}.\n"
-            f"Training {total} steps of {ROWS} rows of {LENGTH} bytes. Half-way the server is killed.\n"
-        )
+        say(f"Model: {model.parameters:,} parameters, {model.objective}.")
         start = evaluate(trainer)
-        say(f"Held out before training: {start.bits_per_byte:.2f} bits per byte.")
-        metrics = FOLDER / "metrics.jsonl"
-        record(metrics, start)
+        say(f"Held out before training: {start.bits_per_byte:.2f} bits per byte. Measuring this machine …")
+        probe = trainer.fit(training, until_step=PROBE_STEPS, metrics=metrics, progress=False)
+        total = max(3 * PROBE_STEPS, int(seconds * PROBE_STEPS / probe.seconds) // 10 * 10)
+        killer.at_step, last_part = total // 2, total * 4 // 5
+        say(f"Training {total} steps of {ROWS} rows of {LENGTH} bytes. Half-way the server is killed.\n")
         result = trainer.fit(
             training,
-            until_step=total,
+            until_step=last_part,
             evaluate=evaluate,
-            eval_every=max(1, total // 6),
+            eval_every=max(1, last_part // EVALUATIONS),
             metrics=metrics,
             on_step=killer.on_step,
         )
-        if result.interrupted:
+        if not result.interrupted:
+            finish = trainer.fit(training, until_step=total, metrics=metrics, learning_rate=LAST_RATE)
+        if result.interrupted or finish.interrupted:
             raise KeyboardInterrupt
-        end = result.evaluations[-1] if result.evaluations and result.evaluations[-1].step == total else None
-        if end is None:
-            end = evaluate(trainer)
-            record(metrics, end)
+        end = evaluate(trainer)
         saved = trainer.checkpoint("demo-end")
         digest = trainer.digest
     from demo.plot import learning_curve
 
-    learning_curve(metrics, FOLDER / "learning-curve.png", unigram=unigram, killed_at=killer.at_step)
+    points = [start, *result.evaluations, end]
+    learning_curve(metrics, points, FOLDER / "learning-curve.png", unigram=unigram, killed_at=killer.at_step)
     assert start.bits_per_byte is not None
     assert end.bits_per_byte is not None
     return {
         "bits_per_byte_start": round(start.bits_per_byte, 4),
         "bits_per_byte_end": round(end.bits_per_byte, 4),
-        "bits_per_byte_end_standard_error": round((end.standard_error or 0.0) / 0.6931471805599453, 4),
+        "bits_per_byte_end_standard_error": round((end.standard_error or 0.0) / math.log(2), 4),
         "unigram_bits_per_byte": round(unigram, 4),
         "below_unigram": round(1 - end.bits_per_byte / unigram, 4),
-        "steps": result.step,
-        "tokens_per_second": round(result.tokens_per_second),
+        "steps": total,
+        "tokens_per_second": round(PROBE_STEPS * ROWS * LENGTH / probe.seconds),
         "parameters": model.parameters,
         "killed_at_step": killer.at_step,
         "restart_seconds": round(killer.restart_seconds, 2),
@@ -182,8 +164,8 @@ def run(
 class Killer:
     """Kills the server while it trains and starts it again; the client goes on by itself."""
 
-    def __init__(self, server: ServerProcess, at_step: int) -> None:
-        self.at_step = at_step
+    def __init__(self, server: ServerProcess) -> None:
+        self.at_step = 0
         self.restart_seconds = 0.0
         self._server = server
         self._thread: threading.Thread | None = None
@@ -202,31 +184,20 @@ class Killer:
         say(f"[red]kill -9[/red] of the server after step {self.at_step}; it starts again …")
         self.restart_seconds = self._server.start()
         say(
-            f"[green]back[/green] after {self.restart_seconds:.1f} s: its checkpoint loaded, the journal's later "
-            "steps computed again; the client never noticed more than a pause."
+            f"[green]back[/green] after {self.restart_seconds:.1f} s: the newest checkpoint loaded, the "
+            "steps behind it computed again from the journal. The client goes on where it was."
         )
-
-
-def record(metrics: Path, found: EvalResult) -> None:
-    """A held-out point in the metrics file, as `fit` writes them."""
-    error = None if found.standard_error is None else found.standard_error / 0.6931471805599453
-    line = {
-        "step": found.step,
-        "eval_bits_per_token": found.bits_per_token,
-        "eval_standard_error_bits": error,
-    }
-    with metrics.open("a") as file:
-        print(json.dumps(line), file=file)
 
 
 def close(summary: dict[str, object]) -> None:
     """What came out, and what to try next."""
     say(
-        f"\n[bold]Held out: {summary['bits_per_byte_start']:.2f} → {summary['bits_per_byte_end']:.2f} bits per "
-        f"byte[/bold] (± {summary['bits_per_byte_end_standard_error']:.2f}), "
-        f"{summary['below_unigram']:.0%} below byte frequencies alone ({summary['unigram_bits_per_byte']:.2f}).\n"
+        f"\n[bold]Held out: {summary['bits_per_byte_start']:.2f} → {summary['bits_per_byte_end']:.2f} bits "
+        f"per byte[/bold] (± {summary['bits_per_byte_end_standard_error']:.2f}), "
+        f"{summary['below_unigram']:.0%} below byte frequencies alone "
+        f"({summary['unigram_bits_per_byte']:.2f}).\n"
         f"{summary['steps']} steps at {summary['tokens_per_second']:,} tokens/s; every acknowledged step "
-        f"survived the kill.\n\n"
+        "survived the kill.\n\n"
         f"  {FOLDER}/learning-curve.png   the picture\n"
         f"  {FOLDER}/summary.json         these figures\n"
         f"  {FOLDER}/metrics.jsonl        a line a step\n\n"

@@ -12,14 +12,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from maskwire.results import EvalResult
+
 INK, MUTED, BLUE, ORANGE, RED = "#1f2933", "#9aa5b1", "#2f6fb2", "#e07b39", "#c0392b"
 
 
-def learning_curve(metrics: Path, picture: Path, *, unigram: float, killed_at: int) -> None:
-    """Draw training loss and held-out points, in bits per byte, from a metrics file."""
+def learning_curve(
+    metrics: Path, points: list[EvalResult], picture: Path, *, unigram: float, killed_at: int
+) -> None:
+    """Draw the training loss of a metrics file and held-out points, in bits per byte."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [(line["step"], line["loss"] / math.log(2)) for line in lines if line.get("loss") is not None]
-    points = [line for line in lines if "eval_bits_per_token" in line]
     x, y = (np.array(column) for column in zip(*steps, strict=True))
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110)
     axes.plot(x, y, color=BLUE, alpha=0.18, linewidth=0.8)
@@ -27,9 +30,9 @@ def learning_curve(metrics: Path, picture: Path, *, unigram: float, killed_at: i
     smooth = np.convolve(y, np.ones(span) / span, mode="valid")
     axes.plot(x[span - 1 :], smooth, color=BLUE, linewidth=1.8, label="training, smoothed")
     axes.errorbar(
-        [point["step"] for point in points],
-        [point["eval_bits_per_token"] for point in points],
-        yerr=[2 * (point["eval_standard_error_bits"] or 0) for point in points],
+        [point.step for point in points],
+        [point.bits_per_token for point in points],
+        yerr=[2 * (point.standard_error or 0) / math.log(2) for point in points],
         color=ORANGE,
         fmt="o",
         markersize=5,
@@ -42,8 +45,8 @@ def learning_curve(metrics: Path, picture: Path, *, unigram: float, killed_at: i
     axes.axvline(killed_at, color=RED, linestyle=":", linewidth=1.2)
     axes.text(killed_at, axes.get_ylim()[1], " kill -9, restart", va="top", color=RED)
     axes.annotate(
-        f"{points[-1]['eval_bits_per_token']:.2f}",
-        (points[-1]["step"], points[-1]["eval_bits_per_token"]),
+        f"{points[-1].bits_per_token:.2f}",
+        (points[-1].step, points[-1].bits_per_token),
         xytext=(-6, -16),
         textcoords="offset points",
         ha="right",

@@ -34,8 +34,8 @@ def main() -> int:
         return 1
     index = os.environ.get("TORCH_INDEX")
     print(
-        f"Setting up {VENV} (once, some minutes): about {'0.4' if index else '0.4 to 3'} GB to download, torch "
-        "the most of it.\n"
+        f"Setting up {VENV} (once, some minutes): about {'0.4' if index else '0.4 to 3'} GB to download, "
+        "torch the most of it.\n"
         + (
             f"torch comes from {index}."
             if index

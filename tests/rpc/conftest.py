@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from maskwire.v1 import training_service_pb2_grpc as pb_grpc
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from serving import ServerProcess
+
+COUNTING = [sys.executable, str(Path(__file__).with_name("counting_server.py"))]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
+    """Starts server processes that end with the test; `seconds` takes the counter trainer."""
+    started: list[ServerProcess] = []
+
+    def start(name: str = "a", *, seconds: float | None = None, **settings: str) -> ServerProcess:
+        command = None if seconds is None else [*COUNTING, str(seconds)]
+        if seconds is not None:  # what the counter trainer says of itself
+            settings = {"model__num_tokens": "257", "model__mask_id": "256", **settings}
+        server = ServerProcess(tmp_path / name, command, **settings)
+        started.append(server)
+        return server.start()
+
+    yield start
+    for server in started:
+        if server.process.poll() is None:
+            server.kill()
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """One server with the real trainer, for tests that leave it as able as they found it."""
+    server = ServerProcess(tmp_path_factory.mktemp("shared")).start()
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture
+def stub() -> Iterator[Callable[[ServerProcess], pb_grpc.TrainingServiceStub]]:
+    channels: list[grpc.Channel] = []
+
+    def connect(server: ServerProcess) -> pb_grpc.TrainingServiceStub:
+        channels.append(grpc.insecure_channel(server.address))
+        return pb_grpc.TrainingServiceStub(channels[-1])
+
+    yield connect
+    for channel in channels:
+        channel.close()

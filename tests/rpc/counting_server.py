@@ -1,0 +1,43 @@
+"""A real server process around the counter trainer: no torch, slow on request.
+
+python counting_server.py SECONDS_A_STEP --set=SECTION.KEY=VALUE …
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from counter import CounterTrainer
+
+from maskwire_server import config
+from maskwire_server.app import serve
+from maskwire_server.batch import Batch, Modes
+from maskwire_server.results import StepResult
+
+
+class SlowTrainer(CounterTrainer):
+    seconds = 0.0
+
+    def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
+        time.sleep(self.seconds)
+        return super().train_step(lineage, step, batch, modes)
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO)
+    SlowTrainer.seconds = float(sys.argv[1])
+    flags: dict[str, dict[str, str]] = {}
+    for argument in sys.argv[2:]:
+        key, _, value = argument.removeprefix("--set=").partition("=")
+        section, _, name = key.partition(".")
+        flags.setdefault(section, {})[name] = value
+    return serve(config.load(None, **flags), factory=SlowTrainer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
