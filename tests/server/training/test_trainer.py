@@ -1,0 +1,359 @@
+"""Who learns in which mode, what a step leaves untouched, and the state's way to files and back."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from maskwire_server import config
+from maskwire_server.batch import Batch, Modes
+from maskwire_server.errors import ConfigError, StateLost
+from maskwire_server.results import EvalOptions, Outcome
+from maskwire_server.training import optim
+from maskwire_server.training.trainer import Trainer, choose_device, split
+
+IDS = np.random.default_rng(0).integers(0, 16, (6, 12))
+BATCH = Batch(IDS, 6, 12)
+HEAVY = {"learning_rate": 0.01, "weight_decay": 0.3, "warmup_steps": 0, "ema_decay": 0.9}
+
+
+def make(
+    objective: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    **serve: Any,
+) -> Trainer:
+    size = {
+        "num_tokens": 17,
+        "mask_id": 16,
+        "max_seq_len": 12,
+        "dim": 32,
+        "depth": 2,
+        "heads": 2,
+        "dim_head": 16,
+    }
+    whole = config.load(
+        None,
+        model={**size, **(model or {})},
+        objective=objective or {},
+        optimizer=HEAVY if optimizer is None else optimizer,
+        serve={"threads": 2, **serve},
+    )
+    return Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed=0)
+
+
+def state(trainer: Trainer, group: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor of the trainer's state, or of one group's."""
+    return {
+        f"{file}/{name}": tensor.clone()
+        for file, tensors in trainer._state().items()
+        for name, tensor in tensors.items()
+        if name.startswith(group)
+    }
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("critic", ["self", "token"])
+@pytest.mark.parametrize("self_cond", [False, True])
+def test_training_the_critic_leaves_every_bit_of_the_generator(critic: str, self_cond: bool) -> None:
+    trainer = make({"critic": critic, "self_cond": self_cond})
+    for step in range(1, 4):
+        trainer.train_step(1, step, BATCH, Modes())  # so that there is momentum
+    before = state(trainer)
+    options = EvalOptions(tuple(range(6)), 4, only_train_generator=True)
+    evaluated = trainer.eval_loss(BATCH, options)
+    for step in range(4, 8):
+        result = trainer.train_step(1, step, BATCH, Modes(only_train_critic=True))
+        assert result.losses.generator_loss is None
+        assert result.losses.loss == result.losses.critic_loss
+    different = changed(before, state(trainer))
+    assert different
+    assert all("/critic." in name for name in different), different
+    assert {name for name in before if "/critic." in name} - different <= {
+        name for name in before if name.endswith(".num_batches_tracked")
+    }, "all of the critic learns"
+    assert trainer.eval_loss(BATCH, options) == evaluated
+
+
+@pytest.mark.parametrize("critic", ["self", "token"])
+def test_training_the_generator_leaves_every_bit_of_the_critic(critic: str) -> None:
+    trainer = make({"critic": critic})
+    for step in range(1, 4):
+        trainer.train_step(1, step, BATCH, Modes())
+    before = state(trainer)
+    for step in range(4, 8):
+        result = trainer.train_step(1, step, BATCH, Modes(only_train_generator=True))
+        assert result.losses.critic_loss is None
+        assert result.losses.loss == result.losses.generator_loss
+    different = changed(before, state(trainer))
+    assert different
+    assert not any("/critic." in name for name in different)
+
+
+def test_both_learn_from_the_weighted_sum_when_no_flag_is_set() -> None:
+    trainer = make({"critic": "self", "critic_loss_weight": 0.25})
+    before = state(trainer)
+    losses = trainer.train_step(1, 1, BATCH, Modes()).losses
+    assert losses.generator_loss is not None
+    assert losses.critic_loss is not None
+    assert losses.loss == losses.generator_loss + 0.25 * losses.critic_loss
+    assert any("/critic." in name for name in changed(before, state(trainer)))
+
+
+def test_flags_that_exclude_each_other_are_refused() -> None:
+    with pytest.raises(ValueError, match="exclude"):
+        make({"critic": "self"}).train_step(1, 1, BATCH, Modes(True, True))
+    with pytest.raises(ValueError, match="needs a critic"):
+        make().train_step(1, 1, BATCH, Modes(only_train_critic=True))
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_leaves_every_bit(kind: str) -> None:
+    trainer = make({"critic": "token"})
+    trainer.train_step(1, 1, BATCH, Modes())
+    weight = trainer.networks.generator.blocks[0].feed_forward.up.weight
+    hook = None
+    if kind == "loss":
+        spoiled = weight.detach().clone()
+        with torch.no_grad():
+            weight[0, 0] = math.nan
+    else:
+        hook = weight.register_hook(lambda gradient: gradient * math.inf)
+    before = state(trainer)
+    result = trainer.train_step(1, 2, BATCH, Modes())
+    assert result.outcome is Outcome.SKIPPED_NON_FINITE
+    after = state(trainer)
+    assert all(torch.equal(before[n].nan_to_num(7), after[n].nan_to_num(7)) for n in before)
+    if hook is not None:
+        hook.remove()
+    else:
+        with torch.no_grad():
+            weight.copy_(spoiled)
+    assert trainer.train_step(1, 3, BATCH, Modes()).outcome is Outcome.APPLIED
+
+
+def test_running_out_of_memory_before_the_update_is_an_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make()
+    before = state(trainer)
+
+    def exhausted(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(trainer.networks, "project", exhausted)
+    result = trainer.train_step(1, 1, BATCH, Modes())
+    assert result.outcome is Outcome.OUT_OF_MEMORY
+    assert not changed(before, state(trainer))
+
+
+def test_an_update_that_fails_half_way_says_that_the_state_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make()
+
+    def broken(rate: float) -> None:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(trainer.generator, "update", broken)
+    with pytest.raises(StateLost, match="step 1 failed half-way"):
+        trainer.train_step(1, 1, BATCH, Modes())
+
+
+def test_the_warm_up_changes_nothing() -> None:
+    trainer = make({"critic": "token", "self_cond": True}, model={"dropout": 0.1})
+    before = state(trainer)
+    random_state = torch.get_rng_state()
+    trainer.warm_up()
+    assert not changed(before, state(trainer))
+    assert torch.equal(random_state, torch.get_rng_state())
+
+
+def test_dropout_is_drawn_from_the_step_alone() -> None:
+    model = {"dropout": 0.2}
+    first = [make(model=model).train_step(1, step, BATCH, Modes()) for step in (1, 2)]
+    torch.manual_seed(99)
+    again = [make(model=model).train_step(1, step, BATCH, Modes()) for step in (1, 2)]
+    assert first == again
+    assert first[0].losses != make().train_step(1, 1, BATCH, Modes()).losses
+
+
+def test_weights_depend_on_the_seed_and_nothing_else() -> None:
+    torch.manual_seed(1)
+    first = state(make())
+    torch.manual_seed(2)
+    assert not changed(first, state(make()))
+
+
+def test_the_state_goes_to_files_and_back_bit_for_bit(tmp_path: Path) -> None:
+    trainer = make({"critic": "token", "self_cond": True})
+    for step in range(1, 4):
+        trainer.train_step(1, step, BATCH, Modes())
+    snapshot = trainer.snapshot()
+    expected = state(trainer)
+    following = [trainer.train_step(1, step, BATCH, Modes()) for step in range(4, 7)]
+    snapshot.write(tmp_path)  # later, as the background thread does
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "ema.safetensors", "model.safetensors", "optimizer.safetensors",
+    ]  # fmt: skip
+    other = make({"critic": "token", "self_cond": True})
+    other.load(tmp_path)
+    assert not changed(expected, state(other))
+    assert [other.train_step(1, step, BATCH, Modes()) for step in range(4, 7)] == following
+
+
+def test_files_that_do_not_fit_are_refused_by_name_and_change_nothing(tmp_path: Path) -> None:
+    make().snapshot().write(tmp_path)
+    other = make(model={"depth": 1})
+    before = state(other)
+    with pytest.raises(
+        ValueError, match=r"model.safetensors: generator.blocks.1\S+ is not part of this model"
+    ):
+        other.load(tmp_path)
+    wider = make(model={"ff_mult": 2})
+    with pytest.raises(ValueError, match=r"must be torch.float32 \(32, 64\), got torch.float32 \(32, 128\)"):
+        wider.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="cannot be read"):
+        make().load(tmp_path)
+    assert not changed(before, state(other))
+
+
+def test_the_average_is_evaluated_unless_raw_weights_are_asked_for() -> None:
+    trainer = make()
+    for step in range(1, 6):
+        trainer.train_step(1, step, BATCH, Modes())
+    averaged = trainer.eval_loss(BATCH, EvalOptions(tuple(range(6)), 4))
+    raw = trainer.eval_loss(BATCH, EvalOptions(tuple(range(6)), 4, raw_weights=True))
+    assert averaged.ema_weights
+    assert not raw.ema_weights
+    assert averaged.nats_per_token != raw.nats_per_token
+
+
+def test_the_average_follows_by_its_warm_up() -> None:
+    trainer = make(optimizer={**HEAVY, "ema_decay": 0.5})
+    weight = trainer.networks.generator.final_norm.gamma
+    assert trainer.generator.ema is not None
+    average = trainer.generator.ema.final_norm.gamma
+    expected = average.clone()
+    for step in range(1, 9):
+        trainer.train_step(1, step, BATCH, Modes())
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weight.detach()
+        assert torch.allclose(average, expected, atol=1e-7)
+
+
+def test_the_learning_rate_warms_up_and_falls_as_configured() -> None:
+    settings = config.OptimizerConfig(
+        learning_rate=1.0, warmup_steps=10, schedule="cosine", total_steps=110, min_learning_rate=0.1
+    )
+    rates = [optim.learning_rate(settings, step) for step in range(1, 131)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == 1.0
+    assert rates[59] == pytest.approx(0.55), "half-way down the cosine"
+    assert rates[109] == pytest.approx(0.1)
+    assert rates[129] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+    constant = config.OptimizerConfig(learning_rate=0.5, warmup_steps=0)
+    assert optim.learning_rate(constant, 1) == optim.learning_rate(constant, 9999) == 0.5
+
+
+def test_a_step_uses_its_own_learning_rate() -> None:
+    trainer = make()
+    before = state(trainer, "generator")
+    result = trainer.train_step(1, 1, BATCH, Modes(learning_rate=0.0))
+    assert result.learning_rate == 0.0
+    weights = {name for name in changed(before, state(trainer, "generator")) if name.startswith("model.")}
+    assert not weights
+    assert trainer.train_step(1, 2, BATCH, Modes()).learning_rate == 0.01
+
+
+def test_weight_decay_spares_norms_biases_and_embeddings() -> None:
+    trainer = make({"self_cond": True})
+    group = trainer.generator
+    decayed, spared = (
+        {group.names[i] for i, w in enumerate(group.weights) if any(w is p for p in g["params"])}
+        for g in group.optimizer.param_groups
+    )
+    assert group.optimizer.param_groups[0]["weight_decay"] == 0.3
+    assert group.optimizer.param_groups[1]["weight_decay"] == 0.0
+    assert {name.rsplit(".", 1)[-1] for name in spared} >= {"gamma", "bias", "null_embed"}
+    assert {"token_emb.weight", "pos_emb.weight"} <= spared
+    assert all(name.endswith("weight") and "emb" not in name for name in decayed)
+    assert "to_logits.weight" in decayed
+
+
+def test_gradients_are_clipped_to_the_configured_norm() -> None:
+    trainer = make(optimizer={**HEAVY, "clip_grad_norm": 0.01})
+    seen: list[float] = []
+    update = trainer.generator.update
+
+    def spy(rate: float) -> None:
+        seen.append(float(torch.nn.utils.get_total_norm(trainer.generator.gradients())))
+        update(rate)
+
+    trainer.generator.update = spy  # type: ignore[method-assign]
+    result = trainer.train_step(1, 1, BATCH, Modes())
+    assert result.gradient_norm is not None
+    assert result.gradient_norm > 0.01, "reported before clipping"
+    assert seen == [pytest.approx(0.01, rel=1e-3)]
+
+
+def test_parts_hold_whole_rows_within_the_budget() -> None:
+    valid = torch.arange(10) < torch.tensor([10, 3, 3, 3, 9, 1])[:, None]
+    parts = list(split(valid, 20))
+    assert [(part.start, part.stop) for part in parts] == [(0, 2), (2, 4), (4, 6)]
+    assert [(p.start, p.stop) for p in split(valid, 1)] == [(i, i + 1) for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"positions": "rotary", "norm": "rmsnorm", "feed_forward": "swiglu", "qk_norm": True},
+        {"tied_embeddings": True},
+        {"emb_dim": 24},
+        {"pad_id": 0},
+    ],
+    ids=str,
+)
+def test_every_option_of_the_encoder_trains(model: dict[str, Any]) -> None:
+    trainer = make({"self_cond": True, "critic": "token"}, {"learning_rate": 3e-3, "warmup_steps": 0}, model)
+    first = trainer.train_step(1, 1, BATCH, Modes()).losses.loss
+    for step in range(2, 60):
+        last = trainer.train_step(1, step, BATCH, Modes()).losses.loss
+    assert last < first
+
+
+def test_rows_of_padding_alone_spoil_nothing() -> None:
+    ids = IDS.copy()
+    ids[2] = 15
+    trainer = make(model={"pad_id": 15})
+    ids[ids == 15] = 14
+    ids[2] = 15
+    result = trainer.train_step(1, 1, Batch(ids, 6, 12), Modes())
+    assert result.outcome is Outcome.APPLIED
+    assert result.maskable_tokens == 60
+
+
+def test_a_device_that_is_not_there_is_named() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(ConfigError, match="has 0 CUDA devices, got 'cuda:1'"):
+        choose_device("cuda:1")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_trains_the_same_pairs() -> None:
+    trainer = make(
+        {"critic": "self", "self_cond": True}, {"learning_rate": 3e-3}, device="cuda", precision="bf16"
+    )
+    losses = [trainer.train_step(1, step, BATCH, Modes()).losses.loss for step in range(1, 30)]
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0]
