@@ -1,0 +1,73 @@
+"""The house itself: names that others rely on, links that lead somewhere, stubs that are fresh."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import maskwire
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def test_the_stubs_are_what_the_proto_generates() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "proto" / "generate.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_changed_proto_is_found_stale(tmp_path: Path) -> None:
+    copy = tmp_path / "proto" / "maskwire" / "v1"
+    copy.mkdir(parents=True)
+    source = (ROOT / "proto" / "maskwire" / "v1" / "training_service.proto").read_text()
+    (copy / "training_service.proto").write_text(source.replace("bytes digest = 5;", "bytes digest = 55;", 1))
+    (tmp_path / "proto" / "generate.py").write_text((ROOT / "proto" / "generate.py").read_text())
+    stubs = tmp_path / "client" / "maskwire" / "v1"
+    stubs.mkdir(parents=True)
+    for path in (ROOT / "client" / "maskwire" / "v1").glob("*_pb2*"):
+        (stubs / path.name).write_bytes(path.read_bytes())
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "proto" / "generate.py"), "--check"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "make proto" in done.stderr
+
+
+def test_the_version_is_one() -> None:
+    assert maskwire.__version__ in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_make_targets_that_people_use_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("venv", "demo", "test", "lint", "proto"):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        if not link.startswith(("http://", "https://")):
+            assert (page.parent / link).exists(), link
+
+
+def test_every_dependency_is_pinned_for_the_tests() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {re.split(r"[=<>]", line)[0] for line in lines if line and not line.startswith("#")}
+    wanted = [
+        *project["dependencies"],
+        *(d for extra in project["optional-dependencies"].values() for d in extra),
+    ]
+    names = {re.split(r"[\[=<>]", entry)[0] for entry in wanted} - {"maskwire"}
+    assert names <= pinned, names - pinned

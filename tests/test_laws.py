@@ -1,0 +1,111 @@
+"""The laws of import: who may know what, read from the sources and not from what happens to be loaded."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SERVER = ROOT / "server" / "maskwire_server"
+CLIENT = ROOT / "client" / "maskwire"
+WINGS = ("rpc", "run", "training")
+FOUNDATIONS = {"config", "errors", "batch", "requests", "results"}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def sources(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*.py")) if "_pb2" not in path.name]
+
+
+def knows(path: Path, package: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for name in imports(path))
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [
+        ("torch", ["training"]),
+        ("safetensors", ["training"]),
+        ("grpc", ["rpc", "app.py"]),
+        ("sqlite3", ["run"]),
+    ],
+)
+def test_each_heavy_package_is_known_in_one_place_of_the_server(package: str, allowed: list[str]) -> None:
+    found = {path.relative_to(SERVER) for path in sources(SERVER) if knows(path, package)}
+    assert found, f"nobody imports {package}: the test looks in the wrong place"
+    assert not {path for path in found if path.parts[0] not in allowed}
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_the_wings_never_import_one_another(wing: str) -> None:
+    for path in sources(SERVER / wing):
+        for other in set(WINGS) - {wing}:
+            assert not knows(path, f"maskwire_server.{other}"), path
+        for roof in ("app", "cli", "template"):
+            assert not knows(path, f"maskwire_server.{roof}"), path
+
+
+def test_the_foundations_know_nothing_above_them() -> None:
+    for name in FOUNDATIONS:
+        for imported in imports(SERVER / f"{name}.py"):
+            if imported.startswith("maskwire_server."):
+                assert imported.split(".")[1] in FOUNDATIONS, f"{name} imports {imported}"
+
+
+def test_the_server_knows_only_the_wire_contract_of_the_client() -> None:
+    for path in sources(SERVER):
+        for name in imports(path):
+            if name == "maskwire" or name.startswith("maskwire."):
+                assert name.startswith(("maskwire.v1", "maskwire._version")), f"{path} imports {name}"
+
+
+def test_the_client_never_imports_the_server_nor_torch() -> None:
+    for path in sources(CLIENT):
+        for package in ("maskwire_server", "torch"):
+            assert not knows(path, package), path
+
+
+def test_the_objective_knows_no_model_and_the_model_no_objective() -> None:
+    training = SERVER / "training"
+    for name in ("objective", "evaluation", "corruption", "schedule", "draws"):
+        for other in ("model", "networks", "optim", "trainer"):
+            assert not knows(training / f"{name}.py", f"maskwire_server.training.{other}"), name
+    for other in ("objective", "optim", "trainer", "evaluation"):
+        assert not knows(training / "model.py", f"maskwire_server.training.{other}")
+    assert not knows(SERVER / "rpc" / "service.py", "numpy"), "the service knows no tensor"
+
+
+def test_no_pickle_anywhere() -> None:
+    for path in [*sources(SERVER), *sources(CLIENT)]:
+        assert not knows(path, "pickle"), path
+        assert "torch.load" not in path.read_text(), path
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import maskwire; maskwire.connect", ["torch", "typer", "rich", "maskwire_server"]),
+        ("import maskwire.v1", ["torch", "typer", "rich", "grpc", "numpy"]),
+        ("import maskwire_server.cli", ["torch", "grpc", "maskwire_server.app"]),
+        ("import maskwire_server.app", ["torch"]),
+    ],
+)
+def test_importing_stays_light(statement: str, absent: list[str]) -> None:
+    code = f"{statement}\nimport sys\nprint([name for name in {absent!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
