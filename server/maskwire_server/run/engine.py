@@ -245,23 +245,21 @@ class Engine:
 
     def _main(self) -> None:
         try:
-            try:
-                self._recover()
-            except BaseException as error:
-                self._standing.last_error = f"recovery failed: {type(error).__name__}"
-                self._standing.set(RunState.RECOVERY_FAILED)
-                self._serving.set_exception(error)
-                return
+            self._recover()
+        except BaseException as error:
+            self._standing.last_error = f"recovery failed: {type(error).__name__}"
+            self._standing.set(RunState.RECOVERY_FAILED)
+            self._shut_down()
+            self._serving.set_exception(error)
+            return
+        self._serving.set_result(None)
+        try:
             self._loop()
         except BaseException as error:
             log.critical("the engine failed; the process ends, and a restart goes on", exc_info=True)
             self._on_fatal(error)
         finally:
-            self._stopping = True
-            self._line.abandon(Refused("DRAINING", "the server ends; ask again"))
-            self._saver.close()
-            if self._journal is not None:
-                self._journal.close()
+            self._shut_down()
 
     def _loop(self) -> None:
         while not self._stopping:
@@ -269,13 +267,23 @@ class Engine:
                 message = self._inbox.get(timeout=self._patience())
                 while True:
                     message()
+                    self._feed()  # before the commit, so that the device computes meanwhile
                     message = self._inbox.get_nowait()
             except queue.Empty:
                 pass
             self._line.expire()
-            self._feed()  # before the commit, so that the device computes meanwhile
             self._commits.flush()
             self._feed()
+            while self._commits.pending and self._commits.retry_at is None:  # a barrier's own
+                self._commits.flush()
+                self._feed()
+
+    def _shut_down(self) -> None:
+        self._stopping = True
+        self._line.abandon(Refused("DRAINING", "the server ends; ask again"))
+        self._saver.close()
+        if self._journal is not None:
+            self._journal.close()
 
     def _patience(self) -> float | None:
         deadlines = [at for at in (self._line.expires_at(), self._commits.retry_at) if at is not None]
@@ -325,7 +333,6 @@ class Engine:
             self._standing.set(RunState.HALTED)
         self._standing.set(RunState.RECOVERING, False)
         log.info("run %s is at step %d after %.1f s", head.run_id, head.step, self._clock() - began)
-        self._serving.set_result(None)
 
     def _failed(self, what: str, error: BaseException) -> Refused:
         error_id = uuid.uuid4().hex[:12]

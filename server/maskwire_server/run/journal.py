@@ -25,6 +25,7 @@ from maskwire_server.results import Losses, Outcome
 
 FORMAT = 1
 FILE_NAME = "journal.sqlite"
+_PAGE = 64  # records read at once
 
 _SCHEMA = """
 CREATE TABLE run (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -260,13 +261,18 @@ class Journal:
 
     def steps_after(self, lineage: int, step: int) -> Iterator[tuple[StepRecord, bytes | None]]:
         """The records of a lineage behind `step`, in order, with their batches where still kept."""
-        rows = self._db.execute(
-            "SELECT s.*, p.payload FROM steps s LEFT JOIN payloads p USING (lineage, step) "
-            "WHERE s.lineage = ? AND s.step > ? ORDER BY s.step",
-            (lineage, step),
-        )
-        for row in rows:
-            yield StepRecord.read(row[:-1]), row[-1]
+        while True:
+            # A page at a time: a statement left unfinished would keep the file locked after `close`.
+            rows = self._db.execute(
+                "SELECT s.*, p.payload FROM steps s LEFT JOIN payloads p USING (lineage, step) "
+                "WHERE s.lineage = ? AND s.step > ? ORDER BY s.step LIMIT ?",
+                (lineage, step, _PAGE),
+            ).fetchall()
+            for row in rows:
+                yield StepRecord.read(row[:-1]), row[-1]
+            if len(rows) < _PAGE:
+                return
+            step = rows[-1][1]
 
     def drop_payloads(self, lineage: int, through_step: int) -> None:
         """Forget the batches of a lineage up to a step; their records stay."""

@@ -37,19 +37,20 @@ class Saver:
         self._versions = versions
         self._clock = clock
         self._saved_at = clock()
+        self._overdue = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="maskwire-save")
         self.busy = False
         """A snapshot is being made or written."""
         self.newest: CheckpointInfo | None = next((m.info for m in checkpoints.all()), None)
 
     def due(self, step: int) -> bool:
-        """Whether an automatic checkpoint is due after `step`."""
+        """Whether an automatic checkpoint is due after `step`; one that must wait is made up for."""
         every_steps, every_seconds = self._settings.every_steps, self._settings.every_seconds
-        if self.busy:
-            return False
         if every_steps is not None and step % every_steps == 0:
-            return True
-        return every_seconds is not None and self._clock() - self._saved_at >= every_seconds
+            self._overdue = True
+        if every_seconds is not None and self._clock() - self._saved_at >= every_seconds:
+            self._overdue = True
+        return self._overdue and not self.busy
 
     def find(self, request: SaveRequest) -> CheckpointInfo | None:
         """The checkpoint that this request saved already; Refused when its name is taken."""
@@ -70,7 +71,7 @@ class Saver:
     def write(self, job: Save, snapshot: Snapshot, head: Head) -> Future[CheckpointInfo]:
         """Write a snapshot of the head's step in the background."""
         self.busy = True
-        self._saved_at = self._clock()
+        self._saved_at, self._overdue = self._clock(), False
         request = job.request
         name = request.name or f"step-{head.step:09d}" + (
             f"-lineage-{head.lineage}" if head.lineage > 1 else ""

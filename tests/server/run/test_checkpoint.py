@@ -1,0 +1,147 @@
+"""A checkpoint is whole or absent, whatever fails while it is written."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maskwire_server.errors import Refused
+from maskwire_server.results import CheckpointInfo
+from maskwire_server.run.checkpoint import Checkpoints, Manifest, collectable
+
+
+class Files:
+    def write(self, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"weights" * 100)
+        (folder / "optimizer.safetensors").write_bytes(b"moments" * 100)
+
+
+def manifest(name: str = "a", step: int = 1, **changes: Any) -> Manifest:
+    info = CheckpointInfo(name, 1, step, b"d" * 32, (), 100.0 + step, {"k": "v"})
+    fields = {"run_id": "r", "automatic": True, "request_id": None, "configuration": {"x": 1}, "versions": {}}
+    return Manifest(info, **{**fields, **changes})
+
+
+def test_what_is_written_is_listed_verified_and_read_back(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.all() == []
+    written = checkpoints.write(Files(), manifest())
+    assert [file.name for file in written.info.files] == ["model.safetensors", "optimizer.safetensors"]
+    assert written.info.size_bytes == 1400
+    assert checkpoints.get("a") == written
+    assert checkpoints.all() == [written]
+    assert checkpoints.damage(written) is None
+
+
+class Interrupted(BaseException):
+    """As kill -9: nothing gets to clean up."""
+
+
+def test_cut_off_at_any_flush_it_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync, calls = os.fsync, 0
+    outcomes = []
+    for fail_at in range(1, 12):
+        calls = 0
+
+        def failing(descriptor: int, fail_at: int = fail_at) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == fail_at:
+                raise Interrupted
+            fsync(descriptor)
+
+        run_dir = tmp_path / str(fail_at)
+        run_dir.mkdir()
+        checkpoints = Checkpoints(run_dir)
+        monkeypatch.setattr(os, "fsync", failing)
+        try:
+            checkpoints.write(Files(), manifest())
+            finished = True
+        except Interrupted:
+            finished = False
+        monkeypatch.setattr(os, "fsync", fsync)
+        found = checkpoints.all()
+        assert all(checkpoints.damage(m) is None for m in found), "if it is there, it is whole"
+        checkpoints.sweep()
+        assert (checkpoints.path("a")).exists() == bool(found)
+        outcomes.append((finished, bool(found)))
+    assert (False, False) in outcomes
+    assert outcomes[-1] == (True, True), "the loop went past the last flush"
+    assert all(found for finished, found in outcomes if finished)
+
+
+def test_a_full_disk_is_a_refusal_and_leaves_nothing(tmp_path: Path) -> None:
+    class Full:
+        def write(self, folder: Path) -> None:
+            (folder / "model.safetensors").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(Refused, match="No space left on device") as raised:
+        checkpoints.write(Full(), manifest())
+    assert raised.value.reason == "CHECKPOINT_FAILED"
+    assert not checkpoints.path("a").exists()
+    checkpoints.write(Files(), manifest())
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("how", ["flip", "truncate", "delete"])
+def test_damage_to_any_file_is_found_and_named(tmp_path: Path, file: str, how: str) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    whole = checkpoints.write(Files(), manifest())
+    path = checkpoints.path("a") / file
+    data = bytearray(path.read_bytes())
+    if how == "delete":
+        path.unlink()
+    else:
+        data[350] ^= 1
+        path.write_bytes(data if how == "flip" else data[:-1])
+    damage = checkpoints.damage(whole)
+    assert damage is not None
+    assert damage.startswith(file)
+
+
+@pytest.mark.parametrize("position", range(0, 900, 60))
+def test_a_manifest_with_a_flipped_bit_is_no_manifest(tmp_path: Path, position: int) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.write(Files(), manifest())
+    path = checkpoints.path("a") / "manifest.json"
+    data = bytearray(path.read_bytes())
+    data[position % len(data)] ^= 1
+    path.write_bytes(data)
+    try:
+        found = checkpoints.all()
+    except ValueError:  # pragma: no cover
+        pytest.fail("a damaged manifest must not stop the listing")
+    # Whitespace between tokens is not covered by the hash, and does not matter.
+    assert found == [] or found[0].info.digest == b"d" * 32
+
+
+def test_a_renamed_or_unknown_checkpoint_is_not_found(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.write(Files(), manifest())
+    checkpoints.path("a").rename(checkpoints.path("b"))
+    for name in ("a", "b", "../a", "A", ""):
+        with pytest.raises(Refused) as raised:
+            checkpoints.get(name)
+        assert raised.value.reason == "CHECKPOINT_NOT_FOUND"
+
+
+def test_deleting_takes_the_manifest_first(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.write(Files(), manifest())
+    checkpoints.delete("a")
+    assert checkpoints.all() == []
+    assert not checkpoints.path("a").exists()
+
+
+def test_retention_keeps_the_newest_the_multiples_the_named_and_the_pinned() -> None:
+    saved = [manifest(f"s{step}", step) for step in range(10, 0, -1)]
+    saved[5] = replace(saved[5], automatic=False)  # step 5, named by somebody
+    gone = collectable(saved, lineage=1, keep_last=3, keep_every=4, pinned={"s2"})
+    assert gone == ["s7", "s6", "s3", "s1"]
+    assert collectable(saved, lineage=2, keep_last=3, keep_every=None, pinned=set()) == []
