@@ -367,12 +367,13 @@ class Trainer:
         while True:
             if steps and self._stale:
                 self._reopen()
+            acknowledged = self._ledger.step
             try:
                 return call(make(), timeout=self._policy.attempt_timeout)
             except grpc.RpcError as raised:
                 failure = read_failure(raised)
             error = failure.error
-            if steps and error.reason == "GAP" and self._renumbers(error):
+            if steps and error.reason == "GAP" and self._renumbers(error, acknowledged):
                 continue
             elapsed = time.monotonic() - began
             wait = protocol.wait_before_retry(failure, attempt, elapsed, self._policy)
@@ -394,13 +395,17 @@ class Trainer:
             attempt += 1
             time.sleep(wait)
 
-    def _renumbers(self, error: MaskwireError) -> bool:
-        """Whether a step that was ahead of its turn can be numbered again from what the server expects."""
+    def _renumbers(self, error: MaskwireError, acknowledged: int) -> bool:
+        """Whether a step that was ahead of its turn can be numbered again.
+
+        So it can while the server expects one of the steps that were in flight: a server that expects
+        less than was `acknowledged` when the step was sent, or more, has another history.
+        """
         expected = int(error.metadata.get("expected_step", 0))
         with self._changed:
             # The refusal of the step before it may still be on its way to us.
             self._changed.wait(_RENUMBER_WAIT)
-            return self._ledger.step < expected <= self._ledger.step + len(self._pending)
+            return acknowledged < expected <= self._ledger.step + len(self._pending)
 
 
 def _step_request(batch: pb.TokenBatch, **modes: Any) -> pb.TrainStepRequest:

@@ -44,7 +44,7 @@ def encode_batch(tokens: Any, *, lengths: Any = None, prompt_mask: Any = None) -
     `lengths` [rows], what lies behind a row's length is padding and is not sent. `prompt_mask` is a
     bool array [rows, columns], True for positions that are given and never masked.
     """
-    if isinstance(tokens, Sequence) and len({len(row) for row in tokens}) > 1:
+    if isinstance(tokens, Sequence) and len({np.shape(row) for row in tokens}) > 1:
         if lengths is not None:
             raise ValueError("lengths must be left out when rows differ in length")
         rows = [to_array(row) for row in tokens]

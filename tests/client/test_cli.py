@@ -1,0 +1,108 @@
+"""The command's exit codes and output, against a real server process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rpc"))
+
+from serving import ServerProcess
+
+from maskwire.cli import app
+
+COUNTING = [sys.executable, str(Path(__file__).resolve().parents[1] / "rpc" / "counting_server.py"), "0"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    made = ServerProcess(
+        tmp_path_factory.mktemp("cli"), COUNTING, model__num_tokens="257", model__mask_id="256"
+    ).start()
+    yield made
+    assert made.stop() == 0
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_bytes(bytes(range(10, 90)) * 9 + bytes([number]))
+    return tmp_path
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_training_is_absolute_and_resumes(server: ServerProcess, texts: Path) -> None:
+    metrics = texts.parent / "metrics.jsonl"
+    common = ["train", texts, "--target", server.address, "--length", 64, "--batch-size", 4, "--json"]
+    code, out, err = run(*common, "--until-step", 5, "--metrics", metrics)
+    assert code == 0, err
+    first = json.loads(out)
+    assert (first["step"], first["steps"], first["interrupted"]) == (5, 5, False)
+    code, out, _ = run(
+        *common, "--until-step", 8, "--eval-every", 4, "--held-out", 0.3, "--checkpoint-every", 4
+    )
+    assert code == 0
+    assert json.loads(out)["steps"] == 3
+    code, out, _ = run(*common, "--until-step", 8)
+    assert (code, json.loads(out)["steps"]) == (0, 0), "nothing left to do"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert all(line["tokens"] == 256 and len(line["digest"]) == 64 for line in lines)
+
+
+def test_status_health_and_evaluation(server: ServerProcess, texts: Path) -> None:
+    code, out, _ = run("status", "--target", server.address, "--json")
+    assert (code, json.loads(out)["state"]) == (0, "SERVING")
+    code, out, _ = run("status", "--target", server.address)
+    assert code == 0
+    assert "SERVING" in out
+    assert run("health", "--target", server.address)[:2] == (0, "serving\n")
+    assert run("health", "--target", server.address, "--service", "liveness")[0] == 0
+    code, out, _ = run("eval", texts, "--target", server.address, "--length", 32, "--rows", 6, "--json")
+    assert code == 0
+    assert json.loads(out)["draws"] == 16
+    code, out, _ = run("eval", texts, "--target", server.address, "--length", 32, "--rows", 6)
+    assert "bits per token" in out
+
+
+def test_checkpoints_are_saved_listed_and_restored(server: ServerProcess) -> None:
+    target = ["--target", server.address]
+    code, out, _ = run("checkpoint", "save", "by-hand", *target, "--label", "why=test", "--json")
+    assert code == 0
+    assert json.loads(out)["labels"] == {"why": "test"}
+    code, _, err = run("checkpoint", "save", "by-hand", *target)
+    assert code == 1
+    assert "taken" in err
+    code, out, _ = run("checkpoint", "list", *target, "--json")
+    assert "by-hand" in [info["name"] for info in json.loads(out)]
+    assert "by-hand" in run("checkpoint", "list", *target)[1]
+    code, out, _ = run("checkpoint", "restore", "by-hand", *target, "--json")
+    assert (code, json.loads(out)["lineage"]) == (0, 2)
+    assert run("checkpoint", "restore", "nothing", *target)[0] == 1
+
+
+def test_mistakes_have_their_exit_codes_and_no_traceback(server: ServerProcess, texts: Path) -> None:
+    nowhere = ["--target", "127.0.0.1:1", "--retry-for", "0.1"]
+    for arguments, code, words in (
+        (["status", *nowhere], 3, "is the server running"),
+        (["train", texts, "--until-step", 1, *nowhere], 3, "is the server running"),
+        (["health", "--target", "127.0.0.1:1", "--timeout", "0.2"], 3, "is the server running"),
+        (["train", texts / "none", "--until-step", 99, "--target", server.address], 2, "no such file"),
+        (["train", texts, "--until-step", 99, "--length", 9999, "--target", server.address], 1, "at most"),
+        (["train", texts, "--target", server.address], 2, "--until-step"),
+        (["eval", texts, "--rows", 4, "--length", 9999, "--target", server.address], 1, "at most"),
+        (["health", "--service", "unknown", "--target", server.address], 1, "NOT_FOUND"),
+    ):
+        found, _, err = run(*arguments)
+        assert found == code, (arguments, err)
+        assert words in err
+        assert "Traceback" not in err

@@ -1,0 +1,231 @@
+"""The client against a scripted server: what it sends again, and when it stops."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+import maskwire
+from maskwire.errors import (
+    DigestMismatchError,
+    FencedError,
+    HistoryLostError,
+    InvalidRequestError,
+    ServerError,
+    UnavailableError,
+)
+from maskwire.protocol import hash_of
+from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1 import training_service_pb2_grpc as pb_grpc
+from maskwire.v1.digest import step_digest
+
+TOKENS = np.arange(8).reshape(2, 4)
+Fault = Callable[[pb.TrainStepRequest, grpc.ServicerContext], None]
+
+
+def refuse(
+    context: grpc.ServicerContext, code: str, reason: str, retry: float | None = None, **metadata: str
+) -> None:
+    status = status_pb2.Status(code=code_pb2.Code.Value(code), message=f"{reason} said the script")
+    info = error_details_pb2.ErrorInfo(reason=reason, domain="maskwire", metadata=metadata)
+    status.details.add().Pack(info)
+    if retry is not None:
+        wait = error_details_pb2.RetryInfo()
+        wait.retry_delay.FromMilliseconds(int(retry * 1000))
+        status.details.add().Pack(wait)
+    context.abort_with_status(rpc_status.to_status(status))
+
+
+class Script(pb_grpc.TrainingServiceServicer):
+    """Applies steps as the protocol says, but for the faults that a test puts in their way."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.digest, self.step = b"0" * 32, 0
+        self.answers: dict[str, pb.TrainStepResponse] = {}
+        self.before: list[Fault] = []
+        self.after: list[Fault] = []
+        self.requests: list[pb.TrainStepRequest] = []
+        self.opened: list[pb.OpenSessionRequest] = []
+        self.on_open: list[Callable[[grpc.ServicerContext], None]] = []
+
+    def OpenSession(self, request: pb.OpenSessionRequest, context: Any) -> pb.OpenSessionResponse:  # noqa: N802
+        self.opened.append(request)
+        if self.on_open:
+            self.on_open.pop(0)(context)
+        return pb.OpenSessionResponse(
+            session=pb.SessionRef(run_id="run", lineage=1, epoch=1),
+            step=self.step, durable_step=self.step, digest=self.digest,
+            model=pb.ModelInfo(num_tokens=17, mask_id=16, max_seq_len=32), limits=pb.Limits(window=8),
+        )  # fmt: skip
+
+    def CloseSession(self, request: pb.CloseSessionRequest, context: Any) -> pb.CloseSessionResponse:  # noqa: N802
+        return pb.CloseSessionResponse()
+
+    def TrainStep(self, request: pb.TrainStepRequest, context: Any) -> pb.TrainStepResponse:  # noqa: N802
+        with self.lock:
+            self.requests.append(request)
+            if self.before:
+                self.before.pop(0)(request, context)
+            if request.request_id not in self.answers:
+                if request.step != self.step + 1:
+                    refuse(context, "OUT_OF_RANGE", "GAP", expected_step=str(self.step + 1))
+                self.step += 1
+                self.digest = step_digest(self.digest, 1, self.step, hash_of(request), 1)
+                self.answers[request.request_id] = pb.TrainStepResponse(
+                    step=self.step, digest=self.digest, outcome=pb.STEP_OUTCOME_APPLIED,
+                    losses=pb.Losses(loss=1.0, generator_loss=1.0),
+                )  # fmt: skip
+            if self.after:
+                self.after.pop(0)(request, context)
+            return self.answers[request.request_id]
+
+
+@pytest.fixture
+def script() -> Iterator[Script]:
+    servicer = Script()
+    server = grpc.server(futures.ThreadPoolExecutor(8))
+    pb_grpc.add_TrainingServiceServicer_to_server(servicer, server)
+    servicer.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"  # type: ignore[attr-defined]
+    server.start()
+    yield servicer
+    server.stop(0).wait()
+
+
+def connect(script: Script, **options: Any) -> maskwire.Trainer:
+    return maskwire.connect(script.target, on_wait=lambda _: None, **options)  # type: ignore[attr-defined]
+
+
+def lost(request: pb.TrainStepRequest, context: grpc.ServicerContext) -> None:
+    context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
+
+
+def test_a_retry_after_a_lost_reply_has_the_same_id_and_applies_the_step_once(script: Script) -> None:
+    script.after = [lost, lost]
+    with connect(script) as trainer:
+        assert trainer.train_step(TOKENS).step == 1
+        assert trainer.train_step(TOKENS).step == 2
+    first = script.requests[:3]
+    assert len({request.request_id for request in first}) == 1
+    assert script.requests[3].request_id != first[0].request_id
+    assert script.step == 2
+
+
+def test_a_retry_after_a_lost_request_confirms_the_history_first(script: Script) -> None:
+    with connect(script) as trainer:
+        trainer.train_step(TOKENS)
+        digest = trainer.digest
+        script.before = [lost]
+        trainer.train_step(TOKENS)
+    first, second = script.opened
+    assert first.nonce == second.nonce
+    assert not first.HasField("history")
+    assert second.held_epoch == 1
+    assert (second.history.step, second.history.digest, second.history.run_id) == (1, digest, "run")
+
+
+def test_a_lost_history_stops_the_client(script: Script) -> None:
+    with connect(script) as trainer:
+        trainer.train_step(TOKENS)
+        script.before = [lost]
+        script.on_open = [lambda context: refuse(context, "DATA_LOSS", "HISTORY_LOST")]
+        with pytest.raises(HistoryLostError):
+            trainer.train_step(TOKENS)
+        assert script.step == 1
+
+
+def test_a_digest_of_something_else_is_found_at_once(script: Script) -> None:
+    with connect(script) as trainer:
+        trainer.train_step(TOKENS)
+        script.digest = b"x" * 32
+        with pytest.raises(DigestMismatchError, match="after step 2"):
+            trainer.train_step(TOKENS)
+
+
+def test_a_step_that_is_refused_leaves_its_number_to_the_next(script: Script) -> None:
+    def invalid(request: pb.TrainStepRequest, context: grpc.ServicerContext) -> None:
+        refuse(context, "INVALID_ARGUMENT", "INVALID_FIELD", field="batch.data")
+
+    with connect(script) as trainer:
+        script.before = [invalid]
+        with pytest.raises(InvalidRequestError) as raised:
+            trainer.train_step(TOKENS)
+        assert raised.value.field == "batch.data"
+        assert trainer.train_step(TOKENS).step == 1
+
+
+def test_a_window_keeps_its_order_and_its_bound(script: Script) -> None:
+    with connect(script, window=3) as trainer:
+        results = [trainer.submit(TOKENS + i) for i in range(12)]
+        assert [result.result(timeout=20).step for result in results] == list(range(1, 13))
+    assert max(len(trainer._pending), 0) == 0
+    assert trainer.step == 12
+
+
+def test_a_full_queue_is_asked_again_after_what_the_server_says(script: Script) -> None:
+    def full(request: pb.TrainStepRequest, context: grpc.ServicerContext) -> None:
+        refuse(context, "RESOURCE_EXHAUSTED", "QUEUE_FULL", retry=0.01)
+
+    script.before = [full, full]
+    with connect(script) as trainer:
+        assert trainer.train_step(TOKENS).step == 1
+    assert len(script.opened) == 1, "the server was there all the time"
+
+
+def test_a_fenced_client_stops(script: Script) -> None:
+    def fenced(request: pb.TrainStepRequest, context: grpc.ServicerContext) -> None:
+        refuse(context, "ABORTED", "FENCED")
+
+    with connect(script) as trainer:
+        script.before = [fenced]
+        with pytest.raises(FencedError):
+            trainer.train_step(TOKENS)
+        assert len(script.requests) == 1
+
+
+def test_an_internal_error_is_not_asked_again(script: Script) -> None:
+    def internal(request: pb.TrainStepRequest, context: grpc.ServicerContext) -> None:
+        refuse(context, "INTERNAL", "INTERNAL", error_id="abc")
+
+    with connect(script) as trainer:
+        script.before = [internal]
+        with pytest.raises(ServerError) as raised:
+            trainer.train_step(TOKENS)
+        assert raised.value.error_id == "abc"
+        assert len(script.requests) == 1
+
+
+def test_a_server_that_stays_away_is_given_up_with_what_to_do(script: Script) -> None:
+    with connect(script, retry_for=0.2) as trainer:
+        script.before = [lost] * 50
+        with pytest.raises(UnavailableError, match="is the server running"):
+            trainer.train_step(TOKENS)
+    assert len({request.request_id for request in script.requests}) == 1
+
+
+def test_every_call_has_a_deadline(script: Script) -> None:
+    seen: list[float] = []
+
+    def note(request: pb.TrainStepRequest, context: grpc.ServicerContext) -> None:
+        seen.append(context.time_remaining() or 0)
+
+    script.before = [note]
+    with connect(script, timeout=7.0) as trainer:
+        trainer.train_step(TOKENS)
+    assert 0 < seen[0] < 7.5
+
+
+def test_a_closed_trainer_says_so(script: Script) -> None:
+    trainer = connect(script)
+    trainer.close()
+    trainer.close()
+    with pytest.raises(maskwire.MaskwireError, match="closed"):
+        trainer.train_step(TOKENS)

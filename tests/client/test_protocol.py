@@ -1,0 +1,127 @@
+"""Requests and retries without a network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from maskwire.errors import DigestMismatchError, Failure, UnavailableError
+from maskwire.protocol import Ledger, RetryPolicy, encode_batch, hash_of, wait_before_retry
+from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.digest import step_digest
+
+
+class TorchLike:
+    """As much of a torch tensor as the client may rely on."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def detach(self) -> TorchLike:
+        return self
+
+    def cpu(self) -> TorchLike:
+        return self
+
+    def numpy(self) -> Any:
+        return self.array
+
+
+IDS = np.array([[1, 2, 3], [4, 5, 6]])
+
+
+@pytest.mark.parametrize(
+    "tokens", [IDS, IDS.tolist(), TorchLike(IDS), IDS.astype(np.uint8), np.asfortranarray(IDS)]
+)
+def test_tokens_in_any_container_make_the_same_message(tokens: Any) -> None:
+    batch = encode_batch(tokens)
+    assert (batch.data, list(batch.shape), batch.dtype) == (
+        bytes([1, 2, 3, 4, 5, 6]),
+        [2, 3],
+        pb.DATA_TYPE_UINT8,
+    )
+
+
+@pytest.mark.parametrize(
+    ("top", "dtype", "size"),
+    [
+        (255, pb.DATA_TYPE_UINT8, 1),
+        (256, pb.DATA_TYPE_UINT16, 2),
+        (65_535, pb.DATA_TYPE_UINT16, 2),
+        (65_536, pb.DATA_TYPE_INT32, 4),
+        (2**31, pb.DATA_TYPE_INT64, 8),
+        (-1, pb.DATA_TYPE_INT32, 4),
+    ],
+)
+def test_the_smallest_type_that_holds_the_ids_is_sent(top: int, dtype: int, size: int) -> None:
+    batch = encode_batch([[0, top]])
+    assert (batch.dtype, len(batch.data)) == (dtype, 2 * size)
+
+
+def test_rows_that_differ_in_length_and_lengths_make_the_same_message() -> None:
+    ragged = encode_batch([[1, 2, 3], [4]])
+    padded = encode_batch([[1, 2, 3], [4, 99, 99]], lengths=[3, 1])
+    assert ragged == padded
+    assert (ragged.data, list(ragged.lengths), list(ragged.shape)) == (bytes([1, 2, 3, 4]), [3, 1], [2, 3])
+
+
+def test_prompts_are_packed_row_major_lowest_bit_first() -> None:
+    mask = np.zeros((2, 5), dtype=bool)
+    mask[0, 1] = mask[1, 4] = True
+    assert encode_batch(np.ones((2, 5), dtype=int), prompt_mask=mask).prompt_mask == bytes([0b10, 0b10])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: encode_batch([1, 2]), "1 dimensions"),
+        (lambda: encode_batch([[0.5]]), "must be integers, got float64"),
+        (lambda: encode_batch(IDS, lengths=[1]), "one a row, 2"),
+        (lambda: encode_batch([[1], [2, 3]], lengths=[1, 2]), "left out"),
+        (lambda: encode_batch(IDS, prompt_mask=np.ones((2, 3))), "must be bool"),
+        (lambda: encode_batch(IDS, prompt_mask=np.ones((1, 3), dtype=bool)), "must be bool"),
+    ],
+)
+def test_what_makes_no_batch_is_refused_before_it_travels(call: Any, words: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=words):
+        call()
+
+
+def failing(**changes: Any) -> Failure:
+    return Failure(**{"error": UnavailableError("no"), "retryable": True, **changes})
+
+
+def test_waits_grow_to_a_cap_with_jitter_and_end() -> None:
+    policy = RetryPolicy(retry_for=10)
+    waits = [wait_before_retry(failing(), attempt, 0, policy, jitter=lambda: 1.0) for attempt in range(10)]
+    assert waits == [0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert wait_before_retry(failing(), 9, 0, policy, jitter=lambda: 0.0) == 0.5
+    assert wait_before_retry(failing(retry_after=0.7), 0, 0, policy, jitter=lambda: 1.0) == 0.7
+    assert wait_before_retry(failing(), 0, 10, policy) is None
+    assert wait_before_retry(failing(retryable=False), 0, 0, policy) is None
+    assert wait_before_retry(failing(), 5000, 0, policy, jitter=lambda: 1.0) == 1.0
+
+
+def answer(ledger: Ledger, request: pb.TrainStepRequest, step: int) -> pb.TrainStepResponse:
+    digest = step_digest(ledger.digest, 1, step, hash_of(request), pb.STEP_OUTCOME_APPLIED)
+    return pb.TrainStepResponse(step=step, digest=digest, outcome=pb.STEP_OUTCOME_APPLIED)
+
+
+def test_the_ledger_follows_the_chain_and_finds_a_difference() -> None:
+    ledger = Ledger()
+    assert ledger.history() is None
+    session = pb.SessionRef(run_id="r", lineage=1, epoch=1)
+    ledger.open(pb.OpenSessionResponse(session=session, step=4, durable_step=3, digest=b"d" * 32))
+    request = pb.TrainStepRequest(batch=encode_batch(IDS), learning_rate=0.5)
+    first = answer(ledger, request, 4)
+    ledger.acknowledge(first, hash_of(request))
+    assert (ledger.step, ledger.digest) == (4, first.digest)
+    assert ledger.history() == pb.History(run_id="r", lineage=1, step=4, digest=first.digest)
+    other = pb.TrainStepRequest(batch=encode_batch(IDS))
+    with pytest.raises(DigestMismatchError, match="after step 5"):
+        ledger.acknowledge(answer(ledger, other, 5), hash_of(request))
+    with pytest.raises(DigestMismatchError, match="step 7, expected was 5"):
+        ledger.acknowledge(answer(ledger, request, 7), hash_of(request))
+    assert ledger.step == 4

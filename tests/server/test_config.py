@@ -1,0 +1,166 @@
+"""Configuration errors are one line each: the key, the value, and what would be right."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maskwire_server import config
+from maskwire_server.config import Config, ObjectiveConfig, load
+from maskwire_server.errors import ConfigError
+from maskwire_server.template import template
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("MASKWIRE_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "line"),
+    [
+        ("model", {"depth": 0}, "model.depth: must be greater than or equal to 1, got 0"),
+        ("model", {"mask_id": 300}, "model: mask_id must be below num_tokens = 257, got 300"),
+        ("model", {"pad_id": 256}, "model: pad_id must differ from mask_id, got 256 for both"),
+        ("model", {"positions": "alibi"}, "model.positions: must be 'learned' or 'rotary'"),
+        ("model", {"dim_head": 7, "positions": "rotary"}, "model: dim_head must be even"),
+        ("objective", {"schedule": "cubic"}, "objective.schedule: must be 'linear', 'cosine' or"),
+        ("objective", {"no_replace_prob": 0.9, "random_token_prob": 0.2},
+         "objective: no_replace_prob + random_token_prob must be at most 1, got 1.1"),
+        ("optimizer", {"learning_rate": -1}, "optimizer.learning_rate: must be greater than"),
+        ("optimizer", {"learning_rate": float("inf")}, "optimizer.learning_rate: must be finite, got inf"),
+        ("optimizer", {"schedule": "cosine"}, "optimizer: total_steps must be set"),
+        ("optimizer", {"schedule": "cosine", "total_steps": 50},
+         "optimizer: total_steps must be above warmup_steps = 100, got 50"),
+        ("serve", {"address": "localhost"}, "serve: address must be HOST:PORT with a port of 0"),
+        ("serve", {"device": "tpu"}, "serve.device: string should match pattern"),
+        ("serve", {"windw": 3}, "serve.windw: unknown key"),
+        ("checkpoints", {"keep_last": 1}, "checkpoints.keep_last: must be greater than or equal to 2, got 1"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_one_line(section: str, values: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(None, **{section: values})
+    assert str(raised.value).startswith(line)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:50051", "192.168.1.2:1", "example.org:80", "[::]:1"])
+def test_plaintext_beyond_loopback_is_refused_unless_the_user_says_so(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"must be on loopback .*ssh -L"):
+        load(None, serve={"address": address})
+    assert load(None, serve={"address": address, "allow_insecure": True}).serve.address == address
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:50051", "[::1]:9", "127.9.9.9:1"])
+def test_loopback_is_recognised(address: str) -> None:
+    assert load(None, serve={"address": address}).serve.address == address
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("[model]\ndim = 64\ndepth = 3\nheads = 1\n")
+    monkeypatch.setenv("MASKWIRE_MODEL__DEPTH", "7")
+    monkeypatch.setenv("MASKWIRE_MODEL__HEADS", "5")
+    model = load(file, model={"heads": 2}).model
+    assert (model.dim, model.depth, model.heads, model.dim_head) == (64, 7, 2, 64)
+
+
+def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none.toml: no such file; `maskwire-server init` writes one"):
+        load(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[model\n")
+    with pytest.raises(ConfigError, match=r"bad.toml: "):
+        load(tmp_path / "bad.toml")
+
+
+def test_presets_set_what_is_not_set_beside_them() -> None:
+    assert ObjectiveConfig().loss_is_bound
+    maskgit = load(None, objective={"preset": "maskgit"}).objective
+    assert (maskgit.schedule, maskgit.weighting, maskgit.loss_is_bound) == ("cosine", "masked_mean", False)
+    reference = load(None, objective={"preset": "x-transformers", "augment_prob": 1.0}).objective
+    assert (reference.no_replace_prob, reference.random_token_prob, reference.augment_prob) == (
+        0.15,
+        0.1,
+        1.0,
+    )
+    cmlm = load(None, objective={"preset": "cmlm", "random_token_prob": 0.0}).objective
+    assert (cmlm.no_replace_prob, cmlm.random_token_prob, cmlm.weighting) == (0.1, 0.0, "masked_mean")
+
+
+def test_what_belongs_to_the_run_is_canonical_and_the_rest_is_not_in_it() -> None:
+    start = Config().canonical()
+    assert load(None, optimizer={"learning_rate": 0.5}, serve={"window": 2}).canonical() == start
+    assert load(None, model={"dim": 64}).canonical() != start
+    assert load(None, objective={"critic": "self"}).canonical() != start
+
+
+def test_the_template_loads_as_the_defaults_also_with_every_comment_taken_off(tmp_path: Path) -> None:
+    text = template()
+    file = tmp_path / "t.toml"
+    file.write_text(text)
+    assert load(file).model_dump() == Config().model_dump()
+    settings = re.sub(r"^# (\w+ = (?!  \(not set\)))", r"\1", text, flags=re.MULTILINE)
+    assert len(tomllib.loads(settings)["model"]) >= 14
+    file.write_text(settings)
+    assert load(file).model_dump() == Config().model_dump()
+    for section in Config.model_fields:
+        for key in type(getattr(Config(), section)).model_fields:
+            assert re.search(rf"^# {key} = ", text, re.MULTILINE), f"{section}.{key}"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = Path(sys.executable).with_name("maskwire-server")
+    return subprocess.run([str(command), *arguments], capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_the_server_stops_at_start_with_a_line_for_each_mistake(tmp_path: Path) -> None:
+    done = run(
+        "serve",
+        "--set",
+        "model.depth=0",
+        "--set",
+        "optimizer.learning_rate=-1",
+        "--run-dir",
+        str(tmp_path / "r"),
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "maskwire-server: model.depth: must be greater than or equal to 1, got '0'",
+        "maskwire-server: optimizer.learning_rate: must be greater than or equal to 0, got '-1'",
+    ]
+    assert not (tmp_path / "r").exists()
+    assert (
+        run("serve", "--set", "depth=1").stderr.strip().endswith("must be SECTION.KEY=VALUE, got 'depth=1'")
+    )
+
+
+def test_init_writes_once_and_check_reports(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    assert run("init", str(file)).returncode == 0
+    again = run("init", str(file))
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+    small = run("check", "--config", str(file), "--set", "model.dim=32", "--set", "model.depth=1")
+    assert small.returncode == 0
+    assert "parameters" in small.stdout
+    assert "fits" in small.stdout
+    huge = run("check", "--config", str(file), "--set", "model.dim=65536", "--set", "model.depth=99")
+    assert huge.returncode == 1
+    assert "does not fit" in huge.stdout
+
+
+def test_nothing_is_set_by_accident() -> None:
+    assert config.PRESETS.keys() == {"mdlm", "maskgit", "cmlm", "x-transformers"}
