@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, Unpack
 
 import grpc
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-M = TypeVar("M")
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -37,6 +36,23 @@ _OPTIONS = [
 ]
 _CLOSE_TIMEOUT = 2.0  # seconds
 _RENUMBER_WAIT = 0.02
+
+
+class StepOptions(TypedDict, total=False):
+    """What a step may be told beside its tokens."""
+
+    lengths: Any
+    """Integers [rows]: what lies behind a row's length is padding."""
+    prompt_mask: Any
+    """bool [rows, columns]: True where a position is given and never masked."""
+    only_train_generator: bool
+    """Compute and train the generator alone."""
+    only_train_critic: bool
+    """Train the critic alone."""
+    generator_sample_temperature: float | None
+    """Of the critic's input, 0 for the most probable token; None: drawn from [0, 1) for each step."""
+    learning_rate: float | None
+    """Of this step, in place of the schedule's."""
 
 
 class _Call(Protocol):
@@ -143,54 +159,20 @@ class Trainer:
 
     # Training.
 
-    def train_step(
-        self,
-        tokens: Any,
-        *,
-        lengths: Any = None,
-        prompt_mask: Any = None,
-        only_train_generator: bool = False,
-        only_train_critic: bool = False,
-        generator_sample_temperature: float | None = None,
-        learning_rate: float | None = None,
-    ) -> results.StepResult:
+    def train_step(self, tokens: Any, **options: Unpack[StepOptions]) -> results.StepResult:
         """Train on one batch, and return once the step is durable.
 
-        `tokens`: integers [rows, columns], or a list of rows that differ in length; `lengths`: [rows];
-        `prompt_mask`: bool [rows, columns], True where never masked. `learning_rate` is for this step.
+        `tokens`: integers [rows, columns], or a list of rows that differ in length; an array, a list or
+        a torch tensor.
         """
-        request = _step_request(
-            protocol.encode_batch(tokens, lengths=lengths, prompt_mask=prompt_mask),
-            only_train_generator=only_train_generator,
-            only_train_critic=only_train_critic,
-            generator_sample_temperature=generator_sample_temperature,
-            learning_rate=learning_rate,
-        )
-        return self._run(self._enter(request))
+        return self._run(self._enter(_step_request(tokens, **options)))
 
-    def submit(
-        self,
-        tokens: Any,
-        *,
-        lengths: Any = None,
-        prompt_mask: Any = None,
-        only_train_generator: bool = False,
-        only_train_critic: bool = False,
-        generator_sample_temperature: float | None = None,
-        learning_rate: float | None = None,
-    ) -> Future[results.StepResult]:
+    def submit(self, tokens: Any, **options: Unpack[StepOptions]) -> Future[results.StepResult]:
         """Hand in one batch as `train_step` does, and return a future of its result.
 
         Steps are numbered in the order of the calls. Blocks while a whole window is in flight.
         """
-        request = _step_request(
-            protocol.encode_batch(tokens, lengths=lengths, prompt_mask=prompt_mask),
-            only_train_generator=only_train_generator,
-            only_train_critic=only_train_critic,
-            generator_sample_temperature=generator_sample_temperature,
-            learning_rate=learning_rate,
-        )
-        return self._threads.submit(self._run, self._enter(request))
+        return self._threads.submit(self._run, self._enter(_step_request(tokens, **options)))
 
     def fit(self, data: Any, *, until_step: int, **options: Any) -> FitResult:
         """Train on `data.batch(step)` up to an absolute step; see `maskwire.fit.fit`."""
@@ -408,5 +390,8 @@ class Trainer:
             return acknowledged < expected <= self._ledger.step + len(self._pending)
 
 
-def _step_request(batch: pb.TokenBatch, **modes: Any) -> pb.TrainStepRequest:
+def _step_request(
+    tokens: Any, *, lengths: Any = None, prompt_mask: Any = None, **modes: Any
+) -> pb.TrainStepRequest:
+    batch = protocol.encode_batch(tokens, lengths=lengths, prompt_mask=prompt_mask)
     return pb.TrainStepRequest(request_id=protocol.new_id(), batch=batch, **modes)

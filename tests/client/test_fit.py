@@ -1,0 +1,124 @@
+"""The training loop, around a trainer that counts."""
+
+from __future__ import annotations
+
+import json
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from maskwire.fit import fit
+from maskwire.results import Losses, Outcome, StepMetrics, StepResult
+
+
+class Counting:
+    """As much of a Trainer as `fit` uses; answers come late, in order."""
+
+    def __init__(self, step: int = 0, fail_at: int | None = None) -> None:
+        self.step = step
+        self.handed_in = step
+        self.batches: list[int] = []
+        self.options: list[dict[str, Any]] = []
+        self.saved: list[int] = []
+        self.fail_at = fail_at
+        self.in_flight = 0
+
+    def submit(self, rows: Any, **options: Any) -> Future[StepResult]:
+        self.handed_in += 1
+        self.in_flight += 1
+        self.batches.append(int(rows[0][0]))
+        self.options.append(options)
+        future: Future[StepResult] = Future()
+        threading.Timer(0.002, self._answer, (self.handed_in, future)).start()
+        return future
+
+    def _answer(self, step: int, future: Future[StepResult]) -> None:
+        self.in_flight -= 1
+        if step == self.fail_at:
+            future.set_exception(ValueError("bad batch"))
+            return
+        self.step = max(self.step, step)
+        loss = float("nan") if step == 3 else 1 / step
+        metrics = StepMetrics(0.5, 0.1, 3, 4, 0.0, 0.01, 0.0)
+        outcome = Outcome.SKIPPED_NON_FINITE if step == 3 else Outcome.APPLIED
+        future.set_result(StepResult(step, Losses(loss, loss, None), outcome, False, b"d" * 32, metrics))
+
+    def checkpoint(self) -> Any:
+        assert self.in_flight == 0, "a checkpoint is of an exact step"
+        self.saved.append(self.step)
+        return SimpleNamespace(name=f"step-{self.step}")
+
+
+class Numbered:
+    def batch(self, step: int) -> Any:
+        return np.full((2, 5), step)
+
+
+def evaluation(trainer: Counting) -> Any:
+    assert trainer.in_flight == 0
+    return SimpleNamespace(step=trainer.step, bits_per_token=2.0, standard_error=0.1)
+
+
+def test_each_step_gets_its_own_batch_up_to_an_absolute_step(tmp_path: Path) -> None:
+    trainer = Counting(step=4)
+    metrics = tmp_path / "metrics.jsonl"
+    result = fit(trainer, Numbered(), until_step=9, progress=False, metrics=metrics, learning_rate=0.5)
+    assert trainer.batches == [5, 6, 7, 8, 9]
+    assert trainer.options == [{"learning_rate": 0.5}] * 5
+    assert (result.first_step, result.step, result.tokens) == (5, 9, 50)
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [5, 6, 7, 8, 9]
+    again = fit(trainer, Numbered(), until_step=9, progress=False)
+    assert (again.tokens, again.last) == (0, None)
+
+
+def test_evaluations_and_checkpoints_come_at_their_multiples() -> None:
+    trainer = Counting(step=1)
+    result = fit(
+        trainer, Numbered(), until_step=10, evaluate=evaluation, eval_every=4, checkpoint_every=3, progress=False
+    )  # fmt: skip
+    assert [found.step for found in result.evaluations] == [4, 8]
+    assert trainer.saved == [3, 6, 9]
+    assert result.step == 10
+
+
+def test_metrics_are_json_also_when_a_loss_is_not_a_number(tmp_path: Path) -> None:
+    metrics = tmp_path / "m.jsonl"
+    fit(Counting(), Numbered(), until_step=4, progress=False, metrics=metrics)
+    lines = [
+        json.loads(line, parse_constant=lambda name: pytest.fail(name))
+        for line in metrics.read_text().splitlines()
+    ]
+    assert lines[2]["loss"] is None
+    assert lines[2]["outcome"] == "SKIPPED_NON_FINITE"
+    assert lines[3] == lines[3] | {"loss": 0.25, "tokens": 10, "gradient_norm": 0.5, "critic_loss": None}
+
+
+def test_ctrl_c_finishes_what_is_in_flight_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = Counting()
+
+    def interrupt(result: StepResult) -> None:
+        if result.step == 5:
+            raise KeyboardInterrupt
+
+    result = fit(trainer, Numbered(), until_step=1000, on_step=interrupt)
+    assert result.interrupted
+    assert result.step == trainer.handed_in < 1000
+    assert trainer.in_flight == 0
+    assert "goes on from there" in capsys.readouterr().err
+
+
+def test_an_error_of_a_step_comes_out() -> None:
+    with pytest.raises(ValueError, match="bad batch"):
+        fit(Counting(fail_at=3), Numbered(), until_step=10, progress=False)
+
+
+def test_progress_in_a_log_ends_with_where_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(Counting(), Numbered(), until_step=6)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("step 6/6  loss 0.1667")
+    assert "tokens/s" in last
