@@ -358,6 +358,33 @@ def test_draining_finishes_the_running_step_and_refuses_the_rest(rig: Rig) -> No
     assert all(isinstance(error, Refused) and error.reason == "DRAINING" for error in outcomes[2:])
 
 
+def test_every_request_is_answered_whenever_the_engine_ends(rig: Rig) -> None:
+    engine = rig.start()
+    futures: list[Future[Any]] = []
+
+    def hammer() -> None:
+        while True:
+            try:
+                futures.append(engine.train_step(bare(1)))
+            except Refused as error:
+                assert error.reason in ("DRAINING", "QUEUE_FULL")
+                return
+
+    threads = [threading.Thread(target=hammer) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(futures) > 50)
+    engine.close()
+    for thread in threads:
+        thread.join(WAIT)
+    errors = [future.exception(WAIT) for future in futures]
+    assert {error.reason for error in errors if isinstance(error, Refused)} >= {"DRAINING"}
+    applied = sorted(
+        future.result().step for future, error in zip(futures, errors, strict=True) if error is None
+    )
+    assert applied == list(range(1, len(applied) + 1))
+
+
 def test_a_drain_that_takes_too_long_says_so(rig: Rig) -> None:
     engine = rig.start()
     rig.trainer.gate.clear()

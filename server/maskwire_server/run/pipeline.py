@@ -1,0 +1,358 @@
+"""The pipeline: a step is admitted, computed, committed and answered, and commits overlap computation.
+
+Everything here happens on the engine's thread, one message after another, so that nothing needs a lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+
+from maskwire.v1.digest import step_digest
+from maskwire_server.config import ServeConfig
+from maskwire_server.errors import Refused, StateLost
+from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRef, SessionRequest
+from maskwire_server.results import (
+    CheckpointInfo,
+    EvalAnswer,
+    EvalResult,
+    Outcome,
+    RestoreAnswer,
+    RunState,
+    SessionAnswer,
+    StepAnswer,
+    StepResult,
+)
+from maskwire_server.run import admission
+from maskwire_server.run.admission import Known, Position, StepFacts, Verdict
+from maskwire_server.run.checkpoint import Snapshot
+from maskwire_server.run.commits import Commits
+from maskwire_server.run.device import Device
+from maskwire_server.run.jobs import Barrier, Evaluation, Save, Step, answer, refuse
+from maskwire_server.run.journal import Journal, StepRecord
+from maskwire_server.run.line import Line
+from maskwire_server.run.rate import Rate
+from maskwire_server.run.restoring import Restoring
+from maskwire_server.run.saving import Saver
+from maskwire_server.run.sessions import Sessions
+from maskwire_server.run.standing import Head, Standing
+from maskwire_server.run.writer import Writer
+
+log = logging.getLogger(__name__)
+
+AHEAD = 2  # jobs handed to the device at once: one runs, one is ready, so that it never waits for us
+HALT_AFTER = 3  # steps in a row that are not finite
+
+
+class Pipeline:
+    """Takes requests in, and steps from one move to the next."""
+
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        device: Device,
+        saver: Saver,
+        restoring: Restoring,
+        line: Line,
+        writer: Writer,
+        head: Head,
+        standing: Standing,
+        rate: Rate,
+        serve: ServeConfig,
+        configuration_id: int,
+        post: Callable[[Callable[[], None]], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._journal = journal
+        self._device = device
+        self._saver = saver
+        self._restoring = restoring
+        self._line = line
+        self._writer = writer
+        self._head = head
+        self._standing = standing
+        self._rate = rate
+        self._serve = serve
+        self._configuration_id = configuration_id
+        self._post = post
+        self._clock = clock
+        self._commits = Commits(journal, standing, clock)
+        self._sessions = Sessions(journal, self._commits, line, writer, head, standing)
+        if head.non_finite >= HALT_AFTER:
+            standing.set(RunState.HALTED)
+
+    # The turn of the loop.
+
+    def settle(self) -> None:
+        """After messages: let waiting steps expire, commit, answer, and hand the device more."""
+        self._line.expire()
+        self._commits.flush()
+        self.feed()
+        while self._commits.pending and self._commits.retry_at is None:  # a barrier's own
+            self._commits.flush()
+            self.feed()
+
+    def patience(self) -> float | None:
+        """Seconds until something is due without a message; None: nothing is."""
+        deadlines = [at for at in (self._line.expires_at(), self._commits.retry_at) if at is not None]
+        return max(0.0, min(deadlines) - self._clock()) if deadlines else None
+
+    def _failed(self, what: str, error: BaseException) -> Refused:
+        error_id = uuid.uuid4().hex[:12]
+        self._standing.last_error = f"{what} failed, error id {error_id}"
+        log.error("%s", self._standing.last_error, exc_info=error)
+        return Refused(
+            "INTERNAL",
+            f"{what} failed and nothing changed; the server's log explains error {error_id}",
+            error_id=error_id,
+        )
+
+    # Admit.
+
+    def position(self) -> Position:
+        """Where the run stands, for admission."""
+        return Position(
+            state=self._standing.state,
+            run_id=self._head.run_id,
+            lineage=self._head.lineage,
+            epoch=self._writer.epoch,
+            writer=self._writer.present(self._line.busy),
+            closed=self._writer.closed,
+            next_step=self._line.next_step,
+            window=self._serve.window,
+            refused_step=self._line.refused_step,
+        )
+
+    def admit(self, step: Step) -> None:
+        """Admit a step, join it to its twin, or answer it from the record; raises Refused."""
+        request = step.request
+        known, record = None, None
+        earlier = self._line.request(request.request_id)
+        if earlier is not None:
+            known = Known(earlier.number or earlier.request.step, earlier.payload_hash, in_flight=True)
+        elif request.request_id is not None:
+            record = self._journal.step_of_request(request.request_id)
+            if record is not None:
+                known = Known(record.step, record.payload_hash, in_flight=False)
+        facts = StepFacts(
+            session=request.session,
+            step=request.step,
+            payload_hash=step.payload_hash,
+            known=known,
+            step_waits=self._line.waits(request.step),
+            queue_length=len(self._line),
+            queue_limit=self._serve.queue_limit,
+        )
+        verdict = admission.admit_step(facts, self.position())
+        if request.session is not None:
+            self._writer.touch()
+        if verdict is Verdict.REPLAY and record is not None:
+            result = StepResult(record.outcome, record.losses, record.gradient_norm)
+            answer(step.waiters[0], StepAnswer(record.step, result, record.digest, replayed=True))
+        elif verdict is Verdict.JOIN and earlier is not None:
+            earlier.waiters += step.waiters
+        elif verdict is Verdict.WAIT and request.step is not None:
+            self._line.take_ahead(step, request.step)
+        else:
+            self._line.take(step)
+
+    def step_refused(self, session: SessionRef, step: int) -> None:
+        """A step was refused before it came here: what waits behind it need wait no longer."""
+        try:
+            admission.check_session(session, self.position())
+        except Refused:
+            return
+        if step == self._line.next_step:
+            self._line.refused_step = step
+        self._line.refuse_ahead(step)
+
+    def line_up(self, job: Evaluation | Save) -> None:
+        """Put another job in the line; raises Refused."""
+        admission.refuse_unavailable(self._standing.state)
+        admission.refuse_full(len(self._line), self._serve.queue_limit)
+        self._line.append(job)
+
+    # Compute.
+
+    def feed(self) -> None:
+        """Hand the device what it may have."""
+        device, line = self._device, self._line
+        while (
+            device.outstanding < AHEAD
+            and not self._standing.holds(RunState.HELD)
+            and (job := line.first()) is not None
+        ):
+            if isinstance(job, Barrier):
+                if device.outstanding or self._commits.pending:
+                    return
+                line.pop()
+                job.act()
+            elif isinstance(job, Save):
+                if self._saver.busy:
+                    return
+                line.pop()
+                self._saver.busy = True
+                device.submit(device.snapshot, partial(self._on_snapshot, job))
+            elif isinstance(job, Evaluation):
+                line.pop()
+                if not job.future.cancelled():
+                    device.submit(partial(device.evaluate, job.request), partial(self._on_evaluated, job))
+            else:
+                line.pop()
+                if job.abandoned:
+                    line.withdraw(job, admission.gap(job.number, job.number))
+                    continue
+                device.submit(partial(self._compute, job), partial(self._on_computed, job))
+                if self._saver.due(job.number):
+                    line.put_first(Save(SaveRequest(), automatic=True))
+
+    def _compute(self, step: Step) -> StepResult | None:
+        step.started = self._clock()
+        result = self._device.train(self._head.lineage, step.number, step.request.payload)
+        step.ended = self._clock()
+        return result
+
+    def _on_computed(self, step: Step, future: Future[StepResult | None]) -> None:
+        error = future.exception()
+        if isinstance(error, StateLost):
+            raise error
+        if error is not None:
+            self._line.withdraw(step, self._failed(f"step {step.number}", error))
+            return
+        result = future.result()
+        if result is None:
+            self._line.send_back(step)
+        else:
+            self._consume(step, result)
+
+    def _consume(self, step: Step, result: StepResult) -> None:
+        head = self._head
+        head.step = step.number
+        head.digest = step_digest(
+            head.digest, head.lineage, step.number, step.payload_hash, int(result.outcome)
+        )
+        record = StepRecord(
+            head.lineage,
+            step.number,
+            step.request.request_id,
+            self._configuration_id,
+            step.payload_hash,
+            result.outcome,
+            result.losses,
+            result.gradient_norm,
+            head.digest,
+        )
+        self._commits.add(
+            partial(self._journal.add_step, record, step.encoded),
+            partial(self._on_durable, step, result, head.digest),
+        )
+        skipped = result.outcome is Outcome.SKIPPED_NON_FINITE
+        head.non_finite = head.non_finite + 1 if skipped else 0
+        if head.non_finite >= HALT_AFTER:
+            self._halt(step.number)
+
+    def _halt(self, step: int) -> None:
+        self._standing.last_error = f"steps {step - HALT_AFTER + 1} to {step} were not finite"
+        self._standing.set(RunState.HALTED, waiting_for="a session with takeover")
+        refusal = Refused(
+            "HALTED", f"{self._standing.last_error}; look at the data, then open a session with takeover"
+        )
+        self._line.refuse_steps(lambda _: refusal)
+
+    def _on_evaluated(self, job: Evaluation, future: Future[EvalResult]) -> None:
+        error = future.exception()
+        if error is not None:
+            refuse(job.future, self._failed("the evaluation", error))
+            return
+        seen = EvalAnswer(future.result(), self._head.step, self._head.digest)
+        self._commits.after(partial(answer, job.future, seen))
+
+    # Answer.
+
+    def _on_durable(self, step: Step, result: StepResult, digest: bytes) -> None:
+        self._head.durable = (step.number, digest)
+        self._line.settle(step)
+        self._rate.add(step.request.payload.batch.tokens)
+        if step.request.session is not None:
+            self._writer.touch()
+        reply = StepAnswer(
+            step.number,
+            result,
+            digest,
+            queue_seconds=step.started - step.arrived,
+            compute_seconds=step.ended - step.started,
+            commit_seconds=self._clock() - step.ended,
+        )
+        for waiter in step.waiters:
+            answer(waiter, reply)
+
+    # Sessions and checkpoints.
+
+    def open_session(self, request: SessionRequest, future: Future[SessionAnswer]) -> None:
+        """Make the caller the run's writer; raises Refused."""
+        self._sessions.open(request, self.position(), future)
+
+    def close_session(self, session: SessionRef, future: Future[None]) -> None:
+        """End the caller's session; raises Refused."""
+        self._sessions.close(session, self.position(), future)
+
+    def save(self, request: SaveRequest, future: Future[CheckpointInfo]) -> None:
+        """Save a checkpoint, or answer with the one that this request saved already; raises Refused."""
+        saved = self._saver.find(request)
+        if saved is None:
+            self.line_up(Save(request, [future]))
+        else:
+            answer(future, saved)
+
+    def _on_snapshot(self, job: Save, future: Future[Snapshot]) -> None:
+        error = future.exception()
+        if error is not None:
+            self._saver.give_up(job, self._failed("the copy for a checkpoint", error))
+            return
+        self._commits.after(partial(self._write_checkpoint, job, future.result()))
+
+    def _write_checkpoint(self, job: Save, snapshot: Snapshot) -> None:
+        written = self._saver.write(job, snapshot, self._head)
+        written.add_done_callback(lambda done: self._post(partial(self._on_written, job, done)))
+
+    def _on_written(self, job: Save, future: Future[CheckpointInfo]) -> None:
+        error = future.exception()
+        if error is not None:
+            known = error if isinstance(error, Refused) else self._failed("the checkpoint", error)
+            self._saver.give_up(job, known)
+            return
+        covered = self._saver.finish(self._journal, self._head.lineage)
+        if covered is not None and self._serve.keep_payloads == "recovery":
+            self._commits.add(partial(self._journal.drop_payloads, self._head.lineage, covered), lambda: None)
+        for waiter in job.waiters:
+            answer(waiter, future.result())
+
+    def restore(self, request: RestoreRequest, future: Future[RestoreAnswer]) -> None:
+        """Go back to a checkpoint once the running step is durable; raises Refused."""
+        admission.refuse_unavailable(self._standing.state)
+        self._restoring.begin(request, future)
+
+    # The end.
+
+    def drain(self, done: Future[None]) -> None:
+        """Refuse what waits, finish what runs, save if anything was trained, then answer `done`."""
+        self._standing.set(RunState.DRAINING, waiting_for="the running step and the last checkpoint")
+        self._line.refuse_all(Refused("DRAINING", "the server is finishing its work; ask again"))
+        if self._standing.holds(RunState.HELD):
+            answer(done, None)  # nothing that was acknowledged is missing on the disk
+        else:
+            self._line.append(Barrier(partial(self._drained, done), partial(refuse, done)))
+
+    def _drained(self, done: Future[None]) -> None:
+        newest = self._saver.newest
+        here = (self._head.lineage, self._head.step)
+        if not self._saver.busy and newest is not None and (newest.lineage, newest.step) == here:
+            answer(done, None)
+            return
+        last: Future[CheckpointInfo] = Future()
+        last.add_done_callback(lambda _: answer(done, None))
+        self._line.append(Save(SaveRequest(), [last], automatic=True))
