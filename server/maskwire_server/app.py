@@ -104,7 +104,7 @@ def _on_signals(stop: threading.Event) -> None:
                 "%s again: leaving at once; what was acknowledged is safe", signal.Signals(number).name
             )
             _leave(EXIT_SLOW)
-        log.info("%s: finishing the running step and saving", signal.Signals(number).name)
+        log.info("%s: stopping; what was acknowledged is safe", signal.Signals(number).name)
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):

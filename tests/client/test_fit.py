@@ -79,7 +79,8 @@ def test_each_step_gets_its_own_batch_up_to_an_absolute_step(tmp_path: Path) -> 
 def test_evaluations_and_checkpoints_come_at_their_multiples() -> None:
     trainer = Counting(step=1)
     result = fit(
-        trainer, Numbered(), until_step=10, evaluate=evaluation, eval_every=4, checkpoint_every=3, progress=False
+        trainer, Numbered(), until_step=10, evaluate=evaluation, eval_every=4, checkpoint_every=3,
+        progress=False,
     )  # fmt: skip
     assert [found.step for found in result.evaluations] == [4, 8]
     assert trainer.saved == [3, 6, 9]

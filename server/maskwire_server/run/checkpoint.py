@@ -134,7 +134,7 @@ class Checkpoints:
             raise Refused(
                 "CHECKPOINT_FAILED",
                 f"checkpoint {manifest.info.name!r} could not be written ({error.strerror}); make room, and "
-                "ask again: training goes on",
+                "save again",
                 name=manifest.info.name,
                 error=error.strerror,
             ) from error

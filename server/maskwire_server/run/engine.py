@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from maskwire_server.config import CheckpointsConfig, ServeConfig
-from maskwire_server.errors import Refused
+from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.requests import (
     EvalRequest,
     RestoreRequest,
@@ -327,7 +327,10 @@ class Engine:
         self._writer.resume(journal.last_session())
         if self._saver.newest is None:  # checkpoint 0 comes before the first step
             first = Save(SaveRequest(), automatic=True)
-            self._saver.write(first, device.call(device.snapshot), head).result()
+            try:
+                self._saver.write(first, device.call(device.snapshot), head).result()
+            except Refused as error:
+                raise RunDirectoryError(f"{self._run_dir}: {error.message}") from error
             self._saver.finish(journal, head.lineage)
         self._pipeline = Pipeline(
             journal=journal,

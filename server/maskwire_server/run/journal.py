@@ -136,11 +136,17 @@ class Journal:
     """One connection, used by one thread at a time; every method but the readers is a transaction's part."""
 
     def __init__(self, run_dir: Path, *, durable: bool = True) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
         self._path = run_dir / FILE_NAME
-        if not self._path.exists():
-            _refuse_leftovers(run_dir)
-        self._lock = _lock(run_dir)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if not self._path.exists():
+                _refuse_leftovers(run_dir)
+            self._lock = _lock(run_dir)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{run_dir}: cannot be used as a run directory ({error.strerror}); choose another with "
+                "--run-dir"
+            ) from error
         try:
             self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -43,6 +44,9 @@ def open_journal(run_dir: Path, *, seed: int, canonical: bytes, durable: bool = 
             journal.create(facts, initial_digest(canonical, seed))
         else:
             _check_same_run(journal, run_dir, seed, canonical)
+    except sqlite3.Error as error:
+        journal.close()
+        raise RunDirectoryError(f"{run_dir}: the journal cannot be written ({error}); make room") from error
     except BaseException:
         journal.close()
         raise

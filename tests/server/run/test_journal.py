@@ -167,3 +167,10 @@ def test_the_write_ahead_log_is_folded_when_told(open_journal: Open, tmp_path: P
     journal.tidy()
     assert log.stat().st_size == 0
     assert len(list(journal.steps_after(1, 0))) == 39
+
+
+def test_a_place_that_cannot_hold_a_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RunDirectoryError, match=r"file\S*: cannot be used as a run directory"):
+            Journal(place)
