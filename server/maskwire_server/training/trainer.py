@@ -41,7 +41,7 @@ class Trainer:
         serve: ServeConfig,
         seed: int,
     ) -> None:
-        torch.set_num_threads(serve.threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(serve.threads or cores())
         self._model, self._objective, self._optimizer = model, objective, optimizer
         self._seed = seed
         self._device = choose_device(serve.device)
@@ -280,6 +280,13 @@ def averaged(networks: Networks, generator: Group, critic: Group | None) -> Netw
     shell.generator = generator.ema  # type: ignore[assignment]
     shell.critic = None if critic is None else critic.ema
     return shell
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def choose_device(wish: str) -> torch.device:
