@@ -26,13 +26,15 @@ CPU_GB, CUDA_GB = 2, 8  # on disk, torch included
 def main() -> int:
     """Entry point; exit status 1 when the machine lacks something."""
     wanted = stamp()
-    if STAMP.exists() and STAMP.read_text() == wanted:
+    made_from, index_then = recorded()
+    # An index that was named once stays: a later `make test` must not fetch CUDA after all.
+    index = os.environ.get("TORCH_INDEX", index_then)
+    if made_from == wanted and index == index_then:
         return 0
-    problem = missing()
+    problem = missing(index)
     if problem:
         print(f"maskwire: {problem}", file=sys.stderr)
         return 1
-    index = os.environ.get("TORCH_INDEX")
     print(
         f"Setting up {VENV} (once, some minutes): about {'0.4' if index else '0.4 to 3'} GB to download, "
         "torch the most of it.\n"
@@ -54,20 +56,28 @@ def main() -> int:
         run(*constrained, "--index-url", index, "torch")
     print("  the rest …" if index else "  everything …", flush=True)
     run(*constrained, "--editable", f"{ROOT}[dev]")
-    STAMP.write_text(wanted)
+    STAMP.write_text(f"{wanted}\n{index}")
     print(f"Set up in {time.monotonic() - began:.0f} s.", flush=True)
     return 0
 
 
 def stamp() -> str:
     """What the environment was made from."""
-    sha = hashlib.sha256(sys.version.encode() + os.environ.get("TORCH_INDEX", "").encode())
+    sha = hashlib.sha256(sys.version.encode())
     for name in INPUTS:
         sha.update((ROOT / name).read_bytes())
     return sha.hexdigest()
 
 
-def missing() -> str | None:
+def recorded() -> tuple[str, str]:
+    """What the environment that is there was made from, and torch's index; both empty when there is none."""
+    if not STAMP.exists():
+        return "", ""
+    made_from, _, index = STAMP.read_text().partition("\n")
+    return made_from, index
+
+
+def missing(index: str) -> str | None:
     """What this machine lacks, and what to do about it."""
     if sys.version_info < OLDEST:
         return (
@@ -81,7 +91,7 @@ def missing() -> str | None:
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
         return f"Python's venv module is missing; on Debian or Ubuntu: apt install python{version}-venv"
     free = shutil.disk_usage(ROOT).free / 1e9
-    need = CPU_GB if os.environ.get("TORCH_INDEX") or sys.platform != "linux" else CUDA_GB
+    need = CPU_GB if index or sys.platform != "linux" else CUDA_GB
     if free < CPU_GB:
         return f"{need} GB of free disk are needed in {ROOT}, {free:.1f} GB are left; make room and try again"
     if free < need:

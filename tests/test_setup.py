@@ -26,7 +26,7 @@ def setup(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_an_old_python_is_named_with_what_to_do(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 10, 4, "final", 0))
-    problem = setup.missing()
+    problem = setup.missing("")
     assert "Python 3.11 or newer is needed" in problem
     assert "PYTHON=python3.12" in problem
 
@@ -35,36 +35,53 @@ def test_a_missing_venv_module_is_named_with_the_package(
     setup: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ensurepip", None)
-    assert f"apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv" in setup.missing()
+    assert f"apt install python{sys.version_info[0]}.{sys.version_info[1]}-venv" in setup.missing("")
 
 
 def test_a_full_disk_is_named_and_a_tight_one_warned_of(
     setup: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1e9))
-    assert "1.0 GB are left" in setup.missing()
+    assert "1.0 GB are left" in setup.missing("")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5e9))
     monkeypatch.setattr(sys, "platform", "linux")
-    assert setup.missing() is None
+    assert setup.missing("") is None
     assert "TORCH_INDEX" in capsys.readouterr().err
-    monkeypatch.setenv("TORCH_INDEX", "https://example.org/cpu")
-    assert setup.missing() is None
+    assert setup.missing("https://example.org/cpu") is None
     assert capsys.readouterr().err == ""
 
 
-def test_a_change_of_what_it_is_made_from_makes_it_anew(
+def test_it_is_made_anew_when_its_inputs_change_and_keeps_the_index_that_was_named(
     setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in setup.INPUTS:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("a")
+    commands: list[tuple[str, ...]] = []
     monkeypatch.setattr(setup, "ROOT", tmp_path)
-    first = setup.stamp()
-    assert setup.stamp() == first
+    monkeypatch.setattr(setup, "STAMP", tmp_path / "stamp")
+    monkeypatch.setattr(setup, "missing", lambda index: None)
+    monkeypatch.setattr(setup, "run", lambda *command: commands.append(command))
+
+    def made(index: str | None = None) -> list[str]:
+        """Which indexes torch came from, if anything was made."""
+        commands.clear()
+        if index is None:
+            monkeypatch.delenv("TORCH_INDEX", raising=False)
+        else:
+            monkeypatch.setenv("TORCH_INDEX", index)
+        assert setup.main() == 0
+        indexes = [
+            command[command.index("--index-url") + 1] for command in commands if "--index-url" in command
+        ]
+        return indexes if commands else ["nothing"]
+
+    assert made("https://cpu") == ["https://cpu"]
+    assert made("https://cpu") == ["nothing"]
+    assert made() == ["nothing"], "without the variable the environment stays as it is"
     (tmp_path / "constraints.txt").write_text("b")
-    second = setup.stamp()
-    monkeypatch.setenv("TORCH_INDEX", "x")
-    assert len({first, second, setup.stamp()}) == 3
+    assert made() == ["https://cpu"]
+    assert made("") == [], "an empty index takes torch from the usual one again"
 
 
 def test_a_command_that_fails_shows_why_and_what_to_do(

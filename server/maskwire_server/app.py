@@ -21,7 +21,6 @@ from typing import NoReturn
 from maskwire._version import __version__
 from maskwire_server.config import Config
 from maskwire_server.errors import ConfigError, RunDirectoryError
-from maskwire_server.results import RunState
 from maskwire_server.rpc.server import Server
 from maskwire_server.run.device import Trainer
 from maskwire_server.run.engine import Engine
@@ -141,6 +140,3 @@ def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-__all__ = ["RunState", "serve"]

@@ -240,8 +240,6 @@ class ServeConfig(_Section):
     can be lost with the machine."""
     keep_payloads: Literal["recovery", "all"] = "recovery"
     """Keep batches until checkpoints cover them, or for ever."""
-    poison_after: int = Field(0, ge=0)
-    """Set a step aside when it crashed the process so often; 0: never."""
     max_batch_tokens: int = Field(2**20, ge=1, le=2**28)
     """The most positions (rows times columns) of one batch."""
     micro_batch_tokens: int | None = Field(None, ge=1)

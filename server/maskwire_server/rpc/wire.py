@@ -7,7 +7,6 @@ refusal names the field, the first offending position, the value, and what would
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +16,7 @@ from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import Refused, invalid_field
 from maskwire_server.requests import (
+    CHECKPOINT_NAME,
     EvalRequest,
     History,
     RestoreRequest,
@@ -30,7 +30,6 @@ from maskwire_server.results import EvalOptions, Limits, ModelInfo
 DEFAULT_DRAWS = 16
 MAX_NAME = 128
 MAX_LABELS, MAX_LABEL = 32, 256
-_CHECKPOINT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 _DTYPES: dict[int, np.dtype[np.integer]] = {
     pb.DATA_TYPE_UINT8: np.dtype("<u1"),
@@ -339,6 +338,6 @@ def _name(field: str, value: str, *, required: bool = False) -> str | None:
 
 
 def _checkpoint_name(value: str) -> str:
-    if _CHECKPOINT_NAME.fullmatch(value) is None:
-        raise invalid_field("name", f"name must match {_CHECKPOINT_NAME.pattern}, got {value[:80]!r}")
+    if CHECKPOINT_NAME.fullmatch(value) is None:
+        raise invalid_field("name", f"name must match {CHECKPOINT_NAME.pattern}, got {value[:80]!r}")
     return value

@@ -12,18 +12,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from maskwire_server.errors import Refused
+from maskwire_server.requests import CHECKPOINT_NAME
 from maskwire_server.results import CheckpointInfo, FileInfo
+from maskwire_server.run.flush import flush_folder
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
 class Snapshot(Protocol):
@@ -128,7 +128,7 @@ class Checkpoints:
             info = CheckpointInfo(**{**vars(manifest.info), "files": files})
             whole = Manifest(**{**vars(manifest), "info": info})
             _write_manifest(folder, whole)
-            _flush_folder(self.folder)
+            flush_folder(self.folder)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise Refused(
@@ -152,7 +152,7 @@ class Checkpoints:
 
     def get(self, name: str) -> Manifest:
         """A whole checkpoint by name; Refused CHECKPOINT_NOT_FOUND."""
-        manifest = _read_manifest(self.path(name)) if NAME.fullmatch(name) else None
+        manifest = _read_manifest(self.path(name)) if CHECKPOINT_NAME.fullmatch(name) else None
         if manifest is None:
             names = ", ".join(m.info.name for m in self.all()[:3]) or "none"
             raise Refused(
@@ -178,7 +178,7 @@ class Checkpoints:
         """Remove a checkpoint, its manifest first, so that it is never half there."""
         folder = self.path(name)
         (folder / MANIFEST).unlink(missing_ok=True)
-        _flush_folder(folder)
+        flush_folder(folder)
         shutil.rmtree(folder)
 
     def sweep(self) -> list[str]:
@@ -212,7 +212,7 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.rename(folder / MANIFEST)
-    _flush_folder(folder)
+    flush_folder(folder)
 
 
 def _read_manifest(folder: Path) -> Manifest | None:
@@ -235,11 +235,3 @@ def _describe(path: Path) -> FileInfo:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").digest()
     return FileInfo(path.name, path.stat().st_size, digest)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

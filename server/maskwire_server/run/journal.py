@@ -22,6 +22,7 @@ from typing import Any
 
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.results import Losses, Outcome
+from maskwire_server.run.flush import flush_folder
 
 FORMAT = 1
 FILE_NAME = "journal.sqlite"
@@ -189,7 +190,7 @@ class Journal:
             self.add_lineage(Lineage(1, None, 0, digest, None, None))
 
         self.transaction(write)
-        _fsync_folder(self._path.parent)
+        flush_folder(self._path.parent)
         self.is_new = False
 
     def transaction(self, write: Callable[[], object]) -> None:
@@ -408,11 +409,3 @@ def _refuse_leftovers(run_dir: Path) -> None:
             f"{run_dir}: a new run needs an empty directory, found {', '.join(strange[:3])}; choose another "
             "with --run-dir"
         )
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
