@@ -60,7 +60,7 @@ def test_it_is_made_anew_when_its_inputs_change_and_keeps_the_index_that_was_nam
     commands: list[tuple[str, ...]] = []
     monkeypatch.setattr(setup, "ROOT", tmp_path)
     monkeypatch.setattr(setup, "STAMP", tmp_path / "stamp")
-    monkeypatch.setattr(setup, "missing", lambda index: None)
+    monkeypatch.setattr(setup, "missing", lambda _: None)
     monkeypatch.setattr(setup, "run", lambda *command: commands.append(command))
 
     def made(index: str | None = None) -> list[str]:
