@@ -6,21 +6,15 @@ server · 4 another writer has the run · 5 server and client disagree about the
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import grpc
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from maskwire import __version__
 from maskwire.client import Trainer, connect
@@ -28,7 +22,8 @@ from maskwire.data import ByteData, Rows
 from maskwire.errors import HistoryError, MaskwireError, SessionError, UnavailableError, read_failure
 from maskwire.protocol import encode_batch as encode
 from maskwire.protocol import new_id, read_checkpoint, read_eval, read_status
-from maskwire.results import CheckpointInfo, EvalResult, Status
+from maskwire.results import CheckpointInfo, EvalResult
+from maskwire.show import checkpoint_table, eval_table, show, status_table
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 
@@ -135,7 +130,7 @@ def train(
             "tokens_per_second": result.tokens_per_second,
             "interrupted": result.interrupted,
         }
-        _print(
+        show(
             summary,
             as_json,
             lambda: (
@@ -182,30 +177,7 @@ def evaluate(
             seed=seed,
             text_bytes=sum(len(row) for row in chosen),
         )
-        _print(found := read_eval(call("EvalLoss", request)), as_json, lambda: _eval_table(found))
-
-
-def _eval_table(found: EvalResult) -> Table:
-    table = Table(
-        title=f"step {found.step}, {found.tokens:,} tokens x {found.draws} draws", show_header=False
-    )
-    error = "" if found.standard_error is None else f" ± {found.standard_error / math.log(2):.4f}"
-    table.add_row("bits per token", f"{found.bits_per_token:.4f}{error}")
-    if found.bits_per_byte is not None:
-        table.add_row("bits per byte", f"{found.bits_per_byte:.4f}")
-    table.add_row("perplexity", f"{found.perplexity:.3f}")
-    table.add_row("loss", f"{found.loss:.4f}")
-    table.add_row("accuracy where masked", f"{found.accuracy:.1%}")
-    if found.losses.critic_loss is not None and found.critic_accuracy is not None:
-        table.add_row("critic", f"loss {found.losses.critic_loss:.4f}, right {found.critic_accuracy:.1%}")
-    for part in found.by_masked_fraction:
-        if part.accuracy is not None and part.nats_per_masked_token is not None:
-            table.add_row(
-                f"masked {part.low:.0%} – {part.high:.0%}",
-                f"{part.nats_per_masked_token / math.log(2):.3f} bits a masked token, "
-                f"{part.accuracy:.1%} right",
-            )
-    return table
+        show(found := read_eval(call("EvalLoss", request)), as_json, lambda: eval_table(found))
 
 
 @checkpoint_app.command()
@@ -221,7 +193,7 @@ def save(
     with _errors(), _calls(target, retry_for) as call:
         request = pb.CheckpointRequest(request_id=new_id(), name=name, labels=labels)
         info = read_checkpoint(call("Checkpoint", request).checkpoint)
-        _print(info, as_json, lambda: f"{info.name}  step {info.step}  {info.size_bytes / 1e6:.1f} MB")
+        show(info, as_json, lambda: f"{info.name}  step {info.step}  {info.size_bytes / 1e6:.1f} MB")
 
 
 @checkpoint_app.command(name="list")
@@ -236,15 +208,7 @@ def list_checkpoints(target: Target = DEFAULT_TARGET, retry_for: Wait = 60.0, as
             token = page.next_page_token
             if not token:
                 break
-        _print(found, as_json, lambda: _checkpoint_table(found))
-
-
-def _checkpoint_table(found: list[CheckpointInfo]) -> Table:
-    table = Table("name", "step", "lineage", "size", "saved (UTC)")
-    for info in found:
-        size = f"{info.size_bytes / 1e6:.1f} MB"
-        table.add_row(info.name, str(info.step), str(info.lineage), size, f"{info.created:%Y-%m-%d %H:%M:%S}")
-    return table
+        show(found, as_json, lambda: checkpoint_table(found))
 
 
 @checkpoint_app.command()
@@ -260,7 +224,7 @@ def restore(
         request = pb.RestoreCheckpointRequest(request_id=new_id(), name=name, expected_step=expected_step)
         answer = call("RestoreCheckpoint", request)
         shown = {"lineage": answer.lineage, "step": answer.step, "digest": answer.digest.hex()}
-        _print(shown, as_json, lambda: f"lineage {answer.lineage} goes on from step {answer.step}")
+        show(shown, as_json, lambda: f"lineage {answer.lineage} goes on from step {answer.step}")
 
 
 @app.command()
@@ -274,29 +238,10 @@ def status(
     with _errors(), _calls(target, retry_for) as call:
         while True:
             found = read_status(call("GetStatus", pb.GetStatusRequest()))
-            _print(found, as_json, lambda found=found: _status_table(found))  # type: ignore[misc]
+            show(found, as_json, lambda found=found: status_table(found))  # type: ignore[misc]
             if not watch:
                 return
             time.sleep(1)
-
-
-def _status_table(found: Status) -> Table:
-    table = Table(show_header=False)
-    waiting = f", waiting for {found.waiting_for}" if found.waiting_for else ""
-    table.add_row("state", f"{found.state.name} since {found.state_since:%Y-%m-%d %H:%M:%S} UTC{waiting}")
-    table.add_row("run", f"{found.run_id}, lineage {found.lineage}")
-    table.add_row("step", f"{found.step} ({found.durable_step} durable), digest {found.digest.hex()[:16]}")
-    table.add_row("speed", f"{found.steps_per_second:.2f} steps/s, {found.tokens_per_second:,.0f} tokens/s")
-    table.add_row("queue", f"{found.queue_length} of {found.queue_limit}")
-    table.add_row("writer", f"{found.writer or 'none'} (epoch {found.epoch})")
-    if found.model is not None:
-        table.add_row("model", f"{found.model.parameters:,} parameters, {found.model.objective}")
-    if found.newest_checkpoint is not None:
-        table.add_row("checkpoint", f"{found.newest_checkpoint.name}, step {found.newest_checkpoint.step}")
-    if found.last_error:
-        table.add_row("last error", found.last_error)
-    table.add_row("versions", ", ".join(f"{name} {value}" for name, value in sorted(found.versions.items())))
-    return table
 
 
 @app.command()
@@ -317,7 +262,7 @@ def health(
             serving = call(request, timeout=timeout, wait_for_ready=True) == b"\x08\x01"
         except grpc.RpcError as error:
             raise read_failure(error).error from None
-    _print({"serving": serving}, as_json, lambda: "serving" if serving else "not serving")
+    show({"serving": serving}, as_json, lambda: "serving" if serving else "not serving")
     if not serving:
         raise typer.Exit(EXIT_REFUSED)
 
@@ -368,32 +313,6 @@ def _fail(code: int, error: object) -> None:
 
 def _say(text: str) -> None:
     console.print(text, markup=False, soft_wrap=True)
-
-
-def _print(value: Any, as_json: bool, words: Callable[[], str | Table]) -> None:
-    if as_json:
-        typer.echo(json.dumps(_plain(value)))
-        return
-    out, shown = Console(highlight=False), words()
-    out.print(shown, markup=False, soft_wrap=isinstance(shown, str))
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, datetime):
-        return value.isoformat() + "Z"
-    if isinstance(value, enum.Enum):
-        return value.name
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def main() -> None:

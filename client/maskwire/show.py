@@ -1,0 +1,98 @@
+"""What the command shows: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import math
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from maskwire.results import CheckpointInfo, EvalResult, Status
+
+
+def eval_table(found: EvalResult) -> Table:
+    """An evaluation."""
+    table = Table(
+        title=f"step {found.step}, {found.tokens:,} tokens x {found.draws} draws", show_header=False
+    )
+    error = "" if found.standard_error is None else f" ± {found.standard_error / math.log(2):.4f}"
+    table.add_row("bits per token", f"{found.bits_per_token:.4f}{error}")
+    if found.bits_per_byte is not None:
+        table.add_row("bits per byte", f"{found.bits_per_byte:.4f}")
+    table.add_row("perplexity", f"{found.perplexity:.3f}")
+    table.add_row("loss", f"{found.loss:.4f}")
+    table.add_row("accuracy where masked", f"{found.accuracy:.1%}")
+    if found.losses.critic_loss is not None and found.critic_accuracy is not None:
+        table.add_row("critic", f"loss {found.losses.critic_loss:.4f}, right {found.critic_accuracy:.1%}")
+    for part in found.by_masked_fraction:
+        if part.accuracy is not None and part.nats_per_masked_token is not None:
+            table.add_row(
+                f"masked {part.low:.0%} – {part.high:.0%}",
+                f"{part.nats_per_masked_token / math.log(2):.3f} bits a masked token, "
+                f"{part.accuracy:.1%} right",
+            )
+    return table
+
+
+def checkpoint_table(found: list[CheckpointInfo]) -> Table:
+    """Checkpoints, one a row."""
+    table = Table("name", "step", "lineage", "size", "saved (UTC)")
+    for info in found:
+        size = f"{info.size_bytes / 1e6:.1f} MB"
+        table.add_row(info.name, str(info.step), str(info.lineage), size, f"{info.created:%Y-%m-%d %H:%M:%S}")
+    return table
+
+
+def status_table(found: Status) -> Table:
+    """Where the run stands."""
+    table = Table(show_header=False)
+    waiting = f", waiting for {found.waiting_for}" if found.waiting_for else ""
+    table.add_row("state", f"{found.state.name} since {found.state_since:%Y-%m-%d %H:%M:%S} UTC{waiting}")
+    table.add_row("run", f"{found.run_id}, lineage {found.lineage}")
+    table.add_row("step", f"{found.step} ({found.durable_step} durable), digest {found.digest.hex()[:16]}")
+    table.add_row("speed", f"{found.steps_per_second:.2f} steps/s, {found.tokens_per_second:,.0f} tokens/s")
+    table.add_row("queue", f"{found.queue_length} of {found.queue_limit}")
+    table.add_row("writer", f"{found.writer or 'none'} (epoch {found.epoch})")
+    if found.model is not None:
+        table.add_row("model", f"{found.model.parameters:,} parameters, {found.model.objective}")
+    if found.newest_checkpoint is not None:
+        table.add_row("checkpoint", f"{found.newest_checkpoint.name}, step {found.newest_checkpoint.step}")
+    if found.last_error:
+        table.add_row("last error", found.last_error)
+    table.add_row("versions", ", ".join(f"{name} {value}" for name, value in sorted(found.versions.items())))
+    return table
+
+
+def show(value: Any, as_json: bool, words: Callable[[], str | Table]) -> None:
+    """Print a value as JSON, or what `words` makes of it."""
+    if as_json:
+        typer.echo(json.dumps(to_json(value)))
+        return
+    out, shown = Console(highlight=False), words()
+    out.print(shown, markup=False, soft_wrap=isinstance(shown, str))
+
+
+def to_json(value: Any) -> Any:
+    """A value as JSON can hold it: bytes in hex, enums by name, what is not finite as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, datetime):
+        return value.isoformat() + "Z"
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
