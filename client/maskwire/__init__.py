@@ -5,7 +5,8 @@
     with maskwire.connect("127.0.0.1:50051") as trainer:
         result = trainer.train_step(tokens)
 
-The client needs no torch. `maskwire.data` has data, `maskwire.errors` what is raised.
+The client needs no torch. `maskwire.aio` has the same for asyncio, `maskwire.data` data, and
+`maskwire.errors` what is raised.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,19 +14,38 @@ from typing import TYPE_CHECKING, Any
 from maskwire._version import __version__
 
 if TYPE_CHECKING:
-    from maskwire.client import Trainer, connect
-    from maskwire.data import ByteData
+    from maskwire import aio
+    from maskwire.client import Client, Trainer, attach, connect
+    from maskwire.data import ByteData, FileTokens, TokenData, open_data
     from maskwire.errors import MaskwireError
 
-__all__ = ["ByteData", "MaskwireError", "Trainer", "__version__", "connect"]
+__all__ = [
+    "ByteData",
+    "Client",
+    "FileTokens",
+    "MaskwireError",
+    "TokenData",
+    "Trainer",
+    "__version__",
+    "aio",
+    "attach",
+    "connect",
+    "open_data",
+]
 
-_HOMES = {"connect": "client", "Trainer": "client", "ByteData": "data", "MaskwireError": "errors"}
+_HOMES = {
+    **dict.fromkeys(("connect", "attach", "Trainer", "Client"), "client"),
+    **dict.fromkeys(("open_data", "TokenData", "ByteData", "FileTokens"), "data"),
+    "MaskwireError": "errors",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Looked up at first use, so that importing `maskwire.v1` alone stays light.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'maskwire' has no attribute {name!r}")
     import importlib
 
+    if name == "aio":
+        return importlib.import_module("maskwire.aio")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'maskwire' has no attribute {name!r}")
     return getattr(importlib.import_module(f"maskwire.{_HOMES[name]}"), name)

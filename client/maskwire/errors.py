@@ -6,6 +6,7 @@
     │   ├── ConflictError            the step or request id was used otherwise
     │   ├── HaltedError              three steps in a row were not finite
     │   ├── CheckpointError          not found, taken, damaged, or not written
+    │   ├── TokenizerError           the run's ids stand for something else
     │   └── UnimplementedError       this server does not serve it
     ├── SessionError             this client may not write
     │   ├── FencedError              another writer took over: stop
@@ -14,6 +15,10 @@
     ├── HistoryError             server and client disagree about what was trained: stop
     │   ├── HistoryLostError         the server lacks steps that it acknowledged
     │   └── DigestMismatchError      the digests differ
+    ├── AccessError              the server's door stays shut
+    │   ├── UnauthenticatedError     no token, or one that it does not know
+    │   ├── PermissionDeniedError    the token's role may not do this
+    │   └── TlsError                 the certificates do not fit
     ├── UnavailableError         no answer, or not yet: the outcome is unknown
     └── ServerError              the server failed; its log explains `.error_id`
 
@@ -84,6 +89,26 @@ class WrongRunError(SessionError):
     """The session is of another run, lineage or epoch; connect again."""
 
 
+class TokenizerError(RequestError):
+    """The run was begun with another tokenizer: the same ids stand for something else."""
+
+
+class AccessError(MaskwireError):
+    """The server does not let this client in."""
+
+
+class UnauthenticatedError(AccessError):
+    """No token came with the request, or one that the server does not know or that has expired."""
+
+
+class PermissionDeniedError(AccessError):
+    """The token's role may not do this; the message names the one that may."""
+
+
+class TlsError(AccessError):
+    """The connection could not be secured: the message says which certificate does not fit."""
+
+
 class HistoryError(MaskwireError):
     """Server and client disagree about what was trained; stop and look at the server's storage."""
 
@@ -124,7 +149,10 @@ REASONS: dict[str, type[MaskwireError]] = {
     "WRITER_PRESENT": WriterPresentError,
     "WRONG_RUN": WrongRunError,
     "UNKNOWN_EPOCH": WrongRunError,
+    "TOKENIZER_MISMATCH": TokenizerError,
     "HISTORY_LOST": HistoryLostError,
+    "UNAUTHENTICATED": UnauthenticatedError,
+    "PERMISSION_DENIED": PermissionDeniedError,
     "QUEUE_FULL": UnavailableError,
     "RECOVERING": UnavailableError,
     "RESTORING": UnavailableError,
@@ -137,10 +165,26 @@ _BY_STATUS: dict[grpc.StatusCode, type[MaskwireError]] = {
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
     grpc.StatusCode.DEADLINE_EXCEEDED: UnavailableError,
     grpc.StatusCode.CANCELLED: UnavailableError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
     grpc.StatusCode.UNIMPLEMENTED: UnimplementedError,
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: RequestError,
 }
+
+
+# What gRPC says when a secure connection fails, and what to do about it.
+_TLS: dict[str, str] = {
+    "certificate has expired": "the server's certificate has expired: have it renewed",
+    "certificate is not yet valid": "the server's certificate is not valid yet: look at both clocks",
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not signed by an authority that this client "
+    "trusts: give its file as ca (--ca)",
+    "Hostname Verification Check failed": "the server's certificate is for another name: connect by a name "
+    "that it lists, or give that as server_name (--server-name)",
+    "WRONG_VERSION_NUMBER": "the server speaks plaintext there: leave TLS out, or reach its TLS port",
+}
+_CLOSED = "Socket closed"
+_CLOSED_HINT = "; a server that wants TLS (ca) or a client certificate (cert, key) closes connections so too"
 
 
 @dataclass(frozen=True)
@@ -166,8 +210,18 @@ def read_failure(error: grpc.RpcError) -> Failure:
         kind = REASONS.get(info.reason, ServerError)
         made = kind(text, reason=info.reason, metadata=dict(info.metadata))
         return Failure(made, unknown or retry_after is not None, retry_after=retry_after)
+    for sign, cure in _TLS.items():
+        if unknown and sign in text:
+            return Failure(TlsError(f"{cure} ({_last(text)})", reason="TLS"), retryable=False)
+    if unknown and _CLOSED in text:
+        text = _last(text) + _CLOSED_HINT
     kind = _BY_STATUS.get(code, ServerError)
     return Failure(kind(f"{code.name}: {text}", reason=code.name), unknown, unreachable=unknown)
+
+
+def _last(text: str) -> str:
+    """gRPC's text without the list of what it tried."""
+    return text.rpartition("last error: ")[2]
 
 
 def _details(call: Any) -> tuple[error_details_pb2.ErrorInfo | None, float | None]:

@@ -1,7 +1,8 @@
 """The training loop: a window of steps in flight, evaluations, checkpoints, progress and metrics.
 
-Step targets are absolute and data is a function of the step, so the same call after any interruption
-goes on where the run is.
+The loop is written once, as a generator of wishes that the blocking and the asyncio client grant. Step
+targets are absolute and data is a function of the step, so the same call after any interruption goes on
+where the run is.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
+from maskwire.errors import MaskwireError
 from maskwire.results import EvalResult, StepResult
 
 if TYPE_CHECKING:
     from maskwire.client import Trainer
 
 PLAIN_EVERY_SECONDS = 10.0
+LEAVE_SECONDS = 10.0  # for the steps in flight, once interrupted
 
 
 class Data(Protocol):
@@ -42,7 +45,7 @@ class FitResult:
     seconds: float = 0.0
     tokens: int = 0
     interrupted: bool = False
-    """Ctrl-C ended it; the steps in flight were finished."""
+    """Ctrl-C ended it."""
     last: StepResult | None = None
     evaluations: list[EvalResult] = field(default_factory=list)
 
@@ -65,25 +68,58 @@ class Progress(Protocol):
         """Training ended."""
 
 
-def fit(
-    trainer: Trainer,
+@dataclass(frozen=True)
+class Take:
+    """A wish: the result of a step in flight, within `timeout` seconds."""
+
+    future: Any
+    timeout: float | None
+
+
+Wish = Take | Callable[[], Any]
+"""A callable is a wish for what it returns, awaited where that can be."""
+
+
+def fit(trainer: Trainer, data: Data, *, until_step: int, **options: Any) -> FitResult:
+    """Train until the run is at `until_step`; the options are those of `plan`.
+
+    Ctrl-C finishes the steps in flight, for at most 10 s, and returns; the next call goes on.
+    """
+    wishes = plan(trainer, data, until_step=until_step, **options)
+    reply: Any = None
+    raised: BaseException | None = None
+    try:
+        while True:
+            wish = wishes.send(reply) if raised is None else wishes.throw(raised)
+            reply = raised = None
+            try:
+                reply = wish.future.result(wish.timeout) if isinstance(wish, Take) else wish()
+            except BaseException as error:
+                raised = error
+    except StopIteration as done:
+        result: FitResult = done.value
+        return result
+
+
+def plan(
+    trainer: Any,
     data: Data,
     *,
     until_step: int,
-    evaluate: Callable[[Trainer], EvalResult] | None = None,
+    evaluate: Callable[[Any], Any] | None = None,
     eval_every: int | None = None,
     checkpoint_every: int | None = None,
     metrics: str | Path | None = None,
     progress: bool | Progress = True,
     on_step: Callable[[StepResult], None] | None = None,
     **modes: Any,
-) -> FitResult:
-    """Train until the run is at `until_step`.
+) -> Generator[Wish, Any, FitResult]:
+    """The wishes of one call of `fit`.
 
     `evaluate(trainer)` runs every `eval_every` steps and a checkpoint is saved every
     `checkpoint_every`; both are absolute multiples. `metrics` is a file that gets one JSON line a
-    step. `modes` go to each step (`only_train_critic`, `learning_rate`, ...). Ctrl-C finishes the
-    steps in flight and returns; the next call goes on.
+    step, `on_step` is called with each step's result. `modes` go to each step (`only_train_critic`,
+    `learning_rate`, ...). Data that knows its `tokenizer` has it kept with the run.
     """
     result = FitResult(first_step=trainer.step + 1, step=trainer.step)
     if isinstance(progress, bool):
@@ -93,20 +129,26 @@ def fit(
     stops = [every for every in (eval_every if evaluate else None, checkpoint_every) if every]
     began = time.monotonic()
     try:
+        if getattr(data, "tokenizer", ""):
+            yield partial(trainer.use_tokenizer, data.tokenizer)  # type: ignore[attr-defined]
         while result.step < until_step:
             # Evaluations and checkpoints are of an exact step: nothing may be in flight then.
             stop = min([until_step, *((result.step // every + 1) * every for every in stops)])
-            loop.run(stop)
+            yield from loop.run(stop)
             if evaluate and eval_every and result.step % eval_every == 0:
-                found = evaluate(trainer)
+                found = yield partial(evaluate, trainer)
                 result.evaluations.append(found)
                 loop.record_evaluation(found)
             if checkpoint_every and result.step % checkpoint_every == 0:
-                progress.say(f"step {result.step}: checkpoint {trainer.checkpoint().name}")
+                saved = yield trainer.checkpoint
+                progress.say(f"step {result.step}: checkpoint {saved.name}")
     except KeyboardInterrupt:
-        loop.finish()
         result.interrupted = True
-        progress.say(f"interrupted at step {result.step}; the same command goes on from there")
+        left = yield from loop.leave()
+        progress.say(
+            f"interrupted at step {result.step}; the same command goes on from there"
+            + (f" ({left} steps in flight may have been applied too)" if left else "")
+        )
     finally:
         result.seconds = time.monotonic() - began
         progress.close()
@@ -118,7 +160,7 @@ def fit(
 class _Loop:
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: Any,
         data: Data,
         result: FitResult,
         progress: Progress,
@@ -128,27 +170,33 @@ class _Loop:
     ) -> None:
         self._trainer, self._data, self._result = trainer, data, result
         self._progress, self._log, self._on_step, self._modes = progress, log, on_step, modes
-        self._in_flight: deque[tuple[int, Future[StepResult]]] = deque()
-        self._began = time.time()
+        self._in_flight: deque[tuple[int, Any]] = deque()
 
-    def run(self, stop: int) -> None:
+    def run(self, stop: int) -> Generator[Wish, Any, None]:
         """Train up to and with step `stop`, with as many in flight as the trainer allows."""
         for step in range(self._result.step + 1, stop + 1):
             rows = self._data.batch(step)
             tokens = sum(len(row) for row in rows)
-            self._in_flight.append((tokens, self._trainer.submit(rows, **self._modes)))
+            future = yield partial(self._trainer.submit, rows, **self._modes)
+            self._in_flight.append((tokens, future))
             while self._in_flight and self._in_flight[0][1].done():
-                self._take()
-        self.finish()
-
-    def finish(self) -> None:
-        """Wait for what is in flight."""
+                yield from self._take()
         while self._in_flight:
-            self._take()
+            yield from self._take()
 
-    def _take(self) -> None:
+    def leave(self) -> Generator[Wish, Any, int]:
+        """Wait a little for what is in flight; how many steps were left."""
+        deadline = time.monotonic() + LEAVE_SECONDS
+        try:
+            while self._in_flight:
+                yield from self._take(max(0.0, deadline - time.monotonic()))
+        except (TimeoutError, MaskwireError):
+            pass
+        return len(self._in_flight)
+
+    def _take(self, timeout: float | None = None) -> Generator[Wish, Any, None]:
         tokens, future = self._in_flight[0]
-        answer = future.result()
+        answer = yield Take(future, timeout)
         self._in_flight.popleft()
         result = self._result
         result.step, result.last = answer.step, answer

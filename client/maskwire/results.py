@@ -126,6 +126,14 @@ class EvalResult:
 
 
 @dataclass(frozen=True)
+class FileInfo:
+    """One file of a checkpoint."""
+
+    size_bytes: int
+    sha256: bytes
+
+
+@dataclass(frozen=True)
 class CheckpointInfo:
     """A whole checkpoint."""
 
@@ -134,7 +142,7 @@ class CheckpointInfo:
     step: int
     digest: bytes
     size_bytes: int
-    files: tuple[str, ...]
+    files: dict[str, FileInfo]
     created: datetime
     labels: dict[str, str]
 
@@ -195,3 +203,5 @@ class Status:
     newest_checkpoint: CheckpointInfo | None
     versions: dict[str, str]
     uptime_seconds: float
+    tokenizer: str
+    """What the run's ids stand for: "bytes", or the SHA-256 of a tokenizer's file; empty: not said."""

@@ -95,7 +95,7 @@ def test_mistakes_have_their_exit_codes_and_no_traceback(server: ServerProcess, 
     for arguments, code, words in (
         (["status", *nowhere], 3, "is the server running"),
         (["train", texts, "--until-step", 1, *nowhere], 3, "is the server running"),
-        (["health", "--target", "127.0.0.1:1", "--timeout", "0.2"], 3, "is the server running"),
+        (["health", "--target", "127.0.0.1:1", "--retry-for", "0.2"], 3, "is the server running"),
         (["train", texts / "none", "--until-step", 99, "--target", server.address], 2, "no such file"),
         (["train", texts, "--until-step", 99, "--length", 9999, "--target", server.address], 1, "at most"),
         (["train", texts, "--target", server.address], 2, "--until-step"),

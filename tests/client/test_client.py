@@ -22,7 +22,7 @@ from maskwire.errors import (
     ServerError,
     UnavailableError,
 )
-from maskwire.protocol import hash_of
+from maskwire.messages import hash_of
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 from maskwire.v1.digest import step_digest
@@ -166,7 +166,7 @@ def test_a_window_keeps_its_order_and_its_bound(script: Script) -> None:
     with connect(script, window=3) as trainer:
         results = [trainer.submit(TOKENS + i) for i in range(12)]
         assert [result.result(timeout=20).step for result in results] == list(range(1, 13))
-    assert max(len(trainer._pending), 0) == 0
+    assert trainer._writing.in_flight == 0
     assert trainer.step == 12
 
 

@@ -82,7 +82,7 @@ def test_evaluation_rows_are_spread_and_always_the_same(folder: Path) -> None:
 def test_unigram_entropy_is_that_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"aabb" * 10)
     (tmp_path / "b").write_bytes(b"cccc" * 10)
-    assert ByteData(tmp_path, length=4, batch_size=1).unigram_bits_per_byte() == pytest.approx(1.5)
+    assert ByteData(tmp_path, length=4, batch_size=1).unigram_bits() == pytest.approx(1.5)
 
 
 def test_hidden_and_empty_files_are_left_out_and_missing_ones_named(folder: Path) -> None:

@@ -105,6 +105,7 @@ class TrainingServiceServicer:
         FAILED_PRECONDITION (WRITER_PRESENT): another client's session is open; wait, or set takeover.
         FAILED_PRECONDITION (WRONG_RUN): the history sent belongs to another run or lineage.
         FAILED_PRECONDITION (UNKNOWN_EPOCH): the nonce's session was closed; make a new nonce.
+        FAILED_PRECONDITION (TOKENIZER_MISMATCH): the run was begun with ids of another tokenizer.
         ABORTED (FENCED): this process held a session that was taken over, or a nonce that was superseded.
         DATA_LOSS (HISTORY_LOST): the server is behind the history sent, or differs from it; stop, and look
         at the server's storage.
@@ -227,11 +228,14 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DownloadCheckpoint(self, request, context):
-        """DownloadCheckpoint streams a checkpoint's files in checked chunks, from any offset.
+        """DownloadCheckpoint streams a checkpoint's files in checked chunks, from any offset. The manifest
+        comes last, so that what has a manifest is whole. The checkpoint is kept while it is read.
 
-        OK: the chunks in order.
-        NOT_FOUND (CHECKPOINT_NOT_FOUND): no checkpoint has this name.
-        UNIMPLEMENTED (UNIMPLEMENTED): this server does not serve downloads.
+        OK: the chunks in order; hold the whole file against its sha256.
+        INVALID_ARGUMENT (INVALID_FIELD): an offset without a file, below 0, or behind the file's end.
+        NOT_FOUND (CHECKPOINT_NOT_FOUND): no checkpoint has this name, or it has no such file.
+        DATA_LOSS (CHECKPOINT_DAMAGED): a file does not match the manifest.
+        RESOURCE_EXHAUSTED (QUEUE_FULL): too many downloads at once; ask again after RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,298 @@
+"""The asyncio client: what `maskwire.client` has, awaited, over the same protocol.
+
+async with await maskwire.aio.connect("127.0.0.1:50051") as trainer:
+    result = await trainer.train_step(tokens)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+
+import grpc
+import grpc.aio
+
+from maskwire import messages, results
+from maskwire.client import CLOSE_TIMEOUT, own_name
+from maskwire.door import Door, DoorOptions
+from maskwire.download import Progress
+from maskwire.errors import read_failure
+from maskwire.protocol import (
+    Asking,
+    Call,
+    Effect,
+    EvalOptions,
+    Pause,
+    RetryPolicy,
+    StepOptions,
+    Talk,
+    Until,
+    Writing,
+    new_id,
+)
+from maskwire.v1 import training_service_pb2_grpc as pb_grpc
+
+if TYPE_CHECKING:
+    from maskwire.fit import FitResult
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+async def connect(
+    target: str,
+    *,
+    name: str | None = None,
+    takeover: bool = False,
+    retry_for: float = 300.0,
+    timeout: float = 60.0,
+    window: int = 4,
+    on_wait: Callable[[str], None] | None = None,
+    **door: Unpack[DoorOptions],
+) -> Trainer:
+    """Open a session and return its trainer; the arguments are those of `maskwire.connect`."""
+    talk = Writing(
+        target,
+        RetryPolicy(retry_for=retry_for, attempt_timeout=timeout),
+        on_wait or log.warning,
+        time.monotonic,
+        name=name or own_name(),
+        window=window,
+    )
+    trainer = Trainer(Door.of(target, **door), talk)
+    try:
+        await trainer._drive(talk.open(takeover=takeover))
+    except BaseException:
+        await trainer.close()
+        raise
+    return trainer
+
+
+def attach(
+    target: str,
+    *,
+    retry_for: float = 300.0,
+    timeout: float = 60.0,
+    on_wait: Callable[[str], None] | None = None,
+    **door: Unpack[DoorOptions],
+) -> Client:
+    """A client without a session; the arguments are those of `maskwire.attach`."""
+    policy = RetryPolicy(retry_for=retry_for, attempt_timeout=timeout)
+    return Client(Door.of(target, **door), Asking(target, policy, on_wait or log.warning, time.monotonic))
+
+
+class Client:
+    """The calls that need no session; see `maskwire.client.Client`. Belongs to one event loop."""
+
+    def __init__(self, door: Door, talk: Asking) -> None:
+        self.target = door.target
+        self._talk = talk
+        self._metadata = door.metadata
+        self._channel = door.channel(grpc.aio)
+        self._stub = pb_grpc.TrainingServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._changed = asyncio.Event()  # set, and replaced, whenever a conversation went on
+
+    async def eval_loss(self, tokens: Any, **options: Unpack[EvalOptions]) -> results.EvalResult:
+        """Evaluate one batch; changes nothing."""
+        return await self._drive(self._talk.eval_loss(tokens, **options))
+
+    async def checkpoint(
+        self, name: str = "", *, labels: Mapping[str, str] | None = None
+    ) -> results.CheckpointInfo:
+        """Save the run's state; it is durable and verified then."""
+        return await self._drive(self._talk.checkpoint(name, labels))
+
+    async def checkpoints(self) -> list[results.CheckpointInfo]:
+        """The run's whole checkpoints, newest first."""
+        return await self._drive(self._talk.checkpoints())
+
+    async def restore(self, name: str, *, expected_step: int | None = None) -> results.RestoreResult:
+        """Go back to a checkpoint, on a new lineage."""
+        return await self._drive(self._talk.restore(name, expected_step))
+
+    async def download(
+        self,
+        name: str,
+        folder: str | Path,
+        *,
+        weights: bool = False,
+        ema: bool = False,
+        on_progress: Progress | None = None,
+    ) -> Path:
+        """Fetch a checkpoint into `folder`; see `maskwire.client.Client.download`."""
+        return await self._drive(
+            self._talk.download(name, Path(folder), weights=weights, ema=ema, on_progress=on_progress)
+        )
+
+    async def status(self) -> results.Status:
+        """Is it stuck or working?"""
+        return await self._drive(self._talk.status())
+
+    async def close(self) -> None:
+        """End the connection."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _drive(self, talk: Talk[T]) -> T:
+        """Do what a conversation yields until it ends."""
+        reply: Any = None
+        try:
+            while True:
+                try:
+                    effect = talk.send(reply)
+                finally:
+                    self._wake()
+                reply = await self._do(effect)
+        except StopIteration as done:
+            value: T = done.value
+            return value
+        finally:
+            talk.close()
+            self._wake()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def _do(self, effect: Effect) -> Any:
+        if isinstance(effect, Until):
+            while not effect.holds():
+                await self._changed.wait()
+            return None
+        if isinstance(effect, Pause):
+            await asyncio.sleep(effect.seconds)
+            return None
+        return await self._call(effect)
+
+    async def _call(self, call: Call) -> Any:
+        method = getattr(self._stub, call.method)
+        try:
+            answer = method(call.request, timeout=call.timeout, metadata=self._metadata)
+            if call.take is None:
+                return await answer
+            async for message in answer:
+                call.take(message)
+        except grpc.RpcError as error:
+            return read_failure(error)
+        return None
+
+
+class Trainer(Client):
+    """Drives one run; see `maskwire.client.Trainer`. Made by `connect`; leaving `async with` closes it.
+
+    A step whose awaiting task is cancelled stays in flight, and the next one has the next number.
+    """
+
+    def __init__(self, door: Door, talk: Writing) -> None:
+        super().__init__(door, talk)
+        self._writing = talk
+        self._running: set[asyncio.Task[results.StepResult]] = set()
+
+    @property
+    def name(self) -> str:
+        """This job's name."""
+        return self._writing.name
+
+    @property
+    def model(self) -> results.ModelInfo:
+        """What is served."""
+        return self._writing.model
+
+    @property
+    def limits(self) -> results.Limits:
+        """The server's bounds on one request."""
+        return self._writing.limits
+
+    @property
+    def run_id(self) -> str:
+        """The run."""
+        return self._writing.ledger.session.run_id
+
+    @property
+    def lineage(self) -> int:
+        """One more after each restore."""
+        return self._writing.ledger.session.lineage
+
+    @property
+    def step(self) -> int:
+        """The last acknowledged step."""
+        return self._writing.ledger.step
+
+    @property
+    def digest(self) -> bytes:
+        """The digest after it: the same on both sides."""
+        return self._writing.ledger.digest
+
+    async def train_step(self, tokens: Any, **options: Unpack[StepOptions]) -> results.StepResult:
+        """Train on one batch; it is durable then."""
+        return await (await self.submit(tokens, **options))
+
+    async def submit(self, tokens: Any, **options: Unpack[StepOptions]) -> asyncio.Future[results.StepResult]:
+        """Hand in one batch, once the window has room, and return a future of its result."""
+        request = messages.step_request(new_id(), tokens, **options)
+        pending = await self._drive(self._writing.enter(request))
+        task = asyncio.create_task(self._drive(self._writing.finish(pending)))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        # Once sent it may be applied, and only its answer tells: who stops waiting leaves it in flight.
+        return asyncio.shield(task)
+
+    async def use_tokenizer(self, tokenizer: str) -> None:
+        """Keep with the run what its ids stand for."""
+        await self._drive(self._writing.use_tokenizer(tokenizer))
+
+    async def fit(self, data: Any, *, until_step: int, **options: Any) -> FitResult:
+        """Train on `data.batch(step)` up to an absolute step; see `maskwire.fit.fit`.
+
+        `evaluate` may be a coroutine function here.
+        """
+        from maskwire.fit import Take, plan
+
+        wishes = plan(self, data, until_step=until_step, **options)
+        reply: Any = None
+        raised: BaseException | None = None
+        try:
+            while True:
+                wish = wishes.send(reply) if raised is None else wishes.throw(raised)
+                reply = raised = None
+                try:
+                    if isinstance(wish, Take):
+                        reply = await asyncio.wait_for(wish.future, wish.timeout)
+                    elif inspect.isawaitable(reply := wish()):
+                        reply = await reply
+                except BaseException as error:
+                    raised = error
+        except StopIteration as done:
+            result: FitResult = done.value
+            return result
+
+    async def close(self, grace: float | None = None) -> None:
+        """End the session and the connection; steps in flight are waited for, at most `grace` seconds."""
+        if self._writing.closed:
+            return
+        self._writing.closed = True
+        self._wake()
+        if self._running:
+            await asyncio.wait(self._running, timeout=grace)
+        farewell = self._writing.farewell()
+        if farewell is not None:
+            try:
+                await self._stub.CloseSession(farewell, timeout=CLOSE_TIMEOUT, metadata=self._metadata)
+            except grpc.RpcError:
+                log.debug("the session was not closed; it ends by itself when idle", exc_info=True)
+        for task in self._running:  # what is left after `grace`
+            task.cancel()
+        await self._channel.close()

@@ -1,0 +1,121 @@
+"""How a client comes in: TLS or plaintext, and the token it shows."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypedDict, Unpack
+
+import grpc
+
+_CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
+
+
+class DoorOptions(TypedDict, total=False):
+    """What `connect` and `attach` may be told about the server's door."""
+
+    tls: bool | None
+    """Speak TLS; None: when `ca`, `cert` or `server_name` is given."""
+    ca: str | Path | None
+    """The file (PEM) of the authorities to trust; None: the system's."""
+    cert: str | Path | None
+    """The file (PEM) of this client's certificate, for a server that asks for one; with `key`."""
+    key: str | Path | None
+    """The file (PEM) of its private key."""
+    server_name: str | None
+    """The name that the server's certificate must have, when it is not the target's."""
+    token: str | None
+    """The bearer token, for a server that asks for one."""
+    token_file: str | Path | None
+    """A file that holds it."""
+    allow_insecure: bool
+    """Send the token in plaintext beyond this machine: whoever listens can read it."""
+
+
+@dataclass(frozen=True)
+class Door:
+    """Credentials, read and checked."""
+
+    target: str
+    credentials: grpc.ChannelCredentials | None
+    """None: plaintext."""
+    server_name: str | None
+    metadata: tuple[tuple[str, str], ...]
+    """Sent with every call."""
+
+    @staticmethod
+    def of(target: str, **options: Unpack[DoorOptions]) -> Door:
+        """Read the files. Raises ValueError for what does not fit together, OSError for a missing file."""
+        ca, cert, key = options.get("ca"), options.get("cert"), options.get("key")
+        server_name = options.get("server_name")
+        if (cert is None) != (key is None):
+            raise ValueError("cert and key must be given together, got only one of them")
+        tls = options.get("tls")
+        if tls is None:
+            tls = bool(ca or cert or server_name)
+        elif not tls and (ca or cert or server_name):
+            raise ValueError("tls = False excludes ca, cert, key and server_name")
+        credentials = None
+        if tls:
+            credentials = grpc.ssl_channel_credentials(*(_pem(name, path) for name, path in (
+                ("ca", ca), ("key", key), ("cert", cert))))  # fmt: skip
+        token = _token(options.get("token"), options.get("token_file"))
+        if token and not tls and not options.get("allow_insecure") and not is_local(target):
+            raise ValueError(
+                f"a token would travel to {target} in plaintext: use TLS (tls, ca), a tunnel to this "
+                "machine, or allow_insecure"
+            )
+        metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        return Door(target, credentials, server_name, metadata)
+
+    def channel(self, module: ModuleType = grpc) -> Any:
+        """A channel of `grpc` or of `grpc.aio`."""
+        if self.credentials is None:
+            return module.insecure_channel(self.target, options=_CHANNEL_OPTIONS)
+        options: list[tuple[str, Any]] = list(_CHANNEL_OPTIONS)
+        if self.server_name:
+            options.append(("grpc.ssl_target_name_override", self.server_name))
+        return module.secure_channel(self.target, self.credentials, options=options)
+
+
+def is_local(target: str) -> bool:
+    """Whether what is sent to `target` stays on this machine."""
+    if target.startswith("unix:"):
+        return True
+    host = target.rpartition("/")[2].rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _pem(name: str, path: str | Path | None) -> bytes | None:
+    if path is None:
+        return None
+    data = Path(path).read_bytes()
+    if b"-----BEGIN " not in data:
+        raise ValueError(f"{name} must be a PEM file, {path} is none")
+    return data
+
+
+def _token(token: str | None, file: str | Path | None) -> str:
+    if token is not None and file is not None:
+        raise ValueError("token and token_file exclude each other, got both")
+    if file is not None:
+        lines = [line.split("#")[0].split() for line in Path(file).read_text().splitlines()]
+        token = next((words[0] for words in lines if words), "")
+        if not token:
+            raise ValueError(f"token_file {file} holds no token")
+    token = (token or "").strip()
+    if not token.isascii() or any(character.isspace() for character in token):
+        raise ValueError("token must be ASCII without spaces")
+    return token

@@ -1,0 +1,235 @@
+"""The messages of `maskwire.v1`, from and to what Python holds: arrays in, frozen results out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from maskwire import results
+from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.digest import payload_hash
+
+_DTYPES: dict[np.dtype[Any], pb.DataType] = {
+    np.dtype("<u1"): pb.DATA_TYPE_UINT8,
+    np.dtype("<u2"): pb.DATA_TYPE_UINT16,
+    np.dtype("<i4"): pb.DATA_TYPE_INT32,
+    np.dtype("<i8"): pb.DATA_TYPE_INT64,
+}
+
+
+def to_array(tokens: Any, name: str = "tokens") -> npt.NDArray[np.integer[Any]]:
+    """A numpy array of integers from an array, a list or a torch tensor (torch is not imported)."""
+    if hasattr(tokens, "detach") and hasattr(tokens, "cpu"):
+        tokens = tokens.detach().cpu().numpy()
+    array = np.asarray(tokens)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got {array.dtype}")
+    return array
+
+
+def encode_batch(tokens: Any, *, lengths: Any = None, prompt_mask: Any = None) -> pb.TokenBatch:
+    """A TokenBatch from rows of token ids.
+
+    `tokens` is an integer array [rows, columns], or a list of rows that may differ in length. With
+    `lengths` [rows], what lies behind a row's length is padding and is not sent. `prompt_mask` is a
+    bool array [rows, columns], True for positions that are given and never masked.
+    """
+    if isinstance(tokens, Sequence) and len({np.shape(row) for row in tokens}) > 1:
+        if lengths is not None:
+            raise ValueError("lengths must be left out when rows differ in length")
+        rows = [to_array(row) for row in tokens]
+        sizes = np.array([row.size for row in rows], dtype=np.int32)
+        ids, shape = np.concatenate(rows), (len(rows), int(sizes.max()))
+    else:
+        ids = to_array(tokens)
+        if ids.ndim != 2:
+            raise ValueError(f"tokens must be [rows, columns], got {ids.ndim} dimensions")
+        shape, sizes = (ids.shape[0], ids.shape[1]), np.zeros(0, dtype=np.int32)
+        if lengths is not None:
+            sizes = to_array(lengths, "lengths").astype(np.int32)
+            if sizes.shape != (shape[0],):
+                raise ValueError(f"lengths must be one a row, {shape[0]}, got shape {sizes.shape}")
+            ids = ids[np.arange(shape[1]) < sizes[:, None]]
+            shape = (shape[0], int(sizes.max(initial=0)))
+    data = _narrow(ids)
+    return pb.TokenBatch(
+        data=data.tobytes(),
+        shape=shape,
+        dtype=_DTYPES[data.dtype],
+        lengths=sizes.tolist(),
+        prompt_mask=_pack(prompt_mask, shape),
+    )
+
+
+def _narrow(ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.integer[Any]]:
+    low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
+    if low >= 0 and high < 2**16:
+        return ids.astype("<u1" if high < 2**8 else "<u2", copy=False)
+    return ids.astype("<i4" if low >= -(2**31) and high < 2**31 else "<i8", copy=False)
+
+
+def _pack(prompt_mask: Any, shape: tuple[int, int]) -> bytes:
+    if prompt_mask is None:
+        return b""
+    if hasattr(prompt_mask, "detach") and hasattr(prompt_mask, "cpu"):
+        prompt_mask = prompt_mask.detach().cpu().numpy()
+    mask = np.asarray(prompt_mask)
+    if mask.dtype != np.bool_ or mask.ndim != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
+        raise ValueError(f"prompt_mask must be bool [{shape[0]}, {shape[1]}], got {mask.dtype} {mask.shape}")
+    return np.packbits(mask[:, : shape[1]], bitorder="little").tobytes()
+
+
+def step_request(
+    request_id: str, tokens: Any, *, lengths: Any = None, prompt_mask: Any = None, **modes: Any
+) -> pb.TrainStepRequest:
+    """One batch to train on; `modes` are fields of TrainStepRequest."""
+    batch = encode_batch(tokens, lengths=lengths, prompt_mask=prompt_mask)
+    return pb.TrainStepRequest(request_id=request_id, batch=batch, **modes)
+
+
+def eval_request(
+    tokens: Any, *, lengths: Any = None, prompt_mask: Any = None, **options: Any
+) -> pb.EvalLossRequest:
+    """One batch to evaluate; `options` are fields of EvalLossRequest."""
+    return pb.EvalLossRequest(batch=encode_batch(tokens, lengths=lengths, prompt_mask=prompt_mask), **options)
+
+
+def hash_of(request: pb.TrainStepRequest) -> bytes:
+    """The payload hash of a step request."""
+    batch = request.batch
+    dtype = next(dtype for dtype, number in _DTYPES.items() if number == batch.dtype)
+    return payload_hash(
+        np.frombuffer(batch.data, dtype=dtype),
+        rows=batch.shape[0],
+        columns=batch.shape[1],
+        lengths=list(batch.lengths),
+        prompt=batch.prompt_mask,
+        only_train_generator=request.only_train_generator,
+        only_train_critic=request.only_train_critic,
+        temperature=_given(request, "generator_sample_temperature"),
+        learning_rate=_given(request, "learning_rate"),
+    )
+
+
+def _given(message: Any, name: str) -> Any:
+    return getattr(message, name) if message.HasField(name) else None
+
+
+def read_losses(losses: pb.Losses) -> results.Losses:
+    """Absent stays absent."""
+    return results.Losses(losses.loss, _given(losses, "generator_loss"), _given(losses, "critic_loss"))
+
+
+def read_step(response: pb.TrainStepResponse) -> results.StepResult:
+    """The answer to a step."""
+    metrics = response.metrics
+    return results.StepResult(
+        step=response.step,
+        losses=read_losses(response.losses),
+        outcome=results.Outcome(response.outcome),
+        replayed=response.replayed,
+        digest=response.digest,
+        metrics=results.StepMetrics(
+            gradient_norm=_given(metrics, "gradient_norm"),
+            learning_rate=metrics.learning_rate,
+            masked_tokens=metrics.masked_tokens,
+            maskable_tokens=metrics.maskable_tokens,
+            queue_seconds=metrics.queue_seconds,
+            compute_seconds=metrics.compute_seconds,
+            commit_seconds=metrics.commit_seconds,
+        ),
+    )
+
+
+def read_eval(response: pb.EvalLossResponse) -> results.EvalResult:
+    """The answer to an evaluation."""
+    return results.EvalResult(
+        losses=read_losses(response.losses),
+        nats_per_token=response.nats_per_token,
+        bits_per_token=response.bits_per_token,
+        perplexity=response.perplexity,
+        standard_error=_given(response, "standard_error"),
+        monte_carlo_error=_given(response, "monte_carlo_error"),
+        accuracy=response.accuracy,
+        critic_accuracy=_given(response, "critic_accuracy"),
+        by_masked_fraction=tuple(
+            results.FractionResult(
+                part.masked_fraction_min,
+                part.masked_fraction_max,
+                _given(part, "nats_per_masked_token"),
+                _given(part, "accuracy"),
+                part.masked_tokens,
+            )
+            for part in response.by_masked_fraction
+        ),
+        rows=tuple(results.RowResult(row.row_id, row.nats, row.tokens) for row in response.rows),
+        bits_per_byte=_given(response, "bits_per_byte"),
+        tokens=response.tokens,
+        step=response.step,
+        digest=response.digest,
+        ema_weights=response.ema_weights,
+        draws=response.draws,
+    )
+
+
+def read_model(model: pb.ModelInfo) -> results.ModelInfo:
+    """What is served."""
+    return results.ModelInfo(
+        model.num_tokens,
+        model.mask_id,
+        _given(model, "pad_id"),
+        model.max_seq_len,
+        model.parameters,
+        model.objective,
+        model.loss_is_bound,
+        model.has_critic,
+    )
+
+
+def read_limits(limits: pb.Limits) -> results.Limits:
+    """The server's bounds."""
+    return results.Limits(limits.max_batch_tokens, limits.max_message_bytes, limits.window, limits.max_draws)
+
+
+def read_checkpoint(info: pb.CheckpointInfo) -> results.CheckpointInfo:
+    """A whole checkpoint."""
+    return results.CheckpointInfo(
+        name=info.name,
+        lineage=info.lineage,
+        step=info.step,
+        digest=info.digest,
+        size_bytes=info.size_bytes,
+        files={file.name: results.FileInfo(file.size_bytes, file.sha256) for file in info.files},
+        created=info.create_time.ToDatetime(),
+        labels=dict(info.labels),
+    )
+
+
+def read_status(status: pb.GetStatusResponse) -> results.Status:
+    """Is it stuck or working?"""
+    newest = status.newest_checkpoint if status.HasField("newest_checkpoint") else None
+    return results.Status(
+        state=results.RunState(status.state),
+        state_since=status.state_time.ToDatetime(),
+        waiting_for=status.waiting_for,
+        run_id=status.run_id,
+        lineage=status.lineage,
+        step=status.step,
+        durable_step=status.durable_step,
+        digest=status.digest,
+        queue_length=status.queue_length,
+        queue_limit=status.queue_limit,
+        steps_per_second=status.steps_per_second,
+        tokens_per_second=status.tokens_per_second,
+        last_error=status.last_error,
+        writer=status.writer,
+        epoch=status.epoch,
+        model=read_model(status.model) if status.HasField("model") else None,
+        newest_checkpoint=None if newest is None else read_checkpoint(newest),
+        versions=dict(status.versions),
+        uptime_seconds=status.uptime.ToTimedelta().total_seconds(),
+        tokenizer=status.tokenizer,
+    )
