@@ -59,7 +59,7 @@ def main() -> int:
     say("[bold]maskwire demo[/bold]: a server that owns the model, a client that sends it text.\n")
     prepare_folder()
     training, held_out = sources()
-    unigram = held_out.unigram_bits_per_byte()
+    unigram = held_out.unigram_bits()
     say(
         f"Data: {len(training.files)} of the Python standard library's own source files, "
         f"{training.size / 1e6:.1f} MB; {len(held_out.files)} more are held out.\n"

@@ -1,27 +1,193 @@
-"""Token data as a pure function: `batch(step)` depends on the seed and the step alone.
+"""Token data as a pure function: `batch(step)` depends on the data, the seed and the step alone.
 
-So there is no iterator to save: a job that starts again at step s asks for batch s.
+So there is no iterator to save: a job that starts again at step s asks for batch s. And the same ids give
+the same batches however they are kept: as files, arrays, packed tokens or rows in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-Rows = npt.NDArray[np.uint8] | list[npt.NDArray[np.uint8]]
+Ids = npt.NDArray[np.integer[Any]]
+Rows = Ids | list[Ids]
+
+BYTES = "bytes"
+"""The `tokenizer` of data whose ids are bytes."""
+META = "maskwire-data.json"
+PACKED_TYPES = ("uint8", "uint16", "int32")
+_TOKENS, _DOCUMENTS = "tokens.bin", "documents.npy"
 _HASH_RANGE = 2**32
 
 
-class ByteData:
-    """Files and folders of bytes, each byte a token; files are mapped, not read.
+@dataclass(frozen=True)
+class Meta:
+    """What a folder of `maskwire data prepare` says of itself."""
 
-    A row is a random crop of `length` bytes of one file, each place in the data equally likely; a file
-    that is shorter is a row by itself.
+    tokenizer: str
+    """"bytes", or "sha256:" and the hash of the tokenizer's file."""
+    num_tokens: int
+    """The vocabulary's size, the mask id included."""
+    mask_id: int
+    dtype: str
+    tokens: int
+    documents: int
+    text_bytes: int
+    """Bytes of the text that the tokens encode."""
+
+    @staticmethod
+    def read(folder: Path) -> Meta:
+        """The meta of a prepared folder. Raises ValueError for one that is not whole."""
+        try:
+            fields = json.loads((folder / META).read_text())
+            if fields.pop("format") != 1:
+                raise ValueError("another format")
+            meta = Meta(**fields)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / META}: cannot be read ({error}); prepare the data again") from error
+        size = (folder / _TOKENS).stat().st_size
+        if size != meta.tokens * np.dtype(meta.dtype).itemsize:
+            raise ValueError(f"{folder / _TOKENS} has {size} bytes, not those of {meta.tokens} tokens")
+        return meta
+
+
+class TokenData:
+    """Documents of token ids, and batches of rows cropped from them.
+
+    A row is a random crop of `length` ids of one document, each place in the data equally likely; a
+    document that is shorter is a row by itself.
     """
+
+    files: list[Path]
+    """Where the documents are from; empty for arrays."""
+
+    def __init__(
+        self,
+        documents: Sequence[Any],
+        *,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        tokenizer: str = "",
+        bytes_per_token: float | None = None,
+    ) -> None:
+        """`documents` are arrays or lists of ids, of any lengths; empty ones are left out.
+
+        Raises ValueError for a length or batch size below 1, or when there is nothing in the data.
+        """
+        arrays = [np.asarray(document) for document in documents]
+        for array in arrays:
+            if array.ndim != 1 or array.dtype.kind not in "iu":
+                raise ValueError(f"a document must be integers [n], got {array.dtype} {list(array.shape)}")
+        self.files = []
+        self._begin(
+            _Documents.apart([array for array in arrays if array.size]),
+            length=length, batch_size=batch_size, seed=seed, tokenizer=tokenizer,
+            bytes_per_token=bytes_per_token,
+        )  # fmt: skip
+
+    def _begin(
+        self,
+        documents: _Documents,
+        *,
+        length: int,
+        batch_size: int,
+        seed: int,
+        tokenizer: str,
+        bytes_per_token: float | None,
+    ) -> None:
+        for name, value in (("length", length), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not len(documents):
+            raise ValueError("there is nothing in the data")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.tokenizer = tokenizer
+        """What the ids stand for: "bytes", the hash of a tokenizer, or empty when that is not known."""
+        self.bytes_per_token = bytes_per_token
+        """Bytes of text that a token encodes on average, if known: what bits per byte need."""
+        self._documents = documents
+        self._ends = np.cumsum(np.maximum(1, documents.sizes - length + 1))
+
+    @property
+    def size(self) -> int:
+        """Tokens in all documents."""
+        return int(self._documents.sizes.sum())
+
+    @property
+    def documents(self) -> int:
+        """How many documents there are."""
+        return len(self._documents)
+
+    def batch(self, step: int) -> Rows:
+        """The batch of a step: integers [batch_size, length], or a list of rows if some are shorter."""
+        return self._crops(
+            np.random.default_rng((self.seed, step)).integers(self._ends[-1], size=self.batch_size)
+        )
+
+    def spread(self, rows: int) -> Rows:
+        """Rows evenly spread over the data, always the same: for evaluation."""
+        return self._crops((np.arange(rows) + 0.5) / rows * self._ends[-1])
+
+    def text_bytes(self, rows: Rows) -> int | None:
+        """The bytes of text that rows encode, by the average of all data; None when it is not known."""
+        if self.bytes_per_token is None:
+            return None
+        return max(1, round(sum(len(row) for row in rows) * self.bytes_per_token))
+
+    def _crops(self, places: npt.NDArray[np.generic]) -> Rows:
+        crops = []
+        for place in places.astype(np.int64):
+            document = int(np.searchsorted(self._ends, place, side="right"))
+            start = int(place) - (int(self._ends[document - 1]) if document else 0)
+            crops.append(self._documents.crop(document, start, self.length))
+        return np.stack(crops) if len({crop.size for crop in crops}) == 1 else crops
+
+    def split(self, held_out: float) -> tuple[Self, Self]:
+        """(training, held out): each document goes by the hash of its ids, so that copies stay together.
+
+        Raises ValueError unless both get a document.
+        """
+        if not 0 < held_out < 1:
+            raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
+        apart = np.array([_fraction(self._documents[i]) < held_out for i in range(len(self._documents))])
+        if apart.all() or not apart.any():
+            raise ValueError(
+                f"held_out = {held_out} leaves {(~apart).sum()} documents to train on and {apart.sum()} "
+                f"held out, of {apart.size}: both need one; use more files, another share, or data of its "
+                "own for the evaluation"
+            )
+        return self._of(~apart), self._of(apart)
+
+    def _of(self, chosen: npt.NDArray[np.bool_]) -> Self:
+        part = object.__new__(type(self))
+        part.files = [file for file, here in zip(self.files, chosen, strict=False) if here]
+        part._begin(
+            self._documents.choose(chosen), length=self.length, batch_size=self.batch_size, seed=self.seed,
+            tokenizer=self.tokenizer, bytes_per_token=self.bytes_per_token,
+        )  # fmt: skip
+        return part
+
+    def unigram_bits(self) -> float:
+        """The entropy of the ids' frequencies, in bits a token: what knowing them alone is worth."""
+        counts: npt.NDArray[np.int64] = np.zeros(1, dtype=np.int64)
+        for index in range(len(self._documents)):
+            found = np.bincount(self._documents[index], minlength=counts.size)
+            found[: counts.size] += counts
+            counts = found
+        share = counts[counts > 0] / counts.sum()
+        return float(-(share * np.log2(share)).sum())
+
+
+class ByteData(TokenData):
+    """Files and folders of bytes, text or not, each byte a token; files are mapped, not read."""
 
     def __init__(
         self,
@@ -36,68 +202,140 @@ class ByteData:
 
         Raises ValueError for a length or batch size below 1, or when no file has anything in it.
         """
-        for name, value in (("length", length), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.files = find_files(paths, pattern)
-        self._begin([np.memmap(path, dtype=np.uint8, mode="r") for path in self.files])
+        files = find_files(paths, pattern)
+        self._begin(
+            _Documents.apart([np.memmap(path, dtype=np.uint8, mode="r") for path in files]),
+            length=length, batch_size=batch_size, seed=seed, tokenizer=BYTES, bytes_per_token=1.0,
+        )  # fmt: skip
+        self.files = files
 
-    def _begin(self, documents: Sequence[npt.NDArray[np.uint8]]) -> None:
-        self._documents = documents
-        starts = [max(1, document.size - self.length + 1) for document in documents]
-        self._ends = np.cumsum(np.array(starts, dtype=np.int64))
 
-    @property
-    def size(self) -> int:
-        """Bytes in all files."""
-        return sum(document.size for document in self._documents)
+class FileTokens(TokenData):
+    """Token ids from one file or folder, mapped: packed tokens, an array, or what was prepared."""
 
-    def batch(self, step: int) -> Rows:
-        """The batch of a step: uint8 [batch_size, length], or a list of rows if some are shorter."""
-        return self._crops(
-            np.random.default_rng((self.seed, step)).integers(self._ends[-1], size=self.batch_size)
-        )
+    def __init__(
+        self, path: str | Path, *, length: int, batch_size: int, seed: int = 0, dtype: str | None = None
+    ) -> None:
+        """`path` is a folder of `maskwire data prepare`, a `.npy` file, or with `dtype` packed tokens.
 
-    def spread(self, rows: int) -> Rows:
-        """Rows evenly spread over the data, always the same: for evaluation."""
-        return self._crops((np.arange(rows) + 0.5) / rows * self._ends[-1])
-
-    def _crops(self, places: npt.NDArray[np.generic]) -> Rows:
-        crops = []
-        for place in places.astype(np.int64):
-            document = int(np.searchsorted(self._ends, place, side="right"))
-            start = int(place) - (int(self._ends[document - 1]) if document else 0)
-            crops.append(np.asarray(self._documents[document][start : start + self.length]))
-        return np.stack(crops) if len({crop.size for crop in crops}) == 1 else crops
-
-    def split(self, held_out: float) -> tuple[ByteData, ByteData]:
-        """(training, held out): each file goes by the hash of its bytes, so that copies stay together.
-
-        Raises ValueError unless both get a file.
+        A `.npy` file holds integers [n], one document, or [rows, n], a document a row. Packed tokens
+        are little-endian ids of `dtype` (uint8, uint16 or int32) without a header: one document.
+        Raises ValueError for anything else.
         """
-        if not 0 < held_out < 1:
-            raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
-        apart = [_fraction(document) < held_out for document in self._documents]
-        if all(apart) or not any(apart):
+        path = Path(path)
+        tokenizer, bytes_per_token = "", None
+        if (path / META).is_file():
+            if dtype is not None:
+                raise ValueError(f"dtype must be left out for {path}, which says it itself")
+            meta = Meta.read(path)
+            flat = np.memmap(path / _TOKENS, dtype=_little(meta.dtype), mode="r")
+            documents = _Documents.packed(flat, np.load(path / _DOCUMENTS, allow_pickle=False))
+            tokenizer, bytes_per_token = meta.tokenizer, meta.text_bytes / meta.tokens
+        elif path.suffix == ".npy" and dtype is None:
+            documents = _Documents.packed(*_array(path))
+        elif dtype in PACKED_TYPES and path.is_file():
+            if path.stat().st_size % np.dtype(dtype).itemsize or not path.stat().st_size:
+                raise ValueError(f"{path} must be whole {dtype} ids, got {path.stat().st_size} bytes")
+            flat = np.memmap(path, dtype=_little(dtype), mode="r")
+            documents = _Documents.packed(flat, np.array([flat.size]))
+        else:
             raise ValueError(
-                f"held_out = {held_out} leaves {len(apart) - sum(apart)} files to train on and {sum(apart)} "
-                f"held out, of {len(apart)}: both need one; use more files, or another share"
+                f"{path}: no .npy file, no folder of `maskwire data prepare`, and dtype is {dtype!r}, not "
+                f"one of {', '.join(PACKED_TYPES)}"
             )
-        return self._of([not held for held in apart]), self._of(apart)
+        self._begin(
+            documents, length=length, batch_size=batch_size, seed=seed, tokenizer=tokenizer,
+            bytes_per_token=bytes_per_token,
+        )  # fmt: skip
+        self.files = []
 
-    def _of(self, chosen: list[bool]) -> ByteData:
-        part = object.__new__(ByteData)
-        part.length, part.batch_size, part.seed = self.length, self.batch_size, self.seed
-        part.files = [file for file, here in zip(self.files, chosen, strict=True) if here]
-        part._begin([d for d, here in zip(self._documents, chosen, strict=True) if here])
-        return part
 
-    def unigram_bits_per_byte(self) -> float:
-        """The entropy of the data's byte frequencies: what knowing them alone is worth."""
-        counts = sum((np.bincount(d, minlength=256) for d in self._documents), np.zeros(256, dtype=np.int64))
-        share = counts[counts > 0] / counts.sum()
-        return float(-(share * np.log2(share)).sum())
+def open_data(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    length: int,
+    batch_size: int,
+    seed: int = 0,
+    pattern: str = "*",
+    dtype: str | None = None,
+) -> TokenData:
+    """The data of paths, by what they are.
+
+    One folder of `maskwire data prepare`, one `.npy` file, one file of packed ids with its `dtype`
+    (uint8, uint16 or int32), or files and folders of text or bytes, each byte a token.
+    """
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    first = Path(paths[0]) if paths else Path()
+    if dtype is not None or first.suffix == ".npy" or (first / META).is_file():
+        if len(paths) != 1:
+            raise ValueError(f"token files come one at a time, got {len(paths)} paths; prepare them as one")
+        return FileTokens(first, length=length, batch_size=batch_size, seed=seed, dtype=dtype)
+    return ByteData(paths, length=length, batch_size=batch_size, seed=seed, pattern=pattern)
+
+
+class _Documents:
+    """Documents as parts of flat arrays, each a few bytes of memory here."""
+
+    def __init__(
+        self,
+        arrays: list[Ids],
+        which: npt.NDArray[np.int32],
+        starts: npt.NDArray[np.int64],
+        sizes: npt.NDArray[np.int64],
+    ) -> None:
+        self._arrays, self._which, self._starts, self.sizes = arrays, which, starts, sizes
+
+    @staticmethod
+    def apart(arrays: Sequence[Ids]) -> _Documents:
+        """Each array a document."""
+        sizes = np.array([array.size for array in arrays], dtype=np.int64)
+        which = np.arange(len(arrays), dtype=np.int32)
+        return _Documents(list(arrays), which, np.zeros_like(sizes), sizes)
+
+    @staticmethod
+    def packed(flat: Ids, ends: npt.NDArray[np.int64]) -> _Documents:
+        """One after another in `flat`, ending at `ends`."""
+        sizes = np.diff(ends, prepend=0)
+        if ends.ndim != 1 or not ends.size or (sizes < 1).any() or ends[-1] != flat.size:
+            raise ValueError("the documents' ends do not fit the tokens; prepare the data again")
+        return _Documents([flat], np.zeros(ends.size, dtype=np.int32), ends - sizes, sizes)
+
+    def choose(self, chosen: npt.NDArray[np.bool_]) -> _Documents:
+        """Some of them."""
+        return _Documents(self._arrays, self._which[chosen], self._starts[chosen], self.sizes[chosen])
+
+    def __len__(self) -> int:
+        return self.sizes.size
+
+    def __getitem__(self, index: int) -> Ids:
+        return self.crop(index, 0, int(self.sizes[index]))
+
+    def crop(self, index: int, start: int, length: int) -> Ids:
+        """At most `length` ids of a document from `start`."""
+        begin = int(self._starts[index])
+        end = begin + int(self.sizes[index])
+        return np.asarray(self._arrays[self._which[index]][begin + start : min(end, begin + start + length)])
+
+
+def _array(path: Path) -> tuple[Ids, npt.NDArray[np.int64]]:
+    """A `.npy` file as flat ids and the documents' ends."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as a .npy file ({error})") from error
+    if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or not array.size:
+        raise ValueError(f"{path} must hold integers [n] or [rows, n], got {array.dtype} {list(array.shape)}")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{path} must be in C order; save np.ascontiguousarray(…) of it")
+    return array.reshape(-1), np.arange(1, array.shape[0] + 1) * array.shape[1] if array.ndim == 2 else (
+        np.array([array.size])
+    )
+
+
+def _little(dtype: str) -> np.dtype[Any]:
+    if dtype not in PACKED_TYPES:
+        raise ValueError(f"dtype must be one of {', '.join(PACKED_TYPES)}, got {dtype!r}")
+    return np.dtype(dtype).newbyteorder("<")
 
 
 def find_files(paths: str | Path | Iterable[str | Path], pattern: str = "*") -> list[Path]:
@@ -122,5 +360,9 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _fraction(document: npt.NDArray[np.uint8]) -> float:
-    return int.from_bytes(hashlib.sha256(document.data).digest()[:4], "little") / _HASH_RANGE
+def _fraction(document: Ids) -> float:
+    """A number in [0, 1) from the ids, whatever type they are kept in."""
+    top = int(document.max(initial=0))
+    narrow = "<u1" if top < 2**8 else "<u2" if top < 2**16 else "<i4" if top < 2**31 else "<i8"
+    data = np.ascontiguousarray(document, dtype=narrow).data
+    return int.from_bytes(hashlib.sha256(data).digest()[:4], "little") / _HASH_RANGE

@@ -1,9 +1,24 @@
-"""The live progress bar, on a terminal."""
+"""Live progress bars, on a terminal."""
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from maskwire.fit import PLAIN_EVERY_SECONDS
 
 
 class Bar:
@@ -41,3 +56,31 @@ class Bar:
     def close(self) -> None:
         """Leave the bar as it is."""
         self._progress.stop()
+
+
+@contextmanager
+def byte_progress(what: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """To be called with (bytes done, bytes in all): a bar on a terminal, a line now and then elsewhere."""
+    if not shown:
+        yield lambda *_: None
+    elif sys.stderr.isatty():
+        columns = (
+            TextColumn(what),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+    else:
+        told = time.monotonic()
+
+        def tell(done: int, total: int) -> None:
+            nonlocal told
+            if time.monotonic() - told >= PLAIN_EVERY_SECONDS:
+                told = time.monotonic()
+                print(f"{what}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", file=sys.stderr, flush=True)
+
+        yield tell

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -62,6 +63,8 @@ def status_table(found: Status) -> Table:
     table.add_row("writer", f"{found.writer or 'none'} (epoch {found.epoch})")
     if found.model is not None:
         table.add_row("model", f"{found.model.parameters:,} parameters, {found.model.objective}")
+    if found.tokenizer:
+        table.add_row("tokenizer", found.tokenizer)
     if found.newest_checkpoint is not None:
         table.add_row("checkpoint", f"{found.newest_checkpoint.name}, step {found.newest_checkpoint.step}")
     if found.last_error:
@@ -91,6 +94,8 @@ def to_json(value: Any) -> Any:
         return value.hex()
     if isinstance(value, datetime):
         return value.isoformat() + "Z"
+    if isinstance(value, Path):
+        return str(value)
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, float) and not math.isfinite(value):

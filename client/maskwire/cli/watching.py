@@ -1,0 +1,69 @@
+"""`maskwire status` and `maskwire health`."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import grpc
+import typer
+
+from maskwire.cli import exits
+from maskwire.cli.options import Json, Server, with_server
+from maskwire.door import Door
+from maskwire.errors import read_failure
+from maskwire.show import show, status_table
+
+HEALTH_METHOD = "/grpc.health.v1.Health/Check"
+
+
+@with_server(retry_for=5.0)
+def status(
+    server: Server,
+    watch: Annotated[bool, typer.Option("--watch", help="Ask every second.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Is the run stuck or working?"""
+    with server.attach() as client:
+        while True:
+            found = client.status()
+            show(found, as_json, lambda found=found: status_table(found))  # type: ignore[misc]
+            if not watch:
+                return
+            time.sleep(1)
+
+
+@with_server(retry_for=5.0)
+def health(
+    server: Server,
+    service: Annotated[str, typer.Option(help="'' for readiness, 'liveness' for liveness.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Exit 0 when the server is serving, 1 when it is not, 3 when it does not answer in --retry-for."""
+    door = Door.of(server.target, **server.door)
+    with door.channel() as channel:
+        # grpc.health.v1 in its own two bytes, so that the client needs no further package: the
+        # request's field 1 is the service, the answer's field 1 the status, 1 for SERVING.
+        call: Any = channel.unary_unary(HEALTH_METHOD)
+        name = service.encode()
+        request = b"\x0a" + bytes([len(name)]) + name if name else b""
+        try:
+            serving = _check(call, request, server.retry_for, door)
+        except grpc.RpcError as error:
+            raise read_failure(error).error from None
+    show({"serving": serving}, as_json, lambda: "serving" if serving else "not serving")
+    if not serving:
+        raise typer.Exit(exits.REFUSED)
+
+
+def _check(call: Any, request: bytes, seconds: float, door: Door) -> bool:
+    deadline = time.monotonic() + seconds
+    while True:
+        left = max(0.01, deadline - time.monotonic())
+        try:
+            answer: bytes = call(request, timeout=left, metadata=door.metadata)
+            return answer == b"\x08\x01"
+        except grpc.RpcError as error:
+            if not read_failure(error).unreachable or left <= 0.1:
+                raise
+            time.sleep(0.1)

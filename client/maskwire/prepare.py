@@ -1,0 +1,153 @@
+"""`maskwire data prepare`: text to packed token ids, once, so that training only maps them.
+
+OUT/maskwire-data.json   what the ids stand for, and how many there are
+OUT/tokens.bin           little-endian ids, one document after another
+OUT/documents.npy        where each document ends
+OUT/tokenizer.json       a copy of the tokenizer's file, if there is one
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from maskwire.data import BYTES, META, Ids, Meta, find_files
+
+_BATCH_BYTES = 8 * 2**20  # of text, tokenized on all cores at once
+
+Encode = Callable[[list[Path]], list[Ids]]
+
+
+def prepare(
+    paths: str | Path | Iterable[str | Path],
+    out: str | Path,
+    *,
+    tokenizer: str | Path = BYTES,
+    pattern: str = "*",
+    force: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Meta:
+    """Tokenize files and folders into the folder `out`, each file a document.
+
+    `tokenizer` is "bytes", or a `tokenizers` file (tokenizer.json), which needs the extra
+    `maskwire[tokenizers]` and UTF-8 text. The mask id is one behind the tokenizer's ids.
+    `on_progress(done, total)` counts bytes of text. `out` appears when it is whole; one that is there
+    already is replaced only with `force`. Raises ValueError and OSError.
+    """
+    out = Path(out)
+    if out.exists() and not (force and (out / META).is_file()):
+        raise ValueError(
+            f"{out} exists"
+            + (
+                "; name another folder, or replace it with --force"
+                if (out / META).is_file()
+                else "; name another"
+            )
+        )
+    files = find_files(paths, pattern)
+    draft = out.with_name(f".{out.name}.draft-{os.getpid()}")
+    draft.mkdir(parents=True)
+    try:
+        meta = _write(files, draft, tokenizer, on_progress or (lambda *_: None))
+        if out.exists():
+            shutil.rmtree(out)
+        draft.rename(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return meta
+
+
+def _write(files: list[Path], folder: Path, tokenizer: str | Path, tell: Callable[[int, int], None]) -> Meta:
+    total, done = sum(path.stat().st_size for path in files), 0
+    encode: Encode = _bytes
+    name, mask_id = BYTES, 256
+    if tokenizer != BYTES:
+        name, mask_id, encode = _tokenizer(Path(tokenizer))
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    dtype = "uint8" if tokenizer == BYTES else "uint16" if mask_id < 2**16 else "int32"
+    sizes: list[int] = []
+    with (folder / "tokens.bin").open("wb") as file:
+        for batch in _batches(files):
+            for ids in encode(batch):
+                ids.astype(np.dtype(dtype).newbyteorder("<"), copy=False).tofile(file)
+                sizes.append(ids.size)
+            done += sum(path.stat().st_size for path in batch)
+            tell(done, total)
+        _flush(file)
+    ends = np.cumsum([size for size in sizes if size], dtype=np.int64)
+    if not ends.size:
+        raise ValueError("the tokenizer made no token of the text")
+    with (folder / "documents.npy").open("wb") as file:
+        np.save(file, ends)
+        _flush(file)
+    meta = Meta(name, mask_id + 1, mask_id, dtype, int(ends[-1]), ends.size, total)
+    with (folder / META).open("w") as text:
+        json.dump({"format": 1, **dataclasses.asdict(meta)}, text, indent=1)
+        text.write("\n")
+        _flush(text)
+    return meta
+
+
+def _flush(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _batches(files: list[Path]) -> Iterator[list[Path]]:
+    batch, size = [], 0
+    for path in files:
+        batch.append(path)
+        size += path.stat().st_size
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _bytes(files: list[Path]) -> list[Ids]:
+    return [np.fromfile(path, dtype=np.uint8) for path in files]
+
+
+def _tokenizer(path: Path) -> tuple[str, int, Encode]:
+    """The tokenizer's hash, the id behind its own, and how it encodes files."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise ValueError(
+            'a tokenizer file needs the package tokenizers: pip install "maskwire[tokenizers]"'
+        ) from None
+    if not path.is_file():
+        raise ValueError(f"tokenizer must be 'bytes' or a tokenizer.json, there is no file {path}")
+    try:
+        loaded = Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises bare Exception
+        raise ValueError(f"{path}: not a tokenizers file ({error})") from error
+    loaded.no_truncation()
+    loaded.no_padding()
+
+    def encode(files: list[Path]) -> list[Ids]:
+        found = loaded.encode_batch([_text(file) for file in files], add_special_tokens=False)
+        return [np.array(one.ids, dtype=np.int64) for one in found]
+
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"sha256:{digest}", max(loaded.get_vocab(with_added_tokens=True).values()) + 1, encode
+
+
+def _text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 at byte {error.start} ({data[error.start : error.end]!r}); convert it, leave "
+            "it out with --pattern, or prepare bytes"
+        ) from None
