@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,9 @@ class CounterTrainer:
     @property
     def versions(self) -> dict[str, str]:
         return {"device": "counter"}
+
+    def configure(self, optimizer: dict[str, Any]) -> None:
+        pass
 
     def warm_up(self) -> None:
         pass

@@ -2,5 +2,21 @@
 
 Three wings that never import one another, `rpc` (all that knows gRPC), `run` (order, and what is kept)
 and `training` (all that knows torch), stand on `config`, `errors`, `batch` and `results`; `app` joins
-them.
+them. `maskwire_server.load` makes a plain torch module of a checkpoint, without any of it.
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from maskwire_server.training.pretrained import MaskedModel, load
+
+__all__ = ["MaskedModel", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # Looked up at first use: the commands must not wait for torch.
+    if name not in __all__:
+        raise AttributeError(f"module 'maskwire_server' has no attribute {name!r}")
+    from maskwire_server.training import pretrained
+
+    return getattr(pretrained, name)

@@ -56,7 +56,12 @@ def serve(
         on_fatal=_die,
         accept_inexact_replay=accept_inexact_replay,
     )
-    server = Server(engine, config.serve)
+    try:
+        server = Server(engine, config.serve)
+    except ConfigError as error:
+        _say(error)
+        engine.close()
+        return EXIT_CONFIG
     engine.on_state(server.on_state)
     try:
         address = server.start()  # at once: status and liveness answer during recovery
@@ -122,11 +127,15 @@ def _stop(engine: Engine, server: Server, seconds: float) -> int:
 
 
 def _fail(engine: Engine, server: Server, code: int, error: Exception) -> int:
-    for line in str(error).splitlines():
-        print(f"maskwire-server: {line}", file=sys.stderr)
+    _say(error)
     server.stop(0)
     engine.close()
     return code
+
+
+def _say(error: Exception) -> None:
+    for line in str(error).splitlines():
+        print(f"maskwire-server: {line}", file=sys.stderr)
 
 
 def _die(error: BaseException) -> None:

@@ -224,9 +224,26 @@ class ServeConfig(_Section):
     """[serve]: the door, the device and the limits. It may change between restarts."""
 
     address: str = "127.0.0.1:50051"
-    """HOST:PORT to listen on; port 0 picks a free one."""
+    """HOST:PORT to listen on, port 0 picks a free one; or unix:PATH for a Unix socket alone, mode 0600."""
+    socket: Path | None = None
+    """A Unix socket to listen on beside the address, mode 0600: who can open it needs no token."""
     allow_insecure: bool = False
-    """Listen in plaintext beyond loopback: anyone who reaches the port can train."""
+    """Listen beyond loopback without TLS, or without tokens and client certificates: anyone who reaches
+    the port can train, or read what is sent."""
+    tls_certificate: Path | None = None
+    """The server's certificate chain (PEM): the address speaks TLS then. With tls_key."""
+    tls_key: Path | None = None
+    """Its private key (PEM, not encrypted)."""
+    tls_client_ca: Path | None = None
+    """Authorities (PEM) of client certificates: only clients with one may connect."""
+    token_read_file: Path | None = None
+    """Bearer tokens of role read (status, evaluate, list), one a line, and behind it when it expires."""
+    token_train_file: Path | None = None
+    """Bearer tokens of role train (and what read may)."""
+    token_admin_file: Path | None = None
+    """Bearer tokens of role admin (restore, delete, download, and what train may)."""
+    download_role: Literal["read", "train", "admin"] = "admin"
+    """The role that may download checkpoints."""
     reflection: bool = True
     """Let clients discover the service without its proto file."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -262,18 +279,43 @@ class ServeConfig(_Section):
 
     @model_validator(mode="after")
     def _door_is_safe(self) -> ServeConfig:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key must be set together, got only one of them")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key, got none")
+        authenticated = self.has_tokens or self.tls_client_ca is not None
+        if self.address.startswith("unix:"):
+            if self.tls_certificate is not None or self.has_tokens or self.socket is not None:
+                raise ValueError(
+                    f"address is a Unix socket, {self.address!r}: leave tls_*, token_* and socket out, "
+                    "who can open it (mode 0600) is let in"
+                )
+            return self
         host, colon, port = self.address.rpartition(":")
         if not colon or not host or not port.isdigit() or int(port) > 65535:
             raise ValueError(f"address must be HOST:PORT with a port of 0 to 65535, got {self.address!r}")
-        if not self.allow_insecure and not _is_loopback(host.strip("[]")):
+        if self.allow_insecure or is_loopback(host.strip("[]")):
+            return self
+        if self.tls_certificate is None or not authenticated:
+            lacks = (
+                "tls_certificate and tls_key"
+                if self.tls_certificate is None
+                else ("token_*_file or tls_client_ca")
+            )
             raise ValueError(
-                f"address must be on loopback (127.0.0.1, localhost, [::1]) unless allow_insecure = true, "
-                f"got {self.address!r}; reach it with `ssh -L` instead"
+                f"address must be on loopback (127.0.0.1, localhost, [::1]) without {lacks}, got "
+                f"{self.address!r}: set them, reach it with `ssh -L`, or accept it with allow_insecure = true"
             )
         return self
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether clients must show a token."""
+        return any((self.token_read_file, self.token_train_file, self.token_admin_file))
 
-def _is_loopback(host: str) -> bool:
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine's loopback."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

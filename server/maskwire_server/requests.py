@@ -39,6 +39,8 @@ class SessionRequest:
     takeover: bool = False
     held_epoch: int | None = None
     history: History | None = None
+    tokenizer: str = ""
+    """What the client's ids stand for; empty: not said."""
 
 
 @dataclass(frozen=True)
@@ -76,3 +78,15 @@ class RestoreRequest:
     request_id: str | None = None
     expected_lineage: int | None = None
     expected_step: int | None = None
+
+
+@dataclass(frozen=True)
+class DownloadRequest:
+    """A client asks for a checkpoint's files."""
+
+    name: str
+    weights_only: bool = False
+    file: str | None = None
+    """Only this one; None: all."""
+    offset: int = 0
+    """Where in `file` to begin, in bytes."""

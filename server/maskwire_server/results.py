@@ -138,6 +138,8 @@ class SessionAnswer:
     step: int
     durable_step: int
     digest: bytes
+    tokenizer: str
+    """What the run's ids stand for; empty: nobody said."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,10 @@ class EvalAnswer:
     result: EvalResult
     step: int
     digest: bytes
+
+
+WEIGHT_FILES = ("model.safetensors", "ema.safetensors")
+"""The files of a checkpoint that hold weights: as trained, and their moving average if one is kept."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,15 @@ class CheckpointInfo:
     def size_bytes(self) -> int:
         """The size of its files together."""
         return sum(file.size_bytes for file in self.files)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a checkpoint's file."""
+
+    file: FileInfo
+    offset: int
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -223,3 +238,4 @@ class Status:
     """None until the model is built."""
     newest_checkpoint: CheckpointInfo | None
     versions: dict[str, str]
+    tokenizer: str

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+import zlib
 
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.results import (
     CheckpointInfo,
+    Chunk,
     EvalAnswer,
+    FileInfo,
     Limits,
     Losses,
     ModelInfo,
@@ -85,6 +88,7 @@ def session(value: SessionAnswer, info: ModelInfo, bounds: Limits) -> pb.OpenSes
         digest=value.digest,
         model=model(info),
         limits=limits(bounds),
+        tokenizer=value.tokenizer,
     )
 
 
@@ -106,14 +110,22 @@ def checkpoint(info: CheckpointInfo) -> pb.CheckpointInfo:
         step=info.step,
         digest=info.digest,
         size_bytes=info.size_bytes,
-        files=[
-            pb.CheckpointFile(name=file.name, size_bytes=file.size_bytes, sha256=file.sha256)
-            for file in info.files
-        ],
+        files=[_file(file) for file in info.files],
         labels=info.labels,
     )
     answer.create_time.FromNanoseconds(int(info.created * 1e9))
     return answer
+
+
+def _file(info: FileInfo) -> pb.CheckpointFile:
+    return pb.CheckpointFile(name=info.name, size_bytes=info.size_bytes, sha256=info.sha256)
+
+
+def chunk(value: Chunk) -> pb.DownloadCheckpointResponse:
+    """A part of a checkpoint's file."""
+    return pb.DownloadCheckpointResponse(
+        file=_file(value.file), offset_bytes=value.offset, data=value.data, crc32=zlib.crc32(value.data)
+    )
 
 
 def restore(value: RestoreAnswer) -> pb.RestoreCheckpointResponse:
@@ -142,6 +154,7 @@ def status(value: Status, bounds: Limits, started: float) -> pb.GetStatusRespons
         limits=limits(bounds),
         newest_checkpoint=None if value.newest_checkpoint is None else checkpoint(value.newest_checkpoint),
         versions=value.versions,
+        tokenizer=value.tokenizer,
     )
     answer.state_time.FromNanoseconds(int(value.state_since * 1e9))
     answer.uptime.FromNanoseconds(int((time.monotonic() - started) * 1e9))

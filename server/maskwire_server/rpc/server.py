@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,6 +16,7 @@ from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError
 from maskwire_server.results import RunState
+from maskwire_server.rpc import security, socket
 from maskwire_server.rpc.service import Engine, TrainingService
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TrainingService"].full_name
@@ -23,20 +25,39 @@ _SPARE_WORKERS = 16  # beside one for each request that may wait, so that a full
 
 
 class Server:
-    """Listens on one address for one engine."""
+    """Listens on one address, and maybe on a Unix socket beside it, for one engine."""
 
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
         self._config = config
+        self._credentials = security.server_credentials(config)
+        gate = security.gate(config)
         # Health and status have threads of their own: they must answer when every worker waits.
         self._prompt_pool = ThreadPoolExecutor(2, thread_name_prefix="maskwire-health")
         self._workers = ThreadPoolExecutor(
             config.queue_limit + _SPARE_WORKERS, thread_name_prefix="maskwire-rpc"
         )
-        self._server = grpc.server(
+        self._health = health.HealthServicer(experimental_thread_pool=self._prompt_pool)
+        for name, serving in (("", False), (SERVICE, False), (LIVENESS, True)):
+            self._set_health(name, serving)
+        self._promptly(self._health, "Check")
+        self._service = TrainingService(engine)
+        self._promptly(self._service, "GetStatus")
+        self._door = self._make_door([] if gate is None else [gate])
+        self._socket: socket.Socket | None = None
+        self._side_door: grpc.Server | None = None
+        path = config.address.removeprefix("unix:") if config.address.startswith("unix:") else config.socket
+        if path is not None:
+            self._socket = socket.Socket(Path(path))
+            # A gate cannot see where a call comes from, so the socket has a server of its own.
+            self._side_door = self._make_door([])
+
+    def _make_door(self, interceptors: list[grpc.ServerInterceptor]) -> grpc.Server:
+        door = grpc.server(
             self._workers,
+            interceptors=interceptors,
             options=[
                 ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
-                ("grpc.max_receive_message_length", config.max_message_bytes),
+                ("grpc.max_receive_message_length", self._config.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 # Clients may ping every 15 s, also while nothing is under way.
                 ("grpc.http2.min_ping_interval_without_data_ms", 15_000),
@@ -44,17 +65,12 @@ class Server:
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
         )
-        self._health = health.HealthServicer(experimental_thread_pool=self._prompt_pool)
-        for name, serving in (("", False), (SERVICE, False), (LIVENESS, True)):
-            self._set_health(name, serving)
-        self._promptly(self._health, "Check")
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        service = TrainingService(engine)
-        self._promptly(service, "GetStatus")
-        pb_grpc.add_TrainingServiceServicer_to_server(service, self._server)  # type: ignore[no-untyped-call]
-        if config.reflection:
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, door)
+        pb_grpc.add_TrainingServiceServicer_to_server(self._service, door)  # type: ignore[no-untyped-call]
+        if self._config.reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._server)
+            reflection.enable_server_reflection(names, door)
+        return door
 
     def _promptly(self, servicer: object, method: str) -> None:
         behave: Callable[[Any, Any], Any] = getattr(servicer, method)
@@ -66,10 +82,18 @@ class Server:
         setattr(servicer, method, prompt)
 
     def start(self) -> str:
-        """Listen, and return HOST:PORT with the port that was found. Raises ConfigError."""
+        """Listen, and return the address, with the port that was found. Raises ConfigError."""
+        if self._socket is not None and self._side_door is not None:
+            self._socket.bind(self._side_door)
+            self._side_door.start()
         address = self._config.address
+        if address.startswith("unix:"):
+            return address
         try:
-            port = self._server.add_insecure_port(address)
+            if self._credentials is None:
+                port = self._door.add_insecure_port(address)
+            else:
+                port = self._door.add_secure_port(address, self._credentials)
         except RuntimeError:
             port = 0
         if not port:
@@ -77,7 +101,7 @@ class Server:
                 f"serve.address: cannot listen on {address!r}: the port is taken or the host is not this "
                 "machine's; choose another, or port 0 for a free one"
             )
-        self._server.start()
+        self._door.start()
         return f"{address.rpartition(':')[0]}:{port}"
 
     def on_state(self, state: RunState) -> None:
@@ -92,6 +116,10 @@ class Server:
 
     def stop(self, grace: float) -> None:
         """Refuse new calls, give running ones `grace` seconds, and end the threads."""
-        self._server.stop(grace).wait()
+        stopping = [door.stop(grace) for door in (self._door, self._side_door) if door is not None]
+        for stopped in stopping:
+            stopped.wait()
+        if self._socket is not None:
+            self._socket.remove()
         self._workers.shutdown(wait=False, cancel_futures=True)
         self._prompt_pool.shutdown(wait=False, cancel_futures=True)

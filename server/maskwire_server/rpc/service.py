@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import base64
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import grpc
-from google.rpc import code_pb2, error_details_pb2, status_pb2
-from grpc_status import rpc_status
 
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 from maskwire_server.errors import Refused, invalid_field
 from maskwire_server.requests import (
+    DownloadRequest,
     EvalRequest,
     RestoreRequest,
     SaveRequest,
@@ -27,6 +27,7 @@ from maskwire_server.requests import (
 )
 from maskwire_server.results import (
     CheckpointInfo,
+    Chunk,
     EvalAnswer,
     Limits,
     ModelInfo,
@@ -36,13 +37,14 @@ from maskwire_server.results import (
     StepAnswer,
 )
 from maskwire_server.rpc import answers, wire
+from maskwire_server.rpc.refusal import abort
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-DOMAIN = "maskwire"
+MOST_DOWNLOADS = 4  # at once: each holds a worker for as long as its client takes
 _DEFAULT_PAGE, _LARGEST_PAGE = 50, 1000
 
 
@@ -81,6 +83,9 @@ class Engine(Protocol):
     def checkpoints(self) -> list[CheckpointInfo]:
         """The whole checkpoints, newest first."""
 
+    def download(self, request: DownloadRequest) -> Iterator[Chunk]:
+        """A checkpoint's files in chunks."""
+
     def status(self) -> Status:
         """Is it stuck or working?"""
 
@@ -91,6 +96,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._started = time.monotonic()
+        self._downloads = threading.Semaphore(MOST_DOWNLOADS)
 
     def OpenSession(  # noqa: N802
         self, request: pb.OpenSessionRequest, context: grpc.ServicerContext
@@ -143,7 +149,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         context: grpc.ServicerContext,
     ) -> Iterator[pb.GenerateResponse]:
         """See the proto."""
-        self._abort(context, Refused("UNIMPLEMENTED", "this server does not generate"))
+        abort(context, Refused("UNIMPLEMENTED", "this server does not generate"))
 
     def Checkpoint(  # noqa: N802
         self, request: pb.CheckpointRequest, context: grpc.ServicerContext
@@ -196,15 +202,29 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         context: grpc.ServicerContext,
     ) -> pb.DeleteCheckpointResponse:
         """See the proto."""
-        self._abort(context, Refused("UNIMPLEMENTED", "this server does not delete checkpoints on request"))
+        abort(context, Refused("UNIMPLEMENTED", "this server does not delete checkpoints on request"))
 
     def DownloadCheckpoint(  # noqa: N802
-        self,
-        request: pb.DownloadCheckpointRequest,  # noqa: ARG002
-        context: grpc.ServicerContext,
+        self, request: pb.DownloadCheckpointRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.DownloadCheckpointResponse]:
         """See the proto."""
-        self._abort(context, Refused("UNIMPLEMENTED", "this server does not serve downloads"))
+        if not self._downloads.acquire(blocking=False):
+            abort(
+                context,
+                Refused(
+                    "QUEUE_FULL",
+                    f"{MOST_DOWNLOADS} downloads are under way; ask again",
+                    queue_limit=MOST_DOWNLOADS,
+                ),
+            )
+        try:
+            yield from map(answers.chunk, self._engine.download(wire.read_download(request)))
+        except Refused as refusal:
+            abort(context, refusal)
+        except Exception:
+            abort(context, _unexpected())
+        finally:
+            self._downloads.release()
 
     def GetStatus(  # noqa: N802
         self, request: pb.GetStatusRequest, context: grpc.ServicerContext
@@ -231,23 +251,18 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         try:
             return reply(_wait(submit(), context))
         except Refused as refusal:
-            self._abort(context, refusal)
+            abort(context, refusal)
         except CancelledError:
-            self._abort(context, Refused("RECOVERING", "the client's deadline passed or it went away"))
+            abort(context, Refused("RECOVERING", "the client's deadline passed or it went away"))
         except Exception:
-            # An unexpected error's text can hold anything: it stays in the log.
-            error_id = uuid.uuid4().hex[:12]
-            log.exception("unexpected error %s", error_id)
-            self._abort(
-                context,
-                Refused(
-                    "INTERNAL", f"unexpected; the server's log explains error {error_id}", error_id=error_id
-                ),
-            )
+            abort(context, _unexpected())
 
-    def _abort(self, context: grpc.ServicerContext, refusal: Refused) -> NoReturn:
-        context.abort_with_status(rpc_status.to_status(to_status(refusal)))
-        raise AssertionError("abort_with_status raises")
+
+def _unexpected() -> Refused:
+    """For the error that is being handled: its text can hold anything, and stays in the log."""
+    error_id = uuid.uuid4().hex[:12]
+    log.exception("unexpected error %s", error_id)
+    return Refused("INTERNAL", f"unexpected; the server's log explains error {error_id}", error_id=error_id)
 
 
 def _done(value: T) -> Future[T]:
@@ -265,21 +280,3 @@ def _wait(future: Future[T], context: grpc.ServicerContext) -> T:
     if not context.add_callback(give_up):
         raise CancelledError
     return future.result()
-
-
-def to_status(refusal: Refused) -> Any:
-    """A refusal as google.rpc.Status: ErrorInfo always, BadRequest and RetryInfo where they apply."""
-    kind = refusal.kind
-    status = status_pb2.Status(code=code_pb2.Code.Value(kind.status), message=refusal.message)
-    info = error_details_pb2.ErrorInfo(reason=refusal.reason, domain=DOMAIN, metadata=refusal.metadata)
-    status.details.add().Pack(info)
-    if refusal.fields:
-        bad = error_details_pb2.BadRequest()
-        for field, description in refusal.fields.items():
-            bad.field_violations.add(field=field, description=description)
-        status.details.add().Pack(bad)
-    if kind.retry_after_seconds is not None:
-        retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(int(kind.retry_after_seconds * 1000))
-        status.details.add().Pack(retry)
-    return status

@@ -17,6 +17,7 @@ from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import Refused, invalid_field
 from maskwire_server.requests import (
     CHECKPOINT_NAME,
+    DownloadRequest,
     EvalRequest,
     History,
     RestoreRequest,
@@ -122,6 +123,7 @@ def read_open(request: pb.OpenSessionRequest) -> SessionRequest:
         takeover=request.takeover,
         held_epoch=request.held_epoch if request.HasField("held_epoch") else None,
         history=history,
+        tokenizer=_name("tokenizer", request.tokenizer) or "",
     )
 
 
@@ -148,6 +150,21 @@ def read_restore(request: pb.RestoreCheckpointRequest) -> RestoreRequest:
         request_id=_name("request_id", request.request_id),
         expected_lineage=request.expected_lineage if request.HasField("expected_lineage") else None,
         expected_step=request.expected_step if request.HasField("expected_step") else None,
+    )
+
+
+def read_download(request: pb.DownloadCheckpointRequest) -> DownloadRequest:
+    """A DownloadCheckpoint request, checked."""
+    if request.offset_bytes < 0 or (request.offset_bytes and not request.file):
+        raise invalid_field(
+            "offset_bytes",
+            f"offset_bytes must be at least 0, and 0 without a file, got {request.offset_bytes}",
+        )
+    return DownloadRequest(
+        name=_checkpoint_name(request.name),
+        weights_only=request.weights_only,
+        file=request.file or None,
+        offset=request.offset_bytes,
     )
 
 

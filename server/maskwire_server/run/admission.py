@@ -199,6 +199,8 @@ class SessionFacts:
     durable_step: int
     recorded_digest: bytes | None
     """The digest recorded at the client's last step in this lineage; None when there is none."""
+    tokenizer: str = ""
+    """What the run's ids stand for; empty: nobody said."""
 
 
 def admit_session(facts: SessionFacts, at: Position) -> bool:
@@ -207,6 +209,14 @@ def admit_session(facts: SessionFacts, at: Position) -> bool:
     request = facts.request
     if request.history is not None:
         _check_history(request.history, facts, at)
+    if request.tokenizer and facts.tokenizer and request.tokenizer != facts.tokenizer:
+        raise Refused(
+            "TOKENIZER_MISMATCH",
+            f"the run's ids are of {facts.tokenizer}, this client's of {request.tokenizer}: prepare the data "
+            "with the run's tokenizer, or start a new run",
+            tokenizer=facts.tokenizer,
+            client_tokenizer=request.tokenizer,
+        )
     if facts.nonce_epoch is not None:
         if facts.nonce_epoch < at.epoch:
             raise Refused(

@@ -9,21 +9,21 @@ of itself.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import os
 import shutil
-from dataclasses import dataclass
+import threading
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from maskwire_server.errors import Refused
+from maskwire_server.manifest import MANIFEST, Manifest
 from maskwire_server.requests import CHECKPOINT_NAME
 from maskwire_server.results import CheckpointInfo, FileInfo
 from maskwire_server.run.flush import flush_folder
-
-FORMAT = 1
-MANIFEST = "manifest.json"
 
 
 class Snapshot(Protocol):
@@ -33,81 +33,13 @@ class Snapshot(Protocol):
         """Write its files into `folder`; the caller flushes them."""
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint is, beside its files."""
-
-    info: CheckpointInfo
-    run_id: str
-    automatic: bool
-    """Saved by the server, so that retention may collect it."""
-    request_id: str | None
-    configuration: dict[str, Any]
-    """The whole configuration that it was saved under."""
-    versions: dict[str, str]
-
-    def to_json(self) -> bytes:
-        """The manifest's file, its own hash included."""
-        body = {
-            "format": FORMAT,
-            "name": self.info.name,
-            "run_id": self.run_id,
-            "lineage": self.info.lineage,
-            "step": self.info.step,
-            "digest": self.info.digest.hex(),
-            "created": self.info.created,
-            "labels": self.info.labels,
-            "automatic": self.automatic,
-            "request_id": self.request_id,
-            "configuration": self.configuration,
-            "versions": self.versions,
-            "files": {
-                file.name: {"size_bytes": file.size_bytes, "sha256": file.sha256.hex()}
-                for file in self.info.files
-            },
-        }
-        return json.dumps({**body, "manifest_sha256": _body_hash(body)}, indent=1, sort_keys=True).encode()
-
-    @staticmethod
-    def from_json(data: bytes) -> Manifest:
-        """The manifest that `to_json` wrote; ValueError when it is not whole."""
-        body = json.loads(data)
-        if not isinstance(body, dict) or body.pop("manifest_sha256", None) != _body_hash(body):
-            raise ValueError("the manifest does not match its own hash")
-        if body["format"] != FORMAT:
-            raise ValueError(f"checkpoint format {body['format']}, this version reads {FORMAT}")
-        files = tuple(
-            FileInfo(name, file["size_bytes"], bytes.fromhex(file["sha256"]))
-            for name, file in sorted(body["files"].items())
-        )
-        info = CheckpointInfo(
-            body["name"],
-            body["lineage"],
-            body["step"],
-            bytes.fromhex(body["digest"]),
-            files,
-            body["created"],
-            body["labels"],
-        )
-        return Manifest(
-            info,
-            body["run_id"],
-            body["automatic"],
-            body["request_id"],
-            body["configuration"],
-            body["versions"],
-        )
-
-
-def _body_hash(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
 class Checkpoints:
     """The checkpoints of one run directory. Safe to call from several threads, one `write` at a time."""
 
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / "checkpoints"
+        self._readers: Counter[str] = Counter()
+        self._lock = threading.Lock()  # between readers and `delete`
 
     def path(self, name: str) -> Path:
         """The folder of a checkpoint."""
@@ -167,19 +99,38 @@ class Checkpoints:
         folder = self.path(manifest.info.name)
         for file in manifest.info.files:
             try:
-                found = _describe(folder / file.name)
+                found = describe(folder / file.name)
             except OSError as error:
                 return f"{file.name}: {error.strerror}"
             if found != file:
                 return f"{file.name}: does not match the manifest's size and SHA-256"
         return None
 
-    def delete(self, name: str) -> None:
-        """Remove a checkpoint, its manifest first, so that it is never half there."""
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[Manifest]:
+        """A whole checkpoint, kept while somebody reads it; Refused CHECKPOINT_NOT_FOUND."""
+        with self._lock:
+            manifest = self.get(name)
+            self._readers[name] += 1
+        try:
+            yield manifest
+        finally:
+            with self._lock:
+                self._readers[name] -= 1
+
+    def delete(self, name: str) -> bool:
+        """Remove a checkpoint, its manifest first, so that it is never half there.
+
+        False, and it stays, while somebody reads it.
+        """
         folder = self.path(name)
-        (folder / MANIFEST).unlink(missing_ok=True)
+        with self._lock:
+            if self._readers[name]:
+                return False
+            (folder / MANIFEST).unlink(missing_ok=True)
         flush_folder(folder)
         shutil.rmtree(folder)
+        return True
 
     def sweep(self) -> list[str]:
         """Remove what saves that were cut off have left, and return the names."""
@@ -228,10 +179,11 @@ def _flush(path: Path) -> FileInfo:
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):  # so that the hash is of what the disk holds
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return _describe(path)
+    return describe(path)
 
 
-def _describe(path: Path) -> FileInfo:
+def describe(path: Path) -> FileInfo:
+    """A file as a manifest lists it."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").digest()
     return FileInfo(path.name, path.stat().st_size, digest)

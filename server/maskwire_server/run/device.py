@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.requests import EvalRequest
@@ -25,6 +25,9 @@ class Trainer(Protocol):
     @property
     def versions(self) -> dict[str, str]:
         """Names and versions of what it runs on."""
+
+    def configure(self, optimizer: dict[str, Any]) -> None:
+        """Go on under another [optimizer] section; ValueError names a key that the state cannot follow."""
 
     def warm_up(self) -> None:
         """Compute a step and throw it away."""
@@ -77,6 +80,10 @@ class Device:
         """Build the trainer: what it serves, and the versions it runs on."""
         self._trainer = factory()
         return self._trainer.info, self._trainer.versions
+
+    def configure(self, optimizer: dict[str, Any]) -> None:
+        """Go on under another [optimizer] section."""
+        self._trainer.configure(optimizer)
 
     def begin_at(self, step: int) -> None:
         """Get ready for the step after `step`."""

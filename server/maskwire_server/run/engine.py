@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from maskwire_server.config import CheckpointsConfig, ServeConfig
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.requests import (
+    DownloadRequest,
     EvalRequest,
     RestoreRequest,
     SaveRequest,
@@ -29,6 +30,7 @@ from maskwire_server.requests import (
 )
 from maskwire_server.results import (
     CheckpointInfo,
+    Chunk,
     EvalAnswer,
     Limits,
     ModelInfo,
@@ -38,7 +40,7 @@ from maskwire_server.results import (
     Status,
     StepAnswer,
 )
-from maskwire_server.run import admission, recovery
+from maskwire_server.run import admission, reading, recovery
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.device import Device, Trainer
 from maskwire_server.run.jobs import Evaluation, Save, Step, refuse
@@ -181,6 +183,10 @@ class Engine:
         """The whole checkpoints, newest first."""
         return [manifest.info for manifest in self._checkpoints.all()]
 
+    def download(self, request: DownloadRequest) -> Iterator[Chunk]:
+        """A checkpoint's files in chunks; it is kept until the iterator ends or is closed."""
+        return reading.read(self._checkpoints, request)
+
     def status(self) -> Status:
         """Is it stuck or working? Never waits."""
         head, standing = self._head, self._standing
@@ -205,6 +211,7 @@ class Engine:
             model=self._info,
             newest_checkpoint=self._saver.newest,
             versions=self._versions,
+            tokenizer=head.tokenizer,
         )
 
     def drain(self, timeout: float) -> bool:
@@ -308,6 +315,8 @@ class Engine:
             durable=self._serve.durability == "full",
         )
         head.run_id = journal.fact("run_id")
+        said = journal.last_event("tokenizer")
+        head.tokenizer = said[1]["tokenizer"] if said else ""
         self._info, versions = device.call(partial(device.build, self._factory))
         self._versions.update(versions)
         log.info("trainer built on %s in %.1f s", versions.get("device", "?"), self._clock() - began)

@@ -20,8 +20,9 @@ from typing import Any
 from maskwire.v1.digest import initial_digest, step_digest
 from maskwire_server.batch import Payload
 from maskwire_server.errors import RunDirectoryError
+from maskwire_server.manifest import Manifest
 from maskwire_server.results import Outcome, StepResult
-from maskwire_server.run.checkpoint import Checkpoints, Manifest
+from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.device import Device
 from maskwire_server.run.journal import Journal, Lineage, StepRecord
 
@@ -214,11 +215,21 @@ def recover(
     if manifest is not None:
         info = manifest.info
         start = (info.lineage, info.step)
-        device.call(partial(device.load, checkpoints.path(info.name), info.step))
+        try:
+            device.call(partial(device.load, checkpoints.path(info.name), info.step))
+        except ValueError as error:
+            raise RunDirectoryError(
+                f"checkpoint {info.name!r} does not fit the configuration: {error}; start with it as it was"
+            ) from error
         log.info("loaded checkpoint %s (step %d)", info.name, info.step)
     records = steps_to_replay(journal, segments, start)
-    if not accept_inexact:
-        records = check_configuration(journal, records, settings)
+    following = Following(
+        journal,
+        settings,
+        lambda section: device.call(partial(device.configure, section)),
+        strict=not accept_inexact,
+    )
+    records = following.follow(records)
     began = time.monotonic()
     count, inexact = replay(
         records,
@@ -227,6 +238,7 @@ def recover(
     )
     if count:
         log.info("replayed %d steps in %.1f s", count, time.monotonic() - began)
+    following.end()
     if inexact:
         journal.transaction(partial(journal.add_event, "inexact_replay", {"steps": inexact}))
     last = journal.last_step(lineage)
@@ -246,20 +258,65 @@ def _non_finite(journal: Journal, lineage: int, step: int) -> int:
     return count
 
 
-def check_configuration(
-    journal: Journal, records: Iterator[tuple[StepRecord, bytes | None]], settings: dict[str, Any]
-) -> Iterator[tuple[StepRecord, bytes | None]]:
-    """Pass the records on; RunDirectoryError at one that was trained under other `settings`."""
-    for record, payload in records:
-        was = journal.event(record.configuration)
-        if record.outcome is Outcome.APPLIED and was != settings:
-            changed = sorted(key for key in was.keys() | settings.keys() if was.get(key) != settings.get(key))
-            raise RunDirectoryError(
-                f"step {record.step} must be computed again, and the configuration changed since it was "
-                f"trained ({', '.join(f'{key} was {was.get(key)!r}' for key in changed)}): start once with "
-                "it as it was, stop the server cleanly, then change it"
-            )
-        yield record, payload
+class Following:
+    """Puts each record's own [optimizer] section in force before it is computed again."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        settings: dict[str, Any],
+        configure: Callable[[dict[str, Any]], None],
+        *,
+        strict: bool,
+    ) -> None:
+        self._strict = strict
+        self._journal = journal
+        self._settings = settings
+        self._configure = configure
+        self._in_force = optimizer_section(settings)
+
+    def follow(
+        self, records: Iterator[tuple[StepRecord, bytes | None]]
+    ) -> Iterator[tuple[StepRecord, bytes | None]]:
+        """Pass the records on; RunDirectoryError at one whose settings cannot be followed."""
+        for record, payload in records:
+            was = self._journal.event(record.configuration)
+            if record.outcome is Outcome.APPLIED and was != self._settings:
+                changed = sorted(
+                    f"{key} was {was.get(key)!r}"
+                    for key in was.keys() | self._settings.keys()
+                    if not key.startswith("optimizer.") and was.get(key) != self._settings.get(key)
+                )
+                if changed and self._strict:
+                    raise _changed(record, ", ".join(changed))
+            if record.outcome is Outcome.APPLIED:
+                try:
+                    self._put_in_force(optimizer_section(was))
+                except ValueError as error:
+                    raise _changed(record, str(error)) from error
+            yield record, payload
+
+    def end(self) -> None:
+        """Go on under the configuration of now."""
+        self._put_in_force(optimizer_section(self._settings))
+
+    def _put_in_force(self, section: dict[str, Any]) -> None:
+        if section != self._in_force:
+            self._configure(section)
+            self._in_force = section
+
+
+def optimizer_section(settings: dict[str, Any]) -> dict[str, Any]:
+    """The [optimizer] section within `numerics`."""
+    prefix = "optimizer."
+    return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+
+
+def _changed(record: StepRecord, what: str) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"step {record.step} must be computed again, and the configuration changed since it was trained "
+        f"({what}): start once with it as it was, stop the server cleanly, then change it"
+    )
 
 
 def replay(

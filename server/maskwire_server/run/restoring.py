@@ -8,9 +8,10 @@ from functools import partial
 
 from maskwire.v1.digest import lineage_digest
 from maskwire_server.errors import Refused
+from maskwire_server.manifest import Manifest
 from maskwire_server.requests import RestoreRequest
 from maskwire_server.results import RestoreAnswer, RunState
-from maskwire_server.run.checkpoint import Checkpoints, Manifest
+from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.device import Device
 from maskwire_server.run.jobs import Barrier, answer, refuse
 from maskwire_server.run.journal import Journal, Lineage, SessionRecord

@@ -10,9 +10,10 @@ from typing import Any
 
 from maskwire_server.config import CheckpointsConfig
 from maskwire_server.errors import Refused
+from maskwire_server.manifest import Manifest
 from maskwire_server.requests import SaveRequest
 from maskwire_server.results import CheckpointInfo
-from maskwire_server.run.checkpoint import Checkpoints, Manifest, Snapshot, collectable
+from maskwire_server.run.checkpoint import Checkpoints, Snapshot, collectable
 from maskwire_server.run.jobs import Save, refuse
 from maskwire_server.run.journal import Journal
 from maskwire_server.run.standing import Head
@@ -116,8 +117,8 @@ class Saver:
             pinned=pinned,
         )
         for name in gone:
-            self._checkpoints.delete(name)
-            log.info("checkpoint %s collected", name)
+            if self._checkpoints.delete(name):
+                log.info("checkpoint %s collected", name)
         left = [m.info for m in self._checkpoints.all()]
         self.newest = next(iter(left), None)
         steps = [info.step for info in left if info.lineage == lineage]

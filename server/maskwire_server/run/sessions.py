@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
@@ -38,18 +39,36 @@ class Sessions:
         recorded = None
         if request.history is not None:
             recorded = digest_at(self._journal, self._head.lineage, request.history.step)
-        facts = SessionFacts(request, given.epoch if given else None, self._head.durable[0], recorded)
+        epoch = given.epoch if given else None
+        facts = SessionFacts(request, epoch, self._head.durable[0], recorded, self._head.tokenizer)
         if not admission.admit_session(facts, at):
             self._writer.touch()
-            answer(future, self._answer())
+            self._commits.add(self._keep_tokenizer(request), lambda: answer(future, self._answer()))
             return
         epoch = at.epoch + 1
+        tokenizer = self._keep_tokenizer(request)
         self._writer.open(epoch, request.client_name)
         self._line.refuse_steps(partial(_fenced, request.client_name, epoch))
-        self._line.put_first(Barrier(partial(self._record, epoch, request, future), partial(refuse, future)))
+        self._line.put_first(
+            Barrier(partial(self._record, epoch, request, tokenizer, future), partial(refuse, future))
+        )
 
-    def _record(self, epoch: int, request: SessionRequest, future: Future[SessionAnswer]) -> None:
+    def _keep_tokenizer(self, request: SessionRequest) -> Callable[[], object]:
+        """The write that keeps what a client's ids stand for, if nobody said it before."""
+        if not request.tokenizer or self._head.tokenizer:
+            return lambda: None
+        self._head.tokenizer = request.tokenizer
+        return partial(self._journal.add_event, "tokenizer", {"tokenizer": request.tokenizer})
+
+    def _record(
+        self,
+        epoch: int,
+        request: SessionRequest,
+        tokenizer: Callable[[], object],
+        future: Future[SessionAnswer],
+    ) -> None:
         if epoch != self._writer.epoch:
+            self._commits.add(tokenizer, lambda: None)
             refuse(future, Refused("FENCED", f"epoch {epoch} was superseded while it was opened"))
             return
         head = self._head
@@ -59,6 +78,7 @@ class Sessions:
         if request.takeover:
             head.non_finite = 0
             self._standing.set(RunState.HALTED, False)
+        self._commits.add(tokenizer, lambda: None)
         self._commits.add(partial(self._journal.add_session, session), lambda: answer(future, self._answer()))
 
     def close(self, session: SessionRef, at: Position, future: Future[None]) -> None:
@@ -73,7 +93,9 @@ class Sessions:
     def _answer(self) -> SessionAnswer:
         head = self._head
         durable_step, digest = head.durable
-        return SessionAnswer(head.run_id, head.lineage, self._writer.epoch, head.step, durable_step, digest)
+        return SessionAnswer(
+            head.run_id, head.lineage, self._writer.epoch, head.step, durable_step, digest, head.tokenizer
+        )
 
 
 def _fenced(client_name: str, epoch: int, step: Step) -> Refused:

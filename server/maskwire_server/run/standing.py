@@ -58,6 +58,8 @@ class Head:
 
     def __init__(self) -> None:
         self.run_id = ""
+        self.tokenizer = ""
+        """What the run's ids stand for; empty: nobody said."""
         self.lineage = 1
         self.step = 0
         """The last computed step."""

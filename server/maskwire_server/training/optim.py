@@ -46,8 +46,8 @@ class Group:
         decayed = [weight for name, weight in named.items() if _decays(name, weight)]
         spared = [weight for name, weight in named.items() if not _decays(name, weight)]
         groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": spared, "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": config.weight_decay, "decays": True},
+            {"params": spared, "weight_decay": 0.0, "decays": False},
         ]
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],
@@ -67,6 +67,13 @@ class Group:
         self._decay = config.ema_decay
         self.ema = copy.deepcopy(module).eval().requires_grad_(False) if config.ema_decay else None
         """The module with the moving average's weights, if one is kept."""
+
+    def configure(self, config: OptimizerConfig) -> None:
+        """Go on under other settings; whether a moving average is kept cannot change."""
+        for group in self.optimizer.param_groups:
+            group["betas"], group["eps"] = config.betas, config.eps
+            group["weight_decay"] = config.weight_decay if group["decays"] else 0.0
+        self._decay = config.ema_decay
 
     def gradients(self) -> list[Tensor]:
         """The gradients there are."""

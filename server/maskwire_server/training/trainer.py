@@ -14,6 +14,7 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,17 @@ class Trainer:
             "precision": "bf16" if self._bf16 else "fp32",
             "threads": str(torch.get_num_threads()),
         }
+
+    def configure(self, optimizer: dict[str, Any]) -> None:
+        """Go on under another [optimizer] section; ValueError names a key that the state cannot follow."""
+        config = OptimizerConfig(**optimizer)
+        was = self._optimizer
+        if config.name != was.name or bool(config.ema_decay) != bool(was.ema_decay):
+            key = "name" if config.name != was.name else "ema_decay"
+            raise ValueError(f"optimizer.{key} was {getattr(config, key)!r}, is {getattr(was, key)!r}")
+        self._optimizer = config
+        for group in self._groups().values():
+            group.configure(config)
 
     def warm_up(self) -> None:
         """Compute a small step and throw it away, so that the first real one is not slow."""

@@ -13,7 +13,7 @@ from maskwire_server.batch import Batch
 from maskwire_server.errors import REASONS, Refused
 from maskwire_server.results import Limits, ModelInfo
 from maskwire_server.rpc import wire
-from maskwire_server.rpc.service import to_status
+from maskwire_server.rpc.refusal import to_status
 
 INFO = ModelInfo(17, 16, 15, 32, 1, "", True, False)
 LIMITS = Limits(4096, 2**20, 8, 64)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from maskwire_server.errors import Refused
+from maskwire_server.manifest import Manifest
 from maskwire_server.results import CheckpointInfo
-from maskwire_server.run.checkpoint import Checkpoints, Manifest, collectable
+from maskwire_server.run.checkpoint import Checkpoints, collectable
 
 
 class Files:

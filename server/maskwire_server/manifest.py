@@ -1,0 +1,83 @@
+"""A checkpoint's manifest: what it is, and the size and hash of each of its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from maskwire_server.results import CheckpointInfo, FileInfo
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is, beside its files."""
+
+    info: CheckpointInfo
+    run_id: str
+    automatic: bool
+    """Saved by the server, so that retention may collect it."""
+    request_id: str | None
+    configuration: dict[str, Any]
+    """The whole configuration that it was saved under."""
+    versions: dict[str, str]
+
+    def to_json(self) -> bytes:
+        """The manifest's file, its own hash included."""
+        body = {
+            "format": FORMAT,
+            "name": self.info.name,
+            "run_id": self.run_id,
+            "lineage": self.info.lineage,
+            "step": self.info.step,
+            "digest": self.info.digest.hex(),
+            "created": self.info.created,
+            "labels": self.info.labels,
+            "automatic": self.automatic,
+            "request_id": self.request_id,
+            "configuration": self.configuration,
+            "versions": self.versions,
+            "files": {
+                file.name: {"size_bytes": file.size_bytes, "sha256": file.sha256.hex()}
+                for file in self.info.files
+            },
+        }
+        return json.dumps({**body, "manifest_sha256": _body_hash(body)}, indent=1, sort_keys=True).encode()
+
+    @staticmethod
+    def from_json(data: bytes) -> Manifest:
+        """The manifest that `to_json` wrote; ValueError when it is not whole."""
+        body = json.loads(data)
+        if not isinstance(body, dict) or body.pop("manifest_sha256", None) != _body_hash(body):
+            raise ValueError("the manifest does not match its own hash")
+        if body["format"] != FORMAT:
+            raise ValueError(f"checkpoint format {body['format']}, this version reads {FORMAT}")
+        files = tuple(
+            FileInfo(name, file["size_bytes"], bytes.fromhex(file["sha256"]))
+            for name, file in sorted(body["files"].items())
+        )
+        info = CheckpointInfo(
+            body["name"],
+            body["lineage"],
+            body["step"],
+            bytes.fromhex(body["digest"]),
+            files,
+            body["created"],
+            body["labels"],
+        )
+        return Manifest(
+            info,
+            body["run_id"],
+            body["automatic"],
+            body["request_id"],
+            body["configuration"],
+            body["versions"],
+        )
+
+
+def _body_hash(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
