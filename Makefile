@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := client server demo deploy proto tests
 
-.PHONY: help venv demo test lint proto
+.PHONY: help venv demo test lint proto image
 help: ## What there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -26,3 +26,6 @@ lint: venv ## Style, types, and stubs that are not stale
 
 proto: venv ## Generate the stubs from the proto files
 	$(BIN)/python proto/generate.py
+
+image: venv ## Build the image and check it as it would run: read-only, TLS, a token, a kill (needs Docker)
+	@deploy/image.sh

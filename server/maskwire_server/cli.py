@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,6 +51,8 @@ def serve(
     logging.basicConfig(
         level=level, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"
     )
+    # Read when grpc is imported: its core logs every connection that fails to speak TLS.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from maskwire_server.app import serve as run
 
     raise typer.Exit(run(loaded, accept_inexact_replay=accept_inexact_replay))

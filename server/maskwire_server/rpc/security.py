@@ -5,9 +5,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import hmac
-import logging
 import ssl
-import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +18,6 @@ import grpc
 from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError, Refused
 from maskwire_server.rpc.refusal import abort
-
-log = logging.getLogger(__name__)
 
 SHORTEST_TOKEN = 16
 _HEALTH = "/grpc.health.v1.Health/"
@@ -173,8 +169,6 @@ def _read_tokens(name: str, path: Path, role: Role) -> list[Token]:
         tokens.append(Token(hashlib.sha256(words[0].encode()).digest(), role, expires))
     if not tokens:
         raise ConfigError(f"{name}: {path} holds no token")
-    if path.stat().st_mode & stat.S_IROTH:
-        log.warning("%s: everyone on this machine can read %s; chmod o= takes that away", name, path)
     return tokens
 
 
