@@ -250,6 +250,10 @@ class Trainer(Client):
         # Once sent it may be applied, and only its answer tells: who stops waiting leaves it in flight.
         return asyncio.shield(task)
 
+    async def settle(self) -> None:
+        """Wait until no step is in flight; whether they were refused, their futures tell."""
+        await self._drive(self._writing.settle())
+
     async def use_tokenizer(self, tokenizer: str) -> None:
         """Keep with the run what its ids stand for."""
         await self._drive(self._writing.use_tokenizer(tokenizer))

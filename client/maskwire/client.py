@@ -292,6 +292,10 @@ class Trainer(Client):
         future.add_done_callback(self._running.discard)
         return future
 
+    def settle(self) -> None:
+        """Wait until no step is in flight; whether they were refused, their futures tell."""
+        self._drive(self._writing.settle())
+
     def use_tokenizer(self, tokenizer: str) -> None:
         """Keep with the run what its ids stand for; TokenizerError if it was begun with another.
 

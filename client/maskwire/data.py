@@ -83,7 +83,7 @@ class TokenData:
         Raises ValueError for a length or batch size below 1, or when there is nothing in the data.
         """
         arrays = [np.asarray(document) for document in documents]
-        for array in arrays:
+        for array in filter(np.size, arrays):
             if array.ndim != 1 or array.dtype.kind not in "iu":
                 raise ValueError(f"a document must be integers [n], got {array.dtype} {list(array.shape)}")
         self.files = []

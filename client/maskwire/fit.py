@@ -121,6 +121,7 @@ def plan(
     step, `on_step` is called with each step's result. `modes` go to each step (`only_train_critic`,
     `learning_rate`, ...). Data that knows its `tokenizer` has it kept with the run.
     """
+    yield trainer.settle  # steps that an interrupted call left in flight have numbers already
     result = FitResult(first_step=trainer.step + 1, step=trainer.step)
     if isinstance(progress, bool):
         progress = _progress(progress, trainer.step, until_step)

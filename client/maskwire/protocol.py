@@ -378,6 +378,10 @@ class Writing(Asking):
         if tokenizer and tokenizer != self.tokenizer:
             yield from self.open(tokenizer=tokenizer)
 
+    def settle(self) -> Talk[None]:
+        """Wait until no step is in flight."""
+        yield Until(lambda: not self._pending)
+
     def enter(self, request: pb.TrainStepRequest) -> Talk[Pending]:
         """Take a step's place in the order, once the window has room."""
         pending = Pending(request)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from maskwire.data import ByteData, find_files
+from maskwire.data import ByteData, FileTokens, TokenData, find_files, open_data
+from maskwire.prepare import prepare
 
 
 @pytest.fixture
@@ -106,3 +108,119 @@ def test_sizes_that_make_no_sense_are_named(folder: Path, options: dict[str, int
         ByteData(folder, **{"length": 4, "batch_size": 4, **options})
     with pytest.raises(ValueError, match="between 0 and 1"):
         ByteData(folder, length=4, batch_size=4).split(1.5)
+
+
+def variants(folder: Path) -> dict[str, TokenData]:
+    """The same bytes in every form that data can have, with the same documents."""
+    single = folder / "one.txt"
+    ids = np.frombuffer(single.read_bytes(), dtype=np.uint8)
+    np.save(folder / "ids.npy", ids)
+    np.save(folder / "wide.npy", ids.astype(">i8"))
+    ids.astype("<u2").tofile(folder / "ids.u16")
+    ids.astype("<i4").tofile(folder / "ids.i32")
+    ids.tofile(folder / "ids.u8")
+    (folder / "alone").mkdir()
+    (folder / "alone" / "one.txt").write_bytes(single.read_bytes())
+    prepare(single, folder / "prepared")
+    options: dict[str, Any] = {"length": 16, "batch_size": 8, "seed": 3}
+    return {
+        "file": open_data(single, **options),
+        "folder": open_data(folder / "alone", **options),
+        "npy": open_data(folder / "ids.npy", **options),
+        "big-endian npy": open_data(folder / "wide.npy", **options),
+        "uint16": open_data(folder / "ids.u16", dtype="uint16", **options),
+        "int32": open_data(folder / "ids.i32", dtype="int32", **options),
+        "uint8": open_data([folder / "ids.u8"], dtype="uint8", **options),
+        "prepared": open_data(folder / "prepared", **options),
+        "rows": TokenData([ids.tolist()], **options),
+    }
+
+
+def test_the_same_ids_give_the_same_batches_in_every_form(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_bytes(np.random.default_rng(0).integers(0, 256, 999, dtype=np.uint8))
+    found = variants(tmp_path)
+    for step in (1, 2, 77):
+        expected = found["file"].batch(step)
+        for name, data in found.items():
+            assert same(data.batch(step), expected), name
+            assert same(data.spread(5), found["file"].spread(5)), name
+    assert found["prepared"].tokenizer == found["file"].tokenizer == "bytes"
+    assert found["npy"].tokenizer == "", "whoever made the array did not say"
+    assert {data.size for data in found.values()} == {999}
+
+
+def test_a_folder_and_what_was_prepared_of_it_split_alike(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    out = tmp_path_factory.mktemp("out") / "prepared"
+    prepare(folder, out)
+    options: dict[str, Any] = {"length": 16, "batch_size": 4}
+    direct = ByteData(folder, **options).split(0.3)
+    prepared = open_data(out, **options).split(0.3)
+    for ours, theirs in zip(direct, prepared, strict=True):
+        assert ours.documents == theirs.documents
+        assert same(ours.batch(3), theirs.batch(3))
+    assert direct[0].documents + direct[1].documents == 30
+
+
+def test_rows_of_an_array_are_documents_and_ragged_ones_stay_ragged(tmp_path: Path) -> None:
+    grid = np.arange(60, dtype=np.int32).reshape(6, 10)
+    np.save(tmp_path / "grid.npy", grid)
+    data = FileTokens(tmp_path / "grid.npy", length=10, batch_size=50)
+    assert data.documents == 6
+    assert all(any((row == line).all() for line in grid) for row in data.batch(1))
+    ragged = TokenData([[1, 2, 3], np.array([4, 5], dtype=np.uint16), []], length=8, batch_size=40)
+    assert (ragged.documents, ragged.size) == (2, 5)
+    assert {tuple(row.tolist()) for row in ragged.batch(1)} == {(1, 2, 3), (4, 5)}
+    assert ragged.unigram_bits() == pytest.approx(np.log2(5))
+
+
+def test_token_files_that_do_not_do_are_named(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"length": 4, "batch_size": 2}
+    np.save(tmp_path / "float.npy", np.zeros(4))
+    np.save(tmp_path / "cube.npy", np.zeros((2, 2, 2), dtype=int))
+    np.save(tmp_path / "fortran.npy", np.asfortranarray(np.zeros((2, 3), dtype=int)))
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object))
+    np.save(tmp_path / "empty.npy", np.zeros(0, dtype=int))
+    (tmp_path / "odd.bin").write_bytes(b"123")
+    (tmp_path / "text.npy").write_text("no array")
+    for name, dtype, words in (
+        ("float.npy", None, r"must hold integers \[n\] or \[rows, n\], got float64 \[4\]"),
+        ("cube.npy", None, r"got int64 \[2, 2, 2\]"),
+        ("fortran.npy", None, "must be in C order"),
+        ("objects.npy", None, "cannot be read as a .npy file"),
+        ("empty.npy", None, r"got int64 \[0\]"),
+        ("text.npy", None, "cannot be read as a .npy file"),
+        ("odd.bin", "uint16", "must be whole uint16 ids, got 3 bytes"),
+        ("odd.bin", "float32", "dtype is 'float32', not one of uint8, uint16, int32"),
+        ("none.bin", "uint16", "none.bin"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            open_data(tmp_path / name, dtype=dtype, **options)
+    with pytest.raises(ValueError, match="one at a time, got 2 paths"):
+        open_data([tmp_path / "a.npy", tmp_path / "b.npy"], **options)
+    with pytest.raises(ValueError, match=r"a document must be integers \[n\], got float64"):
+        TokenData([[0.5]], **options)
+    with pytest.raises(ValueError, match="nothing in the data"):
+        TokenData([[]], **options)
+    with pytest.raises(ValueError, match="data of its own for the evaluation"):
+        TokenData([[1, 2, 3]], **options).split(0.5)
+
+
+def test_a_prepared_folder_that_was_cut_or_changed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(bytes(range(100)))
+    prepare(tmp_path / "a.txt", tmp_path / "p")
+    options: dict[str, Any] = {"length": 4, "batch_size": 2}
+    with pytest.raises(ValueError, match="dtype must be left out"):
+        open_data(tmp_path / "p", dtype="uint8", **options)
+    whole = (tmp_path / "p" / "tokens.bin").read_bytes()
+    (tmp_path / "p" / "tokens.bin").write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="has 99 bytes, not those of 100 tokens"):
+        open_data(tmp_path / "p", **options)
+    (tmp_path / "p" / "tokens.bin").write_bytes(whole)
+    np.save(tmp_path / "p" / "documents.npy", np.array([50]))
+    with pytest.raises(ValueError, match="ends do not fit"):
+        open_data(tmp_path / "p", **options)
+    (tmp_path / "p" / "maskwire-data.json").write_text("{}")
+    with pytest.raises(ValueError, match="prepare the data again"):
+        open_data(tmp_path / "p", **options)

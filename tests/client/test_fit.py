@@ -48,6 +48,9 @@ class Counting:
         outcome = Outcome.SKIPPED_NON_FINITE if step == 3 else Outcome.APPLIED
         future.set_result(StepResult(step, Losses(loss, loss, None), outcome, False, b"d" * 32, metrics))
 
+    def settle(self) -> None:
+        assert self.in_flight == 0
+
     def checkpoint(self) -> Any:
         assert self.in_flight == 0, "a checkpoint is of an exact step"
         self.saved.append(self.step)

@@ -1,0 +1,124 @@
+"""Text to packed ids, by bytes and by a real tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maskwire.data import Meta, open_data
+from maskwire.prepare import prepare
+
+TEXTS = {"b.txt": "the cat sat on the mat", "a.txt": "the dog sat on the log\n", "c/d.txt": "čeština, 日本語"}
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    for name, text in TEXTS.items():
+        path = tmp_path / "texts" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    (tmp_path / "texts" / "empty.txt").touch()
+    return tmp_path / "texts"
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE(unk_token=None))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=["[MASK]"],
+    )  # fmt: skip
+    made.train_from_iterator(TEXTS.values(), trainer)
+    made.enable_truncation(4)  # files on the hub often have it on
+    path = tmp_path / "tokenizer.json"
+    made.save(str(path))
+    return path
+
+
+def test_bytes_become_one_packed_file_with_its_documents(texts: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    meta = prepare(texts, tmp_path / "out", on_progress=lambda *place: told.append(place))
+    total = sum(len(text.encode()) for text in TEXTS.values())
+    assert (meta.num_tokens, meta.mask_id, meta.dtype, meta.tokenizer) == (257, 256, "uint8", "bytes")
+    assert (meta.tokens, meta.text_bytes, meta.documents) == (total, total, 3)
+    assert told[-1] == (total, total)
+    assert Meta.read(tmp_path / "out") == meta
+    packed = (tmp_path / "out" / "tokens.bin").read_bytes()
+    assert packed == b"".join(TEXTS[name].encode() for name in ("a.txt", "b.txt", "c/d.txt"))
+
+
+def test_a_tokenizers_file_gives_its_ids_and_keeps_its_hash(
+    texts: Path, tmp_path: Path, tokenizer: Path
+) -> None:
+    from tokenizers import Tokenizer
+
+    meta = prepare(texts, tmp_path / "out", tokenizer=tokenizer)
+    loaded = Tokenizer.from_file(str(tokenizer))
+    loaded.no_truncation()
+    size = loaded.get_vocab_size()
+    assert (meta.mask_id, meta.num_tokens, meta.dtype) == (size, size + 1, "uint16")
+    assert meta.tokenizer == f"sha256:{hashlib.sha256(tokenizer.read_bytes()).hexdigest()}"
+    ids = np.fromfile(tmp_path / "out" / "tokens.bin", dtype="<u2")
+    ends = np.load(tmp_path / "out" / "documents.npy")
+    documents = np.split(ids, ends[:-1])
+    for name, document in zip(("a.txt", "b.txt", "c/d.txt"), documents, strict=True):
+        assert document.tolist() == loaded.encode(TEXTS[name], add_special_tokens=False).ids
+    data = open_data(tmp_path / "out", length=4, batch_size=3)
+    assert data.tokenizer == meta.tokenizer
+    assert data.bytes_per_token == pytest.approx(meta.text_bytes / ids.size)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
+
+
+def test_a_large_vocabulary_is_packed_in_four_bytes(texts: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word for text in TEXTS.values() for word in text.split()}
+    vocabulary = {f"w{i}": i for i in range(70_000)} | {
+        word: 70_000 + i for i, word in enumerate(sorted(words))
+    }
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.save(str(tmp_path / "t.json"))
+    meta = prepare(texts, tmp_path / "out", tokenizer=tmp_path / "t.json")
+    assert (meta.dtype, meta.mask_id) == ("int32", 70_000 + len(words))
+    assert np.fromfile(tmp_path / "out" / "tokens.bin", dtype="<i4").max() < meta.mask_id
+
+
+def test_what_is_there_stays_unless_it_is_to_be_replaced(texts: Path, tmp_path: Path) -> None:
+    first = prepare(texts, tmp_path / "out")
+    with pytest.raises(ValueError, match="replace it with --force"):
+        prepare(texts, tmp_path / "out")
+    assert prepare(texts, tmp_path / "out", force=True) == first
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="exists; name another"):
+        prepare(texts, tmp_path / "mine", force=True)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_a_failure_names_the_file_and_leaves_nothing(texts: Path, tmp_path: Path, tokenizer: Path) -> None:
+    (texts / "z.txt").write_bytes(b"abc\xff")
+    with pytest.raises(ValueError, match=r"z\.txt: not UTF-8 at byte 3"):
+        prepare(texts, tmp_path / "out", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="there is no file"):
+        prepare(texts, tmp_path / "out", tokenizer=tmp_path / "none.json")
+    (tmp_path / "junk.json").write_text(json.dumps({"a": 1}))
+    with pytest.raises(ValueError, match="not a tokenizers file"):
+        prepare(texts, tmp_path / "out", tokenizer=tmp_path / "junk.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["junk.json", "texts", "tokenizer.json"]
+
+
+def test_without_the_extra_it_says_what_to_install(
+    texts: Path, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match=r'pip install "maskwire\[tokenizers\]"'):
+        prepare(texts, tmp_path / "out", tokenizer=tokenizer)

@@ -1,0 +1,288 @@
+"""The blocking and the asyncio client: each test body runs on both, against real server processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import json
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+from serving import ServerProcess
+
+import maskwire
+import maskwire.aio
+from maskwire.errors import (
+    CheckpointError,
+    FencedError,
+    InvalidRequestError,
+    MaskwireError,
+    TokenizerError,
+    UnavailableError,
+    WriterPresentError,
+)
+from maskwire.messages import hash_of, step_request
+
+Serve = Callable[..., ServerProcess]
+Body = Callable[[ServerProcess, Any], Coroutine[Any, Any, None]]
+
+
+def tokens(seed: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).integers(10, 200, (4, 16))
+
+
+class Awaited:
+    """A blocking client with the asyncio client's manners, so that one body drives both."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        if not inspect.ismethod(value):
+            return value
+
+        async def call(*arguments: Any, **options: Any) -> Any:
+            if "evaluate" in options:
+                options["evaluate"] = self._blocking(options["evaluate"])
+            result = value(*arguments, **options)
+            return asyncio.wrap_future(result) if isinstance(result, Future) else result
+
+        return call
+
+    @staticmethod
+    def _blocking(evaluate: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Any]:
+        def run(trainer: Any) -> Any:
+            coroutine: Any = evaluate(Awaited(trainer))
+            try:
+                coroutine.send(None)
+            except StopIteration as done:
+                return done.value
+            raise AssertionError("the blocking client awaited something")
+
+        return run
+
+
+class Blocking:
+    @contextlib.asynccontextmanager
+    async def connect(self, target: str, **options: Any) -> AsyncIterator[Any]:
+        with maskwire.connect(target, on_wait=lambda _: None, **options) as trainer:
+            yield Awaited(trainer)
+
+    @contextlib.asynccontextmanager
+    async def attach(self, target: str, **options: Any) -> AsyncIterator[Any]:
+        with maskwire.attach(target, on_wait=lambda _: None, **options) as client:
+            yield Awaited(client)
+
+
+class Asyncio:
+    @contextlib.asynccontextmanager
+    async def connect(self, target: str, **options: Any) -> AsyncIterator[Any]:
+        async with await maskwire.aio.connect(target, on_wait=lambda _: None, **options) as trainer:
+            yield trainer
+
+    @contextlib.asynccontextmanager
+    async def attach(self, target: str, **options: Any) -> AsyncIterator[Any]:
+        async with maskwire.aio.attach(target, on_wait=lambda _: None, **options) as client:
+            yield client
+
+
+class Numbered:
+    tokenizer = "bytes"
+
+    def batch(self, step: int) -> Any:
+        return tokens(step)
+
+
+async def trains_evaluates_and_checkpoints(server: ServerProcess, client: Any) -> None:
+    async with client.connect(server.address) as trainer:
+        assert trainer.model.num_tokens == 257
+        first = await trainer.train_step(tokens(0))
+        futures = [await trainer.submit(tokens(seed)) for seed in range(1, 10)]
+        steps = [await future for future in futures]
+        assert [first.step, *(step.step for step in steps)] == list(range(1, 11))
+        assert (trainer.step, trainer.digest) == (10, steps[-1].digest)
+        assert (await trainer.eval_loss(tokens(0), draws=2)).draws == 2
+        saved = await trainer.checkpoint("ten", labels={"a": "b"})
+        assert (saved.step, saved.labels) == (10, {"a": "b"})
+        assert [info.name for info in await trainer.checkpoints()] == ["ten", "step-000000000"]
+        status = await trainer.status()
+        assert (status.step, status.digest) == (10, trainer.digest)
+        await trainer.train_step(tokens(11))
+        back = await trainer.restore("ten", expected_step=11)
+        assert (back.step, back.lineage, trainer.lineage, trainer.step) == (10, 2, 2, 10)
+        assert (await trainer.train_step(tokens(11))).step == 11
+
+
+async def refuses_with_the_same_errors(server: ServerProcess, client: Any) -> None:
+    async with client.connect(server.address, name="first") as trainer:
+        with pytest.raises(InvalidRequestError, match="mask id") as raised:
+            await trainer.train_step(np.full((2, 4), 256))
+        assert raised.value.field == "batch.data"
+        good, bad = tokens(0), np.full((4, 16), 256)
+        futures = [await trainer.submit(rows) for rows in (good, bad, good, good, bad, good)]
+        for refused in (1, 4):
+            with pytest.raises(InvalidRequestError):
+                await futures[refused]
+        assert [(await futures[i]).step for i in (0, 2, 3, 5)] == [1, 2, 3, 4]
+        with pytest.raises(CheckpointError, match="no checkpoint"):
+            await trainer.restore("nothing")
+        with pytest.raises(TypeError, match="must be integers"):
+            await trainer.train_step([[1.5]])
+        with pytest.raises(WriterPresentError, match="'first' has a session open"):
+            async with client.connect(server.address, name="second"):
+                pass
+        async with client.connect(server.address, name="second", takeover=True) as second:
+            assert (await second.train_step(tokens(1))).step == 5
+            with pytest.raises(FencedError):
+                await trainer.train_step(tokens(1))
+    with pytest.raises(MaskwireError, match="closed"):
+        await trainer.train_step(tokens(1))
+    with pytest.raises(UnavailableError, match="is the server running"):
+        async with client.attach("127.0.0.1:1", retry_for=0.2) as nowhere:
+            await nowhere.status()
+
+
+async def fits_with_evaluations_and_metrics(server: ServerProcess, client: Any) -> None:
+    metrics = server.folder / "metrics.jsonl"
+
+    async def evaluate(trainer: Any) -> Any:
+        return await trainer.eval_loss(tokens(99))
+
+    async with client.connect(server.address) as trainer:
+        result = await trainer.fit(
+            Numbered(), until_step=10, evaluate=evaluate, eval_every=4, checkpoint_every=5, metrics=metrics,
+            progress=False, learning_rate=0.5,
+        )  # fmt: skip
+        assert (result.step, result.first_step, result.interrupted) == (10, 1, False)
+        assert [found.step for found in result.evaluations] == [4, 8]
+        assert (await trainer.fit(Numbered(), until_step=10, progress=False)).last is None, "nothing is left"
+        assert (await trainer.status()).tokenizer == "bytes", "the data's tokenizer was kept with the run"
+        with pytest.raises(TokenizerError, match="the run's ids are of bytes, this client's of sha256:0"):
+            await trainer.use_tokenizer("sha256:0")
+        assert {info.step for info in await trainer.checkpoints()} >= {5, 10}
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))
+    assert {line["learning_rate"] for line in lines if "loss" in line} == {0.5}
+
+
+async def goes_on_after_a_kill(server: ServerProcess, client: Any) -> None:
+    server._command.append(f"--set=serve.address={server.address}")
+    async with client.connect(server.address) as trainer:
+        await trainer.train_step(tokens(0))
+        server.kill()
+        loop = asyncio.get_running_loop()
+        back = loop.run_in_executor(None, server.start)
+        futures = [await trainer.submit(tokens(seed)) for seed in range(1, 9)]
+        assert [(await future).step for future in futures] == list(range(2, 10))
+        await back
+        assert (await trainer.status()).step == 9
+
+
+async def downloads_beside_the_writer(server: ServerProcess, client: Any) -> None:
+    told: list[tuple[int, int]] = []
+    async with client.connect(server.address) as trainer:
+        await trainer.train_step(tokens(0))
+        saved = await trainer.checkpoint("one")
+        async with client.attach(server.address) as reader:
+            folder = server.folder / "here"
+            got = await reader.download("one", folder, on_progress=lambda *places: told.append(places))
+            assert got == folder
+            assert {path.name for path in folder.iterdir()} == {*saved.files, "manifest.json"}
+            assert told[-1] == (saved.size_bytes, saved.size_bytes)
+            with pytest.raises(CheckpointError, match="no checkpoint is named 'two'"):
+                await reader.download("two", folder)
+            with pytest.raises(CheckpointError, match=r"has no ema\.safetensors"):
+                await reader.download("one", server.folder / "ema", ema=True)
+        for name in saved.files:
+            original = server.folder / "run" / "checkpoints" / "one" / name
+            assert (folder / name).read_bytes() == original.read_bytes()
+
+
+BODIES: list[Body] = [
+    trains_evaluates_and_checkpoints,
+    refuses_with_the_same_errors,
+    fits_with_evaluations_and_metrics,
+    goes_on_after_a_kill,
+    downloads_beside_the_writer,
+]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
+@pytest.mark.parametrize("client", [Blocking(), Asyncio()], ids=lambda client: type(client).__name__)
+def test_the_client(serve: Serve, client: Any, body: Body) -> None:
+    asyncio.run(body(serve(seconds=0), client))
+
+
+def test_both_clients_have_the_same_methods_and_arguments() -> None:
+    import maskwire.client
+
+    for name in ("connect", "attach"):
+        blocking, awaited = getattr(maskwire.client, name), getattr(maskwire.aio, name)
+        assert inspect.signature(blocking).parameters.keys() == inspect.signature(awaited).parameters.keys()
+    for blocking, awaited in (
+        (maskwire.client.Client, maskwire.aio.Client),
+        (maskwire.client.Trainer, maskwire.aio.Trainer),
+    ):
+        public = {name for name in dir(blocking) if not name.startswith("_")}
+        assert public == {name for name in dir(awaited) if not name.startswith("_")}
+        for name in public:
+            ours, theirs = getattr(blocking, name), getattr(awaited, name)
+            if callable(ours):
+                assert (
+                    inspect.signature(ours).parameters.keys() == inspect.signature(theirs).parameters.keys()
+                )
+
+
+def test_a_cancelled_step_stays_in_flight_and_the_next_has_the_next_number(serve: Serve) -> None:
+    server = serve(seconds=0.3)
+
+    async def body() -> None:
+        async with await maskwire.aio.connect(server.address) as trainer:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(trainer.train_step(tokens(0)), 0.05)
+            assert (await trainer.train_step(tokens(1))).step == 2
+
+    asyncio.run(body())
+
+
+def test_an_interrupted_step_stays_in_flight_and_the_next_has_the_next_number(serve: Serve) -> None:
+    import _thread
+    import threading
+
+    server = serve(seconds=0.3)
+    with maskwire.connect(server.address) as trainer:
+        timer = threading.Timer(0.1, _thread.interrupt_main)
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train_step(tokens(0))
+        timer.join()
+        assert trainer.train_step(tokens(1)).step == 2
+        assert trainer.status().step == 2
+
+
+def test_cancelling_a_fit_ends_it_and_leaves_the_run_in_order(serve: Serve) -> None:
+    server = serve(seconds=0.05)
+
+    async def body() -> None:
+        async with await maskwire.aio.connect(server.address) as trainer:
+            task = asyncio.create_task(trainer.fit(Numbered(), until_step=1000, progress=False))
+            await asyncio.sleep(0.4)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert 1 <= trainer.step < 30
+            await trainer.fit(Numbered(), until_step=40, progress=False)
+            assert trainer.step == 40
+
+    asyncio.run(body())
+    server.stop()
+    with contextlib.closing(sqlite3.connect(server.folder / "run" / "journal.sqlite")) as journal:
+        hashes = [row[0] for row in journal.execute("SELECT payload_hash FROM steps ORDER BY step")]
+    expected = [hash_of(step_request("", tokens(step), learning_rate=None)) for step in range(1, 41)]
+    assert hashes == expected, "each step had its own batch"

@@ -1,0 +1,292 @@
+"""The door over a real port: every RPC of the descriptor, and everyone who must stay outside."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+from certificates import EXPIRED, TOKENS, Authority, bearer, token_files
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from serving import ServerProcess
+
+import maskwire
+from maskwire.errors import PermissionDeniedError, TlsError, UnauthenticatedError, UnavailableError
+from maskwire.v1 import training_service_pb2 as pb
+from maskwire_server.rpc.security import NEEDS
+
+Serve = Callable[..., ServerProcess]
+METHODS = [method.name for method in pb.DESCRIPTOR.services_by_name["TrainingService"].methods]
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+ROLES = ["read", "train", "admin"]
+
+
+def path_of(method: str) -> str:
+    return method if method.startswith("/") else f"/maskwire.v1.TrainingService/{method}"
+
+
+def ask(channel: grpc.Channel, method: str, metadata: Any = (), body: bytes = b"") -> grpc.RpcError | None:
+    """Call a method of any kind; the error, or None."""
+    call = channel.stream_stream(path_of(method))
+    try:
+        list(call(iter([body]), metadata=metadata, timeout=20))
+    except grpc.RpcError as error:
+        return error
+    return None
+
+
+def reason_of(error: Any) -> str:
+    status = rpc_status.from_call(error)
+    info = error_details_pb2.ErrorInfo()
+    return info.reason if status is not None and status.details[0].Unpack(info) else ""
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("secrets")
+
+
+@pytest.fixture(scope="module")
+def authority(secrets: Path) -> Authority:
+    return Authority(secrets / "ours")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, secrets: Path, authority: Authority) -> Iterator[Any]:
+    """TLS and tokens, around the counter trainer."""
+    pair = authority.issue("server", "localhost", "127.0.0.1")
+    from conftest import COUNTING
+
+    made = ServerProcess(
+        tmp_path_factory.mktemp("secure"), [*COUNTING, "0"], model__num_tokens="257", model__mask_id="256",
+        serve__tls_certificate=pair.cert, serve__tls_key=pair.key, **token_files(secrets / "tokens"),
+    ).start()  # fmt: skip
+    yield made
+    assert made.stop() == 0
+
+
+def secure_channel(server: ServerProcess, authority: Authority) -> grpc.Channel:
+    credentials = grpc.ssl_channel_credentials(Path(authority.ca).read_bytes())
+    return grpc.secure_channel(server.address, credentials)
+
+
+def test_every_rpc_of_the_descriptor_has_a_role() -> None:
+    assert set(NEEDS) == set(METHODS)
+
+
+@pytest.mark.parametrize("method", [*METHODS, REFLECTION, "Unheard"])
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        [], bearer("wrong-token-0123456789abcdef"), bearer(EXPIRED), bearer(""), bearer(TOKENS["admin"][:-1]),
+        [("authorization", TOKENS["admin"])], [("authorization", f"Basic {TOKENS['admin']}")],
+        bearer(TOKENS["admin"]) * 2,
+    ],
+    ids=["none", "wrong", "expired", "empty", "cut", "no scheme", "another scheme", "twice"],
+)  # fmt: skip
+def test_without_a_good_token_every_rpc_is_unauthenticated(
+    server: ServerProcess, authority: Authority, method: str, metadata: Any
+) -> None:
+    with secure_channel(server, authority) as channel:
+        error: Any = ask(channel, method, metadata)
+    assert error is not None
+    assert error.code() is grpc.StatusCode.UNAUTHENTICATED, error.details()
+    assert reason_of(error) == "UNAUTHENTICATED"
+    assert not any(token in error.details() for token in TOKENS.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("role", ROLES)
+def test_each_role_may_do_what_its_name_says(
+    server: ServerProcess, authority: Authority, method: str, role: str
+) -> None:
+    allowed = ROLES.index(role) >= NEEDS[method] - 1
+    with secure_channel(server, authority) as channel:
+        error: Any = ask(channel, method, bearer(TOKENS[role]))
+    denied = error is not None and error.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert denied is not allowed
+    if denied:
+        assert reason_of(error) == "PERMISSION_DENIED"
+        assert f"this one has {role}" in error.details()
+    elif error is not None:
+        assert error.code() is not grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_health_is_open_and_reflection_wants_a_token(server: ServerProcess, authority: Authority) -> None:
+    with secure_channel(server, authority) as channel:
+        assert ask(channel, "/grpc.health.v1.Health/Check") is None
+        assert ask(channel, REFLECTION, bearer(TOKENS["read"])) is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("fault", ["plaintext", "another authority", "no authority"])
+def test_without_trust_no_rpc_gets_through(
+    server: ServerProcess, secrets: Path, method: str, fault: str
+) -> None:
+    if fault == "plaintext":
+        channel = grpc.insecure_channel(server.address)
+    else:
+        roots = Path(Authority(secrets / "other").ca).read_bytes() if fault == "another authority" else None
+        channel = grpc.secure_channel(server.address, grpc.ssl_channel_credentials(roots))
+    with channel:
+        error: Any = ask(channel, method, bearer(TOKENS["admin"]))
+    assert error is not None
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_the_client_says_which_certificate_does_not_fit_at_once(
+    server: ServerProcess, secrets: Path, authority: Authority
+) -> None:
+    other = Authority(secrets / "other")
+    token = TOKENS["train"]
+    with pytest.raises(TlsError, match="not signed by an authority"):
+        maskwire.connect(server.address, ca=other.ca, token=token)
+    with pytest.raises(TlsError, match="for another name"):
+        maskwire.connect(server.address, ca=authority.ca, server_name="example.org", token=token)
+    with pytest.raises(UnavailableError, match="wants TLS"):
+        maskwire.connect(server.address, token=token, retry_for=0.1)
+    with pytest.raises(UnauthenticatedError, match="authorization: Bearer"):
+        maskwire.connect(server.address, ca=authority.ca)
+    with pytest.raises(PermissionDeniedError, match="takes a token of role train"):
+        maskwire.connect(server.address, ca=authority.ca, token=TOKENS["read"])
+    with maskwire.attach(server.address, ca=authority.ca, token=TOKENS["read"]) as client:
+        assert client.status().state.name == "SERVING"
+    with maskwire.connect(server.address, ca=authority.ca, token=token) as trainer:
+        assert trainer.train_step(np.ones((2, 4), dtype=int)).step == trainer.step
+
+
+def test_an_expired_certificate_and_a_wrong_name_are_told_apart(
+    serve: Serve, authority: Authority, tmp_path: Path
+) -> None:
+    for pair, words in (
+        (authority.issue("expired", "127.0.0.1", expired=True), "has expired"),
+        (authority.issue("elsewhere", "elsewhere.example"), "for another name"),
+    ):
+        server = serve(
+            words.replace(" ", "-"), seconds=0, serve__tls_certificate=pair.cert, serve__tls_key=pair.key
+        )
+        for method in METHODS:
+            with secure_channel(server, authority) as channel:
+                error: Any = ask(channel, method)
+            assert error.code() is grpc.StatusCode.UNAVAILABLE, method
+        with pytest.raises(TlsError, match=words):
+            maskwire.connect(server.address, ca=authority.ca)
+    with maskwire.connect(server.address, ca=authority.ca, server_name="elsewhere.example") as trainer:
+        assert trainer.step == 0
+
+
+def test_client_certificates_are_asked_for_when_configured(
+    serve: Serve, secrets: Path, authority: Authority
+) -> None:
+    pair = authority.issue("mutual", "127.0.0.1")
+    server = serve(
+        seconds=0,
+        serve__tls_certificate=pair.cert,
+        serve__tls_key=pair.key,
+        serve__tls_client_ca=authority.ca,
+    )
+    stranger = Authority(secrets / "stranger").issue("client", "a@example.org")
+    late = authority.issue("late", "a@example.org", expired=True)
+    for options in ({}, {"cert": stranger.cert, "key": stranger.key}, {"cert": late.cert, "key": late.key}):
+        for method in METHODS:
+            credentials = grpc.ssl_channel_credentials(
+                Path(authority.ca).read_bytes(),
+                *([Path(options["key"]).read_bytes(), Path(options["cert"]).read_bytes()] if options else []),
+            )
+            with grpc.secure_channel(server.address, credentials) as channel:
+                error: Any = ask(channel, method)
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(UnavailableError, match="client certificate"):
+            maskwire.connect(server.address, ca=authority.ca, retry_for=0.1, **options)
+    ours = authority.issue("client", "a@example.org")
+    with maskwire.connect(server.address, ca=authority.ca, cert=ours.cert, key=ours.key) as trainer:
+        assert trainer.train_step(np.ones((2, 4), dtype=int)).step == 1
+
+
+def test_bodies_of_64_mib_are_refused_unread(server: ServerProcess, authority: Authority) -> None:
+    process = psutil.Process(server.process.pid)
+    body = bytes(64 * 2**20 - 2**16)
+    peaks = []
+    with grpc.secure_channel(
+        server.address, grpc.ssl_channel_credentials(Path(authority.ca).read_bytes()),
+        options=[("grpc.max_send_message_length", -1)],
+    ) as channel:  # fmt: skip
+        ask(channel, "GetStatus", bearer(TOKENS["read"]))
+        before = process.memory_info().rss
+        for _ in range(12):
+            call = channel.unary_unary(path_of("TrainStep"))
+            with pytest.raises(grpc.RpcError) as raised:
+                call(body, timeout=30)
+            assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            peaks.append(process.memory_info().rss - before)
+    assert max(peaks) < 64 * 2**20, f"the server grew by {max(peaks) / 2**20:.0f} MiB"
+    assert peaks[-1] - peaks[3] < 8 * 2**20, "and goes on growing"
+
+
+def test_tokens_are_never_logged(server: ServerProcess) -> None:
+    text = server.log.read_text()
+    assert not any(token in text for token in [*TOKENS.values(), EXPIRED])
+
+
+def test_a_unix_socket_is_its_owners_alone_and_needs_no_token(
+    serve: Serve, tmp_path: Path, secrets: Path
+) -> None:
+    path = tmp_path / "maskwire.sock"
+    server = serve(seconds=0, serve__socket=str(path), **token_files(secrets / "tokens"))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with maskwire.connect(f"unix:{path}") as trainer:
+        assert trainer.train_step(np.ones((2, 4), dtype=int)).step == 1
+    with pytest.raises(UnauthenticatedError):
+        maskwire.attach(server.address, retry_for=1).status()
+    command = [str(Path(server._command[0]).with_name("maskwire")), "health", "--target", f"unix:{path}"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    server.kill()
+    assert path.exists(), "what a killed server leaves"
+    server.start()
+    with maskwire.attach(f"unix:{path}") as client:
+        assert client.status().step == 1
+    assert server.stop() == 0
+    assert not path.exists()
+
+
+def test_a_unix_socket_can_be_the_only_door(serve: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "only.sock"
+    server = serve(seconds=0, serve__address=f"unix:{path}")
+    assert server.address == f"unix:{path}"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert psutil.Process(server.process.pid).net_connections("tcp") == []
+    with maskwire.connect(server.address) as trainer:
+        assert trainer.train_step(np.ones((2, 4), dtype=int)).step == 1
+    other = ServerProcess(tmp_path / "other", server._command[:3], serve__address=f"unix:{path}")
+    done = subprocess.run(other._command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "another server listens" in done.stderr
+    assert server.stop() == 0
+
+
+def test_a_trainer_over_tls_goes_on_after_a_kill(serve: Serve, authority: Authority, secrets: Path) -> None:
+    pair = authority.issue("killed", "127.0.0.1")
+    server = serve(
+        seconds=0,
+        serve__tls_certificate=pair.cert,
+        serve__tls_key=pair.key,
+        **token_files(secrets / "tokens"),
+    )
+    with maskwire.connect(
+        server.address, ca=authority.ca, token_file=secrets / "tokens" / "train", on_wait=lambda _: None
+    ) as trainer:
+        trainer.train_step(np.ones((2, 4), dtype=int))
+        server.kill()
+        server._command.append(f"--set=serve.address={server.address}")
+        server.start()
+        began = time.monotonic()
+        assert trainer.train_step(np.ones((2, 4), dtype=int)).step == 2
+        assert time.monotonic() - began < 30
