@@ -451,23 +451,6 @@ def test_a_foreign_client_trains_by_reflection_alone(shared: ServerProcess, stub
         assert not answer.losses.HasField("critic_loss")
 
 
-@pytest.mark.skipif(shutil.which("buf") is None, reason="buf is not installed")
-def test_buf_curl_trains_a_step_and_reads_the_losses(shared: ServerProcess) -> None:
-    import base64
-    import json
-
-    data = base64.b64encode(tokens(0).astype(np.uint8).tobytes()).decode()
-    body = {"batch": {"data": data, "shape": [4, 16], "dtype": "DATA_TYPE_UINT8"}}
-    done = subprocess.run(
-        ["buf", "curl", "--http2-prior-knowledge", "--protocol", "grpc", "-d", json.dumps(body),
-         f"http://{shared.address}/maskwire.v1.TrainingService/TrainStep"],
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    answer = json.loads(done.stdout)
-    assert answer["losses"]["loss"] > 0
-    assert "criticLoss" not in answer["losses"]
-
-
 def test_every_rpc_of_the_descriptor_is_served(shared: ServerProcess) -> None:
     with grpc.insecure_channel(shared.address) as channel:
         for method in pb.DESCRIPTOR.services_by_name["TrainingService"].methods:

@@ -1,0 +1,252 @@
+"""`maskwire` as a scheduler runs it: stopped at any step, started again, and the same run comes out."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from certificates import TOKENS, Authority, token_files
+from serving import ServerProcess
+
+from maskwire.prepare import prepare
+
+Serve = Callable[..., ServerProcess]
+MASKWIRE = str(Path(sys.executable).with_name("maskwire"))
+TINY = {"model__num_tokens": "257", "model__mask_id": "256"}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "data" / "one.txt"
+    path.parent.mkdir()
+    path.write_bytes(np.random.default_rng(5).integers(10, 256, 3000, dtype=np.uint8))
+    return path
+
+
+def train(server: ServerProcess, *arguments: object, until: int = 12) -> list[str]:
+    options = {
+        "--target": server.address,
+        "--until-step": until,
+        "--length": 32,
+        "--batch-size": 4,
+        "--seed": 9,
+    }
+    flags = [str(part) for pair in options.items() for part in pair]
+    return [MASKWIRE, "train", *flags, "--json", *map(str, arguments)]
+
+
+def done(command: list[str], **options: Any) -> dict[str, Any]:
+    found = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, **options)
+    assert found.returncode == 0, found.stderr
+    answer: dict[str, Any] = json.loads(found.stdout)
+    return answer
+
+
+def test_the_same_bytes_give_the_same_digest_in_every_form(serve: Serve, text: Path, tmp_path: Path) -> None:
+    ids = np.fromfile(text, dtype=np.uint8)
+    np.save(tmp_path / "ids.npy", ids)
+    ids.astype("<u2").tofile(tmp_path / "ids.u16")
+    ids.astype("<i4").tofile(tmp_path / "ids.i32")
+    prepare(text, tmp_path / "prepared")
+    forms: dict[str, tuple[object, ...]] = {
+        "file": (text,),
+        "folder": (text.parent,),
+        "npy": (tmp_path / "ids.npy",),
+        "uint16": (tmp_path / "ids.u16", "--dtype", "uint16"),
+        "int32": (tmp_path / "ids.i32", "--dtype", "int32"),
+        "prepared": (tmp_path / "prepared",),
+    }
+    digests = {
+        name: done(train(serve(name, seconds=0), *arguments))["digest"] for name, arguments in forms.items()
+    }
+    assert len(set(digests.values())) == 1, digests
+    other = done(train(serve("other", seconds=0), text, "--batch-size", 5))["digest"]
+    assert other not in digests.values(), "the digest covers the batches"
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
+def test_stopped_anywhere_and_started_again_the_digest_is_the_same(
+    serve: Serve, text: Path, how: Any
+) -> None:
+    calm = done(train(serve("calm", seconds=0), text, until=60))
+    rough = serve("rough", seconds=0.02)
+    command = train(rough, text, until=60)
+    draw = random.Random(how)
+    codes = []
+    for _ in range(3):
+        job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(0.9 + draw.random() * 0.4)
+        job.send_signal(how)
+        out, err = job.communicate(timeout=60)
+        codes.append(job.returncode)
+        assert "Traceback" not in err, err
+        if job.returncode in (130, 143) and out:
+            assert json.loads(out)["interrupted"]
+    expected = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[how]
+    assert set(codes) <= {expected, 0}, codes
+    assert expected in codes
+    finished = done(command)
+    assert (finished["step"], finished["digest"]) == (60, calm["digest"])
+    again = done(command)
+    assert (again["steps"], again["digest"]) == (0, calm["digest"]), "the same command finds nothing to do"
+
+
+def test_a_signal_ends_a_job_whose_server_is_gone(serve: Serve, text: Path) -> None:
+    server = serve(seconds=0.05)
+    job = subprocess.Popen(
+        train(server, text, until=1000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(1.5)
+    server.kill()
+    time.sleep(0.5)
+    began = time.monotonic()
+    job.send_signal(signal.SIGTERM)
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == 143, err
+    assert json.loads(out)["interrupted"]
+    assert time.monotonic() - began < 30
+    waiting = subprocess.Popen(train(server, text), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(1.5)
+    waiting.send_signal(signal.SIGTERM)
+    waiting.communicate(timeout=30)
+    assert waiting.returncode == 143, "also while it waits to connect"
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [MASKWIRE, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_every_failure_has_its_exit_code_and_json(serve: Serve, text: Path, tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "authority")
+    pair = authority.issue("server", "127.0.0.1")
+    server = serve(
+        seconds=0,
+        serve__tls_certificate=pair.cert,
+        serve__tls_key=pair.key,
+        **token_files(tmp_path / "tokens"),
+    )
+    token = ["--token-file", tmp_path / "tokens" / "train"]
+    door = ["--target", server.address, "--ca", authority.ca, *token, "--json"]
+    cases: list[tuple[list[object], int, str]] = [
+        (["status", "--target", server.address, "--ca", authority.ca], 6, "UNAUTHENTICATED"),
+        (["checkpoint", "restore", "a", *door], 6, "PERMISSION_DENIED"),
+        (["health", "--target", server.address, "--ca", Authority(tmp_path / "b").ca], 6, "TLS"),
+        (["checkpoint", "save", "Not-A-Name", *door], 1, "INVALID_FIELD"),
+        (["train", text, "--until-step", -1, *door], 2, ""),
+        (["train", text, "--until-step", 1, "--eval-every", 0, *door], 2, ""),
+        (["train", text, "--until-step", 1, "--dtype", "int7", *door], 2, ""),
+        (["eval", text, "--rows", 0, *door], 2, ""),
+        (["status", "--target", "127.0.0.1:1", "--retry-for", 0.1], 3, "UNAVAILABLE"),
+        (["status", *door[:-1], "--cert", pair.cert], 2, ""),
+        (["status", "--target", "192.0.2.1:1", *token], 2, ""),
+        (["data", "prepare", tmp_path / "none", "--out", tmp_path / "out"], 2, ""),
+    ]
+    for arguments, code, reason in cases:
+        found = run(*arguments, *(() if "--json" in arguments else ("--json",)))
+        assert found.returncode == code, (arguments, found.stderr)
+        error = json.loads(found.stderr.splitlines()[-1])
+        assert (error["exit_code"], error["reason"]) == (code, reason), arguments
+        assert found.stdout == ""
+        assert "Traceback" not in found.stderr
+        assert not any(secret in found.stderr for secret in TOKENS.values())
+    assert run("train", text, "--until-step", 3, "--length", 16, *door).returncode == 0
+    words = run("status", *door[:-1])
+    assert words.returncode == 0
+    assert "bytes" in words.stdout, "the run's tokenizer"
+    assert "in plaintext" in run("status", "--target", "192.0.2.1:1", *token).stderr
+
+
+def test_the_tokenizer_stays_with_the_run(serve: Serve, text: Path, tmp_path: Path) -> None:
+    server = serve(seconds=0)
+    assert run("train", text, "--until-step", 2, "--length", 16, "--target", server.address).returncode == 0
+    other = tmp_path / "other"
+    prepare(text, other)
+    meta = json.loads((other / "maskwire-data.json").read_text())
+    (other / "maskwire-data.json").write_text(json.dumps({**meta, "tokenizer": f"sha256:{'0' * 64}"}))
+    for _ in range(2):
+        for command in (["train", other, "--until-step", 4], ["eval", other]):
+            found = run(*command, "--length", 16, "--target", server.address)
+            assert found.returncode == 1, found.stderr
+            assert "the run's ids are of bytes" in found.stderr
+        server.kill()
+        server.start()
+    assert run("train", text, "--until-step", 4, "--length", 16, "--target", server.address).returncode == 0
+    np.save(tmp_path / "ids.npy", np.fromfile(text, dtype=np.uint8))
+    unsaid = run("train", tmp_path / "ids.npy", "--until-step", 5, "--length", 16, "--target", server.address)
+    assert unsaid.returncode == 0, "an array does not say what its ids stand for"
+
+
+def test_data_and_weights_by_command(serve: Serve, text: Path, tmp_path: Path) -> None:
+    found = run("data", "prepare", text.parent, "--out", tmp_path / "packed")
+    assert found.returncode == 0
+    assert "num_tokens = 257\nmask_id = 256" in found.stdout
+    assert run("data", "prepare", text.parent, "--out", tmp_path / "packed").returncode == 2
+    server = serve(**TINY)
+    target = ["--target", server.address]
+    trained = run("train", tmp_path / "packed", "--until-step", 3, "--eval-every", 2, "--eval-data",
+                  text, "--length", 16, *target)  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert "held out" in trained.stderr
+    evaluated = json.loads(
+        run("eval", tmp_path / "packed", "--length", 16, "--rows", 4, *target, "--json").stdout
+    )
+    assert evaluated["bits_per_byte"] == pytest.approx(evaluated["bits_per_token"])
+    assert run("checkpoint", "save", "mine", *target).returncode == 0
+    got = run("checkpoint", "download", "mine", "--weights", "--out", tmp_path / "got", *target, "--json")
+    assert json.loads(got.stdout)["files"] == ["manifest.json", "model.safetensors"]
+    words = run("checkpoint", "download", "--out", tmp_path / "newest", *target)
+    assert words.returncode == 0
+    assert "optimizer.safetensors" in words.stdout
+    missing = run("checkpoint", "download", "mine", "--ema", "--out", tmp_path / "ema", *target)
+    assert (missing.returncode, "no moving average" in missing.stderr) == (1, True)
+
+
+def test_the_learning_rate_and_the_total_may_change_also_behind_a_kill(serve: Serve, text: Path) -> None:
+    def schedule(rate: str, total: int) -> list[str]:
+        return [
+            f"--set=optimizer.learning_rate={rate}", "--set=optimizer.schedule=cosine",
+            f"--set=optimizer.total_steps={total}", "--set=optimizer.warmup_steps=2",
+            "--set=optimizer.ema_decay=0.9", f"--set=optimizer.weight_decay={rate}",
+        ]  # fmt: skip
+
+    calm = serve("calm", **TINY)
+    rough = serve("rough", **TINY)
+    for server in (calm, rough):
+        server.stop()
+        server._command += schedule("0.01", 40)
+        server.folder.joinpath("run").rename(server.folder / "old")  # begun anew with a moving average
+        server.start()
+        done(train(server, text, until=10))
+        if server is calm:
+            assert server.stop() == 0  # saved at step 10: nothing is computed again
+        else:
+            server.kill()  # ten steps are, under the settings that they were trained with
+        server._command += schedule("0.002", 60)
+        server.start()
+        done(train(server, text, until=20))
+    assert "replayed 10 steps" in rough.log.read_text()
+    states = [
+        json.loads(run("eval", text, "--length", 32, "--rows", 4, "--target", s.address, "--json").stdout)
+        for s in (calm, rough)
+    ]
+    assert states[0]["nats_per_token"] == states[1]["nats_per_token"]
+    rough.kill()
+    rough._command.append("--set=optimizer.ema_decay=0")
+    refused = subprocess.run(rough._command, capture_output=True, text=True, timeout=60, check=False)
+    assert refused.returncode == 3
+    assert (
+        "ema_decay" in refused.stderr
+        or "moving average" in refused.stderr
+        or "ema.safetensors" in refused.stderr
+    )
