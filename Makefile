@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := client server demo deploy proto tests
 
-.PHONY: help venv demo test lint proto image
+.PHONY: help venv demo test lint proto docs image
 help: ## What there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -21,8 +21,12 @@ lint: venv ## Style, types, and stubs that are not stale
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python proto/generate.py --check
+	$(BIN)/python docs/generate.py --check
 	@if command -v buf >/dev/null; then cd proto && buf lint && buf format --diff --exit-code; \
 	else echo "buf is not installed: the proto was not linted (npm install -g @bufbuild/buf)"; fi
+
+docs: venv ## Generate the reference pages from the code
+	$(BIN)/python docs/generate.py
 
 proto: venv ## Generate the stubs from the proto files
 	$(BIN)/python proto/generate.py

@@ -205,7 +205,7 @@ def close(summary: dict[str, object]) -> None:
         "Next, with your own text (in two terminals, after `source .venv/bin/activate`):\n"
         "  maskwire-server init && maskwire-server serve --config maskwire.toml\n"
         "  maskwire train FOLDER --until-step 1000 --eval-every 200 && maskwire status\n"
-        "From another machine: docs/remote.md. From Python: the ten lines in README.md."
+        "From another machine: docs/deployment.md. From Python: the ten lines in README.md."
     )
 
 

@@ -44,13 +44,35 @@ def test_a_changed_proto_is_found_stale(tmp_path: Path) -> None:
     assert "make proto" in done.stderr
 
 
+def test_the_reference_pages_are_what_the_code_generates() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_reason_has_an_entry_with_its_cure() -> None:
+    from maskwire.errors import REASONS as CLIENT_REASONS
+    from maskwire_server.errors import REASONS
+
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    entries = dict(re.findall(r"^### (\S+)\n(.+?)(?=\n#|\Z)", text, re.MULTILINE | re.DOTALL))
+    from_the_connection = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "TLS"}
+    assert set(entries) == set(REASONS) | from_the_connection
+    assert set(CLIENT_REASONS) == set(REASONS), "the client knows every reason of the server"
+    assert all(len(words.split()) >= 4 for words in entries.values())
+
+
 def test_the_version_is_one() -> None:
     assert maskwire.__version__ in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_the_make_targets_that_people_use_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("venv", "demo", "test", "lint", "proto"):
+    for target in ("venv", "demo", "test", "lint", "proto", "docs", "image"):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 

@@ -1,9 +1,4 @@
-"""The server process: the only place that builds collaborators and joins the wings.
-
-Exit codes: 0 after a clean stop, 2 for a configuration that cannot be used, 3 for a run directory that
-cannot be used, 4 when a replay is not exact, 5 when a clean stop took longer than
-`serve.drain_seconds`, 70 for an unexpected failure. Whatever was acknowledged is safe in every case.
-"""
+"""The server process: the only place that builds collaborators and joins the wings."""
 
 from __future__ import annotations
 
@@ -29,6 +24,15 @@ from maskwire_server.run.recovery import InexactReplayError
 log = logging.getLogger(__name__)
 
 EXIT_CONFIG, EXIT_RUN_DIRECTORY, EXIT_INEXACT, EXIT_SLOW, EXIT_FAILURE = 2, 3, 4, 5, 70
+EXIT_CODES = {  # whatever was acknowledged is safe in every case
+    0: "stopped cleanly; of `check`: it fits",
+    1: "of `check`: it does not fit",
+    EXIT_CONFIG: "the configuration, a certificate or a token file cannot be used; one line a problem",
+    EXIT_RUN_DIRECTORY: "the run directory cannot be used",
+    EXIT_INEXACT: "a step computed again gave another result than was acknowledged",
+    EXIT_SLOW: "the running step took longer than `serve.drain_seconds`; start it again",
+    EXIT_FAILURE: "an unexpected failure, its cause is in the log; start it again",
+}
 
 
 def serve(

@@ -25,7 +25,7 @@ def template() -> str:
         for key, setting in type(section).model_fields.items():
             lines += _comment(setting.description or "")
             value = getattr(section, key)
-            lines += [f"# {key} = {_toml(value)}" if value is not None else f"# {key} =   (not set)", ""]
+            lines += [f"# {key} = {toml(value)}" if value is not None else f"# {key} =   (not set)", ""]
         sections.append("\n".join(lines))
     return "\n".join(sections)
 
@@ -34,11 +34,12 @@ def _comment(text: str) -> list[str]:
     return [f"# {line}" for line in textwrap.wrap(" ".join(text.split()), 96)]
 
 
-def _toml(value: Any) -> str:
+def toml(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str | Path):
         return f'"{value}"'
     if isinstance(value, tuple):
-        return f"[{', '.join(_toml(item) for item in value)}]"
+        return f"[{', '.join(toml(item) for item in value)}]"
     return str(value)

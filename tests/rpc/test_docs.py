@@ -26,12 +26,15 @@ def test_python_blocks_run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    server = serve(seconds=0)
+    if "maskwire_server" in code:  # what a counter saves is no torch module
+        server = serve(model__num_tokens="257", model__mask_id="256", model__max_seq_len="128")
+    else:
+        server = serve(seconds=0)
     (tmp_path / "texts").mkdir()
     for number in range(60):
         (tmp_path / "texts" / f"{number}.txt").write_bytes(bytes(range(10, 250)) + bytes([number + 10]))
     monkeypatch.chdir(tmp_path)
-    exec(compile(code.replace("127.0.0.1:50051", server.address), "docs", "exec"), {})
+    exec(compile(code.replace("127.0.0.1:50051", server.address), "docs", "exec"), {"__name__": "docs"})
     assert capsys.readouterr().out
 
 

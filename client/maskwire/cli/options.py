@@ -33,7 +33,7 @@ Dtype = Annotated[
 Length = Annotated[int | None, typer.Option(help="Tokens a row; the model's longest by default.")]
 
 _DOOR = "TLS and token"
-_OPTIONS: dict[str, Any] = {
+SHARED: dict[str, Any] = {
     "target": Annotated[
         str,
         typer.Option("--target", "-t", envvar="MASKWIRE_TARGET", help="HOST:PORT, or unix:PATH."),
@@ -80,7 +80,11 @@ _OPTIONS: dict[str, Any] = {
         ),
     ],
     "retry_for": Annotated[
-        float, typer.Option("--retry-for", help="Seconds to wait for a server that does not answer.")
+        float,
+        typer.Option(
+            "--retry-for", help="Seconds to wait for a server that does not answer: 300 to train and "
+            "download, 5 for status and health, 60 otherwise.",
+        ),
     ],
 }  # fmt: skip
 _DEFAULTS: dict[str, Any] = {
@@ -137,7 +141,7 @@ def with_server(retry_for: float) -> Callable[[Callable[..., None]], Callable[..
         kind = inspect.Parameter.KEYWORD_ONLY
         shared = [inspect.Parameter(name, kind, default=value) for name, value in defaults.items()]
         parameters = [*(p.replace(kind=kind) for p in own), *shared]
-        annotations = {name: hint for name, hint in {**hints, **_OPTIONS}.items() if name != "server"}
+        annotations = {name: hint for name, hint in {**hints, **SHARED}.items() if name != "server"}
         run.__annotations__ = annotations
         run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [p.replace(annotation=annotations[p.name]) for p in parameters]
