@@ -37,8 +37,9 @@ USER maskwire
 VOLUME /run-dir
 EXPOSE 50051
 STOPSIGNAL SIGTERM
-# Through the Unix socket: it needs no certificate and no token, whatever the address asks for.
-HEALTHCHECK --interval=10s --timeout=10s --start-period=120s --retries=3 \
-    CMD ["maskwire", "health", "--target", "unix:/tmp/maskwire.sock", "--retry-for", "5"]
+# Through the Unix socket: it needs no certificate and no token, whatever the address asks for. Liveness, not
+# readiness: a long recovery is work, and must not be cut off by whoever replaces unhealthy containers.
+HEALTHCHECK --interval=10s --timeout=10s --start-period=30s --retries=3 \
+    CMD ["maskwire", "health", "--target", "unix:/tmp/maskwire.sock", "--service", "liveness"]
 ENTRYPOINT ["maskwire-server"]
 CMD ["serve"]

@@ -12,7 +12,8 @@ name=maskwire-image-check-$$
 work=$(mktemp -d)
 say() { printf '%s\n' "$*"; }
 fail() { say "FAILED: $*" >&2; docker logs "$name" 2>&1 | tail -20 >&2 || true; exit 1; }
-clean() { docker rm -fv "$name" >/dev/null 2>&1 || true; docker volume rm "$name" >/dev/null 2>&1 || true; rm -rf "$work"; }
+job=
+clean() { [ -z "$job" ] || kill "$job" 2>/dev/null || true; docker rm -fv "$name" >/dev/null 2>&1 || true; docker volume rm "$name" >/dev/null 2>&1 || true; rm -rf "$work"; }
 trap clean EXIT
 docker version >/dev/null 2>&1 || { say "no Docker daemon answers; start one, or set DOCKER_HOST" >&2; exit 1; }
 
@@ -37,16 +38,17 @@ run() {
     --env MASKWIRE_MODEL__DIM=64 --env MASKWIRE_MODEL__DEPTH=2 --env MASKWIRE_MODEL__HEADS=2 \
     --env MASKWIRE_MODEL__MAX_SEQ_LEN=64 --env MASKWIRE_SERVE__THREADS=1 "$image" >/dev/null
 }
-healthy() {
+ready() {
   for _ in $(seq 120); do
-    [ "$(docker inspect --format '{{.State.Health.Status}}' "$name")" = healthy ] && return
+    docker exec "$name" maskwire health --target unix:/tmp/maskwire.sock >/dev/null 2>&1 &&
+      [ "$(docker inspect --format '{{.State.Health.Status}}' "$name")" = healthy ] && return
     [ "$(docker inspect --format '{{.State.Running}}' "$name")" = true ] || fail "the container ended"
     sleep 1
   done
-  fail "it did not become healthy"
+  fail "it did not become healthy and ready"
 }
-run; healthy
-say "   healthy, as $(docker exec "$name" sh -c 'echo "uid $(id -u)"'), $(docker inspect --format '{{.HostConfig.ReadonlyRootfs}}' "$name" | sed 's/true/root file system read-only/')"
+run; ready
+say "   healthy and ready, as $(docker exec "$name" sh -c 'echo "uid $(id -u)"'), $(docker inspect --format '{{.HostConfig.ReadonlyRootfs}}' "$name" | sed 's/true/root file system read-only/')"
 
 say "4. refused: no token; another authority"
 common=(--target "127.0.0.1:$port" --retry-for 60)
@@ -72,6 +74,7 @@ docker kill --signal KILL "$name" >/dev/null
 say "   killed after step $(tail -1 "$work/metrics.jsonl" | sed 's/^{"step": \([0-9]*\),.*/\1/'), exit code $(docker wait "$name")"
 docker start "$name" >/dev/null
 wait "$job" || fail "the job did not go on: $(cat "$work/train.err")"
+job=
 say "   $(tail -1 "$work/train.out")"
 steps=$(sed 's/^{"step": \([0-9]*\),.*/\1/' "$work/metrics.jsonl" | uniq | wc -l)
 [ "$steps" = 400 ] || fail "$steps steps were acknowledged, not 400"

@@ -20,19 +20,23 @@ for name in "$@"; do
   names="$names,$kind:$name"
 done
 
+final=$folder; folder=$final.draft-$$
+trap 'rm -rf "$folder"' EXIT
+quietly() { "$@" 2>"$folder/log" || { cat "$folder/log" >&2; exit 1; }; }  # openssl chats where all is well
 (umask 077 && mkdir -p "$folder")
 mkdir -m 755 "$folder/server" "$folder/client" "$folder/admin"
 curve=(-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes)
-openssl req -x509 "${curve[@]}" -keyout "$folder/ca.key" -out "$folder/client/ca.crt" -days 3650 \
-  -subj "/CN=maskwire authority" 2>/dev/null
-openssl req "${curve[@]}" -keyout "$folder/server/server.key" -out "$folder/request" -subj "/CN=maskwire" 2>/dev/null
+quietly openssl req -x509 "${curve[@]}" -keyout "$folder/ca.key" -out "$folder/client/ca.crt" -days 3650 \
+  -subj "/CN=maskwire authority"
+quietly openssl req "${curve[@]}" -keyout "$folder/server/server.key" -out "$folder/request" -subj "/CN=maskwire"
 printf 'subjectAltName=%s\nextendedKeyUsage=serverAuth\n' "$names" >"$folder/names"
-openssl x509 -req -in "$folder/request" -CA "$folder/client/ca.crt" -CAkey "$folder/ca.key" -CAcreateserial \
-  -days 397 -extfile "$folder/names" -out "$folder/server/server.crt" 2>/dev/null
+quietly openssl x509 -req -in "$folder/request" -CA "$folder/client/ca.crt" -CAkey "$folder/ca.key" -CAcreateserial \
+  -days 397 -extfile "$folder/names" -out "$folder/server/server.crt"
 for role in read train admin; do openssl rand -hex 32 >"$folder/server/$role.token"; done
-rm -f "$folder/request" "$folder/names" "$folder"/*.srl "$folder"/client/*.srl
+rm -f "$folder/log" "$folder/request" "$folder/names" "$folder"/*.srl "$folder"/client/*.srl
 cp "$folder"/client/ca.crt "$folder/server/"
 cp "$folder"/client/ca.crt "$folder/server/admin.token" "$folder/admin/"
 cp "$folder"/server/read.token "$folder/server/train.token" "$folder/client/"
 chmod 600 "$folder/ca.key"; chmod 644 "$folder"/*/*
-echo "$folder: certificate for $names, valid for 397 days; the authority for 10 years"
+mv "$folder" "$final"
+echo "$final: certificate for $names, valid for 397 days; the authority for 10 years"

@@ -44,8 +44,8 @@ def __getattr__(name: str) -> Any:
     # Looked up at first use, so that importing `maskwire.v1` alone stays light.
     import importlib
 
-    if name == "aio":
-        return importlib.import_module("maskwire.aio")
+    if name in ("aio", "data", "errors", "results"):
+        return importlib.import_module(f"maskwire.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'maskwire' has no attribute {name!r}")
     return getattr(importlib.import_module(f"maskwire.{_HOMES[name]}"), name)

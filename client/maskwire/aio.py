@@ -19,7 +19,7 @@ import grpc
 import grpc.aio
 
 from maskwire import messages, results
-from maskwire.client import CLOSE_TIMEOUT, own_name
+from maskwire.client import CLOSE_TIMEOUT
 from maskwire.door import Door, DoorOptions
 from maskwire.download import Progress
 from maskwire.errors import read_failure
@@ -33,16 +33,19 @@ from maskwire.protocol import (
     StepOptions,
     Talk,
     Until,
-    Writing,
+    Work,
     new_id,
 )
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
+from maskwire.writing import Position, Writing
 
 if TYPE_CHECKING:
     from maskwire.fit import FitResult
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+LEAVE_SECONDS = 10.0  # for the steps in flight, once cancelled
 
 
 async def connect(
@@ -58,12 +61,7 @@ async def connect(
 ) -> Trainer:
     """Open a session and return its trainer; the arguments are those of `maskwire.connect`."""
     talk = Writing(
-        target,
-        RetryPolicy(retry_for=retry_for, attempt_timeout=timeout),
-        on_wait or log.warning,
-        time.monotonic,
-        name=name or own_name(),
-        window=window,
+        target, RetryPolicy(retry_for, timeout), on_wait or log.warning, time.monotonic, name, window
     )
     trainer = Trainer(Door.of(target, **door), talk)
     try:
@@ -83,8 +81,8 @@ def attach(
     **door: Unpack[DoorOptions],
 ) -> Client:
     """A client without a session; the arguments are those of `maskwire.attach`."""
-    policy = RetryPolicy(retry_for=retry_for, attempt_timeout=timeout)
-    return Client(Door.of(target, **door), Asking(target, policy, on_wait or log.warning, time.monotonic))
+    talk = Asking(target, RetryPolicy(retry_for, timeout), on_wait or log.warning, time.monotonic)
+    return Client(Door.of(target, **door), talk)
 
 
 class Client:
@@ -146,21 +144,23 @@ class Client:
     ) -> None:
         await self.close()
 
-    async def _drive(self, talk: Talk[T]) -> T:
-        """Do what a conversation yields until it ends."""
-        reply: Any = None
+    async def _drive(self, talk: Talk[T], effect: Effect | None = None) -> T:
+        """Do what a conversation yields until it ends; `effect` is what it yielded last."""
         try:
             while True:
-                try:
-                    effect = talk.send(reply)
-                finally:
-                    self._wake()
-                reply = await self._do(effect)
+                effect = self._advance(talk, None if effect is None else await self._do(effect))
         except StopIteration as done:
             value: T = done.value
             return value
         finally:
             talk.close()
+            self._wake()
+
+    def _advance(self, talk: Talk[Any], reply: Any) -> Effect:
+        """Run a conversation up to its next effect."""
+        try:
+            return talk.send(reply)
+        finally:
             self._wake()
 
     def _wake(self) -> None:
@@ -175,6 +175,8 @@ class Client:
         if isinstance(effect, Pause):
             await asyncio.sleep(effect.seconds)
             return None
+        if isinstance(effect, Work):
+            return await asyncio.to_thread(effect.act)
         return await self._call(effect)
 
     async def _call(self, call: Call) -> Any:
@@ -184,13 +186,13 @@ class Client:
             if call.take is None:
                 return await answer
             async for message in answer:
-                call.take(message)
+                await asyncio.to_thread(call.take, message)
         except grpc.RpcError as error:
             return read_failure(error)
         return None
 
 
-class Trainer(Client):
+class Trainer(Position, Client):
     """Drives one run; see `maskwire.client.Trainer`. Made by `connect`; leaving `async with` closes it.
 
     A step whose awaiting task is cancelled stays in flight, and the next one has the next number.
@@ -201,50 +203,17 @@ class Trainer(Client):
         self._writing = talk
         self._running: set[asyncio.Task[results.StepResult]] = set()
 
-    @property
-    def name(self) -> str:
-        """This job's name."""
-        return self._writing.name
-
-    @property
-    def model(self) -> results.ModelInfo:
-        """What is served."""
-        return self._writing.model
-
-    @property
-    def limits(self) -> results.Limits:
-        """The server's bounds on one request."""
-        return self._writing.limits
-
-    @property
-    def run_id(self) -> str:
-        """The run."""
-        return self._writing.ledger.session.run_id
-
-    @property
-    def lineage(self) -> int:
-        """One more after each restore."""
-        return self._writing.ledger.session.lineage
-
-    @property
-    def step(self) -> int:
-        """The last acknowledged step."""
-        return self._writing.ledger.step
-
-    @property
-    def digest(self) -> bytes:
-        """The digest after it: the same on both sides."""
-        return self._writing.ledger.digest
-
     async def train_step(self, tokens: Any, **options: Unpack[StepOptions]) -> results.StepResult:
         """Train on one batch; it is durable then."""
         return await (await self.submit(tokens, **options))
 
     async def submit(self, tokens: Any, **options: Unpack[StepOptions]) -> asyncio.Future[results.StepResult]:
         """Hand in one batch, once the window has room, and return a future of its result."""
-        request = messages.step_request(new_id(), tokens, **options)
-        pending = await self._drive(self._writing.enter(request))
-        task = asyncio.create_task(self._drive(self._writing.finish(pending)))
+        talk = self._writing.train(messages.step_request(new_id(), tokens, **options))
+        effect = self._advance(talk, None)
+        while isinstance(effect, Until):
+            effect = self._advance(talk, await self._do(effect))
+        task = asyncio.create_task(self._drive(talk, effect))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         # Once sent it may be applied, and only its answer tells: who stops waiting leaves it in flight.
@@ -259,9 +228,10 @@ class Trainer(Client):
         await self._drive(self._writing.use_tokenizer(tokenizer))
 
     async def fit(self, data: Any, *, until_step: int, **options: Any) -> FitResult:
-        """Train on `data.batch(step)` up to an absolute step; see `maskwire.fit.fit`.
+        """Train on `data.batch(step)` up to an absolute step; the options are those of `maskwire.fit.plan`.
 
-        `evaluate` may be a coroutine function here.
+        `evaluate` may be a coroutine function here. Cancelled (as `asyncio.run` does at Ctrl-C), it
+        ends at once and leaves the steps in flight to `close`; the next call goes on.
         """
         from maskwire.fit import Take, plan
 
@@ -300,3 +270,9 @@ class Trainer(Client):
         for task in self._running:  # what is left after `grace`
             task.cancel()
         await self._channel.close()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Who is cancelled does not want to wait for a server that may be gone.
+        await self.close(grace=None if kind is None or issubclass(kind, Exception) else LEAVE_SECONDS)

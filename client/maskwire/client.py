@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
@@ -29,10 +27,11 @@ from maskwire.protocol import (
     StepOptions,
     Talk,
     Until,
-    Writing,
+    Work,
     new_id,
 )
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
+from maskwire.writing import Position, Writing
 
 if TYPE_CHECKING:
     from maskwire.fit import FitResult
@@ -64,12 +63,7 @@ def connect(
     token (`maskwire.door.DoorOptions`). Raises the errors of `maskwire.errors`, ValueError and OSError.
     """
     talk = Writing(
-        target,
-        RetryPolicy(retry_for=retry_for, attempt_timeout=timeout),
-        on_wait or log.warning,
-        time.monotonic,
-        name=name or own_name(),
-        window=window,
+        target, RetryPolicy(retry_for, timeout), on_wait or log.warning, time.monotonic, name, window
     )
     trainer = Trainer(Door.of(target, **door), talk, threads=window)
     try:
@@ -92,13 +86,8 @@ def attach(
 
     The arguments are those of `connect`; nothing is sent before the first call.
     """
-    policy = RetryPolicy(retry_for=retry_for, attempt_timeout=timeout)
-    return Client(Door.of(target, **door), Asking(target, policy, on_wait or log.warning, time.monotonic))
-
-
-def own_name() -> str:
-    """What a job is called that was given no name."""
-    return f"{socket.gethostname()}-{os.getpid()}"
+    talk = Asking(target, RetryPolicy(retry_for, timeout), on_wait or log.warning, time.monotonic)
+    return Client(Door.of(target, **door), talk)
 
 
 class Client:
@@ -142,7 +131,10 @@ class Client:
         ema: bool = False,
         on_progress: Progress | None = None,
     ) -> Path:
-        """Fetch a checkpoint into `folder`: all of it, or only the weights or their moving average.
+        """Fetch a checkpoint into `folder`.
+
+        All of it; with `weights` the weights, and their moving average if one is kept; with `ema` the
+        moving average alone.
 
         What an earlier attempt brought is kept; each file is checked against its SHA-256.
         `maskwire_server.load` reads the folder. `on_progress(here, total)` counts bytes.
@@ -167,45 +159,40 @@ class Client:
     ) -> None:
         self.close()
 
-    def _drive(
-        self,
-        talk: Talk[T],
-        effect: Effect | None = None,
-        *,
-        on_interrupt: Callable[[Talk[T], Effect | None], object] | None = None,
-    ) -> T:
-        """Do what a conversation yields until it ends.
-
-        One that Ctrl-C breaks off is handed to `on_interrupt` with what it yielded last, or ended.
-        """
-        reply: Any = None
+    def _drive(self, talk: Talk[T], effect: Effect | None = None) -> T:
+        """Do what a conversation yields until it ends; `effect` is what it yielded last."""
         try:
             while True:
-                if effect is not None and not isinstance(effect, Until):
-                    reply = self._do(effect)
-                with self._changed:
-                    if isinstance(effect, Until):
-                        self._changed.wait_for(effect.holds)
-                    try:
-                        effect, reply = talk.send(reply), None
-                    finally:
-                        self._changed.notify_all()
+                reply = None if effect is None or isinstance(effect, Until) else self._do(effect)
+                effect = self._advance(talk, effect, reply)
         except StopIteration as done:
             value: T = done.value
             return value
-        except BaseException as error:
-            if on_interrupt is not None and isinstance(error, KeyboardInterrupt):
-                on_interrupt(talk, effect)
-            else:
-                with self._changed:
-                    talk.close()
-                    self._changed.notify_all()
+        except BaseException:
+            self._end(talk)
             raise
+
+    def _advance(self, talk: Talk[Any], effect: Effect | None, reply: Any) -> Effect:
+        """Run a conversation up to its next effect."""
+        with self._changed:
+            if isinstance(effect, Until):
+                self._changed.wait_for(effect.holds)
+            try:
+                return talk.send(reply)
+            finally:
+                self._changed.notify_all()
+
+    def _end(self, talk: Talk[Any]) -> None:
+        with self._changed:
+            talk.close()
+            self._changed.notify_all()
 
     def _do(self, effect: Effect) -> Any:
         if isinstance(effect, Pause):
             time.sleep(effect.seconds)
             return None
+        if isinstance(effect, Work):
+            return effect.act()
         assert isinstance(effect, Call)
         method = getattr(self._stub, effect.method)
         try:
@@ -219,7 +206,7 @@ class Client:
         return None
 
 
-class Trainer(Client):
+class Trainer(Position, Client):
     """Drives one run. Safe to use from several threads; made by `connect`.
 
     Leaving its `with` block ends the session. An interrupt (Ctrl-C) in a call leaves the step in
@@ -230,42 +217,6 @@ class Trainer(Client):
         super().__init__(door, talk)
         self._writing = talk
         self._threads = ThreadPoolExecutor(max(1, threads), thread_name_prefix="maskwire-step")
-        self._running: set[Future[Any]] = set()
-
-    @property
-    def name(self) -> str:
-        """This job's name."""
-        return self._writing.name
-
-    @property
-    def model(self) -> results.ModelInfo:
-        """What is served."""
-        return self._writing.model
-
-    @property
-    def limits(self) -> results.Limits:
-        """The server's bounds on one request."""
-        return self._writing.limits
-
-    @property
-    def run_id(self) -> str:
-        """The run."""
-        return self._writing.ledger.session.run_id
-
-    @property
-    def lineage(self) -> int:
-        """One more after each restore."""
-        return self._writing.ledger.session.lineage
-
-    @property
-    def step(self) -> int:
-        """The last acknowledged step."""
-        return self._writing.ledger.step
-
-    @property
-    def digest(self) -> bytes:
-        """The digest after it: the same on both sides."""
-        return self._writing.ledger.digest
 
     def train_step(self, tokens: Any, **options: Unpack[StepOptions]) -> results.StepResult:
         """Train on one batch, and return once the step is durable.
@@ -273,24 +224,32 @@ class Trainer(Client):
         `tokens`: integers [rows, columns], or a list of rows that differ in length; an array, a list or
         a torch tensor.
         """
-        request = messages.step_request(new_id(), tokens, **options)
-        talk = self._writing.finish(self._drive(self._writing.enter(request)))
-        # Once sent it may be applied, and only its answer tells: Ctrl-C leaves it in flight.
-        return self._drive(talk, on_interrupt=self._later)
+        return self.submit(tokens, **options).result()
 
     def submit(self, tokens: Any, **options: Unpack[StepOptions]) -> Future[results.StepResult]:
         """Hand in one batch as `train_step` does, and return a future of its result.
 
-        Steps are numbered in the order of the calls. Blocks while a whole window is in flight.
+        Steps are numbered in the order of the calls. Blocks while a whole window is in flight. The
+        future cannot be cancelled: once sent a step may be applied, and only its answer tells.
         """
-        request = messages.step_request(new_id(), tokens, **options)
-        return self._later(self._writing.finish(self._drive(self._writing.enter(request))))
-
-    def _later(self, talk: Talk[T], effect: Effect | None = None) -> Future[T]:
-        future = self._threads.submit(self._drive, talk, effect)
-        self._running.add(future)
-        future.add_done_callback(self._running.discard)
+        talk = self._writing.train(messages.step_request(new_id(), tokens, **options))
+        future: Future[results.StepResult] = Future()
+        future.set_running_or_notify_cancel()
+        effect: Effect | None = None
+        try:
+            while effect is None or isinstance(effect, Until):
+                effect = self._advance(talk, effect, None)
+            self._threads.submit(self._finish, talk, effect, future)
+        except BaseException:
+            self._end(talk)
+            raise
         return future
+
+    def _finish(self, talk: Talk[T], effect: Effect, future: Future[T]) -> None:
+        try:
+            future.set_result(self._drive(talk, effect))
+        except BaseException as error:
+            future.set_exception(error)
 
     def settle(self) -> None:
         """Wait until no step is in flight; whether they were refused, their futures tell."""
@@ -320,12 +279,20 @@ class Trainer(Client):
         with self._changed:
             self._writing.closed = True
             self._changed.notify_all()
-        wait(list(self._running), grace)
-        farewell = self._writing.farewell()
-        if farewell is not None:
-            try:
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._writing.in_flight, grace)
+            farewell = self._writing.farewell()
+            if farewell is not None:
                 self._stub.CloseSession(farewell, timeout=CLOSE_TIMEOUT, metadata=self._metadata)
-            except grpc.RpcError:
-                log.debug("the session was not closed; it ends by itself when idle", exc_info=True)
-        self._channel.close()  # ends the calls that are left
-        self._threads.shutdown(wait=grace is None, cancel_futures=True)
+        except grpc.RpcError:
+            log.debug("the session was not closed; it ends by itself when idle", exc_info=True)
+        finally:
+            self._channel.close()  # ends the calls that are left
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Who is interrupted once more does not want to wait.
+        self.close(grace=0 if kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit) else None)

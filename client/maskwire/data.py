@@ -6,7 +6,7 @@ the same batches however they are kept: as files, arrays, packed tokens or rows 
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,15 +16,16 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-Ids = npt.NDArray[np.integer[Any]]
+from maskwire.documents import Documents, Ids, load_array
+
 Rows = Ids | list[Ids]
 
 BYTES = "bytes"
 """The `tokenizer` of data whose ids are bytes."""
 META = "maskwire-data.json"
 PACKED_TYPES = ("uint8", "uint16", "int32")
-_TOKENS, _DOCUMENTS = "tokens.bin", "documents.npy"
-_HASH_RANGE = 2**32
+TOKENS, DOCUMENTS = "tokens.bin", "documents.npy"
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,23 @@ class Meta:
     text_bytes: int
     """Bytes of the text that the tokens encode."""
 
+    def to_json(self) -> str:
+        """The text of the file that `read` reads."""
+        return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
+
     @staticmethod
     def read(folder: Path) -> Meta:
         """The meta of a prepared folder. Raises ValueError for one that is not whole."""
         try:
             fields = json.loads((folder / META).read_text())
-            if fields.pop("format") != 1:
+            if fields.pop("format") != _FORMAT:
                 raise ValueError("another format")
             meta = Meta(**fields)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / META}: cannot be read ({error}); prepare the data again") from error
-        size = (folder / _TOKENS).stat().st_size
+        size = (folder / TOKENS).stat().st_size
         if size != meta.tokens * np.dtype(meta.dtype).itemsize:
-            raise ValueError(f"{folder / _TOKENS} has {size} bytes, not those of {meta.tokens} tokens")
+            raise ValueError(f"{folder / TOKENS} has {size} bytes, not those of {meta.tokens} tokens")
         return meta
 
 
@@ -88,14 +93,14 @@ class TokenData:
                 raise ValueError(f"a document must be integers [n], got {array.dtype} {list(array.shape)}")
         self.files = []
         self._begin(
-            _Documents.apart([array for array in arrays if array.size]),
+            Documents.apart([array for array in arrays if array.size]),
             length=length, batch_size=batch_size, seed=seed, tokenizer=tokenizer,
             bytes_per_token=bytes_per_token,
         )  # fmt: skip
 
     def _begin(
         self,
-        documents: _Documents,
+        documents: Documents,
         *,
         length: int,
         batch_size: int,
@@ -157,7 +162,12 @@ class TokenData:
         """
         if not 0 < held_out < 1:
             raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
-        apart = np.array([_fraction(self._documents[i]) < held_out for i in range(len(self._documents))])
+        if len(self._documents) < 2:
+            raise ValueError(
+                "one document cannot be split: give the evaluation data of its own (--eval-data), or train "
+                "on more files"
+            )
+        apart = np.array([self._documents.fraction(i) < held_out for i in range(len(self._documents))])
         if apart.all() or not apart.any():
             raise ValueError(
                 f"held_out = {held_out} leaves {(~apart).sum()} documents to train on and {apart.sum()} "
@@ -166,12 +176,17 @@ class TokenData:
             )
         return self._of(~apart), self._of(apart)
 
-    def _of(self, chosen: npt.NDArray[np.bool_]) -> Self:
+    def cropped(self, length: int) -> Self:
+        """The same documents in rows of another length."""
+        every = np.ones(len(self._documents), dtype=bool)
+        return self._of(every, length)
+
+    def _of(self, chosen: npt.NDArray[np.bool_], length: int | None = None) -> Self:
         part = object.__new__(type(self))
         part.files = [file for file, here in zip(self.files, chosen, strict=False) if here]
         part._begin(
-            self._documents.choose(chosen), length=self.length, batch_size=self.batch_size, seed=self.seed,
-            tokenizer=self.tokenizer, bytes_per_token=self.bytes_per_token,
+            self._documents.choose(chosen), length=length or self.length, batch_size=self.batch_size,
+            seed=self.seed, tokenizer=self.tokenizer, bytes_per_token=self.bytes_per_token,
         )  # fmt: skip
         return part
 
@@ -204,7 +219,7 @@ class ByteData(TokenData):
         """
         files = find_files(paths, pattern)
         self._begin(
-            _Documents.apart([np.memmap(path, dtype=np.uint8, mode="r") for path in files]),
+            Documents.apart([np.memmap(path, dtype=np.uint8, mode="r") for path in files]),
             length=length, batch_size=batch_size, seed=seed, tokenizer=BYTES, bytes_per_token=1.0,
         )  # fmt: skip
         self.files = files
@@ -224,20 +239,20 @@ class FileTokens(TokenData):
         """
         path = Path(path)
         tokenizer, bytes_per_token = "", None
+        if dtype is not None and holds_tokens(path):
+            raise ValueError(f"dtype must be left out for {path}, which says it itself")
         if (path / META).is_file():
-            if dtype is not None:
-                raise ValueError(f"dtype must be left out for {path}, which says it itself")
             meta = Meta.read(path)
-            flat = np.memmap(path / _TOKENS, dtype=_little(meta.dtype), mode="r")
-            documents = _Documents.packed(flat, np.load(path / _DOCUMENTS, allow_pickle=False))
+            flat = np.memmap(path / TOKENS, dtype=_little(meta.dtype), mode="r")
+            documents = Documents.packed(flat, np.load(path / DOCUMENTS, allow_pickle=False))
             tokenizer, bytes_per_token = meta.tokenizer, meta.text_bytes / meta.tokens
-        elif path.suffix == ".npy" and dtype is None:
-            documents = _Documents.packed(*_array(path))
+        elif path.suffix == ".npy":
+            documents = Documents.packed(*load_array(path))
         elif dtype in PACKED_TYPES and path.is_file():
             if path.stat().st_size % np.dtype(dtype).itemsize or not path.stat().st_size:
                 raise ValueError(f"{path} must be whole {dtype} ids, got {path.stat().st_size} bytes")
             flat = np.memmap(path, dtype=_little(dtype), mode="r")
-            documents = _Documents.packed(flat, np.array([flat.size]))
+            documents = Documents.packed(flat, np.array([flat.size]))
         else:
             raise ValueError(
                 f"{path}: no .npy file, no folder of `maskwire data prepare`, and dtype is {dtype!r}, not "
@@ -265,71 +280,18 @@ def open_data(
     (uint8, uint16 or int32), or files and folders of text or bytes, each byte a token.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    first = Path(paths[0]) if paths else Path()
-    if dtype is not None or first.suffix == ".npy" or (first / META).is_file():
+    if dtype is not None or any(holds_tokens(path) for path in paths):
         if len(paths) != 1:
-            raise ValueError(f"token files come one at a time, got {len(paths)} paths; prepare them as one")
-        return FileTokens(first, length=length, batch_size=batch_size, seed=seed, dtype=dtype)
+            raise ValueError(
+                f"a file or folder of token ids comes alone, got {len(paths)} paths; prepare them as one"
+            )
+        return FileTokens(paths[0], length=length, batch_size=batch_size, seed=seed, dtype=dtype)
     return ByteData(paths, length=length, batch_size=batch_size, seed=seed, pattern=pattern)
 
 
-class _Documents:
-    """Documents as parts of flat arrays, each a few bytes of memory here."""
-
-    def __init__(
-        self,
-        arrays: list[Ids],
-        which: npt.NDArray[np.int32],
-        starts: npt.NDArray[np.int64],
-        sizes: npt.NDArray[np.int64],
-    ) -> None:
-        self._arrays, self._which, self._starts, self.sizes = arrays, which, starts, sizes
-
-    @staticmethod
-    def apart(arrays: Sequence[Ids]) -> _Documents:
-        """Each array a document."""
-        sizes = np.array([array.size for array in arrays], dtype=np.int64)
-        which = np.arange(len(arrays), dtype=np.int32)
-        return _Documents(list(arrays), which, np.zeros_like(sizes), sizes)
-
-    @staticmethod
-    def packed(flat: Ids, ends: npt.NDArray[np.int64]) -> _Documents:
-        """One after another in `flat`, ending at `ends`."""
-        sizes = np.diff(ends, prepend=0)
-        if ends.ndim != 1 or not ends.size or (sizes < 1).any() or ends[-1] != flat.size:
-            raise ValueError("the documents' ends do not fit the tokens; prepare the data again")
-        return _Documents([flat], np.zeros(ends.size, dtype=np.int32), ends - sizes, sizes)
-
-    def choose(self, chosen: npt.NDArray[np.bool_]) -> _Documents:
-        """Some of them."""
-        return _Documents(self._arrays, self._which[chosen], self._starts[chosen], self.sizes[chosen])
-
-    def __len__(self) -> int:
-        return self.sizes.size
-
-    def __getitem__(self, index: int) -> Ids:
-        return self.crop(index, 0, int(self.sizes[index]))
-
-    def crop(self, index: int, start: int, length: int) -> Ids:
-        """At most `length` ids of a document from `start`."""
-        begin = int(self._starts[index])
-        end = begin + int(self.sizes[index])
-        return np.asarray(self._arrays[self._which[index]][begin + start : min(end, begin + start + length)])
-
-
-def _array(path: Path) -> tuple[Ids, npt.NDArray[np.int64]]:
-    """A `.npy` file as flat ids and the documents' ends."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as a .npy file ({error})") from error
-    if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or not array.size:
-        raise ValueError(f"{path} must hold integers [n] or [rows, n], got {array.dtype} {list(array.shape)}")
-    if not array.flags.c_contiguous:
-        raise ValueError(f"{path} must be in C order; save np.ascontiguousarray(…) of it")
-    return array.reshape(-1), np.arange(1, array.shape[0] + 1) * array.shape[1] if array.ndim == 2 else (
-        np.array([array.size])
-    )
+def holds_tokens(path: str | Path) -> bool:
+    """Whether a path says itself that it holds token ids: a `.npy` file, or what was prepared."""
+    return Path(path).suffix == ".npy" or (Path(path) / META).is_file()
 
 
 def _little(dtype: str) -> np.dtype[Any]:
@@ -345,8 +307,11 @@ def find_files(paths: str | Path | Iterable[str | Path], pattern: str = "*") -> 
     found: set[Path] = set()
     for path in map(Path, paths):
         if path.is_dir():
+            prepared = {meta.parent for meta in path.rglob(META)}  # no text, though it lies among texts
             inside = (p for p in path.rglob(pattern) if not _hidden(p.relative_to(path)))
-            found |= {p for p in inside if p.is_file() and p.stat().st_size}
+            found |= {
+                p for p in inside if p.is_file() and p.stat().st_size and prepared.isdisjoint(p.parents)
+            }
         elif path.is_file():
             found |= {path} if path.stat().st_size else set()
         else:
@@ -358,11 +323,3 @@ def find_files(paths: str | Path | Iterable[str | Path], pattern: str = "*") -> 
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
-
-
-def _fraction(document: Ids) -> float:
-    """A number in [0, 1) from the ids, whatever type they are kept in."""
-    top = int(document.max(initial=0))
-    narrow = "<u1" if top < 2**8 else "<u2" if top < 2**16 else "<i4" if top < 2**31 else "<i8"
-    data = np.ascontiguousarray(document, dtype=narrow).data
-    return int.from_bytes(hashlib.sha256(data).digest()[:4], "little") / _HASH_RANGE

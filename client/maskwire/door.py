@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypedDict, Unpack
@@ -46,10 +46,10 @@ class Door:
     """Credentials, read and checked."""
 
     target: str
-    credentials: grpc.ChannelCredentials | None
+    credentials: grpc.ChannelCredentials | None = field(repr=False)
     """None: plaintext."""
     server_name: str | None
-    metadata: tuple[tuple[str, str], ...]
+    metadata: tuple[tuple[str, str], ...] = field(repr=False)
     """Sent with every call."""
 
     @staticmethod
@@ -80,7 +80,9 @@ class Door:
     def channel(self, module: ModuleType = grpc) -> Any:
         """A channel of `grpc` or of `grpc.aio`."""
         if self.credentials is None:
-            return module.insecure_channel(self.target, options=_CHANNEL_OPTIONS)
+            # A proxy of the environment would see a token that stays on this machine without it.
+            plain = [*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)]
+            return module.insecure_channel(self.target, options=plain)
         options: list[tuple[str, Any]] = list(_CHANNEL_OPTIONS)
         if self.server_name:
             options.append(("grpc.ssl_target_name_override", self.server_name))

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from maskwire.errors import CheckpointError
@@ -41,7 +41,8 @@ class Target:
             if not _NAME.fullmatch(name):
                 raise CheckpointError(f"checkpoint {info.name!r} has a file of an unsafe name: {name!r}")
         if weights or ema:
-            names = {name for name, wanted in ((WEIGHTS, weights), (EMA, ema)) if wanted}
+            average = {EMA} if ema else names & {EMA}  # asked for, or what belongs to the weights
+            names = average | ({WEIGHTS} if weights else set())
         for name in sorted(names - set(info.files)):
             raise CheckpointError(
                 f"checkpoint {info.name!r} has no {name}"
@@ -65,14 +66,26 @@ class Target:
             same = False
         if not same:
             raise CheckpointError(f"{self.folder} holds another checkpoint; name another folder")
-        path.unlink()  # until what was asked for is whole
 
-    def missing(self) -> Iterator[Part]:
-        """The files that are not here yet, the manifest last."""
-        for part in [*self._parts, self._manifest]:
+    def missing(self) -> list[Part]:
+        """The files that are not here yet, the manifest last; what is here is read and hashed."""
+        for part in self._parts:
             part.open()
-            self._moved()
-            yield part
+        missing = [part for part in self._parts if not part.whole]
+        self._moved()
+        if missing or not (self.folder / MANIFEST).exists():
+            (self.folder / MANIFEST).unlink(missing_ok=True)  # until what was asked for is whole
+            self._manifest.open()
+            missing.append(self._manifest)
+        return missing
+
+    def finish(self) -> None:
+        """Make the files' names durable."""
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def _moved(self) -> None:
         self._on_progress(sum(part.size for part in self._parts), self._total)

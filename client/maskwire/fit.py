@@ -123,15 +123,25 @@ def plan(
     """
     yield trainer.settle  # steps that an interrupted call left in flight have numbers already
     result = FitResult(first_step=trainer.step + 1, step=trainer.step)
+    log: IO[str] | None = Path(metrics).open("a", buffering=1) if metrics is not None else None  # noqa: SIM115
     if isinstance(progress, bool):
         progress = _progress(progress, trainer.step, until_step)
-    log: IO[str] | None = Path(metrics).open("a", buffering=1) if metrics is not None else None  # noqa: SIM115
     loop = _Loop(trainer, data, result, progress, log, on_step, modes)
+
+    def save() -> Generator[Wish, Any, None]:
+        saved = yield trainer.checkpoint
+        progress.say(f"step {result.step}: checkpoint {saved.name}")
+
     stops = [every for every in (eval_every if evaluate else None, checkpoint_every) if every]
     began = time.monotonic()
     try:
-        if getattr(data, "tokenizer", ""):
+        if getattr(data, "tokenizer", "") and result.step < until_step:
             yield partial(trainer.use_tokenizer, data.tokenizer)  # type: ignore[attr-defined]
+        if checkpoint_every and result.step and result.step % checkpoint_every == 0:
+            # An earlier call may have been stopped between the step and its checkpoint.
+            saved = yield trainer.checkpoints
+            if not any((info.step, info.digest) == (trainer.step, trainer.digest) for info in saved):
+                yield from save()
         while result.step < until_step:
             # Evaluations and checkpoints are of an exact step: nothing may be in flight then.
             stop = min([until_step, *((result.step // every + 1) * every for every in stops)])
@@ -141,8 +151,7 @@ def plan(
                 result.evaluations.append(found)
                 loop.record_evaluation(found)
             if checkpoint_every and result.step % checkpoint_every == 0:
-                saved = yield trainer.checkpoint
-                progress.say(f"step {result.step}: checkpoint {saved.name}")
+                yield from save()
     except KeyboardInterrupt:
         result.interrupted = True
         left = yield from loop.leave()

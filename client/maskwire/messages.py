@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,16 @@ _DTYPES: dict[np.dtype[Any], pb.DataType] = {
 
 def to_array(tokens: Any, name: str = "tokens") -> npt.NDArray[np.integer[Any]]:
     """A numpy array of integers from an array, a list or a torch tensor (torch is not imported)."""
-    if hasattr(tokens, "detach") and hasattr(tokens, "cpu"):
-        tokens = tokens.detach().cpu().numpy()
-    array = np.asarray(tokens)
+    array = _host(tokens)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got {array.dtype}")
     return array
+
+
+def _host(values: Any) -> npt.NDArray[Any]:
+    if hasattr(values, "detach") and hasattr(values, "cpu"):
+        values = values.detach().cpu().numpy()
+    return np.asarray(values)
 
 
 def encode_batch(tokens: Any, *, lengths: Any = None, prompt_mask: Any = None) -> pb.TokenBatch:
@@ -74,9 +79,7 @@ def _narrow(ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.integer[Any]]:
 def _pack(prompt_mask: Any, shape: tuple[int, int]) -> bytes:
     if prompt_mask is None:
         return b""
-    if hasattr(prompt_mask, "detach") and hasattr(prompt_mask, "cpu"):
-        prompt_mask = prompt_mask.detach().cpu().numpy()
-    mask = np.asarray(prompt_mask)
+    mask = _host(prompt_mask)
     if mask.dtype != np.bool_ or mask.ndim != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
         raise ValueError(f"prompt_mask must be bool [{shape[0]}, {shape[1]}], got {mask.dtype} {mask.shape}")
     return np.packbits(mask[:, : shape[1]], bitorder="little").tobytes()
@@ -203,7 +206,7 @@ def read_checkpoint(info: pb.CheckpointInfo) -> results.CheckpointInfo:
         digest=info.digest,
         size_bytes=info.size_bytes,
         files={file.name: results.FileInfo(file.size_bytes, file.sha256) for file in info.files},
-        created=info.create_time.ToDatetime(),
+        created=info.create_time.ToDatetime(tzinfo=UTC),
         labels=dict(info.labels),
     )
 
@@ -213,7 +216,7 @@ def read_status(status: pb.GetStatusResponse) -> results.Status:
     newest = status.newest_checkpoint if status.HasField("newest_checkpoint") else None
     return results.Status(
         state=results.RunState(status.state),
-        state_since=status.state_time.ToDatetime(),
+        state_since=status.state_time.ToDatetime(tzinfo=UTC),
         waiting_for=status.waiting_for,
         run_id=status.run_id,
         lineage=status.lineage,

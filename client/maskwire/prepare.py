@@ -8,18 +8,18 @@ OUT/tokenizer.json       a copy of the tokenizer's file, if there is one
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from maskwire.data import BYTES, META, Ids, Meta, find_files
+from maskwire.data import BYTES, DOCUMENTS, META, TOKENS, Meta, find_files
+from maskwire.documents import Ids
 
 _BATCH_BYTES = 8 * 2**20  # of text, tokenized on all cores at once
 
@@ -53,15 +53,14 @@ def prepare(
             )
         )
     files = find_files(paths, pattern)
-    draft = out.with_name(f".{out.name}.draft-{os.getpid()}")
-    draft.mkdir(parents=True)
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as room:
+        draft, old = Path(room) / "new", Path(room) / "old"
+        draft.mkdir()
         meta = _write(files, draft, tokenizer, on_progress or (lambda *_: None))
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(old)
         draft.rename(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return meta
 
 
@@ -74,7 +73,7 @@ def _write(files: list[Path], folder: Path, tokenizer: str | Path, tell: Callabl
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
     dtype = "uint8" if tokenizer == BYTES else "uint16" if mask_id < 2**16 else "int32"
     sizes: list[int] = []
-    with (folder / "tokens.bin").open("wb") as file:
+    with (folder / TOKENS).open("wb") as file:
         for batch in _batches(files):
             for ids in encode(batch):
                 ids.astype(np.dtype(dtype).newbyteorder("<"), copy=False).tofile(file)
@@ -85,13 +84,12 @@ def _write(files: list[Path], folder: Path, tokenizer: str | Path, tell: Callabl
     ends = np.cumsum([size for size in sizes if size], dtype=np.int64)
     if not ends.size:
         raise ValueError("the tokenizer made no token of the text")
-    with (folder / "documents.npy").open("wb") as file:
+    with (folder / DOCUMENTS).open("wb") as file:
         np.save(file, ends)
         _flush(file)
     meta = Meta(name, mask_id + 1, mask_id, dtype, int(ends[-1]), ends.size, total)
     with (folder / META).open("w") as text:
-        json.dump({"format": 1, **dataclasses.asdict(meta)}, text, indent=1)
-        text.write("\n")
+        text.write(meta.to_json())
         _flush(text)
     return meta
 
@@ -114,7 +112,7 @@ def _batches(files: list[Path]) -> Iterator[list[Path]]:
 
 
 def _bytes(files: list[Path]) -> list[Ids]:
-    return [np.fromfile(path, dtype=np.uint8) for path in files]
+    return [np.memmap(path, dtype=np.uint8, mode="r") for path in files]
 
 
 def _tokenizer(path: Path) -> tuple[str, int, Encode]:

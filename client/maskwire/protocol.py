@@ -1,8 +1,8 @@
 """The protocol without I/O: what to send, what an answer means, when to ask again.
 
-A conversation is a generator. It yields what is to be done, a `Call`, a `Pause` or a wait `Until`
-something holds, and is sent what came of it; its return value is the caller's. The blocking and the
-asyncio client differ only in how they do these three. Whoever drives conversations lets one of them run
+A conversation is a generator. It yields what is to be done, a `Call`, a `Pause`, some `Work` with files or
+a wait `Until` something holds, and is sent what came of it; its return value is the caller's. The blocking
+and the asyncio client differ only in how they do these. Whoever drives conversations lets one of them run
 at a time between two yields, so that nothing here needs a lock, and nothing here knows a channel or a
 thread.
 """
@@ -11,27 +11,20 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 
 from maskwire import messages, results
 from maskwire.download import Progress, Target
-from maskwire.errors import (
-    CheckpointError,
-    DigestMismatchError,
-    Failure,
-    FencedError,
-    MaskwireError,
-    UnavailableError,
-)
+from maskwire.errors import CheckpointError, Failure, MaskwireError, UnavailableError
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire.v1.digest import step_digest
 
 T = TypeVar("T")
-_RENUMBER_WAIT = 0.02
+
+_SLOW = {"EvalLoss", "Checkpoint", "RestoreCheckpoint"}  # begun anew when broken off, so given time
+_QUICK = {"GetStatus", "ListCheckpoints"}  # answered at once or not at all
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,14 @@ class Until:
     holds: Callable[[], bool]
 
 
-Effect = Call | Pause | Until
+@dataclass(frozen=True)
+class Work:
+    """Do this, which takes its time, and send back what it returns; others go on meanwhile."""
+
+    act: Callable[[], Any]
+
+
+Effect = Call | Pause | Work | Until
 Talk = Generator[Effect, Any, T]
 
 
@@ -111,10 +111,10 @@ class RetryPolicy:
 
     retry_for: float = 300.0
     """Seconds to go on asking a server that does not answer."""
-    first_wait: float = 0.05
-    longest_wait: float = 1.0
     attempt_timeout: float = 60.0
     """The deadline of one attempt, in seconds."""
+    first_wait: float = 0.05
+    longest_wait: float = 1.0
 
 
 def new_id() -> str:
@@ -140,42 +140,6 @@ def wait_before_retry(
         policy.longest_wait, max(policy.first_wait * 2.0 ** min(attempt, 30), failure.retry_after or 0.0)
     )
     return wait * (0.5 + jitter() / 2)
-
-
-@dataclass
-class Ledger:
-    """What was acknowledged: the session, the last step, and the digest chain that proves it."""
-
-    session: pb.SessionRef = field(default_factory=pb.SessionRef)
-    step: int = 0
-    digest: bytes = b""
-
-    def open(self, response: pb.OpenSessionResponse) -> None:
-        """Begin where the server is."""
-        self.session = response.session
-        self.step, self.digest = response.durable_step, response.digest
-
-    def history(self) -> pb.History | None:
-        """What the server must still have."""
-        if not self.digest:
-            return None
-        return pb.History(
-            run_id=self.session.run_id, lineage=self.session.lineage, step=self.step, digest=self.digest
-        )
-
-    def acknowledge(self, response: pb.TrainStepResponse, payload: bytes) -> None:
-        """Extend the chain by an answer; raises DigestMismatchError if it is not of what was sent."""
-        if response.step != self.step + 1:
-            raise DigestMismatchError(
-                f"the server answered with step {response.step}, expected was {self.step + 1}; stop"
-            )
-        expected = step_digest(self.digest, self.session.lineage, response.step, payload, response.outcome)
-        if response.digest != expected:
-            raise DigestMismatchError(
-                f"the server's digest after step {response.step} is {response.digest.hex()[:16]}…, what this "
-                f"client sent gives {expected.hex()[:16]}…: their histories differ; stop"
-            )
-        self.step, self.digest = response.step, response.digest
 
 
 class Asking:
@@ -221,26 +185,29 @@ class Asking:
         self, name: str, folder: Path, *, weights: bool, ema: bool, on_progress: Progress | None
     ) -> Talk[Path]:
         """Fetch a checkpoint's files, each from where an earlier attempt ended."""
-        info = next((info for info in (yield from self.checkpoints()) if info.name == name), None)
-        if info is None:  # the server says it best
-            request = pb.DownloadCheckpointRequest(name=name)
-            yield from self._ask("DownloadCheckpoint", lambda: request, take=lambda _: None)
-            raise UnavailableError(f"checkpoint {name!r} was saved this moment; ask again")
+        listed = yield from self.checkpoints()
+        info = next((info for info in listed if info.name == name), None)
+        if info is None:
+            names = ", ".join(info.name for info in listed[:3]) or "none"
+            raise CheckpointError(
+                f"no checkpoint is named {name!r}; the newest are: {names}", reason="CHECKPOINT_NOT_FOUND"
+            )
         target = Target(info, folder, weights=weights, ema=ema, on_progress=on_progress)
-        for part in target.missing():
+        for part in (yield Work(target.missing)):
             while not part.whole:
                 place = part.size
                 yield from self._ask("DownloadCheckpoint", part.request, take=part.take, moved=part.here)
                 if part.size == place:
                     raise CheckpointError(f"{self.target} sent nothing more of {part.name}; download again")
+        yield Work(target.finish)
         return target.folder
 
     def status(self) -> Talk[results.Status]:
         """Is it stuck or working?"""
         return messages.read_status((yield from self._ask("GetStatus", pb.GetStatusRequest)))
 
-    def _before(self) -> Talk[None]:
-        """What an attempt of a step needs done first."""
+    def _before(self, began: float) -> Talk[None]:  # noqa: ARG002
+        """What an attempt of a step that was begun then needs done first."""
         yield from ()
 
     def _lost(self) -> None:
@@ -264,25 +231,27 @@ class Asking:
         steps: bool = False,
         take: Callable[[Any], None] | None = None,
         moved: Callable[[], int] = lambda: 0,
+        began: float | None = None,
     ) -> Talk[Any]:
         """Ask until there is an answer, or an error that asking again does not help.
 
-        `moved` tells how far a stream has come: one that comes further is not given up.
+        `moved` tells how far a stream has come: one that comes further is not given up. `began` is when
+        whatever needs the answer began to ask.
         """
-        began, attempt, told = self._clock(), 0, ""
+        began, attempt, told = self._clock() if began is None else began, 0, ""
         while True:
             if steps:
-                yield from self._before()
+                yield from self._before(began)
             acknowledged, place = self.step, moved()
-            reply = yield Call(method, make(), self._policy.attempt_timeout, take)
+            reply = yield Call(method, make(), self._timeout(method), take)
             if not isinstance(reply, Failure):
                 return reply
             error = reply.error
-            if steps and (yield from self._again(error, acknowledged)):
-                continue
             if moved() != place:
                 began, attempt = self._clock(), 0
             elapsed = self._clock() - began
+            if steps and elapsed < self._policy.retry_for and (yield from self._again(error, acknowledged)):
+                continue
             wait = wait_before_retry(reply, attempt, elapsed, self._policy)
             if wait is None:
                 if reply.retryable:
@@ -302,154 +271,9 @@ class Asking:
             attempt += 1
             yield Pause(wait)
 
-
-class Pending:
-    """A step that was handed in and not acknowledged yet."""
-
-    def __init__(self, request: pb.TrainStepRequest) -> None:
-        self.request = request
-        self.payload = messages.hash_of(request)
-
-
-class Writing(Asking):
-    """The run's writer: a session, steps in flight in order, and the proof of what was trained."""
-
-    def __init__(
-        self,
-        target: str,
-        policy: RetryPolicy,
-        on_wait: Callable[[str], None],
-        clock: Callable[[], float],
-        *,
-        name: str,
-        window: int,
-    ) -> None:
-        super().__init__(target, policy, on_wait, clock)
-        if window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
-        self.name = name
-        self.ledger = Ledger()
-        self.model: results.ModelInfo
-        self.limits: results.Limits
-        self.tokenizer = ""
-        self.closed = False
-        self._window = window
-        self._nonce = new_id()
-        self._pending: deque[Pending] = deque()  # in order; the first is step ledger.step + 1
-        self._stale = False  # the server may have been restarted since the session was confirmed
-        self._reopening = False
-
-    @property
-    def step(self) -> int:
-        """The last acknowledged step."""
-        return self.ledger.step
-
-    @property
-    def in_flight(self) -> int:
-        """Steps that were handed in and are not acknowledged."""
-        return len(self._pending)
-
-    def open(self, *, takeover: bool = False, tokenizer: str = "") -> Talk[None]:
-        """Become the run's writer, or confirm that this is it, and that the server has our history."""
-        request = pb.OpenSessionRequest(
-            client_name=self.name,
-            nonce=self._nonce,
-            takeover=takeover,
-            held_epoch=self.ledger.session.epoch or None,
-            history=self.ledger.history(),
-            tokenizer=tokenizer,
-        )
-        response = yield from self._ask("OpenSession", lambda: request)
-        if not self.ledger.digest:
-            self.ledger.open(response)
-        elif response.session.epoch != self.ledger.session.epoch:
-            raise FencedError(
-                f"the session's epoch {self.ledger.session.epoch} was replaced by "
-                f"{response.session.epoch}; connect again",
-                reason="FENCED",
-            )
-        self.model = messages.read_model(response.model)
-        self.limits = messages.read_limits(response.limits)
-        self.tokenizer = response.tokenizer
-        self._window = min(self._window, self.limits.window)
-
-    def use_tokenizer(self, tokenizer: str) -> Talk[None]:
-        """Keep with the run what its ids stand for."""
-        if tokenizer and tokenizer != self.tokenizer:
-            yield from self.open(tokenizer=tokenizer)
-
-    def settle(self) -> Talk[None]:
-        """Wait until no step is in flight."""
-        yield Until(lambda: not self._pending)
-
-    def enter(self, request: pb.TrainStepRequest) -> Talk[Pending]:
-        """Take a step's place in the order, once the window has room."""
-        pending = Pending(request)
-        yield Until(lambda: self.closed or len(self._pending) < self._window)
-        if self.closed:
-            raise MaskwireError("this trainer is closed; connect again")
-        self._pending.append(pending)
-        return pending
-
-    def finish(self, pending: Pending) -> Talk[results.StepResult]:
-        """Have a step trained that has its place; its result once it is durable."""
-        try:
-            response = yield from self._ask("TrainStep", lambda: self._numbered(pending), steps=True)
-            # Answers are checked in order: each digest builds on the one before.
-            yield Until(lambda: self._pending[0] is pending)
-            self.ledger.acknowledge(response, pending.payload)
-            return messages.read_step(response)
-        finally:
-            # A step that was refused leaves its number to the one behind it.
-            self._pending.remove(pending)
-
-    def _numbered(self, pending: Pending) -> pb.TrainStepRequest:
-        pending.request.session.CopyFrom(self.ledger.session)
-        pending.request.step = self.ledger.step + 1 + self._pending.index(pending)
-        return pending.request
-
-    def restore(self, name: str, expected_step: int | None) -> Talk[results.RestoreResult]:
-        """Go back to a checkpoint, and go on from there as the new lineage's writer."""
-        request = pb.RestoreCheckpointRequest(
-            request_id=new_id(),
-            name=name,
-            expected_lineage=self.ledger.session.lineage,
-            expected_step=expected_step,
-        )
-        response = yield from self._ask("RestoreCheckpoint", lambda: request)
-        self._nonce = new_id()  # the restore used the old epoch up
-        self.ledger = Ledger()
-        yield from self.open()
-        return results.RestoreResult(response.lineage, response.step, response.digest)
-
-    def farewell(self) -> pb.CloseSessionRequest | None:
-        """What ends the session, if there is one."""
-        return pb.CloseSessionRequest(session=self.ledger.session) if self.ledger.digest else None
-
-    def _before(self) -> Talk[None]:
-        """After the server was out of reach: it must still have what it acknowledged."""
-        if not self._stale:
-            return
-        yield Until(lambda: not self._reopening)
-        if self._stale:
-            self._reopening = True
-            try:
-                yield from self.open()
-                self._stale = False
-            finally:
-                self._reopening = False
-
-    def _lost(self) -> None:
-        self._stale = True
-
-    def _again(self, error: MaskwireError, acknowledged: int) -> Talk[bool]:
-        """Whether a step that was ahead of its turn can be numbered again.
-
-        So it can while the server expects one of the steps that were in flight: a server that expects
-        less than was `acknowledged` when the step was sent, or more, has another history.
-        """
-        if error.reason != "GAP":
-            return False
-        yield Pause(_RENUMBER_WAIT)  # the refusal of the step before it may still be on its way to us
-        expected = int(error.metadata.get("expected_step", 0))
-        return acknowledged < expected <= self.ledger.step + len(self._pending)
+    def _timeout(self, method: str) -> float:
+        """The deadline of one attempt."""
+        timeout, retry_for = self._policy.attempt_timeout, self._policy.retry_for
+        if method in _SLOW:
+            return max(timeout, retry_for)
+        return min(timeout, max(1.0, retry_for)) if method in _QUICK else timeout

@@ -7,18 +7,28 @@ from dataclasses import dataclass
 from datetime import datetime
 
 
-class Outcome(enum.IntEnum):
+class _Known(enum.IntEnum):
+    """Numbers of the wire; what a newer server sends is UNKNOWN."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> _Known | None:  # noqa: ARG003
+        return cls(0)
+
+
+class Outcome(_Known):
     """What became of a consumed step."""
 
+    UNKNOWN = 0
     APPLIED = 1
     SKIPPED_NON_FINITE = 2
     OUT_OF_MEMORY = 3
     POISON = 4
 
 
-class RunState(enum.IntEnum):
+class RunState(_Known):
     """What the run is doing."""
 
+    UNKNOWN = 0
     RECOVERING = 1
     SERVING = 2
     RESTORING = 3

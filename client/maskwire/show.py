@@ -93,7 +93,7 @@ def to_json(value: Any) -> Any:
     if isinstance(value, bytes):
         return value.hex()
     if isinstance(value, datetime):
-        return value.isoformat() + "Z"
+        return value.isoformat()
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, enum.Enum):

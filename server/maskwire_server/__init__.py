@@ -1,8 +1,9 @@
 """The maskwire server: a resident masked-prediction model behind gRPC.
 
 Three wings that never import one another, `rpc` (all that knows gRPC), `run` (order, and what is kept)
-and `training` (all that knows torch), stand on `config`, `errors`, `batch` and `results`; `app` joins
-them. `maskwire_server.load` makes a plain torch module of a checkpoint, without any of it.
+and `training` (all that knows torch), stand on `config`, `errors`, `batch`, `manifest`, `requests` and
+`results`; `app` joins them. `maskwire_server.load` makes a plain torch module of a checkpoint, without any
+of it.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from maskwire_server.results import CheckpointInfo, FileInfo
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Manifest:
     """Saved by the server, so that retention may collect it."""
     request_id: str | None
     configuration: dict[str, Any]
-    """The whole configuration that it was saved under."""
+    """[model], [objective] and [optimizer]; not [serve], whose paths are the server's own affair."""
     versions: dict[str, str]
 
     def to_json(self) -> bytes:
@@ -56,6 +58,9 @@ class Manifest:
             raise ValueError("the manifest does not match its own hash")
         if body["format"] != FORMAT:
             raise ValueError(f"checkpoint format {body['format']}, this version reads {FORMAT}")
+        for name in body["files"]:
+            if not _FILE_NAME.fullmatch(name):  # it becomes a path
+                raise ValueError(f"the manifest names a file outside the checkpoint: {name!r}")
         files = tuple(
             FileInfo(name, file["size_bytes"], bytes.fromhex(file["sha256"]))
             for name, file in sorted(body["files"].items())

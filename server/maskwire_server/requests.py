@@ -9,6 +9,8 @@ from maskwire_server.batch import Batch, Payload
 from maskwire_server.results import EvalOptions
 
 CHECKPOINT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+AUTOMATIC_NAME = re.compile(r"step-\d+(-lineage-\d+)?")
+"""What the server names its own after; nobody else's, so that it never meets a name that is taken."""
 
 
 @dataclass(frozen=True)

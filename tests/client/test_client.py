@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
@@ -56,6 +57,7 @@ class Script(pb_grpc.TrainingServiceServicer):
         self.requests: list[pb.TrainStepRequest] = []
         self.opened: list[pb.OpenSessionRequest] = []
         self.on_open: list[Callable[[grpc.ServicerContext], None]] = []
+        self.restored_at: list[int] = []
 
     def OpenSession(self, request: pb.OpenSessionRequest, context: Any) -> pb.OpenSessionResponse:  # noqa: N802
         self.opened.append(request)
@@ -69,6 +71,11 @@ class Script(pb_grpc.TrainingServiceServicer):
 
     def CloseSession(self, request: pb.CloseSessionRequest, context: Any) -> pb.CloseSessionResponse:  # noqa: N802
         return pb.CloseSessionResponse()
+
+    def RestoreCheckpoint(self, request: pb.RestoreCheckpointRequest, context: Any) -> Any:  # noqa: N802
+        self.restored_at.append(self.step)
+        self.step, self.digest = 0, b"1" * 32
+        return pb.RestoreCheckpointResponse(lineage=1, step=0, digest=self.digest)
 
     def TrainStep(self, request: pb.TrainStepRequest, context: Any) -> pb.TrainStepResponse:  # noqa: N802
         with self.lock:
@@ -229,3 +236,75 @@ def test_a_closed_trainer_says_so(script: Script) -> None:
     trainer.close()
     with pytest.raises(maskwire.MaskwireError, match="closed"):
         trainer.train_step(TOKENS)
+
+
+def test_every_step_of_a_window_gives_up_in_its_own_time(script: Script) -> None:
+    with connect(script, retry_for=1.0, window=4) as trainer:
+        trainer.train_step(TOKENS)
+        script.before = [lost] * 1000
+        script.on_open = [lambda context: context.abort(grpc.StatusCode.UNAVAILABLE, "gone")] * 1000
+        began = time.monotonic()
+        for future in [trainer.submit(TOKENS) for _ in range(4)]:
+            with pytest.raises(UnavailableError):
+                future.result(timeout=20)
+        # One budget each, side by side: not one after another behind the session.
+        assert time.monotonic() - began < 3.5
+        script.before, script.on_open = [], []
+
+
+def test_a_step_that_waits_for_its_turn_cannot_be_cancelled(script: Script) -> None:
+    with connect(script, window=1) as trainer:
+        for _ in range(20):
+            assert not trainer.submit(TOKENS).cancel()
+        trainer.settle()
+        assert trainer.step == 20
+
+
+def test_a_restore_waits_for_the_steps_in_flight_and_later_ones_wait_for_it(script: Script) -> None:
+    slow = threading.Event()
+    after: list[Any] = []
+
+    def hold(request: pb.TrainStepRequest, context: grpc.ServicerContext) -> None:
+        slow.wait(10)
+
+    with connect(script, window=4) as trainer:
+        script.before = [hold]
+        before = [trainer.submit(TOKENS) for _ in range(2)]
+        restoring = threading.Thread(target=trainer.restore, args=("a",))
+        restoring.start()
+        time.sleep(0.1)
+        handing_in = threading.Thread(target=lambda: after.append(trainer.submit(TOKENS)))
+        handing_in.start()
+        slow.set()
+        assert [future.result(10).step for future in before] == [1, 2]
+        restoring.join()
+        handing_in.join()
+        assert after[0].result(10).step == 1, "the first of the new lineage"
+    assert script.restored_at == [2], "what was in flight came first"
+
+
+def test_a_server_with_another_history_is_found_out(script: Script) -> None:
+    def closed(request: pb.TrainStepRequest, context: grpc.ServicerContext) -> None:
+        refuse(context, "FAILED_PRECONDITION", "UNKNOWN_EPOCH")
+
+    with connect(script) as trainer:
+        trainer.train_step(TOKENS)
+        script.before = [closed]
+        script.on_open = [lambda context: refuse(context, "DATA_LOSS", "HISTORY_LOST")]
+        with pytest.raises(HistoryLostError):
+            trainer.train_step(TOKENS)
+
+
+def test_a_close_with_a_grace_leaves_a_server_that_hangs(script: Script) -> None:
+    def hang(request: pb.TrainStepRequest, context: grpc.ServicerContext) -> None:
+        time.sleep(3)
+
+    trainer = connect(script)
+    script.before = [hang]
+    future = trainer.submit(TOKENS)
+    time.sleep(0.1)
+    began = time.monotonic()
+    trainer.close(grace=0.1)
+    assert time.monotonic() - began < 2.9
+    with pytest.raises(UnavailableError):
+        future.result(timeout=5)

@@ -197,13 +197,18 @@ def test_token_files_that_do_not_do_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             open_data(tmp_path / name, dtype=dtype, **options)
-    with pytest.raises(ValueError, match="one at a time, got 2 paths"):
-        open_data([tmp_path / "a.npy", tmp_path / "b.npy"], **options)
+    (tmp_path / "text.txt").write_text("text")
+    for paths in (["a.npy", "b.npy"], ["text.txt", "a.npy"]):
+        with pytest.raises(ValueError, match="comes alone, got 2 paths"):
+            open_data([tmp_path / name for name in paths], **options)
+    np.save(tmp_path / "good.npy", np.arange(4))
+    with pytest.raises(ValueError, match=r"dtype must be left out for .*good\.npy, which says it itself"):
+        open_data(tmp_path / "good.npy", dtype="uint16", **options)
     with pytest.raises(ValueError, match=r"a document must be integers \[n\], got float64"):
         TokenData([[0.5]], **options)
     with pytest.raises(ValueError, match="nothing in the data"):
         TokenData([[]], **options)
-    with pytest.raises(ValueError, match="data of its own for the evaluation"):
+    with pytest.raises(ValueError, match="one document cannot be split"):
         TokenData([[1, 2, 3]], **options).split(0.5)
 
 
@@ -224,3 +229,12 @@ def test_a_prepared_folder_that_was_cut_or_changed_is_refused(tmp_path: Path) ->
     (tmp_path / "p" / "maskwire-data.json").write_text("{}")
     with pytest.raises(ValueError, match="prepare the data again"):
         open_data(tmp_path / "p", **options)
+
+
+def test_what_was_prepared_among_the_texts_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    first = prepare(tmp_path, tmp_path / "out")
+    assert prepare(tmp_path, tmp_path / "out", force=True) == first
+    assert ByteData(tmp_path, length=4, batch_size=1).size == 9
+    with pytest.raises(ValueError, match="comes alone"):
+        open_data([tmp_path / "a.txt", tmp_path / "out"], length=4, batch_size=1)

@@ -51,6 +51,11 @@ class Counting:
     def settle(self) -> None:
         assert self.in_flight == 0
 
+    digest = b"d" * 32
+
+    def checkpoints(self) -> list[Any]:
+        return [SimpleNamespace(step=step, digest=self.digest) for step in self.saved]
+
     def checkpoint(self) -> Any:
         assert self.in_flight == 0, "a checkpoint is of an exact step"
         self.saved.append(self.step)
@@ -126,3 +131,24 @@ def test_progress_in_a_log_ends_with_where_it_stands(capsys: pytest.CaptureFixtu
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("step 6/6  loss 0.1667")
     assert "tokens/s" in last
+
+
+def test_a_checkpoint_that_an_earlier_call_was_stopped_before_is_made_up_for() -> None:
+    trainer = Counting(step=6)
+    fit(trainer, Numbered(), until_step=6, checkpoint_every=3, progress=False)
+    assert trainer.saved == [6]
+    fit(trainer, Numbered(), until_step=6, checkpoint_every=3, progress=False)
+    assert trainer.saved == [6], "once"
+
+
+def test_a_tokenizer_is_said_only_when_something_is_trained() -> None:
+    class Knowing(Numbered):
+        tokenizer = "bytes"
+
+    said: list[str] = []
+    trainer = Counting(step=4)
+    trainer.use_tokenizer = said.append  # type: ignore[attr-defined]
+    fit(trainer, Knowing(), until_step=4, progress=False)
+    assert said == []
+    fit(trainer, Knowing(), until_step=5, progress=False)
+    assert said == ["bytes"]

@@ -9,9 +9,10 @@ import pytest
 
 from maskwire.errors import DigestMismatchError, Failure, UnavailableError
 from maskwire.messages import encode_batch, hash_of
-from maskwire.protocol import Ledger, RetryPolicy, wait_before_retry
+from maskwire.protocol import RetryPolicy, wait_before_retry
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import step_digest
+from maskwire.writing import Ledger
 
 
 class TorchLike:

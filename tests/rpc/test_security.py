@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -214,21 +215,24 @@ def test_client_certificates_are_asked_for_when_configured(
 def test_bodies_of_64_mib_are_refused_unread(server: ServerProcess, authority: Authority) -> None:
     process = psutil.Process(server.process.pid)
     body = bytes(64 * 2**20 - 2**16)
-    peaks = []
+    grown = []
     with grpc.secure_channel(
         server.address, grpc.ssl_channel_credentials(Path(authority.ca).read_bytes()),
         options=[("grpc.max_send_message_length", -1)],
     ) as channel:  # fmt: skip
         ask(channel, "GetStatus", bearer(TOKENS["read"]))
         before = process.memory_info().rss
-        for _ in range(12):
+        for _ in range(36):
             call = channel.unary_unary(path_of("TrainStep"))
             with pytest.raises(grpc.RpcError) as raised:
                 call(body, timeout=30)
             assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
-            peaks.append(process.memory_info().rss - before)
-    assert max(peaks) < 64 * 2**20, f"the server grew by {max(peaks) / 2**20:.0f} MiB"
-    assert peaks[-1] - peaks[3] < 8 * 2**20, "and goes on growing"
+            grown.append((process.memory_info().rss - before) / 2**20)
+    # Each thread's allocator keeps what was in flight once; one body that is read takes 3.5 times its size.
+    assert max(grown) < 128, f"the server grew by {max(grown):.0f} MiB"
+    assert statistics.median(grown[-12:]) - statistics.median(grown[12:24]) < 16, (
+        f"and goes on growing: {grown}"
+    )
 
 
 def test_tokens_are_never_logged(server: ServerProcess) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def test_the_loaded_module_has_the_servers_logits(serve: Serve, tmp_path: Path, 
         for seed in range(5):
             trainer.train_step(tokens(seed), learning_rate=0.05)
         trainer.checkpoint("done")
-        trainer.download("done", tmp_path / "got", weights=True, ema=ema)
+        trainer.download("done", tmp_path / "got", weights=True)
         # With one position to predict, a row's nats are -log p(its id | the rest): ask for every id at
         # that position, and the whole distribution that the server evaluates is there.
         row, place = tokens(99, rows=1)[0], 5
@@ -95,7 +96,7 @@ def test_a_folder_that_does_not_do_is_named(serve: Serve, tmp_path: Path) -> Non
     load = maskwire_server.load
     load(got)
     load(server.folder / "run" / "checkpoints" / "a")
-    with pytest.raises(ValueError, match=r"no ema\.safetensors; download it"):
+    with pytest.raises(ValueError, match="keeps no moving average"):
         load(got, weights="ema")
     with pytest.raises(ValueError, match="auto, ema or raw, got 'best'"):
         load(got, weights="best")  # type: ignore[arg-type]
@@ -302,3 +303,56 @@ def test_weights_alone_are_a_choice_of_the_wire_too(serve: Serve, stub: Stub) ->
         stub(server).DownloadCheckpoint(pb.DownloadCheckpointRequest(name="big", weights_only=True))
     )
     assert [chunk.file.name for chunk in chunks] == ["ema.safetensors", "model.safetensors", "manifest.json"]
+
+
+def test_without_the_moving_average_nothing_else_is_taken_for_it(serve: Serve, tmp_path: Path) -> None:
+    server = serve(optimizer__ema_decay="0.9")
+    big(server)
+    with maskwire.attach(server.address) as client:
+        folder = client.download("big", tmp_path / "got", weights=True)
+        assert {path.name for path in folder.iterdir()} == {
+            "manifest.json",
+            "model.safetensors",
+            "ema.safetensors",
+        }
+        alone = client.download("big", tmp_path / "alone", ema=True)
+        assert {path.name for path in alone.iterdir()} == {"manifest.json", "ema.safetensors"}
+    (folder / "ema.safetensors").unlink()
+    with pytest.raises(ValueError, match="or take the trained weights with weights = 'raw'"):
+        maskwire_server.load(folder)
+    maskwire_server.load(folder, weights="raw")
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
+        maskwire_server.load(alone, weights="raw")
+
+
+def test_a_manifest_tells_nothing_of_the_server_and_reaches_nothing_beside_it(
+    serve: Serve, stub: Stub
+) -> None:
+    server = serve(seconds=0)
+    big(server)
+    folder = server.folder / "run" / "checkpoints"
+    manifest = json.loads((folder / "big" / "manifest.json").read_bytes())
+    assert set(manifest["configuration"]) == {"model", "objective", "optimizer"}
+    assert str(server.folder) not in json.dumps(manifest)
+    (server.folder / "secret").write_text("of the operator")
+    hostile = {
+        **manifest,
+        "name": "hostile",
+        "files": {"../../../secret": {"size_bytes": 15, "sha256": "00" * 32}},
+    }
+    body = {key: value for key, value in hostile.items() if key != "manifest_sha256"}
+    sha = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    (folder / "hostile").mkdir()
+    (folder / "hostile" / "manifest.json").write_text(json.dumps({**body, "manifest_sha256": sha}))
+    with pytest.raises(grpc.RpcError) as raised:
+        list(stub(server).DownloadCheckpoint(pb.DownloadCheckpointRequest(name="hostile")))
+    assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_nobody_takes_the_names_of_the_servers_own_checkpoints(serve: Serve) -> None:
+    server = serve(seconds=0)
+    with maskwire.connect(server.address) as trainer:
+        for name in ("step-000000001", "step-7", "step-1-lineage-2"):
+            with pytest.raises(maskwire.MaskwireError, match="what the server calls its own"):
+                trainer.checkpoint(name)
+        assert trainer.checkpoint("step-one").name == "step-one"

@@ -47,5 +47,5 @@ def root(
 
 def main() -> None:
     """Entry point."""
-    exits.on_sigterm()
+    exits.on_signals()
     app()

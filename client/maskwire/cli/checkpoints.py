@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from maskwire.cli.options import Json, Server, with_server
+from maskwire.download import MANIFEST
 from maskwire.progress import byte_progress
 from maskwire.show import checkpoint_table, show
 
@@ -61,7 +63,8 @@ def download(
         Path | None, typer.Option(help="The folder it comes to; by default one of its name.")
     ] = None,
     weights: Annotated[
-        bool, typer.Option("--weights", help="Only the weights and the configuration.")
+        bool,
+        typer.Option("--weights", help="Only weights (and their moving average, if kept) and configuration."),
     ] = False,
     ema: Annotated[
         bool, typer.Option("--ema", help="Only the weights' moving average and the configuration.")
@@ -80,7 +83,8 @@ def download(
             name = found[0].name
         with byte_progress(f"checkpoint {name}", shown=not as_json) as tell:
             folder = client.download(name, out or Path(name), weights=weights, ema=ema, on_progress=tell)
-    files = sorted(path for path in folder.iterdir() if path.suffix != ".part")
+    names = [*json.loads((folder / MANIFEST).read_bytes())["files"], MANIFEST]
+    files = sorted(folder / name for name in names if (folder / name).exists())
     size = sum(path.stat().st_size for path in files)
     shown = {"name": name, "folder": folder, "files": [path.name for path in files], "size_bytes": size}
     show(shown, as_json, lambda: f"{folder}  {size / 1e6:.1f} MB: {', '.join(path.name for path in files)}")

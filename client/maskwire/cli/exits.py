@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,23 +36,26 @@ CODES = {
 }
 
 _console = Console(stderr=True, highlight=False)
-_terminated = False
+_signal: int | None = None  # that broke the command off
 
 
-def on_sigterm() -> None:
-    """Make SIGTERM end the command as Ctrl-C does; a second signal leaves at once."""
+def on_signals() -> None:
+    """Let SIGTERM end a command as Ctrl-C does: cleanly at the first signal, at once at the second."""
 
     def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        global _terminated
-        _terminated = True
+        global _signal
+        if _signal is not None:
+            os._exit(128 + number)  # whatever was acknowledged is safe
+        _signal = number
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, handle)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
 
 
 def interrupted() -> typer.Exit:
     """The end of a command that a signal broke off."""
-    return typer.Exit(TERMINATED if _terminated else INTERRUPTED)
+    return typer.Exit(TERMINATED if _signal == signal.SIGTERM else INTERRUPTED)
 
 
 @contextmanager
@@ -60,11 +64,8 @@ def errors(as_json: bool) -> Iterator[None]:
     try:
         yield
     except MaskwireError as error:
-        words, code = str(error), _code(error)
-        if isinstance(error, UnavailableError) and "is the server running" not in words:
-            words += "\nis the server running, and the address right?"
-        _fail(words, code, error.reason, as_json)
-    except (ValueError, TypeError, OSError) as error:
+        _fail(str(error), _code(error), error.reason, as_json)
+    except (ValueError, OSError) as error:
         _fail(str(error), USAGE, "", as_json)
     except KeyboardInterrupt:
         raise interrupted() from None

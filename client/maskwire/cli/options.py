@@ -110,8 +110,7 @@ class Server:
     def attach(self) -> Client:
         """A client without a session."""
         return attach(
-            self.target, retry_for=self.retry_for, timeout=max(60.0, self.retry_for), on_wait=exits.say,
-            **self.door,
+            self.target, retry_for=self.retry_for, on_wait=exits.say, **self.door
         )  # fmt: skip
 
     def connect(self, **options: Any) -> Trainer:

@@ -11,7 +11,7 @@ import typer
 from maskwire.cli import exits
 from maskwire.cli.options import Dtype, Json, Length, Paths, Pattern, Server, with_server
 from maskwire.client import Trainer
-from maskwire.data import TokenData, open_data
+from maskwire.data import TokenData, holds_tokens, open_data
 from maskwire.errors import TokenizerError, UnavailableError
 from maskwire.results import EvalResult
 from maskwire.show import eval_table, show
@@ -46,26 +46,32 @@ def train(
 ) -> None:
     """Train until a step. Run again, the same command goes on where the run is, or finds nothing to do."""
 
-    def opened(source: list[Path], length: int) -> TokenData:
-        return open_data(
-            source, length=length, batch_size=batch_size, seed=seed, pattern=pattern, dtype=dtype
-        )
-
     if until_step < 0:
         raise ValueError(f"--until-step must be at least 0, got {until_step}")
-    for every, value in (("--eval-every", eval_every), ("--checkpoint-every", checkpoint_every)):
+    for option, value in (
+        ("--eval-every", eval_every), ("--checkpoint-every", checkpoint_every), ("--eval-rows", eval_rows)
+    ):  # fmt: skip
         if value is not None and value < 1:
-            raise ValueError(f"{every} must be at least 1, got {value}")
-    opened(paths, length or 1)  # what is wrong with it is said before anything is waited for
+            raise ValueError(f"{option} must be at least 1, got {value}")
+    if eval_data is not None and not eval_every:
+        raise ValueError("--eval-data needs --eval-every, which says when to evaluate")
+    options: dict[str, Any] = {
+        "length": length or 1,
+        "batch_size": batch_size,
+        "seed": seed,
+        "pattern": pattern,
+    }
+    # What is wrong with the data is said before anything is waited for.
+    data, apart = open_data(paths, dtype=dtype, **options), None
+    if eval_data is not None:
+        apart = open_data(eval_data, dtype=None if holds_tokens(eval_data) else dtype, **options)
+        check_tokenizer(data.tokenizer, apart.tokenizer, "the training data's")
+    elif eval_every:
+        data, apart = data.split(held_out)
     with server.connect(name=name, takeover=takeover, window=window) as trainer:
         rows = length or trainer.model.max_seq_len
-        data, evaluate = opened(paths, rows), None
-        if eval_every:
-            if eval_data is None:
-                data, apart = data.split(held_out)
-            else:
-                apart = opened([eval_data], rows)
-            evaluate = _evaluation(apart, eval_rows)
+        data = data.cropped(rows)
+        evaluate = None if apart is None else _evaluation(apart.cropped(rows), eval_rows)
         result = trainer.fit(
             data,
             until_step=until_step,
@@ -78,7 +84,7 @@ def train(
         if result.interrupted:
             trainer.close(grace=0)
         summary = {
-            "step": result.step,
+            "step": trainer.step,
             "digest": trainer.digest.hex(),
             "loss": None if result.last is None else result.last.loss,
             "steps": result.step + 1 - result.first_step,
@@ -90,13 +96,22 @@ def train(
             summary,
             as_json,
             lambda: (
-                f"step {result.step}"
+                f"step {trainer.step}"
                 + ("" if result.last is None else f"  loss {result.last.loss:.4f}")
                 + f"  {result.tokens_per_second:,.0f} tokens/s  digest {trainer.digest.hex()[:16]}"
             ),
         )
         if result.interrupted:
             raise exits.interrupted()
+
+
+def check_tokenizer(ours: str, theirs: str, whose: str) -> None:
+    """Refuse ids that stand for something else, where both sides say what they stand for."""
+    if ours and theirs and ours != theirs:
+        raise TokenizerError(
+            f"{whose} ids are of {ours}, the data's of {theirs}: prepare the data with the same tokenizer",
+            reason="TOKENIZER_MISMATCH",
+        )
 
 
 def _evaluation(data: TokenData, rows: int) -> Callable[[Trainer], EvalResult]:
@@ -122,18 +137,13 @@ def evaluate(
     """Estimate the negative ELBO of data, with its standard error. Changes nothing."""
     if rows < 1:
         raise ValueError(f"--rows must be at least 1, got {rows}")
-    options: dict[str, Any] = {"batch_size": 1, "pattern": pattern, "dtype": dtype}
-    open_data(paths, length=length or 1, **options)
+    data = open_data(paths, length=length or 1, batch_size=1, pattern=pattern, dtype=dtype)
     with server.attach() as client:
         status = client.status()
         if status.model is None:
             raise UnavailableError("the server is building the model; ask again in a moment")
-        data = open_data(paths, length=length or status.model.max_seq_len, **options)
-        if data.tokenizer and status.tokenizer and data.tokenizer != status.tokenizer:
-            raise TokenizerError(
-                f"the run's ids are of {status.tokenizer}, the data's of {data.tokenizer}: prepare the data "
-                "with the run's tokenizer"
-            )
+        check_tokenizer(status.tokenizer, data.tokenizer, "the run's")
+        data = data.cropped(length or status.model.max_seq_len)
         chosen = data.spread(rows)
         found = client.eval_loss(chosen, draws=draws, seed=seed, text_bytes=data.text_bytes(chosen))
         show(found, as_json, lambda: eval_table(found))

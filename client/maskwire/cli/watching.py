@@ -11,7 +11,7 @@ import typer
 from maskwire.cli import exits
 from maskwire.cli.options import Json, Server, with_server
 from maskwire.door import Door
-from maskwire.errors import read_failure
+from maskwire.errors import UnavailableError, read_failure
 from maskwire.show import show, status_table
 
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
@@ -46,11 +46,19 @@ def health(
         # request's field 1 is the service, the answer's field 1 the status, 1 for SERVING.
         call: Any = channel.unary_unary(HEALTH_METHOD)
         name = service.encode()
+        if len(name) > 127:  # more would take a longer length
+            raise ValueError(f"--service must have at most 127 bytes, got {len(name)}")
         request = b"\x0a" + bytes([len(name)]) + name if name else b""
         try:
             serving = _check(call, request, server.retry_for, door)
         except grpc.RpcError as error:
-            raise read_failure(error).error from None
+            failure = read_failure(error)
+            if failure.unreachable:
+                raise UnavailableError(
+                    f"{failure.error}; is the server running, and the address right?",
+                    reason=failure.error.reason,
+                ) from None
+            raise failure.error from None
     show({"serving": serving}, as_json, lambda: "serving" if serving else "not serving")
     if not serving:
         raise typer.Exit(exits.REFUSED)

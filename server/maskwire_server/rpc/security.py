@@ -99,7 +99,7 @@ class Gate(grpc.ServerInterceptor):
             )
         found = self._find(token.strip())
         if found is None:
-            raise Refused("UNAUTHENTICATED", "the token is unknown to this server, or it was taken back")
+            raise Refused("UNAUTHENTICATED", "the token is unknown to this server")
         if found.expires is not None and self._clock() >= found.expires:
             raise Refused("UNAUTHENTICATED", "the token has expired; ask for a new one")
         if found.role < needed:
@@ -160,7 +160,7 @@ def _read_tokens(name: str, path: Path, role: Role) -> list[Token]:
         expires = None
         if len(words) > 1:
             try:
-                moment = datetime.fromisoformat(words[1])
+                moment = datetime.fromisoformat(words[1] if len(words) == 2 else "")
             except ValueError:
                 raise ConfigError(
                     f"{where}: behind the token comes nothing, or when it expires (2027-01-31T00:00:00Z)"

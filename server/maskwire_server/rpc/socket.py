@@ -29,6 +29,8 @@ class Socket:
             raise ConfigError(
                 f"Unix socket: the path must have at most {LONGEST_PATH} bytes, {self._path} has {len(name)}"
             )
+        if set("?#%") & set(str(self._path)):  # gRPC reads an address as a URI
+            raise ConfigError(f"Unix socket: the path must do without ?, # and %, got {self._path}")
         self._refuse_taken()
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -46,14 +48,18 @@ class Socket:
     def _refuse_taken(self) -> None:
         """gRPC replaces what is there, which must be nobody else's."""
         try:
-            mode = self._path.stat().st_mode
-        except OSError:
-            return
-        if not stat.S_ISSOCK(mode):
-            raise ConfigError(f"Unix socket: {self._path} exists and is no socket; choose another path")
-        with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(ConnectionRefusedError):
-            probe.connect(str(self._path))
-            raise ConfigError(f"Unix socket: another server listens on {self._path}; choose another path")
+            if not stat.S_ISSOCK(self._path.stat().st_mode):
+                raise ConfigError(f"Unix socket: {self._path} exists and is no socket; choose another path")
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(1)
+                probe.connect(str(self._path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return  # nothing, or what a killed server left
+        except OSError as error:
+            raise ConfigError(
+                f"Unix socket: {self._path} cannot be used ({error.strerror or error})"
+            ) from None
+        raise ConfigError(f"Unix socket: another server listens on {self._path}; choose another path")
 
     def remove(self) -> None:
         """Take the file away, once the server has stopped."""

@@ -16,6 +16,7 @@ from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import Refused, invalid_field
 from maskwire_server.requests import (
+    AUTOMATIC_NAME,
     CHECKPOINT_NAME,
     DownloadRequest,
     EvalRequest,
@@ -136,6 +137,11 @@ def read_save(request: pb.CheckpointRequest) -> SaveRequest:
             raise invalid_field(
                 "labels", f"labels must have at most {MAX_LABEL} characters, {key[:32]!r} has more"
             )
+    if AUTOMATIC_NAME.fullmatch(request.name):
+        raise invalid_field(
+            "name",
+            f"name: step-NUMBER is what the server calls its own, choose another than {request.name!r}",
+        )
     return SaveRequest(
         name=_checkpoint_name(request.name) if request.name else None,
         request_id=_name("request_id", request.request_id),

@@ -48,9 +48,14 @@ class Checkpoints:
     def write(self, snapshot: Snapshot, manifest: Manifest) -> Manifest:
         """Write a checkpoint durably, read it back, and return its manifest with the files in it.
 
-        Raises Refused CHECKPOINT_FAILED when that cannot be done; nothing of it then remains.
+        Raises Refused: CHECKPOINT_FAILED when that cannot be done, and nothing of it then remains;
+        CHECKPOINT_EXISTS when a whole one has the name.
         """
         folder = self.path(manifest.info.name)
+        if _read_manifest(folder) is not None:
+            raise Refused(
+                "CHECKPOINT_EXISTS", f"the name {folder.name!r} is taken; choose another", name=folder.name
+            )
         try:
             if folder.exists():  # the unfinished folder of a save that was cut off
                 shutil.rmtree(folder)

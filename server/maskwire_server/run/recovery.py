@@ -280,21 +280,22 @@ class Following:
     ) -> Iterator[tuple[StepRecord, bytes | None]]:
         """Pass the records on; RunDirectoryError at one whose settings cannot be followed."""
         for record, payload in records:
-            was = self._journal.event(record.configuration)
-            if record.outcome is Outcome.APPLIED and was != self._settings:
-                changed = sorted(
-                    f"{key} was {was.get(key)!r}"
-                    for key in was.keys() | self._settings.keys()
-                    if not key.startswith("optimizer.") and was.get(key) != self._settings.get(key)
-                )
-                if changed and self._strict:
-                    raise _changed(record, ", ".join(changed))
             if record.outcome is Outcome.APPLIED:
-                try:
-                    self._put_in_force(optimizer_section(was))
-                except ValueError as error:
-                    raise _changed(record, str(error)) from error
+                self._follow(record, self._journal.event(record.configuration))
             yield record, payload
+
+    def _follow(self, record: StepRecord, was: dict[str, Any]) -> None:
+        changed = [
+            f"{key} was {was.get(key)!r}"
+            for key in sorted(was.keys() | self._settings.keys())
+            if not key.startswith("optimizer.") and was.get(key) != self._settings.get(key)
+        ]
+        if changed and self._strict:
+            raise _changed(record, ", ".join(changed))
+        try:
+            self._put_in_force(optimizer_section(was))
+        except ValueError as error:
+            raise _changed(record, str(error)) from error
 
     def end(self) -> None:
         """Go on under the configuration of now."""

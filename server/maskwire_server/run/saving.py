@@ -20,6 +20,8 @@ from maskwire_server.run.standing import Head
 
 log = logging.getLogger(__name__)
 
+KEPT_SECTIONS = ("model", "objective", "optimizer")
+
 
 class Saver:
     """Names, writes and collects checkpoints. Only the engine's thread calls it."""
@@ -34,7 +36,9 @@ class Saver:
     ) -> None:
         self._checkpoints = checkpoints
         self._settings = settings
-        self._configuration = configuration
+        self._configuration = {
+            section: configuration[section] for section in KEPT_SECTIONS if section in configuration
+        }
         self._versions = versions
         self._clock = clock
         self._saved_at = clock()

@@ -40,22 +40,24 @@ class Sessions:
         if request.history is not None:
             recorded = digest_at(self._journal, self._head.lineage, request.history.step)
         epoch = given.epoch if given else None
-        facts = SessionFacts(request, epoch, self._head.durable[0], recorded, self._head.tokenizer)
+        # What was said before anything was trained can still be corrected.
+        tokenizer = self._head.tokenizer if self._line.next_step > 1 else ""
+        facts = SessionFacts(request, epoch, self._head.durable[0], recorded, tokenizer)
         if not admission.admit_session(facts, at):
             self._writer.touch()
             self._commits.add(self._keep_tokenizer(request), lambda: answer(future, self._answer()))
             return
         epoch = at.epoch + 1
-        tokenizer = self._keep_tokenizer(request)
+        keep = self._keep_tokenizer(request)
         self._writer.open(epoch, request.client_name)
         self._line.refuse_steps(partial(_fenced, request.client_name, epoch))
         self._line.put_first(
-            Barrier(partial(self._record, epoch, request, tokenizer, future), partial(refuse, future))
+            Barrier(partial(self._record, epoch, request, keep, future), partial(refuse, future))
         )
 
     def _keep_tokenizer(self, request: SessionRequest) -> Callable[[], object]:
-        """The write that keeps what a client's ids stand for, if nobody said it before."""
-        if not request.tokenizer or self._head.tokenizer:
+        """The write that keeps what a client's ids stand for; another one was refused before."""
+        if request.tokenizer in ("", self._head.tokenizer):
             return lambda: None
         self._head.tokenizer = request.tokenizer
         return partial(self._journal.add_event, "tokenizer", {"tokenizer": request.tokenizer})
@@ -64,11 +66,11 @@ class Sessions:
         self,
         epoch: int,
         request: SessionRequest,
-        tokenizer: Callable[[], object],
+        keep_tokenizer: Callable[[], object],
         future: Future[SessionAnswer],
     ) -> None:
         if epoch != self._writer.epoch:
-            self._commits.add(tokenizer, lambda: None)
+            self._commits.add(keep_tokenizer, lambda: None)
             refuse(future, Refused("FENCED", f"epoch {epoch} was superseded while it was opened"))
             return
         head = self._head
@@ -78,7 +80,7 @@ class Sessions:
         if request.takeover:
             head.non_finite = 0
             self._standing.set(RunState.HALTED, False)
-        self._commits.add(tokenizer, lambda: None)
+        self._commits.add(keep_tokenizer, lambda: None)
         self._commits.add(partial(self._journal.add_session, session), lambda: answer(future, self._answer()))
 
     def close(self, session: SessionRef, at: Position, future: Future[None]) -> None:

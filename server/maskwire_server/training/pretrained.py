@@ -23,10 +23,11 @@ from maskwire_server.training.networks import Networks
 from maskwire_server.training.objective import forbid_special
 
 RAW, EMA = WEIGHT_FILES
+_INSTEAD = ", or take the trained weights with weights = 'raw'"
 
 
 class MaskedModel(nn.Module):
-    """The generator as it is evaluated: ids with masks in, log-probabilities' logits out.
+    """The generator as it is evaluated: ids with masks in, logits out.
 
     `mask_id` stands for what is to be predicted. With self-conditioning it takes both passes.
     """
@@ -66,8 +67,8 @@ def load(
 ) -> MaskedModel:
     """The model of a checkpoint's folder, downloaded or in a run directory, in evaluation mode.
 
-    `weights` are the moving average's (ema), the trained ones (raw), or the first of these that the
-    folder has (auto), which is what the server evaluates. Nothing in the folder can run code. Raises
+    `weights` are the moving average's (ema), the trained ones (raw), or (auto) what the server
+    evaluates: the moving average's if one is kept. Nothing in the folder can run code. Raises
     ValueError for files that are missing, damaged or do not fit the configuration beside them.
     """
     folder = Path(path)
@@ -75,12 +76,16 @@ def load(
     names = {"auto": (EMA, RAW), "ema": (EMA,), "raw": (RAW,)}
     if weights not in names:
         raise ValueError(f"weights must be auto, ema or raw, got {weights!r}")
-    name = next((name for name in names[weights] if (folder / name).is_file()), None)
+    hashes = {file.name: file.sha256 for file in manifest.info.files}
+    name = next((name for name in names[weights] if name in hashes), None)
     if name is None:
-        raise ValueError(f"{folder} has no {' and no '.join(names[weights])}; download it")
-    expected = {file.name: file.sha256 for file in manifest.info.files}.get(name)
+        raise ValueError(f"{folder}: the run keeps no moving average; take weights = 'raw'")
+    if not (folder / name).is_file():
+        raise ValueError(
+            f"{folder} has no {name}; download it" + _INSTEAD * (name == EMA and weights == "auto")
+        )
     with (folder / name).open("rb") as file:
-        if hashlib.file_digest(file, "sha256").digest() != expected:
+        if hashlib.file_digest(file, "sha256").digest() != hashes[name]:
             raise ValueError(f"{folder / name} does not match the manifest's SHA-256; download it again")
     try:
         model = ModelConfig(**manifest.configuration["model"])

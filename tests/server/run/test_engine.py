@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -538,7 +538,7 @@ def test_an_update_that_failed_half_way_ends_the_process(rig: Rig) -> None:
     assert [type(error) for error in rig.fatal] == [StateLost]
 
 
-def test_a_changed_model_is_refused_and_a_changed_optimizer_only_with_steps_to_replay(rig: Rig) -> None:
+def test_a_changed_model_is_refused_and_changed_threads_only_with_steps_to_replay(rig: Rig) -> None:
     engine = rig.start()
     engine.train_step(bare(0)).result(WAIT)
     engine.close()
@@ -546,12 +546,55 @@ def test_a_changed_model_is_refused_and_a_changed_optimizer_only_with_steps_to_r
         rig.start(model={"dim": 128})
     with pytest.raises(RunDirectoryError, match=r"run.seed is 0"):
         rig.start(run={"seed": 1})
-    with pytest.raises(RunDirectoryError, match=r"step 1 .*\(optimizer.learning_rate was 0.001"):
-        rig.start(optimizer={"learning_rate": 0.5})
+    with pytest.raises(RunDirectoryError, match=r"step 1 .*\(serve.threads was None\)"):
+        rig.start(serve={"threads": 3})
     engine = rig.start()
     assert engine.drain(WAIT)
     engine.close()
-    rig.start(optimizer={"learning_rate": 0.5})
+    rig.start(serve={"threads": 3})
+
+
+def test_steps_are_computed_again_under_the_optimizer_section_they_were_trained_with(rig: Rig) -> None:
+    class Following(CounterTrainer):
+        rates: ClassVar[list[float]] = []
+
+        def configure(self, optimizer: dict[str, Any]) -> None:
+            self.rates.append(optimizer["learning_rate"])
+            if optimizer["ema_decay"]:
+                raise ValueError("optimizer.ema_decay was 0.9, is 0.0")
+
+    for rate in (0.1, 0.2, 0.3):
+        engine = rig.start(Following, optimizer={"learning_rate": rate})
+        for seed in range(2):
+            engine.train_step(bare(seed)).result(WAIT)
+        engine.close()
+    # Each start begins under its own section: step 1 of the second start is computed under the first's.
+    assert Following.rates == [0.1, 0.2, 0.1, 0.2, 0.3]
+    engine = rig.start(optimizer={"learning_rate": 0.3, "ema_decay": 0.9})
+    engine.train_step(bare(9)).result(WAIT)
+    engine.close()
+    with pytest.raises(RunDirectoryError, match=r"step 7 must be computed again.*ema_decay was 0.9, is 0.0"):
+        rig.start(Following, optimizer={"learning_rate": 0.3})
+
+
+def test_the_tokenizer_is_kept_from_the_first_step_on(rig: Rig) -> None:
+    def open_with(engine: Engine, tokenizer: str, nonce: str) -> str:
+        return engine.open_session(SessionRequest("job", nonce, tokenizer=tokenizer)).result(WAIT).tokenizer
+
+    engine = rig.start()
+    assert open_with(engine, "", "a") == ""
+    assert open_with(engine, "bytes", "b") == "bytes"
+    assert open_with(engine, "sha256:1", "c") == "sha256:1", "nothing was trained on it: it can be corrected"
+    assert engine.status().tokenizer == "sha256:1"
+    answer = engine.open_session(SessionRequest("job", "d")).result(WAIT)
+    session = SessionRef(answer.run_id, answer.lineage, answer.epoch)
+    engine.train_step(StepRequest(bare(0).payload, session=session)).result(WAIT)
+    assert reason(engine.open_session(SessionRequest("job", "e", tokenizer="bytes"))) == "TOKENIZER_MISMATCH"
+    engine.close()
+    engine = rig.start()
+    assert engine.status().tokenizer == "sha256:1"
+    assert reason(engine.open_session(SessionRequest("job", "f", tokenizer="bytes"))) == "TOKENIZER_MISMATCH"
+    assert open_with(engine, "sha256:1", "g") == open_with(engine, "", "h") == "sha256:1"
 
 
 def test_a_replay_that_gives_another_result_stops_and_names_the_step(rig: Rig) -> None:

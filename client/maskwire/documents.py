@@ -1,0 +1,81 @@
+"""Documents of token ids as parts of flat arrays, mapped from files or held in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.integer[Any]]
+_HASH_RANGE = 2**32
+
+
+class Documents:
+    """Documents as parts of flat arrays, each a few bytes of memory here."""
+
+    def __init__(
+        self,
+        arrays: list[Ids],
+        which: npt.NDArray[np.int32],
+        starts: npt.NDArray[np.int64],
+        sizes: npt.NDArray[np.int64],
+    ) -> None:
+        self._arrays, self._which, self._starts, self.sizes = arrays, which, starts, sizes
+
+    @staticmethod
+    def apart(arrays: Sequence[Ids]) -> Documents:
+        """Each array a document."""
+        sizes = np.array([array.size for array in arrays], dtype=np.int64)
+        which = np.arange(len(arrays), dtype=np.int32)
+        return Documents(list(arrays), which, np.zeros_like(sizes), sizes)
+
+    @staticmethod
+    def packed(flat: Ids, ends: npt.NDArray[np.int64]) -> Documents:
+        """One after another in `flat`, ending at `ends`."""
+        sizes = np.diff(ends, prepend=0)
+        if ends.ndim != 1 or not ends.size or (sizes < 1).any() or ends[-1] != flat.size:
+            raise ValueError("the documents' ends do not fit the tokens; prepare the data again")
+        return Documents([flat], np.zeros(ends.size, dtype=np.int32), ends - sizes, sizes)
+
+    def choose(self, chosen: npt.NDArray[np.bool_]) -> Documents:
+        """Some of them."""
+        return Documents(self._arrays, self._which[chosen], self._starts[chosen], self.sizes[chosen])
+
+    def __len__(self) -> int:
+        return self.sizes.size
+
+    def __getitem__(self, index: int) -> Ids:
+        return self.crop(index, 0, int(self.sizes[index]))
+
+    def crop(self, index: int, start: int, length: int) -> Ids:
+        """At most `length` ids of a document from `start`."""
+        begin = int(self._starts[index])
+        end = begin + int(self.sizes[index])
+        return np.asarray(self._arrays[self._which[index]][begin + start : min(end, begin + start + length)])
+
+    def fraction(self, index: int) -> float:
+        """A number in [0, 1) from a document's ids, whatever type they are kept in."""
+        ids = self[index]
+        top = int(ids.max(initial=0))
+        narrow = "<u1" if top < 2**8 else "<u2" if top < 2**16 else "<i4" if top < 2**31 else "<i8"
+        data = np.ascontiguousarray(ids, dtype=narrow).data
+        return int.from_bytes(hashlib.sha256(data).digest()[:4], "little") / _HASH_RANGE
+
+
+def load_array(path: Path) -> tuple[Ids, npt.NDArray[np.int64]]:
+    """A `.npy` file as flat ids and the documents' ends."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as a .npy file ({error})") from error
+    if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or not array.size:
+        raise ValueError(f"{path} must hold integers [n] or [rows, n], got {array.dtype} {list(array.shape)}")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{path} must be in C order; save np.ascontiguousarray(…) of it")
+    return array.reshape(-1), np.arange(1, array.shape[0] + 1) * array.shape[1] if array.ndim == 2 else (
+        np.array([array.size])
+    )
