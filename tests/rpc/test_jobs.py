@@ -121,6 +121,21 @@ def test_a_signal_ends_a_job_whose_server_is_gone(serve: Serve, text: Path) -> N
     assert waiting.returncode == 143, "also while it waits to connect"
 
 
+def test_a_second_signal_ends_a_job_at_once(serve: Serve, text: Path) -> None:
+    server = serve(seconds=0.05)
+    job = subprocess.Popen(
+        train(server, text, until=1000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(1.5)
+    server.kill()
+    time.sleep(0.3)
+    for _ in range(2):
+        job.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+    job.communicate(timeout=3)
+    assert job.returncode == 143
+
+
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [MASKWIRE, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
