@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
@@ -201,22 +201,33 @@ class Trainer(Position, Client):
     def __init__(self, door: Door, talk: Writing) -> None:
         super().__init__(door, talk)
         self._writing = talk
-        self._running: set[asyncio.Task[results.StepResult]] = set()
+        self._running: set[asyncio.Task[Any]] = set()
 
     async def train_step(self, tokens: Any, **options: Unpack[StepOptions]) -> results.StepResult:
         """Train on one batch; it is durable then."""
         return await (await self.submit(tokens, **options))
 
-    async def submit(self, tokens: Any, **options: Unpack[StepOptions]) -> asyncio.Future[results.StepResult]:
+    async def submit(
+        self, tokens: Any, *, step: int | None = None, **options: Unpack[StepOptions]
+    ) -> asyncio.Future[results.StepResult]:
         """Hand in one batch, once the window has room, and return a future of its result."""
-        talk = self._writing.train(messages.step_request(new_id(), tokens, **options))
+        talk = self._writing.train(messages.step_request(new_id(), tokens, **options), step)
         effect = self._advance(talk, None)
         while isinstance(effect, Until):
             effect = self._advance(talk, await self._do(effect))
-        task = asyncio.create_task(self._drive(talk, effect))
+        # Once sent it may be applied, and only its answer tells: who stops waiting leaves it in flight.
+        return self._apart(self._drive(talk, effect))
+
+    async def restore(self, name: str, *, expected_step: int | None = None) -> results.RestoreResult:
+        """Go back to a checkpoint, on a new lineage, and go on from there as its writer."""
+        # Apart, so that a cancellation leaves no trainer behind whose session a restore has used up.
+        return await self._apart(self._drive(self._writing.restore(name, expected_step)))
+
+    def _apart(self, driven: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
+        """Have a conversation go on whatever becomes of who waits for it."""
+        task = asyncio.create_task(driven)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
-        # Once sent it may be applied, and only its answer tells: who stops waiting leaves it in flight.
         return asyncio.shield(task)
 
     async def settle(self) -> None:
@@ -259,17 +270,18 @@ class Trainer(Position, Client):
             return
         self._writing.closed = True
         self._wake()
-        if self._running:
-            await asyncio.wait(self._running, timeout=grace)
-        farewell = self._writing.farewell()
-        if farewell is not None:
-            try:
+        try:
+            if self._running:
+                await asyncio.wait(self._running, timeout=grace)
+            farewell = self._writing.farewell()
+            if farewell is not None:
                 await self._stub.CloseSession(farewell, timeout=CLOSE_TIMEOUT, metadata=self._metadata)
-            except grpc.RpcError:
-                log.debug("the session was not closed; it ends by itself when idle", exc_info=True)
-        for task in self._running:  # what is left after `grace`
-            task.cancel()
-        await self._channel.close()
+        except grpc.RpcError:
+            log.debug("the session was not closed; it ends by itself when idle", exc_info=True)
+        finally:
+            for task in self._running:  # what is left after `grace`
+                task.cancel()
+            await self._channel.close()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

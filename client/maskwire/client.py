@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CLOSE_TIMEOUT = 2.0  # seconds
+_LOOK_UP = 0.5
 
 
 def connect(
@@ -88,6 +89,20 @@ def attach(
     """
     talk = Asking(target, RetryPolicy(retry_for, timeout), on_wait or log.warning, time.monotonic)
     return Client(Door.of(target, **door), talk)
+
+
+def result_of(future: Future[T], timeout: float | None = None) -> T:
+    """The future's result.
+
+    Looks up twice a second: the system may give a signal to another thread, and the main thread, which
+    handles it, would sleep on.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = _LOOK_UP if deadline is None else min(_LOOK_UP, deadline - time.monotonic())
+        if future.done() or left <= 0:
+            return future.result(0)
+        wait([future], left)
 
 
 class Client:
@@ -176,7 +191,8 @@ class Client:
         """Run a conversation up to its next effect."""
         with self._changed:
             if isinstance(effect, Until):
-                self._changed.wait_for(effect.holds)
+                while not self._changed.wait_for(effect.holds, _LOOK_UP):
+                    pass  # as in result_of
             try:
                 return talk.send(reply)
             finally:
@@ -216,7 +232,7 @@ class Trainer(Position, Client):
     def __init__(self, door: Door, talk: Writing, *, threads: int) -> None:
         super().__init__(door, talk)
         self._writing = talk
-        self._threads = ThreadPoolExecutor(max(1, threads), thread_name_prefix="maskwire-step")
+        self._threads = ThreadPoolExecutor(threads + 1, thread_name_prefix="maskwire-step")
 
     def train_step(self, tokens: Any, **options: Unpack[StepOptions]) -> results.StepResult:
         """Train on one batch, and return once the step is durable.
@@ -224,32 +240,48 @@ class Trainer(Position, Client):
         `tokens`: integers [rows, columns], or a list of rows that differ in length; an array, a list or
         a torch tensor.
         """
-        return self.submit(tokens, **options).result()
+        return result_of(self.submit(tokens, **options))
 
-    def submit(self, tokens: Any, **options: Unpack[StepOptions]) -> Future[results.StepResult]:
+    def submit(
+        self, tokens: Any, *, step: int | None = None, **options: Unpack[StepOptions]
+    ) -> Future[results.StepResult]:
         """Hand in one batch as `train_step` does, and return a future of its result.
 
-        Steps are numbered in the order of the calls. Blocks while a whole window is in flight. The
-        future cannot be cancelled: once sent a step may be applied, and only its answer tells.
+        Steps are numbered in the order of the calls; one that is refused leaves its number to the next,
+        unless that was handed in as a certain `step`, which it then is not. Blocks while a whole window
+        is in flight. The future cannot be cancelled: once sent a step may be applied, and only its answer
+        tells.
         """
-        talk = self._writing.train(messages.step_request(new_id(), tokens, **options))
-        future: Future[results.StepResult] = Future()
-        future.set_running_or_notify_cancel()
+        talk = self._writing.train(messages.step_request(new_id(), tokens, **options), step)
         effect: Effect | None = None
         try:
             while effect is None or isinstance(effect, Until):
                 effect = self._advance(talk, effect, None)
-            self._threads.submit(self._finish, talk, effect, future)
+            return self._apart(talk, effect)
         except BaseException:
             self._end(talk)
             raise
-        return future
 
-    def _finish(self, talk: Talk[T], effect: Effect, future: Future[T]) -> None:
+    def _finish(self, talk: Talk[T], effect: Effect | None, future: Future[T]) -> None:
         try:
             future.set_result(self._drive(talk, effect))
         except BaseException as error:
             future.set_exception(error)
+
+    def restore(self, name: str, *, expected_step: int | None = None) -> results.RestoreResult:
+        """Go back to a checkpoint, on a new lineage, and go on from there as its writer.
+
+        Steps in flight come first. Refused with `expected_step` if the run is at another step.
+        """
+        # Apart, so that Ctrl-C leaves no trainer behind whose session a restore has used up.
+        return result_of(self._apart(self._writing.restore(name, expected_step)))
+
+    def _apart(self, talk: Talk[T], effect: Effect | None = None) -> Future[T]:
+        """Have a conversation go on in the background."""
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+        self._threads.submit(self._finish, talk, effect, future)
+        return future
 
     def settle(self) -> None:
         """Wait until no step is in flight; whether they were refused, their futures tell."""

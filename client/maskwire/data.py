@@ -26,6 +26,7 @@ META = "maskwire-data.json"
 PACKED_TYPES = ("uint8", "uint16", "int32")
 TOKENS, DOCUMENTS = "tokens.bin", "documents.npy"
 _FORMAT = 1
+_MOST = 2**28  # tokens in a batch that any server takes
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Meta:
             if fields.pop("format") != _FORMAT:
                 raise ValueError("another format")
             meta = Meta(**fields)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / META}: cannot be read ({error}); prepare the data again") from error
         size = (folder / TOKENS).stat().st_size
         if size != meta.tokens * np.dtype(meta.dtype).itemsize:
@@ -111,6 +112,10 @@ class TokenData:
         for name, value in (("length", length), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+            if value > _MOST:
+                raise ValueError(f"{name} must be at most {_MOST:,}, got {value}")
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, got {seed}")
         if not len(documents):
             raise ValueError("there is nothing in the data")
         self.length, self.batch_size, self.seed = length, batch_size, seed
@@ -139,6 +144,8 @@ class TokenData:
 
     def spread(self, rows: int) -> Rows:
         """Rows evenly spread over the data, always the same: for evaluation."""
+        if not 1 <= rows <= _MOST:
+            raise ValueError(f"rows must be 1 to {_MOST:,}, got {rows}")
         return self._crops((np.arange(rows) + 0.5) / rows * self._ends[-1])
 
     def text_bytes(self, rows: Rows) -> int | None:
@@ -219,7 +226,7 @@ class ByteData(TokenData):
         """
         files = find_files(paths, pattern)
         self._begin(
-            Documents.apart([np.memmap(path, dtype=np.uint8, mode="r") for path in files]),
+            Documents.files(files),
             length=length, batch_size=batch_size, seed=seed, tokenizer=BYTES, bytes_per_token=1.0,
         )  # fmt: skip
         self.files = files
@@ -244,7 +251,8 @@ class FileTokens(TokenData):
         if (path / META).is_file():
             meta = Meta.read(path)
             flat = np.memmap(path / TOKENS, dtype=_little(meta.dtype), mode="r")
-            documents = Documents.packed(flat, np.load(path / DOCUMENTS, allow_pickle=False))
+            ends, _ = load_array(path / DOCUMENTS)
+            documents = Documents.packed(flat, ends.astype(np.int64))
             tokenizer, bytes_per_token = meta.tokenizer, meta.text_bytes / meta.tokens
         elif path.suffix == ".npy":
             documents = Documents.packed(*load_array(path))

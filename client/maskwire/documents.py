@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,22 @@ import numpy.typing as npt
 
 Ids = npt.NDArray[np.integer[Any]]
 _HASH_RANGE = 2**32
+_MAPS = 128
+_MAGIC = b"\x93NUMPY"
+
+
+class _Mapped(Sequence[Ids]):
+    """Files as arrays of bytes, mapped when asked for: each map holds a file descriptor."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._map = functools.lru_cache(_MAPS)(lambda path: np.memmap(path, dtype=np.uint8, mode="r"))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._map(self._paths[index])
 
 
 class Documents:
@@ -19,7 +36,7 @@ class Documents:
 
     def __init__(
         self,
-        arrays: list[Ids],
+        arrays: Sequence[Ids],
         which: npt.NDArray[np.int32],
         starts: npt.NDArray[np.int64],
         sizes: npt.NDArray[np.int64],
@@ -32,6 +49,13 @@ class Documents:
         sizes = np.array([array.size for array in arrays], dtype=np.int64)
         which = np.arange(len(arrays), dtype=np.int32)
         return Documents(list(arrays), which, np.zeros_like(sizes), sizes)
+
+    @staticmethod
+    def files(paths: Sequence[Path]) -> Documents:
+        """Each file's bytes a document; only the last few that were read are open."""
+        sizes = np.array([path.stat().st_size for path in paths], dtype=np.int64)
+        which = np.arange(len(paths), dtype=np.int32)
+        return Documents(_Mapped(paths), which, np.zeros_like(sizes), sizes)
 
     @staticmethod
     def packed(flat: Ids, ends: npt.NDArray[np.int64]) -> Documents:
@@ -69,8 +93,14 @@ class Documents:
 def load_array(path: Path) -> tuple[Ids, npt.NDArray[np.int64]]:
     """A `.npy` file as flat ids and the documents' ends."""
     try:
+        with path.open("rb") as file:
+            magic = file.read(len(_MAGIC))
+        if magic.startswith(b"PK"):
+            raise ValueError("it holds several arrays, .npz; save one as .npy")
+        if magic != _MAGIC:
+            raise ValueError("it does not begin as one")
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path}: cannot be read as a .npy file ({error})") from error
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or not array.size:
         raise ValueError(f"{path} must hold integers [n] or [rows, n], got {array.dtype} {list(array.shape)}")

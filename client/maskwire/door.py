@@ -55,6 +55,8 @@ class Door:
     @staticmethod
     def of(target: str, **options: Unpack[DoorOptions]) -> Door:
         """Read the files. Raises ValueError for what does not fit together, OSError for a missing file."""
+        if not target.strip():
+            raise ValueError(f"target must be HOST:PORT or unix:PATH, got {target!r}")
         ca, cert, key = options.get("ca"), options.get("cert"), options.get("key")
         server_name = options.get("server_name")
         if (cert is None) != (key is None):
@@ -113,11 +115,13 @@ def _token(token: str | None, file: str | Path | None) -> str:
     if token is not None and file is not None:
         raise ValueError("token and token_file exclude each other, got both")
     if file is not None:
-        lines = [line.split("#")[0].split() for line in Path(file).read_text().splitlines()]
+        text = Path(file).read_text(errors="replace")
+        lines = [line.split("#")[0].split() for line in text.splitlines()]
         token = next((words[0] for words in lines if words), "")
         if not token:
             raise ValueError(f"token_file {file} holds no token")
     token = (token or "").strip()
     if not token.isascii() or any(character.isspace() for character in token):
-        raise ValueError("token must be ASCII without spaces")
+        where = "token" if file is None else f"the token in {file}"
+        raise ValueError(f"{where} must be ASCII without spaces")
     return token

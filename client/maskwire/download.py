@@ -18,7 +18,13 @@ from maskwire.errors import CheckpointError
 from maskwire.results import CheckpointInfo, FileInfo
 from maskwire.v1 import training_service_pb2 as pb
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 MANIFEST = "manifest.json"
+LOCK = ".maskwire-download"
 WEIGHTS, EMA = "model.safetensors", "ema.safetensors"
 _BLOCK = 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -51,14 +57,19 @@ class Target:
         self._parts = [Part(info.name, folder, name, info.files[name], self._moved) for name in sorted(names)]
         self._total = sum(part.total for part in self._parts)
         self._manifest = Part(info.name, folder, MANIFEST, None, lambda: None)
-        self._refuse_another()
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(folder)
+        try:
+            self._ours = self._refuse_another()
+        except BaseException:
+            self._unlock()
+            raise
 
-    def _refuse_another(self) -> None:
-        """A folder that holds another checkpoint is left alone."""
+    def _refuse_another(self) -> bool:
+        """A folder that holds another checkpoint is left alone; True for one that holds this one."""
         path = self.folder / MANIFEST
         if not path.exists():
-            return
+            return False
         try:
             there = json.loads(path.read_bytes())
             same = there["name"] == self._info.name and there["digest"] == self._info.digest.hex()
@@ -66,11 +77,16 @@ class Target:
             same = False
         if not same:
             raise CheckpointError(f"{self.folder} holds another checkpoint; name another folder")
+        return True
 
     def missing(self) -> list[Part]:
         """The files that are not here yet, the manifest last; what is here is read and hashed."""
         for part in self._parts:
             part.open()
+            if part.taken and not self._ours:
+                raise CheckpointError(
+                    f"{self.folder / part.name} exists and is not this checkpoint's; name another folder"
+                )
         missing = [part for part in self._parts if not part.whole]
         self._moved()
         if missing or not (self.folder / MANIFEST).exists():
@@ -80,15 +96,34 @@ class Target:
         return missing
 
     def finish(self) -> None:
-        """Make the files' names durable."""
+        """Make the files' names durable, and let others write here."""
+        self._unlock()
         descriptor = os.open(self.folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
+    def _unlock(self) -> None:
+        (self.folder / LOCK).unlink(missing_ok=True)
+        os.close(self._lock)
+
     def _moved(self) -> None:
         self._on_progress(sum(part.size for part in self._parts), self._total)
+
+
+def _lock(folder: Path) -> int:
+    """Keep a second download out of the folder; the descriptor holds the lock."""
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise CheckpointError(
+            f"another download writes into {folder}; wait for it, or name another folder"
+        ) from None
+    return descriptor
 
 
 class Part:
@@ -116,6 +151,11 @@ class Part:
     def total(self) -> int:
         """Bytes of the file."""
         return self._expected.size_bytes if self._expected else 0
+
+    @property
+    def taken(self) -> bool:
+        """Something else has the file's name."""
+        return not self.whole and self._path.exists()
 
     def open(self) -> None:
         """Look at what is here already."""

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from maskwire.errors import MaskwireError
+from maskwire.errors import ConflictError, MaskwireError
 from maskwire.results import EvalResult, StepResult
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ def fit(trainer: Trainer, data: Data, *, until_step: int, **options: Any) -> Fit
 
     Ctrl-C finishes the steps in flight, for at most 10 s, and returns; the next call goes on.
     """
+    from maskwire.client import result_of
+
     wishes = plan(trainer, data, until_step=until_step, **options)
     reply: Any = None
     raised: BaseException | None = None
@@ -93,7 +95,7 @@ def fit(trainer: Trainer, data: Data, *, until_step: int, **options: Any) -> Fit
             wish = wishes.send(reply) if raised is None else wishes.throw(raised)
             reply = raised = None
             try:
-                reply = wish.future.result(wish.timeout) if isinstance(wish, Take) else wish()
+                reply = result_of(wish.future, wish.timeout) if isinstance(wish, Take) else wish()
             except BaseException as error:
                 raised = error
     except StopIteration as done:
@@ -160,6 +162,7 @@ def plan(
             + (f" ({left} steps in flight may have been applied too)" if left else "")
         )
     finally:
+        loop.forget()
         result.seconds = time.monotonic() - began
         progress.close()
         if log is not None:
@@ -187,12 +190,22 @@ class _Loop:
         for step in range(self._result.step + 1, stop + 1):
             rows = self._data.batch(step)
             tokens = sum(len(row) for row in rows)
-            future = yield partial(self._trainer.submit, rows, **self._modes)
+            try:
+                future = yield partial(self._trainer.submit, rows, step=step, **self._modes)
+            except ConflictError:
+                while self._in_flight:  # the step that was refused says why
+                    yield from self._take()
+                raise
             self._in_flight.append((tokens, future))
             while self._in_flight and self._in_flight[0][1].done():
                 yield from self._take()
         while self._in_flight:
             yield from self._take()
+
+    def forget(self) -> None:
+        """What became of steps that nobody asks for any more is no news."""
+        for _, future in self._in_flight:
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def leave(self) -> Generator[Wish, Any, int]:
         """Wait a little for what is in flight; how many steps were left."""

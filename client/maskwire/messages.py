@@ -26,6 +26,8 @@ def to_array(tokens: Any, name: str = "tokens") -> npt.NDArray[np.integer[Any]]:
     array = _host(tokens)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got {array.dtype}")
+    if array.dtype == np.uint64 and array.size and int(array.max()) >= 2**63:
+        raise ValueError(f"{name} must be below 2^63, got {int(array.max())}")
     return array
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from maskwire.data import BYTES, DOCUMENTS, META, TOKENS, Meta, find_files
 from maskwire.documents import Ids
 
-_BATCH_BYTES = 8 * 2**20  # of text, tokenized on all cores at once
+_BATCH_BYTES, _BATCH_FILES = 8 * 2**20, 64  # of text, tokenized on all cores at once
 
 Encode = Callable[[list[Path]], list[Ids]]
 
@@ -104,7 +104,7 @@ def _batches(files: list[Path]) -> Iterator[list[Path]]:
     for path in files:
         batch.append(path)
         size += path.stat().st_size
-        if size >= _BATCH_BYTES:
+        if size >= _BATCH_BYTES or len(batch) >= _BATCH_FILES:
             yield batch
             batch, size = [], 0
     if batch:

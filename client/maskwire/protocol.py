@@ -23,6 +23,7 @@ from maskwire.v1 import training_service_pb2 as pb
 
 T = TypeVar("T")
 
+_LONGEST = 1e7  # seconds; gRPC takes no infinite deadline
 _SLOW = {"EvalLoss", "Checkpoint", "RestoreCheckpoint"}  # begun anew when broken off, so given time
 _QUICK = {"GetStatus", "ListCheckpoints"}  # answered at once or not at all
 
@@ -116,6 +117,14 @@ class RetryPolicy:
     first_wait: float = 0.05
     longest_wait: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name, least in (("retry_for", 0.0), ("attempt_timeout", 1e-3)):
+            value = getattr(self, name)
+            if not least <= value <= _LONGEST:
+                raise ValueError(
+                    f"{name.removeprefix('attempt_')} must be {least:g} to {_LONGEST:g} s, got {value}"
+                )
+
 
 def new_id() -> str:
     """A request id or nonce."""
@@ -193,14 +202,19 @@ class Asking:
                 f"no checkpoint is named {name!r}; the newest are: {names}", reason="CHECKPOINT_NOT_FOUND"
             )
         target = Target(info, folder, weights=weights, ema=ema, on_progress=on_progress)
+        try:
+            yield from self._fetch(target)
+        finally:
+            target.finish()
+        return target.folder
+
+    def _fetch(self, target: Target) -> Talk[None]:
         for part in (yield Work(target.missing)):
             while not part.whole:
                 place = part.size
                 yield from self._ask("DownloadCheckpoint", part.request, take=part.take, moved=part.here)
                 if part.size == place:
                     raise CheckpointError(f"{self.target} sent nothing more of {part.name}; download again")
-        yield Work(target.finish)
-        return target.folder
 
     def status(self) -> Talk[results.Status]:
         """Is it stuck or working?"""

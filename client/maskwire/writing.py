@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from maskwire import messages, results
-from maskwire.errors import DigestMismatchError, FencedError, MaskwireError
+from maskwire.errors import ConflictError, DigestMismatchError, FencedError, MaskwireError
 from maskwire.protocol import Asking, Pause, RetryPolicy, Talk, Until, new_id
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import step_digest
@@ -57,8 +57,10 @@ class Ledger:
 class Pending:
     """A step that was handed in and not acknowledged yet."""
 
-    def __init__(self, request: pb.TrainStepRequest) -> None:
+    def __init__(self, request: pb.TrainStepRequest, step: int | None) -> None:
         self.request = request
+        self.step = step
+        """The number that it must have; None: the one that its place gives it."""
         self.payload = messages.hash_of(request)
 
 
@@ -141,17 +143,19 @@ class Writing(Asking):
         """Wait until no step is in flight."""
         yield Until(lambda: not self._pending)
 
-    def train(self, request: pb.TrainStepRequest) -> Talk[results.StepResult]:
+    def train(self, request: pb.TrainStepRequest, step: int | None = None) -> Talk[results.StepResult]:
         """Have a step trained in its turn; its result once it is durable.
 
-        The step has its place in the order from the first effect that is no `Until`.
+        The step has its place in the order from the first effect that is no `Until`. With `step` it is
+        trained as that one or not at all: ConflictError if its place has another number.
         """
-        pending = Pending(request)
+        pending = Pending(request, step)
         yield Until(lambda: self.closed or (len(self._pending) < self._window and not self._restoring))
         if self.closed:
             raise MaskwireError("this trainer is closed; connect again")
         self._pending.append(pending)
         try:
+            self._numbered(pending)  # what cannot be trained in its place is refused before anything is asked
             response = yield from self._ask("TrainStep", lambda: self._numbered(pending), steps=True)
             # Answers are checked in order: each digest builds on the one before.
             yield Until(lambda: self._pending[0] is pending)
@@ -162,8 +166,16 @@ class Writing(Asking):
             self._pending.remove(pending)
 
     def _numbered(self, pending: Pending) -> pb.TrainStepRequest:
+        number = self.ledger.step + 1 + self._pending.index(pending)
+        if pending.step not in (None, number):
+            raise ConflictError(
+                f"this is the batch of step {pending.step}, and the run's next is step {number}: a step "
+                "before it was refused",
+                reason="GAP",
+                metadata={"step": str(pending.step), "expected_step": str(number)},
+            )
         pending.request.session.CopyFrom(self.ledger.session)
-        pending.request.step = self.ledger.step + 1 + self._pending.index(pending)
+        pending.request.step = number
         return pending.request
 
     def restore(self, name: str, expected_step: int | None) -> Talk[results.RestoreResult]:

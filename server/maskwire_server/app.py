@@ -81,7 +81,8 @@ def serve(
         if not stop.is_set():
             log.info("ready after %.1f s", time.monotonic() - began)
             print(f"maskwire-server listening on {address}", flush=True)
-        stop.wait()
+        while not stop.wait(0.5):  # the system may give a signal to another thread; this one handles it
+            pass
         return _stop(engine, server, config.serve.drain_seconds)
     except ConfigError as error:
         return _fail(engine, server, EXIT_CONFIG, error)

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import sys
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,7 +103,7 @@ def _load(config: Path | None, run_dir: Path | None, address: str | None, settin
         section, dot, name = key.partition(".")
         if not equals or not dot:
             _stop(f"--set must be SECTION.KEY=VALUE, got {setting!r}")
-        flags.setdefault(section, {})[name] = value
+        flags.setdefault(section, {})[name] = _list(value) if value.startswith("[") else value
     if run_dir is not None:
         flags.setdefault("run", {})["dir"] = run_dir
     if address is not None:
@@ -111,6 +112,14 @@ def _load(config: Path | None, run_dir: Path | None, address: str | None, settin
         return load(config, **flags)
     except ConfigError as error:
         _stop(*str(error).splitlines())
+
+
+def _list(value: str) -> Any:
+    """A list as TOML writes it; what is none is left to the setting's own check."""
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value
 
 
 def _check_extra() -> None:

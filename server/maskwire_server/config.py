@@ -256,7 +256,11 @@ class ServeConfig(_Section):
     """full: a step is flushed to disk before it is acknowledged; off: steps since the last checkpoint
     can be lost with the machine."""
     keep_payloads: Literal["recovery", "all"] = "recovery"
-    """Keep batches until checkpoints cover them, or for ever."""
+    """Keep batches until checkpoints cover them, or for ever: then every step can be computed again."""
+    reserve_bytes: int = Field(32 * 2**20, ge=0)
+    """Disk that stays free for the journal: with less, steps are refused (HELD) until there is room."""
+    poison_after: int = Field(0, ge=0)
+    """Set a batch aside that this process died of so many times; 0: never."""
     max_batch_tokens: int = Field(2**20, ge=1, le=2**28)
     """The most positions (rows times columns) of one batch."""
     micro_batch_tokens: int | None = Field(None, ge=1)

@@ -100,7 +100,7 @@ def test_mistakes_have_their_exit_codes_and_no_traceback(server: ServerProcess, 
         (["train", texts, "--until-step", 99, "--length", 9999, "--target", server.address], 1, "at most"),
         (["train", texts, "--target", server.address], 2, "--until-step"),
         (["eval", texts, "--rows", 4, "--length", 9999, "--target", server.address], 1, "at most"),
-        (["health", "--service", "unknown", "--target", server.address], 1, "NOT_FOUND"),
+        (["health", "--service", "unknown", "--target", server.address], 2, "knows no service"),
     ):
         found, _, err = run(*arguments)
         assert found == code, (arguments, err)

@@ -238,3 +238,49 @@ def test_what_was_prepared_among_the_texts_is_no_text(tmp_path: Path) -> None:
     assert ByteData(tmp_path, length=4, batch_size=1).size == 9
     with pytest.raises(ValueError, match="comes alone"):
         open_data([tmp_path / "a.txt", tmp_path / "out"], length=4, batch_size=1)
+
+
+def test_more_files_than_may_be_open_at_once(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    import resource
+
+    for number in range(400):
+        (tmp_path / f"{number:03d}").write_bytes(bytes([number % 256]) * (40 + number))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    data = ByteData(tmp_path, length=8, batch_size=64)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (330, hard))
+    try:
+        for step in range(20):
+            data.batch(step)
+        training, apart = data.split(0.5)
+        assert training.documents + apart.documents == 400
+        prepare(tmp_path, tmp_path_factory.mktemp("many") / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04"], ids=["empty", "another format"])
+def test_files_of_another_kind_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot be read as a \.npy file"):
+        open_data(tmp_path / "a.npy", length=4, batch_size=1)
+
+
+def test_what_makes_no_sense_is_named(tmp_path: Path) -> None:
+    with (tmp_path / "several.npy").open("wb") as file:
+        np.savez(file, a=np.arange(3))
+    with pytest.raises(ValueError, match="holds several arrays"):
+        open_data(tmp_path / "several.npy", length=4, batch_size=1)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "maskwire-data.json").write_text("5")
+    with pytest.raises(ValueError, match="prepare the data again"):
+        open_data(tmp_path / "p", length=4, batch_size=1)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"length": 10**24}, "length must be at most"),
+        ({"batch_size": 10**13}, "batch_size must be at most"),
+        ({"seed": -1}, "seed must be at least 0"),
+    ]
+    for options, what in cases:
+        with pytest.raises(ValueError, match=what):
+            TokenData([[1, 2]], **{"length": 4, "batch_size": 1, **options})

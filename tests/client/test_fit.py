@@ -28,8 +28,9 @@ class Counting:
         self.fail_at = fail_at
         self.in_flight = 0
 
-    def submit(self, rows: Any, **options: Any) -> Future[StepResult]:
+    def submit(self, rows: Any, *, step: int, **options: Any) -> Future[StepResult]:
         self.handed_in += 1
+        assert step == self.handed_in
         self.in_flight += 1
         self.batches.append(int(rows[0][0]))
         self.options.append(options)

@@ -260,8 +260,22 @@ def test_the_learning_rate_and_the_total_may_change_also_behind_a_kill(serve: Se
     rough._command.append("--set=optimizer.ema_decay=0")
     refused = subprocess.run(rough._command, capture_output=True, text=True, timeout=60, check=False)
     assert refused.returncode == 3
-    assert (
-        "ema_decay" in refused.stderr
-        or "moving average" in refused.stderr
-        or "ema.safetensors" in refused.stderr
-    )
+    assert "optimizer.ema_decay was 0.9, is 0.0" in refused.stderr
+
+
+def test_a_refused_batch_stops_a_job_in_its_place_whatever_the_window(serve: Serve, tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(10, 200, (400, 16), dtype=np.int32)
+    ids[123, 4] = 300
+    np.save(tmp_path / "some-bad.npy", ids)
+    ends = set()
+    for window in (1, 4, 8):
+        server = serve(f"window-{window}", seconds=0)
+        command = [*train(server, tmp_path / "some-bad.npy", until=300), "--window", str(window)]
+        for _ in range(2):
+            found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            assert found.returncode == 1
+            assert "is 300" in found.stderr
+            status = json.loads(run("status", "--target", server.address, "--json").stdout)
+            ends.add((status["step"], status["digest"]))
+    assert len(ends) == 1, "at the same step, once more too, and with every window"
+    assert next(iter(ends))[0] > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from maskwire_server.rpc.security import NEEDS
 Serve = Callable[..., ServerProcess]
 METHODS = [method.name for method in pb.DESCRIPTOR.services_by_name["TrainingService"].methods]
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+HEALTH = "/grpc.health.v1.Health/Check"
 ROLES = ["read", "train", "admin"]
 
 
@@ -42,6 +44,12 @@ def ask(channel: grpc.Channel, method: str, metadata: Any = (), body: bytes = b"
     except grpc.RpcError as error:
         return error
     return None
+
+
+def never() -> Iterator[bytes]:
+    """A request stream that stays open."""
+    threading.Event().wait(20)
+    yield b""
 
 
 def reason_of(error: Any) -> str:
@@ -83,7 +91,7 @@ def test_every_rpc_of_the_descriptor_has_a_role() -> None:
     assert set(NEEDS) == set(METHODS)
 
 
-@pytest.mark.parametrize("method", [*METHODS, REFLECTION, "Unheard"])
+@pytest.mark.parametrize("method", [*METHODS, REFLECTION, HEALTH, "Unheard"])
 @pytest.mark.parametrize(
     "metadata",
     [
@@ -121,10 +129,21 @@ def test_each_role_may_do_what_its_name_says(
         assert error.code() is not grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_health_is_open_and_reflection_wants_a_token(server: ServerProcess, authority: Authority) -> None:
+def test_health_and_reflection_take_the_role_read(server: ServerProcess, authority: Authority) -> None:
     with secure_channel(server, authority) as channel:
-        assert ask(channel, "/grpc.health.v1.Health/Check") is None
-        assert ask(channel, REFLECTION, bearer(TOKENS["read"])) is None
+        for method in (HEALTH, REFLECTION):
+            assert ask(channel, method, bearer(TOKENS["read"])) is None
+
+
+def test_reflection_streams_hold_nobody_elses_threads(server: ServerProcess, authority: Authority) -> None:
+    with secure_channel(server, authority) as channel:
+        stream = channel.stream_stream(REFLECTION)
+        idle = [stream(never(), metadata=bearer(TOKENS["read"])) for _ in range(120)]
+        time.sleep(0.5)
+        for method in ("ListCheckpoints", "GetStatus", HEALTH):
+            assert ask(channel, method, bearer(TOKENS["read"])) is None
+        for call in idle:
+            call.cancel()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -222,8 +241,8 @@ def test_bodies_of_64_mib_are_refused_unread(server: ServerProcess, authority: A
     ) as channel:  # fmt: skip
         ask(channel, "GetStatus", bearer(TOKENS["read"]))
         before = process.memory_info().rss
-        for _ in range(36):
-            call = channel.unary_unary(path_of("TrainStep"))
+        for attempt in range(36):
+            call = channel.unary_unary(path_of(("TrainStep", HEALTH, "DownloadCheckpoint")[attempt % 3]))
             with pytest.raises(grpc.RpcError) as raised:
                 call(body, timeout=30)
             assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED

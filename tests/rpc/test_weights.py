@@ -264,7 +264,7 @@ def test_requests_that_make_no_sense_are_refused(serve: Serve, stub: Stub) -> No
         assert words in raised.value.details()
 
 
-def test_a_checkpoint_stays_while_it_is_read_and_readers_that_leave_are_forgotten(
+def test_a_checkpoint_stays_while_it_is_read_and_readers_that_leave_make_room(
     serve: Serve, stub: Stub
 ) -> None:
     server = serve(
@@ -288,10 +288,6 @@ def test_a_checkpoint_stays_while_it_is_read_and_readers_that_leave_are_forgotte
         assert rest[-1].file.name == "manifest.json"
         for stream in streams[1:]:
             stream.cancel()
-        for seed in range(4, 8):
-            trainer.train_step(tokens(seed))
-            trainer.checkpoint(f"by-hand-{seed}")
-        assert not folder.exists(), "retention has taken it"
         names = [info.name for info in trainer.checkpoints()]
         list(service.DownloadCheckpoint(pb.DownloadCheckpointRequest(name=names[0])))
 
@@ -356,3 +352,46 @@ def test_nobody_takes_the_names_of_the_servers_own_checkpoints(serve: Serve) -> 
             with pytest.raises(maskwire.MaskwireError, match="what the server calls its own"):
                 trainer.checkpoint(name)
         assert trainer.checkpoint("step-one").name == "step-one"
+
+
+def test_what_is_not_of_the_checkpoint_stays_and_one_download_writes_at_a_time(
+    serve: Serve, tmp_path: Path
+) -> None:
+    server = serve(**BIG)
+    big(server)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "model.safetensors").write_text("years of work")
+    with maskwire.attach(server.address) as client:
+        with pytest.raises(CheckpointError, match="exists and is not this checkpoint's"):
+            client.download("big", mine, weights=True)
+        assert (mine / "model.safetensors").read_text() == "years of work"
+        seen: list[str] = []
+
+        def second(here: int, total: int) -> None:
+            if here and not seen:
+                seen.append("")
+                with maskwire.attach(server.address) as other, pytest.raises(CheckpointError) as raised:
+                    other.download("big", tmp_path / "got")
+                seen.append(str(raised.value))
+
+        folder = client.download("big", tmp_path / "got", on_progress=second)
+    assert "another download writes into" in seen[1]
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    maskwire_server.load(folder)
+
+
+def test_a_moving_average_can_be_switched_on_later(serve: Serve) -> None:
+    server = serve()
+    with maskwire.connect(server.address) as trainer:
+        trainer.train_step(tokens(0))
+        before = trainer.eval_loss(tokens(9)).nats_per_token
+    assert server.stop() == 0
+    server._command.append("--set=optimizer.ema_decay=0.9")
+    server.start()
+    with maskwire.connect(server.address) as trainer:
+        found = trainer.eval_loss(tokens(9))
+        assert (found.nats_per_token, found.ema_weights) == (before, True)
+        trainer.train_step(tokens(1))
+        averaged, raw = (trainer.eval_loss(tokens(9), raw_weights=raw) for raw in (False, True))
+        assert averaged.nats_per_token != raw.nats_per_token

@@ -28,7 +28,7 @@ CODES = {
     REFUSED: "refused: the message says why, nothing changed; or the server is not healthy",
     USAGE: "wrong usage: an option, a path or data that cannot be used",
     UNAVAILABLE: "no answer from the server within --retry-for",
-    SESSION: "another writer has the run, or took it over",
+    SESSION: "the run is not as expected: another writer has it or took it over, or it was restored",
     HISTORY: "server and client disagree about what was trained: look at the server's storage",
     ACCESS: "the door stays shut: a certificate or a token does not fit",
     INTERRUPTED: "interrupted by Ctrl-C; the same command goes on",

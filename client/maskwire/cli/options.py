@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,16 +107,21 @@ class Server:
     target: str
     retry_for: float
     door: DoorOptions
+    as_json: bool
+
+    def wait(self, words: str) -> None:
+        """Tell what is waited for."""
+        exits.say(json.dumps({"waiting": words}) if self.as_json else words)
 
     def attach(self) -> Client:
         """A client without a session."""
         return attach(
-            self.target, retry_for=self.retry_for, on_wait=exits.say, **self.door
+            self.target, retry_for=self.retry_for, on_wait=self.wait, **self.door
         )  # fmt: skip
 
     def connect(self, **options: Any) -> Trainer:
         """The run's writer."""
-        return connect(self.target, retry_for=self.retry_for, on_wait=exits.say, **options, **self.door)
+        return connect(self.target, retry_for=self.retry_for, on_wait=self.wait, **options, **self.door)
 
 
 def with_server(retry_for: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -133,7 +139,8 @@ def with_server(retry_for: float) -> Callable[[Callable[..., None]], Callable[..
             target, wait = chosen.pop("target"), chosen.pop("retry_for")
             chosen["tls"] = chosen["tls"] or None
             with exits.errors(given.get("as_json", False)):
-                command(server=Server(target, wait, typing.cast(DoorOptions, chosen)), **given)
+                server = Server(target, wait, typing.cast(DoorOptions, chosen), given.get("as_json", False))
+                command(server=server, **given)
 
         hints = typing.get_type_hints(command, include_extras=True)
         own = [p for p in inspect.signature(command).parameters.values() if p.name != "server"]

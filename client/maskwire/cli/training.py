@@ -56,7 +56,7 @@ def train(
     if eval_data is not None and not eval_every:
         raise ValueError("--eval-data needs --eval-every, which says when to evaluate")
     options: dict[str, Any] = {
-        "length": length or 1,
+        "length": 1 if length is None else length,
         "batch_size": batch_size,
         "seed": seed,
         "pattern": pattern,
@@ -137,7 +137,9 @@ def evaluate(
     """Estimate the negative ELBO of data, with its standard error. Changes nothing."""
     if rows < 1:
         raise ValueError(f"--rows must be at least 1, got {rows}")
-    data = open_data(paths, length=length or 1, batch_size=1, pattern=pattern, dtype=dtype)
+    data = open_data(
+        paths, length=1 if length is None else length, batch_size=1, pattern=pattern, dtype=dtype
+    )
     with server.attach() as client:
         status = client.status()
         if status.model is None:

@@ -53,6 +53,8 @@ def health(
             serving = _check(call, request, server.retry_for, door)
         except grpc.RpcError as error:
             failure = read_failure(error)
+            if failure.error.reason == "NOT_FOUND":
+                raise ValueError(f"the server knows no service {service!r}: '' or 'liveness'") from None
             if failure.unreachable:
                 raise UnavailableError(
                     f"{failure.error}; is the server running, and the address right?",

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
@@ -33,15 +33,16 @@ class Server:
         gate = security.gate(config)
         # Health and status have threads of their own: they must answer when every worker waits.
         self._prompt_pool = ThreadPoolExecutor(2, thread_name_prefix="maskwire-health")
+        self._reflection_pool = ThreadPoolExecutor(4, thread_name_prefix="maskwire-reflection")
         self._workers = ThreadPoolExecutor(
             config.queue_limit + _SPARE_WORKERS, thread_name_prefix="maskwire-rpc"
         )
         self._health = health.HealthServicer(experimental_thread_pool=self._prompt_pool)
         for name, serving in (("", False), (SERVICE, False), (LIVENESS, True)):
             self._set_health(name, serving)
-        self._promptly(self._health, "Check")
+        self._on_pool(self._health, "Check", self._prompt_pool)
         self._service = TrainingService(engine)
-        self._promptly(self._service, "GetStatus")
+        self._on_pool(self._service, "GetStatus", self._prompt_pool)
         self._door = self._make_door([] if gate is None else [gate])
         self._socket: socket.Socket | None = None
         self._side_door: grpc.Server | None = None
@@ -69,17 +70,23 @@ class Server:
         pb_grpc.add_TrainingServiceServicer_to_server(self._service, door)  # type: ignore[no-untyped-call]
         if self._config.reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, door)
+            servicer = reflection.ReflectionServicer(names)
+            # Its streams stay open as long as a client likes: they hold nobody else's workers.
+            self._on_pool(servicer, "ServerReflectionInfo", self._reflection_pool)
+            add = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
+            add(servicer, door)  # type: ignore[no-untyped-call]
         return door
 
-    def _promptly(self, servicer: object, method: str) -> None:
+    @staticmethod
+    def _on_pool(servicer: object, method: str, pool: ThreadPoolExecutor) -> None:
+        """Give a method threads of its own."""
         behave: Callable[[Any, Any], Any] = getattr(servicer, method)
 
-        def prompt(request: Any, context: Any) -> Any:
+        def on_pool(request: Any, context: Any) -> Any:
             return behave(request, context)
 
-        prompt.experimental_thread_pool = self._prompt_pool  # type: ignore[attr-defined]
-        setattr(servicer, method, prompt)
+        on_pool.experimental_thread_pool = pool  # type: ignore[attr-defined]
+        setattr(servicer, method, on_pool)
 
     def start(self) -> str:
         """Listen, and return the address, with the port that was found. Raises ConfigError."""
@@ -122,4 +129,5 @@ class Server:
         if self._socket is not None:
             self._socket.remove()
         self._workers.shutdown(wait=False, cancel_futures=True)
+        self._reflection_pool.shutdown(wait=False, cancel_futures=True)
         self._prompt_pool.shutdown(wait=False, cancel_futures=True)

@@ -14,8 +14,9 @@ import hashlib
 import os
 import shutil
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,8 @@ from maskwire_server.manifest import MANIFEST, Manifest
 from maskwire_server.requests import CHECKPOINT_NAME
 from maskwire_server.results import CheckpointInfo, FileInfo
 from maskwire_server.run.flush import flush_folder
+
+LEASE_SECONDS = 60.0
 
 
 class Snapshot(Protocol):
@@ -36,9 +39,11 @@ class Snapshot(Protocol):
 class Checkpoints:
     """The checkpoints of one run directory. Safe to call from several threads, one `write` at a time."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self.folder = run_dir / "checkpoints"
+        self._clock = clock
         self._readers: Counter[str] = Counter()
+        self._read_until: dict[str, float] = {}  # a reader may come back for the next file
         self._lock = threading.Lock()  # between readers and `delete`
 
     def path(self, name: str) -> Path:
@@ -122,15 +127,16 @@ class Checkpoints:
         finally:
             with self._lock:
                 self._readers[name] -= 1
+                self._read_until[name] = self._clock() + LEASE_SECONDS
 
     def delete(self, name: str) -> bool:
         """Remove a checkpoint, its manifest first, so that it is never half there.
 
-        False, and it stays, while somebody reads it.
+        False, and it stays, while somebody reads it, and a minute longer.
         """
         folder = self.path(name)
         with self._lock:
-            if self._readers[name]:
+            if self._readers[name] or self._clock() < self._read_until.get(name, 0.0):
                 return False
             (folder / MANIFEST).unlink(missing_ok=True)
         flush_folder(folder)
@@ -174,7 +180,7 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 def _read_manifest(folder: Path) -> Manifest | None:
     try:
         manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return manifest if manifest.info.name == folder.name else None
 

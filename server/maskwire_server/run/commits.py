@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import sqlite3
 from collections.abc import Callable
+from pathlib import Path
 
 from maskwire_server.results import RunState
+from maskwire_server.run.disk import free_bytes
 from maskwire_server.run.journal import Journal, is_full
 from maskwire_server.run.standing import Standing
 
@@ -19,7 +21,14 @@ TIDY_EVERY = 256  # commits between two folds of the journal's write-ahead log
 class Commits:
     """Writes in order, then what follows from their being durable. Only the engine's thread calls it."""
 
-    def __init__(self, journal: Journal, standing: Standing, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        standing: Standing,
+        clock: Callable[[], float],
+        reserve: Reserve,
+    ) -> None:
+        self._reserve = reserve
         self._journal = journal
         self._standing = standing
         self._clock = clock
@@ -54,13 +63,17 @@ class Commits:
         """
         if self._retry_at is not None and self._clock() < self._retry_at:
             return
+        if self._retry_at is not None and not self._reserve.there():
+            self._retry_at = self._clock() + RETRY_SECONDS
+            return
         if self._writes:
             try:
                 self._journal.transaction(lambda: [write() for write in self._writes])
             except sqlite3.Error as error:
                 if not is_full(error):
                     raise
-                self._hold(error)
+                log.error("the journal cannot be written: %s", error)
+                self.hold()
                 return
             self._count += 1
         if self._retry_at is not None:
@@ -74,8 +87,21 @@ class Commits:
             self._count = 0
             self._journal.tidy()
 
-    def _hold(self, error: sqlite3.Error) -> None:
+    def hold(self) -> None:
+        """Nothing is admitted from now on, until there is room on the journal's disk."""
         if self._retry_at is None:
-            log.error("the journal cannot be written (%s): nothing is admitted until there is room", error)
+            log.error("no room on the journal's disk: nothing is admitted until there is")
         self._retry_at = self._clock() + RETRY_SECONDS
         self._standing.set(RunState.HELD, waiting_for="room on the journal's disk")
+
+
+class Reserve:
+    """The room that is kept on the journal's disk, so that a step that was computed can be committed."""
+
+    def __init__(self, run_dir: Path, reserve_bytes: int) -> None:
+        self._run_dir = run_dir
+        self._reserve_bytes = reserve_bytes
+
+    def there(self, more: int = 0) -> bool:
+        """Whether it is there beside `more` bytes that are about to be written."""
+        return free_bytes(self._run_dir) >= self._reserve_bytes + more

@@ -98,6 +98,13 @@ class Device:
         self._at = number
         return result
 
+    def pass_over(self, number: int, result: StepResult) -> StepResult | None:
+        """Consume a step without computing it; None when its predecessor was not consumed."""
+        if number != self._at + 1:
+            return None
+        self._at = number
+        return result
+
     def replay(self, lineage: int, number: int, payload: Payload) -> StepResult:
         """Compute a recorded step again."""
         return self._trainer.train_step(lineage, number, payload.batch, payload.modes)

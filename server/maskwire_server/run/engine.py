@@ -42,11 +42,13 @@ from maskwire_server.results import (
 )
 from maskwire_server.run import admission, reading, recovery
 from maskwire_server.run.checkpoint import Checkpoints
+from maskwire_server.run.commits import Reserve
 from maskwire_server.run.device import Device, Trainer
 from maskwire_server.run.jobs import Evaluation, Save, Step, refuse
 from maskwire_server.run.journal import Journal
 from maskwire_server.run.line import Line
 from maskwire_server.run.pipeline import Pipeline
+from maskwire_server.run.poison import Poison
 from maskwire_server.run.rate import Rate
 from maskwire_server.run.restoring import Restoring
 from maskwire_server.run.saving import Saver
@@ -321,13 +323,20 @@ class Engine:
         self._versions.update(versions)
         log.info("trainer built on %s in %.1f s", versions.get("device", "?"), self._clock() - began)
 
-        self._standing.set(RunState.RECOVERING, waiting_for="the newest checkpoint and the replay")
-        numerics = recovery.numerics(self._configuration)
+        self._standing.set(RunState.RECOVERING, waiting_for="the newest checkpoint")
+        numerics = recovery.numerics(self._configuration) | recovery.fingerprint(versions)
         recovered = recovery.recover(
-            journal, self._checkpoints, device, numerics, accept_inexact=self._accept_inexact_replay
+            journal,
+            self._checkpoints,
+            device,
+            numerics,
+            accept_inexact=self._accept_inexact_replay,
+            tell=lambda words: self._standing.set(RunState.RECOVERING, waiting_for=words),
         )
         self._standing.set(RunState.RECOVERING, waiting_for="the warm-up")
+        warming = self._clock()
         device.call(partial(device.begin_at, recovered.step))
+        log.info("warmed up in %.1f s", self._clock() - warming)
         configuration_id = recovery.record_start(journal, self._versions, numerics)
 
         head.move(recovered.lineage, recovered.step, recovered.digest)
@@ -355,6 +364,8 @@ class Engine:
             rate=self._rate,
             serve=self._serve,
             configuration_id=configuration_id,
+            reserve=Reserve(self._run_dir, self._serve.reserve_bytes),
+            poison=Poison(self._run_dir, self._serve.poison_after),
             post=self._tell,
             clock=self._clock,
         )

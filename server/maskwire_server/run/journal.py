@@ -22,6 +22,7 @@ from typing import Any
 
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.results import Losses, Outcome
+from maskwire_server.run.disk import network_file_system
 from maskwire_server.run.flush import flush_folder
 
 FORMAT = 1
@@ -138,6 +139,12 @@ class Journal:
 
     def __init__(self, run_dir: Path, *, durable: bool = True) -> None:
         self._path = run_dir / FILE_NAME
+        kind = network_file_system(run_dir.resolve())
+        if kind is not None:
+            raise RunDirectoryError(
+                f"{run_dir}: is on a network file system ({kind}), whose locks and flushes cannot be relied "
+                "on; choose a disk of this machine with --run-dir"
+            )
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             if not self._path.exists():

@@ -6,6 +6,7 @@ Everything here happens on the engine's thread, one message after another, so th
 from __future__ import annotations
 
 import logging
+import math
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,6 +20,7 @@ from maskwire_server.results import (
     CheckpointInfo,
     EvalAnswer,
     EvalResult,
+    Losses,
     Outcome,
     RestoreAnswer,
     RunState,
@@ -29,11 +31,12 @@ from maskwire_server.results import (
 from maskwire_server.run import admission
 from maskwire_server.run.admission import Known, Position, StepFacts, Verdict
 from maskwire_server.run.checkpoint import Snapshot
-from maskwire_server.run.commits import Commits
+from maskwire_server.run.commits import Commits, Reserve
 from maskwire_server.run.device import Device
 from maskwire_server.run.jobs import Barrier, Evaluation, Save, Step, answer, refuse
 from maskwire_server.run.journal import Journal, StepRecord
 from maskwire_server.run.line import Line
+from maskwire_server.run.poison import Poison
 from maskwire_server.run.rate import Rate
 from maskwire_server.run.restoring import Restoring
 from maskwire_server.run.saving import Saver
@@ -44,6 +47,7 @@ from maskwire_server.run.writer import Writer
 log = logging.getLogger(__name__)
 
 AHEAD = 2  # jobs handed to the device at once: one runs, one is ready, so that it never waits for us
+WRITES = 2  # of a batch: into the write-ahead log, and from there into the database
 HALT_AFTER = 3  # steps in a row that are not finite
 
 
@@ -64,6 +68,8 @@ class Pipeline:
         rate: Rate,
         serve: ServeConfig,
         configuration_id: int,
+        reserve: Reserve,
+        poison: Poison,
         post: Callable[[Callable[[], None]], None],
         clock: Callable[[], float],
     ) -> None:
@@ -80,7 +86,9 @@ class Pipeline:
         self._configuration_id = configuration_id
         self._post = post
         self._clock = clock
-        self._commits = Commits(journal, standing, clock)
+        self._reserve = reserve
+        self._poison = poison
+        self._commits = Commits(journal, standing, clock, reserve)
         self._sessions = Sessions(journal, self._commits, line, writer, head, standing)
         if head.non_finite >= HALT_AFTER:
             standing.set(RunState.HALTED)
@@ -148,6 +156,9 @@ class Pipeline:
             queue_limit=self._serve.queue_limit,
         )
         verdict = admission.admit_step(facts, self.position())
+        if verdict in (Verdict.RUN, Verdict.WAIT) and not self._reserve.there(WRITES * len(step.encoded)):
+            self._commits.hold()
+            admission.refuse_unavailable(RunState.HELD)
         if request.session is not None:
             self._writer.touch()
         if verdict is Verdict.REPLAY and record is not None:
@@ -212,7 +223,12 @@ class Pipeline:
 
     def _compute(self, step: Step) -> StepResult | None:
         step.started = self._clock()
-        result = self._device.train(self._head.lineage, step.number, step.request.payload)
+        result: StepResult | None
+        if self._poison.condemned(step.payload_hash):
+            result = self._device.pass_over(step.number, StepResult(Outcome.POISON, Losses(math.nan)))
+        else:
+            with self._poison.watch(step.payload_hash):
+                result = self._device.train(self._head.lineage, step.number, step.request.payload)
         step.ended = self._clock()
         return result
 

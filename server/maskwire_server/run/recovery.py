@@ -154,6 +154,14 @@ def steps_to_replay(
             yield record, payload
 
 
+FINGERPRINT = ("torch", "device", "threads", "precision", "world_size")
+
+
+def fingerprint(versions: dict[str, str]) -> dict[str, Any]:
+    """What a step's result depends on beside the configuration: software, hardware, threads."""
+    return {f"fingerprint.{name}": versions[name] for name in FINGERPRINT if name in versions}
+
+
 NUMERIC_SETTINGS = ("device", "precision", "threads", "micro_batch_tokens")
 
 
@@ -198,8 +206,9 @@ def recover(
     settings: dict[str, Any],
     *,
     accept_inexact: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Recovered:
-    """Bring the device's trainer to the journal's last step.
+    """Bring the device's trainer to the journal's last step; `tell` hears what takes its time.
 
     Raises RunDirectoryError when that cannot be done exactly; nothing is changed then.
     """
@@ -222,6 +231,8 @@ def recover(
                 f"checkpoint {info.name!r} does not fit the configuration: {error}; start with it as it was"
             ) from error
         log.info("loaded checkpoint %s (step %d)", info.name, info.step)
+    last = journal.last_step(lineage)
+    step, digest = (last.step, last.digest) if last else (lineages[lineage].step, lineages[lineage].digest)
     records = steps_to_replay(journal, segments, start)
     following = Following(
         journal,
@@ -229,10 +240,9 @@ def recover(
         lambda section: device.call(partial(device.configure, section)),
         strict=not accept_inexact,
     )
-    records = following.follow(records)
     began = time.monotonic()
     count, inexact = replay(
-        records,
+        told(following.follow(records), step - start[1], tell),
         lambda *step: device.call(partial(device.replay, *step)),
         accept_inexact=accept_inexact,
     )
@@ -241,9 +251,26 @@ def recover(
     following.end()
     if inexact:
         journal.transaction(partial(journal.add_event, "inexact_replay", {"steps": inexact}))
-    last = journal.last_step(lineage)
-    step, digest = (last.step, last.digest) if last else (lineages[lineage].step, lineages[lineage].digest)
     return Recovered(lineage, step, digest, _non_finite(journal, lineage, step))
+
+
+def told(
+    records: Iterator[tuple[StepRecord, bytes | None]], total: int, tell: Callable[[str], None]
+) -> Iterator[tuple[StepRecord, bytes | None]]:
+    """Pass the records on, and tell twice a second, and the log every ten, how far it is."""
+    began = spoken = logged = time.monotonic()
+    for count, item in enumerate(records):
+        now = time.monotonic()
+        if now - spoken >= 0.5 or not count:
+            spoken = now
+            speed = count / (now - began) if count else 0.0
+            left = f", {(total - count) / speed:.0f} s left" if speed else ""
+            words = f"the replay: step {item[0].step}, {count} of {total}{left}"
+            tell(words)
+            if now - logged >= 10:
+                logged = now
+                log.info("%s", words)
+        yield item
 
 
 def _non_finite(journal: Journal, lineage: int, step: int) -> int:
@@ -286,9 +313,11 @@ class Following:
 
     def _follow(self, record: StepRecord, was: dict[str, Any]) -> None:
         changed = [
-            f"{key} was {was.get(key)!r}"
-            for key in sorted(was.keys() | self._settings.keys())
-            if not key.startswith("optimizer.") and was.get(key) != self._settings.get(key)
+            f"{key} was {was[key]!r}"
+            for key in sorted(
+                was.keys() & self._settings.keys()
+            )  # what an older version did not record is unknown
+            if not key.startswith("optimizer.") and was[key] != self._settings[key]
         ]
         if changed and self._strict:
             raise _changed(record, ", ".join(changed))
@@ -315,8 +344,9 @@ def optimizer_section(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _changed(record: StepRecord, what: str) -> RunDirectoryError:
     return RunDirectoryError(
-        f"step {record.step} must be computed again, and the configuration changed since it was trained "
-        f"({what}): start once with it as it was, stop the server cleanly, then change it"
+        f"step {record.step} must be computed again, and what its result depends on changed since it was "
+        f"trained ({what}): start once with it as it was, stop the server cleanly, then change it; or accept "
+        "a result that may differ, once, with --accept-inexact-replay"
     )
 
 

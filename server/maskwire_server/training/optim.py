@@ -96,6 +96,13 @@ class Group:
             averages: list[Tensor] = list(self.ema.parameters())
             torch._foreach_lerp_(averages, [weight.detach() for weight in self.weights], 1 - decay)
 
+    def begin_average(self) -> None:
+        """Let the moving average, if one is kept, begin at the weights."""
+        if self.ema is not None:
+            with torch.no_grad():
+                for average, weight in zip(self.ema.parameters(), self.weights, strict=True):
+                    average.copy_(weight)
+
     def state(self) -> dict[str, Tensor]:
         """AdamW's state and the count of updates, by weight name."""
         state = {"updates": torch.tensor(self.updates, dtype=torch.int64)}

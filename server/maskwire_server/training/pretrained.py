@@ -109,5 +109,5 @@ def _manifest(folder: Path) -> Manifest:
         raise ValueError(
             f"{folder} is no whole checkpoint: {MANIFEST} cannot be read ({error.strerror})"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / MANIFEST} cannot be used: {error}") from error

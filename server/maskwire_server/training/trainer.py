@@ -23,12 +23,22 @@ from maskwire_server.batch import Batch
 from maskwire_server.batch import Modes as RequestModes
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.errors import ConfigError, StateLost
-from maskwire_server.results import EvalOptions, EvalResult, Losses, ModelInfo, Outcome, StepResult
+from maskwire_server.results import (
+    WEIGHT_FILES,
+    EvalOptions,
+    EvalResult,
+    Losses,
+    ModelInfo,
+    Outcome,
+    StepResult,
+)
 from maskwire_server.training import draws, evaluation, objective, optim, snapshot
 from maskwire_server.training.corruption import Step, Vocabulary, corrupt, random_ids
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.networks import Networks
 from maskwire_server.training.optim import Group
+
+MODEL_FILE, EMA_FILE = WEIGHT_FILES
 
 
 class Trainer:
@@ -84,9 +94,7 @@ class Trainer:
     @property
     def versions(self) -> dict[str, str]:
         """What results depend on beside the configuration."""
-        name = (
-            torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else platform.processor()
-        )
+        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else processor()
         return {
             "torch": torch.__version__,
             "device": f"{self._device}{f' ({name})' if name else ''}",
@@ -181,7 +189,13 @@ class Trainer:
     def load(self, folder: Path) -> None:
         """Take over the files of a snapshot. Raises ValueError, the state untouched, if they do not fit."""
         state = self._state()
+        if not (folder / EMA_FILE).exists():
+            # It was not kept when the checkpoint was saved: it begins at the weights.
+            state.pop(EMA_FILE, None)
         snapshot.load(folder, state)
+        if EMA_FILE not in state:
+            for group in self._groups().values():
+                group.begin_average()
         for name, group in self._groups().items():
             group.updates = int(state["optimizer.safetensors"][f"{name}.updates"])
 
@@ -189,14 +203,14 @@ class Trainer:
         return {"generator": self.generator} | ({} if self.critic is None else {"critic": self.critic})
 
     def _state(self) -> dict[str, dict[str, Tensor]]:
-        files: dict[str, dict[str, Tensor]] = {"model.safetensors": {}, "optimizer.safetensors": {}}
+        files: dict[str, dict[str, Tensor]] = {MODEL_FILE: {}, "optimizer.safetensors": {}}
         for group_name, group in self._groups().items():
             for name, weight in zip(group.names, group.weights, strict=True):
-                files["model.safetensors"][f"{group_name}.{name}"] = weight
+                files[MODEL_FILE][f"{group_name}.{name}"] = weight
             for name, value in group.state().items():
                 files["optimizer.safetensors"][f"{group_name}.{name}"] = value
             if group.ema is not None:
-                averages = files.setdefault("ema.safetensors", {})
+                averages = files.setdefault(EMA_FILE, {})
                 averages |= {f"{group_name}.{name}": w for name, w in group.ema.named_parameters()}
         return files
 
@@ -299,6 +313,15 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The CPU's model: another one may round differently."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def choose_device(wish: str) -> torch.device:

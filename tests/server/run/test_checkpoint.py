@@ -140,6 +140,28 @@ def test_deleting_takes_the_manifest_first(tmp_path: Path) -> None:
     assert not checkpoints.path("a").exists()
 
 
+def test_what_is_read_stays_and_a_minute_longer_for_the_next_file(tmp_path: Path) -> None:
+    now = 0.0
+    checkpoints = Checkpoints(tmp_path, clock=lambda: now)
+    checkpoints.write(Files(), manifest())
+    with checkpoints.reading("a"), checkpoints.reading("a"):
+        assert not checkpoints.delete("a")
+    now = 59.9
+    assert not checkpoints.delete("a")
+    now = 60.1
+    assert checkpoints.delete("a")
+    with pytest.raises(Refused, match="no checkpoint"), checkpoints.reading("a"):
+        pass
+
+
+def test_a_whole_checkpoint_is_never_written_over(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    first = checkpoints.write(Files(), manifest())
+    with pytest.raises(Refused, match="is taken"):
+        checkpoints.write(Files(), manifest())
+    assert checkpoints.all() == [first]
+
+
 def test_retention_keeps_the_newest_the_multiples_the_named_and_the_pinned() -> None:
     saved = [manifest(f"s{step}", step) for step in range(10, 0, -1)]
     saved[5] = replace(saved[5], automatic=False)  # step 5, named by somebody
