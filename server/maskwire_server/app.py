@@ -10,13 +10,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from maskwire._version import __version__
 from maskwire_server.config import Config
-from maskwire_server.errors import ConfigError, RunDirectoryError
+from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
 from maskwire_server.rpc.server import Server
+from maskwire_server.run import rewinding
 from maskwire_server.run.device import Trainer
 from maskwire_server.run.engine import Engine
 from maskwire_server.run.recovery import InexactReplayError
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 EXIT_CONFIG, EXIT_RUN_DIRECTORY, EXIT_INEXACT, EXIT_SLOW, EXIT_FAILURE = 2, 3, 4, 5, 70
 EXIT_CODES = {  # whatever was acknowledged is safe in every case
     0: "stopped cleanly; of `check`: it fits",
-    1: "of `check`: it does not fit",
+    1: "of `check`: it does not fit; of `verify`: something is damaged",
     EXIT_CONFIG: "the configuration, a certificate or a token file cannot be used; one line a problem",
     EXIT_RUN_DIRECTORY: "the run directory cannot be used",
     EXIT_INEXACT: "a step computed again gave another result than was acknowledged",
@@ -93,6 +95,29 @@ def serve(
     except Exception:
         log.exception("the server could not start")
         return _leave(EXIT_FAILURE)
+
+
+def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_replay: bool = False) -> int:
+    """Compute a run again up to a step, and return the exit code."""
+    try:
+        info = rewinding.rewind(
+            config.run.dir,
+            _trainer_factory(config),
+            config.model_dump(mode="json"),
+            to_step=to_step,
+            out=out,
+            accept_inexact=accept_inexact_replay,
+            tell=log.info,
+        )
+    except InexactReplayError as error:
+        _say(error)
+        return EXIT_INEXACT
+    except (RunDirectoryError, Refused, ValueError) as error:
+        _say(error)
+        return EXIT_RUN_DIRECTORY
+    where = f"; its state is in {out}" if out is not None else ""
+    print(f"step {info.step}, digest {info.digest.hex()}: as recorded{where}", flush=True)
+    return 0
 
 
 def _trainer_factory(config: Config) -> Callable[[], Trainer]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import logging
 import os
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 _NEEDS = ("torch", "einops", "safetensors", "pydantic_settings", "grpc_health", "grpc_reflection")
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="maskwire-server",
@@ -27,6 +32,8 @@ ConfigFile = Annotated[
 ]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the run, in place of run.dir.")]
 Address = Annotated[str | None, typer.Option("--address", help="HOST:PORT, in place of serve.address.")]
+Run = Annotated[Path, typer.Option("--run-dir", help="Folder of the run.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting; may be repeated."),
@@ -46,12 +53,7 @@ def serve(
 ) -> None:
     """Serve a run, until SIGTERM or Ctrl-C. Started again on the same folder, it goes on."""
     loaded = _load(config, run_dir, address, settings)
-    level = logging.getLevelNamesMapping().get(log_level.upper())
-    if level is None:
-        _stop(f"--log-level must be debug, info, warning or error, got {log_level!r}")
-    logging.basicConfig(
-        level=level, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"
-    )
+    _log(log_level)
     # Read when grpc is imported: its core logs every connection that fails to speak TLS.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from maskwire_server.app import serve as run
@@ -90,6 +92,135 @@ def check(
         typer.echo(line)
     if not report.fits:
         raise typer.Exit(1)
+
+
+@app.command()
+def verify(run_dir: Run, as_json: Json = False) -> None:
+    """Check a run directory: every record, digest, batch and checkpoint. Needs no device; no server
+    may run on it."""
+    _check_extra()
+    from maskwire_server.run.audit import verify as audit
+
+    found = _of_run(lambda: audit(run_dir, tell=lambda words: typer.echo(words, err=True)))
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found)))
+    else:
+        typer.echo(
+            f"run {found.run_id}, lineage {found.lineage}, step {found.step}, digest {found.digest}\n"
+            f"{found.steps} steps in {found.lineages} lineages, {found.batches} with their batches; whole "
+            f"checkpoints: {', '.join(found.checkpoints) or 'none'}"
+        )
+        for problem in found.problems:
+            typer.echo(f"damaged: {problem}")
+        typer.echo("nothing is damaged" if not found.problems else f"{len(found.problems)} problems")
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    step: Annotated[int, typer.Argument(help="The step.")],
+    run_dir: Run,
+    lineage: Annotated[int | None, typer.Option(help="The lineage; the current history by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the batch's ids there, a .npy file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a recorded step: its batch, outcome, losses and gradient norm. The batch behind a spike."""
+    _check_extra()
+    from maskwire_server.run.audit import inspect as look
+
+    found = _of_run(lambda: look(run_dir, step, lineage))
+    record, payload = found.record, found.payload
+    shown: dict[str, Any] = {
+        "step": record.step,
+        "lineage": record.lineage,
+        "outcome": record.outcome.name,
+        "loss": record.losses.loss,
+        "generator_loss": record.losses.generator_loss,
+        "critic_loss": record.losses.critic_loss,
+        "gradient_norm": record.gradient_norm,
+        "request_id": record.request_id,
+        "payload_hash": record.payload_hash.hex(),
+        "digest": record.digest.hex(),
+        "settings": found.settings,
+        "batch": None,
+    }
+    if payload is not None:
+        ids, valid, prompt = payload.batch.dense(None)
+        shown["modes"] = dataclasses.asdict(payload.modes)
+        shown["batch"] = {
+            "rows": payload.batch.rows,
+            "columns": payload.batch.columns,
+            "tokens": int(valid.sum()),
+            "prompt_tokens": int(prompt.sum()),
+        }
+        if out is not None:
+            import numpy as np
+
+            np.save(out, ids)
+    elif out is not None:
+        _stop(
+            f"the batch of step {step} was dropped behind checkpoints; serve.keep_payloads = 'all' keeps them"
+        )
+    if as_json:
+        typer.echo(json.dumps({k: None if v != v else v for k, v in shown.items()}))
+        return
+    for key, value in shown.items():
+        if key == "batch" and value is None:
+            value = "dropped behind checkpoints (serve.keep_payloads = 'all' keeps batches)"
+        typer.echo(f"{key:15} {value}")
+    if payload is not None:
+        for number, row in enumerate(ids[:8]):
+            text = " ".join(str(value) for value in row[:24])
+            typer.echo(f"  row {number}: {text}{' …' if row.size > 24 else ''}")
+        if ids.shape[0] > 8:
+            typer.echo(f"  … {ids.shape[0] - 8} more rows (--out FILE.npy has all)")
+
+
+@app.command()
+def replay(
+    to: Annotated[int, typer.Option("--to", help="The step.")],
+    config: ConfigFile = None,
+    run_dir: RunDir = None,
+    settings: Settings = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the state after that step there, a folder as a checkpoint's.")
+    ] = None,
+    accept_inexact_replay: Annotated[
+        bool, typer.Option(help="Go on although recomputed steps differ from the recorded ones.")
+    ] = False,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Compute a run again up to a step; its losses must be the recorded ones. The run is not changed.
+
+    Any step, with serve.keep_payloads = "all"; otherwise those behind the second-newest checkpoint.
+    """
+    loaded = _load(config, run_dir, None, settings)
+    _log(log_level)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from maskwire_server.app import rewind
+
+    raise typer.Exit(rewind(loaded, to, out, accept_inexact_replay=accept_inexact_replay))
+
+
+def _of_run(look: Callable[[], T]) -> T:
+    from maskwire_server.errors import RunDirectoryError
+
+    try:
+        return look()
+    except RunDirectoryError as error:
+        for line in str(error).splitlines():
+            typer.echo(f"maskwire-server: {line}", err=True)
+        raise typer.Exit(3) from None
+
+
+def _log(level_name: str) -> None:
+    level = logging.getLevelNamesMapping().get(level_name.upper())
+    if level is None:
+        _stop(f"--log-level must be debug, info, warning or error, got {level_name!r}")
+    logging.basicConfig(
+        level=level, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"
+    )
 
 
 def _load(config: Path | None, run_dir: Path | None, address: str | None, settings: list[str] | None) -> Any:

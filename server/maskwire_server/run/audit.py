@@ -1,0 +1,206 @@
+"""Looking at a run directory without a device: is it whole, and what happened at a step?
+
+    verify    every record's hash, the digest chain of every lineage, each batch that is kept, each
+              checkpoint's files
+    inspect   one step: its batch, outcome, losses and gradient norm
+
+Nothing is changed but that SQLite folds its write-ahead log away, as a server's start would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maskwire.v1.digest import initial_digest, lineage_digest, step_digest
+from maskwire_server.batch import Payload
+from maskwire_server.errors import RunDirectoryError
+from maskwire_server.run.checkpoint import Checkpoints
+from maskwire_server.run.journal import FILE_NAME, Journal, Lineage, StepRecord
+from maskwire_server.run.recovery import ancestry, digest_at
+
+
+@dataclass
+class Audit:
+    """What `verify` found."""
+
+    run_id: str = ""
+    lineage: int = 0
+    step: int = 0
+    """The last step of the newest lineage."""
+    digest: str = ""
+    lineages: int = 0
+    steps: int = 0
+    batches: int = 0
+    """Steps whose batch is kept."""
+    checkpoints: list[str] = field(default_factory=list)
+    """The whole ones, newest first."""
+    problems: list[str] = field(default_factory=list)
+
+
+def open_run(run_dir: Path) -> Journal:
+    """The journal of a run that is there. Raises RunDirectoryError."""
+    if not (run_dir / FILE_NAME).is_file():
+        raise RunDirectoryError(f"{run_dir}: there is no run here ({FILE_NAME} is missing)")
+    return Journal(run_dir)
+
+
+def verify(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -> Audit:
+    """Check everything that can be checked without computing. Raises RunDirectoryError for no run at all."""
+    journal = open_run(run_dir)
+    try:
+        audit = Audit(run_id=journal.fact("run_id"))
+        lineages = journal.lineages()
+        for lineage in lineages.values():
+            _verify_start(journal, lineage, lineages, audit)
+            _verify_steps(journal, lineage, audit, tell)
+        audit.lineages, audit.lineage = len(lineages), max(lineages)
+        last = journal.last_step(audit.lineage)
+        audit.step = last.step if last else lineages[audit.lineage].step
+        audit.digest = (last.digest if last else lineages[audit.lineage].digest).hex()
+        _verify_checkpoints(journal, Checkpoints(run_dir), audit, tell)
+        _verify_recovery(journal, Checkpoints(run_dir), lineages, audit)
+        return audit
+    finally:
+        journal.close()
+
+
+def _verify_start(journal: Journal, lineage: Lineage, lineages: dict[int, Lineage], audit: Audit) -> None:
+    if lineage.parent is None:
+        expected: bytes | None = initial_digest(journal.fact("canonical"), journal.fact("seed"))
+    elif lineage.parent in lineages:
+        parent = digest_at(journal, lineage.parent, lineage.step)
+        expected = None if parent is None else lineage_digest(parent, lineage.lineage)
+    else:
+        expected = None
+    if lineage.digest != expected:
+        audit.problems.append(f"lineage {lineage.lineage} does not begin with its parent's digest")
+
+
+def _verify_steps(journal: Journal, lineage: Lineage, audit: Audit, tell: Callable[[str], None]) -> None:
+    at, digest = lineage.step, lineage.digest
+    try:
+        for record, encoded in journal.steps_after(lineage.lineage, at):
+            at += 1
+            digest = step_digest(digest, lineage.lineage, at, record.payload_hash, record.outcome)
+            if record.step != at or record.digest != digest:
+                audit.problems.append(
+                    f"step {at} (lineage {lineage.lineage}) is missing or does not continue the history "
+                    "before it"
+                )
+                at, digest = record.step, record.digest
+            if encoded is not None:
+                audit.batches += 1
+                if _payload(encoded) is None or _payload(encoded).hash() != record.payload_hash:  # type: ignore[union-attr]
+                    audit.problems.append(f"the batch of step {at} (lineage {lineage.lineage}) was damaged")
+            audit.steps += 1
+            if audit.steps % 10_000 == 0:
+                tell(f"{audit.steps} steps")
+    except RunDirectoryError as error:
+        audit.problems.append(str(error))
+
+
+def _payload(encoded: bytes) -> Payload | None:
+    try:
+        return Payload.decode(encoded)
+    except Exception:  # whatever damaged bytes make of it
+        return None
+
+
+def _verify_checkpoints(
+    journal: Journal, checkpoints: Checkpoints, audit: Audit, tell: Callable[[str], None]
+) -> None:
+    for manifest in checkpoints.all():
+        info = manifest.info
+        tell(f"checkpoint {info.name}")
+        problem = checkpoints.damage(manifest)
+        if manifest.run_id != audit.run_id:
+            problem = f"it belongs to run {manifest.run_id}"
+        elif digest_at(journal, info.lineage, info.step) != info.digest:
+            problem = f"it holds step {info.step} (lineage {info.lineage}), which the journal does not have"
+        if problem is None:
+            audit.checkpoints.append(info.name)
+        else:
+            audit.problems.append(f"checkpoint {info.name}: {problem}")
+    unfinished = [
+        folder.name
+        for folder in (checkpoints.folder.iterdir() if checkpoints.folder.is_dir() else ())
+        if folder.is_dir() and folder.name not in {m.info.name for m in checkpoints.all()}
+    ]
+    if unfinished:
+        tell(f"left unfinished, and swept at the next start: {', '.join(sorted(unfinished))}")
+
+
+def _verify_recovery(
+    journal: Journal, checkpoints: Checkpoints, lineages: dict[int, Lineage], audit: Audit
+) -> None:
+    """Whether the steps behind the newest whole checkpoint of the ancestry have their batches."""
+    segments = ancestry(lineages, max(lineages))
+    whole = set(audit.checkpoints)
+    for manifest in checkpoints.all():
+        info = manifest.info
+        segment = next((s for s in segments if s.lineage == info.lineage), None)
+        on_path = segment is not None and (segment.through is None or info.step <= segment.through)
+        if info.name in whole and on_path:
+            break
+    else:
+        audit.problems.append("no whole checkpoint lies on the run's history: it cannot be recovered")
+        return
+    began = False
+    for segment in segments:
+        began = began or segment.lineage == info.lineage
+        if not began:
+            continue
+        at = info.step if segment.lineage == info.lineage else lineages[segment.lineage].step
+        for record, encoded in _readable(journal, segment.lineage, at):
+            if segment.through is not None and record.step > segment.through:
+                break
+            if encoded is None and record.outcome == 1:
+                audit.problems.append(
+                    f"the batch of step {record.step} (lineage {segment.lineage}), behind checkpoint "
+                    f"{info.name}, was dropped: the run cannot be recovered from there"
+                )
+                return
+
+
+def _readable(journal: Journal, lineage: int, step: int) -> Iterator[tuple[StepRecord, bytes | None]]:
+    try:
+        yield from journal.steps_after(lineage, step)
+    except RunDirectoryError:
+        return  # said already
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """One recorded step."""
+
+    record: StepRecord
+    payload: Payload | None
+    """None when its batch was dropped behind checkpoints."""
+    settings: dict[str, Any]
+    """What its result depends on beside model, objective and seed."""
+
+
+def inspect(run_dir: Path, step: int, lineage: int | None = None) -> Inspected:
+    """One step of a run, of the current history unless a lineage is named. Raises RunDirectoryError."""
+    journal = open_run(run_dir)
+    try:
+        lineages = journal.lineages()
+        if lineage is None:
+            segments = ancestry(lineages, max(lineages))
+            lineage = next(s.lineage for s in segments if s.through is None or step <= s.through)
+        record = journal.step(lineage, step)
+        if record is None:
+            last = journal.last_step(max(lineages))
+            raise RunDirectoryError(
+                f"{run_dir}: there is no step {step} (lineage {lineage}); the last is "
+                f"{last.step if last else lineages[max(lineages)].step} (lineage {max(lineages)})"
+            )
+        payload = next((p for r, p in journal.steps_after(lineage, step - 1) if r.step == step), None)
+        return Inspected(
+            record, None if payload is None else Payload.decode(payload), journal.event(record.configuration)
+        )
+    finally:
+        journal.close()

@@ -1,0 +1,358 @@
+"""Engine, admission and journal against a model that only counts.
+
+Hypothesis drives sessions, steps, retries, restores, crashes and the clock in any order; after each
+operation the answer must be the one that the model gives, and so must what the run holds.
+
+MASKWIRE_MODEL_RUNS and MASKWIRE_MODEL_STEPS set how many runs of how many operations; `make test` takes a
+sample, `make model` 10,000 runs of 50.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from counter import NAN_ID, CounterTrainer
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from maskwire.v1.digest import lineage_digest, step_digest
+from maskwire_server import config
+from maskwire_server.batch import Batch, Modes, Payload
+from maskwire_server.errors import Refused
+from maskwire_server.requests import (
+    History,
+    RestoreRequest,
+    SaveRequest,
+    SessionRef,
+    SessionRequest,
+    StepRequest,
+)
+from maskwire_server.run.engine import Engine
+
+WAIT = 30
+RUNS = int(os.environ.get("MASKWIRE_MODEL_RUNS", "40"))
+OPERATIONS = int(os.environ.get("MASKWIRE_MODEL_STEPS", "30"))
+WINDOW, IDLE, GAP = 4, 60.0, 5.0
+CONFIG = config.load(
+    None,
+    serve={
+        "window": WINDOW,
+        "session_idle_seconds": IDLE,
+        "gap_seconds": GAP,
+        "durability": "off",
+        "reserve_bytes": 0,
+    },
+    checkpoints={"every_seconds": 1e9, "keep_last": 2},
+)
+ROOM = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a disk that forgets nothing and flushes at once
+
+
+def payload(number: int, finite: bool = True) -> Payload:
+    ids = np.random.default_rng(number).integers(10, 200, (1, 4))
+    if not finite:
+        ids[0, 0] = NAN_ID
+    return Payload(Batch(ids, 1, 4), Modes())
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A step that waits for its turn."""
+
+    future: Future[Any]
+    request_id: str | None
+    sent: Payload
+    since: float
+    bare: bool
+
+
+class WriterModel(RuleBasedStateMachine):
+    """The model is the attributes; `engine` is what it is held against."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(dir=ROOM))
+        self.now = 0.0
+        self.fatal: list[BaseException] = []
+        self.engine: Engine
+        self.start()
+        status = self.engine.status()
+        self.run_id = status.run_id
+        self.lineage, self.step, self.digest = 1, 0, status.digest
+        self.at = {(1, 0): status.digest}  # what the run held: (lineage, step) -> digest
+        self.known: dict[str, tuple[int, bytes]] = {}  # request id -> step, payload hash
+        self.epoch, self.writer, self.closed, self.active = 0, "", True, 0.0
+        self.nonces: dict[str, int] = {}
+        self.sessions: list[SessionRef] = []
+        self.non_finite = 0
+        self.saved: dict[str, tuple[int, int, bytes]] = {}
+        self.ahead: dict[int, Ahead] = {}
+        self.made = 0
+
+    def start(self) -> None:
+        self.engine = Engine(
+            CounterTrainer,
+            self.folder / "run",
+            seed=0,
+            canonical=CONFIG.canonical(),
+            configuration=CONFIG.model_dump(mode="json"),
+            serve=CONFIG.serve,
+            checkpoints=CONFIG.checkpoints,
+            versions={},
+            on_fatal=self.fatal.append,
+            clock=lambda: self.now,
+        )
+        self.engine.start()
+        self.engine.wait_serving(WAIT)
+
+    def teardown(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.close()
+            shutil.rmtree(self.folder)
+
+    # What the model knows.
+
+    @property
+    def halted(self) -> bool:
+        return self.non_finite >= 3
+
+    def present(self) -> str:
+        """The writer whose session is open."""
+        if self.closed or not self.epoch:
+            return ""
+        return "" if not self.ahead and self.now - self.active >= IDLE else self.writer
+
+    def fresh(self) -> int:
+        self.made += 1
+        return self.made
+
+    def check_session(self, session: SessionRef) -> str:
+        if (session.run_id, session.lineage) != (self.run_id, self.lineage):
+            return "WRONG_RUN"
+        if session.epoch < self.epoch:
+            return "FENCED"
+        return "UNKNOWN_EPOCH" if session.epoch > self.epoch or self.closed else ""
+
+    def consume(self, request_id: str | None, sent: Payload) -> int:
+        """One more step."""
+        self.step += 1
+        finite = sent.batch.ids[0, 0] != NAN_ID
+        self.non_finite = 0 if finite else self.non_finite + 1
+        self.digest = step_digest(self.digest, self.lineage, self.step, sent.hash(), 1 if finite else 2)
+        self.at[self.lineage, self.step] = self.digest
+        if request_id is not None:
+            self.known[request_id] = self.step, sent.hash()
+        return self.step
+
+    def fill(self) -> None:
+        """What waited for its turn has it."""
+        while self.step + 1 in self.ahead and not self.halted:
+            waited = self.ahead.pop(self.step + 1)
+            self.consume(waited.request_id, waited.sent)
+            answer = waited.future.result(WAIT)
+            assert (answer.step, answer.digest) == (self.step, self.digest)
+            if not waited.bare:
+                self.active = self.now
+        if self.halted:
+            self.drop("HALTED")
+
+    def drop(self, reason: str, bare: str = "") -> None:
+        """What waited is refused; a bare call may have a reason of its own."""
+        for waited in self.ahead.values():
+            assert self.reason(waited.future) == ((bare or reason) if waited.bare else reason)
+        self.ahead.clear()
+
+    @staticmethod
+    def reason(future: Future[Any]) -> str:
+        error = future.exception(WAIT)
+        if error is None:
+            return ""
+        assert isinstance(error, Refused), error
+        return error.reason
+
+    # Operations.
+
+    @rule(data=st.data(), finite=st.sampled_from([True, True, True, False]))
+    def train(self, data: Any, finite: bool) -> None:
+        session = data.draw(st.sampled_from([None, *self.sessions[-3:]]))
+        number = data.draw(st.sampled_from([None, 0, 0, 0, -1, 1, 2, 3, WINDOW]))
+        request_id: str | None = data.draw(st.sampled_from([None, "new", "new", "old"]))
+        sent = payload(self.fresh(), finite)
+        if request_id == "old" and self.known:
+            request_id = data.draw(st.sampled_from(sorted(self.known)))
+        elif request_id is not None:
+            request_id = f"r{self.fresh()}"
+        step = None if number is None else max(1, self.step + 1 + number)
+        expected, ran = self.expect_step(session, step, request_id, sent)
+        future = self.engine.train_step(StepRequest(sent, session, step, request_id))
+        if expected == "WAIT":
+            assert step is not None
+            self.ahead[step] = Ahead(future, request_id, sent, self.now, session is None)
+            if session is not None:
+                self.active = self.now
+            return
+        assert self.reason(future) == expected
+        if expected == "" and ran:
+            self.consume(request_id, sent)
+            answer = future.result(WAIT)
+            assert (answer.step, answer.digest, answer.replayed) == (self.step, self.digest, False)
+            if session is not None:
+                self.active = self.now
+            self.fill()
+
+    def expect_step(
+        self, session: SessionRef | None, step: int | None, request_id: str | None, sent: Payload
+    ) -> tuple[str, bool]:
+        """The reason of the refusal, or "" and whether the step runs; WAIT for one ahead of its turn."""
+        if session is not None:
+            problem = self.check_session(session)
+            if problem:
+                return problem, False
+        elif self.present():
+            return "WRITER_PRESENT", False
+        if request_id in self.known:
+            return "PAYLOAD_MISMATCH", False  # every payload is a new one
+        if step is not None and (step <= self.step or step in self.ahead):
+            return "STEP_TAKEN", False
+        distance = 0 if step is None else step - self.step - 1
+        if distance >= WINDOW:
+            return "GAP", False
+        if self.halted:
+            return "HALTED", False
+        return ("WAIT", False) if distance else ("", True)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.known)
+    def retry(self, data: Any) -> None:
+        """The same request once more: the recorded answer, whoever asks within the rules."""
+        request_id = data.draw(st.sampled_from(sorted(self.known)))
+        step, sent_hash = self.known[request_id]
+        sent = next(payload(n, f) for n in range(1, self.made + 1) for f in (True, False)
+                     if payload(n, f).hash() == sent_hash)  # fmt: skip
+        session = data.draw(st.sampled_from([None, *self.sessions[-2:]]))
+        problem = self.check_session(session) if session else "WRITER_PRESENT" * bool(self.present())
+        future = self.engine.train_step(StepRequest(sent, session, None, request_id))
+        assert self.reason(future) == problem
+        if not problem:
+            answer = future.result(WAIT)
+            assert answer.replayed
+            assert answer.step == step
+            if session is not None:
+                self.active = self.now
+
+    @rule(name=st.sampled_from(["a", "b"]), takeover=st.booleans(), data=st.data())
+    def open_session(self, name: str, takeover: bool, data: Any) -> None:
+        nonce = data.draw(st.sampled_from(["new", "new", *sorted(self.nonces)[-2:]]))
+        if nonce == "new":
+            nonce = f"n{self.fresh()}"
+        held = data.draw(st.sampled_from([None, None, self.epoch or None]))
+        history = data.draw(st.sampled_from([None, "true", "lost", "other"]))
+        claimed = {
+            None: None,
+            "true": History(self.run_id, self.lineage, self.step, self.digest),
+            "lost": History(self.run_id, self.lineage, self.step + 1, bytes(32)),
+            "other": History(self.run_id, self.lineage, self.step, bytes(32)),
+        }[history]
+        given = self.nonces.get(nonce)
+        if history in ("lost", "other"):
+            expected = "HISTORY_LOST"
+        elif given is not None and given < self.epoch:
+            expected = "FENCED"
+        elif given is not None and self.closed:
+            expected = "UNKNOWN_EPOCH"
+        elif given is None and self.present() not in ("", name) and not takeover:
+            expected = "WRITER_PRESENT"
+        else:
+            expected = ""
+        future = self.engine.open_session(SessionRequest(name, nonce, takeover, held, claimed))
+        assert self.reason(future) == expected
+        if expected:
+            return
+        answer = future.result(WAIT)
+        assert (answer.step, answer.durable_step, answer.digest) == (self.step, self.step, self.digest)
+        if given is None:
+            self.drop("FENCED", bare="WRITER_PRESENT")
+            self.epoch += 1
+            self.writer, self.closed = name, False
+            self.nonces[nonce] = self.epoch
+            if takeover:
+                self.non_finite = 0
+        assert answer.epoch == self.epoch
+        self.active = self.now
+        self.sessions.append(SessionRef(self.run_id, self.lineage, self.epoch))
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.sessions)
+    def close_session(self, data: Any) -> None:
+        session = data.draw(st.sampled_from(self.sessions[-2:]))
+        same = session.epoch == self.epoch and session.lineage == self.lineage
+        expected = "" if self.closed and session.epoch == self.epoch else self.check_session(session)
+        assert self.reason(self.engine.close_session(session)) == expected
+        if not expected and same:
+            self.closed = True
+
+    @rule()
+    def save(self) -> None:
+        name = f"s{self.fresh()}"
+        info = self.engine.save(SaveRequest(name)).result(WAIT)
+        assert (info.step, info.digest) == (self.step, self.digest)
+        self.saved[name] = self.lineage, self.step, self.digest
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.saved)
+    def restore(self, data: Any) -> None:
+        name = data.draw(st.sampled_from(sorted(self.saved)))
+        answer = self.engine.restore(RestoreRequest(name)).result(WAIT)
+        self.drop("WRONG_RUN")
+        _, self.step, digest = self.saved[name]
+        self.lineage += 1
+        self.digest = self.at[self.lineage, self.step] = lineage_digest(digest, self.lineage)
+        self.epoch += 1
+        self.closed, self.non_finite = True, 0
+        assert (answer.lineage, answer.step, answer.digest) == (self.lineage, self.step, self.digest)
+
+    @rule()
+    def crash(self) -> None:
+        """What was in memory is gone, what was answered is not."""
+        self.engine.close()
+        self.drop("DRAINING")
+        self.start()
+        self.active = self.now
+
+    @rule(seconds=st.sampled_from([1.0, 6.0, 61.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.engine._tell(lambda: None)  # the clock is ours: nothing else wakes it
+        self.engine.status()
+        expired = [number for number, item in self.ahead.items() if self.now - item.since >= GAP]
+        if expired:  # with what waits behind it
+            for number in sorted(n for n in self.ahead if n >= min(expired)):
+                assert self.reason(self.ahead.pop(number).future) == "GAP"
+
+    @invariant()
+    def the_run_holds_what_the_model_holds(self) -> None:
+        if not hasattr(self, "known"):
+            return
+        assert not self.fatal
+        status = self.engine.status()
+        assert (status.lineage, status.durable_step, status.digest) == (self.lineage, self.step, self.digest)
+        assert status.state.name == ("HALTED" if self.halted else "SERVING")
+        assert hashlib.sha256(status.digest).digest() == hashlib.sha256(self.digest).digest()
+
+
+TestWriterModel = WriterModel.TestCase
+TestWriterModel.settings = settings(
+    max_examples=RUNS,
+    stateful_step_count=OPERATIONS,
+    deadline=None,
+    derandomize=RUNS <= 100,
+    suppress_health_check=list(HealthCheck),
+)
