@@ -82,11 +82,15 @@ def test_stopped_anywhere_and_started_again_the_digest_is_the_same(
     metrics = tmp_path / "metrics.jsonl"
     command = [*train(rough, text, until=60), "--metrics", str(metrics)]
     draw = random.Random(how)
-    codes, lines = [], 0
+    codes = []
+
+    def trained() -> int:
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
     for _ in range(3):
         job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        lines += draw.randrange(3, 15)
-        while job.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < lines):
+        enough = trained() + draw.randrange(1, 10)
+        while job.poll() is None and trained() < enough:
             time.sleep(0.005)
         job.send_signal(how)
         out, err = job.communicate(timeout=60)
