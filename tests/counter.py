@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ NAN_ID = 7
 """A batch that begins with this id is not finite."""
 FAIL_ID = 8
 """A batch that begins with this id raises before the update."""
+KILL_ID = 9
+"""A batch that begins with this id kills the process."""
 
 
 class CounterSnapshot:
@@ -65,6 +69,8 @@ class CounterTrainer:
         first = int(batch.ids.flat[0])
         if first == FAIL_ID:
             raise RuntimeError("the secret of the failing batch")
+        if first == KILL_ID:
+            os.kill(os.getpid(), signal.SIGKILL)
         if first == NAN_ID:
             return StepResult(Outcome.SKIPPED_NON_FINITE, Losses(float("nan"), float("nan")))
         text = f"{self.state} {lineage} {step} {batch.ids.astype(np.int64).tobytes().hex()} {modes}"

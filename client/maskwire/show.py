@@ -51,14 +51,26 @@ def checkpoint_table(found: list[CheckpointInfo]) -> Table:
     return table
 
 
-def status_table(found: Status) -> Table:
-    """Where the run stands."""
+def seconds_left(found: Status, until_step: int | None) -> float | None:
+    """Seconds to a step at the speed of the last minute; None when there is no telling."""
+    if until_step is None:
+        return None
+    steps = max(0, until_step - found.step)
+    return steps / found.steps_per_second if found.steps_per_second else (None if steps else 0.0)
+
+
+def status_table(found: Status, until_step: int | None = None) -> Table:
+    """Where the run stands; with `until_step` how long it takes from there."""
     table = Table(show_header=False)
     waiting = f", waiting for {found.waiting_for}" if found.waiting_for else ""
     table.add_row("state", f"{found.state.name} since {found.state_since:%Y-%m-%d %H:%M:%S} UTC{waiting}")
     table.add_row("run", f"{found.run_id}, lineage {found.lineage}")
     table.add_row("step", f"{found.step} ({found.durable_step} durable), digest {found.digest.hex()[:16]}")
     table.add_row("speed", f"{found.steps_per_second:.2f} steps/s, {found.tokens_per_second:,.0f} tokens/s")
+    if until_step is not None:
+        left = seconds_left(found, until_step)
+        words = "no telling: nothing was trained in the last minute" if left is None else f"{left:,.0f} s"
+        table.add_row(f"to step {until_step}", words)
     table.add_row("queue", f"{found.queue_length} of {found.queue_limit}")
     table.add_row("writer", f"{found.writer or 'none'} (epoch {found.epoch})")
     if found.model is not None:

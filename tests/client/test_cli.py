@@ -65,6 +65,10 @@ def test_status_health_and_evaluation(server: ServerProcess, texts: Path) -> Non
     code, out, _ = run("status", "--target", server.address)
     assert code == 0
     assert "SERVING" in out
+    code, out, _ = run("status", "--target", server.address, "--until-step", 10**6)
+    assert "to step 1000000" in out
+    code, out, _ = run("status", "--target", server.address, "--until-step", 0, "--json")
+    assert json.loads(out)["seconds_left"] == 0
     assert run("health", "--target", server.address)[:2] == (0, "serving\n")
     assert run("health", "--target", server.address, "--service", "liveness")[0] == 0
     code, out, _ = run("eval", texts, "--target", server.address, "--length", 32, "--rows", 6, "--json")

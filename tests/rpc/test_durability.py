@@ -208,7 +208,8 @@ FOLLOWED = {
 }  # fmt: skip
 NO_MATTER = {
     "checkpoints.every_steps": "3", "checkpoints.every_seconds": "9", "checkpoints.keep_last": "5",
-    "checkpoints.keep_every": "4", "serve.keep_payloads": "all", "serve.queue_limit": "9", "serve.window": "2",
+    "checkpoints.keep_every": "4", "serve.keep_payloads": "all", "serve.queue_limit": "9",
+    "serve.window": "2",
     "serve.max_batch_tokens": "65536", "serve.max_message_bytes": "1048576", "serve.max_draws": "32",
     "serve.session_idle_seconds": "5", "serve.gap_seconds": "1", "serve.drain_seconds": "9",
     "serve.reserve_bytes": "1000", "serve.poison_after": "3", "serve.reflection": "false",
@@ -264,3 +265,22 @@ def test_every_setting_is_in_one_of_the_three_lists() -> None:
             one_value = (name, key) == ("optimizer", "name")
             known = f"{name}.{key}" in {**FOLLOWED, **NO_MATTER, **REFUSED}
             assert known or fixed or at_the_door or one_value, f"{name}.{key}"
+
+
+def test_a_batch_that_the_process_dies_of_is_set_aside(serve: Serve) -> None:
+    server = serve(seconds=0, serve__poison_after="2")
+    at_one_port(server)
+    deadly = np.full((2, 8), 9)  # the counter trainer's batch that kills the process
+    with maskwire.connect(server.address, on_wait=lambda _: None, retry_for=60) as trainer:
+        trainer.train_step(tokens(0) + 20)
+        future = trainer.submit(deadly)
+        for _ in range(2):
+            assert server._reap() == -9
+            server.start()
+        result = future.result(timeout=30)
+        assert (result.step, result.outcome.name) == (2, "POISON")
+        assert trainer.train_step(tokens(1) + 20).step == 3
+    server.kill()
+    server.start()
+    with maskwire.connect(server.address) as trainer:
+        assert (trainer.step, trainer.status().state.name) == (3, "SERVING")

@@ -7,12 +7,15 @@ from typing import Annotated, Any
 
 import grpc
 import typer
+from rich.console import Console
+from rich.live import Live
 
 from maskwire.cli import exits
 from maskwire.cli.options import Json, Server, with_server
+from maskwire.client import Client
 from maskwire.door import Door
 from maskwire.errors import UnavailableError, read_failure
-from maskwire.show import show, status_table
+from maskwire.show import seconds_left, show, status_table, to_json
 
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 
@@ -20,17 +23,28 @@ HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 @with_server(retry_for=5.0)
 def status(
     server: Server,
-    watch: Annotated[bool, typer.Option("--watch", help="Ask every second.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Ask every second, until Ctrl-C.")] = False,
+    until_step: Annotated[int | None, typer.Option(help="Tell the time left to this step.")] = None,
     as_json: Json = False,
 ) -> None:
     """Is the run stuck or working?"""
     with server.attach() as client:
-        while True:
-            found = client.status()
-            show(found, as_json, lambda found=found: status_table(found))  # type: ignore[misc]
-            if not watch:
-                return
-            time.sleep(1)
+        if not watch:
+            _show_status(client, until_step, as_json)
+            return
+        with Live(console=Console(highlight=False), auto_refresh=False) as live:
+            while True:
+                if as_json or not live.console.is_terminal:
+                    _show_status(client, until_step, as_json)
+                else:
+                    live.update(status_table(client.status(), until_step), refresh=True)
+                time.sleep(1)
+
+
+def _show_status(client: Client, until_step: int | None, as_json: bool) -> None:
+    found = client.status()
+    shown = to_json(found) | {"seconds_left": seconds_left(found, until_step)}
+    show(shown, as_json, lambda: status_table(found, until_step))
 
 
 @with_server(retry_for=5.0)
