@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := client server demo deploy proto tests
 
-.PHONY: help venv demo test lint proto docs image
+.PHONY: help venv demo test lint proto docs image bench model
 help: ## What there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -24,6 +24,12 @@ lint: venv ## Style, types, and stubs that are not stale
 	$(BIN)/python docs/generate.py --check
 	@if command -v buf >/dev/null; then cd proto && buf lint && buf format --diff --exit-code; \
 	else echo "buf is not installed: the proto was not linted (npm install -g @bufbuild/buf)"; fi
+
+bench: venv ## The tables of docs/benchmarks.md; about 15 minutes (QUICK=1: 3 minutes, writes nothing)
+	@$(BIN)/python -m bench $(if $(QUICK),--quick)
+
+model: venv ## Engine and journal against a model that counts: 10,000 runs of 50 operations
+	@MASKWIRE_MODEL_RUNS=10000 MASKWIRE_MODEL_STEPS=50 $(BIN)/python -m pytest tests/robustness --timeout 0
 
 docs: venv ## Generate the reference pages from the code
 	$(BIN)/python docs/generate.py

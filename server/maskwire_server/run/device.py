@@ -9,10 +9,12 @@ from typing import Any, Protocol, TypeVar
 
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.requests import EvalRequest
-from maskwire_server.results import EvalOptions, EvalResult, ModelInfo, StepResult
+from maskwire_server.results import EvalOptions, EvalResult, ModelInfo, Outcome, StepResult
 from maskwire_server.run.checkpoint import Snapshot
 
 T = TypeVar("T")
+
+HALT_AFTER = 3  # steps in a row that are not finite
 
 
 class Trainer(Protocol):
@@ -53,6 +55,8 @@ class Device:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="maskwire-device")
         self._trainer: Trainer
         self._at = 0  # the step that the trainer's state is at
+        self.non_finite = 0
+        """Steps in a row, up to that one, that were not finite; changed from outside only between steps."""
         self.outstanding = 0
         """Jobs handed over whose end was not yet heard of."""
 
@@ -85,24 +89,30 @@ class Device:
         """Go on under another [optimizer] section."""
         self._trainer.configure(optimizer)
 
-    def begin_at(self, step: int) -> None:
+    def begin_at(self, step: int, non_finite: int) -> None:
         """Get ready for the step after `step`."""
         self._trainer.warm_up()
-        self._at = step
+        self._at, self.non_finite = step, non_finite
 
     def train(self, lineage: int, number: int, payload: Payload) -> StepResult | None:
-        """Compute a step; None when its predecessor was not consumed, so that it must not be."""
-        if number != self._at + 1:
+        """Compute a step; None when it must not be.
+
+        Its predecessor was not consumed, or the run halts with it: the device is a step ahead of whoever
+        counts, and must not go on by itself.
+        """
+        if number != self._at + 1 or self.non_finite >= HALT_AFTER:
             return None
         result = self._trainer.train_step(lineage, number, payload.batch, payload.modes)
         self._at = number
+        skipped = result.outcome is Outcome.SKIPPED_NON_FINITE
+        self.non_finite = self.non_finite + 1 if skipped else 0
         return result
 
     def pass_over(self, number: int, result: StepResult) -> StepResult | None:
         """Consume a step without computing it; None when its predecessor was not consumed."""
-        if number != self._at + 1:
+        if number != self._at + 1 or self.non_finite >= HALT_AFTER:
             return None
-        self._at = number
+        self._at, self.non_finite = number, 0
         return result
 
     def replay(self, lineage: int, number: int, payload: Payload) -> StepResult:
@@ -120,4 +130,4 @@ class Device:
     def load(self, folder: Path, step: int) -> None:
         """Take over a checkpoint of `step`."""
         self._trainer.load(folder)
-        self._at = step
+        self._at, self.non_finite = step, 0

@@ -335,7 +335,7 @@ class Engine:
         )
         self._standing.set(RunState.RECOVERING, waiting_for="the warm-up")
         warming = self._clock()
-        device.call(partial(device.begin_at, recovered.step))
+        device.call(partial(device.begin_at, recovered.step, recovered.non_finite))
         log.info("warmed up in %.1f s", self._clock() - warming)
         configuration_id = recovery.record_start(journal, self._versions, numerics)
 

@@ -32,7 +32,7 @@ from maskwire_server.run import admission
 from maskwire_server.run.admission import Known, Position, StepFacts, Verdict
 from maskwire_server.run.checkpoint import Snapshot
 from maskwire_server.run.commits import Commits, Reserve
-from maskwire_server.run.device import Device
+from maskwire_server.run.device import HALT_AFTER, Device
 from maskwire_server.run.jobs import Barrier, Evaluation, Save, Step, answer, refuse
 from maskwire_server.run.journal import Journal, StepRecord
 from maskwire_server.run.line import Line
@@ -48,7 +48,6 @@ log = logging.getLogger(__name__)
 
 AHEAD = 2  # jobs handed to the device at once: one runs, one is ready, so that it never waits for us
 WRITES = 2  # of a batch: into the write-ahead log, and from there into the database
-HALT_AFTER = 3  # steps in a row that are not finite
 
 
 class Pipeline:
@@ -89,7 +88,7 @@ class Pipeline:
         self._reserve = reserve
         self._poison = poison
         self._commits = Commits(journal, standing, clock, reserve)
-        self._sessions = Sessions(journal, self._commits, line, writer, head, standing)
+        self._sessions = Sessions(journal, self._commits, line, writer, head, standing, device)
         if head.non_finite >= HALT_AFTER:
             standing.set(RunState.HALTED)
 
@@ -240,7 +239,9 @@ class Pipeline:
             self._line.withdraw(step, self._failed(f"step {step.number}", error))
             return
         result = future.result()
-        if result is None:
+        if result is None and self._standing.holds(RunState.HALTED):
+            self._line.withdraw(step, self._halted())
+        elif result is None:
             self._line.send_back(step)
         else:
             self._consume(step, result)
@@ -274,10 +275,12 @@ class Pipeline:
     def _halt(self, step: int) -> None:
         self._standing.last_error = f"steps {step - HALT_AFTER + 1} to {step} were not finite"
         self._standing.set(RunState.HALTED, waiting_for="a session with takeover")
-        refusal = Refused(
+        self._line.refuse_steps(lambda _: self._halted())
+
+    def _halted(self) -> Refused:
+        return Refused(
             "HALTED", f"{self._standing.last_error}; look at the data, then open a session with takeover"
         )
-        self._line.refuse_steps(lambda _: refusal)
 
     def _on_evaluated(self, job: Evaluation, future: Future[EvalResult]) -> None:
         error = future.exception()

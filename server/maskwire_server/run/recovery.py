@@ -224,13 +224,16 @@ def recover(
     if manifest is not None:
         info = manifest.info
         start = (info.lineage, info.step)
+        tell(f"checkpoint {info.name}")
+        loading = time.monotonic()
         try:
             device.call(partial(device.load, checkpoints.path(info.name), info.step))
         except ValueError as error:
             raise RunDirectoryError(
                 f"checkpoint {info.name!r} does not fit the configuration: {error}; start with it as it was"
             ) from error
-        log.info("loaded checkpoint %s (step %d)", info.name, info.step)
+        took = time.monotonic() - loading
+        log.info("loaded checkpoint %s (step %d) in %.1f s", info.name, info.step, took)
     last = journal.last_step(lineage)
     step, digest = (last.step, last.digest) if last else (lineages[lineage].step, lineages[lineage].digest)
     records = steps_to_replay(journal, segments, start)

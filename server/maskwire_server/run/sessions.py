@@ -12,6 +12,7 @@ from maskwire_server.results import RunState, SessionAnswer
 from maskwire_server.run import admission
 from maskwire_server.run.admission import Position, SessionFacts
 from maskwire_server.run.commits import Commits
+from maskwire_server.run.device import Device
 from maskwire_server.run.jobs import Barrier, Step, answer, refuse
 from maskwire_server.run.journal import Journal, SessionRecord
 from maskwire_server.run.line import Line
@@ -24,8 +25,16 @@ class Sessions:
     """Only the engine's thread calls it."""
 
     def __init__(
-        self, journal: Journal, commits: Commits, line: Line, writer: Writer, head: Head, standing: Standing
+        self,
+        journal: Journal,
+        commits: Commits,
+        line: Line,
+        writer: Writer,
+        head: Head,
+        standing: Standing,
+        device: Device,
     ) -> None:
+        self._device = device
         self._journal = journal
         self._commits = commits
         self._line = line
@@ -78,7 +87,7 @@ class Sessions:
             epoch, request.client_name, request.nonce, request.takeover, head.lineage, head.step, False
         )
         if request.takeover:
-            head.non_finite = 0
+            head.non_finite = self._device.non_finite = 0
             self._standing.set(RunState.HALTED, False)
         self._commits.add(keep_tokenizer, lambda: None)
         self._commits.add(partial(self._journal.add_session, session), lambda: answer(future, self._answer()))

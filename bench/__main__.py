@@ -1,0 +1,93 @@
+"""`python -m bench`: measure, print, and write docs/benchmarks.md and .json.
+
+--quick takes under 3 minutes and writes nothing; --only P2,P3 measures some.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from bench import journal, restart, serving, training
+from bench.harness import Row, cores
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+SUITES: dict[str, tuple[set[str], Callable[[bool], list[Row]]]] = {
+    "serving": ({"P2", "P3"}, serving.measure),
+    "training": ({"P1", "P7"}, training.measure),
+    "journal": ({"P7"}, journal.measure),
+    "restart": ({"P8"}, restart.measure),
+}
+PACKAGES = ("maskwire", "torch", "grpcio", "protobuf", "numpy", "ray")
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, nothing is written")
+    parser.add_argument("--only", default="", help="targets, P1,P2,…")
+    options = parser.parse_args()
+    wanted = {name for name in options.only.split(",") if name}
+    rows: list[Row] = []
+    began = time.monotonic()
+    for name, (targets, measure) in SUITES.items():
+        if wanted and not wanted & targets:
+            continue
+        print(f"{name} …", file=sys.stderr, flush=True)
+        rows += measure(options.quick)
+    rows.sort(key=lambda row: row.name)
+    about = machine()
+    table = markdown(rows)
+    print(table)
+    print(f"{about['machine']}, {time.monotonic() - began:.0f} s")
+    if not options.quick and not wanted:
+        (DOCS / "benchmarks.json").write_text(
+            json.dumps({"machine": about, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n"
+        )
+        path = DOCS / "benchmarks.md"
+        before, mark, rest = path.read_text().partition("<!-- table -->\n")
+        after = rest.partition("<!-- end -->\n")
+        made = f"{mark}{described(about)}\n\n{table}\n{after[1]}"
+        path.write_text(before + made + after[2])
+    return 0
+
+
+def machine() -> dict[str, str]:
+    """What the figures belong to."""
+    found = {"machine": f"{cores()} cores, {platform.machine()}", "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    found["date"] = time.strftime("%Y-%m-%d")
+    return found
+
+
+def described(about: dict[str, str]) -> str:
+    """The machine in a sentence."""
+    rest = ", ".join(f"{name} {value}" for name, value in about.items() if name not in ("machine", "date"))
+    return f"Measured on {about['date']}: {about['machine']}, {rest}."
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table."""
+    lines = ["| | what | target | measured | spread | met | of |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        value = row.note or "not measured" if row.value is None else f"**{row.value:.2f}**"
+        spread = "" if row.low is None or row.high is None else f"{row.low:.2f} – {row.high:.2f}"
+        met = "" if row.met is None else "yes" if row.met else "no"
+        parts = ", ".join(f"{name} {number:,.4g}" for name, number in row.parts.items())
+        lines.append(f"| {row.name} | {row.what} | {row.target} | {value} | {spread} | {met} | {parts} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Rows of the table, pairs measured in turn, and the processes that are measured."""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maskwire.client import Trainer
+
+READY = "listening on "
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Row:
+    """One figure."""
+
+    name: str
+    what: str
+    target: str
+    value: float | None
+    """None: not measured, and `note` says why."""
+    low: float | None = None
+    high: float | None = None
+    met: bool | None = None
+    note: str = ""
+    parts: dict[str, float] = field(default_factory=dict)
+    """What the ratio is made of."""
+
+
+def ratio(
+    row: Row, above: Sequence[float], below: Sequence[float], *, at_least: float | None = None,
+    at_most: float | None = None,
+) -> Row:  # fmt: skip
+    """Fill a row with the median of the pairs' ratios and their spread."""
+    found = [a / b for a, b in zip(above, below, strict=True)]
+    row.value, row.low, row.high = statistics.median(found), min(found), max(found)
+    if at_least is not None:
+        row.met = row.value >= at_least
+    if at_most is not None:
+        row.met = row.value <= at_most
+    return row
+
+
+def in_turn(rounds: int, *measures: Callable[[], float]) -> list[list[float]]:
+    """A B A B: each measure `rounds` times, one after another, so that the machine's moods meet all."""
+    found: list[list[float]] = [[] for _ in measures]
+    for _ in range(rounds):
+        for values, measure in zip(found, measures, strict=True):
+            values.append(measure())
+    return found
+
+
+@contextmanager
+def process(*command: str, log: Path) -> Iterator[str]:
+    """A process that says where it listens, ended with the block."""
+    with log.open("a") as stderr:
+        started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    try:
+        assert started.stdout is not None
+        for line in started.stdout:
+            if READY in line:
+                yield line.partition(READY)[2].strip()
+                return
+        raise RuntimeError(f"{command[0]} did not start; the end of {log}:\n{log.read_text()[-2000:]}")
+    finally:
+        started.send_signal(signal.SIGTERM)
+        started.wait(60)
+        if started.stdout is not None:
+            started.stdout.close()
+
+
+def module(name: str, *arguments: object) -> list[str]:
+    """A module of this package as a command."""
+    return [sys.executable, "-m", f"bench.{name}", *map(str, arguments)]
+
+
+def seconds_of(act: Callable[[], object], count: int) -> float:
+    """Seconds of one of `count` calls."""
+    began = time.perf_counter()
+    for _ in range(count):
+        act()
+    return (time.perf_counter() - began) / count
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_flight_steps(trainer: Trainer, ids: Any, count: int) -> float:
+    """Steps per second, with the trainer's whole window in flight."""
+    began = time.perf_counter()
+    futures = [trainer.submit(ids) for _ in range(count)]
+    for future in futures:
+        future.result()
+    return count / (time.perf_counter() - began)

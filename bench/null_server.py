@@ -1,0 +1,59 @@
+"""A maskwire server whose trainer does nothing: python -m bench.null_server RUN_DIR."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from maskwire_server import config
+from maskwire_server.app import serve
+from maskwire_server.batch import Batch, Modes
+from maskwire_server.results import EvalOptions, EvalResult, Losses, ModelInfo, Outcome, StepResult
+
+
+class NullSnapshot:
+    """No state."""
+
+    def write(self, folder: Path) -> None:
+        (folder / "state.json").write_text(json.dumps({}))
+
+
+class NullTrainer:
+    """Consumes steps and keeps nothing."""
+
+    @property
+    def info(self) -> ModelInfo:
+        return ModelInfo(257, 256, None, 4096, 0, "nothing", False, False)
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {"device": "none"}
+
+    def configure(self, optimizer: dict[str, object]) -> None:
+        pass
+
+    def warm_up(self) -> None:
+        pass
+
+    def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:  # noqa: ARG002
+        return StepResult(Outcome.APPLIED, Losses(1.0, 1.0), 1.0)
+
+    def eval_loss(self, batch: Batch, options: EvalOptions) -> EvalResult:
+        raise NotImplementedError
+
+    def snapshot(self) -> NullSnapshot:
+        return NullSnapshot()
+
+    def load(self, folder: Path) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    sys.exit(
+        serve(
+            config.load(None, run={"dir": sys.argv[1]}, serve={"address": "127.0.0.1:0"}), factory=NullTrainer
+        )
+    )

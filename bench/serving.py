@@ -1,0 +1,132 @@
+"""P2 and P3: what a durable step costs beside a bare echo of its bytes, a durable insert, and a Ray actor."""
+
+from __future__ import annotations
+
+import sqlite3
+import tempfile
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+
+import maskwire
+from bench.harness import Row, in_turn, module, process, ratio, seconds_of
+
+BATCH = np.random.default_rng(0).integers(0, 256, (128, 512)).astype(np.uint8)  # 64 KiB
+PAYLOAD = BATCH.tobytes()
+
+
+def measure(quick: bool) -> list[Row]:
+    """The rows of P2 and P3."""
+    count, rounds = (100, 3) if quick else (400, 7)
+    with tempfile.TemporaryDirectory() as folder:
+        room = Path(folder)
+        with (
+            process(*module("null_server", room / "run"), log=room / "null.log") as target,
+            process(*module("echo_server"), log=room / "echo.log") as echo_target,
+            maskwire.connect(target, name="one", window=8) as trainer,
+            grpc.insecure_channel(echo_target) as channel,
+        ):
+            echo: Any = channel.unary_unary("/bench.Echo/Echo")
+            insert = durable_insert(room)
+            ray = RayActor()
+            measures: list[Callable[[], float]] = [
+                lambda: seconds_of(lambda: trainer.train_step(BATCH), count),
+                lambda: seconds_of(lambda: echo(PAYLOAD), count),
+                lambda: seconds_of(insert, count),
+                lambda: in_flight(lambda: trainer.submit(BATCH), count),
+                lambda: in_flight(lambda: echo.future(PAYLOAD), count),
+            ]
+            if ray.there:
+                measures += [
+                    lambda: seconds_of(ray.call, count),
+                    lambda: in_flight(lambda: ray.submit(), count),
+                ]
+            in_turn(1, *measures)  # warm
+            step, bare, disk, windowed, bare_windowed, *actor = in_turn(rounds, *measures)
+            ray.close()
+    floor = [b + d for b, d in zip(bare, disk, strict=True)]
+    what = "a durable step that computes nothing, 64 KiB"
+    parts = {
+        "step ms": min(step) * 1e3, "echo ms": min(bare) * 1e3, "insert ms": min(disk) * 1e3,
+        "8 in flight, steps/s": 1 / min(windowed), "8 in flight, echoes/s": 1 / min(bare_windowed),
+    }  # fmt: skip
+    rows = [
+        ratio(Row("P2", f"latency of {what} ÷ (grpcio echo + SQLite insert)", "≤ 1.3", None, parts=parts),
+              step, floor, at_most=1.3),
+        ratio(Row("P3", "steps per second, 8 in flight ÷ echoes per second, 8 in flight", "≥ 0.5", None),
+              bare_windowed, windowed, at_least=0.5),
+    ]  # fmt: skip
+    latency = Row("P2", "latency ÷ a Ray actor's call, which makes nothing durable", "≤ 1.1", None)
+    speed = Row("P3", "steps per second ÷ a Ray actor's calls per second", "≥ 1.0", None)
+    if not actor:
+        latency.note = speed.note = 'not measured: pip install "maskwire[ray]"'
+        return [*rows, latency, speed]
+    latency.parts = {"actor ms": min(actor[0]) * 1e3}
+    speed.parts = {"actor calls/s": 1 / min(actor[1])}
+    return [
+        *rows,
+        ratio(latency, step, actor[0], at_most=1.1),
+        ratio(speed, actor[1], windowed, at_least=1.0),
+    ]
+
+
+def in_flight(submit: Callable[[], Any], count: int, window: int = 8) -> float:
+    """Seconds a call, with `window` under way."""
+
+    def run() -> None:
+        waiting: deque[Any] = deque()
+        for _ in range(count):
+            waiting.append(submit())
+            if len(waiting) == window:
+                waiting.popleft().result()
+        while waiting:
+            waiting.popleft().result()
+
+    return seconds_of(run, 1) / count
+
+
+def durable_insert(room: Path) -> Callable[[], None]:
+    """One 64 KiB insert, flushed, under the journal's settings."""
+    database = sqlite3.connect(room / "insert.sqlite", isolation_level=None)
+    for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=0"):
+        database.execute(f"PRAGMA {pragma}")
+    database.execute("CREATE TABLE payloads (step INTEGER PRIMARY KEY, payload BLOB)")
+
+    def insert() -> None:
+        database.execute("INSERT INTO payloads (payload) VALUES (?)", (PAYLOAD,))
+
+    return insert
+
+
+class RayActor:
+    """A Ray actor that takes the same bytes, if Ray is installed."""
+
+    def __init__(self) -> None:
+        try:
+            import ray
+        except ImportError:
+            self.there = False
+            return
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+
+        @ray.remote
+        class Echo:
+            def call(self, data: bytes) -> bytes:  # noqa: ARG002
+                return bytes(100)
+
+        make: Any = Echo
+        self.there, self._ray, self._actor = True, ray, make.remote()
+
+    def call(self) -> None:
+        self._ray.get(self._actor.call.remote(PAYLOAD))
+
+    def submit(self) -> Any:
+        return self._actor.call.remote(PAYLOAD).future()
+
+    def close(self) -> None:
+        if self.there:
+            self._ray.shutdown()
