@@ -1,0 +1,57 @@
+"""The benchmarks' own arithmetic and processes, in small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import maskwire
+from bench import __main__ as command
+from bench.harness import Row, in_flight_steps, in_turn, module, process, ratio
+from bench.serving import durable_insert, in_flight
+
+
+def test_a_ratio_is_of_pairs_and_has_its_spread() -> None:
+    row = ratio(Row("P0", "a", "≤ 2", None), [2.0, 4.0, 9.0], [1.0, 2.0, 3.0], at_most=2)
+    assert (row.value, row.low, row.high, row.met) == (2.0, 2.0, 3.0, True)
+    assert ratio(Row("P0", "a", "≥ 3", None), [2.0], [1.0], at_least=3).met is False
+
+
+def test_measures_take_turns() -> None:
+    order: list[str] = []
+    found = in_turn(2, lambda: order.append("a") or 1.0, lambda: order.append("b") or 2.0)
+    assert order == ["a", "b", "a", "b"]
+    assert found == [[1.0, 1.0], [2.0, 2.0]]
+
+
+def test_the_servers_that_are_measured_serve(tmp_path: Path) -> None:
+    with (
+        process(*module("null_server", tmp_path / "run"), log=tmp_path / "log") as target,
+        maskwire.connect(target, window=8) as trainer,
+    ):
+        assert in_flight_steps(trainer, np.zeros((1, 8), dtype=np.uint8), 20) > 0
+        assert trainer.step == 20
+        assert in_flight(lambda: trainer.submit(np.zeros((1, 8), dtype=np.uint8)), 20) > 0
+    insert = durable_insert(tmp_path)
+    insert()
+
+
+def test_the_table_shows_what_was_not_measured_as_that() -> None:
+    rows = [
+        Row("P1", "a", "≥ 1", 1.234, 1.0, 1.5, True, parts={"x ms": 1234.5}),
+        Row("P2", "b", "≥ 1", None, note="not measured: no GPU"),
+    ]
+    table = command.markdown(rows)
+    assert "| P1 | a | ≥ 1 | **1.23** | 1.00 – 1.50 | yes | x ms 1,234 |" in table
+    assert "| P2 | b | ≥ 1 | not measured: no GPU |" in table
+
+
+def test_the_page_holds_what_was_measured() -> None:
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    if not (docs / "benchmarks.json").exists():
+        pytest.skip("nothing was measured yet: make bench")
+    rows = [Row(**row) for row in json.loads((docs / "benchmarks.json").read_text())["rows"]]
+    assert command.markdown(rows) in (docs / "benchmarks.md").read_text()
