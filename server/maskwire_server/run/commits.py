@@ -36,6 +36,7 @@ class Commits:
         self._after: list[Callable[[], None]] = []
         self._count = 0
         self._retry_at: float | None = None
+        self._failed = False  # the last commit met a full disk: the same bytes wait for the next try
 
     @property
     def pending(self) -> bool:
@@ -61,25 +62,28 @@ class Commits:
 
         Raises sqlite3.Error for everything else: the outcome is unknown and the process must end.
         """
-        if self._retry_at is not None and self._clock() < self._retry_at:
+        early = self._retry_at is not None and self._clock() < self._retry_at
+        if self._failed and early:
             return
-        if self._retry_at is not None and not self._reserve.there():
-            self._retry_at = self._clock() + RETRY_SECONDS
-            return
-        if self._writes:
+        if self._writes:  # also while held for the reserve: it is kept for what was computed
             try:
                 self._journal.transaction(lambda: [write() for write in self._writes])
             except sqlite3.Error as error:
                 if not is_full(error):
                     raise
                 log.error("the journal cannot be written: %s", error)
+                self._failed = True
                 self.hold()
                 return
             self._count += 1
-        if self._retry_at is not None:
-            log.warning("the journal has room again; nothing was lost")
-            self._retry_at = None
-            self._standing.set(RunState.HELD, False)
+        self._failed = False
+        if self._retry_at is not None and not early:
+            if self._reserve.there():
+                log.warning("the journal has room again; nothing was lost")
+                self._retry_at = None
+                self._standing.set(RunState.HELD, False)
+            else:
+                self._retry_at = self._clock() + RETRY_SECONDS
         after, self._writes, self._after = self._after, [], []
         for act in after:
             act()
