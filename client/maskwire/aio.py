@@ -101,14 +101,18 @@ class Client:
         return await self._drive(self._talk.eval_loss(tokens, **options))
 
     async def checkpoint(
-        self, name: str = "", *, labels: Mapping[str, str] | None = None
+        self, name: str = "", *, labels: Mapping[str, str] | None = None, score: float | None = None
     ) -> results.CheckpointInfo:
         """Save the run's state; it is durable and verified then."""
-        return await self._drive(self._talk.checkpoint(name, labels))
+        return await self._drive(self._talk.checkpoint(name, labels, score))
 
     async def checkpoints(self) -> list[results.CheckpointInfo]:
         """The run's whole checkpoints, newest first."""
         return await self._drive(self._talk.checkpoints())
+
+    async def delete(self, name: str) -> None:
+        """Delete a checkpoint; refused while something needs it."""
+        return await self._drive(self._talk.delete(name))
 
     async def restore(self, name: str, *, expected_step: int | None = None) -> results.RestoreResult:
         """Go back to a checkpoint, on a new lineage."""

@@ -121,14 +121,22 @@ class Client:
         return self._drive(self._talk.eval_loss(tokens, **options))
 
     def checkpoint(
-        self, name: str = "", *, labels: Mapping[str, str] | None = None
+        self, name: str = "", *, labels: Mapping[str, str] | None = None, score: float | None = None
     ) -> results.CheckpointInfo:
-        """Save the run's state, and return once the checkpoint is durable and verified."""
-        return self._drive(self._talk.checkpoint(name, labels))
+        """Save the run's state, and return once the checkpoint is durable and verified.
+
+        `score` is what the state is worth, lower is better; of the scored ones without a name the
+        server keeps the best.
+        """
+        return self._drive(self._talk.checkpoint(name, labels, score))
 
     def checkpoints(self) -> list[results.CheckpointInfo]:
         """The run's whole checkpoints, newest first."""
         return self._drive(self._talk.checkpoints())
+
+    def delete(self, name: str) -> None:
+        """Delete a checkpoint; refused while something needs it."""
+        return self._drive(self._talk.delete(name))
 
     def restore(self, name: str, *, expected_step: int | None = None) -> results.RestoreResult:
         """Go back to a checkpoint, on a new lineage; the run's writer must connect again.

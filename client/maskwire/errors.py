@@ -5,7 +5,7 @@
     │   ├── InvalidRequestError      a field is wrong; `.field` names it
     │   ├── ConflictError            the step or request id was used otherwise
     │   ├── HaltedError              three steps in a row were not finite
-    │   ├── CheckpointError          not found, taken, damaged, or not written
+    │   ├── CheckpointError          not found, taken, needed, damaged, or not written
     │   ├── TokenizerError           the run's ids stand for something else
     │   └── UnimplementedError       this server does not serve it
     ├── SessionError             this client may not write
@@ -66,7 +66,7 @@ class HaltedError(RequestError):
 
 
 class CheckpointError(RequestError):
-    """The checkpoint was not found, its name is taken, it is damaged, or it could not be written."""
+    """The checkpoint was not found, is taken, needed or damaged, or could not be written."""
 
 
 class UnimplementedError(RequestError):
@@ -142,6 +142,7 @@ REASONS: dict[str, type[MaskwireError]] = {
     "HALTED": HaltedError,
     "CHECKPOINT_EXISTS": CheckpointError,
     "CHECKPOINT_NOT_FOUND": CheckpointError,
+    "CHECKPOINT_NEEDED": CheckpointError,
     "CHECKPOINT_DAMAGED": CheckpointError,
     "CHECKPOINT_FAILED": CheckpointError,
     "UNIMPLEMENTED": UnimplementedError,

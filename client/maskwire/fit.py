@@ -111,6 +111,7 @@ def plan(
     evaluate: Callable[[Any], Any] | None = None,
     eval_every: int | None = None,
     checkpoint_every: int | None = None,
+    save_best: bool = False,
     metrics: str | Path | None = None,
     progress: bool | Progress = True,
     on_step: Callable[[StepResult], None] | None = None,
@@ -119,9 +120,11 @@ def plan(
     """The wishes of one call of `fit`.
 
     `evaluate(trainer)` runs every `eval_every` steps and a checkpoint is saved every
-    `checkpoint_every`; both are absolute multiples. `metrics` is a file that gets one JSON line a
-    step, `on_step` is called with each step's result. `modes` go to each step (`only_train_critic`,
-    `learning_rate`, ...). Data that knows its `tokenizer` has it kept with the run.
+    `checkpoint_every`; both are absolute multiples. With `save_best` the state of each best
+    evaluation so far is saved with its `nats_per_token` as score; the server keeps the best. `metrics`
+    is a file that gets one JSON line a step, `on_step` is called with each step's result. `modes` go to
+    each step (`only_train_critic`, `learning_rate`, ...). Data that knows its `tokenizer` has it kept
+    with the run.
     """
     yield trainer.settle  # steps that an interrupted call left in flight have numbers already
     result = FitResult(first_step=trainer.step + 1, step=trainer.step)
@@ -130,9 +133,11 @@ def plan(
         progress = _progress(progress, trainer.step, until_step)
     loop = _Loop(trainer, data, result, progress, log, on_step, modes)
 
-    def save() -> Generator[Wish, Any, None]:
-        saved = yield trainer.checkpoint
+    def save(score: float | None = None) -> Generator[Wish, Any, None]:
+        saved = yield trainer.checkpoint if score is None else partial(trainer.checkpoint, score=score)
         progress.say(f"step {result.step}: checkpoint {saved.name}")
+
+    best = math.inf
 
     stops = [every for every in (eval_every if evaluate else None, checkpoint_every) if every]
     began = time.monotonic()
@@ -144,6 +149,9 @@ def plan(
             saved = yield trainer.checkpoints
             if not any((info.step, info.digest) == (trainer.step, trainer.digest) for info in saved):
                 yield from save()
+        if save_best and evaluate:
+            saved = yield trainer.checkpoints
+            best = min([info.score for info in saved if info.score is not None], default=math.inf)
         while result.step < until_step:
             # Evaluations and checkpoints are of an exact step: nothing may be in flight then.
             stop = min([until_step, *((result.step // every + 1) * every for every in stops)])
@@ -152,6 +160,9 @@ def plan(
                 found = yield partial(evaluate, trainer)
                 result.evaluations.append(found)
                 loop.record_evaluation(found)
+                if save_best and found.nats_per_token < best:
+                    best = found.nats_per_token
+                    yield from save(score=best)
             if checkpoint_every and result.step % checkpoint_every == 0:
                 yield from save()
     except KeyboardInterrupt:

@@ -210,6 +210,7 @@ def read_checkpoint(info: pb.CheckpointInfo) -> results.CheckpointInfo:
         files={file.name: results.FileInfo(file.size_bytes, file.sha256) for file in info.files},
         created=info.create_time.ToDatetime(tzinfo=UTC),
         labels=dict(info.labels),
+        score=info.score if info.HasField("score") else None,
     )
 
 

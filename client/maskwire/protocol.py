@@ -167,9 +167,11 @@ class Asking:
         request = messages.eval_request(tokens, **options)
         return messages.read_eval((yield from self._ask("EvalLoss", lambda: request)))
 
-    def checkpoint(self, name: str, labels: Mapping[str, str] | None) -> Talk[results.CheckpointInfo]:
+    def checkpoint(
+        self, name: str, labels: Mapping[str, str] | None, score: float | None
+    ) -> Talk[results.CheckpointInfo]:
         """Save a checkpoint."""
-        request = pb.CheckpointRequest(request_id=new_id(), name=name, labels=labels)
+        request = pb.CheckpointRequest(request_id=new_id(), name=name, labels=labels, score=score)
         response = yield from self._ask("Checkpoint", lambda: request)
         return messages.read_checkpoint(response.checkpoint)
 
@@ -183,6 +185,10 @@ class Asking:
             if not response.next_page_token:
                 return found
             request.page_token = response.next_page_token
+
+    def delete(self, name: str) -> Talk[None]:
+        """Delete a checkpoint."""
+        yield from self._ask("DeleteCheckpoint", lambda: pb.DeleteCheckpointRequest(name=name))
 
     def restore(self, name: str, expected_step: int | None) -> Talk[results.RestoreResult]:
         """Go back to a checkpoint."""

@@ -155,6 +155,8 @@ class CheckpointInfo:
     files: dict[str, FileInfo]
     created: datetime
     labels: dict[str, str]
+    score: float | None = None
+    """What whoever saved it said it is worth, lower is better."""
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,11 @@ def eval_table(found: EvalResult) -> Table:
 
 def checkpoint_table(found: list[CheckpointInfo]) -> Table:
     """Checkpoints, one a row."""
-    table = Table("name", "step", "lineage", "size", "saved (UTC)")
+    table = Table("name", "step", "lineage", "size", "saved (UTC)", "score")
     for info in found:
-        size = f"{info.size_bytes / 1e6:.1f} MB"
-        table.add_row(info.name, str(info.step), str(info.lineage), size, f"{info.created:%Y-%m-%d %H:%M:%S}")
+        size, saved = f"{info.size_bytes / 1e6:.1f} MB", f"{info.created:%Y-%m-%d %H:%M:%S}"
+        score = "" if info.score is None else f"{info.score:.4f}"
+        table.add_row(info.name, str(info.step), str(info.lineage), size, saved, score)
     return table
 
 

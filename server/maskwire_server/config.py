@@ -218,6 +218,8 @@ class CheckpointsConfig(_Section):
     """Keep this many of the automatic checkpoints; named ones stay."""
     keep_every: int | None = Field(None, ge=1)
     """Keep also those whose step is a multiple of this."""
+    keep_best: int = Field(1, ge=0)
+    """Of those saved with a score, keep the best (lowest) so many."""
 
 
 class ServeConfig(_Section):

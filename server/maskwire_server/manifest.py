@@ -10,9 +10,13 @@ from typing import Any
 
 from maskwire_server.results import CheckpointInfo, FileInfo
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class UnknownFormatError(ValueError):
+    """A whole manifest of a format that this version does not know."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Manifest:
             "digest": self.info.digest.hex(),
             "created": self.info.created,
             "labels": self.info.labels,
+            "score": self.info.score,
             "automatic": self.automatic,
             "request_id": self.request_id,
             "configuration": self.configuration,
@@ -56,8 +61,13 @@ class Manifest:
         body = json.loads(data)
         if not isinstance(body, dict) or body.pop("manifest_sha256", None) != _body_hash(body):
             raise ValueError("the manifest does not match its own hash")
+        while body["format"] in _MIGRATIONS:
+            body = _MIGRATIONS[body["format"]](body)
         if body["format"] != FORMAT:
-            raise ValueError(f"checkpoint format {body['format']}, this version reads {FORMAT}")
+            raise UnknownFormatError(
+                f"its format is {body['format']}, this version reads up to {FORMAT}; use the version that "
+                "wrote it"
+            )
         for name in body["files"]:
             if not _FILE_NAME.fullmatch(name):  # it becomes a path
                 raise ValueError(f"the manifest names a file outside the checkpoint: {name!r}")
@@ -73,6 +83,7 @@ class Manifest:
             files,
             body["created"],
             body["labels"],
+            body["score"],
         )
         return Manifest(
             info,
@@ -82,6 +93,15 @@ class Manifest:
             body["configuration"],
             body["versions"],
         )
+
+
+def _score(body: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 knew no score."""
+    return {**body, "format": 2, "score": None}
+
+
+_MIGRATIONS = {1: _score}
+"""From each older format to the next, in memory: the files of a checkpoint are never rewritten."""
 
 
 def _body_hash(body: dict[str, Any]) -> str:

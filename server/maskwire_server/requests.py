@@ -9,7 +9,7 @@ from maskwire_server.batch import Batch, Payload
 from maskwire_server.results import EvalOptions
 
 CHECKPOINT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-AUTOMATIC_NAME = re.compile(r"step-\d+(-lineage-\d+)?")
+AUTOMATIC_NAME = re.compile(r"(step|best)-\d+(-lineage-\d+)?")
 """What the server names its own after; nobody else's, so that it never meets a name that is taken."""
 
 
@@ -70,6 +70,7 @@ class SaveRequest:
     name: str | None = None
     request_id: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
+    score: float | None = None
 
 
 @dataclass(frozen=True)

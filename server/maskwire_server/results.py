@@ -189,6 +189,8 @@ class CheckpointInfo:
     created: float
     """Seconds since the epoch."""
     labels: dict[str, str] = field(default_factory=dict)
+    score: float | None = None
+    """What the state is worth, lower is better; None: nobody said."""
 
     @property
     def size_bytes(self) -> int:

@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,12 @@ class WriterModel(RuleBasedStateMachine):
             self.engine.close()
             shutil.rmtree(self.folder)
 
+    def quiet(self) -> None:
+        """Wait until the engine has seen everything so far, at the time that it is now."""
+        seen = threading.Event()
+        self.engine._tell(seen.set)
+        assert seen.wait(WAIT)
+
     # What the model knows.
 
     @property
@@ -196,6 +203,7 @@ class WriterModel(RuleBasedStateMachine):
         if expected == "WAIT":
             assert step is not None
             self.ahead[step] = Ahead(future, request_id, sent, self.now, session is None)
+            self.quiet()
             if session is not None:
                 self.active = self.now
             return
@@ -329,9 +337,9 @@ class WriterModel(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1.0, 6.0, 61.0]))
     def wait(self, seconds: float) -> None:
+        self.quiet()
         self.now += seconds
-        self.engine._tell(lambda: None)  # the clock is ours: nothing else wakes it
-        self.engine.status()
+        self.quiet()  # nothing else wakes it: the clock is ours
         expired = [number for number, item in self.ahead.items() if self.now - item.since >= GAP]
         if expired:  # with what waits behind it
             for number in sorted(n for n in self.ahead if n >= min(expired)):

@@ -208,7 +208,7 @@ FOLLOWED = {
 }  # fmt: skip
 NO_MATTER = {
     "checkpoints.every_steps": "3", "checkpoints.every_seconds": "9", "checkpoints.keep_last": "5",
-    "checkpoints.keep_every": "4", "serve.keep_payloads": "all", "serve.queue_limit": "9",
+    "checkpoints.keep_every": "4", "checkpoints.keep_best": "2", "serve.keep_payloads": "all", "serve.queue_limit": "9",
     "serve.window": "2",
     "serve.max_batch_tokens": "65536", "serve.max_message_bytes": "1048576", "serve.max_draws": "32",
     "serve.session_idle_seconds": "5", "serve.gap_seconds": "1", "serve.drain_seconds": "9",

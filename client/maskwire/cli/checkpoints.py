@@ -1,4 +1,4 @@
-"""`maskwire checkpoint`: save, list, restore and download."""
+"""`maskwire checkpoint`: save, list, restore, download and delete."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from maskwire.download import MANIFEST
 from maskwire.progress import byte_progress
 from maskwire.show import checkpoint_table, show
 
-checkpoint_app = typer.Typer(help="Save, list, restore and download checkpoints.", no_args_is_help=True)
+checkpoint_app = typer.Typer(
+    help="Save, list, restore, download and delete checkpoints.", no_args_is_help=True
+)
 
 
 @checkpoint_app.command()
@@ -22,12 +24,15 @@ def save(
     server: Server,
     name: Annotated[str, typer.Argument(help="[a-z0-9][a-z0-9_-]*; the server names it by default.")] = "",
     label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE, kept with it; may be repeated.")] = None,
+    score: Annotated[
+        float | None, typer.Option(help="What the state is worth, lower is better; the best is kept.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Save the run's state."""
     labels = dict(text.partition("=")[::2] for text in label or [])
     with server.attach() as client:
-        info = client.checkpoint(name, labels=labels)
+        info = client.checkpoint(name, labels=labels, score=score)
     show(info, as_json, lambda: f"{info.name}  step {info.step}  {info.size_bytes / 1e6:.1f} MB")
 
 
@@ -38,6 +43,19 @@ def list_checkpoints(server: Server, as_json: Json = False) -> None:
     with server.attach() as client:
         found = client.checkpoints()
     show(found, as_json, lambda: checkpoint_table(found))
+
+
+@checkpoint_app.command()
+@with_server(retry_for=60.0)
+def delete(
+    server: Server,
+    name: Annotated[str, typer.Argument(help="The checkpoint to delete.")],
+    as_json: Json = False,
+) -> None:
+    """Delete a checkpoint; refused while a start, a lineage or a download needs it."""
+    with server.attach() as client:
+        client.delete(name)
+    show({"deleted": name}, as_json, lambda: f"{name} deleted")
 
 
 @checkpoint_app.command()

@@ -34,6 +34,9 @@ def train(
     eval_every: Annotated[int | None, typer.Option(help="Evaluate every so many steps.")] = None,
     eval_rows: Annotated[int, typer.Option(help="Rows of an evaluation.")] = 64,
     checkpoint_every: Annotated[int | None, typer.Option(help="Save every so many steps.")] = None,
+    save_best: Annotated[
+        bool, typer.Option("--save-best", help="Save each best evaluation; the server keeps the best.")
+    ] = False,
     metrics: Annotated[Path | None, typer.Option(help="A file for one JSON line a step.")] = None,
     name: Annotated[
         str, typer.Option(help="This job: the same name takes its session over again.")
@@ -78,6 +81,7 @@ def train(
             evaluate=evaluate,
             eval_every=eval_every,
             checkpoint_every=checkpoint_every,
+            save_best=save_best,
             metrics=metrics,
             progress=not as_json,
         )

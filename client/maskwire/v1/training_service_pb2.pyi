@@ -383,7 +383,7 @@ class GenerateResponse(_message.Message):
     def __init__(self, tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., unmasking_step: _Optional[int] = ..., done: _Optional[bool] = ..., step: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class CheckpointInfo(_message.Message):
-    __slots__ = ("name", "lineage", "step", "digest", "size_bytes", "files", "create_time", "labels")
+    __slots__ = ("name", "lineage", "step", "digest", "size_bytes", "files", "create_time", "labels", "score")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -399,6 +399,7 @@ class CheckpointInfo(_message.Message):
     FILES_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
     name: str
     lineage: int
     step: int
@@ -407,7 +408,8 @@ class CheckpointInfo(_message.Message):
     files: _containers.RepeatedCompositeFieldContainer[CheckpointFile]
     create_time: _timestamp_pb2.Timestamp
     labels: _containers.ScalarMap[str, str]
-    def __init__(self, name: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., digest: _Optional[bytes] = ..., size_bytes: _Optional[int] = ..., files: _Optional[_Iterable[_Union[CheckpointFile, _Mapping]]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    score: float
+    def __init__(self, name: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., digest: _Optional[bytes] = ..., size_bytes: _Optional[int] = ..., files: _Optional[_Iterable[_Union[CheckpointFile, _Mapping]]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., score: _Optional[float] = ...) -> None: ...
 
 class CheckpointFile(_message.Message):
     __slots__ = ("name", "size_bytes", "sha256")
@@ -420,7 +422,7 @@ class CheckpointFile(_message.Message):
     def __init__(self, name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[bytes] = ...) -> None: ...
 
 class CheckpointRequest(_message.Message):
-    __slots__ = ("request_id", "name", "labels")
+    __slots__ = ("request_id", "name", "labels", "score")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -431,10 +433,12 @@ class CheckpointRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     name: str
     labels: _containers.ScalarMap[str, str]
-    def __init__(self, request_id: _Optional[str] = ..., name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    score: float
+    def __init__(self, request_id: _Optional[str] = ..., name: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., score: _Optional[float] = ...) -> None: ...
 
 class CheckpointResponse(_message.Message):
     __slots__ = ("checkpoint",)

@@ -220,8 +220,11 @@ class TrainingServiceServicer:
         """DeleteCheckpoint deletes a checkpoint that nothing needs.
 
         OK: deleted.
-        NOT_FOUND (CHECKPOINT_NOT_FOUND): no checkpoint has this name.
-        UNIMPLEMENTED (UNIMPLEMENTED): this server does not delete on request.
+        INVALID_ARGUMENT (INVALID_FIELD): a malformed name.
+        NOT_FOUND (CHECKPOINT_NOT_FOUND): no whole checkpoint has this name; a retry finds that too.
+        FAILED_PRECONDITION (CHECKPOINT_NEEDED): it is one of the two that a start may need, a lineage began
+        from it, or it is being downloaded; metadata says which.
+        UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again after RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

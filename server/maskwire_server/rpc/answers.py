@@ -112,6 +112,7 @@ def checkpoint(info: CheckpointInfo) -> pb.CheckpointInfo:
         size_bytes=info.size_bytes,
         files=[_file(file) for file in info.files],
         labels=info.labels,
+        score=info.score,
     )
     answer.create_time.FromNanoseconds(int(info.created * 1e9))
     return answer

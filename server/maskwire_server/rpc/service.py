@@ -80,6 +80,9 @@ class Engine(Protocol):
     def restore(self, request: RestoreRequest) -> Future[RestoreAnswer]:
         """Go back to a checkpoint."""
 
+    def delete(self, name: str) -> Future[None]:
+        """Delete a checkpoint."""
+
     def checkpoints(self) -> list[CheckpointInfo]:
         """The whole checkpoints, newest first."""
 
@@ -197,12 +200,14 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         return self._serve(context, lambda: self._engine.restore(wire.read_restore(request)), answers.restore)
 
     def DeleteCheckpoint(  # noqa: N802
-        self,
-        request: pb.DeleteCheckpointRequest,  # noqa: ARG002
-        context: grpc.ServicerContext,
+        self, request: pb.DeleteCheckpointRequest, context: grpc.ServicerContext
     ) -> pb.DeleteCheckpointResponse:
         """See the proto."""
-        abort(context, Refused("UNIMPLEMENTED", "this server does not delete checkpoints on request"))
+        return self._serve(
+            context,
+            lambda: self._engine.delete(wire.read_checkpoint_name(request.name)),
+            lambda _: pb.DeleteCheckpointResponse(),
+        )
 
     def DownloadCheckpoint(  # noqa: N802
         self, request: pb.DownloadCheckpointRequest, context: grpc.ServicerContext

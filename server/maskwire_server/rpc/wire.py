@@ -140,19 +140,23 @@ def read_save(request: pb.CheckpointRequest) -> SaveRequest:
     if AUTOMATIC_NAME.fullmatch(request.name):
         raise invalid_field(
             "name",
-            f"name: step-NUMBER is what the server calls its own, choose another than {request.name!r}",
+            "name: step-NUMBER and best-NUMBER are what the server calls its own, choose another than "
+            f"{request.name!r}",
         )
+    if request.HasField("score") and not math.isfinite(request.score):
+        raise invalid_field("score", f"score must be finite, got {request.score}")
     return SaveRequest(
-        name=_checkpoint_name(request.name) if request.name else None,
+        name=read_checkpoint_name(request.name) if request.name else None,
         request_id=_name("request_id", request.request_id),
         labels=dict(request.labels),
+        score=request.score if request.HasField("score") else None,
     )
 
 
 def read_restore(request: pb.RestoreCheckpointRequest) -> RestoreRequest:
     """A RestoreCheckpoint request, checked."""
     return RestoreRequest(
-        name=_checkpoint_name(request.name),
+        name=read_checkpoint_name(request.name),
         request_id=_name("request_id", request.request_id),
         expected_lineage=request.expected_lineage if request.HasField("expected_lineage") else None,
         expected_step=request.expected_step if request.HasField("expected_step") else None,
@@ -167,7 +171,7 @@ def read_download(request: pb.DownloadCheckpointRequest) -> DownloadRequest:
             f"offset_bytes must be at least 0, and 0 without a file, got {request.offset_bytes}",
         )
     return DownloadRequest(
-        name=_checkpoint_name(request.name),
+        name=read_checkpoint_name(request.name),
         weights_only=request.weights_only,
         file=request.file or None,
         offset=request.offset_bytes,
@@ -360,7 +364,8 @@ def _name(field: str, value: str, *, required: bool = False) -> str | None:
     return value
 
 
-def _checkpoint_name(value: str) -> str:
+def read_checkpoint_name(value: str) -> str:
+    """A checkpoint's name, checked."""
     if CHECKPOINT_NAME.fullmatch(value) is None:
         raise invalid_field("name", f"name must match {CHECKPOINT_NAME.pattern}, got {value[:80]!r}")
     return value

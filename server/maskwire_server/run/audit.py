@@ -17,9 +17,10 @@ from typing import Any
 from maskwire.v1.digest import initial_digest, lineage_digest, step_digest
 from maskwire_server.batch import Payload
 from maskwire_server.errors import RunDirectoryError
+from maskwire_server.run.ancestry import ancestry
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.journal import FILE_NAME, Journal, Lineage, StepRecord
-from maskwire_server.run.recovery import ancestry, digest_at
+from maskwire_server.run.recovery import digest_at
 
 
 @dataclass

@@ -20,13 +20,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from maskwire_server.errors import Refused
-from maskwire_server.manifest import MANIFEST, Manifest
+from maskwire_server import failpoints
+from maskwire_server.errors import Refused, RunDirectoryError
+from maskwire_server.manifest import MANIFEST, Manifest, UnknownFormatError
 from maskwire_server.requests import CHECKPOINT_NAME
 from maskwire_server.results import CheckpointInfo, FileInfo
 from maskwire_server.run.flush import flush_folder
 
 LEASE_SECONDS = 60.0
+_NO_MANIFEST = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 class Snapshot(Protocol):
@@ -65,12 +67,16 @@ class Checkpoints:
             if folder.exists():  # the unfinished folder of a save that was cut off
                 shutil.rmtree(folder)
             folder.mkdir(parents=True)
+            failpoints.passing("checkpoint.begun")
             snapshot.write(folder)
+            failpoints.passing("checkpoint.written")
             files = tuple(_flush(path) for path in sorted(folder.iterdir()))
+            failpoints.passing("checkpoint.flushed")
             info = CheckpointInfo(**{**vars(manifest.info), "files": files})
             whole = Manifest(**{**vars(manifest), "info": info})
             _write_manifest(folder, whole)
             flush_folder(self.folder)
+            failpoints.passing("checkpoint.published")
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise Refused(
@@ -91,6 +97,20 @@ class Checkpoints:
                 if manifest is not None:
                     found.append(manifest)
         return sorted(found, key=lambda m: (m.info.lineage, m.info.step, m.info.created), reverse=True)
+
+    def unreadable(self) -> list[str]:
+        """What is wrong with the manifests that cannot be read; RunDirectoryError for a newer format."""
+        problems = []
+        for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
+            try:
+                Manifest.from_json((folder / MANIFEST).read_bytes())
+            except UnknownFormatError as error:
+                raise RunDirectoryError(f"checkpoint {folder.name!r}: {error}") from error
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except _NO_MANIFEST as error:
+                problems.append(f"{folder.name}: {MANIFEST} cannot be read: {error}")
+        return problems
 
     def get(self, name: str) -> Manifest:
         """A whole checkpoint by name; Refused CHECKPOINT_NOT_FOUND."""
@@ -138,9 +158,12 @@ class Checkpoints:
         with self._lock:
             if self._readers[name] or self._clock() < self._read_until.get(name, 0.0):
                 return False
+            failpoints.passing("checkpoint.collecting")
             (folder / MANIFEST).unlink(missing_ok=True)
+        failpoints.passing("checkpoint.undone")
         flush_folder(folder)
         shutil.rmtree(folder)
+        failpoints.passing("checkpoint.collected")
         return True
 
     def sweep(self) -> list[str]:
@@ -155,32 +178,22 @@ class Checkpoints:
         return [folder.name for folder in unfinished]
 
 
-def collectable(
-    manifests: list[Manifest], *, lineage: int, keep_last: int, keep_every: int | None, pinned: set[str]
-) -> list[str]:
-    """The automatic checkpoints of `lineage` that retention may delete; `manifests` newest first."""
-    automatic = [m.info for m in manifests if m.automatic and m.info.lineage == lineage]
-    return [
-        info.name
-        for info in automatic[keep_last:]
-        if info.name not in pinned and not (keep_every and info.step % keep_every == 0)
-    ]
-
-
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
     draft = folder / (MANIFEST + ".draft")
     with draft.open("wb") as file:
         file.write(manifest.to_json())
         file.flush()
         os.fsync(file.fileno())
+    failpoints.passing("checkpoint.drafted")
     draft.rename(folder / MANIFEST)
+    failpoints.passing("checkpoint.renamed")
     flush_folder(folder)
 
 
 def _read_manifest(folder: Path) -> Manifest | None:
     try:
         manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except _NO_MANIFEST:
         return None
     return manifest if manifest.info.name == folder.name else None
 

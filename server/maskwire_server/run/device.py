@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.requests import EvalRequest
 from maskwire_server.results import EvalOptions, EvalResult, ModelInfo, Outcome, StepResult
@@ -125,7 +126,10 @@ class Device:
 
     def snapshot(self) -> Snapshot:
         """Copy the state to host memory."""
-        return self._trainer.snapshot()
+        failpoints.passing("checkpoint.copying")
+        copy = self._trainer.snapshot()
+        failpoints.passing("checkpoint.copied")
+        return copy
 
     def load(self, folder: Path, step: int) -> None:
         """Take over a checkpoint of `step`."""

@@ -171,6 +171,11 @@ class Engine:
         future: Future[RestoreAnswer] = Future()
         return self._post(future, lambda: self._pipeline.restore(request, future))
 
+    def delete(self, name: str) -> Future[None]:
+        """Delete a checkpoint that nothing needs."""
+        future: Future[None] = Future()
+        return self._post(future, lambda: self._pipeline.delete(name, future))
+
     def open_session(self, request: SessionRequest) -> Future[SessionAnswer]:
         """Make the caller the run's writer."""
         future: Future[SessionAnswer] = Future()

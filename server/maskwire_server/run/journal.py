@@ -15,11 +15,12 @@ import os
 import sqlite3
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from maskwire_server import failpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.results import Losses, Outcome
 from maskwire_server.run.disk import network_file_system
@@ -121,6 +122,15 @@ class Lineage:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Steps of one lineage: those behind `after`, up to and with `through`."""
+
+    lineage: int
+    after: int
+    through: int = 2**63 - 1
+
+
+@dataclass(frozen=True)
 class SessionRecord:
     """One writer's epoch."""
 
@@ -196,20 +206,25 @@ class Journal:
                 self._db.execute("INSERT INTO run VALUES (?, ?)", (key, value))
             self.add_lineage(Lineage(1, None, 0, digest, None, None))
 
+        failpoints.passing("journal.creating")
         self.transaction(write)
+        failpoints.passing("journal.created")
         flush_folder(self._path.parent)
         self.is_new = False
 
     def transaction(self, write: Callable[[], object]) -> None:
         """Run `write` in one durable transaction; it leaves no trace if it raises."""
+        failpoints.passing("journal.begin")
         self._db.execute("BEGIN IMMEDIATE")
         try:
             write()
+            failpoints.passing("journal.written")
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
+        failpoints.passing("journal.committed")
 
     def fact(self, key: str) -> Any:
         """A fact that `create` was given."""
@@ -288,9 +303,14 @@ class Journal:
                 return
             step = rows[-1][1]
 
-    def drop_payloads(self, lineage: int, through_step: int) -> None:
-        """Forget the batches of a lineage up to a step; their records stay."""
-        self._db.execute("DELETE FROM payloads WHERE lineage = ? AND step <= ?", (lineage, through_step))
+    def drop_payloads(self, stretches: Sequence[Stretch]) -> None:
+        """Forget the batches of these steps; their records stay."""
+        failpoints.passing("payloads.dropping")
+        for gone in stretches:
+            self._db.execute(
+                "DELETE FROM payloads WHERE lineage = ? AND step > ? AND step <= ?",
+                (gone.lineage, gone.after, gone.through),
+            )
 
     def add_lineage(self, lineage: Lineage) -> None:
         """Open a line of history."""
@@ -356,7 +376,9 @@ class Journal:
 
     def tidy(self) -> None:
         """Fold the write-ahead log into the database, between steps."""
+        failpoints.passing("journal.tidying")
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        failpoints.passing("journal.tidied")
 
     def log_bytes(self) -> int:
         """The size of the write-ahead log."""

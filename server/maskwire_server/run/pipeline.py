@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from maskwire.v1.digest import step_digest
+from maskwire_server import failpoints
 from maskwire_server.config import ServeConfig
 from maskwire_server.errors import Refused, StateLost
 from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRef, SessionRequest
@@ -136,6 +137,7 @@ class Pipeline:
 
     def admit(self, step: Step) -> None:
         """Admit a step, join it to its twin, or answer it from the record; raises Refused."""
+        failpoints.passing("step.admitted")
         request = step.request
         known, record = None, None
         earlier = self._line.request(request.request_id)
@@ -221,6 +223,7 @@ class Pipeline:
                     line.put_first(Save(SaveRequest(), automatic=True))
 
     def _compute(self, step: Step) -> StepResult | None:
+        failpoints.passing("step.computing")
         step.started = self._clock()
         result: StepResult | None
         if self._poison.condemned(step.payload_hash):
@@ -229,6 +232,7 @@ class Pipeline:
             with self._poison.watch(step.payload_hash):
                 result = self._device.train(self._head.lineage, step.number, step.request.payload)
         step.ended = self._clock()
+        failpoints.passing("step.computed")
         return result
 
     def _on_computed(self, step: Step, future: Future[StepResult | None]) -> None:
@@ -267,6 +271,7 @@ class Pipeline:
             partial(self._journal.add_step, record, step.encoded),
             partial(self._on_durable, step, result, head.digest),
         )
+        failpoints.passing("step.consumed")
         skipped = result.outcome is Outcome.SKIPPED_NON_FINITE
         head.non_finite = head.non_finite + 1 if skipped else 0
         if head.non_finite >= HALT_AFTER:
@@ -293,6 +298,7 @@ class Pipeline:
     # Answer.
 
     def _on_durable(self, step: Step, result: StepResult, digest: bytes) -> None:
+        failpoints.passing("step.durable")
         self._head.durable = (step.number, digest)
         self._line.settle(step)
         self._rate.add(step.request.payload.batch.tokens)
@@ -308,6 +314,7 @@ class Pipeline:
         )
         for waiter in step.waiters:
             answer(waiter, reply)
+        failpoints.passing("step.answered")
 
     # Sessions and checkpoints.
 
@@ -344,11 +351,17 @@ class Pipeline:
             known = error if isinstance(error, Refused) else self._failed("the checkpoint", error)
             self._saver.give_up(job, known)
             return
-        covered = self._saver.finish(self._journal, self._head.lineage)
-        if covered is not None and self._serve.keep_payloads == "recovery":
-            self._commits.add(partial(self._journal.drop_payloads, self._head.lineage, covered), lambda: None)
+        gone = self._saver.finish(self._journal, self._head.lineage)
+        if gone and self._serve.keep_payloads == "recovery":
+            self._commits.add(partial(self._journal.drop_payloads, gone), lambda: None)
         for waiter in job.waiters:
             answer(waiter, future.result())
+
+    def delete(self, name: str, future: Future[None]) -> None:
+        """Delete a checkpoint; raises Refused."""
+        admission.refuse_unavailable(self._standing.state)
+        self._saver.delete(name, self._journal, self._head.lineage)
+        answer(future, None)
 
     def restore(self, request: RestoreRequest, future: Future[RestoreAnswer]) -> None:
         """Go back to a checkpoint once the running step is durable; raises Refused."""
@@ -360,6 +373,7 @@ class Pipeline:
     def drain(self, done: Future[None]) -> None:
         """Refuse what waits, finish what runs, save if anything was trained, then answer `done`."""
         self._standing.set(RunState.DRAINING, waiting_for="the running step and the last checkpoint")
+        failpoints.passing("drain.begun")
         self._line.refuse_all(Refused("DRAINING", "the server is finishing its work; ask again"))
         if self._standing.holds(RunState.HELD):
             answer(done, None)  # nothing that was acknowledged is missing on the disk

@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from maskwire.v1.digest import initial_digest, step_digest
+from maskwire_server import failpoints
 from maskwire_server.batch import Payload
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.manifest import Manifest
 from maskwire_server.results import Outcome, StepResult
+from maskwire_server.run.ancestry import Segment, ancestry, on_path
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.device import Device
-from maskwire_server.run.journal import Journal, Lineage, StepRecord
+from maskwire_server.run.journal import Journal, StepRecord
 
 log = logging.getLogger(__name__)
 
@@ -73,25 +75,6 @@ def _check_same_run(journal: Journal, run_dir: Path, seed: int, canonical: bytes
         )
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A part of one lineage that the current state descends from."""
-
-    lineage: int
-    through: int | None
-    """The last step of it that counts; None: all."""
-
-
-def ancestry(lineages: dict[int, Lineage], lineage: int) -> list[Segment]:
-    """The segments from the first lineage to `lineage`, oldest first."""
-    segments = [Segment(lineage, None)]
-    current = lineages[lineage]
-    while current.parent is not None:
-        segments.append(Segment(current.parent, current.step))
-        current = lineages[current.parent]
-    return segments[::-1]
-
-
 def newest_verified(
     checkpoints: Checkpoints, journal: Journal, segments: list[Segment]
 ) -> tuple[Manifest | None, list[str]]:
@@ -100,12 +83,10 @@ def newest_verified(
     Raises RunDirectoryError when a checkpoint holds a step that the journal lost.
     """
     run_id = journal.fact("run_id")
-    damaged: list[str] = []
-    for manifest in checkpoints.all():
+    damaged = checkpoints.unreadable()
+    for manifest in on_path(checkpoints.all(), segments):
         info = manifest.info
-        segment = next((s for s in segments if s.lineage == info.lineage), None)
-        off_path = segment is None or (segment.through is not None and info.step > segment.through)
-        if off_path or manifest.run_id != run_id:
+        if manifest.run_id != run_id:
             continue
         if digest_at(journal, info.lineage, info.step) != info.digest:
             raise RunDirectoryError(
@@ -218,6 +199,7 @@ def recover(
     for name in checkpoints.sweep():
         log.info("removed the unfinished checkpoint %s", name)
     manifest, damaged = newest_verified(checkpoints, journal, segments)
+    failpoints.passing("recovery.chosen")
     for problem in damaged:
         log.warning("checkpoint passed over, its files are damaged: %s", problem)
     start = (segments[0].lineage, 0)
@@ -232,6 +214,7 @@ def recover(
             raise RunDirectoryError(
                 f"checkpoint {info.name!r} does not fit the configuration: {error}; start with it as it was"
             ) from error
+        failpoints.passing("recovery.loaded")
         took = time.monotonic() - loading
         log.info("loaded checkpoint %s (step %d) in %.1f s", info.name, info.step, took)
     last = journal.last_step(lineage)
@@ -252,6 +235,7 @@ def recover(
     if count:
         log.info("replayed %d steps in %.1f s", count, time.monotonic() - began)
     following.end()
+    failpoints.passing("recovery.replayed")
     if inexact:
         journal.transaction(partial(journal.add_event, "inexact_replay", {"steps": inexact}))
     return Recovered(lineage, step, digest, _non_finite(journal, lineage, step))
@@ -374,6 +358,7 @@ def replay(
                 f"journal: the batch of step {record.step} was dropped behind a checkpoint that is gone or "
                 "damaged; restore the run directory from a copy"
             )
+        failpoints.passing("recovery.replaying")
         result = train(record.lineage, record.step, Payload.decode(payload))
         again = StepRecord(**{**vars(record), "losses": result.losses, "gradient_norm": result.gradient_norm})
         if result.outcome is record.outcome and again.numbers() == record.numbers():

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from maskwire.v1.digest import lineage_digest
+from maskwire_server import failpoints
 from maskwire_server.errors import Refused
 from maskwire_server.manifest import Manifest
 from maskwire_server.requests import RestoreRequest
@@ -116,9 +117,11 @@ class Restoring:
             self._journal.add_session(session)
 
         self._journal.transaction(write)
+        failpoints.passing("restore.recorded")
         # From here on memory must follow the journal: a failure ends the process, and a restart
         # comes back on the new lineage.
         self._device.call(partial(self._device.load, self._checkpoints.path(info.name), info.step))
+        failpoints.passing("restore.loaded")
         head.move(number, info.step, lineage.digest)
         self._writer.resume(session)
         self._line.begin_at(info.step)

@@ -13,6 +13,7 @@ from maskwire_server.errors import RunDirectoryError
 from maskwire_server.manifest import Manifest
 from maskwire_server.results import CheckpointInfo
 from maskwire_server.run import recovery
+from maskwire_server.run.ancestry import Segment, ancestry
 from maskwire_server.run.audit import open_run
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.device import Device, Trainer
@@ -40,9 +41,9 @@ def rewind(
     device = Device(lambda act: act())
     try:
         lineages = journal.lineages()
-        segments = recovery.ancestry(lineages, max(lineages))
+        segments = ancestry(lineages, max(lineages))
         last = next((s for s in segments if s.through is None or to_step <= s.through), segments[-1])
-        segments = [*segments[: segments.index(last)], recovery.Segment(last.lineage, to_step)]
+        segments = [*segments[: segments.index(last)], Segment(last.lineage, to_step)]
         digest = recovery.digest_at(journal, last.lineage, to_step)
         if digest is None:
             raise RunDirectoryError(f"{run_dir}: there is no step {to_step} in the run's history")

@@ -13,9 +13,10 @@ from maskwire_server.errors import Refused
 from maskwire_server.manifest import Manifest
 from maskwire_server.requests import SaveRequest
 from maskwire_server.results import CheckpointInfo
-from maskwire_server.run.checkpoint import Checkpoints, Snapshot, collectable
+from maskwire_server.run import retention
+from maskwire_server.run.checkpoint import Checkpoints, Snapshot
 from maskwire_server.run.jobs import Save, refuse
-from maskwire_server.run.journal import Journal
+from maskwire_server.run.journal import Journal, Stretch
 from maskwire_server.run.standing import Head
 
 log = logging.getLogger(__name__)
@@ -78,13 +79,16 @@ class Saver:
         self.busy = True
         self._saved_at, self._overdue = self._clock(), False
         request = job.request
-        name = request.name or f"step-{head.step:09d}" + (
+        kind = "step" if request.score is None else "best"
+        name = request.name or f"{kind}-{head.step:09d}" + (
             f"-lineage-{head.lineage}" if head.lineage > 1 else ""
         )
         manifest = Manifest(
-            CheckpointInfo(name, head.lineage, head.step, head.digest, (), time.time(), request.labels),
+            CheckpointInfo(
+                name, head.lineage, head.step, head.digest, (), time.time(), request.labels, request.score
+            ),
             head.run_id,
-            job.automatic,
+            job.automatic or (request.name is None and request.score is not None),
             request.request_id,
             self._configuration,
             self._versions,
@@ -106,27 +110,36 @@ class Saver:
         )
         return info
 
-    def finish(self, journal: Journal, lineage: int) -> int | None:
+    def finish(self, journal: Journal, lineage: int) -> list[Stretch]:
         """A background write ended well: collect what retention lets go.
 
-        Returns the step of the lineage's second-newest checkpoint: older batches are not needed.
+        Returns the steps whose batches are not needed any more.
         """
         self.busy = False
-        pinned = {line.checkpoint for line in journal.lineages().values() if line.checkpoint}
-        gone = collectable(
-            self._checkpoints.all(),
-            lineage=lineage,
-            keep_last=self._settings.keep_last,
-            keep_every=self._settings.keep_every,
-            pinned=pinned,
-        )
-        for name in gone:
-            if self._checkpoints.delete(name):
-                log.info("checkpoint %s collected", name)
-        left = [m.info for m in self._checkpoints.all()]
-        self.newest = next(iter(left), None)
-        steps = [info.step for info in left if info.lineage == lineage]
-        return steps[1] if len(steps) > 1 else None
+        lineages = journal.lineages()
+        for name in retention.collectable(self._checkpoints.all(), lineages, lineage, self._settings):
+            try:
+                if self._checkpoints.delete(name):
+                    log.info("checkpoint %s collected", name)
+            except OSError as error:  # the next start sweeps what is left of it
+                log.error("checkpoint %s could not be collected: %s", name, error)
+        left = self._checkpoints.all()
+        self.newest = next((manifest.info for manifest in left), None)
+        return retention.droppable(left, lineages, lineage)
+
+    def delete(self, name: str, journal: Journal, lineage: int) -> None:
+        """Delete a checkpoint on request; Refused when there is none or something needs it."""
+        self._checkpoints.get(name)
+        why = retention.needed(self._checkpoints.all(), journal.lineages(), lineage).get(name)
+        if why is None and not self._checkpoints.delete(name):
+            why = "it is being downloaded, or was a minute ago"
+        if why is not None:
+            raise Refused(
+                "CHECKPOINT_NEEDED", f"checkpoint {name!r} stays: {why}; save another first, or wait",
+                name=name, why=why,
+            )  # fmt: skip
+        log.info("checkpoint %s deleted on request", name)
+        self.newest = next((manifest.info for manifest in self._checkpoints.all()), None)
 
     def give_up(self, job: Save, refusal: Refused) -> None:
         """A snapshot or its write failed; training goes on."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
+from maskwire_server import failpoints
 from maskwire_server.errors import Refused
 from maskwire_server.requests import SessionRef, SessionRequest
 from maskwire_server.results import RunState, SessionAnswer
@@ -82,6 +83,7 @@ class Sessions:
             self._commits.add(keep_tokenizer, lambda: None)
             refuse(future, Refused("FENCED", f"epoch {epoch} was superseded while it was opened"))
             return
+        failpoints.passing("session.opening")
         head = self._head
         session = SessionRecord(
             epoch, request.client_name, request.nonce, request.takeover, head.lineage, head.step, False
@@ -90,7 +92,11 @@ class Sessions:
             head.non_finite = self._device.non_finite = 0
             self._standing.set(RunState.HALTED, False)
         self._commits.add(keep_tokenizer, lambda: None)
-        self._commits.add(partial(self._journal.add_session, session), lambda: answer(future, self._answer()))
+        self._commits.add(partial(self._journal.add_session, session), partial(self._opened, future))
+
+    def _opened(self, future: Future[SessionAnswer]) -> None:
+        failpoints.passing("session.opened")
+        answer(future, self._answer())
 
     def close(self, session: SessionRef, at: Position, future: Future[None]) -> None:
         """End the writer's session; once more is no error."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from maskwire_server.errors import Refused
 from maskwire_server.manifest import Manifest
 from maskwire_server.results import CheckpointInfo
-from maskwire_server.run.checkpoint import Checkpoints, collectable
+from maskwire_server.run.checkpoint import Checkpoints
 
 
 class Files:
@@ -160,11 +159,3 @@ def test_a_whole_checkpoint_is_never_written_over(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="is taken"):
         checkpoints.write(Files(), manifest())
     assert checkpoints.all() == [first]
-
-
-def test_retention_keeps_the_newest_the_multiples_the_named_and_the_pinned() -> None:
-    saved = [manifest(f"s{step}", step) for step in range(10, 0, -1)]
-    saved[5] = replace(saved[5], automatic=False)  # step 5, named by somebody
-    gone = collectable(saved, lineage=1, keep_last=3, keep_every=4, pinned={"s2"})
-    assert gone == ["s7", "s6", "s3", "s1"]
-    assert collectable(saved, lineage=2, keep_last=3, keep_every=None, pinned=set()) == []

@@ -11,7 +11,7 @@ import pytest
 
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.results import Losses, Outcome
-from maskwire_server.run.journal import FILE_NAME, Journal, Lineage, SessionRecord, StepRecord
+from maskwire_server.run.journal import FILE_NAME, Journal, Lineage, SessionRecord, StepRecord, Stretch
 
 Open = Callable[..., Journal]
 
@@ -62,7 +62,7 @@ def test_a_record_comes_back_as_it_went_and_absent_stays_absent(open_journal: Op
     assert journal.step_of_request("x") is None
     assert journal.last_step(1) == kept
     assert [payload for _, payload in journal.steps_after(1, 0)] == [b"payload"] * 2
-    journal.drop_payloads(1, 1)
+    journal.drop_payloads([Stretch(1, -1, 1)])
     assert [(r.step, payload) for r, payload in journal.steps_after(1, 0)] == [(1, None), (2, b"payload")]
 
 

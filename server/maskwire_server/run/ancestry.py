@@ -1,0 +1,39 @@
+"""Which steps and checkpoints the present state descends from, across the lineages that restores opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from maskwire_server.manifest import Manifest
+from maskwire_server.run.journal import Lineage
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of one lineage that the current state descends from."""
+
+    lineage: int
+    through: int | None
+    """The last step of it that counts; None: all."""
+
+
+def ancestry(lineages: dict[int, Lineage], lineage: int) -> list[Segment]:
+    """The segments from the first lineage to `lineage`, oldest first."""
+    segments = [Segment(lineage, None)]
+    current = lineages[lineage]
+    while current.parent is not None:
+        segments.append(Segment(current.parent, current.step))
+        current = lineages[current.parent]
+    return segments[::-1]
+
+
+def on_path(manifests: Iterable[Manifest], segments: list[Segment]) -> list[Manifest]:
+    """Those of the ancestry, in the order given."""
+    through = {segment.lineage: segment.through for segment in segments}
+
+    def counts(lineage: int, step: int) -> bool:
+        last = through.get(lineage, -1)
+        return last is None or step <= last
+
+    return [manifest for manifest in manifests if counts(manifest.info.lineage, manifest.info.step)]
