@@ -34,6 +34,9 @@ class NullTrainer:
     def configure(self, optimizer: dict[str, object]) -> None:
         pass
 
+    def use_threads(self, count: int) -> None:
+        pass
+
     def warm_up(self) -> None:
         pass
 

@@ -42,6 +42,8 @@ class CounterSnapshot:
 class CounterTrainer:
     """The trainer that the engine's tests use; `gate` lets a test hold it in the middle of a step."""
 
+    threads = 1
+
     def __init__(self) -> None:
         self.state = hashlib.sha256(b"start").hexdigest()
         self.trained: list[tuple[int, int]] = []
@@ -55,10 +57,13 @@ class CounterTrainer:
 
     @property
     def versions(self) -> dict[str, str]:
-        return {"device": "counter"}
+        return {"device": "counter", "threads": str(self.threads)}
 
     def configure(self, optimizer: dict[str, Any]) -> None:
         pass
+
+    def use_threads(self, count: int) -> None:
+        self.threads = count
 
     def warm_up(self) -> None:
         pass

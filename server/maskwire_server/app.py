@@ -21,7 +21,7 @@ from maskwire_server.rpc.server import Server
 from maskwire_server.run import rewinding
 from maskwire_server.run.device import Trainer
 from maskwire_server.run.engine import Engine
-from maskwire_server.run.recovery import InexactReplayError
+from maskwire_server.run.replaying import InexactReplayError
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def serve(
     *,
     factory: Callable[[], Trainer] | None = None,
     accept_inexact_replay: bool = False,
+    accept_lost_history: int | None = None,
 ) -> int:
     """Serve one run until SIGTERM or SIGINT, and return the exit code.
 
@@ -61,6 +62,7 @@ def serve(
         versions={"maskwire": __version__, "python": platform.python_version()},
         on_fatal=_die,
         accept_inexact_replay=accept_inexact_replay,
+        accept_lost_history=accept_lost_history,
     )
     try:
         server = Server(engine, config.serve)
@@ -100,10 +102,12 @@ def serve(
 def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_replay: bool = False) -> int:
     """Compute a run again up to a step, and return the exit code."""
     try:
-        info = rewinding.rewind(
+        info, inexact = rewinding.rewind(
             config.run.dir,
             _trainer_factory(config),
             config.model_dump(mode="json"),
+            seed=config.run.seed,
+            canonical=config.canonical(),
             to_step=to_step,
             out=out,
             accept_inexact=accept_inexact_replay,
@@ -116,7 +120,8 @@ def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_rep
         _say(error)
         return EXIT_RUN_DIRECTORY
     where = f"; its state is in {out}" if out is not None else ""
-    print(f"step {info.step}, digest {info.digest.hex()}: as recorded{where}", flush=True)
+    exact = f"but {inexact} steps gave other losses" if inexact else "as recorded"
+    print(f"step {info.step}, digest {info.digest.hex()}: {exact}{where}", flush=True)
     return 0
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import math
 import os
 import sys
 import tomllib
@@ -49,6 +50,10 @@ def serve(
     accept_inexact_replay: Annotated[
         bool, typer.Option(help="Go on once although recomputed steps differ from the recorded ones.")
     ] = False,
+    accept_lost_history: Annotated[
+        int | None,
+        typer.Option(help="Go on from this step, the last that is left, on a new lineage."),
+    ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Serve a run, until SIGTERM or Ctrl-C. Started again on the same folder, it goes on."""
@@ -58,7 +63,9 @@ def serve(
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from maskwire_server.app import serve as run
 
-    raise typer.Exit(run(loaded, accept_inexact_replay=accept_inexact_replay))
+    raise typer.Exit(
+        run(loaded, accept_inexact_replay=accept_inexact_replay, accept_lost_history=accept_lost_history)
+    )
 
 
 @app.command()
@@ -163,7 +170,11 @@ def inspect(
             f"the batch of step {step} was dropped behind checkpoints; serve.keep_payloads = 'all' keeps them"
         )
     if as_json:
-        typer.echo(json.dumps({k: None if v != v else v for k, v in shown.items()}))
+        typer.echo(
+            json.dumps(
+                {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in shown.items()}
+            )
+        )
         return
     for key, value in shown.items():
         if key == "batch" and value is None:

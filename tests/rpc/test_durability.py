@@ -208,17 +208,17 @@ FOLLOWED = {
 }  # fmt: skip
 NO_MATTER = {
     "checkpoints.every_steps": "3", "checkpoints.every_seconds": "9", "checkpoints.keep_last": "5",
-    "checkpoints.keep_every": "4", "checkpoints.keep_best": "2", "serve.keep_payloads": "all", "serve.queue_limit": "9",
-    "serve.window": "2",
+    "checkpoints.keep_every": "4", "checkpoints.keep_best": "2", "serve.keep_payloads": "all",
+    "serve.queue_limit": "9", "serve.window": "2",
     "serve.max_batch_tokens": "65536", "serve.max_message_bytes": "1048576", "serve.max_draws": "32",
     "serve.session_idle_seconds": "5", "serve.gap_seconds": "1", "serve.drain_seconds": "9",
     "serve.reserve_bytes": "1000", "serve.poison_after": "3", "serve.reflection": "false",
 }  # fmt: skip
 REFUSED = {
     "optimizer.ema_decay": ("0.5", "ema_decay"),
-    "serve.threads": ("2", "serve.threads was 1"),
-    "serve.micro_batch_tokens": ("16", "serve.micro_batch_tokens was None"),
-    "serve.precision": ("bf16", "serve.precision was 'auto'"),
+    "serve.threads": ("2", "fingerprint.threads was '1'"),
+    "serve.micro_batch_tokens": ("16", "fingerprint.micro_batch_tokens was"),
+    "serve.precision": ("bf16", "fingerprint.precision was 'fp32'"),
     "model.dim": ("64", "model.dim is 32 in the run"),
     "objective.schedule": ("cosine", "objective.schedule is 'linear' in the run"),
     "run.seed": ("1", "run.seed is 0 in the run"),

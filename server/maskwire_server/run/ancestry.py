@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from maskwire_server.errors import RunDirectoryError
 from maskwire_server.manifest import Manifest
-from maskwire_server.run.journal import Lineage
+from maskwire_server.run.records import Lineage
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,15 @@ class Segment:
 
 
 def ancestry(lineages: dict[int, Lineage], lineage: int) -> list[Segment]:
-    """The segments from the first lineage to `lineage`, oldest first."""
+    """The segments from the first lineage to `lineage`, oldest first. Raises RunDirectoryError."""
     segments = [Segment(lineage, None)]
     current = lineages[lineage]
     while current.parent is not None:
+        if current.parent >= current.lineage or current.parent not in lineages:
+            raise RunDirectoryError(
+                f"journal: lineage {current.lineage} descends from lineage {current.parent}, which is not "
+                "before it: the file was damaged; restore the run directory from a copy"
+            )
         segments.append(Segment(current.parent, current.step))
         current = lineages[current.parent]
     return segments[::-1]

@@ -9,6 +9,7 @@ Nothing is changed but that SQLite folds its write-ahead log away, as a server's
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,12 @@ from typing import Any
 from maskwire.v1.digest import initial_digest, lineage_digest, step_digest
 from maskwire_server.batch import Payload
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.run.ancestry import ancestry
+from maskwire_server.results import Outcome
+from maskwire_server.run.ancestry import ancestry, on_path
 from maskwire_server.run.checkpoint import Checkpoints
-from maskwire_server.run.journal import FILE_NAME, Journal, Lineage, StepRecord
-from maskwire_server.run.recovery import digest_at
+from maskwire_server.run.journal import FILE_NAME, Journal, explained
+from maskwire_server.run.records import Lineage, StepRecord
+from maskwire_server.run.replaying import digest_at, read_payload, steps_to_replay
 
 
 @dataclass
@@ -54,15 +57,20 @@ def verify(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -> Audit
     try:
         audit = Audit(run_id=journal.fact("run_id"))
         lineages = journal.lineages()
+        at = {}
         for lineage in lineages.values():
-            _verify_start(journal, lineage, lineages, audit)
-            _verify_steps(journal, lineage, audit, tell)
+            with _noted(audit, run_dir):
+                _verify_start(journal, lineage, lineages, audit)
+            at[lineage.lineage] = lineage.step, lineage.digest.hex()
+            with _noted(audit, run_dir):
+                for record in _verified_steps(journal, lineage, audit, tell):
+                    at[lineage.lineage] = record.step, record.digest.hex()
         audit.lineages, audit.lineage = len(lineages), max(lineages)
-        last = journal.last_step(audit.lineage)
-        audit.step = last.step if last else lineages[audit.lineage].step
-        audit.digest = (last.digest if last else lineages[audit.lineage].digest).hex()
-        _verify_checkpoints(journal, Checkpoints(run_dir), audit, tell)
-        _verify_recovery(journal, Checkpoints(run_dir), lineages, audit)
+        audit.step, audit.digest = at[audit.lineage]
+        with _noted(audit, run_dir):
+            _verify_checkpoints(journal, Checkpoints(run_dir), audit, tell)
+        with _noted(audit, run_dir):
+            _verify_recovery(journal, Checkpoints(run_dir), lineages, audit)
         return audit
     finally:
         journal.close()
@@ -80,34 +88,39 @@ def _verify_start(journal: Journal, lineage: Lineage, lineages: dict[int, Lineag
         audit.problems.append(f"lineage {lineage.lineage} does not begin with its parent's digest")
 
 
-def _verify_steps(journal: Journal, lineage: Lineage, audit: Audit, tell: Callable[[str], None]) -> None:
-    at, digest = lineage.step, lineage.digest
+@contextlib.contextmanager
+def _noted(audit: Audit, run_dir: Path) -> Iterator[None]:
+    """What cannot be read any further is a problem among others."""
     try:
-        for record, encoded in journal.steps_after(lineage.lineage, at):
-            at += 1
-            digest = step_digest(digest, lineage.lineage, at, record.payload_hash, record.outcome)
-            if record.step != at or record.digest != digest:
-                audit.problems.append(
-                    f"step {at} (lineage {lineage.lineage}) is missing or does not continue the history "
-                    "before it"
-                )
-                at, digest = record.step, record.digest
-            if encoded is not None:
-                audit.batches += 1
-                if _payload(encoded) is None or _payload(encoded).hash() != record.payload_hash:  # type: ignore[union-attr]
-                    audit.problems.append(f"the batch of step {at} (lineage {lineage.lineage}) was damaged")
-            audit.steps += 1
-            if audit.steps % 10_000 == 0:
-                tell(f"{audit.steps} steps")
+        with explained(run_dir):
+            yield
     except RunDirectoryError as error:
-        audit.problems.append(str(error))
+        if str(error) not in audit.problems:
+            audit.problems.append(str(error))
 
 
-def _payload(encoded: bytes) -> Payload | None:
-    try:
-        return Payload.decode(encoded)
-    except Exception:  # whatever damaged bytes make of it
-        return None
+def _verified_steps(
+    journal: Journal, lineage: Lineage, audit: Audit, tell: Callable[[str], None]
+) -> Iterator[StepRecord]:
+    at, digest = lineage.step, lineage.digest
+    for record, encoded in journal.steps_after(lineage.lineage, at):
+        at += 1
+        digest = step_digest(digest, lineage.lineage, at, record.payload_hash, record.outcome)
+        if record.step != at or record.digest != digest:
+            audit.problems.append(
+                f"step {at} (lineage {lineage.lineage}) is missing or does not continue the history before it"
+            )
+            at, digest = record.step, record.digest
+        if encoded is not None:
+            audit.batches += 1
+            try:
+                read_payload(record, encoded)
+            except RunDirectoryError as error:
+                audit.problems.append(str(error))
+        audit.steps += 1
+        if audit.steps % 10_000 == 0:
+            tell(f"{audit.steps} steps")
+        yield record
 
 
 def _verify_checkpoints(
@@ -140,37 +153,16 @@ def _verify_recovery(
     """Whether the steps behind the newest whole checkpoint of the ancestry have their batches."""
     segments = ancestry(lineages, max(lineages))
     whole = set(audit.checkpoints)
-    for manifest in checkpoints.all():
-        info = manifest.info
-        segment = next((s for s in segments if s.lineage == info.lineage), None)
-        on_path = segment is not None and (segment.through is None or info.step <= segment.through)
-        if info.name in whole and on_path:
-            break
-    else:
-        audit.problems.append("no whole checkpoint lies on the run's history: it cannot be recovered")
-        return
-    began = False
-    for segment in segments:
-        began = began or segment.lineage == info.lineage
-        if not began:
-            continue
-        at = info.step if segment.lineage == info.lineage else lineages[segment.lineage].step
-        for record, encoded in _readable(journal, segment.lineage, at):
-            if segment.through is not None and record.step > segment.through:
-                break
-            if encoded is None and record.outcome == 1:
-                audit.problems.append(
-                    f"the batch of step {record.step} (lineage {segment.lineage}), behind checkpoint "
-                    f"{info.name}, was dropped: the run cannot be recovered from there"
-                )
-                return
-
-
-def _readable(journal: Journal, lineage: int, step: int) -> Iterator[tuple[StepRecord, bytes | None]]:
-    try:
-        yield from journal.steps_after(lineage, step)
-    except RunDirectoryError:
-        return  # said already
+    path = [m.info for m in on_path(checkpoints.all(), segments) if m.info.name in whole]
+    start = (path[0].lineage, path[0].step) if path else (segments[0].lineage, 0)
+    behind = f"checkpoint {path[0].name}" if path else "the run's beginning (no whole checkpoint is left)"
+    for record, encoded in steps_to_replay(journal, segments, start):
+        if encoded is None and record.outcome is Outcome.APPLIED:
+            audit.problems.append(
+                f"the batch of step {record.step} (lineage {record.lineage}), behind {behind}, was dropped: "
+                "the run cannot be recovered from there"
+            )
+            return
 
 
 @dataclass(frozen=True)
@@ -201,7 +193,9 @@ def inspect(run_dir: Path, step: int, lineage: int | None = None) -> Inspected:
             )
         payload = next((p for r, p in journal.steps_after(lineage, step - 1) if r.step == step), None)
         return Inspected(
-            record, None if payload is None else Payload.decode(payload), journal.event(record.configuration)
+            record,
+            None if payload is None else read_payload(record, payload),
+            journal.event(record.configuration),
         )
     finally:
         journal.close()

@@ -28,6 +28,7 @@ from maskwire_server.results import CheckpointInfo, FileInfo
 from maskwire_server.run.flush import flush_folder
 
 LEASE_SECONDS = 60.0
+_ASIDE = ".aside"  # a dot is in no checkpoint's name
 _NO_MANIFEST = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
@@ -46,6 +47,8 @@ class Checkpoints:
         self._clock = clock
         self._readers: Counter[str] = Counter()
         self._read_until: dict[str, float] = {}  # a reader may come back for the next file
+        self._verified: set[str] = set()
+        self._pinned: set[str] = set()
         self._lock = threading.Lock()  # between readers and `delete`
 
     def path(self, name: str) -> Path:
@@ -66,7 +69,10 @@ class Checkpoints:
         try:
             if folder.exists():  # the unfinished folder of a save that was cut off
                 shutil.rmtree(folder)
-            folder.mkdir(parents=True)
+            if not self.folder.exists():
+                self.folder.mkdir(parents=True)
+                flush_folder(self.folder.parent)
+            folder.mkdir()
             failpoints.passing("checkpoint.begun")
             snapshot.write(folder)
             failpoints.passing("checkpoint.written")
@@ -76,6 +82,7 @@ class Checkpoints:
             whole = Manifest(**{**vars(manifest), "info": info})
             _write_manifest(folder, whole)
             flush_folder(self.folder)
+            self._verified.add(manifest.info.name)
             failpoints.passing("checkpoint.published")
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -98,10 +105,12 @@ class Checkpoints:
                     found.append(manifest)
         return sorted(found, key=lambda m: (m.info.lineage, m.info.step, m.info.created), reverse=True)
 
-    def unreadable(self) -> list[str]:
-        """What is wrong with the manifests that cannot be read; RunDirectoryError for a newer format."""
-        problems = []
+    def unreadable(self) -> dict[str, str]:
+        """Checkpoints whose manifest cannot be read, and why; RunDirectoryError for a newer format."""
+        problems = {}
         for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
+            if not CHECKPOINT_NAME.fullmatch(folder.name):
+                continue  # set aside before
             try:
                 Manifest.from_json((folder / MANIFEST).read_bytes())
             except UnknownFormatError as error:
@@ -109,7 +118,7 @@ class Checkpoints:
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except _NO_MANIFEST as error:
-                problems.append(f"{folder.name}: {MANIFEST} cannot be read: {error}")
+                problems[folder.name] = f"{MANIFEST} cannot be read: {error}"
         return problems
 
     def get(self, name: str) -> Manifest:
@@ -134,7 +143,12 @@ class Checkpoints:
                 return f"{file.name}: {error.strerror}"
             if found != file:
                 return f"{file.name}: does not match the manifest's size and SHA-256"
+        self._verified.add(manifest.info.name)
         return None
+
+    def verified(self, manifest: Manifest) -> bool:
+        """Whether its files were found intact, now or earlier in this process."""
+        return manifest.info.name in self._verified or self.damage(manifest) is None
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[Manifest]:
@@ -149,22 +163,41 @@ class Checkpoints:
                 self._readers[name] -= 1
                 self._read_until[name] = self._clock() + LEASE_SECONDS
 
+    def pin(self, name: str) -> None:
+        """Keep a checkpoint as long as the process lives: a restore goes back to it."""
+        with self._lock:
+            self._pinned.add(name)
+
     def delete(self, name: str) -> bool:
         """Remove a checkpoint, its manifest first, so that it is never half there.
 
-        False, and it stays, while somebody reads it, and a minute longer.
+        False, and it stays, when it is pinned, and while somebody reads it and a minute longer.
         """
         folder = self.path(name)
         with self._lock:
-            if self._readers[name] or self._clock() < self._read_until.get(name, 0.0):
+            if name in self._pinned or self._readers[name]:
                 return False
+            if self._clock() < self._read_until.get(name, 0.0):
+                return False
+            if not folder.exists():
+                return True
+            self._verified.discard(name)
             failpoints.passing("checkpoint.collecting")
             (folder / MANIFEST).unlink(missing_ok=True)
-        failpoints.passing("checkpoint.undone")
-        flush_folder(folder)
-        shutil.rmtree(folder)
-        failpoints.passing("checkpoint.collected")
+            failpoints.passing("checkpoint.undone")
+            flush_folder(folder)
+            shutil.rmtree(folder)
+            failpoints.passing("checkpoint.collected")
         return True
+
+    def set_aside(self, name: str) -> str:
+        """Rename a checkpoint out of the way, so that nothing counts on it; its new name."""
+        aside = f"{name}{_ASIDE}"
+        while (self.folder / aside).exists():
+            aside += "_"
+        self.path(name).rename(self.folder / aside)
+        flush_folder(self.folder)
+        return aside
 
     def sweep(self) -> list[str]:
         """Remove what saves that were cut off have left, and return the names."""

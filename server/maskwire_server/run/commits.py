@@ -89,7 +89,12 @@ class Commits:
             act()
         if self._count >= TIDY_EVERY:
             self._count = 0
-            self._journal.tidy()
+            try:
+                self._journal.tidy()
+            except sqlite3.Error as error:
+                if not is_full(error):
+                    raise
+                log.warning("no room to fold the journal's log; what is in it is safe, and it is tried again")
 
     def hold(self) -> None:
         """Nothing is admitted from now on, until there is room on the journal's disk."""

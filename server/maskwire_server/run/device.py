@@ -29,6 +29,9 @@ class Trainer(Protocol):
     def versions(self) -> dict[str, str]:
         """Names and versions of what it runs on."""
 
+    def use_threads(self, count: int) -> None:
+        """Compute with so many threads: sums come out otherwise with another number."""
+
     def configure(self, optimizer: dict[str, Any]) -> None:
         """Go on under another [optimizer] section; ValueError names a key that the state cannot follow."""
 
@@ -81,9 +84,13 @@ class Device:
 
     # Work, for the device thread.
 
-    def build(self, factory: Callable[[], Trainer]) -> tuple[ModelInfo, dict[str, str]]:
-        """Build the trainer: what it serves, and the versions it runs on."""
+    def build(
+        self, factory: Callable[[], Trainer], threads: int | None = None
+    ) -> tuple[ModelInfo, dict[str, str]]:
+        """Build the trainer, pinned to `threads` if they are given: what it serves, and what it runs on."""
         self._trainer = factory()
+        if threads is not None:
+            self._trainer.use_threads(threads)
         return self._trainer.info, self._trainer.versions
 
     def configure(self, optimizer: dict[str, Any]) -> None:

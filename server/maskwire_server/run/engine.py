@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -40,12 +41,12 @@ from maskwire_server.results import (
     Status,
     StepAnswer,
 )
-from maskwire_server.run import admission, reading, recovery
+from maskwire_server.run import admission, following, reading, recovery
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.commits import Reserve
 from maskwire_server.run.device import Device, Trainer
 from maskwire_server.run.jobs import Evaluation, Save, Step, refuse
-from maskwire_server.run.journal import Journal
+from maskwire_server.run.journal import Journal, explained
 from maskwire_server.run.line import Line
 from maskwire_server.run.pipeline import Pipeline
 from maskwire_server.run.poison import Poison
@@ -58,6 +59,9 @@ from maskwire_server.run.writer import Writer
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+_MESSAGES = 64  # taken in before what was computed is committed, however many more there are
 
 
 def _ends() -> Refused:
@@ -87,6 +91,7 @@ class Engine:
         versions: dict[str, str],
         on_fatal: Callable[[BaseException], None],
         accept_inexact_replay: bool = False,
+        accept_lost_history: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._factory = factory
@@ -98,6 +103,7 @@ class Engine:
         self._versions = dict(versions)
         self._on_fatal = on_fatal
         self._accept_inexact_replay = accept_inexact_replay
+        self._accept_lost_history = accept_lost_history
         self._clock = clock
 
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
@@ -263,7 +269,8 @@ class Engine:
 
     def _main(self) -> None:
         try:
-            self._recover()
+            with explained(self._run_dir):
+                self._recover()
         except BaseException as error:
             self._standing.last_error = f"recovery failed: {type(error).__name__}"
             self._standing.set(RunState.RECOVERY_FAILED)
@@ -283,10 +290,11 @@ class Engine:
     def _turn(self) -> None:
         try:
             message = self._inbox.get(timeout=self._pipeline.patience())
-            while True:
+            for _ in range(_MESSAGES):
                 message.act()
                 self._pipeline.feed()  # before the commit, so that the device computes meanwhile
                 message = self._inbox.get_nowait()
+            message.act()
         except queue.Empty:
             pass
         self._pipeline.settle()
@@ -324,37 +332,44 @@ class Engine:
         head.run_id = journal.fact("run_id")
         said = journal.last_event("tokenizer")
         head.tokenizer = said[1]["tokenizer"] if said else ""
-        self._info, versions = device.call(partial(device.build, self._factory))
+        threads = None if self._serve.threads else following.pinned_threads(journal)
+        self._info, versions = device.call(partial(device.build, self._factory, threads))
         self._versions.update(versions)
         log.info("trainer built on %s in %.1f s", versions.get("device", "?"), self._clock() - began)
 
         self._standing.set(RunState.RECOVERING, waiting_for="the newest checkpoint")
-        numerics = recovery.numerics(self._configuration) | recovery.fingerprint(versions)
+        numerics = following.numerics(self._configuration, versions)
         recovered = recovery.recover(
             journal,
             self._checkpoints,
             device,
             numerics,
             accept_inexact=self._accept_inexact_replay,
+            accept_lost=self._accept_lost_history is not None,
             tell=lambda words: self._standing.set(RunState.RECOVERING, waiting_for=words),
         )
         self._standing.set(RunState.RECOVERING, waiting_for="the warm-up")
         warming = self._clock()
         device.call(partial(device.begin_at, recovered.step, recovered.non_finite))
         log.info("warmed up in %.1f s", self._clock() - warming)
-        configuration_id = recovery.record_start(journal, self._versions, numerics)
+        configuration_id = following.record_start(journal, self._versions, numerics)
+        if self._accept_lost_history is not None:
+            recovered = recovery.accept_lost_history(journal, recovered, self._accept_lost_history)
 
         head.move(recovered.lineage, recovered.step, recovered.digest)
         head.non_finite = recovered.non_finite
         self._line.begin_at(recovered.step)
         self._writer.resume(journal.last_session())
-        if self._saver.newest is None:  # checkpoint 0 comes before the first step
-            first = Save(SaveRequest(), automatic=True)
+        # Checkpoint 0 comes before the first step; an inexact replay must not be asked for again.
+        if self._saver.newest is None or recovered.accepted:
+            name = f"accepted-{head.step:09d}-{uuid.uuid4().hex[:6]}" if recovered.accepted else None
+            first = Save(SaveRequest(name), automatic=True)
+            copy = device.call(device.snapshot)
             try:
-                self._saver.write(first, device.call(device.snapshot), head).result()
+                self._saver.write(first, copy, head.place, journal.lineages()).result()
             except Refused as error:
                 raise RunDirectoryError(f"{self._run_dir}: {error.message}") from error
-            self._saver.finish(journal, head.lineage)
+            self._saver.finish()
         self._pipeline = Pipeline(
             journal=journal,
             device=device,

@@ -8,23 +8,22 @@ drops what follows without a word.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import sqlite3
-import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from maskwire_server import failpoints
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.results import Losses, Outcome
 from maskwire_server.run.disk import network_file_system
 from maskwire_server.run.flush import flush_folder
+from maskwire_server.run.records import Lineage, SessionRecord, StepRecord, Stretch
 
 FORMAT = 1
 FILE_NAME = "journal.sqlite"
@@ -48,101 +47,6 @@ CREATE TABLE payloads (
   lineage INTEGER NOT NULL, step INTEGER NOT NULL, payload BLOB NOT NULL, PRIMARY KEY (lineage, step));
 """
 
-_NUMBERS = struct.Struct("<Bdddd")  # which are present, loss, generator loss, critic loss, gradient norm
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One consumed step."""
-
-    lineage: int
-    step: int
-    request_id: str | None
-    configuration: int
-    """The id of the event that recorded the configuration it was computed under."""
-    payload_hash: bytes
-    outcome: Outcome
-    losses: Losses
-    gradient_norm: float | None
-    digest: bytes
-
-    def numbers(self) -> bytes:
-        """Losses and gradient norm as raw bytes: replay must find the very same."""
-        values = (self.losses.generator_loss, self.losses.critic_loss, self.gradient_norm)
-        present = sum(1 << bit for bit, value in enumerate(values) if value is not None)
-        return _NUMBERS.pack(
-            present, self.losses.loss, *(0.0 if value is None else value for value in values)
-        )
-
-    def row_hash(self) -> bytes:
-        """SHA-256 over every other column."""
-        name = b"" if self.request_id is None else b"\1" + self.request_id.encode()
-        fixed = struct.pack("<qqqi", self.lineage, self.step, self.configuration, self.outcome)
-        return hashlib.sha256(fixed + self.payload_hash + self.digest + self.numbers() + name).digest()
-
-    @staticmethod
-    def read(row: tuple[Any, ...]) -> StepRecord:
-        """The record of a row of `steps`; RunDirectoryError when the row's hash does not fit it."""
-        lineage, step, request_id, configuration, payload_hash, outcome, numbers, digest, row_hash = row
-        present, loss, *values = _NUMBERS.unpack(numbers)
-        generator, critic, norm = (
-            value if present & (1 << bit) else None for bit, value in enumerate(values)
-        )
-        record = StepRecord(
-            lineage,
-            step,
-            request_id,
-            configuration,
-            payload_hash,
-            Outcome(outcome),
-            Losses(loss, generator, critic),
-            norm,
-            digest,
-        )
-        if record.row_hash() != row_hash:
-            raise RunDirectoryError(
-                f"journal: the record of step {step} (lineage {lineage}) does not match its hash: the file "
-                "was damaged; restore the run directory from a copy"
-            )
-        return record
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """One line of history: the first, or what a restore opened."""
-
-    lineage: int
-    parent: int | None
-    step: int
-    """The step that it starts from."""
-    digest: bytes
-    """The digest that it starts from."""
-    request_id: str | None
-    checkpoint: str | None
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Steps of one lineage: those behind `after`, up to and with `through`."""
-
-    lineage: int
-    after: int
-    through: int = 2**63 - 1
-
-
-@dataclass(frozen=True)
-class SessionRecord:
-    """One writer's epoch."""
-
-    epoch: int
-    client_name: str
-    nonce: str | None
-    """None for the epoch that a restore used up."""
-    takeover: bool
-    lineage: int
-    step: int
-    closed: bool
-
 
 class Journal:
     """One connection, used by one thread at a time; every method but the readers is a transaction's part."""
@@ -156,7 +60,10 @@ class Journal:
                 "on; choose a disk of this machine with --run-dir"
             )
         try:
+            made = not run_dir.exists()
             run_dir.mkdir(parents=True, exist_ok=True)
+            if made:
+                flush_folder(run_dir.absolute().parent)
             if not self._path.exists():
                 _refuse_leftovers(run_dir)
             self._lock = _lock(run_dir)
@@ -169,7 +76,8 @@ class Journal:
             self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
+            # NORMAL flushes only in `tidy`: a power loss takes the last steps, and tears nothing.
+            self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             # SQLite's own checkpoint comes in the middle of a step every 64 batches and stalls it for
             # 10 ms; `tidy` makes it between steps instead.
             self._db.execute("PRAGMA wal_autocheckpoint=0")
@@ -233,23 +141,23 @@ class Journal:
 
     def add_event(self, kind: str, body: dict[str, Any]) -> int:
         """Record something that happened beside the steps, and return its id."""
+        text = json.dumps(body, sort_keys=True)
         cursor = self._db.execute(
-            "INSERT INTO events (at, kind, body) VALUES (?, ?, ?)",
-            (time.time(), kind, json.dumps(body, sort_keys=True)),
+            "INSERT INTO events (at, kind, body) VALUES (?, ?, ?)", (time.time(), kind, _hash(text) + text)
         )
         return int(cursor.lastrowid or 0)
 
     def event(self, event_id: int) -> dict[str, Any]:
-        """The body of an event; empty when there is none of this id."""
+        """The body of an event. Raises RunDirectoryError when it is not there, or damaged."""
         row = self._db.execute("SELECT body FROM events WHERE id = ?", (event_id,)).fetchone()
-        return {} if row is None else dict(json.loads(row[0]))
+        return _body(event_id, None if row is None else row[0])
 
     def last_event(self, kind: str) -> tuple[int, dict[str, Any]] | None:
         """The newest event of a kind: its id and body."""
         row = self._db.execute(
             "SELECT id, body FROM events WHERE kind = ? ORDER BY id DESC LIMIT 1", (kind,)
         ).fetchone()
-        return None if row is None else (row[0], json.loads(row[1]))
+        return None if row is None else (row[0], _body(row[0], row[1]))
 
     def add_step(self, record: StepRecord, payload: bytes) -> None:
         """Append a step, with the batch that computes it again."""
@@ -375,7 +283,7 @@ class Journal:
         return SessionRecord(row[0], row[1], row[2], bool(row[3]), row[4], row[5], bool(row[6]))
 
     def tidy(self) -> None:
-        """Fold the write-ahead log into the database, between steps."""
+        """Fold the write-ahead log into the database, between steps; everything is flushed then."""
         failpoints.passing("journal.tidying")
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         failpoints.passing("journal.tidied")
@@ -398,9 +306,35 @@ class Journal:
             self._lock = -1
 
 
-def is_full(error: sqlite3.Error) -> bool:
+def is_full(error: BaseException) -> bool:
     """Whether a transaction failed for want of space, so that the same bytes can be tried again."""
     return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+
+
+@contextlib.contextmanager
+def explained(run_dir: Path) -> Iterator[None]:
+    """What SQLite says of a journal that it cannot use, in words that help: RunDirectoryError."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        cure = "make room" if is_full(error) else "look at the disk, or restore the run directory from a copy"
+        raise RunDirectoryError(f"{run_dir}: the journal cannot be used ({error}); {cure}") from error
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _body(event_id: int, stored: str | None) -> dict[str, Any]:
+    text = stored or ""
+    if not text.startswith("{"):  # the first journals kept no hash before it
+        found, text = text[:64], text[64:]
+        if not text or _hash(text) != found:
+            raise RunDirectoryError(
+                f"journal: event {event_id} is missing or does not match its hash: the file was damaged; "
+                "restore the run directory from a copy"
+            )
+    return dict(json.loads(text))
 
 
 def _lock(run_dir: Path) -> int:

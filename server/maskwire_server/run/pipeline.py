@@ -35,14 +35,15 @@ from maskwire_server.run.checkpoint import Snapshot
 from maskwire_server.run.commits import Commits, Reserve
 from maskwire_server.run.device import HALT_AFTER, Device
 from maskwire_server.run.jobs import Barrier, Evaluation, Save, Step, answer, refuse
-from maskwire_server.run.journal import Journal, StepRecord
+from maskwire_server.run.journal import Journal
 from maskwire_server.run.line import Line
 from maskwire_server.run.poison import Poison
 from maskwire_server.run.rate import Rate
+from maskwire_server.run.records import StepRecord
 from maskwire_server.run.restoring import Restoring
-from maskwire_server.run.saving import Saver
+from maskwire_server.run.saving import Saver, Written
 from maskwire_server.run.sessions import Sessions
-from maskwire_server.run.standing import Head, Standing
+from maskwire_server.run.standing import Head, Place, Standing
 from maskwire_server.run.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -90,8 +91,9 @@ class Pipeline:
         self._poison = poison
         self._commits = Commits(journal, standing, clock, reserve)
         self._sessions = Sessions(journal, self._commits, line, writer, head, standing, device)
+        self._draining: Future[None] | None = None
         if head.non_finite >= HALT_AFTER:
-            standing.set(RunState.HALTED)
+            self._stand_halted()
 
     # The turn of the loop.
 
@@ -103,6 +105,9 @@ class Pipeline:
         while self._commits.pending and self._commits.retry_at is None:  # a barrier's own
             self._commits.flush()
             self.feed()
+        if self._draining is not None and self._standing.holds(RunState.HELD):
+            answer(self._draining, None)  # nothing that was acknowledged is missing on the disk
+            self._draining = None
 
     def patience(self) -> float | None:
         """Seconds until something is due without a message; None: nothing is."""
@@ -157,7 +162,8 @@ class Pipeline:
             queue_limit=self._serve.queue_limit,
         )
         verdict = admission.admit_step(facts, self.position())
-        if verdict in (Verdict.RUN, Verdict.WAIT) and not self._reserve.there(WRITES * len(step.encoded)):
+        written = WRITES * len(step.encoded) + self._journal.log_bytes()  # what is in the log, once more
+        if verdict in (Verdict.RUN, Verdict.WAIT) and not self._reserve.there(written):
             self._commits.hold()
             admission.refuse_unavailable(RunState.HELD)
         if request.session is not None:
@@ -275,16 +281,23 @@ class Pipeline:
         skipped = result.outcome is Outcome.SKIPPED_NON_FINITE
         head.non_finite = head.non_finite + 1 if skipped else 0
         if head.non_finite >= HALT_AFTER:
-            self._halt(step.number)
+            self._halt()
 
-    def _halt(self, step: int) -> None:
-        self._standing.last_error = f"steps {step - HALT_AFTER + 1} to {step} were not finite"
-        self._standing.set(RunState.HALTED, waiting_for="a session with takeover")
+    def _halt(self) -> None:
+        self._stand_halted()
         self._line.refuse_steps(lambda _: self._halted())
 
+    def _stand_halted(self) -> None:
+        step = self._head.step
+        self._standing.last_error = f"steps {step - HALT_AFTER + 1} to {step} were not finite"
+        self._standing.set(RunState.HALTED, waiting_for="a session with takeover")
+
     def _halted(self) -> Refused:
+        step = self._head.step
         return Refused(
-            "HALTED", f"{self._standing.last_error}; look at the data, then open a session with takeover"
+            "HALTED",
+            f"steps {step - HALT_AFTER + 1} to {step} were not finite; look at the data, then open a session "
+            "with takeover",
         )
 
     def _on_evaluated(self, job: Evaluation, future: Future[EvalResult]) -> None:
@@ -339,23 +352,27 @@ class Pipeline:
         if error is not None:
             self._saver.give_up(job, self._failed("the copy for a checkpoint", error))
             return
-        self._commits.after(partial(self._write_checkpoint, job, future.result()))
+        # The device may be a step further by the time that everything up to here is durable.
+        self._commits.after(partial(self._write_checkpoint, job, future.result(), self._head.place))
 
-    def _write_checkpoint(self, job: Save, snapshot: Snapshot) -> None:
-        written = self._saver.write(job, snapshot, self._head)
+    def _write_checkpoint(self, job: Save, snapshot: Snapshot, place: Place) -> None:
+        if self._serve.durability == "off":
+            self._journal.tidy()  # a checkpoint must not be ahead of the journal after a power loss
+        written = self._saver.write(job, snapshot, place, self._journal.lineages())
         written.add_done_callback(lambda done: self._post(partial(self._on_written, job, done)))
 
-    def _on_written(self, job: Save, future: Future[CheckpointInfo]) -> None:
+    def _on_written(self, job: Save, future: Future[Written]) -> None:
         error = future.exception()
         if error is not None:
             known = error if isinstance(error, Refused) else self._failed("the checkpoint", error)
             self._saver.give_up(job, known)
             return
-        gone = self._saver.finish(self._journal, self._head.lineage)
-        if gone and self._serve.keep_payloads == "recovery":
-            self._commits.add(partial(self._journal.drop_payloads, gone), lambda: None)
+        written = future.result()
+        self._saver.finish()
+        if written.dropped and self._serve.keep_payloads == "recovery":
+            self._commits.add(partial(self._journal.drop_payloads, written.dropped), lambda: None)
         for waiter in job.waiters:
-            answer(waiter, future.result())
+            answer(waiter, written.info)
 
     def delete(self, name: str, future: Future[None]) -> None:
         """Delete a checkpoint; raises Refused."""
@@ -366,6 +383,9 @@ class Pipeline:
     def restore(self, request: RestoreRequest, future: Future[RestoreAnswer]) -> None:
         """Go back to a checkpoint once the running step is durable; raises Refused."""
         admission.refuse_unavailable(self._standing.state)
+        if not self._reserve.there():
+            self._commits.hold()
+            admission.refuse_unavailable(RunState.HELD)
         self._restoring.begin(request, future)
 
     # The end.
@@ -375,10 +395,8 @@ class Pipeline:
         self._standing.set(RunState.DRAINING, waiting_for="the running step and the last checkpoint")
         failpoints.passing("drain.begun")
         self._line.refuse_all(Refused("DRAINING", "the server is finishing its work; ask again"))
-        if self._standing.holds(RunState.HELD):
-            answer(done, None)  # nothing that was acknowledged is missing on the disk
-        else:
-            self._line.append(Barrier(partial(self._drained, done), partial(refuse, done)))
+        self._draining = done
+        self._line.append(Barrier(partial(self._drained, done), partial(refuse, done)))
 
     def _drained(self, done: Future[None]) -> None:
         newest = self._saver.newest

@@ -11,28 +11,26 @@ import logging
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from maskwire.v1.digest import initial_digest, step_digest
+from maskwire.v1.digest import initial_digest, lineage_digest
 from maskwire_server import failpoints
-from maskwire_server.batch import Payload
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.manifest import Manifest
-from maskwire_server.results import Outcome, StepResult
+from maskwire_server.results import Outcome
 from maskwire_server.run.ancestry import Segment, ancestry, on_path
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.device import Device
-from maskwire_server.run.journal import Journal, StepRecord
+from maskwire_server.run.following import Following
+from maskwire_server.run.journal import Journal
+from maskwire_server.run.records import Lineage, SessionRecord
+from maskwire_server.run.replaying import digest_at, replay, steps_to_replay, told
 
 log = logging.getLogger(__name__)
-
-
-class InexactReplayError(RunDirectoryError):
-    """A step computed again gave another result than the one that was acknowledged."""
 
 
 def open_journal(run_dir: Path, *, seed: int, canonical: bytes, durable: bool = True) -> Journal:
@@ -46,7 +44,7 @@ def open_journal(run_dir: Path, *, seed: int, canonical: bytes, durable: bool = 
             facts = {"run_id": uuid.uuid4().hex, "seed": seed, "canonical": canonical}
             journal.create(facts, initial_digest(canonical, seed))
         else:
-            _check_same_run(journal, run_dir, seed, canonical)
+            check_same_run(journal, run_dir, seed, canonical)
     except sqlite3.Error as error:
         journal.close()
         raise RunDirectoryError(f"{run_dir}: the journal cannot be written ({error}); make room") from error
@@ -56,7 +54,8 @@ def open_journal(run_dir: Path, *, seed: int, canonical: bytes, durable: bool = 
     return journal
 
 
-def _check_same_run(journal: Journal, run_dir: Path, seed: int, canonical: bytes) -> None:
+def check_same_run(journal: Journal, run_dir: Path, seed: int, canonical: bytes) -> None:
+    """Raise RunDirectoryError, naming each difference, unless seed, model and objective are the run's."""
     differences = []
     if journal.fact("seed") != seed:
         differences.append(f"run.seed is {journal.fact('seed')} in the run, {seed} in the configuration")
@@ -76,97 +75,35 @@ def _check_same_run(journal: Journal, run_dir: Path, seed: int, canonical: bytes
 
 
 def newest_verified(
-    checkpoints: Checkpoints, journal: Journal, segments: list[Segment]
-) -> tuple[Manifest | None, list[str]]:
-    """The newest whole checkpoint of the ancestry with its files intact, and what damaged ones lack.
+    checkpoints: Checkpoints, journal: Journal, segments: list[Segment], *, accept_lost: bool = False
+) -> tuple[Manifest | None, dict[str, str]]:
+    """The newest whole checkpoint of the ancestry with its files intact; what is wrong with others, by name.
 
-    Raises RunDirectoryError when a checkpoint holds a step that the journal lost.
+    Raises RunDirectoryError when a checkpoint holds a step that the journal lost, unless `accept_lost`.
     """
     run_id = journal.fact("run_id")
-    damaged = checkpoints.unreadable()
-    for manifest in on_path(checkpoints.all(), segments):
+    lineages = journal.lineages()
+    wrong = checkpoints.unreadable()
+    found = [manifest for manifest in checkpoints.all() if manifest.run_id == run_id]
+    for manifest in found:
         info = manifest.info
-        if manifest.run_id != run_id:
+        if info.lineage in lineages and digest_at(journal, info.lineage, info.step) == info.digest:
             continue
-        if digest_at(journal, info.lineage, info.step) != info.digest:
+        lost = f"it holds step {info.step} (lineage {info.lineage}), which the journal does not have"
+        if not accept_lost:
             raise RunDirectoryError(
-                f"checkpoint {info.name!r} holds step {info.step} (lineage {info.lineage}), which the "
-                "journal does not have: the journal lost acknowledged steps; restore it from a copy"
+                f"checkpoint {info.name!r}: {lost}: the journal lost acknowledged steps; restore the run "
+                "directory from a copy, or go on without them, for good, with --accept-lost-history"
             )
+        wrong[info.name] = lost
+    for manifest in on_path(found, segments):
+        if manifest.info.name in wrong:
+            continue
         problem = checkpoints.damage(manifest)
         if problem is None:
-            return manifest, damaged
-        damaged.append(f"{info.name}: {problem}")
-    return None, damaged
-
-
-def digest_at(journal: Journal, lineage: int, step: int) -> bytes | None:
-    """The digest that a lineage had after `step`, by the journal; None when it never got there."""
-    start = journal.lineages().get(lineage)
-    if start is not None and step == start.step:
-        return start.digest
-    record = journal.step(lineage, step)
-    return None if record is None else record.digest
-
-
-def steps_to_replay(
-    journal: Journal, segments: list[Segment], start: tuple[int, int]
-) -> Iterator[tuple[StepRecord, bytes | None]]:
-    """The records behind (lineage, step) along the ancestry; the digest chain is checked on the way."""
-    lineages = journal.lineages()
-    began = False
-    for segment in segments:
-        began = began or segment.lineage == start[0]
-        if not began:
-            continue
-        at = start[1] if segment.lineage == start[0] else lineages[segment.lineage].step
-        digest = digest_at(journal, segment.lineage, at)
-        for record, payload in journal.steps_after(segment.lineage, at):
-            if segment.through is not None and record.step > segment.through:
-                break
-            at += 1
-            expected = step_digest(digest or b"", segment.lineage, at, record.payload_hash, record.outcome)
-            if record.step != at or record.digest != expected:
-                raise RunDirectoryError(
-                    f"journal: step {at} (lineage {segment.lineage}) is missing or does not continue the "
-                    "history before it; restore the run directory from a copy"
-                )
-            digest = record.digest
-            yield record, payload
-
-
-FINGERPRINT = ("torch", "device", "threads", "precision", "world_size")
-
-
-def fingerprint(versions: dict[str, str]) -> dict[str, Any]:
-    """What a step's result depends on beside the configuration: software, hardware, threads."""
-    return {f"fingerprint.{name}": versions[name] for name in FINGERPRINT if name in versions}
-
-
-NUMERIC_SETTINGS = ("device", "precision", "threads", "micro_batch_tokens")
-
-
-def numerics(configuration: dict[str, Any]) -> dict[str, Any]:
-    """The part of the changeable configuration that a step's result depends on."""
-    serve = configuration.get("serve", {})
-    return {
-        **{f"optimizer.{key}": value for key, value in configuration.get("optimizer", {}).items()},
-        **{f"serve.{key}": serve.get(key) for key in NUMERIC_SETTINGS},
-    }
-
-
-def record_start(journal: Journal, versions: dict[str, str], settings: dict[str, Any]) -> int:
-    """Record that a server instance takes the run over, and return its configuration's id."""
-    last = journal.last_event("configuration")
-    unchanged = last[0] if last is not None and last[1] == settings else None
-    started: list[int] = []
-
-    def write() -> None:
-        journal.add_event("instance", {"versions": versions})
-        started.append(unchanged or journal.add_event("configuration", settings))
-
-    journal.transaction(write)
-    return started[0]
+            return manifest, wrong
+        wrong[manifest.info.name] = problem
+    return None, wrong
 
 
 @dataclass(frozen=True)
@@ -178,6 +115,8 @@ class Recovered:
     digest: bytes
     non_finite: int
     """Steps in a row, up to the last and since the last takeover, that were not finite."""
+    accepted: bool
+    """The state is one that an inexact replay led to."""
 
 
 def recover(
@@ -187,21 +126,23 @@ def recover(
     settings: dict[str, Any],
     *,
     accept_inexact: bool = False,
+    accept_lost: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Recovered:
     """Bring the device's trainer to the journal's last step; `tell` hears what takes its time.
 
-    Raises RunDirectoryError when that cannot be done exactly; nothing is changed then.
+    Checkpoints that are damaged are set aside. Raises RunDirectoryError when it cannot be done exactly.
     """
     lineages = journal.lineages()
     lineage = max(lineages)
     segments = ancestry(lineages, lineage)
     for name in checkpoints.sweep():
         log.info("removed the unfinished checkpoint %s", name)
-    manifest, damaged = newest_verified(checkpoints, journal, segments)
+    manifest, wrong = newest_verified(checkpoints, journal, segments, accept_lost=accept_lost)
     failpoints.passing("recovery.chosen")
-    for problem in damaged:
-        log.warning("checkpoint passed over, its files are damaged: %s", problem)
+    for name, problem in wrong.items():
+        aside = checkpoints.set_aside(name)
+        log.warning("checkpoint %s passed over, and moved to %s: %s", name, aside, problem)
     start = (segments[0].lineage, 0)
     if manifest is not None:
         info = manifest.info
@@ -236,28 +177,38 @@ def recover(
         log.info("replayed %d steps in %.1f s", count, time.monotonic() - began)
     following.end()
     failpoints.passing("recovery.replayed")
-    if inexact:
+    accepted = following.accepted or bool(inexact)
+    if accepted:
         journal.transaction(partial(journal.add_event, "inexact_replay", {"steps": inexact}))
-    return Recovered(lineage, step, digest, _non_finite(journal, lineage, step))
+    return Recovered(lineage, step, digest, _non_finite(journal, lineage, step), accepted)
 
 
-def told(
-    records: Iterator[tuple[StepRecord, bytes | None]], total: int, tell: Callable[[str], None]
-) -> Iterator[tuple[StepRecord, bytes | None]]:
-    """Pass the records on, and tell twice a second, and the log every ten, how far it is."""
-    began = spoken = logged = time.monotonic()
-    for count, item in enumerate(records):
-        now = time.monotonic()
-        if now - spoken >= 0.5 or not count:
-            spoken = now
-            speed = count / (now - began) if count else 0.0
-            left = f", {(total - count) / speed:.0f} s left" if speed else ""
-            words = f"the replay: step {item[0].step}, {count} of {total}{left}"
-            tell(words)
-            if now - logged >= 10:
-                logged = now
-                log.info("%s", words)
-        yield item
+def accept_lost_history(journal: Journal, recovered: Recovered, step: int) -> Recovered:
+    """Go on from the last step that is left, on a new lineage, so that no client mistakes it for the old.
+
+    Raises RunDirectoryError unless that is `step`. Done once for a step, however often it is asked for.
+    """
+    current = journal.lineages()[recovered.lineage]
+    if recovered.step != step:
+        raise RunDirectoryError(
+            f"--accept-lost-history {step}: the run is at step {recovered.step}; name that one to go on from "
+            "it, or leave the option out"
+        )
+    if current.parent is not None and current.checkpoint is None and current.step == step:
+        return recovered
+    number = recovered.lineage + 1
+    digest = lineage_digest(recovered.digest, number)
+    last = journal.last_session()
+
+    def write() -> None:
+        journal.add_lineage(Lineage(number, recovered.lineage, step, digest, None, None))
+        journal.add_event("accepted_lost_history", {"lineage": number, "step": step})
+        epoch = (last.epoch if last else 0) + 1  # used up, so that no writer goes on unaware
+        journal.add_session(SessionRecord(epoch, "lost history", None, False, number, step, True))
+
+    journal.transaction(write)
+    log.warning("lost history accepted: lineage %d goes on from step %d", number, step)
+    return Recovered(number, step, digest, 0, recovered.accepted)
 
 
 def _non_finite(journal: Journal, lineage: int, step: int) -> int:
@@ -270,108 +221,3 @@ def _non_finite(journal: Journal, lineage: int, step: int) -> int:
             break
         count += 1
     return count
-
-
-class Following:
-    """Puts each record's own [optimizer] section in force before it is computed again."""
-
-    def __init__(
-        self,
-        journal: Journal,
-        settings: dict[str, Any],
-        configure: Callable[[dict[str, Any]], None],
-        *,
-        strict: bool,
-    ) -> None:
-        self._strict = strict
-        self._journal = journal
-        self._settings = settings
-        self._configure = configure
-        self._in_force = optimizer_section(settings)
-
-    def follow(
-        self, records: Iterator[tuple[StepRecord, bytes | None]]
-    ) -> Iterator[tuple[StepRecord, bytes | None]]:
-        """Pass the records on; RunDirectoryError at one whose settings cannot be followed."""
-        for record, payload in records:
-            if record.outcome is Outcome.APPLIED:
-                self._follow(record, self._journal.event(record.configuration))
-            yield record, payload
-
-    def _follow(self, record: StepRecord, was: dict[str, Any]) -> None:
-        changed = [
-            f"{key} was {was[key]!r}"
-            for key in sorted(
-                was.keys() & self._settings.keys()
-            )  # what an older version did not record is unknown
-            if not key.startswith("optimizer.") and was[key] != self._settings[key]
-        ]
-        if changed and self._strict:
-            raise _changed(record, ", ".join(changed))
-        try:
-            self._put_in_force(optimizer_section(was))
-        except ValueError as error:
-            raise _changed(record, str(error)) from error
-
-    def end(self) -> None:
-        """Go on under the configuration of now."""
-        self._put_in_force(optimizer_section(self._settings))
-
-    def _put_in_force(self, section: dict[str, Any]) -> None:
-        if section != self._in_force:
-            self._configure(section)
-            self._in_force = section
-
-
-def optimizer_section(settings: dict[str, Any]) -> dict[str, Any]:
-    """The [optimizer] section within `numerics`."""
-    prefix = "optimizer."
-    return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
-
-
-def _changed(record: StepRecord, what: str) -> RunDirectoryError:
-    return RunDirectoryError(
-        f"step {record.step} must be computed again, and what its result depends on changed since it was "
-        f"trained ({what}): start once with it as it was, stop the server cleanly, then change it; or accept "
-        "a result that may differ, once, with --accept-inexact-replay"
-    )
-
-
-def replay(
-    records: Iterator[tuple[StepRecord, bytes | None]],
-    train: Callable[[int, int, Payload], StepResult],
-    *,
-    accept_inexact: bool = False,
-) -> tuple[int, list[int]]:
-    """Compute the records' steps again: how many there were, and which were not exact.
-
-    Skipped and failed steps changed nothing and are not computed. Raises InexactReplayError at the
-    first step that differs, unless `accept_inexact`.
-    """
-    count, inexact = 0, []
-    for record, payload in records:
-        count += 1
-        if record.outcome is not Outcome.APPLIED:
-            continue
-        if payload is None:
-            raise RunDirectoryError(
-                f"journal: the batch of step {record.step} was dropped behind a checkpoint that is gone or "
-                "damaged; restore the run directory from a copy"
-            )
-        failpoints.passing("recovery.replaying")
-        result = train(record.lineage, record.step, Payload.decode(payload))
-        again = StepRecord(**{**vars(record), "losses": result.losses, "gradient_norm": result.gradient_norm})
-        if result.outcome is record.outcome and again.numbers() == record.numbers():
-            continue
-        inexact.append(record.step)
-        message = (
-            f"step {record.step} computed again gave loss {result.losses.loss!r}, acknowledged was "
-            f"{record.losses.loss!r}"
-        )
-        if not accept_inexact:
-            raise InexactReplayError(
-                f"{message}: software, hardware, threads or configuration differ from when it was trained; "
-                "start as it was then, or accept the difference once with --accept-inexact-replay"
-            )
-        log.warning("%s; accepted", message)
-    return count, inexact

@@ -12,11 +12,14 @@ from maskwire_server.errors import Refused
 from maskwire_server.manifest import Manifest
 from maskwire_server.requests import RestoreRequest
 from maskwire_server.results import RestoreAnswer, RunState
+from maskwire_server.run import admission
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.device import Device
 from maskwire_server.run.jobs import Barrier, answer, refuse
-from maskwire_server.run.journal import Journal, Lineage, SessionRecord
+from maskwire_server.run.journal import Journal, is_full
 from maskwire_server.run.line import Line
+from maskwire_server.run.records import Lineage, SessionRecord
+from maskwire_server.run.replaying import digest_at
 from maskwire_server.run.standing import Head, Standing
 from maskwire_server.run.writer import Writer
 
@@ -60,10 +63,9 @@ class Restoring:
     def _restore(self, request: RestoreRequest, manifest: Manifest, future: Future[RestoreAnswer]) -> None:
         try:
             self._check(request, manifest)
+            answer(future, self._go_back(request, manifest))
         except Refused as error:
             refuse(future, error)
-        else:
-            answer(future, self._go_back(request, manifest))
         finally:
             self._standing.set(RunState.RESTORING, False)
 
@@ -80,9 +82,15 @@ class Restoring:
                     lineage=head.lineage,
                     step=head.step,
                 )
+        info = manifest.info
+        self._checkpoints.pin(info.name)
         problem = self._checkpoints.damage(manifest)
         if manifest.run_id != head.run_id:
             problem = f"it belongs to run {manifest.run_id}"
+        elif info.lineage not in self._journal.lineages() or (
+            digest_at(self._journal, info.lineage, info.step) != info.digest
+        ):
+            problem = f"the journal does not have its step {info.step} (lineage {info.lineage})"
         if problem is not None:
             raise Refused(
                 "CHECKPOINT_DAMAGED",
@@ -104,6 +112,17 @@ class Restoring:
         )
         # The epoch is used up, so that no writer of the old lineage goes on unaware.
         session = SessionRecord(self._writer.epoch + 1, "restore", None, False, number, info.step, True)
+
+        def write() -> None:
+            self._journal.add_lineage(lineage)
+            self._journal.add_session(session)
+
+        try:
+            self._journal.transaction(write)
+        except Exception as error:
+            if not is_full(error):
+                raise
+            admission.refuse_unavailable(RunState.HELD)
         self._line.refuse_steps(
             lambda _: Refused(
                 "WRONG_RUN",
@@ -111,12 +130,6 @@ class Restoring:
                 lineage=number,
             )
         )
-
-        def write() -> None:
-            self._journal.add_lineage(lineage)
-            self._journal.add_session(session)
-
-        self._journal.transaction(write)
         failpoints.passing("restore.recorded")
         # From here on memory must follow the journal: a failure ends the process, and a restart
         # comes back on the new lineage.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from maskwire_server.config import CheckpointsConfig
 from maskwire_server.manifest import Manifest
 from maskwire_server.run.ancestry import ancestry, on_path
-from maskwire_server.run.journal import Lineage, Stretch
+from maskwire_server.run.records import Lineage, Stretch
 
 FALLBACKS = 2
 

@@ -12,7 +12,7 @@ from typing import Any
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.manifest import Manifest
 from maskwire_server.results import CheckpointInfo
-from maskwire_server.run import recovery
+from maskwire_server.run import following, recovery, replaying
 from maskwire_server.run.ancestry import Segment, ancestry
 from maskwire_server.run.audit import open_run
 from maskwire_server.run.checkpoint import Checkpoints
@@ -27,46 +27,50 @@ def rewind(
     factory: Callable[[], Trainer],
     configuration: dict[str, Any],
     *,
+    seed: int,
+    canonical: bytes,
     to_step: int,
     out: Path | None,
     accept_inexact: bool = False,
     tell: Callable[[str], None] = lambda _: None,
-) -> CheckpointInfo:
+) -> tuple[CheckpointInfo, int]:
     """Compute the current history up to a step, and write the state there as a checkpoint's folder `out`.
 
-    Begins at the newest whole checkpoint at or before the step; the losses must be the recorded ones.
-    Raises RunDirectoryError.
+    Begins at the newest whole checkpoint at or before the step, or at the run's beginning; the losses must be
+    the recorded ones. Returns the state's checkpoint, and how many steps were not exact. Raises
+    RunDirectoryError.
     """
     journal = open_run(run_dir)
     device = Device(lambda act: act())
     try:
+        recovery.check_same_run(journal, run_dir, seed, canonical)
         lineages = journal.lineages()
         segments = ancestry(lineages, max(lineages))
         last = next((s for s in segments if s.through is None or to_step <= s.through), segments[-1])
         segments = [*segments[: segments.index(last)], Segment(last.lineage, to_step)]
-        digest = recovery.digest_at(journal, last.lineage, to_step)
+        digest = replaying.digest_at(journal, last.lineage, to_step)
         if digest is None:
             raise RunDirectoryError(f"{run_dir}: there is no step {to_step} in the run's history")
         if out is not None and out.exists():
             raise RunDirectoryError(f"{out} exists; name another folder")
         checkpoints = Checkpoints(run_dir)
-        manifest, damaged = recovery.newest_verified(checkpoints, journal, segments)
-        for problem in damaged:
-            tell(f"checkpoint passed over, its files are damaged: {problem}")
-        if manifest is None:
-            raise RunDirectoryError(f"{run_dir}: no whole checkpoint lies at or before step {to_step}")
-        _, versions = device.call(partial(device.build, factory))
-        device.call(partial(device.load, checkpoints.path(manifest.info.name), manifest.info.step))
-        tell(f"loaded checkpoint {manifest.info.name} (step {manifest.info.step})")
-        settings = recovery.numerics(configuration) | recovery.fingerprint(versions)
-        following = recovery.Following(
+        manifest, wrong = recovery.newest_verified(checkpoints, journal, segments)
+        for name, problem in wrong.items():
+            tell(f"checkpoint {name} passed over: {problem}")
+        _, versions = device.call(partial(device.build, factory, following.pinned_threads(journal)))
+        start = (segments[0].lineage, 0)
+        if manifest is not None:
+            start = (manifest.info.lineage, manifest.info.step)
+            device.call(partial(device.load, checkpoints.path(manifest.info.name), start[1]))
+            tell(f"loaded checkpoint {manifest.info.name} (step {start[1]})")
+        settings = following.numerics(configuration, versions)
+        follow = following.Following(
             journal, settings, lambda section: device.call(partial(device.configure, section)),
             strict=not accept_inexact,
         )  # fmt: skip
-        start = (manifest.info.lineage, manifest.info.step)
-        records = recovery.steps_to_replay(journal, segments, start)
-        count, inexact = recovery.replay(
-            recovery.told(following.follow(records), to_step - start[1], tell),
+        records = replaying.steps_to_replay(journal, segments, start)
+        count, inexact = replaying.replay(
+            replaying.told(follow.follow(records), to_step - start[1], tell),
             lambda *step: device.call(partial(device.replay, *step)),
             accept_inexact=accept_inexact,
         )
@@ -74,13 +78,13 @@ def rewind(
         name = out.name if out is not None else f"step-{to_step:09d}"
         info = CheckpointInfo(name, last.lineage, to_step, digest, (), time.time())
         if out is None:
-            return info
+            return info, len(inexact)
         kept = {section: configuration[section] for section in KEPT_SECTIONS if section in configuration}
         state = Manifest(info, journal.fact("run_id"), False, None, kept, versions)
         beside = Checkpoints(run_dir)
         beside.folder = out.absolute().parent
         beside.folder.mkdir(parents=True, exist_ok=True)
-        return beside.write(device.call(device.snapshot), state).info
+        return beside.write(device.call(device.snapshot), state).info, len(inexact)
     finally:
         device.close()
         journal.close()

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from maskwire_server.config import CheckpointsConfig
@@ -14,14 +15,25 @@ from maskwire_server.manifest import Manifest
 from maskwire_server.requests import SaveRequest
 from maskwire_server.results import CheckpointInfo
 from maskwire_server.run import retention
+from maskwire_server.run.ancestry import ancestry, on_path
 from maskwire_server.run.checkpoint import Checkpoints, Snapshot
 from maskwire_server.run.jobs import Save, refuse
-from maskwire_server.run.journal import Journal, Stretch
-from maskwire_server.run.standing import Head
+from maskwire_server.run.journal import Journal
+from maskwire_server.run.records import Lineage, Stretch
+from maskwire_server.run.standing import Place
 
 log = logging.getLogger(__name__)
 
 KEPT_SECTIONS = ("model", "objective", "optimizer")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint that is durable."""
+
+    info: CheckpointInfo
+    dropped: list[Stretch]
+    """The steps whose batches are not needed any more."""
 
 
 class Saver:
@@ -74,26 +86,53 @@ class Saver:
             )
         return None
 
-    def write(self, job: Save, snapshot: Snapshot, head: Head) -> Future[CheckpointInfo]:
-        """Write a snapshot of the head's step in the background."""
+    def write(
+        self, job: Save, snapshot: Snapshot, place: Place, lineages: dict[int, Lineage]
+    ) -> Future[Written]:
+        """Write the snapshot of a place in the background, and collect what retention lets go."""
         self.busy = True
         self._saved_at, self._overdue = self._clock(), False
         request = job.request
         kind = "step" if request.score is None else "best"
-        name = request.name or f"{kind}-{head.step:09d}" + (
-            f"-lineage-{head.lineage}" if head.lineage > 1 else ""
+        name = request.name or f"{kind}-{place.step:09d}" + (
+            f"-lineage-{place.lineage}" if place.lineage > 1 else ""
         )
         manifest = Manifest(
             CheckpointInfo(
-                name, head.lineage, head.step, head.digest, (), time.time(), request.labels, request.score
+                name, place.lineage, place.step, place.digest, (), time.time(), request.labels, request.score
             ),
-            head.run_id,
+            place.run_id,
             job.automatic or (request.name is None and request.score is not None),
             request.request_id,
             self._configuration,
             self._versions,
         )
-        return self._thread.submit(self._write, request, manifest, snapshot)
+        return self._thread.submit(self._save, request, manifest, snapshot, lineages)
+
+    def _save(
+        self, request: SaveRequest, manifest: Manifest, snapshot: Snapshot, lineages: dict[int, Lineage]
+    ) -> Written:
+        info = self._write(request, manifest, snapshot)
+        return Written(info, self._collect(lineages, manifest.info.lineage))
+
+    def _collect(self, lineages: dict[int, Lineage], lineage: int) -> list[Stretch]:
+        """Delete what retention lets go, once those that stay for a start were found intact."""
+        whole = 0
+        for manifest in on_path(self._checkpoints.all(), ancestry(lineages, lineage)):
+            if whole == retention.FALLBACKS:
+                break
+            if self._checkpoints.verified(manifest):
+                whole += 1
+            else:
+                aside = self._checkpoints.set_aside(manifest.info.name)
+                log.warning("checkpoint %s is damaged, and was moved to %s", manifest.info.name, aside)
+        for name in retention.collectable(self._checkpoints.all(), lineages, lineage, self._settings):
+            try:
+                if self._checkpoints.delete(name):
+                    log.info("checkpoint %s collected", name)
+            except OSError as error:  # the next start sweeps what is left of it
+                log.error("checkpoint %s could not be collected: %s", name, error)
+        return retention.droppable(self._checkpoints.all(), lineages, lineage)
 
     def _write(self, request: SaveRequest, manifest: Manifest, snapshot: Snapshot) -> CheckpointInfo:
         saved = self.find(request)  # again: another save can have come first meanwhile
@@ -110,22 +149,10 @@ class Saver:
         )
         return info
 
-    def finish(self, journal: Journal, lineage: int) -> list[Stretch]:
-        """A background write ended well: collect what retention lets go.
-
-        Returns the steps whose batches are not needed any more.
-        """
+    def finish(self) -> None:
+        """A background write ended well."""
         self.busy = False
-        lineages = journal.lineages()
-        for name in retention.collectable(self._checkpoints.all(), lineages, lineage, self._settings):
-            try:
-                if self._checkpoints.delete(name):
-                    log.info("checkpoint %s collected", name)
-            except OSError as error:  # the next start sweeps what is left of it
-                log.error("checkpoint %s could not be collected: %s", name, error)
-        left = self._checkpoints.all()
-        self.newest = next((manifest.info for manifest in left), None)
-        return retention.droppable(left, lineages, lineage)
+        self.newest = next((manifest.info for manifest in self._checkpoints.all()), None)
 
     def delete(self, name: str, journal: Journal, lineage: int) -> None:
         """Delete a checkpoint on request; Refused when there is none or something needs it."""

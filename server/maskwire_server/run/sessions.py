@@ -15,9 +15,10 @@ from maskwire_server.run.admission import Position, SessionFacts
 from maskwire_server.run.commits import Commits
 from maskwire_server.run.device import Device
 from maskwire_server.run.jobs import Barrier, Step, answer, refuse
-from maskwire_server.run.journal import Journal, SessionRecord
+from maskwire_server.run.journal import Journal
 from maskwire_server.run.line import Line
-from maskwire_server.run.recovery import digest_at
+from maskwire_server.run.records import SessionRecord
+from maskwire_server.run.replaying import digest_at
 from maskwire_server.run.standing import Head, Standing
 from maskwire_server.run.writer import Writer
 
@@ -80,8 +81,14 @@ class Sessions:
         future: Future[SessionAnswer],
     ) -> None:
         if epoch != self._writer.epoch:
+            # Its nonce is used up all the same, or a retry would fence whoever superseded it.
+            head = self._head
+            late = SessionRecord(
+                epoch, request.client_name, request.nonce, False, head.lineage, head.step, True
+            )
+            superseded = Refused("FENCED", f"epoch {epoch} was superseded while it was opened")
             self._commits.add(keep_tokenizer, lambda: None)
-            refuse(future, Refused("FENCED", f"epoch {epoch} was superseded while it was opened"))
+            self._commits.add(partial(self._journal.add_session, late), partial(refuse, future, superseded))
             return
         failpoints.passing("session.opening")
         head = self._head

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from maskwire_server.results import RunState
 
@@ -17,10 +18,14 @@ class Standing:
     def __init__(self) -> None:
         self.state = RunState.RECOVERING
         self.since = time.time()
-        self.waiting_for = "the trainer"
         self.last_error = ""
-        self._conditions = {RunState.RECOVERING}
+        self._conditions = {RunState.RECOVERING: "the trainer"}  # and what each waits for
         self._listeners: list[Callable[[RunState], None]] = []
+
+    @property
+    def waiting_for(self) -> str:
+        """What the state waits for; empty: nothing."""
+        return self._conditions.get(self.state, "")
 
     def on_change(self, listener: Callable[[RunState], None]) -> None:
         """Call `listener` with every new state."""
@@ -28,13 +33,16 @@ class Standing:
 
     def set(self, condition: RunState, holds: bool = True, waiting_for: str = "") -> None:
         """A condition begins or ends; the gravest one that holds is the state."""
-        (self._conditions.add if holds else self._conditions.discard)(condition)
+        self._conditions = {
+            **{other: words for other, words in self._conditions.items() if other is not condition},
+            **({condition: waiting_for} if holds else {}),
+        }
         state = next((state for state in _GRAVEST_FIRST if state in self._conditions), RunState.SERVING)
-        self.waiting_for = waiting_for
         if state is self.state:
             return
         self.state, self.since = state, time.time()
-        log.info("state %s%s", state.name, f", waiting for {waiting_for}" if waiting_for else "")
+        words = self.waiting_for
+        log.info("state %s%s", state.name, f", waiting for {words}" if words else "")
         for listener in self._listeners:
             listener(state)
 
@@ -51,6 +59,16 @@ _GRAVEST_FIRST = (
     RunState.RESTORING,
     RunState.HALTED,
 )
+
+
+@dataclass(frozen=True)
+class Place:
+    """A step of a run's history, and the digest after it."""
+
+    run_id: str
+    lineage: int
+    step: int
+    digest: bytes
 
 
 class Head:
@@ -70,6 +88,11 @@ class Head:
 
         self.non_finite = 0
         """Steps in a row, up to the last, that were not finite."""
+
+    @property
+    def place(self) -> Place:
+        """The last computed step, as it is now."""
+        return Place(self.run_id, self.lineage, self.step, self.digest)
 
     def move(self, lineage: int, step: int, digest: bytes) -> None:
         """The history ends at a durable step, after a start or a restore."""

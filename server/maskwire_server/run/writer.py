@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from maskwire_server.run.journal import SessionRecord
+from maskwire_server.run.records import SessionRecord
 
 
 class Writer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import math
 import os
 import platform
@@ -37,6 +38,8 @@ from maskwire_server.training.corruption import Step, Vocabulary, corrupt, rando
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.networks import Networks
 from maskwire_server.training.optim import Group
+
+log = logging.getLogger(__name__)
 
 MODEL_FILE, EMA_FILE = WEIGHT_FILES
 
@@ -100,7 +103,14 @@ class Trainer:
             "device": f"{self._device}{f' ({name})' if name else ''}",
             "precision": "bf16" if self._bf16 else "fp32",
             "threads": str(torch.get_num_threads()),
+            "micro_batch_tokens": str(self._budget),
         }
+
+    def use_threads(self, count: int) -> None:
+        """Compute with so many threads: sums come out otherwise with another number."""
+        if count != torch.get_num_threads():
+            log.info("computing with %d threads, as the run did (serve.threads sets another number)", count)
+            torch.set_num_threads(count)
 
     def configure(self, optimizer: dict[str, Any]) -> None:
         """Go on under another [optimizer] section; ValueError names a key that the state cannot follow."""
@@ -140,9 +150,9 @@ class Trainer:
             learners = self._learners(modes)
             norm = optim.clip(learners, self._optimizer.clip_grad_norm)
             generator, critic, gradient_norm = shares.read(norm)
-        except RuntimeError as error:
+        except BaseException as error:
             self._clear_gradients()
-            if not _out_of_memory(error):
+            if not (isinstance(error, RuntimeError) and _out_of_memory(error)):
                 raise
             return StepResult(Outcome.OUT_OF_MEMORY, Losses(math.nan), learning_rate=rate)
         losses = evaluation.combine(

@@ -120,12 +120,16 @@ def test_a_step_is_shown_as_it_was_recorded(run_dir: Path) -> None:
         audit.inspect(run_dir.parent, 1)
 
 
+OF_RUN: dict[str, Any] = {"seed": WHOLE.run.seed, "canonical": WHOLE.canonical()}
+
+
 def test_any_step_can_be_computed_again_beside_the_run(run_dir: Path, tmp_path: Path) -> None:
     whole = WHOLE.model_dump(mode="json")
     before = sorted((run_dir / "checkpoints").iterdir())
     for step in (0, 2, 4, 7, 9):
         out = tmp_path / f"at-{step}"
-        info = rewind(run_dir, CounterTrainer, whole, to_step=step, out=out)
+        info, inexact = rewind(run_dir, CounterTrainer, whole, **OF_RUN, to_step=step, out=out)
+        assert inexact == 0
         record = None if step == 0 else audit.inspect(run_dir, step).record
         assert record is None or info.digest == record.digest
         again = json.loads((out / "state.json").read_text())["state"]
@@ -134,7 +138,7 @@ def test_any_step_can_be_computed_again_beside_the_run(run_dir: Path, tmp_path: 
     assert sorted((run_dir / "checkpoints").iterdir()) == before
     for step, out, words in ((10, None, "no step 10"), (3, tmp_path / "at-2", "exists")):
         with pytest.raises(RunDirectoryError, match=words):
-            rewind(run_dir, CounterTrainer, whole, to_step=step, out=out)
+            rewind(run_dir, CounterTrainer, whole, **OF_RUN, to_step=step, out=out)
     assert audit.verify(run_dir).problems == []
 
 

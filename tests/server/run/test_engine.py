@@ -8,8 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,11 +16,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from counter import FAIL_ID, NAN_ID, CounterTrainer
+from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, reason_of, wait_for
 
 from maskwire.v1.digest import step_digest
-from maskwire_server import config
 from maskwire_server.batch import Batch, Modes, Payload
-from maskwire_server.config import Config
 from maskwire_server.errors import Refused, RunDirectoryError, StateLost
 from maskwire_server.requests import (
     EvalRequest,
@@ -35,84 +33,7 @@ from maskwire_server.requests import (
 from maskwire_server.results import EvalOptions, Outcome, RunState, StepAnswer
 from maskwire_server.run.engine import Engine
 from maskwire_server.run.journal import Journal
-from maskwire_server.run.recovery import InexactReplayError
-
-WAIT = 20
-
-
-class Rig:
-    """One run directory, and the engines that a test starts on it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.engines: list[Engine] = []
-        self.fatal: list[BaseException] = []
-        self.trainer = CounterTrainer()
-
-    def config(self, **sections: dict[str, Any]) -> Config:
-        return config.load(None, **sections)
-
-    def start(
-        self,
-        trainer: type[CounterTrainer] = CounterTrainer,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        accept_inexact_replay: bool = False,
-        **sections: dict[str, Any],
-    ) -> Engine:
-        whole = self.config(**sections)
-
-        def build() -> CounterTrainer:
-            self.trainer = trainer()
-            return self.trainer
-
-        engine = Engine(
-            build, self.folder, seed=whole.run.seed, canonical=whole.canonical(),
-            configuration=whole.model_dump(mode="json"), serve=whole.serve, checkpoints=whole.checkpoints,
-            versions={}, on_fatal=self.fatal.append, clock=clock, accept_inexact_replay=accept_inexact_replay,
-        )  # fmt: skip
-        self.engines.append(engine)
-        engine.start()
-        engine.wait_serving(WAIT)
-        return engine
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path / "run")
-    yield made
-    made.trainer.gate.set()
-    for engine in made.engines:
-        engine.close()
-
-
-def payload(seed: int, first: int | None = None) -> Payload:
-    ids = np.random.default_rng(seed).integers(10, 200, (2, 8))
-    if first is not None:
-        ids[0, 0] = first
-    return Payload(Batch(ids, 2, 8), Modes())
-
-
-def bare(seed: int, request_id: str | None = None, first: int | None = None) -> StepRequest:
-    return StepRequest(payload(seed, first), request_id=request_id)
-
-
-def open_session(engine: Engine, name: str = "me", nonce: str = "n", **fields: Any) -> SessionRef:
-    answer = engine.open_session(SessionRequest(name, nonce, **fields)).result(WAIT)
-    return SessionRef(answer.run_id, answer.lineage, answer.epoch)
-
-
-def reason(future: Future[Any]) -> str:
-    error = future.exception(WAIT)
-    assert isinstance(error, Refused), error
-    return error.reason
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
+from maskwire_server.run.replaying import InexactReplayError
 
 
 def test_steps_are_applied_in_order_and_the_digest_is_that_of_the_protocol(rig: Rig) -> None:
@@ -339,13 +260,6 @@ def test_a_restart_after_a_drain_replays_nothing(rig: Rig) -> None:
     assert rig.trainer.trained == []
 
 
-def reason_of(call: Callable[[], Future[Any]]) -> str:
-    try:
-        return reason(call())
-    except Refused as error:
-        return error.reason
-
-
 def test_draining_finishes_the_running_step_and_refuses_the_rest(rig: Rig) -> None:
     engine = rig.start()
     rig.trainer.gate.clear()
@@ -487,10 +401,6 @@ def test_three_steps_that_are_not_finite_halt_until_a_takeover(rig: Rig) -> None
     assert good.result.outcome is Outcome.APPLIED
 
 
-class FullDisk(sqlite3.OperationalError):
-    sqlite_errorcode = sqlite3.SQLITE_FULL
-
-
 def test_a_full_disk_holds_and_goes_on_when_there_is_room(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = rig.start()
     engine.train_step(bare(0)).result(WAIT)
@@ -538,7 +448,9 @@ def test_an_update_that_failed_half_way_ends_the_process(rig: Rig) -> None:
     assert [type(error) for error in rig.fatal] == [StateLost]
 
 
-def test_a_changed_model_is_refused_and_changed_threads_only_with_steps_to_replay(rig: Rig) -> None:
+def test_a_changed_model_is_refused_and_changed_threads_only_with_steps_to_replay(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = rig.start()
     engine.train_step(bare(0)).result(WAIT)
     engine.close()
@@ -546,9 +458,11 @@ def test_a_changed_model_is_refused_and_changed_threads_only_with_steps_to_repla
         rig.start(model={"dim": 128})
     with pytest.raises(RunDirectoryError, match=r"run.seed is 0"):
         rig.start(run={"seed": 1})
-    with pytest.raises(RunDirectoryError, match=r"step 1 .*\(serve.threads was None\)"):
+    monkeypatch.setattr(CounterTrainer, "threads", 3)
+    with pytest.raises(RunDirectoryError, match=r"step 1 .*\(fingerprint.threads was '1'\)"):
         rig.start(serve={"threads": 3})
     engine = rig.start()
+    assert rig.trainer.threads == 1, "nobody asked for another number: the run's own"
     assert engine.drain(WAIT)
     engine.close()
     rig.start(serve={"threads": 3})

@@ -11,7 +11,8 @@ import pytest
 
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.results import Losses, Outcome
-from maskwire_server.run.journal import FILE_NAME, Journal, Lineage, SessionRecord, StepRecord, Stretch
+from maskwire_server.run.journal import FILE_NAME, Journal
+from maskwire_server.run.records import Lineage, SessionRecord, StepRecord, Stretch
 
 Open = Callable[..., Journal]
 

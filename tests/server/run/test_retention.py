@@ -7,7 +7,7 @@ from typing import Any
 from maskwire_server.config import CheckpointsConfig
 from maskwire_server.manifest import Manifest
 from maskwire_server.results import CheckpointInfo
-from maskwire_server.run.journal import Lineage, Stretch
+from maskwire_server.run.records import Lineage, Stretch
 from maskwire_server.run.retention import collectable, droppable, needed
 
 ONE = {1: Lineage(1, None, 0, b"", None, None)}

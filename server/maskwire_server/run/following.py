@@ -1,0 +1,113 @@
+"""What a step's result depends on: recorded with the run, and put in force again for its replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from maskwire_server.errors import RunDirectoryError
+from maskwire_server.results import Outcome
+from maskwire_server.run.journal import Journal
+from maskwire_server.run.records import StepRecord
+
+FINGERPRINT = ("torch", "device", "threads", "precision", "micro_batch_tokens", "world_size")
+
+
+def fingerprint(versions: dict[str, str]) -> dict[str, Any]:
+    """What a step's result depends on beside the configuration: software, hardware, threads."""
+    return {f"fingerprint.{name}": versions[name] for name in FINGERPRINT if name in versions}
+
+
+def numerics(configuration: dict[str, Any], versions: dict[str, str]) -> dict[str, Any]:
+    """What a step's result depends on beside model, objective and seed: as it is, not as it was asked for."""
+    optimizer = {f"optimizer.{key}": value for key, value in configuration.get("optimizer", {}).items()}
+    return optimizer | fingerprint(versions)
+
+
+def pinned_threads(journal: Journal) -> int | None:
+    """The thread count that the run was last computed with; None when nobody wrote it down."""
+    last = journal.last_event("configuration")
+    threads = None if last is None else last[1].get("fingerprint.threads")
+    return None if threads is None else int(threads)
+
+
+def record_start(journal: Journal, versions: dict[str, str], settings: dict[str, Any]) -> int:
+    """Record that a server instance takes the run over, and return its configuration's id."""
+    last = journal.last_event("configuration")
+    unchanged = last[0] if last is not None and last[1] == settings else None
+    started: list[int] = []
+
+    def write() -> None:
+        journal.add_event("instance", {"versions": versions})
+        started.append(unchanged or journal.add_event("configuration", settings))
+
+    journal.transaction(write)
+    return started[0]
+
+
+class Following:
+    """Puts each record's own [optimizer] section in force before it is computed again."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        settings: dict[str, Any],
+        configure: Callable[[dict[str, Any]], None],
+        *,
+        strict: bool,
+    ) -> None:
+        self._strict = strict
+        self._journal = journal
+        self._settings = settings
+        self._configure = configure
+        self._in_force = optimizer_section(settings)
+        self.accepted = False
+        """Something else than a step was trained with was let pass."""
+
+    def follow(
+        self, records: Iterator[tuple[StepRecord, bytes | None]]
+    ) -> Iterator[tuple[StepRecord, bytes | None]]:
+        """Pass the records on; RunDirectoryError at one whose settings cannot be followed."""
+        for record, payload in records:
+            if record.outcome is Outcome.APPLIED:
+                self._follow(record, self._journal.event(record.configuration))
+            yield record, payload
+
+    def _follow(self, record: StepRecord, was: dict[str, Any]) -> None:
+        changed = [
+            f"{key} was {was[key]!r}"
+            for key in sorted(was.keys() & self._settings.keys())  # an older version recorded less
+            if key.startswith("fingerprint.") and was[key] != self._settings[key]
+        ]
+        if changed and self._strict:
+            raise RunDirectoryError(
+                f"{_again(record, ', '.join(changed))}; or accept a result that may differ, once, with "
+                "--accept-inexact-replay"
+            )
+        self.accepted = self.accepted or bool(changed)
+        try:
+            self._put_in_force(optimizer_section(was))
+        except ValueError as error:
+            raise RunDirectoryError(_again(record, str(error))) from error
+
+    def end(self) -> None:
+        """Go on under the configuration of now."""
+        self._put_in_force(optimizer_section(self._settings))
+
+    def _put_in_force(self, section: dict[str, Any]) -> None:
+        if section != self._in_force:
+            self._configure(section)
+            self._in_force = section
+
+
+def optimizer_section(settings: dict[str, Any]) -> dict[str, Any]:
+    """The [optimizer] section within `numerics`."""
+    prefix = "optimizer."
+    return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+
+
+def _again(record: StepRecord, what: str) -> str:
+    return (
+        f"step {record.step} must be computed again, and what its result depends on changed since it was "
+        f"trained ({what}): start once with it as it was, stop the server cleanly, then change it"
+    )

@@ -1,0 +1,110 @@
+"""The journal's rows: what is kept of a step, a line of history, and a writer's epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from maskwire_server.errors import RunDirectoryError
+from maskwire_server.results import Losses, Outcome
+
+_NUMBERS = struct.Struct("<Bdddd")  # which are present, loss, generator loss, critic loss, gradient norm
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One consumed step."""
+
+    lineage: int
+    step: int
+    request_id: str | None
+    configuration: int
+    """The id of the event that recorded the configuration it was computed under."""
+    payload_hash: bytes
+    outcome: Outcome
+    losses: Losses
+    gradient_norm: float | None
+    digest: bytes
+
+    def numbers(self) -> bytes:
+        """Losses and gradient norm as raw bytes: replay must find the very same."""
+        values = (self.losses.generator_loss, self.losses.critic_loss, self.gradient_norm)
+        present = sum(1 << bit for bit, value in enumerate(values) if value is not None)
+        return _NUMBERS.pack(
+            present, self.losses.loss, *(0.0 if value is None else value for value in values)
+        )
+
+    def row_hash(self) -> bytes:
+        """SHA-256 over every other column."""
+        name = b"" if self.request_id is None else b"\1" + self.request_id.encode()
+        fixed = struct.pack("<qqqi", self.lineage, self.step, self.configuration, self.outcome)
+        return hashlib.sha256(fixed + self.payload_hash + self.digest + self.numbers() + name).digest()
+
+    @staticmethod
+    def read(row: tuple[Any, ...]) -> StepRecord:
+        """The record of a row of `steps`; RunDirectoryError when the row's hash does not fit it."""
+        lineage, step, request_id, configuration, payload_hash, outcome, numbers, digest, row_hash = row
+        try:
+            present, loss, *values = _NUMBERS.unpack(numbers)
+            generator, critic, norm = (
+                value if present & (1 << bit) else None for bit, value in enumerate(values)
+            )
+            record = StepRecord(
+                lineage,
+                step,
+                request_id,
+                configuration,
+                payload_hash,
+                Outcome(outcome),
+                Losses(loss, generator, critic),
+                norm,
+                digest,
+            )
+            whole = record.row_hash() == row_hash
+        except (ValueError, TypeError, AttributeError, struct.error):  # whatever damaged columns make of it
+            whole = False
+        if not whole:
+            raise RunDirectoryError(
+                f"journal: the record of step {step} (lineage {lineage}) does not match its hash: the file "
+                "was damaged; restore the run directory from a copy"
+            )
+        return record
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """One line of history: the first, or what a restore opened."""
+
+    lineage: int
+    parent: int | None
+    step: int
+    """The step that it starts from."""
+    digest: bytes
+    """The digest that it starts from."""
+    request_id: str | None
+    checkpoint: str | None
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps of one lineage: those behind `after`, up to and with `through`."""
+
+    lineage: int
+    after: int
+    through: int = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class SessionRecord:
+    """One writer's epoch."""
+
+    epoch: int
+    client_name: str
+    nonce: str | None
+    """None for the epoch that a restore used up."""
+    takeover: bool
+    lineage: int
+    step: int
+    closed: bool

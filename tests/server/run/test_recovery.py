@@ -1,0 +1,378 @@
+"""What a start does with a run directory that is not as it should be."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from counter import NAN_ID, CounterTrainer
+from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, wait_for
+
+from maskwire_server import failpoints
+from maskwire_server.errors import RunDirectoryError
+from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRequest, StepRequest
+from maskwire_server.results import RunState
+from maskwire_server.run import audit
+from maskwire_server.run.checkpoint import Checkpoints
+from maskwire_server.run.journal import Journal
+
+LONG = {"every_seconds": 1e6}
+
+
+@pytest.fixture(autouse=True)
+def no_failpoints() -> Iterator[None]:
+    yield
+    failpoints.install(None)
+
+
+def change(run_dir: Path, statement: str, *values: object) -> None:
+    with contextlib.closing(sqlite3.connect(run_dir / "journal.sqlite")) as journal:
+        assert journal.execute(statement, values).rowcount == 1
+        journal.commit()
+
+
+def close(rig: Rig) -> None:
+    rig.engines.pop().close()
+
+
+def test_a_kept_batch_that_was_changed_is_named_and_never_trained_on(rig: Rig) -> None:
+    engine = rig.start()
+    for seed in range(3):
+        engine.train_step(bare(seed)).result(WAIT)
+    close(rig)
+    whole = sqlite3.connect(rig.folder / "journal.sqlite").execute(
+        "SELECT payload FROM payloads WHERE step = 2"
+    ).fetchone()[0]  # fmt: skip
+    for at in (0, 5, len(whole) - 1):  # version, header, the last id
+        damaged = bytearray(whole)
+        damaged[at] ^= 64
+        change(rig.folder, "UPDATE payloads SET payload = ? WHERE step = 2", bytes(damaged))
+        for accept in (False, True):
+            with pytest.raises(RunDirectoryError, match=r"the batch of step 2 .* does not match its hash"):
+                rig.start(accept_inexact_replay=accept)
+        found = audit.verify(rig.folder)
+        assert any("the batch of step 2" in problem for problem in found.problems)
+        with pytest.raises(RunDirectoryError, match="does not match its hash"):
+            audit.inspect(rig.folder, 2)
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("UPDATE steps SET outcome = 9 WHERE step = 3", "step 3 .* does not match its hash"),
+        ("UPDATE steps SET numbers = x'00' WHERE step = 3", "step 3 .* does not match its hash"),
+        ("UPDATE steps SET payload_hash = 'x' WHERE step = 2", "step 2 .* does not match its hash"),
+        ("UPDATE events SET body = replace(body, 'adamw', 'adamx') WHERE kind = 'configuration'", "event"),
+        ("DELETE FROM events WHERE kind = 'configuration'", "event"),
+    ],
+)
+def test_every_row_that_was_changed_is_named(rig: Rig, statement: str, words: str) -> None:
+    engine = rig.start()
+    for seed in range(3):
+        engine.train_step(bare(seed)).result(WAIT)
+    close(rig)
+    change(rig.folder, statement)
+    with pytest.raises(RunDirectoryError, match=words):
+        rig.start()
+    if "steps" in statement:
+        assert any("does not match its hash" in problem for problem in audit.verify(rig.folder).problems)
+
+
+def test_a_page_that_was_overwritten_is_no_traceback(rig: Rig) -> None:
+    engine = rig.start()
+    for seed in range(200):
+        engine.train_step(bare(seed))
+    engine.train_step(bare(200)).result(WAIT)
+    close(rig)
+    path = rig.folder / "journal.sqlite"
+    data = bytearray(path.read_bytes())
+    for page in range(8, len(data) // 4096):
+        data[page * 4096 : page * 4096 + 100] = b"\xff" * 100
+    path.write_bytes(data)
+    with pytest.raises(RunDirectoryError, match="restore the run directory from a copy"):
+        rig.start()
+    assert audit.verify(rig.folder).problems
+
+
+def test_a_parents_last_records_are_missed(rig: Rig) -> None:
+    engine = rig.start(checkpoints=LONG)
+    for seed in range(4):
+        engine.train_step(bare(seed)).result(WAIT)
+    engine.save(SaveRequest("four")).result(WAIT)
+    engine.restore(RestoreRequest("four")).result(WAIT)
+    close(rig)
+    change(rig.folder, "DELETE FROM steps WHERE lineage = 1 AND step = 4")
+    shutil.rmtree(rig.folder / "checkpoints" / "four")
+    with pytest.raises(RunDirectoryError, match=r"step 4 \(lineage 1\), from which a later one descends"):
+        rig.start()
+
+
+def test_a_journal_that_lost_a_lineage_is_found_and_its_loss_can_be_accepted(
+    rig: Rig, tmp_path: Path
+) -> None:
+    engine = rig.start(checkpoints=LONG)
+    for seed in range(3):
+        engine.train_step(bare(seed)).result(WAIT)
+    engine.save(SaveRequest("three")).result(WAIT)
+    close(rig)
+    shutil.copytree(rig.folder, tmp_path / "older")
+    engine = rig.start(checkpoints=LONG)
+    session = open_session(engine)
+    engine.restore(RestoreRequest("three")).result(WAIT)
+    engine.train_step(bare(9)).result(WAIT)
+    engine.save(SaveRequest("lost")).result(WAIT)
+    close(rig)
+    for path in rig.folder.glob("journal*"):
+        path.unlink()
+    shutil.copy(tmp_path / "older" / "journal.sqlite", rig.folder)
+    with pytest.raises(RunDirectoryError, match=r"'lost': it holds step 4 \(lineage 2\), which the journal"):
+        rig.start()
+    with pytest.raises(RunDirectoryError, match="the run is at step 3; name that one"):
+        rig.start(accept_lost_history=4)
+    engine = rig.start(accept_lost_history=3)
+    status = engine.status()
+    assert (status.lineage, status.step) == (2, 3)
+    assert (rig.folder / "checkpoints" / "lost.aside").is_dir()
+    assert reason(engine.train_step(StepRequest(payload(1), session))) == "WRONG_RUN"
+    trained = engine.train_step(bare(1)).result(WAIT)
+    close(rig)
+    with pytest.raises(RunDirectoryError, match="the run is at step 4"):
+        rig.start(accept_lost_history=3)
+    assert rig.start().status().digest == trained.digest, "without the option it goes on"
+
+
+def test_accepting_a_loss_twice_opens_one_lineage(rig: Rig) -> None:
+    engine = rig.start()
+    engine.train_step(bare(1)).result(WAIT)
+    for _ in range(2):
+        close(rig)
+        assert rig.start(accept_lost_history=1).status().lineage == 2
+
+
+def test_a_checkpoint_of_a_lineage_that_the_journal_does_not_know_is_not_restored(rig: Rig) -> None:
+    engine = rig.start()
+    engine.train_step(bare(1)).result(WAIT)
+    engine.save(SaveRequest("one")).result(WAIT)
+    manifest = Checkpoints(rig.folder).get("one")
+    stranger = Checkpoints(rig.folder)
+    engine.train_step(bare(2)).result(WAIT)
+    info = manifest.info
+
+    class Copy:
+        def write(self, folder: Path) -> None:
+            shutil.copy(stranger.path("one") / "state.json", folder)
+
+    for name, changes in (("lineage", {"lineage": 2}), ("digest", {"digest": bytes(32)})):
+        stranger.write(
+            Copy(),
+            type(manifest)(
+                **{**vars(manifest), "info": type(info)(**{**vars(info), "name": name, **changes})}
+            ),
+        )
+        assert reason(engine.restore(RestoreRequest(name))) == "CHECKPOINT_DAMAGED"
+        stranger.delete(name)
+    assert engine.train_step(bare(3)).result(WAIT).step == 3
+
+
+def test_an_inexact_replay_is_accepted_once_and_for_all(rig: Rig) -> None:
+    class Other(CounterTrainer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.state = "0" * 64
+
+    engine = rig.start()
+    engine.train_step(bare(1)).result(WAIT)
+    close(rig)
+    shutil.rmtree(rig.folder / "checkpoints")
+    rig.start(Other, accept_inexact_replay=True).train_step(bare(2)).result(WAIT)
+    state = rig.trainer.state
+    close(rig)
+    engine = rig.start(Other)
+    assert rig.trainer.state == state, "a checkpoint covers what was accepted"
+    assert engine.checkpoints()[0].name.startswith("accepted-000000001-")
+
+
+def test_a_checkpoint_holds_the_step_that_it_says_whatever_the_device_did_meanwhile(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = rig.start(checkpoints=LONG)
+    engine.train_step(bare(0)).result(WAIT)
+    transaction, full = Journal.transaction, [True]
+
+    def limited(self: Journal, write: object) -> None:
+        if full[0]:
+            raise FullDisk("database or disk is full")
+        transaction(self, write)  # type: ignore[arg-type]
+
+    rig.trainer.gate.clear()
+    steps = [engine.train_step(bare(1))]
+    wait_for(lambda: len(rig.trainer.trained) == 1)
+    saved = engine.save(SaveRequest("two"))
+    steps.append(engine.train_step(bare(2)))
+    monkeypatch.setattr(Journal, "transaction", limited)
+    rig.trainer.gate.set()
+    wait_for(lambda: engine.status().state is RunState.HELD)
+    full[0] = False
+    info = saved.result(WAIT)
+    assert [step.result(WAIT).step for step in steps] == [2, 3]
+    assert (info.step, info.digest) == (2, steps[0].result().digest)
+    final = rig.trainer.state
+    close(rig)
+    rig.start(checkpoints=LONG)
+    assert rig.trainer.state == final
+
+
+def test_fast_steps_beside_saves_leave_checkpoints_that_are_what_they_say(rig: Rig) -> None:
+    engine = rig.start(checkpoints={"every_steps": 3, "keep_last": 1000}, serve={"keep_payloads": "all"})
+    futures = [engine.train_step(bare(seed)) for seed in range(200)]
+    assert [future.result(WAIT).step for future in futures] == list(range(1, 201))
+    states = {}
+    trainer = CounterTrainer()
+    for step, seed in enumerate(range(200), 1):
+        sent = payload(seed)
+        trainer.train_step(1, step, sent.batch, sent.modes)
+        states[step] = trainer.state
+    close(rig)
+    checked = 0
+    for manifest in Checkpoints(rig.folder).all():
+        if manifest.info.step:
+            loaded = CounterTrainer()
+            loaded.load(rig.folder / "checkpoints" / manifest.info.name)
+            assert loaded.state == states[manifest.info.step], manifest.info.name
+            checked += 1
+    assert checked > 3
+
+
+def test_a_damaged_checkpoint_is_no_cover(rig: Rig) -> None:
+    engine = rig.start(checkpoints={**LONG, "keep_last": 2})
+    for name in ("one", "two"):
+        engine.train_step(bare(len(name))).result(WAIT)
+        engine.save(SaveRequest(name)).result(WAIT)
+    close(rig)
+    (rig.folder / "checkpoints" / "two" / "state.json").write_text("{}")
+    engine = rig.start(checkpoints={**LONG, "keep_last": 2})
+    assert [info.name for info in engine.checkpoints()] == ["one", "step-000000000"]
+    assert (rig.folder / "checkpoints" / "two.aside").is_dir()
+    last = engine.train_step(bare(7)).result(WAIT)
+    engine.save(SaveRequest("three")).result(WAIT)
+    state = rig.trainer.state
+    close(rig)
+    for name in ("three",):
+        (rig.folder / "checkpoints" / name / "state.json").write_text("{}")
+    engine = rig.start()
+    assert engine.status().digest == last.digest, "one was intact, and the batches behind it were kept"
+    assert rig.trainer.state == state
+
+
+def test_the_second_newest_is_read_again_before_batches_go(rig: Rig) -> None:
+    engine = rig.start(checkpoints=LONG)
+    for name in ("one", "two"):
+        engine.train_step(bare(len(name))).result(WAIT)
+        engine.save(SaveRequest(name)).result(WAIT)
+    close(rig)
+    (rig.folder / "checkpoints" / "one" / "state.json").write_text("{}")  # not read by a start: two is newer
+    engine = rig.start(checkpoints=LONG)
+    (rig.folder / "checkpoints" / "step-000000000" / "state.json").write_text("{}")
+    engine.train_step(bare(8)).result(WAIT)
+    engine.save(SaveRequest("three")).result(WAIT)
+    engine.train_step(bare(9)).result(WAIT)
+    assert [info.name for info in engine.checkpoints()] == ["three", "two", "one", "step-000000000"]
+    engine.train_step(bare(10)).result(WAIT)
+    state = rig.trainer.state
+    close(rig)
+    (rig.folder / "checkpoints" / "three" / "state.json").write_text("{}")
+    rig.start()
+    assert rig.trainer.state == state
+
+
+def test_the_log_is_folded_again_when_there_is_room(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = rig.start()
+    tidy, calls = Journal.tidy, [0]
+
+    def failing(self: Journal) -> None:
+        calls[0] += 1
+        if calls[0] == 1:
+            raise FullDisk("database or disk is full")
+        tidy(self)
+
+    monkeypatch.setattr(Journal, "tidy", failing)
+    for seed in range(600):
+        engine.train_step(bare(seed)).result(WAIT)
+    assert calls[0] >= 2
+    assert engine.status().step == 600
+    assert not rig.fatal
+
+
+def test_a_disk_that_fills_up_while_draining_does_not_keep_the_server(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = rig.start()
+    engine.train_step(bare(0)).result(WAIT)
+    rig.trainer.gate.clear()
+    engine.train_step(bare(1))
+    wait_for(lambda: rig.trainer.entered.acquire(timeout=0) and rig.trainer.entered.acquire(timeout=0))
+
+    def full(self: Journal, write: object) -> None:
+        raise FullDisk("database or disk is full")
+
+    monkeypatch.setattr(Journal, "transaction", full)
+    failpoints.install(lambda name: rig.trainer.gate.set() if name == "drain.begun" else None)
+    assert engine.drain(WAIT)
+
+
+def test_a_restore_without_room_changes_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = rig.start()
+    engine.train_step(bare(0)).result(WAIT)
+    engine.save(SaveRequest("one")).result(WAIT)
+    transaction, full = Journal.transaction, [True]
+
+    def limited(self: Journal, write: object) -> None:
+        if full[0]:
+            raise FullDisk("database or disk is full")
+        transaction(self, write)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Journal, "transaction", limited)
+    assert reason(engine.restore(RestoreRequest("one"))) == "HELD"
+    full[0] = False
+    assert engine.train_step(bare(1)).result(WAIT).step == 2
+    assert engine.restore(RestoreRequest("one")).result(WAIT).lineage == 2
+
+
+def test_a_start_without_room_says_so(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.start().train_step(bare(0)).result(WAIT)
+    close(rig)
+
+    def full(self: Journal, write: object) -> None:
+        raise FullDisk("database or disk is full")
+
+    monkeypatch.setattr(Journal, "transaction", full)
+    with pytest.raises(RunDirectoryError, match="make room"):
+        rig.start()
+
+
+def test_a_halt_says_after_a_restart_what_it_waits_for(rig: Rig) -> None:
+    engine = rig.start()
+    for seed in range(3):
+        engine.train_step(bare(seed, first=NAN_ID)).result(WAIT)
+    close(rig)
+    engine = rig.start()
+    status = engine.status()
+    assert (status.state, status.waiting_for) == (RunState.HALTED, "a session with takeover")
+    assert status.last_error == "steps 1 to 3 were not finite"
+
+
+def test_a_superseded_nonce_never_opens_a_session(rig: Rig) -> None:
+    engine = rig.start()
+    rig.trainer.gate.clear()
+    engine.train_step(bare(0))
+    first = engine.open_session(SessionRequest("a", "first"))
+    second = engine.open_session(SessionRequest("a", "second"))
+    rig.trainer.gate.set()
+    assert reason(first) == "FENCED"
+    epoch = second.result(WAIT).epoch
+    assert reason(engine.open_session(SessionRequest("a", "first"))) == "FENCED", "a retry too"
+    assert engine.status().epoch == epoch
