@@ -105,9 +105,8 @@ class Pipeline:
         while self._commits.pending and self._commits.retry_at is None:  # a barrier's own
             self._commits.flush()
             self.feed()
-        if self._draining is not None and self._standing.holds(RunState.HELD):
-            answer(self._draining, None)  # nothing that was acknowledged is missing on the disk
-            self._draining = None
+        if self._standing.holds(RunState.HELD):
+            self._end_drain()  # nothing that was acknowledged is missing on the disk
 
     def patience(self) -> float | None:
         """Seconds until something is due without a message; None: nothing is."""
@@ -396,14 +395,19 @@ class Pipeline:
         failpoints.passing("drain.begun")
         self._line.refuse_all(Refused("DRAINING", "the server is finishing its work; ask again"))
         self._draining = done
-        self._line.append(Barrier(partial(self._drained, done), partial(refuse, done)))
+        self._line.append(Barrier(self._drained, lambda _: self._end_drain()))
 
-    def _drained(self, done: Future[None]) -> None:
+    def _end_drain(self) -> None:
+        done, self._draining = self._draining, None
+        if done is not None:
+            answer(done, None)
+
+    def _drained(self) -> None:
         newest = self._saver.newest
         here = (self._head.lineage, self._head.step)
         if not self._saver.busy and newest is not None and (newest.lineage, newest.step) == here:
-            answer(done, None)
+            self._end_drain()
             return
         last: Future[CheckpointInfo] = Future()
-        last.add_done_callback(lambda _: answer(done, None))
+        last.add_done_callback(lambda _: self._end_drain())
         self._line.append(Save(SaveRequest(), [last], automatic=True))
