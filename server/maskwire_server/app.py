@@ -116,7 +116,7 @@ def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_rep
     except InexactReplayError as error:
         _say(error)
         return EXIT_INEXACT
-    except (RunDirectoryError, Refused, ValueError) as error:
+    except (RunDirectoryError, Refused, ValueError, OSError) as error:
         _say(error)
         return EXIT_RUN_DIRECTORY
     where = f"; its state is in {out}" if out is not None else ""

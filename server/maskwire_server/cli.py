@@ -126,9 +126,11 @@ def verify(run_dir: Run, as_json: Json = False) -> None:
 
 @app.command()
 def inspect(
-    step: Annotated[int, typer.Argument(help="The step.")],
+    step: Annotated[int, typer.Argument(min=0, max=2**63 - 1, help="The step.")],
     run_dir: Run,
-    lineage: Annotated[int | None, typer.Option(help="The lineage; the current history by default.")] = None,
+    lineage: Annotated[
+        int | None, typer.Option(min=1, max=2**63 - 1, help="The lineage; the current history by default.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the batch's ids there, a .npy file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -164,7 +166,10 @@ def inspect(
         if out is not None:
             import numpy as np
 
-            np.save(out, ids)
+            try:
+                np.save(out, ids)
+            except OSError as error:
+                _stop(f"--out: {out} cannot be written ({error.strerror})")
     elif out is not None:
         _stop(
             f"the batch of step {step} was dropped behind checkpoints; serve.keep_payloads = 'all' keeps them"
@@ -190,7 +195,7 @@ def inspect(
 
 @app.command()
 def replay(
-    to: Annotated[int, typer.Option("--to", help="The step.")],
+    to: Annotated[int, typer.Option("--to", min=0, max=2**63 - 1, help="The step.")],
     config: ConfigFile = None,
     run_dir: RunDir = None,
     settings: Settings = None,

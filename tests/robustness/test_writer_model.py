@@ -1,7 +1,9 @@
 """Engine, admission and journal against a model that only counts.
 
-Hypothesis drives sessions, steps, retries, restores, crashes and the clock in any order; after each
-operation the answer must be the one that the model gives, and so must what the run holds.
+Hypothesis drives sessions, steps, retries, restores, full disks, crashes and the clock in any order; after
+each operation the answer must be the one that the model gives, and so must what the run holds. A crash
+leaves what was on the disk at one instant, with steps in flight: the run directory is copied there, between
+two moves of the engine, and the run goes on from the copy.
 
 MASKWIRE_MODEL_RUNS and MASKWIRE_MODEL_STEPS set how many runs of how many operations; `make test` takes a
 sample, `make model` 10,000 runs of 50.
@@ -9,7 +11,6 @@ sample, `make model` 10,000 runs of 50.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -24,9 +25,10 @@ from counter import NAN_ID, CounterTrainer
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from rig import WAIT, FullDisk, wait_for
 
 from maskwire.v1.digest import lineage_digest, step_digest
-from maskwire_server import config
+from maskwire_server import config, failpoints
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import Refused
 from maskwire_server.requests import (
@@ -37,9 +39,18 @@ from maskwire_server.requests import (
     SessionRequest,
     StepRequest,
 )
+from maskwire_server.run.commits import RETRY_SECONDS
 from maskwire_server.run.engine import Engine
 
-WAIT = 30
+PLACES = (  # of the thread that answers, so that the copy is of one instant
+    "step.admitted",
+    "step.consumed",
+    "journal.begin",
+    "journal.written",
+    "journal.committed",
+    "step.durable",
+    "step.answered",
+)
 RUNS = int(os.environ.get("MASKWIRE_MODEL_RUNS", "40"))
 OPERATIONS = int(os.environ.get("MASKWIRE_MODEL_STEPS", "30"))
 WINDOW, IDLE, GAP = 4, 60.0, 5.0
@@ -90,6 +101,8 @@ class WriterModel(RuleBasedStateMachine):
         self.lineage, self.step, self.digest = 1, 0, status.digest
         self.at = {(1, 0): status.digest}  # what the run held: (lineage, step) -> digest
         self.known: dict[str, tuple[int, bytes]] = {}  # request id -> step, payload hash
+        self.parents: dict[int, tuple[int, int]] = {}  # lineage -> the one and the step it began from
+        self.of: dict[str, int] = {}  # request id -> lineage
         self.epoch, self.writer, self.closed, self.active = 0, "", True, 0.0
         self.nonces: dict[str, int] = {}
         self.sessions: list[SessionRef] = []
@@ -115,6 +128,7 @@ class WriterModel(RuleBasedStateMachine):
         self.engine.wait_serving(WAIT)
 
     def teardown(self) -> None:
+        failpoints.install(None)
         if hasattr(self, "engine"):
             self.engine.close()
             shutil.rmtree(self.folder)
@@ -148,6 +162,13 @@ class WriterModel(RuleBasedStateMachine):
             return "FENCED"
         return "UNKNOWN_EPOCH" if session.epoch > self.epoch or self.closed else ""
 
+    def in_history(self, lineage: int, step: int) -> bool:
+        """Whether the present state descends from a step."""
+        at, through = self.lineage, self.step
+        while at != lineage and at in self.parents:
+            at, through = self.parents[at]
+        return at == lineage and step <= through
+
     def consume(self, request_id: str | None, sent: Payload) -> int:
         """One more step."""
         self.step += 1
@@ -157,6 +178,7 @@ class WriterModel(RuleBasedStateMachine):
         self.at[self.lineage, self.step] = self.digest
         if request_id is not None:
             self.known[request_id] = self.step, sent.hash()
+            self.of[request_id] = self.lineage
         return self.step
 
     def fill(self) -> None:
@@ -247,6 +269,7 @@ class WriterModel(RuleBasedStateMachine):
                      if payload(n, f).hash() == sent_hash)  # fmt: skip
         session = data.draw(st.sampled_from([None, *self.sessions[-2:]]))
         problem = self.check_session(session) if session else "WRITER_PRESENT" * bool(self.present())
+        problem = problem or "WRONG_RUN" * (not self.in_history(self.of[request_id], step))
         future = self.engine.train_step(StepRequest(sent, session, None, request_id))
         assert self.reason(future) == problem
         if not problem:
@@ -263,9 +286,10 @@ class WriterModel(RuleBasedStateMachine):
             nonce = f"n{self.fresh()}"
         held = data.draw(st.sampled_from([None, None, self.epoch or None]))
         history = data.draw(st.sampled_from([None, "true", "lost", "other"]))
+        step = data.draw(st.sampled_from([s for lineage, s in self.at if lineage == self.lineage]))
         claimed = {
             None: None,
-            "true": History(self.run_id, self.lineage, self.step, self.digest),
+            "true": History(self.run_id, self.lineage, step, self.at[self.lineage, step]),
             "lost": History(self.run_id, self.lineage, self.step + 1, bytes(32)),
             "other": History(self.run_id, self.lineage, self.step, bytes(32)),
         }[history]
@@ -320,8 +344,9 @@ class WriterModel(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.saved)))
         answer = self.engine.restore(RestoreRequest(name)).result(WAIT)
         self.drop("WRONG_RUN")
-        _, self.step, digest = self.saved[name]
+        began, self.step, digest = self.saved[name]
         self.lineage += 1
+        self.parents[self.lineage] = began, self.step
         self.digest = self.at[self.lineage, self.step] = lineage_digest(digest, self.lineage)
         self.epoch += 1
         self.closed, self.non_finite = True, 0
@@ -334,6 +359,78 @@ class WriterModel(RuleBasedStateMachine):
         self.drop("DRAINING")
         self.start()
         self.active = self.now
+
+    @rule(place=st.sampled_from(PLACES), number=st.integers(1, 4), count=st.integers(1, 3))
+    @precondition(lambda self: not self.ahead and not self.halted)
+    def crash_with_steps_in_flight(self, place: str, number: int, count: int) -> None:
+        """Whatever was answered is there, what is there was sent, in its order."""
+        session = self.sessions[-1] if self.sessions and not self.check_session(self.sessions[-1]) else None
+        if session is None and self.present():
+            return
+        names = [f"r{self.fresh()}" for _ in range(count)]
+        sent = [payload(self.fresh()) for _ in names]
+        copy, answered, left = self.folder / "copy", [], [number]
+        futures: list[Future[Any]] = []
+
+        def act(name: str) -> None:
+            left[0] -= name == place
+            if not left[0] and name == place:
+                shutil.copytree(self.folder / "run", copy)
+                answered.extend(future for future in list(futures) if future.done())
+
+        failpoints.install(act)
+        for name, one in zip(names, sent, strict=True):
+            futures.append(self.engine.train_step(StepRequest(one, session, None, name)))
+        for future in futures:
+            future.result(WAIT)
+        self.quiet()
+        failpoints.install(None)
+        if not copy.exists():  # that many times it was not passed
+            shutil.copytree(self.folder / "run", copy)
+            answered = futures
+        self.engine.close()
+        shutil.rmtree(self.folder / "run")
+        copy.rename(self.folder / "run")
+        self.start()
+        there = self.engine.status().durable_step - self.step
+        assert len(answered) <= there <= count
+        for position, (name, one) in enumerate(zip(names, sent, strict=True)):
+            answer = self.engine.train_step(StepRequest(one, session, None, name)).result(WAIT)
+            self.consume(name, one)
+            assert (answer.step, answer.digest) == (self.step, self.digest)
+            assert answer.replayed == (position < there)
+        self.active = self.now
+
+    @rule()
+    @precondition(lambda self: not self.ahead and not self.halted)
+    def train_on_a_full_disk(self) -> None:
+        """What was computed is held and committed later; nothing else is let in meanwhile."""
+        session = self.sessions[-1] if self.sessions and not self.check_session(self.sessions[-1]) else None
+        if session is None and self.present():
+            return
+        full = threading.Event()
+        full.set()
+
+        def act(name: str) -> None:
+            if name == "journal.begin" and full.is_set():
+                raise FullDisk("database or disk is full")
+
+        failpoints.install(act)
+        name, sent = f"r{self.fresh()}", payload(self.fresh())
+        future = self.engine.train_step(StepRequest(sent, session, None, name))
+        wait_for(lambda: self.engine.status().state.name == "HELD")
+        refused = self.engine.train_step(StepRequest(payload(self.fresh()), session))
+        assert self.reason(refused) == "HELD"
+        assert not future.done()
+        full.clear()
+        self.now += RETRY_SECONDS
+        self.quiet()
+        failpoints.install(None)
+        self.consume(name, sent)
+        answer = future.result(WAIT)
+        assert (answer.step, answer.digest) == (self.step, self.digest)
+        if session is not None:
+            self.active = self.now
 
     @rule(seconds=st.sampled_from([1.0, 6.0, 61.0]))
     def wait(self, seconds: float) -> None:
@@ -353,7 +450,6 @@ class WriterModel(RuleBasedStateMachine):
         status = self.engine.status()
         assert (status.lineage, status.durable_step, status.digest) == (self.lineage, self.step, self.digest)
         assert status.state.name == ("HALTED" if self.halted else "SERVING")
-        assert hashlib.sha256(status.digest).digest() == hashlib.sha256(self.digest).digest()
 
 
 TestWriterModel = WriterModel.TestCase

@@ -21,8 +21,12 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
     """Starts server processes that end with the test; `seconds` takes the counter trainer."""
     started: list[ServerProcess] = []
 
-    def start(name: str = "a", *, seconds: float | None = None, **settings: str) -> ServerProcess:
+    def start(
+        name: str = "a", *, seconds: float | None = None, fail: str = "", **settings: str
+    ) -> ServerProcess:
         command = None if seconds is None else [*COUNTING, str(seconds)]
+        if command is not None and fail:
+            command.append(f"--fail={fail}")
         if seconds is not None:  # what the counter trainer says of itself
             settings = {"model__num_tokens": "257", "model__mask_id": "256", **settings}
         server = ServerProcess(tmp_path / name, command, **settings)

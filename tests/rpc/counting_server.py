@@ -1,6 +1,6 @@
 """A real server process around the counter trainer: no torch, slow on request.
 
-python counting_server.py SECONDS_A_STEP --set=SECTION.KEY=VALUE …
+python counting_server.py SECONDS_A_STEP [--fail=PLACE:KIND:NUMBER[:PATH]] --set=SECTION.KEY=VALUE …
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from counter import CounterTrainer
+from faults import Fault
 
 from maskwire_server import config
 from maskwire_server.app import serve
@@ -33,6 +34,9 @@ def main() -> int:
     SlowTrainer.seconds = float(sys.argv[1])
     flags: dict[str, dict[str, str]] = {}
     for argument in sys.argv[2:]:
+        if argument.startswith("--fail="):
+            Fault.parse(argument.removeprefix("--fail=")).install()
+            continue
         key, _, value = argument.removeprefix("--set=").partition("=")
         section, _, name = key.partition(".")
         flags.setdefault(section, {})[name] = value

@@ -24,7 +24,7 @@ HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 def status(
     server: Server,
     watch: Annotated[bool, typer.Option("--watch", help="Ask every second, until Ctrl-C.")] = False,
-    until_step: Annotated[int | None, typer.Option(help="Tell the time left to this step.")] = None,
+    until_step: Annotated[int | None, typer.Option(min=0, help="Tell the time left to this step.")] = None,
     as_json: Json = False,
 ) -> None:
     """Is the run stuck or working?"""

@@ -55,8 +55,11 @@ def verify(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -> Audit
     """Check everything that can be checked without computing. Raises RunDirectoryError for no run at all."""
     journal = open_run(run_dir)
     try:
-        audit = Audit(run_id=journal.fact("run_id"))
-        lineages = journal.lineages()
+        with explained(run_dir):
+            audit = Audit(run_id=journal.fact("run_id"))
+            lineages = journal.lineages()
+        if not lineages:
+            raise RunDirectoryError(f"{run_dir}: the journal has no history; restore it from a copy")
         at = {}
         for lineage in lineages.values():
             with _noted(audit, run_dir):
@@ -67,6 +70,8 @@ def verify(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -> Audit
                     at[lineage.lineage] = record.step, record.digest.hex()
         audit.lineages, audit.lineage = len(lineages), max(lineages)
         audit.step, audit.digest = at[audit.lineage]
+        with _noted(audit, run_dir):
+            audit.problems += journal.damage()
         with _noted(audit, run_dir):
             _verify_checkpoints(journal, Checkpoints(run_dir), audit, tell)
         with _noted(audit, run_dir):
@@ -138,13 +143,11 @@ def _verify_checkpoints(
             audit.checkpoints.append(info.name)
         else:
             audit.problems.append(f"checkpoint {info.name}: {problem}")
-    unfinished = [
-        folder.name
-        for folder in (checkpoints.folder.iterdir() if checkpoints.folder.is_dir() else ())
-        if folder.is_dir() and folder.name not in {m.info.name for m in checkpoints.all()}
-    ]
+    for name, problem in checkpoints.unreadable().items():
+        audit.problems.append(f"checkpoint {name}: {problem}")
+    unfinished = checkpoints.unfinished()
     if unfinished:
-        tell(f"left unfinished, and swept at the next start: {', '.join(sorted(unfinished))}")
+        tell(f"left unfinished, and swept at the next start: {', '.join(unfinished)}")
 
 
 def _verify_recovery(

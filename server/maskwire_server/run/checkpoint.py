@@ -10,6 +10,7 @@ of itself.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -86,9 +87,10 @@ class Checkpoints:
             failpoints.passing("checkpoint.published")
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
+            cure = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "look at the disk"
             raise Refused(
                 "CHECKPOINT_FAILED",
-                f"checkpoint {manifest.info.name!r} could not be written ({error.strerror}); make room, and "
+                f"checkpoint {manifest.info.name!r} could not be written ({error.strerror}); {cure}, and "
                 "save again",
                 name=manifest.info.name,
                 error=error.strerror,
@@ -201,14 +203,17 @@ class Checkpoints:
 
     def sweep(self) -> list[str]:
         """Remove what saves that were cut off have left, and return the names."""
+        names = self.unfinished()
+        for name in names:
+            shutil.rmtree(self.folder / name)
+        return names
+
+    def unfinished(self) -> list[str]:
+        """The folders that have no manifest."""
         if not self.folder.is_dir():
             return []
-        unfinished = [
-            folder for folder in self.folder.iterdir() if folder.is_dir() and not (folder / MANIFEST).exists()
-        ]
-        for folder in unfinished:
-            shutil.rmtree(folder)
-        return [folder.name for folder in unfinished]
+        folders = [folder for folder in self.folder.iterdir() if folder.is_dir()]
+        return sorted(folder.name for folder in folders if not (folder / MANIFEST).exists())
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -89,6 +89,8 @@ class Journal:
                 self._check_format()
         except sqlite3.DatabaseError as error:
             self._unlock()
+            if "locked" in str(error):
+                raise RunDirectoryError(f"{self._path}: another process uses it; stop that one") from error
             raise RunDirectoryError(
                 f"{self._path}: not a readable journal ({error}); restore the run directory from a copy"
             ) from error
@@ -288,6 +290,17 @@ class Journal:
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         failpoints.passing("journal.tidied")
 
+    def damage(self) -> list[str]:
+        """What SQLite finds wrong with its pages and indexes, and which events were changed; it reads all."""
+        found = [str(row[0]) for row in self._db.execute("PRAGMA integrity_check(20)")]
+        problems = [f"journal: {words}" for words in found if words != "ok"]
+        for event_id, body in self._db.execute("SELECT id, body FROM events"):
+            try:
+                _body(event_id, body)
+            except RunDirectoryError as error:
+                problems.append(str(error))
+        return problems
+
     def log_bytes(self) -> int:
         """The size of the write-ahead log."""
         try:
@@ -334,7 +347,13 @@ def _body(event_id: int, stored: str | None) -> dict[str, Any]:
                 f"journal: event {event_id} is missing or does not match its hash: the file was damaged; "
                 "restore the run directory from a copy"
             )
-    return dict(json.loads(text))
+    try:
+        return dict(json.loads(text))
+    except ValueError as error:
+        raise RunDirectoryError(
+            f"journal: event {event_id} cannot be read: the file was damaged; restore the run directory "
+            "from a copy"
+        ) from error
 
 
 def _lock(run_dir: Path) -> int:

@@ -31,6 +31,7 @@ from maskwire_server.results import (
 )
 from maskwire_server.run import admission
 from maskwire_server.run.admission import Known, Position, StepFacts, Verdict
+from maskwire_server.run.ancestry import ancestry
 from maskwire_server.run.checkpoint import Snapshot
 from maskwire_server.run.commits import Commits, Reserve
 from maskwire_server.run.device import HALT_AFTER, Device
@@ -161,13 +162,12 @@ class Pipeline:
             queue_limit=self._serve.queue_limit,
         )
         verdict = admission.admit_step(facts, self.position())
-        written = WRITES * len(step.encoded) + self._journal.log_bytes()  # what is in the log, once more
-        if verdict in (Verdict.RUN, Verdict.WAIT) and not self._reserve.there(written):
-            self._commits.hold()
-            admission.refuse_unavailable(RunState.HELD)
+        if verdict in (Verdict.RUN, Verdict.WAIT):
+            self._require_room(len(step.encoded))
         if request.session is not None:
             self._writer.touch()
         if verdict is Verdict.REPLAY and record is not None:
+            self._require_present(record)
             result = StepResult(record.outcome, record.losses, record.gradient_norm)
             answer(step.waiters[0], StepAnswer(record.step, result, record.digest, replayed=True))
         elif verdict is Verdict.JOIN and earlier is not None:
@@ -176,6 +176,33 @@ class Pipeline:
             self._line.take_ahead(step, request.step)
         else:
             self._line.take(step)
+
+    def _require_present(self, record: StepRecord) -> None:
+        """OK means that the step is in the history; one that a restore went back behind is not."""
+        segments = ancestry(self._journal.lineages(), self._head.lineage)
+        through = {segment.lineage: segment.through for segment in segments}
+        last = through.get(record.lineage, -1)
+        if last is not None and record.step > last:
+            raise Refused(
+                "WRONG_RUN",
+                f"this request id was step {record.step} of lineage {record.lineage}, which a restore went "
+                "back behind; make a new id to train the batch again",
+                step=record.step,
+                lineage=self._head.lineage,
+            )
+
+    def _require_room(self, size: int) -> None:
+        waiting = self._journal.log_bytes()  # in the log, and to be written once more when it is folded
+        if not self._reserve.there(waiting):
+            self._commits.hold()
+            admission.refuse_unavailable(RunState.HELD)
+        if not self._reserve.there(waiting + WRITES * size):  # smaller ones may go on
+            raise Refused(
+                "HELD",
+                f"the journal's disk has no room for this batch of {size} bytes; make room, and "
+                "training goes on",
+                batch_bytes=size,
+            )
 
     def step_refused(self, session: SessionRef, step: int) -> None:
         """A step was refused before it came here: what waits behind it need wait no longer."""

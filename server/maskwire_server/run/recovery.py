@@ -84,9 +84,12 @@ def newest_verified(
     run_id = journal.fact("run_id")
     lineages = journal.lineages()
     wrong = checkpoints.unreadable()
-    found = [manifest for manifest in checkpoints.all() if manifest.run_id == run_id]
+    found = checkpoints.all()
     for manifest in found:
         info = manifest.info
+        if manifest.run_id != run_id:
+            wrong[info.name] = f"it belongs to run {manifest.run_id}"
+            continue
         if info.lineage in lineages and digest_at(journal, info.lineage, info.step) == info.digest:
             continue
         lost = f"it holds step {info.step} (lineage {info.lineage}), which the journal does not have"

@@ -52,6 +52,13 @@ class Restoring:
         if request.request_id is not None:
             for lineage in self._journal.lineages().values():
                 if lineage.request_id == request.request_id:
+                    if lineage.checkpoint != request.name:
+                        raise Refused(
+                            "PAYLOAD_MISMATCH",
+                            f"this request id restored {lineage.checkpoint!r}; make a new id for a new "
+                            "request",
+                            name=lineage.checkpoint,
+                        )
                     answer(future, RestoreAnswer(lineage.lineage, lineage.step, lineage.digest))
                     return
         manifest = self._checkpoints.get(request.name)

@@ -12,7 +12,7 @@ from typing import Any
 from maskwire_server.config import CheckpointsConfig
 from maskwire_server.errors import Refused
 from maskwire_server.manifest import Manifest
-from maskwire_server.requests import SaveRequest
+from maskwire_server.requests import AUTOMATIC_NAME, SaveRequest
 from maskwire_server.results import CheckpointInfo
 from maskwire_server.run import retention
 from maskwire_server.run.ancestry import ancestry, on_path
@@ -76,7 +76,7 @@ class Saver:
         if request.request_id is not None:
             for manifest in manifests:
                 if manifest.request_id == request.request_id:
-                    return manifest.info
+                    return _same(request, manifest.info)
         if any(manifest.info.name == request.name for manifest in manifests):
             raise Refused(
                 "CHECKPOINT_EXISTS",
@@ -124,8 +124,7 @@ class Saver:
             if self._checkpoints.verified(manifest):
                 whole += 1
             else:
-                aside = self._checkpoints.set_aside(manifest.info.name)
-                log.warning("checkpoint %s is damaged, and was moved to %s", manifest.info.name, aside)
+                self._set_aside(manifest.info.name)
         for name in retention.collectable(self._checkpoints.all(), lineages, lineage, self._settings):
             try:
                 if self._checkpoints.delete(name):
@@ -140,14 +139,21 @@ class Saver:
             return saved
         if request.name is None:
             for existing in self._checkpoints.all():
-                if existing.info.name == manifest.info.name and existing.info.digest == manifest.info.digest:
+                if existing.info.name != manifest.info.name or existing.info.digest != manifest.info.digest:
+                    continue
+                if self._checkpoints.verified(existing):
                     return existing.info
+                self._set_aside(existing.info.name)
         began = self._clock()
         info = self._checkpoints.write(snapshot, manifest).info
         log.info(
             "checkpoint %s saved: %.1f MB in %.1f s", info.name, info.size_bytes / 1e6, self._clock() - began
         )
         return info
+
+    def _set_aside(self, name: str) -> None:
+        aside = self._checkpoints.set_aside(name)
+        log.warning("checkpoint %s is damaged, and was moved to %s", name, aside)
 
     def finish(self) -> None:
         """A background write ended well."""
@@ -178,3 +184,17 @@ class Saver:
     def close(self) -> None:
         """Finish what is being written."""
         self._thread.shutdown(wait=True)
+
+
+def _same(request: SaveRequest, saved: CheckpointInfo) -> CheckpointInfo:
+    """What the request id saved; Refused when it came with other arguments then."""
+    generated = AUTOMATIC_NAME.fullmatch(saved.name) is not None
+    name_fits = generated if request.name is None else request.name == saved.name
+    if not name_fits or request.labels != saved.labels or request.score != saved.score:
+        raise Refused(
+            "PAYLOAD_MISMATCH",
+            f"this request id saved checkpoint {saved.name!r} with other arguments; make a new id for a new "
+            "request",
+            name=saved.name,
+        )
+    return saved

@@ -37,6 +37,7 @@ class Sessions:
         device: Device,
     ) -> None:
         self._device = device
+        self._opening: dict[str, list[Future[SessionAnswer]]] = {}  # by nonce, until durable
         self._journal = journal
         self._commits = commits
         self._line = line
@@ -46,6 +47,9 @@ class Sessions:
 
     def open(self, request: SessionRequest, at: Position, future: Future[SessionAnswer]) -> None:
         """Admit a writer: fence the one before at once, answer once the running step is durable."""
+        if request.nonce in self._opening:  # the same call once more
+            self._opening[request.nonce].append(future)
+            return
         given = self._journal.session_of_nonce(request.nonce)
         recorded = None
         if request.history is not None:
@@ -56,14 +60,16 @@ class Sessions:
         facts = SessionFacts(request, epoch, self._head.durable[0], recorded, tokenizer)
         if not admission.admit_session(facts, at):
             self._writer.touch()
-            self._commits.add(self._keep_tokenizer(request), lambda: answer(future, self._answer()))
+            here = at.epoch
+            self._commits.add(self._keep_tokenizer(request), lambda: answer(future, self._answer(here)))
             return
         epoch = at.epoch + 1
+        self._opening[request.nonce] = [future]
         keep = self._keep_tokenizer(request)
         self._writer.open(epoch, request.client_name)
         self._line.refuse_steps(partial(_fenced, request.client_name, epoch))
         self._line.put_first(
-            Barrier(partial(self._record, epoch, request, keep, future), partial(refuse, future))
+            Barrier(partial(self._record, epoch, request, keep), partial(self._refuse_opening, request.nonce))
         )
 
     def _keep_tokenizer(self, request: SessionRequest) -> Callable[[], object]:
@@ -78,7 +84,6 @@ class Sessions:
         epoch: int,
         request: SessionRequest,
         keep_tokenizer: Callable[[], object],
-        future: Future[SessionAnswer],
     ) -> None:
         if epoch != self._writer.epoch:
             # Its nonce is used up all the same, or a retry would fence whoever superseded it.
@@ -88,7 +93,10 @@ class Sessions:
             )
             superseded = Refused("FENCED", f"epoch {epoch} was superseded while it was opened")
             self._commits.add(keep_tokenizer, lambda: None)
-            self._commits.add(partial(self._journal.add_session, late), partial(refuse, future, superseded))
+            self._commits.add(
+                partial(self._journal.add_session, late),
+                partial(self._refuse_opening, request.nonce, superseded),
+            )
             return
         failpoints.passing("session.opening")
         head = self._head
@@ -99,11 +107,18 @@ class Sessions:
             head.non_finite = self._device.non_finite = 0
             self._standing.set(RunState.HALTED, False)
         self._commits.add(keep_tokenizer, lambda: None)
-        self._commits.add(partial(self._journal.add_session, session), partial(self._opened, future))
+        self._commits.add(
+            partial(self._journal.add_session, session), partial(self._opened, request.nonce, epoch)
+        )
 
-    def _opened(self, future: Future[SessionAnswer]) -> None:
+    def _opened(self, nonce: str, epoch: int) -> None:
         failpoints.passing("session.opened")
-        answer(future, self._answer())
+        for future in self._opening.pop(nonce):
+            answer(future, self._answer(epoch))
+
+    def _refuse_opening(self, nonce: str, refusal: Refused) -> None:
+        for future in self._opening.pop(nonce):
+            refuse(future, refusal)
 
     def close(self, session: SessionRef, at: Position, future: Future[None]) -> None:
         """End the writer's session; once more is no error."""
@@ -114,11 +129,12 @@ class Sessions:
         self._writer.closed = True
         self._commits.add(partial(self._journal.close_session, session.epoch), partial(answer, future, None))
 
-    def _answer(self) -> SessionAnswer:
+    def _answer(self, epoch: int) -> SessionAnswer:
+        """Its own epoch, whoever has opened another meanwhile: that one fences it."""
         head = self._head
         durable_step, digest = head.durable
         return SessionAnswer(
-            head.run_id, head.lineage, self._writer.epoch, head.step, durable_step, digest, head.tokenizer
+            head.run_id, head.lineage, epoch, head.step, durable_step, digest, head.tokenizer
         )
 
 

@@ -329,7 +329,7 @@ def test_checkpoints_come_at_exact_steps_and_old_ones_go(rig: Rig) -> None:
 def test_a_save_is_done_once_for_a_request_and_a_name_is_taken_once(rig: Rig) -> None:
     engine = rig.start()
     first = engine.save(SaveRequest("a", "id", {"x": "y"})).result(WAIT)
-    assert engine.save(SaveRequest("a", "id")).result(WAIT) == first
+    assert engine.save(SaveRequest("a", "id", {"x": "y"})).result(WAIT) == first
     assert first.labels == {"x": "y"}
     assert reason(engine.save(SaveRequest("a", "other"))) == "CHECKPOINT_EXISTS"
     both = [engine.save(SaveRequest("b", f"r{i}")) for i in range(2)]

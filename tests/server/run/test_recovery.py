@@ -8,16 +8,19 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from counter import NAN_ID, CounterTrainer
 from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, wait_for
 
 from maskwire_server import failpoints
+from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRequest, StepRequest
 from maskwire_server.results import RunState
 from maskwire_server.run import audit
 from maskwire_server.run.checkpoint import Checkpoints
+from maskwire_server.run.commits import Reserve
 from maskwire_server.run.journal import Journal
 
 LONG = {"every_seconds": 1e6}
@@ -377,3 +380,121 @@ def test_a_superseded_nonce_never_opens_a_session(rig: Rig) -> None:
     epoch = second.result(WAIT).epoch
     assert reason(engine.open_session(SessionRequest("a", "first"))) == "FENCED", "a retry too"
     assert engine.status().epoch == epoch
+
+
+def test_openings_at_once_get_an_epoch_each_and_the_same_nonce_the_same(rig: Rig) -> None:
+    engine = rig.start()
+    rig.trainer.gate.clear()
+    engine.train_step(bare(0))
+    futures = [
+        engine.open_session(SessionRequest(name, nonce, takeover=True))
+        for name, nonce in (("a", "1"), ("a", "1"), ("b", "2"), ("c", "3"), ("c", "3"), ("a", "1"))
+    ]
+    rig.trainer.gate.set()
+    assert [reason(futures[i]) for i in (0, 1, 2, 5)] == ["FENCED"] * 4
+    assert futures[3].result(WAIT).epoch == futures[4].result(WAIT).epoch == 3
+    assert engine.open_session(SessionRequest("c", "3")).result(WAIT).epoch == 3
+
+
+def test_an_opening_answers_with_its_own_epoch_whoever_came_since(rig: Rig) -> None:
+    engine = rig.start()
+    for turn in range(30):
+        futures = [
+            engine.open_session(SessionRequest(name, f"{name}{turn}", takeover=True)) for name in "abc"
+        ]
+        epochs = [future.result(WAIT).epoch for future in futures if future.exception(WAIT) is None]
+        assert len(set(epochs)) == len(epochs), "nobody shares an epoch"
+        assert max(epochs) == engine.status().epoch
+
+
+def test_a_checkpoint_of_another_run_is_set_aside(rig: Rig, tmp_path: Path) -> None:
+    other = Rig(tmp_path / "other")
+    engine = other.start()
+    for seed in range(5):
+        engine.train_step(bare(seed)).result(WAIT)
+    engine.save(SaveRequest("foreign")).result(WAIT)
+    close(other)
+    engine = rig.start()
+    engine.train_step(bare(1)).result(WAIT)
+    close(rig)
+    shutil.copytree(other.folder / "checkpoints" / "foreign", rig.folder / "checkpoints" / "foreign")
+    engine = rig.start()
+    assert [info.name for info in engine.checkpoints()] == ["step-000000000"]
+    assert engine.status().step == 1
+
+
+def test_a_request_id_of_a_save_or_a_restore_means_the_same_request(rig: Rig) -> None:
+    engine = rig.start()
+    engine.train_step(bare(1)).result(WAIT)
+    saved = engine.save(SaveRequest("one", "id-1")).result(WAIT)
+    assert engine.save(SaveRequest("one", "id-1")).result(WAIT) == saved
+    others = (SaveRequest("two", "id-1"), SaveRequest(None, "id-1"), SaveRequest("one", "id-1", {"a": "b"}))
+    for other in others:
+        assert reason(engine.save(other)) == "PAYLOAD_MISMATCH"
+    engine.save(SaveRequest("two", "id-2")).result(WAIT)
+    back = engine.restore(RestoreRequest("one", "id-3")).result(WAIT)
+    assert engine.restore(RestoreRequest("one", "id-3")).result(WAIT) == back
+    assert reason(engine.restore(RestoreRequest("two", "id-3"))) == "PAYLOAD_MISMATCH"
+
+
+def test_a_request_that_a_restore_went_back_behind_is_not_said_to_be_in_the_history(rig: Rig) -> None:
+    engine = rig.start()
+    engine.train_step(bare(1, "r1")).result(WAIT)
+    engine.save(SaveRequest("one")).result(WAIT)
+    engine.train_step(bare(2, "r2")).result(WAIT)
+    engine.restore(RestoreRequest("one")).result(WAIT)
+    assert engine.train_step(bare(1, "r1")).result(WAIT).replayed
+    assert reason(engine.train_step(bare(2, "r2"))) == "WRONG_RUN"
+    assert engine.train_step(bare(2, "r2-again")).result(WAIT).step == 2
+
+
+def test_a_save_at_the_step_of_a_damaged_checkpoint_writes_it_anew(rig: Rig) -> None:
+    engine = rig.start(checkpoints=LONG)
+    engine.train_step(bare(1)).result(WAIT)
+    engine.save(SaveRequest()).result(WAIT)
+    state = rig.folder / "checkpoints" / "step-000000001" / "state.json"
+    whole = state.read_text()
+    close(rig)
+    state.write_text("{}")
+    engine = rig.start(checkpoints=LONG)
+    engine.save(SaveRequest()).result(WAIT)
+    assert state.read_text() == whole
+
+
+def test_one_batch_too_large_for_the_disk_is_refused_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = rig.start()
+    engine.train_step(bare(0)).result(WAIT)
+    monkeypatch.setattr(Reserve, "there", lambda _, more=0: more < 2**20)
+    monkeypatch.setattr(Journal, "log_bytes", lambda _: 2**20 - 2**15)
+    large = StepRequest(Payload(Batch(np.full((64, 512), 300), 64, 512), Modes()))
+    assert reason(engine.train_step(large)) == "HELD"
+    assert engine.status().state is RunState.SERVING
+    assert engine.train_step(bare(1)).result(WAIT).step == 2
+
+
+@pytest.mark.parametrize("damage", ["index", "manifest", "event"])
+def test_verify_finds_what_a_start_does_not_look_at(rig: Rig, damage: str) -> None:
+    engine = rig.start()
+    for seed in range(40):
+        engine.train_step(bare(seed, f"request-{seed}")).result(WAIT)
+    engine.save(SaveRequest("forty")).result(WAIT)
+    close(rig)
+    assert audit.verify(rig.folder).problems == []
+    path = rig.folder / "journal.sqlite"
+    if damage == "index":
+        find = "SELECT rootpage FROM sqlite_master WHERE name = 'steps_by_request'"
+        with contextlib.closing(sqlite3.connect(path)) as journal:
+            page = journal.execute(find).fetchone()[0]
+        data = bytearray(path.read_bytes())
+        at = data.index(b"request-7", (page - 1) * 4096)
+        data[at : at + 9] = b"request-X"
+        path.write_bytes(data)
+    elif damage == "manifest":
+        manifest = rig.folder / "checkpoints" / "forty" / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"forty"', '"fifty"'))
+    else:
+        change(rig.folder, "UPDATE events SET body = body || ' ' WHERE kind = 'instance'")
+    problems = audit.verify(rig.folder).problems
+    assert problems, damage
+    if damage == "manifest":
+        assert "checkpoint forty: manifest.json cannot be read" in problems[0]
