@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := client server demo deploy proto tests
 
-.PHONY: help venv demo test lint proto docs image bench model
+.PHONY: help venv demo test lint proto docs image bench model robustness
 help: ## What there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -30,6 +30,9 @@ bench: venv ## The tables of docs/benchmarks.md; about 15 minutes (QUICK=1: 3 mi
 
 model: venv ## Engine and journal against a model that counts: 10,000 runs of 50 operations
 	@MASKWIRE_MODEL_RUNS=10000 MASKWIRE_MODEL_STEPS=50 $(BIN)/python -m pytest tests/robustness --timeout 0
+
+robustness: venv ## Attack servers on purpose, docs/robustness.md (FULL=1, ONLY="R1 R4"); goes on where it was
+	@PYTHONPATH=tests:. $(BIN)/python -m robustness $(ONLY) $(if $(FULL),--full)
 
 docs: venv ## Generate the reference pages from the code
 	$(BIN)/python docs/generate.py

@@ -36,8 +36,8 @@ class Fault:
     def __str__(self) -> str:
         return f"{self.place}:{self.kind}:{self.number}" + (f":{self.path}" if self.path else "")
 
-    def install(self) -> None:
-        """From now on, in this process."""
+    def install(self, fired: Path | None = None) -> None:
+        """From now on, in this process; the file `fired` is made when it happens."""
         assert self.place in failpoints.NAMES, self.place
         left, lock = [self.number], threading.Lock()
 
@@ -48,6 +48,8 @@ class Fault:
                 left[0] -= 1
                 due = left[0] == 0
             if due:
+                if fired is not None:
+                    fired.touch()
                 self.strike()
 
         failpoints.install(act)

@@ -72,7 +72,7 @@ def test_the_version_is_one() -> None:
 
 def test_the_make_targets_that_people_use_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in ("venv", "demo", "test", "lint", "proto", "docs", "image"):
+    for target in ("venv", "demo", "test", "lint", "proto", "docs", "image", "bench", "robustness"):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 

@@ -259,6 +259,21 @@ class WriterModel(RuleBasedStateMachine):
             return "HALTED", False
         return ("WAIT", False) if distance else ("", True)
 
+    @rule()
+    @precondition(lambda self: not self.ahead and not self.halted)
+    def three_steps_that_are_not_finite(self) -> None:
+        """They halt the run."""
+        session = self.sessions[-1] if self.sessions and not self.check_session(self.sessions[-1]) else None
+        if session is None and self.present():
+            return
+        while not self.halted:
+            sent = payload(self.fresh(), finite=False)
+            answer = self.engine.train_step(StepRequest(sent, session)).result(WAIT)
+            self.consume(None, sent)
+            assert (answer.step, answer.digest) == (self.step, self.digest)
+        if session is not None:
+            self.active = self.now
+
     @rule(data=st.data())
     @precondition(lambda self: self.known)
     def retry(self, data: Any) -> None:

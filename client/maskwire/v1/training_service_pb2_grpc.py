@@ -139,7 +139,8 @@ class TrainingServiceServicer:
         OUT_OF_RANGE (GAP): the step is not the next and its predecessor is not coming; metadata has the
         expected step, number the window again from there.
         FAILED_PRECONDITION (WRONG_RUN, UNKNOWN_EPOCH, WRITER_PRESENT, HALTED): open a session; HALTED
-        means three steps in a row were not finite, look at the data, then take over.
+        means three steps in a row were not finite, look at the data, then take over; WRONG_RUN without a
+        session, that a restore went back behind the step that had this request id.
         ABORTED (FENCED): another writer took over; stop.
         RESOURCE_EXHAUSTED (QUEUE_FULL): ask again after RetryInfo. A message over the size limit also
         answers RESOURCE_EXHAUSTED, with the limit in its text.
@@ -182,6 +183,7 @@ class TrainingServiceServicer:
 
         OK: the checkpoint; the same request id gets the same checkpoint again.
         INVALID_ARGUMENT (INVALID_FIELD): a name that does not match [a-z0-9][a-z0-9_-]{0,63}.
+        INVALID_ARGUMENT (PAYLOAD_MISMATCH): the request id saved a checkpoint with other arguments.
         ALREADY_EXISTS (CHECKPOINT_EXISTS): the name is taken by another checkpoint.
         RESOURCE_EXHAUSTED (CHECKPOINT_FAILED): it could not be written; training is not affected.
         UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again after RetryInfo.
@@ -207,6 +209,7 @@ class TrainingServiceServicer:
 
         OK: the new lineage and its digest; the same request id gets the same answer again.
         INVALID_ARGUMENT (INVALID_FIELD): a malformed name or request id.
+        INVALID_ARGUMENT (PAYLOAD_MISMATCH): the request id restored another checkpoint.
         NOT_FOUND (CHECKPOINT_NOT_FOUND): no whole checkpoint has this name.
         DATA_LOSS (CHECKPOINT_DAMAGED): its files do not match its manifest; nothing changed.
         FAILED_PRECONDITION (WRONG_RUN): the lineage or step expected is not the server's.

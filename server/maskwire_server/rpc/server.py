@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,10 +25,17 @@ LIVENESS = "liveness"
 _SPARE_WORKERS = 16  # beside one for each request that may wait, so that a full queue can say so
 
 
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """gRPC logs a traceback for every request that is no protobuf message; a line will do."""
+    record.exc_info = record.exc_text = None
+    return True
+
+
 class Server:
     """Listens on one address, and maybe on a Unix socket beside it, for one engine."""
 
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
+        logging.getLogger("grpc._common").addFilter(_without_traceback)
         self._config = config
         self._credentials = security.server_credentials(config)
         gate = security.gate(config)

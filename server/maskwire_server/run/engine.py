@@ -256,6 +256,9 @@ class Engine:
                 act()
             except Refused as error:
                 refuse(future, error)
+            except RunDirectoryError as error:  # a record that an answer needs was damaged
+                log.error("%s", error)
+                refuse(future, Refused("HISTORY_LOST", str(error)))
 
         self._inbox.put(_Message(guarded, future))
         if self._stopped:  # it can have been after the last look into the inbox

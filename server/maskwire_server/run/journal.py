@@ -12,10 +12,13 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,11 @@ from maskwire_server import failpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.run.disk import network_file_system
 from maskwire_server.run.flush import flush_folder
-from maskwire_server.run.records import Lineage, SessionRecord, StepRecord, Stretch
+from maskwire_server.run.records import Lineage, SessionRecord, StepRecord, Stretch, damaged, seal
 
-FORMAT = 1
+log = logging.getLogger(__name__)
+
+FORMAT = 2
 FILE_NAME = "journal.sqlite"
 _PAGE = 64  # records read at once
 
@@ -34,10 +39,10 @@ CREATE TABLE run (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE events (id INTEGER PRIMARY KEY, at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL);
 CREATE TABLE lineages (
   lineage INTEGER PRIMARY KEY, parent INTEGER, step INTEGER NOT NULL, digest BLOB NOT NULL,
-  request_id TEXT UNIQUE, checkpoint TEXT, at REAL NOT NULL);
+  request_id TEXT UNIQUE, checkpoint TEXT, at REAL NOT NULL, row_hash BLOB);
 CREATE TABLE sessions (
   epoch INTEGER PRIMARY KEY, client_name TEXT NOT NULL, nonce TEXT UNIQUE, takeover INTEGER NOT NULL,
-  lineage INTEGER NOT NULL, step INTEGER NOT NULL, closed INTEGER NOT NULL, at REAL NOT NULL);
+  lineage INTEGER NOT NULL, step INTEGER NOT NULL, closed INTEGER NOT NULL, at REAL NOT NULL, row_hash BLOB);
 CREATE TABLE steps (
   lineage INTEGER NOT NULL, step INTEGER NOT NULL, request_id TEXT, configuration INTEGER NOT NULL,
   payload_hash BLOB NOT NULL, outcome INTEGER NOT NULL, numbers BLOB NOT NULL, digest BLOB NOT NULL,
@@ -99,12 +104,17 @@ class Journal:
             raise
 
     def _check_format(self) -> None:
-        row = self._db.execute("SELECT value FROM run WHERE key = 'format'").fetchone()
-        if row is None or row[0] != FORMAT:
+        while self.fact("format") in _MIGRATIONS:
+            step = _MIGRATIONS[self.fact("format")]
+            log.info("%s: %s", self._path, step.__doc__)
+            self.transaction(partial(step, self._db))
+        if self.fact("format") != FORMAT:
             raise RunDirectoryError(
-                f"{self._path}: format {row and row[0]}, this version reads {FORMAT}; use the version that "
-                "wrote it"
+                f"{self._path}: format {self.fact('format')}, this version reads up to {FORMAT}; use the "
+                "version that wrote it"
             )
+        if self.fact("hash") != _facts_hash(self._db):
+            raise damaged("what the run is")
 
     def create(self, facts: dict[str, Any], digest: bytes) -> None:
         """Begin a run: its facts, and lineage 1 at step 0 with `digest`."""
@@ -114,6 +124,7 @@ class Journal:
                 self._db.execute(statement)
             for key, value in {"format": FORMAT, **facts}.items():
                 self._db.execute("INSERT INTO run VALUES (?, ?)", (key, value))
+            self._db.execute("INSERT INTO run VALUES ('hash', ?)", (_facts_hash(self._db),))
             self.add_lineage(Lineage(1, None, 0, digest, None, None))
 
         failpoints.passing("journal.creating")
@@ -213,6 +224,26 @@ class Journal:
                 return
             step = rows[-1][1]
 
+    def check_requests(self, lineage: int, count: int = 10_000) -> int:
+        """Read the newest records of a lineage, and look each of their request ids up.
+
+        The index that finds them has no hash of its own: where it misses one it is built anew from the
+        records. How many it missed. Raises RunDirectoryError for a damaged record.
+        """
+        rows = self._db.execute(
+            "SELECT n.*, i.step FROM (SELECT * FROM steps WHERE lineage = ? ORDER BY step DESC LIMIT ?) n "
+            "LEFT JOIN steps i INDEXED BY steps_by_request ON i.request_id = n.request_id",
+            (lineage, count),
+        )
+        missed = 0
+        for row in rows.fetchall():
+            record = StepRecord.read(row[:-1])
+            missed += record.request_id is not None and row[-1] != record.step
+        if missed:
+            log.warning("the journal's index of request ids was damaged; it is built anew from the records")
+            self._db.execute("REINDEX steps_by_request")
+        return missed
+
     def drop_payloads(self, stretches: Sequence[Stretch]) -> None:
         """Forget the batches of these steps; their records stay."""
         failpoints.passing("payloads.dropping")
@@ -225,7 +256,7 @@ class Journal:
     def add_lineage(self, lineage: Lineage) -> None:
         """Open a line of history."""
         self._db.execute(
-            "INSERT INTO lineages VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO lineages VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 lineage.lineage,
                 lineage.parent,
@@ -234,20 +265,22 @@ class Journal:
                 lineage.request_id,
                 lineage.checkpoint,
                 time.time(),
+                lineage.row_hash(),
             ),
         )
 
     def lineages(self) -> dict[int, Lineage]:
         """Every line of history."""
         rows = self._db.execute(
-            "SELECT lineage, parent, step, digest, request_id, checkpoint FROM lineages ORDER BY lineage"
+            "SELECT lineage, parent, step, digest, request_id, checkpoint, row_hash FROM lineages "
+            "ORDER BY lineage"
         )
-        return {row[0]: Lineage(*row) for row in rows}
+        return {row[0]: Lineage.read(row) for row in rows}
 
     def add_session(self, session: SessionRecord) -> None:
-        """Open an epoch."""
+        """Open an epoch, or write its record anew."""
         self._db.execute(
-            "INSERT INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 session.epoch,
                 session.client_name,
@@ -257,12 +290,15 @@ class Journal:
                 session.step,
                 session.closed,
                 time.time(),
+                session.row_hash(),
             ),
         )
 
     def close_session(self, epoch: int) -> None:
         """Mark an epoch's session as closed by its owner."""
-        self._db.execute("UPDATE sessions SET closed = 1 WHERE epoch = ?", (epoch,))
+        session = self._session("WHERE epoch = ?", epoch)
+        if session is not None:
+            self.add_session(replace(session, closed=True))
 
     def last_session(self) -> SessionRecord | None:
         """The newest epoch."""
@@ -278,11 +314,11 @@ class Journal:
 
     def _session(self, where: str, *values: object) -> SessionRecord | None:
         row = self._db.execute(
-            f"SELECT epoch, client_name, nonce, takeover, lineage, step, closed FROM sessions {where}", values
+            "SELECT epoch, client_name, nonce, takeover, lineage, step, closed, row_hash FROM sessions "
+            + where,
+            values,
         ).fetchone()
-        if row is None:
-            return None
-        return SessionRecord(row[0], row[1], row[2], bool(row[3]), row[4], row[5], bool(row[6]))
+        return None if row is None else SessionRecord.read(row)
 
     def tidy(self) -> None:
         """Fold the write-ahead log into the database, between steps; everything is flushed then."""
@@ -334,26 +370,46 @@ def explained(run_dir: Path) -> Iterator[None]:
         raise RunDirectoryError(f"{run_dir}: the journal cannot be used ({error}); {cure}") from error
 
 
+def _facts_hash(database: sqlite3.Connection) -> bytes:
+    rows = database.execute("SELECT key, value FROM run WHERE key NOT IN ('format', 'hash') ORDER BY key")
+    return seal(*[(key, value.hex() if isinstance(value, bytes) else value) for key, value in rows])
+
+
+def _seal_rows(database: sqlite3.Connection) -> None:
+    """format 1 becomes 2: every row has a hash of itself"""
+    for table in ("lineages", "sessions"):
+        database.execute(f"ALTER TABLE {table} ADD COLUMN row_hash BLOB")
+    columns = "lineage, parent, step, digest, request_id, checkpoint"
+    for row in database.execute(f"SELECT {columns} FROM lineages").fetchall():
+        database.execute(
+            "UPDATE lineages SET row_hash = ? WHERE lineage = ?", (Lineage(*row).row_hash(), row[0])
+        )
+    columns = "epoch, client_name, nonce, takeover, lineage, step, closed"
+    for epoch, name, nonce, takeover, lineage, step, closed in database.execute(
+        f"SELECT {columns} FROM sessions"
+    ).fetchall():
+        session = SessionRecord(epoch, name, nonce, bool(takeover), lineage, step, bool(closed))
+        database.execute("UPDATE sessions SET row_hash = ? WHERE epoch = ?", (session.row_hash(), epoch))
+    for event_id, body in database.execute("SELECT id, body FROM events").fetchall():
+        if body.startswith("{"):
+            database.execute("UPDATE events SET body = ? WHERE id = ?", (_hash(body) + body, event_id))
+    database.execute("UPDATE run SET value = 2 WHERE key = 'format'")
+    database.execute("INSERT INTO run VALUES ('hash', ?)", (_facts_hash(database),))
+
+
+_MIGRATIONS = {1: _seal_rows}
+"""From each older format to the next, in one transaction."""
+
+
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _body(event_id: int, stored: str | None) -> dict[str, Any]:
     text = stored or ""
-    if not text.startswith("{"):  # the first journals kept no hash before it
-        found, text = text[:64], text[64:]
-        if not text or _hash(text) != found:
-            raise RunDirectoryError(
-                f"journal: event {event_id} is missing or does not match its hash: the file was damaged; "
-                "restore the run directory from a copy"
-            )
-    try:
-        return dict(json.loads(text))
-    except ValueError as error:
-        raise RunDirectoryError(
-            f"journal: event {event_id} cannot be read: the file was damaged; restore the run directory "
-            "from a copy"
-        ) from error
+    if _hash(text[64:]) != text[:64]:
+        raise damaged(f"event {event_id}, which may be missing,")
+    return dict(json.loads(text[64:]))
 
 
 def _lock(run_dir: Path) -> int:

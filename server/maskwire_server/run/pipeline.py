@@ -263,8 +263,11 @@ class Pipeline:
         else:
             with self._poison.watch(step.payload_hash):
                 result = self._device.train(self._head.lineage, step.number, step.request.payload)
-        step.ended = self._clock()
-        failpoints.passing("step.computed")
+        try:
+            step.ended = self._clock()
+            failpoints.passing("step.computed")
+        except BaseException as error:  # the state has moved on: the step cannot be given up any more
+            raise StateLost(f"step {step.number} was computed, and then: {error}") from error
         return result
 
     def _on_computed(self, step: Step, future: Future[StepResult | None]) -> None:

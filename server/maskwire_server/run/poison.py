@@ -43,8 +43,19 @@ class Poison:
             yield
             return
         deaths = self._deaths if payload_hash == self._hash else 0
-        self._path.write_bytes(_NOTE.pack(payload_hash, deaths))
+        with _best_effort():
+            self._path.write_bytes(_NOTE.pack(payload_hash, deaths))
         try:
             yield
         finally:
-            self._path.unlink(missing_ok=True)
+            with _best_effort():
+                self._path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _best_effort() -> Iterator[None]:
+    """A note that cannot be kept must not cost a step."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("the note of the batch that is computed could not be kept: %s", error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 from dataclasses import dataclass
 from typing import Any
@@ -66,10 +67,7 @@ class StepRecord:
         except (ValueError, TypeError, AttributeError, struct.error):  # whatever damaged columns make of it
             whole = False
         if not whole:
-            raise RunDirectoryError(
-                f"journal: the record of step {step} (lineage {lineage}) does not match its hash: the file "
-                "was damaged; restore the run directory from a copy"
-            )
+            raise damaged(f"the record of step {step} (lineage {lineage})")
         return record
 
 
@@ -85,6 +83,18 @@ class Lineage:
     """The digest that it starts from."""
     request_id: str | None
     checkpoint: str | None
+
+    def row_hash(self) -> bytes:
+        """SHA-256 over every other column."""
+        return seal(self.lineage, self.parent, self.step, self.digest.hex(), self.request_id, self.checkpoint)
+
+    @staticmethod
+    def read(row: tuple[Any, ...]) -> Lineage:
+        """The lineage of a row; RunDirectoryError when the row's hash does not fit it."""
+        record = Lineage(*row[:-1])
+        if not isinstance(record.digest, bytes) or record.row_hash() != row[-1]:
+            raise damaged(f"the record of lineage {record.lineage}")
+        return record
 
 
 @dataclass(frozen=True)
@@ -108,3 +118,31 @@ class SessionRecord:
     lineage: int
     step: int
     closed: bool
+
+    def row_hash(self) -> bytes:
+        """SHA-256 over every other column."""
+        return seal(
+            self.epoch, self.client_name, self.nonce, self.takeover, self.lineage, self.step, self.closed
+        )
+
+    @staticmethod
+    def read(row: tuple[Any, ...]) -> SessionRecord:
+        """The session of a row; RunDirectoryError when the row's hash does not fit it."""
+        epoch, client_name, nonce, takeover, lineage, step, closed, row_hash = row
+        record = SessionRecord(epoch, client_name, nonce, bool(takeover), lineage, step, bool(closed))
+        if record.row_hash() != row_hash:
+            raise damaged(f"the record of epoch {epoch}")
+        return record
+
+
+def seal(*values: object) -> bytes:
+    """SHA-256 over values in an encoding that tells every two apart."""
+    return hashlib.sha256(json.dumps(values, default=str).encode()).digest()
+
+
+def damaged(what: str) -> RunDirectoryError:
+    """What is raised for something that does not match its hash."""
+    return RunDirectoryError(
+        f"journal: {what} does not match its hash: the file was damaged; restore the run directory from a "
+        "copy"
+    )

@@ -139,6 +139,7 @@ def recover(
     lineages = journal.lineages()
     lineage = max(lineages)
     segments = ancestry(lineages, lineage)
+    journal.check_requests(lineage)
     for name in checkpoints.sweep():
         log.info("removed the unfinished checkpoint %s", name)
     manifest, wrong = newest_verified(checkpoints, journal, segments, accept_lost=accept_lost)

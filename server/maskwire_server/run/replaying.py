@@ -13,7 +13,7 @@ from maskwire_server.errors import RunDirectoryError
 from maskwire_server.results import Outcome, StepResult
 from maskwire_server.run.ancestry import Segment
 from maskwire_server.run.journal import Journal
-from maskwire_server.run.records import StepRecord
+from maskwire_server.run.records import StepRecord, damaged
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,7 @@ def read_payload(record: StepRecord, encoded: bytes) -> Payload:
     except Exception:  # whatever damaged bytes make of it
         whole = False
     if not whole:
-        raise RunDirectoryError(
-            f"journal: the batch of step {record.step} (lineage {record.lineage}) does not match its hash: "
-            "the file was damaged; restore the run directory from a copy"
-        )
+        raise damaged(f"the batch of step {record.step} (lineage {record.lineage})")
     return payload
 
 

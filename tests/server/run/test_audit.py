@@ -86,8 +86,6 @@ def test_a_whole_run_has_no_problems(run_dir: Path) -> None:
         ("DELETE FROM steps WHERE lineage = 1 AND step = 4", (), "step 4 .*is missing"),
         ("UPDATE payloads SET payload = ? WHERE lineage = 2 AND step = 6", (b"junk",), "step 6 .*damaged"),
         ("DELETE FROM payloads WHERE lineage = 2 AND step = 6", (), "batch of step 6 .*was dropped"),
-        ("UPDATE lineages SET digest = ? WHERE lineage = 2", (bytes(32),), "lineage 2 does not begin"),
-        ("UPDATE run SET value = 5 WHERE key = 'seed'", (), "lineage 1 does not begin"),
     ],
 )
 def test_each_kind_of_damage_is_named(
@@ -96,6 +94,19 @@ def test_each_kind_of_damage_is_named(
     change(run_dir, statement, *values)
     problems = audit.verify(run_dir).problems
     assert any(re.search(words, problem) for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("UPDATE lineages SET digest = x'00' WHERE lineage = 2", "lineage 2 does not match its hash"),
+        ("UPDATE run SET value = 5 WHERE key = 'seed'", "what the run is does not match its hash"),
+    ],
+)
+def test_damage_that_nothing_can_be_read_behind_is_said(run_dir: Path, statement: str, words: str) -> None:
+    change(run_dir, statement)
+    with pytest.raises(RunDirectoryError, match=words):
+        audit.verify(run_dir)
 
 
 def test_a_damaged_checkpoint_is_named_and_one_before_it_counts(run_dir: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sqlite3
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -155,8 +156,50 @@ def test_what_is_no_journal_is_not_taken_for_one(open_journal: Open, tmp_path: P
     journal = open_journal()
     journal.transaction(lambda: journal._db.execute("UPDATE run SET value = 99 WHERE key = 'format'"))
     journal.close()
-    with pytest.raises(RunDirectoryError, match="format 99, this version reads 1"):
+    with pytest.raises(RunDirectoryError, match="format 99, this version reads up to 2"):
         Journal(tmp_path / "run")
+
+
+def test_a_journal_of_the_first_format_becomes_one_of_the_second(open_journal: Open, tmp_path: Path) -> None:
+    journal = open_journal()
+    session = SessionRecord(1, "me", "n", True, 1, 0, False)
+    journal.transaction(lambda: (journal.add_session(session), journal.add_event("kind", {"a": 1})))
+    lineages = journal.lineages()
+    for statement in (  # as it was
+        "ALTER TABLE lineages DROP COLUMN row_hash", "ALTER TABLE sessions DROP COLUMN row_hash",
+        "UPDATE events SET body = substr(body, 65)", "DELETE FROM run WHERE key = 'hash'",
+        "UPDATE run SET value = 1 WHERE key = 'format'",
+    ):  # fmt: skip
+        journal._db.execute(statement)
+    journal.close()
+    again = Journal(tmp_path / "run")
+    assert again.fact("format") == 2
+    assert (again.lineages(), again.last_session()) == (lineages, session)
+    assert again.last_event("kind") == (1, {"a": 1})
+    again.close()
+
+
+def test_an_index_that_lost_a_request_is_built_anew(open_journal: Open, tmp_path: Path) -> None:
+    journal = open_journal()
+    for step in range(1, 30):
+        journal.transaction(partial(journal.add_step, record(step), b"payload"))
+    find = "SELECT rootpage FROM sqlite_master WHERE name = 'steps_by_request'"
+    page = journal._db.execute(find).fetchone()[0]
+    journal.close()
+    path = tmp_path / "run" / FILE_NAME
+    data = bytearray(path.read_bytes())
+    name = str(record(7).request_id).encode()
+    at = data.index(name, (page - 1) * 4096)
+    data[at : at + len(name)] = b"X" * len(name)
+    path.write_bytes(data)
+    again = Journal(tmp_path / "run")
+    assert again.step_of_request(name.decode()) is None
+    assert again.check_requests(1) == 1
+    found = again.step_of_request(name.decode())
+    assert found is not None
+    assert found.step == 7
+    assert again.check_requests(1) == 0
+    again.close()
 
 
 def test_the_write_ahead_log_is_folded_when_told(open_journal: Open, tmp_path: Path) -> None:

