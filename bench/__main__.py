@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from bench import journal, restart, serving, training
+from bench import checkpoint, journal, restart, serving, training
 from bench.harness import Row, cores
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -24,6 +24,7 @@ SUITES: dict[str, tuple[set[str], Callable[[bool], list[Row]]]] = {
     "training": ({"P1", "P7"}, training.measure),
     "journal": ({"P7"}, journal.measure),
     "restart": ({"P8"}, restart.measure),
+    "checkpoint": ({"P9"}, checkpoint.measure),
 }
 PACKAGES = ("maskwire", "torch", "grpcio", "protobuf", "numpy", "ray")
 

@@ -287,7 +287,8 @@ def _recover(files: dict[str, bytes | None], root: str, acknowledged: int, saved
             else:
                 place.write_bytes(content)
         trainer = CounterTrainer()
-        engine = start(run, trainer)
+        fatal: list[BaseException] = []
+        engine = start(run, trainer, fatal.append)
         try:
             engine.wait_serving(WAIT)
         except RunDirectoryError as error:
@@ -301,6 +302,7 @@ def _recover(files: dict[str, bytes | None], root: str, acknowledged: int, saved
         names = {info.name for info in engine.checkpoints()}
         start_digest = _first_digest(engine)
         engine.close()
+        assert not fatal, fatal
         assert acknowledged <= status.durable_step <= STEPS, (
             f"step {acknowledged} was acknowledged, it comes back at {status.durable_step}"
         )

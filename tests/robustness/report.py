@@ -70,7 +70,8 @@ def _r3(items: list[tuple[str, Any]]) -> str:
     found = items[0][1]["found"]
     return (
         f"{found['calls']} recorded writes, flushes and renames of a run with 5 checkpoints; after each, a "
-        f"kill −9 and power losses with any part of what was not flushed missing: {found['crashes']:,} recoveries"
+        f"kill −9 and power losses with any part of what was not flushed missing: {found['crashes']:,} "
+        "recoveries"
     )
 
 

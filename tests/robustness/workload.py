@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from counter import CounterTrainer
@@ -24,12 +25,12 @@ CONFIG = config.load(
 )
 
 
-def start(run_dir: Path, trainer: CounterTrainer) -> Engine:
+def start(run_dir: Path, trainer: CounterTrainer, on_fatal: Callable[[BaseException], None]) -> Engine:
     """An engine with every flush on."""
     engine = Engine(
         lambda: trainer, run_dir, seed=0, canonical=CONFIG.canonical(),
         configuration=CONFIG.model_dump(mode="json"), serve=CONFIG.serve, checkpoints=CONFIG.checkpoints,
-        versions={}, on_fatal=lambda _: os._exit(70),
+        versions={}, on_fatal=on_fatal,
     )  # fmt: skip
     engine.start()
     return engine
@@ -42,7 +43,7 @@ def main() -> None:
 
         BUGS[sys.argv[2]].plant()
     commits.TIDY_EVERY = 5
-    engine = start(folder / "run", CounterTrainer())
+    engine = start(folder / "run", CounterTrainer(), lambda _: os._exit(70))
     engine.wait_serving(WAIT)
     acknowledged = os.open(folder / "acknowledged", os.O_WRONLY | os.O_CREAT)
     for step in range(1, STEPS + 1):

@@ -1,0 +1,176 @@
+"""The campaign: python -m robustness [R1 R4 …] [--full] [--jobs N], or `make robustness`.
+
+Each case is noted when it is done, in .robustness.json, so that a campaign that was stopped goes on;
+--again begins anew. The table of docs/robustness.md is written from the notes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robustness import damage, failpoint_faults, malformed, planted, power_loss, processes, soak, wire_faults
+from robustness.report import write_report
+
+from maskwire_server import failpoints
+
+NOTES = processes.ROOT / ".robustness.json"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to run; it raises when something was lost."""
+
+    target: str
+    name: str
+    run: Callable[[Path], Any]
+
+
+def _r1(seed: int, folder: Path) -> Any:
+    return wire_faults.run(folder / "s", seed)
+
+
+def _r2(place: str, kind: str, times: int, folder: Path) -> Any:
+    reached = [failpoint_faults.run(folder / str(seed), place, kind, seed) for seed in range(times)]
+    return {"runs": times, "reached": sum(reached)}
+
+
+def _power(seed: int, folder: Path) -> Any:
+    return power_loss.campaign(folder / "p", seed)
+
+
+def _r4(seed: int, flips: int, cuts: int, folder: Path) -> Any:
+    return damage.campaign(folder / "d", seed, flips=flips, cuts=cuts)
+
+
+def _r5(runs: int, _: Path) -> Any:
+    environment = {**os.environ, "MASKWIRE_MODEL_RUNS": str(runs), "MASKWIRE_MODEL_STEPS": "50"}
+    test = processes.ROOT / "tests" / "robustness" / "test_writer_model.py"
+    command = [sys.executable, "-m", "pytest", "-q", "--show-capture=no", "--timeout=0", str(test)]
+    done = subprocess.run(
+        command, env=environment, cwd=processes.ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return {"runs": runs, "operations": 50}
+
+
+def _r6_process(seed: int, count: int, _: Path) -> Any:
+    return malformed.in_process(seed, count)
+
+
+def _r6_wire(seed: int, count: int, folder: Path) -> Any:
+    return malformed.over_the_wire(folder / "w", seed, count)
+
+
+def _r7(count: int, folder: Path) -> Any:
+    return soak.run(folder / "s", 0, count)
+
+
+def _r8(first: int, count: int, folder: Path) -> Any:
+    for seed in range(first, first + count):
+        failpoint_faults.terminate(folder / str(seed), seed)
+    return {"terminations": count}
+
+
+def _r9(name: str, _: Path) -> Any:
+    words = planted.caught(name).strip().splitlines() or [""]
+    return {"what": planted.BUGS[name].what, "said": words[0][:160]}
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A case's function with its arguments: what a process pool can carry."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def __call__(self, folder: Path) -> Any:
+        return self.function(*self.arguments, folder)
+
+
+def cases(full: bool) -> list[Case]:
+    """Everything, with the numbers of the targets, or with a share of them."""
+
+    def share(all_of_them: int, some: int) -> int:
+        return all_of_them if full else some
+
+    def case(target: str, name: str, function: Callable[..., Any], *arguments: Any) -> Case:
+        return Case(target, name, _Bound(function, arguments))
+
+    made = [case("R1", f"seed {seed}", _r1, seed) for seed in range(share(20, 2))]
+    for place in failpoints.NAMES:
+        for kind in failpoint_faults.KINDS:
+            made.append(case("R2", f"{place} {kind}", _r2, place, kind, share(20, 2)))
+    made.append(case("R3", "every system call", _power, 0))
+    made.append(case("R4", "every file", _r4, 0, share(200, 40), share(50, 10)))
+    made.append(case("R5", "the model", _r5, share(10_000, 300)))
+    made += [case("R6", f"in process {i}", _r6_process, i, share(250_000, 25_000)) for i in range(4)]
+    made += [case("R6", f"over the wire {i}", _r6_wire, i, share(25_000, 1_000)) for i in range(4)]
+    made.append(case("R7", "soak", _r7, share(1_000_000, 50_000)))
+    made += [case("R8", f"from {i}", _r8, i, share(50, 10)) for i in (0, 50, 100, 150)]
+    made += [case("R9", name, _r9, name) for name in planted.BUGS]
+    return made
+
+
+def run_case(case: Case) -> tuple[str, Any, float]:
+    """One case in a room of its own: "" or what went wrong, what it found, how long it took."""
+    logging.getLogger("maskwire_server").setLevel(logging.CRITICAL + 1)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mw", ignore_cleanup_errors=True) as room:
+        try:
+            found = case.run(Path(room))
+            return "", found, time.monotonic() - began
+        except (Exception, BaseExceptionGroup) as error:
+            return f"{type(error).__name__}: {error}"[:4000], None, time.monotonic() - began
+
+
+def main() -> int:
+    """Run what was asked for and is not noted yet."""
+    parser = argparse.ArgumentParser(prog="robustness", description=__doc__)
+    parser.add_argument("targets", nargs="*", help="R1 … R9; all by default")
+    parser.add_argument("--full", action="store_true", help="the numbers of the targets: about 2 hours")
+    parser.add_argument("--again", action="store_true", help="forget what was done before")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="at once")
+    asked = parser.parse_args()
+    notes: dict[str, Any] = {}
+    if NOTES.exists() and not asked.again:
+        notes = json.loads(NOTES.read_text())
+    size = "full" if asked.full else "short"
+    todo = [
+        case
+        for case in cases(asked.full)
+        if (not asked.targets or case.target in asked.targets)
+        and f"{size} {case.target} {case.name}" not in notes
+    ]
+    print(f"{len(todo)} cases to run, {len(notes)} done before", flush=True)
+    failed: Counter[str] = Counter()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(asked.jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        running = {pool.submit(run_case, case): case for case in todo}
+        for number, future in enumerate(as_completed(running), 1):
+            case = running[future]
+            problem, found, seconds = future.result()
+            if problem:
+                failed[case.target] += 1
+                print(f"{case.target} {case.name}: FAILED: {problem}", flush=True)
+                continue
+            notes[f"{size} {case.target} {case.name}"] = {"found": found, "seconds": round(seconds, 1)}
+            NOTES.write_text(json.dumps(notes, indent=1))
+            print(f"[{number}/{len(todo)}] {case.target} {case.name}: held, {seconds:.0f} s", flush=True)
+    write_report(notes, size)
+    if failed:
+        print(f"failed: {dict(failed)}; what held is noted, run it again after the mend", flush=True)
+    return 1 if failed else 0
