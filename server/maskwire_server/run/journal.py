@@ -405,8 +405,8 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _body(event_id: int, stored: str | None) -> dict[str, Any]:
-    text = stored or ""
+def _body(event_id: int, stored: object) -> dict[str, Any]:
+    text = stored if isinstance(stored, str) else ""  # a changed byte can change a value's type
     if _hash(text[64:]) != text[:64]:
         raise damaged(f"event {event_id}, which may be missing,")
     return dict(json.loads(text[64:]))
