@@ -13,6 +13,7 @@ import random
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
@@ -184,10 +185,12 @@ class Asking:
         """Evaluate a whole data set, some rows a call."""
         plan = evaluations.Plan(data, rows=rows, batch_size=batch_size, **options)
         total = evaluations.Sum(plan.passed_over)
-        for part in plan.calls():
+        calls = plan.calls()
+        # Reading takes its time, and who is told may call the client.
+        while (part := (yield Work(partial(next, calls, None)))) is not None:
             total.add((yield from self.eval_loss(part.tokens, **part.options)))
             if on_progress is not None:
-                on_progress(total.rows, plan.rows, total.nats_per_token)
+                yield Work(partial(on_progress, total.rows, plan.rows, total.nats_per_token))
         return total.result(plan.text_bytes)
 
     def checkpoint(self, name: str, labels: Mapping[str, str] | None) -> Talk[results.CheckpointInfo]:

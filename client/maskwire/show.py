@@ -20,9 +20,7 @@ from maskwire.results import CheckpointInfo, EvalResult, Status
 
 def eval_table(found: EvalResult, chain_rule: str | None = None) -> Table:
     """An evaluation; `chain_rule` says in words that it is an exact likelihood, and under which order."""
-    draws = (
-        "" if chain_rule and found.draws == 1 else f" x {found.draws} {'orders' if chain_rule else 'draws'}"
-    )
+    draws = f" x {found.draws} {'orders' if chain_rule else 'draws'}"
     weights = ", moving average" if found.ema_weights else ""
     table = Table(
         title=f"step {found.step}{weights}: {len(found.rows):,} rows, {found.tokens:,} tokens{draws}",
@@ -38,9 +36,7 @@ def eval_table(found: EvalResult, chain_rule: str | None = None) -> Table:
         table.add_row("bits per byte", f"{found.bits_per_byte:.4f}")
     table.add_row("perplexity", f"{found.perplexity:.3f}")
     table.add_row("loss", f"{found.loss:.4f}")
-    table.add_row(
-        "accuracy where predicted" if chain_rule else "accuracy where masked", f"{found.accuracy:.1%}"
-    )
+    table.add_row(f"accuracy where {'predicted' if chain_rule else 'masked'}", f"{found.accuracy:.1%}")
     if found.losses.critic_loss is not None and found.critic_accuracy is not None:
         table.add_row("critic", f"loss {found.losses.critic_loss:.4f}, right {found.critic_accuracy:.1%}")
     for part in found.by_masked_fraction:

@@ -92,7 +92,7 @@ def evaluate(
     k_rd = draw_counts(n_r, list(options.row_ids), options.seed, options.draws)
     critic = has_critic and not options.only_train_generator
     flat = torch.zeros(4, k_rd.numel(), dtype=torch.float64)
-    for where, part, keys_b, temperature_b in _parts(batch, k_rd, options, vocabulary, budget):
+    for where, part, keys_b, temperature_b in _parts(batch, k_rd, options, vocabulary, budget, critic):
         flat[:, where] = _part_sums(
             networks, config, vocabulary, part.to(device), keys_b, temperature_b, critic
         ).cpu()
@@ -101,7 +101,7 @@ def evaluate(
 
 
 def _parts(
-    batch: Batch, k_rd: Tensor, options: EvalOptions, vocabulary: Vocabulary, budget: int
+    batch: Batch, k_rd: Tensor, options: EvalOptions, vocabulary: Vocabulary, budget: int, critic: bool
 ) -> Iterator[tuple[slice, Corruption, Tensor, Tensor]]:
     """Pseudo-rows in order, a part at a time, with the keys and temperatures of the critic's samples."""
     r, d = k_rd.shape
@@ -135,11 +135,14 @@ def _parts(
             maskable_bn.sum(-1),
             k_b,
         )
-        if options.generator_sample_temperature is None:
+        sample_b, temperature_b = torch.zeros(len(who), dtype=torch.int64), torch.zeros(len(who)).double()
+        if critic:
+            sample_b = keys(Purpose.CRITIC_SAMPLE)
+        if critic and options.generator_sample_temperature is None:
             temperature_b = draws.uniform(keys(Purpose.TEMPERATURE), 1)[:, 0]
-        else:
+        elif options.generator_sample_temperature is not None:
             temperature_b = torch.full((len(who),), options.generator_sample_temperature).double()
-        yield where, part.rows(slice(None)), keys(Purpose.CRITIC_SAMPLE), temperature_b
+        yield where, part.rows(slice(None)), sample_b, temperature_b
 
 
 def _part_sums(
@@ -165,7 +168,8 @@ def _part_sums(
         u_m = draws.uniform(keys_b.to(device), part.ids_bn.shape[1])[part.mask_bn]
         sampled_m = objective.sample(logits_mv, u_m, temperature_b.to(device)[row_m])
         filled_bn = part.ids_bn.masked_scatter(part.mask_bn, sampled_m)
-        scores_bn = networks.criticize(filled_bn, valid, train_trunk=False).float()
+        scores_bn = networks.criticize(filled_bn, valid, train_trunk=False)
+        scores_bn = scores_bn.to(logits_mv.dtype)
         labels_bn = objective.critic_labels(config, part, filled_bn)
         bce_bn = F.binary_cross_entropy_with_logits(
             scores_bn, labels_bn.to(scores_bn.dtype), reduction="none"
