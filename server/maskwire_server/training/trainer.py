@@ -193,6 +193,12 @@ class Trainer:
         finally:
             self.networks.train()
 
+    def adopt(self, weights: dict[str, Tensor]) -> None:
+        """Begin at these weights, by the names of `Networks`; they must be all of them."""
+        self.networks.load_state_dict(weights, strict=True)
+        for group in self._groups().values():
+            group.begin_average()
+
     def snapshot(self) -> snapshot.Snapshot:
         """A copy of the state in host memory."""
         return snapshot.Snapshot.copy(self._state())
