@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from maskwire.documents import Documents, Ids, load_array
+from maskwire.documents import Documents, Ids, Tiles, load_array
 
 Rows = Ids | list[Ids]
 
@@ -210,32 +210,6 @@ class TokenData:
             counts = found
         share = counts[counts > 0] / counts.sum()
         return float(-(share * np.log2(share)).sum())
-
-
-class Tiles(Sequence[Ids]):
-    """Documents cut into rows side by side, read when asked for."""
-
-    def __init__(self, documents: Documents, length: int) -> None:
-        self._documents, self._length = documents, length
-        self._ends = np.cumsum(-(-documents.sizes // length))
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in all rows."""
-        return int(self._documents.sizes.sum())
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"row must be 0 to {len(self) - 1}, got {index}")
-        index %= len(self)
-        document = int(np.searchsorted(self._ends, index, side="right"))
-        place = index - (int(self._ends[document - 1]) if document else 0)
-        return self._documents.crop(document, place * self._length, self._length)
 
 
 class ByteData(TokenData):
