@@ -110,7 +110,10 @@ class Client:
         on_progress: Evaluating | None = None,
         **options: Unpack[EvalOptions],
     ) -> results.EvalResult:
-        """Evaluate a whole data set; see `maskwire.client.Client.evaluate`."""
+        """Evaluate a whole data set; see `maskwire.client.Client.evaluate`.
+
+        `on_progress` is called on a thread of its own.
+        """
         return await self._drive(
             self._talk.evaluate(data, rows=rows, batch_size=batch_size, on_progress=on_progress, **options)
         )

@@ -70,21 +70,18 @@ _BY_ABSENCE: tuple[tuple[str, str, str], ...] = (
 )  # fmt: skip
 
 
-def named(names: Iterable[str], where: str) -> tuple[list[str], set[str]]:
-    """A line for each unsupported option that names tell of, and the names that those account for."""
+def named(names: Iterable[str], where: str) -> list[str]:
+    """A line for each unsupported option that names tell of; `where` is their prefix in the file."""
     first: dict[tuple[str, str], str] = {}
-    told = set()
     for name in sorted(names):
         for pattern, option, right in _BY_NAME:
             if re.match(pattern, name):
                 first.setdefault((option, right), name)
-                told.add(name)
                 break
-    lines = [
+    return [
         f"{option} is not supported ({where}{name}): what can be imported is {right}"
         for (option, right), name in first.items()
     ]
-    return lines, told
 
 
 def missing(names: Iterable[str], where: str) -> list[str]:

@@ -173,7 +173,7 @@ def _finite(tensor: Tensor) -> bool:
 
 def _sizes(net: Tensors, where: str, said: ModelConfig) -> dict[str, Any]:
     """What [model] must be for these weights. Raises ValueError for options that it cannot have."""
-    lines, _ = foreign_options.named(net, where)
+    lines = foreign_options.named(net, where)
     if lines:
         raise ValueError("\n".join(lines))
     needed = (
