@@ -23,6 +23,7 @@ from maskwire.client import CLOSE_TIMEOUT
 from maskwire.door import Door, DoorOptions
 from maskwire.download import Progress
 from maskwire.errors import read_failure
+from maskwire.evaluation import Progress as Evaluating
 from maskwire.protocol import (
     Asking,
     Call,
@@ -99,6 +100,23 @@ class Client:
     async def eval_loss(self, tokens: Any, **options: Unpack[EvalOptions]) -> results.EvalResult:
         """Evaluate one batch; changes nothing."""
         return await self._drive(self._talk.eval_loss(tokens, **options))
+
+    async def evaluate(
+        self,
+        data: Any,
+        *,
+        rows: int | None = None,
+        batch_size: int | None = None,
+        on_progress: Evaluating | None = None,
+        **options: Unpack[EvalOptions],
+    ) -> results.EvalResult:
+        """Evaluate a whole data set; see `maskwire.client.Client.evaluate`.
+
+        `on_progress` is called on a thread of its own.
+        """
+        return await self._drive(
+            self._talk.evaluate(data, rows=rows, batch_size=batch_size, on_progress=on_progress, **options)
+        )
 
     async def checkpoint(
         self, name: str = "", *, labels: Mapping[str, str] | None = None, score: float | None = None

@@ -17,6 +17,7 @@ from maskwire import messages, results
 from maskwire.door import Door, DoorOptions
 from maskwire.download import Progress
 from maskwire.errors import read_failure
+from maskwire.evaluation import Progress as Evaluating
 from maskwire.protocol import (
     Asking,
     Call,
@@ -119,6 +120,27 @@ class Client:
     def eval_loss(self, tokens: Any, **options: Unpack[EvalOptions]) -> results.EvalResult:
         """Evaluate one batch; changes nothing. `tokens` as in `Trainer.train_step`."""
         return self._drive(self._talk.eval_loss(tokens, **options))
+
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        rows: int | None = None,
+        batch_size: int | None = None,
+        on_progress: Evaluating | None = None,
+        **options: Unpack[EvalOptions],
+    ) -> results.EvalResult:
+        """Evaluate a whole data set over as many calls as it takes; changes nothing.
+
+        `data` is a `maskwire.data.TokenData`, of which every token is evaluated once, or with `rows` so many
+        rows evenly spread over it; or rows as in `eval_loss`. Each call has `batch_size` rows, or as
+        many as make a call short; the result is the same however many they are. `row_ids` are the rows'
+        places in the data unless given. `on_progress(done, rows, nats_per_token)` is told how far it is.
+        Raises StepMovedError when the run was trained on meanwhile.
+        """
+        return self._drive(
+            self._talk.evaluate(data, rows=rows, batch_size=batch_size, on_progress=on_progress, **options)
+        )
 
     def checkpoint(
         self, name: str = "", *, labels: Mapping[str, str] | None = None, score: float | None = None

@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from maskwire.documents import Documents, Ids, load_array
+from maskwire.documents import Documents, Ids, Tiles, load_array
 
 Rows = Ids | list[Ids]
 
@@ -147,6 +147,10 @@ class TokenData:
         if not 1 <= rows <= _MOST:
             raise ValueError(f"rows must be 1 to {_MOST:,}, got {rows}")
         return self._crops((np.arange(rows) + 0.5) / rows * self._ends[-1])
+
+    def whole(self) -> Tiles:
+        """All tokens, each once: documents in order, cut into rows of `length`, their last ones shorter."""
+        return Tiles(self._documents, self.length)
 
     def text_bytes(self, rows: Rows) -> int | None:
         """The bytes of text that rows encode, by the average of all data; None when it is not known."""

@@ -90,6 +90,32 @@ class Documents:
         return int.from_bytes(hashlib.sha256(data).digest()[:4], "little") / _HASH_RANGE
 
 
+class Tiles(Sequence[Ids]):
+    """Documents cut into rows side by side, read when asked for."""
+
+    def __init__(self, documents: Documents, length: int) -> None:
+        self._documents, self._length = documents, length
+        self._ends = np.cumsum(-(-documents.sizes // length))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all rows."""
+        return int(self._documents.sizes.sum())
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row must be 0 to {len(self) - 1}, got {index}")
+        index %= len(self)
+        document = int(np.searchsorted(self._ends, index, side="right"))
+        place = index - (int(self._ends[document - 1]) if document else 0)
+        return self._documents.crop(document, place * self._length, self._length)
+
+
 def load_array(path: Path) -> tuple[Ids, npt.NDArray[np.int64]]:
     """A `.npy` file as flat ids and the documents' ends."""
     try:

@@ -19,6 +19,7 @@
     │   ├── UnauthenticatedError     no token, or one that it does not know
     │   ├── PermissionDeniedError    the token's role may not do this
     │   └── TlsError                 the certificates do not fit
+    ├── StepMovedError           the run was trained on while it was evaluated over several calls
     ├── UnavailableError         no answer, or not yet: the outcome is unknown
     └── ServerError              the server failed; its log explains `.error_id`
 
@@ -107,6 +108,10 @@ class PermissionDeniedError(AccessError):
 
 class TlsError(AccessError):
     """The connection could not be secured: the message says which certificate does not fit."""
+
+
+class StepMovedError(MaskwireError):
+    """The run was trained on, or restored, during an evaluation that takes several calls."""
 
 
 class HistoryError(MaskwireError):

@@ -98,8 +98,23 @@ def step_request(
 def eval_request(
     tokens: Any, *, lengths: Any = None, prompt_mask: Any = None, **options: Any
 ) -> pb.EvalLossRequest:
-    """One batch to evaluate; `options` are fields of EvalLossRequest."""
-    return pb.EvalLossRequest(batch=encode_batch(tokens, lengths=lengths, prompt_mask=prompt_mask), **options)
+    """One batch to evaluate; `options` are those of `maskwire.protocol.EvalOptions`."""
+    chosen: dict[str, Any] = {}
+    for name, prefix in (("estimator", "ESTIMATOR"), ("chain_order", "CHAIN_ORDER")):
+        value = options.pop(name, None)
+        if value is not None:
+            chosen[name] = _number(name, prefix, value)
+    batch = encode_batch(tokens, lengths=lengths, prompt_mask=prompt_mask)
+    return pb.EvalLossRequest(batch=batch, **chosen, **options)
+
+
+def _number(name: str, prefix: str, value: str) -> int:
+    """An enum's number by its name without the prefix, in any case."""
+    numbers = {"ESTIMATOR": pb.Estimator, "CHAIN_ORDER": pb.ChainOrder}[prefix].items()
+    names = {key.removeprefix(prefix + "_").lower(): number for key, number in numbers if number}
+    if value not in names:
+        raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
+    return names[value]
 
 
 def hash_of(request: pb.TrainStepRequest) -> bytes:
@@ -170,13 +185,23 @@ def read_eval(response: pb.EvalLossResponse) -> results.EvalResult:
             )
             for part in response.by_masked_fraction
         ),
-        rows=tuple(results.RowResult(row.row_id, row.nats, row.tokens) for row in response.rows),
+        rows=tuple(
+            results.RowResult(row.row_id, row.nats, row.tokens, _given(row, "half_difference_nats"))
+            for row in response.rows
+        ),
         bits_per_byte=_given(response, "bits_per_byte"),
         tokens=response.tokens,
         step=response.step,
         digest=response.digest,
         ema_weights=response.ema_weights,
         draws=response.draws,
+        sums=results.LossSums(
+            response.sums.generator_nats,
+            response.sums.generator_weight,
+            _given(response.sums, "critic_nats"),
+            _given(response.sums, "critic_weight"),
+            response.sums.critic_loss_weight,
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -56,6 +57,41 @@ class Bar:
     def close(self) -> None:
         """Leave the bar as it is."""
         self._progress.stop()
+
+
+@contextmanager
+def row_progress(what: str, *, shown: bool) -> Iterator[Callable[[int, int, float], None]]:
+    """To be called with (rows done, rows in all, nats a token so far): a bar, or a line now and then."""
+    if not shown:
+        yield lambda *_: None
+    elif sys.stderr.isatty():
+        columns = (
+            TextColumn(what),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("[bold]{task.fields[bits]}[/bold] bits a token"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("", total=None, bits="…")
+            yield lambda done, rows, nats: bar.update(
+                task, completed=done, total=rows, bits=f"{nats / math.log(2):.4f}"
+            )
+    else:
+        began = told = time.monotonic()
+
+        def tell(done: int, rows: int, nats: float) -> None:
+            nonlocal told
+            now = time.monotonic()
+            if now - told >= PLAIN_EVERY_SECONDS:
+                told = now
+                left = (now - began) / max(1, done) * (rows - done)
+                words = (
+                    f"{what}: {done} of {rows} rows  {nats / math.log(2):.4f} bits a token  {left:.0f} s left"
+                )
+                print(words, file=sys.stderr, flush=True)
+
+        yield tell
 
 
 @contextmanager

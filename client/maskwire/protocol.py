@@ -13,9 +13,11 @@ import random
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
+from maskwire import evaluation as evaluations
 from maskwire import messages, results
 from maskwire.download import Progress, Target
 from maskwire.errors import CheckpointError, Failure, MaskwireError, UnavailableError
@@ -91,7 +93,7 @@ class EvalOptions(TypedDict, total=False):
     row_ids: Sequence[int]
     """They seed the rows' draws: the same id, seed and draws give the same result in any batch."""
     draws: int
-    """Draws a row, 0 for 16."""
+    """Draws a row, 0 for 16; by the chain rule orders a row, 0 for 1."""
     seed: int
     """Of the draws."""
     only_train_generator: bool
@@ -104,6 +106,10 @@ class EvalOptions(TypedDict, total=False):
     """Evaluate the trained weights even when a moving average is kept."""
     text_bytes: int | None
     """Bytes of text that the batch encodes, to get bits per byte."""
+    estimator: Literal["systematic", "chain_rule"]
+    """The negative ELBO by systematic draws, or the exact likelihood under an order, a pass a token."""
+    chain_order: Literal["left_to_right", "random"]
+    """Of the chain rule; random: each draw is an order of its own."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,26 @@ class Asking:
         """Evaluate one batch."""
         request = messages.eval_request(tokens, **options)
         return messages.read_eval((yield from self._ask("EvalLoss", lambda: request)))
+
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        rows: int | None,
+        batch_size: int | None,
+        on_progress: evaluations.Progress | None,
+        **options: Unpack[EvalOptions],
+    ) -> Talk[results.EvalResult]:
+        """Evaluate a whole data set, some rows a call."""
+        plan = evaluations.Plan(data, rows=rows, batch_size=batch_size, **options)
+        total = evaluations.Sum(plan.passed_over)
+        calls = plan.calls()
+        # Reading takes its time, and who is told may call the client.
+        while (part := (yield Work(partial(next, calls, None)))) is not None:
+            total.add((yield from self.eval_loss(part.tokens, **part.options)))
+            if on_progress is not None:
+                yield Work(partial(on_progress, total.rows, plan.rows, total.nats_per_token))
+        return total.result(plan.text_bytes)
 
     def checkpoint(
         self, name: str, labels: Mapping[str, str] | None, score: float | None

@@ -95,6 +95,20 @@ class RowResult:
     row_id: int
     nats: float
     tokens: int
+    half_difference: float | None = None
+    """Nats: the first half of the draws less the second, which the error of the draws is made of."""
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """What an evaluation's losses are ratios of: over several calls these add up."""
+
+    generator_nats: float
+    generator_weight: float
+    critic_nats: float | None = None
+    critic_weight: float | None = None
+    critic_loss_weight: float = 1.0
+    """The critic's share of the total loss."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +124,10 @@ class FractionResult:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """An evaluation; `nats_per_token` is the negative ELBO whatever the objective."""
+    """An evaluation; `nats_per_token` is the negative ELBO whatever the objective.
+
+    By the chain rule it is the negative log-likelihood under the order asked for.
+    """
 
     losses: Losses
     nats_per_token: float
@@ -128,6 +145,7 @@ class EvalResult:
     digest: bytes
     ema_weights: bool
     draws: int
+    sums: LossSums
 
     @property
     def loss(self) -> float:

@@ -18,18 +18,25 @@ from rich.table import Table
 from maskwire.results import CheckpointInfo, EvalResult, Status
 
 
-def eval_table(found: EvalResult) -> Table:
-    """An evaluation."""
+def eval_table(found: EvalResult, chain_rule: str | None = None) -> Table:
+    """An evaluation; `chain_rule` says in words that it is an exact likelihood, and under which order."""
+    draws = f" x {found.draws} {'orders' if chain_rule else 'draws'}"
+    weights = ", moving average" if found.ema_weights else ""
     table = Table(
-        title=f"step {found.step}, {found.tokens:,} tokens x {found.draws} draws", show_header=False
+        title=f"step {found.step}{weights}: {len(found.rows):,} rows, {found.tokens:,} tokens{draws}",
+        show_header=False,
     )
     error = "" if found.standard_error is None else f" ± {found.standard_error / math.log(2):.4f}"
-    table.add_row("bits per token", f"{found.bits_per_token:.4f}{error}")
+    kind = chain_rule or "negative ELBO"
+    table.add_row("bits per token", f"{found.bits_per_token:.4f}{error} ({kind})")
+    table.add_row("nats per token", f"{found.nats_per_token:.4f}")
+    if found.monte_carlo_error is not None:
+        table.add_row("of it by the draws", f"± {found.monte_carlo_error / math.log(2):.4f} bits per token")
     if found.bits_per_byte is not None:
         table.add_row("bits per byte", f"{found.bits_per_byte:.4f}")
     table.add_row("perplexity", f"{found.perplexity:.3f}")
     table.add_row("loss", f"{found.loss:.4f}")
-    table.add_row("accuracy where masked", f"{found.accuracy:.1%}")
+    table.add_row(f"accuracy where {'predicted' if chain_rule else 'masked'}", f"{found.accuracy:.1%}")
     if found.losses.critic_loss is not None and found.critic_accuracy is not None:
         table.add_row("critic", f"loss {found.losses.critic_loss:.4f}, right {found.critic_accuracy:.1%}")
     for part in found.by_masked_fraction:

@@ -52,7 +52,7 @@ def serve(
     stop = threading.Event()
     _on_signals(stop)
     engine = Engine(
-        factory or _trainer_factory(config),
+        factory or trainer_factory(config),
         config.run.dir,
         seed=config.run.seed,
         canonical=config.canonical(),
@@ -67,7 +67,7 @@ def serve(
     try:
         server = Server(engine, config.serve)
     except ConfigError as error:
-        _say(error)
+        say(error)
         engine.close()
         return EXIT_CONFIG
     engine.on_state(server.on_state)
@@ -104,7 +104,7 @@ def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_rep
     try:
         info, inexact = rewinding.rewind(
             config.run.dir,
-            _trainer_factory(config),
+            trainer_factory(config),
             config.model_dump(mode="json"),
             seed=config.run.seed,
             canonical=config.canonical(),
@@ -114,10 +114,10 @@ def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_rep
             tell=log.info,
         )
     except InexactReplayError as error:
-        _say(error)
+        say(error)
         return EXIT_INEXACT
     except (RunDirectoryError, Refused, ValueError, OSError) as error:
-        _say(error)
+        say(error)
         return EXIT_RUN_DIRECTORY
     where = f"; its state is in {out}" if out is not None else ""
     exact = f"but {inexact} steps gave other losses" if inexact else "as recorded"
@@ -125,7 +125,9 @@ def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_rep
     return 0
 
 
-def _trainer_factory(config: Config) -> Callable[[], Trainer]:
+def trainer_factory(config: Config) -> Callable[[], Trainer]:
+    """What builds the configured trainer, on the thread that it is called on."""
+
     def build() -> Trainer:
         # On the device thread, torch's import too: its thread pools belong to the thread that
         # first uses them.
@@ -164,13 +166,14 @@ def _stop(engine: Engine, server: Server, seconds: float) -> int:
 
 
 def _fail(engine: Engine, server: Server, code: int, error: Exception) -> int:
-    _say(error)
+    say(error)
     server.stop(0)
     engine.close()
     return code
 
 
-def _say(error: Exception) -> None:
+def say(error: Exception) -> None:
+    """An error on stderr, one line a problem."""
     for line in str(error).splitlines():
         print(f"maskwire-server: {line}", file=sys.stderr)
 

@@ -50,6 +50,10 @@ class EvalOptions:
     generator_sample_temperature: float | None = None
     raw_weights: bool = False
     text_bytes: int | None = None
+    chain_rule: bool = False
+    """The exact likelihood under an order of the positions, in place of the bound; draws are orders then."""
+    random_order: bool = False
+    """By the chain rule: random orders, not from left to right."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class RowResult:
     row_id: int
     nats: float
     tokens: int
+    half_difference: float | None = None
+    """Nats: the mean over the first half of the draws less that over the second; None for one draw."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,17 @@ class FractionResult:
     nats_per_masked_token: float | None
     accuracy: float | None
     masked_tokens: int
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """What `losses` are ratios of: over several calls, sums add up where ratios would not."""
+
+    generator_nats: float = 0.0
+    generator_weight: float = 0.0
+    critic_nats: float | None = None
+    critic_weight: float | None = None
+    critic_loss_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,7 @@ class EvalResult:
     bits_per_byte: float | None = None
     by_masked_fraction: tuple[FractionResult, ...] = field(default=())
     rows: tuple[RowResult, ...] = field(default=())
+    sums: LossSums = LossSums()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,20 @@ def template() -> str:
     return "\n".join(sections)
 
 
+def written(config: Config) -> str:
+    """A configuration as a file that loads as it: the run's own sections whole, of the others what is set."""
+    sections = []
+    for name in type(config).model_fields:
+        section = getattr(config, name)
+        values = {key: getattr(section, key) for key in type(section).model_fields}
+        if name not in ("model", "objective"):
+            values = {key: value for key, value in values.items() if key in section.model_fields_set}
+        lines = [f"{key} = {toml(value)}" for key, value in values.items() if value is not None]
+        if lines:
+            sections.append("\n".join([f"[{name}]", *lines]) + "\n")
+    return "\n".join(sections)
+
+
 def _comment(text: str) -> list[str]:
     return [f"# {line}" for line in textwrap.wrap(" ".join(text.split()), 96)]
 
@@ -39,7 +54,7 @@ def toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str | Path):
-        return f'"{value}"'
+        return json.dumps(str(value), ensure_ascii=False)  # TOML's basic strings escape as JSON's do
     if isinstance(value, tuple):
         return f"[{', '.join(toml(item) for item in value)}]"
     return str(value)

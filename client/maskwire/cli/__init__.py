@@ -10,7 +10,8 @@ from maskwire import __version__
 from maskwire.cli import exits
 from maskwire.cli.checkpoints import checkpoint_app
 from maskwire.cli.data import data_app
-from maskwire.cli.training import evaluate, train
+from maskwire.cli.evaluating import evaluate
+from maskwire.cli.training import train
 from maskwire.cli.watching import health, status
 
 app = typer.Typer(

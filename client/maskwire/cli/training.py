@@ -1,4 +1,4 @@
-"""`maskwire train` and `maskwire eval`."""
+"""`maskwire train`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from maskwire.cli import exits
 from maskwire.cli.options import Dtype, Json, Length, Paths, Pattern, Server, with_server
 from maskwire.client import Trainer
 from maskwire.data import TokenData, holds_tokens, open_data
-from maskwire.errors import TokenizerError, UnavailableError
+from maskwire.errors import TokenizerError
 from maskwire.results import EvalResult
-from maskwire.show import eval_table, show
+from maskwire.show import show
 
 
 @with_server(retry_for=300.0)
@@ -119,37 +119,4 @@ def check_tokenizer(ours: str, theirs: str, whose: str) -> None:
 
 
 def _evaluation(data: TokenData, rows: int) -> Callable[[Trainer], EvalResult]:
-    def evaluate(trainer: Trainer) -> EvalResult:
-        chosen = data.spread(rows)
-        return trainer.eval_loss(chosen, text_bytes=data.text_bytes(chosen))
-
-    return evaluate
-
-
-@with_server(retry_for=60.0)
-def evaluate(
-    server: Server,
-    paths: Paths,
-    length: Length = None,
-    rows: Annotated[int, typer.Option(help="Rows, evenly spread over the data.")] = 64,
-    draws: Annotated[int, typer.Option(help="Draws a row; 0 for the server's default.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    pattern: Pattern = "*",
-    dtype: Dtype = None,
-    as_json: Json = False,
-) -> None:
-    """Estimate the negative ELBO of data, with its standard error. Changes nothing."""
-    if rows < 1:
-        raise ValueError(f"--rows must be at least 1, got {rows}")
-    data = open_data(
-        paths, length=1 if length is None else length, batch_size=1, pattern=pattern, dtype=dtype
-    )
-    with server.attach() as client:
-        status = client.status()
-        if status.model is None:
-            raise UnavailableError("the server is building the model; ask again in a moment")
-        check_tokenizer(status.tokenizer, data.tokenizer, "the run's")
-        data = data.cropped(length or status.model.max_seq_len)
-        chosen = data.spread(rows)
-        found = client.eval_loss(chosen, draws=draws, seed=seed, text_bytes=data.text_bytes(chosen))
-        show(found, as_json, lambda: eval_table(found))
+    return lambda trainer: trainer.evaluate(data, rows=rows)

@@ -44,6 +44,12 @@ class Estimator(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ESTIMATOR_SYSTEMATIC: _ClassVar[Estimator]
     ESTIMATOR_CHAIN_RULE: _ClassVar[Estimator]
 
+class ChainOrder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CHAIN_ORDER_UNSPECIFIED: _ClassVar[ChainOrder]
+    CHAIN_ORDER_LEFT_TO_RIGHT: _ClassVar[ChainOrder]
+    CHAIN_ORDER_RANDOM: _ClassVar[ChainOrder]
+
 class GenerationOrder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     GENERATION_ORDER_UNSPECIFIED: _ClassVar[GenerationOrder]
@@ -73,6 +79,9 @@ RUN_STATE_RECOVERY_FAILED: RunState
 ESTIMATOR_UNSPECIFIED: Estimator
 ESTIMATOR_SYSTEMATIC: Estimator
 ESTIMATOR_CHAIN_RULE: Estimator
+CHAIN_ORDER_UNSPECIFIED: ChainOrder
+CHAIN_ORDER_LEFT_TO_RIGHT: ChainOrder
+CHAIN_ORDER_RANDOM: ChainOrder
 GENERATION_ORDER_UNSPECIFIED: GenerationOrder
 GENERATION_ORDER_RANDOM: GenerationOrder
 GENERATION_ORDER_CONFIDENCE: GenerationOrder
@@ -257,7 +266,7 @@ class TrainStepResponse(_message.Message):
     def __init__(self, step: _Optional[int] = ..., losses: _Optional[_Union[Losses, _Mapping]] = ..., replayed: _Optional[bool] = ..., outcome: _Optional[_Union[StepOutcome, str]] = ..., digest: _Optional[bytes] = ..., metrics: _Optional[_Union[StepMetrics, _Mapping]] = ...) -> None: ...
 
 class EvalLossRequest(_message.Message):
-    __slots__ = ("batch", "row_ids", "only_train_generator", "only_train_critic", "generator_sample_temperature", "draws", "seed", "estimator", "raw_weights", "text_bytes")
+    __slots__ = ("batch", "row_ids", "only_train_generator", "only_train_critic", "generator_sample_temperature", "draws", "seed", "estimator", "raw_weights", "text_bytes", "chain_order")
     BATCH_FIELD_NUMBER: _ClassVar[int]
     ROW_IDS_FIELD_NUMBER: _ClassVar[int]
     ONLY_TRAIN_GENERATOR_FIELD_NUMBER: _ClassVar[int]
@@ -268,6 +277,7 @@ class EvalLossRequest(_message.Message):
     ESTIMATOR_FIELD_NUMBER: _ClassVar[int]
     RAW_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     TEXT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_ORDER_FIELD_NUMBER: _ClassVar[int]
     batch: TokenBatch
     row_ids: _containers.RepeatedScalarFieldContainer[int]
     only_train_generator: bool
@@ -278,17 +288,34 @@ class EvalLossRequest(_message.Message):
     estimator: Estimator
     raw_weights: bool
     text_bytes: int
-    def __init__(self, batch: _Optional[_Union[TokenBatch, _Mapping]] = ..., row_ids: _Optional[_Iterable[int]] = ..., only_train_generator: _Optional[bool] = ..., only_train_critic: _Optional[bool] = ..., generator_sample_temperature: _Optional[float] = ..., draws: _Optional[int] = ..., seed: _Optional[int] = ..., estimator: _Optional[_Union[Estimator, str]] = ..., raw_weights: _Optional[bool] = ..., text_bytes: _Optional[int] = ...) -> None: ...
+    chain_order: ChainOrder
+    def __init__(self, batch: _Optional[_Union[TokenBatch, _Mapping]] = ..., row_ids: _Optional[_Iterable[int]] = ..., only_train_generator: _Optional[bool] = ..., only_train_critic: _Optional[bool] = ..., generator_sample_temperature: _Optional[float] = ..., draws: _Optional[int] = ..., seed: _Optional[int] = ..., estimator: _Optional[_Union[Estimator, str]] = ..., raw_weights: _Optional[bool] = ..., text_bytes: _Optional[int] = ..., chain_order: _Optional[_Union[ChainOrder, str]] = ...) -> None: ...
 
 class RowResult(_message.Message):
-    __slots__ = ("row_id", "nats", "tokens")
+    __slots__ = ("row_id", "nats", "tokens", "half_difference_nats")
     ROW_ID_FIELD_NUMBER: _ClassVar[int]
     NATS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HALF_DIFFERENCE_NATS_FIELD_NUMBER: _ClassVar[int]
     row_id: int
     nats: float
     tokens: int
-    def __init__(self, row_id: _Optional[int] = ..., nats: _Optional[float] = ..., tokens: _Optional[int] = ...) -> None: ...
+    half_difference_nats: float
+    def __init__(self, row_id: _Optional[int] = ..., nats: _Optional[float] = ..., tokens: _Optional[int] = ..., half_difference_nats: _Optional[float] = ...) -> None: ...
+
+class EvalSums(_message.Message):
+    __slots__ = ("generator_nats", "generator_weight", "critic_nats", "critic_weight", "critic_loss_weight")
+    GENERATOR_NATS_FIELD_NUMBER: _ClassVar[int]
+    GENERATOR_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    CRITIC_NATS_FIELD_NUMBER: _ClassVar[int]
+    CRITIC_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    CRITIC_LOSS_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    generator_nats: float
+    generator_weight: float
+    critic_nats: float
+    critic_weight: float
+    critic_loss_weight: float
+    def __init__(self, generator_nats: _Optional[float] = ..., generator_weight: _Optional[float] = ..., critic_nats: _Optional[float] = ..., critic_weight: _Optional[float] = ..., critic_loss_weight: _Optional[float] = ...) -> None: ...
 
 class FractionResult(_message.Message):
     __slots__ = ("masked_fraction_min", "masked_fraction_max", "nats_per_masked_token", "accuracy", "masked_tokens")
@@ -305,7 +332,7 @@ class FractionResult(_message.Message):
     def __init__(self, masked_fraction_min: _Optional[float] = ..., masked_fraction_max: _Optional[float] = ..., nats_per_masked_token: _Optional[float] = ..., accuracy: _Optional[float] = ..., masked_tokens: _Optional[int] = ...) -> None: ...
 
 class EvalLossResponse(_message.Message):
-    __slots__ = ("losses", "nats_per_token", "bits_per_token", "perplexity", "standard_error", "monte_carlo_error", "accuracy", "critic_accuracy", "by_masked_fraction", "rows", "bits_per_byte", "tokens", "step", "digest", "ema_weights", "draws")
+    __slots__ = ("losses", "nats_per_token", "bits_per_token", "perplexity", "standard_error", "monte_carlo_error", "accuracy", "critic_accuracy", "by_masked_fraction", "rows", "bits_per_byte", "tokens", "step", "digest", "ema_weights", "draws", "sums")
     LOSSES_FIELD_NUMBER: _ClassVar[int]
     NATS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     BITS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
@@ -322,6 +349,7 @@ class EvalLossResponse(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     EMA_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     DRAWS_FIELD_NUMBER: _ClassVar[int]
+    SUMS_FIELD_NUMBER: _ClassVar[int]
     losses: Losses
     nats_per_token: float
     bits_per_token: float
@@ -338,7 +366,8 @@ class EvalLossResponse(_message.Message):
     digest: bytes
     ema_weights: bool
     draws: int
-    def __init__(self, losses: _Optional[_Union[Losses, _Mapping]] = ..., nats_per_token: _Optional[float] = ..., bits_per_token: _Optional[float] = ..., perplexity: _Optional[float] = ..., standard_error: _Optional[float] = ..., monte_carlo_error: _Optional[float] = ..., accuracy: _Optional[float] = ..., critic_accuracy: _Optional[float] = ..., by_masked_fraction: _Optional[_Iterable[_Union[FractionResult, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[RowResult, _Mapping]]] = ..., bits_per_byte: _Optional[float] = ..., tokens: _Optional[int] = ..., step: _Optional[int] = ..., digest: _Optional[bytes] = ..., ema_weights: _Optional[bool] = ..., draws: _Optional[int] = ...) -> None: ...
+    sums: EvalSums
+    def __init__(self, losses: _Optional[_Union[Losses, _Mapping]] = ..., nats_per_token: _Optional[float] = ..., bits_per_token: _Optional[float] = ..., perplexity: _Optional[float] = ..., standard_error: _Optional[float] = ..., monte_carlo_error: _Optional[float] = ..., accuracy: _Optional[float] = ..., critic_accuracy: _Optional[float] = ..., by_masked_fraction: _Optional[_Iterable[_Union[FractionResult, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[RowResult, _Mapping]]] = ..., bits_per_byte: _Optional[float] = ..., tokens: _Optional[int] = ..., step: _Optional[int] = ..., digest: _Optional[bytes] = ..., ema_weights: _Optional[bool] = ..., draws: _Optional[int] = ..., sums: _Optional[_Union[EvalSums, _Mapping]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("count", "length", "prompts", "steps", "order", "temperature", "top_k", "top_p", "choice_temperature", "row_seeds", "seed", "stream_steps")

@@ -157,10 +157,10 @@ class TrainingServiceServicer:
         at the same step has the same answer.
 
         OK: the evaluation, with the step and digest it saw.
-        INVALID_ARGUMENT (INVALID_FIELD): as TrainStep.
+        INVALID_ARGUMENT (INVALID_FIELD): as TrainStep; and a chain rule that takes more passes than the
+        limits allow: send fewer rows, shorter ones, or fewer draws.
         RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again
         after RetryInfo.
-        UNIMPLEMENTED (UNIMPLEMENTED): the estimator asked for is not served.
         INTERNAL (INTERNAL): the server's log explains the error id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

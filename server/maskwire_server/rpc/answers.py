@@ -69,13 +69,22 @@ def evaluation(value: EvalAnswer) -> pb.EvalLossResponse:
             )
             for part in result.by_masked_fraction
         ],
-        rows=[pb.RowResult(row_id=row.row_id, nats=row.nats, tokens=row.tokens) for row in result.rows],
+        rows=[
+            pb.RowResult(
+                row_id=row.row_id,
+                nats=row.nats,
+                tokens=row.tokens,
+                half_difference_nats=row.half_difference,
+            )
+            for row in result.rows
+        ],
         bits_per_byte=result.bits_per_byte,
         tokens=result.tokens,
         step=value.step,
         digest=value.digest,
         ema_weights=result.ema_weights,
         draws=result.draws,
+        sums=pb.EvalSums(**vars(result.sums)),
     )
 
 

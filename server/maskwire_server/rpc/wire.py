@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.batch import Batch, Modes, Payload
-from maskwire_server.errors import Refused, invalid_field
+from maskwire_server.errors import invalid_field
 from maskwire_server.requests import (
     AUTOMATIC_NAME,
     CHECKPOINT_NAME,
@@ -70,11 +70,7 @@ def read_step(request: pb.TrainStepRequest, info: ModelInfo, limits: Limits) -> 
 def read_eval(request: pb.EvalLossRequest, info: ModelInfo, limits: Limits) -> EvalRequest:
     """An EvalLoss request, checked."""
     _check_modes(request, info)
-    if request.estimator == pb.ESTIMATOR_CHAIN_RULE:
-        raise Refused(
-            "UNIMPLEMENTED", "this server does not evaluate by the chain rule; use the systematic one"
-        )
-    if request.estimator not in (pb.ESTIMATOR_UNSPECIFIED, pb.ESTIMATOR_SYSTEMATIC):
+    if request.estimator not in pb.Estimator.values():
         raise invalid_field("estimator", f"estimator must be one of Estimator, got {request.estimator}")
     if not 0 <= request.draws <= limits.max_draws:
         raise invalid_field(
@@ -90,17 +86,56 @@ def read_eval(request: pb.EvalLossRequest, info: ModelInfo, limits: Limits) -> E
     text_bytes = request.text_bytes if request.HasField("text_bytes") else None
     if text_bytes is not None and text_bytes < 1:
         raise invalid_field("text_bytes", f"text_bytes must be at least 1 where given, got {text_bytes}")
+    chain_rule = request.estimator == pb.ESTIMATOR_CHAIN_RULE
+    _check_chain(request, batch, limits, chain_rule=chain_rule)
     options = EvalOptions(
         row_ids=tuple(request.row_ids) or tuple(range(batch.rows)),
-        draws=request.draws or DEFAULT_DRAWS,
+        draws=request.draws or (1 if chain_rule else DEFAULT_DRAWS),
         seed=request.seed,
         only_train_generator=request.only_train_generator,
         only_train_critic=request.only_train_critic,
         generator_sample_temperature=_temperature(request),
         raw_weights=request.raw_weights,
         text_bytes=text_bytes,
+        chain_rule=chain_rule,
+        random_order=request.chain_order == pb.CHAIN_ORDER_RANDOM,
     )
     return EvalRequest(batch, options)
+
+
+def _check_chain(request: pb.EvalLossRequest, batch: Batch, limits: Limits, *, chain_rule: bool) -> None:
+    order = request.chain_order
+    if order not in pb.ChainOrder.values():
+        raise invalid_field("chain_order", f"chain_order must be one of ChainOrder, got {order}")
+    if not chain_rule:
+        if order != pb.CHAIN_ORDER_UNSPECIFIED:
+            raise invalid_field(
+                "chain_order",
+                f"chain_order must be left out without ESTIMATOR_CHAIN_RULE, got {pb.ChainOrder.Name(order)}",
+            )
+        return
+    if request.only_train_critic:
+        raise invalid_field(
+            "only_train_critic", "only_train_critic must be left out of a chain rule, which has no critic"
+        )
+    if order != pb.CHAIN_ORDER_RANDOM and request.draws > 1:
+        raise invalid_field(
+            "draws",
+            f"draws must be 0 or 1 from left to right, there is one such order, got {request.draws}; several "
+            "draws need CHAIN_ORDER_RANDOM",
+        )
+    # A pass a position: as much work as the largest evaluation by draws, and no more.
+    draws = max(1, request.draws)
+    positions, most = batch.rows * batch.columns**2 * draws, limits.max_batch_tokens * limits.max_draws
+    if positions > most:
+        raise invalid_field(
+            "batch.shape",
+            f"batch.shape: a chain rule over {batch.rows} rows of {batch.columns} columns with {draws} draws "
+            f"takes {positions} positions, at most {most} (serve.max_batch_tokens times serve.max_draws): "
+            "send fewer rows, shorter ones, or fewer draws",
+            positions=positions,
+            max_positions=most,
+        )
 
 
 def read_session(session: pb.SessionRef) -> SessionRef:

@@ -116,13 +116,17 @@ def _by_order(keys_b: Tensor, maskable_bn: Tensor) -> Tensor:
     return draws.uniform(keys_b, maskable_bn.shape[1]).gather(1, order_bn)
 
 
-def mask_exactly(keys_b: Tensor, maskable_bn: Tensor, k_b: Tensor) -> Tensor:
-    """The k maskable positions with the lowest random numbers, bool [b, n]."""
+def random_ranks(keys_b: Tensor, maskable_bn: Tensor) -> Tensor:
+    """The place of each maskable position in a random order of them, int64 [b, n]; others come behind."""
     numbers_bn = _by_order(keys_b, maskable_bn).masked_fill(~maskable_bn, 2.0)
     order_bn = numbers_bn.argsort(-1)
     rank = torch.arange(numbers_bn.shape[1]).expand_as(order_bn)
-    rank_bn = torch.empty_like(order_bn).scatter_(1, order_bn, rank)
-    return rank_bn < k_b[:, None]
+    return torch.empty_like(order_bn).scatter_(1, order_bn, rank)
+
+
+def mask_exactly(keys_b: Tensor, maskable_bn: Tensor, k_b: Tensor) -> Tensor:
+    """The k maskable positions with the lowest random numbers, bool [b, n]."""
+    return random_ranks(keys_b, maskable_bn) < k_b[:, None]
 
 
 def coin(step: Step, which: int, probability: float) -> bool:

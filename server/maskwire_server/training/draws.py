@@ -38,6 +38,7 @@ class Purpose(enum.IntEnum):
     EVALUATION_OFFSET = 10
     EVALUATION_SECOND_OFFSET = 11
     WEIGHTS = 12
+    CHAIN_ORDER = 20
 
 
 def key(purpose: Purpose, *parts: int) -> int:

@@ -13,7 +13,6 @@ Letters: r rows, d draws, b pseudo-rows (a row with one of its draws), n positio
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,13 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskwire_server.config import ObjectiveConfig
-from maskwire_server.results import EvalOptions, EvalResult, FractionResult, Losses, RowResult
+from maskwire_server.results import EvalOptions, EvalResult, LossSums
 from maskwire_server.training import draws, objective, schedule
 from maskwire_server.training.corruption import Corruption, Vocabulary, mask_exactly
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.objective import Networks
-
-_BINS = 10
+from maskwire_server.training.summary import Bins, combine, halves, summarize
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,6 @@ class Sums:
     """The critic's binary cross-entropy over maskable positions."""
     critic_correct: Tensor
     """Maskable positions where the critic's sign was right."""
-
-
-def halves(count: int) -> tuple[int, int]:
-    """How many draws each systematic half has; a single draw has no second half."""
-    return count - count // 2, count // 2
 
 
 def systematic_counts(n_r: Tensor, u_r: Tensor, count: int) -> Tensor:
@@ -99,16 +92,16 @@ def evaluate(
     k_rd = draw_counts(n_r, list(options.row_ids), options.seed, options.draws)
     critic = has_critic and not options.only_train_generator
     flat = torch.zeros(4, k_rd.numel(), dtype=torch.float64)
-    for where, part, keys_b, temperature_b in _parts(batch, k_rd, options, vocabulary, budget):
+    for where, part, keys_b, temperature_b in _parts(batch, k_rd, options, vocabulary, budget, critic):
         flat[:, where] = _part_sums(
             networks, config, vocabulary, part.to(device), keys_b, temperature_b, critic
         ).cpu()
     sums = Sums(*flat.view(4, *k_rd.shape))
-    return summarize(sums, config, n_r, k_rd, options, has_critic=critic, ema_weights=ema_weights)
+    return figures(sums, config, n_r, k_rd, options, has_critic=critic, ema_weights=ema_weights)
 
 
 def _parts(
-    batch: Batch, k_rd: Tensor, options: EvalOptions, vocabulary: Vocabulary, budget: int
+    batch: Batch, k_rd: Tensor, options: EvalOptions, vocabulary: Vocabulary, budget: int, critic: bool
 ) -> Iterator[tuple[slice, Corruption, Tensor, Tensor]]:
     """Pseudo-rows in order, a part at a time, with the keys and temperatures of the critic's samples."""
     r, d = k_rd.shape
@@ -142,11 +135,14 @@ def _parts(
             maskable_bn.sum(-1),
             k_b,
         )
-        if options.generator_sample_temperature is None:
+        sample_b, temperature_b = torch.zeros(len(who), dtype=torch.int64), torch.zeros(len(who)).double()
+        if critic:
+            sample_b = keys(Purpose.CRITIC_SAMPLE)
+        if critic and options.generator_sample_temperature is None:
             temperature_b = draws.uniform(keys(Purpose.TEMPERATURE), 1)[:, 0]
-        else:
+        elif options.generator_sample_temperature is not None:
             temperature_b = torch.full((len(who),), options.generator_sample_temperature).double()
-        yield where, part.rows(slice(None)), keys(Purpose.CRITIC_SAMPLE), temperature_b
+        yield where, part.rows(slice(None)), sample_b, temperature_b
 
 
 def _part_sums(
@@ -172,7 +168,8 @@ def _part_sums(
         u_m = draws.uniform(keys_b.to(device), part.ids_bn.shape[1])[part.mask_bn]
         sampled_m = objective.sample(logits_mv, u_m, temperature_b.to(device)[row_m])
         filled_bn = part.ids_bn.masked_scatter(part.mask_bn, sampled_m)
-        scores_bn = networks.criticize(filled_bn, valid, train_trunk=False).float()
+        scores_bn = networks.criticize(filled_bn, valid, train_trunk=False)
+        scores_bn = scores_bn.to(logits_mv.dtype)
         labels_bn = objective.critic_labels(config, part, filled_bn)
         bce_bn = F.binary_cross_entropy_with_logits(
             scores_bn, labels_bn.to(scores_bn.dtype), reduction="none"
@@ -182,7 +179,7 @@ def _part_sums(
     return sums
 
 
-def summarize(
+def figures(
     sums: Sums,
     config: ObjectiveConfig,
     n_r: Tensor,
@@ -192,52 +189,32 @@ def summarize(
     has_critic: bool,
     ema_weights: bool,
 ) -> EvalResult:
-    """From the draws' sums to the figures, all in fp64."""
+    """From the draws' sums to the figures."""
     n = n_r.double()
-    tokens = int(n_r.sum())
     nats_rd = torch.where(k_rd > 0, n[:, None] / k_rd.clamp(min=1) * sums.ce, 0.0)
-    nats_r = nats_rd.mean(1)
-    per_token = float(nats_r.sum()) / tokens
+    nats, weight = float(nats_rd.mean(1).sum()), float(n.sum())
+    masked_mean = config.weighting == "masked_mean"
+    # Draws of count k come with probability 1/n here and P(k) in training.
+    ratio_rd = _importance(config, n_r, k_rd) if masked_mean or has_critic else torch.ones_like(nats_rd)
+    if masked_mean:
+        nats, weight = float((ratio_rd * sums.ce).sum()), float((ratio_rd * k_rd).sum())
+    found = LossSums(nats, weight)
     critic = critic_accuracy = None
     if has_critic:
-        # Draws of count k come with probability 1/n here and P(k) in training.
-        ratio_rd = _importance(config, n_r, k_rd)
-        critic = float((ratio_rd * sums.bce).sum() / (ratio_rd * n[:, None]).sum())
-        critic_accuracy = float(sums.critic_correct.sum()) / (tokens * k_rd.shape[1])
-    generator = per_token
-    if config.weighting == "masked_mean":
-        ratio_rd = _importance(config, n_r, k_rd)
-        generator = float((ratio_rd * sums.ce).sum() / (ratio_rd * k_rd).sum())
-    return EvalResult(
-        losses=combine(generator, critic, config.critic_loss_weight, options.only_train_critic),
-        nats_per_token=per_token,
-        bits_per_token=per_token / math.log(2),
-        perplexity=math.exp(min(per_token, 700.0)),
-        standard_error=_standard_error(nats_r, n, per_token),
-        monte_carlo_error=_monte_carlo_error(nats_rd, tokens),
-        accuracy=float(sums.correct.sum()) / int(k_rd.sum()),
+        of_critic = float((ratio_rd * sums.bce).sum()), float((ratio_rd * n[:, None]).sum())
+        found = LossSums(nats, weight, *of_critic, config.critic_loss_weight)
+        critic = of_critic[0] / of_critic[1]
+        critic_accuracy = float(sums.critic_correct.sum()) / (int(n_r.sum()) * k_rd.shape[1])
+    return summarize(
+        nats_rd,
+        n_r,
+        Bins.collect(k_rd, n_r[:, None].expand_as(k_rd), k_rd, sums.ce, sums.correct),
+        found,
+        combine(nats / weight, critic, config.critic_loss_weight, options.only_train_critic),
+        options,
         critic_accuracy=critic_accuracy,
-        tokens=tokens,
         ema_weights=ema_weights,
-        draws=options.draws,
-        bits_per_byte=(
-            float(nats_r.sum()) / math.log(2) / options.text_bytes if options.text_bytes else None
-        ),
-        by_masked_fraction=_by_fraction(sums, n_r, k_rd),
-        rows=tuple(
-            RowResult(row, nats, count)
-            for row, nats, count in zip(options.row_ids, nats_r.tolist(), n_r.tolist(), strict=True)
-        ),
     )
-
-
-def combine(generator: float, critic: float | None, weight: float, only_critic: bool) -> Losses:
-    """The losses as a client sees them: absent means absent."""
-    if critic is None:
-        return Losses(generator, generator)
-    if only_critic:
-        return Losses(critic, None, critic)
-    return Losses(generator + weight * critic, generator, critic)
 
 
 def _importance(config: ObjectiveConfig, n_r: Tensor, k_rd: Tensor) -> Tensor:
@@ -252,40 +229,3 @@ def _importance(config: ObjectiveConfig, n_r: Tensor, k_rd: Tensor) -> Tensor:
         n_rd.flatten().clamp(min=1),
     ).view_as(k_rd)
     return torch.where(n_rd > 0, n_rd * p_rd, 0.0)
-
-
-def _standard_error(nats_r: Tensor, n_r: Tensor, per_token: float) -> float | None:
-    """Of the ratio sum L / sum n over the population of rows (Cochran 1977, 6.4)."""
-    rows = int((n_r > 0).sum())
-    if rows < 2:
-        return None
-    residual = (nats_r - per_token * n_r).square().sum()
-    return float((rows / (rows - 1) * residual).sqrt() / n_r.sum())
-
-
-def _monte_carlo_error(nats_rd: Tensor, tokens: int) -> float | None:
-    """From the halves: their mean's variance is a quarter of the variance of their difference."""
-    first, second = halves(nats_rd.shape[1])
-    if not second:
-        return None
-    difference_r = nats_rd[:, :first].mean(1) - nats_rd[:, first:].mean(1)
-    return float(difference_r.square().sum().sqrt()) / (2 * tokens)
-
-
-def _by_fraction(sums: Sums, n_r: Tensor, k_rd: Tensor) -> tuple[FractionResult, ...]:
-    # ceil(10 k/n) - 1 in integers: rounding must not move k/n = 0.3 into (0.3, 0.4].
-    bin_rd = (k_rd * _BINS + n_r[:, None] - 1) // n_r[:, None].clamp(min=1) - 1
-    found = []
-    for index in range(_BINS):
-        here = (bin_rd == index) & (k_rd > 0)
-        masked = int(k_rd[here].sum())
-        found.append(
-            FractionResult(
-                index / _BINS,
-                (index + 1) / _BINS,
-                float(sums.ce[here].sum()) / masked if masked else None,
-                float(sums.correct[here].sum()) / masked if masked else None,
-                masked,
-            )
-        )
-    return tuple(found)

@@ -33,7 +33,7 @@ from maskwire_server.results import (
     Outcome,
     StepResult,
 )
-from maskwire_server.training import draws, evaluation, objective, optim, snapshot
+from maskwire_server.training import chain, draws, evaluation, objective, optim, snapshot, summary
 from maskwire_server.training.corruption import Step, Vocabulary, corrupt, random_ids
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.networks import Networks
@@ -155,7 +155,7 @@ class Trainer:
             if not (isinstance(error, RuntimeError) and _out_of_memory(error)):
                 raise
             return StepResult(Outcome.OUT_OF_MEMORY, Losses(math.nan), learning_rate=rate)
-        losses = evaluation.combine(
+        losses = summary.combine(
             generator, critic, self._objective.critic_loss_weight, modes.only_train_critic
         )
         finite = math.isfinite(losses.loss) and math.isfinite(gradient_norm)
@@ -178,6 +178,17 @@ class Trainer:
         networks.eval()
         try:
             with torch.no_grad(), self._autocast():
+                if options.chain_rule:
+                    return chain.evaluate(
+                        networks,
+                        self._objective,
+                        self._vocabulary,
+                        self._host(batch),
+                        options,
+                        budget=self._budget,
+                        device=self._device,
+                        ema_weights=networks is self._averaged,
+                    )
                 return evaluation.evaluate(
                     networks,
                     self._objective,
@@ -191,6 +202,12 @@ class Trainer:
                 )
         finally:
             self.networks.train()
+
+    def adopt(self, weights: dict[str, Tensor]) -> None:
+        """Begin at these weights, by the names of `Networks`; they must be all of them."""
+        self.networks.load_state_dict(weights, strict=True)
+        for group in self._groups().values():
+            group.begin_average()
 
     def snapshot(self) -> snapshot.Snapshot:
         """A copy of the state in host memory."""

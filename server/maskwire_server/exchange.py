@@ -1,0 +1,115 @@
+"""Models from elsewhere, and back: the commands `import-x-transformers` and `export`."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from maskwire._version import __version__
+from maskwire_server import template
+from maskwire_server.app import EXIT_CONFIG, EXIT_RUN_DIRECTORY, say, trainer_factory
+from maskwire_server.config import Config
+from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
+from maskwire_server.manifest import MANIFEST
+from maskwire_server.results import WEIGHT_FILES
+from maskwire_server.run import beginning
+from maskwire_server.run.checkpoint import Checkpoints
+from maskwire_server.run.device import Trainer
+
+CONFIG_FILE = "maskwire.toml"
+"""In an imported run's directory: what to serve it with."""
+
+
+def import_x_transformers(config: Config, source: Path, *, gains: Literal["auto", "offset", "plain"]) -> int:
+    """Begin a run at the weights of an x-transformers state dict, and return the exit code."""
+    from maskwire_server.training import importing, statedict
+
+    try:
+        tensors = statedict.read(source)
+        found = importing.import_state_dict(tensors, config.model, config.objective, gains=gains)
+        sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
+    except (ValueError, OSError) as error:
+        say(error)
+        return EXIT_CONFIG
+    config = config.model_copy(update={"model": found.model, "objective": found.objective})
+
+    def build() -> Trainer:
+        trainer = trainer_factory(config)()
+        trainer.adopt(found.weights)  # type: ignore[attr-defined]
+        return trainer
+
+    try:
+        info = beginning.begin(
+            config.run.dir,
+            build,
+            config.model_dump(mode="json"),
+            seed=config.run.seed,
+            canonical=config.canonical(),
+            versions={"maskwire": __version__, "python": platform.python_version()},
+            labels={"source": source.name[:256], "source-sha256": sha256},
+            texts={CONFIG_FILE: template.written(config)},
+        )
+    except RunDirectoryError as error:
+        say(error)
+        return EXIT_RUN_DIRECTORY
+    except ConfigError as error:
+        say(error)
+        return EXIT_CONFIG
+    count = sum(tensor.numel() for tensor in found.weights.values())
+    parts = [f"{count:,} weights"]
+    parts += ["self-conditioning"] if found.objective.self_cond else []
+    parts += [f"a {found.objective.critic} critic"] if found.objective.critic != "none" else []
+    print(
+        f"imported {', '.join(parts)} as checkpoint {info.name!r} of step 0\n"
+        f"next: maskwire-server serve --config {config.run.dir / CONFIG_FILE} --run-dir {config.run.dir}",
+        flush=True,
+    )
+    return 0
+
+
+def export(
+    run_dir: Path,
+    name: str | None,
+    out: Path,
+    *,
+    to: Literal["maskwire", "x-transformers"],
+    weights: Literal["auto", "ema", "raw"],
+) -> int:
+    """Write a checkpoint's weights to `out`, and return the exit code.
+
+    For maskwire a folder that `maskwire_server.load` reads, for x-transformers a state dict in safetensors.
+    """
+    from maskwire_server.training import importing, pretrained, statedict
+
+    checkpoints = Checkpoints(run_dir)
+    try:
+        found = checkpoints.all()
+        if name is None and not found:
+            raise RunDirectoryError(f"{run_dir}: there is no whole checkpoint here")
+        manifest = found[0] if name is None else checkpoints.get(name)
+    except (Refused, RunDirectoryError) as error:
+        say(error)
+        return EXIT_RUN_DIRECTORY
+    folder = checkpoints.path(manifest.info.name)
+    try:
+        if out.exists():
+            raise ValueError(f"{out} exists; name another place")
+        module = pretrained.load(folder, weights=weights)  # checked against its hashes
+        if to == "x-transformers":
+            state = importing.export_state_dict(module.config, module.objective, module.networks.state_dict())
+            statedict.write(out, state)
+        else:
+            draft = out.with_name(f"{out.name}.part")
+            draft.mkdir(parents=True)
+            kept = [file.name for file in manifest.info.files if file.name in WEIGHT_FILES]
+            for file in [*kept, MANIFEST]:
+                shutil.copyfile(folder / file, draft / file)
+            draft.rename(out)
+    except (ValueError, OSError) as error:
+        say(error)
+        return EXIT_CONFIG
+    print(f"{out}: checkpoint {manifest.info.name!r}, step {manifest.info.step}, for {to}", flush=True)
+    return 0

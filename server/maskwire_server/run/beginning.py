@@ -1,0 +1,95 @@
+"""A run that begins at weights from elsewhere: a whole run directory, or none.
+
+It is made beside its place and renamed into it, so that a run which was cut off while it was made is never
+served: it would begin at other weights.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from maskwire_server.errors import Refused, RunDirectoryError
+from maskwire_server.manifest import Manifest
+from maskwire_server.results import CheckpointInfo
+from maskwire_server.run import recovery
+from maskwire_server.run.checkpoint import Checkpoints
+from maskwire_server.run.device import Device, Trainer
+from maskwire_server.run.flush import flush_folder
+from maskwire_server.run.saving import KEPT_SECTIONS
+
+NAME = "imported"
+
+
+def begin(
+    run_dir: Path,
+    factory: Callable[[], Trainer],
+    configuration: dict[str, Any],
+    *,
+    seed: int,
+    canonical: bytes,
+    versions: dict[str, str],
+    labels: dict[str, str],
+    texts: dict[str, str],
+) -> CheckpointInfo:
+    """Make a run at step 0 whose first checkpoint, `imported`, is the state of the factory's trainer.
+
+    `texts` are files to lay beside it. Retention leaves the checkpoint alone: no seed makes these weights
+    again. Raises RunDirectoryError when the place is taken or cannot be written.
+    """
+    try:
+        if run_dir.exists() and any(run_dir.iterdir()):
+            raise RunDirectoryError(f"{run_dir} is not empty: name another folder with --run-dir")
+        place = run_dir.absolute()
+        draft = place.with_name(f"{place.name}.importing")
+        if draft.exists():
+            shutil.rmtree(draft)
+        draft.mkdir(parents=True)
+        try:
+            info = _write(draft, factory, configuration, seed, canonical, versions, labels)
+            for name, text in texts.items():
+                (draft / name).write_text(text)
+            flush_folder(draft)
+            draft.rename(place)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        flush_folder(place.parent)
+    except Refused as error:
+        raise RunDirectoryError(f"{run_dir}: {error.message}") from error
+    except OSError as error:
+        raise RunDirectoryError(f"{run_dir}: cannot be written ({error.strerror})") from error
+    return info
+
+
+def _write(
+    folder: Path,
+    factory: Callable[[], Trainer],
+    configuration: dict[str, Any],
+    seed: int,
+    canonical: bytes,
+    versions: dict[str, str],
+    labels: dict[str, str],
+) -> CheckpointInfo:
+    journal = recovery.open_journal(folder, seed=seed, canonical=canonical)
+    device = Device(lambda act: act())
+    try:
+        _, found = device.call(partial(device.build, factory))
+        lineage = journal.lineages()[1]
+        kept = {section: configuration[section] for section in KEPT_SECTIONS if section in configuration}
+        manifest = Manifest(
+            CheckpointInfo(NAME, lineage.lineage, 0, lineage.digest, (), time.time(), labels),
+            journal.fact("run_id"),
+            False,
+            None,
+            kept,
+            versions | found,
+        )
+        return Checkpoints(folder).write(device.call(device.snapshot), manifest).info
+    finally:
+        device.close()
+        journal.close()

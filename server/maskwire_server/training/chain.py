@@ -1,0 +1,151 @@
+"""The chain rule: the exact log-likelihood of a row under an order of its positions, a pass a position.
+
+    log p(x) = sum over i of log p(x_o(i) | x_o(1) ... x_o(i-1))        o an order of the maskable positions
+
+Pass i shows what was revealed before and the prompt, and masks the rest: n - i + 1 positions, of which
+o(i) is predicted. The order is fixed, or drawn without looking at the tokens, so that this is the
+likelihood of a procedure that can be run. Two orders agree only where the model's conditionals are those
+of one distribution. Over uniformly random orders the masked set of size k is uniformly random and o(i)
+uniform in it, so that the mean is sum over k of (1/k) E[CE sum at k masked]: the negative ELBO.
+
+Letters: r rows, d draws (orders), b pseudo-rows (a row with one of its passes), n positions, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskwire_server.config import ObjectiveConfig
+from maskwire_server.results import EvalOptions, EvalResult, LossSums
+from maskwire_server.training import draws, objective
+from maskwire_server.training.corruption import Corruption, Vocabulary, random_ranks
+from maskwire_server.training.draws import Purpose
+from maskwire_server.training.evaluation import Batch
+from maskwire_server.training.objective import Networks
+from maskwire_server.training.summary import Bins, combine, summarize
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Pseudo-rows that are computed together."""
+
+    part: Corruption
+    target_b: Tensor
+    """int64: the position that is predicted."""
+    where_b: Tensor
+    """int64: row times draws plus draw."""
+
+
+def evaluate(
+    networks: Networks,
+    config: ObjectiveConfig,
+    vocabulary: Vocabulary,
+    batch: Batch,
+    options: EvalOptions,
+    *,
+    budget: int,
+    device: torch.device,
+    ema_weights: bool,
+) -> EvalResult:
+    """Evaluate a batch in parts of at most `budget` positions. Call it without gradients.
+
+    Each draw is one order. Logits are computed at the predicted positions alone.
+    """
+    n_r = batch.maskable_rn.sum(-1)
+    nats = torch.zeros(n_r.numel() * options.draws, dtype=torch.float64)
+    k_parts, n_parts, ce_parts, right_parts = [], [], [], []
+    for chunk in passes(batch, options, vocabulary, budget):
+        ce_b, correct_b = _predict(networks, config, vocabulary, chunk.part.to(device), chunk.target_b)
+        nats.index_add_(0, chunk.where_b, ce_b)
+        k_parts.append(chunk.part.k_b)
+        n_parts.append(chunk.part.n_b)
+        ce_parts.append(ce_b)
+        right_parts.append(correct_b)
+    k_p, n_p, ce_p, right_p = (torch.cat(parts) for parts in (k_parts, n_parts, ce_parts, right_parts))
+    nats_rd = nats.view(n_r.numel(), options.draws)
+    total, tokens = float(nats_rd.mean(1).sum()), float(n_r.sum())
+    return summarize(
+        nats_rd,
+        n_r,
+        Bins.collect(k_p, n_p, torch.ones_like(k_p), ce_p, right_p),
+        LossSums(total, tokens),
+        combine(total / tokens, None, config.critic_loss_weight, only_critic=False),
+        options,
+        critic_accuracy=None,
+        ema_weights=ema_weights,
+    )
+
+
+def ranks(batch: Batch, options: EvalOptions, row_b: Tensor, draw_b: Tensor) -> Tensor:
+    """The place of each position in its row's order, int64 [b, n]; n or more where it has none.
+
+    A random order depends on the seed, the row's id and the draw, and goes over the maskable positions,
+    so that padding, prompts and other rows do not change it.
+    """
+    maskable_bn = batch.maskable_rn[row_b]
+    if not options.random_order:
+        rank_bn = maskable_bn.cumsum(-1) - 1
+    else:
+        whose = zip(row_b.tolist(), draw_b.tolist(), strict=True)
+        keys = [draws.key(Purpose.CHAIN_ORDER, options.seed, options.row_ids[r], d) for r, d in whose]
+        rank_bn = random_ranks(torch.tensor(keys), maskable_bn)
+    return rank_bn.masked_fill(~maskable_bn, maskable_bn.shape[1])
+
+
+def passes(batch: Batch, options: EvalOptions, vocabulary: Vocabulary, budget: int) -> Iterator[Pass]:
+    """All passes of all orders of all rows, a part at a time."""
+    n_r = batch.maskable_rn.sum(-1).tolist()
+    length_r = [int(row.nonzero().max()) + 1 if bool(row.any()) else 1 for row in batch.valid_rn]
+    waiting: list[tuple[int, int, int]] = []
+    longest = 0
+    for r, n in enumerate(n_r):
+        for d in range(options.draws):
+            for i in range(n):
+                if waiting and max(longest, length_r[r]) * (len(waiting) + 1) > budget:
+                    yield _together(batch, options, vocabulary, waiting)
+                    waiting, longest = [], 0
+                waiting.append((r, d, i))
+                longest = max(longest, length_r[r])
+    if waiting:
+        yield _together(batch, options, vocabulary, waiting)
+
+
+def _together(
+    batch: Batch, options: EvalOptions, vocabulary: Vocabulary, waiting: list[tuple[int, int, int]]
+) -> Pass:
+    row_b, draw_b, pass_b = torch.tensor(waiting).unbind(1)
+    orders, of_b = torch.unique(torch.stack((row_b, draw_b)), dim=1, return_inverse=True)
+    rank_bn = ranks(batch, options, *orders)[of_b]
+    maskable_bn = batch.maskable_rn[row_b]
+    mask_bn = maskable_bn & (rank_bn >= pass_b[:, None])
+    ids_bn = batch.ids_rn[row_b]
+    part = Corruption(
+        ids_bn,
+        batch.valid_rn[row_b],
+        maskable_bn,
+        mask_bn,
+        torch.where(mask_bn, vocabulary.mask_id, ids_bn),
+        maskable_bn.sum(-1),
+        mask_bn.sum(-1),
+    )
+    target_b = (rank_bn == pass_b[:, None]).long().argmax(-1)
+    return Pass(part.rows(slice(None)), target_b, row_b * options.draws + draw_b)
+
+
+def _predict(
+    networks: Networks, config: ObjectiveConfig, vocabulary: Vocabulary, part: Corruption, target_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy at each pseudo-row's position, and whether its most probable id is right: fp64 [b]."""
+    valid = None if bool(part.valid_bn.all()) else part.valid_bn
+    e_bnd = objective.generator_embeddings(networks, config, part, valid, first_pass=config.self_cond)
+    b = torch.arange(target_b.numel(), device=part.ids_bn.device)
+    at = (b, target_b.to(b.device))
+    logits_bv = objective.forbid_special(networks.project(e_bnd[at]), vocabulary)
+    ids_b = part.ids_bn[at]
+    ce_b = F.cross_entropy(logits_bv, ids_b, reduction="none").double()
+    return ce_b.cpu(), (logits_bv.argmax(-1) == ids_b).double().cpu()

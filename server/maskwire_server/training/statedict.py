@@ -1,0 +1,69 @@
+"""A foreign state dict from a file: safetensors, or torch's format read without running its code.
+
+The one place that reads torch's own format, which is a pickle: with `weights_only` nothing but tensors and
+plain containers is built.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors by name, on the CPU, without the prefixes of data parallelism and compilation.
+
+    Raises ValueError for a file that is no state dict, OSError for one that cannot be read.
+    """
+    found = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
+    strange = [name for name, value in found.items() if not isinstance(value, Tensor)]
+    if strange or not found:
+        names = ", ".join(map(repr, strange[:5])) or "nothing"
+        raise ValueError(
+            f"{path}: must hold tensors by name alone, as torch.save(model.state_dict(), …) writes them; it "
+            f"holds {names}"
+        )
+    for prefix in _WRAPPERS * 2:
+        if all(name.startswith(prefix) for name in found):
+            found = {name.removeprefix(prefix): value for name, value in found.items()}
+    return found
+
+
+def write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors, whole or not at all. Raises OSError."""
+    draft = path.with_name(f"{path.name}.part")
+    try:
+        save_file(tensors, draft)
+        draft.rename(path)
+    except SafetensorError as error:
+        raise OSError(0, str(error), str(path)) from error
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cannot be read as safetensors ({error})") from error
+
+
+def _torch(path: Path) -> dict[str, Tensor]:
+    path.open("rb").close()  # what is no file is said as such
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a foreign file: pickle's, zip's and torch's own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{path}: cannot be read with weights_only=True ({reason[:200]}); write it anew with "
+            "torch.save(model.state_dict(), …), or as .safetensors"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path}: must hold a state dict, got {type(found).__name__}; save model.state_dict()"
+        )
+    return found

@@ -1,0 +1,139 @@
+"""From what an evaluation's passes found to its figures, all in fp64.
+
+Letters: r rows, d draws.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskwire_server.results import EvalOptions, EvalResult, FractionResult, Losses, LossSums, RowResult
+
+BINS = 10
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Predicted positions by the share of their row that was masked, fp64 [BINS] each."""
+
+    predicted: Tensor
+    ce: Tensor
+    """Their cross-entropy, in nats."""
+    correct: Tensor
+    """How many of them were the most probable id."""
+
+    @staticmethod
+    def collect(k: Tensor, n: Tensor, predicted: Tensor, ce: Tensor, correct: Tensor) -> Bins:
+        """From passes that masked k of n positions, all of one shape; k = 0 counts for nothing."""
+        # ceil(10 k/n) - 1 in integers: rounding must not move k/n = 0.3 into (0.3, 0.4].
+        index = ((k * BINS + n - 1) // n.clamp(min=1) - 1).clamp(min=0).flatten()
+        here = (k > 0).flatten()
+
+        def added(values: Tensor) -> Tensor:
+            found = torch.zeros(BINS, dtype=torch.float64)
+            return found.index_add_(0, index[here], values.flatten()[here].double())
+
+        return Bins(added(predicted), added(ce), added(correct))
+
+    def results(self) -> tuple[FractionResult, ...]:
+        """A result for each interval, ascending."""
+        found = []
+        columns = zip(self.predicted.tolist(), self.ce.tolist(), self.correct.tolist(), strict=True)
+        for index, (predicted, ce, correct) in enumerate(columns):
+            found.append(
+                FractionResult(
+                    index / BINS,
+                    (index + 1) / BINS,
+                    ce / predicted if predicted else None,
+                    correct / predicted if predicted else None,
+                    int(predicted),
+                )
+            )
+        return tuple(found)
+
+
+def halves(count: int) -> tuple[int, int]:
+    """How many draws each half has; a single draw has no second half."""
+    return count - count // 2, count // 2
+
+
+def summarize(
+    nats_rd: Tensor,
+    n_r: Tensor,
+    bins: Bins,
+    sums: LossSums,
+    losses: Losses,
+    options: EvalOptions,
+    *,
+    critic_accuracy: float | None,
+    ema_weights: bool,
+) -> EvalResult:
+    """The figures of an evaluation.
+
+    `nats_rd` holds each draw's estimate of each row's nats, fp64, and `n_r` the rows' maskable positions.
+    """
+    n = n_r.double()
+    tokens = int(n_r.sum())
+    nats_r = nats_rd.mean(1)
+    per_token = float(nats_r.sum()) / tokens
+    difference_r = half_differences(nats_rd)
+    apart = [None] * len(options.row_ids) if difference_r is None else difference_r.tolist()
+    rows = zip(options.row_ids, nats_r.tolist(), n_r.tolist(), apart, strict=True)
+    return EvalResult(
+        losses=losses,
+        nats_per_token=per_token,
+        bits_per_token=per_token / math.log(2),
+        perplexity=math.exp(min(per_token, 700.0)),
+        standard_error=standard_error(nats_r, n, per_token),
+        monte_carlo_error=(
+            None if difference_r is None else float(difference_r.square().sum().sqrt()) / (2 * tokens)
+        ),
+        accuracy=float(bins.correct.sum() / bins.predicted.sum()),
+        critic_accuracy=critic_accuracy,
+        tokens=tokens,
+        ema_weights=ema_weights,
+        draws=options.draws,
+        bits_per_byte=(
+            float(nats_r.sum()) / math.log(2) / options.text_bytes if options.text_bytes else None
+        ),
+        by_masked_fraction=bins.results(),
+        rows=tuple(RowResult(*row) for row in rows),
+        sums=sums,
+    )
+
+
+def combine(generator: float, critic: float | None, weight: float, only_critic: bool) -> Losses:
+    """The losses as a client sees them: absent means absent."""
+    if critic is None:
+        return Losses(generator, generator)
+    if only_critic:
+        return Losses(critic, None, critic)
+    return Losses(generator + weight * critic, generator, critic)
+
+
+def standard_error(nats_r: Tensor, n_r: Tensor, per_token: float) -> float | None:
+    """Of the ratio sum L / sum n over the population of rows (Cochran 1977, 6.4); None for one row.
+
+    To first order r - R = sum (L - R n) / sum n, a sum of independent terms of mean 0; their variance is
+    estimated with r in place of R, and R/(R-1) makes up for that.
+    """
+    rows = int((n_r > 0).sum())
+    if rows < 2:
+        return None
+    residual = (nats_r - per_token * n_r).square().sum()
+    return float((rows / (rows - 1) * residual).sqrt() / n_r.sum())
+
+
+def half_differences(nats_rd: Tensor) -> Tensor | None:
+    """Mean over the first half of the draws less mean over the second, fp64 [r]; None for one draw.
+
+    The halves are independent: their mean's variance is a quarter of the variance of their difference.
+    """
+    first, second = halves(nats_rd.shape[1])
+    if not second:
+        return None
+    return nats_rd[:, :first].mean(1) - nats_rd[:, first:].mean(1)

@@ -1,0 +1,307 @@
+"""x-transformers' models come along: logits, critics and evaluations are theirs, and what cannot is named."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import dense
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from maskwire_server.batch import Batch, Modes
+from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
+from maskwire_server.results import EvalOptions
+from maskwire_server.training import importing, statedict
+from maskwire_server.training.networks import Networks
+from maskwire_server.training.trainer import Trainer
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    xt = pytest.importorskip("x_transformers")
+
+V, N, MASK_ID = 12, 6, 11
+MODEL = {"mask_id": MASK_ID}
+
+
+def transformer(wrapper: dict[str, Any] | None = None, **encoder: Any) -> Any:
+    layers = xt.Encoder(**{"dim": 16, "depth": 2, "heads": 2, **encoder})
+    return xt.TransformerWrapper(**{"num_tokens": V, "max_seq_len": N, **(wrapper or {})}, attn_layers=layers)
+
+
+def wrapped(kind: str = "none", self_cond: bool = False, **options: Any) -> Any:
+    """A wrapper whose weights are all away from their start."""
+    torch.manual_seed(0)
+    shape = options.pop("wrapper", {})
+    net = transformer(shape, **options)
+    critic: dict[str, Any] = {}
+    if kind == "self":
+        critic = {"self_token_critic": True}
+    elif kind == "token":
+        apart = {key: value for key, value in shape.items() if key != "tie_embedding"}
+        critic = {"token_critic": transformer({**apart, "logits_dim": 1}, **options)}
+    model = xt.NonAutoregressiveWrapper(net, mask_id=MASK_ID, self_cond=self_cond, **critic)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    return model.eval()
+
+
+def brought(state: Any, **said: Any) -> tuple[importing.Imported, Networks]:
+    found = importing.import_state_dict(
+        state,
+        ModelConfig(**MODEL, **said.pop("model", {})),
+        ObjectiveConfig(**said.pop("objective", {})),
+        **said,
+    )
+    networks = Networks(found.model, found.objective)
+    networks.load_state_dict(found.weights)
+    return found, networks.eval()
+
+
+def trainer_of(found: importing.Imported, **optimizer: Any) -> Trainer:
+    serve = ServeConfig(device="cpu", threads=1)
+    trainer = Trainer(found.model, found.objective, OptimizerConfig(**optimizer), serve, seed=1)
+    trainer.adopt(found.weights)
+    return trainer
+
+
+IDS = torch.randint(0, V - 1, (5, N), generator=torch.Generator().manual_seed(1))
+MASKED = torch.where(torch.rand(IDS.shape, generator=torch.Generator().manual_seed(2)) < 0.5, MASK_ID, IDS)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"wrapper": {"tie_embedding": True}}, {"wrapper": {"emb_dim": 8}}, {"attn_dim_head": 8},
+    {"ff_mult": 2.6},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kind", ["none", "self", "token"])
+def test_raw_logits_and_the_critics_scores_are_those_of_the_source(
+    kind: str, options: dict[str, Any]
+) -> None:
+    theirs = wrapped(kind, **options)
+    said = {"dim_head": options["attn_dim_head"]} if "attn_dim_head" in options else {}
+    found, ours = brought(theirs.state_dict(), model=said)
+    assert found.objective.critic == kind
+    with torch.no_grad():
+        assert (ours.project(ours.embed(MASKED, None, None)) - theirs.net(MASKED)).abs().max() < 1e-5
+        if kind != "none":
+            expected = theirs.token_critic(IDS)[..., 0]
+            assert (ours.criticize(IDS, None, train_trunk=False) - expected).abs().max() < 1e-5
+
+
+def test_self_conditioning_comes_along_both_passes() -> None:
+    theirs = wrapped("self", self_cond=True)
+    found, ours = brought(theirs.state_dict())
+    assert (found.objective.self_cond, found.objective.self_cond_start) == (True, "none")
+    with torch.no_grad():
+        first = theirs.net(MASKED, return_embeddings=True)
+        expected = theirs.net(MASKED, sum_embeds=theirs.to_self_cond(first))
+        cond = ours.conditioning(ours.embed(MASKED, None, None))
+        assert (ours.project(ours.embed(MASKED, None, cond)) - expected).abs().max() < 1e-5
+        expected = theirs.net(MASKED, sum_embeds=theirs.to_self_cond(theirs.null_embed))
+        cond = ours.conditioning(None)
+        assert (ours.project(ours.embed(MASKED, None, cond)) - expected).abs().max() < 1e-5
+
+
+def test_a_bare_transformer_and_a_plain_gain_come_along() -> None:
+    torch.manual_seed(0)
+    theirs = transformer(norm_add_unit_offset=False).eval()
+    with pytest.raises(ValueError, match="say which they are, --gains plain"):
+        brought(theirs.state_dict())
+    _, ours = brought(theirs.state_dict(), gains="plain")
+    with torch.no_grad():
+        assert (ours.project(ours.embed(MASKED, None, None)) - theirs(MASKED)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["none", "self", "token"])
+def test_what_came_goes_back(kind: str) -> None:
+    theirs = wrapped(kind, self_cond=True)
+    found, _ = brought(theirs.state_dict())
+    back = importing.export_state_dict(found.model, found.objective, found.weights)
+    state = theirs.state_dict()
+    shared = {name for name in state if name.startswith("token_critic.net.")}
+    assert back.keys() == state.keys() - shared
+    assert all(torch.equal(back[name], state[name]) for name in back)
+    rotary = found.model.model_copy(update={"positions": "rotary"})
+    with pytest.raises(ValueError, match=r"model.positions is 'rotary'"):
+        importing.export_state_dict(rotary, found.objective, found.weights)
+
+
+UNSUPPORTED: list[tuple[str, dict[str, Any]]] = [
+    *((name, {name: True}) for name in (
+        "rel_pos_bias", "dynamic_pos_bias", "rotary_pos_emb", "polar_pos_emb", "use_rmsnorm", "use_scalenorm",
+        "use_simple_rmsnorm", "use_dynamic_tanh", "use_derf", "use_adaptive_layernorm", "sandwich_norm",
+        "pre_and_post_norm", "gate_residual", "scale_residual", "mv_split_residual", "use_layerscale",
+        "macaron", "unet_skips", "reinject_input", "integrate_layers", "add_value_residual",
+        "attn_gate_values", "attn_head_scale", "attn_on_attn", "attn_data_dependent_alibi",
+        "attn_one_kv_head", "ff_glu", "ff_no_bias", "ff_post_act_ln", "only_attn",
+    )),
+    ("pre_norm=False", {"pre_norm": False}),
+    ("num_residual_streams", {"num_residual_streams": 2}),
+    ("shift_tokens", {"shift_tokens": 1}),
+    ("attn_num_mem_kv", {"attn_num_mem_kv": 2}),
+    ("attn_kv_heads", {"attn_kv_heads": 1}),
+    ("attn_value_dim_head", {"attn_value_dim_head": 32}),
+    ("attn_qk_norm_dim_scale", {"attn_qk_norm": True, "attn_qk_norm_dim_scale": True}),
+    ("sandwich_coef", {"sandwich_coef": 1}),
+    *((name, {"wrapper": {name: True}}) for name in (
+        "post_emb_norm", "scaled_sinu_pos_emb", "use_cls_token", "recycling", "mixture_of_softmax",
+        "add_continuous_pred_head", "ff_deep_embed",
+    )),
+    ("use_abs_pos_emb=False", {"wrapper": {"use_abs_pos_emb": False}}),
+    ("num_memory_tokens", {"wrapper": {"num_memory_tokens": 2}}),
+    ("embed_num_tokens", {"wrapper": {"embed_num_tokens": {"kinds": 3}}}),
+    ("num_output_heads", {"wrapper": {"num_output_heads": 2}}),
+    ("logits_dim", {"wrapper": {"logits_dim": 5}}),
+    ("to_logits", {"wrapper": {"to_logits": nn.Linear(16, V)}}),
+    ("token_emb", {"wrapper": {"token_emb": nn.Embedding(V, 16)}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "settings"), UNSUPPORTED, ids=[name for name, _ in UNSUPPORTED])
+def test_an_unsupported_option_is_refused_by_its_name(option: str, settings: dict[str, Any]) -> None:
+    state = {f"net.{name}": tensor for name, tensor in transformer(**settings).state_dict().items()}
+    with pytest.raises(ValueError, match=rf"\b{option}\b.*(not supported)") as raised:
+        brought(state)
+    assert "net." in str(raised.value) or "generator." in str(raised.value)
+
+
+def broken(change: Any, kind: str = "none", **options: Any) -> dict[str, Any]:
+    state = dict(wrapped(kind, **options).state_dict())
+    change(state)
+    return state
+
+
+@pytest.mark.parametrize(("state", "said", "words"), [
+    (lambda: broken(lambda s: s.update(extra=torch.zeros(1))), {}, "extra is no weight of a Non"),
+    (lambda: broken(lambda s: s.update({"net.extra": torch.zeros(1)})), {}, "net.extra is no weight of"),
+    (lambda: broken(lambda s: s.pop("net.attn_layers.layers.2.1.to_q.weight")), {}, r"2.1.to_q.weight"),
+    (lambda: broken(lambda s: s.pop("null_embed"), self_cond=True), {}, "null_embed is missing"),
+    (lambda: broken(lambda s: s["net.to_logits.weight"].fill_(math.nan)), {}, "not finite"),
+    (lambda: broken(lambda s: s.update({"token_critic.net.to_logits.weight": torch.zeros(V, 16)}), "self"),
+     {}, "differs from net.to_logits.weight"),
+    (lambda: {"layer.weight": torch.zeros(3)}, {}, "no weights of a TransformerWrapper"),
+    (lambda: wrapped(self_cond=True, wrapper={"emb_dim": 8}).state_dict(), {}, "emb_dim other than dim"),
+    (lambda: wrapped().state_dict(), {"model": {"depth": 4}}, "depth is 4 in the configuration, 2 in"),
+    (lambda: wrapped().state_dict(), {"model": {"qk_norm": True}}, "model.qk_norm is True"),
+    (lambda: wrapped().state_dict(), {"model": {"dim_head": 48}}, "no multiple of model.dim_head = 48"),
+    (lambda: wrapped("self").state_dict(), {"objective": {"critic": "token"}}, "objective.critic is 'token'"),
+    (lambda: wrapped().state_dict(), {"objective": {"self_cond": True}}, "objective.self_cond is True"),
+    (lambda: wrapped(self_cond=True).state_dict(), {"objective": {"self_cond_start": "null"}}, "_start"),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_what_does_not_fit_is_refused_by_name(state: Any, said: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        brought(state(), **said)
+
+
+def test_a_critic_of_other_sizes_and_a_missing_mask_id_are_refused() -> None:
+    other = transformer({"logits_dim": 1}, depth=3)
+    model = xt.NonAutoregressiveWrapper(transformer(), mask_id=MASK_ID, token_critic=other)
+    with pytest.raises(ValueError, match="token_critic: depth is 3, the generator's 2"):
+        brought(model.state_dict())
+    with pytest.raises(ValueError, match=r"model.mask_id must be set"):
+        importing.import_state_dict(model.state_dict(), ModelConfig(), ObjectiveConfig())
+    with pytest.raises(ValueError, match="mask_id must be below num_tokens = 12, got 99"):
+        importing.import_state_dict(wrapped().state_dict(), ModelConfig(mask_id=99), ObjectiveConfig())
+
+
+def test_files_are_read_without_running_what_is_in_them(tmp_path: Path) -> None:
+    state = wrapped("self", self_cond=True).state_dict()
+    torch.save(state, tmp_path / "model.pt")
+    torch.save({f"module._orig_mod.{name}": t for name, t in state.items()}, tmp_path / "parallel.pt")
+    alone = {name: t for name, t in state.items() if not name.startswith("token_critic.net.")}
+    save_file(alone, tmp_path / "model.safetensors")
+    for name in ("model.pt", "parallel.pt", "model.safetensors"):
+        read = statedict.read(tmp_path / name)
+        assert torch.equal(read["net.to_logits.weight"], state["net.to_logits.weight"])
+        found, _ = brought(read)
+        assert found.objective.critic == "self"
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (marker,))
+
+    torch.save({"a": Evil()}, tmp_path / "evil.pt")
+    torch.save({"model": state, "step": 3}, tmp_path / "nested.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "noise.pt").write_bytes(b"noise")
+    (tmp_path / "noise.safetensors").write_bytes(b"noise")
+    for name, words in (
+        ("evil.pt", "weights_only=True"),
+        ("nested.pt", "it holds 'model', 'step'"),
+        ("list.pt", "got list"),
+        ("noise.pt", "cannot be read"),
+        ("noise.safetensors", "cannot be read as safetensors"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            statedict.read(tmp_path / name)
+    assert not marker.exists()
+    with pytest.raises(OSError, match="nothing"):
+        statedict.read(tmp_path / "nothing.pt")
+
+
+@pytest.fixture(scope="module")
+def trained() -> Any:
+    """A model that its own library trained on pairs; its weighted loss diverges, the other one does not."""
+    torch.manual_seed(4)
+    model = xt.NonAutoregressiveWrapper(
+        transformer(),
+        mask_id=MASK_ID,
+        self_cond=True,
+        self_token_critic=True,
+        use_simple_mdlm_loss_weight=False,
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(120):
+        ids = torch.randint(0, V - 1, (32, N // 2)).repeat_interleave(2, 1)
+        model(ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def theirs_predict(model: Any) -> dense.Predict:
+    """x-transformers' own distribution, both passes, the mask id's probability taken away."""
+
+    def predict(seen: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            first = model.net(seen[None], return_embeddings=True)
+            logits = model.net(seen[None], sum_embeds=model.to_self_cond(first))[0].double()
+        log_p = logits.log_softmax(-1)
+        # log p(x | not the mask id) = log p(x) - log(1 - p(mask id))
+        return log_p - torch.log1p(-log_p[:, MASK_ID].exp())[:, None]
+
+    return predict
+
+
+def test_a_trained_model_gives_its_own_evaluation_and_trains_on(trained: Any) -> None:
+    found, _ = brought(trained.state_dict())
+    trainer = trainer_of(found, learning_rate=3e-3, warmup_steps=0, ema_decay=0.9)
+    rng = np.random.default_rng(0)
+    ids = np.repeat(rng.integers(0, V - 1, (4, N // 2)), 2, axis=1)
+    predict = theirs_predict(trained)
+    rows = [torch.from_numpy(row) for row in ids]
+    left_to_right = [dense.chain(predict, row, MASK_ID, range(N)) for row in rows]
+    chained = trainer.eval_loss(Batch(ids, 4, N), EvalOptions((0, 1, 2, 3), 1, chain_rule=True))
+    assert [row.nats for row in chained.rows] == pytest.approx(left_to_right, rel=1e-4)
+    exact = [dense.nelbo(predict, row, MASK_ID) for row in rows]
+    for row in range(4):
+        many = Batch(np.repeat(ids[row][None], 64, axis=0), 64, N)
+        result = trainer.eval_loss(many, EvalOptions(tuple(range(64)), 30))
+        nats = np.array([r.nats for r in result.rows])
+        assert abs(nats.mean() - exact[row]) < 4 * nats.std(ddof=1) / 8
+
+    before = trainer.eval_loss(Batch(ids, 4, N), EvalOptions((0, 1, 2, 3), 16))
+    assert before.ema_weights, "the moving average begins at the weights that came"
+    for step in range(1, 61):
+        batch = np.repeat(rng.integers(0, V - 1, (32, N // 2)), 2, axis=1)
+        trainer.train_step(1, step, Batch(batch, 32, N), Modes())
+    after = trainer.eval_loss(Batch(ids, 4, N), EvalOptions((0, 1, 2, 3), 16))
+    assert after.nats_per_token < before.nats_per_token
+    assert before.nats_per_token < math.log(V - 1), "it was trained when it came"
