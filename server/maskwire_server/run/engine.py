@@ -140,7 +140,13 @@ class Engine:
     def limits(self) -> Limits:
         """Bounds on one request."""
         serve = self._serve
-        return Limits(serve.max_batch_tokens, serve.max_message_bytes, serve.window, serve.max_draws)
+        return Limits(
+            serve.max_batch_tokens,
+            serve.max_message_bytes,
+            serve.window,
+            serve.max_draws,
+            serve.max_generation_steps,
+        )
 
     def train_step(self, request: StepRequest) -> Future[StepAnswer]:
         """Train on one batch; the answer comes when it is durable.

@@ -38,6 +38,9 @@ class Purpose(enum.IntEnum):
     EVALUATION_OFFSET = 10
     EVALUATION_SECOND_OFFSET = 11
     WEIGHTS = 12
+    GENERATION_TOKEN = 13
+    GENERATION_ORDER = 14
+    GENERATION_NOISE = 15
 
 
 def key(purpose: Purpose, *parts: int) -> int:
