@@ -22,6 +22,7 @@ from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.requests import (
     DownloadRequest,
     EvalRequest,
+    GenerateRequest,
     RestoreRequest,
     SaveRequest,
     SessionRef,
@@ -44,7 +45,8 @@ from maskwire_server.run import admission, reading, recovery
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.commits import Reserve
 from maskwire_server.run.device import Device, Trainer
-from maskwire_server.run.jobs import Evaluation, Save, Step, refuse
+from maskwire_server.run.generation import Generation
+from maskwire_server.run.jobs import Evaluation, Save, Step
 from maskwire_server.run.journal import Journal
 from maskwire_server.run.line import Line
 from maskwire_server.run.pipeline import Pipeline
@@ -53,6 +55,7 @@ from maskwire_server.run.rate import Rate
 from maskwire_server.run.restoring import Restoring
 from maskwire_server.run.saving import Saver
 from maskwire_server.run.standing import Head, Standing
+from maskwire_server.run.waiting import refuse
 from maskwire_server.run.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -166,6 +169,15 @@ class Engine:
         """Evaluate one batch; the answer comes when the steps that it saw are durable."""
         future: Future[EvalAnswer] = Future()
         return self._post(future, lambda: self._pipeline.line_up(Evaluation(request, future)))
+
+    def generate(self, request: GenerateRequest) -> Generation:
+        """Sample rows; iterate over what it returns for the answers, and cancel it when nobody reads them.
+
+        An answer comes when the steps that it saw are durable.
+        """
+        generation = Generation(request)
+        self._post(generation.future, lambda: self._pipeline.line_up(generation))
+        return generation
 
     def save(self, request: SaveRequest) -> Future[CheckpointInfo]:
         """Save a checkpoint; the answer comes when it is durable and verified."""

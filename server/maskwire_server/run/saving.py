@@ -14,9 +14,10 @@ from maskwire_server.manifest import Manifest
 from maskwire_server.requests import SaveRequest
 from maskwire_server.results import CheckpointInfo
 from maskwire_server.run.checkpoint import Checkpoints, Snapshot, collectable
-from maskwire_server.run.jobs import Save, refuse
+from maskwire_server.run.jobs import Save
 from maskwire_server.run.journal import Journal
 from maskwire_server.run.standing import Head
+from maskwire_server.run.waiting import refuse
 
 log = logging.getLogger(__name__)
 
