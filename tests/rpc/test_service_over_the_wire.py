@@ -97,7 +97,6 @@ def test_what_later_versions_serve_is_unimplemented_by_name(shared: ServerProces
 
         service = pb_grpc.TrainingServiceStub(channel)
         calls = [
-            lambda: next(service.Generate(pb.GenerateRequest(count=1))),
             lambda: service.DeleteCheckpoint(pb.DeleteCheckpointRequest(name="a")),
             lambda: service.EvalLoss(
                 pb.EvalLossRequest(batch=request(0).batch, estimator=pb.ESTIMATOR_CHAIN_RULE)
