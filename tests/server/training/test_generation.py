@@ -23,7 +23,7 @@ def trainer(**sections: dict[str, Any]) -> Trainer:
         "num_tokens": 9, "mask_id": 4, "pad_id": 0, "max_seq_len": 12, "dim": 32, "depth": 2, "heads": 2,
         "dim_head": 16,
     }  # fmt: skip
-    whole = config.load(None, **{"model": model, **sections})
+    whole = config.load(None, **{"model": model, "serve": {"threads": 1}, **sections})
     return Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, whole.run.seed)
 
 
