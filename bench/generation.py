@@ -13,7 +13,7 @@ import maskwire
 from bench.harness import Row, in_turn, process, ratio
 from bench.training import SERVER
 
-NUM_TOKENS, LENGTH, ROWS, STEPS = 8193, 256, 8, 18  # 18 steps are x-transformers' default
+NUM_TOKENS, LENGTH, ROWS, STEPS = 8193, 128, 4, 18  # 18 steps are x-transformers' default
 DIM, DEPTH, HEADS = 256, 4, 4
 MODEL = (
     f"model.num_tokens={NUM_TOKENS}", f"model.mask_id={NUM_TOKENS - 1}", f"model.max_seq_len={LENGTH}",
@@ -41,7 +41,7 @@ def measure(quick: bool) -> list[Row]:
         with process(*command, log=Path(folder) / "log") as target, maskwire.attach(target) as client:
             measures = [lambda order=order: ours(client, order) for order in ORDERS]
             in_turn(1, *measures, theirs)  # warm
-            *found, reference_rate = in_turn(3 if quick else 7, *measures, theirs)
+            *found, reference_rate = in_turn(2 if quick else 7, *measures, theirs)
     for row, rates in zip(rows.values(), found, strict=True):
         ratio(row, rates, reference_rate, at_least=1.5)
         row.parts = {"tokens/s": max(rates), "tokens/s, x-transformers": max(reference_rate)}

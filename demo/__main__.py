@@ -114,7 +114,7 @@ def run(
     text_bytes = sum(len(row) for row in rows)
     metrics = FOLDER / "metrics.jsonl"
     killer = Killer(server)
-    writing = Writing(held_out, LENGTH)
+    writing = Writing(training, held_out, LENGTH)
 
     def evaluate(trainer: maskwire.Trainer) -> EvalResult:
         return trainer.eval_loss(rows, text_bytes=text_bytes)
@@ -160,6 +160,7 @@ def run(
         "below_unigram": round(1 - end.bits_per_byte / unigram, 4),
         "samples_bits_per_byte_start": round(writing.before, 4),
         "samples_bits_per_byte_end": round(writing.after, 4),
+        "real_text_bits_per_byte": round(writing.real, 4),
         "samples_fewer_bits": round(writing.fewer, 4),
         "steps": total,
         "tokens_per_second": round(PROBE_STEPS * ROWS * LENGTH / probe.seconds),
@@ -182,7 +183,8 @@ def show_writing(writing: Writing) -> None:
     )
     say(
         f"\nA 4-gram model of held-out text needs {writing.before:.2f} bits per byte for what the untrained "
-        f"model writes and {writing.after:.2f} for these: {writing.fewer:.0%} fewer."
+        f"model writes and {writing.after:.2f} for these, {writing.fewer:.0%} fewer; for real text "
+        f"{writing.real:.2f}."
     )
 
 

@@ -16,9 +16,12 @@ GAP = 24  # bytes
 class Writing:
     """Samples before and after training, scored by a 4-gram model of held-out text."""
 
+    training: ByteData
     held_out: ByteData
     length: int
     model: FourGram = field(init=False)
+    real: float = 0.0
+    """Of text that the 4-gram model did not see."""
     before: float = 0.0
     after: float = 0.0
     texts: list[str] = field(default_factory=list)
@@ -27,6 +30,7 @@ class Writing:
 
     def __post_init__(self) -> None:
         self.model = FourGram(path.read_bytes() for path in self.held_out.files)
+        self.real = self.model.bits_per_byte(bytes(row) for row in self.training.spread(4 * SAMPLES))
 
     def untrained(self, client: maskwire.Client) -> None:
         """Before training."""
@@ -41,7 +45,7 @@ class Writing:
         start = (len(row) - GAP) // 2
         end = start + GAP
         ids = [*row[:start], *[256] * GAP, *row[end:]]
-        found = bytes(map(int, client.generate([ids], order="confidence").tokens[0]))
+        found = bytes(map(int, client.generate([ids], temperature=0.7).tokens[0]))
         if found[:start] != row[:start] or found[end:] != row[end:]:
             raise AssertionError("the infilling changed what was given")
         self.filled = (_text(row[:start]), _text(row[start:end]), _text(found[start:end]), _text(row[end:]))
