@@ -136,7 +136,7 @@ class GenerateOptions:
 class GenerationState:
     """Rows after an unmasking pass."""
 
-    ids: npt.NDArray[np.unsignedinteger | np.signedinteger]
+    ids: npt.NDArray[np.integer]
     """[b, n] in the narrowest type: the mask id where still masked, the pad id or 0 under padding."""
     still_masked: tuple[int, ...]
     """Positions still masked, one a row."""

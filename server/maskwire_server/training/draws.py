@@ -70,6 +70,11 @@ def bits(keys_b: Tensor, n: int) -> Tensor:
     return _mix(keys_b[:, None] + counter_n)
 
 
+def nth(keys_b: Tensor, i: int) -> Tensor:
+    """The i-th number of each key, counted from 1, int64 [b]: a key of its own, as SplitMix64 splits."""
+    return _mix(keys_b + torch.tensor(i, dtype=torch.int64, device=keys_b.device) * _GOLDEN)
+
+
 def uniform(keys_b: Tensor, n: int) -> Tensor:
     """The first n numbers of each key in [0, 1), fp64 [b, n]: the upper 53 bits."""
     return _shift_right(bits(keys_b, n), 11).to(torch.float64) * 2.0**-53

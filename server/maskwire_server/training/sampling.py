@@ -15,9 +15,10 @@ knows a model class, and no [b, n, v] tensor exists: logits are computed where t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +47,10 @@ class Rows:
     """bool: still masked."""
     recorded_bn: Tensor
     """fp64: the log-probability that a token had when it was revealed."""
+    token_keys_b: Tensor
+    order_keys_b: Tensor
+    noise_keys_b: Tensor
+    """int64: of the rows' draws. The order's are the same in every pass, so that it is a permutation."""
     carried_bnd: Tensor | None
     """The embeddings of the pass before; None before the first, or when nobody wants them."""
 
@@ -58,6 +63,9 @@ class Rows:
             self.unknown_bn[which_b],
             self.mask_bn[which_b],
             self.recorded_bn[which_b],
+            self.token_keys_b[which_b],
+            self.order_keys_b[which_b],
+            self.noise_keys_b[which_b],
             carried_bnd,
         )
 
@@ -79,18 +87,16 @@ class Rows:
 class Pass:
     """What an unmasking pass is told about its rows."""
 
+    step: int
+    """Counted from 1."""
     stay_b: Tensor
     """int64: how many positions stay masked."""
-    token_keys_b: Tensor
-    order_keys_b: Tensor
-    """int64: of the random order; the same in every pass, so that the order is a permutation."""
-    noise_keys_b: Tensor
     noise_b: Tensor
     """fp64: the scale of the noise on the order."""
 
     def rows(self, which_b: Tensor, device: torch.device) -> Pass:
         """Some of the rows, on a device."""
-        return Pass(*(tensor[which_b].to(device) for tensor in vars(self).values()))
+        return Pass(self.step, self.stay_b[which_b].to(device), self.noise_b[which_b].to(device))
 
 
 def generate(
@@ -110,7 +116,7 @@ def generate(
     once. Every pass has the batch's width, so that a row's arithmetic does not depend on its neighbours'
     lengths. Raises FloatingPointError if the model's output is not finite.
     """
-    rows = begin(prompts, vocabulary, device)
+    rows = begin(prompts, vocabulary, options.row_seeds, device)
     unknown_b = torch.from_numpy(prompts.unknown.sum(-1))
     left_b, step = unknown_b, 0
     part_rows = max(1, budget // prompts.ids.shape[1])
@@ -123,32 +129,36 @@ def generate(
             rows = rows.put(where_b, advance(networks, config, vocabulary, rows.take(where_b), told, options))
         left_b = whole.stay_b
         ids_bn = rows.ids_bn.masked_fill(~rows.valid_bn, vocabulary.pad_id or 0)
-        yield GenerationState(
-            ids_bn.to(narrowest(vocabulary)).cpu().numpy(), tuple(left_b.tolist()), step, ema_weights
-        )
+        ids = ids_bn.cpu().numpy().astype(narrowest(vocabulary))
+        yield GenerationState(ids, tuple(left_b.tolist()), step, ema_weights)
 
 
-def begin(prompts: Prompts, vocabulary: Vocabulary, device: torch.device) -> Rows:
+def begin(prompts: Prompts, vocabulary: Vocabulary, row_seeds: Sequence[int], device: torch.device) -> Rows:
     """The prompts, with everything unknown masked."""
     valid_bn, unknown_bn = torch.from_numpy(prompts.valid), torch.from_numpy(prompts.unknown)
     ids_bn = torch.from_numpy(prompts.ids).masked_fill(~valid_bn, 0)
     ids_bn = torch.where(unknown_bn, vocabulary.mask_id, ids_bn)
     recorded_bn = torch.zeros(ids_bn.shape, dtype=torch.float64)
+    purposes = (Purpose.GENERATION_TOKEN, Purpose.GENERATION_ORDER, Purpose.GENERATION_NOISE)
+    token_b, order_b, noise_b = (draws.keys(purpose, rows=list(row_seeds)).to(device) for purpose in purposes)
     return Rows(
         ids_bn.to(device),
         valid_bn.to(device),
         unknown_bn.to(device),
         unknown_bn.clone().to(device),
         recorded_bn.to(device),
+        token_b,
+        order_b,
+        noise_b,
         None,
     )
 
 
-def narrowest(vocabulary: Vocabulary) -> torch.dtype:
+def narrowest(vocabulary: Vocabulary) -> np.dtype[np.integer]:
     """The narrowest type that holds every id."""
     if vocabulary.num_tokens <= 2**8:
-        return torch.uint8
-    return torch.uint16 if vocabulary.num_tokens <= 2**16 else torch.int32
+        return np.dtype(np.uint8)
+    return np.dtype(np.uint16 if vocabulary.num_tokens <= 2**16 else np.int32)
 
 
 # The schedule and the draws.
@@ -162,12 +172,9 @@ def plan(
     scale = options.choice_temperature
     if scale is None:
         scale = MASKGIT_CHOICE_TEMPERATURE if config.preset == "maskgit" else 0.0
-    seeds = list(options.row_seeds)
     return Pass(
+        step,
         stay_masked(schedule.SCHEDULES[config.schedule], unknown_b, left_b, step, options.steps),
-        draws.keys(Purpose.GENERATION_TOKEN, step, rows=seeds),
-        draws.keys(Purpose.GENERATION_ORDER, rows=seeds),
-        draws.keys(Purpose.GENERATION_NOISE, step, rows=seeds),
         scale * (1 - step / steps_b.clamp(min=1).double()).clamp(min=0),
     )
 
@@ -207,7 +214,7 @@ def advance(
     else:
         e_bnd = objective.conditioned_embeddings(networks, config, rows.ids_bn, valid, config.self_cond)
     n = rows.ids_bn.shape[1]
-    u_bn = draws.uniform(told.token_keys_b, n)
+    u_bn = draws.uniform(draws.nth(rows.token_keys_b, told.step), n)
 
     def look(where_bn: Tensor) -> tuple[Tensor, Tensor]:
         """Logits at some positions, [m, v], and a sample of each, int64 [m]."""
@@ -217,7 +224,7 @@ def advance(
     recorded_bn = rows.recorded_bn
     if options.order is Order.RANDOM:
         # The order does not hang on the tokens, so only what it reveals now needs logits.
-        stay_bn = lowest(draws.uniform(told.order_keys_b, n), rows.mask_bn, told.stay_b)
+        stay_bn = lowest(draws.uniform(rows.order_keys_b, n), rows.mask_bn, told.stay_b)
         reveal_bn = rows.mask_bn & ~stay_bn
         logits_mv, sampled_m = look(reveal_bn)
         check(logits_mv, sampled_m)
@@ -234,17 +241,16 @@ def advance(
         else:
             scores_bn = recorded_bn
         if bool(told.noise_b.any()):
-            noise_bn = gumbel(draws.uniform(told.noise_keys_b, n))
+            noise_bn = gumbel(draws.uniform(draws.nth(rows.noise_keys_b, told.step), n))
             scores_bn = scores_bn + told.noise_b[:, None] * noise_bn
         candidates_bn = rows.unknown_bn if options.remasking else rows.mask_bn
         stay_bn = lowest(scores_bn, candidates_bn, told.stay_b)
-    return Rows(
-        filled_bn.masked_fill(stay_bn, vocabulary.mask_id),
-        rows.valid_bn,
-        rows.unknown_bn,
-        stay_bn,
-        recorded_bn,
-        e_bnd if carry else None,
+    return replace(
+        rows,
+        ids_bn=filled_bn.masked_fill(stay_bn, vocabulary.mask_id),
+        mask_bn=stay_bn,
+        recorded_bn=recorded_bn,
+        carried_bnd=e_bnd if carry else None,
     )
 
 

@@ -228,7 +228,7 @@ def full_sample(oracle: Oracle, row: list[int], seed: int, step: int, options: G
     logits = objective.forbid_special(
         oracle.log_probabilities(ids, ids == symbols)[0], Vocabulary(symbols + 1, symbols, None)
     )
-    u = draws.uniform(draws.keys(Purpose.GENERATION_TOKEN, step, rows=[seed]), len(row))[0]
+    u = draws.uniform(draws.nth(draws.keys(Purpose.GENERATION_TOKEN, rows=[seed]), step), len(row))[0]
     sampled: list[int] = sampling.sample(logits, u, options).tolist()
     return sampled
 
@@ -280,9 +280,8 @@ def test_the_noise_on_the_order_is_gumbel_and_dies_out() -> None:
     )
     # Only rows where id 0 was sampled everywhere have the known scores.
     state = run(oracle, Prompts.nothing(count, 4), options, symbols + 1)[0]
-    u = torch.stack(
-        [draws.uniform(draws.keys(Purpose.GENERATION_TOKEN, 1, rows=[seed]), 4)[0] for seed in range(count)]
-    )
+    keys = draws.keys(Purpose.GENERATION_TOKEN, rows=range(count))
+    u = draws.uniform(draws.nth(keys, 1), 4)
     zeros = (u < scores.softmax(-1)).all(-1).numpy()
     first = (state.ids[zeros] != 2).argmax(1)
     assert (state.ids[zeros] != 2).sum(1).max() == 1
