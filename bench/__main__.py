@@ -15,7 +15,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from bench import checkpoint, journal, restart, serving, training
+from bench import checkpoint, generation, journal, restart, serving, training
 from bench.harness import Row, cores
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -25,8 +25,9 @@ SUITES: dict[str, tuple[set[str], Callable[[bool], list[Row]]]] = {
     "journal": ({"P7"}, journal.measure),
     "restart": ({"P8"}, restart.measure),
     "checkpoint": ({"P9"}, checkpoint.measure),
+    "generation": ({"G1"}, generation.measure),
 }
-PACKAGES = ("maskwire", "torch", "grpcio", "protobuf", "numpy", "ray")
+PACKAGES = ("maskwire", "torch", "grpcio", "protobuf", "numpy", "ray", "x-transformers")
 
 
 def main() -> int:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from maskwire_server import config
 from maskwire_server.app import serve
-from maskwire_server.batch import Batch, Modes
-from maskwire_server.results import EvalOptions, EvalResult, Losses, ModelInfo, Outcome, StepResult
+from maskwire_server.batch import Batch, Modes, Prompts
+from maskwire_server.results import (
+    EvalOptions,
+    EvalResult,
+    GenerateOptions,
+    GenerationState,
+    Losses,
+    ModelInfo,
+    Outcome,
+    StepResult,
+)
 
 
 class NullSnapshot:
@@ -44,6 +54,9 @@ class NullTrainer:
         return StepResult(Outcome.APPLIED, Losses(1.0, 1.0), 1.0)
 
     def eval_loss(self, batch: Batch, options: EvalOptions) -> EvalResult:
+        raise NotImplementedError
+
+    def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
         raise NotImplementedError
 
     def snapshot(self) -> NullSnapshot:

@@ -17,8 +17,10 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 import maskwire
+from demo.generating import Writing
 from demo.server import ServerProcess
 from maskwire.data import ByteData, find_files
 from maskwire.results import EvalResult, StepResult
@@ -112,6 +114,7 @@ def run(
     text_bytes = sum(len(row) for row in rows)
     metrics = FOLDER / "metrics.jsonl"
     killer = Killer(server)
+    writing = Writing(training, held_out, LENGTH)
 
     def evaluate(trainer: maskwire.Trainer) -> EvalResult:
         return trainer.eval_loss(rows, text_bytes=text_bytes)
@@ -120,6 +123,7 @@ def run(
         model = trainer.model
         say(f"Model: {model.parameters:,} parameters, {model.objective}.")
         start = evaluate(trainer)
+        writing.untrained(trainer)
         say(f"Held out before training: {start.bits_per_byte:.2f} bits per byte. Measuring this machine …")
         probe = trainer.fit(training, until_step=PROBE_STEPS, metrics=metrics, progress=False)
         total = max(FEWEST_STEPS, int(seconds * PROBE_STEPS / probe.seconds) // 10 * 10)
@@ -138,10 +142,12 @@ def run(
         if result.interrupted or finish.interrupted:
             raise KeyboardInterrupt
         end = evaluate(trainer)
+        writing.trained(trainer)
         saved = trainer.checkpoint("demo-end")
         digest = trainer.digest
     from demo.plot import learning_curve
 
+    show_writing(writing)
     points = [start, *result.evaluations, end]
     learning_curve(metrics, points, FOLDER / "learning-curve.png", unigram=unigram, killed_at=killer.at_step)
     assert start.bits_per_byte is not None
@@ -152,6 +158,10 @@ def run(
         "bits_per_byte_end_standard_error": round((end.standard_error or 0.0) / math.log(2), 4),
         "unigram_bits_per_byte": round(unigram, 4),
         "below_unigram": round(1 - end.bits_per_byte / unigram, 4),
+        "samples_bits_per_byte_start": round(writing.before, 4),
+        "samples_bits_per_byte_end": round(writing.after, 4),
+        "real_text_bits_per_byte": round(writing.real, 4),
+        "samples_fewer_bits": round(writing.fewer, 4),
         "steps": total,
         "tokens_per_second": round(PROBE_STEPS * ROWS * LENGTH / probe.seconds),
         "parameters": model.parameters,
@@ -160,6 +170,22 @@ def run(
         "checkpoint": saved.name,
         "digest": digest.hex(),
     }
+
+
+def show_writing(writing: Writing) -> None:
+    """Samples, an infilling, and what a 4-gram model of held-out text thinks of them."""
+    for number, text in enumerate(writing.texts, 1):
+        say(f"\n[bold]Sample {number}[/bold], from nothing\n{escape(text)}")
+    left, was, now, right = writing.filled
+    say(
+        f"\n[bold]A gap filled in[/bold] (in green; held-out text, which had {escape(repr(was))} there)\n"
+        f"{escape(left)}[bold green]{escape(now)}[/bold green]{escape(right)}"
+    )
+    say(
+        f"\nA 4-gram model of held-out text needs {writing.before:.2f} bits per byte for what the untrained "
+        f"model writes and {writing.after:.2f} for these, {writing.fewer:.0%} fewer; for real text "
+        f"{writing.real:.2f}."
+    )
 
 
 class Killer:

@@ -7,15 +7,18 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from maskwire_server.batch import Batch, Modes
+from maskwire_server.batch import Batch, Modes, Prompts
 from maskwire_server.results import (
     EvalOptions,
     EvalResult,
+    GenerateOptions,
+    GenerationState,
     Losses,
     ModelInfo,
     Outcome,
@@ -47,6 +50,7 @@ class CounterTrainer:
     def __init__(self) -> None:
         self.state = hashlib.sha256(b"start").hexdigest()
         self.trained: list[tuple[int, int]] = []
+        self.passes = 0
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)
@@ -91,6 +95,22 @@ class CounterTrainer:
         return EvalResult(
             losses, loss, loss, loss, None, None, 0.5, None, batch.tokens, False, options.draws, rows=rows
         )
+
+    def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
+        """From left to right, one position a pass, ids that tell the row's seed; as slow as a step is."""
+        ids = np.where(prompts.known, prompts.ids, self.info.mask_id)
+        masked, passes = prompts.unknown, 0
+        while masked.any():
+            self.entered.release()
+            self.gate.wait(60)
+            passes += 1
+            self.passes += 1
+            first = masked & (masked.cumsum(1) == 1)
+            rows, columns = first.nonzero()
+            ids[rows, columns] = (np.array(options.row_seeds)[rows] + columns) % 256
+            masked = masked & ~first
+            left = tuple(masked.sum(1).tolist())
+            yield GenerationState(np.where(prompts.valid, ids, 0).astype(np.uint16), left, passes)
 
     def snapshot(self) -> CounterSnapshot:
         return CounterSnapshot({"state": self.state})

@@ -10,6 +10,7 @@ import pytest
 
 import maskwire
 from bench import __main__ as command
+from bench import generation
 from bench.harness import Row, in_flight_steps, in_turn, module, process, ratio
 from bench.serving import durable_insert, in_flight
 
@@ -55,3 +56,13 @@ def test_the_page_holds_what_was_measured() -> None:
         pytest.skip("nothing was measured yet: make bench")
     rows = [Row(**row) for row in json.loads((docs / "benchmarks.json").read_text())["rows"]]
     assert command.markdown(rows) in (docs / "benchmarks.md").read_text()
+
+
+def test_a_row_without_its_peer_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise ImportError
+
+    monkeypatch.setattr(generation, "reference", absent)
+    rows = generation.measure(quick=True)
+    assert [row.value for row in rows] == [None, None]
+    assert all("pip install" in row.note for row in rows)

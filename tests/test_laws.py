@@ -82,7 +82,8 @@ def test_the_client_never_imports_the_server_nor_torch() -> None:
 
 def test_the_objective_knows_no_model_and_the_model_no_objective() -> None:
     training = SERVER / "training"
-    for name in ("objective", "evaluation", "chain", "summary", "corruption", "schedule", "draws"):
+    names = ("objective", "evaluation", "chain", "summary", "sampling", "corruption", "schedule", "draws")
+    for name in names:
         for other in ("model", "networks", "optim", "trainer"):
             assert not knows(training / f"{name}.py", f"maskwire_server.training.{other}"), name
     for other in ("objective", "optim", "trainer", "evaluation"):

@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
@@ -29,9 +29,13 @@ from maskwire.protocol import (
     Call,
     Effect,
     EvalOptions,
+    GenerateOptions,
+    Give,
+    Next,
     Pause,
     RetryPolicy,
     StepOptions,
+    Stream,
     Talk,
     Until,
     Work,
@@ -118,6 +122,18 @@ class Client:
             self._talk.evaluate(data, rows=rows, batch_size=batch_size, on_progress=on_progress, **options)
         )
 
+    async def generate(
+        self, prompts: Any = None, **options: Unpack[GenerateOptions]
+    ) -> results.GenerateResult:
+        """Sample rows; see `maskwire.client.Client.generate`."""
+        return await self._drive(self._talk.generate(prompts, **options))
+
+    def generate_steps(
+        self, prompts: Any = None, **options: Unpack[GenerateOptions]
+    ) -> AsyncIterator[results.GenerateResult]:
+        """Sample rows, with a result for each pass: `async for` over it; see the blocking client's."""
+        return self._iterate(self._talk.generate_steps(prompts, **options))
+
     async def checkpoint(
         self, name: str = "", *, labels: Mapping[str, str] | None = None, score: float | None = None
     ) -> results.CheckpointInfo:
@@ -178,6 +194,27 @@ class Client:
             talk.close()
             self._wake()
 
+    async def _iterate(self, talk: Talk[None]) -> AsyncIterator[Any]:
+        """What a conversation gives."""
+        effect: Effect | None = None
+        stream: Stream | None = None
+        try:
+            while True:
+                reply = None if effect is None else await self._do(effect)
+                try:
+                    effect = self._advance(talk, reply)
+                except StopIteration:
+                    return
+                if isinstance(effect, Next):
+                    stream = effect.stream
+                elif isinstance(effect, Give):
+                    yield effect.value
+        finally:
+            talk.close()
+            self._wake()
+            if stream is not None:
+                stream.hang_up()
+
     def _advance(self, talk: Talk[Any], reply: Any) -> Effect:
         """Run a conversation up to its next effect."""
         try:
@@ -199,7 +236,21 @@ class Client:
             return None
         if isinstance(effect, Work):
             return await asyncio.to_thread(effect.act)
+        if isinstance(effect, Give):
+            return None
+        if isinstance(effect, Next):
+            return await self._next(effect.stream)
         return await self._call(effect)
+
+    async def _next(self, stream: Stream) -> Any:
+        try:
+            if stream.call is None:
+                method = getattr(self._stub, stream.method)
+                stream.call = method(stream.request, timeout=stream.timeout, metadata=self._metadata)
+            message = await stream.call.read()
+        except grpc.RpcError as error:
+            return read_failure(error)
+        return None if message is grpc.aio.EOF else message
 
     async def _call(self, call: Call) -> Any:
         method = getattr(self._stub, call.method)

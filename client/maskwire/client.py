@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
@@ -23,9 +23,13 @@ from maskwire.protocol import (
     Call,
     Effect,
     EvalOptions,
+    GenerateOptions,
+    Give,
+    Next,
     Pause,
     RetryPolicy,
     StepOptions,
+    Stream,
     Talk,
     Until,
     Work,
@@ -142,6 +146,24 @@ class Client:
             self._talk.evaluate(data, rows=rows, batch_size=batch_size, on_progress=on_progress, **options)
         )
 
+    def generate(self, prompts: Any = None, **options: Unpack[GenerateOptions]) -> results.GenerateResult:
+        """Sample rows; changes nothing.
+
+        `prompts`: integers [rows, columns] or a list of rows, with the mask id in the gaps that are to be
+        filled, or with a `prompt_mask`; None: `count` rows of `length` of which nothing is given.
+        """
+        return self._drive(self._talk.generate(prompts, **options))
+
+    def generate_steps(
+        self, prompts: Any = None, **options: Unpack[GenerateOptions]
+    ) -> Iterator[results.GenerateResult]:
+        """Sample rows as `generate` does, with a result for each unmasking pass, the last one `done`.
+
+        A reader that is slower than the device can miss passes, never the last. Leaving the iterator
+        (`close`, or its end by an exception) frees the device.
+        """
+        return self._iterate(self._talk.generate_steps(prompts, **options))
+
     def checkpoint(
         self, name: str = "", *, labels: Mapping[str, str] | None = None, score: float | None = None
     ) -> results.CheckpointInfo:
@@ -215,7 +237,28 @@ class Client:
             return value
         except BaseException:
             self._end(talk)
+            if isinstance(effect, Next):
+                effect.stream.hang_up()
             raise
+
+    def _iterate(self, talk: Talk[None]) -> Iterator[Any]:
+        """What a conversation gives."""
+        effect: Effect | None = None
+        stream: Stream | None = None
+        try:
+            while True:
+                reply = None if effect is None else self._do(effect)
+                effect = self._advance(talk, effect, reply)
+                if isinstance(effect, Next):
+                    stream = effect.stream
+                elif isinstance(effect, Give):
+                    yield effect.value
+        except StopIteration:
+            return
+        finally:
+            self._end(talk)
+            if stream is not None:
+                stream.hang_up()
 
     def _advance(self, talk: Talk[Any], effect: Effect | None, reply: Any) -> Effect:
         """Run a conversation up to its next effect."""
@@ -239,6 +282,10 @@ class Client:
             return None
         if isinstance(effect, Work):
             return effect.act()
+        if isinstance(effect, Give):
+            return None
+        if isinstance(effect, Next):
+            return self._next(effect.stream)
         assert isinstance(effect, Call)
         method = getattr(self._stub, effect.method)
         try:
@@ -250,6 +297,15 @@ class Client:
         except grpc.RpcError as error:
             return read_failure(error)
         return None
+
+    def _next(self, stream: Stream) -> Any:
+        try:
+            if stream.call is None:
+                method = getattr(self._stub, stream.method)
+                stream.call = method(stream.request, timeout=stream.timeout, metadata=self._metadata)
+            return next(stream.call, None)
+        except grpc.RpcError as error:
+            return read_failure(error)
 
 
 class Trainer(Position, Client):

@@ -100,21 +100,68 @@ def eval_request(
 ) -> pb.EvalLossRequest:
     """One batch to evaluate; `options` are those of `maskwire.protocol.EvalOptions`."""
     chosen: dict[str, Any] = {}
-    for name, prefix in (("estimator", "ESTIMATOR"), ("chain_order", "CHAIN_ORDER")):
+    for name, enum in (("estimator", pb.Estimator), ("chain_order", pb.ChainOrder)):
         value = options.pop(name, None)
         if value is not None:
-            chosen[name] = _number(name, prefix, value)
+            chosen[name] = _number(name, value, enum)
     batch = encode_batch(tokens, lengths=lengths, prompt_mask=prompt_mask)
     return pb.EvalLossRequest(batch=batch, **chosen, **options)
 
 
-def _number(name: str, prefix: str, value: str) -> int:
-    """An enum's number by its name without the prefix, in any case."""
-    numbers = {"ESTIMATOR": pb.Estimator, "CHAIN_ORDER": pb.ChainOrder}[prefix].items()
-    names = {key.removeprefix(prefix + "_").lower(): number for key, number in numbers if number}
-    if value not in names:
-        raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
-    return names[value]
+def generate_request(
+    prompts: Any = None,
+    *,
+    lengths: Any = None,
+    prompt_mask: Any = None,
+    count: int | None = None,
+    order: str = "random",
+    self_cond_mode: str = "two_pass",
+    **options: Any,
+) -> pb.GenerateRequest:
+    """What to sample; `options` are fields of GenerateRequest.
+
+    Raises ValueError for an order or a mode that the protocol does not know.
+    """
+    batch = None
+    if prompts is not None:
+        batch = encode_batch(prompts, lengths=lengths, prompt_mask=prompt_mask)
+        count = count or 0
+    elif lengths is not None or prompt_mask is not None:
+        raise ValueError("lengths and prompt_mask belong to prompts, got none")
+    return pb.GenerateRequest(
+        prompts=batch,
+        count=1 if count is None else count,
+        order=_number("order", order, pb.GenerationOrder),
+        self_cond_mode=_number("self_cond_mode", self_cond_mode, pb.SelfCondMode),
+        **options,
+    )
+
+
+_PREFIXES = {
+    "estimator": "ESTIMATOR_",
+    "chain_order": "CHAIN_ORDER_",
+    "order": "GENERATION_ORDER_",
+    "self_cond_mode": "SELF_COND_MODE_",
+}
+
+
+def _number(name: str, value: str, enum: Any) -> Any:
+    """An enum's number by its name without the prefix, in lower case."""
+    prefix = _PREFIXES[name]
+    names: list[str] = enum.keys()
+    known = [each.removeprefix(prefix).lower() for each in names[1:]]
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    return enum.Value(prefix + value.upper())
+
+
+def decode_batch(batch: pb.TokenBatch) -> npt.NDArray[np.int64] | list[npt.NDArray[np.int64]]:
+    """The rows of a TokenBatch: int64 [rows, columns], or a list of rows where they differ in length."""
+    dtype = next(dtype for dtype, number in _DTYPES.items() if number == batch.dtype)
+    ids = np.frombuffer(batch.data, dtype=dtype).astype(np.int64)
+    if len(set(batch.lengths)) > 1:
+        return np.split(ids, np.cumsum(batch.lengths)[:-1])
+    return ids.reshape(tuple(batch.shape))
 
 
 def hash_of(request: pb.TrainStepRequest) -> bytes:
@@ -205,6 +252,19 @@ def read_eval(response: pb.EvalLossResponse) -> results.EvalResult:
     )
 
 
+def read_generation(response: pb.GenerateResponse) -> results.GenerateResult:
+    """Rows, finished or on the way."""
+    return results.GenerateResult(
+        tokens=decode_batch(response.tokens),
+        unmasking_step=response.unmasking_step,
+        done=response.done,
+        still_masked=tuple(response.still_masked),
+        step=response.step,
+        digest=response.digest,
+        ema_weights=response.ema_weights,
+    )
+
+
 def read_model(model: pb.ModelInfo) -> results.ModelInfo:
     """What is served."""
     return results.ModelInfo(
@@ -221,7 +281,13 @@ def read_model(model: pb.ModelInfo) -> results.ModelInfo:
 
 def read_limits(limits: pb.Limits) -> results.Limits:
     """The server's bounds."""
-    return results.Limits(limits.max_batch_tokens, limits.max_message_bytes, limits.window, limits.max_draws)
+    return results.Limits(
+        limits.max_batch_tokens,
+        limits.max_message_bytes,
+        limits.window,
+        limits.max_draws,
+        limits.max_generation_steps,
+    )
 
 
 def read_checkpoint(info: pb.CheckpointInfo) -> results.CheckpointInfo:

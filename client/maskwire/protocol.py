@@ -26,7 +26,12 @@ from maskwire.v1 import training_service_pb2 as pb
 T = TypeVar("T")
 
 _LONGEST = 1e7  # seconds; gRPC takes no infinite deadline
-_SLOW = {"EvalLoss", "Checkpoint", "RestoreCheckpoint"}  # begun anew when broken off, so given time
+_SLOW = {
+    "EvalLoss",
+    "Generate",
+    "Checkpoint",
+    "RestoreCheckpoint",
+}  # begun anew when broken off, so given time
 _QUICK = {"GetStatus", "ListCheckpoints"}  # answered at once or not at all
 
 
@@ -39,6 +44,36 @@ class Call:
     timeout: float
     take: Callable[[Any], None] | None = None
     """Of a stream: called with each message; the answer is then None."""
+
+
+@dataclass(eq=False)
+class Stream:
+    """A call whose answers `Next` asks for one at a time."""
+
+    method: str
+    request: Any
+    timeout: float
+    call: Any = None
+    """Of whoever does the effects; None until it is begun."""
+
+    def hang_up(self) -> None:
+        """Nobody wants another message: the server is told."""
+        if self.call is not None:
+            self.call.cancel()
+
+
+@dataclass(frozen=True)
+class Next:
+    """Begin the stream if it is not; send back its next message, None behind the last, or the `Failure`."""
+
+    stream: Stream
+
+
+@dataclass(frozen=True)
+class Give:
+    """Hand this to whoever iterates over the conversation."""
+
+    value: Any
 
 
 @dataclass(frozen=True)
@@ -62,7 +97,7 @@ class Work:
     act: Callable[[], Any]
 
 
-Effect = Call | Pause | Work | Until
+Effect = Call | Next | Give | Pause | Work | Until
 Talk = Generator[Effect, Any, T]
 
 
@@ -110,6 +145,41 @@ class EvalOptions(TypedDict, total=False):
     """The negative ELBO by systematic draws, or the exact likelihood under an order, a pass a token."""
     chain_order: Literal["left_to_right", "random"]
     """Of the chain rule; random: each draw is an order of its own."""
+
+
+class GenerateOptions(TypedDict, total=False):
+    """What a generation may be told."""
+
+    lengths: Any
+    """Integers [rows]: what lies behind a prompt's length is padding."""
+    prompt_mask: Any
+    """bool [rows, columns]: True where a prompt's id is given; None: where it is not the mask id."""
+    count: int | None
+    """Rows to sample, 1 by default; with prompts: the first so many of them, by default all."""
+    length: int
+    """Tokens a row, without prompts; 0 for the model's longest."""
+    steps: int
+    """Unmasking passes; 0 for one position a pass."""
+    order: str
+    """random, confidence, margin, entropy or critic."""
+    temperature: float | None
+    """Of the sampling, 0 for the most probable token; None: 1."""
+    top_k: int
+    """Sample among so many most probable tokens; 0 for all."""
+    top_p: float | None
+    """Sample among the most probable tokens that together have this probability; None: 1."""
+    choice_temperature: float | None
+    """Of the noise on the order; None: the preset's."""
+    remasking: bool
+    """Let revealed positions be masked again when they rank lowest; with order confidence or critic."""
+    self_cond_mode: str
+    """two_pass, the evaluated model, or carry."""
+    raw_weights: bool
+    """Sample from the trained weights even when a moving average is kept."""
+    row_seeds: Sequence[int]
+    """One a row: a row depends on its seed and not on its neighbours."""
+    seed: int
+    """The first row's seed when there are no row_seeds; the next row has the next."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +262,29 @@ class Asking:
             if on_progress is not None:
                 yield Work(partial(on_progress, total.rows, plan.rows, total.nats_per_token))
         return total.result(plan.text_bytes)
+
+    def generate(self, prompts: Any, **options: Unpack[GenerateOptions]) -> Talk[results.GenerateResult]:
+        """Sample rows."""
+        return (yield from self._generate(messages.generate_request(prompts, **options)))
+
+    def generate_steps(self, prompts: Any, **options: Unpack[GenerateOptions]) -> Talk[None]:
+        """Sample rows, and give a result for each unmasking pass."""
+        request = messages.generate_request(prompts, stream_steps=True, **options)
+        yield from self._generate(request, give=True)
+
+    def _generate(self, request: pb.GenerateRequest, *, give: bool = False) -> Talk[results.GenerateResult]:
+        # Asked again only while nothing has come: later the weights may be other ones.
+        stream, response = yield from self._ask("Generate", lambda: request, stream=True)
+        while response is not None:
+            found = messages.read_generation(response)
+            if give:
+                yield Give(found)
+            if found.done:
+                return found
+            response = yield Next(stream)
+            if isinstance(response, Failure):
+                raise response.error
+        raise UnavailableError(f"{self.target} ended the generation before its last pass; ask again")
 
     def checkpoint(
         self, name: str, labels: Mapping[str, str] | None, score: float | None
@@ -278,9 +371,11 @@ class Asking:
         take: Callable[[Any], None] | None = None,
         moved: Callable[[], int] = lambda: 0,
         began: float | None = None,
+        stream: bool = False,
     ) -> Talk[Any]:
         """Ask until there is an answer, or an error that asking again does not help.
 
+        With `stream` the answer is a `Stream` and its first message.
         `moved` tells how far a stream has come: one that comes further is not given up. `began` is when
         whatever needs the answer began to ask.
         """
@@ -289,9 +384,11 @@ class Asking:
             if steps:
                 yield from self._before(began)
             acknowledged, place = self.step, moved()
-            reply = yield Call(method, make(), self._timeout(method), take)
+            timeout = self._timeout(method)
+            opened = Stream(method, make(), timeout) if stream else None
+            reply = yield Next(opened) if opened is not None else Call(method, make(), timeout, take)
             if not isinstance(reply, Failure):
-                return reply
+                return reply if opened is None else (opened, reply)
             error = reply.error
             if moved() != place:
                 began, attempt = self._clock(), 0

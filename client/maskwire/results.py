@@ -6,6 +6,9 @@ import enum
 from dataclasses import dataclass
 from datetime import datetime
 
+import numpy as np
+import numpy.typing as npt
+
 
 class _Known(enum.IntEnum):
     """Numbers of the wire; what a newer server sends is UNKNOWN."""
@@ -153,6 +156,23 @@ class EvalResult:
         return self.losses.loss
 
 
+@dataclass(frozen=True, eq=False)
+class GenerateResult:
+    """Sampled rows, finished or on the way."""
+
+    tokens: npt.NDArray[np.int64] | list[npt.NDArray[np.int64]]
+    """[rows, columns], or a list of rows that differ in length; the mask id where still masked."""
+    unmasking_step: int
+    """Counted from 1."""
+    done: bool
+    still_masked: tuple[int, ...]
+    """Positions still masked, one a row."""
+    step: int
+    """The training step whose weights were sampled."""
+    digest: bytes
+    ema_weights: bool
+
+
 @dataclass(frozen=True)
 class FileInfo:
     """One file of a checkpoint."""
@@ -208,6 +228,7 @@ class Limits:
     max_message_bytes: int
     window: int
     max_draws: int
+    max_generation_steps: int
 
 
 @dataclass(frozen=True)

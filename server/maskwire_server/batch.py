@@ -64,6 +64,31 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """Rows to fill in: what is given, and where nothing is."""
+
+    ids: npt.NDArray[np.int64]
+    """int64 [b, n], 0 where nothing is given."""
+    valid: npt.NDArray[np.bool_]
+    """bool [b, n], False under padding."""
+    known: npt.NDArray[np.bool_]
+    """bool [b, n]: valid and given."""
+    lengths: npt.NDArray[np.int32] | None = None
+    """int32 [b], as the sender gave them."""
+
+    @staticmethod
+    def nothing(rows: int, columns: int) -> Prompts:
+        """Rows of which nothing is given."""
+        none = np.zeros((rows, columns), dtype=bool)
+        return Prompts(none.astype(np.int64), ~none, none)
+
+    @property
+    def unknown(self) -> npt.NDArray[np.bool_]:
+        """bool [b, n]: what is to be sampled."""
+        return self.valid & ~self.known
+
+
+@dataclass(frozen=True)
 class Modes:
     """Who learns from a step, and how."""
 

@@ -276,6 +276,8 @@ class ServeConfig(_Section):
     """The most steps of a session in flight."""
     max_draws: int = Field(1024, ge=1)
     """The most evaluation draws a row."""
+    max_generation_steps: int = Field(1024, ge=1)
+    """The most unmasking passes of a generation."""
     session_idle_seconds: Finite = Field(60.0, gt=0)
     """A session ends when nothing of it was queued or running for so long."""
     gap_seconds: Finite = Field(5.0, gt=0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from maskwire_server.batch import Batch, Payload
-from maskwire_server.results import EvalOptions
+from maskwire_server.batch import Batch, Payload, Prompts
+from maskwire_server.results import EvalOptions, GenerateOptions
 
 CHECKPOINT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 AUTOMATIC_NAME = re.compile(r"(step|best)-\d+(-lineage-\d+)?")
@@ -61,6 +61,16 @@ class EvalRequest:
 
     batch: Batch
     options: EvalOptions
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """A client asks for samples, which changes nothing."""
+
+    prompts: Prompts
+    options: GenerateOptions
+    every_step: bool = False
+    """Answer with each unmasking pass, not the last alone."""
 
 
 @dataclass(frozen=True)

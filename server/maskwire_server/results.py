@@ -5,6 +5,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 
 class Outcome(enum.IntEnum):
     """What became of a consumed step; the numbers are `maskwire.v1.StepOutcome`'s."""
@@ -110,6 +113,61 @@ class EvalResult:
     sums: LossSums = LossSums()
 
 
+class Order(enum.IntEnum):
+    """The order in which positions are revealed; the numbers are `maskwire.v1.GenerationOrder`'s."""
+
+    RANDOM = 1
+    CONFIDENCE = 2
+    MARGIN = 3
+    ENTROPY = 4
+    CRITIC = 5
+
+
+class SelfCondMode(enum.IntEnum):
+    """What conditions an unmasking pass; the numbers are `maskwire.v1.SelfCondMode`'s."""
+
+    TWO_PASS = 1
+    CARRY = 2
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How to sample rows."""
+
+    row_seeds: tuple[int, ...]
+    """One a row."""
+    steps: int = 0
+    """Unmasking passes; 0: one position a pass."""
+    order: Order = Order.RANDOM
+    temperature: float = 1.0
+    top_k: int = 0
+    """0: all."""
+    top_p: float = 1.0
+    choice_temperature: float | None = None
+    """Of the noise on the order; None: the preset's."""
+    remasking: bool = False
+    self_cond_mode: SelfCondMode = SelfCondMode.TWO_PASS
+    raw_weights: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationState:
+    """Rows after an unmasking pass."""
+
+    ids: npt.NDArray[np.integer]
+    """[b, n] in the narrowest type: the mask id where still masked, the pad id or 0 under padding."""
+    still_masked: tuple[int, ...]
+    """Positions still masked, one a row."""
+    unmasking_step: int
+    """Counted from 1."""
+    ema_weights: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Nothing is masked any more."""
+        return not any(self.still_masked)
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """What is served."""
@@ -144,6 +202,7 @@ class Limits:
     max_message_bytes: int
     window: int
     max_draws: int
+    max_generation_steps: int = 1024
 
 
 @dataclass(frozen=True)
@@ -178,6 +237,15 @@ class EvalAnswer:
     """An evaluation, with the step and digest it saw."""
 
     result: EvalResult
+    step: int
+    digest: bytes
+
+
+@dataclass(frozen=True, eq=False)
+class GenerateAnswer:
+    """Rows after an unmasking pass, with the step and digest whose weights were sampled."""
+
+    state: GenerationState
     step: int
     digest: bytes
 

@@ -78,6 +78,33 @@ def test_status_health_and_evaluation(server: ServerProcess, texts: Path) -> Non
     assert "bits per token" in out
 
 
+def test_rows_are_sampled_and_gaps_filled(server: ServerProcess) -> None:
+    target = ["--target", server.address]
+    code, out, err = run("generate", *target, "--count", 2, "--length", 3, "--seed", 97)
+    assert (code, out) == (0, "abc\nbcd\n"), err
+    assert "3 passes" in err
+    filled = ["--prompt", "a~c~", "--prompt-ids", "65, ~", "--row-seed", 65, "--row-seed", 97, "--json"]
+    code, out, _ = run("generate", *target, *filled)
+    found = json.loads(out)
+    assert (code, found["text"], found["done"]) == (0, ["aBcD", "Ab"], True)
+    assert found["tokens"] == [[97, 66, 99, 68], [65, 98]]
+    longer = ["--prompt", "a*", "--gap", "*", "--length", 4, "--count", 2, "--seed", 64, "--json"]
+    assert json.loads(run("generate", *target, *longer)[1])["text"] == ["aABC", "aBCD"]
+    for arguments, code, words in (
+        (["--order", "critic"], 1, "needs a critic"),
+        (["--order", "sideways"], 2, "must be one of random"),
+        (["--count", 0], 2, "--count must be at least 1"),
+        (["--prompt", ""], 2, "must not be empty"),
+        (["--prompt-ids", "1,x"], 2, "ids and gaps"),
+        (["--prompt", "a~", "--gap", ""], 2, "--gap must not be empty"),
+        (["--prompt", "abc"], 1, "leave at least one"),
+        (["--row-seed", 1, "--row-seed", 2], 1, "one a row"),
+    ):
+        found_code, _, err = run("generate", *target, *arguments)
+        assert found_code == code, (arguments, err)
+        assert words in err
+
+
 def test_checkpoints_are_saved_listed_and_restored(server: ServerProcess) -> None:
     target = ["--target", server.address]
     code, out, _ = run("checkpoint", "save", "by-hand", *target, "--label", "why=test", "--json")

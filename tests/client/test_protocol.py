@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from maskwire.errors import DigestMismatchError, Failure, UnavailableError
-from maskwire.messages import encode_batch, hash_of
-from maskwire.protocol import RetryPolicy, wait_before_retry
+from maskwire.messages import decode_batch, encode_batch, hash_of
+from maskwire.protocol import Asking, Give, Next, Pause, RetryPolicy, wait_before_retry
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import step_digest
 from maskwire.writing import Ledger
@@ -127,3 +127,43 @@ def test_the_ledger_follows_the_chain_and_finds_a_difference() -> None:
     with pytest.raises(DigestMismatchError, match="step 7, expected was 5"):
         ledger.acknowledge(answer(ledger, request, 7), hash_of(request))
     assert ledger.step == 4
+
+
+@pytest.mark.parametrize("rows", [[[1, 2], [3, 70_000]], [[1], [2, 3], [4]]])
+def test_rows_that_travel_come_back(rows: list[list[int]]) -> None:
+    assert [row.tolist() for row in decode_batch(encode_batch(rows))] == rows
+
+
+def state(step: int, *, done: bool = False) -> pb.GenerateResponse:
+    return pb.GenerateResponse(tokens=encode_batch([[step]]), unmasking_step=step, done=done)
+
+
+def conversation(*replies: Any) -> tuple[list[Any], Any]:
+    """What a generation does and gives when it meets these replies, and the error that ends it."""
+    asking = Asking("there", RetryPolicy(), lambda _: None, lambda: 0.0)
+    talk = asking.generate_steps(None, count=1)
+    found: list[Any] = []
+    left = list(replies)
+    reply: Any = None
+    try:
+        while True:
+            effect = talk.send(reply)
+            found.append(effect.value.unmasking_step if isinstance(effect, Give) else type(effect))
+            reply = left.pop(0) if isinstance(effect, Next) else None
+    except StopIteration:
+        return found, None
+    except UnavailableError as error:
+        return found, str(error)
+
+
+def test_a_generation_is_asked_for_again_only_while_nothing_came() -> None:
+    lost = failing()
+    assert conversation(lost, lost, state(1), state(2, done=True)) == (
+        [Next, Pause, Next, Pause, Next, 1, Next, 2],
+        None,
+    )
+    found, error = conversation(state(1), lost)
+    assert (found, error) == ([Next, 1, Next], "no")
+    found, error = conversation(state(1), None)
+    assert found == [Next, 1, Next]
+    assert "ended the generation" in error

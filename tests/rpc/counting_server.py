@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -17,8 +18,8 @@ from faults import Fault
 
 from maskwire_server import config
 from maskwire_server.app import serve
-from maskwire_server.batch import Batch, Modes
-from maskwire_server.results import StepResult
+from maskwire_server.batch import Batch, Modes, Prompts
+from maskwire_server.results import GenerateOptions, GenerationState, StepResult
 
 
 class SlowTrainer(CounterTrainer):
@@ -27,6 +28,12 @@ class SlowTrainer(CounterTrainer):
     def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
         time.sleep(self.seconds)
         return super().train_step(lineage, step, batch, modes)
+
+    def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
+        for state in super().generate(prompts, options):
+            time.sleep(self.seconds)
+            logging.info("generation pass %d", state.unmasking_step)
+            yield state
 
 
 def main() -> int:

@@ -204,7 +204,54 @@ async def downloads_beside_the_writer(server: ServerProcess, client: Any) -> Non
             assert (folder / name).read_bytes() == original.read_bytes()
 
 
+async def states_of(client: Any, *arguments: Any, **options: Any) -> list[Any]:
+    states = client.generate_steps(*arguments, **options)
+    if inspect.isawaitable(states):
+        states = await states
+    if hasattr(states, "__aiter__"):
+        return [state async for state in states]
+    return list(states)
+
+
+async def generates_and_fills_in(server: ServerProcess, client: Any) -> None:
+    async with client.connect(server.address) as trainer, client.attach(server.address) as reader:
+        await trainer.train_step(tokens(0))
+        found = await reader.generate(count=3, length=5, seed=7)
+        assert found.tokens.dtype == np.int64
+        assert found.tokens.tolist() == [[7 + i, 8 + i, 9 + i, 10 + i, 11 + i] for i in range(3)]
+        assert (found.step, found.digest) == (1, trainer.digest)
+        assert (found.done, found.still_masked, found.unmasking_step) == (True, (0, 0, 0), 5)
+        states = await states_of(reader, [[256, 5], [1, 256, 256]], row_seeds=[10, 20])
+        assert [state.still_masked for state in states] == [(0, 1), (0, 0)]
+        assert [row.tolist() for row in states[0].tokens] == [[10, 5], [1, 21, 256]]
+        assert [row.tolist() for row in states[1].tokens] == [[10, 5], [1, 21, 22]]
+        ids, known = np.zeros((2, 3), dtype=int), np.eye(2, 3, dtype=bool)
+        same = await trainer.generate(ids, prompt_mask=known)
+        assert same.tokens.tolist() == [[0, 1, 2], [1, 0, 3]]
+        only = await trainer.generate(ids, prompt_mask=known, count=1)
+        assert only.tokens.tolist() == [[0, 1, 2]]
+        with pytest.raises(InvalidRequestError, match="needs a critic") as raised:
+            await states_of(reader, count=1, order="critic")
+        assert raised.value.field == "order"
+        with pytest.raises(ValueError, match="order must be one of random"):
+            await reader.generate(order="alphabetical")
+        with pytest.raises(ValueError, match="belong to prompts"):
+            await reader.generate(lengths=[1])
+
+
+async def asks_for_a_generation_until_a_server_is_there(server: ServerProcess, client: Any) -> None:
+    server._command.append(f"--set=serve.address={server.address}")
+    async with client.attach(server.address) as reader:
+        assert (await reader.generate(count=1, length=1)).done
+        server.kill()
+        back = asyncio.get_running_loop().run_in_executor(None, server.start)
+        assert len(await states_of(reader, count=1, length=4)) == 4
+        await back
+
+
 BODIES: list[Body] = [
+    generates_and_fills_in,
+    asks_for_a_generation_until_a_server_is_there,
     trains_evaluates_and_checkpoints,
     refuses_with_the_same_errors,
     fits_with_evaluations_and_metrics,

@@ -28,7 +28,6 @@ from maskwire.errors import (
     ConflictError,
     FencedError,
     UnavailableError,
-    UnimplementedError,
     WriterPresentError,
     WrongRunError,
 )
@@ -88,23 +87,6 @@ def test_an_evaluation_changes_nothing_and_is_the_same_again(shared: ServerProce
     assert first.bits_per_byte == pytest.approx(first.bits_per_token)
     assert sum(row.nats for row in first.rows) / first.tokens == pytest.approx(first.nats_per_token)
     assert not first.HasField("critic_accuracy")
-
-
-def test_what_later_versions_serve_is_unimplemented_by_name(shared: ServerProcess) -> None:
-    with grpc.insecure_channel(shared.address) as channel:
-        from maskwire.errors import read_failure
-        from maskwire.v1 import training_service_pb2_grpc as pb_grpc
-
-        service = pb_grpc.TrainingServiceStub(channel)
-        calls = [
-            lambda: next(service.Generate(pb.GenerateRequest(count=1))),
-        ]
-        for call in calls:
-            with pytest.raises(grpc.RpcError) as raised:
-                call()
-            error = read_failure(raised.value).error
-            assert isinstance(error, UnimplementedError)
-            assert error.reason == "UNIMPLEMENTED"
 
 
 def test_critic_losses_and_modes_travel(serve: Serve) -> None:

@@ -11,6 +11,7 @@ from maskwire.cli import exits
 from maskwire.cli.checkpoints import checkpoint_app
 from maskwire.cli.data import data_app
 from maskwire.cli.evaluating import evaluate
+from maskwire.cli.generating import generate
 from maskwire.cli.training import train
 from maskwire.cli.watching import health, status
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command(name="eval")(evaluate)
+app.command()(generate)
 app.add_typer(data_app, name="data")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.command()(status)

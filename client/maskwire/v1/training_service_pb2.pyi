@@ -58,6 +58,12 @@ class GenerationOrder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     GENERATION_ORDER_MARGIN: _ClassVar[GenerationOrder]
     GENERATION_ORDER_ENTROPY: _ClassVar[GenerationOrder]
     GENERATION_ORDER_CRITIC: _ClassVar[GenerationOrder]
+
+class SelfCondMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SELF_COND_MODE_UNSPECIFIED: _ClassVar[SelfCondMode]
+    SELF_COND_MODE_TWO_PASS: _ClassVar[SelfCondMode]
+    SELF_COND_MODE_CARRY: _ClassVar[SelfCondMode]
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_UINT8: DataType
 DATA_TYPE_UINT16: DataType
@@ -88,6 +94,9 @@ GENERATION_ORDER_CONFIDENCE: GenerationOrder
 GENERATION_ORDER_MARGIN: GenerationOrder
 GENERATION_ORDER_ENTROPY: GenerationOrder
 GENERATION_ORDER_CRITIC: GenerationOrder
+SELF_COND_MODE_UNSPECIFIED: SelfCondMode
+SELF_COND_MODE_TWO_PASS: SelfCondMode
+SELF_COND_MODE_CARRY: SelfCondMode
 
 class SessionRef(_message.Message):
     __slots__ = ("run_id", "lineage", "epoch")
@@ -132,16 +141,18 @@ class ModelInfo(_message.Message):
     def __init__(self, num_tokens: _Optional[int] = ..., mask_id: _Optional[int] = ..., pad_id: _Optional[int] = ..., max_seq_len: _Optional[int] = ..., parameters: _Optional[int] = ..., objective: _Optional[str] = ..., loss_is_bound: _Optional[bool] = ..., has_critic: _Optional[bool] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_batch_tokens", "max_message_bytes", "window", "max_draws")
+    __slots__ = ("max_batch_tokens", "max_message_bytes", "window", "max_draws", "max_generation_steps")
     MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     MAX_DRAWS_FIELD_NUMBER: _ClassVar[int]
+    MAX_GENERATION_STEPS_FIELD_NUMBER: _ClassVar[int]
     max_batch_tokens: int
     max_message_bytes: int
     window: int
     max_draws: int
-    def __init__(self, max_batch_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., window: _Optional[int] = ..., max_draws: _Optional[int] = ...) -> None: ...
+    max_generation_steps: int
+    def __init__(self, max_batch_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., window: _Optional[int] = ..., max_draws: _Optional[int] = ..., max_generation_steps: _Optional[int] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
     __slots__ = ("client_name", "nonce", "takeover", "held_epoch", "history", "tokenizer")
@@ -370,7 +381,7 @@ class EvalLossResponse(_message.Message):
     def __init__(self, losses: _Optional[_Union[Losses, _Mapping]] = ..., nats_per_token: _Optional[float] = ..., bits_per_token: _Optional[float] = ..., perplexity: _Optional[float] = ..., standard_error: _Optional[float] = ..., monte_carlo_error: _Optional[float] = ..., accuracy: _Optional[float] = ..., critic_accuracy: _Optional[float] = ..., by_masked_fraction: _Optional[_Iterable[_Union[FractionResult, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[RowResult, _Mapping]]] = ..., bits_per_byte: _Optional[float] = ..., tokens: _Optional[int] = ..., step: _Optional[int] = ..., digest: _Optional[bytes] = ..., ema_weights: _Optional[bool] = ..., draws: _Optional[int] = ..., sums: _Optional[_Union[EvalSums, _Mapping]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("count", "length", "prompts", "steps", "order", "temperature", "top_k", "top_p", "choice_temperature", "row_seeds", "seed", "stream_steps")
+    __slots__ = ("count", "length", "prompts", "steps", "order", "temperature", "top_k", "top_p", "choice_temperature", "row_seeds", "seed", "stream_steps", "remasking", "self_cond_mode", "raw_weights")
     COUNT_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
@@ -383,6 +394,9 @@ class GenerateRequest(_message.Message):
     ROW_SEEDS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     STREAM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    REMASKING_FIELD_NUMBER: _ClassVar[int]
+    SELF_COND_MODE_FIELD_NUMBER: _ClassVar[int]
+    RAW_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     count: int
     length: int
     prompts: TokenBatch
@@ -395,21 +409,28 @@ class GenerateRequest(_message.Message):
     row_seeds: _containers.RepeatedScalarFieldContainer[int]
     seed: int
     stream_steps: bool
-    def __init__(self, count: _Optional[int] = ..., length: _Optional[int] = ..., prompts: _Optional[_Union[TokenBatch, _Mapping]] = ..., steps: _Optional[int] = ..., order: _Optional[_Union[GenerationOrder, str]] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., choice_temperature: _Optional[float] = ..., row_seeds: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., stream_steps: _Optional[bool] = ...) -> None: ...
+    remasking: bool
+    self_cond_mode: SelfCondMode
+    raw_weights: bool
+    def __init__(self, count: _Optional[int] = ..., length: _Optional[int] = ..., prompts: _Optional[_Union[TokenBatch, _Mapping]] = ..., steps: _Optional[int] = ..., order: _Optional[_Union[GenerationOrder, str]] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., choice_temperature: _Optional[float] = ..., row_seeds: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., stream_steps: _Optional[bool] = ..., remasking: _Optional[bool] = ..., self_cond_mode: _Optional[_Union[SelfCondMode, str]] = ..., raw_weights: _Optional[bool] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("tokens", "unmasking_step", "done", "step", "digest")
+    __slots__ = ("tokens", "unmasking_step", "done", "step", "digest", "still_masked", "ema_weights")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     UNMASKING_STEP_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    STILL_MASKED_FIELD_NUMBER: _ClassVar[int]
+    EMA_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     tokens: TokenBatch
     unmasking_step: int
     done: bool
     step: int
     digest: bytes
-    def __init__(self, tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., unmasking_step: _Optional[int] = ..., done: _Optional[bool] = ..., step: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
+    still_masked: _containers.RepeatedScalarFieldContainer[int]
+    ema_weights: bool
+    def __init__(self, tokens: _Optional[_Union[TokenBatch, _Mapping]] = ..., unmasking_step: _Optional[int] = ..., done: _Optional[bool] = ..., step: _Optional[int] = ..., digest: _Optional[bytes] = ..., still_masked: _Optional[_Iterable[int]] = ..., ema_weights: _Optional[bool] = ...) -> None: ...
 
 class CheckpointInfo(_message.Message):
     __slots__ = ("name", "lineage", "step", "digest", "size_bytes", "files", "create_time", "labels", "score")

@@ -168,11 +168,16 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Generate(self, request, context):
-        """Generate samples sequences by iterative unmasking, and streams them.
+        """Generate samples sequences by iterative unmasking, and streams them: the finished rows, and with
+        stream_steps each pass on the way. It changes nothing, and sees the weights of one step throughout.
+        Cancelling the call frees the device within one pass.
 
-        OK: the last message of each row has done set.
-        INVALID_ARGUMENT (INVALID_FIELD): as TrainStep.
-        UNIMPLEMENTED (UNIMPLEMENTED): this server does not generate.
+        OK: the last message has done set, for all rows.
+        INVALID_ARGUMENT (INVALID_FIELD): names the field and what would be right; also for an order that
+        needs a critic which the model lacks.
+        RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again
+        after RetryInfo; DRAINING can also end a stream that has begun.
+        INTERNAL (INTERNAL): the server's log explains the error id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -19,6 +19,7 @@ from maskwire_server.errors import Refused, invalid_field
 from maskwire_server.requests import (
     DownloadRequest,
     EvalRequest,
+    GenerateRequest,
     RestoreRequest,
     SaveRequest,
     SessionRef,
@@ -29,6 +30,7 @@ from maskwire_server.results import (
     CheckpointInfo,
     Chunk,
     EvalAnswer,
+    GenerateAnswer,
     Limits,
     ModelInfo,
     RestoreAnswer,
@@ -36,7 +38,7 @@ from maskwire_server.results import (
     Status,
     StepAnswer,
 )
-from maskwire_server.rpc import answers, wire
+from maskwire_server.rpc import answers, generating, wire
 from maskwire_server.rpc.refusal import abort
 
 log = logging.getLogger(__name__)
@@ -45,7 +47,18 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 MOST_DOWNLOADS = 4  # at once: each holds a worker for as long as its client takes
+MOST_GENERATIONS = 8  # likewise
 _DEFAULT_PAGE, _LARGEST_PAGE = 50, 1000
+
+
+class Generation(Protocol):
+    """Rows on their way: iterate over it for the answers."""
+
+    def __iter__(self) -> Iterator[GenerateAnswer]:
+        """Answers until the last; raises Refused, or CancelledError after `cancel`."""
+
+    def cancel(self) -> None:
+        """The reader has gone."""
 
 
 class Engine(Protocol):
@@ -67,6 +80,9 @@ class Engine(Protocol):
 
     def eval_loss(self, request: EvalRequest) -> Future[EvalAnswer]:
         """Evaluate one batch."""
+
+    def generate(self, request: GenerateRequest) -> Generation:
+        """Sample rows."""
 
     def open_session(self, request: SessionRequest) -> Future[SessionAnswer]:
         """Make the caller the run's writer."""
@@ -100,6 +116,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         self._engine = engine
         self._started = time.monotonic()
         self._downloads = threading.Semaphore(MOST_DOWNLOADS)
+        self._generations = threading.Semaphore(MOST_GENERATIONS)
 
     def OpenSession(  # noqa: N802
         self, request: pb.OpenSessionRequest, context: grpc.ServicerContext
@@ -147,12 +164,29 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         )
 
     def Generate(  # noqa: N802
-        self,
-        request: pb.GenerateRequest,  # noqa: ARG002
-        context: grpc.ServicerContext,
+        self, request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
         """See the proto."""
-        abort(context, Refused("UNIMPLEMENTED", "this server does not generate"))
+        yield from self._stream(
+            context,
+            self._generations,
+            MOST_GENERATIONS,
+            "generations",
+            lambda: self._generate(request, context),
+        )
+
+    def _generate(
+        self, request: pb.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateResponse]:
+        wanted = generating.read_generate(request, self._info(), self._engine.limits)
+        generation = self._engine.generate(wanted)
+        try:
+            if not context.add_callback(generation.cancel):
+                raise CancelledError
+            for answer in generation:
+                yield generating.answer(answer, wanted.prompts.lengths)
+        finally:
+            generation.cancel()
 
     def Checkpoint(  # noqa: N802
         self, request: pb.CheckpointRequest, context: grpc.ServicerContext
@@ -213,23 +247,38 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         self, request: pb.DownloadCheckpointRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.DownloadCheckpointResponse]:
         """See the proto."""
-        if not self._downloads.acquire(blocking=False):
+        yield from self._stream(
+            context,
+            self._downloads,
+            MOST_DOWNLOADS,
+            "downloads",
+            lambda: map(answers.chunk, self._engine.download(wire.read_download(request))),
+        )
+
+    def _stream(
+        self,
+        context: grpc.ServicerContext,
+        room: threading.Semaphore,
+        most: int,
+        what: str,
+        begin: Callable[[], Iterator[R]],
+    ) -> Iterator[R]:
+        """Answers as they come; at most so many streams of a kind at once."""
+        if not room.acquire(blocking=False):
             abort(
                 context,
-                Refused(
-                    "QUEUE_FULL",
-                    f"{MOST_DOWNLOADS} downloads are under way; ask again",
-                    queue_limit=MOST_DOWNLOADS,
-                ),
+                Refused("QUEUE_FULL", f"{most} {what} are under way; ask again", queue_limit=most),
             )
         try:
-            yield from map(answers.chunk, self._engine.download(wire.read_download(request)))
+            yield from begin()
         except Refused as refusal:
             abort(context, refusal)
+        except CancelledError:
+            abort(context, _gone())
         except Exception:
             abort(context, _unexpected())
         finally:
-            self._downloads.release()
+            room.release()
 
     def GetStatus(  # noqa: N802
         self, request: pb.GetStatusRequest, context: grpc.ServicerContext
@@ -258,9 +307,13 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         except Refused as refusal:
             abort(context, refusal)
         except CancelledError:
-            abort(context, Refused("RECOVERING", "the client's deadline passed or it went away"))
+            abort(context, _gone())
         except Exception:
             abort(context, _unexpected())
+
+
+def _gone() -> Refused:
+    return Refused("RECOVERING", "the client's deadline passed or it went away")
 
 
 def _unexpected() -> Refused:

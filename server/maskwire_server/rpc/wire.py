@@ -215,52 +215,64 @@ def read_download(request: pb.DownloadCheckpointRequest) -> DownloadRequest:
 
 def read_batch(batch: pb.TokenBatch, info: ModelInfo, limits: Limits) -> Batch:
     """A TokenBatch, checked; `data` is viewed, not copied."""
-    rows, columns = _shape(batch.shape, info, limits)
-    if batch.dtype not in _DTYPES:
-        raise invalid_field(
-            "batch.dtype", f"batch.dtype must be one of {_DTYPE_NAMES}, got {batch.dtype}", value=batch.dtype
-        )
-    lengths = _lengths(batch.lengths, rows, columns)
-    dtype = _DTYPES[batch.dtype]
-    count = rows * columns if lengths is None else int(lengths.sum())
-    if len(batch.data) != count * dtype.itemsize:
-        raise invalid_field(
-            "batch.data",
-            f"batch.data must have {count * dtype.itemsize} bytes ({count} ids of {dtype.itemsize} bytes), "
-            f"got {len(batch.data)}",
-            expected_bytes=count * dtype.itemsize,
-            bytes=len(batch.data),
-        )
-    ids = np.frombuffer(batch.data, dtype=dtype)
-    _check_ids(ids, columns, lengths, info)
+    ids, rows, columns, lengths = read_ids("batch", batch, info, limits)
+    check_ids("batch", ids, columns, lengths, info)
     if lengths is None:
         ids = ids.reshape(rows, columns)
-    read = Batch(ids, rows, columns, lengths, _prompt_bits(batch.prompt_mask, rows, columns))
+    read = Batch(ids, rows, columns, lengths, read_prompt_bits("batch", batch.prompt_mask, rows, columns))
     _check_something_maskable(read, info)
     return read
 
 
-def _shape(shape: Sequence[int], info: ModelInfo, limits: Limits) -> tuple[int, int]:
+def read_ids(
+    field: str, batch: pb.TokenBatch, info: ModelInfo, limits: Limits
+) -> tuple[npt.NDArray[np.integer], int, int, npt.NDArray[np.int32] | None]:
+    """A TokenBatch's flat ids as sent, its rows, columns and lengths; the ids themselves are not checked.
+
+    `field` is the batch's name in the request.
+    """
+    rows, columns = _shape(field, batch.shape, info, limits)
+    if batch.dtype not in _DTYPES:
+        raise invalid_field(
+            f"{field}.dtype",
+            f"{field}.dtype must be one of {_DTYPE_NAMES}, got {batch.dtype}",
+            value=batch.dtype,
+        )
+    lengths = _lengths(field, batch.lengths, rows, columns)
+    dtype = _DTYPES[batch.dtype]
+    count = rows * columns if lengths is None else int(lengths.sum())
+    if len(batch.data) != count * dtype.itemsize:
+        raise invalid_field(
+            f"{field}.data",
+            f"{field}.data must have {count * dtype.itemsize} bytes ({count} ids of {dtype.itemsize} bytes), "
+            f"got {len(batch.data)}",
+            expected_bytes=count * dtype.itemsize,
+            bytes=len(batch.data),
+        )
+    return np.frombuffer(batch.data, dtype=dtype), rows, columns, lengths
+
+
+def _shape(field: str, shape: Sequence[int], info: ModelInfo, limits: Limits) -> tuple[int, int]:
     sizes = list(shape)
     if len(sizes) != 2:
         raise invalid_field(
-            "batch.shape", f"batch.shape must be [rows, columns], got {len(sizes)} dimensions"
+            f"{field}.shape", f"{field}.shape must be [rows, columns], got {len(sizes)} dimensions"
         )
     for name, size in zip(("rows", "columns"), sizes, strict=True):
         if size < 1:
-            raise invalid_field("batch.shape", f"batch.shape: {name} must be at least 1, got {size}")
+            raise invalid_field(f"{field}.shape", f"{field}.shape: {name} must be at least 1, got {size}")
     rows, columns = sizes
     if columns > info.max_seq_len:
         raise invalid_field(
-            "batch.shape",
-            f"batch.shape: a row must have at most {info.max_seq_len} tokens (max_seq_len), got {columns}",
+            f"{field}.shape",
+            f"{field}.shape: a row must have at most {info.max_seq_len} tokens (max_seq_len), got {columns}",
             columns=columns,
             max_seq_len=info.max_seq_len,
         )
     if rows * columns > limits.max_batch_tokens:  # Python's integers do not overflow
         raise invalid_field(
-            "batch.shape",
-            f"batch.shape: rows times columns must be at most {limits.max_batch_tokens} "
+            f"{field}.shape",
+            f"{field}.shape: rows times columns must be at most {limits.max_batch_tokens} "
             f"(serve.max_batch_tokens), got {rows} x {columns}",
             tokens=rows * columns,
             max_batch_tokens=limits.max_batch_tokens,
@@ -268,36 +280,42 @@ def _shape(shape: Sequence[int], info: ModelInfo, limits: Limits) -> tuple[int, 
     return rows, columns
 
 
-def _lengths(sent: Sequence[int], rows: int, columns: int) -> npt.NDArray[np.int32] | None:
+def _lengths(field: str, sent: Sequence[int], rows: int, columns: int) -> npt.NDArray[np.int32] | None:
     if not sent:
         return None
     lengths = np.array(sent, dtype=np.int32)
     if lengths.size != rows:
         raise invalid_field(
-            "batch.lengths", f"batch.lengths must be one a row, {rows}, or none, got {lengths.size}"
+            f"{field}.lengths", f"{field}.lengths must be one a row, {rows}, or none, got {lengths.size}"
         )
     wrong = (lengths < 1) | (lengths > columns)
     if wrong.any():
         row = int(wrong.argmax())
         raise invalid_field(
-            "batch.lengths",
-            f"batch.lengths: row {row} must have 1 to {columns} tokens, got {lengths[row]}",
+            f"{field}.lengths",
+            f"{field}.lengths: row {row} must have 1 to {columns} tokens, got {lengths[row]}",
             row=row,
             value=int(lengths[row]),
         )
     if lengths.max() != columns:
         raise invalid_field(
-            "batch.lengths",
-            f"batch.lengths: the longest row must have batch.shape's {columns} columns, got {lengths.max()}",
+            f"{field}.lengths",
+            f"{field}.lengths: the longest row must have {field}.shape's {columns} columns, "
+            f"got {lengths.max()}",
             longest=int(lengths.max()),
             columns=columns,
         )
     return lengths
 
 
-def _check_ids(
-    ids: npt.NDArray[np.integer], columns: int, lengths: npt.NDArray[np.int32] | None, info: ModelInfo
+def check_ids(
+    field: str,
+    ids: npt.NDArray[np.integer],
+    columns: int,
+    lengths: npt.NDArray[np.int32] | None,
+    info: ModelInfo,
 ) -> None:
+    """Raise Refused at the first id that is no datum; `ids` are flat, as sent."""
     refused_pad = info.pad_id if lengths is not None else None
     wrong = ids == info.mask_id
     if refused_pad is not None:
@@ -323,31 +341,32 @@ def _check_ids(
             f"ids must be 0 to {info.num_tokens - 1} (num_tokens is {info.num_tokens}), without the mask id"
         )
     raise invalid_field(
-        "batch.data",
-        f"batch.data: row {row}, column {column} is {value}; {right}",
+        f"{field}.data",
+        f"{field}.data: row {row}, column {column} is {value}; {right}",
         row=row,
         column=column,
         value=value,
     )
 
 
-def _prompt_bits(bits: bytes, rows: int, columns: int) -> bytes:
+def read_prompt_bits(field: str, bits: bytes, rows: int, columns: int) -> bytes:
+    """The bits of a prompt mask as sent, empty for none; raises Refused if they do not fit."""
     if not bits:
         return b""
     positions = rows * columns
     size = (positions + 7) // 8
     if len(bits) != size:
         raise invalid_field(
-            "batch.prompt_mask",
-            f"batch.prompt_mask must have {size} bytes (one bit for each of {rows} x {columns} positions), "
+            f"{field}.prompt_mask",
+            f"{field}.prompt_mask must have {size} bytes (one bit for each of {rows} x {columns} positions), "
             f"got {len(bits)}",
             expected_bytes=size,
             bytes=len(bits),
         )
     if positions % 8 and bits[-1] >> (positions % 8):
         raise invalid_field(
-            "batch.prompt_mask",
-            f"batch.prompt_mask: the last {8 - positions % 8} bits of its last byte must be 0, "
+            f"{field}.prompt_mask",
+            f"{field}.prompt_mask: the last {8 - positions % 8} bits of its last byte must be 0, "
             f"got {bits[-1]:#04x}",
         )
     return bits

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from maskwire_server import failpoints
-from maskwire_server.batch import Batch, Modes, Payload
+from maskwire_server.batch import Batch, Modes, Payload, Prompts
 from maskwire_server.requests import EvalRequest
-from maskwire_server.results import EvalOptions, EvalResult, ModelInfo, Outcome, StepResult
+from maskwire_server.results import (
+    EvalOptions,
+    EvalResult,
+    GenerateOptions,
+    GenerationState,
+    ModelInfo,
+    Outcome,
+    StepResult,
+)
 from maskwire_server.run.checkpoint import Snapshot
+from maskwire_server.run.generation import Generation
 
 T = TypeVar("T")
 
@@ -43,6 +52,9 @@ class Trainer(Protocol):
 
     def eval_loss(self, batch: Batch, options: EvalOptions) -> EvalResult:
         """Evaluate; changes nothing."""
+
+    def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
+        """Fill prompts in, a state after each pass; changes nothing, and may be left between two."""
 
     def snapshot(self) -> Snapshot:
         """Copy the state to host memory."""
@@ -130,6 +142,15 @@ class Device:
     def evaluate(self, request: EvalRequest) -> EvalResult:
         """Evaluate a batch."""
         return self._trainer.eval_loss(request.batch, request.options)
+
+    def generate(self, generation: Generation) -> None:
+        """Make passes until the rows are finished or nobody wants another."""
+        if generation.over:
+            return
+        request = generation.request
+        for state in self._trainer.generate(request.prompts, request.options):
+            if not generation.put(state):
+                return
 
     def snapshot(self) -> Snapshot:
         """Copy the state to host memory."""

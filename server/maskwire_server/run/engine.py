@@ -23,6 +23,7 @@ from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.requests import (
     DownloadRequest,
     EvalRequest,
+    GenerateRequest,
     RestoreRequest,
     SaveRequest,
     SessionRef,
@@ -45,7 +46,8 @@ from maskwire_server.run import admission, following, reading, recovery
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.commits import Reserve
 from maskwire_server.run.device import Device, Trainer
-from maskwire_server.run.jobs import Evaluation, Save, Step, refuse
+from maskwire_server.run.generation import Generation
+from maskwire_server.run.jobs import Evaluation, Save, Step
 from maskwire_server.run.journal import Journal, explained
 from maskwire_server.run.line import Line
 from maskwire_server.run.pipeline import Pipeline
@@ -54,6 +56,7 @@ from maskwire_server.run.rate import Rate
 from maskwire_server.run.restoring import Restoring
 from maskwire_server.run.saving import Saver
 from maskwire_server.run.standing import Head, Standing
+from maskwire_server.run.waiting import refuse
 from maskwire_server.run.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -146,7 +149,13 @@ class Engine:
     def limits(self) -> Limits:
         """Bounds on one request."""
         serve = self._serve
-        return Limits(serve.max_batch_tokens, serve.max_message_bytes, serve.window, serve.max_draws)
+        return Limits(
+            serve.max_batch_tokens,
+            serve.max_message_bytes,
+            serve.window,
+            serve.max_draws,
+            serve.max_generation_steps,
+        )
 
     def train_step(self, request: StepRequest) -> Future[StepAnswer]:
         """Train on one batch; the answer comes when it is durable.
@@ -166,6 +175,15 @@ class Engine:
         """Evaluate one batch; the answer comes when the steps that it saw are durable."""
         future: Future[EvalAnswer] = Future()
         return self._post(future, lambda: self._pipeline.line_up(Evaluation(request, future)))
+
+    def generate(self, request: GenerateRequest) -> Generation:
+        """Sample rows; iterate over what it returns for the answers, and cancel it when nobody reads them.
+
+        An answer comes when the steps that it saw are durable.
+        """
+        generation = Generation(request)
+        self._post(generation.future, lambda: self._pipeline.line_up(generation))
+        return generation
 
     def save(self, request: SaveRequest) -> Future[CheckpointInfo]:
         """Save a checkpoint; the answer comes when it is durable and verified."""

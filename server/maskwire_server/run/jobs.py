@@ -1,17 +1,15 @@
-"""What waits for the device: steps, evaluations, checkpoints, and barriers between steps."""
+"""What waits for the device: steps, evaluations, generations, checkpoints, and barriers between steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 from maskwire_server.errors import Refused
 from maskwire_server.requests import EvalRequest, SaveRequest, StepRequest
 from maskwire_server.results import CheckpointInfo, EvalAnswer, StepAnswer
-
-T = TypeVar("T")
+from maskwire_server.run.generation import Generation
 
 
 @dataclass(eq=False)
@@ -60,16 +58,4 @@ class Barrier:
     refuse: Callable[[Refused], None]
 
 
-Job = Step | Evaluation | Save | Barrier
-
-
-def answer(future: Future[T], value: T) -> None:
-    """Give a result to whoever still waits for it."""
-    if future.set_running_or_notify_cancel():
-        future.set_result(value)
-
-
-def refuse(future: Future[Any], error: BaseException) -> None:
-    """Give an error to whoever still waits."""
-    if future.set_running_or_notify_cancel():
-        future.set_exception(error)
+Job = Step | Evaluation | Generation | Save | Barrier

@@ -11,7 +11,9 @@ from collections.abc import Callable
 
 from maskwire_server.errors import Refused
 from maskwire_server.run.admission import gap
-from maskwire_server.run.jobs import Barrier, Evaluation, Job, Save, Step, refuse
+from maskwire_server.run.generation import Generation
+from maskwire_server.run.jobs import Barrier, Evaluation, Job, Save, Step
+from maskwire_server.run.waiting import refuse
 
 
 class Line:
@@ -24,6 +26,7 @@ class Line:
         self._ahead: dict[int, Step] = {}
         self._numbered: dict[int, Step] = {}
         self._by_request: dict[str, Step] = {}
+        self._generations: set[Generation] = set()  # on the device
         self._assigned = 0
         self.refused_step: int | None = None
         """The next step, if its sender is known to have been refused with it."""
@@ -71,7 +74,7 @@ class Line:
         self._register(step)
         self._ahead[number] = step
 
-    def append(self, job: Evaluation | Save | Barrier) -> None:
+    def append(self, job: Evaluation | Generation | Save | Barrier) -> None:
         """Put another job at the end."""
         self._jobs.append(job)
 
@@ -96,7 +99,13 @@ class Line:
 
     def pop(self) -> None:
         """The first job goes to the device; a step stays in flight until it is settled."""
-        self._jobs.popleft()
+        job = self._jobs.popleft()
+        if isinstance(job, Generation):
+            self._generations.add(job)
+
+    def settle_generation(self, generation: Generation) -> None:
+        """A generation came back from the device."""
+        self._generations.discard(generation)
 
     def settle(self, step: Step) -> None:
         """A step is durable, or was given up."""
@@ -164,12 +173,17 @@ class Line:
         self._ahead.clear()
 
     def refuse_all(self, refusal: Refused) -> None:
-        """Refuse every job that has not reached the device."""
+        """Refuse every job that has not reached the device, and generations that have.
+
+        A generation changes nothing, and may have many passes left.
+        """
         self.refuse_steps(lambda _: refusal)
+        for generation in self._generations:
+            generation.refuse(refusal)
         for job in self._jobs:
             if isinstance(job, Evaluation):
                 refuse(job.future, refusal)
-            elif isinstance(job, Barrier):
+            elif isinstance(job, Generation | Barrier):
                 job.refuse(refusal)
             elif isinstance(job, Save):
                 for waiter in job.waiters:

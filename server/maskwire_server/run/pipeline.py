@@ -35,7 +35,8 @@ from maskwire_server.run.ancestry import ancestry
 from maskwire_server.run.checkpoint import Snapshot
 from maskwire_server.run.commits import Commits, Reserve
 from maskwire_server.run.device import HALT_AFTER, Device
-from maskwire_server.run.jobs import Barrier, Evaluation, Save, Step, answer, refuse
+from maskwire_server.run.generation import Generation
+from maskwire_server.run.jobs import Barrier, Evaluation, Save, Step
 from maskwire_server.run.journal import Journal
 from maskwire_server.run.line import Line
 from maskwire_server.run.poison import Poison
@@ -45,6 +46,7 @@ from maskwire_server.run.restoring import Restoring
 from maskwire_server.run.saving import Saver, Written
 from maskwire_server.run.sessions import Sessions
 from maskwire_server.run.standing import Head, Place, Standing
+from maskwire_server.run.waiting import answer, refuse
 from maskwire_server.run.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -214,7 +216,7 @@ class Pipeline:
             self._line.refused_step = step
         self._line.refuse_ahead(step)
 
-    def line_up(self, job: Evaluation | Save) -> None:
+    def line_up(self, job: Evaluation | Generation | Save) -> None:
         """Put another job in the line; raises Refused."""
         admission.refuse_unavailable(self._standing.state)
         admission.refuse_full(len(self._line), self._serve.queue_limit)
@@ -245,6 +247,9 @@ class Pipeline:
                 line.pop()
                 if not job.future.cancelled():
                     device.submit(partial(device.evaluate, job.request), partial(self._on_evaluated, job))
+            elif isinstance(job, Generation):
+                line.pop()
+                device.submit(partial(self._generate, job), partial(self._on_generated, job))
             else:
                 line.pop()
                 if job.abandoned:
@@ -336,6 +341,22 @@ class Pipeline:
             return
         seen = EvalAnswer(future.result(), self._head.step, self._head.digest)
         self._commits.after(partial(answer, job.future, seen))
+
+    def _generate(self, job: Generation) -> None:
+        # What came before it on the device was heard of before this is.
+        self._post(partial(self._on_generating, job))
+        self._device.generate(job)
+
+    def _on_generating(self, job: Generation) -> None:
+        self._commits.after(partial(job.reveal, self._head.step, self._head.digest))
+
+    def _on_generated(self, job: Generation, future: Future[None]) -> None:
+        self._line.settle_generation(job)
+        error = future.exception()
+        if error is not None:
+            job.refuse(self._failed("the generation", error))
+        else:
+            self._commits.after(job.finish)
 
     # Answer.
 

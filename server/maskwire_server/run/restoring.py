@@ -15,12 +15,13 @@ from maskwire_server.results import RestoreAnswer, RunState
 from maskwire_server.run import admission
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.device import Device
-from maskwire_server.run.jobs import Barrier, answer, refuse
+from maskwire_server.run.jobs import Barrier
 from maskwire_server.run.journal import Journal, is_full
 from maskwire_server.run.line import Line
 from maskwire_server.run.records import Lineage, SessionRecord
 from maskwire_server.run.replaying import digest_at
 from maskwire_server.run.standing import Head, Standing
+from maskwire_server.run.waiting import answer, refuse
 from maskwire_server.run.writer import Writer
 
 log = logging.getLogger(__name__)

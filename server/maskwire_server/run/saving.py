@@ -17,10 +17,11 @@ from maskwire_server.results import CheckpointInfo
 from maskwire_server.run import retention
 from maskwire_server.run.ancestry import ancestry, on_path
 from maskwire_server.run.checkpoint import Checkpoints, Snapshot
-from maskwire_server.run.jobs import Save, refuse
+from maskwire_server.run.jobs import Save
 from maskwire_server.run.journal import Journal
 from maskwire_server.run.records import Lineage, Stretch
 from maskwire_server.run.standing import Place
+from maskwire_server.run.waiting import refuse
 
 log = logging.getLogger(__name__)
 

@@ -14,12 +14,13 @@ from maskwire_server.run import admission
 from maskwire_server.run.admission import Position, SessionFacts
 from maskwire_server.run.commits import Commits
 from maskwire_server.run.device import Device
-from maskwire_server.run.jobs import Barrier, Step, answer, refuse
+from maskwire_server.run.jobs import Barrier, Step
 from maskwire_server.run.journal import Journal
 from maskwire_server.run.line import Line
 from maskwire_server.run.records import SessionRecord
 from maskwire_server.run.replaying import digest_at
 from maskwire_server.run.standing import Head, Standing
+from maskwire_server.run.waiting import answer, refuse
 from maskwire_server.run.writer import Writer
 
 

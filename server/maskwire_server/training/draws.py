@@ -38,6 +38,9 @@ class Purpose(enum.IntEnum):
     EVALUATION_OFFSET = 10
     EVALUATION_SECOND_OFFSET = 11
     WEIGHTS = 12
+    GENERATION_TOKEN = 13
+    GENERATION_ORDER = 14
+    GENERATION_NOISE = 15
     CHAIN_ORDER = 20
 
 
@@ -66,6 +69,11 @@ def bits(keys_b: Tensor, n: int) -> Tensor:
     """The first n numbers of each key, int64 [b, n], all 64 bits random."""
     counter_n = torch.arange(1, n + 1, dtype=torch.int64, device=keys_b.device) * _GOLDEN
     return _mix(keys_b[:, None] + counter_n)
+
+
+def nth(keys_b: Tensor, i: int) -> Tensor:
+    """The i-th number of each key, counted from 1, int64 [b]: a key of its own, as SplitMix64 splits."""
+    return _mix(keys_b + torch.tensor(i, dtype=torch.int64, device=keys_b.device) * _GOLDEN)
 
 
 def uniform(keys_b: Tensor, n: int) -> Tensor:

@@ -98,13 +98,20 @@ def generator_embeddings(
     networks: Networks, config: ObjectiveConfig, part: Corruption, valid: Tensor | None, first_pass: bool
 ) -> Tensor:
     """The generator's embeddings of a masked part, [b, n, d], after a first pass if there is one."""
+    return conditioned_embeddings(networks, config, part.input_bn, valid, first_pass)
+
+
+def conditioned_embeddings(
+    networks: Networks, config: ObjectiveConfig, input_bn: Tensor, valid: Tensor | None, first_pass: bool
+) -> Tensor:
+    """The generator's embeddings of what it sees, [b, n, d], after a first pass if there is one."""
     first = None
     if first_pass:
         with torch.no_grad():
             start = networks.conditioning(None) if config.self_cond_start == "null" else None
-            first = networks.embed(part.input_bn, valid, start)
+            first = networks.embed(input_bn, valid, start)
     cond = networks.conditioning(first) if config.self_cond else None
-    return networks.embed(part.input_bn, valid, cond)
+    return networks.embed(input_bn, valid, cond)
 
 
 def losses(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskwire_server.batch import Batch
+from maskwire_server.batch import Batch, Prompts
 from maskwire_server.batch import Modes as RequestModes
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.errors import ConfigError, StateLost
@@ -28,12 +28,15 @@ from maskwire_server.results import (
     WEIGHT_FILES,
     EvalOptions,
     EvalResult,
+    GenerateOptions,
+    GenerationState,
     Losses,
     ModelInfo,
+    Order,
     Outcome,
     StepResult,
 )
-from maskwire_server.training import chain, draws, evaluation, objective, optim, snapshot, summary
+from maskwire_server.training import chain, draws, evaluation, objective, optim, sampling, snapshot, summary
 from maskwire_server.training.corruption import Step, Vocabulary, corrupt, random_ids
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.networks import Networks
@@ -208,6 +211,37 @@ class Trainer:
         self.networks.load_state_dict(weights, strict=True)
         for group in self._groups().values():
             group.begin_average()
+
+    def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
+        """Fill prompts in, by the moving average's weights if one is kept: a state after each pass.
+
+        Between two states nothing is under way and everything is as it was, so that the caller may stop.
+        """
+        if options.order is Order.CRITIC and self.critic is None:
+            raise ValueError("order must be another than critic, this model has none")
+        networks = self.networks
+        if self._averaged is not None and not options.raw_weights:
+            networks = self._averaged
+        states = sampling.generate(
+            networks,
+            self._objective,
+            self._vocabulary,
+            prompts,
+            options,
+            budget=self._budget,
+            device=self._device,
+            ema_weights=networks is self._averaged,
+        )
+        while True:
+            networks.eval()
+            try:
+                with torch.no_grad(), self._autocast():
+                    state = next(states, None)
+            finally:
+                self.networks.train()
+            if state is None:
+                return
+            yield state
 
     def snapshot(self) -> snapshot.Snapshot:
         """A copy of the state in host memory."""

@@ -13,10 +13,10 @@ import torch
 from test_trainer import HEAVY, changed, make, state
 
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire_server.batch import Batch, Modes
+from maskwire_server.batch import Batch, Modes, Prompts
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.errors import Refused
-from maskwire_server.results import Limits, Outcome
+from maskwire_server.results import GenerateOptions, Limits, Order, Outcome
 from maskwire_server.rpc import wire
 from maskwire_server.training import objective, schedule
 from maskwire_server.training.corruption import Step, Vocabulary, corrupt
@@ -141,3 +141,24 @@ def test_mask_ids_in_the_data_are_refused() -> None:
 def test_self_conditioning_works_with_embeddings_of_another_width() -> None:
     trainer = make({"self_cond": True, "self_cond_prob": 1.0}, model={"emb_dim": 24})
     assert trainer.train_step(1, 1, Batch(IDS, 8, 12), Modes()).outcome is Outcome.APPLIED
+
+
+def test_the_mask_id_is_never_generated() -> None:
+    torch.manual_seed(1)
+    assert bool((reference(steps=4).generate(batch_size=64) == 16).any()), "the reference emits it"
+    for order in (Order.RANDOM, Order.CONFIDENCE):
+        options = GenerateOptions(tuple(range(64)), steps=4, order=order)
+        *_, last = make().generate(Prompts.nothing(64, 12), options)
+        assert last.ids.max() < 16
+
+
+def test_one_step_samples_at_its_temperature() -> None:
+    theirs = reference(steps=1)
+    found = set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        found.add(tuple(theirs.generate(start_temperature=2.0).tolist()))
+    assert len(found) == 1, "the reference's last step is greedy, and this is the last"
+    options = GenerateOptions(tuple(range(16)), steps=1, temperature=2.0)
+    *_, last = make().generate(Prompts.nothing(16, 12), options)
+    assert len({tuple(row) for row in last.ids.tolist()}) == 16

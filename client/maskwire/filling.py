@@ -1,0 +1,112 @@
+"""Text with gaps: prompts from what people type, and rows on their way as what a terminal shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Group
+from rich.text import Text
+
+from maskwire.results import GenerateResult, ModelInfo
+
+MASKED = "░"
+_BYTES = 256
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row to fill in: its ids, with the mask id in the gaps."""
+
+    ids: tuple[int, ...]
+
+
+def of_bytes(model: ModelInfo) -> bool:
+    """Whether the model's ids are bytes, as far as its vocabulary tells."""
+    return model.num_tokens == _BYTES + 1 and model.mask_id == _BYTES
+
+
+def read_prompts(
+    texts: Sequence[str], lists: Sequence[str], *, gap: str, length: int | None, model: ModelInfo
+) -> list[Prompt]:
+    """Prompts from texts and from lists of ids, each lengthened with gaps up to `length`.
+
+    Raises ValueError for a text to a model whose ids are not bytes, and for what is no list of ids.
+    """
+    if not gap:
+        raise ValueError("--gap must not be empty: it stands for one unknown token")
+    if texts and not of_bytes(model):
+        raise ValueError(
+            f"--prompt needs a model of bytes (257 ids, the mask id last), this one has {model.num_tokens}; "
+            "use --prompt-ids"
+        )
+    rows = [_of_text(text, gap, model.mask_id) for text in texts]
+    rows += [_of_list(words, gap, model.mask_id) for words in lists]
+    return [Prompt((*row, *[model.mask_id] * ((length or 0) - len(row)))) for row in rows]
+
+
+def _of_text(text: str, gap: str, mask_id: int) -> list[int]:
+    ids: list[int] = []
+    for place, part in enumerate(text.split(gap)):
+        ids += [mask_id] * bool(place)
+        ids += part.encode(errors="surrogateescape")
+    if not ids:
+        raise ValueError("--prompt must not be empty")
+    return ids
+
+
+def _of_list(words: str, gap: str, mask_id: int) -> list[int]:
+    try:
+        return [mask_id if word.strip() == gap else int(word) for word in words.split(",")]
+    except ValueError:
+        raise ValueError(f"--prompt-ids must be ids and gaps ({gap}) with commas, got {words!r}") from None
+
+
+def rows_of(found: GenerateResult) -> list[npt.NDArray[np.int64]]:
+    """The rows, one array each."""
+    return list(found.tokens)
+
+
+def text_of(row: npt.NDArray[np.int64], model: ModelInfo) -> str | None:
+    """A row of bytes as text, what is no UTF-8 replaced; None for another model."""
+    if not of_bytes(model):
+        return None
+    parts, start = [], 0
+    for place in [*np.flatnonzero(row == model.mask_id), len(row)]:
+        parts.append(row[start:place].astype(np.uint8).tobytes().decode(errors="replace"))
+        start = place + 1
+    return MASKED.join(parts)
+
+
+def _printable(text: str) -> str:
+    """What a terminal can show: a sampled escape sequence must not reach it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
+
+
+def to_display(found: GenerateResult, prompts: Sequence[Prompt], model: ModelInfo) -> Group:
+    """Rows on their way: what is masked dim, what was given plain, what was sampled bright."""
+    lines = []
+    for place, row in enumerate(rows_of(found)):
+        given = np.zeros(len(row), dtype=bool)
+        if prompts:
+            given = np.array(prompts[place].ids) != model.mask_id
+        masked = row == model.mask_id
+        style = np.where(masked, 0, np.where(given, 1, 2))
+        line = Text(no_wrap=False)
+        ends = [*(np.flatnonzero(np.diff(style)) + 1), len(row)]
+        start = 0
+        for end in ends:
+            part = row[start:end]
+            if style[start] == 0:
+                words = MASKED * len(part) if of_bytes(model) else f"{MASKED} " * len(part)
+            else:
+                text = text_of(part, model)
+                words = "".join(f"{id_} " for id_ in part) if text is None else _printable(text)
+            line.append(words, style=("dim", "", "bold green")[style[start]])
+            start = end
+        lines.append(line)
+    left = sum(found.still_masked)
+    lines.append(Text(f"pass {found.unmasking_step}, {left} masked", style="dim"))
+    return Group(*lines)

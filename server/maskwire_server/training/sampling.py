@@ -1,0 +1,315 @@
+"""Generation by iterative unmasking: all masked, then a pass at a time fewer, in a chosen order.
+
+After pass s of S, min(floor(m(s/S) U), before - 1) of a row's U unknown positions stay masked (Chang et
+al. 2022, with the schedule m that the run was trained with). In random order, one position a pass and at
+temperature 1, the tokens have the distribution
+
+    p(x) = mean over orders o of prod over i of p(x_o(i) | x_o(1) ... x_o(i-1)),
+
+whose bound is what the evaluation estimates (Uria et al. 2014); every other setting samples something
+else. A row's draws follow from its seed, the pass and the position alone.
+
+Letters: b rows, n positions, v vocabulary, m packed positions, k ids that may be sampled. Nothing here
+knows a model class, and no [b, n, v] tensor exists: logits are computed where they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskwire_server.batch import Prompts
+from maskwire_server.config import ObjectiveConfig
+from maskwire_server.results import GenerateOptions, GenerationState, Order, SelfCondMode
+from maskwire_server.training import draws, objective, schedule
+from maskwire_server.training.corruption import Vocabulary
+from maskwire_server.training.draws import Purpose
+from maskwire_server.training.objective import Networks
+
+MASKGIT_CHOICE_TEMPERATURE = 4.5  # Chang et al. 2022
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows on the device, between two passes."""
+
+    ids_bn: Tensor
+    """int64, the mask id where masked, 0 under padding."""
+    valid_bn: Tensor
+    """bool, False under padding."""
+    unknown_bn: Tensor
+    """bool: neither padding nor given."""
+    mask_bn: Tensor
+    """bool: still masked."""
+    recorded_bn: Tensor
+    """fp64: the log-probability that a token had when it was revealed."""
+    token_keys_b: Tensor
+    order_keys_b: Tensor
+    noise_keys_b: Tensor
+    """int64: of the rows' draws. The order's are the same in every pass, so that it is a permutation."""
+    carried_bnd: Tensor | None
+    """The embeddings of the pass before; None before the first, or when nobody wants them."""
+
+    def take(self, which_b: Tensor) -> Rows:
+        """Rows by their indices."""
+        carried_bnd = None if self.carried_bnd is None else self.carried_bnd[which_b]
+        return Rows(
+            self.ids_bn[which_b],
+            self.valid_bn[which_b],
+            self.unknown_bn[which_b],
+            self.mask_bn[which_b],
+            self.recorded_bn[which_b],
+            self.token_keys_b[which_b],
+            self.order_keys_b[which_b],
+            self.noise_keys_b[which_b],
+            carried_bnd,
+        )
+
+    def put(self, which_b: Tensor, part: Rows) -> Rows:
+        """The same with some rows replaced, in place."""
+        self.ids_bn[which_b] = part.ids_bn
+        self.mask_bn[which_b] = part.mask_bn
+        self.recorded_bn[which_b] = part.recorded_bn
+        if part.carried_bnd is None:
+            return self
+        carried = self.carried_bnd
+        if carried is None:
+            carried = part.carried_bnd.new_zeros((self.ids_bn.shape[0], *part.carried_bnd.shape[1:]))
+        carried[which_b] = part.carried_bnd
+        return replace(self, carried_bnd=carried)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What an unmasking pass is told about its rows."""
+
+    step: int
+    """Counted from 1."""
+    stay_b: Tensor
+    """int64: how many positions stay masked."""
+    noise_b: Tensor
+    """fp64: the scale of the noise on the order."""
+
+    def rows(self, which_b: Tensor, device: torch.device) -> Pass:
+        """Some of the rows, on a device."""
+        return Pass(self.step, self.stay_b[which_b].to(device), self.noise_b[which_b].to(device))
+
+
+def generate(
+    networks: Networks,
+    config: ObjectiveConfig,
+    vocabulary: Vocabulary,
+    prompts: Prompts,
+    options: GenerateOptions,
+    *,
+    budget: int,
+    device: torch.device,
+    ema_weights: bool = False,
+) -> Iterator[GenerationState]:
+    """Fill the prompts in, a pass between two states; run it without gradients.
+
+    Rows that are finished take no part in further passes, and at most `budget` positions are computed at
+    once. Every pass has the batch's width, so that a row's arithmetic does not depend on its neighbours'
+    lengths. Raises FloatingPointError if the model's output is not finite.
+    """
+    rows = begin(prompts, vocabulary, options.row_seeds, device)
+    unknown_b = torch.from_numpy(prompts.unknown.sum(-1))
+    left_b, step = unknown_b, 0
+    part_rows = max(1, budget // prompts.ids.shape[1])
+    while bool((left_b > 0).any()):
+        step += 1
+        whole = plan(config, options, unknown_b, left_b, step)
+        for which_b in torch.split((left_b > 0).nonzero()[:, 0], part_rows):
+            where_b = which_b.to(device)
+            told = whole.rows(which_b, device)
+            rows = rows.put(where_b, advance(networks, config, vocabulary, rows.take(where_b), told, options))
+        left_b = whole.stay_b
+        ids_bn = rows.ids_bn.masked_fill(~rows.valid_bn, vocabulary.pad_id or 0)
+        ids = ids_bn.cpu().numpy().astype(narrowest(vocabulary))
+        yield GenerationState(ids, tuple(left_b.tolist()), step, ema_weights)
+
+
+def begin(prompts: Prompts, vocabulary: Vocabulary, row_seeds: Sequence[int], device: torch.device) -> Rows:
+    """The prompts, with everything unknown masked."""
+    valid_bn, unknown_bn = torch.from_numpy(prompts.valid), torch.from_numpy(prompts.unknown)
+    ids_bn = torch.from_numpy(prompts.ids).masked_fill(~valid_bn, 0)
+    ids_bn = torch.where(unknown_bn, vocabulary.mask_id, ids_bn)
+    recorded_bn = torch.zeros(ids_bn.shape, dtype=torch.float64)
+    purposes = (Purpose.GENERATION_TOKEN, Purpose.GENERATION_ORDER, Purpose.GENERATION_NOISE)
+    token_b, order_b, noise_b = (draws.keys(purpose, rows=list(row_seeds)).to(device) for purpose in purposes)
+    return Rows(
+        ids_bn.to(device),
+        valid_bn.to(device),
+        unknown_bn.to(device),
+        unknown_bn.clone().to(device),
+        recorded_bn.to(device),
+        token_b,
+        order_b,
+        noise_b,
+        None,
+    )
+
+
+def narrowest(vocabulary: Vocabulary) -> np.dtype[np.integer]:
+    """The narrowest type that holds every id."""
+    if vocabulary.num_tokens <= 2**8:
+        return np.dtype(np.uint8)
+    return np.dtype(np.uint16 if vocabulary.num_tokens <= 2**16 else np.int32)
+
+
+# The schedule and the draws.
+
+
+def plan(
+    config: ObjectiveConfig, options: GenerateOptions, unknown_b: Tensor, left_b: Tensor, step: int
+) -> Pass:
+    """Pass number `step`, counted from 1, for every row."""
+    steps_b = torch.full_like(unknown_b, options.steps) if options.steps else unknown_b
+    scale = options.choice_temperature
+    if scale is None:
+        scale = MASKGIT_CHOICE_TEMPERATURE if config.preset == "maskgit" else 0.0
+    return Pass(
+        step,
+        stay_masked(schedule.SCHEDULES[config.schedule], unknown_b, left_b, step, options.steps),
+        scale * (1 - step / steps_b.clamp(min=1).double()).clamp(min=0),
+    )
+
+
+def stay_masked(
+    masking: schedule.Schedule, unknown_b: Tensor, before_b: Tensor, step: int, steps: int
+) -> Tensor:
+    """How many positions stay masked after a pass, int64 [b]: min(floor(m(s/S) U), before - 1).
+
+    With `steps` 0 one position a pass is revealed, under every schedule: that is what the evaluated
+    model's distribution takes, and under `linear` the same as S = U.
+    """
+    one_less_b = (before_b - 1).clamp(min=0)
+    if not steps:
+        return one_less_b
+    fraction = masking.fraction(torch.tensor(min(1.0, step / steps), dtype=torch.float64))
+    # (1 - 1/3) * 3 can round to below 2, whose floor would be a token too many.
+    return torch.minimum(torch.floor(fraction * unknown_b + 1e-9).to(torch.int64), one_less_b)
+
+
+# One pass.
+
+
+def advance(
+    networks: Networks,
+    config: ObjectiveConfig,
+    vocabulary: Vocabulary,
+    rows: Rows,
+    told: Pass,
+    options: GenerateOptions,
+) -> Rows:
+    """One pass over rows that have something masked."""
+    valid = None if bool(rows.valid_bn.all()) else rows.valid_bn
+    carry = config.self_cond and options.self_cond_mode is SelfCondMode.CARRY
+    if carry:
+        e_bnd = networks.embed(rows.ids_bn, valid, networks.conditioning(rows.carried_bnd))
+    else:
+        e_bnd = objective.conditioned_embeddings(networks, config, rows.ids_bn, valid, config.self_cond)
+    n = rows.ids_bn.shape[1]
+    u_bn = draws.uniform(draws.nth(rows.token_keys_b, told.step), n)
+
+    def look(where_bn: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits at some positions, [m, v], and a sample of each, int64 [m]."""
+        logits_mv = objective.forbid_special(networks.project(e_bnd[where_bn]), vocabulary)
+        return logits_mv, sample(logits_mv, u_bn[where_bn], options)
+
+    recorded_bn = rows.recorded_bn
+    if options.order is Order.RANDOM:
+        # The order does not hang on the tokens, so only what it reveals now needs logits.
+        stay_bn = lowest(draws.uniform(rows.order_keys_b, n), rows.mask_bn, told.stay_b)
+        reveal_bn = rows.mask_bn & ~stay_bn
+        logits_mv, sampled_m = look(reveal_bn)
+        check(logits_mv, sampled_m)
+        filled_bn = rows.ids_bn.masked_scatter(reveal_bn, sampled_m)
+    else:
+        logits_mv, sampled_m = look(rows.mask_bn)
+        confidence_m = check(logits_mv, sampled_m)
+        filled_bn = rows.ids_bn.masked_scatter(rows.mask_bn, sampled_m)
+        recorded_bn = recorded_bn.masked_scatter(rows.mask_bn, confidence_m)
+        if options.order is Order.CRITIC and bool(told.stay_b.any()):
+            scores_bn = -networks.criticize(filled_bn, valid, train_trunk=False).double()
+        elif options.order in (Order.MARGIN, Order.ENTROPY):
+            scores_bn = recorded_bn.masked_scatter(rows.mask_bn, certainty(logits_mv, options.order))
+        else:
+            scores_bn = recorded_bn
+        if bool(told.noise_b.any()):
+            noise_bn = gumbel(draws.uniform(draws.nth(rows.noise_keys_b, told.step), n))
+            scores_bn = scores_bn + told.noise_b[:, None] * noise_bn
+        candidates_bn = rows.unknown_bn if options.remasking else rows.mask_bn
+        stay_bn = lowest(scores_bn, candidates_bn, told.stay_b)
+    return replace(
+        rows,
+        ids_bn=filled_bn.masked_fill(stay_bn, vocabulary.mask_id),
+        mask_bn=stay_bn,
+        recorded_bn=recorded_bn,
+        carried_bnd=e_bnd if carry else None,
+    )
+
+
+def sample(logits_mv: Tensor, u_m: Tensor, options: GenerateOptions) -> Tensor:
+    """An id for each row of logits, int64 [m], at the temperature and among the ids that may be sampled.
+
+    top_k first, then top_p over what it left, both at the temperature: the ids in front of which, in
+    descending order, less than top_p of the probability lies (Holtzman et al. 2020).
+    """
+    v = logits_mv.shape[1]
+    kept_mk, ids_mk = logits_mv, None
+    if options.temperature and 0 < options.top_k < v:
+        kept_mk, ids_mk = logits_mv.topk(options.top_k)
+    if options.temperature and options.top_p < 1:
+        if ids_mk is None:
+            kept_mk, ids_mk = logits_mv.sort(dim=-1, descending=True, stable=True)
+        shifted_mk = kept_mk - kept_mk[:, :1]  # so that a tiny temperature cannot overflow
+        p_mk = (shifted_mk / max(options.temperature, 1e-30)).softmax(-1)
+        outside_mk = p_mk.cumsum(-1) - p_mk >= options.top_p
+        outside_mk[:, 0] = False
+        kept_mk = kept_mk.masked_fill(outside_mk, float("-inf"))
+    chosen_m = objective.sample(kept_mk, u_m, options.temperature)
+    return chosen_m if ids_mk is None else ids_mk.gather(1, chosen_m[:, None])[:, 0]
+
+
+def check(logits_mv: Tensor, sampled_m: Tensor) -> Tensor:
+    """The log-probability of each sample at temperature 1, unfiltered, fp64 [m].
+
+    Raises FloatingPointError unless all are finite, which they are not for a mask id either.
+    """
+    confidence_m = (logits_mv.gather(1, sampled_m[:, None])[:, 0] - logits_mv.logsumexp(-1)).double()
+    if not bool(confidence_m.isfinite().all()):
+        raise FloatingPointError("the generator's logits are not finite: its weights have diverged")
+    return confidence_m
+
+
+# The order.
+
+
+def certainty(logits_mv: Tensor, order: Order) -> Tensor:
+    """How sure the generator is of each position whatever was sampled, fp64 [m]: margin or -entropy."""
+    if order is Order.MARGIN:
+        two_m2 = (logits_mv.topk(2).values - logits_mv.logsumexp(-1, keepdim=True)).exp()
+        return (two_m2[:, 0] - two_m2[:, 1]).double()
+    # entr(p) = -p ln p, and 0 where p is.
+    entropy_m: Tensor = torch.special.entr(logits_mv.softmax(-1)).sum(-1)
+    return -entropy_m.double()
+
+
+def gumbel(u: Tensor) -> Tensor:
+    """Standard Gumbel noise from uniform numbers in [0, 1), the same shape."""
+    return -(-u.clamp(min=2.0**-54).log()).log()
+
+
+def lowest(scores_bn: Tensor, candidates_bn: Tensor, k_b: Tensor) -> Tensor:
+    """The k candidates of each row with the lowest scores, bool [b, n]; of equal ones the last."""
+    scores_bn = scores_bn.masked_fill(~candidates_bn, float("-inf"))
+    order_bn = scores_bn.argsort(dim=-1, descending=True, stable=True)
+    place = torch.arange(scores_bn.shape[1], device=scores_bn.device).expand_as(order_bn)
+    place_bn = torch.empty_like(order_bn).scatter_(1, order_bn, place)
+    revealed_b = candidates_bn.sum(-1) - k_b
+    return candidates_bn & (place_bn >= revealed_b[:, None])

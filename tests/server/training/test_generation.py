@@ -1,0 +1,138 @@
+"""The trainer generates: mask ids, prompts, seeds, batches, weights, and a source that is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reference_sampler import prompts_of
+from sources import pairs
+
+from maskwire_server import config
+from maskwire_server.batch import Batch, Modes, Prompts
+from maskwire_server.results import GenerateOptions, Order, SelfCondMode
+from maskwire_server.training.trainer import Trainer
+
+
+def trainer(**sections: dict[str, Any]) -> Trainer:
+    model = {
+        "num_tokens": 9, "mask_id": 4, "pad_id": 0, "max_seq_len": 12, "dim": 32, "depth": 2, "heads": 2,
+        "dim_head": 16,
+    }  # fmt: skip
+    whole = config.load(None, **{"model": model, "serve": {"threads": 1}, **sections})
+    return Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, whole.run.seed)
+
+
+EVERY = [
+    GenerateOptions((), order=order, remasking=remasking, self_cond_mode=mode, temperature=temperature,
+                    top_k=top_k, top_p=top_p, steps=steps, choice_temperature=noise)
+    for order, remasking, mode, (temperature, top_k, top_p), (steps, noise) in itertools.product(
+        Order, (False, True), SelfCondMode, ((1.0, 0, 1.0), (0.0, 0, 1.0), (3.0, 4, 0.9)),
+        ((0, 0.0), (4, 2.0)),
+    )
+    if not remasking or order in (Order.CONFIDENCE, Order.CRITIC)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole() -> Trainer:
+    return trainer(objective={"self_cond": True, "critic": "self"})
+
+
+def test_no_setting_lets_a_mask_or_pad_id_out_or_touches_a_prompt(whole: Trainer) -> None:
+    prompts = prompts_of(
+        [[None] * 12, [1, None, None, 2, None], [None, 3], [7, 7, 7], [None, 8, None, None, None, 1, None]]
+    )
+    for options in EVERY:
+        options = dataclasses.replace(options, row_seeds=(3, 1, 4, 1, 5))
+        *_, last = whole.generate(prompts, options)
+        assert last.done
+        assert last.ids.dtype == np.uint8
+        assert not np.isin(last.ids[prompts.valid], [0, 4]).any()
+        assert (last.ids[prompts.known] == prompts.ids[prompts.known]).all()
+        assert (last.ids[~prompts.valid] == 0).all()
+        assert len(list(whole.generate(prompts, options))) == (options.steps or 12)
+
+
+def test_a_row_is_the_same_alone_among_others_in_parts_and_again(whole: Trainer) -> None:
+    prompts = prompts_of([[1, *[None] * 11], [None] * 12, [None, 2, *[None] * 9, 3]])
+    for options in EVERY:
+        options = dataclasses.replace(options, row_seeds=(30, 31, 32))
+        together = [state.ids for state in whole.generate(prompts, options)]
+        again = [state.ids for state in whole.generate(prompts, options)]
+        assert all((a == b).all() for a, b in zip(together, again, strict=True))
+        for row in (0, 2):
+            part = slice(row, row + 1)
+            alone = Prompts(prompts.ids[part], prompts.valid[part], prompts.known[part])
+            *_, last = whole.generate(alone, dataclasses.replace(options, row_seeds=(30 + row,)))
+            assert (last.ids[0] == together[-1][row]).all(), options
+        whole._budget, budget = 12, whole._budget
+        *_, last = whole.generate(prompts, options)
+        whole._budget = budget
+        assert (last.ids == together[-1]).all(), options
+
+
+def test_seeds_are_of_rows(whole: Trainer) -> None:
+    options = GenerateOptions((5, 6, 5, 2**63 - 1, -(2**63)))
+    *_, last = whole.generate(Prompts.nothing(5, 12), options)
+    assert (last.ids[0] == last.ids[2]).all()
+    assert len({tuple(row) for row in last.ids.tolist()}) == 4
+
+
+def test_sampling_changes_nothing_and_can_be_left_between_two_passes(whole: Trainer) -> None:
+    ids = np.random.default_rng(0).integers(5, 9, (4, 12))
+    before = {name: weight.clone() for name, weight in whole.networks.state_dict().items()}
+    states = whole.generate(Prompts.nothing(4, 12), GenerateOptions((1, 2, 3, 4)))
+    next(states)
+    assert whole.networks.training
+    assert torch.is_grad_enabled()
+    states.close()
+    assert all(weight.equal(before[name]) for name, weight in whole.networks.state_dict().items())
+    again, alone = trainer(), trainer()
+    list(again.generate(Prompts.nothing(4, 12), GenerateOptions((1, 2, 3, 4))))
+    assert again.train_step(1, 1, Batch(ids, 4, 12), Modes()) == alone.train_step(
+        1, 1, Batch(ids, 4, 12), Modes()
+    )
+
+
+def test_the_moving_average_is_sampled_where_one_is_kept() -> None:
+    kept = trainer(optimizer={"ema_decay": 0.9999, "learning_rate": 0.1})
+    ids = np.random.default_rng(0).integers(5, 9, (8, 12))
+    for step in range(1, 20):
+        kept.train_step(1, step, Batch(ids, 8, 12), Modes())
+    options = GenerateOptions(tuple(range(8)))
+    *_, averaged = kept.generate(Prompts.nothing(8, 12), options)
+    *_, raw = kept.generate(Prompts.nothing(8, 12), dataclasses.replace(options, raw_weights=True))
+    assert (averaged.ema_weights, raw.ema_weights) == (True, False)
+    assert (averaged.ids != raw.ids).any()
+
+
+def test_a_critic_order_needs_a_critic() -> None:
+    with pytest.raises(ValueError, match="critic"):
+        list(trainer().generate(Prompts.nothing(1, 4), GenerateOptions((1,), order=Order.CRITIC)))
+
+
+def test_a_trained_model_makes_pairs_and_fills_them_in() -> None:
+    symbols, n = 4, 12
+    made = trainer(
+        model={"num_tokens": 5, "mask_id": 4, "max_seq_len": n, "dim": 64, "depth": 2, "heads": 2,
+               "dim_head": 32},
+        optimizer={"learning_rate": 3e-3, "warmup_steps": 20},
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    for step in range(1, 401):
+        made.train_step(1, step, Batch(pairs(rng, 64, n, symbols), 64, n), Modes())
+    options = GenerateOptions(tuple(range(256)), order=Order.CONFIDENCE)
+    *_, last = made.generate(Prompts.nothing(256, n), options)
+    assert (last.ids[:, ::2] == last.ids[:, 1::2]).mean() >= 0.99
+    ids = pairs(rng, 256, n, symbols)
+    known = np.zeros(ids.shape, dtype=bool)
+    known[:, ::2] = True  # one of each pair is given, the other follows
+    prompts = Prompts(np.where(known, ids, 0), np.ones_like(known), known)
+    *_, filled = made.generate(prompts, dataclasses.replace(options, order=Order.RANDOM))
+    assert (filled.ids[known] == ids[known]).all()
+    assert (filled.ids == ids).mean() >= 0.99
