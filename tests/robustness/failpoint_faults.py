@@ -156,7 +156,9 @@ def terminate(folder: Path, seed: int) -> None:
         server.spawn()
         if draw.random() < 0.15:  # while it starts
             server.process.join(draw.random() * 0.1)  # type: ignore[union-attr]
-            assert server.terminate() == 0, server.tail()
+            code = server.terminate()
+            # Before it has come to its first line, SIGTERM is the interpreter's, and ends it.
+            assert code == 0 or (code == -signal.SIGTERM and not server.tail()), server.tail()
             assert server.start()
         assert server.ready()
         with maskwire.attach(server.address) as client:

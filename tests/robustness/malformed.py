@@ -126,6 +126,8 @@ def in_process(seed: int, count: int) -> dict[str, Any]:
     process = psutil.Process()
     before = 0
     for number in range(count):
+        if number == count // 4:
+            before = process.memory_info().rss
         name = draw.choice(sorted(READERS))
         kind, read = READERS[name]
         try:
@@ -139,8 +141,6 @@ def in_process(seed: int, count: int) -> dict[str, Any]:
         except Refused as refusal:
             assert refusal.message, "a refusal without words"
             tally[refusal.reason] += 1
-        if number == count // 4:
-            before = process.memory_info().rss
     grown = (process.memory_info().rss - before) / 2**20
     assert grown < 64, f"the memory grew by {grown:.0f} MiB"
     return {"requests": count, "answers": dict(tally), "memory grew by MiB": round(grown, 1)}

@@ -127,7 +127,8 @@ class Server:
 
     def tail(self) -> str:
         """The end of its log."""
-        return (self.folder / "log").read_text()[-3000:]
+        log = self.folder / "log"
+        return log.read_text()[-3000:] if log.exists() else ""
 
     def __enter__(self) -> Server:
         return self

@@ -160,3 +160,18 @@ def test_a_bad_evaluation_is_refused_by_name(
     error: Any = raised.value
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert error.details().startswith(field)
+
+
+def test_bytes_that_are_no_message_are_refused_like_a_bad_field_by_every_rpc(shared: ServerProcess) -> None:
+    from maskwire.errors import read_failure
+
+    with grpc.insecure_channel(shared.address) as channel:
+        for method in pb.DESCRIPTOR.services_by_name["TrainingService"].methods:
+            call = channel.unary_stream(f"/maskwire.v1.TrainingService/{method.name}")
+            with pytest.raises(grpc.RpcError) as raised:
+                list(call(b"\xff\xff\xff", timeout=30))
+            assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT, method.name
+            error = read_failure(raised.value).error
+            assert error.reason == "INVALID_FIELD"
+            assert f"must be a {method.input_type.full_name}" in str(error)
+    assert "Traceback" not in shared.log.read_text()

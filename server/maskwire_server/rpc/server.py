@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,11 +12,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError
 from maskwire_server.results import RunState
-from maskwire_server.rpc import security, socket
+from maskwire_server.rpc import handlers, security, socket
 from maskwire_server.rpc.service import Engine, TrainingService
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TrainingService"].full_name
@@ -25,17 +23,10 @@ LIVENESS = "liveness"
 _SPARE_WORKERS = 16  # beside one for each request that may wait, so that a full queue can say so
 
 
-def _without_traceback(record: logging.LogRecord) -> bool:
-    """gRPC logs a traceback for every request that is no protobuf message; a line will do."""
-    record.exc_info = record.exc_text = None
-    return True
-
-
 class Server:
     """Listens on one address, and maybe on a Unix socket beside it, for one engine."""
 
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
-        logging.getLogger("grpc._common").addFilter(_without_traceback)
         self._config = config
         self._credentials = security.server_credentials(config)
         gate = security.gate(config)
@@ -75,7 +66,7 @@ class Server:
             ],
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, door)
-        pb_grpc.add_TrainingServiceServicer_to_server(self._service, door)  # type: ignore[no-untyped-call]
+        door.add_generic_rpc_handlers((handlers.handler(self._service),))
         if self._config.reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             servicer = reflection.ReflectionServicer(names)

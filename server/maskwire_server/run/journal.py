@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 FILE_NAME = "journal.sqlite"
 _PAGE = 64  # records read at once
+_UNREADABLE = (sqlite3.Error, UnicodeDecodeError)  # the second: of a message that quotes damaged bytes
 
 _SCHEMA = """
 CREATE TABLE run (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -92,7 +93,7 @@ class Journal:
                 _refuse_leftovers(run_dir)
             else:
                 self._check_format()
-        except sqlite3.DatabaseError as error:
+        except _UNREADABLE as error:
             self._unlock()
             if "locked" in str(error):
                 raise RunDirectoryError(f"{self._path}: another process uses it; stop that one") from error
@@ -365,7 +366,7 @@ def explained(run_dir: Path) -> Iterator[None]:
     """What SQLite says of a journal that it cannot use, in words that help: RunDirectoryError."""
     try:
         yield
-    except sqlite3.Error as error:
+    except _UNREADABLE as error:
         cure = "make room" if is_full(error) else "look at the disk, or restore the run directory from a copy"
         raise RunDirectoryError(f"{run_dir}: the journal cannot be used ({error}); {cure}") from error
 
