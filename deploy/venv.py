@@ -48,7 +48,7 @@ def main() -> int:
     )
     began = time.monotonic()
     STAMP.unlink(missing_ok=True)
-    run(sys.executable, "-m", "venv", "--clear", str(VENV))
+    run(interpreter(), "-m", "venv", "--clear", str(VENV))
     pip = (str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     constrained = (*pip, "--constraint", str(ROOT / "constraints.txt"))
     if index:
@@ -59,6 +59,13 @@ def main() -> int:
     STAMP.write_text(f"{wanted}\n{index}")
     print(f"Set up in {time.monotonic() - began:.0f} s.", flush=True)
     return 0
+
+
+def interpreter() -> str:
+    """The Python that runs this; not one of the environment that is about to be cleared, but its base."""
+    if Path(sys.prefix).resolve() != VENV.resolve():
+        return sys.executable
+    return str(Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}"))
 
 
 def stamp() -> str:

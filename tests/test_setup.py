@@ -92,3 +92,12 @@ def test_a_command_that_fails_shows_why_and_what_to_do(
     err = capsys.readouterr().err
     assert "no such index" in err
     assert "make command again" in err
+
+
+def test_an_environment_that_runs_its_own_set_up_is_made_from_its_base(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert setup.interpreter() == sys.executable or Path(sys.prefix) == setup.VENV
+    monkeypatch.setattr(sys, "prefix", str(setup.VENV))
+    assert Path(setup.interpreter()).is_relative_to(sys.base_prefix)
+    assert Path(setup.interpreter()).exists()
