@@ -1,0 +1,26 @@
+"""The command `maskwire-server`."""
+
+from __future__ import annotations
+
+import typer
+
+from maskwire_server.cli.exchanging import export, import_x_transformers
+from maskwire_server.cli.looking import inspect, replay, verify
+from maskwire_server.cli.serving import check, init, serve
+
+app = typer.Typer(
+    name="maskwire-server",
+    help="Serve one masked-prediction training run over gRPC.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (serve, init, check, verify, inspect, replay):
+    app.command()(command)
+app.command("import-x-transformers")(import_x_transformers)
+app.command()(export)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
