@@ -30,6 +30,7 @@ from maskwire_server.run import (
     recovery,
     replaying,
     retention,
+    saves,
     sessions,
 )
 
@@ -325,9 +326,9 @@ def _non_finite_steps_forgotten() -> list[Patch]:
 
 def _checkpoint_named_late() -> list[Patch]:
     def late(self: Any, job: Any, future: Any) -> None:
-        self._commits.after(lambda: self._write_checkpoint(job, future.result(), self._head.place))
+        self._commits.after(lambda: self._write(job, future.result(), self._head.place))
 
-    return [(pipeline.Pipeline, "_on_snapshot", late)]
+    return [(saves.Saves, "copied", late)]
 
 
 def _takeover_leaves_the_queue() -> list[Patch]:

@@ -88,13 +88,17 @@ class Commits:
         for act in after:
             act()
         if self._count >= TIDY_EVERY:
-            self._count = 0
-            try:
-                self._journal.tidy()
-            except sqlite3.Error as error:
-                if not is_full(error):
-                    raise
-                log.warning("no room to fold the journal's log; what is in it is safe, and it is tried again")
+            self.fold()
+
+    def fold(self) -> None:
+        """Fold the journal's log away; without room it stays as it is, and is folded another time."""
+        self._count = 0
+        try:
+            self._journal.tidy()
+        except sqlite3.Error as error:
+            if not is_full(error):
+                raise
+            log.warning("no room to fold the journal's log; what is in it is safe, and it is tried again")
 
     def hold(self) -> None:
         """Nothing is admitted from now on, until there is room on the journal's disk."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -32,7 +31,6 @@ from maskwire_server.results import (
 from maskwire_server.run import admission
 from maskwire_server.run.admission import Known, Position, StepFacts, Verdict
 from maskwire_server.run.ancestry import ancestry
-from maskwire_server.run.checkpoint import Snapshot
 from maskwire_server.run.commits import Commits, Reserve
 from maskwire_server.run.device import HALT_AFTER, Device
 from maskwire_server.run.generation import Generation
@@ -43,9 +41,10 @@ from maskwire_server.run.poison import Poison
 from maskwire_server.run.rate import Rate
 from maskwire_server.run.records import StepRecord
 from maskwire_server.run.restoring import Restoring
-from maskwire_server.run.saving import Saver, Written
+from maskwire_server.run.saves import Saves
+from maskwire_server.run.saving import Saver
 from maskwire_server.run.sessions import Sessions
-from maskwire_server.run.standing import Head, Place, Standing
+from maskwire_server.run.standing import Head, Standing
 from maskwire_server.run.waiting import answer, refuse
 from maskwire_server.run.writer import Writer
 
@@ -88,12 +87,13 @@ class Pipeline:
         self._rate = rate
         self._serve = serve
         self._configuration_id = configuration_id
-        self._post = post
         self._clock = clock
         self._reserve = reserve
         self._poison = poison
         self._commits = Commits(journal, standing, clock, reserve)
         self._sessions = Sessions(journal, self._commits, line, writer, head, standing, device)
+        self._post = post
+        self._saves = Saves(journal, saver, self._commits, head, standing, serve, post)
         self._draining: Future[None] | None = None
         if head.non_finite >= HALT_AFTER:
             self._stand_halted()
@@ -115,16 +115,6 @@ class Pipeline:
         """Seconds until something is due without a message; None: nothing is."""
         deadlines = [at for at in (self._line.expires_at(), self._commits.retry_at) if at is not None]
         return max(0.0, min(deadlines) - self._clock()) if deadlines else None
-
-    def _failed(self, what: str, error: BaseException) -> Refused:
-        error_id = uuid.uuid4().hex[:12]
-        self._standing.last_error = f"{what} failed, error id {error_id}"
-        log.error("%s", self._standing.last_error, exc_info=error)
-        return Refused(
-            "INTERNAL",
-            f"{what} failed and nothing changed; the server's log explains error {error_id}",
-            error_id=error_id,
-        )
 
     # Admit.
 
@@ -242,7 +232,7 @@ class Pipeline:
                     return
                 line.pop()
                 self._saver.busy = True
-                device.submit(device.snapshot, partial(self._on_snapshot, job))
+                device.submit(device.snapshot, partial(self._saves.copied, job))
             elif isinstance(job, Evaluation):
                 line.pop()
                 if not job.future.cancelled():
@@ -280,7 +270,7 @@ class Pipeline:
         if isinstance(error, StateLost):
             raise error
         if error is not None:
-            self._line.withdraw(step, self._failed(f"step {step.number}", error))
+            self._line.withdraw(step, self._standing.failed(f"step {step.number}", error))
             return
         result = future.result()
         if result is None and self._standing.holds(RunState.HALTED):
@@ -337,7 +327,7 @@ class Pipeline:
     def _on_evaluated(self, job: Evaluation, future: Future[EvalResult]) -> None:
         error = future.exception()
         if error is not None:
-            refuse(job.future, self._failed("the evaluation", error))
+            refuse(job.future, self._standing.failed("the evaluation", error))
             return
         seen = EvalAnswer(future.result(), self._head.step, self._head.digest)
         self._commits.after(partial(answer, job.future, seen))
@@ -354,7 +344,7 @@ class Pipeline:
         self._line.settle_generation(job)
         error = future.exception()
         if error is not None:
-            job.refuse(self._failed("the generation", error))
+            job.refuse(self._standing.failed("the generation", error))
         else:
             self._commits.after(job.finish)
 
@@ -396,33 +386,6 @@ class Pipeline:
             self.line_up(Save(request, [future]))
         else:
             answer(future, saved)
-
-    def _on_snapshot(self, job: Save, future: Future[Snapshot]) -> None:
-        error = future.exception()
-        if error is not None:
-            self._saver.give_up(job, self._failed("the copy for a checkpoint", error))
-            return
-        # The device may be a step further by the time that everything up to here is durable.
-        self._commits.after(partial(self._write_checkpoint, job, future.result(), self._head.place))
-
-    def _write_checkpoint(self, job: Save, snapshot: Snapshot, place: Place) -> None:
-        if self._serve.durability == "off":
-            self._journal.tidy()  # a checkpoint must not be ahead of the journal after a power loss
-        written = self._saver.write(job, snapshot, place, self._journal.lineages())
-        written.add_done_callback(lambda done: self._post(partial(self._on_written, job, done)))
-
-    def _on_written(self, job: Save, future: Future[Written]) -> None:
-        error = future.exception()
-        if error is not None:
-            known = error if isinstance(error, Refused) else self._failed("the checkpoint", error)
-            self._saver.give_up(job, known)
-            return
-        written = future.result()
-        self._saver.finish()
-        if written.dropped and self._serve.keep_payloads == "recovery":
-            self._commits.add(partial(self._journal.drop_payloads, written.dropped), lambda: None)
-        for waiter in job.waiters:
-            answer(waiter, written.info)
 
     def delete(self, name: str, future: Future[None]) -> None:
         """Delete a checkpoint; raises Refused."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from maskwire_server.errors import Refused
 from maskwire_server.results import RunState
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,17 @@ class Standing:
         log.info("state %s%s", state.name, f", waiting for {words}" if words else "")
         for listener in self._listeners:
             listener(state)
+
+    def failed(self, what: str, error: BaseException) -> Refused:
+        """Log an unexpected error, and what is answered for it: an id, and nothing of its text."""
+        error_id = uuid.uuid4().hex[:12]
+        self.last_error = f"{what} failed, error id {error_id}"
+        log.error("%s", self.last_error, exc_info=error)
+        return Refused(
+            "INTERNAL",
+            f"{what} failed and nothing changed; the server's log explains error {error_id}",
+            error_id=error_id,
+        )
 
     def holds(self, condition: RunState) -> bool:
         """Whether a condition holds, be it the state or not."""

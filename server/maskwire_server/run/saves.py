@@ -1,0 +1,67 @@
+"""A checkpoint's way: copied between two steps, written beside the next ones; what it makes needless goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+
+from maskwire_server.config import ServeConfig
+from maskwire_server.errors import Refused
+from maskwire_server.run.checkpoint import Snapshot
+from maskwire_server.run.commits import Commits
+from maskwire_server.run.jobs import Save
+from maskwire_server.run.journal import Journal
+from maskwire_server.run.saving import Saver, Written
+from maskwire_server.run.standing import Head, Place, Standing
+from maskwire_server.run.waiting import answer
+
+
+class Saves:
+    """Only the engine's thread calls it."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        saver: Saver,
+        commits: Commits,
+        head: Head,
+        standing: Standing,
+        serve: ServeConfig,
+        post: Callable[[Callable[[], None]], None],
+    ) -> None:
+        self._journal = journal
+        self._saver = saver
+        self._commits = commits
+        self._head = head
+        self._standing = standing
+        self._serve = serve
+        self._post = post
+
+    def copied(self, job: Save, future: Future[Snapshot]) -> None:
+        """The device made the copy, or failed to: write it once everything up to here is durable."""
+        error = future.exception()
+        if error is not None:
+            self._saver.give_up(job, self._standing.failed("the copy for a checkpoint", error))
+            return
+        # The device may be a step further by then.
+        self._commits.after(partial(self._write, job, future.result(), self._head.place))
+
+    def _write(self, job: Save, snapshot: Snapshot, place: Place) -> None:
+        if self._serve.durability == "off":
+            self._commits.fold()  # a checkpoint must not be ahead of the journal after a power loss
+        written = self._saver.write(job, snapshot, place, self._journal.lineages())
+        written.add_done_callback(lambda done: self._post(partial(self._written, job, done)))
+
+    def _written(self, job: Save, future: Future[Written]) -> None:
+        error = future.exception()
+        if error is not None:
+            known = error if isinstance(error, Refused) else self._standing.failed("the checkpoint", error)
+            self._saver.give_up(job, known)
+            return
+        written = future.result()
+        self._saver.finish()
+        if written.dropped and self._serve.keep_payloads == "recovery":
+            self._commits.add(partial(self._journal.drop_payloads, written.dropped), lambda: None)
+        for waiter in job.waiters:
+            answer(waiter, written.info)
