@@ -50,6 +50,13 @@ def test_the_table_shows_what_was_not_measured_as_that() -> None:
     assert "| P2 | b | ≥ 1 | not measured: no GPU |" in table
 
 
+def test_rows_that_are_measured_again_take_their_places() -> None:
+    before = [Row("P1", "a", "", 1.0), Row("P3", "b", "", 2.0)]
+    again = [Row("P3", "b", "", 3.0), Row("P2", "c", "", 4.0)]
+    found = command.replaced([vars(row) for row in before], again)
+    assert [(row.name, row.value) for row in found] == [("P1", 1.0), ("P2", 4.0), ("P3", 3.0)]
+
+
 def test_the_page_holds_what_was_measured() -> None:
     docs = Path(__file__).resolve().parent.parent / "docs"
     if not (docs / "benchmarks.json").exists():
