@@ -16,13 +16,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bench import checkpoint, generation, journal, restart, serving, training
+from bench import checkpoint, generation, journal, peer, restart, serving, training
 from bench.harness import Row, cores
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 SUITES: dict[str, tuple[set[str], Callable[[bool], list[Row]]]] = {
     "serving": ({"P2", "P3"}, serving.measure),
     "training": ({"P1", "P7"}, training.measure),
+    "peer": ({"P4", "P5", "P6"}, peer.measure),
     "journal": ({"P7"}, journal.measure),
     "restart": ({"P8"}, restart.measure),
     "checkpoint": ({"P9"}, checkpoint.measure),

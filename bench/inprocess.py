@@ -1,10 +1,12 @@
 """The trainer by itself, no server: python -m bench.inprocess STEPS ROWS COLUMNS SECTION.KEY=VALUE …
 
-Prints steps per second.
+Prints JSON: steps per second, the peak of resident memory in MiB, and the masked positions of a step.
 """
 
 from __future__ import annotations
 
+import json
+import resource
 import sys
 import time
 from typing import Any
@@ -14,6 +16,8 @@ import numpy as np
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.training.trainer import Trainer
+
+WARM = 3
 
 
 def main() -> None:
@@ -27,12 +31,19 @@ def main() -> None:
     whole = config.load(None, **flags)
     trainer = Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, whole.run.seed)
     ids = np.random.default_rng(0).integers(0, whole.model.num_tokens - 1, (rows, columns))
-    for step in range(1, 4):
-        trainer.train_step(1, step, Batch(ids, rows, columns), Modes())
-    began = time.perf_counter()
-    for step in range(4, steps + 4):
-        trainer.train_step(1, step, Batch(ids, rows, columns), Modes())
-    print(steps / (time.perf_counter() - began))
+    masked = 0
+    for step in range(1, steps + WARM + 1):
+        if step == WARM + 1:
+            began = time.perf_counter()
+        result = trainer.train_step(1, step, Batch(ids, rows, columns), Modes())
+        masked += result.masked_tokens * (step > WARM)
+    report(steps / (time.perf_counter() - began), masked / steps)
+
+
+def report(steps_per_second: float, masked: float) -> None:
+    """Print what was measured."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"steps_per_second": steps_per_second, "peak_mib": peak, "masked": masked}))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from maskwire_server import config
@@ -53,7 +53,7 @@ class NullTrainer:
     def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:  # noqa: ARG002
         return StepResult(Outcome.APPLIED, Losses(1.0, 1.0), 1.0)
 
-    def eval_loss(self, batch: Batch, options: EvalOptions) -> EvalResult:
+    def eval_loss(self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool]) -> EvalResult:
         raise NotImplementedError
 
     def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,8 @@ def alone(steps: int, rows: int, columns: int, *settings: str) -> float:
     done = subprocess.run(
         module("inprocess", steps, rows, columns, *settings), capture_output=True, text=True, check=True
     )
-    return float(done.stdout)
+    rate: float = json.loads(done.stdout)["steps_per_second"]
+    return rate
 
 
 def served(quick: bool) -> list[Row]:

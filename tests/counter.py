@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,9 @@ class CounterTrainer:
         loss = int(self.state[:12], 16) / 2**48
         return StepResult(Outcome.APPLIED, Losses(loss, loss), 2 * loss, modes.learning_rate or 1e-3, 1, 2)
 
-    def eval_loss(self, batch: Batch, options: EvalOptions) -> EvalResult:
+    def eval_loss(
+        self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool] = lambda: True
+    ) -> EvalResult:
         loss = int(self.state[:12], 16) / 2**48
         rows = tuple(RowResult(row, loss, batch.columns) for row in options.row_ids)
         losses = Losses(loss, loss)

@@ -42,8 +42,13 @@ def read_prompts(
             f"--prompt needs a model of bytes (257 ids, the mask id last), this one has {model.num_tokens}; "
             "use --prompt-ids"
         )
+    if length is not None and not 1 <= length <= model.max_seq_len:
+        raise ValueError(f"--length must be 1 to {model.max_seq_len}, the model's longest, got {length}")
     rows = [_of_text(text, gap, model.mask_id) for text in texts]
     rows += [_of_list(words, gap, model.mask_id) for words in lists]
+    longest = max((len(row) for row in rows), default=0)
+    if length is not None and longest > length:
+        raise ValueError(f"--length must be at least the longest prompt's {longest} tokens, got {length}")
     return [Prompt((*row, *[model.mask_id] * ((length or 0) - len(row)))) for row in rows]
 
 
@@ -59,7 +64,10 @@ def _of_text(text: str, gap: str, mask_id: int) -> list[int]:
 
 def _of_list(words: str, gap: str, mask_id: int) -> list[int]:
     try:
-        return [mask_id if word.strip() == gap else int(word) for word in words.split(",")]
+        ids = [mask_id if word.strip() == gap else int(word) for word in words.split(",")]
+        if max(map(abs, ids)) >= 2**63:
+            raise ValueError
+        return ids
     except ValueError:
         raise ValueError(f"--prompt-ids must be ids and gaps ({gap}) with commas, got {words!r}") from None
 

@@ -47,6 +47,9 @@ def encode_batch(tokens: Any, *, lengths: Any = None, prompt_mask: Any = None) -
     if isinstance(tokens, Sequence) and len({np.shape(row) for row in tokens}) > 1:
         if lengths is not None:
             raise ValueError("lengths must be left out when rows differ in length")
+        empty = next((number for number, row in enumerate(tokens) if not len(row)), None)
+        if empty is not None:
+            raise ValueError(f"tokens: row {empty} is empty; leave it out")
         rows = [to_array(row) for row in tokens]
         sizes = np.array([row.size for row in rows], dtype=np.int32)
         ids, shape = np.concatenate(rows), (len(rows), int(sizes.max()))

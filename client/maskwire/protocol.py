@@ -32,6 +32,7 @@ _SLOW = {
     "Checkpoint",
     "RestoreCheckpoint",
 }  # begun anew when broken off, so given time
+_LONGEST_GENERATION = 86_400.0  # seconds
 _QUICK = {"GetStatus", "ListCheckpoints"}  # answered at once or not at all
 
 
@@ -417,6 +418,8 @@ class Asking:
     def _timeout(self, method: str) -> float:
         """The deadline of one attempt."""
         timeout, retry_for = self._policy.attempt_timeout, self._policy.retry_for
+        if method == "Generate":  # it may have thousands of passes; keepalive finds a server that is gone
+            return max(timeout, retry_for, _LONGEST_GENERATION)
         if method in _SLOW:
             return max(timeout, retry_for)
         return min(timeout, max(1.0, retry_for)) if method in _QUICK else timeout

@@ -96,6 +96,10 @@ class RunDirectoryError(MaskwireError):
     """The run directory cannot be used; the message says why and what to do."""
 
 
+class Unwanted(MaskwireError):
+    """Whoever asked has gone: there is no more to compute."""
+
+
 class StateLost(MaskwireError):
     """An update failed half-way: the state in memory is neither the old one nor the new one.
 

@@ -9,7 +9,7 @@ from maskwire_server.batch import Batch, Payload, Prompts
 from maskwire_server.results import EvalOptions, GenerateOptions
 
 CHECKPOINT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-AUTOMATIC_NAME = re.compile(r"(step|best)-\d+(-lineage-\d+)?")
+AUTOMATIC_NAME = re.compile(r"(step|best)-\d+(-lineage-\d+)?(-\d+)?")
 """What the server names its own after; nobody else's, so that it never meets a name that is taken."""
 
 

@@ -18,8 +18,13 @@ WORDS = ModelInfo(1000, 999, None, 64, 1, "", True, False)
 def test_a_gap_is_one_token_and_a_letter_its_bytes() -> None:
     (prompt,) = read_prompts(["é~a~~"], [], gap="~", length=8, model=BYTES)
     assert prompt.ids == (0xC3, 0xA9, 256, 97, 256, 256, 256, 256)
-    (longer,) = read_prompts(["abc"], [], gap="~", length=2, model=BYTES)
-    assert longer.ids == (97, 98, 99), "a length never shortens"
+    for length, words in (
+        (2, "at least the longest prompt's 3 tokens, got 2"),
+        (65, "1 to 64"),
+        (0, "1 to 64"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read_prompts(["abc"], [], gap="~", length=length, model=BYTES)
 
 
 def test_other_models_take_ids() -> None:

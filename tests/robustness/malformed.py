@@ -16,7 +16,7 @@ from robustness.processes import Server
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.errors import Refused
 from maskwire_server.results import Limits, ModelInfo
-from maskwire_server.rpc import wire
+from maskwire_server.rpc import generating, wire
 
 INFO = ModelInfo(257, 256, None, 64, 1, "counting", True, True)
 LIMITS = Limits(1 << 20, 1 << 22, 8, 64)
@@ -26,6 +26,9 @@ READERS: dict[str, tuple[Any, Any]] = {
     "OpenSession": (pb.OpenSessionRequest, wire.read_open),
     "Checkpoint": (pb.CheckpointRequest, wire.read_save),
     "RestoreCheckpoint": (pb.RestoreCheckpointRequest, wire.read_restore),
+    "Generate": (pb.GenerateRequest, lambda message: generating.read_generate(message, INFO, LIMITS)),
+    "DeleteCheckpoint": (pb.DeleteCheckpointRequest, lambda m: wire.read_checkpoint_name(m.name)),
+    "CloseSession": (pb.CloseSessionRequest, lambda message: wire.read_session(message.session)),
     "DownloadCheckpoint": (pb.DownloadCheckpointRequest, wire.read_download),
 }
 _SIZES = [0, 1, -1, 2, 7, 8, 64, 65, 1 << 20, 1 << 31, -(1 << 31), (1 << 63) - 1, -(1 << 63)]
@@ -50,7 +53,7 @@ def _fill(draw: random.Random, message: Any, field: Any) -> None:
     if field.message_type is not None:
         inner = getattr(message, field.name)
         inner.SetInParent()
-        if field.name == "batch":
+        if field.name in ("batch", "prompts"):
             _fill_batch(draw, inner)
             return
         for below in inner.DESCRIPTOR.fields:

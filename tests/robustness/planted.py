@@ -421,6 +421,10 @@ BUGS = {
 }  # fmt: skip
 
 
+_CAUGHT = (AssertionError, BaseExceptionGroup, RunDirectoryError, Refused, TimeoutError, FileNotFoundError)
+"""What a test says of a bug; anything else is a mistake of the planting, not a bug that was found."""
+
+
 def traced(bug: Bug) -> bool:
     """Whether it is planted in a process that strace records."""
     return isinstance(bug.caught_by, partial)
@@ -436,6 +440,6 @@ def caught(name: str) -> str:
             else:
                 with bug.planted():
                     bug.caught_by(Path(room))
-        except (Exception, BaseExceptionGroup) as found:
+        except _CAUGHT as found:
             return f"{type(found).__name__}: {found}"
     raise AssertionError(f"{name} is not caught: {bug.what}")

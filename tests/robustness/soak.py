@@ -55,6 +55,7 @@ def run(folder: Path, seed: int, count: int) -> dict[str, Any]:
     slope = float(np.polyfit(*np.array(samples).T, 1)[0]) * 100_000 if len(samples) > 2 else 0.0
     assert last[0] <= first[0] + 4, f"threads went from {first[0]} to {last[0]}"
     assert last[1] <= first[1] + 8, f"descriptors went from {first[1]} to {last[1]}"
+    assert count < 100_000 or slope < 1, f"the memory grows by {slope:.1f} MiB per 100,000 calls"
     return {
         "calls": sum(done), "steps": steps, "MiB per 100,000 calls": round(slope, 2),
         "threads": list(zip(("warm", "end"), (first[0], last[0]), strict=True)),
@@ -81,6 +82,11 @@ def _client(address: str, seed: int, count: int, done: list[int], number: int) -
                 call = service.EvalLoss.future(pb.EvalLossRequest(batch=batch), timeout=30)
             else:
                 call = service.GetStatus.future(pb.GetStatusRequest(), timeout=30)
+            if draw.random() < 0.002:
+                asked = pb.GenerateRequest(count=2, length=8, stream_steps=True)
+                stream = service.Generate(asked, timeout=30)
+                next(stream)
+                stream.cancel()
             if draw.random() < 0.1:
                 if draw.random() < 0.5:
                     time.sleep(0.001)

@@ -18,7 +18,8 @@ def test_faults_on_the_wire_lose_and_double_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", failpoint_faults.KINDS)
 @pytest.mark.parametrize("place", failpoints.NAMES[::5])
 def test_a_fault_at_a_failpoint_loses_nothing(tmp_path: Path, place: str, kind: str) -> None:
-    failpoint_faults.run(tmp_path / "s", place, kind, 0)
+    reached = failpoint_faults.run(tmp_path / "s", place, kind, 0)
+    assert reached or place.startswith(("session.", "step.")), "the fault is not where it is looked for"
 
 
 @pytest.mark.skipif(power_loss.strace() is None, reason="records system calls with strace, which is not here")

@@ -47,7 +47,13 @@ def test_a_checkpoint_is_deleted_unless_something_needs_it(serve: Serve) -> None
             trainer.delete(name)
         with pytest.raises(CheckpointError, match="no checkpoint is named 'four'"):
             trainer.delete("four")
-        assert names(trainer) == ["five", "two", "one", "step-000000000"]
+        own = ["step-000000002-lineage-2"]  # saved by the restore, which may be behind it by now
+        assert [name for name in names(trainer) if name not in own] == [
+            "five",
+            "two",
+            "one",
+            "step-000000000",
+        ]
         step, digest = trainer.step, trainer.digest
     server.kill()
     server.start()

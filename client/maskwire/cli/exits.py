@@ -65,6 +65,9 @@ def errors(as_json: bool) -> Iterator[None]:
         yield
     except MaskwireError as error:
         _fail(str(error), _code(error), error.reason, as_json)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise typer.Exit(0) from None
     except (ValueError, OSError) as error:
         _fail(str(error), USAGE, "", as_json)
     except KeyboardInterrupt:

@@ -4,7 +4,8 @@
               checkpoint's files
     inspect   one step: its batch, outcome, losses and gradient norm
 
-Nothing is changed but that SQLite folds its write-ahead log away, as a server's start would.
+Nothing is changed but that SQLite folds its write-ahead log away and an older format of the journal is
+brought up to date, as a server's start would.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import Any
 from maskwire.v1.digest import initial_digest, lineage_digest, step_digest
 from maskwire_server.batch import Payload
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.results import Outcome
+from maskwire_server.results import CheckpointInfo, Outcome
 from maskwire_server.run.ancestry import ancestry, on_path
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.journal import FILE_NAME, Journal, explained
 from maskwire_server.run.records import Lineage, StepRecord
+from maskwire_server.run.recovery import require_seed
 from maskwire_server.run.replaying import digest_at, read_payload, steps_to_replay
+from maskwire_server.run.retention import FALLBACKS
 
 
 @dataclass
@@ -157,15 +160,20 @@ def _verify_recovery(
     segments = ancestry(lineages, max(lineages))
     whole = set(audit.checkpoints)
     path = [m.info for m in on_path(checkpoints.all(), segments) if m.info.name in whole]
-    start = (path[0].lineage, path[0].step) if path else (segments[0].lineage, 0)
-    behind = f"checkpoint {path[0].name}" if path else "the run's beginning (no whole checkpoint is left)"
-    for record, encoded in steps_to_replay(journal, segments, start):
-        if encoded is None and record.outcome is Outcome.APPLIED:
-            audit.problems.append(
-                f"the batch of step {record.step} (lineage {record.lineage}), behind {behind}, was dropped: "
-                "the run cannot be recovered from there"
-            )
-            return
+    if not path:
+        require_seed(journal)
+    # From the newest it must start; from the one before it too, where there is one, should that be damaged.
+    bases: list[CheckpointInfo | None] = [*path[:FALLBACKS]]
+    for info in bases or [None]:
+        start = (segments[0].lineage, 0) if info is None else (info.lineage, info.step)
+        behind = f"checkpoint {info.name}" if info else "the run's beginning (no whole checkpoint is left)"
+        for record, encoded in steps_to_replay(journal, segments, start):
+            if encoded is None and record.outcome is Outcome.APPLIED:
+                audit.problems.append(
+                    f"the batch of step {record.step} (lineage {record.lineage}), behind {behind}, was "
+                    "dropped: the run cannot be recovered from there"
+                )
+                break
 
 
 @dataclass(frozen=True)

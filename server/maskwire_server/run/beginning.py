@@ -6,6 +6,7 @@ served: it would begin at other weights.
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -52,7 +53,10 @@ def begin(
         try:
             info = _write(draft, factory, configuration, seed, canonical, versions, labels)
             for name, text in texts.items():
-                (draft / name).write_text(text)
+                with (draft / name).open("w") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
             flush_folder(draft)
             draft.rename(place)
         except BaseException:
@@ -89,7 +93,10 @@ def _write(
             kept,
             versions | found,
         )
-        return Checkpoints(folder).write(device.call(device.snapshot), manifest).info
+        info = Checkpoints(folder).write(device.call(device.snapshot), manifest).info
+        # No seed makes these weights: without this checkpoint the run must not begin.
+        journal.transaction(partial(journal.add_event, recovery.BEGAN_FROM, {"checkpoint": NAME}))
+        return info
     finally:
         device.close()
         journal.close()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import shutil
 import threading
@@ -28,7 +29,10 @@ from maskwire_server.requests import CHECKPOINT_NAME
 from maskwire_server.results import CheckpointInfo, FileInfo
 from maskwire_server.run.flush import flush_folder
 
+log = logging.getLogger(__name__)
+
 LEASE_SECONDS = 60.0
+_SAVED = {".safetensors", ".json", ".draft"}
 _ASIDE = ".aside"  # a dot is in no checkpoint's name
 _NO_MANIFEST = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
@@ -68,7 +72,9 @@ class Checkpoints:
                 "CHECKPOINT_EXISTS", f"the name {folder.name!r} is taken; choose another", name=folder.name
             )
         try:
-            if folder.exists():  # the unfinished folder of a save that was cut off
+            if (folder / MANIFEST).exists():  # not whole, and not of this name: somebody may want it yet
+                self.set_aside(folder.name)
+            elif folder.exists():  # the unfinished folder of a save that was cut off
                 shutil.rmtree(folder)
             if not self.folder.exists():
                 self.folder.mkdir(parents=True)
@@ -114,7 +120,9 @@ class Checkpoints:
             if not CHECKPOINT_NAME.fullmatch(folder.name):
                 continue  # set aside before
             try:
-                Manifest.from_json((folder / MANIFEST).read_bytes())
+                name = Manifest.from_json((folder / MANIFEST).read_bytes()).info.name
+                if name != folder.name:
+                    problems[folder.name] = f"{MANIFEST} says that it is {name!r}"
             except UnknownFormatError as error:
                 raise RunDirectoryError(f"checkpoint {folder.name!r}: {error}") from error
             except (FileNotFoundError, NotADirectoryError):
@@ -147,6 +155,10 @@ class Checkpoints:
                 return f"{file.name}: does not match the manifest's size and SHA-256"
         self._verified.add(manifest.info.name)
         return None
+
+    def intact(self, manifest: Manifest) -> bool:
+        """Whether its files were found intact in this process; nothing is read."""
+        return manifest.info.name in self._verified
 
     def verified(self, manifest: Manifest) -> bool:
         """Whether its files were found intact, now or earlier in this process."""
@@ -203,17 +215,28 @@ class Checkpoints:
 
     def sweep(self) -> list[str]:
         """Remove what saves that were cut off have left, and return the names."""
-        names = self.unfinished()
-        for name in names:
-            shutil.rmtree(self.folder / name)
-        return names
+        swept = []
+        for name in self.unfinished():
+            try:
+                shutil.rmtree(self.folder / name)
+                swept.append(name)
+            except OSError as error:
+                log.warning("the unfinished checkpoint %s could not be removed: %s", name, error)
+        return swept
 
     def unfinished(self) -> list[str]:
-        """The folders that have no manifest."""
+        """The folders that a save began and did not finish; others are nobody's business here."""
         if not self.folder.is_dir():
             return []
-        folders = [folder for folder in self.folder.iterdir() if folder.is_dir()]
-        return sorted(folder.name for folder in folders if not (folder / MANIFEST).exists())
+        return sorted(folder.name for folder in self.folder.iterdir() if _unfinished(folder))
+
+
+def _unfinished(folder: Path) -> bool:
+    if not CHECKPOINT_NAME.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+        return False
+    return all(path.is_file() and path.suffix in _SAVED for path in folder.iterdir()) and not (
+        (folder / MANIFEST).exists()
+    )
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:

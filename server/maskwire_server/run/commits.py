@@ -78,7 +78,7 @@ class Commits:
             self._count += 1
         self._failed = False
         if self._retry_at is not None and not early:
-            if self._reserve.there():
+            if self._reserve.there(self._journal.log_bytes()):
                 log.warning("the journal has room again; nothing was lost")
                 self._retry_at = None
                 self._standing.set(RunState.HELD, False)
@@ -90,8 +90,8 @@ class Commits:
         if self._count >= TIDY_EVERY:
             self.fold()
 
-    def fold(self) -> None:
-        """Fold the journal's log away; without room it stays as it is, and is folded another time."""
+    def fold(self) -> bool:
+        """Fold the journal's log away; False without room: it stays as it is, and is folded another time."""
         self._count = 0
         try:
             self._journal.tidy()
@@ -99,6 +99,8 @@ class Commits:
             if not is_full(error):
                 raise
             log.warning("no room to fold the journal's log; what is in it is safe, and it is tried again")
+            return False
+        return True
 
     def hold(self) -> None:
         """Nothing is admitted from now on, until there is room on the journal's disk."""

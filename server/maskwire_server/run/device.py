@@ -9,7 +9,6 @@ from typing import Any, Protocol, TypeVar
 
 from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload, Prompts
-from maskwire_server.requests import EvalRequest
 from maskwire_server.results import (
     EvalOptions,
     EvalResult,
@@ -21,6 +20,7 @@ from maskwire_server.results import (
 )
 from maskwire_server.run.checkpoint import Snapshot
 from maskwire_server.run.generation import Generation
+from maskwire_server.run.jobs import Evaluation
 
 T = TypeVar("T")
 
@@ -50,8 +50,8 @@ class Trainer(Protocol):
     def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
         """Apply one step; StateLost if the update failed half-way."""
 
-    def eval_loss(self, batch: Batch, options: EvalOptions) -> EvalResult:
-        """Evaluate; changes nothing."""
+    def eval_loss(self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool]) -> EvalResult:
+        """Evaluate; changes nothing. Raises Unwanted soon after it is no longer wanted."""
 
     def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
         """Fill prompts in, a state after each pass; changes nothing, and may be left between two."""
@@ -139,9 +139,10 @@ class Device:
         """Compute a recorded step again."""
         return self._trainer.train_step(lineage, number, payload.batch, payload.modes)
 
-    def evaluate(self, request: EvalRequest) -> EvalResult:
-        """Evaluate a batch."""
-        return self._trainer.eval_loss(request.batch, request.options)
+    def evaluate(self, job: Evaluation) -> EvalResult:
+        """Evaluate a batch; Unwanted when its client went away meanwhile."""
+        request = job.request
+        return self._trainer.eval_loss(request.batch, request.options, lambda: not job.future.done())
 
     def generate(self, generation: Generation) -> None:
         """Make passes until the rows are finished or nobody wants another."""

@@ -369,6 +369,7 @@ class Engine:
             accept_lost=self._accept_lost_history is not None,
             tell=lambda words: self._standing.set(RunState.RECOVERING, waiting_for=words),
         )
+        self._saver.refresh()  # some may have been set aside
         self._standing.set(RunState.RECOVERING, waiting_for="the warm-up")
         warming = self._clock()
         device.call(partial(device.begin_at, recovered.step, recovered.non_finite))

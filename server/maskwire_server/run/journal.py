@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2
 FILE_NAME = "journal.sqlite"
+_SESSION = "epoch, client_name, nonce, takeover, lineage, step, closed, row_hash"
 _PAGE = 64  # records read at once
 _UNREADABLE = (sqlite3.Error, UnicodeDecodeError)  # the second: of a message that quotes damaged bytes
 
@@ -95,6 +96,8 @@ class Journal:
                 self._check_format()
         except _UNREADABLE as error:
             self._unlock()
+            if is_full(error):
+                raise RunDirectoryError(f"{self._path}: no room on its disk ({error}); make room") from error
             if "locked" in str(error):
                 raise RunDirectoryError(f"{self._path}: another process uses it; stop that one") from error
             raise RunDirectoryError(
@@ -315,8 +318,7 @@ class Journal:
 
     def _session(self, where: str, *values: object) -> SessionRecord | None:
         row = self._db.execute(
-            "SELECT epoch, client_name, nonce, takeover, lineage, step, closed, row_hash FROM sessions "
-            + where,
+            f"SELECT {_SESSION} FROM sessions {where}",
             values,
         ).fetchone()
         return None if row is None else SessionRecord.read(row)
@@ -336,6 +338,17 @@ class Journal:
                 _body(event_id, body)
             except RunDirectoryError as error:
                 problems.append(str(error))
+        sessions = self._db.execute(f"SELECT {_SESSION} FROM sessions").fetchall()
+        for row in sessions:
+            try:
+                SessionRecord.read(row)
+            except RunDirectoryError as error:
+                problems.append(str(error))
+        missing = self._db.execute(
+            "SELECT DISTINCT configuration FROM steps WHERE configuration NOT IN "
+            "(SELECT id FROM events WHERE kind = 'configuration')"
+        )
+        problems += [f"journal: event {row[0]}, the configuration of steps, is missing" for row in missing]
         return problems
 
     def log_bytes(self) -> int:

@@ -26,7 +26,8 @@ class Line:
         self._ahead: dict[int, Step] = {}
         self._numbered: dict[int, Step] = {}
         self._by_request: dict[str, Step] = {}
-        self._generations: set[Generation] = set()  # on the device
+        self._running: set[Generation | Evaluation] = set()  # on the device, changing nothing
+        self._parked: deque[Save] = deque()  # behind one that is being written
         self._assigned = 0
         self.refused_step: int | None = None
         """The next step, if its sender is known to have been refused with it."""
@@ -100,12 +101,31 @@ class Line:
     def pop(self) -> None:
         """The first job goes to the device; a step stays in flight until it is settled."""
         job = self._jobs.popleft()
-        if isinstance(job, Generation):
-            self._generations.add(job)
+        if isinstance(job, Generation | Evaluation):
+            self._running.add(job)
 
-    def settle_generation(self, generation: Generation) -> None:
-        """A generation came back from the device."""
-        self._generations.discard(generation)
+    def came_back(self, job: Generation | Evaluation) -> None:
+        """A generation or an evaluation came back from the device."""
+        self._running.discard(job)
+
+    def interrupt(self, refusal: Refused) -> None:
+        """End what runs on the device and changes nothing: it may have long to go, and can be asked again."""
+        for job in self._running:
+            if isinstance(job, Generation):
+                job.refuse(refusal)
+            else:
+                refuse(job.future, refusal)
+
+    def park(self) -> None:
+        """Take the first job, a save, out of the others' way."""
+        job = self._jobs.popleft()
+        assert isinstance(job, Save)
+        self._parked.append(job)
+
+    def unpark(self) -> None:
+        """Another save was written: the next one comes first."""
+        if self._parked:
+            self._jobs.appendleft(self._parked.popleft())
 
     def settle(self, step: Step) -> None:
         """A step is durable, or was given up."""
@@ -173,14 +193,10 @@ class Line:
         self._ahead.clear()
 
     def refuse_all(self, refusal: Refused) -> None:
-        """Refuse every job that has not reached the device, and generations that have.
-
-        A generation changes nothing, and may have many passes left.
-        """
+        """Refuse every job that has not reached the device, and those that have and change nothing."""
         self.refuse_steps(lambda _: refusal)
-        for generation in self._generations:
-            generation.refuse(refusal)
-        for job in self._jobs:
+        self.interrupt(refusal)
+        for job in [*self._jobs, *self._parked]:
             if isinstance(job, Evaluation):
                 refuse(job.future, refusal)
             elif isinstance(job, Generation | Barrier):
@@ -189,6 +205,7 @@ class Line:
                 for waiter in job.waiters:
                     refuse(waiter, refusal)
         self._jobs.clear()
+        self._parked.clear()
 
     def abandon(self, refusal: Refused) -> None:
         """Refuse everything, steps on the device and steps not yet durable too: the process ends."""

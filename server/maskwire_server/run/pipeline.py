@@ -93,7 +93,7 @@ class Pipeline:
         self._commits = Commits(journal, standing, clock, reserve)
         self._sessions = Sessions(journal, self._commits, line, writer, head, standing, device)
         self._post = post
-        self._saves = Saves(journal, saver, self._commits, head, standing, serve, post)
+        self._saves = Saves(journal, saver, line, self._commits, head, standing, serve, post)
         self._draining: Future[None] | None = None
         if head.non_finite >= HALT_AFTER:
             self._stand_halted()
@@ -229,14 +229,15 @@ class Pipeline:
                 job.act()
             elif isinstance(job, Save):
                 if self._saver.busy:
-                    return
+                    line.park()
+                    continue
                 line.pop()
                 self._saver.busy = True
                 device.submit(device.snapshot, partial(self._saves.copied, job))
             elif isinstance(job, Evaluation):
                 line.pop()
                 if not job.future.cancelled():
-                    device.submit(partial(device.evaluate, job.request), partial(self._on_evaluated, job))
+                    device.submit(partial(device.evaluate, job), partial(self._on_evaluated, job))
             elif isinstance(job, Generation):
                 line.pop()
                 device.submit(partial(self._generate, job), partial(self._on_generated, job))
@@ -325,7 +326,10 @@ class Pipeline:
         )
 
     def _on_evaluated(self, job: Evaluation, future: Future[EvalResult]) -> None:
+        self._line.came_back(job)
         error = future.exception()
+        if job.future.done():
+            return  # nobody wants it any more
         if error is not None:
             refuse(job.future, self._standing.failed("the evaluation", error))
             return
@@ -341,7 +345,7 @@ class Pipeline:
         self._commits.after(partial(job.reveal, self._head.step, self._head.digest))
 
     def _on_generated(self, job: Generation, future: Future[None]) -> None:
-        self._line.settle_generation(job)
+        self._line.came_back(job)
         error = future.exception()
         if error is not None:
             job.refuse(self._standing.failed("the generation", error))
@@ -390,8 +394,18 @@ class Pipeline:
     def delete(self, name: str, future: Future[None]) -> None:
         """Delete a checkpoint; raises Refused."""
         admission.refuse_unavailable(self._standing.state)
-        self._saver.delete(name, self._journal, self._head.lineage)
-        answer(future, None)
+        deleted = self._saver.delete(name, self._journal.lineages(), self._head.lineage)
+        deleted.add_done_callback(lambda done: self._post(partial(self._on_deleted, name, done, future)))
+
+    def _on_deleted(self, name: str, done: Future[None], future: Future[None]) -> None:
+        error = done.exception()
+        self._saver.refresh()
+        if error is None:
+            answer(future, None)
+        elif isinstance(error, Refused):
+            refuse(future, error)
+        else:
+            refuse(future, self._standing.failed(f"the deletion of checkpoint {name!r}", error))
 
     def restore(self, request: RestoreRequest, future: Future[RestoreAnswer]) -> None:
         """Go back to a checkpoint once the running step is durable; raises Refused."""

@@ -33,6 +33,9 @@ from maskwire_server.run.replaying import digest_at, replay, steps_to_replay, to
 log = logging.getLogger(__name__)
 
 
+BEGAN_FROM = "began_from"  # an event of runs whose first weights no seed makes
+
+
 def open_journal(run_dir: Path, *, seed: int, canonical: bytes, durable: bool = True) -> Journal:
     """Open the run of a directory, or begin one in an empty directory.
 
@@ -109,6 +112,16 @@ def newest_verified(
     return None, wrong
 
 
+def require_seed(journal: Journal) -> None:
+    """Raise RunDirectoryError when a run cannot begin from its seed, for want of any checkpoint."""
+    began = journal.last_event(BEGAN_FROM)
+    if began is not None:
+        raise RunDirectoryError(
+            f"the run began from checkpoint {began[1]['checkpoint']!r}, weights from elsewhere, and neither "
+            "it nor a later one is whole: restore the run directory from a copy, or import again"
+        )
+
+
 @dataclass(frozen=True)
 class Recovered:
     """Where the run is after recovery."""
@@ -145,10 +158,15 @@ def recover(
     manifest, wrong = newest_verified(checkpoints, journal, segments, accept_lost=accept_lost)
     failpoints.passing("recovery.chosen")
     for name, problem in wrong.items():
-        aside = checkpoints.set_aside(name)
-        log.warning("checkpoint %s passed over, and moved to %s: %s", name, aside, problem)
+        try:
+            aside = f"moved to {checkpoints.set_aside(name)}"
+        except OSError as error:
+            aside = f"left where it is ({error.strerror})"
+        log.warning("checkpoint %s passed over, and %s: %s", name, aside, problem)
     start = (segments[0].lineage, 0)
-    if manifest is not None:
+    if manifest is None:
+        require_seed(journal)
+    else:
         info = manifest.info
         start = (info.lineage, info.step)
         tell(f"checkpoint {info.name}")

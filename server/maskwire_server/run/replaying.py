@@ -111,8 +111,9 @@ def replay(
             continue
         if payload is None:
             raise RunDirectoryError(
-                f"journal: the batch of step {record.step} was dropped behind a checkpoint that is gone or "
-                "damaged; restore the run directory from a copy"
+                f"journal: the batch of step {record.step} is not kept, and no whole checkpoint lies between "
+                'it and the step asked for: serve.keep_payloads = "all" keeps every batch; where a '
+                "checkpoint was damaged, restore the run directory from a copy"
             )
         failpoints.passing("recovery.replaying")
         result = train(record.lineage, record.step, read_payload(record, payload))

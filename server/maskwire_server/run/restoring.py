@@ -10,12 +10,12 @@ from maskwire.v1.digest import lineage_digest
 from maskwire_server import failpoints
 from maskwire_server.errors import Refused
 from maskwire_server.manifest import Manifest
-from maskwire_server.requests import RestoreRequest
+from maskwire_server.requests import RestoreRequest, SaveRequest
 from maskwire_server.results import RestoreAnswer, RunState
 from maskwire_server.run import admission
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.device import Device
-from maskwire_server.run.jobs import Barrier
+from maskwire_server.run.jobs import Barrier, Save
 from maskwire_server.run.journal import Journal, is_full
 from maskwire_server.run.line import Line
 from maskwire_server.run.records import Lineage, SessionRecord
@@ -63,6 +63,7 @@ class Restoring:
                     answer(future, RestoreAnswer(lineage.lineage, lineage.step, lineage.digest))
                     return
         manifest = self._checkpoints.get(request.name)
+        self._line.interrupt(Refused("RESTORING", "a checkpoint is being restored; ask again"))
         self._standing.set(RunState.RESTORING, waiting_for="the running step")
         self._line.put_first(
             Barrier(partial(self._restore, request, manifest, future), partial(refuse, future))
@@ -91,7 +92,6 @@ class Restoring:
                     step=head.step,
                 )
         info = manifest.info
-        self._checkpoints.pin(info.name)
         problem = self._checkpoints.damage(manifest)
         if manifest.run_id != head.run_id:
             problem = f"it belongs to run {manifest.run_id}"
@@ -106,6 +106,7 @@ class Restoring:
                 name=manifest.info.name,
                 problem=problem,
             )
+        self._checkpoints.pin(info.name)
 
     def _go_back(self, request: RestoreRequest, manifest: Manifest) -> RestoreAnswer:
         head, info = self._head, manifest.info
@@ -147,5 +148,7 @@ class Restoring:
         self._writer.resume(session)
         self._line.begin_at(info.step)
         self._standing.set(RunState.HALTED, False)
+        # The batches behind it may be gone: a second copy, so that damage to one is not the end of the run.
+        self._line.put_first(Save(SaveRequest(), automatic=True))
         log.info("restored checkpoint %s: lineage %d from step %d", info.name, number, info.step)
         return RestoreAnswer(number, info.step, lineage.digest)

@@ -59,7 +59,9 @@ def rewind(
             tell(f"checkpoint {name} passed over: {problem}")
         _, versions = device.call(partial(device.build, factory, following.pinned_threads(journal)))
         start = (segments[0].lineage, 0)
-        if manifest is not None:
+        if manifest is None:
+            recovery.require_seed(journal)
+        else:
             start = (manifest.info.lineage, manifest.info.step)
             device.call(partial(device.load, checkpoints.path(manifest.info.name), start[1]))
             tell(f"loaded checkpoint {manifest.info.name} (step {start[1]})")

@@ -8,11 +8,13 @@ from functools import partial
 
 from maskwire_server.config import ServeConfig
 from maskwire_server.errors import Refused
+from maskwire_server.results import CheckpointInfo
 from maskwire_server.run.checkpoint import Snapshot
 from maskwire_server.run.commits import Commits
 from maskwire_server.run.jobs import Save
 from maskwire_server.run.journal import Journal
-from maskwire_server.run.saving import Saver, Written
+from maskwire_server.run.line import Line
+from maskwire_server.run.saving import Saver
 from maskwire_server.run.standing import Head, Place, Standing
 from maskwire_server.run.waiting import answer
 
@@ -24,6 +26,7 @@ class Saves:
         self,
         journal: Journal,
         saver: Saver,
+        line: Line,
         commits: Commits,
         head: Head,
         standing: Standing,
@@ -32,6 +35,7 @@ class Saves:
     ) -> None:
         self._journal = journal
         self._saver = saver
+        self._line = line
         self._commits = commits
         self._head = head
         self._standing = standing
@@ -42,26 +46,35 @@ class Saves:
         """The device made the copy, or failed to: write it once everything up to here is durable."""
         error = future.exception()
         if error is not None:
-            self._saver.give_up(job, self._standing.failed("the copy for a checkpoint", error))
+            self._give_up(job, self._standing.failed("the copy for a checkpoint", error))
             return
         # The device may be a step further by then.
         self._commits.after(partial(self._write, job, future.result(), self._head.place))
 
     def _write(self, job: Save, snapshot: Snapshot, place: Place) -> None:
-        if self._serve.durability == "off":
-            self._commits.fold()  # a checkpoint must not be ahead of the journal after a power loss
+        # A checkpoint must not be ahead of the journal after a power loss.
+        if self._serve.durability == "off" and not self._commits.fold():
+            full = "the journal's disk is full; make room, and save again"
+            self._give_up(job, Refused("CHECKPOINT_FAILED", full))
+            return
         written = self._saver.write(job, snapshot, place, self._journal.lineages())
         written.add_done_callback(lambda done: self._post(partial(self._written, job, done)))
 
-    def _written(self, job: Save, future: Future[Written]) -> None:
+    def _give_up(self, job: Save, refusal: Refused) -> None:
+        self._saver.give_up(job, refusal)
+        self._line.unpark()
+
+    def _written(self, job: Save, future: Future[CheckpointInfo]) -> None:
         error = future.exception()
         if error is not None:
             known = error if isinstance(error, Refused) else self._standing.failed("the checkpoint", error)
-            self._saver.give_up(job, known)
+            self._give_up(job, known)
             return
-        written = future.result()
         self._saver.finish()
-        if written.dropped and self._serve.keep_payloads == "recovery":
-            self._commits.add(partial(self._journal.drop_payloads, written.dropped), lambda: None)
+        self._line.unpark()
+        if self._serve.keep_payloads == "recovery":
+            gone = self._saver.droppable(self._journal.lineages(), self._head.lineage)
+            if gone:
+                self._commits.add(partial(self._journal.drop_payloads, gone), lambda: None)
         for waiter in job.waiters:
-            answer(waiter, written.info)
+            answer(waiter, future.result())

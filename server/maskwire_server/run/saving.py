@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from maskwire_server.config import CheckpointsConfig
@@ -18,7 +18,6 @@ from maskwire_server.run import retention
 from maskwire_server.run.ancestry import ancestry, on_path
 from maskwire_server.run.checkpoint import Checkpoints, Snapshot
 from maskwire_server.run.jobs import Save
-from maskwire_server.run.journal import Journal
 from maskwire_server.run.records import Lineage, Stretch
 from maskwire_server.run.standing import Place
 from maskwire_server.run.waiting import refuse
@@ -26,15 +25,6 @@ from maskwire_server.run.waiting import refuse
 log = logging.getLogger(__name__)
 
 KEPT_SECTIONS = ("model", "objective", "optimizer")
-
-
-@dataclass(frozen=True)
-class Written:
-    """A checkpoint that is durable."""
-
-    info: CheckpointInfo
-    dropped: list[Stretch]
-    """The steps whose batches are not needed any more."""
 
 
 class Saver:
@@ -89,7 +79,7 @@ class Saver:
 
     def write(
         self, job: Save, snapshot: Snapshot, place: Place, lineages: dict[int, Lineage]
-    ) -> Future[Written]:
+    ) -> Future[CheckpointInfo]:
         """Write the snapshot of a place in the background, and collect what retention lets go."""
         self.busy = True
         self._saved_at, self._overdue = self._clock(), False
@@ -112,12 +102,26 @@ class Saver:
 
     def _save(
         self, request: SaveRequest, manifest: Manifest, snapshot: Snapshot, lineages: dict[int, Lineage]
-    ) -> Written:
+    ) -> CheckpointInfo:
         info = self._write(request, manifest, snapshot)
-        return Written(info, self._collect(lineages, manifest.info.lineage))
+        try:
+            self._collect(lineages, manifest.info.lineage)
+        except OSError as error:  # what was saved is saved; the next save collects
+            log.error("checkpoints could not be collected: %s", error)
+        return info
 
-    def _collect(self, lineages: dict[int, Lineage], lineage: int) -> list[Stretch]:
+    def _collect(self, lineages: dict[int, Lineage], lineage: int) -> None:
         """Delete what retention lets go, once those that stay for a start were found intact."""
+        self._verify(lineages, lineage)
+        for name in retention.collectable(self._checkpoints.all(), lineages, lineage, self._settings):
+            try:
+                if self._checkpoints.delete(name):
+                    log.info("checkpoint %s collected", name)
+            except OSError as error:  # the next start sweeps what is left of it
+                log.error("checkpoint %s could not be collected: %s", name, error)
+
+    def _verify(self, lineages: dict[int, Lineage], lineage: int) -> None:
+        """Read those that a start may need, and set the damaged ones aside, until enough are intact."""
         whole = 0
         for manifest in on_path(self._checkpoints.all(), ancestry(lineages, lineage)):
             if whole == retention.FALLBACKS:
@@ -126,13 +130,11 @@ class Saver:
                 whole += 1
             else:
                 self._set_aside(manifest.info.name)
-        for name in retention.collectable(self._checkpoints.all(), lineages, lineage, self._settings):
-            try:
-                if self._checkpoints.delete(name):
-                    log.info("checkpoint %s collected", name)
-            except OSError as error:  # the next start sweeps what is left of it
-                log.error("checkpoint %s could not be collected: %s", name, error)
-        return retention.droppable(self._checkpoints.all(), lineages, lineage)
+
+    def droppable(self, lineages: dict[int, Lineage], lineage: int) -> list[Stretch]:
+        """The steps whose batches are not needed: only checkpoints that were found intact count."""
+        intact = [manifest for manifest in self._checkpoints.all() if self._checkpoints.intact(manifest)]
+        return retention.droppable(intact, lineages, lineage)
 
     def _write(self, request: SaveRequest, manifest: Manifest, snapshot: Snapshot) -> CheckpointInfo:
         saved = self.find(request)  # again: another save can have come first meanwhile
@@ -140,17 +142,27 @@ class Saver:
             return saved
         if request.name is None:
             for existing in self._checkpoints.all():
-                if existing.info.name != manifest.info.name or existing.info.digest != manifest.info.digest:
+                if not _is(existing, manifest):
                     continue
                 if self._checkpoints.verified(existing):
                     return existing.info
                 self._set_aside(existing.info.name)
+            manifest = self._free_name(manifest)
         began = self._clock()
         info = self._checkpoints.write(snapshot, manifest).info
         log.info(
             "checkpoint %s saved: %.1f MB in %.1f s", info.name, info.size_bytes / 1e6, self._clock() - began
         )
         return info
+
+    def _free_name(self, manifest: Manifest) -> Manifest:
+        """The same under a name that is free: the state may be saved already, for somebody else."""
+        taken = {existing.info.name for existing in self._checkpoints.all()}
+        name, number = manifest.info.name, 1
+        while name in taken:
+            number += 1
+            name = f"{manifest.info.name}-{number}"
+        return replace(manifest, info=replace(manifest.info, name=name))
 
     def _set_aside(self, name: str) -> None:
         aside = self._checkpoints.set_aside(name)
@@ -159,21 +171,36 @@ class Saver:
     def finish(self) -> None:
         """A background write ended well."""
         self.busy = False
+        self.refresh()
+
+    def refresh(self) -> None:
+        """See which is the newest now."""
         self.newest = next((manifest.info for manifest in self._checkpoints.all()), None)
 
-    def delete(self, name: str, journal: Journal, lineage: int) -> None:
-        """Delete a checkpoint on request; Refused when there is none or something needs it."""
+    def delete(self, name: str, lineages: dict[int, Lineage], lineage: int) -> Future[None]:
+        """Delete a checkpoint on request, in the background; Refused when something needs it."""
+        return self._thread.submit(self._delete, name, lineages, lineage)
+
+    def _delete(self, name: str, lineages: dict[int, Lineage], lineage: int) -> None:
         self._checkpoints.get(name)
-        why = retention.needed(self._checkpoints.all(), journal.lineages(), lineage).get(name)
-        if why is None and not self._checkpoints.delete(name):
-            why = "it is being downloaded, or was a minute ago"
+        self._verify(lineages, lineage)  # one that is damaged is none of those that a start may need
+        why = retention.needed(self._checkpoints.all(), lineages, lineage).get(name)
+        try:
+            gone = why is not None or self._checkpoints.delete(name)
+        except OSError as error:
+            raise Refused(
+                "CHECKPOINT_FAILED",
+                f"checkpoint {name!r} could not be deleted ({error.strerror or error}); look at the disk",
+                name=name,
+            ) from error
+        if not gone:
+            why = "it is being downloaded, or was a minute ago, or the run was restored to it"
         if why is not None:
             raise Refused(
                 "CHECKPOINT_NEEDED", f"checkpoint {name!r} stays: {why}; save another first, or wait",
                 name=name, why=why,
             )  # fmt: skip
         log.info("checkpoint %s deleted on request", name)
-        self.newest = next((manifest.info for manifest in self._checkpoints.all()), None)
 
     def give_up(self, job: Save, refusal: Refused) -> None:
         """A snapshot or its write failed; training goes on."""
@@ -185,6 +212,17 @@ class Saver:
     def close(self) -> None:
         """Finish what is being written."""
         self._thread.shutdown(wait=True)
+
+
+def _is(saved: Manifest, wanted: Manifest) -> bool:
+    """Whether an unnamed save is of the state, and for the purpose, that one was made for."""
+    one, other = saved.info, wanted.info
+    return (
+        (one.lineage, one.step, one.digest) == (other.lineage, other.step, other.digest)
+        and AUTOMATIC_NAME.fullmatch(one.name) is not None
+        and (saved.automatic, saved.request_id, one.labels, one.score)
+        == (wanted.automatic, wanted.request_id, other.labels, other.score)
+    )
 
 
 def _same(request: SaveRequest, saved: CheckpointInfo) -> CheckpointInfo:

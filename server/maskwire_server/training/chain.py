@@ -13,7 +13,7 @@ Letters: r rows, d draws (orders), b pseudo-rows (a row with one of its passes),
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskwire_server.config import ObjectiveConfig
+from maskwire_server.errors import Unwanted
 from maskwire_server.results import EvalOptions, EvalResult, LossSums
 from maskwire_server.training import draws, objective
 from maskwire_server.training.corruption import Corruption, Vocabulary, random_ranks
@@ -51,15 +52,19 @@ def evaluate(
     budget: int,
     device: torch.device,
     ema_weights: bool,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> EvalResult:
     """Evaluate a batch in parts of at most `budget` positions. Call it without gradients.
 
-    Each draw is one order. Logits are computed at the predicted positions alone.
+    Each draw is one order. Logits are computed at the predicted positions alone. Raises Unwanted between
+    two parts once `wanted` says no.
     """
     n_r = batch.maskable_rn.sum(-1)
     nats = torch.zeros(n_r.numel() * options.draws, dtype=torch.float64)
     k_parts, n_parts, ce_parts, right_parts = [], [], [], []
     for chunk in passes(batch, options, vocabulary, budget):
+        if not wanted():
+            raise Unwanted("nobody waits for this evaluation")
         ce_b, correct_b = _predict(networks, config, vocabulary, chunk.part.to(device), chunk.target_b)
         nats.index_add_(0, chunk.where_b, ce_b)
         k_parts.append(chunk.part.k_b)

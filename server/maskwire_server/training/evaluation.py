@@ -13,7 +13,7 @@ Letters: r rows, d draws, b pseudo-rows (a row with one of its draws), n positio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskwire_server.config import ObjectiveConfig
+from maskwire_server.errors import Unwanted
 from maskwire_server.results import EvalOptions, EvalResult, LossSums
 from maskwire_server.training import draws, objective, schedule
 from maskwire_server.training.corruption import Corruption, Vocabulary, mask_exactly
@@ -86,13 +87,19 @@ def evaluate(
     device: torch.device,
     has_critic: bool,
     ema_weights: bool,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> EvalResult:
-    """Evaluate a batch in parts of at most `budget` positions. Call it without gradients."""
+    """Evaluate a batch in parts of at most `budget` positions. Call it without gradients.
+
+    Raises Unwanted between two parts once `wanted` says no.
+    """
     n_r = batch.maskable_rn.sum(-1)
     k_rd = draw_counts(n_r, list(options.row_ids), options.seed, options.draws)
     critic = has_critic and not options.only_train_generator
     flat = torch.zeros(4, k_rd.numel(), dtype=torch.float64)
     for where, part, keys_b, temperature_b in _parts(batch, k_rd, options, vocabulary, budget, critic):
+        if not wanted():
+            raise Unwanted("nobody waits for this evaluation")
         flat[:, where] = _part_sums(
             networks, config, vocabulary, part.to(device), keys_b, temperature_b, critic
         ).cpu()

@@ -102,6 +102,8 @@ def export_state_dict(model: ModelConfig, objective: ObjectiveConfig, weights: T
 
     Raises ValueError naming what x-transformers' default encoder does not have.
     """
+    if model.heads == 1:
+        raise ValueError("model.heads is 1: x-transformers leaves the output projection of one head out")
     default = ModelConfig()
     for key in ("positions", "norm", "feed_forward", "qk_norm"):
         if getattr(model, key) != getattr(default, key):
@@ -130,7 +132,18 @@ def _of_critic(model: ModelConfig) -> ModelConfig:
 
 
 def _take_apart(tensors: Tensors) -> _Parts:
-    odd = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _finite(tensor)]
+    strange = [
+        name
+        for name, tensor in tensors.items()
+        if not tensor.is_floating_point()
+        or (not tensor.ndim and name.endswith("emb.weight"))
+        or tensor.layout is not torch.strided
+    ]
+    if strange:
+        found = tensors[strange[0]]
+        what = f"{found.dtype} {tuple(found.shape)}"
+        raise ValueError(f"{strange[0]} must be real numbers of at least one dimension, got {what}")
+    odd = [name for name, tensor in tensors.items() if not _finite(tensor.float())]
     if odd:
         raise ValueError(f"{odd[0]} holds values that are not finite, and so do {len(odd) - 1} others")
     if not any(name.startswith("net.") for name in tensors):
@@ -273,7 +286,12 @@ def _encoder(net: Tensors, model: ModelConfig, ours: str, where: str) -> dict[st
     """An encoder's weights by our names, those that are stacked in one."""
     names = x_transformers_names(model)
     theirs = {name for group in names.values() for name in group}
-    lines = foreign_options.missing(theirs - net.keys(), where)
+    absent = theirs - net.keys()
+    if absent and all(name.endswith("to_out.weight") for name in absent):
+        raise ValueError(
+            f"{where}attn_layers: heads=1, or attn_project_out=False, is not supported: to_out is missing"
+        )
+    lines = foreign_options.missing(absent, where)
     if not lines:
         lines = [
             f"{where}{name} is no weight of a TransformerWrapper(Encoder) of {model.depth} layers"

@@ -7,6 +7,8 @@ optimizer.safetensors   generator.* and critic.*: AdamW's state and the count of
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +40,12 @@ class Snapshot:
             try:
                 save_file(tensors, folder / file)
             except SafetensorError as error:
-                raise OSError(0, str(error), str(folder / file)) from error
+                full = f"os error {errno.ENOSPC}" in str(error)
+                raise OSError(
+                    errno.ENOSPC if full else errno.EIO,
+                    os.strerror(errno.ENOSPC) if full else str(error),
+                    str(folder / file),
+                ) from error
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ def read(path: Path) -> dict[str, Tensor]:
     Raises ValueError for a file that is no state dict, OSError for one that cannot be read.
     """
     found = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
-    strange = [name for name, value in found.items() if not isinstance(value, Tensor)]
+    strange = [
+        name for name, value in found.items() if not (isinstance(value, Tensor) and isinstance(name, str))
+    ]
     if strange or not found:
         names = ", ".join(map(repr, strange[:5])) or "nothing"
         raise ValueError(
@@ -57,9 +59,9 @@ def _torch(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of a foreign file: pickle's, zip's and torch's own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{path}: cannot be read with weights_only=True ({reason[:200]}); write it anew with "
+            f"{path}: cannot be read with weights_only=True ({type(error).__name__}): it is damaged, or "
+            "holds more than tensors, and what else it holds is never run; write it anew with "
             "torch.save(model.state_dict(), …), or as .safetensors"
         ) from error
     if not isinstance(found, dict):

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,9 @@ class Trainer:
         outcome = Outcome.APPLIED if finite else Outcome.SKIPPED_NON_FINITE
         return StepResult(outcome, losses, gradient_norm, rate, shares.masked, shares.maskable)
 
-    def eval_loss(self, batch: Batch, options: EvalOptions) -> EvalResult:
+    def eval_loss(
+        self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool] = lambda: True
+    ) -> EvalResult:
         """Evaluate one batch, by the moving average's weights if one is kept; changes nothing."""
         networks = self.networks
         if self._averaged is not None and not options.raw_weights:
@@ -191,6 +193,7 @@ class Trainer:
                         budget=self._budget,
                         device=self._device,
                         ema_weights=networks is self._averaged,
+                        wanted=wanted,
                     )
                 return evaluation.evaluate(
                     networks,
@@ -202,6 +205,7 @@ class Trainer:
                     device=self._device,
                     has_critic=self.critic is not None,
                     ema_weights=networks is self._averaged,
+                    wanted=wanted,
                 )
         finally:
             self.networks.train()

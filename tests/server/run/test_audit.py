@@ -75,7 +75,7 @@ def test_a_whole_run_has_no_problems(run_dir: Path) -> None:
     found = audit.verify(run_dir)
     assert found.problems == []
     assert (found.lineages, found.lineage, found.step, found.steps, found.batches) == (2, 2, 9, 15, 15)
-    assert found.checkpoints == ["four", "step-000000000"]
+    assert found.checkpoints == ["step-000000004-lineage-2", "four", "step-000000000"]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_is_named_and_one_before_it_counts(run_dir: Path) -
     state.write_text(state.read_text() + " ")
     found = audit.verify(run_dir)
     assert found.problems == ["checkpoint four: state.json: does not match the manifest's size and SHA-256"]
-    assert found.checkpoints == ["step-000000000"]
+    assert found.checkpoints == ["step-000000004-lineage-2", "step-000000000"]
 
 
 def test_a_step_is_shown_as_it_was_recorded(run_dir: Path) -> None:

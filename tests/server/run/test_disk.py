@@ -78,6 +78,9 @@ def test_a_batch_that_kills_the_process_is_set_aside_after_so_many_deaths(tmp_pa
 
 
 class FakeJournal:
+    def log_bytes(self) -> int:
+        return 0
+
     def __init__(self) -> None:
         self.full = False
 
@@ -96,7 +99,7 @@ def test_what_was_computed_is_committed_while_the_reserve_holds_new_steps_off(
     fake, standing = FakeJournal(), Standing()
     standing.set(RunState.RECOVERING, False)
     reserve = Reserve(tmp_path, 0)
-    monkeypatch.setattr(reserve, "there", lambda: room[0])
+    monkeypatch.setattr(reserve, "there", lambda _=0: room[0])
     commits = Commits(fake, standing, lambda: now[0], reserve)  # type: ignore[arg-type]
     commits.add(lambda: done.append("written"), lambda: done.append("answered"))
     commits.hold()

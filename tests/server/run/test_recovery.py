@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sqlite3
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,7 +109,8 @@ def test_a_parents_last_records_are_missed(rig: Rig) -> None:
     engine.restore(RestoreRequest("four")).result(WAIT)
     close(rig)
     change(rig.folder, "DELETE FROM steps WHERE lineage = 1 AND step = 4")
-    shutil.rmtree(rig.folder / "checkpoints" / "four")
+    for name in ("four", "step-000000004-lineage-2"):
+        shutil.rmtree(rig.folder / "checkpoints" / name, ignore_errors=True)
     with pytest.raises(RunDirectoryError, match=r"step 4 \(lineage 1\), from which a later one descends"):
         rig.start()
 
@@ -498,3 +501,171 @@ def test_verify_finds_what_a_start_does_not_look_at(rig: Rig, damage: str) -> No
     assert problems, damage
     if damage == "manifest":
         assert "checkpoint forty: manifest.json cannot be read" in problems[0]
+
+
+def test_a_run_that_was_restored_survives_damage_to_what_it_was_restored_from(rig: Rig) -> None:
+    engine = rig.start(checkpoints=LONG)
+    for seed in range(22):
+        engine.train_step(bare(seed)).result(WAIT)
+        if seed in (9, 14, 19):
+            engine.save(SaveRequest(f"at-{seed + 1}")).result(WAIT)
+    engine.restore(RestoreRequest("at-10")).result(WAIT)
+    for seed in range(3):
+        last = engine.train_step(bare(50 + seed)).result(WAIT)
+    wait_for(lambda: engine.checkpoints()[0].lineage == 2)
+    state = rig.trainer.state
+    close(rig)
+    for name in ("at-10", "step-000000010-lineage-2"):
+        whole = (rig.folder / "checkpoints" / name / "state.json").read_text()
+        (rig.folder / "checkpoints" / name / "state.json").write_text("{}")
+        engine = rig.start()
+        assert (engine.status().digest, rig.trainer.state) == (last.digest, state), name
+        close(rig)
+        aside = rig.folder / "checkpoints" / f"{name}.aside"
+        if aside.exists():  # only what a start looked at is
+            aside.rename(rig.folder / "checkpoints" / name)
+        (rig.folder / "checkpoints" / name / "state.json").write_text(whole)
+
+
+def test_a_run_of_weights_from_elsewhere_never_begins_at_seeded_ones(rig: Rig) -> None:
+    from maskwire_server.run import beginning
+
+    whole = rig.config()
+    beginning.begin(
+        rig.folder, CounterTrainer, whole.model_dump(mode="json"), seed=whole.run.seed,
+        canonical=whole.canonical(), versions={}, labels={}, texts={},
+    )  # fmt: skip
+    assert rig.start().checkpoints()[0].name == "imported"
+    close(rig)
+    state = rig.folder / "checkpoints" / "imported" / "state.json"
+    text = state.read_text()
+    state.write_text("{}")
+    for _ in range(2):  # the second time it was set aside
+        with pytest.raises(RunDirectoryError, match="the run began from checkpoint 'imported'"):
+            rig.start()
+        rig.engines.pop()
+    assert any("imported" in problem for problem in audit.verify(rig.folder).problems)
+    aside = rig.folder / "checkpoints" / "imported.aside"
+    (aside / "state.json").write_text(text)
+    aside.rename(rig.folder / "checkpoints" / "imported")
+    assert rig.start().status().step == 0
+
+
+def test_an_unnamed_save_keeps_its_labels_beside_an_automatic_one(rig: Rig) -> None:
+    engine = rig.start(checkpoints={"every_steps": 1, "every_seconds": 1e6, "keep_last": 2})
+    engine.train_step(bare(0)).result(WAIT)
+    wait_for(lambda: engine.checkpoints()[0].step == 1)
+    saved = engine.save(SaveRequest(None, "id", {"why": "mine"})).result(WAIT)
+    assert (saved.name, saved.labels) == ("step-000000001-2", {"why": "mine"})
+    assert engine.save(SaveRequest(None, "id", {"why": "mine"})).result(WAIT) == saved
+    for seed in range(1, 6):
+        step = engine.train_step(bare(seed)).result(WAIT).step
+        wait_for(lambda step=step: engine.checkpoints()[0].step == step)
+    assert saved.name in [info.name for info in engine.checkpoints()], "retention leaves it alone"
+
+
+def test_a_save_behind_another_does_not_keep_the_steps_waiting(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = rig.start(checkpoints=LONG)
+    engine.train_step(bare(0)).result(WAIT)
+    release = threading.Event()
+    failpoints.install(lambda name: name == "checkpoint.begun" and release.wait(WAIT))
+    first, second = engine.save(SaveRequest("first")), engine.save(SaveRequest("second"))
+    assert [engine.train_step(bare(seed)).result(WAIT).step for seed in range(1, 4)] == [2, 3, 4]
+    assert not first.done()
+    release.set()
+    assert first.result(WAIT).step == 1
+    assert second.result(WAIT).step == 4, "it is of the state when its turn came"
+
+
+def test_a_folder_that_says_it_is_another_checkpoint_is_set_aside(rig: Rig) -> None:
+    engine = rig.start()
+    engine.train_step(bare(0)).result(WAIT)
+    engine.save(SaveRequest("one")).result(WAIT)
+    close(rig)
+    (rig.folder / "checkpoints" / "one").rename(rig.folder / "checkpoints" / "two")
+    assert any("says that it is 'one'" in problem for problem in audit.verify(rig.folder).problems)
+    engine = rig.start()
+    assert (rig.folder / "checkpoints" / "two.aside").is_dir()
+    assert engine.status().step == 1
+
+
+def test_what_is_nobodys_checkpoint_is_left_alone(rig: Rig) -> None:
+    rig.start()
+    close(rig)
+    folder = rig.folder / "checkpoints"
+    (folder / "my-notes").mkdir()
+    (folder / "my-notes" / "important.txt").write_text("x")
+    (folder / "unfinished").mkdir()
+    (folder / "unfinished" / "model.safetensors").write_text("x")
+    rig.start()
+    assert (folder / "my-notes" / "important.txt").exists()
+    assert not (folder / "unfinished").exists()
+
+
+def test_a_deletion_that_the_disk_refuses_is_said_and_ends_nothing(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = rig.start()
+    for name in ("one", "two", "three"):
+        engine.train_step(bare(len(name))).result(WAIT)
+        engine.save(SaveRequest(name)).result(WAIT)
+
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(shutil, "rmtree", refused)
+    assert reason(engine.delete("one")) == "CHECKPOINT_FAILED"
+    assert engine.train_step(bare(9)).result(WAIT).step == 4
+
+
+def test_an_evaluation_that_nobody_waits_for_frees_the_device(rig: Rig) -> None:
+    from maskwire_server.errors import Unwanted
+    from maskwire_server.requests import EvalRequest
+    from maskwire_server.results import EvalOptions
+
+    began = threading.Event()
+
+    class Long(CounterTrainer):
+        def eval_loss(self, batch: object, options: object, wanted: object = None) -> object:  # type: ignore[override]
+            began.set()
+            while wanted():  # type: ignore[operator]
+                time.sleep(0.001)
+            raise Unwanted("nobody")
+
+    engine = rig.start(Long)
+    request = EvalRequest(payload(0).batch, EvalOptions(draws=1, row_ids=(0, 1)))
+    future = engine.eval_loss(request)
+    assert began.wait(WAIT)
+    future.cancel()
+    assert engine.train_step(bare(1)).result(WAIT).step == 1
+    began.clear()
+    future = engine.eval_loss(request)
+    assert began.wait(WAIT)
+    assert engine.drain(WAIT), "SIGTERM ends it too"
+    assert reason(future) == "DRAINING"
+
+
+def test_verify_looks_at_sessions_configurations_and_the_fallback(rig: Rig) -> None:
+    engine = rig.start(checkpoints=LONG)
+    open_session(engine)
+    for seed in range(6):
+        engine.train_step(StepRequest(payload(seed), open_session(engine))).result(WAIT)
+        if seed in (1, 3):
+            engine.save(SaveRequest(f"at-{seed + 1}")).result(WAIT)
+    close(rig)
+    assert audit.verify(rig.folder).problems == []
+    for statement, words in (
+        ("UPDATE sessions SET client_name = 'x'", "epoch 1 does not match its hash"),
+        (
+            "UPDATE events SET kind = 'other' WHERE kind = 'configuration'",
+            "the configuration of steps, is missing",
+        ),
+        ("DELETE FROM payloads WHERE step = 3", "behind checkpoint at-2, was dropped"),
+    ):
+        copy = rig.folder.with_name("copy")
+        shutil.copytree(rig.folder, copy)
+        change(copy, statement)
+        assert any(words in problem for problem in audit.verify(copy).problems), statement
+        shutil.rmtree(copy)

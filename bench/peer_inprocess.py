@@ -1,0 +1,48 @@
+"""x-transformers' wrapper by itself, at its best.
+
+python -m bench.peer_inprocess STEPS ROWS COLUMNS DIM DEPTH HEADS TOKENS
+
+Flash attention, fused AdamW, the masked-mean loss, no augmentation; prints what `bench.inprocess` does.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from typing import Any
+
+import torch
+
+from bench.inprocess import WARM, report
+
+
+def main() -> None:
+    """Train on one batch, over and over."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import x_transformers
+        from x_transformers.nonautoregressive_wrapper import NonAutoregressiveWrapper
+    steps, rows, columns, dim, depth, heads, tokens = map(int, sys.argv[1:8])
+    torch.manual_seed(0)
+    layers = x_transformers.Encoder(dim=dim, depth=depth, heads=heads, attn_flash=True)
+    net = x_transformers.TransformerWrapper(num_tokens=tokens, max_seq_len=columns, attn_layers=layers)
+    wrapper: Any = NonAutoregressiveWrapper(
+        net, mask_id=tokens - 1, no_replace_prob=0.0, random_token_prob=0.0, use_simple_mdlm_loss_weight=False
+    )
+    optimizer = torch.optim.AdamW(wrapper.parameters(), lr=1e-3, fused=True)
+    ids = torch.randint(0, tokens - 1, (rows, columns))
+    for step in range(1, steps + WARM + 1):
+        if step == WARM + 1:
+            began = time.perf_counter()
+        loss = wrapper(ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        float(loss)
+    report(steps / (time.perf_counter() - began), 0.0)
+
+
+if __name__ == "__main__":
+    main()
