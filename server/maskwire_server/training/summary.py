@@ -131,9 +131,12 @@ def standard_error(nats_r: Tensor, n_r: Tensor, per_token: float) -> float | Non
 def half_differences(nats_rd: Tensor) -> Tensor | None:
     """Mean over the first half of the draws less mean over the second, fp64 [r]; None for one draw.
 
-    The halves are independent: their mean's variance is a quarter of the variance of their difference.
+    Scaled by 2 sqrt(ab)/K for halves of a and b of K draws (1 when they are equal), so that a quarter of
+    its square estimates the variance of the mean over all of them: with s² the variance of a draw, the
+    mean's is s²/K, and the difference's s²(1/a + 1/b) = s² K/(ab).
     """
     first, second = halves(nats_rd.shape[1])
     if not second:
         return None
-    return nats_rd[:, :first].mean(1) - nats_rd[:, first:].mean(1)
+    scale = 2 * math.sqrt(first * second) / (first + second)
+    return scale * (nats_rd[:, :first].mean(1) - nats_rd[:, first:].mean(1))

@@ -226,13 +226,15 @@ class Trainer:
         networks = self.networks
         if self._averaged is not None and not options.raw_weights:
             networks = self._averaged
+        # The budget is for half of the positions masked; here all are at first, and top_p sorts them.
+        share = 6 if options.top_p < 1 else 3
         states = sampling.generate(
             networks,
             self._objective,
             self._vocabulary,
             prompts,
             options,
-            budget=self._budget,
+            budget=max(1, self._budget // share),
             device=self._device,
             ema_weights=networks is self._averaged,
         )
