@@ -141,7 +141,9 @@ def test_a_checkpoint_is_saved_listed_and_restored_on_a_new_lineage(serve: Serve
         assert (restored.lineage, restored.step) == (2, 3)
         assert trainer.eval_loss(tokens(9)).nats_per_token == expected.nats_per_token
         assert trainer.train_step(tokens(3)).step == 4
-        assert [info.name for info in trainer.checkpoints()] == ["three", "step-000000000"]
+        names = [info.name for info in trainer.checkpoints()]
+        assert names[-2:] == ["three", "step-000000000"]
+        assert set(names[:-2]) <= {"step-000000003-lineage-2"}, "which the restore has saved, or saves"
 
 
 def test_a_damaged_checkpoint_is_not_restored_and_a_half_one_does_not_exist(serve: Serve) -> None:
