@@ -171,7 +171,11 @@ def main() -> int:
             notes[f"{size} {case.target} {case.name}"] = {"found": found, "seconds": round(seconds, 1)}
             NOTES.write_text(json.dumps(notes, indent=1))
             print(f"[{number}/{len(todo)}] {case.target} {case.name}: held, {seconds:.0f} s", flush=True)
-    write_report(notes, size)
+    planned = {
+        name: Counter(case.target for case in cases(full))
+        for name, full in (("full", True), ("short", False))
+    }
+    write_report(notes, planned, failed)
     if failed:
         print(f"failed: {dict(failed)}; what held is noted, run it again after the mend", flush=True)
     return 1 if failed else 0

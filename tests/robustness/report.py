@@ -17,35 +17,46 @@ PAGE = ROOT / "docs" / "robustness.md"
 BEGIN, END = "<!-- table -->", "<!-- end -->"
 
 
-def write_report(notes: dict[str, Any], size: str) -> None:
-    """Put what the notes hold of a campaign of this size between the page's marks."""
+def write_report(notes: dict[str, Any], planned: dict[str, Counter[str]], failed: Counter[str]) -> None:
+    """Put what the notes hold between the page's marks.
+
+    `planned`: the cases of each target, by the size of the campaign; `failed`: those that did not hold.
+    """
     page = PAGE.read_text()
     before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n{table(notes, size)}\n{END}{after}")
+    PAGE.write_text(f"{before}{BEGIN}\n{table(notes, planned, failed)}\n{END}{after}")
     print(f"written: {PAGE.relative_to(ROOT)}")
 
 
-def table(notes: dict[str, Any], size: str) -> str:
-    """One row a target."""
-    groups: dict[str, list[tuple[str, Any]]] = {}
+def table(notes: dict[str, Any], planned: dict[str, Counter[str]], failed: Counter[str]) -> str:
+    """One row a target: of its whole campaign, or of the short one where that alone was run."""
+    groups: dict[str, dict[str, list[tuple[str, Any]]]] = {}
     for key, note in notes.items():
-        campaign, target, name = key.split(" ", 2)
-        if campaign == size:
-            groups.setdefault(target, []).append((name, note))
+        size, target, name = key.split(" ", 2)
+        groups.setdefault(target, {}).setdefault(size, []).append((name, note))
     lines = [
-        f"Measured on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, the {size} campaign: {os.cpu_count()} "
-        f"cores, {platform.machine()}, python {platform.python_version()}, maskwire {__version__}, grpcio "
+        f"Measured on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}: {os.cpu_count()} cores, "
+        f"{platform.machine()}, python {platform.python_version()}, maskwire {__version__}, grpcio "
         f"{grpc.__version__}.",
         "",
-        "| | injected | lost, doubled, or wrong | took |",
-        "|---|---|---|---|",
+        "| | injected | cases | lost, doubled, or wrong | took |",
+        "|---|---|---|---|---|",
     ]
-    for target in sorted(groups):
-        items = groups[target]
+    for target in sorted({*groups, *planned["full"]}):
+        sizes = groups.get(target, {})
+        size = "full" if "full" in sizes else "short"
+        items = sizes.get(size, [])
+        if not items:
+            lines.append(f"| {target} | not run | 0 of {planned['full'][target]} | | |")
+            continue
         seconds = sum(note["seconds"] for _, note in items)
         took = f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
-        lines.append(f"| {target} | {_WORDS[target](items)} | 0 | {took} |")
+        done = f"{len(items)} of {planned[size][target]}" + (
+            ", the short campaign" if size == "short" else ""
+        )
+        wrong = f"in {failed[target]} cases" if failed[target] else "0"
+        lines.append(f"| {target} | {_WORDS[target](items)} | {done} | {wrong} | {took} |")
     return "\n".join(lines)
 
 
