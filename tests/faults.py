@@ -69,7 +69,9 @@ class Fault:
 
     def error(self) -> Exception:
         """As the operating system, or SQLite, says it."""
-        full = self.kind == "enospc"
+        full = (
+            self.kind == "enospc" and self.place != "journal.committed"
+        )  # SQLite is full before, or not at all
         if self.place.startswith("journal.") or self.place == "payloads.dropping":
             failed = sqlite3.OperationalError("database or disk is full" if full else "disk I/O error")
             failed.sqlite_errorcode = sqlite3.SQLITE_FULL if full else sqlite3.SQLITE_IOERR
