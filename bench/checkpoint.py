@@ -40,9 +40,9 @@ def measure(quick: bool) -> list[Row]:
             for number in range(3 if quick else 9):
                 pauses.append(pause(trainer, other, ids, f"pause-{number}"))
                 copies.append(copy(size))
-            seconds = 12.0 if quick else 30.0
+            seconds = 12.0 if quick else 20.0
             saving, calm = in_turn(
-                1 if quick else 4,
+                1 if quick else 3,
                 lambda: training(trainer, ids, seconds, other),
                 lambda: training(trainer, ids, seconds, None),
             )
