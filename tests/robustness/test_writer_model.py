@@ -366,6 +366,9 @@ class WriterModel(RuleBasedStateMachine):
         self.epoch += 1
         self.closed, self.non_finite = True, 0
         assert (answer.lineage, answer.step, answer.digest) == (self.lineage, self.step, self.digest)
+        name = f"step-{self.step:09d}-lineage-{self.lineage}"  # a restore saves at once
+        wait_for(lambda: any(info.name == name for info in self.engine.checkpoints()))
+        wait_for(lambda: not self.engine._saver.busy)
 
     @rule()
     def crash(self) -> None:

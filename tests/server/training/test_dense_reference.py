@@ -188,7 +188,7 @@ def test_the_chain_rule_is_the_product_of_its_passes() -> None:
         assert len({tuple(order) for order in orders}) > 1
         expected = [dense.chain(predict, ids[row], MASK_ID, order) for order in orders]
         assert found.rows[row].nats == pytest.approx(np.mean(expected), rel=1e-10)
-        apart = np.mean(expected[:3]) - np.mean(expected[3:])
+        apart = 2 * math.sqrt(3 * 2) / 5 * (np.mean(expected[:3]) - np.mean(expected[3:]))
         assert found.rows[row].half_difference == pytest.approx(apart, rel=1e-9)
 
 
