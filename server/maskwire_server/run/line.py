@@ -33,7 +33,7 @@ class Line:
         """The next step, if its sender is known to have been refused with it."""
 
     def __len__(self) -> int:
-        return len(self._jobs) + len(self._ahead)
+        return len(self._jobs) + len(self._ahead) + len(self._parked)
 
     @property
     def busy(self) -> bool:
@@ -110,7 +110,8 @@ class Line:
 
     def interrupt(self, refusal: Refused) -> None:
         """End what runs on the device and changes nothing: it may have long to go, and can be asked again."""
-        for job in self._running:
+        running, self._running = self._running, set()  # each is refused once
+        for job in running:
             if isinstance(job, Generation):
                 job.refuse(refusal)
             else:

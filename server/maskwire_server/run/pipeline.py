@@ -14,7 +14,7 @@ from functools import partial
 from maskwire.v1.digest import step_digest
 from maskwire_server import failpoints
 from maskwire_server.config import ServeConfig
-from maskwire_server.errors import Refused, StateLost
+from maskwire_server.errors import Refused, StateLost, Unwanted
 from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRef, SessionRequest
 from maskwire_server.results import (
     CheckpointInfo,
@@ -328,10 +328,13 @@ class Pipeline:
     def _on_evaluated(self, job: Evaluation, future: Future[EvalResult]) -> None:
         self._line.came_back(job)
         error = future.exception()
+        if isinstance(error, Unwanted):
+            return
+        refusal = None if error is None else self._standing.failed("the evaluation", error)
         if job.future.done():
             return  # nobody wants it any more
-        if error is not None:
-            refuse(job.future, self._standing.failed("the evaluation", error))
+        if refusal is not None:
+            refuse(job.future, refusal)
             return
         seen = EvalAnswer(future.result(), self._head.step, self._head.digest)
         self._commits.after(partial(answer, job.future, seen))

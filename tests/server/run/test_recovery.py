@@ -17,9 +17,9 @@ from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, wait_f
 
 from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload
-from maskwire_server.errors import RunDirectoryError
-from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRequest, StepRequest
-from maskwire_server.results import RunState
+from maskwire_server.errors import RunDirectoryError, Unwanted
+from maskwire_server.requests import EvalRequest, RestoreRequest, SaveRequest, SessionRequest, StepRequest
+from maskwire_server.results import EvalOptions, RunState
 from maskwire_server.run import audit
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.commits import Reserve
@@ -621,9 +621,6 @@ def test_a_deletion_that_the_disk_refuses_is_said_and_ends_nothing(
 
 
 def test_an_evaluation_that_nobody_waits_for_frees_the_device(rig: Rig) -> None:
-    from maskwire_server.errors import Unwanted
-    from maskwire_server.requests import EvalRequest
-    from maskwire_server.results import EvalOptions
 
     began = threading.Event()
 
@@ -669,3 +666,27 @@ def test_verify_looks_at_sessions_configurations_and_the_fallback(rig: Rig) -> N
         change(copy, statement)
         assert any(words in problem for problem in audit.verify(copy).problems), statement
         shutil.rmtree(copy)
+
+
+def test_an_evaluation_on_the_device_is_refused_once_however_often_it_is_in_the_way(rig: Rig) -> None:
+    began, release = threading.Event(), threading.Event()
+
+    class Deaf(CounterTrainer):
+        def eval_loss(self, *_: object) -> object:  # type: ignore[override]
+            began.set()
+            release.wait(WAIT)
+            raise Unwanted("nobody")
+
+    engine = rig.start(Deaf)
+    engine.save(SaveRequest("zero")).result(WAIT)
+    future = engine.eval_loss(EvalRequest(payload(0).batch, EvalOptions(draws=1, row_ids=(0, 1))))
+    assert began.wait(WAIT)
+    back = [engine.restore(RestoreRequest("zero", f"r{i}")) for i in range(2)]
+    assert reason(future) == "RESTORING"
+    assert reason(back[1]) == "RESTORING"
+    drained = threading.Thread(target=engine.drain, args=(WAIT,))
+    drained.start()  # it asks once more
+    wait_for(lambda: engine.status().state is RunState.DRAINING)
+    release.set()
+    drained.join()
+    assert not rig.fatal
