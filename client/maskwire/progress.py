@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -62,61 +63,49 @@ class Bar:
 @contextmanager
 def row_progress(what: str, *, shown: bool) -> Iterator[Callable[[int, int, float], None]]:
     """To be called with (rows done, rows in all, nats a token so far): a bar, or a line now and then."""
-    if not shown:
-        yield lambda *_: None
-    elif sys.stderr.isatty():
-        columns = (
-            TextColumn(what),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("[bold]{task.fields[bits]}[/bold] bits a token"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("", total=None, bits="…")
-            yield lambda done, rows, nats: bar.update(
-                task, completed=done, total=rows, bits=f"{nats / math.log(2):.4f}"
-            )
-    else:
-        began = told = time.monotonic()
+    columns = (MofNCompleteColumn(), TextColumn("[bold]{task.description}[/bold]"))
+    began = time.monotonic()
 
-        def tell(done: int, rows: int, nats: float) -> None:
-            nonlocal told
-            now = time.monotonic()
-            if now - told >= PLAIN_EVERY_SECONDS:
-                told = now
-                left = (now - began) / max(1, done) * (rows - done)
-                words = (
-                    f"{what}: {done} of {rows} rows  {nats / math.log(2):.4f} bits a token  {left:.0f} s left"
-                )
-                print(words, file=sys.stderr, flush=True)
+    def words(done: int, rows: int, bits: str) -> str:
+        left = (time.monotonic() - began) / max(1, done) * (rows - done)
+        return f"{what}: {done} of {rows} rows  {bits}  {left:.0f} s left"
 
-        yield tell
+    with _progress(what, columns, words, shown) as tell:
+        yield lambda done, rows, nats: tell(done, rows, f"{nats / math.log(2):.4f} bits a token")
 
 
 @contextmanager
 def byte_progress(what: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
     """To be called with (bytes done, bytes in all): a bar on a terminal, a line now and then elsewhere."""
+
+    def words(done: int, total: int, _: str) -> str:
+        return f"{what}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+
+    with _progress(what, (DownloadColumn(), TransferSpeedColumn()), words, shown) as tell:
+        yield lambda done, total: tell(done, total, "")
+
+
+@contextmanager
+def _progress(
+    what: str, columns: Sequence[ProgressColumn], words: Callable[[int, int, str], str], shown: bool
+) -> Iterator[Callable[[int, int, str], None]]:
+    """Tells (done, total, a remark): a bar with these columns on a terminal, else `words` now and then."""
     if not shown:
         yield lambda *_: None
     elif sys.stderr.isatty():
-        columns = (
-            TextColumn(what),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        layout = (TextColumn(what), BarColumn(), *columns, TimeRemainingColumn())
+        with Progress(*layout, console=Console(stderr=True)) as bar:
             task = bar.add_task("", total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            yield lambda done, total, remark: bar.update(
+                task, completed=done, total=total, description=remark
+            )
     else:
         told = time.monotonic()
 
-        def tell(done: int, total: int) -> None:
+        def tell(done: int, total: int, remark: str) -> None:
             nonlocal told
             if time.monotonic() - told >= PLAIN_EVERY_SECONDS:
                 told = time.monotonic()
-                print(f"{what}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", file=sys.stderr, flush=True)
+                print(words(done, total, remark), file=sys.stderr, flush=True)
 
         yield tell
