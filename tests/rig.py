@@ -22,6 +22,24 @@ from maskwire_server.run.engine import Engine
 WAIT = 20
 
 
+def make_engine(
+    run_dir: Path,
+    whole: Config,
+    trainer: Callable[[], CounterTrainer] = CounterTrainer,
+    *,
+    on_fatal: Callable[[BaseException], None] = lambda _: None,
+    **options: Any,
+) -> Engine:
+    """An engine on a run directory, started and not waited for."""
+    engine = Engine(
+        trainer, run_dir, seed=whole.run.seed, canonical=whole.canonical(),
+        configuration=whole.model_dump(mode="json"), serve=whole.serve, checkpoints=whole.checkpoints,
+        versions={}, on_fatal=on_fatal, **options,
+    )  # fmt: skip
+    engine.start()
+    return engine
+
+
 class Rig:
     """One run directory, and the engines that a test starts on it."""
 
@@ -49,14 +67,11 @@ class Rig:
             self.trainer = trainer()
             return self.trainer
 
-        engine = Engine(
-            build, self.folder, seed=whole.run.seed, canonical=whole.canonical(),
-            configuration=whole.model_dump(mode="json"), serve=whole.serve, checkpoints=whole.checkpoints,
-            versions={}, on_fatal=self.fatal.append, clock=clock, accept_inexact_replay=accept_inexact_replay,
-            accept_lost_history=accept_lost_history,
+        engine = make_engine(
+            self.folder, whole, build, on_fatal=self.fatal.append, clock=clock,
+            accept_inexact_replay=accept_inexact_replay, accept_lost_history=accept_lost_history,
         )  # fmt: skip
         self.engines.append(engine)
-        engine.start()
         engine.wait_serving(WAIT)
         return engine
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from counter import CounterTrainer
+from rig import make_engine
 from robustness.expected import batch
 
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.requests import History, SaveRequest, SessionRef, SessionRequest, StepRequest
-from maskwire_server.run.engine import Engine
 
 WAIT = 30
 STEPS = 11
@@ -47,12 +47,7 @@ class Run:
             return self.trainer
 
         self.fatal: list[BaseException] = []
-        self.engine = Engine(
-            build, run_dir, seed=0, canonical=CONFIG.canonical(),
-            configuration=CONFIG.model_dump(mode="json"), serve=CONFIG.serve,
-            checkpoints=CONFIG.checkpoints, versions={}, on_fatal=self.fatal.append,
-        )  # fmt: skip
-        self.engine.start()
+        self.engine = make_engine(run_dir, CONFIG, build, on_fatal=self.fatal.append)
 
     def __enter__(self) -> Run:
         try:

@@ -28,10 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from counter import CounterTrainer
+from rig import make_engine
 from robustness.damage import WAIT, payload
 from robustness.expected import Expected
 from robustness.processes import ROOT
-from robustness.workload import STEPS, start
+from robustness.workload import CONFIG, STEPS
 
 from maskwire_server.errors import RunDirectoryError
 
@@ -196,19 +197,17 @@ class Disk:
 
     def pieces(self) -> list[Any]:
         """Everything that is not flushed."""
-        writes = [(node, call) for node in set(self.live.values()) for call in node.waiting]
+        writes = [(node, call) for node in dict.fromkeys(self.live.values()) for call in node.waiting]
         return [*self.names, *writes]
 
     def files(self, missing: set[int]) -> dict[str, bytes | None]:
         """What the disk holds without the pieces at these places; None is a folder."""
         pieces = self.pieces()
-        lost = {id(pieces[at]) for at in missing}
         names = dict(self.safe)
         for entry in self.names:
             if not any(entry is pieces[at] for at in missing):
                 _rename(names, entry[1], entry[2])
         lost_writes = {(id(pieces[at][0]), id(pieces[at][1])) for at in missing if len(pieces[at]) == 2}
-        del lost
         held: dict[str, bytes | None] = {}
         for path, node in names.items():
             content = bytearray(node.content)
@@ -288,7 +287,7 @@ def _recover(files: dict[str, bytes | None], root: str, acknowledged: int, saved
                 place.write_bytes(content)
         trainer = CounterTrainer()
         fatal: list[BaseException] = []
-        engine = start(run, trainer, fatal.append)
+        engine = make_engine(run, CONFIG, lambda: trainer, on_fatal=fatal.append)
         try:
             engine.wait_serving(WAIT)
         except RunDirectoryError as error:

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from counter import NAN_ID, CounterTrainer
+from counter import NAN_ID
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from rig import WAIT, FullDisk, wait_for
+from rig import WAIT, FullDisk, make_engine, wait_for
 
 from maskwire.v1.digest import lineage_digest, step_digest
 from maskwire_server import config, failpoints
@@ -112,19 +112,9 @@ class WriterModel(RuleBasedStateMachine):
         self.made = 0
 
     def start(self) -> None:
-        self.engine = Engine(
-            CounterTrainer,
-            self.folder / "run",
-            seed=0,
-            canonical=CONFIG.canonical(),
-            configuration=CONFIG.model_dump(mode="json"),
-            serve=CONFIG.serve,
-            checkpoints=CONFIG.checkpoints,
-            versions={},
-            on_fatal=self.fatal.append,
-            clock=lambda: self.now,
+        self.engine = make_engine(
+            self.folder / "run", CONFIG, on_fatal=self.fatal.append, clock=lambda: self.now
         )
-        self.engine.start()
         self.engine.wait_serving(WAIT)
 
     def teardown(self) -> None:

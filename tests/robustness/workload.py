@@ -8,32 +8,19 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from counter import CounterTrainer
+from rig import make_engine
 from robustness.damage import WAIT, payload
 
 from maskwire_server import config
 from maskwire_server.requests import SaveRequest, StepRequest
 from maskwire_server.run import commits
-from maskwire_server.run.engine import Engine
 
 STEPS = 10
 CONFIG = config.load(
     None, serve={"reserve_bytes": 0}, checkpoints={"every_seconds": 1e9, "keep_last": 2, "keep_best": 0}
 )
-
-
-def start(run_dir: Path, trainer: CounterTrainer, on_fatal: Callable[[BaseException], None]) -> Engine:
-    """An engine with every flush on."""
-    engine = Engine(
-        lambda: trainer, run_dir, seed=0, canonical=CONFIG.canonical(),
-        configuration=CONFIG.model_dump(mode="json"), serve=CONFIG.serve, checkpoints=CONFIG.checkpoints,
-        versions={}, on_fatal=on_fatal,
-    )  # fmt: skip
-    engine.start()
-    return engine
 
 
 def main() -> None:
@@ -43,7 +30,7 @@ def main() -> None:
 
         BUGS[sys.argv[2]].plant()
     commits.TIDY_EVERY = 5
-    engine = start(folder / "run", CounterTrainer(), lambda _: os._exit(70))
+    engine = make_engine(folder / "run", CONFIG, on_fatal=lambda _: os._exit(70))
     engine.wait_serving(WAIT)
     acknowledged = os.open(folder / "acknowledged", os.O_WRONLY | os.O_CREAT)
     for step in range(1, STEPS + 1):

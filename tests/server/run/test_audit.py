@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from counter import CounterTrainer
+from rig import make_engine
 
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes, Payload
@@ -28,18 +29,7 @@ SERVER = str(Path(sys.executable).with_name("maskwire-server"))
 
 
 def engine(folder: Path) -> Engine:
-    made = Engine(
-        CounterTrainer,
-        folder,
-        seed=0,
-        canonical=WHOLE.canonical(),
-        configuration=WHOLE.model_dump(mode="json"),
-        serve=WHOLE.serve,
-        checkpoints=WHOLE.checkpoints,
-        versions={},
-        on_fatal=lambda _: None,
-    )
-    made.start()
+    made = make_engine(folder, WHOLE)
     made.wait_serving(WAIT)
     return made
 

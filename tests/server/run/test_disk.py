@@ -50,9 +50,9 @@ def test_a_run_on_a_network_file_system_is_refused(tmp_path: Path, monkeypatch: 
 
 def test_the_reserve_counts_what_is_about_to_be_written(tmp_path: Path) -> None:
     free = disk.free_bytes(tmp_path)
-    assert Reserve(tmp_path, 0).there()
-    assert not Reserve(tmp_path, 0).there(free * 2)
-    assert not Reserve(tmp_path, free * 2).there()
+    assert Reserve(tmp_path, 0).left(0) >= 0
+    assert Reserve(tmp_path, 0).left(free * 2) < 0
+    assert Reserve(tmp_path, free * 2).left(0) < 0
 
 
 def test_a_batch_that_kills_the_process_is_set_aside_after_so_many_deaths(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_what_was_computed_is_committed_while_the_reserve_holds_new_steps_off(
     fake, standing = FakeJournal(), Standing()
     standing.set(RunState.RECOVERING, False)
     reserve = Reserve(tmp_path, 0)
-    monkeypatch.setattr(reserve, "there", lambda _=0: room[0])
+    monkeypatch.setattr(reserve, "left", lambda _: 0 if room[0] else -1)
     commits = Commits(fake, standing, lambda: now[0], reserve)  # type: ignore[arg-type]
     commits.add(lambda: done.append("written"), lambda: done.append("answered"))
     commits.hold()

@@ -467,7 +467,7 @@ def test_a_save_at_the_step_of_a_damaged_checkpoint_writes_it_anew(rig: Rig) -> 
 def test_one_batch_too_large_for_the_disk_is_refused_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = rig.start()
     engine.train_step(bare(0)).result(WAIT)
-    monkeypatch.setattr(Reserve, "there", lambda _, more=0: more < 2**20)
+    monkeypatch.setattr(Reserve, "left", lambda _, waiting: 2**20 - waiting)
     monkeypatch.setattr(Journal, "log_bytes", lambda _: 2**20 - 2**15)
     large = StepRequest(Payload(Batch(np.full((64, 512), 300), 64, 512), Modes()))
     assert reason(engine.train_step(large)) == "HELD"
