@@ -26,13 +26,7 @@ from maskwire.v1 import training_service_pb2 as pb
 T = TypeVar("T")
 
 _LONGEST = 1e7  # seconds; gRPC takes no infinite deadline
-_SLOW = {
-    "EvalLoss",
-    "Generate",
-    "Checkpoint",
-    "RestoreCheckpoint",
-}  # begun anew when broken off, so given time
-_LONGEST_GENERATION = 86_400.0  # seconds
+_SLOW = {"EvalLoss", "Checkpoint", "RestoreCheckpoint"}  # begun anew when broken off, so given time
 _QUICK = {"GetStatus", "ListCheckpoints"}  # answered at once or not at all
 
 
@@ -419,7 +413,7 @@ class Asking:
         """The deadline of one attempt."""
         timeout, retry_for = self._policy.attempt_timeout, self._policy.retry_for
         if method == "Generate":  # it may have thousands of passes; keepalive finds a server that is gone
-            return max(timeout, retry_for, _LONGEST_GENERATION)
+            return _LONGEST
         if method in _SLOW:
             return max(timeout, retry_for)
         return min(timeout, max(1.0, retry_for)) if method in _QUICK else timeout

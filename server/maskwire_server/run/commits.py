@@ -78,7 +78,7 @@ class Commits:
             self._count += 1
         self._failed = False
         if self._retry_at is not None and not early:
-            if self._reserve.there(self._journal.log_bytes()):
+            if self._reserve.left(self._journal.log_bytes()) >= 0:
                 log.warning("the journal has room again; nothing was lost")
                 self._retry_at = None
                 self._standing.set(RunState.HELD, False)
@@ -117,6 +117,6 @@ class Reserve:
         self._run_dir = run_dir
         self._reserve_bytes = reserve_bytes
 
-    def there(self, more: int = 0) -> bool:
-        """Whether it is there beside `more` bytes that are about to be written."""
-        return free_bytes(self._run_dir) >= self._reserve_bytes + more
+    def left(self, waiting: int) -> int:
+        """Bytes that may be written beside it and `waiting` others; negative: it is not there."""
+        return free_bytes(self._run_dir) - self._reserve_bytes - waiting

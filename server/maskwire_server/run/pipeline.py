@@ -184,11 +184,12 @@ class Pipeline:
             )
 
     def _require_room(self, size: int) -> None:
-        waiting = self._journal.log_bytes()  # in the log, and to be written once more when it is folded
-        if not self._reserve.there(waiting):
+        # What is in the log is written once more when it is folded.
+        left = self._reserve.left(self._journal.log_bytes())
+        if left < 0:
             self._commits.hold()
             admission.refuse_unavailable(RunState.HELD)
-        if not self._reserve.there(waiting + WRITES * size):  # smaller ones may go on
+        if left < WRITES * size:  # smaller ones may go on
             raise Refused(
                 "HELD",
                 f"the journal's disk has no room for this batch of {size} bytes; make room, and "
@@ -413,9 +414,7 @@ class Pipeline:
     def restore(self, request: RestoreRequest, future: Future[RestoreAnswer]) -> None:
         """Go back to a checkpoint once the running step is durable; raises Refused."""
         admission.refuse_unavailable(self._standing.state)
-        if not self._reserve.there():
-            self._commits.hold()
-            admission.refuse_unavailable(RunState.HELD)
+        self._require_room(0)
         self._restoring.begin(request, future)
 
     # The end.

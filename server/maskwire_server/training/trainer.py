@@ -183,30 +183,16 @@ class Trainer:
         networks.eval()
         try:
             with torch.no_grad(), self._autocast():
+                what = (networks, self._objective, self._vocabulary, self._host(batch), options)
+                how: dict[str, Any] = {
+                    "budget": self._budget,
+                    "device": self._device,
+                    "ema_weights": networks is self._averaged,
+                    "wanted": wanted,
+                }
                 if options.chain_rule:
-                    return chain.evaluate(
-                        networks,
-                        self._objective,
-                        self._vocabulary,
-                        self._host(batch),
-                        options,
-                        budget=self._budget,
-                        device=self._device,
-                        ema_weights=networks is self._averaged,
-                        wanted=wanted,
-                    )
-                return evaluation.evaluate(
-                    networks,
-                    self._objective,
-                    self._vocabulary,
-                    self._host(batch),
-                    options,
-                    budget=self._budget,
-                    device=self._device,
-                    has_critic=self.critic is not None,
-                    ema_weights=networks is self._averaged,
-                    wanted=wanted,
-                )
+                    return chain.evaluate(*what, **how)
+                return evaluation.evaluate(*what, **how, has_critic=self.critic is not None)
         finally:
             self.networks.train()
 
