@@ -28,7 +28,7 @@ KEPT_SECTIONS = ("model", "objective", "optimizer")
 
 
 class Saver:
-    """Names, writes and collects checkpoints. Only the engine's thread calls it."""
+    """Names, writes and collects checkpoints. Called by the engine's thread; the work is on one of its own."""
 
     def __init__(
         self,
