@@ -28,7 +28,7 @@ KEPT_SECTIONS = ("model", "objective", "optimizer")
 
 
 class Saver:
-    """Names, writes and collects checkpoints. Called by the engine's thread; the work is on one of its own."""
+    """Names, writes and collects checkpoints. The engine's thread calls; a thread of its own works."""
 
     def __init__(
         self,
