@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -116,7 +117,8 @@ class Server:
     def signal(self, number: int) -> None:
         assert self.process is not None
         if self.process.pid is not None and self.process.is_alive():
-            os.kill(self.process.pid, number)
+            with suppress(ProcessLookupError):  # it ended by itself, and the fork server has not told yet
+                os.kill(self.process.pid, number)
 
     def terminate(self, seconds: float = 30) -> int | None:
         """SIGTERM; its exit code, None when it did not end in time."""
