@@ -259,8 +259,9 @@ class Engine:
 
     def close(self) -> None:
         """Stop the threads and release the run directory; whatever still waits is refused."""
+        self._stopping = True  # before what waits in the inbox, and nothing more gets in
         if self._thread.ident is not None:
-            self._tell(self._stop)
+            self._tell(lambda: None)
             self._thread.join()
         self._device.close()
 
@@ -319,9 +320,6 @@ class Engine:
         except queue.Empty:
             pass
         self._pipeline.settle()
-
-    def _stop(self) -> None:
-        self._stopping = True
 
     def _shut_down(self) -> None:
         self._stopping = self._stopped = True
