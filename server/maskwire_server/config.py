@@ -268,6 +268,9 @@ class ServeConfig(_Section):
     micro_batch_tokens: int | None = Field(None, ge=1)
     """Split a batch into parts of at most so many positions, with the same loss and gradient; absent:
     chosen for the device."""
+    activation_checkpointing: bool = False
+    """Keep only the blocks' inputs for the backward pass and compute the rest again there: a third more
+    work, a fraction of the memory, the same results."""
     max_message_bytes: int = Field(64 * 2**20, ge=2**16, le=2**31 - 1)
     """The largest message accepted, in bytes."""
     queue_limit: int = Field(64, ge=1, le=4096)

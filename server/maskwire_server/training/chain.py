@@ -25,6 +25,7 @@ from maskwire_server.errors import Unwanted
 from maskwire_server.results import EvalOptions, EvalResult, LossSums
 from maskwire_server.training import draws, objective
 from maskwire_server.training.corruption import Corruption, Vocabulary, random_ranks
+from maskwire_server.training.cross_entropy import forbid_special
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.evaluation import Batch
 from maskwire_server.training.objective import Networks
@@ -147,10 +148,10 @@ def _predict(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy at each pseudo-row's position, and whether its most probable id is right: fp64 [b]."""
     valid = None if bool(part.valid_bn.all()) else part.valid_bn
-    e_bnd = objective.generator_embeddings(networks, config, part, valid, first_pass=config.self_cond)
-    b = torch.arange(target_b.numel(), device=part.ids_bn.device)
-    at = (b, target_b.to(b.device))
-    logits_bv = objective.forbid_special(networks.project(e_bnd[at]), vocabulary)
-    ids_b = part.ids_bn[at]
+    b, n = part.ids_bn.shape
+    at_b = torch.arange(0, b * n, n, device=part.ids_bn.device) + target_b.to(part.ids_bn.device)
+    e_bd = objective.embeddings(networks, config, part.input_bn, valid, at_b, first_pass=config.self_cond)
+    logits_bv = forbid_special(networks.project(e_bd), vocabulary)
+    ids_b = part.ids_bn.flatten()[at_b]
     ce_b = F.cross_entropy(logits_bv, ids_b, reduction="none").double()
     return ce_b.cpu(), (logits_bv.argmax(-1) == ids_b).double().cpu()

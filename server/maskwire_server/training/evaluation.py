@@ -23,8 +23,9 @@ from torch import Tensor
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.errors import Unwanted
 from maskwire_server.results import EvalOptions, EvalResult, LossSums
-from maskwire_server.training import draws, objective, schedule
+from maskwire_server.training import cross_entropy, draws, objective, schedule
 from maskwire_server.training.corruption import Corruption, Vocabulary, mask_exactly
+from maskwire_server.training.cross_entropy import forbid_special
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.objective import Networks
 from maskwire_server.training.summary import Bins, combine, halves, summarize
@@ -164,19 +165,24 @@ def _part_sums(
     """The four sums of each pseudo-row, fp64 [4, b]."""
     device = part.ids_bn.device
     valid = None if bool(part.valid_bn.all()) else part.valid_bn
-    row_m = part.mask_bn.nonzero()[:, 0]
-    e_bnd = objective.generator_embeddings(networks, config, part, valid, first_pass=config.self_cond)
-    logits_mv = objective.forbid_special(networks.project(e_bnd[part.mask_bn]), vocabulary)
-    target_m = part.ids_bn[part.mask_bn]
-    sums = torch.zeros(4, part.ids_bn.shape[0], dtype=torch.float64, device=device)
-    sums[0].index_add_(0, row_m, F.cross_entropy(logits_mv, target_m, reduction="none").double())
-    sums[1].index_add_(0, row_m, (logits_mv.argmax(-1) == target_m).double())
+    b, n = part.ids_bn.shape
+    masked_m = objective.where(part.mask_bn)
+    row_m, target_m = masked_m // n, part.ids_bn.flatten()[masked_m]
+    u_m = draws.uniform(keys_b.to(device), n).flatten()[masked_m] if critic else None
+    temperature_m = temperature_b.to(device)[row_m]
+    e_md = objective.embeddings(networks, config, part.input_bn, valid, masked_m, first_pass=config.self_cond)
+    sums = torch.zeros(4, b, dtype=torch.float64, device=device)
+    sampled_m = torch.zeros_like(target_m)
+    for some in cross_entropy.chunks(target_m.numel(), vocabulary.num_tokens, device):
+        logits, target = forbid_special(networks.project(e_md[some]), vocabulary), target_m[some]
+        sums[0].index_add_(0, row_m[some], F.cross_entropy(logits, target, reduction="none").double())
+        sums[1].index_add_(0, row_m[some], (logits.argmax(-1) == target).double())
+        if u_m is not None:
+            sampled_m[some] = objective.sample(logits, u_m[some], temperature_m[some])
     if critic:
-        u_m = draws.uniform(keys_b.to(device), part.ids_bn.shape[1])[part.mask_bn]
-        sampled_m = objective.sample(logits_mv, u_m, temperature_b.to(device)[row_m])
         filled_bn = part.ids_bn.masked_scatter(part.mask_bn, sampled_m)
         scores_bn = networks.criticize(filled_bn, valid, train_trunk=False)
-        scores_bn = scores_bn.to(logits_mv.dtype)
+        scores_bn = scores_bn if scores_bn.dtype == torch.float64 else scores_bn.float()
         labels_bn = objective.critic_labels(config, part, filled_bn)
         bce_bn = F.binary_cross_entropy_with_logits(
             scores_bn, labels_bn.to(scores_bn.dtype), reduction="none"

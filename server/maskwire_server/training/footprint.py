@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
+from maskwire_server.training import cross_entropy
 from maskwire_server.training.networks import Networks
 from maskwire_server.training.trainer import choose_device, default_budget
 
@@ -30,13 +31,19 @@ def footprint(
     parameters = sum(weight.numel() for weight in networks.parameters())
     copies = 5 if optimizer.ema_decay else 4
     state = 4 * copies * parameters
-    positions = serve.micro_batch_tokens or default_budget(device, model.num_tokens)
+    positions = serve.micro_batch_tokens or default_budget(device)
     # A block keeps about 8 vectors of dim (norms, q, k, v, attention, residuals) and 2 of the
-    # feed-forward's width; half the positions are masked and have logits, their gradient and a copy.
+    # feed-forward's width; logits are computed a chunk at a time, and have a copy.
     widths = 8 * model.dim + 2 * int(model.dim * model.ff_mult) * (2 if model.feed_forward == "swiglu" else 1)
     passes = 2 if objective.critic != "none" else 1
-    activations = 4 * positions * widths * model.depth * passes
-    logits = 4 * 3 * (positions // 2) * model.num_tokens
+    numbers = f"{widths:,} numbers x {model.depth} blocks"
+    kept = widths * model.depth
+    if serve.activation_checkpointing:
+        numbers = f"({model.dim:,} numbers x {model.depth} blocks + {widths:,} of one)"
+        kept = model.dim * model.depth + widths
+    activations = 4 * positions * kept * passes
+    chunk = max(cross_entropy.CHUNK[device.type] // model.num_tokens, 1)
+    logits = 4 * 2 * chunk * model.num_tokens
     need = state + activations + logits
     have = _available(device)
     fits = need <= have
@@ -44,16 +51,17 @@ def footprint(
         f"parameters      {parameters:,}",
         f"weights, gradients, AdamW's two moments{' and the average' if copies == 5 else ''}: "
         f"{copies} x 4 bytes each = {_size(state)}",
-        f"activations     {positions:,} positions a part x {widths:,} numbers x {model.depth} blocks x "
-        f"{passes} passes x 4 bytes = {_size(activations)}",
-        f"logits          {positions // 2:,} masked positions x {model.num_tokens:,} ids x 3 copies x 4 "
+        f"activations     {positions:,} positions a part x {numbers} x {passes} passes x 4 bytes = "
+        f"{_size(activations)}",
+        f"logits          {chunk:,} masked positions at once x {model.num_tokens:,} ids x 2 copies x 4 "
         f"bytes = {_size(logits)}",
         f"together        {_size(need)} of {_size(have)} on {device}",
         (
             f"fits; a larger batch is split into parts of {positions:,} positions, up to "
             f"serve.max_batch_tokens = {serve.max_batch_tokens:,}"
             if fits
-            else "does not fit: lower serve.micro_batch_tokens, model.dim, model.depth or model.num_tokens"
+            else "does not fit: lower serve.micro_batch_tokens, set serve.activation_checkpointing, or "
+            "lower model.dim, model.depth or model.num_tokens"
         ),
     ]
     return Footprint(lines, fits)

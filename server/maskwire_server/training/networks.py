@@ -21,10 +21,22 @@ class Networks(nn.Module):
         elif objective.critic == "token":
             self.critic = Encoder(model.model_copy(update={"tied_embeddings": False}), 1)
 
-    def embed(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Tensor:
-        """Embeddings after the generator's final norm, [b, n, d]."""
-        e_bnd: Tensor = self.generator(ids_bn, valid_bn, cond)
-        return e_bnd
+    def checkpoint_activations(self, on: bool) -> None:
+        """Keep only the blocks' inputs for the backward pass, or everything."""
+        for encoder in (self.generator, self.critic):
+            if isinstance(encoder, Encoder):
+                encoder.activation_checkpointing = on
+
+    def embed(
+        self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None, read_m: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings after the generator's final norm, [b, n, d], or [m, d] at the positions `read_m`."""
+        e: Tensor = self.generator(ids_bn, valid_bn, cond, read_m)
+        return e
+
+    def head(self, e_md: Tensor) -> tuple[Tensor, Tensor]:
+        """x [m, d] and w [v, d] of packed positions' logits x w^T."""
+        return self.generator.head(e_md)
 
     def project(self, e_md: Tensor) -> Tensor:
         """Logits of packed positions, [m, v]."""

@@ -1,8 +1,9 @@
 """The losses of a masked batch: cross-entropy at masked positions, and the critic's.
 
 Letters: b rows, n positions, v vocabulary, m packed masked positions, p packed maskable positions.
-Nothing here knows a model class: `Networks` says what is needed of one. The vocabulary projection is
-computed at masked positions only; no [b, n, v] tensor exists.
+Nothing here knows a model class: `Networks` says what is needed of one. Embeddings and the vocabulary
+projection are computed at masked positions only, the projection a chunk at a time: neither a [b, n, v]
+tensor exists nor a [m, v] one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskwire_server.config import ObjectiveConfig
-from maskwire_server.training import draws, schedule
+from maskwire_server.training import cross_entropy, draws, schedule
 from maskwire_server.training.corruption import Corruption, Step, Vocabulary, coin
 from maskwire_server.training.draws import Purpose
 
@@ -25,8 +26,16 @@ _SAMPLE_CHUNK = 2**21  # fp64 probabilities held at once while sampling: 16 MiB
 class Networks(Protocol):
     """A generator, and perhaps a critic."""
 
-    def embed(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Tensor:
-        """Embeddings, [b, n, d]; `cond` as in `conditioning`."""
+    def embed(
+        self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None, read_m: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings, [b, n, d], or [m, d] at the positions `read_m`; `cond` as in `conditioning`.
+
+        Positions are counted through the rows, each at most once.
+        """
+
+    def head(self, e_md: Tensor) -> tuple[Tensor, Tensor]:
+        """x [m, d] and w [v, d] of packed positions' logits x w^T."""
 
     def project(self, e_md: Tensor) -> Tensor:
         """Logits of packed positions, [m, v]."""
@@ -72,14 +81,6 @@ def position_weights(
     return schedule.elbo_weights(chosen, config.masking, k_b, n_b) / n_b.sum().clamp(min=1)
 
 
-def forbid_special(logits_mv: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """fp32 (or wider) logits in which the mask and the pad id have probability 0."""
-    if logits_mv.dtype not in (torch.float32, torch.float64):
-        logits_mv = logits_mv.float()
-    index = torch.tensor(vocabulary.special, device=logits_mv.device)
-    return logits_mv.index_fill(-1, index, float("-inf"))
-
-
 def step_modes(config: ObjectiveConfig, step: Step, *, has_critic: bool, train_generator: bool,
                train_critic: bool, temperature: float | None) -> Modes:  # fmt: skip
     """What a training step computes, its coins and its temperature drawn."""
@@ -94,24 +95,31 @@ def step_modes(config: ObjectiveConfig, step: Step, *, has_critic: bool, train_g
     )
 
 
-def generator_embeddings(
-    networks: Networks, config: ObjectiveConfig, part: Corruption, valid: Tensor | None, first_pass: bool
+def embeddings(
+    networks: Networks,
+    config: ObjectiveConfig,
+    input_bn: Tensor,
+    valid_bn: Tensor | None,
+    read_m: Tensor,
+    *,
+    first_pass: bool,
 ) -> Tensor:
-    """The generator's embeddings of a masked part, [b, n, d], after a first pass if there is one."""
-    return conditioned_embeddings(networks, config, part.input_bn, valid, first_pass)
+    """The generator's embeddings of what it sees, [m, d] at `read_m`, after a first pass if there is one.
 
-
-def conditioned_embeddings(
-    networks: Networks, config: ObjectiveConfig, input_bn: Tensor, valid: Tensor | None, first_pass: bool
-) -> Tensor:
-    """The generator's embeddings of what it sees, [b, n, d], after a first pass if there is one."""
+    `valid_bn` is None when nothing is padded.
+    """
     first = None
     if first_pass:
         with torch.no_grad():
             start = networks.conditioning(None) if config.self_cond_start == "null" else None
-            first = networks.embed(input_bn, valid, start)
+            first = networks.embed(input_bn, valid_bn, start)
     cond = networks.conditioning(first) if config.self_cond else None
-    return networks.embed(input_bn, valid, cond)
+    return networks.embed(input_bn, valid_bn, cond, read_m)
+
+
+def where(mask_bn: Tensor) -> Tensor:
+    """The positions of a mask, counted through the rows, int64 [m]."""
+    return mask_bn.flatten().nonzero()[:, 0]
 
 
 def losses(
@@ -130,16 +138,22 @@ def losses(
     positions, which the critic's mean runs over.
     """
     valid = None if bool(part.valid_bn.all()) else part.valid_bn
-    row_m = part.mask_bn.nonzero()[:, 0]
+    masked_m = where(part.mask_bn)
+    n = part.ids_bn.shape[1]
+    sampled_m = torch.zeros_like(masked_m)
+    look: cross_entropy.Look | None = None
+    if modes.critic:
+        u_m = draws.uniform(sample_keys_b, n).flatten()[masked_m]
+
+        def look(rows: slice, logits: Tensor) -> None:
+            sampled_m[rows] = sample(logits, u_m[rows], modes.temperature)
+
     with torch.set_grad_enabled(modes.generator_learns and torch.is_grad_enabled()):
-        e_bnd = generator_embeddings(networks, config, part, valid, modes.first_pass)
-        logits_mv = forbid_special(networks.project(e_bnd[part.mask_bn]), vocabulary)
-        ce_m = F.cross_entropy(logits_mv, part.ids_bn[part.mask_bn], reduction="none")
-        generator = (ce_m.double() * weight_b[row_m]).sum()
+        e_md = embeddings(networks, config, part.input_bn, valid, masked_m, first_pass=modes.first_pass)
+        target_m, weight_m = part.ids_bn.flatten()[masked_m], weight_b[masked_m // n]
+        generator = cross_entropy.weighted_sum(*networks.head(e_md), target_m, weight_m, vocabulary, look)
     if not modes.critic:
         return Sums(generator, None)
-    u_bn = draws.uniform(sample_keys_b, part.ids_bn.shape[1])
-    sampled_m = sample(logits_mv.detach(), u_bn[part.mask_bn], modes.temperature)
     filled_bn = part.ids_bn.masked_scatter(part.mask_bn, sampled_m)
     bce_p = critic_cross_entropy(networks, config, part, filled_bn, valid, modes.generator_learns)
     return Sums(generator, bce_p.double().sum() / maskable)

@@ -19,8 +19,8 @@ from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.manifest import MANIFEST, Manifest
 from maskwire_server.results import WEIGHT_FILES
 from maskwire_server.training.corruption import Vocabulary
+from maskwire_server.training.cross_entropy import forbid_special
 from maskwire_server.training.networks import Networks
-from maskwire_server.training.objective import forbid_special
 
 RAW, EMA = WEIGHT_FILES
 _INSTEAD = ", or take the trained weights with weights = 'raw'"

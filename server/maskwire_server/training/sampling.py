@@ -27,6 +27,7 @@ from maskwire_server.config import ObjectiveConfig
 from maskwire_server.results import GenerateOptions, GenerationState, Order, SelfCondMode
 from maskwire_server.training import draws, objective, schedule
 from maskwire_server.training.corruption import Vocabulary
+from maskwire_server.training.cross_entropy import forbid_special
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.objective import Networks
 
@@ -208,31 +209,26 @@ def advance(
 ) -> Rows:
     """One pass over rows that have something masked."""
     valid = None if bool(rows.valid_bn.all()) else rows.valid_bn
-    carry = config.self_cond and options.self_cond_mode is SelfCondMode.CARRY
-    if carry:
-        e_bnd = networks.embed(rows.ids_bn, valid, networks.conditioning(rows.carried_bnd))
-    else:
-        e_bnd = objective.conditioned_embeddings(networks, config, rows.ids_bn, valid, config.self_cond)
     n = rows.ids_bn.shape[1]
-    u_bn = draws.uniform(draws.nth(rows.token_keys_b, told.step), n)
-
-    def look(where_bn: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits at some positions, [m, v], and a sample of each, int64 [m]."""
-        logits_mv = objective.forbid_special(networks.project(e_bnd[where_bn]), vocabulary)
-        return logits_mv, sample(logits_mv, u_bn[where_bn], options)
-
-    recorded_bn = rows.recorded_bn
+    read_bn = rows.mask_bn
     if options.order is Order.RANDOM:
         # The order does not hang on the tokens, so only what it reveals now needs logits.
         stay_bn = lowest(draws.uniform(rows.order_keys_b, n), rows.mask_bn, told.stay_b)
-        reveal_bn = rows.mask_bn & ~stay_bn
-        logits_mv, sampled_m = look(reveal_bn)
-        check(logits_mv, sampled_m)
-        filled_bn = rows.ids_bn.masked_scatter(reveal_bn, sampled_m)
+        read_bn = rows.mask_bn & ~stay_bn
+    read_m = objective.where(read_bn)
+    carried_bnd = None
+    if config.self_cond and options.self_cond_mode is SelfCondMode.CARRY:
+        carried_bnd = networks.embed(rows.ids_bn, valid, networks.conditioning(rows.carried_bnd))
+        e_md = carried_bnd.flatten(0, 1)[read_m]
     else:
-        logits_mv, sampled_m = look(rows.mask_bn)
-        confidence_m = check(logits_mv, sampled_m)
-        filled_bn = rows.ids_bn.masked_scatter(rows.mask_bn, sampled_m)
+        e_md = objective.embeddings(networks, config, rows.ids_bn, valid, read_m, first_pass=config.self_cond)
+    logits_mv = forbid_special(networks.project(e_md), vocabulary)
+    u_m = draws.uniform(draws.nth(rows.token_keys_b, told.step), n).flatten()[read_m]
+    sampled_m = sample(logits_mv, u_m, options)
+    confidence_m = check(logits_mv, sampled_m)
+    filled_bn = rows.ids_bn.masked_scatter(read_bn, sampled_m)
+    recorded_bn = rows.recorded_bn
+    if options.order is not Order.RANDOM:
         recorded_bn = recorded_bn.masked_scatter(rows.mask_bn, confidence_m)
         if options.order is Order.CRITIC and bool(told.stay_b.any()):
             scores_bn = -networks.criticize(filled_bn, valid, train_trunk=False).double()
@@ -250,7 +246,7 @@ def advance(
         ids_bn=filled_bn.masked_fill(stay_bn, vocabulary.mask_id),
         mask_bn=stay_bn,
         recorded_bn=recorded_bn,
-        carried_bnd=e_bnd if carry else None,
+        carried_bnd=carried_bnd,
     )
 
 

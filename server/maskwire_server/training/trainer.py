@@ -63,12 +63,13 @@ class Trainer:
         self._seed = seed
         self._device = choose_device(serve.device)
         self._bf16 = choose_bf16(serve.precision, self._device)
-        self._budget = serve.micro_batch_tokens or default_budget(self._device, model.num_tokens)
+        self._budget = serve.micro_batch_tokens or default_budget(self._device)
         self._vocabulary = Vocabulary.of(model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(draws.key(Purpose.WEIGHTS, seed))
             self.networks = Networks(model, objective)  # on the CPU, so that every device begins alike
         self.networks.to(self._device)
+        self.networks.checkpoint_activations(serve.activation_checkpointing)
         fused = self._device.type in ("cpu", "cuda")
         self.generator = Group(self.networks.generator, optimizer, fused=fused)
         critic = self.networks.critic
@@ -212,15 +213,13 @@ class Trainer:
         networks = self.networks
         if self._averaged is not None and not options.raw_weights:
             networks = self._averaged
-        # The budget is for half of the positions masked; here all are at first, and top_p sorts them.
-        share = 6 if options.top_p < 1 else 3
         states = sampling.generate(
             networks,
             self._objective,
             self._vocabulary,
             prompts,
             options,
-            budget=max(1, self._budget // share),
+            budget=min(self._budget, sampled_budget(self._device, self._model.num_tokens, options.top_p < 1)),
             device=self._device,
             ema_weights=networks is self._averaged,
         )
@@ -397,14 +396,19 @@ def choose_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16"
 
 
-def default_budget(device: torch.device, num_tokens: int) -> int:
-    """Positions a part: so that half of them masked have logits, their gradient and a copy in bounds.
+def default_budget(device: torch.device) -> int:
+    """Positions a part: where larger parts gain nothing."""
+    return 2**17 if device.type == "cuda" else 2**14
 
-    3 copies of 4 bytes over positions/2 rows of the vocabulary: 6 v bytes a position, within 512 MiB on
-    a CPU and 8 GiB on a GPU; at most 16,384 or 131,072 positions, where larger parts gain nothing.
+
+def sampled_budget(device: torch.device, num_tokens: int, sorts: bool) -> int:
+    """Positions of a generation computed at once: all may be masked at first, and have logits then.
+
+    5 copies of 4 bytes over the vocabulary, 10 if top_p sorts them, within 512 MiB on a CPU and 8 GiB on
+    a GPU.
     """
-    logits_bytes, most = (2**33, 2**17) if device.type == "cuda" else (2**29, 2**14)
-    return max(1, min(most, logits_bytes // (6 * num_tokens)))
+    logits_bytes = 2**33 if device.type == "cuda" else 2**29
+    return int(max(1, logits_bytes // (4 * (10 if sorts else 5) * num_tokens)))
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -20,9 +20,15 @@ class Oracle:
         self.log_probabilities = log_probabilities
         self.seen: list[Tensor] = []
 
-    def embed(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Tensor:
+    def embed(
+        self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None, read_m: Tensor | None = None
+    ) -> Tensor:
         self.seen.append(ids_bn)
-        return self.log_probabilities(ids_bn, ids_bn == self.mask_id)
+        found_bnv = self.log_probabilities(ids_bn, ids_bn == self.mask_id)
+        return found_bnv if read_m is None else found_bnv.flatten(0, 1)[read_m]
+
+    def head(self, e_md: Tensor) -> tuple[Tensor, Tensor]:
+        return e_md, torch.eye(e_md.shape[1], dtype=e_md.dtype)
 
     def project(self, e_md: Tensor) -> Tensor:
         return e_md

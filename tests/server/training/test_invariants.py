@@ -159,13 +159,13 @@ def test_what_stands_under_padding_changes_nothing() -> None:
 def test_logits_at_visible_positions_are_never_computed() -> None:
     trainer = small()
     rows: list[int] = []
-    project = trainer.networks.generator.project
+    head = trainer.networks.generator.head
 
-    def spy(e_md: torch.Tensor) -> torch.Tensor:
+    def spy(e_md: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows.append(e_md.shape[0])
-        return project(e_md)
+        return head(e_md)
 
-    trainer.networks.generator.project = spy  # type: ignore[method-assign]
+    trainer.networks.generator.head = spy  # type: ignore[method-assign]
     ids = np.random.default_rng(0).integers(0, 9, (4, 12))
     result = trainer.train_step(1, 1, Batch(ids, 4, 12), Modes())
     assert rows == [result.masked_tokens]

@@ -17,8 +17,9 @@ from torch import Tensor
 from maskwire_server.batch import Prompts
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.results import GenerateOptions, GenerationState, Order, SelfCondMode
-from maskwire_server.training import draws, objective, sampling, schedule
+from maskwire_server.training import draws, sampling, schedule
 from maskwire_server.training.corruption import Vocabulary
+from maskwire_server.training.cross_entropy import forbid_special
 from maskwire_server.training.draws import Purpose
 
 FRACTIONS = {"linear": lambda t: 1 - t, "cosine": lambda t: math.cos(math.pi * t / 2),
@@ -225,7 +226,7 @@ def full_sample(oracle: Oracle, row: list[int], seed: int, step: int, options: G
     """What a pass samples at every position of a row."""
     ids = torch.tensor([row])
     symbols = oracle.mask_id
-    logits = objective.forbid_special(
+    logits = forbid_special(
         oracle.log_probabilities(ids, ids == symbols)[0], Vocabulary(symbols + 1, symbols, None)
     )
     u = draws.uniform(draws.nth(draws.keys(Purpose.GENERATION_TOKEN, rows=[seed]), step), len(row))[0]
@@ -365,10 +366,12 @@ class Recording(Oracle):
         self.conds: list[Any] = []
         self.count = 0.0
 
-    def embed(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Tensor:
+    def embed(
+        self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None, read_m: Tensor | None = None
+    ) -> Tensor:
         self.conds.append(cond)
         self.count += 1
-        return super().embed(ids_bn, valid_bn, cond) + self.count
+        return super().embed(ids_bn, valid_bn, cond, read_m) + self.count
 
     def conditioning(self, e_bnd: Tensor | None) -> Tensor | None:
         return torch.tensor(-1.0) if e_bnd is None else e_bnd

@@ -149,7 +149,7 @@ def test_running_out_of_memory_before_the_update_is_an_outcome(monkeypatch: pyte
     def exhausted(*_: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(trainer.networks, "project", exhausted)
+    monkeypatch.setattr(trainer.networks, "head", exhausted)
     result = trainer.train_step(1, 1, BATCH, Modes())
     assert result.outcome is Outcome.OUT_OF_MEMORY
     assert not changed(before, state(trainer))

@@ -1,0 +1,102 @@
+"""Cross-entropy over a large vocabulary without its logits: a chunk of them at a time.
+
+With logits z = x w^T, p = softmax(z), t the target and a weight c for each position,
+
+    L = sum over m of c (log sum exp z - z_t),   dL/dz = c (p - onehot(t)),
+    dL/dx = c (p - onehot(t)) w,                 dL/dw = sum over m of (p - onehot(t)) (c x)^T,
+
+so a chunk's gradients can be taken when its logits are there, and nothing of size [m, v] is kept for the
+backward pass (the idea of Hsu et al. 2024, Liger kernel, and Wijmans et al. 2024, Cut Cross-Entropy).
+
+Letters: m packed positions, d dim, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from maskwire_server.training.corruption import Vocabulary
+
+CHUNK = {"cpu": 2**23, "cuda": 2**28}  # logits at once: 32 MiB and 1 GiB in fp32
+
+Look = Callable[[slice, Tensor], None]
+"""Is shown each chunk's positions and logits, which it must not change."""
+
+
+def chunks(m: int, v: int, device: torch.device) -> Iterator[slice]:
+    """Positions whose logits are computed together."""
+    size = max(1, CHUNK.get(device.type, CHUNK["cuda"]) // v)
+    return (slice(start, min(start + size, m)) for start in range(0, m, size))
+
+
+def forbid_special(logits_mv: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """fp32 (or wider) logits in which the mask and the pad id have probability 0; may be in place."""
+    if logits_mv.dtype not in (torch.float32, torch.float64):
+        logits_mv = logits_mv.float()
+    index = torch.tensor(vocabulary.special, device=logits_mv.device)
+    return logits_mv.index_fill_(-1, index, float("-inf"))
+
+
+def weighted_sum(
+    x_md: Tensor, w_vd: Tensor, target_m: Tensor, weight_m: Tensor, vocabulary: Vocabulary, look: Look | None
+) -> Tensor:
+    """sum of weight_m times the cross-entropy of the logits x w^T, a fp64 scalar with gradients of both."""
+    total: Tensor = _WeightedSum.apply(  # type: ignore[no-untyped-call]
+        x_md, w_vd, target_m, weight_m, vocabulary, look
+    )
+    return total
+
+
+class _WeightedSum(torch.autograd.Function):
+    """The gradients are there when the sum is: the backward pass only hands them out, once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_md: Tensor,
+        w_vd: Tensor,
+        target_m: Tensor,
+        weight_m: Tensor,
+        vocabulary: Vocabulary,
+        look: Look | None,
+    ) -> Tensor:
+        (m, _), v = x_md.shape, w_vd.shape[0]
+        learns = any(ctx.needs_input_grad[:2])
+        grad_x, grad_w = (torch.zeros_like(x_md), torch.zeros_like(w_vd)) if learns else (None, None)
+        total = torch.zeros((), dtype=torch.float64, device=x_md.device)
+        for rows in chunks(m, v, x_md.device):
+            x, target, weight = x_md[rows], target_m[rows, None], weight_m[rows, None]
+            product = F.linear(x, w_vd)  # in bf16 under autocast
+            logits = forbid_special(product, vocabulary)
+            if look is not None:
+                look(rows, logits)
+            log_p = logits.log_softmax(-1)
+            total -= (log_p.gather(1, target).double() * weight).sum()
+            if grad_x is None or grad_w is None:
+                continue
+            # p - onehot(t), where the logits were.
+            off = torch.exp(log_p, out=logits)
+            off.scatter_add_(1, target, off.new_full((), -1.0).expand_as(target))
+            off = off.to(product.dtype)
+            share = weight.to(x.dtype)
+            grad_x[rows] = share * (off @ w_vd.to(off.dtype))
+            scaled = (share * x).to(off.dtype)
+            if grad_w.dtype == off.dtype:
+                grad_w.addmm_(off.t(), scaled)
+            else:
+                grad_w += off.t() @ scaled
+        ctx.gradients = grad_x, grad_w
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_w = ctx.gradients
+        ctx.gradients = None  # so that the weight's gradient is taken over, not copied
+        return grad_x.mul_(upstream), grad_w.mul_(upstream), None, None, None, None
