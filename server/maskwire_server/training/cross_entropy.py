@@ -17,28 +17,36 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from maskwire_server.training.corruption import Vocabulary
 
-CHUNK = {"cpu": 2**23, "cuda": 2**28}  # logits at once: 32 MiB and 1 GiB in fp32
+CHUNK = {"cpu": 2**22, "cuda": 2**28}  # logits at once: 16 MiB and 1 GiB in fp32
 
 Look = Callable[[slice, Tensor], None]
 """Is shown each chunk's positions and logits, which it must not change."""
 
 
+def chunk_rows(v: int, device: torch.device) -> int:
+    """How many positions' logits are computed together."""
+    return max(1, CHUNK[device.type] // v)
+
+
 def chunks(m: int, v: int, device: torch.device) -> Iterator[slice]:
     """Positions whose logits are computed together."""
-    size = max(1, CHUNK.get(device.type, CHUNK["cuda"]) // v)
+    size = chunk_rows(v, device)
     return (slice(start, min(start + size, m)) for start in range(0, m, size))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64: what softmax is computed in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def forbid_special(logits_mv: Tensor, vocabulary: Vocabulary) -> Tensor:
     """fp32 (or wider) logits in which the mask and the pad id have probability 0; may be in place."""
-    if logits_mv.dtype not in (torch.float32, torch.float64):
-        logits_mv = logits_mv.float()
+    logits_mv = logits_mv.to(wide(logits_mv.dtype))
     index = torch.tensor(vocabulary.special, device=logits_mv.device)
     return logits_mv.index_fill_(-1, index, float("-inf"))
 
@@ -66,31 +74,41 @@ class _WeightedSum(torch.autograd.Function):
         vocabulary: Vocabulary,
         look: Look | None,
     ) -> Tensor:
-        (m, _), v = x_md.shape, w_vd.shape[0]
+        device, dtype = x_md.device, x_md.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
         learns = any(ctx.needs_input_grad[:2])
-        grad_x, grad_w = (torch.zeros_like(x_md), torch.zeros_like(w_vd)) if learns else (None, None)
-        total = torch.zeros((), dtype=torch.float64, device=x_md.device)
-        for rows in chunks(m, v, x_md.device):
-            x, target, weight = x_md[rows], target_m[rows, None], weight_m[rows, None]
-            product = F.linear(x, w_vd)  # in bf16 under autocast
-            logits = forbid_special(product, vocabulary)
-            if look is not None:
-                look(rows, logits)
-            log_p = logits.log_softmax(-1)
-            total -= (log_p.gather(1, target).double() * weight).sum()
-            if grad_x is None or grad_w is None:
-                continue
-            # p - onehot(t), where the logits were.
-            off = torch.exp(log_p, out=logits)
-            off.scatter_add_(1, target, off.new_full((), -1.0).expand_as(target))
-            off = off.to(product.dtype)
-            share = weight.to(x.dtype)
-            grad_x[rows] = share * (off @ w_vd.to(off.dtype))
-            scaled = (share * x).to(off.dtype)
-            if grad_w.dtype == off.dtype:
-                grad_w.addmm_(off.t(), scaled)
-            else:
-                grad_w += off.t() @ scaled
+        grad_x, grad_w = (torch.empty_like(x_md), torch.zeros_like(w_vd)) if learns else (None, None)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        (m, _), v = x_md.shape, w_vd.shape[0]
+        with torch.autocast(device.type, enabled=False):
+            w = w_vd.to(dtype)
+            # Two buffers for all chunks: fresh pages would cost as much as the softmax.
+            products, log_ps = (
+                torch.empty(min(m, chunk_rows(v, device)), v, dtype=kind, device=device)
+                for kind in (dtype, wide(dtype))
+            )
+            for rows in chunks(m, v, device):
+                x, target, weight = x_md[rows], target_m[rows, None], weight_m[rows, None]
+                product, log_p = products[: len(x)], log_ps[: len(x)]
+                torch.mm(x.to(dtype), w.t(), out=product)
+                logits = forbid_special(product, vocabulary)
+                if look is not None:
+                    look(rows, logits)
+                torch.log_softmax(logits, -1, out=log_p)
+                total -= (log_p.gather(1, target).double() * weight).sum()
+                if grad_x is None or grad_w is None:
+                    continue
+                # p - onehot(t), where the log-probabilities were.
+                off = log_p.exp_().scatter_add_(1, target, log_p.new_full((), -1.0).expand_as(target))
+                off = off.to(dtype)
+                share = weight.to(x.dtype)
+                grad_x[rows] = share * (off @ w)
+                scaled = (share * x).to(dtype)
+                if grad_w.dtype == dtype:
+                    grad_w.addmm_(off.t(), scaled)
+                else:
+                    grad_w += off.t() @ scaled
         ctx.gradients = grad_x, grad_w
         return total
 

@@ -42,7 +42,7 @@ def footprint(
         numbers = f"({model.dim:,} numbers x {model.depth} blocks + {widths:,} of one)"
         kept = model.dim * model.depth + widths
     activations = 4 * positions * kept * passes
-    chunk = max(cross_entropy.CHUNK[device.type] // model.num_tokens, 1)
+    chunk = cross_entropy.chunk_rows(model.num_tokens, device)
     logits = 4 * 2 * chunk * model.num_tokens
     need = state + activations + logits
     have = _available(device)
