@@ -118,7 +118,7 @@ class Engine:
         self._standing = Standing()
         self._line = Line(clock, serve.gap_seconds)
         self._writer = Writer(serve.session_idle_seconds, clock)
-        self._rate = Rate(60.0, clock)
+        self._rate = Rate(60, clock)
         self._device = Device(self._tell)
         self._checkpoints = Checkpoints(run_dir)
         self._saver = Saver(self._checkpoints, checkpoints, configuration, self._versions, clock)

@@ -7,24 +7,26 @@ from collections.abc import Callable
 
 
 class Rate:
-    """Steps and tokens per second over the last `seconds`."""
+    """Steps and tokens per second over the last `seconds`, counted by the second: its size is bounded."""
 
-    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
+    def __init__(self, seconds: int, clock: Callable[[], float]) -> None:
         self._seconds = seconds
         self._clock = clock
         self._began = clock()
-        self._steps: deque[tuple[float, int]] = deque(maxlen=100_000)
+        self._counts: deque[tuple[int, int, int]] = deque(maxlen=seconds + 1)  # second, steps, tokens
 
     def add(self, tokens: int) -> None:
         """A step became durable."""
-        now = self._clock()
-        self._steps.append((now, tokens))
-        while self._steps[0][0] < now - self._seconds:
-            self._steps.popleft()
+        second = int(self._clock())
+        if self._counts and self._counts[-1][0] == second:
+            _, steps, others = self._counts[-1]
+            self._counts[-1] = (second, steps + 1, others + tokens)
+        else:
+            self._counts.append((second, 1, tokens))
 
     def per_second(self) -> tuple[float, float]:
         """(steps, tokens) per second; safe from any thread."""
         now = self._clock()
-        recent = [tokens for at, tokens in self._steps.copy() if at >= now - self._seconds]
+        recent = [count for count in self._counts.copy() if count[0] >= now - self._seconds]
         span = max(min(self._seconds, now - self._began), 1e-9)
-        return len(recent) / span, sum(recent) / span
+        return sum(steps for _, steps, _ in recent) / span, sum(tokens for _, _, tokens in recent) / span
