@@ -1,6 +1,7 @@
 """`python -m bench`: measure, print, and write docs/benchmarks.md and .json.
 
 --quick takes under 3 minutes and writes nothing; --only P2,P3 measures some, and writes their rows anew.
+L1 and L3, what is learned, are measured by --only L1,L3 alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bench import checkpoint, generation, journal, peer, restart, serving, training
+from bench import checkpoint, generation, journal, learning, peer, picture, restart, serving, training
 from bench.harness import Row, cores
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -28,6 +29,9 @@ SUITES: dict[str, tuple[set[str], Callable[[bool], list[Row]]]] = {
     "restart": ({"P8"}, restart.measure),
     "checkpoint": ({"P9"}, checkpoint.measure),
     "generation": ({"G1"}, generation.measure),
+}
+LONG: dict[str, tuple[set[str], Callable[[bool], list[Row]]]] = {
+    "learning": ({"L1", "L3"}, learning.measure),
 }
 PACKAGES = ("maskwire", "torch", "grpcio", "protobuf", "numpy", "ray", "x-transformers")
 
@@ -41,8 +45,8 @@ def main() -> int:
     wanted = {name for name in options.only.split(",") if name}
     rows: list[Row] = []
     began = time.monotonic()
-    for name, (targets, measure) in SUITES.items():
-        if wanted and not wanted & targets:
+    for name, (targets, measure) in (SUITES | LONG).items():
+        if (wanted and not wanted & targets) or (not wanted and name in LONG):
             continue
         print(f"{name} …", file=sys.stderr, flush=True)
         rows += measure(options.quick)
@@ -52,9 +56,9 @@ def main() -> int:
     print(table)
     print(f"{about['machine']}, {time.monotonic() - began:.0f} s")
     if not options.quick:
-        if wanted:
-            rows = replaced(json.loads((DOCS / "benchmarks.json").read_text())["rows"], rows)
-            table = markdown(rows)
+        rows = replaced(json.loads((DOCS / "benchmarks.json").read_text())["rows"], rows)
+        table = markdown(rows)
+        picture.overview(rows, DOCS / "images" / "benchmarks.png")
         (DOCS / "benchmarks.json").write_text(
             json.dumps({"machine": about, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n"
         )

@@ -1,4 +1,6 @@
-"""One run of L3: python -m bench.learner ARM SEED STEPS prints JSON, [[step, held-out bits per byte], …].
+"""One run of L3: python -m bench.learner ARM SEED STEPS [HELD-OUT ROWS].
+
+Prints JSON: [[step, held-out bits per byte], …] at ten steps.
 
 ARM is `linear` or `quadratic` (maskwire with its defaults and that schedule), or `peer`: x-transformers'
 wrapper with its weight mended to 1/m(t), which the paper that it cites has; as it is, it unlearns. All begin
@@ -38,7 +40,7 @@ EVAL_ROWS, EVAL_DRAWS = 64, 16
 def main() -> None:
     """Train and evaluate."""
     arm, seed, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    training, held_out = sources(seed)
+    training, held_out = sources(seed, int(sys.argv[4]) if len(sys.argv) > 4 else EVAL_ROWS)
     wrapper = peer(seed)
     whole = config.load(
         None,
@@ -60,7 +62,7 @@ def main() -> None:
     print(json.dumps(points))
 
 
-def sources(seed: int) -> tuple[ByteData, Tensor]:
+def sources(seed: int, count: int) -> tuple[ByteData, Tensor]:
     """Batches of the standard library's sources, and held-out rows, as the demo takes them."""
     library = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "site-packages", "idle_test", "lib2to3"}
@@ -69,7 +71,7 @@ def sources(seed: int) -> tuple[ByteData, Tensor]:
     ]
     data = ByteData(files, length=COLUMNS, batch_size=ROWS, seed=seed)
     training, held_out = data.split(HELD_OUT)
-    rows = [row for row in held_out.spread(2 * EVAL_ROWS) if len(row) == COLUMNS][:EVAL_ROWS]
+    rows = [row for row in held_out.spread(2 * count) if len(row) == COLUMNS][:count]
     return training, torch.from_numpy(np.stack(rows).astype(np.int64))
 
 

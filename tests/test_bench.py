@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 import maskwire
 from bench import __main__ as command
-from bench import generation
+from bench import generation, learning, peer, picture
 from bench.harness import Row, in_flight_steps, in_turn, module, process, ratio
 from bench.serving import durable_insert, in_flight
 
@@ -63,6 +64,43 @@ def test_the_page_holds_what_was_measured() -> None:
         pytest.skip("nothing was measured yet: make bench")
     rows = [Row(**row) for row in json.loads((docs / "benchmarks.json").read_text())["rows"]]
     assert command.markdown(rows) in (docs / "benchmarks.md").read_text()
+
+
+def test_the_picture_shows_what_has_a_target_as_a_share_of_it(tmp_path: Path) -> None:
+    assert picture.reached(Row("P1", "a", "≥ 0.5", 1.0)) == 2
+    assert picture.reached(Row("P8", "a", "≤ 2 s", 4.0)) == 0.5
+    assert picture.reached(Row("P2", "a", "≤ 1.1", None)) is None
+    assert picture.reached(Row("L3", "a", "≥ −2 standard errors", 0.1)) is None
+    picture.overview([Row("P1", "a", "≥ 0.5", 1.0, met=True), Row("P2", "b", "", 1.0)], tmp_path / "a.png")
+    curves = {arm: [[(1, 3.0), (2, 2.0)], [(1, 3.5), (2, 2.5)]] for arm in learning.ARMS}
+    picture.learning_curves(curves, tmp_path / "b.png")
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("a.png", "b.png"))
+
+
+def test_what_the_known_sources_are_worth_is_their_entropy() -> None:
+    rng = np.random.default_rng(0)
+    flips = learning.flips(rng, 20_000)
+    changed = (flips[:, 1:] != flips[:, :-1]).mean()
+    assert changed == pytest.approx(learning.FLIP, abs=0.005)
+    assert pytest.approx(0.348087, abs=2e-6) == learning.FLIP_NATS
+    twins = learning.pairs(rng, 100)
+    assert (twins[:, ::2] == twins[:, 1::2]).all()
+
+
+def test_a_run_of_l3_gives_ten_points() -> None:
+    pytest.importorskip("x_transformers")
+    for arm in ("peer", "linear"):
+        done = subprocess.run(module("learner", arm, 0, 10, 2), capture_output=True, text=True, check=True)
+        points = json.loads(done.stdout)
+        assert [step for step, _ in points] == list(range(1, 11))
+        assert points[-1][1] < points[0][1]
+
+
+def test_the_flops_of_a_step_are_those_of_its_matrices() -> None:
+    # One block, everything masked: 4·64·64 + 8·64² weights, scores 4·8·64, projection 64·11; thrice.
+    assert peer.step_flops(2, 8, 64, 1, 1, 11, 16) == 3 * 16 * (2 * (12 * 64**2) + 4 * 8 * 64 + 2 * 64 * 11)
+    # Nothing masked: keys and values alone.
+    assert peer.step_flops(2, 8, 64, 1, 1, 11, 0) == 3 * 16 * 2 * 2 * 64**2
 
 
 def test_a_row_without_its_peer_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

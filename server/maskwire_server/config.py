@@ -250,8 +250,13 @@ class ServeConfig(_Section):
     """Let clients discover the service without its proto file."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto (a GPU if there is one), cpu, cuda or cuda:N."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on a GPU that has it, fp32 otherwise."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """auto: bf16 autocast on a GPU that has it, fp32 otherwise; tf32: a GPU's shorter matrix products."""
+    compile: Literal["off", "default", "reduce-overhead"] = "off"
+    """torch.compile the blocks; reduce-overhead: in CUDA graphs. A GPU gains, a CPU does not."""
+    deterministic: bool = False
+    """Kernels that give the same bytes every time, on a GPU, which a replay after a crash needs to be
+    exact; slower. On a CPU they always do."""
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of the matrix products; absent: the cores this process may use."""
     durability: Literal["full", "off"] = "full"

@@ -168,7 +168,9 @@ def main() -> int:
                 failed[case.target] += 1
                 print(f"{case.target} {case.name}: FAILED: {problem}", flush=True)
                 continue
-            notes[f"{size} {case.target} {case.name}"] = {"found": found, "seconds": round(seconds, 1)}
+            notes[f"{size} {case.target} {case.name}"] = {
+                "found": found, "seconds": round(seconds, 1), "date": time.strftime("%Y-%m-%d")
+            }  # fmt: skip
             NOTES.write_text(json.dumps(notes, indent=1))
             print(f"[{number}/{len(todo)}] {case.target} {case.name}: held, {seconds:.0f} s", flush=True)
     planned = {

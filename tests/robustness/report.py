@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import platform
 from collections import Counter
@@ -22,33 +21,41 @@ def write_report(notes: dict[str, Any], planned: dict[str, Counter[str]], failed
 
     `planned`: the cases of each target, by the size of the campaign; `failed`: those that did not hold.
     """
-    page = PAGE.read_text()
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n{table(notes, planned, failed)}\n{END}{after}")
+    before, rest = PAGE.read_text().split(BEGIN)
+    kept, after = rest.split(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{table(notes, planned, failed, rows(kept))}\n{END}{after}")
     print(f"written: {PAGE.relative_to(ROOT)}")
 
 
-def table(notes: dict[str, Any], planned: dict[str, Counter[str]], failed: Counter[str]) -> str:
-    """One row a target: of its whole campaign, or of the short one where that alone was run."""
+def rows(table: str) -> dict[str, str]:
+    """The rows of a table by their targets."""
+    return {line[2:4]: line for line in table.splitlines() if line.startswith("| R")}
+
+
+def table(
+    notes: dict[str, Any], planned: dict[str, Counter[str]], failed: Counter[str], kept: dict[str, str]
+) -> str:
+    """One row a target: of its whole campaign, or of the short one where that alone was run.
+
+    `kept` are the rows of before: those of targets that the notes do not have stay.
+    """
     groups: dict[str, dict[str, list[tuple[str, Any]]]] = {}
     for key, note in notes.items():
         size, target, name = key.split(" ", 2)
         groups.setdefault(target, {}).setdefault(size, []).append((name, note))
     lines = [
-        f"Measured on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}: {os.cpu_count()} cores, "
-        f"{platform.machine()}, python {platform.python_version()}, maskwire {__version__}, grpcio "
-        f"{grpc.__version__}.",
+        f"{os.cpu_count()} cores, {platform.machine()}, python {platform.python_version()}, maskwire "
+        f"{__version__}, grpcio {grpc.__version__}.",
         "",
-        "| | injected | cases | lost, doubled, or wrong | took |",
-        "|---|---|---|---|---|",
+        "| | injected | cases | lost, doubled, or wrong | took | on |",
+        "|---|---|---|---|---|---|",
     ]
     for target in sorted({*groups, *planned["full"]}):
         sizes = groups.get(target, {})
         size = "full" if "full" in sizes else "short"
         items = sizes.get(size, [])
         if not items:
-            lines.append(f"| {target} | not run | 0 of {planned['full'][target]} | | |")
+            lines.append(kept.get(target, f"| {target} | not run | 0 of {planned['full'][target]} | | | |"))
             continue
         seconds = sum(note["seconds"] for _, note in items)
         took = f"{seconds / 60:.0f} min" if seconds >= 100 else f"{seconds:.0f} s"
@@ -56,7 +63,8 @@ def table(notes: dict[str, Any], planned: dict[str, Counter[str]], failed: Count
             ", the short campaign" if size == "short" else ""
         )
         wrong = f"in {failed[target]} cases" if failed[target] else "0"
-        lines.append(f"| {target} | {_WORDS[target](items)} | {done} | {wrong} | {took} |")
+        last = max(note["date"] for _, note in items)
+        lines.append(f"| {target} | {_WORDS[target](items)} | {done} | {wrong} | {took} | {last} |")
     return "\n".join(lines)
 
 

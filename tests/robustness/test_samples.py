@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from robustness import damage, failpoint_faults, malformed, planted, power_loss, soak, wire_faults
+from robustness import damage, failpoint_faults, malformed, planted, power_loss, report, soak, wire_faults
 
 from maskwire_server import failpoints
 
@@ -72,3 +73,15 @@ def test_every_failpoint_is_passed_somewhere() -> None:
     for name in failpoints.NAMES:
         assert text.count(f'passing("{name}")') == 1, name
     assert len(failpoints.NAMES) >= 25
+
+
+def test_the_table_keeps_the_rows_of_what_was_not_run_again() -> None:
+    before = "| R1 | old | 1 of 2 | 0 | 3 s | 2026-01-01 |\n| R9 | old | 1 of 2 | 0 | 3 s | 2026-01-01 |"
+    notes = {"full R9 a bug": {"found": {}, "seconds": 4.0, "date": "2026-02-02"}}
+    planned = {"full": Counter({"R1": 2, "R8": 4, "R9": 1}), "short": Counter()}
+    lines = report.table(notes, planned, Counter(), report.rows(before)).splitlines()
+    assert lines[-3:] == [
+        "| R1 | old | 1 of 2 | 0 | 3 s | 2026-01-01 |",
+        "| R8 | not run | 0 of 4 | | | |",
+        "| R9 | 1 planted bugs: 1 caught | 1 of 1 | 0 | 4 s | 2026-02-02 |",
+    ]

@@ -217,6 +217,7 @@ NO_MATTER = {
     "serve.queue_limit": "9", "serve.window": "2",
     "serve.max_batch_tokens": "65536", "serve.max_message_bytes": "1048576", "serve.max_draws": "32",
     "serve.max_generation_steps": "64", "serve.activation_checkpointing": "true",
+    "serve.deterministic": "true",
     "serve.session_idle_seconds": "5", "serve.gap_seconds": "1", "serve.drain_seconds": "9",
     "serve.reserve_bytes": "1000", "serve.poison_after": "3", "serve.reflection": "false",
 }  # fmt: skip
@@ -225,6 +226,7 @@ REFUSED = {
     "serve.threads": ("2", "fingerprint.threads was '1'"),
     "serve.micro_batch_tokens": ("16", "fingerprint.micro_batch_tokens was"),
     "serve.precision": ("bf16", "fingerprint.precision was 'fp32'"),
+    "serve.compile": ("default", "fingerprint.compile was 'off'"),
     "model.dim": ("64", "model.dim is 32 in the run"),
     "objective.schedule": ("cosine", "objective.schedule is 'linear' in the run"),
     "run.seed": ("1", "run.seed is 0 in the run"),

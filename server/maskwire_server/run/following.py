@@ -10,7 +10,9 @@ from maskwire_server.results import Outcome
 from maskwire_server.run.journal import Journal
 from maskwire_server.run.records import StepRecord
 
-FINGERPRINT = ("torch", "device", "threads", "precision", "micro_batch_tokens", "world_size")
+FINGERPRINT = (
+    "torch", "device", "threads", "precision", "compile", "deterministic", "micro_batch_tokens", "world_size",
+)  # fmt: skip
 
 
 def fingerprint(versions: dict[str, str]) -> dict[str, Any]:

@@ -27,6 +27,13 @@ class Networks(nn.Module):
             if isinstance(encoder, Encoder):
                 encoder.activation_checkpointing = on
 
+    def compile_blocks(self, mode: str) -> None:
+        """torch.compile each block, for batches of any shape: the warm-up then serves them all."""
+        for encoder in (self.generator, self.critic):
+            if isinstance(encoder, Encoder):
+                for block in encoder.blocks:
+                    block.compile(mode=mode, dynamic=True)
+
     def embed(
         self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None, read_m: Tensor | None = None
     ) -> Tensor:

@@ -63,6 +63,7 @@ class Trainer:
         self._seed = seed
         self._device = choose_device(serve.device)
         self._bf16 = choose_bf16(serve.precision, self._device)
+        self._numerics = set_numerics(serve, self._device, bf16=self._bf16)
         self._budget = serve.micro_batch_tokens or default_budget(self._device)
         self._vocabulary = Vocabulary.of(model)
         with torch.random.fork_rng(devices=[]):
@@ -77,6 +78,10 @@ class Trainer:
         self._averaged: Networks | None = None
         if self.generator.ema is not None:
             self._averaged = averaged(self.networks, self.generator, self.critic)
+        if serve.compile != "off":
+            for networks in (self.networks, self._averaged):
+                if networks is not None:
+                    networks.compile_blocks(serve.compile)
 
     @property
     def info(self) -> ModelInfo:
@@ -105,7 +110,7 @@ class Trainer:
         return {
             "torch": torch.__version__,
             "device": f"{self._device}{f' ({name})' if name else ''}",
-            "precision": "bf16" if self._bf16 else "fp32",
+            **self._numerics,
             "threads": str(torch.get_num_threads()),
             "micro_batch_tokens": str(self._budget),
         }
@@ -387,6 +392,22 @@ def choose_device(wish: str) -> torch.device:
             f"devices, got {wish!r}; use auto or cpu"
         )
     return device
+
+
+def set_numerics(serve: ServeConfig, device: torch.device, *, bf16: bool) -> dict[str, str]:
+    """Say to torch how to compute, for the whole process; what a result depends on, in words."""
+    tf32 = serve.precision == "tf32" and device.type == "cuda"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    deterministic = device.type == "cpu" or serve.deterministic
+    if device.type == "cuda":
+        if deterministic:  # cuBLAS reads it when it is first used
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(deterministic)
+    return {
+        "precision": "bf16" if bf16 else "tf32" if tf32 else "fp32",
+        "compile": serve.compile,
+        "deterministic": "yes" if deterministic else "no",
+    }
 
 
 def choose_bf16(precision: str, device: torch.device) -> bool:

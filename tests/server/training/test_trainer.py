@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +347,40 @@ def test_a_device_that_is_not_there_is_named() -> None:
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(ConfigError, match="has 0 CUDA devices, got 'cuda:1'"):
         choose_device("cuda:1")
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_are_warm_before_the_first_step_and_compute_the_same() -> None:
+    model = {"depth": 1}
+    plain, compiled = make(model=model), make(model=model, compile="default")
+    compiled.warm_up()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(1, 4):
+            found, expected = (
+                trainer.train_step(1, step, BATCH, Modes()).losses.loss for trainer in (compiled, plain)
+            )
+            assert found == pytest.approx(expected, rel=1e-4)
+    assert compiled.versions["compile"] == "default"
+
+
+@pytest.mark.parametrize("critic", ["none", "self", "token"])
+def test_activation_checkpointing_changes_no_bit(critic: str) -> None:
+    options: dict[str, Any] = {"critic": critic, "self_cond": True}
+    plain, sparing = (
+        make(options, model={"dropout": 0.2}, activation_checkpointing=on) for on in (False, True)
+    )
+    for step in range(1, 5):
+        results = [trainer.train_step(1, step, BATCH, Modes()) for trainer in (plain, sparing)]
+        assert results[0] == results[1]
+    assert not changed(state(plain), state(sparing))
+
+
+def test_deterministic_and_tf32_are_words_that_a_cpu_takes_too() -> None:
+    versions = make(precision="tf32", deterministic=True).versions
+    assert (versions["precision"], versions["deterministic"]) == ("fp32", "yes")
+    assert not torch.are_deterministic_algorithms_enabled(), "it costs a CPU, and gains nothing"
 
 
 @pytest.mark.gpu

@@ -1,0 +1,117 @@
+"""L1 and L3: what a training run learns, beside what can be known, and beside x-transformers.
+
+Not part of `make bench`, it takes about 20 minutes: python -m bench --only L1,L3. The curves of L3 are
+kept in docs/learning.json, and drawn.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.harness import Row, module
+from bench.picture import learning_curves
+from maskwire_server import config
+from maskwire_server.batch import Batch, Modes
+from maskwire_server.results import EvalOptions
+from maskwire_server.training.trainer import Trainer
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+ARMS = ("peer", "linear", "quadratic")
+Ids = npt.NDArray[np.int64]
+Curve = list[tuple[int, float]]
+
+
+def measure(quick: bool) -> list[Row]:
+    """The rows of L1 and L3."""
+    return [*known_answers(), *curves(seeds=1 if quick else 3, steps=60 if quick else 400)]
+
+
+def known_answers() -> list[Row]:
+    """L1: sources whose entropy is known, met by a small model."""
+    return [
+        known("pairs of equal symbols", pairs, math.log(8) / 2, 8),
+        known("a chain that flips with probability 0.1", flips, FLIP_NATS, 2),
+    ]
+
+
+LENGTH = 16
+FLIP = 0.1
+# H(first) + 15 H(flip) over 16 positions, in nats a symbol.
+FLIP_NATS = (math.log(2) - 15 * (FLIP * math.log(FLIP) + (1 - FLIP) * math.log(1 - FLIP))) / LENGTH
+
+
+def pairs(rng: np.random.Generator, rows: int) -> Ids:
+    """Each symbol of 8 twice: ln(8)/2 nats a symbol."""
+    return rng.integers(0, 8, (rows, LENGTH // 2)).repeat(2, axis=1)
+
+
+def flips(rng: np.random.Generator, rows: int) -> Ids:
+    """A symbol of 2 that changes from position to position with probability 0.1."""
+    changes = rng.random((rows, LENGTH)) < FLIP
+    changes[:, 0] = rng.random(rows) < 0.5
+    return changes.cumsum(axis=1) % 2
+
+
+def known(what: str, source: Callable[[np.random.Generator, int], Ids], best: float, symbols: int) -> Row:
+    """L1 on one source: nats a symbol by the chain rule, which is exact, above the entropy."""
+    whole = config.load(
+        None,
+        model={"num_tokens": symbols + 1, "mask_id": symbols, "max_seq_len": LENGTH, "dim": 64, "depth": 2,
+               "heads": 2, "dim_head": 32},
+        optimizer={"learning_rate": 3e-3, "warmup_steps": 50, "schedule": "cosine", "total_steps": 1500},
+    )  # fmt: skip
+    trainer = Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, 0)
+    rng = np.random.default_rng(0)
+    for step in range(1, 1501):
+        trainer.train_step(1, step, Batch(source(rng, 128), 128, LENGTH), Modes())
+    ids = source(np.random.default_rng(1), 4096)
+    found = trainer.eval_loss(Batch(ids, *ids.shape), EvalOptions(tuple(range(len(ids))), 1, chain_rule=True))
+    row = Row("L1", f"nats a symbol ÷ the source's entropy, {what}", "≤ 1.03", found.nats_per_token / best)
+    row.parts = {"nats": found.nats_per_token, "entropy": best, "standard error": found.standard_error or 0.0}
+    row.met = row.value is not None and row.value <= 1.03
+    return row
+
+
+def curves(seeds: int, steps: int) -> list[Row]:
+    """L3: held-out bits per byte at ten points, the same weights, batches and evaluator for all arms."""
+    if importlib.util.find_spec("x_transformers") is None:
+        note = 'not measured: pip install "maskwire[bench]"'
+        return [Row("L3", "held-out bits per byte beside x-transformers'", "", None, note=note)]
+    found: dict[str, list[Curve]] = {arm: [] for arm in ARMS}
+    for seed in range(seeds):
+        for arm in ARMS:
+            done = subprocess.run(
+                module("learner", arm, seed, steps), capture_output=True, text=True, check=True
+            )
+            found[arm].append(json.loads(done.stdout))
+    rows = []
+    for arm in ARMS[1:]:
+        fewer = [
+            [theirs - ours for (_, theirs), (_, ours) in zip(peer, mine, strict=True)]
+            for peer, mine in zip(found["peer"], found[arm], strict=True)
+        ]
+        named = f"x-transformers' held-out bits per byte, its weight mended, − ours, {arm} schedule"
+        rows.append(difference(f"{named}, mean of 10 points", [mean(each) for each in fewer]))
+        rows.append(difference(f"{named}, at the end", [each[-1] for each in fewer]))
+    if seeds > 1:
+        (DOCS / "learning.json").write_text(json.dumps(found) + "\n")
+        learning_curves(found, DOCS / "images" / "learning-beside-peer.png")
+    return rows
+
+
+def difference(what: str, values: list[float]) -> Row:
+    """The mean over seeds, held against two of its standard errors."""
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    row = Row("L3", what, "≥ −2 standard errors", mean(values), min(values), max(values))
+    row.met = None if math.isnan(error) else mean(values) >= -2 * error
+    row.parts = {"standard error": error}
+    return row
