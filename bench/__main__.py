@@ -45,18 +45,22 @@ def main() -> int:
     wanted = {name for name in options.only.split(",") if name}
     rows: list[Row] = []
     began = time.monotonic()
+    left: set[str] = set()
     for name, (targets, measure) in (SUITES | LONG).items():
         if (wanted and not wanted & targets) or (not wanted and name in LONG):
+            left |= targets
             continue
         print(f"{name} …", file=sys.stderr, flush=True)
         rows += measure(options.quick)
     rows.sort(key=lambda row: row.name)
+    for row in rows:
+        row.on = time.strftime("%Y-%m-%d")
     about = machine()
     table = markdown(rows)
     print(table)
     print(f"{about['machine']}, {time.monotonic() - began:.0f} s")
     if not options.quick:
-        rows = replaced(json.loads((DOCS / "benchmarks.json").read_text())["rows"], rows)
+        rows = replaced(json.loads((DOCS / "benchmarks.json").read_text())["rows"], rows, left)
         table = markdown(rows)
         picture.overview(rows, DOCS / "images" / "benchmarks.png")
         (DOCS / "benchmarks.json").write_text(
@@ -70,10 +74,17 @@ def main() -> int:
     return 0
 
 
-def replaced(before: list[dict[str, Any]], rows: list[Row]) -> list[Row]:
-    """The rows from before, those that were measured again in their places, new ones where they belong."""
+def replaced(before: list[dict[str, Any]], rows: list[Row], left: set[str]) -> list[Row]:
+    """The rows from before, those that were measured again in their places, new ones where they belong.
+
+    `left` are the targets of suites that did not run; another one's rows that did not come again are gone.
+    """
     new = {(row.name, row.what): row for row in rows}
-    kept = [new.pop((row["name"], row["what"]), Row(**row)) for row in before]
+    kept = [
+        new.pop((row["name"], row["what"]), Row(**row))
+        for row in before
+        if row["name"] in left or (row["name"], row["what"]) in new
+    ]
     return sorted([*kept, *new.values()], key=lambda row: row.name)
 
 
@@ -85,25 +96,26 @@ def machine() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    found["date"] = time.strftime("%Y-%m-%d")
     return found
 
 
 def described(about: dict[str, str]) -> str:
     """The machine in a sentence."""
-    rest = ", ".join(f"{name} {value}" for name, value in about.items() if name not in ("machine", "date"))
-    return f"Measured on {about['date']}: {about['machine']}, {rest}."
+    rest = ", ".join(f"{name} {value}" for name, value in about.items() if name != "machine")
+    return f"Measured with {about['machine']}, {rest}."
 
 
 def markdown(rows: list[Row]) -> str:
     """The table."""
-    lines = ["| | what | target | measured | spread | met | of |", "|---|---|---|---|---|---|---|"]
+    lines = ["| | what | target | measured | spread | met | of | on |", "|---|---|---|---|---|---|---|---|"]
     for row in rows:
         value = row.note or "not measured" if row.value is None else f"**{row.value:.2f}**"
         spread = "" if row.low is None or row.high is None else f"{row.low:.2f} – {row.high:.2f}"
         met = "" if row.met is None else "yes" if row.met else "no"
         parts = ", ".join(f"{name} {number:,.4g}" for name, number in row.parts.items())
-        lines.append(f"| {row.name} | {row.what} | {row.target} | {value} | {spread} | {met} | {parts} |")
+        lines.append(
+            f"| {row.name} | {row.what} | {row.target} | {value} | {spread} | {met} | {parts} | {row.on} |"
+        )
     return "\n".join(lines)
 
 

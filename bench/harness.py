@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import signal
 import statistics
 import subprocess
@@ -14,9 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maskwire.client import Trainer
-
 READY = "listening on "
+WARM = 3  # steps before what is measured
 HERE = Path(__file__).resolve().parent
 
 
@@ -33,6 +34,8 @@ class Row:
     high: float | None = None
     met: bool | None = None
     note: str = ""
+    on: str = ""
+    """The day that it was measured."""
     parts: dict[str, float] = field(default_factory=dict)
     """What the ratio is made of."""
 
@@ -97,10 +100,21 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_flight_steps(trainer: Trainer, ids: Any, count: int) -> float:
+def in_flight_steps(trainer: Any, ids: Any, count: int) -> float:
     """Steps per second, with the trainer's whole window in flight."""
     began = time.perf_counter()
     futures = [trainer.submit(ids) for _ in range(count)]
     for future in futures:
         future.result()
     return count / (time.perf_counter() - began)
+
+
+def report(seconds: list[float], masked: float) -> None:
+    """Print what was measured. The median step is one that other guests of the machine did not stop."""
+    found = {
+        "steps_per_second": len(seconds) / sum(seconds),
+        "median_steps_per_second": 1 / statistics.median(seconds),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "masked": masked,
+    }
+    print(json.dumps(found))

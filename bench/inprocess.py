@@ -6,20 +6,16 @@ masked positions of a step.
 
 from __future__ import annotations
 
-import json
-import resource
-import statistics
 import sys
 import time
 from typing import Any
 
 import numpy as np
 
+from bench.harness import WARM, report
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.training.trainer import Trainer
-
-WARM = 3
 
 
 def main() -> None:
@@ -41,17 +37,6 @@ def main() -> None:
         seconds.append(time.perf_counter() - began)
         masked += result.masked_tokens * (step > WARM)
     report(seconds[WARM:], masked / steps)
-
-
-def report(seconds: list[float], masked: float) -> None:
-    """Print what was measured. The median step is one that other guests of the machine did not stop."""
-    found = {
-        "steps_per_second": len(seconds) / sum(seconds),
-        "median_steps_per_second": 1 / statistics.median(seconds),
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "masked": masked,
-    }
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -116,8 +116,9 @@ class Foreign:
         return logits_mv
 
     def conditioning(self, e_bnd: Tensor | None) -> Tensor | None:
-        """None."""
-        return e_bnd and None
+        """It is not conditioned."""
+        del e_bnd
+        return None
 
     def criticize(self, ids_bn: Tensor, valid_bn: Tensor | None, *, train_trunk: bool) -> Tensor:
         """There is no critic."""

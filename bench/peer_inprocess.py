@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench.inprocess import WARM, report
+from bench.harness import WARM, report
 
 
 def main() -> None:

@@ -43,19 +43,21 @@ def test_the_servers_that_are_measured_serve(tmp_path: Path) -> None:
 
 def test_the_table_shows_what_was_not_measured_as_that() -> None:
     rows = [
-        Row("P1", "a", "≥ 1", 1.234, 1.0, 1.5, True, parts={"x ms": 1234.5}),
+        Row("P1", "a", "≥ 1", 1.234, 1.0, 1.5, True, on="2026-01-02", parts={"x ms": 1234.5}),
         Row("P2", "b", "≥ 1", None, note="not measured: no GPU"),
     ]
     table = command.markdown(rows)
-    assert "| P1 | a | ≥ 1 | **1.23** | 1.00 – 1.50 | yes | x ms 1,234 |" in table
+    assert "| P1 | a | ≥ 1 | **1.23** | 1.00 – 1.50 | yes | x ms 1,234 | 2026-01-02 |" in table
     assert "| P2 | b | ≥ 1 | not measured: no GPU |" in table
 
 
 def test_rows_that_are_measured_again_take_their_places() -> None:
     before = [Row("P1", "a", "", 1.0), Row("P3", "b", "", 2.0)]
     again = [Row("P3", "b", "", 3.0), Row("P2", "c", "", 4.0)]
-    found = command.replaced([vars(row) for row in before], again)
+    found = command.replaced([vars(row) for row in before], again, {"P1"})
     assert [(row.name, row.value) for row in found] == [("P1", 1.0), ("P2", 4.0), ("P3", 3.0)]
+    found = command.replaced([vars(row) for row in before], again, set())
+    assert [row.name for row in found] == ["P2", "P3"], "what its suite gives no more is gone"
 
 
 def test_the_page_holds_what_was_measured() -> None:

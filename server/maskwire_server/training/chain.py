@@ -23,7 +23,7 @@ from torch import Tensor
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.errors import Unwanted
 from maskwire_server.results import EvalOptions, EvalResult, LossSums
-from maskwire_server.training import draws, objective
+from maskwire_server.training import cross_entropy, draws, objective
 from maskwire_server.training.corruption import Corruption, Vocabulary, random_ranks
 from maskwire_server.training.cross_entropy import forbid_special
 from maskwire_server.training.draws import Purpose
@@ -151,7 +151,10 @@ def _predict(
     b, n = part.ids_bn.shape
     at_b = torch.arange(0, b * n, n, device=part.ids_bn.device) + target_b.to(part.ids_bn.device)
     e_bd = objective.embeddings(networks, config, part.input_bn, valid, at_b, first_pass=config.self_cond)
-    logits_bv = forbid_special(networks.project(e_bd), vocabulary)
     ids_b = part.ids_bn.flatten()[at_b]
-    ce_b = F.cross_entropy(logits_bv, ids_b, reduction="none").double()
-    return ce_b.cpu(), (logits_bv.argmax(-1) == ids_b).double().cpu()
+    ce_b, right_b = torch.zeros(2, b, dtype=torch.float64)
+    for some in cross_entropy.chunks(b, vocabulary.num_tokens, e_bd.device):
+        logits = forbid_special(networks.project(e_bd[some]), vocabulary)
+        ce_b[some] = F.cross_entropy(logits, ids_b[some], reduction="none").double().cpu()
+        right_b[some] = (logits.argmax(-1) == ids_b[some]).double().cpu()
+    return ce_b, right_b

@@ -55,8 +55,9 @@ def weighted_sum(
     x_md: Tensor, w_vd: Tensor, target_m: Tensor, weight_m: Tensor, vocabulary: Vocabulary, look: Look | None
 ) -> Tensor:
     """sum of weight_m times the cross-entropy of the logits x w^T, a fp64 scalar with gradients of both."""
+    learns = torch.is_grad_enabled() and (x_md.requires_grad or w_vd.requires_grad)
     total: Tensor = _WeightedSum.apply(  # type: ignore[no-untyped-call]
-        x_md, w_vd, target_m, weight_m, vocabulary, look
+        x_md, w_vd, target_m, weight_m, vocabulary, look, learns
     )
     return total
 
@@ -73,11 +74,11 @@ class _WeightedSum(torch.autograd.Function):
         weight_m: Tensor,
         vocabulary: Vocabulary,
         look: Look | None,
+        learns: bool,
     ) -> Tensor:
         device, dtype = x_md.device, x_md.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        learns = any(ctx.needs_input_grad[:2])
         grad_x, grad_w = (torch.empty_like(x_md), torch.zeros_like(w_vd)) if learns else (None, None)
         total = torch.zeros((), dtype=torch.float64, device=device)
         (m, _), v = x_md.shape, w_vd.shape[0]
@@ -115,6 +116,8 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the cross-entropy's gradients are handed out once: compute it again")
         grad_x, grad_w = ctx.gradients
         ctx.gradients = None  # so that the weight's gradient is taken over, not copied
-        return grad_x.mul_(upstream), grad_w.mul_(upstream), None, None, None, None
+        return grad_x.mul_(upstream), grad_w.mul_(upstream), None, None, None, None, None

@@ -10,7 +10,7 @@ import torch
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.training import cross_entropy
 from maskwire_server.training.networks import Networks
-from maskwire_server.training.trainer import choose_device, default_budget
+from maskwire_server.training.numerics import choose_device, default_budget
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def footprint(
     state = 4 * copies * parameters
     positions = serve.micro_batch_tokens or default_budget(device)
     # A block keeps about 8 vectors of dim (norms, q, k, v, attention, residuals) and 2 of the
-    # feed-forward's width; logits are computed a chunk at a time, and have a copy.
+    # feed-forward's width; logits are computed a chunk at a time: the product, fp32 logits, their log.
     widths = 8 * model.dim + 2 * int(model.dim * model.ff_mult) * (2 if model.feed_forward == "swiglu" else 1)
     passes = 2 if objective.critic != "none" else 1
     numbers = f"{widths:,} numbers x {model.depth} blocks"
@@ -43,7 +43,7 @@ def footprint(
         kept = model.dim * model.depth + widths
     activations = 4 * positions * kept * passes
     chunk = cross_entropy.chunk_rows(model.num_tokens, device)
-    logits = 4 * 2 * chunk * model.num_tokens
+    logits = 4 * 3 * chunk * model.num_tokens
     need = state + activations + logits
     have = _available(device)
     fits = need <= have
@@ -53,7 +53,7 @@ def footprint(
         f"{copies} x 4 bytes each = {_size(state)}",
         f"activations     {positions:,} positions a part x {numbers} x {passes} passes x 4 bytes = "
         f"{_size(activations)}",
-        f"logits          {chunk:,} masked positions at once x {model.num_tokens:,} ids x 2 copies x 4 "
+        f"logits          {chunk:,} masked positions at once x {model.num_tokens:,} ids x 3 copies x 4 "
         f"bytes = {_size(logits)}",
         f"together        {_size(need)} of {_size(have)} on {device}",
         (

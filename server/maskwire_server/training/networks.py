@@ -28,11 +28,14 @@ class Networks(nn.Module):
                 encoder.activation_checkpointing = on
 
     def compile_blocks(self, mode: str) -> None:
-        """torch.compile each block, for batches of any shape: the warm-up then serves them all."""
+        """torch.compile each block, for batches of any shape; the last one, which is read at another number
+        of positions in each step, never in a CUDA graph."""
         for encoder in (self.generator, self.critic):
             if isinstance(encoder, Encoder):
-                for block in encoder.blocks:
+                *others, last = encoder.blocks
+                for block in others:
                     block.compile(mode=mode, dynamic=True)
+                last.compile(mode="default", dynamic=True)
 
     def embed(
         self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None, read_m: Tensor | None = None

@@ -72,12 +72,26 @@ def test_under_bf16_autocast_gradients_stay_fp32_and_near() -> None:
         assert (found - wanted).abs().max() < 0.03 * wanted.abs().max()
 
 
-def test_without_gradients_none_are_computed() -> None:
+def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w, target, weight = positions(5)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a gradient's room was taken")
+
     with torch.no_grad():
+        monkeypatch.setattr(torch, "zeros_like", refuse)
         total = cross_entropy.weighted_sum(x, w, target, weight, VOCABULARY, None)
+        monkeypatch.undo()
     assert not total.requires_grad
     assert total.item() == pytest.approx(dense(x, w, target, weight).item())
+
+
+def test_the_gradients_are_handed_out_once() -> None:
+    x, w, target, weight = positions(5)
+    total = cross_entropy.weighted_sum(x, w, target, weight, VOCABULARY, None)
+    total.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    with pytest.raises(RuntimeError, match="handed out once"):
+        total.backward()  # type: ignore[no-untyped-call]
 
 
 def networks(**model: Any) -> Networks:
