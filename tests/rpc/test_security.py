@@ -247,7 +247,7 @@ def test_bodies_of_64_mib_are_refused_unread(server: ServerProcess, authority: A
                 call(body, timeout=30)
             assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
             grown.append((process.memory_info().rss - before) / 2**20)
-    # Each thread's allocator keeps what was in flight once, which comes to some 40 MiB or so, sooner or later;
+    # Each thread's allocator keeps what was in flight once, which comes to some 40 MiB in the end;
     # one body that is read takes 3.5 times its 64, and each that were kept would add as much.
     assert max(grown) < 128, f"the server grew by {max(grown):.0f} MiB"
     assert statistics.median(grown[-12:]) - statistics.median(grown[12:24]) < 48, (
