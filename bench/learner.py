@@ -47,6 +47,7 @@ def main() -> None:
         model=MODEL,
         objective={"schedule": "linear" if arm == "peer" else arm},
         optimizer=OPTIMIZER,
+        serve={"threads": 1},  # several run at once
         run={"seed": seed},
     )
     trainer = Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed)

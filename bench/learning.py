@@ -1,6 +1,6 @@
 """L1 and L3: what a training run learns, beside what can be known, and beside x-transformers.
 
-Not part of `make bench`, it takes about 20 minutes: python -m bench --only L1,L3. The curves of L3 are
+Not part of `make bench`, it takes about 10 minutes: python -m bench --only L1,L3. The curves of L3 are
 kept in docs/learning.json, and drawn.
 """
 
@@ -11,13 +11,14 @@ import json
 import math
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
 import numpy.typing as npt
 
-from bench.harness import Row, module
+from bench.harness import Row, cores, module
 from bench.picture import learning_curves
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
@@ -32,7 +33,7 @@ Curve = list[tuple[int, float]]
 
 def measure(quick: bool) -> list[Row]:
     """The rows of L1 and L3."""
-    return [*known_answers(), *curves(seeds=1 if quick else 3, steps=60 if quick else 400)]
+    return [*known_answers(), *curves(seeds=1 if quick else 3, steps=60 if quick else 200)]
 
 
 def known_answers() -> list[Row]:
@@ -86,13 +87,10 @@ def curves(seeds: int, steps: int) -> list[Row]:
     if importlib.util.find_spec("x_transformers") is None:
         note = 'not measured: pip install "maskwire[bench]"'
         return [Row("L3", "held-out bits per byte beside x-transformers'", "", None, note=note)]
-    found: dict[str, list[Curve]] = {arm: [] for arm in ARMS}
-    for seed in range(seeds):
-        for arm in ARMS:
-            done = subprocess.run(
-                module("learner", arm, seed, steps), capture_output=True, text=True, check=True
-            )
-            found[arm].append(json.loads(done.stdout))
+    runs = [(arm, seed) for seed in range(seeds) for arm in ARMS]
+    with ThreadPoolExecutor(cores()) as pool:  # steps are counted, not timed: they may share the machine
+        done = list(pool.map(lambda run: learned(run[0], run[1], steps), runs))
+    found = {arm: [curve for (of, _), curve in zip(runs, done, strict=True) if of == arm] for arm in ARMS}
     rows = []
     for arm in ARMS[1:]:
         fewer = [
@@ -109,6 +107,13 @@ def curves(seeds: int, steps: int) -> list[Row]:
         (DOCS / "learning.json").write_text(json.dumps(found) + "\n")
         learning_curves(found, DOCS / "images" / "learning-beside-peer.png")
     return rows
+
+
+def learned(arm: str, seed: int, steps: int) -> Curve:
+    """One run in a process of its own."""
+    done = subprocess.run(module("learner", arm, seed, steps), capture_output=True, text=True, check=True)
+    curve: Curve = json.loads(done.stdout)
+    return curve
 
 
 def difference(what: str, values: list[float]) -> Row:
