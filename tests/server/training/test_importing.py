@@ -250,6 +250,7 @@ def test_files_are_read_without_running_what_is_in_them(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def trained() -> Any:
     """A model that its own library trained on pairs; its weighted loss diverges, the other one does not."""
+    torch.set_num_threads(1)  # two that wait for each other crawl on a busy machine
     torch.manual_seed(4)
     random.seed(4)  # where its coins come from
     model = xt.NonAutoregressiveWrapper(
