@@ -1,6 +1,6 @@
 """L1 and L3: what a training run learns, beside what can be known, and beside x-transformers.
 
-Not part of `make bench`, it takes about 10 minutes: python -m bench --only L1,L3. The curves of L3 are
+Not part of `make bench`, it takes about 20 minutes: python -m bench --only L1,L3. The curves of L3 are
 kept in docs/learning.json, and drawn.
 """
 
