@@ -43,7 +43,7 @@ def reached(row: Row) -> float | None:
     """How much of its target a figure reaches: 1 is met, more is better; None without such a target."""
     kind, _, rest = row.target.partition(" ")
     number = rest.partition(" ")[0]
-    if row.value is None or not number.replace(".", "", 1).isdigit():
+    if row.value is None or kind not in ("≤", "≥") or not number.replace(".", "", 1).isdigit():
         return None
     bound = float(number)
     return bound / row.value if kind == "≤" else row.value / bound
