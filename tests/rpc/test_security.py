@@ -241,18 +241,19 @@ def test_bodies_of_64_mib_are_refused_unread(server: ServerProcess, authority: A
     ) as channel:  # fmt: skip
         ask(channel, "GetStatus", bearer(TOKENS["read"]))
         before = process.memory_info().rss
-        for attempt in range(36):
+        for attempt in range(144):
             call = channel.unary_unary(path_of(("TrainStep", HEALTH, "DownloadCheckpoint")[attempt % 3]))
             with pytest.raises(grpc.RpcError) as raised:
                 call(body, timeout=30)
             assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
             grown.append((process.memory_info().rss - before) / 2**20)
-    # Each thread's allocator keeps what was in flight once, which comes to some 40 MiB in the end;
-    # one body that is read takes 3.5 times its 64, and each that were kept would add as much.
+            # Each thread's allocator keeps what was in flight once: sooner or later all of them do.
+            level = attempt >= 35 and statistics.median(grown[-12:]) - statistics.median(grown[-24:-12]) < 16
+            if level:
+                break
+    # One body that is read takes 3.5 times its size.
     assert max(grown) < 128, f"the server grew by {max(grown):.0f} MiB"
-    assert statistics.median(grown[-12:]) - statistics.median(grown[12:24]) < 48, (
-        f"and goes on growing, by bodies: {grown}"
-    )
+    assert level, f"and goes on growing: {grown}"
 
 
 def test_tokens_are_never_logged(server: ServerProcess) -> None:
