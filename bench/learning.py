@@ -12,6 +12,7 @@ import math
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -20,6 +21,7 @@ import numpy.typing as npt
 
 from bench.harness import Row, cores, module
 from bench.picture import learning_curves
+from bench.sources import flip_chain, pairs
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.results import EvalOptions
@@ -39,27 +41,16 @@ def measure(quick: bool) -> list[Row]:
 def known_answers() -> list[Row]:
     """L1: sources whose entropy is known, met by a small model."""
     return [
-        known("pairs of equal symbols", pairs, math.log(8) / 2, 8),
-        known("a chain that flips with probability 0.1", flips, FLIP_NATS, 2),
+        known("pairs of equal symbols", partial(pairs, n=LENGTH, symbols=8), math.log(8) / 2, 8),
+        known(
+            "a chain that flips with probability 0.1", partial(flip_chain, n=LENGTH, flip=FLIP), FLIP_NATS, 2
+        ),
     ]
 
 
-LENGTH = 16
-FLIP = 0.1
-# H(first) + 15 H(flip) over 16 positions, in nats a symbol.
+LENGTH, FLIP = 16, 0.1
+# The first symbol, and 15 times whether it flips, over 16 positions: nats a symbol.
 FLIP_NATS = (math.log(2) - 15 * (FLIP * math.log(FLIP) + (1 - FLIP) * math.log(1 - FLIP))) / LENGTH
-
-
-def pairs(rng: np.random.Generator, rows: int) -> Ids:
-    """Each symbol of 8 twice: ln(8)/2 nats a symbol."""
-    return rng.integers(0, 8, (rows, LENGTH // 2)).repeat(2, axis=1)
-
-
-def flips(rng: np.random.Generator, rows: int) -> Ids:
-    """A symbol of 2 that changes from position to position with probability 0.1."""
-    changes = rng.random((rows, LENGTH)) < FLIP
-    changes[:, 0] = rng.random(rows) < 0.5
-    return changes.cumsum(axis=1) % 2
 
 
 def known(what: str, source: Callable[[np.random.Generator, int], Ids], best: float, symbols: int) -> Row:

@@ -14,6 +14,7 @@ from bench import __main__ as command
 from bench import generation, learning, peer, picture
 from bench.harness import Row, in_flight_steps, in_turn, module, process, ratio
 from bench.serving import durable_insert, in_flight
+from bench.sources import flip_chain, pairs
 
 
 def test_a_ratio_is_of_pairs_and_has_its_spread() -> None:
@@ -81,11 +82,11 @@ def test_the_picture_shows_what_has_a_target_as_a_share_of_it(tmp_path: Path) ->
 
 def test_what_the_known_sources_are_worth_is_their_entropy() -> None:
     rng = np.random.default_rng(0)
-    flips = learning.flips(rng, 20_000)
+    flips = flip_chain(rng, 20_000, learning.LENGTH, learning.FLIP)
     changed = (flips[:, 1:] != flips[:, :-1]).mean()
     assert changed == pytest.approx(learning.FLIP, abs=0.005)
     assert pytest.approx(0.348087, abs=2e-6) == learning.FLIP_NATS
-    twins = learning.pairs(rng, 100)
+    twins = pairs(rng, 100, learning.LENGTH, 8)
     assert (twins[:, ::2] == twins[:, 1::2]).all()
 
 

@@ -20,9 +20,9 @@ import pytest
 from google.protobuf import descriptor_pool, message_factory
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from serving import ServerProcess
-from sources import pairs
 
 import maskwire
+from bench.sources import pairs
 from maskwire.errors import (
     CheckpointError,
     ConflictError,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from oracles import Oracle, flip_chain_oracle, pairs_oracle
-from sources import flip_chain, pairs
 
+from bench.sources import flip_chain, pairs
 from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.results import EvalOptions, EvalResult
 from maskwire_server.training import chain, evaluation, summary

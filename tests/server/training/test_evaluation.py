@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from oracles import pairs_oracle
-from sources import pairs
 from test_known_answers import evaluate
 from test_trainer import IDS, make
 
+from bench.sources import pairs
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.results import EvalOptions

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from reference_sampler import prompts_of
-from sources import pairs
 
+from bench.sources import pairs
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes, Prompts
 from maskwire_server.results import GenerateOptions, Order, SelfCondMode

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from oracles import Oracle, flip_chain_oracle, pairs_oracle
-from sources import flip_chain, pairs
 
+from bench.sources import flip_chain, pairs
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ObjectiveConfig
