@@ -23,9 +23,8 @@ from torch import Tensor
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.errors import Unwanted
 from maskwire_server.results import EvalOptions, EvalResult, LossSums
-from maskwire_server.training import cross_entropy, draws, objective
+from maskwire_server.training import draws, objective
 from maskwire_server.training.corruption import Corruption, Vocabulary, random_ranks
-from maskwire_server.training.cross_entropy import forbid_special
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.evaluation import Batch
 from maskwire_server.training.objective import Networks
@@ -153,8 +152,7 @@ def _predict(
     e_bd = objective.embeddings(networks, config, part.input_bn, valid, at_b, first_pass=config.self_cond)
     ids_b = part.ids_bn.flatten()[at_b]
     ce_b, right_b = torch.zeros(2, b, dtype=torch.float64)
-    for some in cross_entropy.chunks(b, vocabulary.num_tokens, e_bd.device):
-        logits = forbid_special(networks.project(e_bd[some]), vocabulary)
+    for some, logits in objective.logits_in_chunks(networks, e_bd, vocabulary):
         ce_b[some] = F.cross_entropy(logits, ids_b[some], reduction="none").double().cpu()
         right_b[some] = (logits.argmax(-1) == ids_b[some]).double().cpu()
     return ce_b, right_b

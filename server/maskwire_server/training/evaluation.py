@@ -23,9 +23,8 @@ from torch import Tensor
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.errors import Unwanted
 from maskwire_server.results import EvalOptions, EvalResult, LossSums
-from maskwire_server.training import cross_entropy, draws, objective, schedule
+from maskwire_server.training import draws, objective, schedule
 from maskwire_server.training.corruption import Corruption, Vocabulary, mask_exactly
-from maskwire_server.training.cross_entropy import forbid_special
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.objective import Networks
 from maskwire_server.training.summary import Bins, combine, halves, summarize
@@ -166,15 +165,15 @@ def _part_sums(
     device = part.ids_bn.device
     valid = None if bool(part.valid_bn.all()) else part.valid_bn
     b, n = part.ids_bn.shape
-    masked_m = objective.where(part.mask_bn)
+    masked_m = objective.positions(part.mask_bn)
     row_m, target_m = masked_m // n, part.ids_bn.flatten()[masked_m]
     u_m = draws.uniform(keys_b.to(device), n).flatten()[masked_m] if critic else None
     temperature_m = temperature_b.to(device)[row_m]
     e_md = objective.embeddings(networks, config, part.input_bn, valid, masked_m, first_pass=config.self_cond)
     sums = torch.zeros(4, b, dtype=torch.float64, device=device)
     sampled_m = torch.zeros_like(target_m)
-    for some in cross_entropy.chunks(target_m.numel(), vocabulary.num_tokens, device):
-        logits, target = forbid_special(networks.project(e_md[some]), vocabulary), target_m[some]
+    for some, logits in objective.logits_in_chunks(networks, e_md, vocabulary):
+        target = target_m[some]
         sums[0].index_add_(0, row_m[some], F.cross_entropy(logits, target, reduction="none").double())
         sums[1].index_add_(0, row_m[some], (logits.argmax(-1) == target).double())
         if u_m is not None:

@@ -8,6 +8,7 @@ tensor exists nor a [m, v] one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,6 +82,14 @@ def position_weights(
     return schedule.elbo_weights(chosen, config.masking, k_b, n_b) / n_b.sum().clamp(min=1)
 
 
+def logits_in_chunks(
+    networks: Networks, e_md: Tensor, vocabulary: Vocabulary
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some positions and their logits, [chunk, v], at a time: of all at once only generation has room."""
+    for some in cross_entropy.chunks(e_md.shape[0], vocabulary.num_tokens, e_md.device):
+        yield some, cross_entropy.forbid_special(networks.project(e_md[some]), vocabulary)
+
+
 def step_modes(config: ObjectiveConfig, step: Step, *, has_critic: bool, train_generator: bool,
                train_critic: bool, temperature: float | None) -> Modes:  # fmt: skip
     """What a training step computes, its coins and its temperature drawn."""
@@ -117,7 +126,7 @@ def embeddings(
     return networks.embed(input_bn, valid_bn, cond, read_m)
 
 
-def where(mask_bn: Tensor) -> Tensor:
+def positions(mask_bn: Tensor) -> Tensor:
     """The positions of a mask, counted through the rows, int64 [m]."""
     return mask_bn.flatten().nonzero()[:, 0]
 
@@ -138,7 +147,7 @@ def losses(
     positions, which the critic's mean runs over.
     """
     valid = None if bool(part.valid_bn.all()) else part.valid_bn
-    masked_m = where(part.mask_bn)
+    masked_m = positions(part.mask_bn)
     n = part.ids_bn.shape[1]
     sampled_m = torch.zeros_like(masked_m)
     look: cross_entropy.Look | None = None

@@ -215,7 +215,7 @@ def advance(
         # The order does not hang on the tokens, so only what it reveals now needs logits.
         stay_bn = lowest(draws.uniform(rows.order_keys_b, n), rows.mask_bn, told.stay_b)
         read_bn = rows.mask_bn & ~stay_bn
-    read_m = objective.where(read_bn)
+    read_m = objective.positions(read_bn)
     carried_bnd = None
     if config.self_cond and options.self_cond_mode is SelfCondMode.CARRY:
         carried_bnd = networks.embed(rows.ids_bn, valid, networks.conditioning(rows.carried_bnd))

@@ -115,7 +115,7 @@ def test_what_is_read_is_what_the_whole_would_be_there_gradients_too(
     nets = networks(**model)
     ids = torch.randint(0, 10, (3, 8), generator=torch.Generator().manual_seed(1))
     valid = (torch.arange(8) < torch.tensor([[8], [5], [3]])) if padded else None
-    read = objective.where(torch.rand(3, 8, generator=torch.Generator().manual_seed(2)) < 0.4)
+    read = objective.positions(torch.rand(3, 8, generator=torch.Generator().manual_seed(2)) < 0.4)
     upstream = torch.randn(read.numel(), 16, dtype=torch.float64)
     cond = nets.conditioning(None)
 
