@@ -12,17 +12,16 @@ from __future__ import annotations
 import json
 import random
 import sys
-import sysconfig
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from maskwire.data import ByteData, find_files
+from demo.library import python_sources
+from maskwire.data import ByteData
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.results import EvalOptions
@@ -65,12 +64,7 @@ def main() -> None:
 
 def sources(seed: int, count: int) -> tuple[ByteData, Tensor]:
     """Batches of the standard library's sources, and held-out rows, as the demo takes them."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"test", "tests", "site-packages", "idle_test", "lib2to3"}
-    files = [
-        path for path in find_files(library, "*.py") if not left_out & set(path.relative_to(library).parts)
-    ]
-    data = ByteData(files, length=COLUMNS, batch_size=ROWS, seed=seed)
+    data = ByteData(python_sources(), length=COLUMNS, batch_size=ROWS, seed=seed)
     training, held_out = data.split(HELD_OUT)
     rows = [row for row in held_out.spread(2 * count) if len(row) == COLUMNS][:count]
     return training, torch.from_numpy(np.stack(rows).astype(np.int64))

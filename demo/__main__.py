@@ -11,7 +11,6 @@ import math
 import os
 import shutil
 import sys
-import sysconfig
 import threading
 import time
 from pathlib import Path
@@ -21,8 +20,9 @@ from rich.markup import escape
 
 import maskwire
 from demo.generating import Writing
+from demo.library import python_sources
 from demo.server import ServerProcess
-from maskwire.data import ByteData, find_files
+from maskwire.data import ByteData
 from maskwire.results import EvalResult, StepResult
 
 FOLDER = Path("demo-run")
@@ -95,14 +95,7 @@ def prepare_folder() -> None:
 
 def sources() -> tuple[ByteData, ByteData]:
     """The standard library's sources without its tests: (training, held out)."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    files = [
-        path
-        for path in find_files(library, "*.py")
-        if not {"test", "tests", "site-packages", "idle_test", "lib2to3"}
-        & set(path.relative_to(library).parts)
-    ]
-    return ByteData(files, length=LENGTH, batch_size=ROWS).split(HELD_OUT)
+    return ByteData(python_sources(), length=LENGTH, batch_size=ROWS).split(HELD_OUT)
 
 
 def run(
