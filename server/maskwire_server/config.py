@@ -253,7 +253,7 @@ class ServeConfig(_Section):
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """auto: bf16 autocast on a GPU that has it, fp32 otherwise; tf32: a GPU's shorter matrix products."""
     compile: Literal["off", "default", "reduce-overhead"] = "off"
-    """torch.compile the blocks; reduce-overhead: in CUDA graphs. A GPU gains, a CPU does not."""
+    """torch.compile the blocks; reduce-overhead: in CUDA graphs. For a GPU, not measured."""
     deterministic: bool = False
     """Kernels that give the same bytes every time, on a GPU, which a replay after a crash needs to be
     exact; slower. On a CPU they always do."""
