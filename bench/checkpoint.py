@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import load_file
 
 import maskwire
 from bench.harness import Row, in_turn, process, ratio
@@ -36,10 +38,12 @@ def measure(quick: bool) -> list[Row]:
             maskwire.attach(target) as other,
         ):
             size = trainer.checkpoint("warm").size_bytes
+            state = state_of(Path(folder) / "run" / "checkpoints" / "warm")
+            room = [tensor.clone() for tensor in state]
             pauses, copies = [], []
-            for number in range(3 if quick else 9):
+            for number in range(3 if quick else 15):
                 pauses.append(pause(trainer, other, ids, f"pause-{number}"))
-                copies.append(copy(size))
+                copies.append(copy(state, room))
             seconds = 12.0 if quick else 20.0
             saving, calm = in_turn(
                 1 if quick else 3,
@@ -80,12 +84,17 @@ def pause(trainer: maskwire.Trainer, other: maskwire.Client, ids: Any, name: str
     return max(wait for wait, _ in waits[8:]) - usual
 
 
-def copy(size_bytes: int) -> float:
-    """Seconds of a copy of so many bytes into memory that was written before; fresh pages cost more."""
-    state = np.ones(size_bytes // 8)
-    room = state.copy()
+def state_of(checkpoint: Path) -> list[torch.Tensor]:
+    """The tensors that a checkpoint holds, in memory of their own."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    return [tensor.clone() for file in files for tensor in load_file(file).values()]
+
+
+def copy(state: list[torch.Tensor], room: list[torch.Tensor]) -> float:
+    """Seconds of a copy of the state, nothing else going on, into memory that was written before."""
     began = time.perf_counter()
-    np.copyto(room, state)
+    for into, tensor in zip(room, state, strict=True):
+        into.copy_(tensor)
     return time.perf_counter() - began
 
 

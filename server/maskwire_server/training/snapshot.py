@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,16 +25,6 @@ class Snapshot:
 
     files: dict[str, dict[str, Tensor]]
 
-    @staticmethod
-    def copy(files: dict[str, dict[str, Tensor]]) -> Snapshot:
-        """Copy live tensors; training may go on at once."""
-        return Snapshot(
-            {
-                file: {name: _host_copy(tensor) for name, tensor in tensors.items()}
-                for file, tensors in files.items()
-            }
-        )
-
     def write(self, folder: Path) -> None:
         """Write the files into `folder`. Raises OSError."""
         for file, tensors in self.files.items():
@@ -48,8 +39,34 @@ class Snapshot:
                 ) from error
 
 
-def _host_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+class Copier:
+    """Copies a trainer's state into host memory that is kept for the next copy.
+
+    Fresh memory can take as long as the copy once more, while the system hands its pages out (P9 in
+    docs/benchmarks.md).
+    """
+
+    def __init__(self) -> None:
+        self._room: dict[tuple[str, str], Tensor] = {}
+        self._last: weakref.ref[Snapshot] | None = None
+
+    def copy(self, files: dict[str, dict[str, Tensor]]) -> Snapshot:
+        """Copy live tensors; training may go on at once. A snapshot that is still held stays as it is."""
+        if self._last is not None and self._last() is not None:
+            self._room = {}
+        snapshot = Snapshot(
+            {
+                file: {name: self._copied((file, name), tensor) for name, tensor in tensors.items()}
+                for file, tensors in files.items()
+            }
+        )
+        self._last = weakref.ref(snapshot)
+        return snapshot
+
+    def _copied(self, key: tuple[str, str], live: Tensor) -> Tensor:
+        if key not in self._room:
+            self._room[key] = torch.empty(live.shape, dtype=live.dtype)
+        return self._room[key].copy_(live.detach())
 
 
 def load(folder: Path, live: dict[str, dict[str, Tensor]]) -> None:

@@ -82,6 +82,7 @@ class Trainer:
         self.generator = Group(self.networks.generator, optimizer, fused=fused)
         critic = self.networks.critic
         self.critic = None if critic is None else Group(critic, optimizer, fused=fused)
+        self._copier = snapshot.Copier()
         self._averaged: Networks | None = None
         if self.generator.ema is not None:
             self._averaged = averaged(self.networks, self.generator, self.critic)
@@ -248,7 +249,7 @@ class Trainer:
 
     def snapshot(self) -> snapshot.Snapshot:
         """A copy of the state in host memory."""
-        return snapshot.Snapshot.copy(self._state())
+        return self._copier.copy(self._state())
 
     def load(self, folder: Path) -> None:
         """Take over the files of a snapshot. Raises ValueError, the state untouched, if they do not fit."""

@@ -18,6 +18,7 @@ from maskwire_server.errors import ConfigError, StateLost
 from maskwire_server.results import EvalOptions, Outcome
 from maskwire_server.training import optim
 from maskwire_server.training.numerics import choose_device
+from maskwire_server.training.snapshot import Snapshot
 from maskwire_server.training.trainer import Trainer, split
 
 IDS = np.random.default_rng(0).integers(0, 16, (6, 12))
@@ -208,6 +209,20 @@ def test_the_state_goes_to_files_and_back_bit_for_bit(tmp_path: Path) -> None:
     other.load(tmp_path)
     assert not changed(expected, state(other))
     assert [other.train_step(1, step, BATCH, Modes()) for step in range(4, 7)] == following
+
+
+def test_a_copys_memory_is_kept_for_the_next_one_unless_somebody_holds_it() -> None:
+    def memory(copy: Snapshot) -> set[int]:
+        return {tensor.data_ptr() for tensors in copy.files.values() for tensor in tensors.values()}
+
+    trainer = make()
+    first = memory(trainer.snapshot())
+    held = trainer.snapshot()
+    assert memory(held) == first
+    before = [tensor.clone() for tensor in held.files["model.safetensors"].values()]
+    trainer.train_step(1, 1, BATCH, Modes())
+    assert not memory(trainer.snapshot()) & memory(held)
+    assert all(map(torch.equal, held.files["model.safetensors"].values(), before))
 
 
 def test_files_that_do_not_fit_are_refused_by_name_and_change_nothing(tmp_path: Path) -> None:
