@@ -20,7 +20,7 @@ from maskwire_server.results import CheckpointInfo
 from maskwire_server.run import recovery
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.device import Device, Trainer
-from maskwire_server.run.flush import flush_folder
+from maskwire_server.run.flush import flush_folder, make_folder
 from maskwire_server.run.saving import KEPT_SECTIONS
 
 NAME = "imported"
@@ -49,7 +49,7 @@ def begin(
         draft = place.with_name(f"{place.name}.importing")
         if draft.exists():
             shutil.rmtree(draft)
-        draft.mkdir(parents=True)
+        make_folder(draft)
         try:
             info = _write(draft, factory, configuration, seed, canonical, versions, labels)
             for name, text in texts.items():

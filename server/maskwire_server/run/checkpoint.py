@@ -27,12 +27,13 @@ from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.manifest import MANIFEST, Manifest, UnknownFormatError
 from maskwire_server.requests import CHECKPOINT_NAME
 from maskwire_server.results import CheckpointInfo, FileInfo
-from maskwire_server.run.flush import flush_folder
+from maskwire_server.run.flush import flush_folder, make_folder
 
 log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 60.0
 _SAVED = {".safetensors", ".json", ".draft"}
+_DRAFT = ".tmp"  # what safetensors writes into, before it renames it
 _ASIDE = ".aside"  # a dot is in no checkpoint's name
 _NO_MANIFEST = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
@@ -53,7 +54,7 @@ class Checkpoints:
         self._readers: Counter[str] = Counter()
         self._read_until: dict[str, float] = {}  # a reader may come back for the next file
         self._verified: set[str] = set()
-        self._pinned: set[str] = set()
+        self._pins: Counter[str] = Counter()
         self._lock = threading.Lock()  # between readers and `delete`
 
     def path(self, name: str) -> Path:
@@ -76,9 +77,7 @@ class Checkpoints:
                 self.set_aside(folder.name)
             elif folder.exists():  # the unfinished folder of a save that was cut off
                 shutil.rmtree(folder)
-            if not self.folder.exists():
-                self.folder.mkdir(parents=True)
-                flush_folder(self.folder.parent)
+            make_folder(self.folder)
             folder.mkdir()
             failpoints.passing("checkpoint.begun")
             snapshot.write(folder)
@@ -177,10 +176,21 @@ class Checkpoints:
                 self._readers[name] -= 1
                 self._read_until[name] = self._clock() + LEASE_SECONDS
 
-    def pin(self, name: str) -> None:
-        """Keep a checkpoint as long as the process lives: a restore goes back to it."""
+    @contextlib.contextmanager
+    def pinned(self, name: str) -> Iterator[Manifest]:
+        """A whole checkpoint that a restore goes back to, kept as long as the process lives.
+
+        Not so when the block ends with an exception. Refused CHECKPOINT_NOT_FOUND.
+        """
         with self._lock:
-            self._pinned.add(name)
+            manifest = self.get(name)
+            self._pins[name] += 1
+        try:
+            yield manifest
+        except BaseException:
+            with self._lock:
+                self._pins[name] -= 1
+            raise
 
     def delete(self, name: str) -> bool:
         """Remove a checkpoint, its manifest first, so that it is never half there.
@@ -189,7 +199,7 @@ class Checkpoints:
         """
         folder = self.path(name)
         with self._lock:
-            if name in self._pinned or self._readers[name]:
+            if self._pins[name] or self._readers[name]:
                 return False
             if self._clock() < self._read_until.get(name, 0.0):
                 return False
@@ -234,8 +244,9 @@ class Checkpoints:
 def _unfinished(folder: Path) -> bool:
     if not CHECKPOINT_NAME.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
         return False
-    return all(path.is_file() and path.suffix in _SAVED for path in folder.iterdir()) and not (
-        (folder / MANIFEST).exists()
+    return not (folder / MANIFEST).exists() and all(
+        path.is_file() and (path.suffix in _SAVED or path.name.startswith(_DRAFT))
+        for path in folder.iterdir()
     )
 
 

@@ -6,6 +6,7 @@ from an inbox, so that nothing needs a lock. The *device* thread owns the traine
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -13,7 +14,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,13 +71,6 @@ def _ends() -> Refused:
     return Refused("DRAINING", "the server ends; ask again")
 
 
-@dataclass(frozen=True)
-class _Message:
-    act: Callable[[], None]
-    future: Future[Any] | None = None
-    """Whose answer the message is about."""
-
-
 class Engine:
     """The run. Public methods are safe from any thread; a `Refused` comes out of their futures."""
 
@@ -109,7 +102,8 @@ class Engine:
         self._accept_lost_history = accept_lost_history
         self._clock = clock
 
-        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._owed: set[Future[Any]] = set()  # the answers that somebody waits for
         self._thread = threading.Thread(target=self._main, name="maskwire-run", daemon=True)
         self._serving: Future[None] = Future()
         self._stopping = self._stopped = False
@@ -279,13 +273,15 @@ class Engine:
                 log.error("%s", error)
                 refuse(future, Refused("HISTORY_LOST", str(error)))
 
-        self._inbox.put(_Message(guarded, future))
-        if self._stopped:  # it can have been after the last look into the inbox
-            self._refuse_inbox()
+        self._owed.add(future)
+        future.add_done_callback(self._owed.discard)
+        self._inbox.put(guarded)
+        if self._stopped:  # it can have been after the last look at what is owed
+            self._refuse_owed()
         return future
 
     def _tell(self, act: Callable[[], None]) -> None:
-        self._inbox.put(_Message(act))
+        self._inbox.put(act)
 
     # The run thread.
 
@@ -313,10 +309,10 @@ class Engine:
         try:
             message = self._inbox.get(timeout=self._pipeline.patience())
             for _ in range(_MESSAGES):
-                message.act()
+                message()
                 self._pipeline.feed()  # before the commit, so that the device computes meanwhile
                 message = self._inbox.get_nowait()
-            message.act()
+            message()
         except queue.Empty:
             pass
         self._pipeline.settle()
@@ -324,20 +320,18 @@ class Engine:
     def _shut_down(self) -> None:
         self._stopping = self._stopped = True
         self._line.abandon(_ends())
-        self._refuse_inbox()
         self._saver.close()
+        self._refuse_owed()
         if self._journal is not None:
             self._journal.close()
 
-    def _refuse_inbox(self) -> None:
-        """Nobody will take what is in the inbox: each message is refused by whoever gets it first."""
-        try:
+    def _refuse_owed(self) -> None:
+        """Nobody will answer any more: whoever gets hold of a future first refuses it."""
+        with contextlib.suppress(KeyError):
             while True:
-                message = self._inbox.get_nowait()
-                if message.future is not None:
-                    refuse(message.future, _ends())
-        except queue.Empty:
-            pass
+                future = self._owed.pop()
+                if not future.done():
+                    refuse(future, _ends())
 
     def _recover(self) -> None:
         began = self._clock()
@@ -384,6 +378,7 @@ class Engine:
         if self._saver.newest is None or recovered.accepted:
             name = f"accepted-{head.step:09d}-{uuid.uuid4().hex[:6]}" if recovered.accepted else None
             first = Save(SaveRequest(name), automatic=True)
+            self._saver.begin()
             copy = device.call(device.snapshot)
             try:
                 self._saver.write(first, copy, head.place, journal.lineages()).result()

@@ -25,7 +25,7 @@ from typing import Any
 from maskwire_server import failpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.run.disk import network_file_system
-from maskwire_server.run.flush import flush_folder
+from maskwire_server.run.flush import flush_folder, make_folder
 from maskwire_server.run.records import Lineage, SessionRecord, StepRecord, Stretch, damaged, seal
 
 log = logging.getLogger(__name__)
@@ -67,10 +67,7 @@ class Journal:
                 "on; choose a disk of this machine with --run-dir"
             )
         try:
-            made = not run_dir.exists()
-            run_dir.mkdir(parents=True, exist_ok=True)
-            if made:
-                flush_folder(run_dir.absolute().parent)
+            make_folder(run_dir)
             if not self._path.exists():
                 _refuse_leftovers(run_dir)
             self._lock = _lock(run_dir)

@@ -233,7 +233,7 @@ class Pipeline:
                     line.park()
                     continue
                 line.pop()
-                self._saver.busy = True
+                self._saver.begin()
                 device.submit(device.snapshot, partial(self._saves.copied, job))
             elif isinstance(job, Evaluation):
                 line.pop()

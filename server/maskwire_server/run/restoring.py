@@ -62,17 +62,17 @@ class Restoring:
                         )
                     answer(future, RestoreAnswer(lineage.lineage, lineage.step, lineage.digest))
                     return
-        manifest = self._checkpoints.get(request.name)
+        self._checkpoints.get(request.name)
         self._line.interrupt(Refused("RESTORING", "a checkpoint is being restored; ask again"))
         self._standing.set(RunState.RESTORING, waiting_for="the running step")
-        self._line.put_first(
-            Barrier(partial(self._restore, request, manifest, future), partial(refuse, future))
-        )
+        self._line.put_first(Barrier(partial(self._restore, request, future), partial(refuse, future)))
 
-    def _restore(self, request: RestoreRequest, manifest: Manifest, future: Future[RestoreAnswer]) -> None:
+    def _restore(self, request: RestoreRequest, future: Future[RestoreAnswer]) -> None:
         try:
-            self._check(request, manifest)
-            answer(future, self._go_back(request, manifest))
+            with self._checkpoints.pinned(request.name) as manifest:  # before it is read and found whole
+                self._check(request, manifest)
+                restored = self._go_back(request, manifest)
+            answer(future, restored)
         except Refused as error:
             refuse(future, error)
         finally:
@@ -106,7 +106,6 @@ class Restoring:
                 name=manifest.info.name,
                 problem=problem,
             )
-        self._checkpoints.pin(info.name)
 
     def _go_back(self, request: RestoreRequest, manifest: Manifest) -> RestoreAnswer:
         head, info = self._head, manifest.info

@@ -68,6 +68,8 @@ class Saves:
         error = future.exception()
         if error is not None:
             known = error if isinstance(error, Refused) else self._standing.failed("the checkpoint", error)
+            # Whoever waits may keep it for long, and its frames hold the copy of the state.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             self._give_up(job, known)
             return
         self._saver.finish()

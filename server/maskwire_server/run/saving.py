@@ -61,6 +61,11 @@ class Saver:
             self._overdue = True
         return self._overdue and not self.busy
 
+    def begin(self) -> None:
+        """A snapshot is being made. Should it fail, an automatic one is tried again when the next is due."""
+        self.busy = True
+        self._saved_at, self._overdue = self._clock(), False
+
     def find(self, request: SaveRequest) -> CheckpointInfo | None:
         """The checkpoint that this request saved already; Refused when its name is taken."""
         manifests = self._checkpoints.all()
@@ -81,8 +86,6 @@ class Saver:
         self, job: Save, snapshot: Snapshot, place: Place, lineages: dict[int, Lineage]
     ) -> Future[CheckpointInfo]:
         """Write the snapshot of a place in the background, and collect what retention lets go."""
-        self.busy = True
-        self._saved_at, self._overdue = self._clock(), False
         request = job.request
         kind = "step" if request.score is None else "best"
         name = request.name or f"{kind}-{place.step:09d}" + (

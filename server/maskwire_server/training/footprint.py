@@ -45,6 +45,9 @@ def footprint(
     chunk = cross_entropy.chunk_rows(model.num_tokens, device)
     logits = 4 * 3 * chunk * model.num_tokens
     need = state + activations + logits
+    copy = 4 * (copies - 1) * parameters  # all but the gradients, kept in host memory from the first on
+    if device.type == "cpu":
+        need += copy
     have = _available(device)
     fits = need <= have
     lines = [
@@ -55,6 +58,7 @@ def footprint(
         f"{_size(activations)}",
         f"logits          {chunk:,} masked positions at once x {model.num_tokens:,} ids x 3 copies x 4 "
         f"bytes = {_size(logits)}",
+        f"checkpoint copy {copies - 1} x 4 bytes each, kept in host memory = {_size(copy)}",
         f"together        {_size(need)} of {_size(have)} on {device}",
         (
             f"fits; a larger batch is split into parts of {positions:,} positions, up to "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,32 @@ def test_deleting_takes_the_manifest_first(tmp_path: Path) -> None:
     checkpoints.delete("a")
     assert checkpoints.all() == []
     assert not checkpoints.path("a").exists()
+
+
+def test_what_a_kill_in_the_middle_of_a_file_leaves_is_swept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.write(Files(), manifest())
+    cut_off = checkpoints.path("b")
+    cut_off.mkdir()
+    (cut_off / "model.safetensors").write_bytes(b"weights")
+    (cut_off / ".tmpX3bR9q").write_bytes(b"mom")  # safetensors' own name, before it renames the file
+    assert checkpoints.sweep() == ["b"]
+    assert [found.info.name for found in checkpoints.all()] == ["a"]
+
+
+def test_what_a_restore_goes_back_to_stays_unless_the_restore_is_refused(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.write(Files(), manifest())
+    with contextlib.suppress(Refused), checkpoints.pinned("a"):
+        assert not checkpoints.delete("a")
+        raise Refused("WRONG_RUN", "elsewhere")
+    assert checkpoints.delete("a")
+    with pytest.raises(Refused, match="no checkpoint"), checkpoints.pinned("a"):
+        pass
+    checkpoints.write(Files(), manifest("b"))
+    with checkpoints.pinned("b"):
+        pass
+    assert not checkpoints.delete("b")
 
 
 def test_what_is_read_stays_and_a_minute_longer_for_the_next_file(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
 import signal
 import sqlite3
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,10 +19,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from counter import FAIL_ID, NAN_ID, CounterTrainer
+from counter import FAIL_ID, NAN_ID, CounterSnapshot, CounterTrainer
 from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, reason_of, wait_for
 
 from maskwire.v1.digest import step_digest
+from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import Refused, RunDirectoryError, StateLost
 from maskwire_server.requests import (
@@ -326,6 +330,114 @@ def test_checkpoints_come_at_exact_steps_and_old_ones_go(rig: Rig) -> None:
     assert kept == [10, 11, 12, 13], "batches go behind the second-newest checkpoint"
     rig.start()
     assert rig.trainer.trained == [(1, 13)]
+
+
+def test_an_automatic_checkpoint_that_falls_due_while_another_is_copied_is_made_up_for(rig: Rig) -> None:
+    class Slow(CounterTrainer):
+        def snapshot(self) -> CounterSnapshot:
+            self.gate.wait(WAIT)
+            return super().snapshot()
+
+    engine = rig.start(Slow, checkpoints={"every_steps": 3})
+    for seed in range(2):
+        engine.train_step(bare(seed)).result(WAIT)
+    rig.trainer.gate.clear()
+    saving = engine.save(SaveRequest("two"))
+    wait_for(lambda: engine._saver.busy)
+    third = engine.train_step(bare(2))
+    wait_for(lambda: engine._device.outstanding == 2)
+    rig.trainer.gate.set()
+    assert saving.result(WAIT).step == 2
+    third.result(WAIT)
+    engine.train_step(bare(3)).result(WAIT)
+    wait_for(lambda: engine.checkpoints()[0].step == 4)
+
+
+def test_a_copy_that_fails_is_tried_again_when_the_next_is_due(rig: Rig) -> None:
+    class Short(CounterTrainer):
+        copies: ClassVar[int] = 0
+
+        def snapshot(self) -> CounterSnapshot:
+            if self.trained:
+                Short.copies += 1
+                raise MemoryError
+            return super().snapshot()
+
+    engine = rig.start(Short, checkpoints={"every_steps": 5})
+    for seed in range(19):
+        engine.train_step(bare(seed)).result(WAIT)
+    assert Short.copies == 3, "after steps 5, 10 and 15"
+
+
+def test_a_save_that_failed_holds_no_copy_of_the_state(rig: Rig) -> None:
+    copies: list[weakref.ref[CounterSnapshot]] = []
+
+    class Full(CounterSnapshot):
+        def write(self, folder: Path) -> None:
+            copies.append(weakref.ref(self))
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Trainer(CounterTrainer):
+        def snapshot(self) -> CounterSnapshot:
+            return Full({}) if self.trained else super().snapshot()
+
+    engine = rig.start(Trainer)
+    engine.train_step(bare(0)).result(WAIT)
+    gc.disable()
+    try:
+        refused = engine.save(SaveRequest("a")).exception(WAIT)
+        engine.train_step(bare(1)).result(WAIT)
+        assert isinstance(refused, Refused)
+        assert refused.reason == "CHECKPOINT_FAILED"
+        wait_for(lambda: copies[0]() is None)
+    finally:
+        gc.enable()
+
+
+def test_a_save_that_the_end_overtakes_is_refused(rig: Rig) -> None:
+    class Slow(CounterTrainer):
+        def snapshot(self) -> CounterSnapshot:
+            self.entered.release()
+            self.gate.wait(WAIT)
+            return super().snapshot()
+
+    engine = rig.start(Slow)
+    assert rig.trainer.entered.acquire(timeout=WAIT)  # the first one's
+    rig.trainer.gate.clear()
+    saving = engine.save(SaveRequest("a"))
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    assert reason(saving) == "DRAINING"
+    rig.trainer.gate.set()
+    closing.join(WAIT)
+
+
+def test_a_restore_of_what_is_being_deleted_is_refused(rig: Rig) -> None:
+    engine = rig.start(checkpoints={"keep_best": 0})
+    for name in ("a", "b", "c"):
+        engine.train_step(bare(ord(name))).result(WAIT)
+        engine.save(SaveRequest(name)).result(WAIT)
+    reached, go_on = threading.Event(), threading.Event()
+
+    def act(place: str) -> None:
+        if place == "checkpoint.collecting":
+            reached.set()
+            go_on.wait(WAIT)
+
+    failpoints.install(act)
+    try:
+        deleting = engine.delete("a")
+        assert reached.wait(WAIT)
+        restoring = engine.restore(RestoreRequest("a"))
+        time.sleep(0.05)  # for the engine to come to the restore
+        go_on.set()
+        assert reason(restoring) == "CHECKPOINT_NOT_FOUND"
+        deleting.result(WAIT)
+    finally:
+        failpoints.install(None)
+    assert engine.train_step(bare(9)).result(WAIT).step == 4
+    assert rig.fatal == []
 
 
 def test_a_save_is_done_once_for_a_request_and_a_name_is_taken_once(rig: Rig) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.results import Losses, Outcome
+from maskwire_server.run import flush
 from maskwire_server.run.journal import FILE_NAME, Journal
 from maskwire_server.run.records import Lineage, SessionRecord, StepRecord, Stretch
 
@@ -211,6 +212,15 @@ def test_the_write_ahead_log_is_folded_when_told(open_journal: Open, tmp_path: P
     journal.tidy()
     assert log.stat().st_size == 0
     assert len(list(journal.steps_after(1, 0))) == 39
+
+
+def test_every_folder_that_is_made_for_a_run_is_flushed_into_the_one_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(flush, "flush_folder", flushed.append)
+    Journal(tmp_path / "new" / "runs" / "one").close()
+    assert set(flushed) >= {tmp_path, tmp_path / "new", tmp_path / "new" / "runs"}
 
 
 def test_a_place_that_cannot_hold_a_run_is_named(tmp_path: Path) -> None:
