@@ -103,7 +103,7 @@ def training(trainer: maskwire.Trainer, ids: Any, seconds: float, saver: maskwir
     stop = threading.Event()
 
     def save() -> None:
-        while saver is not None and not stop.wait(EVERY_SECONDS / 2 if not stop.is_set() else 0):
+        while saver is not None and not stop.wait(EVERY_SECONDS / 2):
             saver.checkpoint()
             stop.wait(EVERY_SECONDS / 2)
 

@@ -7,6 +7,7 @@ Each case is noted when it is done, in .robustness.json, so that a campaign that
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from faults import KINDS
 from robustness import damage, failpoint_faults, malformed, planted, power_loss, processes, soak, wire_faults
 from robustness.report import write_report
 
@@ -50,7 +52,7 @@ def _r2(place: str, kind: str, times: int, folder: Path) -> Any:
 
 
 def _power(seed: int, folder: Path) -> Any:
-    return power_loss.campaign(folder / "p", seed)
+    return power_loss.campaign(folder / "p", seed, singles=1000)
 
 
 def _r4(seed: int, flips: int, cuts: int, folder: Path) -> Any:
@@ -81,9 +83,8 @@ def _r7(count: int, folder: Path) -> Any:
 
 
 def _r8(first: int, count: int, folder: Path) -> Any:
-    for seed in range(first, first + count):
-        failpoint_faults.terminate(folder / str(seed), seed)
-    return {"terminations": count}
+    ends = [failpoint_faults.terminate(folder / str(seed), seed) for seed in range(first, first + count)]
+    return {"terminations": count, "while training": sum(end > 0 for end in ends)}
 
 
 def _r9(name: str, _: Path) -> Any:
@@ -113,7 +114,7 @@ def cases(full: bool) -> list[Case]:
 
     made = [case("R1", f"seed {seed}", _r1, seed) for seed in range(share(20, 2))]
     for place in failpoints.NAMES:
-        for kind in failpoint_faults.KINDS:
+        for kind in KINDS:
             made.append(case("R2", f"{place} {kind}", _r2, place, kind, share(20, 2)))
     made.append(case("R3", "every system call", _power, 0))
     made.append(case("R4", "every file", _r4, 0, share(200, 40), share(50, 10)))
@@ -138,6 +139,16 @@ def run_case(case: Case) -> tuple[str, Any, float]:
             return f"{type(error).__name__}: {error}"[:4000], None, time.monotonic() - began
 
 
+def _revision() -> str:
+    """The commit that is tested; empty where there is no git."""
+    with contextlib.suppress(OSError):
+        command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(
+            command, cwd=processes.ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
+    return ""
+
+
 def main() -> int:
     """Run what was asked for and is not noted yet."""
     parser = argparse.ArgumentParser(prog="robustness", description=__doc__)
@@ -156,7 +167,13 @@ def main() -> int:
         if (not asked.targets or case.target in asked.targets)
         and f"{size} {case.target} {case.name}" not in notes
     ]
-    print(f"{len(todo)} cases to run, {len(notes)} done before", flush=True)
+    revision = _revision()
+    others = sum(note.get("revision") != revision for note in notes.values())
+    print(
+        f"{len(todo)} cases to run, {len(notes)} done before, {others} of them at another revision "
+        "(--again forgets them)",
+        flush=True,
+    )
     failed: Counter[str] = Counter()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(asked.jobs, mp_context=context, max_tasks_per_child=1) as pool:
@@ -169,7 +186,8 @@ def main() -> int:
                 print(f"{case.target} {case.name}: FAILED: {problem}", flush=True)
                 continue
             notes[f"{size} {case.target} {case.name}"] = {
-                "found": found, "seconds": round(seconds, 1), "date": time.strftime("%Y-%m-%d")
+                "found": found, "seconds": round(seconds, 1), "date": time.strftime("%Y-%m-%d"),
+                "revision": revision,
             }  # fmt: skip
             NOTES.write_text(json.dumps(notes, indent=1))
             print(f"[{number}/{len(todo)}] {case.target} {case.name}: held, {seconds:.0f} s", flush=True)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import signal
+import threading
+from collections import deque
 from pathlib import Path
+from typing import Any
 
-from faults import KINDS
+import numpy as np
 from robustness.expected import Expected, batch
 from robustness.processes import Keeper, Server
 
 import maskwire
 from maskwire.errors import MaskwireError
-from maskwire_server import failpoints
 
-CASES = [(place, kind) for place in failpoints.NAMES for kind in KINDS]
 SETTINGS = {
     "checkpoints__every_steps": "3", "checkpoints__keep_last": "2", "serve__gap_seconds": "1",
 }  # fmt: skip
+SAVING = tuple(
+    f"checkpoint.{moment}"
+    for moment in ("copying", "copied", "begun", "written", "flushed", "drafted", "renamed", "published")
+)
 
 
 def run(folder: Path, place: str, kind: str, seed: int) -> bool:
@@ -27,8 +33,7 @@ def run(folder: Path, place: str, kind: str, seed: int) -> bool:
     Raises AssertionError when a step that was acknowledged is missing, or differs.
     """
     draw = random.Random(f"{place} {kind} {seed}")
-    often = place.startswith("step.") or place in ("journal.begin", "journal.written", "journal.committed")
-    fault = f"{place}:{kind}:{draw.randint(1, 8) if often else 1}"
+    fault = f"{place}:{kind}:{draw.randint(1, _passes(place))}"
     second = place.startswith(("recovery.", "restore."))  # there must be something to come back to
     with Server(folder, **SETTINGS) as server:
         server.start("" if second else fault)
@@ -63,7 +68,18 @@ def run(folder: Path, place: str, kind: str, seed: int) -> bool:
             "more than was sent"
         )
         assert status.digest == found, "another history than the client's"
+        writer.train(1)  # its loss tells whether the weights are those of the history
+        writer.close()
         return (folder / "fired").exists()
+
+
+def _passes(place: str) -> int:
+    """How often `run` passes a place at least before its second start, of those that it passes by then."""
+    if place.startswith("step.") or place in ("journal.begin", "journal.written", "journal.committed"):
+        return 8
+    if place in SAVING:
+        return 3  # the run's first, an automatic one at least, the named one
+    return 1
 
 
 def _quiet(_: str) -> None:
@@ -90,8 +106,8 @@ class _Writer:
         while self._expected.step < step:
             self._expected.train(self._batch(self._expected.step + 1))
 
-    def _batch(self, step: int) -> object:
-        return batch(self._seed + self._expected.lineage, step)
+    def _batch(self, step: int) -> np.ndarray[Any, Any]:
+        return batch(self._seed + self._expected.lineage - 1, step)
 
     def train(self, count: int) -> None:
         until = self._expected.step + count
@@ -149,8 +165,11 @@ class _Writer:
                 trainer.close()
 
 
-def terminate(folder: Path, seed: int) -> None:
-    """R8: SIGTERM at a random instant under load: exit 0 in the grace period, nothing acknowledged lost."""
+def terminate(folder: Path, seed: int) -> int:
+    """R8: SIGTERM at a random instant under load: exit 0 in the grace period, nothing acknowledged lost.
+
+    The last step that was acknowledged before the end.
+    """
     draw = random.Random(seed)
     with Server(folder, seconds=draw.choice([0.0, 0.002, 0.02]), checkpoints__every_steps="5") as server:
         server.spawn()
@@ -164,15 +183,16 @@ def terminate(folder: Path, seed: int) -> None:
         with maskwire.attach(server.address) as client:
             expected = Expected(client.status().digest)
         acknowledged = 0
+        threading.Timer(draw.random() * 0.5, server.signal, (signal.SIGTERM,)).start()
         with (
             contextlib.suppress(MaskwireError),
             maskwire.connect(server.address, window=4, retry_for=0.2, timeout=5, on_wait=_quiet) as trainer,
         ):
-            futures = [trainer.submit(batch(seed, step)) for step in range(1, 200)]
-            server.process.join(draw.random() * 0.3)  # type: ignore[union-attr]
-            server.signal(signal.SIGTERM)
-            for future in futures:
-                acknowledged = future.result(20).step
+            in_flight: deque[Any] = deque()
+            for step in itertools.count(1):  # until there is no server any more
+                in_flight.append(trainer.submit(batch(seed, step)))
+                if len(in_flight) == 4:
+                    acknowledged = in_flight.popleft().result(20).step
         server.process.join(30)  # type: ignore[union-attr]
         assert server.process.exitcode == 0, server.tail()  # type: ignore[union-attr]
         assert server.start()
@@ -182,3 +202,7 @@ def terminate(folder: Path, seed: int) -> None:
         for step in range(1, status.durable_step + 1):
             expected.train(batch(seed, step))
         assert status.digest == expected.digest
+        writer = _Writer(server, expected, seed)
+        writer.train(1)  # the weights, too, are those of the history
+        writer.close()
+        return acknowledged

@@ -434,6 +434,8 @@ def traced(bug: Bug) -> bool:
 def caught(name: str) -> str:
     """Plant a bug and run its test: what the test said. AssertionError when it said nothing."""
     bug = BUGS[name]
+    if traced(bug) and shutil.which("strace") is None:
+        raise RuntimeError("system calls are recorded with strace: install it")
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as room:
         try:
             if traced(bug):

@@ -3,8 +3,8 @@
 A kill finds everything that was written; a power loss only what was flushed, and of the rest any part. strace
 records every system call that changes a file of the run directory, in order, with its data. For each point
 between two of them the files are made again as a disk could hold them then: all of what is not flushed there,
-none of it, each single piece missing, and random parts. Recovery from each must have every step that had been
-acknowledged by that point, and the very state of the step that it comes back to.
+none of it, single pieces missing (each in the whole campaign), and random parts. Recovery from each must have
+every step that had been acknowledged by that point, and the very state of the step that it comes back to.
 
 The model is stricter than common file systems: data is safe after fsync of the file, a name after fsync of
 its folder, and nothing else is in any order. Idea: Pillai et al., "All File Systems Are Not Created Equal"
@@ -35,6 +35,7 @@ from robustness.processes import ROOT
 from robustness.workload import CONFIG, STEPS
 
 from maskwire_server.errors import RunDirectoryError
+from maskwire_server.manifest import MANIFEST
 
 CALLS = (
     "openat,creat,write,pwrite64,fsync,fdatasync,ftruncate,rename,renameat,renameat2,unlink,unlinkat,mkdir,"
@@ -271,7 +272,14 @@ def campaign(folder: Path, seed: int, *, bug: str = "", every: int = 1, singles:
                     f"after call {number} ({call.kind} {call.path}), without {sorted(missing)} of {count}: "
                     f"{error}"
                 ) from error
-    return {"calls": len(calls), "crashes": sum(tally.values()), "outcomes": dict(tally)}
+    manifests = Counter(
+        call.kind for call in calls if MANIFEST in (Path(call.path).name, Path(call.other).name)
+    )
+    assert manifests["remove"], "no checkpoint was deleted: that is part of what is recorded"
+    return {
+        "calls": len(calls), "crashes": sum(tally.values()), "outcomes": dict(tally),
+        "saved": manifests["rename"], "collected": manifests["remove"],
+    }  # fmt: skip
 
 
 def _recover(files: dict[str, bytes | None], root: str, acknowledged: int, saved: set[str]) -> str:

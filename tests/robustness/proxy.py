@@ -42,11 +42,6 @@ class CallProxy:
         with self._lock:
             self._faults.append(fault)
 
-    @property
-    def waiting(self) -> int:
-        """Faults that were not done yet."""
-        return len(self._faults)
-
     def forward(self, method: str, request: bytes, context: grpc.ServicerContext) -> bytes:
         """One call."""
         fault = ""

@@ -54,6 +54,10 @@ def table(
         sizes = groups.get(target, {})
         size = "full" if "full" in sizes else "short"
         items = sizes.get(size, [])
+        if not items and failed[target]:
+            wrong = f"in {failed[target]} cases"
+            lines.append(f"| {target} | nothing held | 0 of {planned['full'][target]} | {wrong} | | |")
+            continue
         if not items:
             lines.append(kept.get(target, f"| {target} | not run | 0 of {planned['full'][target]} | | | |"))
             continue
@@ -64,7 +68,9 @@ def table(
         )
         wrong = f"in {failed[target]} cases" if failed[target] else "0"
         last = max(note["date"] for _, note in items)
-        lines.append(f"| {target} | {_WORDS[target](items)} | {done} | {wrong} | {took} | {last} |")
+        revisions = sorted({note["revision"] for _, note in items if note.get("revision")})
+        on = ", ".join([last, *revisions])
+        lines.append(f"| {target} | {_WORDS[target](items)} | {done} | {wrong} | {took} | {on} |")
     return "\n".join(lines)
 
 
@@ -88,9 +94,10 @@ def _r2(items: list[tuple[str, Any]]) -> str:
 def _r3(items: list[tuple[str, Any]]) -> str:
     found = items[0][1]["found"]
     return (
-        f"{found['calls']} recorded writes, flushes and renames of a run with 5 checkpoints; after each, a "
-        f"kill −9 and power losses with any part of what was not flushed missing: {found['crashes']:,} "
-        "recoveries"
+        f"{found['calls']} recorded writes, flushes, renames and deletions of a run with "
+        f"{found['saved']} checkpoints, {found['collected']} of them deleted; after each, a kill −9 and "
+        "power losses with all, each single piece, or random parts of what was not flushed missing: "
+        f"{found['crashes']:,} recoveries"
     )
 
 
@@ -107,7 +114,7 @@ def _r4(items: list[tuple[str, Any]]) -> str:
 def _r5(items: list[tuple[str, Any]]) -> str:
     found = items[0][1]["found"]
     size = f"{found['runs']:,} runs of {found['operations']} operations"
-    return f"{size}, crashes at every move and full disks among them"
+    return f"{size}, crashes at the places of a step and of the journal and full disks among them"
 
 
 def _r6(items: list[tuple[str, Any]]) -> str:
@@ -129,7 +136,8 @@ def _r7(items: list[tuple[str, Any]]) -> str:
 
 def _r8(items: list[tuple[str, Any]]) -> str:
     count = sum(note["found"]["terminations"] for _, note in items)
-    return f"SIGTERM at {count} random instants under load and while starting: exit 0 each time"
+    busy = sum(note["found"]["while training"] for _, note in items)
+    return f"SIGTERM at {count} random instants, {busy} of them while training: exit 0 each time"
 
 
 def _r9(items: list[tuple[str, Any]]) -> str:

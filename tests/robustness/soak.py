@@ -53,6 +53,7 @@ def run(folder: Path, seed: int, count: int) -> dict[str, Any]:
         assert "Traceback" not in (server.folder / "log").read_text(), server.tail()
         assert server.terminate() == 0
     slope = float(np.polyfit(*np.array(samples).T, 1)[0]) * 100_000 if len(samples) > 2 else 0.0
+    assert sum(done) == count, "a client ended early; its thread's error is above"
     assert last[0] <= first[0] + 4, f"threads went from {first[0]} to {last[0]}"
     assert last[1] <= first[1] + 8, f"descriptors went from {first[1]} to {last[1]}"
     assert count < 100_000 or slope < 1, f"the memory grows by {slope:.1f} MiB per 100,000 calls"

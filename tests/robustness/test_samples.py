@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from faults import KINDS
 from robustness import damage, failpoint_faults, malformed, planted, power_loss, report, soak, wire_faults
 
 from maskwire_server import failpoints
@@ -16,7 +17,7 @@ def test_faults_on_the_wire_lose_and_double_nothing(tmp_path: Path) -> None:
     assert set(found["faults"]) == set(wire_faults.KINDS)
 
 
-@pytest.mark.parametrize("kind", failpoint_faults.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", failpoints.NAMES[::5])
 def test_a_fault_at_a_failpoint_loses_nothing(tmp_path: Path, place: str, kind: str) -> None:
     reached = failpoint_faults.run(tmp_path / "s", place, kind, 0)
@@ -73,6 +74,17 @@ def test_every_failpoint_is_passed_somewhere() -> None:
     for name in failpoints.NAMES:
         assert text.count(f'passing("{name}")') == 1, name
     assert len(failpoints.NAMES) >= 25
+
+
+def test_the_table_says_what_failed_and_at_which_revision() -> None:
+    before = "| R1 | old | 1 of 2 | 0 | 3 s | 2026-01-01 |"
+    notes = {"full R9 a bug": {"found": {}, "seconds": 4.0, "date": "2026-02-02", "revision": "abc"}}
+    planned = {"full": Counter({"R1": 2, "R9": 1}), "short": Counter()}
+    lines = report.table(notes, planned, Counter({"R1": 2}), report.rows(before)).splitlines()
+    assert lines[-2:] == [
+        "| R1 | nothing held | 0 of 2 | in 2 cases | | |",
+        "| R9 | 1 planted bugs: 1 caught | 1 of 1 | 0 | 4 s | 2026-02-02, abc |",
+    ]
 
 
 def test_the_table_keeps_the_rows_of_what_was_not_run_again() -> None:

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from rig import make_engine
+from rig import make_engine, wait_for
 from robustness.damage import WAIT, payload
 
 from maskwire_server import config
@@ -19,7 +19,7 @@ from maskwire_server.run import commits
 
 STEPS = 10
 CONFIG = config.load(
-    None, serve={"reserve_bytes": 0}, checkpoints={"every_seconds": 1e9, "keep_last": 2, "keep_best": 0}
+    None, serve={"reserve_bytes": 0}, checkpoints={"every_steps": 2, "keep_last": 2, "keep_best": 0}
 )
 
 
@@ -36,9 +36,11 @@ def main() -> None:
     for step in range(1, STEPS + 1):
         answer = engine.train_step(StepRequest(payload(step), request_id=f"request-{step}")).result(WAIT)
         os.write(acknowledged, json.dumps([answer.step, answer.digest.hex()]).encode() + b"\n")
-        if step in (2, 4, 6, 8):
-            info = engine.save(SaveRequest(None if step != 4 else "named")).result(WAIT)
+        if step == 5:
+            info = engine.save(SaveRequest("named")).result(WAIT)
             os.write(acknowledged, json.dumps([info.name]).encode() + b"\n")
+        elif step != 4:  # there, steps and a save at once
+            wait_for(lambda: not engine._saver.busy)
     engine.close()
 
 
