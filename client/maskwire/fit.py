@@ -120,7 +120,8 @@ def plan(
     """The wishes of one call of `fit`.
 
     `evaluate(trainer)` runs every `eval_every` steps and a checkpoint is saved every
-    `checkpoint_every`; both are absolute multiples. With `save_best` the state of each best
+    `checkpoint_every`; both are absolute multiples. These checkpoints stay until somebody deletes them;
+    the server's own (`checkpoints.every_steps`) are collected. With `save_best` the state of each best
     evaluation so far is saved with its `nats_per_token` as score; the server keeps the best. `metrics`
     is a file that gets one JSON line a step, `on_step` is called with each step's result. `modes` go to
     each step (`only_train_critic`, `learning_rate`, ...). Data that knows its `tokenizer` has it kept

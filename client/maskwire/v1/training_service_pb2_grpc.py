@@ -190,6 +190,7 @@ class TrainingServiceServicer:
         INVALID_ARGUMENT (INVALID_FIELD): a name that does not match [a-z0-9][a-z0-9_-]{0,63}.
         INVALID_ARGUMENT (PAYLOAD_MISMATCH): the request id saved a checkpoint with other arguments.
         ALREADY_EXISTS (CHECKPOINT_EXISTS): the name is taken by another checkpoint.
+        FAILED_PRECONDITION (WRONG_RUN): it waited, and another checkpoint was restored meanwhile.
         RESOURCE_EXHAUSTED (CHECKPOINT_FAILED): it could not be written; training is not affected.
         UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again after RetryInfo.
         """
@@ -209,8 +210,8 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RestoreCheckpoint(self, request, context):
-        """RestoreCheckpoint puts the run back to a checkpoint, on a new lineage. Requests that wait are
-        answered WRONG_RUN.
+        """RestoreCheckpoint puts the run back to a checkpoint, on a new lineage. Steps and saves that wait
+        are answered WRONG_RUN; evaluations and generations that wait are of the state restored, and say so.
 
         OK: the new lineage and its digest; the same request id gets the same answer again.
         INVALID_ARGUMENT (INVALID_FIELD): a malformed name or request id.

@@ -75,8 +75,14 @@ class Checkpoints:
         try:
             if (folder / MANIFEST).exists():  # not whole, and not of this name: somebody may want it yet
                 self.set_aside(folder.name)
-            elif folder.exists():  # the unfinished folder of a save that was cut off
+            elif _unfinished(folder):
                 shutil.rmtree(folder)
+            elif folder.exists():
+                raise Refused(
+                    "CHECKPOINT_EXISTS",
+                    f"checkpoints/{folder.name} is there and is no checkpoint's; choose another name",
+                    name=folder.name,
+                )
             make_folder(self.folder)
             folder.mkdir()
             failpoints.passing("checkpoint.begun")
@@ -145,6 +151,7 @@ class Checkpoints:
     def damage(self, manifest: Manifest) -> str | None:
         """What is wrong with a checkpoint's files, read and hashed anew; None when nothing is."""
         folder = self.path(manifest.info.name)
+        self._verified.discard(manifest.info.name)
         for file in manifest.info.files:
             try:
                 found = describe(folder / file.name)
@@ -154,6 +161,10 @@ class Checkpoints:
                 return f"{file.name}: does not match the manifest's size and SHA-256"
         self._verified.add(manifest.info.name)
         return None
+
+    def doubt(self, name: str) -> None:
+        """Something was wrong with its files: they are read again before anything counts on them."""
+        self._verified.discard(name)
 
     def intact(self, manifest: Manifest) -> bool:
         """Whether its files were found intact in this process; nothing is read."""

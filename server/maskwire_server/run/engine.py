@@ -366,7 +366,6 @@ class Engine:
         warming = self._clock()
         device.call(partial(device.begin_at, recovered.step, recovered.non_finite))
         log.info("warmed up in %.1f s", self._clock() - warming)
-        configuration_id = following.record_start(journal, self._versions, numerics)
         if self._accept_lost_history is not None:
             recovered = recovery.accept_lost_history(journal, recovered, self._accept_lost_history)
 
@@ -374,9 +373,14 @@ class Engine:
         head.non_finite = recovered.non_finite
         self._line.begin_at(recovered.step)
         self._writer.resume(journal.last_session())
-        # Checkpoint 0 comes before the first step; an inexact replay must not be asked for again.
-        if self._saver.newest is None or recovered.accepted:
-            name = f"accepted-{head.step:09d}-{uuid.uuid4().hex[:6]}" if recovered.accepted else None
+        replayable = following.replayable(
+            journal, numerics, lambda section: device.call(partial(device.configure, section))
+        )
+        # Checkpoint 0 comes before the first step; an inexact replay must not be asked for again; and where
+        # what comes before cannot be computed again, one damaged checkpoint must not be the end of the run.
+        if self._saver.newest is None or recovered.accepted or (head.step and not replayable):
+            why = "accepted" if recovered.accepted else "" if self._saver.newest is None else "changed"
+            name = f"{why}-{head.step:09d}-{uuid.uuid4().hex[:6]}" if why else None
             first = Save(SaveRequest(name), automatic=True)
             self._saver.begin()
             copy = device.call(device.snapshot)
@@ -385,6 +389,7 @@ class Engine:
             except Refused as error:
                 raise RunDirectoryError(f"{self._run_dir}: {error.message}") from error
             self._saver.finish()
+        configuration_id = following.record_start(journal, self._versions, numerics)
         self._pipeline = Pipeline(
             journal=journal,
             device=device,

@@ -47,6 +47,31 @@ def record_start(journal: Journal, versions: dict[str, str], settings: dict[str,
     return started[0]
 
 
+def replayable(
+    journal: Journal, settings: dict[str, Any], configure: Callable[[dict[str, Any]], None]
+) -> bool:
+    """Whether this server could compute again what the one before it trained."""
+    last = journal.last_event("configuration")
+    if last is None:
+        return True
+    before, now = optimizer_section(last[1]), optimizer_section(settings)
+    try:
+        if before != now:
+            configure(before)
+            configure(now)
+    except ValueError:
+        return False
+    return not _changed_fingerprints(last[1], settings)
+
+
+def _changed_fingerprints(was: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    return [
+        key
+        for key in sorted(was.keys() & settings.keys())  # an older version recorded less
+        if key.startswith("fingerprint.") and was[key] != settings[key]
+    ]
+
+
 class Following:
     """Puts each record's own [optimizer] section in force before it is computed again."""
 
@@ -76,11 +101,7 @@ class Following:
             yield record, payload
 
     def _follow(self, record: StepRecord, was: dict[str, Any]) -> None:
-        changed = [
-            f"{key} was {was[key]!r}"
-            for key in sorted(was.keys() & self._settings.keys())  # an older version recorded less
-            if key.startswith("fingerprint.") and was[key] != self._settings[key]
-        ]
+        changed = [f"{key} was {was[key]!r}" for key in _changed_fingerprints(was, self._settings)]
         if changed and self._strict:
             raise RunDirectoryError(
                 f"{_again(record, ', '.join(changed))}; or accept a result that may differ, once, with "

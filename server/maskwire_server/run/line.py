@@ -193,20 +193,26 @@ class Line:
             self.give_up(step, why(step))
         self._ahead.clear()
 
+    def refuse_saves(self, refusal: Refused) -> None:
+        """Refuse every save that has not begun: the state that it was to be of is gone."""
+        waiting = [job for job in [*self._jobs, *self._parked] if isinstance(job, Save)]
+        self._jobs = deque(job for job in self._jobs if not isinstance(job, Save))
+        self._parked.clear()
+        for save in waiting:
+            for waiter in save.waiters:
+                refuse(waiter, refusal)
+
     def refuse_all(self, refusal: Refused) -> None:
         """Refuse every job that has not reached the device, and those that have and change nothing."""
         self.refuse_steps(lambda _: refusal)
+        self.refuse_saves(refusal)
         self.interrupt(refusal)
-        for job in [*self._jobs, *self._parked]:
+        for job in self._jobs:
             if isinstance(job, Evaluation):
                 refuse(job.future, refusal)
             elif isinstance(job, Generation | Barrier):
                 job.refuse(refusal)
-            elif isinstance(job, Save):
-                for waiter in job.waiters:
-                    refuse(waiter, refusal)
         self._jobs.clear()
-        self._parked.clear()
 
     def abandon(self, refusal: Refused) -> None:
         """Refuse everything, steps on the device and steps not yet durable too: the process ends."""

@@ -59,13 +59,14 @@ def _chunks(checkpoints: Checkpoints, manifest: Manifest, file: FileInfo, offset
                 yield Chunk(file, offset, data)
                 offset += len(data)
     except OSError as error:
-        raise _damaged(manifest, file, str(error.strerror)) from error
+        raise _damaged(checkpoints, manifest, file, str(error.strerror)) from error
     if offset != file.size_bytes or (sha is not None and sha.digest() != file.sha256):
-        raise _damaged(manifest, file, "does not match the manifest's size and SHA-256")
+        raise _damaged(checkpoints, manifest, file, "does not match the manifest's size and SHA-256")
 
 
-def _damaged(manifest: Manifest, file: FileInfo, problem: str) -> Refused:
+def _damaged(checkpoints: Checkpoints, manifest: Manifest, file: FileInfo, problem: str) -> Refused:
     name = manifest.info.name
+    checkpoints.doubt(name)
     return Refused(
         "CHECKPOINT_DAMAGED",
         f"checkpoint {name!r}: {file.name} {problem}; download another",

@@ -138,6 +138,14 @@ class Restoring:
                 lineage=number,
             )
         )
+        self._line.refuse_saves(
+            Refused(
+                "WRONG_RUN",
+                f"checkpoint {info.name!r} was restored before this one could be saved; save again to keep "
+                "the state of now",
+                lineage=number,
+            )
+        )
         failpoints.passing("restore.recorded")
         # From here on memory must follow the journal: a failure ends the process, and a restart
         # comes back on the new lineage.

@@ -11,7 +11,9 @@ import pytest
 
 from maskwire_server.errors import Refused
 from maskwire_server.manifest import Manifest
+from maskwire_server.requests import DownloadRequest
 from maskwire_server.results import CheckpointInfo
+from maskwire_server.run import reading
 from maskwire_server.run.checkpoint import Checkpoints
 
 
@@ -138,6 +140,30 @@ def test_deleting_takes_the_manifest_first(tmp_path: Path) -> None:
     checkpoints.delete("a")
     assert checkpoints.all() == []
     assert not checkpoints.path("a").exists()
+
+
+@pytest.mark.parametrize("content", ["notes.txt", "folder/notes.txt"])
+def test_what_is_not_a_checkpoints_is_left_alone(tmp_path: Path, content: str) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    place = checkpoints.path("mine") / content
+    place.parent.mkdir(parents=True)
+    place.write_text("keep")
+    assert checkpoints.sweep() == []
+    with pytest.raises(Refused, match="is no checkpoint's; choose another name"):
+        checkpoints.write(Files(), manifest("mine"))
+    assert place.read_text() == "keep"
+
+
+def test_what_was_found_damaged_is_not_counted_on(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    written = checkpoints.write(Files(), manifest())
+    assert checkpoints.intact(written)
+    (checkpoints.path("a") / "model.safetensors").write_bytes(b"other")
+    assert checkpoints.verified(written), "it was read when it was written"
+    with pytest.raises(Refused, match="does not match"):
+        list(reading.read(checkpoints, DownloadRequest("a")))
+    assert not checkpoints.intact(written)
+    assert not checkpoints.verified(written)
 
 
 def test_what_a_kill_in_the_middle_of_a_file_leaves_is_swept(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -35,7 +36,7 @@ from maskwire_server.requests import (
     SessionRequest,
     StepRequest,
 )
-from maskwire_server.results import EvalOptions, Outcome, RunState, StepAnswer
+from maskwire_server.results import EvalOptions, Outcome, RunState, StepAnswer, StepResult
 from maskwire_server.run.engine import Engine
 from maskwire_server.run.journal import Journal
 from maskwire_server.run.replaying import InexactReplayError
@@ -440,6 +441,54 @@ def test_a_restore_of_what_is_being_deleted_is_refused(rig: Rig) -> None:
     assert rig.fatal == []
 
 
+def test_saves_that_wait_are_refused_by_a_restore(rig: Rig) -> None:
+    class Slow(CounterTrainer):
+        def snapshot(self) -> CounterSnapshot:
+            self.gate.wait(WAIT)
+            return super().snapshot()
+
+    engine = rig.start(Slow)
+    engine.train_step(bare(0)).result(WAIT)
+    engine.save(SaveRequest("base")).result(WAIT)
+    engine.train_step(bare(1)).result(WAIT)
+    rig.trainer.gate.clear()
+    saves = [engine.save(SaveRequest(f"s{n}", score=1.0)) for n in range(3)]
+    wait_for(lambda: engine._saver.busy)
+    restoring = engine.restore(RestoreRequest("base"))
+    wait_for(lambda: engine.status().state is RunState.RESTORING)
+    rig.trainer.gate.set()
+    assert restoring.result(WAIT).lineage == 2
+    assert (saves[0].result(WAIT).lineage, saves[0].result(WAIT).step) == (1, 2), "it had begun"
+    assert [reason(save) for save in saves[1:]] == ["WRONG_RUN", "WRONG_RUN"]
+
+
+def test_damage_to_the_only_base_under_changed_settings_is_no_end(rig: Rig) -> None:
+    class Elsewhere(CounterTrainer):
+        @property
+        def versions(self) -> dict[str, str]:
+            return {"device": "another", "threads": "1"}
+
+    engine = rig.start()
+    for seed in range(5):
+        engine.train_step(bare(seed)).result(WAIT)
+    engine.drain(WAIT)
+    engine.close()
+    engine = rig.start(Elsewhere)
+    last = engine.train_step(bare(5)).result(WAIT)
+    state = rig.trainer.state
+    names = [info.name for info in engine.checkpoints() if info.step == 5]
+    engine.close()
+    assert len(names) == 2
+    for name in names:
+        copy = shutil.copytree(rig.folder, rig.folder.with_name(name))
+        (copy / "checkpoints" / name / "state.json").write_text("{}")
+        again = Rig(copy)
+        engine = again.start(Elsewhere)
+        assert (engine.status().step, engine.status().digest) == (6, last.digest)
+        assert again.trainer.state == state
+        engine.close()
+
+
 def test_a_save_is_done_once_for_a_request_and_a_name_is_taken_once(rig: Rig) -> None:
     engine = rig.start()
     first = engine.save(SaveRequest("a", "id", {"x": "y"})).result(WAIT)
@@ -584,20 +633,28 @@ def test_a_changed_model_is_refused_and_changed_threads_only_with_steps_to_repla
 
 def test_steps_are_computed_again_under_the_optimizer_section_they_were_trained_with(rig: Rig) -> None:
     class Following(CounterTrainer):
-        rates: ClassVar[list[float]] = []
+        computed: ClassVar[list[tuple[int, float | None]]] = []
+        rate: float | None = None  # as it was built
 
         def configure(self, optimizer: dict[str, Any]) -> None:
-            self.rates.append(optimizer["learning_rate"])
             if optimizer["ema_decay"]:
                 raise ValueError("optimizer.ema_decay was 0.9, is 0.0")
+            self.rate = optimizer["learning_rate"]
+
+        def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
+            self.computed.append((step, self.rate))
+            return super().train_step(lineage, step, batch, modes)
 
     for rate in (0.1, 0.2, 0.3):
         engine = rig.start(Following, optimizer={"learning_rate": rate})
         for seed in range(2):
             engine.train_step(bare(seed)).result(WAIT)
         engine.close()
-    # Each start begins under its own section: step 1 of the second start is computed under the first's.
-    assert Following.rates == [0.1, 0.2, 0.1, 0.2, 0.3]
+    assert Following.computed == [
+        (1, None), (2, None),
+        (1, 0.1), (2, 0.1), (3, 0.2), (4, 0.2),
+        (1, 0.1), (2, 0.1), (3, 0.2), (4, 0.2), (5, 0.3), (6, 0.3),
+    ]  # fmt: skip
     engine = rig.start(optimizer={"learning_rate": 0.3, "ema_decay": 0.9})
     engine.train_step(bare(9)).result(WAIT)
     engine.close()
