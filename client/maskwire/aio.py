@@ -135,10 +135,16 @@ class Client:
         return self._iterate(self._talk.generate_steps(prompts, **options))
 
     async def checkpoint(
-        self, name: str = "", *, labels: Mapping[str, str] | None = None, score: float | None = None
+        self,
+        name: str = "",
+        *,
+        labels: Mapping[str, str] | None = None,
+        score: float | None = None,
+        expected_lineage: int | None = None,
+        expected_step: int | None = None,
     ) -> results.CheckpointInfo:
         """Save the run's state; it is durable and verified then."""
-        return await self._drive(self._talk.checkpoint(name, labels, score))
+        return await self._drive(self._talk.checkpoint(name, labels, score, expected_lineage, expected_step))
 
     async def checkpoints(self) -> list[results.CheckpointInfo]:
         """The run's whole checkpoints, newest first."""

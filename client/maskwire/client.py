@@ -165,14 +165,21 @@ class Client:
         return self._iterate(self._talk.generate_steps(prompts, **options))
 
     def checkpoint(
-        self, name: str = "", *, labels: Mapping[str, str] | None = None, score: float | None = None
+        self,
+        name: str = "",
+        *,
+        labels: Mapping[str, str] | None = None,
+        score: float | None = None,
+        expected_lineage: int | None = None,
+        expected_step: int | None = None,
     ) -> results.CheckpointInfo:
         """Save the run's state, and return once the checkpoint is durable and verified.
 
         `score` is what the state is worth, lower is better; of the scored ones without a name the
-        server keeps the best.
+        server keeps the best. Refused with `expected_lineage` or `expected_step` if the state is of
+        another one: a score belongs to the step that it was measured at.
         """
-        return self._drive(self._talk.checkpoint(name, labels, score))
+        return self._drive(self._talk.checkpoint(name, labels, score, expected_lineage, expected_step))
 
     def checkpoints(self) -> list[results.CheckpointInfo]:
         """The run's whole checkpoints, newest first."""

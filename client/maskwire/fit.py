@@ -135,7 +135,8 @@ def plan(
     loop = _Loop(trainer, data, result, progress, log, on_step, modes)
 
     def save(score: float | None = None) -> Generator[Wish, Any, None]:
-        saved = yield trainer.checkpoint if score is None else partial(trainer.checkpoint, score=score)
+        place = {"expected_lineage": trainer.lineage, "expected_step": trainer.step}
+        saved = yield partial(trainer.checkpoint, score=score, **place)
         progress.say(f"step {result.step}: checkpoint {saved.name}")
 
     best = math.inf

@@ -282,10 +282,22 @@ class Asking:
         raise UnavailableError(f"{self.target} ended the generation before its last pass; ask again")
 
     def checkpoint(
-        self, name: str, labels: Mapping[str, str] | None, score: float | None
+        self,
+        name: str,
+        labels: Mapping[str, str] | None,
+        score: float | None,
+        expected_lineage: int | None,
+        expected_step: int | None,
     ) -> Talk[results.CheckpointInfo]:
         """Save a checkpoint."""
-        request = pb.CheckpointRequest(request_id=new_id(), name=name, labels=labels, score=score)
+        request = pb.CheckpointRequest(
+            request_id=new_id(),
+            name=name,
+            labels=labels,
+            score=score,
+            expected_lineage=expected_lineage,
+            expected_step=expected_step,
+        )
         response = yield from self._ask("Checkpoint", lambda: request)
         return messages.read_checkpoint(response.checkpoint)
 

@@ -81,6 +81,8 @@ class SaveRequest:
     request_id: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
     score: float | None = None
+    expected_lineage: int | None = None
+    expected_step: int | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ class Counting:
     """As much of a Trainer as `fit` uses; answers come late, in order."""
 
     def __init__(self, step: int = 0, fail_at: int | None = None) -> None:
+        self.lineage = 1
         self.step = step
         self.handed_in = step
         self.batches: list[int] = []
@@ -57,8 +58,9 @@ class Counting:
     def checkpoints(self) -> list[Any]:
         return [SimpleNamespace(step=step, digest=self.digest) for step in self.saved]
 
-    def checkpoint(self) -> Any:
+    def checkpoint(self, score: float | None, expected_lineage: int, expected_step: int) -> Any:
         assert self.in_flight == 0, "a checkpoint is of an exact step"
+        assert (expected_lineage, expected_step) == (self.lineage, self.step)
         self.saved.append(self.step)
         return SimpleNamespace(name=f"step-{self.step}")
 

@@ -84,10 +84,11 @@ class Server:
         """Start it, without waiting."""
         (self.folder / "ready").write_text("")
         self.starts += 1
-        self.process = _CONTEXT.Process(
+        process = _CONTEXT.Process(
             target=_serve, args=(str(self.folder), self._settings, fault, self._seconds), daemon=True
         )
-        self.process.start()
+        process.start()
+        self.process = process  # only now: other threads kill what they find here
 
     def start(self, fault: str = "") -> bool:
         """Start it; False when it ended before it served."""

@@ -25,6 +25,7 @@ from maskwire.errors import (
     TokenizerError,
     UnavailableError,
     WriterPresentError,
+    WrongRunError,
 )
 from maskwire.messages import hash_of, step_request
 
@@ -114,6 +115,8 @@ async def trains_evaluates_and_checkpoints(server: ServerProcess, client: Any) -
         status = await trainer.status()
         assert (status.step, status.digest) == (10, trainer.digest)
         await trainer.train_step(tokens(11))
+        with pytest.raises(WrongRunError, match="expected_step is 10, the run is at step 11"):
+            await trainer.checkpoint(score=1.0, expected_step=10)
         back = await trainer.restore("ten", expected_step=11)
         assert (back.step, back.lineage, trainer.lineage, trainer.step) == (10, 2, 2, 10)
         assert (await trainer.train_step(tokens(11))).step == 11

@@ -190,7 +190,8 @@ class TrainingServiceServicer:
         INVALID_ARGUMENT (INVALID_FIELD): a name that does not match [a-z0-9][a-z0-9_-]{0,63}.
         INVALID_ARGUMENT (PAYLOAD_MISMATCH): the request id saved a checkpoint with other arguments.
         ALREADY_EXISTS (CHECKPOINT_EXISTS): the name is taken by another checkpoint.
-        FAILED_PRECONDITION (WRONG_RUN): it waited, and another checkpoint was restored meanwhile.
+        FAILED_PRECONDITION (WRONG_RUN): the lineage or step expected is not that of the state, or it waited
+        and another checkpoint was restored meanwhile; nothing was saved.
         RESOURCE_EXHAUSTED (CHECKPOINT_FAILED): it could not be written; training is not affected.
         UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again after RetryInfo.
         """

@@ -185,6 +185,8 @@ def read_save(request: pb.CheckpointRequest) -> SaveRequest:
         request_id=_name("request_id", request.request_id),
         labels=dict(request.labels),
         score=request.score if request.HasField("score") else None,
+        expected_lineage=request.expected_lineage if request.HasField("expected_lineage") else None,
+        expected_step=request.expected_step if request.HasField("expected_step") else None,
     )
 
 

@@ -10,8 +10,9 @@ import enum
 from dataclasses import dataclass
 
 from maskwire_server.errors import Refused
-from maskwire_server.requests import History, SessionRef, SessionRequest
+from maskwire_server.requests import History, RestoreRequest, SaveRequest, SessionRef, SessionRequest
 from maskwire_server.results import RunState
+from maskwire_server.run.standing import Place
 
 
 class Verdict(enum.Enum):
@@ -176,6 +177,21 @@ def _admit_known(facts: StepFacts, known: Known) -> Verdict:
             step=known.step,
         )
     return Verdict.JOIN if known.in_flight else Verdict.REPLAY
+
+
+def refuse_unexpected(request: SaveRequest | RestoreRequest, place: Place) -> None:
+    """Raise WRONG_RUN unless the run is where the request expects it."""
+    for name, expected, actual in (
+        ("lineage", request.expected_lineage, place.lineage),
+        ("step", request.expected_step, place.step),
+    ):
+        if expected is not None and expected != actual:
+            raise Refused(
+                "WRONG_RUN",
+                f"expected_{name} is {expected}, the run is at {name} {actual}",
+                lineage=place.lineage,
+                step=place.step,
+            )
 
 
 def gap(step: int | None, expected: int) -> Refused:

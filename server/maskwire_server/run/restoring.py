@@ -79,19 +79,8 @@ class Restoring:
             self._standing.set(RunState.RESTORING, False)
 
     def _check(self, request: RestoreRequest, manifest: Manifest) -> None:
-        head = self._head
-        for name, expected, actual in (
-            ("lineage", request.expected_lineage, head.lineage),
-            ("step", request.expected_step, head.step),
-        ):
-            if expected is not None and expected != actual:
-                raise Refused(
-                    "WRONG_RUN",
-                    f"expected_{name} is {expected}, the run is at {name} {actual}",
-                    lineage=head.lineage,
-                    step=head.step,
-                )
-        info = manifest.info
+        head, info = self._head, manifest.info
+        admission.refuse_unexpected(request, head.place)
         problem = self._checkpoints.damage(manifest)
         if manifest.run_id != head.run_id:
             problem = f"it belongs to run {manifest.run_id}"

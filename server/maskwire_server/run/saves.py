@@ -9,6 +9,7 @@ from functools import partial
 from maskwire_server.config import ServeConfig
 from maskwire_server.errors import Refused
 from maskwire_server.results import CheckpointInfo
+from maskwire_server.run import admission
 from maskwire_server.run.checkpoint import Snapshot
 from maskwire_server.run.commits import Commits
 from maskwire_server.run.jobs import Save
@@ -48,8 +49,13 @@ class Saves:
         if error is not None:
             self._give_up(job, self._standing.failed("the copy for a checkpoint", error))
             return
-        # The device may be a step further by then.
-        self._commits.after(partial(self._write, job, future.result(), self._head.place))
+        place = self._head.place  # the device may be a step further by the time that it is durable
+        try:
+            admission.refuse_unexpected(job.request, place)
+        except Refused as refusal:
+            self._give_up(job, refusal)
+            return
+        self._commits.after(partial(self._write, job, future.result(), place))
 
     def _write(self, job: Save, snapshot: Snapshot, place: Place) -> None:
         # A checkpoint must not be ahead of the journal after a power loss.

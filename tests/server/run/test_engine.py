@@ -441,6 +441,17 @@ def test_a_restore_of_what_is_being_deleted_is_refused(rig: Rig) -> None:
     assert rig.fatal == []
 
 
+def test_a_save_of_another_state_than_expected_is_refused(rig: Rig) -> None:
+    engine = rig.start()
+    engine.train_step(bare(0)).result(WAIT)
+    assert reason(engine.save(SaveRequest("a", expected_step=2))) == "WRONG_RUN"
+    assert reason(engine.save(SaveRequest("a", expected_lineage=2, expected_step=1))) == "WRONG_RUN"
+    running = engine.train_step(bare(1))
+    assert engine.save(SaveRequest(score=0.5, expected_lineage=1, expected_step=2)).result(WAIT).step == 2
+    assert running.result(WAIT).step == 2
+    assert [info.step for info in engine.checkpoints()] == [2, 0]
+
+
 def test_saves_that_wait_are_refused_by_a_restore(rig: Rig) -> None:
     class Slow(CounterTrainer):
         def snapshot(self) -> CounterSnapshot:
