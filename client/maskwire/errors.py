@@ -87,7 +87,7 @@ class WriterPresentError(SessionError):
 
 
 class WrongRunError(SessionError):
-    """The session is of another run, lineage or epoch; connect again."""
+    """The session is of another run, lineage or epoch: connect again; or a save expected another step."""
 
 
 class TokenizerError(RequestError):

@@ -135,7 +135,7 @@ def plan(
     loop = _Loop(trainer, data, result, progress, log, on_step, modes)
 
     def save(score: float | None = None) -> Generator[Wish, Any, None]:
-        place = {"expected_lineage": trainer.lineage, "expected_step": trainer.step}
+        place = {"expected_lineage": trainer.lineage, "expected_step": result.step}
         saved = yield partial(trainer.checkpoint, score=score, **place)
         progress.say(f"step {result.step}: checkpoint {saved.name}")
 

@@ -215,7 +215,7 @@ class CheckpointsConfig(_Section):
     every_seconds: Finite | None = Field(300.0, gt=0)
     """Save when this much time passed since the last, if a step was trained."""
     keep_last: int = Field(3, ge=2)
-    """Keep this many of the automatic checkpoints; those that somebody asked for stay."""
+    """Keep this many of the automatic checkpoints; those that somebody asked for, without a score, stay."""
     keep_every: int | None = Field(None, ge=1)
     """Keep also those whose step is a multiple of this."""
     keep_best: int = Field(1, ge=0)

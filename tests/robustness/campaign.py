@@ -159,7 +159,7 @@ def main() -> int:
     asked = parser.parse_args()
     notes: dict[str, Any] = {}
     if NOTES.exists() and not asked.again:
-        notes = json.loads(NOTES.read_text())
+        notes = {name: note for name, note in json.loads(NOTES.read_text()).items() if "revision" in note}
     size = "full" if asked.full else "short"
     todo = [
         case

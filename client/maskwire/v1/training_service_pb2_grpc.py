@@ -211,8 +211,9 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RestoreCheckpoint(self, request, context):
-        """RestoreCheckpoint puts the run back to a checkpoint, on a new lineage. Steps and saves that wait
-        are answered WRONG_RUN; evaluations and generations that wait are of the state restored, and say so.
+        """RestoreCheckpoint puts the run back to a checkpoint, on a new lineage. Steps and saves that
+        have not begun are answered WRONG_RUN; evaluations and generations that wait are of the state
+        restored, and say so.
 
         OK: the new lineage and its digest; the same request id gets the same answer again.
         INVALID_ARGUMENT (INVALID_FIELD): a malformed name or request id.

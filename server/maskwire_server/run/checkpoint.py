@@ -72,12 +72,13 @@ class Checkpoints:
             raise Refused(
                 "CHECKPOINT_EXISTS", f"the name {folder.name!r} is taken; choose another", name=folder.name
             )
+        begun = False
         try:
             if (folder / MANIFEST).exists():  # not whole, and not of this name: somebody may want it yet
                 self.set_aside(folder.name)
             elif _unfinished(folder):
                 shutil.rmtree(folder)
-            elif folder.exists():
+            elif self.foreign(folder.name):
                 raise Refused(
                     "CHECKPOINT_EXISTS",
                     f"checkpoints/{folder.name} is there and is no checkpoint's; choose another name",
@@ -85,6 +86,7 @@ class Checkpoints:
                 )
             make_folder(self.folder)
             folder.mkdir()
+            begun = True
             failpoints.passing("checkpoint.begun")
             snapshot.write(folder)
             failpoints.passing("checkpoint.written")
@@ -97,7 +99,8 @@ class Checkpoints:
             self._verified.add(manifest.info.name)
             failpoints.passing("checkpoint.published")
         except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
+            if begun:
+                shutil.rmtree(folder, ignore_errors=True)
             cure = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "look at the disk"
             raise Refused(
                 "CHECKPOINT_FAILED",
@@ -107,6 +110,11 @@ class Checkpoints:
                 error=error.strerror,
             ) from error
         return whole
+
+    def foreign(self, name: str) -> bool:
+        """Whether something is in the place of this name that no save has put there."""
+        folder = self.path(name)
+        return folder.exists() and not (folder / MANIFEST).exists() and not _unfinished(folder)
 
     def all(self) -> list[Manifest]:
         """The whole checkpoints, the newest first. Files are not read: `damage` does that."""
@@ -191,14 +199,14 @@ class Checkpoints:
     def pinned(self, name: str) -> Iterator[Manifest]:
         """A whole checkpoint that a restore goes back to, kept as long as the process lives.
 
-        Not so when the block ends with an exception. Refused CHECKPOINT_NOT_FOUND.
+        Not so when the restore is refused: the block ends with Refused. Refused CHECKPOINT_NOT_FOUND.
         """
         with self._lock:
             manifest = self.get(name)
             self._pins[name] += 1
         try:
             yield manifest
-        except BaseException:
+        except Refused:
             with self._lock:
                 self._pins[name] -= 1
             raise

@@ -318,10 +318,11 @@ class Engine:
         self._pipeline.settle()
 
     def _shut_down(self) -> None:
-        self._stopping = self._stopped = True
+        self._stopping = True
         self._line.abandon(_ends())
-        self._saver.close()
+        self._stopped = True  # from here on nobody answers but `_refuse_owed`
         self._refuse_owed()
+        self._saver.close()
         if self._journal is not None:
             self._journal.close()
 
@@ -332,6 +333,32 @@ class Engine:
                 future = self._owed.pop()
                 if not future.done():
                     refuse(future, _ends())
+
+    def _has_two_bases(self, numerics: dict[str, Any]) -> bool:
+        """Whether one damaged checkpoint is not the end: another, or steps that can be computed again."""
+        assert self._journal is not None
+        configure = self._device.configure
+        if not self._head.step or following.replayable(
+            self._journal, numerics, lambda section: self._device.call(partial(configure, section))
+        ):
+            return True
+        here = self._head.lineage, self._head.step
+        return sum((info.lineage, info.step) == here for info in self.checkpoints()) > 1
+
+    def _save_now(self, word: str) -> Refused | None:
+        """Save before the first step is admitted, under a name with `word`; why it could not be done."""
+        assert self._journal is not None
+        name = f"{word}-{self._head.step:09d}-{uuid.uuid4().hex[:6]}" if word else None
+        save = Save(SaveRequest(name), automatic=True)
+        self._saver.begin()
+        copy = self._device.call(self._device.snapshot)
+        try:
+            self._saver.write(save, copy, self._head.place, self._journal.lineages()).result()
+        except Refused as refusal:
+            self._saver.give_up(save, refusal)
+            return refusal
+        self._saver.finish()
+        return None
 
     def _recover(self) -> None:
         began = self._clock()
@@ -373,22 +400,13 @@ class Engine:
         head.non_finite = recovered.non_finite
         self._line.begin_at(recovered.step)
         self._writer.resume(journal.last_session())
-        replayable = following.replayable(
-            journal, numerics, lambda section: device.call(partial(device.configure, section))
-        )
-        # Checkpoint 0 comes before the first step; an inexact replay must not be asked for again; and where
-        # what comes before cannot be computed again, one damaged checkpoint must not be the end of the run.
-        if self._saver.newest is None or recovered.accepted or (head.step and not replayable):
-            why = "accepted" if recovered.accepted else "" if self._saver.newest is None else "changed"
-            name = f"{why}-{head.step:09d}-{uuid.uuid4().hex[:6]}" if why else None
-            first = Save(SaveRequest(name), automatic=True)
-            self._saver.begin()
-            copy = device.call(device.snapshot)
-            try:
-                self._saver.write(first, copy, head.place, journal.lineages()).result()
-            except Refused as error:
-                raise RunDirectoryError(f"{self._run_dir}: {error.message}") from error
-            self._saver.finish()
+        # Checkpoint 0 comes before the first step; an inexact replay must not be asked for again.
+        if self._saver.newest is None or recovered.accepted:
+            refused = self._save_now("accepted" if recovered.accepted else "")
+            if refused is not None:
+                raise RunDirectoryError(f"{self._run_dir}: {refused.message}") from refused
+        elif not self._has_two_bases(numerics):
+            self._save_now("changed")  # should it fail, the run is no worse off than it was
         configuration_id = following.record_start(journal, self._versions, numerics)
         self._pipeline = Pipeline(
             journal=journal,

@@ -391,6 +391,8 @@ class Pipeline:
         """Save a checkpoint, or answer with the one that this request saved already; raises Refused."""
         saved = self._saver.find(request)
         if saved is None:
+            if request.expected_step is not None and request.expected_step < self._head.step:
+                admission.refuse_unexpected(request, self._head.place)  # no use waiting for the copy
             self.line_up(Save(request, [future]))
         else:
             answer(future, saved)

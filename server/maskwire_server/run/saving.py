@@ -47,6 +47,7 @@ class Saver:
         self._clock = clock
         self._saved_at = clock()
         self._overdue = False
+        self._before = self._saved_at, self._overdue
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="maskwire-save")
         self.busy = False
         """A snapshot is being made or written."""
@@ -64,6 +65,7 @@ class Saver:
     def begin(self) -> None:
         """A snapshot is being made. Should it fail, an automatic one is tried again when the next is due."""
         self.busy = True
+        self._before = self._saved_at, self._overdue
         self._saved_at, self._overdue = self._clock(), False
 
     def find(self, request: SaveRequest) -> CheckpointInfo | None:
@@ -162,7 +164,7 @@ class Saver:
         """The same under a name that is free: the state may be saved already, for somebody else."""
         taken = {existing.info.name for existing in self._checkpoints.all()}
         name, number = manifest.info.name, 1
-        while name in taken:
+        while name in taken or self._checkpoints.foreign(name):
             number += 1
             name = f"{manifest.info.name}-{number}"
         return replace(manifest, info=replace(manifest.info, name=name))
@@ -208,7 +210,10 @@ class Saver:
     def give_up(self, job: Save, refusal: Refused) -> None:
         """A snapshot or its write failed; training goes on."""
         self.busy = False
-        log.error("%s", refusal)
+        if not job.automatic:  # what was due before it is due still
+            saved_at, overdue = self._before
+            self._saved_at, self._overdue = saved_at, overdue or self._overdue
+        log.log(logging.INFO if refusal.reason == "WRONG_RUN" else logging.ERROR, "%s", refusal)
         for waiter in job.waiters:
             refuse(waiter, refusal)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,21 @@ def test_what_was_found_damaged_is_not_counted_on(tmp_path: Path) -> None:
     assert not checkpoints.verified(written)
 
 
+def test_what_cannot_be_set_aside_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.write(Files(), manifest())
+    place = checkpoints.path("a") / "manifest.json"
+    place.write_bytes(b"{}")
+    monkeypatch.setattr(checkpoints, "set_aside", fail)
+    with pytest.raises(Refused, match="could not be written"):
+        checkpoints.write(Files(), manifest())
+    assert (checkpoints.path("a") / "model.safetensors").exists()
+
+
+def fail(name: str) -> str:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_what_a_kill_in_the_middle_of_a_file_leaves_is_swept(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.write(Files(), manifest())
@@ -187,8 +203,8 @@ def test_what_a_restore_goes_back_to_stays_unless_the_restore_is_refused(tmp_pat
     with pytest.raises(Refused, match="no checkpoint"), checkpoints.pinned("a"):
         pass
     checkpoints.write(Files(), manifest("b"))
-    with checkpoints.pinned("b"):
-        pass
+    with contextlib.suppress(OSError), checkpoints.pinned("b"):
+        raise OSError(errno.EIO, "the lineage is recorded, and the checkpoint cannot be loaded")
     assert not checkpoints.delete("b")
 
 

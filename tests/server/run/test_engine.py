@@ -452,6 +452,27 @@ def test_a_save_of_another_state_than_expected_is_refused(rig: Rig) -> None:
     assert [info.step for info in engine.checkpoints()] == [2, 0]
 
 
+def test_a_refused_save_takes_no_automatic_ones_place(rig: Rig) -> None:
+    now = 100.0
+    engine = rig.start(clock=lambda: now, checkpoints={"every_seconds": 10.0})
+    for step in range(1, 5):
+        now += 6.0
+        assert reason(engine.save(SaveRequest(expected_step=99))) == "WRONG_RUN"
+        engine.train_step(bare(step)).result(WAIT)
+        wait_for(lambda: not engine._saver.busy)
+    assert [info.step for info in engine.checkpoints()] == [4, 2, 0]
+
+
+def test_something_else_under_a_name_of_the_servers_own_is_gone_round(rig: Rig) -> None:
+    engine = rig.start()
+    place = rig.folder / "checkpoints" / "step-000000001" / ".DS_Store"
+    place.parent.mkdir()
+    place.write_text("somebody's")
+    engine.train_step(bare(0)).result(WAIT)
+    assert engine.save(SaveRequest()).result(WAIT).name == "step-000000001-2"
+    assert place.exists()
+
+
 def test_saves_that_wait_are_refused_by_a_restore(rig: Rig) -> None:
     class Slow(CounterTrainer):
         def snapshot(self) -> CounterSnapshot:
@@ -490,7 +511,7 @@ def test_damage_to_the_only_base_under_changed_settings_is_no_end(rig: Rig) -> N
     names = [info.name for info in engine.checkpoints() if info.step == 5]
     engine.close()
     assert len(names) == 2
-    for name in names:
+    for name in names:  # whichever it is
         copy = shutil.copytree(rig.folder, rig.folder.with_name(name))
         (copy / "checkpoints" / name / "state.json").write_text("{}")
         again = Rig(copy)
@@ -498,6 +519,33 @@ def test_damage_to_the_only_base_under_changed_settings_is_no_end(rig: Rig) -> N
         assert (engine.status().step, engine.status().digest) == (6, last.digest)
         assert again.trainer.state == state
         engine.close()
+
+
+def test_changed_settings_copy_a_state_once_and_refuse_no_start_for_want_of_room(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Elsewhere(CounterTrainer):
+        @property
+        def versions(self) -> dict[str, str]:
+            return {"device": "another", "threads": "1"}
+
+    engine = rig.start()
+    engine.train_step(bare(0)).result(WAIT)
+    engine.drain(WAIT)
+    engine.close()
+    with monkeypatch.context() as full:
+        full.setattr(CounterSnapshot, "write", no_room)
+        engine = rig.start(Elsewhere)
+        assert [info.step for info in engine.checkpoints()] == [1, 0]
+        engine.close()
+    for trainer in (CounterTrainer, Elsewhere, CounterTrainer):
+        engine = rig.start(trainer)
+        assert [info.step for info in engine.checkpoints()] == [1, 1, 0]
+        engine.close()
+
+
+def no_room(snapshot: CounterSnapshot, folder: Path) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_save_is_done_once_for_a_request_and_a_name_is_taken_once(rig: Rig) -> None:
