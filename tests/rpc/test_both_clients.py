@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import inspect
 import json
+import signal
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -301,6 +302,15 @@ def test_a_cancelled_step_stays_in_flight_and_the_next_has_the_next_number(serve
     asyncio.run(body())
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts, also where a shell runs the tests in the background and lets SIGINT be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_step_stays_in_flight_and_the_next_has_the_next_number(serve: Serve) -> None:
     import _thread
     import threading
