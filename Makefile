@@ -25,7 +25,7 @@ lint: venv ## Style, types, and stubs that are not stale
 	@if command -v buf >/dev/null; then cd proto && buf lint && buf format --diff --exit-code; \
 	else echo "buf is not installed: the proto was not linted (npm install -g @bufbuild/buf)"; fi
 
-bench: venv ## The tables of docs/benchmarks.md; about half an hour (QUICK=1: some minutes, writes nothing)
+bench: venv ## The tables of docs/benchmarks.md; about half an hour (QUICK=1: 5 minutes, writes nothing)
 	@$(BIN)/python -m bench $(if $(QUICK),--quick)
 
 model: venv ## Engine and journal against a model that counts: 10,000 runs of 50 operations
