@@ -157,6 +157,7 @@ def test_init_writes_once_and_check_reports(tmp_path: Path) -> None:
     assert small.returncode == 0
     assert "parameters" in small.stdout
     assert "fits" in small.stdout
+    assert "checkpoint copy 3 x 4 bytes each" in small.stdout, "weights and AdamW's two moments"
     huge = run("check", "--config", str(file), "--set", "model.dim=65536", "--set", "model.depth=99")
     assert huge.returncode == 1
     assert "does not fit" in huge.stdout
