@@ -72,18 +72,18 @@ class Checkpoints:
             raise Refused(
                 "CHECKPOINT_EXISTS", f"the name {folder.name!r} is taken; choose another", name=folder.name
             )
+        if self.foreign(folder.name):
+            raise Refused(
+                "CHECKPOINT_EXISTS",
+                f"checkpoints/{folder.name} is there and is no checkpoint's; choose another name",
+                name=folder.name,
+            )
         begun = False
         try:
             if (folder / MANIFEST).exists():  # not whole, and not of this name: somebody may want it yet
                 self.set_aside(folder.name)
-            elif _unfinished(folder):
+            elif folder.exists():  # the unfinished folder of a save that was cut off
                 shutil.rmtree(folder)
-            elif self.foreign(folder.name):
-                raise Refused(
-                    "CHECKPOINT_EXISTS",
-                    f"checkpoints/{folder.name} is there and is no checkpoint's; choose another name",
-                    name=folder.name,
-                )
             make_folder(self.folder)
             folder.mkdir()
             begun = True
