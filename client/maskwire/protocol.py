@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack
 
 from maskwire import evaluation as evaluations
 from maskwire import messages, results
@@ -94,6 +94,19 @@ class Work:
 
 Effect = Call | Next | Give | Pause | Work | Until
 Talk = Generator[Effect, Any, T]
+
+
+class Turn(Protocol):
+    """What a call that has its place in an order does about each attempt."""
+
+    def before(self, began: float) -> Talk[None]:
+        """What is needed first, of a call that began to ask then."""
+
+    def answered(self) -> None:
+        """The attempt is over."""
+
+    def again(self, error: MaskwireError) -> Talk[bool]:
+        """Whether a refused one is to be sent again at once."""
 
 
 class StepOptions(TypedDict, total=False):
@@ -352,29 +365,15 @@ class Asking:
         """Is it stuck or working?"""
         return messages.read_status((yield from self._ask("GetStatus", pb.GetStatusRequest)))
 
-    def _before(self, began: float) -> Talk[None]:  # noqa: ARG002
-        """What an attempt of a step that was begun then needs done first."""
-        yield from ()
-
     def _lost(self) -> None:
         """The server could not be reached; it may have been restarted."""
-
-    def _again(self, error: MaskwireError, acknowledged: int) -> Talk[bool]:  # noqa: ARG002
-        """Whether a refused step is to be sent again at once."""
-        yield from ()
-        return False
-
-    @property
-    def step(self) -> int:
-        """The last acknowledged step."""
-        return 0
 
     def _ask(
         self,
         method: str,
         make: Callable[[], Any],
         *,
-        steps: bool = False,
+        turn: Turn | None = None,
         take: Callable[[Any], None] | None = None,
         moved: Callable[[], int] = lambda: 0,
         began: float | None = None,
@@ -388,19 +387,20 @@ class Asking:
         """
         began, attempt, told = self._clock() if began is None else began, 0, ""
         while True:
-            if steps:
-                yield from self._before(began)
-            acknowledged, place = self.step, moved()
-            timeout = self._timeout(method)
+            if turn:
+                yield from turn.before(began)
+            place, timeout = moved(), self._timeout(method)
             opened = Stream(method, make(), timeout) if stream else None
             reply = yield Next(opened) if opened is not None else Call(method, make(), timeout, take)
+            if turn:
+                turn.answered()
             if not isinstance(reply, Failure):
                 return reply if opened is None else (opened, reply)
             error = reply.error
             if moved() != place:
                 began, attempt = self._clock(), 0
             elapsed = self._clock() - began
-            if steps and elapsed < self._policy.retry_for and (yield from self._again(error, acknowledged)):
+            if turn and elapsed < self._policy.retry_for and (yield from turn.again(error)):
                 continue
             wait = wait_before_retry(reply, attempt, elapsed, self._policy)
             if wait is None:

@@ -55,13 +55,66 @@ class Ledger:
 
 
 class Pending:
-    """A step that was handed in and not acknowledged yet."""
+    """A step that was handed in and not acknowledged yet: its turn in the order."""
 
-    def __init__(self, request: pb.TrainStepRequest, step: int | None) -> None:
-        self.request = request
-        self.step = step
-        """The number that it must have; None: the one that its place gives it."""
+    def __init__(self, writing: Writing, request: pb.TrainStepRequest, step: int | None) -> None:
+        self._writing = writing
+        self._request = request
+        self._step = step  # the number that it must have; None: the one that its place gives it
+        self._sent = 0  # the number under which it is on its way; 0: it is not
+        self._acknowledged = 0  # when it was sent
         self.payload = messages.hash_of(request)
+
+    def numbered(self) -> pb.TrainStepRequest:
+        """The request with the number that its place gives it."""
+        number = self._writing.number_of(self)
+        if self._step not in (None, number):
+            raise ConflictError(
+                f"this is the batch of step {self._step}, and the run's next is step {number}: a step "
+                "before it was refused",
+                reason="GAP",
+                metadata={"step": str(self._step), "expected_step": str(number)},
+            )
+        self._request.session.CopyFrom(self._writing.ledger.session)
+        self._request.step = number
+        return self._request
+
+    def send(self) -> pb.TrainStepRequest:
+        """The request, on its way from here on."""
+        request = self.numbered()
+        self._sent, self._acknowledged = request.step, self._writing.step
+        return request
+
+    @property
+    def misnumbered(self) -> bool:
+        """It is on its way under a number that is no longer its own: a step before it was refused."""
+        return self._sent not in (0, self._writing.number_of(self))
+
+    def before(self, began: float) -> Talk[None]:
+        """The server must still have what it acknowledged, and what was refused must be made good."""
+        yield from self._writing.confirm(began)
+        yield Until(lambda: self._writing.ready(self))
+
+    def answered(self) -> None:
+        """It is on its way no longer."""
+        self._sent = 0
+
+    def again(self, error: MaskwireError) -> Talk[bool]:
+        """Whether it can be numbered again.
+
+        So it can while the server expects one of the steps before it that were in flight when it was
+        sent: a server that expects less, or more, has another history. Of one that may, OpenSession
+        tells whether it does.
+        """
+        writing = self._writing
+        if error.reason == "GAP":
+            yield Pause(_RENUMBER_WAIT)  # the refusal of the step before may still be on its way to us
+            expected = int(error.metadata.get("expected_step", 0))
+            if self._acknowledged < expected < self._request.step:
+                return True
+        if error.reason in _OTHER_HISTORY:
+            yield from writing.open()
+        return False
 
 
 class Writing(Asking):
@@ -88,6 +141,7 @@ class Writing(Asking):
         self._window = window
         self._nonce = new_id()
         self._pending: deque[Pending] = deque()  # in order; the first is step ledger.step + 1
+        self._refused = 0  # the first number that a refused step left and no acknowledged one has
         self._restoring = False
         self._stale = False  # the server may have been restarted since the session was confirmed
         self._reopening = False
@@ -121,6 +175,7 @@ class Writing(Asking):
         response = yield from self._ask("OpenSession", lambda: request, began=began)
         if anew or not self.ledger.digest:
             self._nonce = nonce
+            self._refused = 0
             self.ledger = Ledger()
             self.ledger.open(response)
         elif response.session.epoch != self.ledger.session.epoch:
@@ -149,34 +204,40 @@ class Writing(Asking):
         The step has its place in the order from the first effect that is no `Until`. With `step` it is
         trained as that one or not at all: ConflictError if its place has another number.
         """
-        pending = Pending(request, step)
+        pending = Pending(self, request, step)
         yield Until(lambda: self.closed or (len(self._pending) < self._window and not self._restoring))
         if self.closed:
             raise MaskwireError("this trainer is closed; connect again")
         self._pending.append(pending)
         try:
-            self._numbered(pending)  # what cannot be trained in its place is refused before anything is asked
-            response = yield from self._ask("TrainStep", lambda: self._numbered(pending), steps=True)
+            pending.numbered()  # what cannot be trained in its place is refused before anything is asked
+            response = yield from self._ask("TrainStep", pending.send, turn=pending)
             # Answers are checked in order: each digest builds on the one before.
             yield Until(lambda: self._pending[0] is pending)
             self.ledger.acknowledge(response, pending.payload)
             return messages.read_step(response)
+        except BaseException:
+            # It leaves its number to the one behind it.
+            number = self.number_of(pending)
+            self._refused = min(number, self._refused) if self._refused > self.step else number
+            raise
         finally:
-            # A step that was refused leaves its number to the one behind it.
             self._pending.remove(pending)
 
-    def _numbered(self, pending: Pending) -> pb.TrainStepRequest:
-        number = self.ledger.step + 1 + self._pending.index(pending)
-        if pending.step not in (None, number):
-            raise ConflictError(
-                f"this is the batch of step {pending.step}, and the run's next is step {number}: a step "
-                "before it was refused",
-                reason="GAP",
-                metadata={"step": str(pending.step), "expected_step": str(number)},
-            )
-        pending.request.session.CopyFrom(self.ledger.session)
-        pending.request.step = number
-        return pending.request
+    def number_of(self, pending: Pending) -> int:
+        """The number that its place gives a step."""
+        return self.ledger.step + 1 + self._pending.index(pending)
+
+    def ready(self, pending: Pending) -> bool:
+        """Whether a step can be sent.
+
+        After a refusal the server must have answered whatever is on its way under a number that is no
+        longer its own, or two steps could meet there under one; and what takes the refused one's place
+        must have come before what is behind it, or the server could not tell which number is missing.
+        """
+        if any(pending.misnumbered for pending in self._pending):
+            return False
+        return not self.step < self._refused < self.number_of(pending)
 
     def restore(self, name: str, expected_step: int | None) -> Talk[results.RestoreResult]:
         """Go back to a checkpoint, and go on from there as the new lineage's writer."""
@@ -200,7 +261,7 @@ class Writing(Asking):
         """What ends the session, if there is one."""
         return pb.CloseSessionRequest(session=self.ledger.session) if self.ledger.digest else None
 
-    def _before(self, began: float) -> Talk[None]:
+    def confirm(self, began: float) -> Talk[None]:
         """After the server was out of reach: it must still have what it acknowledged."""
         if not self._stale:
             return
@@ -215,22 +276,6 @@ class Writing(Asking):
 
     def _lost(self) -> None:
         self._stale = True
-
-    def _again(self, error: MaskwireError, acknowledged: int) -> Talk[bool]:
-        """Whether a step that was refused can be numbered again.
-
-        So it can while the server expects one of the steps that were in flight: a server that expects
-        less than was `acknowledged` when the step was sent, or more, has another history. Of one that
-        may, OpenSession tells whether it does.
-        """
-        if error.reason == "GAP":
-            yield Pause(_RENUMBER_WAIT)  # the refusal of the step before it may still be on its way to us
-            expected = int(error.metadata.get("expected_step", 0))
-            if acknowledged < expected <= self.ledger.step + len(self._pending):
-                return True
-        if error.reason in _OTHER_HISTORY:
-            yield from self.open()
-        return False
 
 
 class Position:

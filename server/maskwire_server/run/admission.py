@@ -55,7 +55,7 @@ class Position:
     """The first step that is neither applied nor in flight."""
     window: int
     refused_step: int | None = None
-    """A step that its sender knows to be refused, if that was the last news of it."""
+    """The first step whose sender was refused with it and has not sent another one under its number."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,9 @@ def admit_step(facts: StepFacts, at: Position) -> Verdict:
             expected_step=at.next_step,
         )
     ahead = 0 if facts.step is None else facts.step - at.next_step
-    if ahead >= at.window or (ahead > 0 and at.refused_step == at.next_step):
+    if at.refused_step is not None and facts.step is not None and facts.step > at.refused_step:
+        raise gap(facts.step, at.refused_step)
+    if ahead >= at.window:
         raise gap(facts.step, at.next_step)
     refuse_full(facts.queue_length, facts.queue_limit)
     refuse_unavailable(at.state)

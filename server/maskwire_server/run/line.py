@@ -30,7 +30,7 @@ class Line:
         self._parked: deque[Save] = deque()  # behind one that is being written
         self._assigned = 0
         self.refused_step: int | None = None
-        """The next step, if its sender is known to have been refused with it."""
+        """The first step whose sender was refused with it and has not sent another one under its number."""
 
     def __len__(self) -> int:
         return len(self._jobs) + len(self._ahead) + len(self._parked)
@@ -63,7 +63,6 @@ class Line:
     def take(self, step: Step) -> None:
         """Put the next step in the line, and those behind it that waited for it."""
         self._register(step)
-        self.refused_step = None
         self._give_number(step)
         self._jobs.append(step)
         successor = self._ahead.pop(self.next_step, None)
@@ -73,6 +72,7 @@ class Line:
     def take_ahead(self, step: Step, number: int) -> None:
         """Let a step wait for its predecessor."""
         self._register(step)
+        self._came(number)
         self._ahead[number] = step
 
     def append(self, job: Evaluation | Generation | Save | Barrier) -> None:
@@ -91,6 +91,11 @@ class Line:
         self._assigned += 1
         step.number = self._assigned
         self._numbered[step.number] = step
+        self._came(step.number)
+
+    def _came(self, number: int) -> None:
+        if number == self.refused_step:
+            self.refused_step = None
 
     # Out.
 
@@ -151,13 +156,13 @@ class Line:
         for number in [number for number in self._numbered if number > step.number]:
             del self._numbered[number]  # one that is on the device comes back as not computed
         self._assigned = step.number - 1
+        self.miss(step.number)
         for later in behind:
             if later.request.step is None:
                 self._give_number(later)
             else:
                 self._jobs.remove(later)
                 self.give_up(later, gap(later.request.step, step.number))
-        self.refuse_ahead(step.number)
 
     def send_back(self, step: Step) -> None:
         """A step came back from the device because its predecessor was withdrawn."""
@@ -167,17 +172,25 @@ class Line:
         else:
             self.give_up(step, gap(step.request.step, self.next_step))
 
-    def refuse_ahead(self, beyond: int) -> None:
-        """Refuse the waiting steps behind number `beyond`: their predecessor is not coming."""
-        for number in sorted(number for number in self._ahead if number > beyond):
-            self.give_up(self._ahead.pop(number), gap(number, self.next_step))
+    def miss(self, number: int) -> None:
+        """A step with this number was refused: until another has it, nothing behind waits for it."""
+        if number < self.next_step or number in self._ahead:
+            return
+        if self.refused_step is None or number < self.refused_step:
+            self.refused_step = number
+        self._refuse_ahead(number + 1, number)
+
+    def _refuse_ahead(self, first: int, expected: int) -> None:
+        """Refuse the waiting steps from number `first` on: `expected`, before them, is not coming."""
+        for number in sorted(number for number in self._ahead if number >= first):
+            self.give_up(self._ahead.pop(number), gap(number, expected))
 
     def expire(self) -> None:
         """Refuse what has waited too long for its predecessor, and what waits behind it."""
         limit = self._clock() - self._gap_seconds
         expired = [number for number, step in self._ahead.items() if step.arrived <= limit]
         if expired:
-            self.refuse_ahead(min(expired) - 1)
+            self._refuse_ahead(min(expired), self.next_step)
 
     def expires_at(self) -> float | None:
         """When `expire` has something to do."""
@@ -192,6 +205,7 @@ class Line:
         for step in [*waiting, *self._ahead.values()]:
             self.give_up(step, why(step))
         self._ahead.clear()
+        self.refused_step = None
 
     def refuse_saves(self, refusal: Refused) -> None:
         """Refuse every save that has not begun: the state that it was to be of is gone."""

@@ -203,9 +203,7 @@ class Pipeline:
             admission.check_session(session, self.position())
         except Refused:
             return
-        if step == self._line.next_step:
-            self._line.refused_step = step
-        self._line.refuse_ahead(step)
+        self._line.miss(step)
 
     def line_up(self, job: Evaluation | Generation | Save) -> None:
         """Put another job in the line; raises Refused."""
