@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskwire.errors import DigestMismatchError, Failure, UnavailableError
-from maskwire.messages import decode_batch, encode_batch, hash_of
-from maskwire.protocol import Asking, Give, Next, Pause, RetryPolicy, wait_before_retry
+from maskwire.errors import ConflictError, DigestMismatchError, Failure, InvalidRequestError, UnavailableError
+from maskwire.messages import decode_batch, encode_batch, hash_of, step_request
+from maskwire.protocol import Asking, Call, Give, Next, Pause, RetryPolicy, Until, wait_before_retry
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import step_digest
-from maskwire.writing import Ledger
+from maskwire.writing import Ledger, Writing
 
 
 class TorchLike:
@@ -167,3 +167,117 @@ def test_a_generation_is_asked_for_again_only_while_nothing_came() -> None:
     found, error = conversation(state(1), None)
     assert found == [Next, 1, Next]
     assert "ended the generation" in error
+
+
+class Window:
+    """A writer's steps in flight, whose answers come in the order in which a test gives them."""
+
+    def __init__(self) -> None:
+        self.writing = Writing("there", RetryPolicy(), lambda _: None, lambda: 0.0, "me", 8)
+        opening = self.writing.open()
+        next(opening)
+        session = pb.SessionRef(run_id="r", lineage=1, epoch=1)
+        limits = pb.Limits(window=8)
+        with pytest.raises(StopIteration):
+            opening.send(pb.OpenSessionResponse(session=session, digest=b"d" * 32, limits=limits))
+        self.talks: list[Any] = []
+        self.effects: list[Any] = []
+        self.ended: list[Any] = []
+
+    def hand_in(self, count: int) -> None:
+        for _ in range(count):
+            request = step_request(f"r{len(self.talks)}", IDS)
+            self.talks.append(self.writing.train(request))
+            self.effects.append(None)
+            self.ended.append(None)
+            self._go_on(len(self.talks) - 1, None)
+
+    def answer(self, index: int, reply: Any) -> None:
+        assert isinstance(self.effects[index], Call)
+        self._go_on(index, reply)
+
+    def pass_time(self) -> None:
+        """Pauses end, and waits whose condition holds."""
+        moved = True
+        while moved:
+            moved = False
+            for index, effect in enumerate(self.effects):
+                if isinstance(effect, Pause) or (isinstance(effect, Until) and effect.holds()):
+                    self._go_on(index, None)
+                    moved = True
+
+    def _go_on(self, index: int, reply: Any) -> None:
+        try:
+            self.effects[index] = self.talks[index].send(reply)
+            while isinstance(self.effects[index], Until) and self.effects[index].holds():
+                self.effects[index] = self.talks[index].send(None)
+        except StopIteration as done:
+            self.effects[index], self.ended[index] = None, done.value.step
+        except ConflictError as error:
+            self.effects[index], self.ended[index] = None, str(error)
+        except InvalidRequestError:
+            self.effects[index], self.ended[index] = None, "refused"
+
+    @property
+    def sent(self) -> list[int]:
+        """The numbers under which the steps are on their way, 0 for those that are not."""
+        return [effect.request.step if isinstance(effect, Call) else 0 for effect in self.effects]
+
+    def applied(self, index: int) -> pb.TrainStepResponse:
+        request = self.effects[index].request
+        return answer(self.writing.ledger, request, request.step)
+
+
+REFUSED = Failure(InvalidRequestError("the mask id", reason="INVALID_FIELD"), retryable=False)
+
+
+def gap(expected: int) -> Failure:
+    return Failure(
+        ConflictError("ahead", reason="GAP", metadata={"expected_step": str(expected)}), retryable=False
+    )
+
+
+def test_no_step_is_sent_while_another_is_on_its_way_under_a_number_that_is_not_its_own() -> None:
+    window = Window()
+    window.hand_in(4)
+    assert window.sent == [1, 2, 3, 4]
+    window.answer(2, gap(2))  # before the refusal of step 2, which is late
+    assert window.sent == [1, 2, 0, 4]
+    window.answer(1, REFUSED)
+    window.pass_time()
+    window.hand_in(1)
+    assert window.sent == [1, 0, 0, 4, 0], "the fourth one still has the number that is the fifth's"
+    window.answer(3, gap(2))
+    window.pass_time()
+    assert window.sent == [1, 0, 2, 0, 0]
+
+
+def test_what_is_behind_a_refused_step_is_sent_once_another_has_its_number() -> None:
+    window = Window()
+    window.hand_in(5)
+    for index, reply in ((1, REFUSED), (3, REFUSED), (2, gap(2)), (4, gap(2))):
+        window.answer(index, reply)
+    window.pass_time()
+    assert window.sent == [1, 0, 2, 0, 0]
+    window.answer(0, window.applied(0))
+    window.pass_time()
+    assert window.sent == [0, 0, 2, 0, 0], "step 2 is on its way, and nothing behind it"
+    window.answer(2, REFUSED)
+    window.pass_time()
+    assert window.sent == [0, 0, 0, 0, 2]
+    window.hand_in(2)
+    assert window.sent == [0, 0, 0, 0, 2, 0, 0]
+    window.answer(4, window.applied(4))
+    window.pass_time()
+    assert window.sent == [0, 0, 0, 0, 0, 3, 4]
+    assert window.ended == [1, "refused", "refused", "refused", 2, None, None]
+
+
+def test_a_gap_before_a_step_that_was_refused_meanwhile_is_no_other_history() -> None:
+    window = Window()
+    window.hand_in(4)
+    window.answer(3, gap(3))
+    window.answer(2, REFUSED)
+    window.answer(1, REFUSED)
+    window.pass_time()
+    assert window.sent == [1, 0, 0, 2], "step 3 was in flight, though nothing is now"

@@ -109,6 +109,7 @@ class WriterModel(RuleBasedStateMachine):
         self.non_finite = 0
         self.saved: dict[str, tuple[int, int, bytes]] = {}
         self.ahead: dict[int, Ahead] = {}
+        self.refused = 0  # the first step of which nothing is known but that its sender was refused
         self.made = 0
 
     def start(self) -> None:
@@ -162,6 +163,8 @@ class WriterModel(RuleBasedStateMachine):
     def consume(self, request_id: str | None, sent: Payload) -> int:
         """One more step."""
         self.step += 1
+        if self.refused == self.step:
+            self.refused = 0
         finite = sent.batch.ids[0, 0] != NAN_ID
         self.non_finite = 0 if finite else self.non_finite + 1
         self.digest = step_digest(self.digest, self.lineage, self.step, sent.hash(), 1 if finite else 2)
@@ -188,6 +191,7 @@ class WriterModel(RuleBasedStateMachine):
         for waited in self.ahead.values():
             assert self.reason(waited.future) == ((bare or reason) if waited.bare else reason)
         self.ahead.clear()
+        self.refused = 0
 
     @staticmethod
     def reason(future: Future[Any]) -> str:
@@ -214,6 +218,8 @@ class WriterModel(RuleBasedStateMachine):
         future = self.engine.train_step(StepRequest(sent, session, step, request_id))
         if expected == "WAIT":
             assert step is not None
+            if self.refused == step:
+                self.refused = 0
             self.ahead[step] = Ahead(future, request_id, sent, self.now, session is None)
             self.quiet()
             if session is not None:
@@ -243,11 +249,24 @@ class WriterModel(RuleBasedStateMachine):
         if step is not None and (step <= self.step or step in self.ahead):
             return "STEP_TAKEN", False
         distance = 0 if step is None else step - self.step - 1
-        if distance >= WINDOW:
+        if distance >= WINDOW or (step is not None and 0 < self.refused < step):
             return "GAP", False
         if self.halted:
             return "HALTED", False
         return ("WAIT", False) if distance else ("", True)
+
+    @rule(data=st.data(), number=st.integers(-1, WINDOW))
+    @precondition(lambda self: self.sessions)
+    def refused_before_it_came(self, data: Any, number: int) -> None:
+        """What is behind it is told at once, and until another has its number."""
+        session = data.draw(st.sampled_from(self.sessions[-2:]))
+        step = max(1, self.step + 1 + number)
+        self.engine.step_refused(session, step)
+        if self.check_session(session) or step <= self.step or step in self.ahead:
+            return
+        self.refused = min(step, self.refused or step)
+        for behind in sorted(other for other in self.ahead if other > step):
+            assert self.reason(self.ahead.pop(behind).future) == "GAP"
 
     @rule()
     @precondition(lambda self: not self.ahead and not self.halted)

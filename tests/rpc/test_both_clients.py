@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import inspect
 import json
+import random
 import signal
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -92,6 +94,26 @@ class Asyncio:
     async def attach(self, target: str, **options: Any) -> AsyncIterator[Any]:
         async with maskwire.aio.attach(target, on_wait=lambda _: None, **options) as client:
             yield client
+
+
+def late(call: Callable[..., Any], seconds: Callable[[], float]) -> Callable[..., Any]:
+    """A call whose request, and whose answer, take so long to arrive."""
+
+    def blocking(*arguments: Any, **options: Any) -> Any:
+        time.sleep(seconds())
+        try:
+            return call(*arguments, **options)
+        finally:
+            time.sleep(seconds())
+
+    async def awaited(*arguments: Any, **options: Any) -> Any:
+        await asyncio.sleep(seconds())
+        try:
+            return await call(*arguments, **options)
+        finally:
+            await asyncio.sleep(seconds())
+
+    return awaited if "aio" in type(call).__module__ else blocking
 
 
 class Numbered:
@@ -268,6 +290,34 @@ BODIES: list[Body] = [
 @pytest.mark.parametrize("client", [Blocking(), Asyncio()], ids=lambda client: type(client).__name__)
 def test_the_client(serve: Serve, client: Any, body: Body) -> None:
     asyncio.run(body(serve(seconds=0), client))
+
+
+@pytest.mark.parametrize("client", [Blocking(), Asyncio()], ids=lambda client: type(client).__name__)
+def test_refused_steps_leave_the_others_in_order_however_long_each_travels(serve: Serve, client: Any) -> None:
+    server = serve(seconds=0, serve__gap_seconds="600")  # nobody is rescued by it
+    rng = random.Random(1)
+    not_taken = np.full((4, 16), 256), np.full((4, 16), 8)  # the mask id; what the counter trainer fails on
+
+    async def body() -> None:
+        async with client.connect(server.address, window=6) as trainer:
+            stub = trainer._stub
+            stub.TrainStep = late(stub.TrainStep, lambda: rng.choice((0, 0, 0.005, 0.02, 0.06)))
+            step = 0
+            for _ in range(25):
+                rows = [
+                    rng.choice(not_taken) if rng.random() < 0.35 else tokens(rng.randrange(99))
+                    for _ in range(8)
+                ]
+                futures = [await trainer.submit(batch) for batch in rows]
+                for batch, future in zip(rows, futures, strict=True):
+                    if any(batch is one for one in not_taken):
+                        with pytest.raises(MaskwireError, match=r"mask id|error"):
+                            await asyncio.wait_for(future, 30)
+                    else:
+                        step += 1
+                        assert (await asyncio.wait_for(future, 30)).step == step
+
+    asyncio.run(body())
 
 
 def test_both_clients_have_the_same_methods_and_arguments() -> None:

@@ -96,6 +96,11 @@ def test_a_step_ahead_waits_within_the_window_and_is_a_gap_beyond_it() -> None:
 def test_a_step_behind_a_refused_one_is_a_gap_at_once() -> None:
     assert refusal(step(step=11), replace(AT, refused_step=10)) == "GAP"
     assert admit_step(step(step=10), replace(AT, refused_step=10)) is Verdict.RUN
+    with pytest.raises(Refused) as raised:
+        admit_step(step(step=13), replace(AT, refused_step=12))
+    assert raised.value.metadata == {"step": "13", "expected_step": "12"}
+    assert admit_step(step(step=12), replace(AT, refused_step=12)) is Verdict.WAIT
+    assert admit_step(step(step=None), replace(AT, refused_step=10)) is Verdict.RUN
 
 
 def test_a_gap_names_the_step_that_is_expected() -> None:

@@ -85,8 +85,47 @@ def test_steps_behind_a_refused_one_are_gaps_at_once(rig: Rig) -> None:
     assert engine.train_step(StepRequest(payload(2), session, 2)).result(WAIT).step == 2
 
 
-def test_a_failing_batch_frees_its_number_and_says_nothing_of_why(rig: Rig) -> None:
+def test_a_refusal_that_comes_before_the_step_before_it_is_kept_until_its_number_comes(rig: Rig) -> None:
+    engine = rig.start(serve={"gap_seconds": 1000})
+    session = open_session(engine)
+
+    def train(number: int) -> Future[StepAnswer]:
+        return engine.train_step(StepRequest(payload(number), session, number))
+
+    engine.step_refused(session, 3)
+    engine.step_refused(session, 2)
+    behind = [train(number) for number in (3, 4)]
+    for future in behind:
+        with pytest.raises(Refused, match="number the window again from 2"):
+            future.result(WAIT)
+    assert train(1).result(WAIT).step == 1
+    assert reason(train(3)) == "GAP"
+    futures = [train(number) for number in (2, 3, 4)]
+    assert [future.result(WAIT).step for future in futures] == [2, 3, 4]
+
+
+def test_a_refusal_under_a_number_that_a_step_has_disturbs_nobody(rig: Rig) -> None:
+    engine = rig.start(serve={"gap_seconds": 1000})
+    session = open_session(engine)
+    waiting = [engine.train_step(StepRequest(payload(n), session, n)) for n in (3, 4)]
+    engine.step_refused(session, 3)
+    assert engine.train_step(StepRequest(payload(1), session, 1)).result(WAIT).step == 1
+    engine.step_refused(session, 1)
+    assert engine.train_step(StepRequest(payload(2), session, 2)).result(WAIT).step == 2
+    assert [future.result(WAIT).step for future in waiting] == [3, 4]
+
+
+def test_a_new_writer_knows_nothing_of_what_the_one_before_was_refused(rig: Rig) -> None:
     engine = rig.start()
+    engine.step_refused(open_session(engine), 1)
+    session = open_session(engine, nonce="another")
+    ahead = engine.train_step(StepRequest(payload(2), session, 2))
+    assert engine.train_step(StepRequest(payload(1), session, 1)).result(WAIT).step == 1
+    assert ahead.result(WAIT).step == 2
+
+
+def test_a_failing_batch_frees_its_number_and_says_nothing_of_why(rig: Rig) -> None:
+    engine = rig.start(serve={"gap_seconds": 1000})
     session = open_session(engine)
     rig.trainer.gate.clear()
     first = engine.train_step(StepRequest(payload(1), session, 1))
@@ -95,10 +134,11 @@ def test_a_failing_batch_frees_its_number_and_says_nothing_of_why(rig: Rig) -> N
     rig.trainer.gate.set()
     assert first.result(WAIT).step == 1
     error = bad.exception(WAIT)
+    behind.append(engine.train_step(StepRequest(payload(5), session, 5)))
     assert isinstance(error, Refused)
     assert error.reason == "INTERNAL"
     assert "secret" not in error.message
-    assert [reason(future) for future in behind] == ["GAP", "GAP"]
+    assert [reason(future) for future in behind] == ["GAP"] * 3
     assert engine.train_step(StepRequest(payload(2), session, 2)).result(WAIT).step == 2
     assert engine.status().last_error.endswith(error.metadata["error_id"])
 
