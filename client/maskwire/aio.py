@@ -291,9 +291,14 @@ class Trainer(Position, Client):
     ) -> asyncio.Future[results.StepResult]:
         """Hand in one batch, once the window has room, and return a future of its result."""
         talk = self._writing.train(messages.step_request(new_id(), tokens, **options), step)
-        effect = self._advance(talk, None)
-        while isinstance(effect, Until):
-            effect = self._advance(talk, await self._do(effect))
+        try:
+            effect = self._advance(talk, None)
+            while isinstance(effect, Until):
+                effect = self._advance(talk, await self._do(effect))
+        except BaseException:
+            talk.close()
+            self._wake()
+            raise
         # Once sent it may be applied, and only its answer tells: who stops waiting leaves it in flight.
         return self._apart(self._drive(talk, effect))
 

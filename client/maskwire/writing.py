@@ -7,6 +7,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from maskwire import messages, results
 from maskwire.errors import ConflictError, DigestMismatchError, FencedError, MaskwireError
@@ -61,8 +62,9 @@ class Pending:
         self._writing = writing
         self._request = request
         self._step = step  # the number that it must have; None: the one that its place gives it
-        self._sent = 0  # the number under which it is on its way; 0: it is not
         self._acknowledged = 0  # when it was sent
+        self.sent = 0
+        """The number under which it is on its way; 0: it is not."""
         self.payload = messages.hash_of(request)
 
     def numbered(self) -> pb.TrainStepRequest:
@@ -82,22 +84,20 @@ class Pending:
     def send(self) -> pb.TrainStepRequest:
         """The request, on its way from here on."""
         request = self.numbered()
-        self._sent, self._acknowledged = request.step, self._writing.step
+        self.sent, self._acknowledged = request.step, self._writing.step
         return request
-
-    @property
-    def misnumbered(self) -> bool:
-        """It is on its way under a number that is no longer its own: a step before it was refused."""
-        return self._sent not in (0, self._writing.number_of(self))
 
     def before(self, began: float) -> Talk[None]:
         """The server must still have what it acknowledged, and what was refused must be made good."""
+        ready = partial(self._writing.ready, self)
         yield from self._writing.confirm(began)
-        yield Until(lambda: self._writing.ready(self))
+        while not ready():
+            yield Until(ready)
+            yield from self._writing.confirm(began)  # it may have gone meanwhile
 
     def answered(self) -> None:
         """It is on its way no longer."""
-        self._sent = 0
+        self.sent = 0
 
     def again(self, error: MaskwireError) -> Talk[bool]:
         """Whether it can be numbered again.
@@ -235,7 +235,7 @@ class Writing(Asking):
         longer its own, or two steps could meet there under one; and what takes the refused one's place
         must have come before what is behind it, or the server could not tell which number is missing.
         """
-        if any(pending.misnumbered for pending in self._pending):
+        if any(other.sent not in (0, number) for number, other in enumerate(self._pending, self.step + 1)):
             return False
         return not self.step < self._refused < self.number_of(pending)
 

@@ -352,6 +352,24 @@ def test_a_cancelled_step_stays_in_flight_and_the_next_has_the_next_number(serve
     asyncio.run(body())
 
 
+def test_a_step_that_is_cancelled_before_it_was_sent_leaves_its_place(serve: Serve) -> None:
+    server = serve(seconds=0.3)
+
+    async def body() -> None:
+        async with await maskwire.aio.connect(server.address) as trainer:
+            first = await trainer.submit(tokens(0))
+            with pytest.raises(InvalidRequestError):
+                await (await trainer.submit(np.full((4, 16), 256)))
+            second = await trainer.submit(tokens(1))
+            with pytest.raises(TimeoutError):  # it waits for the second, which takes the refused one's place
+                await asyncio.wait_for(trainer.submit(tokens(2)), 0.05)
+            third = await trainer.submit(tokens(3))
+            assert [(await future).step for future in (first, second, third)] == [1, 2, 3]
+            assert trainer.digest == (await third).digest
+
+    asyncio.run(body())
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Ctrl-C interrupts, also where a shell runs the tests in the background and lets SIGINT be ignored."""
