@@ -7,6 +7,7 @@ async with await maskwire.aio.connect("127.0.0.1:50051") as trainer:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import time
@@ -289,7 +290,7 @@ class Trainer(Position, Client):
     async def submit(
         self, tokens: Any, *, step: int | None = None, **options: Unpack[StepOptions]
     ) -> asyncio.Future[results.StepResult]:
-        """Hand in one batch, once the window has room, and return a future of its result."""
+        """Hand in one batch and return a future of its result; waits as `maskwire.Trainer.submit` blocks."""
         talk = self._writing.train(messages.step_request(new_id(), tokens, **options), step)
         try:
             effect = self._advance(talk, None)
@@ -355,8 +356,8 @@ class Trainer(Position, Client):
         self._writing.closed = True
         self._wake()
         try:
-            if self._running:
-                await asyncio.wait(self._running, timeout=grace)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._settled(), grace)
             farewell = self._writing.farewell()
             if farewell is not None:
                 await self._stub.CloseSession(farewell, timeout=CLOSE_TIMEOUT, metadata=self._metadata)
@@ -366,6 +367,11 @@ class Trainer(Position, Client):
             for task in self._running:  # what is left after `grace`
                 task.cancel()
             await self._channel.close()
+
+    async def _settled(self) -> None:
+        await self._drive(self._writing.settle())
+        if self._running:
+            await asyncio.wait(self._running)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

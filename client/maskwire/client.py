@@ -342,8 +342,8 @@ class Trainer(Position, Client):
 
         Steps are numbered in the order of the calls; one that is refused leaves its number to the next,
         unless that was handed in as a certain `step`, which it then is not. Blocks while a whole window
-        is in flight. The future cannot be cancelled: once sent a step may be applied, and only its answer
-        tells.
+        is in flight, or another step takes the number of a refused one. The future cannot be cancelled:
+        once sent a step may be applied, and only its answer tells.
         """
         talk = self._writing.train(messages.step_request(new_id(), tokens, **options), step)
         effect: Effect | None = None

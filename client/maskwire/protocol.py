@@ -381,7 +381,8 @@ class Asking:
     ) -> Talk[Any]:
         """Ask until there is an answer, or an error that asking again does not help.
 
-        With `stream` the answer is a `Stream` and its first message.
+        With `stream` the answer is a `Stream` and its first message. `turn` is of a call that has its place
+        in an order.
         `moved` tells how far a stream has come: one that comes further is not given up. `began` is when
         whatever needs the answer began to ask.
         """

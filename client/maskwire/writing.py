@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from maskwire import messages, results
-from maskwire.errors import ConflictError, DigestMismatchError, FencedError, MaskwireError
+from maskwire.errors import ConflictError, DigestMismatchError, FencedError, MaskwireError, RequestError
 from maskwire.protocol import Asking, Pause, RetryPolicy, Talk, Until, new_id
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import step_digest
 
 _RENUMBER_WAIT = 0.02
+_NUMBER = 12  # bytes that a step's number takes at most
 _OTHER_HISTORY = {"GAP", "UNKNOWN_EPOCH", "WRONG_RUN"}  # a server of another history says so too
 
 
@@ -62,7 +63,7 @@ class Pending:
         self._writing = writing
         self._request = request
         self._step = step  # the number that it must have; None: the one that its place gives it
-        self._acknowledged = 0  # when it was sent
+        self._acknowledged = 0  # the last step that was, when it was sent
         self.sent = 0
         """The number under which it is on its way; 0: it is not."""
         self.payload = messages.hash_of(request)
@@ -90,10 +91,11 @@ class Pending:
     def before(self, began: float) -> Talk[None]:
         """The server must still have what it acknowledged, and what was refused must be made good."""
         ready = partial(self._writing.ready, self)
-        yield from self._writing.confirm(began)
-        while not ready():
+        while True:
+            yield from self._writing.confirm(began)
+            if ready():
+                return
             yield Until(ready)
-            yield from self._writing.confirm(began)  # it may have gone meanwhile
 
     def answered(self) -> None:
         """It is on its way no longer."""
@@ -102,9 +104,9 @@ class Pending:
     def again(self, error: MaskwireError) -> Talk[bool]:
         """Whether it can be numbered again.
 
-        So it can while the server expects one of the steps before it that were in flight when it was
-        sent: a server that expects less, or more, has another history. Of one that may, OpenSession
-        tells whether it does.
+        So it can if the server expects one of the steps before it that were in flight when it was sent.
+        One that expects a step which was acknowledged has another history, or says GAP to a step that
+        must not be there: OpenSession tells.
         """
         writing = self._writing
         if error.reason == "GAP":
@@ -201,9 +203,10 @@ class Writing(Asking):
     def train(self, request: pb.TrainStepRequest, step: int | None = None) -> Talk[results.StepResult]:
         """Have a step trained in its turn; its result once it is durable.
 
-        The step has its place in the order from the first effect that is no `Until`. With `step` it is
-        trained as that one or not at all: ConflictError if its place has another number.
+        The step has its place in the order once the conversation yields what is no `Until`. With `step` it
+        is trained as that one or not at all: ConflictError if its place has another number.
         """
+        self._check_size(request)
         pending = Pending(self, request, step)
         yield Until(lambda: self.closed or (len(self._pending) < self._window and not self._restoring))
         if self.closed:
@@ -224,6 +227,17 @@ class Writing(Asking):
         finally:
             self._pending.remove(pending)
 
+    def _check_size(self, request: pb.TrainStepRequest) -> None:
+        # The transport would refuse it before the server could tell what is behind it.
+        request.session.CopyFrom(self.ledger.session)
+        size, limit = request.ByteSize() + _NUMBER, self.limits.max_message_bytes
+        if limit and size > limit:
+            raise RequestError(
+                f"the batch makes a message of {size:,} bytes, and the server takes {limit:,}: send fewer "
+                "rows, or raise serve.max_message_bytes",
+                reason="RESOURCE_EXHAUSTED",
+            )
+
     def number_of(self, pending: Pending) -> int:
         """The number that its place gives a step."""
         return self.ledger.step + 1 + self._pending.index(pending)
@@ -233,7 +247,7 @@ class Writing(Asking):
 
         After a refusal the server must have answered whatever is on its way under a number that is no
         longer its own, or two steps could meet there under one; and what takes the refused one's place
-        must have come before what is behind it, or the server could not tell which number is missing.
+        must be acknowledged before what is behind it is sent: the server remembers one missing number.
         """
         if any(other.sent not in (0, number) for number, other in enumerate(self._pending, self.step + 1)):
             return False

@@ -25,6 +25,7 @@ from maskwire.errors import (
     FencedError,
     InvalidRequestError,
     MaskwireError,
+    RequestError,
     TokenizerError,
     UnavailableError,
     WriterPresentError,
@@ -320,6 +321,23 @@ def test_refused_steps_leave_the_others_in_order_however_long_each_travels(serve
     asyncio.run(body())
 
 
+@pytest.mark.parametrize("client", [Blocking(), Asyncio()], ids=lambda client: type(client).__name__)
+def test_a_batch_over_the_size_limit_is_not_sent_and_those_behind_it_are_trained(
+    serve: Serve, client: Any
+) -> None:
+    server = serve(seconds=0, serve__gap_seconds="600", serve__max_message_bytes="65536")
+
+    async def body() -> None:
+        async with client.connect(server.address) as trainer:
+            first = await trainer.submit(tokens(0))
+            with pytest.raises(RequestError, match=r"65,\d+ bytes, and the server takes 65,536: send fewer"):
+                await trainer.submit(np.full((8, 8192), 1))
+            behind = [await trainer.submit(tokens(seed)) for seed in (1, 2)]
+            assert [(await asyncio.wait_for(future, 30)).step for future in (first, *behind)] == [1, 2, 3]
+
+    asyncio.run(body())
+
+
 def test_both_clients_have_the_same_methods_and_arguments() -> None:
     import maskwire.client
 
@@ -366,6 +384,23 @@ def test_a_step_that_is_cancelled_before_it_was_sent_leaves_its_place(serve: Ser
             third = await trainer.submit(tokens(3))
             assert [(await future).step for future in (first, second, third)] == [1, 2, 3]
             assert trainer.digest == (await third).digest
+
+    asyncio.run(body())
+
+
+def test_closing_waits_for_a_step_that_waits_to_be_sent(serve: Serve) -> None:
+    server = serve(seconds=0.2)
+
+    async def body() -> None:
+        trainer = await maskwire.aio.connect(server.address)
+        first = await trainer.submit(tokens(0))
+        with pytest.raises(InvalidRequestError):
+            await (await trainer.submit(np.full((4, 16), 256)))
+        second = await trainer.submit(tokens(1))
+        third = asyncio.create_task(trainer.train_step(tokens(2)))
+        await asyncio.sleep(0)
+        await trainer.close()
+        assert [(await future).step for future in (first, second, third)] == [1, 2, 3]
 
     asyncio.run(body())
 

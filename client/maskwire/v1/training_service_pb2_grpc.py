@@ -136,9 +136,10 @@ class TrainingServiceServicer:
         right.
         INVALID_ARGUMENT (PAYLOAD_MISMATCH): the request id was used with another payload or step.
         ALREADY_EXISTS (STEP_TAKEN): the step was applied, or is in flight, under another request id.
-        OUT_OF_RANGE (GAP): the step is not the next and its predecessor is not coming; metadata has the
-        expected step, number the window again from there: when every step behind it is answered, send the
-        expected one, and the others once that is answered.
+        OUT_OF_RANGE (GAP): the step is not the next, and a step before it was refused or has not come;
+        metadata has the expected step. If your own request for that one was not answered, ask again, with its
+        id. If it was refused, number the window again from there: when every step behind it is answered,
+        send the one that takes its number, and the others once that is answered OK.
         FAILED_PRECONDITION (WRONG_RUN, UNKNOWN_EPOCH, WRITER_PRESENT, HALTED): open a session; HALTED
         means three steps in a row were not finite, look at the data, then take over; WRONG_RUN without a
         session, that a restore went back behind the step that had this request id.

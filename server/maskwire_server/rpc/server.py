@@ -34,7 +34,7 @@ class Server:
         self._prompt_pool = ThreadPoolExecutor(2, thread_name_prefix="maskwire-health")
         self._reflection_pool = ThreadPoolExecutor(4, thread_name_prefix="maskwire-reflection")
         self._workers = ThreadPoolExecutor(
-            config.queue_limit + _SPARE_WORKERS, thread_name_prefix="maskwire-rpc"
+            config.queue_limit + config.window + _SPARE_WORKERS, thread_name_prefix="maskwire-rpc"
         )
         self._health = health.HealthServicer(experimental_thread_pool=self._prompt_pool)
         for name, serving in (("", False), (SERVICE, False), (LIVENESS, True)):

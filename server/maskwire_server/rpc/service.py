@@ -147,7 +147,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
     def _submit_step(self, request: pb.TrainStepRequest) -> Future[StepAnswer]:
         try:
             step = wire.read_step(request, self._info(), self._engine.limits)
-        except Refused:
+        except Exception:
             session = wire.read_session(request.session) if request.HasField("session") else None
             self._engine.step_refused(session, request.step if request.HasField("step") else None)
             raise
@@ -336,5 +336,6 @@ def _wait(future: Future[T], context: grpc.ServicerContext) -> T:
         future.cancel()
 
     if not context.add_callback(give_up):
+        give_up()
         raise CancelledError
     return future.result()

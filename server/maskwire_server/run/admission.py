@@ -153,9 +153,9 @@ def admit_step(facts: StepFacts, at: Position) -> Verdict:
             step=facts.step,
             expected_step=at.next_step,
         )
-    ahead = 0 if facts.step is None else facts.step - at.next_step
     if at.refused_step is not None and facts.step is not None and facts.step > at.refused_step:
         raise gap(facts.step, at.refused_step)
+    ahead = 0 if facts.step is None else facts.step - at.next_step
     if ahead >= at.window:
         raise gap(facts.step, at.next_step)
     refuse_full(facts.queue_length, facts.queue_limit)
@@ -197,11 +197,11 @@ def refuse_unexpected(request: SaveRequest | RestoreRequest, place: Place) -> No
 
 
 def gap(step: int | None, expected: int) -> Refused:
-    """The refusal of a step whose predecessor is not coming."""
+    """The refusal of a step whose predecessor was refused, given up, or stays away."""
     return Refused(
         "GAP",
-        f"step {step} is ahead of step {expected}, which is not coming; number the window again from "
-        f"{expected}",
+        f"step {step} is ahead of step {expected}, which was refused or has not come; ask for {expected} "
+        f"again, or if it was refused, number the window again from {expected}",
         step=step,
         expected_step=expected,
     )

@@ -33,7 +33,8 @@ class Line:
         """The first step whose sender was refused with it and has not sent another one under its number."""
 
     def __len__(self) -> int:
-        return len(self._jobs) + len(self._ahead) + len(self._parked)
+        """What waits for the device. A step beside the line does not: it must not keep the next one out."""
+        return len(self._jobs) + len(self._parked)
 
     @property
     def busy(self) -> bool:
@@ -149,14 +150,14 @@ class Line:
     def withdraw(self, step: Step, error: Refused) -> None:
         """Give up a numbered step: its number is free again, and so are those behind it.
 
-        Steps behind it that asked for their number are refused with it; the others move up.
+        Steps behind it that asked for their number are told so; the others move up.
         """
         self.give_up(step, error)
         behind = [job for job in self._jobs if isinstance(job, Step) and job.number > step.number]
         for number in [number for number in self._numbered if number > step.number]:
             del self._numbered[number]  # one that is on the device comes back as not computed
         self._assigned = step.number - 1
-        self.miss(step.number)
+        self._refuse_ahead(step.number + 1, step.number)
         for later in behind:
             if later.request.step is None:
                 self._give_number(later)
@@ -180,8 +181,14 @@ class Line:
             self.refused_step = number
         self._refuse_ahead(number + 1, number)
 
+    def forget_abandoned(self) -> None:
+        """Give up the waiting steps that nobody waits for: they may come again under another number."""
+        for number, step in list(self._ahead.items()):
+            if step.abandoned:
+                self.give_up(self._ahead.pop(number), gap(number, self.next_step))
+
     def _refuse_ahead(self, first: int, expected: int) -> None:
-        """Refuse the waiting steps from number `first` on: `expected`, before them, is not coming."""
+        """Refuse the waiting steps from number `first` on: `expected`, before them, is not there."""
         for number in sorted(number for number in self._ahead if number >= first):
             self.give_up(self._ahead.pop(number), gap(number, expected))
 

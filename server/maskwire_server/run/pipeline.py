@@ -136,6 +136,7 @@ class Pipeline:
         """Admit a step, join it to its twin, or answer it from the record; raises Refused."""
         failpoints.passing("step.admitted")
         request = step.request
+        self._line.forget_abandoned()
         known, record = None, None
         earlier = self._line.request(request.request_id)
         if earlier is not None:
@@ -271,6 +272,7 @@ class Pipeline:
             raise error
         if error is not None:
             self._line.withdraw(step, self._standing.failed(f"step {step.number}", error))
+            self._line.miss(step.number)
             return
         result = future.result()
         if result is None and self._standing.holds(RunState.HALTED):

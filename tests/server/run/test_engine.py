@@ -115,6 +115,58 @@ def test_a_refusal_under_a_number_that_a_step_has_disturbs_nobody(rig: Rig) -> N
     assert [future.result(WAIT).step for future in waiting] == [3, 4]
 
 
+def test_a_step_that_was_given_up_does_not_hide_a_refused_one(rig: Rig) -> None:
+    engine = rig.start(serve={"gap_seconds": 1000})
+    session = open_session(engine)
+
+    def train(number: int, request_id: str) -> Future[StepAnswer]:
+        return engine.train_step(StepRequest(payload(ord(request_id)), session, number, request_id))
+
+    rig.trainer.gate.clear()
+    futures = [train(number, request_id) for number, request_id in enumerate("abcd", 1)]
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    engine.step_refused(session, 5)
+    assert reason(train(6, "f")) == "GAP"
+    futures[2].cancel()  # its client's deadline passed
+    rig.trainer.gate.set()
+    assert reason(futures[3]) == "GAP"
+    assert [train(3, "c").result(WAIT).step, train(4, "d").result(WAIT).step] == [3, 4]
+    assert reason(train(6, "f")) == "GAP", "step 5 was refused, whatever became of step 3"
+    assert train(5, "f").result(WAIT).step == 5
+
+
+def test_behind_a_step_that_was_given_up_the_others_wait_for_it(rig: Rig) -> None:
+    engine = rig.start(serve={"gap_seconds": 1000})
+    session = open_session(engine)
+    rig.trainer.gate.clear()
+    steps = [StepRequest(payload(n), session, n, f"r{n}") for n in range(5)]
+    futures = [engine.train_step(step) for step in steps[1:4]]
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    futures[2].cancel()
+    rig.trainer.gate.set()
+    assert futures[1].result(WAIT).step == 2
+    behind = engine.train_step(steps[4])
+    assert engine.train_step(steps[3]).result(WAIT).step == 3
+    assert behind.result(WAIT).step == 4
+
+
+def test_a_step_that_waited_until_its_client_went_comes_again_under_another_number(rig: Rig) -> None:
+    engine = rig.start(serve={"gap_seconds": 1000})
+    session = open_session(engine)
+    engine.train_step(StepRequest(payload(3), session, 3, "c")).cancel()
+    again = engine.train_step(StepRequest(payload(3), session, 2, "c"))
+    assert engine.train_step(StepRequest(payload(1), session, 1, "a")).result(WAIT).step == 1
+    assert again.result(WAIT).step == 2
+    assert engine.train_step(StepRequest(payload(4), session, 3, "d")).result(WAIT).step == 3
+
+
+def test_steps_that_wait_for_their_turn_do_not_keep_the_next_one_out(rig: Rig) -> None:
+    engine = rig.start(serve={"gap_seconds": 1000, "queue_limit": 1})
+    session = open_session(engine)
+    futures = [engine.train_step(StepRequest(payload(n), session, n)) for n in (4, 3, 2, 1)]
+    assert [future.result(WAIT).step for future in futures] == [4, 3, 2, 1]
+
+
 def test_a_new_writer_knows_nothing_of_what_the_one_before_was_refused(rig: Rig) -> None:
     engine = rig.start()
     engine.step_refused(open_session(engine), 1)
