@@ -435,6 +435,8 @@ class WriterModel(RuleBasedStateMachine):
         session = self.sessions[-1] if self.sessions and not self.check_session(self.sessions[-1]) else None
         if session is None and self.present():
             return
+        self.quiet()  # what a save made needless is dropped after its answer, in a commit of its own
+        wait_for(lambda: not self.engine._pipeline._commits.pending)
         full = threading.Event()
         full.set()
 
