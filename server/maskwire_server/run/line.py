@@ -167,9 +167,10 @@ class Line:
 
     def send_back(self, step: Step) -> None:
         """A step came back from the device because its predecessor was withdrawn."""
-        if step.request.step is None:
-            self._give_number(step)
-            self._jobs.append(step)
+        if step.abandoned:
+            self.settle(step)
+        elif step.request.step in (None, self.next_step):  # another has come for the one that was withdrawn
+            self.take(step)
         else:
             self.give_up(step, gap(step.request.step, self.next_step))
 
@@ -182,10 +183,13 @@ class Line:
         self._refuse_ahead(number + 1, number)
 
     def forget_abandoned(self) -> None:
-        """Give up the waiting steps that nobody waits for: they may come again under another number."""
+        """Forget steps that have no number and nobody waits for: they may come again under another one."""
         for number, step in list(self._ahead.items()):
             if step.abandoned:
-                self.give_up(self._ahead.pop(number), gap(number, self.next_step))
+                self.settle(self._ahead.pop(number))
+        for step in list(self._by_request.values()):
+            if step.abandoned and self._numbered.get(step.number) is not step:  # it will be sent back
+                self.settle(step)
 
     def _refuse_ahead(self, first: int, expected: int) -> None:
         """Refuse the waiting steps from number `first` on: `expected`, before them, is not there."""
