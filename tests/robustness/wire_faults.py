@@ -75,10 +75,11 @@ class Nemesis(threading.Thread):
             time.sleep(0.3)
             self._server.signal(signal.SIGCONT)
         else:  # another client takes over, trains the next step, and leaves
-            thief = maskwire.connect(
-                self._server.address, name="thief", takeover=True, on_wait=lambda _: None
-            )
-            with contextlib.suppress(FencedError, ConflictError), thief:  # the other may take over at once
+            target, name = self._server.address, "thief"
+            with (
+                contextlib.suppress(FencedError, ConflictError),  # the other may take over at once
+                maskwire.connect(target, name=name, takeover=True, on_wait=lambda _: None) as thief,
+            ):
                 step = thief.step + 1
                 thief.train_step(batch(self._seed, step))
 
