@@ -198,8 +198,7 @@ class Client:
             value: T = done.value
             return value
         finally:
-            talk.close()
-            self._wake()
+            self._end(talk)
 
     async def _iterate(self, talk: Talk[None]) -> AsyncIterator[Any]:
         """What a conversation gives."""
@@ -217,8 +216,7 @@ class Client:
                 elif isinstance(effect, Give):
                     yield effect.value
         finally:
-            talk.close()
-            self._wake()
+            self._end(talk)
             if stream is not None:
                 stream.hang_up()
 
@@ -228,6 +226,10 @@ class Client:
             return talk.send(reply)
         finally:
             self._wake()
+
+    def _end(self, talk: Talk[Any]) -> None:
+        talk.close()
+        self._wake()
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
@@ -297,8 +299,7 @@ class Trainer(Position, Client):
             while isinstance(effect, Until):
                 effect = self._advance(talk, await self._do(effect))
         except BaseException:
-            talk.close()
-            self._wake()
+            self._end(talk)
             raise
         # Once sent it may be applied, and only its answer tells: who stops waiting leaves it in flight.
         return self._apart(self._drive(talk, effect))
