@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import shutil
@@ -13,11 +14,13 @@ from maskwire_server import template
 from maskwire_server.app import EXIT_CONFIG, EXIT_RUN_DIRECTORY, say, trainer_factory
 from maskwire_server.config import Config
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
-from maskwire_server.manifest import MANIFEST
+from maskwire_server.manifest import MANIFEST, Manifest
 from maskwire_server.results import WEIGHT_FILES
 from maskwire_server.run import beginning
+from maskwire_server.run.audit import open_run
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.device import Trainer
+from maskwire_server.run.membership import Membership
 
 CONFIG_FILE = "maskwire.toml"
 """In an imported run's directory: what to serve it with."""
@@ -86,10 +89,7 @@ def export(
 
     checkpoints = Checkpoints(run_dir)
     try:
-        found = checkpoints.all()
-        if name is None and not found:
-            raise RunDirectoryError(f"{run_dir}: there is no whole checkpoint here")
-        manifest = found[0] if name is None else checkpoints.get(name)
+        manifest = _newest(run_dir, checkpoints) if name is None else checkpoints.get(name)
     except (Refused, RunDirectoryError) as error:
         say(error)
         return EXIT_RUN_DIRECTORY
@@ -113,3 +113,24 @@ def export(
         return EXIT_CONFIG
     print(f"{out}: checkpoint {manifest.info.name!r}, step {manifest.info.step}, for {to}", flush=True)
     return 0
+
+
+def _newest(run_dir: Path, checkpoints: Checkpoints) -> Manifest:
+    """The newest checkpoint of the run's own history; one that was copied in is never taken unasked."""
+    found = checkpoints.all()
+    with contextlib.suppress(RunDirectoryError):  # a server uses the journal, or there is none beside them
+        journal = open_run(run_dir)
+        try:
+            membership = Membership()
+            membership.look_up(journal, found)
+            found = [manifest for manifest in found if membership.problem(manifest) is None]
+        finally:
+            journal.close()
+    if not found:
+        raise RunDirectoryError(f"{run_dir}: there is no whole checkpoint of the run here")
+    runs = sorted({manifest.run_id for manifest in found})
+    if len(runs) > 1:
+        raise RunDirectoryError(
+            f"{run_dir}: the checkpoints are of several runs ({', '.join(runs)}): name one with --checkpoint"
+        )
+    return found[0]

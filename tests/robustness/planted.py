@@ -28,6 +28,7 @@ from maskwire_server.run import (
     commits,
     flush,
     journal,
+    membership,
     pipeline,
     recovery,
     replaying,
@@ -240,6 +241,32 @@ def two_servers_on_one_directory(folder: Path) -> None:
             pass
 
 
+def checkpoints_of_another_run(folder: Path) -> None:
+    """Two checkpoints of another run copied in, a save, and the save damaged: the run starts all the same."""
+    from robustness import damage
+
+    from maskwire_server.requests import SaveRequest, StepRequest
+
+    with damage.Run(folder / "other") as run:
+        for step in range(1, 21):
+            run.engine.train_step(StepRequest(damage.payload(step))).result(damage.WAIT)
+            if step in (10, 20):
+                run.engine.save(SaveRequest(f"other-{step}")).result(damage.WAIT)
+    checkpoints = folder / "run" / "checkpoints"
+    with damage.Run(folder / "run") as run:
+        for step in range(1, 5):
+            run.engine.train_step(StepRequest(damage.payload(step))).result(damage.WAIT)
+            if step == 2:
+                for name in ("other-10", "other-20"):
+                    shutil.copytree(folder / "other" / "checkpoints" / name, checkpoints / name)
+        run.engine.save(SaveRequest("own")).result(damage.WAIT)
+        digest = run.engine.status().digest
+    path = checkpoints / "own" / "state.json"
+    path.write_bytes(path.read_bytes()[:-1])
+    with damage.Run(folder / "run") as run:
+        assert run.engine.status().digest == digest
+
+
 # What is taken out.
 
 
@@ -395,6 +422,10 @@ def _skipped_steps_said_applied() -> list[Patch]:
     return [(pipeline, "step_digest", lambda *a: digest(*a[:-1], int(Outcome.APPLIED)))]
 
 
+def _checkpoints_of_other_runs_count() -> list[Patch]:
+    return [(membership.Membership, "problem", lambda *_: None)]
+
+
 BUGS = {
     "answer-before-the-journal": Bug("answers go out before their step is durable",
         _answer_before_the_journal, the_model),
@@ -436,6 +467,8 @@ BUGS = {
         _restored_steps_answered, the_model),
     "skipped-said-applied": Bug("the digest says that a skipped step was applied",
         _skipped_steps_said_applied, the_model),
+    "other-runs-checkpoints-count": Bug("checkpoints that were copied in count in retention",
+        _checkpoints_of_other_runs_count, checkpoints_of_another_run),
 }  # fmt: skip
 
 

@@ -28,6 +28,9 @@ from maskwire_server.manifest import MANIFEST, Manifest, UnknownFormatError
 from maskwire_server.requests import CHECKPOINT_NAME
 from maskwire_server.results import CheckpointInfo, FileInfo
 from maskwire_server.run.flush import flush_folder, make_folder
+from maskwire_server.run.journal import Journal
+from maskwire_server.run.membership import Membership
+from maskwire_server.run.standing import Place
 
 log = logging.getLogger(__name__)
 
@@ -46,10 +49,19 @@ class Snapshot(Protocol):
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. Safe to call from several threads, one `write` at a time."""
+    """The checkpoints of one run directory. Safe to call from several threads, one `write` at a time.
 
-    def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    With a `membership`, only checkpoints of the run's own history can be chosen.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        clock: Callable[[], float] = time.monotonic,
+        membership: Membership | None = None,
+    ) -> None:
         self.folder = run_dir / "checkpoints"
+        self._membership = membership
         self._clock = clock
         self._readers: Counter[str] = Counter()
         self._read_until: dict[str, float] = {}  # a reader may come back for the next file
@@ -117,7 +129,7 @@ class Checkpoints:
         return folder.exists() and not (folder / MANIFEST).exists() and not _unfinished(folder)
 
     def all(self) -> list[Manifest]:
-        """The whole checkpoints, the newest first. Files are not read: `damage` does that."""
+        """All that are whole, wherever from, the newest first. Files are not read: `damage` does that."""
         found = []
         if self.folder.is_dir():
             for folder in self.folder.iterdir():
@@ -125,6 +137,23 @@ class Checkpoints:
                 if manifest is not None:
                     found.append(manifest)
         return sorted(found, key=lambda m: (m.info.lineage, m.info.step, m.info.created), reverse=True)
+
+    def own(self) -> list[Manifest]:
+        """The whole checkpoints of the run's own history, the newest first."""
+        return [manifest for manifest in self.all() if self._problem(manifest) is None]
+
+    def recognise(self, journal: Journal) -> None:
+        """Ask the journal about checkpoints that came since it was asked last; its thread calls this."""
+        if self._membership is not None:
+            self._membership.look_up(journal, self.all())
+
+    def expect(self, place: Place) -> None:
+        """A checkpoint of this durable step is about to be written."""
+        if self._membership is not None:
+            self._membership.expect(place)
+
+    def _problem(self, manifest: Manifest) -> str | None:
+        return None if self._membership is None else self._membership.problem(manifest)
 
     def unreadable(self) -> dict[str, str]:
         """Checkpoints whose manifest cannot be read, and why; RunDirectoryError for a newer format."""
@@ -144,15 +173,29 @@ class Checkpoints:
                 problems[folder.name] = f"{MANIFEST} cannot be read: {error}"
         return problems
 
-    def get(self, name: str) -> Manifest:
-        """A whole checkpoint by name; Refused CHECKPOINT_NOT_FOUND."""
+    def named(self, name: str) -> list[Manifest]:
+        """The whole checkpoint of a name, wherever it is from, if there is one."""
         manifest = _read_manifest(self.path(name)) if CHECKPOINT_NAME.fullmatch(name) else None
+        return [] if manifest is None else [manifest]
+
+    def get(self, name: str) -> Manifest:
+        """A whole checkpoint of the run by name; Refused CHECKPOINT_NOT_FOUND, CHECKPOINT_DAMAGED."""
+        manifest = next(iter(self.named(name)), None)
         if manifest is None:
-            names = ", ".join(m.info.name for m in self.all()[:3]) or "none"
+            names = ", ".join(m.info.name for m in self.own()[:3]) or "none"
             raise Refused(
                 "CHECKPOINT_NOT_FOUND",
                 f"no checkpoint is named {name!r}; the newest are: {names}",
                 name=name,
+            )
+        problem = self._problem(manifest)
+        if problem is not None:
+            raise Refused(
+                "CHECKPOINT_DAMAGED",
+                f"checkpoint {name!r} cannot be used: {problem}; choose one that `checkpoint list` shows, "
+                "and move this folder out of checkpoints/",
+                name=name,
+                problem=problem,
             )
         return manifest
 

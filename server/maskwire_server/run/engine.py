@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from maskwire_server.config import CheckpointsConfig, ServeConfig
 from maskwire_server.errors import Refused, RunDirectoryError
+from maskwire_server.manifest import Manifest
 from maskwire_server.requests import (
     DownloadRequest,
     EvalRequest,
@@ -50,13 +51,14 @@ from maskwire_server.run.generation import Generation
 from maskwire_server.run.jobs import Evaluation, Save, Step
 from maskwire_server.run.journal import Journal, explained
 from maskwire_server.run.line import Line
+from maskwire_server.run.membership import Membership
 from maskwire_server.run.pipeline import Pipeline
 from maskwire_server.run.poison import Poison
 from maskwire_server.run.rate import Rate
 from maskwire_server.run.restoring import Restoring
 from maskwire_server.run.saving import Saver
 from maskwire_server.run.standing import Head, Standing
-from maskwire_server.run.waiting import refuse
+from maskwire_server.run.waiting import answer, refuse
 from maskwire_server.run.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -114,7 +116,8 @@ class Engine:
         self._writer = Writer(serve.session_idle_seconds, clock)
         self._rate = Rate(60, clock)
         self._device = Device(self._tell)
-        self._checkpoints = Checkpoints(run_dir)
+        self._membership = Membership()
+        self._checkpoints = Checkpoints(run_dir, membership=self._membership)
         self._saver = Saver(self._checkpoints, checkpoints, configuration, self._versions, clock)
         # Made by recovery, from the journal:
         self._journal: Journal | None = None
@@ -205,12 +208,30 @@ class Engine:
         return self._post(future, lambda: self._pipeline.close_session(session, future))
 
     def checkpoints(self) -> list[CheckpointInfo]:
-        """The whole checkpoints, newest first."""
-        return [manifest.info for manifest in self._checkpoints.all()]
+        """The whole checkpoints of the run's own history, newest first; others are not shown."""
+        if not self._membership.run_id:
+            raise Refused("RECOVERING", "the server is reading the run's journal; ask again")
+        self._recognise_new(self._checkpoints.all())
+        return [manifest.info for manifest in self._checkpoints.own()]
 
     def download(self, request: DownloadRequest) -> Iterator[Chunk]:
         """A checkpoint's files in chunks; it is kept until the iterator ends or is closed."""
+        if not self._membership.run_id:
+            raise Refused("RECOVERING", "the server is reading the run's journal; ask again")
+        self._recognise_new(self._checkpoints.named(request.name))
         return reading.read(self._checkpoints, request)
+
+    def _recognise_new(self, manifests: Iterable[Manifest]) -> None:
+        """Let the run thread look up checkpoints that somebody put back while the server runs."""
+        if self._serving.done() and any(self._membership.unknown(manifest) for manifest in manifests):
+            looked: Future[None] = Future()
+
+            def look() -> None:
+                assert self._journal is not None
+                self._checkpoints.recognise(self._journal)
+                answer(looked, None)
+
+            self._post(looked, look).result()
 
     def status(self) -> Status:
         """Is it stuck or working? Never waits."""
@@ -343,7 +364,8 @@ class Engine:
         ):
             return True
         here = self._head.lineage, self._head.step
-        return sum((info.lineage, info.step) == here for info in self.checkpoints()) > 1
+        own = [manifest.info for manifest in self._checkpoints.own()]
+        return sum((info.lineage, info.step) == here for info in own) > 1
 
     def _save_now(self, word: str) -> Refused | None:
         """Save before the first step is admitted, under a name with `word`; why it could not be done."""
@@ -353,7 +375,7 @@ class Engine:
         self._saver.begin()
         copy = self._device.call(self._device.snapshot)
         try:
-            self._saver.write(save, copy, self._head.place, self._journal.lineages()).result()
+            self._saver.write(save, copy, self._head.place, self._journal).result()
         except Refused as refusal:
             self._saver.give_up(save, refusal)
             return refusal
@@ -370,6 +392,8 @@ class Engine:
             durable=self._serve.durability == "full",
         )
         head.run_id = journal.fact("run_id")
+        self._checkpoints.recognise(journal)
+        self._saver.refresh()
         said = journal.last_event("tokenizer")
         head.tokenizer = said[1]["tokenizer"] if said else ""
         threads = None if self._serve.threads else following.pinned_threads(journal)

@@ -400,7 +400,7 @@ class Pipeline:
     def delete(self, name: str, future: Future[None]) -> None:
         """Delete a checkpoint; raises Refused."""
         admission.refuse_unavailable(self._standing.state)
-        deleted = self._saver.delete(name, self._journal.lineages(), self._head.lineage)
+        deleted = self._saver.delete(name, self._journal, self._head.lineage)
         deleted.add_done_callback(lambda done: self._post(partial(self._on_deleted, name, done, future)))
 
     def _on_deleted(self, name: str, done: Future[None], future: Future[None]) -> None:

@@ -93,13 +93,21 @@ def newest_verified(
         if manifest.run_id != run_id:
             wrong[info.name] = f"it belongs to run {manifest.run_id}"
             continue
-        if info.lineage in lineages and digest_at(journal, info.lineage, info.step) == info.digest:
+        recorded = digest_at(journal, info.lineage, info.step) if info.lineage in lineages else None
+        if recorded == info.digest:
+            continue
+        if recorded is not None:  # the journal lost nothing: it holds this step with another history
+            wrong[info.name] = (
+                f"it comes from another copy of the run: its history up to step {info.step} (lineage "
+                f"{info.lineage}) is not this one"
+            )
             continue
         lost = f"it holds step {info.step} (lineage {info.lineage}), which the journal does not have"
         if not accept_lost:
             raise RunDirectoryError(
                 f"checkpoint {info.name!r}: {lost}: the journal lost acknowledged steps; restore the run "
-                "directory from a copy, or go on without them, for good, with --accept-lost-history"
+                "directory from a copy, or go on without them, for good, with --accept-lost-history; if the "
+                "checkpoint was copied here from another copy of the run, move it away"
             )
         wrong[info.name] = lost
     for manifest in on_path(found, segments):

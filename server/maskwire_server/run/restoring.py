@@ -19,7 +19,6 @@ from maskwire_server.run.jobs import Barrier, Save
 from maskwire_server.run.journal import Journal, is_full
 from maskwire_server.run.line import Line
 from maskwire_server.run.records import Lineage, SessionRecord
-from maskwire_server.run.replaying import digest_at
 from maskwire_server.run.standing import Head, Standing
 from maskwire_server.run.waiting import answer, refuse
 from maskwire_server.run.writer import Writer
@@ -62,6 +61,7 @@ class Restoring:
                         )
                     answer(future, RestoreAnswer(lineage.lineage, lineage.step, lineage.digest))
                     return
+        self._checkpoints.recognise(self._journal)
         self._checkpoints.get(request.name)
         self._line.interrupt(Refused("RESTORING", "a checkpoint is being restored; ask again"))
         self._standing.set(RunState.RESTORING, waiting_for="the running step")
@@ -79,15 +79,8 @@ class Restoring:
             self._standing.set(RunState.RESTORING, False)
 
     def _check(self, request: RestoreRequest, manifest: Manifest) -> None:
-        head, info = self._head, manifest.info
-        admission.refuse_unexpected(request, head.place)
+        admission.refuse_unexpected(request, self._head.place)
         problem = self._checkpoints.damage(manifest)
-        if manifest.run_id != head.run_id:
-            problem = f"it belongs to run {manifest.run_id}"
-        elif info.lineage not in self._journal.lineages() or (
-            digest_at(self._journal, info.lineage, info.step) != info.digest
-        ):
-            problem = f"the journal does not have its step {info.step} (lineage {info.lineage})"
         if problem is not None:
             raise Refused(
                 "CHECKPOINT_DAMAGED",

@@ -16,7 +16,7 @@ FALLBACKS = 2
 
 
 def needed(manifests: list[Manifest], lineages: dict[int, Lineage], lineage: int) -> dict[str, str]:
-    """The checkpoints that must stay, and why. `manifests` has the newest first, here and below."""
+    """The checkpoints that must stay, and why. `manifests`: the run's own, newest first, here and below."""
     path = on_path(manifests, ancestry(lineages, lineage))
     why = {manifest.info.name: "a start may need it" for manifest in path[:FALLBACKS]}
     for line in lineages.values():

@@ -63,7 +63,7 @@ class Saves:
             full = "the journal's disk is full; make room, and save again"
             self._give_up(job, Refused("CHECKPOINT_FAILED", full))
             return
-        written = self._saver.write(job, snapshot, place, self._journal.lineages())
+        written = self._saver.write(job, snapshot, place, self._journal)
         written.add_done_callback(lambda done: self._post(partial(self._written, job, done)))
 
     def _give_up(self, job: Save, refusal: Refused) -> None:

@@ -18,6 +18,7 @@ from maskwire_server.run import retention
 from maskwire_server.run.ancestry import ancestry, on_path
 from maskwire_server.run.checkpoint import Checkpoints, Snapshot
 from maskwire_server.run.jobs import Save
+from maskwire_server.run.journal import Journal
 from maskwire_server.run.records import Lineage, Stretch
 from maskwire_server.run.standing import Place
 from maskwire_server.run.waiting import refuse
@@ -51,7 +52,8 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="maskwire-save")
         self.busy = False
         """A snapshot is being made or written."""
-        self.newest: CheckpointInfo | None = next((m.info for m in checkpoints.all()), None)
+        self.newest: CheckpointInfo | None = None
+        """Of the run's own; None until `refresh`."""
 
     def due(self, step: int) -> bool:
         """Whether an automatic checkpoint is due after `step`; one that must wait is made up for."""
@@ -70,12 +72,11 @@ class Saver:
 
     def find(self, request: SaveRequest) -> CheckpointInfo | None:
         """The checkpoint that this request saved already; Refused when its name is taken."""
-        manifests = self._checkpoints.all()
         if request.request_id is not None:
-            for manifest in manifests:
+            for manifest in self._checkpoints.own():
                 if manifest.request_id == request.request_id:
                     return _same(request, manifest.info)
-        if any(manifest.info.name == request.name for manifest in manifests):
+        if any(manifest.info.name == request.name for manifest in self._checkpoints.all()):
             raise Refused(
                 "CHECKPOINT_EXISTS",
                 f"the name {request.name!r} is taken; choose another, or leave it empty for one of the "
@@ -84,10 +85,13 @@ class Saver:
             )
         return None
 
-    def write(
-        self, job: Save, snapshot: Snapshot, place: Place, lineages: dict[int, Lineage]
-    ) -> Future[CheckpointInfo]:
+    def write(self, job: Save, snapshot: Snapshot, place: Place, journal: Journal) -> Future[CheckpointInfo]:
         """Write the snapshot of a place in the background, and collect what retention lets go."""
+        try:
+            self._checkpoints.recognise(journal)
+        except OSError as error:  # those that could not be looked at do not count
+            log.warning("the folder of checkpoints could not be read: %s", error)
+        self._checkpoints.expect(place)
         request = job.request
         kind = "step" if request.score is None else "best"
         name = request.name or f"{kind}-{place.step:09d}" + (
@@ -103,7 +107,7 @@ class Saver:
             self._configuration,
             self._versions,
         )
-        return self._thread.submit(self._save, request, manifest, snapshot, lineages)
+        return self._thread.submit(self._save, request, manifest, snapshot, journal.lineages())
 
     def _save(
         self, request: SaveRequest, manifest: Manifest, snapshot: Snapshot, lineages: dict[int, Lineage]
@@ -118,7 +122,7 @@ class Saver:
     def _collect(self, lineages: dict[int, Lineage], lineage: int) -> None:
         """Delete what retention lets go, once those that stay for a start were found intact."""
         self._verify(lineages, lineage)
-        for name in retention.collectable(self._checkpoints.all(), lineages, lineage, self._settings):
+        for name in retention.collectable(self._checkpoints.own(), lineages, lineage, self._settings):
             try:
                 if self._checkpoints.delete(name):
                     log.info("checkpoint %s collected", name)
@@ -128,7 +132,7 @@ class Saver:
     def _verify(self, lineages: dict[int, Lineage], lineage: int) -> None:
         """Read those that a start may need, and set the damaged ones aside, until enough are intact."""
         whole = 0
-        for manifest in on_path(self._checkpoints.all(), ancestry(lineages, lineage)):
+        for manifest in on_path(self._checkpoints.own(), ancestry(lineages, lineage)):
             if whole == retention.FALLBACKS:
                 break
             if self._checkpoints.verified(manifest):
@@ -137,8 +141,8 @@ class Saver:
                 self._set_aside(manifest.info.name)
 
     def droppable(self, lineages: dict[int, Lineage], lineage: int) -> list[Stretch]:
-        """The steps whose batches are not needed: only checkpoints that were found intact count."""
-        intact = [manifest for manifest in self._checkpoints.all() if self._checkpoints.intact(manifest)]
+        """The steps whose batches are not needed: only the run's own checkpoints, found intact, count."""
+        intact = [manifest for manifest in self._checkpoints.own() if self._checkpoints.intact(manifest)]
         return retention.droppable(intact, lineages, lineage)
 
     def _write(self, request: SaveRequest, manifest: Manifest, snapshot: Snapshot) -> CheckpointInfo:
@@ -146,7 +150,7 @@ class Saver:
         if saved is not None:
             return saved
         if request.name is None:
-            for existing in self._checkpoints.all():
+            for existing in self._checkpoints.own():
                 if not _is(existing, manifest):
                     continue
                 if self._checkpoints.verified(existing):
@@ -180,16 +184,17 @@ class Saver:
 
     def refresh(self) -> None:
         """See which is the newest now."""
-        self.newest = next((manifest.info for manifest in self._checkpoints.all()), None)
+        self.newest = next((manifest.info for manifest in self._checkpoints.own()), None)
 
-    def delete(self, name: str, lineages: dict[int, Lineage], lineage: int) -> Future[None]:
+    def delete(self, name: str, journal: Journal, lineage: int) -> Future[None]:
         """Delete a checkpoint on request, in the background; Refused when something needs it."""
-        return self._thread.submit(self._delete, name, lineages, lineage)
+        self._checkpoints.recognise(journal)
+        return self._thread.submit(self._delete, name, journal.lineages(), lineage)
 
     def _delete(self, name: str, lineages: dict[int, Lineage], lineage: int) -> None:
         self._checkpoints.get(name)
         self._verify(lineages, lineage)  # one that is damaged is none of those that a start may need
-        why = retention.needed(self._checkpoints.all(), lineages, lineage).get(name)
+        why = retention.needed(self._checkpoints.own(), lineages, lineage).get(name)
         try:
             gone = why is not None or self._checkpoints.delete(name)
         except OSError as error:
