@@ -267,6 +267,23 @@ def checkpoints_of_another_run(folder: Path) -> None:
         assert run.engine.status().digest == digest
 
 
+def a_full_disk_and_a_long_log(folder: Path) -> None:
+    """Training that is held for want of room goes on once the log is folded; nobody deletes anything."""
+    from robustness import damage
+
+    from maskwire_server.requests import StepRequest
+
+    with damage.Run(folder / "run") as run:
+        run.engine.train_step(StepRequest(damage.payload(1))).result(damage.WAIT)
+        log = folder / "run" / "journal.sqlite-wal"
+        free, commits.free_bytes = commits.free_bytes, lambda _: 2**20 - log.stat().st_size
+        try:
+            for step in range(2, 60):
+                run.engine.train_step(StepRequest(damage.payload(step))).result(damage.WAIT)
+        finally:
+            commits.free_bytes = free
+
+
 # What is taken out.
 
 
@@ -426,6 +443,10 @@ def _checkpoints_of_other_runs_count() -> list[Patch]:
     return [(membership.Membership, "problem", lambda *_: None)]
 
 
+def _the_log_stays_while_held() -> list[Patch]:
+    return [(commits, "make_room", lambda *_: False)]
+
+
 BUGS = {
     "answer-before-the-journal": Bug("answers go out before their step is durable",
         _answer_before_the_journal, the_model),
@@ -469,6 +490,8 @@ BUGS = {
         _skipped_steps_said_applied, the_model),
     "other-runs-checkpoints-count": Bug("checkpoints that were copied in count in retention",
         _checkpoints_of_other_runs_count, checkpoints_of_another_run),
+    "log-stays-while-held": Bug("the log is not folded while training is held for want of room",
+        _the_log_stays_while_held, a_full_disk_and_a_long_log),
 }  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def _serve(folder: str, settings: dict[str, str], fault: str, seconds: float) ->
     from maskwire_server.app import serve
     from maskwire_server.run import commits
 
-    commits.TIDY_EVERY = 8  # so that the log is folded in a short run too
+    commits.FOLD_BYTES = 64 * 2**10  # so that the log is folded in a short run too
 
     class Served(CounterTrainer):
         def train_step(self, *arguments: object) -> object:  # type: ignore[override]

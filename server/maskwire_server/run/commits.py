@@ -15,7 +15,7 @@ from maskwire_server.run.standing import Standing
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
-TIDY_EVERY = 256  # commits between two folds of the journal's write-ahead log
+FOLD_BYTES = 16 * 2**20  # of the journal's write-ahead log, before it is folded into the database
 
 
 class Commits:
@@ -34,7 +34,7 @@ class Commits:
         self._clock = clock
         self._writes: list[Callable[[], object]] = []
         self._after: list[Callable[[], None]] = []
-        self._count = 0
+        self._fold_after = 0.0  # a fold without room is tried again only then
         self._retry_at: float | None = None
         self._failed = False  # the last commit met a full disk: the same bytes wait for the next try
 
@@ -65,6 +65,9 @@ class Commits:
         early = self._retry_at is not None and self._clock() < self._retry_at
         if self._failed and early:
             return
+        if self._retry_at is not None and not early:
+            self.make_room()
+        written = bool(self._writes)
         if self._writes:  # also while held for the reserve: it is kept for what was computed
             try:
                 self._journal.transaction(lambda: [write() for write in self._writes])
@@ -75,7 +78,6 @@ class Commits:
                 self._failed = True
                 self.hold()
                 return
-            self._count += 1
         self._failed = False
         if self._retry_at is not None and not early:
             if self._reserve.left(self._journal.log_bytes()) >= 0:
@@ -87,20 +89,19 @@ class Commits:
         after, self._writes, self._after = self._after, [], []
         for act in after:
             act()
-        if self._count >= TIDY_EVERY:
+        if written and self._journal.log_bytes() >= FOLD_BYTES and self._clock() >= self._fold_after:
             self.fold()
 
     def fold(self) -> bool:
         """Fold the journal's log away; False without room: it stays as it is, and is folded another time."""
-        self._count = 0
-        try:
-            self._journal.tidy()
-        except sqlite3.Error as error:
-            if not is_full(error):
-                raise
-            log.warning("no room to fold the journal's log; what is in it is safe, and it is tried again")
-            return False
-        return True
+        if fold(self._journal):
+            return True
+        self._fold_after = self._clock() + RETRY_SECONDS
+        return False
+
+    def make_room(self) -> bool:
+        """Fold the log away if the database has room to take it in: that frees what the log takes."""
+        return make_room(self._journal, self._reserve)
 
     def hold(self) -> None:
         """Nothing is admitted from now on, until there is room on the journal's disk."""
@@ -108,6 +109,27 @@ class Commits:
             log.error("no room on the journal's disk: nothing is admitted until there is")
         self._retry_at = self._clock() + RETRY_SECONDS
         self._standing.set(RunState.HELD, waiting_for="room on the journal's disk")
+
+
+def fold(journal: Journal) -> bool:
+    """Fold the journal's log away; False without room, and it stays as it is."""
+    try:
+        journal.tidy()
+    except sqlite3.Error as error:
+        if not is_full(error):
+            raise
+        log.warning("no room to fold the journal's log; what is in it is safe, and it is tried again")
+        return False
+    return True
+
+
+def make_room(journal: Journal, reserve: Reserve) -> bool:
+    """Fold the journal's log away where that frees room; False when it does not, or there is none for it.
+
+    The database grows first, by less than the log takes, and may use the reserve for that moment: no
+    step is committed meanwhile.
+    """
+    return bool(journal.log_bytes()) and reserve.fits(journal.growth()) and fold(journal)
 
 
 class Reserve:
@@ -120,3 +142,7 @@ class Reserve:
     def left(self, waiting: int) -> int:
         """Bytes that may be written beside it and `waiting` others; negative: it is not there."""
         return free_bytes(self._run_dir) - self._reserve_bytes - waiting
+
+    def fits(self, size: int) -> bool:
+        """Whether so many bytes can be written, the reserve used up."""
+        return size <= free_bytes(self._run_dir)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What a write says when the disk, or the quota of whoever writes, has no room left."""
+_PIECE = 2**20
 
 NETWORK = {
     "9p", "afs", "ceph", "cifs", "fuse.glusterfs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs", "glusterfs",
@@ -35,3 +41,17 @@ def free_bytes(path: Path) -> int:
     """What this process may still write to the disk of `path`."""
     found = os.statvfs(path)
     return found.f_bavail * found.f_frsize
+
+
+def has_room(folder: Path, size: int) -> bool:
+    """Whether `size` bytes can be written there now: they are written, to a file that nobody sees.
+
+    A quota shows in no figure of the file system. False only when the write says that room is missing.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for at in range(0, size, _PIECE):
+                os.pwrite(file.fileno(), os.urandom(min(_PIECE, size - at)), at)
+    except OSError as error:
+        return error.errno not in FULL
+    return True

@@ -45,11 +45,11 @@ from maskwire_server.results import (
 )
 from maskwire_server.run import admission, following, reading, recovery
 from maskwire_server.run.checkpoint import Checkpoints
-from maskwire_server.run.commits import Reserve
+from maskwire_server.run.commits import FOLD_BYTES, RETRY_SECONDS, Reserve, make_room
 from maskwire_server.run.device import Device, Trainer
 from maskwire_server.run.generation import Generation
 from maskwire_server.run.jobs import Evaluation, Save, Step
-from maskwire_server.run.journal import Journal, explained
+from maskwire_server.run.journal import Journal, explained, is_full
 from maskwire_server.run.line import Line
 from maskwire_server.run.membership import Membership
 from maskwire_server.run.pipeline import Pipeline
@@ -116,6 +116,7 @@ class Engine:
         self._writer = Writer(serve.session_idle_seconds, clock)
         self._rate = Rate(60, clock)
         self._device = Device(self._tell)
+        self._reserve = Reserve(run_dir, serve.reserve_bytes)
         self._membership = Membership()
         self._checkpoints = Checkpoints(run_dir, membership=self._membership)
         self._saver = Saver(self._checkpoints, checkpoints, configuration, self._versions, clock)
@@ -367,8 +368,8 @@ class Engine:
         own = [manifest.info for manifest in self._checkpoints.own()]
         return sum((info.lineage, info.step) == here for info in own) > 1
 
-    def _save_now(self, word: str) -> Refused | None:
-        """Save before the first step is admitted, under a name with `word`; why it could not be done."""
+    def _save_now(self, word: str) -> None:
+        """Save before the first step is admitted, under a name with `word`. Raises Refused."""
         assert self._journal is not None
         name = f"{word}-{self._head.step:09d}-{uuid.uuid4().hex[:6]}" if word else None
         save = Save(SaveRequest(name), automatic=True)
@@ -378,9 +379,27 @@ class Engine:
             self._saver.write(save, copy, self._head.place, self._journal).result()
         except Refused as refusal:
             self._saver.give_up(save, refusal)
-            return refusal
+            raise
         self._saver.finish()
-        return None
+
+    def _when_there_is_room(self, act: Callable[[], T]) -> T:
+        """Do something that writes to the disk; while that is full, wait, as HELD would, and try again."""
+        waits = False
+        while True:
+            try:
+                return act()
+            except Exception as error:
+                if self._stopping or not (is_full(error) or is_full(error.__cause__)):
+                    raise
+                if not waits:
+                    log.error("no room on the disk, the start waits until there is: %s", error)
+                waits = True
+            self._standing.set(RunState.RECOVERING, waiting_for="room on the disk")
+            until = time.monotonic() + RETRY_SECONDS
+            while not self._stopping and time.monotonic() < until:
+                time.sleep(0.05)
+            assert self._journal is not None
+            make_room(self._journal, self._reserve)
 
     def _recover(self) -> None:
         began = self._clock()
@@ -392,6 +411,8 @@ class Engine:
             durable=self._serve.durability == "full",
         )
         head.run_id = journal.fact("run_id")
+        if journal.log_bytes() >= FOLD_BYTES:  # of a process that was killed
+            make_room(journal, self._reserve)
         self._checkpoints.recognise(journal)
         self._saver.refresh()
         said = journal.last_event("tokenizer")
@@ -426,12 +447,16 @@ class Engine:
         self._writer.resume(journal.last_session())
         # Checkpoint 0 comes before the first step; an inexact replay must not be asked for again.
         if self._saver.newest is None or recovered.accepted:
-            refused = self._save_now("accepted" if recovered.accepted else "")
-            if refused is not None:
+            try:
+                self._when_there_is_room(partial(self._save_now, "accepted" if recovered.accepted else ""))
+            except Refused as refused:
                 raise RunDirectoryError(f"{self._run_dir}: {refused.message}") from refused
         elif not self._has_two_bases(numerics):
-            self._save_now("changed")  # should it fail, the run is no worse off than it was
-        configuration_id = following.record_start(journal, self._versions, numerics)
+            with contextlib.suppress(Refused):  # the run is no worse off than it was
+                self._save_now("changed")
+        configuration_id = self._when_there_is_room(
+            partial(following.record_start, journal, self._versions, numerics)
+        )
         self._pipeline = Pipeline(
             journal=journal,
             device=device,
@@ -446,7 +471,7 @@ class Engine:
             rate=self._rate,
             serve=self._serve,
             configuration_id=configuration_id,
-            reserve=Reserve(self._run_dir, self._serve.reserve_bytes),
+            reserve=self._reserve,
             poison=Poison(self._run_dir, self._serve.poison_after),
             post=self._tell,
             clock=self._clock,

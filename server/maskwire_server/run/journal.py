@@ -24,7 +24,7 @@ from typing import Any
 
 from maskwire_server import failpoints
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.run.disk import network_file_system
+from maskwire_server.run.disk import FULL, has_room, network_file_system
 from maskwire_server.run.flush import flush_folder, make_folder
 from maskwire_server.run.records import Lineage, SessionRecord, StepRecord, Stretch, damaged, seal
 
@@ -34,6 +34,8 @@ FORMAT = 2
 FILE_NAME = "journal.sqlite"
 _SESSION = "epoch, client_name, nonce, takeover, lineage, step, closed, row_hash"
 _PAGE = 64  # records read at once
+_WRITE_FAILED = sqlite3.SQLITE_IOERR_WRITE
+_MARGIN = 2**20  # of a transaction, beside its batches
 _UNREADABLE = (sqlite3.Error, UnicodeDecodeError)  # the second: of a message that quotes damaged bytes
 
 _SCHEMA = """
@@ -60,6 +62,7 @@ class Journal:
 
     def __init__(self, run_dir: Path, *, durable: bool = True) -> None:
         self._path = run_dir / FILE_NAME
+        self._batch_bytes = 0  # of the transaction under way
         kind = network_file_system(run_dir.resolve())
         if kind is not None:
             raise RunDirectoryError(
@@ -137,16 +140,29 @@ class Journal:
     def transaction(self, write: Callable[[], object]) -> None:
         """Run `write` in one durable transaction; it leaves no trace if it raises."""
         failpoints.passing("journal.begin")
+        self._batch_bytes = 0
         self._db.execute("BEGIN IMMEDIATE")
         try:
             write()
             failpoints.passing("journal.written")
             self._db.execute("COMMIT")
-        except BaseException:
+        except BaseException as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
+            self._raise_if_over_quota(error, self._batch_bytes + _MARGIN)
             raise
         failpoints.passing("journal.committed")
+
+    def _raise_if_over_quota(self, error: BaseException, size: int) -> None:
+        """Raise what `is_full` knows when a write of about `size` bytes failed because a quota is used up.
+
+        SQLite tells a full disk from other errors, but calls a used-up quota an I/O error.
+        """
+        failed = getattr(error, "sqlite_errorcode", None) == _WRITE_FAILED
+        if failed and not has_room(self._path.parent, size):
+            full = sqlite3.OperationalError("the disk, or the quota on it, has no room")
+            full.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise full from error
 
     def fact(self, key: str) -> Any:
         """A fact that `create` was given."""
@@ -175,6 +191,7 @@ class Journal:
 
     def add_step(self, record: StepRecord, payload: bytes) -> None:
         """Append a step, with the batch that computes it again."""
+        self._batch_bytes += len(payload)
         self._db.execute(
             "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
@@ -323,8 +340,19 @@ class Journal:
     def tidy(self) -> None:
         """Fold the write-ahead log into the database, between steps; everything is flushed then."""
         failpoints.passing("journal.tidying")
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        growth = self.growth()
+        try:
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        except sqlite3.Error as error:
+            self._raise_if_over_quota(error, growth + _MARGIN)
+            raise
         failpoints.passing("journal.tidied")
+
+    def growth(self) -> int:
+        """The bytes that the database file grows by when the log is folded into it."""
+        pages = int(self._db.execute("PRAGMA page_count").fetchone()[0])
+        size = int(self._db.execute("PRAGMA page_size").fetchone()[0])
+        return max(0, pages * size - self._path.stat().st_size)
 
     def damage(self) -> list[str]:
         """What SQLite finds wrong with its pages and indexes, and which events were changed; it reads all."""
@@ -366,8 +394,10 @@ class Journal:
             self._lock = -1
 
 
-def is_full(error: BaseException) -> bool:
-    """Whether a transaction failed for want of space, so that the same bytes can be tried again."""
+def is_full(error: BaseException | None) -> bool:
+    """Whether a write failed for want of space, so that the same bytes can be tried again."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
     return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
 
 
@@ -435,8 +465,13 @@ def _lock(run_dir: Path) -> int:
             f"{run_dir}: another server (process {holder or 'unknown'}) uses this run directory; stop it, "
             "or choose another with --run-dir"
         ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    try:  # for whoever finds the directory in use
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        if error.errno not in FULL:
+            os.close(descriptor)
+            raise
     return descriptor
 
 

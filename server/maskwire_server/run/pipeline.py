@@ -187,6 +187,8 @@ class Pipeline:
     def _require_room(self, size: int) -> None:
         # What is in the log is written once more when it is folded.
         left = self._reserve.left(self._journal.log_bytes())
+        if left < WRITES * size and self._commits.make_room():
+            left = self._reserve.left(self._journal.log_bytes())
         if left < 0:
             self._commits.hold()
             admission.refuse_unavailable(RunState.HELD)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,10 @@ class Snapshot:
             try:
                 save_file(tensors, folder / file)
             except SafetensorError as error:
-                full = f"os error {errno.ENOSPC}" in str(error)
+                said = re.search(r"os error (\d+)", str(error))
+                number = int(said[1]) if said else errno.EIO
                 raise OSError(
-                    errno.ENOSPC if full else errno.EIO,
-                    os.strerror(errno.ENOSPC) if full else str(error),
-                    str(folder / file),
+                    number, os.strerror(number) if said else str(error), str(folder / file)
                 ) from error
 
 
