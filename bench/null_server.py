@@ -44,6 +44,9 @@ class NullTrainer:
     def configure(self, optimizer: dict[str, object]) -> None:
         pass
 
+    def usable_after(self, error: BaseException) -> bool:  # noqa: ARG002
+        return True
+
     def use_threads(self, count: int) -> None:
         pass
 

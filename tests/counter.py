@@ -69,6 +69,9 @@ class CounterTrainer:
     def use_threads(self, count: int) -> None:
         self.threads = count
 
+    def usable_after(self, error: BaseException) -> bool:
+        return True
+
     def warm_up(self) -> None:
         pass
 

@@ -100,6 +100,13 @@ class Unwanted(MaskwireError):
     """Whoever asked has gone: there is no more to compute."""
 
 
+class DeviceLost(MaskwireError):
+    """The device computes nothing more in this process.
+
+    The process ends; a restart recovers the last durable step.
+    """
+
+
 class StateLost(MaskwireError):
     """An update failed half-way: the state in memory is neither the old one nor the new one.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload, Prompts
+from maskwire_server.errors import DeviceLost, MaskwireError
 from maskwire_server.results import (
     EvalOptions,
     EvalResult,
@@ -21,6 +23,8 @@ from maskwire_server.results import (
 from maskwire_server.run.checkpoint import Snapshot
 from maskwire_server.run.generation import Generation
 from maskwire_server.run.jobs import Evaluation
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -40,6 +44,9 @@ class Trainer(Protocol):
 
     def use_threads(self, count: int) -> None:
         """Compute with so many threads: sums come out otherwise with another number."""
+
+    def usable_after(self, error: BaseException) -> bool:
+        """Whether the device still computes after an error that came out of another method."""
 
     def configure(self, optimizer: dict[str, Any]) -> None:
         """Go on under another [optimizer] section; ValueError names a key that the state cannot follow."""
@@ -69,7 +76,7 @@ class Device:
     def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
         self._post = post
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="maskwire-device")
-        self._trainer: Trainer
+        self._built: Trainer | None = None
         self._at = 0  # the step that the trainer's state is at
         self.non_finite = 0
         """Steps in a row, up to that one, that were not finite; changed from outside only between steps."""
@@ -77,22 +84,49 @@ class Device:
         """Jobs handed over whose end was not yet heard of."""
 
     def submit(self, work: Callable[[], T], done: Callable[[Future[T]], None]) -> None:
-        """Run `work` on the device thread, then `done` with its future on the engine's."""
+        """Run `work` on the device thread, then `done` with its future on the engine's.
+
+        Raises DeviceLost there in place of `done`.
+        """
         self.outstanding += 1
 
         def hear(future: Future[T]) -> None:
             self.outstanding -= 1
+            error = future.exception()
+            if isinstance(error, DeviceLost):
+                raise error
             done(future)
 
-        self._thread.submit(work).add_done_callback(lambda future: self._post(lambda: hear(future)))
+        submitted = self._thread.submit(self._checked, work)
+        submitted.add_done_callback(lambda future: self._post(lambda: hear(future)))
 
     def call(self, work: Callable[[], T]) -> T:
         """Run `work` on the device thread and wait for it."""
-        return self._thread.submit(work).result()
+        return self._thread.submit(self._checked, work).result()
+
+    def _checked(self, work: Callable[[], T]) -> T:
+        """Run `work`; DeviceLost when it fails with an error that the device does not come back from."""
+        try:
+            return work()
+        except MaskwireError:
+            raise
+        except Exception as error:
+            if self._built is None or self._built.usable_after(error):
+                raise
+            log.critical(
+                "the device does not compute any more (%s): the process ends, and a restart recovers the run",
+                str(error).partition("\n")[0] or type(error).__name__,
+            )
+            raise DeviceLost("the device does not compute any more") from error
 
     def close(self) -> None:
         """Wait for what runs, and end the thread."""
         self._thread.shutdown(wait=True)
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self._built is not None, "the trainer is built first"
+        return self._built
 
     # Work, for the device thread.
 
@@ -100,7 +134,7 @@ class Device:
         self, factory: Callable[[], Trainer], threads: int | None = None
     ) -> tuple[ModelInfo, dict[str, str]]:
         """Build the trainer, pinned to `threads` if they are given: what it serves, and what it runs on."""
-        self._trainer = factory()
+        self._built = factory()
         if threads is not None:
             self._trainer.use_threads(threads)
         return self._trainer.info, self._trainer.versions

@@ -34,7 +34,17 @@ from maskwire_server.results import (
     Outcome,
     StepResult,
 )
-from maskwire_server.training import chain, draws, evaluation, objective, optim, sampling, snapshot, summary
+from maskwire_server.training import (
+    chain,
+    device_errors,
+    draws,
+    evaluation,
+    objective,
+    optim,
+    sampling,
+    snapshot,
+    summary,
+)
 from maskwire_server.training.corruption import Step, Vocabulary, corrupt, random_ids
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.networks import Networks
@@ -128,6 +138,10 @@ class Trainer:
         if count != torch.get_num_threads():
             log.info("computing with %d threads, as the run did (serve.threads sets another number)", count)
             torch.set_num_threads(count)
+
+    def usable_after(self, error: BaseException) -> bool:
+        """Whether the device still computes after an error that came out of another method."""
+        return device_errors.usable_after(error, self._device)
 
     def configure(self, optimizer: dict[str, Any]) -> None:
         """Go on under another [optimizer] section; ValueError names a key that the state cannot follow."""
