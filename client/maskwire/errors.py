@@ -164,6 +164,9 @@ REASONS: dict[str, type[MaskwireError]] = {
     "RESTORING": UnavailableError,
     "DRAINING": UnavailableError,
     "HELD": UnavailableError,
+    "OUT_OF_RESOURCES": UnavailableError,
+    "DEADLINE_EXCEEDED": UnavailableError,
+    "CANCELLED": UnavailableError,
     "INTERNAL": ServerError,
 }
 

@@ -10,6 +10,7 @@ The status is a name of `grpc.StatusCode`, kept as a string so that nothing here
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 
 
@@ -47,6 +48,9 @@ REASONS: dict[str, Reason] = {
     "RESTORING": Reason("UNAVAILABLE", 0.5),
     "DRAINING": Reason("UNAVAILABLE", 1.0),
     "HELD": Reason("UNAVAILABLE", 1.0),
+    "OUT_OF_RESOURCES": Reason("RESOURCE_EXHAUSTED", 1.0),
+    "DEADLINE_EXCEEDED": Reason("DEADLINE_EXCEEDED"),
+    "CANCELLED": Reason("CANCELLED"),
     "UNIMPLEMENTED": Reason("UNIMPLEMENTED"),
     "INTERNAL": Reason("INTERNAL"),
 }
@@ -86,6 +90,27 @@ class Refused(MaskwireError):
 def invalid_field(field: str, message: str, **metadata: object) -> Refused:
     """An INVALID_FIELD refusal; `message` begins with the field's name and tells what would be right."""
     return Refused("INVALID_FIELD", message, fields={field: message}, field=field, **metadata)
+
+
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN)
+
+
+def is_shortage(error: BaseException | None) -> bool:
+    """Whether the process, or the machine, was out of open files or memory: it says nothing of any file."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SHORTAGES)
+
+
+def shortage(error: BaseException) -> Refused | None:
+    """The refusal of a request that failed for such a want; None for any other error."""
+    if not is_shortage(error):
+        return None
+    what = (error.strerror if isinstance(error, OSError) else None) or "out of memory"
+    return Refused(
+        "OUT_OF_RESOURCES",
+        f"the server is short of what the request takes ({what}), and nothing changed; ask again, and if it "
+        "stays so, raise the server's limit of open files (ulimit -n) or of memory",
+        error=what,
+    )
 
 
 class ConfigError(MaskwireError):

@@ -15,7 +15,7 @@ import grpc
 
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
-from maskwire_server.errors import Refused, invalid_field
+from maskwire_server.errors import Refused, invalid_field, shortage
 from maskwire_server.requests import (
     DownloadRequest,
     EvalRequest,
@@ -274,9 +274,9 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         except Refused as refusal:
             abort(context, refusal)
         except CancelledError:
-            abort(context, _gone())
-        except Exception:
-            abort(context, _unexpected())
+            abort(context, _gone(context))
+        except Exception as error:
+            abort(context, shortage(error) or _unexpected())
         finally:
             room.release()
 
@@ -307,13 +307,21 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         except Refused as refusal:
             abort(context, refusal)
         except CancelledError:
-            abort(context, _gone())
-        except Exception:
-            abort(context, _unexpected())
+            abort(context, _gone(context))
+        except Exception as error:
+            abort(context, shortage(error) or _unexpected())
 
 
-def _gone() -> Refused:
-    return Refused("RECOVERING", "the client's deadline passed or it went away")
+def _gone(context: grpc.ServicerContext) -> Refused:
+    """For whatever still hears of a call that its client gave up."""
+    left = context.time_remaining()
+    if left is not None and left <= 0:
+        return Refused(
+            "DEADLINE_EXCEEDED",
+            "the client's deadline passed before the answer; whether a step was applied is unknown: ask "
+            "again with the same request id",
+        )
+    return Refused("CANCELLED", "the client cancelled the call, or went away")
 
 
 def _unexpected() -> Refused:

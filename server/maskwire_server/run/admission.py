@@ -132,10 +132,10 @@ def check_session(session: SessionRef, at: Position) -> None:
         )
 
 
-def admit_step(facts: StepFacts, at: Position) -> Verdict:
-    """Decide on one TrainStep, in the order that the protocol writes down."""
-    if facts.session is not None:
-        check_session(facts.session, at)
+def check_writer(session: SessionRef | None, at: Position) -> None:
+    """Raise unless a step of this session, or of none, may be trained now."""
+    if session is not None:
+        check_session(session, at)
     elif at.writer:
         raise Refused(
             "WRITER_PRESENT",
@@ -143,6 +143,11 @@ def admit_step(facts: StepFacts, at: Position) -> Verdict:
             writer=at.writer,
             epoch=at.epoch,
         )
+
+
+def admit_step(facts: StepFacts, at: Position) -> Verdict:
+    """Decide on one TrainStep, in the order that the protocol writes down."""
+    check_writer(facts.session, at)
     if facts.known is not None:
         return _admit_known(facts, facts.known)
     if facts.step is not None and (facts.step < at.next_step or facts.step_waits):

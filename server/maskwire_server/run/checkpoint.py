@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Protocol
 
 from maskwire_server import failpoints
-from maskwire_server.errors import Refused, RunDirectoryError
+from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
 from maskwire_server.manifest import MANIFEST, Manifest, UnknownFormatError
 from maskwire_server.requests import CHECKPOINT_NAME
 from maskwire_server.results import CheckpointInfo, FileInfo
@@ -67,6 +67,7 @@ class Checkpoints:
         self._read_until: dict[str, float] = {}  # a reader may come back for the next file
         self._verified: set[str] = set()
         self._pins: Counter[str] = Counter()
+        self._going: set[str] = set()  # being deleted
         self._lock = threading.Lock()  # between readers and `delete`
 
     def path(self, name: str) -> Path:
@@ -113,6 +114,8 @@ class Checkpoints:
         except OSError as error:
             if begun:
                 shutil.rmtree(folder, ignore_errors=True)
+            if is_shortage(error):
+                raise
             cure = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "look at the disk"
             raise Refused(
                 "CHECKPOINT_FAILED",
@@ -170,6 +173,8 @@ class Checkpoints:
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except _NO_MANIFEST as error:
+                if is_shortage(error):
+                    raise
                 problems[folder.name] = f"{MANIFEST} cannot be read: {error}"
         return problems
 
@@ -180,7 +185,7 @@ class Checkpoints:
 
     def get(self, name: str) -> Manifest:
         """A whole checkpoint of the run by name; Refused CHECKPOINT_NOT_FOUND, CHECKPOINT_DAMAGED."""
-        manifest = next(iter(self.named(name)), None)
+        manifest = None if name in self._going else next(iter(self.named(name)), None)
         if manifest is None:
             names = ", ".join(m.info.name for m in self.own()[:3]) or "none"
             raise Refused(
@@ -207,6 +212,8 @@ class Checkpoints:
             try:
                 found = describe(folder / file.name)
             except OSError as error:
+                if is_shortage(error):  # it says nothing of the file
+                    raise
                 return f"{file.name}: {error.strerror}"
             if found != file:
                 return f"{file.name}: does not match the manifest's size and SHA-256"
@@ -238,21 +245,17 @@ class Checkpoints:
                 self._readers[name] -= 1
                 self._read_until[name] = self._clock() + LEASE_SECONDS
 
-    @contextlib.contextmanager
-    def pinned(self, name: str) -> Iterator[Manifest]:
-        """A whole checkpoint that a restore goes back to, kept as long as the process lives.
-
-        Not so when the restore is refused: the block ends with Refused. Refused CHECKPOINT_NOT_FOUND.
-        """
+    def pin(self, name: str) -> Manifest:
+        """A whole checkpoint that a restore goes back to, kept from now on; Refused CHECKPOINT_NOT_FOUND."""
         with self._lock:
             manifest = self.get(name)
             self._pins[name] += 1
-        try:
-            yield manifest
-        except Refused:
-            with self._lock:
-                self._pins[name] -= 1
-            raise
+        return manifest
+
+    def unpin(self, name: str) -> None:
+        """The restore was refused."""
+        with self._lock:
+            self._pins[name] -= 1
 
     def delete(self, name: str) -> bool:
         """Remove a checkpoint, its manifest first, so that it is never half there.
@@ -267,6 +270,8 @@ class Checkpoints:
                 return False
             if not folder.exists():
                 return True
+            self._going.add(name)
+        try:  # without the lock: large files take their time, and others must not wait for them
             self._verified.discard(name)
             failpoints.passing("checkpoint.collecting")
             (folder / MANIFEST).unlink(missing_ok=True)
@@ -274,6 +279,8 @@ class Checkpoints:
             flush_folder(folder)
             shutil.rmtree(folder)
             failpoints.passing("checkpoint.collected")
+        finally:
+            self._going.discard(name)
         return True
 
     def set_aside(self, name: str) -> str:
@@ -327,7 +334,9 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 def _read_manifest(folder: Path) -> Manifest | None:
     try:
         manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
-    except _NO_MANIFEST:
+    except _NO_MANIFEST as error:
+        if is_shortage(error):  # a checkpoint that cannot be looked at now is not one that is not there
+            raise
         return None
     return manifest if manifest.info.name == folder.name else None
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from maskwire_server.config import CheckpointsConfig, ServeConfig
-from maskwire_server.errors import Refused, RunDirectoryError
+from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
 from maskwire_server.manifest import Manifest
 from maskwire_server.requests import (
     DownloadRequest,
@@ -294,6 +294,10 @@ class Engine:
             except RunDirectoryError as error:  # a record that an answer needs was damaged
                 log.error("%s", error)
                 refuse(future, Refused("HISTORY_LOST", str(error)))
+            except (OSError, MemoryError) as error:
+                if not is_shortage(error):
+                    raise
+                refuse(future, self._standing.failed("a request", error))
 
         self._owed.add(future)
         future.add_done_callback(self._owed.discard)
@@ -462,7 +466,15 @@ class Engine:
             device=device,
             saver=self._saver,
             restoring=Restoring(
-                journal, self._checkpoints, device, self._line, self._writer, head, self._standing
+                journal,
+                self._checkpoints,
+                device,
+                self._line,
+                self._writer,
+                head,
+                self._standing,
+                self._saver,
+                self._tell,
             ),
             line=self._line,
             writer=self._writer,

@@ -167,8 +167,11 @@ class Pipeline:
             earlier.waiters += step.waiters
         elif verdict is Verdict.WAIT and request.step is not None:
             self._line.take_ahead(step, request.step)
-        else:
+        elif verdict is Verdict.RUN:
             self._line.take(step)
+        else:  # never train what admission did not say to train
+            impossible = RuntimeError(f"{verdict} of a request that nothing is known of")
+            raise self._standing.failed("the admission of a step", impossible)
 
     def _require_present(self, record: StepRecord) -> None:
         """OK means that the step is in the history; one that a restore went back behind is not."""
@@ -280,7 +283,12 @@ class Pipeline:
         if result is None and self._standing.holds(RunState.HALTED):
             self._line.withdraw(step, self._halted())
         elif result is None:
-            self._line.send_back(step)
+            try:  # a session may have been opened since it was admitted: it must not train inside that one
+                admission.check_writer(step.request.session, self.position())
+            except Refused as refusal:
+                self._line.give_up(step, refusal)
+            else:
+                self._line.send_back(step)
         else:
             self._consume(step, result)
 

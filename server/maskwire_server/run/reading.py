@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-from maskwire_server.errors import Refused, invalid_field
+from maskwire_server.errors import Refused, invalid_field, is_shortage
 from maskwire_server.manifest import MANIFEST, Manifest
 from maskwire_server.requests import DownloadRequest
 from maskwire_server.results import WEIGHT_FILES, Chunk, FileInfo
@@ -59,6 +59,8 @@ def _chunks(checkpoints: Checkpoints, manifest: Manifest, file: FileInfo, offset
                 yield Chunk(file, offset, data)
                 offset += len(data)
     except OSError as error:
+        if is_shortage(error):
+            raise
         raise _damaged(checkpoints, manifest, file, str(error.strerror)) from error
     if offset != file.size_bytes or (sha is not None and sha.digest() != file.sha256):
         raise _damaged(checkpoints, manifest, file, "does not match the manifest's size and SHA-256")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
@@ -19,6 +20,7 @@ from maskwire_server.run.jobs import Barrier, Save
 from maskwire_server.run.journal import Journal, is_full
 from maskwire_server.run.line import Line
 from maskwire_server.run.records import Lineage, SessionRecord
+from maskwire_server.run.saving import Saver
 from maskwire_server.run.standing import Head, Standing
 from maskwire_server.run.waiting import answer, refuse
 from maskwire_server.run.writer import Writer
@@ -38,6 +40,8 @@ class Restoring:
         writer: Writer,
         head: Head,
         standing: Standing,
+        saver: Saver,
+        post: Callable[[Callable[[], None]], None],
     ) -> None:
         self._journal = journal
         self._checkpoints = checkpoints
@@ -46,6 +50,8 @@ class Restoring:
         self._writer = writer
         self._head = head
         self._standing = standing
+        self._saver = saver
+        self._post = post
 
     def begin(self, request: RestoreRequest, future: Future[RestoreAnswer]) -> None:
         """Restore once the running step is durable; a known request id gets its answer again."""
@@ -62,34 +68,53 @@ class Restoring:
                     answer(future, RestoreAnswer(lineage.lineage, lineage.step, lineage.digest))
                     return
         self._checkpoints.recognise(self._journal)
-        self._checkpoints.get(request.name)
+        manifest = self._checkpoints.pin(request.name)  # before it is read and found whole
         self._line.interrupt(Refused("RESTORING", "a checkpoint is being restored; ask again"))
-        self._standing.set(RunState.RESTORING, waiting_for="the running step")
-        self._line.put_first(Barrier(partial(self._restore, request, future), partial(refuse, future)))
+        self._standing.set(RunState.RESTORING, waiting_for="the checkpoint's files to be read")
+        examined = self._saver.examine(manifest)
+        examined.add_done_callback(
+            lambda done: self._post(partial(self._examined, request, manifest, done, future))
+        )
 
-    def _restore(self, request: RestoreRequest, future: Future[RestoreAnswer]) -> None:
-        try:
-            with self._checkpoints.pinned(request.name) as manifest:  # before it is read and found whole
-                self._check(request, manifest)
-                restored = self._go_back(request, manifest)
-            answer(future, restored)
-        except Refused as error:
-            refuse(future, error)
-        finally:
-            self._standing.set(RunState.RESTORING, False)
-
-    def _check(self, request: RestoreRequest, manifest: Manifest) -> None:
-        admission.refuse_unexpected(request, self._head.place)
-        problem = self._checkpoints.damage(manifest)
-        if problem is not None:
-            raise Refused(
+    def _examined(
+        self,
+        request: RestoreRequest,
+        manifest: Manifest,
+        done: Future[str | None],
+        future: Future[RestoreAnswer],
+    ) -> None:
+        """Its files were read: go back once the running step is durable, unless they are damaged."""
+        name, error = manifest.info.name, done.exception()
+        if error is not None:
+            self._give_up(name, future, self._standing.failed(f"reading checkpoint {name!r}", error))
+        elif (problem := done.result()) is not None:
+            damaged = Refused(
                 "CHECKPOINT_DAMAGED",
-                f"checkpoint {manifest.info.name!r} cannot be restored: {problem}; restore another",
-                name=manifest.info.name,
+                f"checkpoint {name!r} cannot be restored: {problem}; restore another",
+                name=name,
                 problem=problem,
             )
+            self._give_up(name, future, damaged)
+        elif self._standing.holds(RunState.DRAINING):
+            self._give_up(name, future, Refused("DRAINING", "the server is finishing its work; ask again"))
+        else:
+            self._standing.set(RunState.RESTORING, waiting_for="the running step")
+            act = partial(self._restore, request, manifest, future)
+            self._line.put_first(Barrier(act, partial(self._give_up, name, future)))
 
-    def _go_back(self, request: RestoreRequest, manifest: Manifest) -> RestoreAnswer:
+    def _give_up(self, name: str, future: Future[RestoreAnswer], refusal: Refused) -> None:
+        self._checkpoints.unpin(name)
+        self._standing.set(RunState.RESTORING, False)
+        refuse(future, refusal)
+
+    def _restore(self, request: RestoreRequest, manifest: Manifest, future: Future[RestoreAnswer]) -> None:
+        try:
+            admission.refuse_unexpected(request, self._head.place)
+            self._go_back(request, manifest, future)
+        except Refused as refusal:
+            self._give_up(manifest.info.name, future, refusal)
+
+    def _go_back(self, request: RestoreRequest, manifest: Manifest, future: Future[RestoreAnswer]) -> None:
         head, info = self._head, manifest.info
         number = head.lineage + 1
         lineage = Lineage(
@@ -131,13 +156,23 @@ class Restoring:
         failpoints.passing("restore.recorded")
         # From here on memory must follow the journal: a failure ends the process, and a restart
         # comes back on the new lineage.
-        self._device.call(partial(self._device.load, self._checkpoints.path(info.name), info.step))
-        failpoints.passing("restore.loaded")
         head.move(number, info.step, lineage.digest)
         self._writer.resume(session)
         self._line.begin_at(info.step)
         self._standing.set(RunState.HALTED, False)
+        self._standing.set(RunState.RESTORING, waiting_for="the weights to be loaded")
+        self._device.submit(
+            partial(self._device.load, self._checkpoints.path(info.name), info.step),
+            partial(self._loaded, RestoreAnswer(number, info.step, lineage.digest), info.name, future),
+        )
+
+    def _loaded(
+        self, restored: RestoreAnswer, name: str, future: Future[RestoreAnswer], done: Future[None]
+    ) -> None:
+        done.result()
+        failpoints.passing("restore.loaded")
         # The batches behind it may be gone: a second copy, so that damage to one is not the end of the run.
         self._line.put_first(Save(SaveRequest(), automatic=True))
-        log.info("restored checkpoint %s: lineage %d from step %d", info.name, number, info.step)
-        return RestoreAnswer(number, info.step, lineage.digest)
+        log.info("restored checkpoint %s: lineage %d from step %d", name, restored.lineage, restored.step)
+        self._standing.set(RunState.RESTORING, False)
+        answer(future, restored)

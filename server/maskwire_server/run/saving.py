@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from maskwire_server.config import CheckpointsConfig
-from maskwire_server.errors import Refused
+from maskwire_server.errors import Refused, is_shortage
 from maskwire_server.manifest import Manifest
 from maskwire_server.requests import AUTOMATIC_NAME, SaveRequest
 from maskwire_server.results import CheckpointInfo
@@ -142,7 +142,11 @@ class Saver:
 
     def droppable(self, lineages: dict[int, Lineage], lineage: int) -> list[Stretch]:
         """The steps whose batches are not needed: only the run's own checkpoints, found intact, count."""
-        intact = [manifest for manifest in self._checkpoints.own() if self._checkpoints.intact(manifest)]
+        try:
+            intact = [manifest for manifest in self._checkpoints.own() if self._checkpoints.intact(manifest)]
+        except OSError as error:  # the next save drops them
+            log.warning("the folder of checkpoints could not be read: %s", error)
+            return []
         return retention.droppable(intact, lineages, lineage)
 
     def _write(self, request: SaveRequest, manifest: Manifest, snapshot: Snapshot) -> CheckpointInfo:
@@ -184,7 +188,14 @@ class Saver:
 
     def refresh(self) -> None:
         """See which is the newest now."""
-        self.newest = next((manifest.info for manifest in self._checkpoints.own()), None)
+        try:
+            self.newest = next((manifest.info for manifest in self._checkpoints.own()), None)
+        except OSError as error:  # what was the newest may be so still
+            log.warning("the folder of checkpoints could not be read: %s", error)
+
+    def examine(self, manifest: Manifest) -> Future[str | None]:
+        """Read and hash a checkpoint's files in the background: what is wrong with them, if anything."""
+        return self._thread.submit(self._checkpoints.damage, manifest)
 
     def delete(self, name: str, journal: Journal, lineage: int) -> Future[None]:
         """Delete a checkpoint on request, in the background; Refused when something needs it."""
@@ -198,6 +209,8 @@ class Saver:
         try:
             gone = why is not None or self._checkpoints.delete(name)
         except OSError as error:
+            if is_shortage(error):
+                raise
             raise Refused(
                 "CHECKPOINT_FAILED",
                 f"checkpoint {name!r} could not be deleted ({error.strerror or error}); look at the disk",

@@ -114,6 +114,8 @@ class Sessions:
 
     def _opened(self, nonce: str, epoch: int) -> None:
         failpoints.passing("session.opened")
+        if epoch == self._writer.epoch:
+            self._writer.opened()
         for future in self._opening.pop(nonce):
             answer(future, self._answer(epoch))
 

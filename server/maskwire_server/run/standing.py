@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from maskwire_server.errors import Refused
+from maskwire_server.errors import Refused, shortage
 from maskwire_server.results import RunState
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,11 @@ class Standing:
 
     def failed(self, what: str, error: BaseException) -> Refused:
         """Log an unexpected error, and what is answered for it: an id, and nothing of its text."""
+        short = shortage(error)
+        if short is not None:
+            log.error("%s failed: %s", what, error)
+            self.last_error = f"{what} failed: {short.metadata['error']}"
+            return short
         error_id = uuid.uuid4().hex[:12]
         self.last_error = f"{what} failed, error id {error_id}"
         log.error("%s", self.last_error, exc_info=error)

@@ -17,16 +17,23 @@ class Writer:
         self.epoch = 0
         self.client_name = ""
         self.closed = True
+        self._opening = False
 
     def resume(self, session: SessionRecord | None) -> None:
         """Take the newest recorded epoch over after a restart; its idle time starts now."""
         if session is not None:
             self.epoch, self.client_name, self.closed = session.epoch, session.client_name, session.closed
-        self.touch()
+        self.opened()
 
     def open(self, epoch: int, client_name: str) -> None:
-        """A new epoch begins."""
+        """A new epoch begins; its session counts as open, however long its record takes."""
         self.epoch, self.client_name, self.closed = epoch, client_name, False
+        self._opening = True
+        self.touch()
+
+    def opened(self) -> None:
+        """The epoch is recorded and answered for: its idle time starts now."""
+        self._opening = False
         self.touch()
 
     def touch(self) -> None:
@@ -37,5 +44,5 @@ class Writer:
         """The name of the client whose session is open, empty when none is; `busy`: it has steps here."""
         if self.closed or not self.epoch:
             return ""
-        idle = not busy and self._clock() - self._active >= self._idle_seconds
+        idle = not busy and not self._opening and self._clock() - self._active >= self._idle_seconds
         return "" if idle else self.client_name
