@@ -60,10 +60,10 @@ def _check_work(prompts: Prompts, options: GenerateOptions, info: ModelInfo, lim
     passes = min(options.steps or passes, passes)
     work.check(
         "count",
-        f"{rows} rows of {columns} columns with {passes} unmasking passes",
+        f"{rows} x {columns} tokens with {passes} unmasking passes",
         work.generation_tokens(unknown.tolist(), columns, options, info),
         limits,
-        "ask for fewer rows, shorter ones, or fewer steps",
+        "ask for fewer rows, shorter ones or fewer steps",
     )
 
 

@@ -151,13 +151,13 @@ def _check_work(
         chain_rule=chain_rule,
         only_train_generator=request.only_train_generator,
     )
-    words = f"{batch.rows} rows of {batch.columns} columns with {draws} draws"
+    words = f"{batch.rows} x {batch.columns} tokens with {draws} draws"
     work.check(
         "batch.shape",
         f"{words} by the chain rule" if chain_rule else words,
         tokens,
         limits,
-        "send fewer rows, shorter ones, or fewer draws",
+        "send fewer rows, shorter ones or fewer draws",
     )
 
 

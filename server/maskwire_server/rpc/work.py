@@ -37,7 +37,7 @@ def check(field: str, what: str, tokens: int, limits: Limits, cure: str) -> None
     raise invalid_field(
         field,
         f"{field}: {what} push {tokens} positions through the model, at most {limits.max_read_tokens} "
-        f"(serve.max_read_tokens) in one call: {cure}",
+        f"(serve.max_read_tokens) in one call: {cure}, or raise the setting",
         positions=tokens,
         max_read_tokens=limits.max_read_tokens,
     )
