@@ -279,11 +279,12 @@ def read_ids(
 
 
 def _shape(field: str, shape: Sequence[int], info: ModelInfo, limits: Limits) -> tuple[int, int]:
-    sizes = list(shape)
-    if len(sizes) != 2:
+    # Counted before it is looked at: a message can hold millions where there should be two.
+    if len(shape) != 2:
         raise invalid_field(
-            f"{field}.shape", f"{field}.shape must be [rows, columns], got {len(sizes)} dimensions"
+            f"{field}.shape", f"{field}.shape must be [rows, columns], got {len(shape)} dimensions"
         )
+    sizes = list(shape)
     for name, size in zip(("rows", "columns"), sizes, strict=True):
         if size < 1:
             raise invalid_field(f"{field}.shape", f"{field}.shape: {name} must be at least 1, got {size}")
@@ -309,11 +310,11 @@ def _shape(field: str, shape: Sequence[int], info: ModelInfo, limits: Limits) ->
 def _lengths(field: str, sent: Sequence[int], rows: int, columns: int) -> npt.NDArray[np.int32] | None:
     if not sent:
         return None
-    lengths = np.array(sent, dtype=np.int32)
-    if lengths.size != rows:
+    if len(sent) != rows:
         raise invalid_field(
-            f"{field}.lengths", f"{field}.lengths must be one a row, {rows}, or none, got {lengths.size}"
+            f"{field}.lengths", f"{field}.lengths must be one a row, {rows}, or none, got {len(sent)}"
         )
+    lengths = np.array(sent, dtype=np.int32)
     wrong = (lengths < 1) | (lengths > columns)
     if wrong.any():
         row = int(wrong.argmax())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -168,6 +169,27 @@ def test_the_default_draws_are_as_many_as_the_server_takes() -> None:
     assert wire.read_eval(pb.EvalLossRequest(batch=batch(1, 4)), PLAIN, LIMITS).options.draws == 16
     with pytest.raises(Refused, match=r"draws must be 1 to 4 \(serve.max_draws\), or 0 for 4, got 5"):
         wire.read_eval(pb.EvalLossRequest(batch=batch(1, 4), draws=5), PLAIN, few)
+
+
+class Counted:
+    """A field of very many numbers, of which nobody makes a copy."""
+
+    def __len__(self) -> int:
+        return 10**7
+
+
+LISTS: dict[str, Callable[[], Any]] = {
+    "batch.shape": lambda: wire._shape("batch", Counted(), PLAIN, LIMITS),  # type: ignore[arg-type]
+    "batch.lengths": lambda: wire._lengths("batch", Counted(), 2, 3),  # type: ignore[arg-type]
+    "row_ids": lambda: read(pb.EvalLossRequest(batch=batch(1, 4), row_ids=[1] * 10**7), PLAIN),
+    "row_seeds": lambda: read(pb.GenerateRequest(count=2, length=4, row_seeds=[1] * 10**7), PLAIN),
+}
+
+
+@pytest.mark.parametrize("field", LISTS)
+def test_lists_are_counted_before_they_are_copied(field: str) -> None:
+    with pytest.raises(Refused, match=rf"{field} must be .* got 10000000"):
+        LISTS[field]()
 
 
 def test_what_a_client_sent_comes_back_shortened() -> None:
