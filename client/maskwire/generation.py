@@ -42,8 +42,8 @@ class Plan:
             self._known = [self._given_of(index) for index in range(len(self.rows))]
         else:
             length = request.length or model.max_seq_len
-            self.rows = [np.full(length, model.mask_id, dtype=np.int64) for _ in range(count)]
-            self._known = [np.zeros(length, dtype=bool) for _ in range(count)]
+            self.rows = [np.full(length, model.mask_id, dtype=np.int64)] * count
+            self._known = [np.zeros(length, dtype=bool)] * count
         self._columns = max(request.length, *(len(row) for row in self.rows))
         for row, known in zip(self.rows, self._known, strict=True):
             row[~known] = model.mask_id
@@ -75,7 +75,7 @@ class Plan:
     def fits(self) -> bool:
         """Whether one call samples all rows, or nothing does."""
         everything = list(range(len(self.rows)))
-        if not any(self.unknown):
+        if not any(self.unknown) or self._columns > self._bounds.model.max_seq_len:
             return True  # the server says what is wrong with it
         return self._within(everything) and self._bounds.takes(self._request)
 

@@ -288,10 +288,12 @@ class Asking:
     def _sample(self, request: pb.GenerateRequest) -> Talk[results.GenerateResult]:
         """Sample in as many calls as the server's limits take."""
         give = request.stream_steps
-        if generations.rows_of(request) <= 1:
-            return (yield from self._generate(request, give=give))
-        plan = generations.Plan(request, (yield from self._bounds()))
-        if plan.fits:
+        plan = None
+        if generations.rows_of(request) > 1:
+            bounds = yield from self._bounds()
+            if 0 <= request.length <= bounds.model.max_seq_len:
+                plan = generations.Plan(request, bounds)
+        if plan is None or plan.fits:
             return (yield from self._generate(request, give=give))
         rows = generations.Rows(plan)
         for part in plan.parts():

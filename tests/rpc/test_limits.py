@@ -211,7 +211,10 @@ def test_messages_stay_within_the_servers(serve: Callable[..., ServerProcess], a
      r"push 32768 positions .* at most 24576 \(serve.max_read_tokens\)"),
     ("evaluate", [[0] * 64] * 2, {"draws": 5},
      r"draws must be 1 to 4 \(serve.max_draws\), or 0 for 4, got 5"),
-    ("generate", [[16] * 65] * 2, {}, r"at most 64 tokens \(max_seq_len\), got 65"),
+    ("generate", [[16] * 65, [16] * 3, [16] * 64], {}, r"at most 64 tokens \(max_seq_len\), got 65"),
+    ("generate", None, {"count": 3, "length": 2**30}, r"length must be 1 to 64 \(max_seq_len\)"),
+    ("generate", None, {"count": 3, "length": -1}, r"length must be 1 to 64 .* got -1"),
+    ("generate", [[3], [4]], {}, "every position is given"),
 ], ids=str)  # fmt: skip
 def test_a_row_that_is_too_much_by_itself_is_told_the_limit(
     small: ServerProcess, ask: Any, method: str, arguments: Any, options: dict[str, Any], words: str
