@@ -138,7 +138,8 @@ class Client:
 
         `data` is a `maskwire.data.TokenData`, of which every token is evaluated once, or with `rows` so many
         rows evenly spread over it; or rows as in `eval_loss`. Each call has `batch_size` rows, or as
-        many as make a call short; the result is the same however many they are. `row_ids` are the rows'
+        many as make a call short, and no more than the server's limits allow; the result is the same
+        however many they are. `row_ids` are the rows'
         places in the data unless given. `on_progress(done, rows, nats_per_token)` is told how far it is.
         Raises StepMovedError when the run was trained on meanwhile.
         """
@@ -150,7 +151,9 @@ class Client:
         """Sample rows; changes nothing.
 
         `prompts`: integers [rows, columns] or a list of rows, with the mask id in the gaps that are to be
-        filled, or with a `prompt_mask`; None: `count` rows of `length` of which nothing is given.
+        filled, or with a `prompt_mask`; None: `count` rows of `length` of which nothing is given. More
+        rows than one call may have take several; StepMovedError is raised when the run was trained on
+        between them.
         """
         return self._drive(self._talk.generate(prompts, **options))
 

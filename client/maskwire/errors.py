@@ -192,6 +192,8 @@ _TLS: dict[str, str] = {
     "that it lists, or give that as server_name (--server-name)",
     "WRONG_VERSION_NUMBER": "the server speaks plaintext there: leave TLS out, or reach its TLS port",
 }
+_TOO_LONG = "larger than max"
+_TOO_LONG_HINT = ": send fewer rows in one call, or raise the server's serve.max_message_bytes"
 _CLOSED = "Socket closed"
 _CLOSED_HINT = "; a server that wants TLS (ca) or a client certificate (cert, key) closes connections so too"
 
@@ -222,6 +224,8 @@ def read_failure(error: grpc.RpcError) -> Failure:
     for sign, cure in _TLS.items():
         if unknown and sign in text:
             return Failure(TlsError(f"{cure} ({_last(text)})", reason="TLS"), retryable=False)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LONG in text:
+        text += _TOO_LONG_HINT
     if unknown and _CLOSED in text:
         text = _last(text) + _CLOSED_HINT
     kind = _BY_STATUS.get(code, ServerError)

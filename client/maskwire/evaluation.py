@@ -12,28 +12,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from maskwire import messages
+from maskwire.bounds import Bounds, too_long
 from maskwire.data import TokenData
 from maskwire.errors import StepMovedError
 from maskwire.results import EvalResult, FractionResult, Losses, LossSums, RowResult
+from maskwire.v1 import training_service_pb2 as pb
 
 Progress = Callable[[int, int, float], None]
 
 _POSITIONS = 2**18  # that a call computes: seconds on a CPU, so that progress is seen and Ctrl-C is quick
 _MOST_ROWS = 4096
-_DRAWS = 16  # the server's default
-
-
-@dataclass(frozen=True)
-class Part:
-    """One call."""
-
-    tokens: Any
-    options: dict[str, Any]
 
 
 class Plan:
@@ -68,8 +61,11 @@ class Plan:
                 raise ValueError(f"{name} must be one a row, {self.rows}, got {len(values)}")
         if self._by_row["row_ids"] is None:
             self._by_row["row_ids"] = range(self.rows)
+        messages.eval_request([[0]], **options)  # what cannot be sent is said before anything is asked
         self._options = options
-        self._size = batch_size or _rows_a_call(longest, options)
+        lengths = self._by_row["lengths"]
+        self._batch_size = batch_size
+        self._longest = longest if lengths is None else max(int(length) for length in lengths)
         covered = self._covered()
         self._evaluated = [row for row in range(self.rows) if row not in covered]
         self.passed_over = [RowResult(int(self._by_row["row_ids"][row]), 0.0, 0) for row in sorted(covered)]
@@ -82,23 +78,39 @@ class Plan:
         ends = [len(row) for row in self._rows] if lengths is None else lengths
         return {row for row in range(self.rows) if bool(np.all(_host(prompts[row])[: int(ends[row])]))}
 
-    def calls(self) -> Iterator[Part]:
-        """Each call's rows and what it is told, in order."""
-        for start in range(0, len(self._evaluated), self._size):
-            chosen = self._evaluated[start : start + self._size]
-            options = dict(self._options)
-            for name, values in self._by_row.items():
-                if values is not None:
-                    options[name] = _take(values, chosen)
-            options["row_ids"] = [int(row) for row in options["row_ids"]]
-            yield Part(_take(self._rows, chosen), options)
+    def calls(self, bounds: Bounds) -> Iterator[pb.EvalLossRequest]:
+        """Each call, in order: so many rows as make it short, and as the server takes.
 
+        Raises RequestError for a row that makes too long a message.
+        """
+        size = self._batch_size or self._rows_a_call(bounds)
+        most = bounds.rows(self._longest, bounds.evaluation_work(self._longest, self._options))
+        size = size if most is None else min(size, most)
+        for start in range(0, len(self._evaluated), size):
+            yield from self._sendable(self._evaluated[start : start + size], bounds)
 
-def _rows_a_call(longest: int, options: dict[str, Any]) -> int:
-    draws = int(options.get("draws", 0))
-    chain = options.get("estimator") == "chain_rule"
-    passes = longest * max(1, draws) if chain else draws or _DRAWS
-    return min(_MOST_ROWS, max(1, _POSITIONS // max(1, longest * passes)))
+    def _rows_a_call(self, bounds: Bounds) -> int:
+        passes = bounds.passes(self._longest, self._options)
+        return min(_MOST_ROWS, max(1, _POSITIONS // max(1, self._longest * passes)))
+
+    def _sendable(self, chosen: list[int], bounds: Bounds) -> Iterator[pb.EvalLossRequest]:
+        request = self._request(chosen)
+        if bounds.takes(request):
+            yield request
+        elif len(chosen) > 1:
+            yield from self._sendable(chosen[: len(chosen) // 2], bounds)
+            yield from self._sendable(chosen[len(chosen) // 2 :], bounds)
+        else:
+            limit = bounds.limits.max_message_bytes
+            raise too_long(f"row {chosen[0]}", request.ByteSize(), limit, "evaluate shorter rows")
+
+    def _request(self, chosen: list[int]) -> pb.EvalLossRequest:
+        options = dict(self._options)
+        for name, values in self._by_row.items():
+            if values is not None:
+                options[name] = _take(values, chosen)
+        options["row_ids"] = [int(row) for row in options["row_ids"]]
+        return messages.eval_request(_take(self._rows, chosen), **options)
 
 
 def _take(values: Any, chosen: list[int]) -> Any:

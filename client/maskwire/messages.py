@@ -279,6 +279,7 @@ def read_model(model: pb.ModelInfo) -> results.ModelInfo:
         model.objective,
         model.loss_is_bound,
         model.has_critic,
+        model.self_cond,
     )
 
 
@@ -290,6 +291,7 @@ def read_limits(limits: pb.Limits) -> results.Limits:
         limits.window,
         limits.max_draws,
         limits.max_generation_steps,
+        limits.max_read_tokens,
     )
 
 
@@ -332,4 +334,5 @@ def read_status(status: pb.GetStatusResponse) -> results.Status:
         versions=dict(status.versions),
         uptime_seconds=status.uptime.ToTimedelta().total_seconds(),
         tokenizer=status.tokenizer,
+        limits=read_limits(status.limits),
     )

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack
 
 from maskwire import evaluation as evaluations
+from maskwire import generation as generations
 from maskwire import messages, results
+from maskwire.bounds import Bounds
 from maskwire.download import Progress, Target
 from maskwire.errors import CheckpointError, Failure, MaskwireError, UnavailableError
 from maskwire.v1 import training_service_pb2 as pb
@@ -136,7 +138,7 @@ class EvalOptions(TypedDict, total=False):
     row_ids: Sequence[int]
     """They seed the rows' draws: the same id, seed and draws give the same result in any batch."""
     draws: int
-    """Draws a row, 0 for 16; by the chain rule orders a row, 0 for 1."""
+    """Draws a row, 0 for 16, or fewer where the server takes fewer; by the chain rule orders, 0 for 1."""
     seed: int
     """Of the draws."""
     only_train_generator: bool
@@ -165,7 +167,7 @@ class GenerateOptions(TypedDict, total=False):
     count: int | None
     """Rows to sample, 1 by default; with prompts: the first so many of them, by default all."""
     length: int
-    """Tokens a row, without prompts; 0 for the model's longest."""
+    """Tokens a row, 0 for the model's longest; with prompts the width to compute them at, 0 for their own."""
     steps: int
     """Unmasking passes; 0 for one position a pass."""
     order: str
@@ -208,6 +210,10 @@ class RetryPolicy:
                 raise ValueError(
                     f"{name.removeprefix('attempt_')} must be {least:g} to {_LONGEST:g} s, got {value}"
                 )
+
+
+def _same(request: T) -> T:
+    return request
 
 
 def new_id() -> str:
@@ -263,31 +269,53 @@ class Asking:
         """Evaluate a whole data set, some rows a call."""
         plan = evaluations.Plan(data, rows=rows, batch_size=batch_size, **options)
         total = evaluations.Sum(plan.passed_over)
-        calls = plan.calls()
+        calls = plan.calls((yield from self._bounds()))
         # Reading takes its time, and who is told may call the client.
-        while (part := (yield Work(partial(next, calls, None)))) is not None:
-            total.add((yield from self.eval_loss(part.tokens, **part.options)))
+        while (request := (yield Work(partial(next, calls, None)))) is not None:
+            total.add(messages.read_eval((yield from self._ask("EvalLoss", partial(_same, request)))))
             if on_progress is not None:
                 yield Work(partial(on_progress, total.rows, plan.rows, total.nats_per_token))
         return total.result(plan.text_bytes)
 
     def generate(self, prompts: Any, **options: Unpack[GenerateOptions]) -> Talk[results.GenerateResult]:
         """Sample rows."""
-        return (yield from self._generate(messages.generate_request(prompts, **options)))
+        return (yield from self._sample(messages.generate_request(prompts, **options)))
 
     def generate_steps(self, prompts: Any, **options: Unpack[GenerateOptions]) -> Talk[None]:
         """Sample rows, and give a result for each unmasking pass."""
-        request = messages.generate_request(prompts, stream_steps=True, **options)
-        yield from self._generate(request, give=True)
+        yield from self._sample(messages.generate_request(prompts, stream_steps=True, **options))
 
-    def _generate(self, request: pb.GenerateRequest, *, give: bool = False) -> Talk[results.GenerateResult]:
+    def _sample(self, request: pb.GenerateRequest) -> Talk[results.GenerateResult]:
+        """Sample in as many calls as the server's limits take."""
+        give = request.stream_steps
+        plan = None
+        if generations.rows_of(request) > 1:
+            bounds = yield from self._bounds()
+            if 0 <= request.length <= bounds.model.max_seq_len:
+                plan = generations.Plan(request, bounds)
+        if plan is None or plan.fits:
+            return (yield from self._generate(request, give=give))
+        rows = generations.Rows(plan)
+        for part in plan.parts():
+            found = yield from self._generate(part.request, give=give, among=partial(rows.take, part))
+        return found
+
+    def _generate(
+        self,
+        request: pb.GenerateRequest,
+        *,
+        give: bool,
+        among: Callable[[results.GenerateResult], results.GenerateResult] = lambda found: found,
+    ) -> Talk[results.GenerateResult]:
+        """One call; `among` puts what it found among the rows of other calls."""
         # Asked again only while nothing has come: later the weights may be other ones.
         stream, response = yield from self._ask("Generate", lambda: request, stream=True)
         while response is not None:
-            found = messages.read_generation(response)
+            last = response.done
+            found = among(messages.read_generation(response))
             if give:
                 yield Give(found)
-            if found.done:
+            if last:
                 return found
             response = yield Next(stream)
             if isinstance(response, Failure):
@@ -364,6 +392,19 @@ class Asking:
     def status(self) -> Talk[results.Status]:
         """Is it stuck or working?"""
         return messages.read_status((yield from self._ask("GetStatus", pb.GetStatusRequest)))
+
+    def _bounds(self) -> Talk[Bounds]:
+        """What one call may ask of the server, once it has built its model."""
+        began = self._clock()
+        while True:
+            found = yield from self.status()
+            if found.model is not None:
+                return Bounds(found.limits, found.model)
+            if self._clock() - began >= self._policy.retry_for:
+                raise UnavailableError(
+                    f"{self.target} is building the model; ask again in a moment", reason="RECOVERING"
+                )
+            yield Pause(self._policy.longest_wait)
 
     def _lost(self) -> None:
         """The server could not be reached; it may have been restarted."""

@@ -218,6 +218,8 @@ class ModelInfo:
     objective: str
     loss_is_bound: bool
     has_critic: bool
+    self_cond: bool = False
+    """Each pass of an evaluation or generation takes two."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,8 @@ class Limits:
     window: int
     max_draws: int
     max_generation_steps: int
+    max_read_tokens: int = 0
+    """Positions that one evaluation or generation may push through the model; 0: the server does not say."""
 
 
 @dataclass(frozen=True)
@@ -256,3 +260,5 @@ class Status:
     uptime_seconds: float
     tokenizer: str
     """What the run's ids stand for: "bytes", or the SHA-256 of a tokenizer's file; empty: not said."""
+    limits: Limits
+    """The server's bounds on one request."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from maskwire import messages, results
-from maskwire.errors import ConflictError, DigestMismatchError, FencedError, MaskwireError, RequestError
+from maskwire.bounds import too_long
+from maskwire.errors import ConflictError, DigestMismatchError, FencedError, MaskwireError
 from maskwire.protocol import Asking, Pause, RetryPolicy, Talk, Until, new_id
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import step_digest
@@ -232,11 +233,7 @@ class Writing(Asking):
         request.session.CopyFrom(self.ledger.session)
         size, limit = request.ByteSize() + _NUMBER, self.limits.max_message_bytes
         if limit and size > limit:
-            raise RequestError(
-                f"the batch makes a message of {size:,} bytes, and the server takes {limit:,}: send fewer "
-                "rows, or raise serve.max_message_bytes",
-                reason="RESOURCE_EXHAUSTED",
-            )
+            raise too_long("the batch", size, limit, "send fewer rows")
 
     def number_of(self, pending: Pending) -> int:
         """The number that its place gives a step."""

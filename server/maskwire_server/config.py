@@ -239,7 +239,8 @@ class ServeConfig(_Section):
     tls_client_ca: Path | None = None
     """Authorities (PEM) of client certificates: only clients with one may connect."""
     token_read_file: Path | None = None
-    """Bearer tokens of role read (status, evaluate, list), one a line, and behind it when it expires."""
+    """Bearer tokens of role read (status, evaluate, generate, list), one a line, and behind it when it
+    expires."""
     token_train_file: Path | None = None
     """Bearer tokens of role train (and what read may)."""
     token_admin_file: Path | None = None
@@ -286,6 +287,10 @@ class ServeConfig(_Section):
     """The most evaluation draws a row."""
     max_generation_steps: int = Field(1024, ge=1)
     """The most unmasking passes of a generation."""
+    max_read_tokens: int = Field(2**26, ge=1, le=2**48)
+    """The most positions that one evaluation or generation may push through the model, which trains
+    nothing meanwhile: rows times columns times draws, by the chain rule times columns again, or times
+    unmasking passes; twice with self-conditioning, and once more with a critic's pass."""
     session_idle_seconds: Finite = Field(60.0, gt=0)
     """A session ends when nothing of it was queued or running for so long."""
     gap_seconds: Finite = Field(5.0, gt=0)

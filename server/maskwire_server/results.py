@@ -180,6 +180,7 @@ class ModelInfo:
     objective: str
     loss_is_bound: bool
     has_critic: bool
+    self_cond: bool = False
 
 
 class RunState(enum.IntEnum):
@@ -203,6 +204,8 @@ class Limits:
     window: int
     max_draws: int
     max_generation_steps: int = 1024
+    max_read_tokens: int = 2**26
+    """Positions that one evaluation or generation pushes through the model, as `rpc.work` counts them."""
 
 
 @dataclass(frozen=True)

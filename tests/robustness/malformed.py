@@ -15,11 +15,12 @@ from robustness.processes import Server
 
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.errors import Refused
+from maskwire_server.requests import EvalRequest, GenerateRequest
 from maskwire_server.results import Limits, ModelInfo
 from maskwire_server.rpc import generating, wire
 
 INFO = ModelInfo(257, 256, None, 64, 1, "counting", True, True)
-LIMITS = Limits(1 << 20, 1 << 22, 8, 64)
+LIMITS = Limits(1 << 20, 1 << 22, 8, 64, max_read_tokens=1 << 16)
 READERS: dict[str, tuple[Any, Any]] = {
     "TrainStep": (pb.TrainStepRequest, lambda message: wire.read_step(message, INFO, LIMITS)),
     "EvalLoss": (pb.EvalLossRequest, lambda message: wire.read_eval(message, INFO, LIMITS)),
@@ -122,6 +123,18 @@ def mutated(draw: random.Random, name: str) -> bytes:
     return bytes(data)
 
 
+def _positions(found: Any) -> int:
+    """At least what a request pushes through the model: its passes times its columns."""
+    if isinstance(found, EvalRequest):
+        passes = found.options.draws * (found.batch.columns if found.options.chain_rule else 1)
+        return found.batch.rows * found.batch.columns * passes
+    if isinstance(found, GenerateRequest):
+        unknown = found.prompts.unknown
+        passes = unknown.sum(-1) if not found.options.steps else unknown.sum(-1).clip(max=found.options.steps)
+        return int(passes.sum()) * unknown.shape[1]
+    return 0
+
+
 def in_process(seed: int, count: int) -> dict[str, Any]:
     """Requests through the reading of them alone; anything raised but a refusal is a fault."""
     draw = random.Random(seed)
@@ -139,8 +152,9 @@ def in_process(seed: int, count: int) -> dict[str, Any]:
             tally["no message"] += 1
             continue
         try:
-            read(message)
+            found = read(message)
             tally["accepted"] += 1
+            assert _positions(found) <= LIMITS.max_read_tokens, f"{name} asks for too much: {message}"
         except Refused as refusal:
             assert refusal.message, "a refusal without words"
             tally[refusal.reason] += 1
@@ -153,7 +167,9 @@ def over_the_wire(folder: Path, seed: int, count: int) -> dict[str, Any]:
     """The same, as bytes, at a running server; it must go on as if nothing had been."""
     draw = random.Random(seed)
     tally: Counter[str] = Counter()
-    with Server(folder, serve__gap_seconds="0.05", serve__max_draws="64") as server:
+    with Server(
+        folder, serve__gap_seconds="0.05", serve__max_draws="64", serve__max_read_tokens="65536"
+    ) as server:
         assert server.start(), server.tail()
         assert server.process is not None
         process = psutil.Process(server.process.pid)

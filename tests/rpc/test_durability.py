@@ -216,8 +216,8 @@ NO_MATTER = {
     "checkpoints.keep_every": "4", "checkpoints.keep_best": "2", "serve.keep_payloads": "all",
     "serve.queue_limit": "9", "serve.window": "2",
     "serve.max_batch_tokens": "65536", "serve.max_message_bytes": "1048576", "serve.max_draws": "32",
-    "serve.max_generation_steps": "64", "serve.activation_checkpointing": "true",
-    "serve.deterministic": "true",
+    "serve.max_generation_steps": "64", "serve.max_read_tokens": "4096",
+    "serve.activation_checkpointing": "true", "serve.deterministic": "true",
     "serve.session_idle_seconds": "5", "serve.gap_seconds": "1", "serve.drain_seconds": "9",
     "serve.reserve_bytes": "1000", "serve.poison_after": "3", "serve.reflection": "false",
 }  # fmt: skip

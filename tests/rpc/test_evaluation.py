@@ -183,12 +183,13 @@ def test_what_a_chain_rule_cannot_be_told_is_refused_by_name(
 
 
 def test_a_chain_rule_over_the_limit_is_refused_with_the_limit(serve: Callable[..., ServerProcess]) -> None:
-    server = serve(serve__max_batch_tokens="64", serve__max_draws="8")
+    server = serve(serve__max_read_tokens="2048")
     with maskwire.attach(server.address) as client:
-        # 2 rows of 16 columns: 2 * 16 * 16 = 512 = 64 * 8 positions.
+        # 2 rows of 16 columns take 16 passes each, and a pass counts at least 64 columns: 2 * 16 * 64.
         rows = np.arange(32).reshape(2, 16) % 16
         assert client.eval_loss(rows, estimator="chain_rule").tokens == 32
-        with pytest.raises(InvalidRequestError, match="takes 1024 positions, at most 512") as raised:
+        words = r"push 4096 positions through the model, at most 2048 \(serve.max_read_tokens\)"
+        with pytest.raises(InvalidRequestError, match=words) as raised:
             client.eval_loss(rows, estimator="chain_rule", chain_order="random", draws=2)
         assert raised.value.field == "batch.shape"
 

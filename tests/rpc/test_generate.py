@@ -93,6 +93,18 @@ def test_padding_by_the_pad_id_is_padding(serve: Serve, stub: Stub) -> None:
     assert not np.isin(rows, 16).any()
 
 
+def test_prompts_computed_at_a_width_come_back_at_their_own(shared: ServerProcess, stub: Stub) -> None:
+    service = stub(shared)
+    wide = prompts([[1, 16, 16, 16, 16], [16, 16, 3, 16, 16]])
+    (whole,) = service.Generate(pb.GenerateRequest(prompts=prompts([[1, 16, 2], [16, 16, 3]]), length=32))
+    assert list(whole.tokens.shape) == [2, 3]
+    (one,) = service.Generate(pb.GenerateRequest(prompts=prompts([[16, 16, 3]]), length=32, seed=1))
+    assert (rows_of(one) == rows_of(whole)[1:]).all(), "the same seed, prompt and width"
+    (own,) = service.Generate(pb.GenerateRequest(prompts=wide, length=5))
+    (given,) = service.Generate(pb.GenerateRequest(prompts=wide))
+    assert (rows_of(own) == rows_of(given)).all()
+
+
 R = pb.GenerateRequest
 GOOD = [[1, 16, 2], [16, 16, 3]]
 CASES: dict[str, tuple[pb.GenerateRequest, str, list[str]]] = {
@@ -120,7 +132,9 @@ CASES: dict[str, tuple[pb.GenerateRequest, str, list[str]]] = {
     "an unknown mode": (R(count=1, self_cond_mode=3), "self_cond_mode", ["SelfCondMode", "3"]),
     "seeds for other rows": (R(count=2, row_seeds=[1]), "row_seeds", ["one a row, 2", "got 1"]),
     "a seed without room": (R(count=2, seed=2**63 - 1), "seed", ["room for 2 rows"]),
-    "prompts and a length": (R(prompts=prompts(GOOD), length=3), "length", ["left out with prompts"]),
+    "prompts at less than their width": (R(prompts=prompts(GOOD), length=2), "length",
+                                         ["3, the prompts' columns", "got 2"]),
+    "prompts at more than the model's": (R(prompts=prompts(GOOD), length=33), "length", ["to 32", "got 33"]),
     "more rows than prompts": (R(prompts=prompts(GOOD), count=3), "count", ["1 to 2", "got 3"]),
     "prompts without a gap": (R(prompts=prompts([[1, 2]])), "prompts", ["leave at least one"]),
     "an id of no datum": (R(prompts=prompts([[1, 16], [99, 16]])), "prompts.data",

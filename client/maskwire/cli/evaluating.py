@@ -22,7 +22,12 @@ def evaluate(
     rows: Annotated[
         int | None, typer.Option(help="Only so many rows, evenly spread; all of the data by default.")
     ] = None,
-    draws: Annotated[int, typer.Option(help="Draws a row; 0: 16, or by the chain rule one order.")] = 0,
+    draws: Annotated[
+        int,
+        typer.Option(
+            help="Draws a row; 0: 16, or the most that the server takes; by the chain rule one order."
+        ),
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     chain_rule: Annotated[
         bool,

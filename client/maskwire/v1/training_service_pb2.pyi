@@ -121,7 +121,7 @@ class History(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("num_tokens", "mask_id", "pad_id", "max_seq_len", "parameters", "objective", "loss_is_bound", "has_critic")
+    __slots__ = ("num_tokens", "mask_id", "pad_id", "max_seq_len", "parameters", "objective", "loss_is_bound", "has_critic", "self_cond")
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MASK_ID_FIELD_NUMBER: _ClassVar[int]
     PAD_ID_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +130,7 @@ class ModelInfo(_message.Message):
     OBJECTIVE_FIELD_NUMBER: _ClassVar[int]
     LOSS_IS_BOUND_FIELD_NUMBER: _ClassVar[int]
     HAS_CRITIC_FIELD_NUMBER: _ClassVar[int]
+    SELF_COND_FIELD_NUMBER: _ClassVar[int]
     num_tokens: int
     mask_id: int
     pad_id: int
@@ -138,21 +139,24 @@ class ModelInfo(_message.Message):
     objective: str
     loss_is_bound: bool
     has_critic: bool
-    def __init__(self, num_tokens: _Optional[int] = ..., mask_id: _Optional[int] = ..., pad_id: _Optional[int] = ..., max_seq_len: _Optional[int] = ..., parameters: _Optional[int] = ..., objective: _Optional[str] = ..., loss_is_bound: _Optional[bool] = ..., has_critic: _Optional[bool] = ...) -> None: ...
+    self_cond: bool
+    def __init__(self, num_tokens: _Optional[int] = ..., mask_id: _Optional[int] = ..., pad_id: _Optional[int] = ..., max_seq_len: _Optional[int] = ..., parameters: _Optional[int] = ..., objective: _Optional[str] = ..., loss_is_bound: _Optional[bool] = ..., has_critic: _Optional[bool] = ..., self_cond: _Optional[bool] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_batch_tokens", "max_message_bytes", "window", "max_draws", "max_generation_steps")
+    __slots__ = ("max_batch_tokens", "max_message_bytes", "window", "max_draws", "max_generation_steps", "max_read_tokens")
     MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     MAX_DRAWS_FIELD_NUMBER: _ClassVar[int]
     MAX_GENERATION_STEPS_FIELD_NUMBER: _ClassVar[int]
+    MAX_READ_TOKENS_FIELD_NUMBER: _ClassVar[int]
     max_batch_tokens: int
     max_message_bytes: int
     window: int
     max_draws: int
     max_generation_steps: int
-    def __init__(self, max_batch_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., window: _Optional[int] = ..., max_draws: _Optional[int] = ..., max_generation_steps: _Optional[int] = ...) -> None: ...
+    max_read_tokens: int
+    def __init__(self, max_batch_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., window: _Optional[int] = ..., max_draws: _Optional[int] = ..., max_generation_steps: _Optional[int] = ..., max_read_tokens: _Optional[int] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
     __slots__ = ("client_name", "nonce", "takeover", "held_epoch", "history", "tokenizer")

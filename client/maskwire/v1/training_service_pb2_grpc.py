@@ -159,8 +159,8 @@ class TrainingServiceServicer:
         at the same step has the same answer.
 
         OK: the evaluation, with the step and digest it saw.
-        INVALID_ARGUMENT (INVALID_FIELD): as TrainStep; and a chain rule that takes more passes than the
-        limits allow: send fewer rows, shorter ones, or fewer draws.
+        INVALID_ARGUMENT (INVALID_FIELD): as TrainStep; and an evaluation that pushes more positions through
+        the model than Limits.max_read_tokens: send fewer rows, shorter ones, or fewer draws.
         RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again
         after RetryInfo.
         INTERNAL (INTERNAL): the server's log explains the error id.
@@ -176,7 +176,8 @@ class TrainingServiceServicer:
 
         OK: the last message has done set, for all rows.
         INVALID_ARGUMENT (INVALID_FIELD): names the field and what would be right; also for an order that
-        needs a critic which the model lacks.
+        needs a critic which the model lacks, and for more work than Limits.max_read_tokens: ask for fewer
+        rows, shorter ones, or fewer steps.
         RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again
         after RetryInfo; DRAINING can also end a stream that has begun.
         INTERNAL (INTERNAL): the server's log explains the error id.

@@ -15,7 +15,7 @@ from maskwire_server.batch import Prompts
 from maskwire_server.errors import invalid_field
 from maskwire_server.requests import GenerateRequest
 from maskwire_server.results import GenerateAnswer, GenerateOptions, Limits, ModelInfo, Order, SelfCondMode
-from maskwire_server.rpc import wire
+from maskwire_server.rpc import wire, work
 
 _DTYPES = {1: pb.DATA_TYPE_UINT8, 2: pb.DATA_TYPE_UINT16, 4: pb.DATA_TYPE_INT32}
 
@@ -49,7 +49,22 @@ def read_generate(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) 
         self_cond_mode=_self_cond_mode(request.self_cond_mode),
         raw_weights=request.raw_weights,
     )
+    _check_work(prompts, options, info, limits)
     return GenerateRequest(prompts, options, every_step=request.stream_steps)
+
+
+def _check_work(prompts: Prompts, options: GenerateOptions, info: ModelInfo, limits: Limits) -> None:
+    unknown = prompts.unknown.sum(-1)
+    rows, columns = prompts.ids.shape
+    passes = int(unknown.max())
+    passes = min(options.steps or passes, passes)
+    work.check(
+        "count",
+        f"{rows} x {columns} tokens with {passes} unmasking passes",
+        work.generation_tokens(unknown.tolist(), columns, options, info),
+        limits,
+        "ask for fewer rows, shorter ones or fewer steps",
+    )
 
 
 def _order(request: pb.GenerateRequest, info: ModelInfo) -> Order:
@@ -103,8 +118,6 @@ def _rows(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) -> Promp
 
 def _prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) -> Prompts:
     """Rows with gaps."""
-    if request.length:
-        raise invalid_field("length", f"length must be left out with prompts, got {request.length}")
     batch = request.prompts
     flat, rows, columns, lengths = wire.read_ids("prompts", batch, info, limits)
     if not 0 <= request.count <= rows:
@@ -135,6 +148,8 @@ def _prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) -> Pr
     ids[inside] = np.where(given & ~padding, flat, 0)
     count = request.count or rows
     prompts = _first(Prompts(ids, valid, known, lengths), count)
+    if request.length:
+        prompts = _widened(prompts, request.length, info, limits)
     if not prompts.unknown.any():
         raise invalid_field(
             "prompts", "prompts: every position is given or padding; leave at least one to sample"
@@ -150,6 +165,32 @@ def _first(prompts: Prompts, count: int) -> Prompts:
     return Prompts(prompts.ids[part], prompts.valid[part], prompts.known[part], lengths)
 
 
+def _widened(prompts: Prompts, width: int, info: ModelInfo, limits: Limits) -> Prompts:
+    """The same rows, padded to a width."""
+    rows, columns = prompts.ids.shape
+    if not columns <= width <= info.max_seq_len:
+        raise invalid_field(
+            "length",
+            f"length must be {columns}, the prompts' columns, to {info.max_seq_len} (max_seq_len), or 0 for "
+            f"the columns, got {width}",
+        )
+    if rows * width > limits.max_batch_tokens:
+        raise invalid_field(
+            "length",
+            f"length times the prompts' rows must be at most {limits.max_batch_tokens} "
+            f"(serve.max_batch_tokens), got {width} x {rows}",
+            tokens=rows * width,
+            max_batch_tokens=limits.max_batch_tokens,
+        )
+    wider = ((0, 0), (0, width - columns))
+    return Prompts(
+        np.pad(prompts.ids, wider),
+        np.pad(prompts.valid, wider),
+        np.pad(prompts.known, wider),
+        np.full(rows, columns, dtype=np.int32) if prompts.lengths is None else prompts.lengths,
+    )
+
+
 def _steps(sent: int, prompts: Prompts, limits: Limits) -> int:
     most = limits.max_generation_steps
     if not 0 <= sent <= most:
@@ -163,8 +204,9 @@ def _steps(sent: int, prompts: Prompts, limits: Limits) -> int:
         raise invalid_field(
             "steps",
             f"steps must be 1 to {most} (serve.max_generation_steps): one position a step would take "
-            f"{longest}",
+            f"{longest}; give steps, which samples several positions at once, or ask for shorter rows",
             unknown=longest,
+            max_generation_steps=most,
         )
     return sent
 
@@ -190,13 +232,13 @@ def _top_p(value: float) -> float:
 def answer(value: GenerateAnswer, lengths: npt.NDArray[np.int32] | None) -> pb.GenerateResponse:
     """Rows after a pass; `lengths` as in the request."""
     state = value.state
-    ids = state.ids
+    ids, columns = state.ids, state.ids.shape[1]
     if lengths is not None:
-        ids = ids[np.arange(ids.shape[1]) < lengths[:, None]]
+        ids, columns = ids[np.arange(columns) < lengths[:, None]], int(lengths.max())
     return pb.GenerateResponse(
         tokens=pb.TokenBatch(
             data=ids.astype(ids.dtype.newbyteorder("<"), copy=False).tobytes(),
-            shape=state.ids.shape,
+            shape=(state.ids.shape[0], columns),
             dtype=_DTYPES[state.ids.itemsize],
             lengths=() if lengths is None else lengths.tolist(),
         ),

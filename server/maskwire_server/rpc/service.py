@@ -218,7 +218,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
                 start = [info.name for info in found].index(last) + 1
             except ValueError:
                 raise invalid_field(
-                    "page_token", f"page_token {request.page_token!r} is unknown or too old; begin again"
+                    "page_token", f"page_token {request.page_token[:80]!r} is unknown or too old; begin again"
                 ) from None
         page = found[start : start + size]
         more = start + size < len(found)

@@ -28,6 +28,7 @@ from maskwire_server.requests import (
     StepRequest,
 )
 from maskwire_server.results import EvalOptions, Limits, ModelInfo
+from maskwire_server.rpc import work
 
 DEFAULT_DRAWS = 16
 MAX_NAME = 128
@@ -72,9 +73,14 @@ def read_eval(request: pb.EvalLossRequest, info: ModelInfo, limits: Limits) -> E
     _check_modes(request, info)
     if request.estimator not in pb.Estimator.values():
         raise invalid_field("estimator", f"estimator must be one of Estimator, got {request.estimator}")
+    default_draws = min(DEFAULT_DRAWS, limits.max_draws)
     if not 0 <= request.draws <= limits.max_draws:
         raise invalid_field(
-            "draws", f"draws must be 1 to {limits.max_draws}, or 0 for {DEFAULT_DRAWS}, got {request.draws}"
+            "draws",
+            f"draws must be 1 to {limits.max_draws} (serve.max_draws), or 0 for {default_draws}, "
+            f"got {request.draws}",
+            draws=request.draws,
+            max_draws=limits.max_draws,
         )
     if not request.HasField("batch"):
         raise invalid_field("batch", "batch is missing: send a TokenBatch")
@@ -87,10 +93,12 @@ def read_eval(request: pb.EvalLossRequest, info: ModelInfo, limits: Limits) -> E
     if text_bytes is not None and text_bytes < 1:
         raise invalid_field("text_bytes", f"text_bytes must be at least 1 where given, got {text_bytes}")
     chain_rule = request.estimator == pb.ESTIMATOR_CHAIN_RULE
-    _check_chain(request, batch, limits, chain_rule=chain_rule)
+    _check_chain(request, chain_rule=chain_rule)
+    draws = request.draws or (1 if chain_rule else default_draws)
+    _check_work(request, batch, draws, info, limits, chain_rule=chain_rule)
     options = EvalOptions(
         row_ids=tuple(request.row_ids) or tuple(range(batch.rows)),
-        draws=request.draws or (1 if chain_rule else DEFAULT_DRAWS),
+        draws=draws,
         seed=request.seed,
         only_train_generator=request.only_train_generator,
         only_train_critic=request.only_train_critic,
@@ -103,7 +111,7 @@ def read_eval(request: pb.EvalLossRequest, info: ModelInfo, limits: Limits) -> E
     return EvalRequest(batch, options)
 
 
-def _check_chain(request: pb.EvalLossRequest, batch: Batch, limits: Limits, *, chain_rule: bool) -> None:
+def _check_chain(request: pb.EvalLossRequest, *, chain_rule: bool) -> None:
     order = request.chain_order
     if order not in pb.ChainOrder.values():
         raise invalid_field("chain_order", f"chain_order must be one of ChainOrder, got {order}")
@@ -124,18 +132,33 @@ def _check_chain(request: pb.EvalLossRequest, batch: Batch, limits: Limits, *, c
             f"draws must be 0 or 1 from left to right, there is one such order, got {request.draws}; several "
             "draws need CHAIN_ORDER_RANDOM",
         )
-    # A pass a position: as much work as the largest evaluation by draws, and no more.
-    draws = max(1, request.draws)
-    positions, most = batch.rows * batch.columns**2 * draws, limits.max_batch_tokens * limits.max_draws
-    if positions > most:
-        raise invalid_field(
-            "batch.shape",
-            f"batch.shape: a chain rule over {batch.rows} rows of {batch.columns} columns with {draws} draws "
-            f"takes {positions} positions, at most {most} (serve.max_batch_tokens times serve.max_draws): "
-            "send fewer rows, shorter ones, or fewer draws",
-            positions=positions,
-            max_positions=most,
-        )
+
+
+def _check_work(
+    request: pb.EvalLossRequest,
+    batch: Batch,
+    draws: int,
+    info: ModelInfo,
+    limits: Limits,
+    *,
+    chain_rule: bool,
+) -> None:
+    tokens = work.evaluation_tokens(
+        batch.rows,
+        batch.columns,
+        draws,
+        info,
+        chain_rule=chain_rule,
+        only_train_generator=request.only_train_generator,
+    )
+    words = f"{batch.rows} x {batch.columns} tokens with {draws} draws"
+    work.check(
+        "batch.shape",
+        f"{words} by the chain rule" if chain_rule else words,
+        tokens,
+        limits,
+        "send fewer rows, shorter ones or fewer draws",
+    )
 
 
 def read_session(session: pb.SessionRef) -> SessionRef:
@@ -172,16 +195,17 @@ def read_save(request: pb.CheckpointRequest) -> SaveRequest:
             raise invalid_field(
                 "labels", f"labels must have at most {MAX_LABEL} characters, {key[:32]!r} has more"
             )
-    if AUTOMATIC_NAME.fullmatch(request.name):
+    name = read_checkpoint_name(request.name) if request.name else None
+    if name is not None and AUTOMATIC_NAME.fullmatch(name):
         raise invalid_field(
             "name",
             "name: step-NUMBER and best-NUMBER are what the server calls its own, choose another than "
-            f"{request.name!r}",
+            f"{name!r}",
         )
     if request.HasField("score") and not math.isfinite(request.score):
         raise invalid_field("score", f"score must be finite, got {request.score}")
     return SaveRequest(
-        name=read_checkpoint_name(request.name) if request.name else None,
+        name=name,
         request_id=_name("request_id", request.request_id),
         labels=dict(request.labels),
         score=request.score if request.HasField("score") else None,
@@ -255,11 +279,12 @@ def read_ids(
 
 
 def _shape(field: str, shape: Sequence[int], info: ModelInfo, limits: Limits) -> tuple[int, int]:
-    sizes = list(shape)
-    if len(sizes) != 2:
+    # Counted before it is looked at: a message can hold millions where there should be two.
+    if len(shape) != 2:
         raise invalid_field(
-            f"{field}.shape", f"{field}.shape must be [rows, columns], got {len(sizes)} dimensions"
+            f"{field}.shape", f"{field}.shape must be [rows, columns], got {len(shape)} dimensions"
         )
+    sizes = list(shape)
     for name, size in zip(("rows", "columns"), sizes, strict=True):
         if size < 1:
             raise invalid_field(f"{field}.shape", f"{field}.shape: {name} must be at least 1, got {size}")
@@ -285,11 +310,11 @@ def _shape(field: str, shape: Sequence[int], info: ModelInfo, limits: Limits) ->
 def _lengths(field: str, sent: Sequence[int], rows: int, columns: int) -> npt.NDArray[np.int32] | None:
     if not sent:
         return None
-    lengths = np.array(sent, dtype=np.int32)
-    if lengths.size != rows:
+    if len(sent) != rows:
         raise invalid_field(
-            f"{field}.lengths", f"{field}.lengths must be one a row, {rows}, or none, got {lengths.size}"
+            f"{field}.lengths", f"{field}.lengths must be one a row, {rows}, or none, got {len(sent)}"
         )
+    lengths = np.array(sent, dtype=np.int32)
     wrong = (lengths < 1) | (lengths > columns)
     if wrong.any():
         row = int(wrong.argmax())

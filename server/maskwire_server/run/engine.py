@@ -153,6 +153,7 @@ class Engine:
             serve.window,
             serve.max_draws,
             serve.max_generation_steps,
+            serve.max_read_tokens,
         )
 
     def train_step(self, request: StepRequest) -> Future[StepAnswer]:

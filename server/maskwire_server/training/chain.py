@@ -92,7 +92,10 @@ def ranks(batch: Batch, options: EvalOptions, row_b: Tensor, draw_b: Tensor) -> 
     A random order depends on the seed, the row's id and the draw, and goes over the maskable positions,
     so that padding, prompts and other rows do not change it.
     """
-    maskable_bn = batch.maskable_rn[row_b]
+    return _ranks(batch.maskable_rn[row_b], options, row_b, draw_b)
+
+
+def _ranks(maskable_bn: Tensor, options: EvalOptions, row_b: Tensor, draw_b: Tensor) -> Tensor:
     if not options.random_order:
         rank_bn = maskable_bn.cumsum(-1) - 1
     else:
@@ -112,26 +115,32 @@ def passes(batch: Batch, options: EvalOptions, vocabulary: Vocabulary, budget: i
         for d in range(options.draws):
             for i in range(n):
                 if waiting and max(longest, length_r[r]) * (len(waiting) + 1) > budget:
-                    yield _together(batch, options, vocabulary, waiting)
+                    yield _together(batch, options, vocabulary, waiting, longest)
                     waiting, longest = [], 0
                 waiting.append((r, d, i))
                 longest = max(longest, length_r[r])
     if waiting:
-        yield _together(batch, options, vocabulary, waiting)
+        yield _together(batch, options, vocabulary, waiting, longest)
 
 
 def _together(
-    batch: Batch, options: EvalOptions, vocabulary: Vocabulary, waiting: list[tuple[int, int, int]]
+    batch: Batch,
+    options: EvalOptions,
+    vocabulary: Vocabulary,
+    waiting: list[tuple[int, int, int]],
+    longest: int,
 ) -> Pass:
     row_b, draw_b, pass_b = torch.tensor(waiting).unbind(1)
     orders, of_b = torch.unique(torch.stack((row_b, draw_b)), dim=1, return_inverse=True)
-    rank_bn = ranks(batch, options, *orders)[of_b]
-    maskable_bn = batch.maskable_rn[row_b]
+    # Cut first: as wide as the batch's longest row, many short ones would be far above the budget.
+    ids_rn, valid_rn, maskable_rn = batch.columns(longest)
+    rank_bn = _ranks(maskable_rn[orders[0]], options, *orders)[of_b]
+    maskable_bn = maskable_rn[row_b]
     mask_bn = maskable_bn & (rank_bn >= pass_b[:, None])
-    ids_bn = batch.ids_rn[row_b]
+    ids_bn = ids_rn[row_b]
     part = Corruption(
         ids_bn,
-        batch.valid_rn[row_b],
+        valid_rn[row_b],
         maskable_bn,
         mask_bn,
         torch.where(mask_bn, vocabulary.mask_id, ids_bn),

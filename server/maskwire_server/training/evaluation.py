@@ -43,6 +43,11 @@ class Batch:
         """Positions that can be masked."""
         return self.valid_rn & ~self.prompt_rn
 
+    def columns(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first columns of ids, valid and maskable positions."""
+        valid_rn = self.valid_rn[:, :count]
+        return self.ids_rn[:, :count], valid_rn, valid_rn & ~self.prompt_rn[:, :count]
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -117,10 +122,10 @@ def _parts(
     while start < r * d:
         stop, longest = start, 0
         while stop < r * d:
-            longest = max(longest, length_r[stop // d])
-            if stop > start and longest * (stop + 1 - start) > budget:
+            wider = max(longest, length_r[stop // d])
+            if stop > start and wider * (stop + 1 - start) > budget:
                 break
-            stop += 1
+            stop, longest = stop + 1, wider
         where = slice(start, stop)
         row_b = torch.arange(start, stop) // d
         who = [(options.row_ids[b // d], b % d) for b in range(start, stop)]
@@ -129,13 +134,15 @@ def _parts(
         def keys(purpose: Purpose, who: list[tuple[int, int]] = who) -> Tensor:
             return torch.tensor([draws.key(purpose, options.seed, row, draw) for row, draw in who])
 
-        maskable_bn = batch.maskable_rn[row_b]
+        # Cut first: as wide as the batch's longest row, many short ones would be far above the budget.
+        ids_rn, valid_rn, maskable_rn = batch.columns(longest)
+        maskable_bn = maskable_rn[row_b]
         k_b = k_rd.flatten()[where]
         mask_bn = mask_exactly(keys(Purpose.MASK), maskable_bn, k_b)
-        ids_bn = batch.ids_rn[row_b]
+        ids_bn = ids_rn[row_b]
         part = Corruption(
             ids_bn,
-            batch.valid_rn[row_b],
+            valid_rn[row_b],
             maskable_bn,
             mask_bn,
             torch.where(mask_bn, vocabulary.mask_id, ids_bn),

@@ -115,23 +115,35 @@ def generate(
 
     Rows that are finished take no part in further passes, and at most `budget` positions are computed at
     once. Every pass has the batch's width, so that a row's arithmetic does not depend on its neighbours'
-    lengths. Raises FloatingPointError if the model's output is not finite.
+    lengths. What a pass carries to the next is kept for at most `budget` positions too: with
+    SelfCondMode.CARRY the rows that fit are finished before the next ones begin, and count their passes
+    from 1. Raises FloatingPointError if the model's output is not finite.
     """
-    rows = begin(prompts, vocabulary, options.row_seeds, device)
+    whole = begin(prompts, vocabulary, options.row_seeds, device)
     unknown_b = torch.from_numpy(prompts.unknown.sum(-1))
-    left_b, step = unknown_b, 0
+    left_b, most = unknown_b.clone(), 0
     part_rows = max(1, budget // prompts.ids.shape[1])
-    while bool((left_b > 0).any()):
-        step += 1
-        whole = plan(config, options, unknown_b, left_b, step)
-        for which_b in torch.split((left_b > 0).nonzero()[:, 0], part_rows):
-            where_b = which_b.to(device)
-            told = whole.rows(which_b, device)
-            rows = rows.put(where_b, advance(networks, config, vocabulary, rows.take(where_b), told, options))
-        left_b = whole.stay_b
-        ids_bn = rows.ids_bn.masked_fill(~rows.valid_bn, vocabulary.pad_id or 0)
-        ids = ids_bn.cpu().numpy().astype(narrowest(vocabulary))
-        yield GenerationState(ids, tuple(left_b.tolist()), step, ema_weights)
+    carries = config.self_cond and options.self_cond_mode is SelfCondMode.CARRY
+    together = part_rows if carries else len(left_b)
+    for group_b in torch.split((unknown_b > 0).nonzero()[:, 0], together):
+        at_b = group_b.to(device)
+        rows, step = whole.take(at_b), 0
+        while bool((left_b[group_b] > 0).any()):
+            step += 1
+            told = plan(config, options, unknown_b[group_b], left_b[group_b], step)
+            for which_b in torch.split((left_b[group_b] > 0).nonzero()[:, 0], part_rows):
+                where_b = which_b.to(device)
+                part = advance(
+                    networks, config, vocabulary, rows.take(where_b), told.rows(which_b, device), options
+                )
+                rows = rows.put(where_b, part)
+            whole.ids_bn[at_b] = rows.ids_bn
+            left_b[group_b] = told.stay_b
+            most = max(most, step)
+            done = not bool((left_b > 0).any())
+            ids_bn = whole.ids_bn.masked_fill(~whole.valid_bn, vocabulary.pad_id or 0)
+            ids = ids_bn.cpu().numpy().astype(narrowest(vocabulary))
+            yield GenerationState(ids, tuple(left_b.tolist()), most if done else step, ema_weights)
 
 
 def begin(prompts: Prompts, vocabulary: Vocabulary, row_seeds: Sequence[int], device: torch.device) -> Rows:

@@ -119,6 +119,7 @@ class Trainer:
             objective=words,
             loss_is_bound=config.loss_is_bound,
             has_critic=self.critic is not None,
+            self_cond=config.self_cond,
         )
 
     @property

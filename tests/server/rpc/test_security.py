@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError, Refused
 from maskwire_server.rpc import security
@@ -88,6 +90,20 @@ def test_downloads_have_a_role_of_their_own(tmp_path: Path) -> None:
     gate._check("/maskwire.v1.TrainingService/DownloadCheckpoint", sent)
     with pytest.raises(Refused, match="takes a token of role admin"):
         gate._check("/maskwire.v1.TrainingService/RestoreCheckpoint", sent)
+
+
+def test_the_page_gives_every_rpc_the_role_that_it_takes() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "deployment.md").read_text()
+    table = re.findall(r"^\| (read|train|admin) \| [^|]+ \| ([^|]+) \|$", page, re.MULTILINE)
+    documented = [(rpc, role) for role, rpcs in table for rpc in rpcs.strip().split(", ")]
+    rpcs = [method.name for method in pb.DESCRIPTOR.services_by_name["TrainingService"].methods]
+    assert sorted(rpc for rpc, _ in documented) == sorted(rpcs), "each in one place"
+    assert set(security.NEEDS) == set(rpcs), "an RPC without a role takes admin"
+    assert {rpc: security.NEEDS[rpc].name.lower() for rpc in rpcs} == dict(documented)
+    assert (
+        "`serve.download_role`" in dict(re.findall(r"^\| (\w+) \| ([^|]+) \|", page, re.MULTILINE))["admin"]
+    )
+    assert ServeConfig().download_role == dict(documented)["DownloadCheckpoint"]
 
 
 def test_certificates_that_do_not_do_are_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from bench.sources import pairs
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.results import EvalOptions
-from maskwire_server.training import evaluation, objective
+from maskwire_server.training import chain, corruption, evaluation, objective
 
 
 def exact_nelbo(n: int, cost: dict[tuple[int, ...], float]) -> float:
@@ -149,3 +149,29 @@ def test_samples_have_the_probabilities_asked_for(temperature: float) -> None:
     edge = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
     assert objective.sample(logits[:2], edge, 1.0).tolist() == [0, 3]
     assert objective.sample(logits[:2] * 1e6, edge, 1e-9).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("chain_rule", [False, True])
+@pytest.mark.parametrize("longest", [0, 11])
+def test_short_rows_beside_a_long_one_take_no_more_memory_than_the_budget(
+    monkeypatch: pytest.MonkeyPatch, chain_rule: bool, longest: int
+) -> None:
+    columns, budget = 12, 24
+    trainer = make({"critic": "none"})
+    monkeypatch.setattr(trainer, "_budget", budget)
+    taken = []
+    random_ranks = corruption.random_ranks
+
+    def noting(keys_b: torch.Tensor, maskable_bn: torch.Tensor) -> torch.Tensor:
+        taken.append(maskable_bn.numel())
+        return random_ranks(keys_b, maskable_bn)
+
+    monkeypatch.setattr(corruption, "random_ranks", noting)
+    monkeypatch.setattr(chain, "random_ranks", noting)
+    lengths = np.ones(12, dtype=np.int32)
+    lengths[longest] = columns
+    ids = np.arange(int(lengths.sum())) % 9
+    options = EvalOptions(tuple(range(12)), 8, chain_rule=chain_rule, random_order=chain_rule)
+    found = trainer.eval_loss(Batch(ids, 12, columns, lengths), options)
+    assert [row.tokens for row in found.rows] == lengths.tolist()
+    assert max(taken) <= budget, "rows are as wide as the longest one among them"

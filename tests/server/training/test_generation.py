@@ -15,6 +15,7 @@ from bench.sources import pairs
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes, Prompts
 from maskwire_server.results import GenerateOptions, Order, SelfCondMode
+from maskwire_server.training import sampling
 from maskwire_server.training.trainer import Trainer
 
 
@@ -74,6 +75,31 @@ def test_a_row_is_the_same_alone_among_others_in_parts_and_again(whole: Trainer)
         *_, last = whole.generate(prompts, options)
         whole._budget = budget
         assert (last.ids == together[-1]).all(), options
+
+
+def test_what_passes_carry_on_is_kept_within_the_budget(
+    whole: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = GenerateOptions(tuple(range(10)), self_cond_mode=SelfCondMode.CARRY, steps=5)
+    *_, expected = whole.generate(Prompts.nothing(10, 12), options)
+    kept = []
+    put = sampling.Rows.put
+
+    def noting(rows: sampling.Rows, which_b: torch.Tensor, part: sampling.Rows) -> sampling.Rows:
+        found = put(rows, which_b, part)
+        assert found.carried_bnd is not None
+        kept.append(found.carried_bnd.shape[0] * found.carried_bnd.shape[1])
+        return found
+
+    monkeypatch.setattr(sampling.Rows, "put", noting)
+    monkeypatch.setattr(whole, "_budget", 36)
+    states = list(whole.generate(Prompts.nothing(10, 12), options))
+    assert max(kept) == 36
+    assert (states[-1].ids == expected.ids).all()
+    assert [state.done for state in states] == [False] * 19 + [True]
+    assert [state.unmasking_step for state in states] == [1, 2, 3, 4, 5] * 4
+    for state in states:
+        assert (state.ids == 4).sum(1).tolist() == list(state.still_masked)
 
 
 def test_seeds_are_of_rows(whole: Trainer) -> None:
