@@ -19,6 +19,8 @@
     │   ├── UnauthenticatedError     no token, or one that it does not know
     │   ├── PermissionDeniedError    the token's role may not do this
     │   └── TlsError                 the certificates do not fit
+    ├── ForkError                the client was made before this process was forked
+    ├── EventLoopError           the asyncio client belongs to another event loop
     ├── StepMovedError           the run was trained on while it was evaluated over several calls
     ├── UnavailableError         no answer, or not yet: the outcome is unknown
     └── ServerError              the server failed; its log explains `.error_id`
@@ -108,6 +110,14 @@ class PermissionDeniedError(AccessError):
 
 class TlsError(AccessError):
     """The connection could not be secured: the message says which certificate does not fit."""
+
+
+class ForkError(MaskwireError, RuntimeError):
+    """The client was made in another process, of which this one is a fork: make one here."""
+
+
+class EventLoopError(MaskwireError, RuntimeError):
+    """The asyncio client was first used in another event loop: make one for each loop."""
 
 
 class StepMovedError(MaskwireError):

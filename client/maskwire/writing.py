@@ -158,6 +158,11 @@ class Writing(Asking):
         """Steps that were handed in and are not acknowledged."""
         return len(self._pending)
 
+    @property
+    def out_of_reach(self) -> bool:
+        """The last attempt got no answer, and the session was not confirmed since."""
+        return self._stale
+
     def open(
         self, *, takeover: bool = False, tokenizer: str = "", anew: bool = False, began: float | None = None
     ) -> Talk[None]:
