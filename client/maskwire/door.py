@@ -10,6 +10,8 @@ from typing import Any, TypedDict, Unpack
 
 import grpc
 
+from maskwire.target import check_target
+
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -54,9 +56,8 @@ class Door:
 
     @staticmethod
     def of(target: str, **options: Unpack[DoorOptions]) -> Door:
-        """Read the files. Raises ValueError for what does not fit together, OSError for a missing file."""
-        if not target.strip():
-            raise ValueError(f"target must be HOST:PORT or unix:PATH, got {target!r}")
+        """Read the files. Raises ValueError for a wrong target or options, OSError for a missing file."""
+        check_target(target)
         ca, cert, key = options.get("ca"), options.get("cert"), options.get("key")
         server_name = options.get("server_name")
         if (cert is None) != (key is None):

@@ -23,6 +23,7 @@
     ├── EventLoopError           the asyncio client belongs to another event loop
     ├── StepMovedError           the run was trained on while it was evaluated over several calls
     ├── UnavailableError         no answer, or not yet: the outcome is unknown
+    │   └── UnresolvedError          the target's host name does not exist
     └── ServerError              the server failed; its log explains `.error_id`
 
 `REASONS` is the one table from the wire's reasons to these classes.
@@ -140,6 +141,10 @@ class UnavailableError(MaskwireError):
     """No answer came, or the server asks to wait: whether a step was applied is unknown."""
 
 
+class UnresolvedError(UnavailableError):
+    """The target's host name does not exist: nothing was sent."""
+
+
 class ServerError(MaskwireError):
     """The server failed unexpectedly; nothing changed, and its log explains `error_id`."""
 
@@ -199,6 +204,9 @@ _TLS: dict[str, str] = {
     "that it lists, or give that as server_name (--server-name)",
     "WRONG_VERSION_NUMBER": "the server speaks plaintext there: leave TLS out, or reach its TLS port",
 }
+# What gRPC's resolvers say of a name that does not exist. Not one of these: a name without an address (a
+# headless service whose pods are not ready yet), and a DNS server that fails or is silent.
+_NO_SUCH_NAME = ("Domain name not found", "Misformatted domain name", "Name or service not known")
 _CLOSED = "Socket closed"
 _CLOSED_HINT = "; a server that wants TLS (ca) or a client certificate (cert, key) closes connections so too"
 
@@ -212,6 +220,8 @@ class Failure:
     """The outcome is unknown, or the server says when to ask again."""
     unreachable: bool = False
     """No answer came: the server may have been restarted meanwhile."""
+    unresolved: bool = False
+    """The target's name does not exist: nothing there can start, unless it existed before."""
     retry_after: float | None = field(default=None)
     """Seconds, where the server said."""
 
@@ -229,6 +239,14 @@ def read_failure(error: grpc.RpcError) -> Failure:
     for sign, cure in _TLS.items():
         if unknown and sign in text:
             return Failure(TlsError(f"{cure} ({_last(text)})", reason="TLS"), retryable=False)
+    for sign in _NO_SUCH_NAME:
+        if unknown and sign in text:
+            unresolved = UnresolvedError(
+                f"the target's host name does not resolve: is it spelled right, and does the DNS of this "
+                f"machine, container or cluster know it? ({text})",
+                reason="UNRESOLVED",
+            )
+            return Failure(unresolved, retryable=True, unreachable=True, unresolved=True)
     if unknown and _CLOSED in text:
         text = _last(text) + _CLOSED_HINT
     kind = _BY_STATUS.get(code, ServerError)
