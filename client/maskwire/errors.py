@@ -5,6 +5,7 @@
     │   ├── InvalidRequestError      a field is wrong; `.field` names it
     │   ├── ConflictError            the step or request id was used otherwise
     │   ├── HaltedError              three steps in a row were not finite
+    │   ├── DivergedError            the weights give losses or logits that are not finite
     │   ├── CheckpointError          not found, taken, needed, damaged, or not written
     │   ├── TokenizerError           the run's ids stand for something else
     │   └── UnimplementedError       this server does not serve it
@@ -67,6 +68,10 @@ class ConflictError(RequestError):
 
 class HaltedError(RequestError):
     """Three steps in a row were not finite; look at the data, then connect with takeover=True."""
+
+
+class DivergedError(RequestError):
+    """The weights give losses or logits that are not finite; restore a checkpoint from before."""
 
 
 class CheckpointError(RequestError):
@@ -160,6 +165,7 @@ REASONS: dict[str, type[MaskwireError]] = {
     "STEP_TAKEN": ConflictError,
     "GAP": ConflictError,
     "HALTED": HaltedError,
+    "DIVERGED": DivergedError,
     "CHECKPOINT_EXISTS": CheckpointError,
     "CHECKPOINT_NOT_FOUND": CheckpointError,
     "CHECKPOINT_NEEDED": CheckpointError,

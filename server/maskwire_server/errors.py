@@ -30,6 +30,7 @@ REASONS: dict[str, Reason] = {
     "UNKNOWN_EPOCH": Reason("FAILED_PRECONDITION"),
     "WRITER_PRESENT": Reason("FAILED_PRECONDITION"),
     "HALTED": Reason("FAILED_PRECONDITION"),
+    "DIVERGED": Reason("FAILED_PRECONDITION"),
     "TOKENIZER_MISMATCH": Reason("FAILED_PRECONDITION"),
     "UNAUTHENTICATED": Reason("UNAUTHENTICATED"),
     "PERMISSION_DENIED": Reason("PERMISSION_DENIED"),
@@ -98,6 +99,10 @@ class RunDirectoryError(MaskwireError):
 
 class Unwanted(MaskwireError):
     """Whoever asked has gone: there is no more to compute."""
+
+
+class Diverged(MaskwireError):
+    """What the weights compute is not finite: there is nothing to evaluate or to sample from."""
 
 
 class StateLost(MaskwireError):

@@ -163,6 +163,7 @@ class TrainingServiceServicer:
         limits allow: send fewer rows, shorter ones, or fewer draws.
         RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again
         after RetryInfo.
+        FAILED_PRECONDITION (DIVERGED): the weights give losses that are not finite; restore a checkpoint.
         INTERNAL (INTERNAL): the server's log explains the error id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -179,6 +180,7 @@ class TrainingServiceServicer:
         needs a critic which the model lacks.
         RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again
         after RetryInfo; DRAINING can also end a stream that has begun.
+        FAILED_PRECONDITION (DIVERGED): the weights give logits that are not finite; restore a checkpoint.
         INTERNAL (INTERNAL): the server's log explains the error id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
