@@ -20,12 +20,13 @@ import grpc
 import grpc.aio
 
 from maskwire import messages, results
+from maskwire.arguments import call_back
 from maskwire.client import CLOSE_TIMEOUT, EXIT_GRACE
 from maskwire.door import Door, DoorOptions
 from maskwire.download import Progress
 from maskwire.errors import EventLoopError, MaskwireError, read_failure
 from maskwire.evaluation import Progress as Evaluating
-from maskwire.process import ProcessBound
+from maskwire.ownership import ProcessBound
 from maskwire.protocol import (
     Asking,
     Call,
@@ -226,10 +227,12 @@ class Client(ProcessBound):
         self._enter()
         try:
             while True:
-                effect = self._advance(talk, None if effect is None else await self._do(effect))
-        except StopIteration as done:
-            value: T = done.value
-            return value
+                reply = None if effect is None else await self._do(effect)
+                try:
+                    effect = self._advance(talk, reply)
+                except StopIteration as done:
+                    value: T = done.value
+                    return value
         finally:
             self._end(talk)
 
@@ -279,7 +282,7 @@ class Client(ProcessBound):
             await asyncio.sleep(effect.seconds)
             return None
         if isinstance(effect, Work):
-            return await asyncio.to_thread(effect.act)
+            return await asyncio.to_thread(call_back, "a callback", effect.act)
         if isinstance(effect, Give):
             return None
         if self._closed:
@@ -305,7 +308,7 @@ class Client(ProcessBound):
             if call.take is None:
                 return await answer
             async for message in answer:
-                await asyncio.to_thread(call.take, message)
+                await asyncio.to_thread(call_back, "a callback", call.take, message)
         except grpc.RpcError as error:
             return read_failure(error)
         return None

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 import grpc
 
 from maskwire import messages, results
+from maskwire.arguments import call_back
 from maskwire.door import Door, DoorOptions
 from maskwire.download import Progress
 from maskwire.errors import MaskwireError, UnavailableError, read_failure
 from maskwire.evaluation import Progress as Evaluating
-from maskwire.process import ProcessBound
+from maskwire.ownership import ProcessBound
 from maskwire.protocol import (
     Asking,
     Call,
@@ -251,10 +252,11 @@ class Client(ProcessBound):
         try:
             while True:
                 reply = None if effect is None or isinstance(effect, Until) else self._do(effect)
-                effect = self._advance(talk, effect, reply)
-        except StopIteration as done:
-            value: T = done.value
-            return value
+                try:
+                    effect = self._advance(talk, effect, reply)
+                except StopIteration as done:
+                    value: T = done.value
+                    return value
         except BaseException:
             self._end(talk)
             if isinstance(effect, Next):
@@ -269,13 +271,14 @@ class Client(ProcessBound):
         try:
             while True:
                 reply = None if effect is None else self._do(effect)
-                effect = self._advance(talk, effect, reply)
+                try:
+                    effect = self._advance(talk, effect, reply)
+                except StopIteration:
+                    return
                 if isinstance(effect, Next):
                     stream = effect.stream
                 elif isinstance(effect, Give):
                     yield effect.value
-        except StopIteration:
-            return
         finally:
             if not self._inherited:
                 self._end(talk)
@@ -302,7 +305,7 @@ class Client(ProcessBound):
         if isinstance(effect, Pause):
             return self._pause(effect.seconds)
         if isinstance(effect, Work):
-            return effect.act()
+            return call_back("a callback", effect.act)
         if isinstance(effect, Give):
             return None
         if self._ended.is_set():
@@ -316,7 +319,7 @@ class Client(ProcessBound):
             if effect.take is None:
                 return answer
             for message in answer:
-                effect.take(message)
+                call_back("a callback", effect.take, message)
         except grpc.RpcError as error:
             return read_failure(error)
         return None

@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack
 
+from maskwire import arguments, messages, results
 from maskwire import evaluation as evaluations
-from maskwire import messages, results
 from maskwire.download import Progress, Target
 from maskwire.errors import CheckpointError, Failure, MaskwireError, UnavailableError
 from maskwire.v1 import training_service_pb2 as pb
@@ -262,6 +262,7 @@ class Asking:
         **options: Unpack[EvalOptions],
     ) -> Talk[results.EvalResult]:
         """Evaluate a whole data set, some rows a call."""
+        arguments.check_rows(data, "data")
         plan = evaluations.Plan(data, rows=rows, batch_size=batch_size, **options)
         total = evaluations.Sum(plan.passed_over)
         calls = plan.calls()
