@@ -76,7 +76,7 @@ def check_rows(tokens: Any, name: str = "tokens") -> None:
             f"{name} must be rows of token ids, got {type(tokens).__name__}: encode it, for a model of bytes "
             "with [list(text.encode())]"
         )
-    if not (hasattr(tokens, "__getitem__") or hasattr(tokens, "__array__")):
+    if not any(hasattr(tokens, name) for name in ("__getitem__", "__array__", "detach")):
         raise TypeError(
             f"{name} must be rows of token ids, an array [rows, columns] or a list of rows, got "
             f"{type(tokens).__name__}"

@@ -248,8 +248,8 @@ class Writing(Asking):
         if self._steps_at_rate_0 == 2:  # the first is the schedule's own last step
             log.warning(
                 "the learning rate is 0 at step %d: steps from here on do not change the weights. Stop, or "
-                "start the server with a larger optimizer.total_steps or a min_learning_rate above 0, or give "
-                "each step its learning_rate",
+                "start the server with a larger optimizer.total_steps or a min_learning_rate above 0, or "
+                "give each step its learning_rate",
                 response.step,
             )
 
