@@ -262,7 +262,8 @@ class Asking:
         **options: Unpack[EvalOptions],
     ) -> Talk[results.EvalResult]:
         """Evaluate a whole data set, some rows a call."""
-        arguments.check_rows(data, "data")
+        if not hasattr(data, "batch"):  # of a TokenData
+            arguments.check_rows(data, "data")
         plan = evaluations.Plan(data, rows=rows, batch_size=batch_size, **options)
         total = evaluations.Sum(plan.passed_over)
         calls = plan.calls()
