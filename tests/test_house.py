@@ -61,7 +61,8 @@ def test_every_reason_has_an_entry_with_its_cure() -> None:
     text = (ROOT / "docs" / "troubleshooting.md").read_text()
     entries = dict(re.findall(r"^### (\S+)\n(.+?)(?=\n#|\Z)", text, re.MULTILINE | re.DOTALL))
     from_the_connection = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "TLS"}
-    assert set(entries) == set(REASONS) | from_the_connection
+    from_the_client = {"FORKED", "OTHER_EVENT_LOOP", "UNRESOLVED"}
+    assert set(entries) == set(REASONS) | from_the_connection | from_the_client
     assert set(CLIENT_REASONS) == set(REASONS), "the client knows every reason of the server"
     assert all(len(words.split()) >= 4 for words in entries.values())
 

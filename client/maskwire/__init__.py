@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from maskwire.client import Client, Trainer, attach, connect
     from maskwire.data import ByteData, FileTokens, TokenData, open_data
     from maskwire.errors import MaskwireError
+    from maskwire.fit import StopTraining
 
 __all__ = [
     "ByteData",
     "Client",
     "FileTokens",
     "MaskwireError",
+    "StopTraining",
     "TokenData",
     "Trainer",
     "__version__",
@@ -37,6 +39,7 @@ _HOMES = {
     **dict.fromkeys(("connect", "attach", "Trainer", "Client"), "client"),
     **dict.fromkeys(("open_data", "TokenData", "ByteData", "FileTokens"), "data"),
     "MaskwireError": "errors",
+    "StopTraining": "fit",
 }
 
 

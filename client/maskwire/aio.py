@@ -20,11 +20,13 @@ import grpc
 import grpc.aio
 
 from maskwire import messages, results
-from maskwire.client import CLOSE_TIMEOUT
+from maskwire.arguments import call_back
+from maskwire.client import CLOSE_TIMEOUT, EXIT_GRACE
 from maskwire.door import Door, DoorOptions
 from maskwire.download import Progress
-from maskwire.errors import read_failure
+from maskwire.errors import EventLoopError, MaskwireError, read_failure
 from maskwire.evaluation import Progress as Evaluating
+from maskwire.ownership import ProcessBound
 from maskwire.protocol import (
     Asking,
     Call,
@@ -91,15 +93,23 @@ def attach(
     return Client(Door.of(target, **door), talk)
 
 
-class Client:
-    """The calls that need no session; see `maskwire.client.Client`. Belongs to one event loop."""
+class Client(ProcessBound):
+    """The calls that need no session; see `maskwire.client.Client`.
+
+    It may be made before a loop runs, and belongs to the loop that uses it first: EventLoopError in
+    another, ForkError in a forked child.
+    """
 
     def __init__(self, door: Door, talk: Asking) -> None:
+        super().__init__()
         self.target = door.target
         self._talk = talk
+        self._door = door
         self._metadata = door.metadata
-        self._channel = door.channel(grpc.aio)
-        self._stub = pb_grpc.TrainingServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._loop: asyncio.AbstractEventLoop | None = None  # the first that used it
+        self._channel: Any = None  # made there: gRPC binds it to the loop
+        self._stub: Any = None
+        self._closed = False
         self._changed = asyncio.Event()  # set, and replaced, whenever a conversation went on
 
     async def eval_loss(self, tokens: Any, **options: Unpack[EvalOptions]) -> results.EvalResult:
@@ -178,11 +188,34 @@ class Client:
         return await self._drive(self._talk.status())
 
     async def close(self) -> None:
-        """End the connection."""
+        """End the connection. Does nothing in a forked child: the connection is the parent's."""
+        if self._inherited or self._loop is None:
+            self._closed = True
+            return
+        self._enter()
+        self._closed = True
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
+        self._enter()
         return self
+
+    def _enter(self) -> None:
+        """Connect in the first loop that comes here, and refuse any other."""
+        self._check_process()
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+            self._channel = self._door.channel(grpc.aio)
+            self._stub = pb_grpc.TrainingServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        elif loop is not self._loop:
+            state = "which has ended" if self._loop.is_closed() else "which still runs"
+            raise EventLoopError(
+                f"this {type(self).__name__} belongs to the event loop that used it first, {state}, and "
+                "gRPC cannot move it to another: make a client in each loop (maskwire.aio.attach or "
+                "connect), or do everything in one asyncio.run",
+                reason="OTHER_EVENT_LOOP",
+            )
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
@@ -191,17 +224,21 @@ class Client:
 
     async def _drive(self, talk: Talk[T], effect: Effect | None = None) -> T:
         """Do what a conversation yields until it ends; `effect` is what it yielded last."""
+        self._enter()
         try:
             while True:
-                effect = self._advance(talk, None if effect is None else await self._do(effect))
-        except StopIteration as done:
-            value: T = done.value
-            return value
+                reply = None if effect is None else await self._do(effect)
+                try:
+                    effect = self._advance(talk, reply)
+                except StopIteration as done:
+                    value: T = done.value
+                    return value
         finally:
             self._end(talk)
 
     async def _iterate(self, talk: Talk[None]) -> AsyncIterator[Any]:
         """What a conversation gives."""
+        self._enter()
         effect: Effect | None = None
         stream: Stream | None = None
         try:
@@ -216,9 +253,10 @@ class Client:
                 elif isinstance(effect, Give):
                     yield effect.value
         finally:
-            self._end(talk)
-            if stream is not None:
-                stream.hang_up()
+            if not self._inherited:
+                self._end(talk)
+                if stream is not None:
+                    stream.hang_up()
 
     def _advance(self, talk: Talk[Any], reply: Any) -> Effect:
         """Run a conversation up to its next effect."""
@@ -244,9 +282,11 @@ class Client:
             await asyncio.sleep(effect.seconds)
             return None
         if isinstance(effect, Work):
-            return await asyncio.to_thread(effect.act)
+            return await asyncio.to_thread(call_back, "a callback", effect.act)
         if isinstance(effect, Give):
             return None
+        if self._closed:
+            raise MaskwireError("this client is closed; make another one")
         if isinstance(effect, Next):
             return await self._next(effect.stream)
         return await self._call(effect)
@@ -268,7 +308,7 @@ class Client:
             if call.take is None:
                 return await answer
             async for message in answer:
-                await asyncio.to_thread(call.take, message)
+                await asyncio.to_thread(call_back, "a callback", call.take, message)
         except grpc.RpcError as error:
             return read_failure(error)
         return None
@@ -293,6 +333,7 @@ class Trainer(Position, Client):
         self, tokens: Any, *, step: int | None = None, **options: Unpack[StepOptions]
     ) -> asyncio.Future[results.StepResult]:
         """Hand in one batch and return a future of its result; waits as `maskwire.Trainer.submit` blocks."""
+        self._enter()
         talk = self._writing.train(messages.step_request(new_id(), tokens, **options), step)
         try:
             effect = self._advance(talk, None)
@@ -352,30 +393,41 @@ class Trainer(Position, Client):
 
     async def close(self, grace: float | None = None) -> None:
         """End the session and the connection; steps in flight are waited for, at most `grace` seconds."""
-        if self._writing.closed:
+        await self._close(grace, patient=True)
+
+    async def _close(self, grace: float | None, *, patient: bool) -> None:
+        """End the session and the connection; unless `patient`, a server out of reach is not waited for."""
+        if self._inherited or self._writing.closed:
             return
+        self._enter()
         self._writing.closed = True
         self._wake()
         try:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._settled(), grace)
+                await asyncio.wait_for(self._settled(patient=patient), grace)
             farewell = self._writing.farewell()
             if farewell is not None:
                 await self._stub.CloseSession(farewell, timeout=CLOSE_TIMEOUT, metadata=self._metadata)
         except grpc.RpcError:
             log.debug("the session was not closed; it ends by itself when idle", exc_info=True)
         finally:
+            self._closed = True
             for task in self._running:  # what is left after `grace`
                 task.cancel()
             await self._channel.close()
 
-    async def _settled(self) -> None:
-        await self._drive(self._writing.settle())
-        if self._running:
+    async def _settled(self, *, patient: bool) -> None:
+        writing = self._writing
+        await self._do(Until(lambda: not writing.in_flight or (writing.out_of_reach and not patient)))
+        if self._running and (patient or not writing.out_of_reach):
             await asyncio.wait(self._running)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Who is cancelled does not want to wait for a server that may be gone.
-        await self.close(grace=None if kind is None or issubclass(kind, Exception) else LEAVE_SECONDS)
+        if kind is None:
+            await self.close()
+        else:
+            # The traceback must not wait for a server that may be gone. Ctrl-C and timeouts cancel: fit
+            # leaves its steps to this, so they get longer as long as the server answers.
+            await self._close(EXIT_GRACE if issubclass(kind, Exception) else LEAVE_SECONDS, patient=False)

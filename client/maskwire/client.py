@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 import grpc
 
 from maskwire import messages, results
+from maskwire.arguments import call_back
 from maskwire.door import Door, DoorOptions
 from maskwire.download import Progress
-from maskwire.errors import read_failure
+from maskwire.errors import MaskwireError, UnavailableError, read_failure
 from maskwire.evaluation import Progress as Evaluating
+from maskwire.ownership import ProcessBound
 from maskwire.protocol import (
     Asking,
     Call,
@@ -45,6 +47,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CLOSE_TIMEOUT = 2.0  # seconds
+EXIT_GRACE = 1.0  # for the steps in flight when an exception leaves the `with` block
 _LOOK_UP = 0.5
 
 
@@ -110,16 +113,21 @@ def result_of(future: Future[T], timeout: float | None = None) -> T:
         wait([future], left)
 
 
-class Client:
-    """The calls that need no session. Safe to use from several threads; made by `attach`."""
+class Client(ProcessBound):
+    """The calls that need no session. Safe to use from several threads; made by `attach`.
+
+    Belongs to the process that made it: ForkError in a forked child.
+    """
 
     def __init__(self, door: Door, talk: Asking) -> None:
+        super().__init__()
         self.target = door.target
         self._talk = talk
         self._metadata = door.metadata
         self._channel = door.channel()
         self._stub = pb_grpc.TrainingServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._changed = threading.Condition()  # held by whoever runs a conversation
+        self._ended = threading.Event()  # set once the connection is closed
 
     def eval_loss(self, tokens: Any, **options: Unpack[EvalOptions]) -> results.EvalResult:
         """Evaluate one batch; changes nothing. `tokens` as in `Trainer.train_step`."""
@@ -225,8 +233,13 @@ class Client:
         return self._drive(self._talk.status())
 
     def close(self) -> None:
-        """End the connection."""
-        self._channel.close()
+        """End the connection. Does nothing in a forked child: the connection is the parent's."""
+        if not self._inherited:
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        self._ended.set()
+        self._channel.close()  # ends the calls that are left
 
     def __enter__(self) -> Self:
         return self
@@ -238,13 +251,15 @@ class Client:
 
     def _drive(self, talk: Talk[T], effect: Effect | None = None) -> T:
         """Do what a conversation yields until it ends; `effect` is what it yielded last."""
+        self._check_process()
         try:
             while True:
                 reply = None if effect is None or isinstance(effect, Until) else self._do(effect)
-                effect = self._advance(talk, effect, reply)
-        except StopIteration as done:
-            value: T = done.value
-            return value
+                try:
+                    effect = self._advance(talk, effect, reply)
+                except StopIteration as done:
+                    value: T = done.value
+                    return value
         except BaseException:
             self._end(talk)
             if isinstance(effect, Next):
@@ -253,22 +268,25 @@ class Client:
 
     def _iterate(self, talk: Talk[None]) -> Iterator[Any]:
         """What a conversation gives."""
+        self._check_process()
         effect: Effect | None = None
         stream: Stream | None = None
         try:
             while True:
                 reply = None if effect is None else self._do(effect)
-                effect = self._advance(talk, effect, reply)
+                try:
+                    effect = self._advance(talk, effect, reply)
+                except StopIteration:
+                    return
                 if isinstance(effect, Next):
                     stream = effect.stream
                 elif isinstance(effect, Give):
                     yield effect.value
-        except StopIteration:
-            return
         finally:
-            self._end(talk)
-            if stream is not None:
-                stream.hang_up()
+            if not self._inherited:
+                self._end(talk)
+                if stream is not None:
+                    stream.hang_up()
 
     def _advance(self, talk: Talk[Any], effect: Effect | None, reply: Any) -> Effect:
         """Run a conversation up to its next effect."""
@@ -288,12 +306,13 @@ class Client:
 
     def _do(self, effect: Effect) -> Any:
         if isinstance(effect, Pause):
-            time.sleep(effect.seconds)
-            return None
+            return self._pause(effect.seconds)
         if isinstance(effect, Work):
-            return effect.act()
+            return call_back("a callback", effect.act)
         if isinstance(effect, Give):
             return None
+        if self._ended.is_set():
+            raise MaskwireError("this client is closed; make another one")
         if isinstance(effect, Next):
             return self._next(effect.stream)
         assert isinstance(effect, Call)
@@ -303,10 +322,17 @@ class Client:
             if effect.take is None:
                 return answer
             for message in answer:
-                effect.take(message)
+                call_back("a callback", effect.take, message)
         except grpc.RpcError as error:
             return read_failure(error)
         return None
+
+    def _pause(self, seconds: float) -> None:
+        if self._ended.wait(seconds):
+            raise UnavailableError(
+                f"the client was closed while {self.target} did not answer: the outcome is unknown",
+                reason="CANCELLED",
+            )
 
     def _next(self, stream: Stream) -> Any:
         try:
@@ -321,7 +347,8 @@ class Client:
 class Trainer(Position, Client):
     """Drives one run. Safe to use from several threads; made by `connect`.
 
-    Leaving its `with` block ends the session. An interrupt (Ctrl-C) in a call leaves the step in
+    Leaving its `with` block ends the session: after the steps in flight, or, if an exception leaves it,
+    within a second or two. An interrupt (Ctrl-C) in a call leaves the step in
     flight: it is acknowledged in the background, and the next one has the next number.
     """
 
@@ -348,6 +375,7 @@ class Trainer(Position, Client):
         is in flight, or another step takes the number of a refused one. The future cannot be cancelled:
         once sent a step may be applied, and only its answer tells.
         """
+        self._check_process()
         talk = self._writing.train(messages.step_request(new_id(), tokens, **options), step)
         effect: Effect | None = None
         try:
@@ -374,6 +402,7 @@ class Trainer(Position, Client):
 
     def _apart(self, talk: Talk[T], effect: Effect | None = None) -> Future[T]:
         """Have a conversation go on in the background."""
+        self._check_process()
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()
         self._threads.submit(self._finish, talk, effect, future)
@@ -402,25 +431,54 @@ class Trainer(Position, Client):
         Steps in flight are waited for, at most `grace` seconds if given; one that is left then may
         or may not be applied.
         """
-        if self._writing.closed:
+        self._close(grace, patient=True)
+
+    def _close(self, grace: float | None, *, patient: bool) -> None:
+        """End the session and the connection; unless `patient`, a server out of reach is not waited for."""
+        writing = self._writing
+        if self._inherited or writing.closed:
             return
         with self._changed:
-            self._writing.closed = True
+            writing.closed = True
             self._changed.notify_all()
+
+        def over() -> bool:
+            return not writing.in_flight or (writing.out_of_reach and not patient)
+
         try:
             with self._changed:
-                self._changed.wait_for(lambda: not self._writing.in_flight, grace)
-            farewell = self._writing.farewell()
+                self._changed.wait_for(over, grace)
+            farewell = writing.farewell()
             if farewell is not None:
                 self._stub.CloseSession(farewell, timeout=CLOSE_TIMEOUT, metadata=self._metadata)
         except grpc.RpcError:
             log.debug("the session was not closed; it ends by itself when idle", exc_info=True)
         finally:
-            self._channel.close()  # ends the calls that are left
+            self._hang_up()
             self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _pause(self, seconds: float) -> None:
+        super()._pause(seconds)
+        if self._writing.out_of_reach and self._exiting():
+            raise UnavailableError(
+                f"the program ended while {self.target} did not answer: the outcome is unknown",
+                reason="UNAVAILABLE",
+            )
+
+    def _exiting(self) -> bool:
+        """Whether the interpreter exits: it joins our threads then, and the executor takes nothing more."""
+        try:
+            self._threads.submit(int)
+        except RuntimeError:
+            return True
+        return False
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Who is interrupted once more does not want to wait.
-        self.close(grace=0 if kind is not None and issubclass(kind, KeyboardInterrupt | SystemExit) else None)
+        if kind is None:
+            self.close()
+        else:
+            # The traceback must not wait for a server that may be gone; who interrupts waits for nothing.
+            quick = issubclass(kind, KeyboardInterrupt | SystemExit)
+            self._close(0 if quick else EXIT_GRACE, patient=False)

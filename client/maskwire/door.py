@@ -10,6 +10,9 @@ from typing import Any, TypedDict, Unpack
 
 import grpc
 
+from maskwire.arguments import check_options
+from maskwire.target import check_target
+
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -18,6 +21,9 @@ _CHANNEL_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
+
+
+_CONNECT = ("name", "takeover", "retry_for", "timeout", "window", "on_wait")  # what else connect is told
 
 
 class DoorOptions(TypedDict, total=False):
@@ -54,9 +60,9 @@ class Door:
 
     @staticmethod
     def of(target: str, **options: Unpack[DoorOptions]) -> Door:
-        """Read the files. Raises ValueError for what does not fit together, OSError for a missing file."""
-        if not target.strip():
-            raise ValueError(f"target must be HOST:PORT or unix:PATH, got {target!r}")
+        """Read the files. Raises ValueError for a wrong target or options, OSError for a missing file."""
+        check_target(target)
+        check_options("connect", options, DoorOptions.__annotations__, also=_CONNECT)
         ca, cert, key = options.get("ca"), options.get("cert"), options.get("key")
         server_name = options.get("server_name")
         if (cert is None) != (key is None):

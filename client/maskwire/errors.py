@@ -5,6 +5,7 @@
     │   ├── InvalidRequestError      a field is wrong; `.field` names it
     │   ├── ConflictError            the step or request id was used otherwise
     │   ├── HaltedError              three steps in a row were not finite
+    │   ├── DivergedError            the weights give losses or logits that are not finite
     │   ├── CheckpointError          not found, taken, needed, damaged, or not written
     │   ├── TokenizerError           the run's ids stand for something else
     │   └── UnimplementedError       this server does not serve it
@@ -19,8 +20,11 @@
     │   ├── UnauthenticatedError     no token, or one that it does not know
     │   ├── PermissionDeniedError    the token's role may not do this
     │   └── TlsError                 the certificates do not fit
+    ├── ForkError                the client was made before this process was forked
+    ├── EventLoopError           the asyncio client belongs to another event loop
     ├── StepMovedError           the run was trained on while it was evaluated over several calls
     ├── UnavailableError         no answer, or not yet: the outcome is unknown
+    │   └── UnresolvedError          the target's host name does not exist
     └── ServerError              the server failed; its log explains `.error_id`
 
 `REASONS` is the one table from the wire's reasons to these classes.
@@ -64,6 +68,10 @@ class ConflictError(RequestError):
 
 class HaltedError(RequestError):
     """Three steps in a row were not finite; look at the data, then connect with takeover=True."""
+
+
+class DivergedError(RequestError):
+    """The weights give losses or logits that are not finite; restore a checkpoint from before."""
 
 
 class CheckpointError(RequestError):
@@ -110,6 +118,14 @@ class TlsError(AccessError):
     """The connection could not be secured: the message says which certificate does not fit."""
 
 
+class ForkError(MaskwireError, RuntimeError):
+    """The client was made in another process, of which this one is a fork: make one here."""
+
+
+class EventLoopError(MaskwireError, RuntimeError):
+    """The asyncio client was first used in another event loop: make one for each loop."""
+
+
 class StepMovedError(MaskwireError):
     """The run was trained on, or restored, during an evaluation that takes several calls."""
 
@@ -130,6 +146,10 @@ class UnavailableError(MaskwireError):
     """No answer came, or the server asks to wait: whether a step was applied is unknown."""
 
 
+class UnresolvedError(UnavailableError):
+    """The target's host name does not exist: nothing was sent."""
+
+
 class ServerError(MaskwireError):
     """The server failed unexpectedly; nothing changed, and its log explains `error_id`."""
 
@@ -145,6 +165,7 @@ REASONS: dict[str, type[MaskwireError]] = {
     "STEP_TAKEN": ConflictError,
     "GAP": ConflictError,
     "HALTED": HaltedError,
+    "DIVERGED": DivergedError,
     "CHECKPOINT_EXISTS": CheckpointError,
     "CHECKPOINT_NOT_FOUND": CheckpointError,
     "CHECKPOINT_NEEDED": CheckpointError,
@@ -194,6 +215,9 @@ _TLS: dict[str, str] = {
 }
 _TOO_LONG = "larger than max"
 _TOO_LONG_HINT = ": send fewer rows in one call, or raise the server's serve.max_message_bytes"
+# What gRPC's resolvers say of a name that does not exist. Not one of these: a name without an address (a
+# headless service whose pods are not ready yet), and a DNS server that fails or is silent.
+_NO_SUCH_NAME = ("Domain name not found", "Misformatted domain name", "Name or service not known")
 _CLOSED = "Socket closed"
 _CLOSED_HINT = "; a server that wants TLS (ca) or a client certificate (cert, key) closes connections so too"
 
@@ -207,6 +231,8 @@ class Failure:
     """The outcome is unknown, or the server says when to ask again."""
     unreachable: bool = False
     """No answer came: the server may have been restarted meanwhile."""
+    unresolved: bool = False
+    """The target's name does not exist: nothing there can start, unless it existed before."""
     retry_after: float | None = field(default=None)
     """Seconds, where the server said."""
 
@@ -226,6 +252,14 @@ def read_failure(error: grpc.RpcError) -> Failure:
             return Failure(TlsError(f"{cure} ({_last(text)})", reason="TLS"), retryable=False)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LONG in text:
         text += _TOO_LONG_HINT
+    for sign in _NO_SUCH_NAME:
+        if unknown and sign in text:
+            unresolved = UnresolvedError(
+                f"the target's host name does not resolve: is it spelled right, and does the DNS of this "
+                f"machine, container or cluster know it? ({text})",
+                reason="UNRESOLVED",
+            )
+            return Failure(unresolved, retryable=True, unreachable=True, unresolved=True)
     if unknown and _CLOSED in text:
         text = _last(text) + _CLOSED_HINT
     kind = _BY_STATUS.get(code, ServerError)

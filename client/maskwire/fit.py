@@ -7,6 +7,7 @@ where the run is.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import sys
@@ -18,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
+from maskwire import messages
+from maskwire.arguments import call_back, check_data, check_options
 from maskwire.errors import ConflictError, MaskwireError
 from maskwire.results import EvalResult, StepResult
 
@@ -26,6 +29,13 @@ if TYPE_CHECKING:
 
 PLAIN_EVERY_SECONDS = 10.0
 LEAVE_SECONDS = 10.0  # for the steps in flight, once interrupted
+
+
+class StopTraining(Exception):
+    """Raise it in `on_step`, `evaluate` or `data.batch` to end `fit` early.
+
+    `fit` takes the results of the steps in flight, at most a window, and returns with `.stopped`.
+    """
 
 
 class Data(Protocol):
@@ -46,6 +56,8 @@ class FitResult:
     tokens: int = 0
     interrupted: bool = False
     """Ctrl-C ended it."""
+    stopped: bool = False
+    """StopTraining ended it."""
     last: StepResult | None = None
     evaluations: list[EvalResult] = field(default_factory=list)
 
@@ -127,6 +139,9 @@ def plan(
     each step (`only_train_critic`, `learning_rate`, ...). Data that knows its `tokenizer` has it kept
     with the run.
     """
+    check_data("fit", data)
+    own = [name for name in inspect.signature(plan).parameters if name not in ("trainer", "data", "modes")]
+    check_options("fit", modes, messages.STEP_OPTIONS, also=own)
     yield trainer.settle  # steps that an interrupted call left in flight have numbers already
     result = FitResult(first_step=trainer.step + 1, step=trainer.step)
     log: IO[str] | None = Path(metrics).open("a", buffering=1) if metrics is not None else None  # noqa: SIM115
@@ -159,7 +174,7 @@ def plan(
             stop = min([until_step, *((result.step // every + 1) * every for every in stops)])
             yield from loop.run(stop)
             if evaluate and eval_every and result.step % eval_every == 0:
-                found = yield partial(evaluate, trainer)
+                found = yield partial(call_back, "evaluate", evaluate, trainer)
                 result.evaluations.append(found)
                 loop.record_evaluation(found)
                 if save_best and found.nats_per_token < best:
@@ -167,6 +182,9 @@ def plan(
                     yield from save(score=best)
             if checkpoint_every and result.step % checkpoint_every == 0:
                 yield from save()
+    except StopTraining:
+        result.stopped = True
+        yield from loop.finish()
     except KeyboardInterrupt:
         result.interrupted = True
         left = yield from loop.leave()
@@ -201,7 +219,7 @@ class _Loop:
     def run(self, stop: int) -> Generator[Wish, Any, None]:
         """Train up to and with step `stop`, with as many in flight as the trainer allows."""
         for step in range(self._result.step + 1, stop + 1):
-            rows = self._data.batch(step)
+            rows = call_back("data.batch", self._data.batch, step)
             tokens = sum(len(row) for row in rows)
             try:
                 future = yield partial(self._trainer.submit, rows, step=step, **self._modes)
@@ -219,6 +237,12 @@ class _Loop:
         """What became of steps that nobody asks for any more is no news."""
         for _, future in self._in_flight:
             future.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def finish(self) -> Generator[Wish, Any, None]:
+        """Take what is in flight, without telling `on_step`, which wants no more."""
+        self._on_step = None
+        while self._in_flight:
+            yield from self._take()
 
     def leave(self) -> Generator[Wish, Any, int]:
         """Wait a little for what is in flight; how many steps were left."""
@@ -242,7 +266,7 @@ class _Loop:
         note = "" if answer.outcome.name == "APPLIED" else answer.outcome.name
         self._progress.update(answer.step, answer.loss, tokens, note)
         if self._on_step is not None:
-            self._on_step(answer)
+            call_back("on_step", self._on_step, answer)
 
     def record_evaluation(self, found: EvalResult) -> None:
         error = f" ± {found.standard_error / math.log(2):.3f}" if found.standard_error is not None else ""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from maskwire import results
+from maskwire import arguments, results
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import payload_hash
 
@@ -42,8 +42,10 @@ def encode_batch(tokens: Any, *, lengths: Any = None, prompt_mask: Any = None) -
 
     `tokens` is an integer array [rows, columns], or a list of rows that may differ in length. With
     `lengths` [rows], what lies behind a row's length is padding and is not sent. `prompt_mask` is a
-    bool array [rows, columns], True for positions that are given and never masked.
+    bool array [rows, columns], True for positions that are given and never masked; of rows that differ in
+    length it may be a list of rows too.
     """
+    arguments.check_rows(tokens)
     if isinstance(tokens, Sequence) and len({np.shape(row) for row in tokens}) > 1:
         if lengths is not None:
             raise ValueError("lengths must be left out when rows differ in length")
@@ -59,9 +61,7 @@ def encode_batch(tokens: Any, *, lengths: Any = None, prompt_mask: Any = None) -
             raise ValueError(f"tokens must be [rows, columns], got {ids.ndim} dimensions")
         shape, sizes = (ids.shape[0], ids.shape[1]), np.zeros(0, dtype=np.int32)
         if lengths is not None:
-            sizes = to_array(lengths, "lengths").astype(np.int32)
-            if sizes.shape != (shape[0],):
-                raise ValueError(f"lengths must be one a row, {shape[0]}, got shape {sizes.shape}")
+            sizes = _lengths(lengths, shape)
             ids = ids[np.arange(shape[1]) < sizes[:, None]]
             shape = (shape[0], int(sizes.max(initial=0)))
     data = _narrow(ids)
@@ -70,8 +70,22 @@ def encode_batch(tokens: Any, *, lengths: Any = None, prompt_mask: Any = None) -
         shape=shape,
         dtype=_DTYPES[data.dtype],
         lengths=sizes.tolist(),
-        prompt_mask=_pack(prompt_mask, shape),
+        prompt_mask=_pack(prompt_mask, shape, sizes),
     )
+
+
+def _lengths(lengths: Any, shape: tuple[int, int]) -> npt.NDArray[np.int32]:
+    rows, columns = shape
+    sizes = to_array(lengths, "lengths")
+    if sizes.shape != (rows,):
+        raise ValueError(f"lengths must be one a row, {rows}, got shape {sizes.shape}")
+    wrong = np.flatnonzero((sizes < 1) | (sizes > columns))
+    if wrong.size:
+        raise ValueError(
+            f"lengths must be 1 to {columns}, the columns of tokens, got {int(sizes[wrong[0]])} for row "
+            f"{int(wrong[0])}"
+        )
+    return sizes.astype(np.int32)
 
 
 def _narrow(ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.integer[Any]]:
@@ -81,34 +95,80 @@ def _narrow(ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.integer[Any]]:
     return ids.astype("<i4" if low >= -(2**31) and high < 2**31 else "<i8", copy=False)
 
 
-def _pack(prompt_mask: Any, shape: tuple[int, int]) -> bytes:
+def _pack(prompt_mask: Any, shape: tuple[int, int], sizes: npt.NDArray[np.int32]) -> bytes:
     if prompt_mask is None:
         return b""
-    mask = _host(prompt_mask)
+    if isinstance(prompt_mask, Sequence) and len({np.shape(row) for row in prompt_mask}) > 1:
+        mask = _even(prompt_mask, shape, sizes)
+    else:
+        mask = _host(prompt_mask)
     if mask.dtype != np.bool_ or mask.ndim != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
         raise ValueError(f"prompt_mask must be bool [{shape[0]}, {shape[1]}], got {mask.dtype} {mask.shape}")
     return np.packbits(mask[:, : shape[1]], bitorder="little").tobytes()
 
 
+def _even(prompt_mask: Sequence[Any], shape: tuple[int, int], sizes: npt.NDArray[np.int32]) -> Any:
+    """The mask of rows that differ in length, [rows, columns]."""
+    if len(prompt_mask) != shape[0]:
+        raise ValueError(f"prompt_mask must have one row a row of tokens, {shape[0]}, got {len(prompt_mask)}")
+    even = np.zeros(shape, dtype=bool)
+    for number, values in enumerate(prompt_mask):
+        row, size = _host(values), int(sizes[number]) if sizes.size else shape[1]
+        if row.dtype != np.bool_ or row.shape != (size,):
+            raise ValueError(
+                f"prompt_mask: row {number} must be bool [{size}], as long as its tokens, got {row.dtype} "
+                f"{list(row.shape)}"
+            )
+        even[number, :size] = row
+    return even
+
+
+def _names(kind: Any, *own: str) -> list[str]:
+    """What a call may be told: its message's fields but those that the client fills in itself."""
+    return ["lengths", "prompt_mask", *(name for name in kind.DESCRIPTOR.fields_by_name if name not in own)]
+
+
+STEP_OPTIONS = _names(pb.TrainStepRequest, "session", "step", "request_id", "batch")
+EVAL_OPTIONS = _names(pb.EvalLossRequest, "batch")
+GENERATE_OPTIONS = _names(pb.GenerateRequest, "prompts", "stream_steps")
+
+
+def _fill(kind: Any, **fields: Any) -> Any:
+    """A message; TypeError or ValueError names the field whose value it cannot hold."""
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        for name, value in fields.items():
+            try:
+                kind(**{name: value})
+            except (TypeError, ValueError):
+                raise type(error)(f"{name} cannot be {value!r}: {error}") from None
+        raise
+
+
 def step_request(
-    request_id: str, tokens: Any, *, lengths: Any = None, prompt_mask: Any = None, **modes: Any
+    request_id: str, tokens: Any, /, *, lengths: Any = None, prompt_mask: Any = None, **modes: Any
 ) -> pb.TrainStepRequest:
     """One batch to train on; `modes` are fields of TrainStepRequest."""
+    arguments.check_options("train_step", modes, STEP_OPTIONS)
     batch = encode_batch(tokens, lengths=lengths, prompt_mask=prompt_mask)
-    return pb.TrainStepRequest(request_id=request_id, batch=batch, **modes)
+    request: pb.TrainStepRequest = _fill(pb.TrainStepRequest, request_id=request_id, batch=batch, **modes)
+    return request
 
 
 def eval_request(
     tokens: Any, *, lengths: Any = None, prompt_mask: Any = None, **options: Any
 ) -> pb.EvalLossRequest:
     """One batch to evaluate; `options` are those of `maskwire.protocol.EvalOptions`."""
+    arguments.check_options("eval_loss", options, EVAL_OPTIONS)
     chosen: dict[str, Any] = {}
     for name, enum in (("estimator", pb.Estimator), ("chain_order", pb.ChainOrder)):
         value = options.pop(name, None)
         if value is not None:
             chosen[name] = _number(name, value, enum)
     batch = encode_batch(tokens, lengths=lengths, prompt_mask=prompt_mask)
-    return pb.EvalLossRequest(batch=batch, **chosen, **options)
+    request: pb.EvalLossRequest = _fill(pb.EvalLossRequest, batch=batch, **chosen, **options)
+    return request
 
 
 def generate_request(
@@ -119,25 +179,30 @@ def generate_request(
     count: int | None = None,
     order: str = "random",
     self_cond_mode: str = "two_pass",
+    stream_steps: bool = False,
     **options: Any,
 ) -> pb.GenerateRequest:
     """What to sample; `options` are fields of GenerateRequest.
 
-    Raises ValueError for an order or a mode that the protocol does not know.
+    Raises ValueError for an order or a mode that the protocol does not know, TypeError for an option.
     """
+    arguments.check_options("generate", options, GENERATE_OPTIONS)
     batch = None
     if prompts is not None:
         batch = encode_batch(prompts, lengths=lengths, prompt_mask=prompt_mask)
         count = count or 0
     elif lengths is not None or prompt_mask is not None:
         raise ValueError("lengths and prompt_mask belong to prompts, got none")
-    return pb.GenerateRequest(
+    request: pb.GenerateRequest = _fill(
+        pb.GenerateRequest,
         prompts=batch,
         count=1 if count is None else count,
         order=_number("order", order, pb.GenerationOrder),
         self_cond_mode=_number("self_cond_mode", self_cond_mode, pb.SelfCondMode),
+        stream_steps=stream_steps,
         **options,
     )
+    return request
 
 
 _PREFIXES = {

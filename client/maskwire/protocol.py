@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack
 
+from maskwire import arguments, messages, results
 from maskwire import evaluation as evaluations
 from maskwire import generation as generations
-from maskwire import messages, results
 from maskwire.bounds import Bounds
 from maskwire.download import Progress, Target
 from maskwire.errors import CheckpointError, Failure, MaskwireError, UnavailableError
@@ -251,6 +251,7 @@ class Asking:
         self._policy = policy
         self._on_wait = on_wait
         self._clock = clock
+        self._reached = False  # the server has answered this client, if only with a refusal
 
     def eval_loss(self, tokens: Any, **options: Unpack[EvalOptions]) -> Talk[results.EvalResult]:
         """Evaluate one batch."""
@@ -267,6 +268,8 @@ class Asking:
         **options: Unpack[EvalOptions],
     ) -> Talk[results.EvalResult]:
         """Evaluate a whole data set, some rows a call."""
+        if not hasattr(data, "batch"):  # of a TokenData
+            arguments.check_rows(data, "data")
         plan = evaluations.Plan(data, rows=rows, batch_size=batch_size, **options)
         total = evaluations.Sum(plan.passed_over)
         calls = plan.calls((yield from self._bounds()))
@@ -428,6 +431,7 @@ class Asking:
         whatever needs the answer began to ask.
         """
         began, attempt, told = self._clock() if began is None else began, 0, ""
+        said: tuple[MaskwireError, float] | None = None  # the last that the server itself answered, and when
         while True:
             if turn:
                 yield from turn.before(began)
@@ -437,8 +441,14 @@ class Asking:
             if turn:
                 turn.answered()
             if not isinstance(reply, Failure):
+                self._reached = True
                 return reply if opened is None else (opened, reply)
             error = reply.error
+            if not reply.unreachable:
+                self._reached = True
+                said = error, self._clock()
+            if reply.unresolved and not self._reached:
+                raise error
             if moved() != place:
                 began, attempt = self._clock(), 0
             elapsed = self._clock() - began
@@ -446,14 +456,7 @@ class Asking:
                 continue
             wait = wait_before_retry(reply, attempt, elapsed, self._policy)
             if wait is None:
-                if reply.retryable:
-                    raise UnavailableError(
-                        f"{self.target} did not answer for {elapsed:.0f} s ({error}); is the server running "
-                        "and the address right? `maskwire status` tells",
-                        reason=error.reason,
-                        metadata=error.metadata,
-                    )
-                raise error
+                raise self._given_up(reply, elapsed, said) if reply.retryable else error
             if reply.unreachable:
                 self._lost()
             message = f"waiting for {self.target}: {error}"
@@ -462,6 +465,27 @@ class Asking:
                 told = message
             attempt += 1
             yield Pause(wait)
+
+    def _given_up(
+        self, last: Failure, elapsed: float, said: tuple[MaskwireError, float] | None
+    ) -> UnavailableError:
+        """What ends the patience; a server that answers HELD is not one that is out of reach."""
+        error = last.error
+        if not last.unreachable:
+            words = (
+                f"{self.target} still answers {error.reason} after {elapsed:.0f} s: {error}; "
+                "`maskwire status` shows what it waits for"
+            )
+        else:
+            words = (
+                f"{self.target} did not answer for {elapsed:.0f} s ({error}); is the server running "
+                "and the address right? `maskwire status` tells"
+            )
+            if said is not None:
+                answer, when = said
+                ago = self._clock() - when
+                words += f". Its last answer, {ago:.0f} s ago, was {answer.reason}: {answer}"
+        return UnavailableError(words, reason=error.reason, metadata=error.metadata)
 
     def _timeout(self, method: str) -> float:
         """The deadline of one attempt."""

@@ -155,6 +155,16 @@ class EvalResult:
         """The configured objective's loss."""
         return self.losses.loss
 
+    @property
+    def generator_loss(self) -> float | None:
+        """The generator's masked cross-entropy."""
+        return self.losses.generator_loss
+
+    @property
+    def critic_loss(self) -> float | None:
+        """The critic's binary cross-entropy."""
+        return self.losses.critic_loss
+
 
 @dataclass(frozen=True, eq=False)
 class GenerateResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections import deque
@@ -15,6 +16,8 @@ from maskwire.errors import ConflictError, DigestMismatchError, FencedError, Mas
 from maskwire.protocol import Asking, Pause, RetryPolicy, Talk, Until, new_id
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import step_digest
+
+log = logging.getLogger(__name__)
 
 _RENUMBER_WAIT = 0.02
 _NUMBER = 12  # bytes that a step's number takes at most
@@ -148,6 +151,7 @@ class Writing(Asking):
         self._restoring = False
         self._stale = False  # the server may have been restarted since the session was confirmed
         self._reopening = False
+        self._steps_at_rate_0 = 0
 
     @property
     def step(self) -> int:
@@ -158,6 +162,11 @@ class Writing(Asking):
     def in_flight(self) -> int:
         """Steps that were handed in and are not acknowledged."""
         return len(self._pending)
+
+    @property
+    def out_of_reach(self) -> bool:
+        """The last attempt got no answer, and the session was not confirmed since."""
+        return self._stale
 
     def open(
         self, *, takeover: bool = False, tokenizer: str = "", anew: bool = False, began: float | None = None
@@ -219,6 +228,7 @@ class Writing(Asking):
             # Answers are checked in order: each digest builds on the one before.
             yield Until(lambda: self._pending[0] is pending)
             self.ledger.acknowledge(response, pending.payload)
+            self._tell_rate(request, response)
             return messages.read_step(response)
         except BaseException:
             # It leaves its number to the one behind it.
@@ -227,6 +237,22 @@ class Writing(Asking):
             raise
         finally:
             self._pending.remove(pending)
+
+    def _tell_rate(self, request: pb.TrainStepRequest, response: pb.TrainStepResponse) -> None:
+        """Say once that the schedule has ended: every step behind its last costs time for nothing."""
+        applied = response.outcome == pb.STEP_OUTCOME_APPLIED and response.HasField("metrics")
+        if not applied or response.replayed or response.metrics.learning_rate:
+            return
+        if request.HasField("learning_rate"):
+            return
+        self._steps_at_rate_0 += 1
+        if self._steps_at_rate_0 == 2:  # the first is the schedule's own last step
+            log.warning(
+                "the learning rate is 0 at step %d: steps from here on do not change the weights. Stop, or "
+                "start the server with a larger optimizer.total_steps or a min_learning_rate above 0, or "
+                "give each step its learning_rate",
+                response.step,
+            )
 
     def _check_size(self, request: pb.TrainStepRequest) -> None:
         # The transport would refuse it before the server could tell what is behind it.

@@ -31,6 +31,7 @@ REASONS: dict[str, Reason] = {
     "UNKNOWN_EPOCH": Reason("FAILED_PRECONDITION"),
     "WRITER_PRESENT": Reason("FAILED_PRECONDITION"),
     "HALTED": Reason("FAILED_PRECONDITION"),
+    "DIVERGED": Reason("FAILED_PRECONDITION"),
     "TOKENIZER_MISMATCH": Reason("FAILED_PRECONDITION"),
     "UNAUTHENTICATED": Reason("UNAUTHENTICATED"),
     "PERMISSION_DENIED": Reason("PERMISSION_DENIED"),
@@ -130,6 +131,10 @@ class DeviceLost(MaskwireError):
 
     The process ends; a restart recovers the last durable step.
     """
+
+
+class Diverged(MaskwireError):
+    """What the weights compute is not finite: there is nothing to evaluate or to sample from."""
 
 
 class StateLost(MaskwireError):

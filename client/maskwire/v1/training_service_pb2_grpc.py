@@ -163,6 +163,7 @@ class TrainingServiceServicer:
         the model than Limits.max_read_tokens: send fewer rows, shorter ones, or fewer draws.
         RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again
         after RetryInfo.
+        FAILED_PRECONDITION (DIVERGED): the weights give losses that are not finite; restore a checkpoint.
         INTERNAL (INTERNAL): the server's log explains the error id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -180,6 +181,7 @@ class TrainingServiceServicer:
         rows, shorter ones, or fewer steps.
         RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again
         after RetryInfo; DRAINING can also end a stream that has begun.
+        FAILED_PRECONDITION (DIVERGED): the weights give logits that are not finite; restore a checkpoint.
         INTERNAL (INTERNAL): the server's log explains the error id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from maskwire_server.errors import Refused, shortage
+from maskwire_server.errors import Diverged, Refused, shortage
 from maskwire_server.results import RunState
 
 log = logging.getLogger(__name__)
@@ -49,12 +49,23 @@ class Standing:
             listener(state)
 
     def failed(self, what: str, error: BaseException) -> Refused:
-        """Log an unexpected error, and what is answered for it: an id, and nothing of its text."""
+        """Log an unexpected error, and what is answered for it: an id, and nothing of its text.
+
+        Weights that have diverged are the user's to mend: the answer says so.
+        """
         short = shortage(error)
         if short is not None:
             log.error("%s failed: %s", what, error)
             self.last_error = f"{what} failed: {short.metadata['error']}"
             return short
+        if isinstance(error, Diverged):
+            self.last_error = f"{what}: {error}"
+            log.warning("%s", self.last_error)
+            return Refused(
+                "DIVERGED",
+                f"{what} was refused: {error}; restore a checkpoint from before they did (`maskwire "
+                "checkpoint list`, `maskwire checkpoint restore NAME`) and go on with a lower learning rate",
+            )
         error_id = uuid.uuid4().hex[:12]
         self.last_error = f"{what} failed, error id {error_id}"
         log.error("%s", self.last_error, exc_info=error)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from maskwire_server.batch import Prompts
 from maskwire_server.config import ObjectiveConfig
+from maskwire_server.errors import Diverged
 from maskwire_server.results import GenerateOptions, GenerationState, Order, SelfCondMode
 from maskwire_server.training import draws, objective, schedule
 from maskwire_server.training.corruption import Vocabulary
@@ -117,7 +118,7 @@ def generate(
     once. Every pass has the batch's width, so that a row's arithmetic does not depend on its neighbours'
     lengths. What a pass carries to the next is kept for at most `budget` positions too: with
     SelfCondMode.CARRY the rows that fit are finished before the next ones begin, and count their passes
-    from 1. Raises FloatingPointError if the model's output is not finite.
+    from 1. Raises Diverged if the model's output is not finite.
     """
     whole = begin(prompts, vocabulary, options.row_seeds, device)
     unknown_b = torch.from_numpy(prompts.unknown.sum(-1))
@@ -235,15 +236,17 @@ def advance(
     else:
         e_md = objective.embeddings(networks, config, rows.ids_bn, valid, read_m, first_pass=config.self_cond)
     logits_mv = forbid_special(networks.project(e_md), vocabulary)
+    total_m = check(logits_mv.logsumexp(-1))  # before anything is drawn or gathered by what it holds
     u_m = draws.uniform(draws.nth(rows.token_keys_b, told.step), n).flatten()[read_m]
     sampled_m = sample(logits_mv, u_m, options)
-    confidence_m = check(logits_mv, sampled_m)
+    confidence_m = (logits_mv.gather(1, sampled_m[:, None])[:, 0] - total_m).double()
     filled_bn = rows.ids_bn.masked_scatter(read_bn, sampled_m)
     recorded_bn = rows.recorded_bn
     if options.order is not Order.RANDOM:
         recorded_bn = recorded_bn.masked_scatter(rows.mask_bn, confidence_m)
         if options.order is Order.CRITIC and bool(told.stay_b.any()):
             scores_bn = -networks.criticize(filled_bn, valid, train_trunk=False).double()
+            check(scores_bn[rows.valid_bn], "the critic's scores")
         elif options.order in (Order.MARGIN, Order.ENTROPY):
             scores_bn = recorded_bn.masked_scatter(rows.mask_bn, certainty(logits_mv, options.order))
         else:
@@ -284,15 +287,11 @@ def sample(logits_mv: Tensor, u_m: Tensor, options: GenerateOptions) -> Tensor:
     return chosen_m if ids_mk is None else ids_mk.gather(1, chosen_m[:, None])[:, 0]
 
 
-def check(logits_mv: Tensor, sampled_m: Tensor) -> Tensor:
-    """The log-probability of each sample at temperature 1, unfiltered, fp64 [m].
-
-    Raises FloatingPointError unless all are finite, which they are not for a mask id either.
-    """
-    confidence_m = (logits_mv.gather(1, sampled_m[:, None])[:, 0] - logits_mv.logsumexp(-1)).double()
-    if not bool(confidence_m.isfinite().all()):
-        raise FloatingPointError("the generator's logits are not finite: its weights have diverged")
-    return confidence_m
+def check(values: Tensor, what: str = "the generator's logits") -> Tensor:
+    """The same values. Raises Diverged unless all are finite; logits are if the log of their sum is."""
+    if not bool(values.isfinite().all()):
+        raise Diverged(f"the weights have diverged: {what} are not finite")
+    return values
 
 
 # The order.

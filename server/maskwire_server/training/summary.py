@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from maskwire_server.errors import Diverged
 from maskwire_server.results import EvalOptions, EvalResult, FractionResult, Losses, LossSums, RowResult
 
 BINS = 10
@@ -75,7 +76,10 @@ def summarize(
     """The figures of an evaluation.
 
     `nats_rd` holds each draw's estimate of each row's nats, fp64, and `n_r` the rows' maskable positions.
+    Raises Diverged unless the losses are finite.
     """
+    if not (bool(nats_rd.isfinite().all()) and math.isfinite(losses.loss)):
+        raise Diverged("the weights have diverged: the losses are not finite")
     n = n_r.double()
     tokens = int(n_r.sum())
     nats_r = nats_rd.mean(1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from maskwire_server.batch import Prompts
 from maskwire_server.config import ObjectiveConfig
+from maskwire_server.errors import Diverged
 from maskwire_server.results import GenerateOptions, GenerationState, Order, SelfCondMode
 from maskwire_server.training import draws, sampling, schedule
 from maskwire_server.training.corruption import Vocabulary
@@ -351,10 +352,15 @@ def test_without_remasking_what_was_revealed_stays_and_with_it_prompts_do(remask
     assert bool(changed) == remasking
 
 
-def test_logits_that_are_not_finite_are_no_sample() -> None:
-    oracle = Oracle(2, lambda ids, _: torch.full((*ids.shape, 3), math.nan))
-    with pytest.raises(FloatingPointError, match="not finite"):
-        run(oracle, Prompts.nothing(1, 4), GenerateOptions((1,)), 2)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("order", [Order.RANDOM, Order.CONFIDENCE, Order.MARGIN, Order.ENTROPY])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.5}])
+def test_logits_that_are_not_finite_are_no_sample(
+    value: float, order: Order, options: dict[str, Any]
+) -> None:
+    oracle = Oracle(2, lambda ids, _: torch.full((*ids.shape, 3), value))
+    with pytest.raises(Diverged, match="the generator's logits are not finite"):
+        run(oracle, Prompts.nothing(1, 4), GenerateOptions((1,), order=order, **options), 2)
 
 
 # Self-conditioning.

@@ -1,0 +1,112 @@
+"""What people pass by another name, or in another shape: an error that says what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_PADDING = (
+    "padding at the end of rows is told by lengths=[...] or by rows that differ in length, and positions "
+    "that are given by prompt_mask= (bool, True where given)"
+)
+# What other libraries call it, and what it is here, if the call has it.
+_OTHER_NAMES = {
+    "lr": "learning_rate",
+    "max_length": "length",
+    "max_new_tokens": "length",
+    "seq_len": "length",
+    "num_samples": "count",
+    "num_return_sequences": "count",
+    "num_rows": "rows",
+    "num_steps": "steps",
+    "num_draws": "draws",
+    "seeds": "row_seeds",
+    "use_tls": "tls",
+    "secure": "tls",
+    "ca_file": "ca",
+    "password": "token",
+    "epochs": "until_step",
+    "max_steps": "until_step",
+    "callback": "on_step",
+    "save_every": "checkpoint_every",
+    "evaluate_every": "eval_every",
+}
+_ADVICE = {
+    "attention_mask": _PADDING,
+    "padding_mask": _PADDING,
+    "key_padding_mask": _PADDING,
+    "mask": _PADDING + "; the server draws what is masked",
+    "labels": "the server masks the tokens itself, and the labels are the tokens",
+    "input_ids": "the token ids are the first argument",
+}
+
+
+def check_options(call: str, given: Iterable[str], known: Iterable[str], also: Iterable[str] = ()) -> None:
+    """Raise TypeError for the first keyword that is not known, with the one that was meant.
+
+    `also` are the call's other arguments, which may be what was meant.
+    """
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{call}() has no argument {name!r}: {_meant(name, [*also, *known])}")
+
+
+def _meant(name: str, known: list[str]) -> str:
+    if name in _ADVICE:
+        return _ADVICE[name]
+    other = _OTHER_NAMES.get(name)
+    near = [other] if other in known else difflib.get_close_matches(name, known, n=1)
+    every = ", ".join(known)
+    return f"did you mean {near[0]!r}? It has {every}" if near else f"it has {every}"
+
+
+def check_rows(tokens: Any, name: str = "tokens") -> None:
+    """Raise TypeError for what holds rows, or makes them, but is none."""
+    if isinstance(tokens, Mapping) or hasattr(tokens, "input_ids"):
+        raise TypeError(
+            f"{name} must be rows of token ids, got {type(tokens).__name__}: pass its 'input_ids', with "
+            "lengths=attention_mask.sum(1) if it is padded on the right"
+        )
+    if isinstance(tokens, str | bytes):
+        raise TypeError(
+            f"{name} must be rows of token ids, got {type(tokens).__name__}: encode it, for a model of bytes "
+            "with [list(text.encode())]"
+        )
+    if not any(hasattr(tokens, name) for name in ("__getitem__", "__array__", "detach")):
+        raise TypeError(
+            f"{name} must be rows of token ids, an array [rows, columns] or a list of rows, got "
+            f"{type(tokens).__name__}"
+        )
+
+
+def check_data(call: str, data: Any) -> None:
+    """Raise TypeError for what has no `batch(step)`."""
+    if callable(getattr(data, "batch", None)):
+        return
+    kind = type(data).__name__
+    if isinstance(data, str) or hasattr(data, "__fspath__"):
+        cure = f"open it with maskwire.open_data({str(data)!r}, length=..., batch_size=...)"
+    elif hasattr(data, "__next__") or hasattr(data, "batch_size"):
+        cure = (
+            "an iterator cannot go on where a run is. Give its documents to maskwire.TokenData(documents, "
+            "length=..., batch_size=...), or write a class whose batch(step) gives the rows of a step; to "
+            "train on what it yields, call train_step for each batch"
+        )
+    else:
+        cure = "give its documents to maskwire.TokenData(documents, length=..., batch_size=...)"
+    raise TypeError(f"{call} needs data whose batch(step) gives the rows of a step, got {kind}: {cure}")
+
+
+def call_back(name: str, function: Callable[..., T], *arguments: Any) -> T:
+    """Call what the user gave; its StopIteration must not pass for the end of a generator of ours."""
+    try:
+        return function(*arguments)
+    except StopIteration as error:
+        raise RuntimeError(
+            f"{name} raised StopIteration, most often from next() on an iterator that has ended: catch it "
+            "there; to end fit early, raise maskwire.StopTraining"
+        ) from error

@@ -1,0 +1,245 @@
+"""What people pass by mistake, and what they are told; both clients alike."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from serving import ServerProcess
+
+import maskwire
+import maskwire.aio
+from maskwire import messages
+from maskwire.messages import encode_batch
+from maskwire.protocol import EvalOptions, GenerateOptions, StepOptions
+
+Serve = Callable[..., ServerProcess]
+TOKENS = np.arange(8).reshape(2, 4)
+# Smaller ids are faults to the counter trainer.
+DATA = maskwire.TokenData([np.arange(10, 16)], length=4, batch_size=2)
+
+
+class DataLoader:
+    """As much of torch's as there is to recognise it by."""
+
+    batch_size = 2
+
+    def __init__(self, dataset: Any = None) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Any:
+        return iter([TOKENS])
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_the_names_that_are_known_are_those_of_the_types() -> None:
+    assert set(messages.STEP_OPTIONS) == set(StepOptions.__annotations__)
+    assert set(messages.EVAL_OPTIONS) == set(EvalOptions.__annotations__)
+    own = {"count", "order", "self_cond_mode"}
+    assert set(messages.GENERATE_OPTIONS) | own == set(GenerateOptions.__annotations__)
+
+
+WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "attention_mask": (
+        lambda t: t.train_step(TOKENS, attention_mask=TOKENS),
+        r"train_step\(\) has no argument 'attention_mask'.*lengths=.*prompt_mask=",
+    ),
+    "a typo": (lambda t: t.train_step(TOKENS, learing_rate=1.0), "did you mean 'learning_rate'"),
+    "lr": (lambda t: t.submit(TOKENS, lr=1.0), "did you mean 'learning_rate'"),
+    "what the client fills in": (lambda t: t.train_step(TOKENS, request_id="a"), "has no argument"),
+    "eval": (lambda t: t.eval_loss(TOKENS, num_draws=2), r"eval_loss\(\).*did you mean 'draws'"),
+    "evaluate": (lambda t: t.evaluate(TOKENS, draw=2), "did you mean 'draws'"),
+    "generate": (lambda t: t.generate(max_new_tokens=4), r"generate\(\).*did you mean 'length'"),
+    "nothing near": (lambda t: t.generate(xyzzy=4), "it has lengths, prompt_mask"),
+    "fit": (lambda t: t.fit(DATA, until_step=1, checkpoint_evry=1), r"fit\(\).*'checkpoint_every'"),
+    "fit with epochs": (lambda t: t.fit(DATA, until_step=1, epochs=1), "did you mean 'until_step'"),
+    "a DataLoader": (lambda t: t.fit(DataLoader(), until_step=1), "got DataLoader.*maskwire.TokenData"),
+    "an iterator": (lambda t: t.fit(iter([TOKENS]), until_step=1), "an iterator cannot go on"),
+    "a path": (lambda t: t.fit("data/", until_step=1), r"maskwire\.open_data\('data/'"),
+    "a Path": (lambda t: t.fit(Path("data"), until_step=1), r"maskwire\.open_data\('data'"),
+    "an array": (lambda t: t.fit(TOKENS, until_step=1), "got ndarray: give its documents"),
+    "evaluate a DataLoader": (lambda t: t.evaluate(DataLoader()), "data must be rows.*got DataLoader"),
+    "train on a DataLoader": (lambda t: t.train_step(DataLoader()), "tokens must be rows.*got DataLoader"),
+    "a tokenizer's dict": (lambda t: t.train_step({"input_ids": TOKENS}), "pass its 'input_ids'"),
+    "text": (lambda t: t.train_step("some text"), r"got str: encode it"),
+    "a field's type": (lambda t: t.eval_loss(TOKENS, draws="four"), "draws cannot be 'four'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_argument_is_refused_with_the_right_one(shared: ServerProcess, case: str) -> None:
+    call, words = WRONG[case]
+    with maskwire.connect(shared.address) as trainer, pytest.raises(TypeError, match=words):
+        call(trainer)
+
+    async def main() -> None:
+        async with await maskwire.aio.connect(shared.address) as trainer:
+            with pytest.raises(TypeError, match=words):
+                await call(trainer)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("time_out", "did you mean 'timeout'"), ("secure", "did you mean 'tls'"), ("tokn", "'token'")],
+)
+def test_a_wrong_argument_of_connect_is_refused(option: str, words: str) -> None:
+    for package in (maskwire, maskwire.aio):
+        with pytest.raises(TypeError, match=words):
+            package.attach("127.0.0.1:1", **{option: 1})
+    with pytest.raises(TypeError, match=words):
+        maskwire.connect("127.0.0.1:1", **{option: 1})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=words):
+        asyncio.run(maskwire.aio.connect("127.0.0.1:1", **{option: 1}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        ([9, 1], "lengths must be 1 to 4, the columns of tokens, got 9 for row 0"),
+        ([4, 0], "got 0 for row 1"),
+        ([4, -1], "got -1 for row 1"),
+        ([2**32 + 3, 1], "got 4294967299 for row 0"),
+        ([1, 2, 3], "one a row, 2"),
+    ],
+)
+def test_lengths_beyond_the_columns_are_refused(lengths: list[int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        encode_batch(TOKENS, lengths=lengths)
+
+
+def test_a_mask_of_rows_that_differ_in_length_is_that_of_padded_ones() -> None:
+    ragged = encode_batch([[1, 2, 3], [4]], prompt_mask=[[True, False, True], [False]])
+    even = encode_batch([[1, 2, 3], [4]], prompt_mask=np.array([[1, 0, 1], [0, 0, 0]], dtype=bool))
+    padded = encode_batch([[1, 2, 3], [4, 0, 0]], lengths=[3, 1], prompt_mask=[[True, False, True], [False]])
+    arrays = encode_batch([[1, 2, 3], [4]], prompt_mask=[np.array([True, False, True]), np.array([False])])
+    assert ragged == even == padded == arrays
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        ([[True, False], [False]], r"row 0 must be bool \[3\], as long as its tokens, got bool \[2\]"),
+        ([[True, False, True], [False, True]], r"row 1 must be bool \[1\]"),
+        ([[1, 0, 1], [0]], r"row 0 must be bool \[3\].*got int64"),
+        ([[True, False, True], [False], [False]], "one row a row of tokens, 2, got 3"),
+    ],
+)
+def test_a_ragged_mask_that_does_not_fit_is_named_by_its_row(mask: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        encode_batch([[1, 2, 3], [4]], prompt_mask=mask)
+
+
+def test_a_ragged_mask_is_evaluated_and_filled(shared: ServerProcess) -> None:
+    mask = [[True, False, False], [False]]
+    with maskwire.attach(shared.address) as client:
+        found = client.eval_loss([[1, 2, 3], [4]], prompt_mask=mask, draws=2)
+        assert [row.tokens for row in found.rows] == [2, 1]
+        assert client.evaluate([[1, 2, 3], [4]], prompt_mask=mask, draws=2).tokens == 3
+        first, second = client.generate([[1, 2, 3], [4]], prompt_mask=mask).tokens
+        assert (first[0], len(first), len(second)) == (1, 3, 1)
+
+
+def ended(*_: Any) -> Any:
+    return next(iter(()))
+
+
+class Ended:
+    batch = ended
+
+
+BY_FIT: dict[str, Callable[[Any], Any]] = {
+    "on_step": lambda t: t.fit(DATA, until_step=1000, progress=False, on_step=ended),
+    "evaluate": lambda t: t.fit(DATA, until_step=1000, progress=False, evaluate=ended, eval_every=1),
+    "data.batch": lambda t: t.fit(Ended(), until_step=1000, progress=False),
+    "a callback": lambda t: t.evaluate(TOKENS, on_progress=ended, draws=2),
+}
+
+
+@pytest.mark.parametrize("name", BY_FIT)
+def test_a_stop_iteration_from_a_callback_is_an_error_that_names_it(serve: Serve, name: str) -> None:
+    address, call = serve().address, BY_FIT[name]
+    words = f"{name} raised StopIteration.*maskwire.StopTraining"
+    with maskwire.connect(address) as trainer, pytest.raises(RuntimeError, match=words):
+        call(trainer)
+
+    async def main() -> None:
+        async with await maskwire.aio.connect(address) as trainer:
+            with pytest.raises(RuntimeError, match=words):
+                await call(trainer)
+
+    asyncio.run(main())
+
+
+def test_fit_ends_early_when_it_is_told_to(serve: Serve) -> None:
+    server = serve(seconds=0)
+    seen: list[int] = []
+
+    def stop_at(step: int) -> Callable[[Any], None]:
+        def on_step(result: Any) -> None:
+            seen.append(result.step)
+            if result.step >= step:
+                raise maskwire.StopTraining
+
+        return on_step
+
+    with maskwire.connect(server.address) as trainer:
+        found = trainer.fit(DATA, until_step=100, progress=False, on_step=stop_at(3))
+        assert found.stopped
+        assert not found.interrupted
+        assert seen == [1, 2, 3]
+        assert found.step == trainer.step < 3 + 4 + 1, "what was in flight was taken"
+        assert not trainer.fit(DATA, until_step=trainer.step + 1, progress=False).stopped
+
+    async def main() -> None:
+        async def evaluate(_: Any) -> None:
+            raise maskwire.StopTraining
+
+        async with await maskwire.aio.connect(server.address) as trainer:
+            first = trainer.step + 1
+            found = await trainer.fit(
+                DATA, until_step=100, progress=False, evaluate=evaluate, eval_every=first
+            )
+            assert (found.stopped, found.step) == (True, first)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("asyncio_too", [False, True])
+def test_a_learning_rate_that_has_reached_0_is_said_once(
+    serve: Serve, caplog: pytest.LogCaptureFixture, asyncio_too: bool
+) -> None:
+    address = serve(
+        optimizer__schedule="cosine", optimizer__total_steps="2", optimizer__warmup_steps="1"
+    ).address
+
+    async def main() -> None:
+        async with await maskwire.aio.connect(address) as trainer:
+            await trainer.train_step(TOKENS)
+            await trainer.train_step(TOKENS)
+            assert not caplog.records
+            for _ in range(3):
+                await trainer.train_step(TOKENS)
+
+    with caplog.at_level(logging.WARNING):
+        if asyncio_too:
+            asyncio.run(main())
+        else:
+            with maskwire.connect(address) as trainer:
+                trainer.train_step(TOKENS)
+                trainer.train_step(TOKENS, learning_rate=0.0)
+                trainer.train_step(TOKENS)
+                assert not caplog.records, "the schedule's own last step, and one that was told so"
+                for _ in range(3):
+                    trainer.train_step(TOKENS)
+    (record,) = caplog.records
+    assert "the learning rate is 0" in record.getMessage()
+    assert "optimizer.total_steps" in record.getMessage()

@@ -1,0 +1,218 @@
+"""Clients in forked children, in pickles, and in programs that end while the server is gone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from serving import ServerProcess
+
+import maskwire
+import maskwire.aio
+
+Serve = Callable[..., ServerProcess]
+SECONDS = 60  # far below the 300 s for which a server that is gone is asked again
+
+PRELUDE = """
+    import asyncio, atexit, os, signal, sys
+    import numpy as np
+    import maskwire, maskwire.aio
+    from maskwire.errors import ForkError
+
+    address, server = sys.argv[1], int(sys.argv[2])
+    tokens = np.zeros((1, 4), int)
+
+    def in_child(act):
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            act()
+            sys.stdout.flush()
+            sys.exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+
+    def told(name, call):
+        try:
+            print(name, "returned", call())
+        except ForkError as error:
+            print(name, error.reason, f"process {os.getpid()}, a fork" in str(error), address in str(error))
+"""
+
+
+def run(server: ServerProcess, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a program beside a server, whose address and process id it is told."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PRELUDE) + textwrap.dedent(script),
+         server.address, str(server.process.pid)],
+        capture_output=True, text=True, timeout=SECONDS, check=False,
+    )  # fmt: skip
+
+
+def test_a_forked_child_is_refused_at_once_and_leaves_the_parents_session(serve: Serve) -> None:
+    done = run(serve(seconds=0), """
+        trainer = maskwire.connect(address, name="parent")
+        trainer.train_step(tokens)
+
+        def child():
+            atexit.register(trainer.close)
+            told("train_step", lambda: trainer.train_step(tokens))
+            told("submit", lambda: trainer.submit(tokens))
+            told("status", trainer.status)
+            told("evaluate", lambda: trainer.evaluate([[1, 2]]))
+            told("generate_steps", lambda: next(iter(trainer.generate_steps(count=1))))
+            told("restore", lambda: trainer.restore("a"))
+            told("settle", trainer.settle)
+            with trainer:
+                pass
+
+        in_child(child)
+        print(trainer.train_step(tokens).step, trainer.status().writer)
+        trainer.close()
+    """)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *children, parent = done.stdout.splitlines()
+    assert children == [
+        f"{call} FORKED True True"
+        for call in ("train_step", "submit", "status", "evaluate", "generate_steps", "restore", "settle")
+    ]
+    assert parent == "2 parent"
+
+
+def test_a_forked_child_of_an_asyncio_client_is_refused_too(serve: Serve) -> None:
+    done = run(serve(seconds=0), """
+        async def main():
+            trainer = await maskwire.aio.connect(address, name="parent")
+            beside = maskwire.aio.attach(address)
+            await trainer.train_step(tokens)
+            await beside.status()
+
+            def child():
+                told("train_step", lambda: drive(trainer.train_step(tokens)))
+                told("status", lambda: drive(beside.status()))
+                drive(trainer.close())
+                drive(beside.close())
+
+            in_child(child)
+            print((await trainer.train_step(tokens)).step, (await beside.status()).writer)
+            await trainer.close()
+            await beside.close()
+
+        def drive(coroutine):  # the child has the parent's loop, which must not run there
+            try:
+                coroutine.send(None)
+            except StopIteration as done:
+                return done.value
+
+        asyncio.run(main())
+    """)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["train_step FORKED True True", "status FORKED True True", "2 parent"]
+
+
+def test_a_client_that_the_parent_never_used_is_refused_in_the_child(serve: Serve) -> None:
+    done = run(serve(seconds=0), """
+        client = maskwire.attach(address)
+        in_child(lambda: told("status", client.status))
+        print(client.status().step)
+    """)  # fmt: skip
+    assert done.stdout.splitlines() == ["status FORKED True True", "0"], done.stderr
+
+
+@pytest.mark.parametrize("package", [maskwire, maskwire.aio])
+@pytest.mark.parametrize("how", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_client_says_why_it_does_not_pickle(package: Any, how: Callable[[Any], Any]) -> None:
+    client = package.attach("127.0.0.1:50051")
+    with pytest.raises(TypeError, match=r"Client cannot be pickled.*127\.0\.0\.1:50051.*maskwire\.attach"):
+        how(client)
+
+
+BLOCKING = """
+    with maskwire.connect(address) as trainer:
+        trainer.train_step(tokens)
+        os.kill(server, signal.SIGKILL)
+        trainer.submit(tokens)
+        {end}
+"""
+ASYNCIO = """
+    async def main():
+        async with await maskwire.aio.connect(address) as trainer:
+            await trainer.train_step(tokens)
+            os.kill(server, signal.SIGKILL)
+            await trainer.submit(tokens)
+            {end}
+
+    asyncio.run(main())
+"""
+WITHOUT = """
+    trainer = maskwire.connect(address)
+    trainer.train_step(tokens)
+    os.kill(server, signal.SIGKILL)
+    trainer.submit(tokens)
+    {end}
+"""
+
+
+@pytest.mark.parametrize("program", [BLOCKING, ASYNCIO, WITHOUT], ids=["with", "async with", "without"])
+@pytest.mark.parametrize(
+    "end", ['raise ValueError("a bug of mine")', "signal.raise_signal(signal.SIGINT)", "sys.exit(7)"]
+)
+def test_a_program_ends_at_once_although_the_server_is_gone(serve: Serve, program: str, end: str) -> None:
+    server = serve(seconds=0)
+    done = run(server, program.format(end=end))
+    server.kill()
+    if "ValueError" in end:
+        assert done.returncode == 1
+        assert done.stderr.strip().splitlines()[-1] == "ValueError: a bug of mine"
+    elif "SIGINT" in end:
+        assert done.returncode == -signal.SIGINT
+        assert "KeyboardInterrupt" in done.stderr
+    else:
+        assert done.returncode == 7
+
+
+def test_steps_in_flight_are_trained_when_a_program_ends_without_closing(serve: Serve) -> None:
+    server = serve(seconds=0.2)
+    done = run(server, "trainer = maskwire.connect(address)\nfor _ in range(3): trainer.submit(tokens)")
+    assert done.returncode == 0, done.stderr
+    with maskwire.attach(server.address) as client:
+        assert client.status().step == 3
+
+
+def test_steps_in_flight_are_trained_when_an_exception_leaves_the_block(serve: Serve) -> None:
+    server = serve(seconds=0)
+    done = run(server, """
+        maskwire.client.EXIT_GRACE = 30  # so that the test does not hang on how fast this machine is
+        with maskwire.connect(address) as trainer:
+            futures = [trainer.submit(tokens) for _ in range(3)]
+            raise ValueError("a bug of mine")
+    """)  # fmt: skip
+    assert "a bug of mine" in done.stderr
+    with maskwire.attach(server.address) as client:
+        status = client.status()
+        assert (status.step, status.writer) == (3, ""), "the session was closed"
+
+
+@pytest.mark.parametrize("package", [maskwire, maskwire.aio])
+def test_a_closed_client_says_so(serve: Serve, package: Any) -> None:
+    import asyncio
+
+    address = serve(seconds=0).address
+
+    async def wait(value: Any) -> Any:
+        return await value if asyncio.iscoroutine(value) else value
+
+    async def main() -> None:
+        client = package.attach(address)
+        await wait(client.status())
+        await wait(client.close())
+        with pytest.raises(maskwire.MaskwireError, match="closed"):
+            await wait(client.status())
+
+    asyncio.run(main())
