@@ -16,7 +16,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from maskwire.documents import Documents, Ids, Tiles, load_array
+from maskwire.documents import Documents, Tiles, load_array
+from maskwire.files import FileArray, Ids
 
 Rows = Ids | list[Ids]
 
@@ -205,15 +206,16 @@ class TokenData:
         """The entropy of the ids' frequencies, in bits a token: what knowing them alone is worth."""
         counts: npt.NDArray[np.int64] = np.zeros(1, dtype=np.int64)
         for index in range(len(self._documents)):
-            found = np.bincount(self._documents[index], minlength=counts.size)
-            found[: counts.size] += counts
-            counts = found
+            for ids in self._documents.chunks(index):
+                found = np.bincount(ids, minlength=counts.size)
+                found[: counts.size] += counts
+                counts = found
         share = counts[counts > 0] / counts.sum()
         return float(-(share * np.log2(share)).sum())
 
 
 class ByteData(TokenData):
-    """Files and folders of bytes, text or not, each byte a token; files are mapped, not read."""
+    """Files and folders of bytes, text or not, each byte a token; only what a batch needs is read."""
 
     def __init__(
         self,
@@ -237,7 +239,7 @@ class ByteData(TokenData):
 
 
 class FileTokens(TokenData):
-    """Token ids from one file or folder, mapped: packed tokens, an array, or what was prepared."""
+    """Token ids from one file or folder, not held in memory: packed ids, an array, or prepared text."""
 
     def __init__(
         self, path: str | Path, *, length: int, batch_size: int, seed: int = 0, dtype: str | None = None
@@ -254,16 +256,16 @@ class FileTokens(TokenData):
             raise ValueError(f"dtype must be left out for {path}, which says it itself")
         if (path / META).is_file():
             meta = Meta.read(path)
-            flat = np.memmap(path / TOKENS, dtype=_little(meta.dtype), mode="r")
+            flat = FileArray(path / TOKENS, _little(meta.dtype))
             ends, _ = load_array(path / DOCUMENTS)
-            documents = Documents.packed(flat, ends.astype(np.int64))
+            documents = Documents.packed(flat, ends[:].astype(np.int64))
             tokenizer, bytes_per_token = meta.tokenizer, meta.text_bytes / meta.tokens
         elif path.suffix == ".npy":
             documents = Documents.packed(*load_array(path))
         elif dtype in PACKED_TYPES and path.is_file():
             if path.stat().st_size % np.dtype(dtype).itemsize or not path.stat().st_size:
                 raise ValueError(f"{path} must be whole {dtype} ids, got {path.stat().st_size} bytes")
-            flat = np.memmap(path, dtype=_little(dtype), mode="r")
+            flat = FileArray(path, _little(dtype))
             documents = Documents.packed(flat, np.array([flat.size]))
         else:
             raise ValueError(

@@ -19,11 +19,13 @@ from typing import IO, Any
 import numpy as np
 
 from maskwire.data import BYTES, DOCUMENTS, META, TOKENS, Meta, find_files
-from maskwire.documents import Ids
+from maskwire.documents import Documents
+from maskwire.files import Ids
 
 _BATCH_BYTES, _BATCH_FILES = 8 * 2**20, 64  # of text, tokenized on all cores at once
 
-Encode = Callable[[list[Path]], list[Ids]]
+Encode = Callable[[list[Path]], Iterable[Iterable[Ids]]]
+"""Makes of some files the ids of each, in one or several parts."""
 
 
 def prepare(
@@ -75,9 +77,11 @@ def _write(files: list[Path], folder: Path, tokenizer: str | Path, tell: Callabl
     sizes: list[int] = []
     with (folder / TOKENS).open("wb") as file:
         for batch in _batches(files):
-            for ids in encode(batch):
-                ids.astype(np.dtype(dtype).newbyteorder("<"), copy=False).tofile(file)
-                sizes.append(ids.size)
+            for parts in encode(batch):
+                sizes.append(0)
+                for ids in parts:
+                    ids.astype(np.dtype(dtype).newbyteorder("<"), copy=False).tofile(file)
+                    sizes[-1] += ids.size
             done += sum(path.stat().st_size for path in batch)
             tell(done, total)
         _flush(file)
@@ -111,8 +115,9 @@ def _batches(files: list[Path]) -> Iterator[list[Path]]:
         yield batch
 
 
-def _bytes(files: list[Path]) -> list[Ids]:
-    return [np.memmap(path, dtype=np.uint8, mode="r") for path in files]
+def _bytes(files: list[Path]) -> Iterator[Iterator[Ids]]:
+    documents = Documents.files(files)
+    return (documents.chunks(index) for index in range(len(documents)))
 
 
 def _tokenizer(path: Path) -> tuple[str, int, Encode]:
@@ -132,9 +137,9 @@ def _tokenizer(path: Path) -> tuple[str, int, Encode]:
     loaded.no_truncation()
     loaded.no_padding()
 
-    def encode(files: list[Path]) -> list[Ids]:
+    def encode(files: list[Path]) -> Iterator[list[Ids]]:
         found = loaded.encode_batch([_text(file) for file in files], add_special_tokens=False)
-        return [np.array(one.ids, dtype=np.int64) for one in found]
+        return ([np.array(one.ids, dtype=np.int64)] for one in found)
 
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return f"sha256:{digest}", max(loaded.get_vocab(with_added_tokens=True).values()) + 1, encode
