@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -44,6 +44,10 @@ class Meta:
     documents: int
     text_bytes: int
     """Bytes of the text that the tokens encode."""
+    document_start: list[int] = field(default_factory=list)
+    """The special ids that each document begins with, such as BOS."""
+    document_end: list[int] = field(default_factory=list)
+    """The special ids that each document ends with, such as EOS."""
 
     def to_json(self) -> str:
         """The text of the file that `read` reads."""

@@ -34,13 +34,16 @@ def prepare(
     *,
     tokenizer: str | Path = BYTES,
     pattern: str = "*",
+    special_tokens: bool = True,
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Meta:
     """Tokenize files and folders into the folder `out`, each file a document.
 
     `tokenizer` is "bytes", or a `tokenizers` file (tokenizer.json), which needs the extra
-    `maskwire[tokenizers]` and UTF-8 text. The mask id is one behind the tokenizer's ids.
+    `maskwire[tokenizers]` and UTF-8 text. The mask id is one behind the tokenizer's ids. With
+    `special_tokens` each document gets what the tokenizer itself puts around a text, such as BOS and EOS;
+    the result's `document_start` and `document_end` say what that is.
     `on_progress(done, total)` counts bytes of text. `out` appears when it is whole; one that is there
     already is replaced only with `force`. Raises ValueError and OSError.
     """
@@ -59,19 +62,26 @@ def prepare(
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as room:
         draft, old = Path(room) / "new", Path(room) / "old"
         draft.mkdir()
-        meta = _write(files, draft, tokenizer, on_progress or (lambda *_: None))
+        meta = _write(files, draft, tokenizer, special_tokens, on_progress or (lambda *_: None))
         if out.exists():
             out.rename(old)
         draft.rename(out)
     return meta
 
 
-def _write(files: list[Path], folder: Path, tokenizer: str | Path, tell: Callable[[int, int], None]) -> Meta:
+def _write(
+    files: list[Path],
+    folder: Path,
+    tokenizer: str | Path,
+    special_tokens: bool,
+    tell: Callable[[int, int], None],
+) -> Meta:
     total, done = sum(path.stat().st_size for path in files), 0
     encode: Encode = _bytes
     name, mask_id = BYTES, 256
+    around: tuple[list[int], list[int]] = [], []
     if tokenizer != BYTES:
-        name, mask_id, encode = _tokenizer(Path(tokenizer))
+        name, mask_id, encode, around = _tokenizer(Path(tokenizer), special_tokens)
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
     dtype = "uint8" if tokenizer == BYTES else "uint16" if mask_id < 2**16 else "int32"
     sizes: list[int] = []
@@ -91,7 +101,7 @@ def _write(files: list[Path], folder: Path, tokenizer: str | Path, tell: Callabl
     with (folder / DOCUMENTS).open("wb") as file:
         np.save(file, ends)
         _flush(file)
-    meta = Meta(name, mask_id + 1, mask_id, dtype, int(ends[-1]), ends.size, total)
+    meta = Meta(name, mask_id + 1, mask_id, dtype, int(ends[-1]), ends.size, total, *around)
     with (folder / META).open("w") as text:
         text.write(meta.to_json())
         _flush(text)
@@ -120,8 +130,8 @@ def _bytes(files: list[Path]) -> Iterator[Iterator[Ids]]:
     return (documents.chunks(index) for index in range(len(documents)))
 
 
-def _tokenizer(path: Path) -> tuple[str, int, Encode]:
-    """The tokenizer's hash, the id behind its own, and how it encodes files."""
+def _tokenizer(path: Path, special_tokens: bool) -> tuple[str, int, Encode, tuple[list[int], list[int]]]:
+    """The tokenizer's hash, the id behind its own, how it encodes files, and what it puts around each."""
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -138,11 +148,23 @@ def _tokenizer(path: Path) -> tuple[str, int, Encode]:
     loaded.no_padding()
 
     def encode(files: list[Path]) -> Iterator[list[Ids]]:
-        found = loaded.encode_batch([_text(file) for file in files], add_special_tokens=False)
+        found = loaded.encode_batch([_text(file) for file in files], add_special_tokens=special_tokens)
         return ([np.array(one.ids, dtype=np.int64)] for one in found)
 
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return f"sha256:{digest}", max(loaded.get_vocab(with_added_tokens=True).values()) + 1, encode
+    mask_id = max(loaded.get_vocab(with_added_tokens=True).values()) + 1
+    around = _around(loaded) if special_tokens else ([], [])
+    return f"sha256:{digest}", mask_id, encode, around
+
+
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special ids that a tokenizer puts before and after a text."""
+    ids = tokenizer.encode("a", add_special_tokens=True).ids
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    for start in range(len(ids) - len(bare) + 1):
+        if ids[start : start + len(bare)] == bare:
+            return ids[:start], ids[start + len(bare) :]
+    return [], []  # a post-processor that changes the text's own tokens
 
 
 def _text(path: Path) -> str:
