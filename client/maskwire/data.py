@@ -18,14 +18,25 @@ import numpy.typing as npt
 
 from maskwire.documents import Documents, Tiles, load_array
 from maskwire.files import FileArray, Ids
+from maskwire.formats import DOCUMENTS, META, TOKENS, refuse_packed, refuse_part
+from maskwire.sources import find_files
 
 Rows = Ids | list[Ids]
 
 BYTES = "bytes"
 """The `tokenizer` of data whose ids are bytes."""
-META = "maskwire-data.json"
 PACKED_TYPES = ("uint8", "uint16", "int32")
-TOKENS, DOCUMENTS = "tokens.bin", "documents.npy"
+_OTHER_TYPES = {
+    "uint32": "ids below 2^31, which every vocabulary's are, are the same bytes in int32: open the file as "
+    "int32 (--dtype int32)",
+    "int16": "ids that are not negative are the same bytes in uint16: open the file as uint16 "
+    "(--dtype uint16)",
+    "int8": "ids that are not negative are the same bytes in uint8: open the file as uint8 (--dtype uint8)",
+    **dict.fromkeys(
+        ("int64", "uint64"),
+        "save them as a .npy file, np.save('ids.npy', np.fromfile(FILE, DTYPE)), which needs no dtype",
+    ),
+}
 _FORMAT = 1
 _MOST = 2**28  # tokens in a batch that any server takes
 
@@ -229,12 +240,15 @@ class ByteData(TokenData):
         batch_size: int,
         seed: int = 0,
         pattern: str = "*",
+        any_format: bool = False,
     ) -> None:
         """`paths` are files, or folders searched for `pattern`; hidden and empty files are left out.
 
-        Raises ValueError for a length or batch size below 1, or when no file has anything in it.
+        So are files that maskwire itself wrote: metrics, run directories, checkpoints, prepared data.
+        Raises ValueError for a length or batch size below 1, when no file has anything in it, and unless
+        `any_format` for files of a format that is not text: packed ids, arrays, archives, JSON lines.
         """
-        files = find_files(paths, pattern)
+        files = find_files(paths, pattern, any_format=any_format)
         self._begin(
             Documents.files(files),
             length=length, batch_size=batch_size, seed=seed, tokenizer=BYTES, bytes_per_token=1.0,
@@ -258,6 +272,8 @@ class FileTokens(TokenData):
         tokenizer, bytes_per_token = "", None
         if dtype is not None and holds_tokens(path):
             raise ValueError(f"dtype must be left out for {path}, which says it itself")
+        if path.name == DOCUMENTS:
+            refuse_part(path)
         if (path / META).is_file():
             meta = Meta.read(path)
             flat = FileArray(path / TOKENS, _little(meta.dtype))
@@ -267,14 +283,16 @@ class FileTokens(TokenData):
         elif path.suffix == ".npy":
             documents = Documents.packed(*load_array(path))
         elif dtype in PACKED_TYPES and path.is_file():
+            refuse_packed(path)
             if path.stat().st_size % np.dtype(dtype).itemsize or not path.stat().st_size:
                 raise ValueError(f"{path} must be whole {dtype} ids, got {path.stat().st_size} bytes")
             flat = FileArray(path, _little(dtype))
             documents = Documents.packed(flat, np.array([flat.size]))
         else:
+            cure = f"; {_OTHER_TYPES[dtype]}" if dtype in _OTHER_TYPES else ""
             raise ValueError(
                 f"{path}: no .npy file, no folder of `maskwire data prepare`, and dtype is {dtype!r}, not "
-                f"one of {', '.join(PACKED_TYPES)}"
+                f"one of {', '.join(PACKED_TYPES)}{cure}"
             )
         self._begin(
             documents, length=length, batch_size=batch_size, seed=seed, tokenizer=tokenizer,
@@ -291,11 +309,13 @@ def open_data(
     seed: int = 0,
     pattern: str = "*",
     dtype: str | None = None,
+    any_format: bool = False,
 ) -> TokenData:
     """The data of paths, by what they are.
 
     One folder of `maskwire data prepare`, one `.npy` file, one file of packed ids with its `dtype`
-    (uint8, uint16 or int32), or files and folders of text or bytes, each byte a token.
+    (uint8, uint16 or int32), or files and folders of text, each byte a token; with `any_format` of
+    anything.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     if dtype is not None or any(holds_tokens(path) for path in paths):
@@ -304,7 +324,9 @@ def open_data(
                 f"a file or folder of token ids comes alone, got {len(paths)} paths; prepare them as one"
             )
         return FileTokens(paths[0], length=length, batch_size=batch_size, seed=seed, dtype=dtype)
-    return ByteData(paths, length=length, batch_size=batch_size, seed=seed, pattern=pattern)
+    return ByteData(
+        paths, length=length, batch_size=batch_size, seed=seed, pattern=pattern, any_format=any_format
+    )
 
 
 def holds_tokens(path: str | Path) -> bool:
@@ -316,28 +338,3 @@ def _little(dtype: str) -> np.dtype[Any]:
     if dtype not in PACKED_TYPES:
         raise ValueError(f"dtype must be one of {', '.join(PACKED_TYPES)}, got {dtype!r}")
     return np.dtype(dtype).newbyteorder("<")
-
-
-def find_files(paths: str | Path | Iterable[str | Path], pattern: str = "*") -> list[Path]:
-    """The non-empty files, sorted by path; ValueError names a path that is not there."""
-    if isinstance(paths, str | Path):
-        paths = [paths]
-    found: set[Path] = set()
-    for path in map(Path, paths):
-        if path.is_dir():
-            prepared = {meta.parent for meta in path.rglob(META)}  # no text, though it lies among texts
-            inside = (p for p in path.rglob(pattern) if not _hidden(p.relative_to(path)))
-            found |= {
-                p for p in inside if p.is_file() and p.stat().st_size and prepared.isdisjoint(p.parents)
-            }
-        elif path.is_file():
-            found |= {path} if path.stat().st_size else set()
-        else:
-            raise ValueError(f"{path}: no such file or folder")
-    if not found:
-        raise ValueError("there is no file with anything in it in the paths given")
-    return sorted(found)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)

@@ -18,9 +18,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from maskwire.data import BYTES, DOCUMENTS, META, TOKENS, Meta, find_files
+from maskwire.data import BYTES, Meta
 from maskwire.documents import Documents
 from maskwire.files import Ids
+from maskwire.formats import DOCUMENTS, META, TOKENS
+from maskwire.sources import find_files
 
 _BATCH_BYTES, _BATCH_FILES = 8 * 2**20, 64  # of text, tokenized on all cores at once
 
@@ -34,11 +36,12 @@ def prepare(
     *,
     tokenizer: str | Path = BYTES,
     pattern: str = "*",
+    any_format: bool = False,
     special_tokens: bool = True,
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Meta:
-    """Tokenize files and folders into the folder `out`, each file a document.
+    """Tokenize files and folders into the folder `out`, each file a document; which ones as in `ByteData`.
 
     `tokenizer` is "bytes", or a `tokenizers` file (tokenizer.json), which needs the extra
     `maskwire[tokenizers]` and UTF-8 text. The mask id is one behind the tokenizer's ids. With
@@ -57,7 +60,7 @@ def prepare(
                 else "; name another"
             )
         )
-    files = find_files(paths, pattern)
+    files = find_files(paths, pattern, any_format=any_format)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as room:
         draft, old = Path(room) / "new", Path(room) / "old"

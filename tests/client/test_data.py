@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskwire.data import ByteData, FileTokens, TokenData, find_files, open_data
+from maskwire.data import ByteData, FileTokens, TokenData, open_data
 from maskwire.files import DataChangedError
 from maskwire.prepare import prepare
+from maskwire.sources import find_files
 
 
 @pytest.fixture

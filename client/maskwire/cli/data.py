@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from maskwire.cli import exits
-from maskwire.cli.options import Json, Pattern
+from maskwire.cli.options import AnyFormat, Json, Pattern
 from maskwire.data import BYTES, Meta
 from maskwire.prepare import prepare as prepare_data
 from maskwire.progress import byte_progress
@@ -31,6 +31,7 @@ def prepare(
         str, typer.Option(help="'bytes', or a tokenizers file (tokenizer.json; extra maskwire[tokenizers]).")
     ] = "bytes",
     pattern: Pattern = "*",
+    any_format: AnyFormat = False,
     special_tokens: Annotated[
         bool,
         typer.Option(
@@ -45,8 +46,8 @@ def prepare(
     with exits.errors(as_json):
         with byte_progress("preparing", shown=not as_json) as tell:
             meta = prepare_data(
-                paths, out, tokenizer=tokenizer, pattern=pattern, special_tokens=special_tokens,
-                force=force, on_progress=tell,
+                paths, out, tokenizer=tokenizer, pattern=pattern, any_format=any_format,
+                special_tokens=special_tokens, force=force, on_progress=tell,
             )  # fmt: skip
         show(
             {"folder": out, **dataclasses.asdict(meta)},

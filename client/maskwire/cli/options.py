@@ -29,7 +29,14 @@ Paths = Annotated[
 ]
 Pattern = Annotated[str, typer.Option(help="Which files of a folder.")]
 Dtype = Annotated[
-    str | None, typer.Option(help="uint8, uint16 or int32: the file holds packed ids of this type.")
+    str | None,
+    typer.Option(help="uint8, uint16 or int32 (also for uint32): the file holds packed ids of this type."),
+]
+AnyFormat = Annotated[
+    bool,
+    typer.Option(
+        "--any-format", help="Take files of every format as they are: archives, packed ids, JSON lines."
+    ),
 ]
 Length = Annotated[int | None, typer.Option(help="Tokens a row; the model's longest by default.")]
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from maskwire.cli import exits
-from maskwire.cli.options import Dtype, Json, Length, Paths, Pattern, Server, with_server
+from maskwire.cli.options import AnyFormat, Dtype, Json, Length, Paths, Pattern, Server, with_server
 from maskwire.client import Trainer
 from maskwire.data import TokenData, holds_tokens, open_data
 from maskwire.errors import TokenizerError
@@ -27,6 +27,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the data's order.")] = 0,
     pattern: Pattern = "*",
     dtype: Dtype = None,
+    any_format: AnyFormat = False,
     held_out: Annotated[float, typer.Option(help="Share of the documents kept for evaluation.")] = 0.05,
     eval_data: Annotated[
         Path | None, typer.Option(help="Evaluate on this data instead of a share held out.")
@@ -63,6 +64,7 @@ def train(
         "batch_size": batch_size,
         "seed": seed,
         "pattern": pattern,
+        "any_format": any_format,
     }
     # What is wrong with the data is said before anything is waited for.
     data, apart = open_data(paths, dtype=dtype, **options), None
