@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from maskwire.documents import Documents, Tiles, load_array
 from maskwire.files import FileArray, Ids
+from maskwire.fingerprint import content
 from maskwire.formats import DOCUMENTS, META, TOKENS, refuse_packed, refuse_part
 from maskwire.sources import find_files
 
@@ -140,12 +141,32 @@ class TokenData:
         self.bytes_per_token = bytes_per_token
         """Bytes of text that a token encodes on average, if known: what bits per byte need."""
         self._documents = documents
+        self._content: str | None = None
+        self._held_out = 0.0
         self._ends = np.cumsum(np.maximum(1, documents.sizes - length + 1))
 
     @property
     def size(self) -> int:
         """Tokens in all documents."""
         return int(self._documents.sizes.sum())
+
+    def fingerprint(self) -> dict[str, str]:
+        """What batches are made from, in parts: two data sets with the same parts give the same batches.
+
+        The content is a hash of all ids up to 2^24 of them, beyond that of each document's size and of ids
+        sampled evenly from all of them. Paths and types of files do not matter.
+        """
+        if self._content is None:
+            self._content = content(self._documents)
+        sizes = {
+            "length": self.length,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "tokens": self.size,
+            "documents": self.documents,
+        }
+        parts = {name: str(value) for name, value in sizes.items()} | {"content": self._content}
+        return parts | ({"held_out": str(self._held_out)} if self._held_out else {})
 
     @property
     def documents(self) -> int:
@@ -201,12 +222,16 @@ class TokenData:
                 f"held out, of {apart.size}: both need one; use more files, another share, or data of its "
                 "own for the evaluation"
             )
-        return self._of(~apart), self._of(apart)
+        training, evaluation = self._of(~apart), self._of(apart)
+        training._held_out = held_out
+        return training, evaluation
 
     def cropped(self, length: int) -> Self:
         """The same documents in rows of another length."""
         every = np.ones(len(self._documents), dtype=bool)
-        return self._of(every, length)
+        same = self._of(every, length)
+        same._content, same._held_out = self._content, self._held_out
+        return same
 
     def _of(self, chosen: npt.NDArray[np.bool_], length: int | None = None) -> Self:
         part = object.__new__(type(self))

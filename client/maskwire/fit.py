@@ -115,6 +115,7 @@ def plan(
     metrics: str | Path | None = None,
     progress: bool | Progress = True,
     on_step: Callable[[StepResult], None] | None = None,
+    allow_changed_data: bool = False,
     **modes: Any,
 ) -> Generator[Wish, Any, FitResult]:
     """The wishes of one call of `fit`.
@@ -125,7 +126,8 @@ def plan(
     evaluation so far is saved with its `nats_per_token` as score; the server keeps the best. `metrics`
     is a file that gets one JSON line a step, `on_step` is called with each step's result. `modes` go to
     each step (`only_train_critic`, `learning_rate`, ...). Data that knows its `tokenizer` has it kept
-    with the run.
+    with the run. So is the `fingerprint()` of data that has one: DataMismatchError if the run was trained
+    on other data, whatever changed its batches, unless `allow_changed_data`.
     """
     yield trainer.settle  # steps that an interrupted call left in flight have numbers already
     result = FitResult(first_step=trainer.step + 1, step=trainer.step)
@@ -146,6 +148,8 @@ def plan(
     try:
         if getattr(data, "tokenizer", "") and result.step < until_step:
             yield partial(trainer.use_tokenizer, data.tokenizer)  # type: ignore[attr-defined]
+        if hasattr(data, "fingerprint") and result.step < until_step:
+            yield partial(trainer.use_data, data.fingerprint(), allow_changed=allow_changed_data)
         if checkpoint_every and result.step and result.step % checkpoint_every == 0:
             # An earlier call may have been stopped between the step and its checkpoint.
             saved = yield trainer.checkpoints

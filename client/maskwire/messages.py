@@ -332,4 +332,5 @@ def read_status(status: pb.GetStatusResponse) -> results.Status:
         versions=dict(status.versions),
         uptime_seconds=status.uptime.ToTimedelta().total_seconds(),
         tokenizer=status.tokenizer,
+        data=dict(status.data),
     )

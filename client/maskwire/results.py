@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 import numpy as np
@@ -256,3 +256,5 @@ class Status:
     uptime_seconds: float
     tokenizer: str
     """What the run's ids stand for: "bytes", or the SHA-256 of a tokenizer's file; empty: not said."""
+    data: dict[str, str] = field(default_factory=dict)
+    """The fingerprint of the data that the run is trained on, in named parts; empty: not said."""

@@ -86,6 +86,9 @@ def status_table(found: Status, until_step: int | None = None) -> Table:
         table.add_row("model", f"{found.model.parameters:,} parameters, {found.model.objective}")
     if found.tokenizer:
         table.add_row("tokenizer", found.tokenizer)
+    if found.data:
+        parts = (f"{name} {value}" for name, value in sorted(found.data.items()) if name != "content")
+        table.add_row("data", ", ".join(parts))
     if found.newest_checkpoint is not None:
         table.add_row("checkpoint", f"{found.newest_checkpoint.name}, step {found.newest_checkpoint.step}")
     if found.last_error:

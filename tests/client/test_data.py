@@ -376,3 +376,73 @@ def test_pickled_data_is_refused_where_its_file_has_another_size(tmp_path: Path)
             file.write(b"more")
         with pytest.raises(DataChangedError, match="bytes and has"):
             pickle.loads(pickled).batch(1)
+
+
+def test_the_fingerprint_is_that_of_the_ids_in_every_form_and_place(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_bytes(np.random.default_rng(0).integers(0, 256, 999, dtype=np.uint8))
+    found = variants(tmp_path)
+    fingerprints = {name: data.fingerprint() for name, data in found.items()}
+    assert all(each == fingerprints["file"] for each in fingerprints.values()), fingerprints
+    content = fingerprints["file"].pop("content")
+    assert content.startswith("sha256:")
+    assert fingerprints["file"] == {
+        "length": "16", "batch_size": "8", "seed": "3", "tokens": "999", "documents": "1"
+    }  # fmt: skip
+
+
+def test_the_fingerprint_changes_with_whatever_changes_batches(folder: Path) -> None:
+    options: dict[str, Any] = {"length": 16, "batch_size": 4, "seed": 1}
+
+    def changed(data: TokenData) -> set[str]:
+        now = data.fingerprint()
+        return {part for part in {**before, **now} if before.get(part) != now.get(part)}
+
+    before = ByteData(folder, **options).fingerprint()
+    assert (
+        changed(ByteData(folder, **options))
+        == changed(pickle.loads(pickle.dumps(ByteData(folder, **options))))
+        == set()
+    )
+    for part, value in (("length", 17), ("batch_size", 5), ("seed", 2)):
+        assert changed(ByteData(folder, **{**options, part: value})) == {part}
+    assert changed(ByteData(folder, **options).cropped(8)) == {"length"}
+    training, _ = ByteData(folder, **options).split(0.3)
+    assert changed(training) == {"held_out", "content", "tokens", "documents"}
+    assert training.cropped(16).fingerprint() == training.fingerprint()
+    moved = folder.with_name("moved")
+    folder.rename(moved)
+    assert changed(ByteData(moved, **options)) == set(), "where it is does not matter"
+    text = moved / "0" / "00.txt"
+    content = text.read_bytes()
+    text.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert changed(ByteData(moved, **options)) == {"content"}
+    text.write_bytes(content)
+    text.rename(moved / "2" / "zz.txt")
+    assert changed(ByteData(moved, **options)) == {"content"}, "the documents' order makes the batches"
+    (moved / "2" / "zz.txt").rename(text)
+    (moved / "new.txt").write_text("more")
+    assert changed(ByteData(moved, **options)) == {"content", "tokens", "documents"}
+
+
+def test_the_fingerprint_of_large_data_reads_a_sample_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from maskwire import fingerprint
+
+    monkeypatch.setattr(fingerprint, "_ALL", 1000)
+    monkeypatch.setattr(fingerprint, "_BLOCKS", 10)
+    monkeypatch.setattr(fingerprint, "_BLOCK", 20)
+    ids = np.random.default_rng(0).integers(0, 256, 5000)
+    np.save(tmp_path / "ids.npy", ids)
+    ids.astype("<u2").tofile(tmp_path / "ids.u16")
+    options: dict[str, Any] = {"length": 16, "batch_size": 4}
+    packed = open_data(tmp_path / "ids.u16", dtype="uint16", **options)
+    assert packed.fingerprint() == open_data(tmp_path / "ids.npy", **options).fingerprint()
+    for place, seen in ((0, True), (4999, True), (-20, True), (300, False)):
+        other = ids.copy()
+        other[place] ^= 1
+        differs = TokenData([other], **options).fingerprint() != packed.fingerprint()
+        assert differs == seen, f"place {place}"
+    lengths = [2000, 2990, 10]
+    parts = np.split(ids, np.cumsum(lengths)[:-1])
+    assert TokenData(parts, **options).fingerprint()["content"] != packed.fingerprint()["content"]

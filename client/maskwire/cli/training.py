@@ -45,6 +45,10 @@ def train(
     takeover: Annotated[
         bool, typer.Option("--takeover", help="Take over from another writer, or from HALTED.")
     ] = False,
+    allow_changed_data: Annotated[
+        bool,
+        typer.Option("--allow-changed-data", help="Continue although the data is not what it was."),
+    ] = False,
     window: Annotated[int, typer.Option(help="Steps in flight.")] = 4,
     as_json: Json = False,
 ) -> None:
@@ -85,6 +89,7 @@ def train(
             checkpoint_every=checkpoint_every,
             save_best=save_best,
             metrics=metrics,
+            allow_changed_data=allow_changed_data,
             progress=not as_json,
         )
         if result.interrupted:

@@ -237,6 +237,7 @@ class Engine:
             newest_checkpoint=self._saver.newest,
             versions=self._versions,
             tokenizer=head.tokenizer,
+            data=head.data,
         )
 
     def drain(self, timeout: float) -> bool:
@@ -372,6 +373,8 @@ class Engine:
         head.run_id = journal.fact("run_id")
         said = journal.last_event("tokenizer")
         head.tokenizer = said[1]["tokenizer"] if said else ""
+        said = journal.last_event("data")
+        head.data = said[1] if said else {}
         threads = None if self._serve.threads else following.pinned_threads(journal)
         self._info, versions = device.call(partial(device.build, self._factory, threads))
         self._versions.update(versions)
