@@ -16,6 +16,7 @@ import typer
 from maskwire.cli import exits
 from maskwire.client import Client, Trainer, attach, connect
 from maskwire.door import DoorOptions
+from maskwire.output import tell
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 
@@ -118,7 +119,7 @@ class Server:
 
     def wait(self, words: str) -> None:
         """Tell what is waited for."""
-        exits.say(json.dumps({"waiting": words}) if self.as_json else words)
+        tell(json.dumps({"waiting": words}) if self.as_json else words)
 
     def attach(self) -> Client:
         """A client without a session."""

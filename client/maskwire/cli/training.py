@@ -14,7 +14,7 @@ from maskwire.client import Trainer
 from maskwire.data import TokenData, holds_tokens, open_data
 from maskwire.errors import TokenizerError
 from maskwire.results import EvalResult
-from maskwire.show import show
+from maskwire.show import OutputError, show
 
 
 @with_server(retry_for=300.0)
@@ -92,8 +92,6 @@ def train(
             allow_changed_data=allow_changed_data,
             progress=not as_json,
         )
-        if result.interrupted:
-            trainer.close(grace=0)
         summary = {
             "step": trainer.step,
             "digest": trainer.digest.hex(),
@@ -113,7 +111,10 @@ def train(
             ),
         )
         if result.interrupted:
+            trainer.close(grace=0)
             raise exits.interrupted()
+        if result.metrics_failure:
+            raise OutputError(result.metrics_failure)
 
 
 def check_tokenizer(ours: str, theirs: str, whose: str) -> None:
