@@ -217,7 +217,11 @@ def _outputs() -> Iterator[tuple[int, int]]:
             yield found.st_dev, found.st_ino
 
 
-_METRICS_KEYS = ({"step", "outcome", "digest"}, {"step", "eval_bits_per_token"})
+_METRICS_KEYS = (
+    {"run_id", "lineage", "step"},
+    {"step", "outcome", "digest"},
+    {"step", "eval_bits_per_token"},
+)
 _METRICS_LINE = re.compile(
     rb'\{"(step|run|run_id|lineage)": ("[^"]*"|\d+), "(loss|lineage|step|eval_bits_per_token)": '
 )

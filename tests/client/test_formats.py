@@ -21,9 +21,7 @@ import numpy as np
 import pytest
 
 from maskwire.data import ByteData, open_data
-from maskwire.fit import step_line
 from maskwire.prepare import prepare
-from maskwire.results import Losses, Outcome, StepMetrics, StepResult
 from maskwire.sources import find_files
 
 IDS = np.random.default_rng(0).integers(1, 50257, 4000)
@@ -161,14 +159,17 @@ def test_bytes_that_are_no_text_are_taken_and_said(tmp_path: Path, caplog: pytes
     assert "a.dat: not text (zero bytes); each byte is taken as a token" in caplog.text
 
 
-def metrics_lines() -> list[str]:
-    metrics = StepMetrics(0.5, 0.1, 3, 4, 0.0, 0.01, 0.0)
-    answers = [
-        StepResult(step, Losses(1.0, 1.0, None), Outcome.APPLIED, False, b"d" * 32, metrics)
-        for step in range(1, 9)
-    ]
-    lines = [json.dumps(step_line(answer, 10)) for answer in answers]
-    return [*lines, json.dumps({"step": 8, "eval_bits_per_token": 2.0, "time": 0.0})]
+STEP: dict[str, Any] = {
+    "step": 1, "loss": 1.0, "generator_loss": 1.0, "critic_loss": None, "gradient_norm": 0.5, "tokens": 10,
+    "outcome": "APPLIED", "digest": "64" * 32, "time": 0.0,
+}  # fmt: skip
+RUN = {"run_id": "r-1", "lineage": 2}
+
+
+def metrics_lines(**run: Any) -> list[str]:
+    """Lines of metrics as every version writes them, with the run in them or not."""
+    lines = [json.dumps({**run, **STEP, "step": step}) for step in range(1, 9)]
+    return [*lines, json.dumps({**run, "step": 8, "eval_bits_per_token": 2.0, "time": 0.0})]
 
 
 @pytest.mark.parametrize(
@@ -179,9 +180,20 @@ def metrics_lines() -> list[str]:
         metrics_lines()[0][30:] + "\n" + "\n".join(metrics_lines()[1:]),  # rotated in the middle of a line
         metrics_lines()[0][:40],  # the disk was full
         json.dumps(dict(reversed(json.loads(metrics_lines()[0]).items()))) + "\n",
-        '{"run": "r-1", "lineage": 2, "step": 7, "loss"',
+        "\n".join(metrics_lines(**RUN)),
+        metrics_lines(**RUN)[0][:60],
+        json.dumps({**RUN, "step": 3, "event": "restored"}) + "\n",
     ],
-    ids=["whole", "evaluation", "rotated", "cut", "other order", "with the run"],
+    ids=[
+        "whole",
+        "evaluation",
+        "rotated",
+        "cut",
+        "other order",
+        "with the run",
+        "with the run, cut",
+        "event",
+    ],
 )
 @pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.1", "old.txt", "notes"])
 def test_metrics_are_never_data_under_any_name(
