@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rpc"))
 from serving import ServerProcess
 
 import maskwire.show
-from maskwire.cli import app
+from maskwire.cli import app, exits
 from maskwire.fit import fit
 from maskwire.output import tell
 
@@ -254,6 +255,13 @@ def test_an_error_in_showing_a_result_is_not_wrong_usage(
     assert done.exit_code == 7, done.output
     assert "step-000000000" in done.stdout, "the result comes first, in whatever form"
     assert "could not be shown as it should be" in done.stderr
+
+
+def test_sigterm_while_a_command_starts_has_the_exit_code_of_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (None, 130)):
+        monkeypatch.setattr(exits, "_signal", number)
+        assert exits.by_signal(130) == code
+        assert exits.by_signal(3) == 3
 
 
 def test_the_server_commands_show_their_results_whatever_happens(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import typer
 
@@ -61,6 +62,11 @@ def on_signals() -> None:
 def interrupted() -> typer.Exit:
     """The end of a command that a signal broke off."""
     return typer.Exit(TERMINATED if _signal == signal.SIGTERM else INTERRUPTED)
+
+
+def by_signal(code: Any) -> Any:
+    """The exit code of a command: outside of `errors`, typer takes SIGTERM for Ctrl-C."""
+    return TERMINATED if code == INTERRUPTED and _signal == signal.SIGTERM else code
 
 
 @contextmanager
