@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+
+from maskwire import streams
 
 
 def main() -> None:
@@ -13,9 +16,17 @@ def main() -> None:
         signal.signal(number, lambda number, _: os._exit(128 + number))
     # Read when grpc is imported: what its core would log, our errors say.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    streams.protect()
+    from maskwire.cli import exits
     from maskwire.cli import main as run
 
-    run()
+    try:
+        run()
+    except SystemExit as end:
+        code, words = streams.finish(end.code)
+        if words:
+            exits.show_error(words, code, as_json="--json" in sys.argv)
+        raise SystemExit(code) from None
 
 
 if __name__ == "__main__":

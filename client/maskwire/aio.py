@@ -365,6 +365,10 @@ class Trainer(Position, Client):
         """Keep with the run what its ids stand for."""
         await self._drive(self._writing.use_tokenizer(tokenizer))
 
+    async def use_data(self, fingerprint: Mapping[str, str], *, allow_changed: bool = False) -> None:
+        """Keep with the run the fingerprint of its data, as `maskwire.client.Trainer.use_data`."""
+        await self._drive(self._writing.use_data(fingerprint, allow_changed=allow_changed))
+
     async def fit(self, data: Any, *, until_step: int, **options: Any) -> FitResult:
         """Train on `data.batch(step)` up to an absolute step; the options are those of `maskwire.fit.plan`.
 

@@ -419,6 +419,14 @@ class Trainer(Position, Client):
         """
         self._drive(self._writing.use_tokenizer(tokenizer))
 
+    def use_data(self, fingerprint: Mapping[str, str], *, allow_changed: bool = False) -> None:
+        """Keep with the run the fingerprint of its data; DataMismatchError if another one is kept.
+
+        With `allow_changed` it takes the other one's place. `fit` does it for data that has a
+        `fingerprint()`.
+        """
+        self._drive(self._writing.use_data(fingerprint, allow_changed=allow_changed))
+
     def fit(self, data: Any, *, until_step: int, **options: Any) -> FitResult:
         """Train on `data.batch(step)` up to an absolute step; see `maskwire.fit.fit`."""
         from maskwire.fit import fit

@@ -9,22 +9,35 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from maskwire.documents import Documents, Ids, Tiles, load_array
+from maskwire.documents import Documents, Tiles, load_array
+from maskwire.files import FileArray, Ids
+from maskwire.fingerprint import content
+from maskwire.formats import DOCUMENTS, META, TOKENS, refuse_packed, refuse_part
+from maskwire.sources import find_files
 
 Rows = Ids | list[Ids]
 
 BYTES = "bytes"
 """The `tokenizer` of data whose ids are bytes."""
-META = "maskwire-data.json"
 PACKED_TYPES = ("uint8", "uint16", "int32")
-TOKENS, DOCUMENTS = "tokens.bin", "documents.npy"
+_OTHER_TYPES = {
+    "uint32": "ids below 2^31, which every vocabulary's are, are the same bytes in int32: open the file as "
+    "int32 (--dtype int32)",
+    "int16": "ids that are not negative are the same bytes in uint16: open the file as uint16 "
+    "(--dtype uint16)",
+    "int8": "ids that are not negative are the same bytes in uint8: open the file as uint8 (--dtype uint8)",
+    **dict.fromkeys(
+        ("int64", "uint64"),
+        "save them as a .npy file, np.save('ids.npy', np.fromfile(FILE, DTYPE)), which needs no dtype",
+    ),
+}
 _FORMAT = 1
 _MOST = 2**28  # tokens in a batch that any server takes
 
@@ -43,6 +56,10 @@ class Meta:
     documents: int
     text_bytes: int
     """Bytes of the text that the tokens encode."""
+    document_start: list[int] = field(default_factory=list)
+    """The special ids that each document begins with, such as BOS."""
+    document_end: list[int] = field(default_factory=list)
+    """The special ids that each document ends with, such as EOS."""
 
     def to_json(self) -> str:
         """The text of the file that `read` reads."""
@@ -124,12 +141,32 @@ class TokenData:
         self.bytes_per_token = bytes_per_token
         """Bytes of text that a token encodes on average, if known: what bits per byte need."""
         self._documents = documents
+        self._content: str | None = None
+        self._held_out = 0.0
         self._ends = np.cumsum(np.maximum(1, documents.sizes - length + 1))
 
     @property
     def size(self) -> int:
         """Tokens in all documents."""
         return int(self._documents.sizes.sum())
+
+    def fingerprint(self) -> dict[str, str]:
+        """What batches are made from, in parts: two data sets with the same parts give the same batches.
+
+        The content is a hash of all ids up to 2^24 of them, beyond that of each document's size and of ids
+        sampled evenly from all of them. Paths and types of files do not matter.
+        """
+        if self._content is None:
+            self._content = content(self._documents)
+        sizes = {
+            "length": self.length,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "tokens": self.size,
+            "documents": self.documents,
+        }
+        parts = {name: str(value) for name, value in sizes.items()} | {"content": self._content}
+        return parts | ({"held_out": str(self._held_out)} if self._held_out else {})
 
     @property
     def documents(self) -> int:
@@ -185,12 +222,16 @@ class TokenData:
                 f"held out, of {apart.size}: both need one; use more files, another share, or data of its "
                 "own for the evaluation"
             )
-        return self._of(~apart), self._of(apart)
+        training, evaluation = self._of(~apart), self._of(apart)
+        training._held_out = held_out
+        return training, evaluation
 
     def cropped(self, length: int) -> Self:
         """The same documents in rows of another length."""
         every = np.ones(len(self._documents), dtype=bool)
-        return self._of(every, length)
+        same = self._of(every, length)
+        same._content, same._held_out = self._content, self._held_out
+        return same
 
     def _of(self, chosen: npt.NDArray[np.bool_], length: int | None = None) -> Self:
         part = object.__new__(type(self))
@@ -205,15 +246,16 @@ class TokenData:
         """The entropy of the ids' frequencies, in bits a token: what knowing them alone is worth."""
         counts: npt.NDArray[np.int64] = np.zeros(1, dtype=np.int64)
         for index in range(len(self._documents)):
-            found = np.bincount(self._documents[index], minlength=counts.size)
-            found[: counts.size] += counts
-            counts = found
+            for ids in self._documents.chunks(index):
+                found = np.bincount(ids, minlength=counts.size)
+                found[: counts.size] += counts
+                counts = found
         share = counts[counts > 0] / counts.sum()
         return float(-(share * np.log2(share)).sum())
 
 
 class ByteData(TokenData):
-    """Files and folders of bytes, text or not, each byte a token; files are mapped, not read."""
+    """Files and folders of bytes, text or not, each byte a token; only what a batch needs is read."""
 
     def __init__(
         self,
@@ -223,12 +265,15 @@ class ByteData(TokenData):
         batch_size: int,
         seed: int = 0,
         pattern: str = "*",
+        any_format: bool = False,
     ) -> None:
         """`paths` are files, or folders searched for `pattern`; hidden and empty files are left out.
 
-        Raises ValueError for a length or batch size below 1, or when no file has anything in it.
+        So are files that maskwire itself wrote: metrics, run directories, checkpoints, prepared data.
+        Raises ValueError for a length or batch size below 1, when no file has anything in it, and unless
+        `any_format` for files of a format that is not text: packed ids, arrays, archives, JSON lines.
         """
-        files = find_files(paths, pattern)
+        files = find_files(paths, pattern, any_format=any_format)
         self._begin(
             Documents.files(files),
             length=length, batch_size=batch_size, seed=seed, tokenizer=BYTES, bytes_per_token=1.0,
@@ -237,7 +282,7 @@ class ByteData(TokenData):
 
 
 class FileTokens(TokenData):
-    """Token ids from one file or folder, mapped: packed tokens, an array, or what was prepared."""
+    """Token ids from one file or folder, not held in memory: packed ids, an array, or prepared text."""
 
     def __init__(
         self, path: str | Path, *, length: int, batch_size: int, seed: int = 0, dtype: str | None = None
@@ -252,23 +297,27 @@ class FileTokens(TokenData):
         tokenizer, bytes_per_token = "", None
         if dtype is not None and holds_tokens(path):
             raise ValueError(f"dtype must be left out for {path}, which says it itself")
+        if path.name == DOCUMENTS:
+            refuse_part(path)
         if (path / META).is_file():
             meta = Meta.read(path)
-            flat = np.memmap(path / TOKENS, dtype=_little(meta.dtype), mode="r")
+            flat = FileArray(path / TOKENS, _little(meta.dtype))
             ends, _ = load_array(path / DOCUMENTS)
-            documents = Documents.packed(flat, ends.astype(np.int64))
+            documents = Documents.packed(flat, ends[:].astype(np.int64))
             tokenizer, bytes_per_token = meta.tokenizer, meta.text_bytes / meta.tokens
         elif path.suffix == ".npy":
             documents = Documents.packed(*load_array(path))
         elif dtype in PACKED_TYPES and path.is_file():
+            refuse_packed(path)
             if path.stat().st_size % np.dtype(dtype).itemsize or not path.stat().st_size:
                 raise ValueError(f"{path} must be whole {dtype} ids, got {path.stat().st_size} bytes")
-            flat = np.memmap(path, dtype=_little(dtype), mode="r")
+            flat = FileArray(path, _little(dtype))
             documents = Documents.packed(flat, np.array([flat.size]))
         else:
+            cure = f"; {_OTHER_TYPES[dtype]}" if dtype in _OTHER_TYPES else ""
             raise ValueError(
                 f"{path}: no .npy file, no folder of `maskwire data prepare`, and dtype is {dtype!r}, not "
-                f"one of {', '.join(PACKED_TYPES)}"
+                f"one of {', '.join(PACKED_TYPES)}{cure}"
             )
         self._begin(
             documents, length=length, batch_size=batch_size, seed=seed, tokenizer=tokenizer,
@@ -285,11 +334,13 @@ def open_data(
     seed: int = 0,
     pattern: str = "*",
     dtype: str | None = None,
+    any_format: bool = False,
 ) -> TokenData:
     """The data of paths, by what they are.
 
     One folder of `maskwire data prepare`, one `.npy` file, one file of packed ids with its `dtype`
-    (uint8, uint16 or int32), or files and folders of text or bytes, each byte a token.
+    (uint8, uint16 or int32), or files and folders of text, each byte a token; with `any_format` of
+    anything.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     if dtype is not None or any(holds_tokens(path) for path in paths):
@@ -298,7 +349,9 @@ def open_data(
                 f"a file or folder of token ids comes alone, got {len(paths)} paths; prepare them as one"
             )
         return FileTokens(paths[0], length=length, batch_size=batch_size, seed=seed, dtype=dtype)
-    return ByteData(paths, length=length, batch_size=batch_size, seed=seed, pattern=pattern)
+    return ByteData(
+        paths, length=length, batch_size=batch_size, seed=seed, pattern=pattern, any_format=any_format
+    )
 
 
 def holds_tokens(path: str | Path) -> bool:
@@ -310,28 +363,3 @@ def _little(dtype: str) -> np.dtype[Any]:
     if dtype not in PACKED_TYPES:
         raise ValueError(f"dtype must be one of {', '.join(PACKED_TYPES)}, got {dtype!r}")
     return np.dtype(dtype).newbyteorder("<")
-
-
-def find_files(paths: str | Path | Iterable[str | Path], pattern: str = "*") -> list[Path]:
-    """The non-empty files, sorted by path; ValueError names a path that is not there."""
-    if isinstance(paths, str | Path):
-        paths = [paths]
-    found: set[Path] = set()
-    for path in map(Path, paths):
-        if path.is_dir():
-            prepared = {meta.parent for meta in path.rglob(META)}  # no text, though it lies among texts
-            inside = (p for p in path.rglob(pattern) if not _hidden(p.relative_to(path)))
-            found |= {
-                p for p in inside if p.is_file() and p.stat().st_size and prepared.isdisjoint(p.parents)
-            }
-        elif path.is_file():
-            found |= {path} if path.stat().st_size else set()
-        else:
-            raise ValueError(f"{path}: no such file or folder")
-    if not found:
-        raise ValueError("there is no file with anything in it in the paths given")
-    return sorted(found)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)

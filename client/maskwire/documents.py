@@ -1,34 +1,20 @@
-"""Documents of token ids as parts of flat arrays, mapped from files or held in memory."""
+"""Documents of token ids as parts of flat arrays, in files or held in memory."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Ids = npt.NDArray[np.integer[Any]]
+from maskwire.files import FileArray, Files, Ids
+
 _HASH_RANGE = 2**32
-_MAPS = 128
 _MAGIC = b"\x93NUMPY"
-
-
-class _Mapped(Sequence[Ids]):
-    """Files as arrays of bytes, mapped when asked for: each map holds a file descriptor."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-        self._map = functools.lru_cache(_MAPS)(lambda path: np.memmap(path, dtype=np.uint8, mode="r"))
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._map(self._paths[index])
+_CHUNK = 2**22  # ids read at a time where all of a document is needed
 
 
 class Documents:
@@ -36,7 +22,7 @@ class Documents:
 
     def __init__(
         self,
-        arrays: Sequence[Ids],
+        arrays: Sequence[Ids | FileArray] | Files,
         which: npt.NDArray[np.int32],
         starts: npt.NDArray[np.int64],
         sizes: npt.NDArray[np.int64],
@@ -53,12 +39,12 @@ class Documents:
     @staticmethod
     def files(paths: Sequence[Path]) -> Documents:
         """Each file's bytes a document; only the last few that were read are open."""
-        sizes = np.array([path.stat().st_size for path in paths], dtype=np.int64)
+        files = Files(paths)
         which = np.arange(len(paths), dtype=np.int32)
-        return Documents(_Mapped(paths), which, np.zeros_like(sizes), sizes)
+        return Documents(files, which, np.zeros_like(files.sizes), files.sizes)
 
     @staticmethod
-    def packed(flat: Ids, ends: npt.NDArray[np.int64]) -> Documents:
+    def packed(flat: Ids | FileArray, ends: npt.NDArray[np.int64]) -> Documents:
         """One after another in `flat`, ending at `ends`."""
         sizes = np.diff(ends, prepend=0)
         if ends.ndim != 1 or not ends.size or (sizes < 1).any() or ends[-1] != flat.size:
@@ -72,22 +58,29 @@ class Documents:
     def __len__(self) -> int:
         return self.sizes.size
 
-    def __getitem__(self, index: int) -> Ids:
-        return self.crop(index, 0, int(self.sizes[index]))
-
     def crop(self, index: int, start: int, length: int) -> Ids:
         """At most `length` ids of a document from `start`."""
         begin = int(self._starts[index])
         end = begin + int(self.sizes[index])
         return np.asarray(self._arrays[self._which[index]][begin + start : min(end, begin + start + length)])
 
+    def chunks(self, index: int) -> Iterator[Ids]:
+        """A document, a part at a time: it may be larger than memory."""
+        for start in range(0, int(self.sizes[index]), _CHUNK):
+            yield self.crop(index, start, _CHUNK)
+
     def fraction(self, index: int) -> float:
         """A number in [0, 1) from a document's ids, whatever type they are kept in."""
-        ids = self[index]
-        top = int(ids.max(initial=0))
-        narrow = "<u1" if top < 2**8 else "<u2" if top < 2**16 else "<i4" if top < 2**31 else "<i8"
-        data = np.ascontiguousarray(ids, dtype=narrow).data
-        return int.from_bytes(hashlib.sha256(data).digest()[:4], "little") / _HASH_RANGE
+        narrow = narrowest(max(int(ids.max()) for ids in self.chunks(index)))
+        digest = hashlib.sha256()
+        for ids in self.chunks(index):
+            digest.update(np.ascontiguousarray(ids, dtype=narrow).data)
+        return int.from_bytes(digest.digest()[:4], "little") / _HASH_RANGE
+
+
+def narrowest(top: int) -> str:
+    """The narrowest type that holds ids up to `top`: what they are hashed as, however they are kept."""
+    return "<u1" if top < 2**8 else "<u2" if top < 2**16 else "<i4" if top < 2**31 else "<i8"
 
 
 class Tiles(Sequence[Ids]):
@@ -116,7 +109,7 @@ class Tiles(Sequence[Ids]):
         return self._documents.crop(document, place * self._length, self._length)
 
 
-def load_array(path: Path) -> tuple[Ids, npt.NDArray[np.int64]]:
+def load_array(path: Path) -> tuple[FileArray, npt.NDArray[np.int64]]:
     """A `.npy` file as flat ids and the documents' ends."""
     try:
         with path.open("rb") as file:
@@ -125,13 +118,14 @@ def load_array(path: Path) -> tuple[Ids, npt.NDArray[np.int64]]:
             raise ValueError("it holds several arrays, .npz; save one as .npy")
         if magic != _MAGIC:
             raise ValueError("it does not begin as one")
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        # Mapped for a moment, which checks the header against the file's size.
+        array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path}: cannot be read as a .npy file ({error})") from error
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or not array.size:
         raise ValueError(f"{path} must hold integers [n] or [rows, n], got {array.dtype} {list(array.shape)}")
     if not array.flags.c_contiguous:
         raise ValueError(f"{path} must be in C order; save np.ascontiguousarray(…) of it")
-    return array.reshape(-1), np.arange(1, array.shape[0] + 1) * array.shape[1] if array.ndim == 2 else (
-        np.array([array.size])
-    )
+    ids = FileArray(path, array.dtype, array.offset, array.size)
+    rows = array.shape[0] if array.ndim == 2 else 1
+    return ids, np.arange(1, rows + 1) * (array.size // rows)

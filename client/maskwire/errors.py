@@ -8,6 +8,7 @@
     │   ├── DivergedError            the weights give losses or logits that are not finite
     │   ├── CheckpointError          not found, taken, needed, damaged, or not written
     │   ├── TokenizerError           the run's ids stand for something else
+    │   ├── DataMismatchError        the run was trained on other data
     │   └── UnimplementedError       this server does not serve it
     ├── SessionError             this client may not write
     │   ├── FencedError              another writer took over: stop
@@ -102,6 +103,10 @@ class TokenizerError(RequestError):
     """The run was begun with another tokenizer: the same ids stand for something else."""
 
 
+class DataMismatchError(RequestError):
+    """The run was trained on other data; `fit` continues with the changed data if `allow_changed_data`."""
+
+
 class AccessError(MaskwireError):
     """The server does not let this client in."""
 
@@ -177,6 +182,7 @@ REASONS: dict[str, type[MaskwireError]] = {
     "WRONG_RUN": WrongRunError,
     "UNKNOWN_EPOCH": WrongRunError,
     "TOKENIZER_MISMATCH": TokenizerError,
+    "DATA_CHANGED": DataMismatchError,
     "HISTORY_LOST": HistoryLostError,
     "UNAUTHENTICATED": UnauthenticatedError,
     "PERMISSION_DENIED": PermissionDeniedError,

@@ -10,18 +10,18 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from maskwire import messages
 from maskwire.arguments import call_back, check_data, check_options
 from maskwire.errors import ConflictError, MaskwireError
+from maskwire.output import LineFile, on_terminal, tell
 from maskwire.results import EvalResult, StepResult
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class FitResult:
     """StopTraining ended it."""
     last: StepResult | None = None
     evaluations: list[EvalResult] = field(default_factory=list)
+    metrics_failure: str = ""
+    """Why lines of the metrics file are missing, such as a full disk; empty: none is."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -127,6 +129,7 @@ def plan(
     metrics: str | Path | None = None,
     progress: bool | Progress = True,
     on_step: Callable[[StepResult], None] | None = None,
+    allow_changed_data: bool = False,
     **modes: Any,
 ) -> Generator[Wish, Any, FitResult]:
     """The wishes of one call of `fit`.
@@ -137,14 +140,18 @@ def plan(
     evaluation so far is saved with its `nats_per_token` as score; the server keeps the best. `metrics`
     is a file that gets one JSON line a step, `on_step` is called with each step's result. `modes` go to
     each step (`only_train_critic`, `learning_rate`, ...). Data that knows its `tokenizer` has it kept
-    with the run.
+    with the run. So is the `fingerprint()` of data that has one: DataMismatchError if the run was trained
+    on other data, whatever changed its batches, unless `allow_changed_data`. A metrics file that cannot be
+    written any more is said once and costs no step; the result's `metrics_failure` has the reason.
     """
     check_data("fit", data)
     own = [name for name in inspect.signature(plan).parameters if name not in ("trainer", "data", "modes")]
     check_options("fit", modes, messages.STEP_OPTIONS, also=own)
     yield trainer.settle  # steps that an interrupted call left in flight have numbers already
     result = FitResult(first_step=trainer.step + 1, step=trainer.step)
-    log: IO[str] | None = Path(metrics).open("a", buffering=1) if metrics is not None else None  # noqa: SIM115
+    if metrics is not None and Path(metrics).resolve() in (path.resolve() for path in _files_of(data)):
+        raise ValueError(f"metrics: {metrics} is a file of the data; name another file")
+    log = LineFile(metrics) if metrics is not None else None
     if isinstance(progress, bool):
         progress = _progress(progress, trainer.step, until_step)
     loop = _Loop(trainer, data, result, progress, log, on_step, modes)
@@ -161,6 +168,8 @@ def plan(
     try:
         if getattr(data, "tokenizer", "") and result.step < until_step:
             yield partial(trainer.use_tokenizer, data.tokenizer)  # type: ignore[attr-defined]
+        if hasattr(data, "fingerprint") and result.step < until_step:
+            yield partial(trainer.use_data, data.fingerprint(), allow_changed=allow_changed_data)
         if checkpoint_every and result.step and result.step % checkpoint_every == 0:
             # An earlier call may have been stopped between the step and its checkpoint.
             saved = yield trainer.checkpoints
@@ -198,6 +207,7 @@ def plan(
         progress.close()
         if log is not None:
             log.close()
+            result.metrics_failure = log.failure
     return result
 
 
@@ -208,7 +218,7 @@ class _Loop:
         data: Data,
         result: FitResult,
         progress: Progress,
-        log: IO[str] | None,
+        log: LineFile | None,
         on_step: Callable[[StepResult], None] | None,
         modes: dict[str, Any],
     ) -> None:
@@ -262,7 +272,7 @@ class _Loop:
         result.step, result.last = answer.step, answer
         result.tokens += tokens
         if self._log is not None:
-            print(json.dumps(step_line(answer, tokens)), file=self._log)
+            self._log.write(json.dumps(step_line(answer, tokens)).encode() + b"\n")
         note = "" if answer.outcome.name == "APPLIED" else answer.outcome.name
         self._progress.update(answer.step, answer.loss, tokens, note)
         if self._on_step is not None:
@@ -280,7 +290,7 @@ class _Loop:
                 else found.standard_error / math.log(2),
                 "time": time.time(),
             }
-            print(json.dumps(line), file=self._log)
+            self._log.write(json.dumps(line).encode() + b"\n")
 
 
 def step_line(answer: StepResult, tokens: int) -> dict[str, Any]:
@@ -304,10 +314,16 @@ def step_line(answer: StepResult, tokens: int) -> dict[str, Any]:
     }
 
 
+def _files_of(data: Data) -> list[Path]:
+    """The files that data comes from, as far as it says."""
+    files: list[Path] = getattr(data, "files", [])
+    return files
+
+
 def _progress(wanted: bool, step: int, until_step: int) -> Progress:
     if not wanted:
         return Silent()
-    if sys.stderr.isatty():
+    if on_terminal():
         from maskwire.progress import Bar
 
         return Bar(step, until_step)
@@ -348,13 +364,13 @@ class Plain:
         )
         if now - self._told >= PLAIN_EVERY_SECONDS:
             self._told, line, self._last = now, self._last, ""
-            print(line, file=sys.stderr, flush=True)
+            tell(line)
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        print(text, file=sys.stderr, flush=True)
+        tell(text)
 
     def close(self) -> None:
         """Say where it ended."""
         if self._last:
-            print(self._last, file=sys.stderr, flush=True)
+            tell(self._last)

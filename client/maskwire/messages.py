@@ -400,4 +400,5 @@ def read_status(status: pb.GetStatusResponse) -> results.Status:
         uptime_seconds=status.uptime.ToTimedelta().total_seconds(),
         tokenizer=status.tokenizer,
         limits=read_limits(status.limits),
+        data=dict(status.data),
     )

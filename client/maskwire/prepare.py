@@ -18,12 +18,16 @@ from typing import IO, Any
 
 import numpy as np
 
-from maskwire.data import BYTES, DOCUMENTS, META, TOKENS, Meta, find_files
-from maskwire.documents import Ids
+from maskwire.data import BYTES, Meta
+from maskwire.documents import Documents
+from maskwire.files import Ids
+from maskwire.formats import DOCUMENTS, META, TOKENS
+from maskwire.sources import find_files
 
 _BATCH_BYTES, _BATCH_FILES = 8 * 2**20, 64  # of text, tokenized on all cores at once
 
-Encode = Callable[[list[Path]], list[Ids]]
+Encode = Callable[[list[Path]], Iterable[Iterable[Ids]]]
+"""Makes of some files the ids of each, in one or several parts."""
 
 
 def prepare(
@@ -32,13 +36,17 @@ def prepare(
     *,
     tokenizer: str | Path = BYTES,
     pattern: str = "*",
+    any_format: bool = False,
+    special_tokens: bool = True,
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Meta:
-    """Tokenize files and folders into the folder `out`, each file a document.
+    """Tokenize files and folders into the folder `out`, each file a document; which ones as in `ByteData`.
 
     `tokenizer` is "bytes", or a `tokenizers` file (tokenizer.json), which needs the extra
-    `maskwire[tokenizers]` and UTF-8 text. The mask id is one behind the tokenizer's ids.
+    `maskwire[tokenizers]` and UTF-8 text. The mask id is one behind the tokenizer's ids. With
+    `special_tokens` each document gets what the tokenizer itself puts around a text, such as BOS and EOS;
+    the result's `document_start` and `document_end` say what that is.
     `on_progress(done, total)` counts bytes of text. `out` appears when it is whole; one that is there
     already is replaced only with `force`. Raises ValueError and OSError.
     """
@@ -52,32 +60,41 @@ def prepare(
                 else "; name another"
             )
         )
-    files = find_files(paths, pattern)
+    files = find_files(paths, pattern, any_format=any_format)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as room:
         draft, old = Path(room) / "new", Path(room) / "old"
         draft.mkdir()
-        meta = _write(files, draft, tokenizer, on_progress or (lambda *_: None))
+        meta = _write(files, draft, tokenizer, special_tokens, on_progress or (lambda *_: None))
         if out.exists():
             out.rename(old)
         draft.rename(out)
     return meta
 
 
-def _write(files: list[Path], folder: Path, tokenizer: str | Path, tell: Callable[[int, int], None]) -> Meta:
+def _write(
+    files: list[Path],
+    folder: Path,
+    tokenizer: str | Path,
+    special_tokens: bool,
+    tell: Callable[[int, int], None],
+) -> Meta:
     total, done = sum(path.stat().st_size for path in files), 0
     encode: Encode = _bytes
     name, mask_id = BYTES, 256
+    around: tuple[list[int], list[int]] = [], []
     if tokenizer != BYTES:
-        name, mask_id, encode = _tokenizer(Path(tokenizer))
+        name, mask_id, encode, around = _tokenizer(Path(tokenizer), special_tokens)
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
     dtype = "uint8" if tokenizer == BYTES else "uint16" if mask_id < 2**16 else "int32"
     sizes: list[int] = []
     with (folder / TOKENS).open("wb") as file:
         for batch in _batches(files):
-            for ids in encode(batch):
-                ids.astype(np.dtype(dtype).newbyteorder("<"), copy=False).tofile(file)
-                sizes.append(ids.size)
+            for parts in encode(batch):
+                sizes.append(0)
+                for ids in parts:
+                    ids.astype(np.dtype(dtype).newbyteorder("<"), copy=False).tofile(file)
+                    sizes[-1] += ids.size
             done += sum(path.stat().st_size for path in batch)
             tell(done, total)
         _flush(file)
@@ -87,7 +104,7 @@ def _write(files: list[Path], folder: Path, tokenizer: str | Path, tell: Callabl
     with (folder / DOCUMENTS).open("wb") as file:
         np.save(file, ends)
         _flush(file)
-    meta = Meta(name, mask_id + 1, mask_id, dtype, int(ends[-1]), ends.size, total)
+    meta = Meta(name, mask_id + 1, mask_id, dtype, int(ends[-1]), ends.size, total, *around)
     with (folder / META).open("w") as text:
         text.write(meta.to_json())
         _flush(text)
@@ -111,12 +128,13 @@ def _batches(files: list[Path]) -> Iterator[list[Path]]:
         yield batch
 
 
-def _bytes(files: list[Path]) -> list[Ids]:
-    return [np.memmap(path, dtype=np.uint8, mode="r") for path in files]
+def _bytes(files: list[Path]) -> Iterator[Iterator[Ids]]:
+    documents = Documents.files(files)
+    return (documents.chunks(index) for index in range(len(documents)))
 
 
-def _tokenizer(path: Path) -> tuple[str, int, Encode]:
-    """The tokenizer's hash, the id behind its own, and how it encodes files."""
+def _tokenizer(path: Path, special_tokens: bool) -> tuple[str, int, Encode, tuple[list[int], list[int]]]:
+    """The tokenizer's hash, the id behind its own, how it encodes files, and what it puts around each."""
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -132,12 +150,24 @@ def _tokenizer(path: Path) -> tuple[str, int, Encode]:
     loaded.no_truncation()
     loaded.no_padding()
 
-    def encode(files: list[Path]) -> list[Ids]:
-        found = loaded.encode_batch([_text(file) for file in files], add_special_tokens=False)
-        return [np.array(one.ids, dtype=np.int64) for one in found]
+    def encode(files: list[Path]) -> Iterator[list[Ids]]:
+        found = loaded.encode_batch([_text(file) for file in files], add_special_tokens=special_tokens)
+        return ([np.array(one.ids, dtype=np.int64)] for one in found)
 
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return f"sha256:{digest}", max(loaded.get_vocab(with_added_tokens=True).values()) + 1, encode
+    mask_id = max(loaded.get_vocab(with_added_tokens=True).values()) + 1
+    around = _around(loaded) if special_tokens else ([], [])
+    return f"sha256:{digest}", mask_id, encode, around
+
+
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special ids that a tokenizer puts before and after a text."""
+    ids = tokenizer.encode("a", add_special_tokens=True).ids
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    for start in range(len(ids) - len(bare) + 1):
+        if ids[start : start + len(bare)] == bare:
+            return ids[:start], ids[start + len(bare) :]
+    return [], []  # a post-processor that changes the text's own tokens
 
 
 def _text(path: Path) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +21,8 @@ from rich.progress import (
 )
 
 from maskwire.fit import PLAIN_EVERY_SECONDS
+from maskwire.output import on_terminal
+from maskwire.output import tell as tell_line
 
 
 class Bar:
@@ -53,11 +55,13 @@ class Bar:
 
     def say(self, text: str) -> None:
         """A line that stays above the bar."""
-        self._progress.console.print(text, highlight=False)
+        with contextlib.suppress(OSError):  # the terminal is gone
+            self._progress.console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
         """Leave the bar as it is."""
-        self._progress.stop()
+        with contextlib.suppress(OSError):
+            self._progress.stop()
 
 
 @contextmanager
@@ -92,7 +96,7 @@ def _progress(
     """Tells (done, total, a remark): a bar with these columns on a terminal, else `words` now and then."""
     if not shown:
         yield lambda *_: None
-    elif sys.stderr.isatty():
+    elif on_terminal():
         layout = (TextColumn(what), BarColumn(), *columns, TimeRemainingColumn())
         with Progress(*layout, console=Console(stderr=True)) as bar:
             task = bar.add_task("", total=None)
@@ -106,6 +110,6 @@ def _progress(
             nonlocal told
             if time.monotonic() - told >= PLAIN_EVERY_SECONDS:
                 told = time.monotonic()
-                print(words(done, total, remark), file=sys.stderr, flush=True)
+                tell_line(words(done, total, remark))
 
         yield tell

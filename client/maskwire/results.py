@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 import numpy as np
@@ -272,3 +272,5 @@ class Status:
     """What the run's ids stand for: "bytes", or the SHA-256 of a tokenizer's file; empty: not said."""
     limits: Limits
     """The server's bounds on one request."""
+    data: dict[str, str] = field(default_factory=dict)
+    """The fingerprint of the data that the run is trained on, in named parts; empty: not said."""

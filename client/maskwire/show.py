@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import typer
 from rich.console import Console
 from rich.table import Table
 
 from maskwire.results import CheckpointInfo, EvalResult, Status
+
+
+class OutputError(Exception):
+    """A result could not be shown in the form that was asked for."""
 
 
 def eval_table(found: EvalResult, chain_rule: str | None = None) -> Table:
@@ -86,6 +89,9 @@ def status_table(found: Status, until_step: int | None = None) -> Table:
         table.add_row("model", f"{found.model.parameters:,} parameters, {found.model.objective}")
     if found.tokenizer:
         table.add_row("tokenizer", found.tokenizer)
+    if found.data:
+        parts = (f"{name} {value}" for name, value in sorted(found.data.items()) if name != "content")
+        table.add_row("data", ", ".join(parts))
     if found.newest_checkpoint is not None:
         table.add_row("checkpoint", f"{found.newest_checkpoint.name}, step {found.newest_checkpoint.step}")
     if found.last_error:
@@ -95,12 +101,34 @@ def status_table(found: Status, until_step: int | None = None) -> Table:
 
 
 def show(value: Any, as_json: bool, words: Callable[[], str | Table]) -> None:
-    """Print a value as JSON, or what `words` makes of it."""
-    if as_json:
-        typer.echo(json.dumps(to_json(value)))
-        return
-    out, shown = Console(highlight=False), words()
-    out.print(shown, markup=False, soft_wrap=isinstance(shown, str))
+    """Print a value as JSON, or what `words` makes of it. Raises OutputError after printing it plainly."""
+    failure: Exception | None = None
+    try:
+        text = json.dumps(to_json(value)) if as_json else _text(words())
+    except Exception as error:  # whatever it is, the result is there and must be seen
+        text, failure = _plain(value), error
+    print(text, flush=True)
+    if failure is not None:
+        raise OutputError(
+            f"the result above could not be shown as it should be ({type(failure).__name__}: {failure}); "
+            "please report this"
+        ) from failure
+
+
+def _text(shown: str | Table) -> str:
+    if isinstance(shown, str):
+        return shown
+    console = Console(highlight=False)
+    with console.capture() as captured:
+        console.print(shown)
+    return captured.get().rstrip("\n")
+
+
+def _plain(value: Any) -> str:
+    try:
+        return json.dumps(to_json(value), default=str)
+    except Exception:
+        return repr(value)
 
 
 def to_json(value: Any) -> Any:

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -143,6 +143,7 @@ class Writing(Asking):
         self.model: results.ModelInfo
         self.limits: results.Limits
         self.tokenizer = ""
+        self.data: dict[str, str] = {}
         self.closed = False
         self._window = window
         self._nonce = new_id()
@@ -169,7 +170,14 @@ class Writing(Asking):
         return self._stale
 
     def open(
-        self, *, takeover: bool = False, tokenizer: str = "", anew: bool = False, began: float | None = None
+        self,
+        *,
+        takeover: bool = False,
+        tokenizer: str = "",
+        anew: bool = False,
+        began: float | None = None,
+        data: Mapping[str, str] | None = None,
+        allow_changed_data: bool = False,
     ) -> Talk[None]:
         """Become the run's writer, or confirm that this is it, and that the server has our history.
 
@@ -183,6 +191,8 @@ class Writing(Asking):
             held_epoch=None if anew else self.ledger.session.epoch or None,
             history=None if anew else self.ledger.history(),
             tokenizer=tokenizer,
+            data=data,
+            allow_changed_data=allow_changed_data,
         )
         response = yield from self._ask("OpenSession", lambda: request, began=began)
         if anew or not self.ledger.digest:
@@ -199,12 +209,18 @@ class Writing(Asking):
         self.model = messages.read_model(response.model)
         self.limits = messages.read_limits(response.limits)
         self.tokenizer = response.tokenizer
+        self.data = dict(response.data)
         self._window = min(self._window, self.limits.window)
 
     def use_tokenizer(self, tokenizer: str) -> Talk[None]:
         """Keep with the run what its ids stand for."""
         if tokenizer and tokenizer != self.tokenizer:
             yield from self.open(tokenizer=tokenizer)
+
+    def use_data(self, fingerprint: Mapping[str, str], *, allow_changed: bool) -> Talk[None]:
+        """Keep with the run what it is trained on."""
+        if fingerprint and dict(fingerprint) != self.data:
+            yield from self.open(data=fingerprint, allow_changed_data=allow_changed)
 
     def settle(self) -> Talk[None]:
         """Wait until no step is in flight."""

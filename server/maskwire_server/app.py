@@ -25,7 +25,7 @@ from maskwire_server.run.replaying import InexactReplayError
 
 log = logging.getLogger(__name__)
 
-EXIT_CONFIG, EXIT_RUN_DIRECTORY, EXIT_INEXACT, EXIT_SLOW, EXIT_FAILURE = 2, 3, 4, 5, 70
+EXIT_CONFIG, EXIT_RUN_DIRECTORY, EXIT_INEXACT, EXIT_SLOW, EXIT_OUTPUT, EXIT_FAILURE = 2, 3, 4, 5, 7, 70
 EXIT_CODES = {  # whatever was acknowledged is safe in every case
     0: "stopped cleanly; of `check`: it fits",
     1: "of `check`: it does not fit; of `verify`: something is damaged",
@@ -33,6 +33,7 @@ EXIT_CODES = {  # whatever was acknowledged is safe in every case
     EXIT_RUN_DIRECTORY: "the run directory cannot be used",
     EXIT_INEXACT: "a step computed again gave another result than was acknowledged",
     EXIT_SLOW: "the running step took longer than `serve.drain_seconds`; start it again",
+    EXIT_OUTPUT: "done, but the result could not be written to stdout (a full disk?)",
     EXIT_FAILURE: "an unexpected failure, its cause is in the log; start it again",
 }
 

@@ -43,6 +43,10 @@ class SessionRequest:
     history: History | None = None
     tokenizer: str = ""
     """What the client's ids stand for; empty: not said."""
+    data: dict[str, str] = field(default_factory=dict)
+    """The fingerprint of the client's data, in named parts; empty: not said."""
+    allow_changed_data: bool = False
+    """Keep it in place of another one."""
 
 
 @dataclass(frozen=True)

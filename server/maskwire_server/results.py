@@ -220,6 +220,8 @@ class SessionAnswer:
     digest: bytes
     tokenizer: str
     """What the run's ids stand for; empty: nobody said."""
+    data: dict[str, str] = field(default_factory=dict)
+    """The fingerprint of the run's data; empty: nobody said."""
 
 
 @dataclass(frozen=True)
@@ -330,3 +332,5 @@ class Status:
     newest_checkpoint: CheckpointInfo | None
     versions: dict[str, str]
     tokenizer: str
+    data: dict[str, str]
+    """The fingerprint of the run's data; empty: nobody said."""

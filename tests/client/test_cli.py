@@ -47,9 +47,12 @@ def test_training_is_absolute_and_resumes(server: ServerProcess, texts: Path) ->
     assert code == 0, err
     first = json.loads(out)
     assert (first["step"], first["steps"], first["interrupted"]) == (5, 5, False)
-    code, out, _ = run(
-        *common, "--until-step", 8, "--eval-every", 4, "--held-out", 0.3, "--checkpoint-every", 4
-    )
+    held_out = [*common, "--until-step", 8, "--eval-every", 4, "--held-out", 0.3, "--checkpoint-every", 4]
+    code, out, err = run(*held_out)
+    refused = json.loads(err.splitlines()[-1])
+    assert (code, refused["reason"]) == (1, "DATA_CHANGED")
+    assert "held_out was not set, is 0.3" in refused["error"]
+    code, out, _ = run(*held_out, "--allow-changed-data")
     assert code == 0
     assert json.loads(out)["steps"] == 3
     code, out, _ = run(*common, "--until-step", 8)
@@ -128,7 +131,21 @@ def test_mistakes_have_their_exit_codes_and_no_traceback(server: ServerProcess, 
         (["train", texts, "--until-step", 1, *nowhere], 3, "is the server running"),
         (["health", "--target", "127.0.0.1:1", "--retry-for", "0.2"], 3, "is the server running"),
         (["train", texts / "none", "--until-step", 99, "--target", server.address], 2, "no such file"),
-        (["train", texts, "--until-step", 99, "--length", 9999, "--target", server.address], 1, "at most"),
+        (
+            [
+                "train",
+                texts,
+                "--until-step",
+                99,
+                "--length",
+                9999,
+                "--allow-changed-data",
+                "--target",
+                server.address,
+            ],
+            1,
+            "at most",
+        ),
         (["train", texts, "--target", server.address], 2, "--until-step"),
         (["eval", texts, "--rows", 4, "--length", 9999, "--target", server.address], 1, "at most"),
         (["health", "--service", "unknown", "--target", server.address], 2, "knows no service"),

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from maskwire.data import ByteData, FileTokens, TokenData, find_files, open_data
+from maskwire.data import ByteData, FileTokens, TokenData, open_data
+from maskwire.files import DataChangedError
 from maskwire.prepare import prepare
+from maskwire.sources import find_files
 
 
 @pytest.fixture
@@ -284,3 +291,158 @@ def test_what_makes_no_sense_is_named(tmp_path: Path) -> None:
     for options, what in cases:
         with pytest.raises(ValueError, match=what):
             TokenData([[1, 2]], **{"length": 4, "batch_size": 1, **options})
+
+
+def file_backed(folder: Path) -> dict[str, tuple[TokenData, Path]]:
+    """Data of every kind that stays in files, and the file that it is read from."""
+    rng = np.random.default_rng(1)
+    text = folder / "texts" / "a.txt"
+    text.parent.mkdir()
+    text.write_bytes(rng.integers(32, 127, 5000, dtype=np.uint8).tobytes())
+    np.save(folder / "ids.npy", rng.integers(0, 500, (20, 90)))
+    rng.integers(0, 500, 3000).astype("<u2").tofile(folder / "ids.u16")
+    prepare(text, folder / "prepared")
+    options: dict[str, Any] = {"length": 16, "batch_size": 4}
+    return {
+        "folder": (open_data(text.parent, **options), text),
+        "npy": (open_data(folder / "ids.npy", **options), folder / "ids.npy"),
+        "packed": (open_data(folder / "ids.u16", dtype="uint16", **options), folder / "ids.u16"),
+        "prepared": (open_data(folder / "prepared", **options), folder / "prepared" / "tokens.bin"),
+    }
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 200)
+
+
+def rewrite(path: Path) -> None:
+    content, modified = path.read_bytes(), path.stat().st_mtime_ns
+    path.write_bytes(content[::-1])
+    os.utime(path, ns=(modified, modified + 10**9))
+
+
+def replace(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes()[:-8])
+    other.replace(path)
+
+
+@pytest.mark.parametrize("change", [cut, rewrite, replace, Path.unlink], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("read", [True, False], ids=["in use", "opened"])
+def test_a_data_file_that_changes_in_use_is_a_message(
+    tmp_path: Path, change: Callable[[Path], None], read: bool
+) -> None:
+    for name, (data, path) in file_backed(tmp_path).items():
+        before = data.batch(1) if read else None
+        change(path)
+        if read and change in (replace, Path.unlink):
+            assert same(data.batch(1), before), f"{name}: the file that was opened is still there"
+            continue
+        with pytest.raises(DataChangedError, match="changed while it was in use as data") as raised:
+            data.batch(2)
+        assert str(path) in str(raised.value), name
+        with pytest.raises(DataChangedError):
+            data.whole()[3]
+
+
+def test_data_is_pickled_without_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = {name: data for name, (data, _) in file_backed(Path()).items()}
+    found["files"] = ByteData("texts/a.txt", length=16, batch_size=4)
+    for name, data in found.items():
+        expected = data.batch(7)
+        pickled = pickle.dumps((data, data.whole()))
+        assert len(pickled) < 3000, name
+        (tmp_path / f"{name}.pickle").write_bytes(pickled)
+        np.save(tmp_path / f"{name}.expected.npy", np.stack(expected))
+    (tmp_path / "elsewhere").mkdir()
+    code = (
+        "import pathlib, pickle, numpy as np\n"
+        f"for name in {list(found)}:\n"
+        f"    folder = pathlib.Path({str(tmp_path)!r})\n"
+        "    data, whole = pickle.loads((folder / f'{name}.pickle').read_bytes())\n"
+        "    assert (data.batch(7) == np.load(folder / f'{name}.expected.npy')).all(), name\n"
+        "    assert sum(map(len, whole)) == data.size\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path / "elsewhere")
+
+
+def test_pickled_data_is_refused_where_its_file_has_another_size(tmp_path: Path) -> None:
+    for name, (data, path) in file_backed(tmp_path).items():
+        pickled, expected = pickle.dumps(data), data.batch(1)
+        os.utime(path, ns=(1, 1))  # as a copy on another machine may have it
+        assert same(pickle.loads(pickled).batch(1), expected), name
+        with path.open("ab") as file:
+            file.write(b"more")
+        with pytest.raises(DataChangedError, match="bytes and has"):
+            pickle.loads(pickled).batch(1)
+
+
+def test_the_fingerprint_is_that_of_the_ids_in_every_form_and_place(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_bytes(np.random.default_rng(0).integers(0, 256, 999, dtype=np.uint8))
+    found = variants(tmp_path)
+    fingerprints = {name: data.fingerprint() for name, data in found.items()}
+    assert all(each == fingerprints["file"] for each in fingerprints.values()), fingerprints
+    content = fingerprints["file"].pop("content")
+    assert content.startswith("sha256:")
+    assert fingerprints["file"] == {
+        "length": "16", "batch_size": "8", "seed": "3", "tokens": "999", "documents": "1"
+    }  # fmt: skip
+
+
+def test_the_fingerprint_changes_with_whatever_changes_batches(folder: Path) -> None:
+    options: dict[str, Any] = {"length": 16, "batch_size": 4, "seed": 1}
+
+    def changed(data: TokenData) -> set[str]:
+        now = data.fingerprint()
+        return {part for part in {**before, **now} if before.get(part) != now.get(part)}
+
+    before = ByteData(folder, **options).fingerprint()
+    assert (
+        changed(ByteData(folder, **options))
+        == changed(pickle.loads(pickle.dumps(ByteData(folder, **options))))
+        == set()
+    )
+    for part, value in (("length", 17), ("batch_size", 5), ("seed", 2)):
+        assert changed(ByteData(folder, **{**options, part: value})) == {part}
+    assert changed(ByteData(folder, **options).cropped(8)) == {"length"}
+    training, _ = ByteData(folder, **options).split(0.3)
+    assert changed(training) == {"held_out", "content", "tokens", "documents"}
+    assert training.cropped(16).fingerprint() == training.fingerprint()
+    moved = folder.with_name("moved")
+    folder.rename(moved)
+    assert changed(ByteData(moved, **options)) == set(), "where it is does not matter"
+    text = moved / "0" / "00.txt"
+    content = text.read_bytes()
+    text.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert changed(ByteData(moved, **options)) == {"content"}
+    text.write_bytes(content)
+    text.rename(moved / "2" / "zz.txt")
+    assert changed(ByteData(moved, **options)) == {"content"}, "the documents' order makes the batches"
+    (moved / "2" / "zz.txt").rename(text)
+    (moved / "new.txt").write_text("more")
+    assert changed(ByteData(moved, **options)) == {"content", "tokens", "documents"}
+
+
+def test_the_fingerprint_of_large_data_reads_a_sample_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from maskwire import fingerprint
+
+    monkeypatch.setattr(fingerprint, "_ALL", 1000)
+    monkeypatch.setattr(fingerprint, "_BLOCKS", 10)
+    monkeypatch.setattr(fingerprint, "_BLOCK", 20)
+    ids = np.random.default_rng(0).integers(0, 256, 5000)
+    np.save(tmp_path / "ids.npy", ids)
+    ids.astype("<u2").tofile(tmp_path / "ids.u16")
+    options: dict[str, Any] = {"length": 16, "batch_size": 4}
+    packed = open_data(tmp_path / "ids.u16", dtype="uint16", **options)
+    assert packed.fingerprint() == open_data(tmp_path / "ids.npy", **options).fingerprint()
+    for place, seen in ((0, True), (4999, True), (-20, True), (300, False)):
+        other = ids.copy()
+        other[place] ^= 1
+        differs = TokenData([other], **options).fingerprint() != packed.fingerprint()
+        assert differs == seen, f"place {place}"
+    lengths = [2000, 2990, 10]
+    parts = np.split(ids, np.cumsum(lengths)[:-1])
+    assert TokenData(parts, **options).fingerprint()["content"] != packed.fingerprint()["content"]

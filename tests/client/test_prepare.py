@@ -77,6 +77,72 @@ def test_a_tokenizers_file_gives_its_ids_and_keeps_its_hash(
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == tokenizer.read_bytes()
 
 
+def special(tokenizer: Path, template: str) -> dict[str, int]:
+    """Give a tokenizer's file a template such as "<s> $A </s>"; the ids of its special tokens."""
+    from tokenizers import Tokenizer, processors
+
+    loaded = Tokenizer.from_file(str(tokenizer))
+    names = [part for part in template.split() if part != "$A"]
+    loaded.add_special_tokens(names)
+    ids = {name: loaded.token_to_id(name) for name in names}
+    loaded.post_processor = processors.TemplateProcessing(single=template, special_tokens=list(ids.items()))
+    loaded.save(str(tokenizer))
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("<s> $A </s>", "each document starts with id {<s>} and ends with id {</s>}, as the tokenizer"),
+        ("$A <|endoftext|>", "each document ends with id {<|endoftext|>}, as the tokenizer"),
+        ("[CLS] <s> $A", "each document starts with id {[CLS]}, {<s>}, as the tokenizer"),
+        ("$A", "special tokens around each document: none, the tokenizer adds no BOS or EOS"),
+    ],
+)
+def test_the_special_tokens_of_the_tokenizer_are_kept_and_named(
+    texts: Path, tmp_path: Path, tokenizer: Path, template: str, words: str
+) -> None:
+    from tokenizers import Tokenizer
+    from typer.testing import CliRunner
+
+    from maskwire.cli import app
+
+    ids = special(tokenizer, template)
+    start, _, end = template.partition("$A")
+    before, after = [ids[name] for name in start.split()], [ids[name] for name in end.split()]
+    command = ["data", "prepare", str(texts), "--tokenizer", str(tokenizer)]
+    said = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "kept")])
+    for name, token in ids.items():
+        words = words.replace(f"{{{name}}}", str(token))
+    assert words in said.stdout
+    meta = Meta.read(tmp_path / "kept")
+    assert (meta.document_start, meta.document_end) == (before, after)
+    loaded = Tokenizer.from_file(str(tokenizer))
+    loaded.no_truncation()
+
+    def documents(folder: Path) -> list[list[int]]:
+        found = np.fromfile(folder / "tokens.bin", dtype="<u2")
+        return [part.tolist() for part in np.split(found, np.load(folder / "documents.npy")[:-1])]
+
+    bare = [
+        loaded.encode(TEXTS[name], add_special_tokens=False).ids for name in ("a.txt", "b.txt", "c/d.txt")
+    ]
+    assert documents(tmp_path / "kept") == [[*before, *text, *after] for text in bare]
+    said = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "bare"), "--no-special-tokens"])
+    assert "none (--no-special-tokens)" in said.stdout
+    assert documents(tmp_path / "bare") == bare
+    assert Meta.read(tmp_path / "bare").document_start == []
+
+
+def test_folders_that_were_prepared_before_special_tokens_are_read(texts: Path, tmp_path: Path) -> None:
+    meta = prepare(texts, tmp_path / "out")
+    path = tmp_path / "out" / "maskwire-data.json"
+    fields = json.loads(path.read_text())
+    del fields["document_start"], fields["document_end"]
+    path.write_text(json.dumps(fields))
+    assert Meta.read(tmp_path / "out") == meta
+
+
 def test_a_large_vocabulary_is_packed_in_four_bytes(texts: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 

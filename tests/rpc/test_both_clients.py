@@ -22,6 +22,7 @@ import maskwire
 import maskwire.aio
 from maskwire.errors import (
     CheckpointError,
+    DataMismatchError,
     FencedError,
     InvalidRequestError,
     MaskwireError,
@@ -192,6 +193,15 @@ async def fits_with_evaluations_and_metrics(server: ServerProcess, client: Any) 
         assert (await trainer.status()).tokenizer == "bytes", "the data's tokenizer was kept with the run"
         with pytest.raises(TokenizerError, match="the run's ids are of bytes, this client's of sha256:0"):
             await trainer.use_tokenizer("sha256:0")
+        data = {"content": "sha256:0", "length": "16"}
+        await trainer.use_data(data)
+        with pytest.raises(DataMismatchError, match="length was 16, is 32"):
+            await trainer.use_data({**data, "length": "32"})
+        assert (await trainer.status()).data == data
+        await trainer.use_data({**data, "length": "32"}, allow_changed=True)
+        assert (await trainer.status()).data == {**data, "length": "32"}
+        with pytest.raises(InvalidRequestError, match="at most 16 parts"):
+            await trainer.use_data({str(number): "a" for number in range(17)}, allow_changed=True)
         assert {info.step for info in await trainer.checkpoints()} >= {5, 10}
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 11))

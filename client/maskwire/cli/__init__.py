@@ -51,4 +51,7 @@ def root(
 def main() -> None:
     """Entry point."""
     exits.on_signals()
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        raise SystemExit(exits.by_signal(end.code)) from None

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from maskwire.cli.options import Dtype, Json, Length, Paths, Pattern, Server, with_server
+from maskwire.cli.options import AnyFormat, Dtype, Json, Length, Paths, Pattern, Server, with_server
 from maskwire.cli.training import check_tokenizer
 from maskwire.data import open_data
 from maskwire.errors import UnavailableError
@@ -44,6 +44,7 @@ def evaluate(
     ] = None,
     pattern: Pattern = "*",
     dtype: Dtype = None,
+    any_format: AnyFormat = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate data: the negative ELBO with its errors, or an exact likelihood. Changes nothing."""
@@ -53,8 +54,9 @@ def evaluate(
     if order is not None and not chain_rule:
         raise ValueError("--order needs --chain-rule: the bound is over all orders")
     data = open_data(
-        paths, length=1 if length is None else length, batch_size=1, pattern=pattern, dtype=dtype
-    )
+        paths, length=1 if length is None else length, batch_size=1, pattern=pattern, dtype=dtype,
+        any_format=any_format,
+    )  # fmt: skip
     options: EvalOptions = {"draws": draws, "seed": seed, "raw_weights": raw_weights}
     if chain_rule:
         options["estimator"] = "chain_rule"

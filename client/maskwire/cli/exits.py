@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import typer
-from rich.console import Console
 
 from maskwire.errors import (
     AccessError,
@@ -19,23 +20,28 @@ from maskwire.errors import (
     SessionError,
     UnavailableError,
 )
+from maskwire.output import tell
+from maskwire.show import OutputError
+from maskwire.streams import OUTPUT
 
 REFUSED, USAGE, UNAVAILABLE, SESSION, HISTORY, ACCESS = 1, 2, 3, 4, 5, 6
 INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT, 128 + SIGTERM
 
 CODES = {
-    0: "done",
+    0: "done, also where whoever reads the output stops before its end",
     REFUSED: "refused: the message says why, nothing changed; or the server is not healthy",
     USAGE: "wrong usage: an option, a path or data that cannot be used",
     UNAVAILABLE: "no answer from the server within --retry-for",
     SESSION: "the run is not as expected: another writer has it or took it over, or it was restored",
     HISTORY: "server and client disagree about what was trained: look at the server's storage",
     ACCESS: "the door stays shut: a certificate or a token does not fit",
+    OUTPUT: "output lost: the result, `--metrics` or another file could not be written, as on a full disk; "
+    "what was trained is safe",
     INTERRUPTED: "interrupted by Ctrl-C; the same command goes on",
     TERMINATED: "ended by SIGTERM; the same command goes on",
 }
 
-_console = Console(stderr=True, highlight=False)
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _signal: int | None = None  # that broke the command off
 
 
@@ -58,6 +64,11 @@ def interrupted() -> typer.Exit:
     return typer.Exit(TERMINATED if _signal == signal.SIGTERM else INTERRUPTED)
 
 
+def by_signal(code: Any) -> Any:
+    """The exit code of a command: outside of `errors`, typer takes SIGTERM for Ctrl-C."""
+    return TERMINATED if code == INTERRUPTED and _signal == signal.SIGTERM else code
+
+
 @contextmanager
 def errors(as_json: bool) -> Iterator[None]:
     """Errors as words that say what to do, or as a JSON object, on stderr; and the exit code."""
@@ -65,11 +76,11 @@ def errors(as_json: bool) -> Iterator[None]:
         yield
     except MaskwireError as error:
         _fail(str(error), _code(error), error.reason, as_json)
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise typer.Exit(0) from None
+    except OutputError as error:
+        _fail(str(error), OUTPUT, "", as_json)
     except (ValueError, OSError) as error:
-        _fail(str(error), USAGE, "", as_json)
+        lost = isinstance(error, UnicodeEncodeError) or getattr(error, "errno", None) in _NO_ROOM
+        _fail(str(error), OUTPUT if lost else USAGE, "", as_json)
     except KeyboardInterrupt:
         raise interrupted() from None
 
@@ -87,13 +98,13 @@ def _code(error: MaskwireError) -> int:
 
 
 def _fail(words: str, code: int, reason: str, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps({"error": words, "reason": reason, "exit_code": code}), err=True)
-    else:
-        say(f"maskwire: {words}")
+    show_error(words, code, reason, as_json=as_json)
     raise typer.Exit(code)
 
 
-def say(text: str) -> None:
-    """A line on stderr."""
-    _console.print(text, markup=False, soft_wrap=True)
+def show_error(words: str, code: int, reason: str = "", *, as_json: bool) -> None:
+    """An error on stderr, in words or as a JSON object."""
+    if as_json:
+        tell(json.dumps({"error": words, "reason": reason, "exit_code": code}))
+    else:
+        tell(f"maskwire: {words}")

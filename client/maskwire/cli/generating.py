@@ -14,6 +14,7 @@ from rich.live import Live
 from maskwire.cli.options import Json, Server, with_server
 from maskwire.errors import UnavailableError
 from maskwire.filling import Prompt, read_prompts, rows_of, text_of, to_display
+from maskwire.output import tell
 from maskwire.results import GenerateResult, ModelInfo
 from maskwire.show import show, to_json
 
@@ -94,36 +95,43 @@ def generate(
             options |= {"count": count, "length": length or 0}
         console = Console(highlight=False)
         if as_json or not console.is_terminal:
-            found = client.generate(prompts, **options)
+            found, seen = client.generate(prompts, **options), False
         else:
-            found = _live(client.generate_steps(prompts, **options), rows, model, console)
-        _show(found, model, as_json, said=console.is_terminal)
+            found, seen = _live(client.generate_steps(prompts, **options), rows, model, console)
+        _show(found, model, as_json, seen=seen)
 
 
 def _live(
     states: Iterator[GenerateResult], rows: list[Prompt], model: ModelInfo, console: Console
-) -> GenerateResult:
-    """Show the rows filling in; the last state."""
-    shown = 0.0
+) -> tuple[GenerateResult, bool]:
+    """Show the rows filling in; the last state, and whether it was shown."""
+    shown, seen = 0.0, True
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         for found in states:
             now = time.monotonic()
-            if found.done or now - shown >= 1 / _FRAMES_A_SECOND:
+            if seen and (found.done or now - shown >= 1 / _FRAMES_A_SECOND):
                 shown = now
-                live.update(to_display(found, rows, model), refresh=True)
-    return found
+                try:
+                    live.update(to_display(found, rows, model), refresh=True)
+                except Exception:  # the rows are sampled all the same, and then printed
+                    seen = False
+    return found, seen
 
 
-def _show(found: GenerateResult, model: ModelInfo, as_json: bool, *, said: bool) -> None:
-    texts = [text_of(row, model) for row in rows_of(found)]
+def _show(found: GenerateResult, model: ModelInfo, as_json: bool, *, seen: bool) -> None:
+    def texts() -> list[str | None]:
+        return [text_of(row, model) for row in rows_of(found)]
+
+    def words() -> str:
+        return "\n".join(
+            " ".join(map(str, row)) if text is None else text
+            for row, text in zip(rows_of(found), texts(), strict=True)
+        )
+
     if as_json:
-        show(to_json(found) | {"text": texts}, True, lambda: "")
+        show(to_json(found) | {"text": texts()}, True, words)
         return
-    if not said:
-        for row, text in zip(rows_of(found), texts, strict=True):
-            typer.echo(" ".join(map(str, row)) if text is None else text)
+    if not seen:
+        show(found, False, words)
     weights = "moving average" if found.ema_weights else "trained weights"
-    typer.echo(
-        f"step {found.step} ({weights}), {found.unmasking_step} passes, digest {found.digest.hex()[:16]}",
-        err=True,
-    )
+    tell(f"step {found.step} ({weights}), {found.unmasking_step} passes, digest {found.digest.hex()[:16]}")

@@ -16,6 +16,7 @@ import typer
 from maskwire.cli import exits
 from maskwire.client import Client, Trainer, attach, connect
 from maskwire.door import DoorOptions
+from maskwire.output import tell
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 
@@ -29,7 +30,14 @@ Paths = Annotated[
 ]
 Pattern = Annotated[str, typer.Option(help="Which files of a folder.")]
 Dtype = Annotated[
-    str | None, typer.Option(help="uint8, uint16 or int32: the file holds packed ids of this type.")
+    str | None,
+    typer.Option(help="uint8, uint16 or int32 (also for uint32): the file holds packed ids of this type."),
+]
+AnyFormat = Annotated[
+    bool,
+    typer.Option(
+        "--any-format", help="Take files of every format as they are: archives, packed ids, JSON lines."
+    ),
 ]
 Length = Annotated[int | None, typer.Option(help="Tokens a row; the model's longest by default.")]
 
@@ -111,7 +119,7 @@ class Server:
 
     def wait(self, words: str) -> None:
         """Tell what is waited for."""
-        exits.say(json.dumps({"waiting": words}) if self.as_json else words)
+        tell(json.dumps({"waiting": words}) if self.as_json else words)
 
     def attach(self) -> Client:
         """A client without a session."""

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from maskwire.cli import exits
-from maskwire.cli.options import Dtype, Json, Length, Paths, Pattern, Server, with_server
+from maskwire.cli.options import AnyFormat, Dtype, Json, Length, Paths, Pattern, Server, with_server
 from maskwire.client import Trainer
 from maskwire.data import TokenData, holds_tokens, open_data
 from maskwire.errors import TokenizerError
 from maskwire.results import EvalResult
-from maskwire.show import show
+from maskwire.show import OutputError, show
 
 
 @with_server(retry_for=300.0)
@@ -27,6 +27,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the data's order.")] = 0,
     pattern: Pattern = "*",
     dtype: Dtype = None,
+    any_format: AnyFormat = False,
     held_out: Annotated[float, typer.Option(help="Share of the documents kept for evaluation.")] = 0.05,
     eval_data: Annotated[
         Path | None, typer.Option(help="Evaluate on this data instead of a share held out.")
@@ -43,6 +44,10 @@ def train(
     ] = "maskwire-train",
     takeover: Annotated[
         bool, typer.Option("--takeover", help="Take over from another writer, or from HALTED.")
+    ] = False,
+    allow_changed_data: Annotated[
+        bool,
+        typer.Option("--allow-changed-data", help="Continue although the data is not what it was."),
     ] = False,
     window: Annotated[int, typer.Option(help="Steps in flight.")] = 4,
     as_json: Json = False,
@@ -63,6 +68,7 @@ def train(
         "batch_size": batch_size,
         "seed": seed,
         "pattern": pattern,
+        "any_format": any_format,
     }
     # What is wrong with the data is said before anything is waited for.
     data, apart = open_data(paths, dtype=dtype, **options), None
@@ -83,10 +89,9 @@ def train(
             checkpoint_every=checkpoint_every,
             save_best=save_best,
             metrics=metrics,
+            allow_changed_data=allow_changed_data,
             progress=not as_json,
         )
-        if result.interrupted:
-            trainer.close(grace=0)
         summary = {
             "step": trainer.step,
             "digest": trainer.digest.hex(),
@@ -106,7 +111,10 @@ def train(
             ),
         )
         if result.interrupted:
+            trainer.close(grace=0)
             raise exits.interrupted()
+        if result.metrics_failure:
+            raise OutputError(result.metrics_failure)
 
 
 def check_tokenizer(ours: str, theirs: str, whose: str) -> None:

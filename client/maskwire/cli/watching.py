@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
+from maskwire import streams
 from maskwire.cli import exits
 from maskwire.cli.options import Json, Server, with_server
 from maskwire.client import Client
@@ -36,6 +37,8 @@ def status(
             while True:
                 if as_json or not live.console.is_terminal:
                     _show_status(client, until_step, as_json)
+                    if streams.reader_gone():
+                        return
                 else:
                     live.update(status_table(client.status(), until_step), refresh=True)
                 time.sleep(1)

@@ -159,23 +159,41 @@ class Limits(_message.Message):
     def __init__(self, max_batch_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., window: _Optional[int] = ..., max_draws: _Optional[int] = ..., max_generation_steps: _Optional[int] = ..., max_read_tokens: _Optional[int] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("client_name", "nonce", "takeover", "held_epoch", "history", "tokenizer")
+    __slots__ = ("client_name", "nonce", "takeover", "held_epoch", "history", "tokenizer", "data", "allow_changed_data")
+    class DataEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     CLIENT_NAME_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     TAKEOVER_FIELD_NUMBER: _ClassVar[int]
     HELD_EPOCH_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_CHANGED_DATA_FIELD_NUMBER: _ClassVar[int]
     client_name: str
     nonce: str
     takeover: bool
     held_epoch: int
     history: History
     tokenizer: str
-    def __init__(self, client_name: _Optional[str] = ..., nonce: _Optional[str] = ..., takeover: _Optional[bool] = ..., held_epoch: _Optional[int] = ..., history: _Optional[_Union[History, _Mapping]] = ..., tokenizer: _Optional[str] = ...) -> None: ...
+    data: _containers.ScalarMap[str, str]
+    allow_changed_data: bool
+    def __init__(self, client_name: _Optional[str] = ..., nonce: _Optional[str] = ..., takeover: _Optional[bool] = ..., held_epoch: _Optional[int] = ..., history: _Optional[_Union[History, _Mapping]] = ..., tokenizer: _Optional[str] = ..., data: _Optional[_Mapping[str, str]] = ..., allow_changed_data: _Optional[bool] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
-    __slots__ = ("session", "step", "durable_step", "digest", "model", "limits", "tokenizer")
+    __slots__ = ("session", "step", "durable_step", "digest", "model", "limits", "tokenizer", "data")
+    class DataEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     SESSION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     DURABLE_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -183,6 +201,7 @@ class OpenSessionResponse(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     step: int
     durable_step: int
@@ -190,7 +209,8 @@ class OpenSessionResponse(_message.Message):
     model: ModelInfo
     limits: Limits
     tokenizer: str
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., tokenizer: _Optional[str] = ...) -> None: ...
+    data: _containers.ScalarMap[str, str]
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., tokenizer: _Optional[str] = ..., data: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class CloseSessionRequest(_message.Message):
     __slots__ = ("session",)
@@ -581,8 +601,15 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "state_time", "waiting_for", "run_id", "lineage", "step", "durable_step", "digest", "queue_length", "queue_limit", "steps_per_second", "tokens_per_second", "last_error", "writer", "epoch", "model", "limits", "newest_checkpoint", "versions", "uptime", "tokenizer")
+    __slots__ = ("state", "state_time", "waiting_for", "run_id", "lineage", "step", "durable_step", "digest", "queue_length", "queue_limit", "steps_per_second", "tokens_per_second", "last_error", "writer", "epoch", "model", "limits", "newest_checkpoint", "versions", "uptime", "tokenizer", "data")
     class VersionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class DataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -610,6 +637,7 @@ class GetStatusResponse(_message.Message):
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
     state: RunState
     state_time: _timestamp_pb2.Timestamp
     waiting_for: str
@@ -631,4 +659,5 @@ class GetStatusResponse(_message.Message):
     versions: _containers.ScalarMap[str, str]
     uptime: _duration_pb2.Duration
     tokenizer: str
-    def __init__(self, state: _Optional[_Union[RunState, str]] = ..., state_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., waiting_for: _Optional[str] = ..., run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., queue_length: _Optional[int] = ..., queue_limit: _Optional[int] = ..., steps_per_second: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., last_error: _Optional[str] = ..., writer: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., newest_checkpoint: _Optional[_Union[CheckpointInfo, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tokenizer: _Optional[str] = ...) -> None: ...
+    data: _containers.ScalarMap[str, str]
+    def __init__(self, state: _Optional[_Union[RunState, str]] = ..., state_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., waiting_for: _Optional[str] = ..., run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., queue_length: _Optional[int] = ..., queue_limit: _Optional[int] = ..., steps_per_second: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., last_error: _Optional[str] = ..., writer: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., newest_checkpoint: _Optional[_Union[CheckpointInfo, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tokenizer: _Optional[str] = ..., data: _Optional[_Mapping[str, str]] = ...) -> None: ...

@@ -106,6 +106,8 @@ class TrainingServiceServicer:
         FAILED_PRECONDITION (WRONG_RUN): the history sent belongs to another run or lineage.
         FAILED_PRECONDITION (UNKNOWN_EPOCH): the nonce's session was closed; make a new nonce.
         FAILED_PRECONDITION (TOKENIZER_MISMATCH): the run was begun with ids of another tokenizer.
+        FAILED_PRECONDITION (DATA_CHANGED): the run was trained on other data, and allow_changed_data is not set;
+        metadata has the changed parts, separated by commas.
         ABORTED (FENCED): this process held a session that was taken over, or a nonce that was superseded.
         DATA_LOSS (HISTORY_LOST): the server is behind the history sent, or differs from it; stop, and look
         at the server's storage.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from maskwire_server.cli import streams
 from maskwire_server.cli.exchanging import export, import_x_transformers
 from maskwire_server.cli.looking import inspect, replay, verify
 from maskwire_server.cli.serving import check, init, serve
@@ -23,4 +24,11 @@ app.command()(export)
 
 def main() -> None:
     """Entry point."""
-    app()
+    streams.protect()
+    try:
+        app()
+    except SystemExit as end:
+        code, words = streams.finish(end.code)
+        if words:
+            typer.echo(f"maskwire-server: {words}", err=True)
+        raise SystemExit(code) from None

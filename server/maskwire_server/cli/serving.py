@@ -56,7 +56,7 @@ def init(
 
     if path.exists() and not force:
         stop(f"{path} exists; choose another name, or --force to overwrite it")
-    path.write_text(template())
+    path.write_text(template(), encoding="utf-8")
     typer.echo(f"wrote {path}; next: maskwire-server check --config {path}")
 
 

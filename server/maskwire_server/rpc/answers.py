@@ -98,6 +98,7 @@ def session(value: SessionAnswer, info: ModelInfo, bounds: Limits) -> pb.OpenSes
         model=model(info),
         limits=limits(bounds),
         tokenizer=value.tokenizer,
+        data=value.data,
     )
 
 
@@ -165,6 +166,7 @@ def status(value: Status, bounds: Limits, started: float) -> pb.GetStatusRespons
         newest_checkpoint=None if value.newest_checkpoint is None else checkpoint(value.newest_checkpoint),
         versions=value.versions,
         tokenizer=value.tokenizer,
+        data=value.data,
     )
     answer.state_time.FromNanoseconds(int(value.state_since * 1e9))
     answer.uptime.FromNanoseconds(int((time.monotonic() - started) * 1e9))

@@ -7,7 +7,7 @@ refusal names the field, the first offending position, the value, and what would
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from maskwire_server.rpc import work
 
 DEFAULT_DRAWS = 16
 MAX_NAME = 128
+MAX_DATA_PARTS = 16
 MAX_LABELS, MAX_LABEL = 32, 256
 
 _DTYPES: dict[int, np.dtype[np.integer]] = {
@@ -183,7 +184,18 @@ def read_open(request: pb.OpenSessionRequest) -> SessionRequest:
         held_epoch=request.held_epoch if request.HasField("held_epoch") else None,
         history=history,
         tokenizer=_name("tokenizer", request.tokenizer) or "",
+        data=_read_fingerprint(request.data),
+        allow_changed_data=request.allow_changed_data,
     )
+
+
+def _read_fingerprint(sent: Mapping[str, str]) -> dict[str, str]:
+    if len(sent) > MAX_DATA_PARTS:
+        raise invalid_field("data", f"data must have at most {MAX_DATA_PARTS} parts, got {len(sent)}")
+    for part, value in sent.items():
+        _name("data", part, required=True)
+        _name("data", value, required=True)
+    return dict(sent)
 
 
 def read_save(request: pb.CheckpointRequest) -> SaveRequest:

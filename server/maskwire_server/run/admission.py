@@ -7,7 +7,8 @@ file. A decision is one of the four verbs below, or a `Refused` to raise.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from maskwire_server.errors import Refused
 from maskwire_server.requests import History, RestoreRequest, SaveRequest, SessionRef, SessionRequest
@@ -72,6 +73,7 @@ class StepFacts:
     queue_limit: int
 
 
+_LONGEST_SHOWN = 24  # characters of a part of a fingerprint; a hash tells nobody anything
 _UNAVAILABLE = {
     RunState.RECOVERING: "the server is recovering the run",
     RunState.RESTORING: "a checkpoint is being restored",
@@ -224,6 +226,8 @@ class SessionFacts:
     """The digest recorded at the client's last step in this lineage; None when there is none."""
     tokenizer: str = ""
     """What the run's ids stand for; empty: nobody said."""
+    data: Mapping[str, str] = field(default_factory=dict)
+    """The fingerprint of the run's data; empty: nobody said."""
 
 
 def admit_session(facts: SessionFacts, at: Position) -> bool:
@@ -240,6 +244,8 @@ def admit_session(facts: SessionFacts, at: Position) -> bool:
             tokenizer=facts.tokenizer,
             client_tokenizer=request.tokenizer,
         )
+    if request.data and facts.data and not request.allow_changed_data:
+        _check_data(request.data, facts.data)
     if facts.nonce_epoch is not None:
         if facts.nonce_epoch < at.epoch:
             raise Refused(
@@ -275,6 +281,24 @@ def admit_session(facts: SessionFacts, at: Position) -> bool:
             epoch=at.epoch,
         )
     return True
+
+
+def _check_data(sent: Mapping[str, str], kept: Mapping[str, str]) -> None:
+    changed = [part for part in sorted({*sent, *kept}) if sent.get(part) != kept.get(part)]
+    if not changed:
+        return
+    words = [
+        f"{part} differs"
+        if max(len(kept.get(part, "")), len(sent.get(part, ""))) > _LONGEST_SHOWN
+        else f"{part} was {kept.get(part, 'not set')}, is {sent.get(part, 'not set')}"
+        for part in changed
+    ]
+    raise Refused(
+        "DATA_CHANGED",
+        f"the data is not what the run was trained on: {'; '.join(words)}. Put it back as it was, or "
+        "continue with the changed data (allow_changed_data)",
+        changed=",".join(changed),
+    )
 
 
 def _check_history(history: History, facts: SessionFacts, at: Position) -> None:

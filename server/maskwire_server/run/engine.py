@@ -260,6 +260,7 @@ class Engine:
             newest_checkpoint=self._saver.newest,
             versions=self._versions,
             tokenizer=head.tokenizer,
+            data=head.data,
         )
 
     def drain(self, timeout: float) -> bool:
@@ -422,6 +423,8 @@ class Engine:
         self._saver.refresh()
         said = journal.last_event("tokenizer")
         head.tokenizer = said[1]["tokenizer"] if said else ""
+        said = journal.last_event("data")
+        head.data = said[1] if said else {}
         threads = None if self._serve.threads else following.pinned_threads(journal)
         self._info, versions = device.call(partial(device.build, self._factory, threads))
         self._versions.update(versions)

@@ -58,10 +58,12 @@ class Sessions:
         epoch = given.epoch if given else None
         # What was said before anything was trained can still be corrected.
         tokenizer = self._head.tokenizer if self._line.next_step > 1 else ""
-        facts = SessionFacts(request, epoch, self._head.durable[0], recorded, tokenizer)
+        data = self._head.data if self._line.next_step > 1 else {}
+        facts = SessionFacts(request, epoch, self._head.durable[0], recorded, tokenizer, data)
         if not admission.admit_session(facts, at):
             self._writer.touch()
             here = at.epoch
+            self._commits.add(self._keep_data(request), lambda: None)
             self._commits.add(self._keep_tokenizer(request), lambda: answer(future, self._answer(here)))
             return
         epoch = at.epoch + 1
@@ -79,6 +81,13 @@ class Sessions:
             return lambda: None
         self._head.tokenizer = request.tokenizer
         return partial(self._journal.add_event, "tokenizer", {"tokenizer": request.tokenizer})
+
+    def _keep_data(self, request: SessionRequest) -> Callable[[], object]:
+        """The write that keeps the fingerprint of a client's data; another one was refused before."""
+        if request.data in ({}, self._head.data):
+            return lambda: None
+        self._head.data = request.data
+        return partial(self._journal.add_event, "data", dict(request.data))
 
     def _record(
         self,
@@ -108,6 +117,7 @@ class Sessions:
             head.non_finite = self._device.non_finite = 0
             self._standing.set(RunState.HALTED, False)
         self._commits.add(keep_tokenizer, lambda: None)
+        self._commits.add(self._keep_data(request), lambda: None)
         self._commits.add(
             partial(self._journal.add_session, session), partial(self._opened, request.nonce, epoch)
         )
@@ -137,7 +147,7 @@ class Sessions:
         head = self._head
         durable_step, digest = head.durable
         return SessionAnswer(
-            head.run_id, head.lineage, epoch, head.step, durable_step, digest, head.tokenizer
+            head.run_id, head.lineage, epoch, head.step, durable_step, digest, head.tokenizer, data=head.data
         )
 
 

@@ -107,6 +107,8 @@ class Head:
         self.run_id = ""
         self.tokenizer = ""
         """What the run's ids stand for; empty: nobody said."""
+        self.data: dict[str, str] = {}
+        """The fingerprint of the run's data; empty: nobody said."""
         self.lineage = 1
         self.step = 0
         """The last computed step."""

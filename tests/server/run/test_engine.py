@@ -813,6 +813,43 @@ def test_steps_are_computed_again_under_the_optimizer_section_they_were_trained_
         rig.start(Following, optimizer={"learning_rate": 0.3})
 
 
+def test_the_data_is_kept_from_the_first_step_on_and_changes_only_on_demand(rig: Rig) -> None:
+    first = {"content": "sha256:" + "0" * 40, "length": "16", "seed": "0"}
+    longer, other = {**first, "length": "32"}, {**first, "content": "sha256:" + "1" * 40}
+
+    def open_with(engine: Engine, data: dict[str, str], nonce: str, **options: Any) -> dict[str, str]:
+        return engine.open_session(SessionRequest("job", nonce, data=data, **options)).result(WAIT).data
+
+    def refused(engine: Engine, data: dict[str, str]) -> Refused:
+        with pytest.raises(Refused) as raised:
+            open_with(engine, data, "z")
+        assert raised.value.reason == "DATA_CHANGED"
+        return raised.value
+
+    engine = rig.start()
+    assert open_with(engine, {}, "a") == {}
+    assert open_with(engine, longer, "b") == longer
+    assert open_with(engine, first, "c") == first, "nothing was trained on it: it can be corrected"
+    answer = engine.open_session(SessionRequest("job", "d")).result(WAIT)
+    session = SessionRef(answer.run_id, answer.lineage, answer.epoch)
+    engine.train_step(StepRequest(bare(0).payload, session=session)).result(WAIT)
+    for _ in range(2):
+        assert engine.status().data == first
+        found = refused(engine, {**other, "length": "32", "held_out": "0.1"})
+        assert "content differs; held_out was not set, is 0.1; length was 16, is 32" in str(found)
+        assert found.metadata["changed"] == "content,held_out,length"
+        assert refused(engine, {} | {"seed": "0"}).metadata["changed"] == "content,length"
+        engine.close()
+        engine = rig.start()
+    assert open_with(engine, first, "e") == open_with(engine, {}, "f") == first
+    assert open_with(engine, longer, "g", allow_changed_data=True) == longer
+    assert open_with(engine, other, "g", allow_changed_data=True) == other, "within the same session"
+    engine.close()
+    engine = rig.start()
+    assert engine.status().data == other
+    assert "length was 16, is 32; content" not in str(refused(engine, longer))
+
+
 def test_the_tokenizer_is_kept_from_the_first_step_on(rig: Rig) -> None:
     def open_with(engine: Engine, tokenizer: str, nonce: str) -> str:
         return engine.open_session(SessionRequest("job", nonce, tokenizer=tokenizer)).result(WAIT).tokenizer

@@ -1,0 +1,314 @@
+"""Whatever becomes of its output, a command ends as its work did, and shows the result first."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rpc"))
+
+from serving import ServerProcess
+
+import maskwire.show
+from maskwire.cli import app, exits
+from maskwire.fit import fit
+from maskwire.output import tell
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+COUNTING = [sys.executable, str(ROOT / "tests" / "rpc" / "counting_server.py"), "0"]
+DISPLAY = "±…─é"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    made = ServerProcess(
+        tmp_path_factory.mktemp("output"), COUNTING, model__num_tokens="257", model__mask_id="256"
+    ).start()
+    yield made
+    assert made.stop() == 0
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "texts" / "a.txt"
+    path.parent.mkdir()
+    path.write_text("some text about nothing in particular " * 40)
+    return path
+
+
+def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.run(
+        [str(BIN / str(arguments[0])), *map(str, arguments[1:])], timeout=100, check=False, **options
+    )
+
+
+def closing(*descriptors: int) -> Any:
+    def close() -> None:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    return close
+
+
+def train(server: ServerProcess, text: Path, until: int, *arguments: object) -> list[object]:
+    return ["maskwire", "train", text, "--target", server.address, "--until-step", until, "--length", 16,
+            "--batch-size", 2, "--allow-changed-data", *arguments]  # fmt: skip
+
+
+def step(server: ServerProcess) -> int:
+    found: int = json.loads(command("maskwire", "status", "-t", server.address, "--json").stdout)["step"]
+    return found
+
+
+ENCODINGS: dict[str, dict[str, str]] = {
+    "ascii": {"PYTHONIOENCODING": "ascii:strict"},
+    "cp1252": {"PYTHONIOENCODING": "cp1252"},
+    "C": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+}
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_results_are_shown_in_every_encoding(server: ServerProcess, text: Path, name: str) -> None:
+    env = {**os.environ, **ENCODINGS[name]}
+    for arguments, words in (
+        (["maskwire", "eval", text, "--rows", 2, "--length", 16, "-t", server.address], b"bits per token"),
+        (["maskwire", "data", "prepare", text, "--out", text.parent / f"é {DISPLAY} {name}"], b"num_tokens"),
+    ):
+        done = command(*arguments, env=env)
+        assert done.returncode == 0, done.stderr
+        assert words in done.stdout
+        done.stdout.decode("cp1252" if name == "cp1252" else "ascii")
+
+
+def test_samples_that_cannot_be_encoded_are_replaced(server: ServerProcess) -> None:
+    arguments = ["maskwire", "generate", "-t", server.address, "--prompt", "é~", "--row-seed", 97]
+    whole = command(*arguments, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    assert whole.stdout.decode().startswith("é")
+    done = command(*arguments, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout) == (0, whole.stdout.decode().encode("ascii", "replace"))
+
+
+@pytest.mark.parametrize("closed", [(2,), (0, 1, 2)], ids=str)
+def test_closed_descriptors_cost_nothing(
+    server: ServerProcess, text: Path, tmp_path: Path, closed: tuple[int, ...]
+) -> None:
+    until, metrics = step(server) + 2, tmp_path / "metrics.jsonl"
+    done = command(*train(server, text, until, "--metrics", metrics), preexec_fn=closing(*closed))
+    assert (done.returncode, step(server)) == (0, until)
+    if 1 not in closed:
+        assert done.stdout.startswith(f"step {until}".encode())
+        assert b"tokens/s  0 s left" not in done.stdout, "progress belongs on stderr"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines if "outcome" in line] == [until - 1, until], (
+        "and nothing else in it"
+    )
+
+
+@pytest.mark.parametrize("streams", [("stdout",), ("stdout", "stderr")], ids="+".join)
+def test_a_reader_that_has_gone_costs_nothing(
+    server: ServerProcess, text: Path, streams: tuple[str, ...]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    pipes = dict.fromkeys(streams, writing)
+    try:
+        until = step(server) + 1
+        for arguments in (
+            train(server, text, until),
+            ["maskwire", "status", "--watch", "-t", server.address],
+            ["maskwire", "--help"],
+        ):
+            done = command(*arguments, **pipes)
+            assert done.returncode == 0, (arguments, done)
+            if "stderr" not in streams and arguments[1:2] != ["train"]:
+                assert done.stderr == b"", arguments
+        assert step(server) == until
+        refused = command("maskwire", "status", "-t", "127.0.0.1:1", "--retry-for", 0.1, **pipes)
+        assert refused.returncode == 3, "a failure stays one"
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_stdout_is_not_wrong_usage(server: ServerProcess, text: Path) -> None:
+    until = step(server) + 1
+    with Path("/dev/full").open("w") as full:
+        for arguments in (
+            train(server, text, until),
+            ["maskwire", "--help"],
+        ):
+            done = command(*arguments, stdout=full)
+            assert done.returncode == 7, done.stderr
+            assert b"could not be written to stdout (No space left on device)" in done.stderr
+            assert b"Traceback" not in done.stderr
+        done = command("maskwire", "status", "-t", server.address, "--json", stdout=full)
+        assert json.loads(done.stderr)["exit_code"] == 7
+        assert (
+            command("maskwire", "status", "-t", "127.0.0.1:1", "--retry-for", 0.1, stderr=full).returncode
+            == 3
+        )
+    assert step(server) == until
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_the_metrics_costs_no_step(server: ServerProcess, text: Path) -> None:
+    until = step(server) + 5
+    done = command(*train(server, text, until, "--metrics", "/dev/full", "--json"))
+    assert done.returncode == 7
+    result = json.loads(done.stdout)
+    assert (result["step"], result["steps"], step(server)) == (until, 5, until)
+    error = json.loads(done.stderr.splitlines()[-1])
+    assert error["error"].startswith("/dev/full: no more lines are written (No space left on device)")
+    done = command(*train(server, text, until + 1, "--metrics", text.parent / "none" / "metrics.jsonl"))
+    assert (done.returncode, step(server)) == (2, until), "a path that is not there is said before any step"
+
+
+class Answering:
+    """As much of a Trainer as `fit` needs for steps that are answered at once."""
+
+    def __init__(self) -> None:
+        self.step, self.lineage, self.run_id, self.digest = 0, 1, "run", b"d" * 32
+        self.evaluated = (0, 0)
+
+    def settle(self) -> None: ...
+
+    def submit(self, rows: Any, *, step: int, **options: Any) -> Any:
+        from concurrent.futures import Future
+
+        from maskwire.results import Losses, Outcome, StepMetrics, StepResult
+
+        self.step, future = step, Future()  # type: ignore[var-annotated]
+        metrics = StepMetrics(0.5, 0.1, 3, 4, 0.0, 0.01, 0.0)
+        future.set_result(
+            StepResult(step, Losses(1.0, 1.0, None), Outcome.APPLIED, False, self.digest, metrics)
+        )
+        return future
+
+
+class Rows:
+    files: list[Path]
+
+    def batch(self, step: int) -> Any:
+        return [[1, 2]]
+
+
+class Failing(io.StringIO):
+    """A stream whose disk is full."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class Narrow(io.TextIOWrapper):
+    """A stream that takes ASCII alone."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding="ascii", errors="strict")
+
+
+def test_fit_without_stderr_and_with_a_broken_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed, Failing(), Narrow()):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", stream)
+            assert fit(Answering(), Rows(), until_step=3).step == 3
+            tell(DISPLAY)
+    assert stream.buffer.getvalue().endswith(b"?" * len(DISPLAY) + b"\n")
+
+
+def test_metrics_are_not_written_into_the_data(text: Path) -> None:
+    before, data = text.read_bytes(), Rows()
+    data.files = [text]
+    with pytest.raises(ValueError, match=r"a\.txt is a file of the data; name another file"):
+        fit(Answering(), data, until_step=1, progress=False, metrics=text.parent / ".." / "texts" / "a.txt")
+    assert text.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("bad"), KeyError("bad"), OSError("bad"), TypeError("bad")], ids=repr
+)
+@pytest.mark.parametrize("as_json", [True, False], ids=["json", "words"])
+def test_an_error_in_showing_a_result_is_not_wrong_usage(
+    server: ServerProcess, monkeypatch: pytest.MonkeyPatch, error: Exception, as_json: bool
+) -> None:
+    def fail(*_: object, **__: object) -> Any:
+        raise error
+
+    monkeypatch.setattr(maskwire.show, "to_json" if as_json else "_text", fail)
+    done = CliRunner().invoke(
+        app, ["checkpoint", "list", "-t", server.address, *(["--json"] if as_json else [])]
+    )
+    assert done.exit_code == 7, done.output
+    assert "step-000000000" in done.stdout, "the result comes first, in whatever form"
+    assert "could not be shown as it should be" in done.stderr
+
+
+def test_sigterm_while_a_command_starts_has_the_exit_code_of_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (None, 130)):
+        monkeypatch.setattr(exits, "_signal", number)
+        assert exits.by_signal(130) == code
+        assert exits.by_signal(3) == 3
+
+
+def test_the_server_commands_show_their_results_whatever_happens(tmp_path: Path) -> None:
+    server = ServerProcess(tmp_path / f"é {DISPLAY}", COUNTING, model__num_tokens="257", model__mask_id="256")
+    server.start()
+    assert server.stop() == 0
+    run = server.folder / "run"
+    reading, writing = os.pipe()
+    os.close(reading)
+    config = tmp_path / "maskwire.toml"
+    verify = ["maskwire-server", "verify", "--run-dir", run]
+    try:
+        done = command(*verify, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        assert (done.returncode, b"nothing is damaged" in done.stdout) == (0, True)
+        assert command(*verify, stdout=writing, stderr=writing).returncode == 0
+        assert command("maskwire-server", "init", config, preexec_fn=closing(0, 1, 2)).returncode == 0
+        with Path("/dev/full").open("w") as full:
+            done = command(*verify, "--json", stdout=full)
+        assert done.returncode == 7
+        assert b"No space left on device" in done.stderr
+    finally:
+        os.close(writing)
+    assert "\n" in config.read_text(encoding="utf-8")
+
+
+def test_a_server_keeps_serving_without_its_output(tmp_path: Path, text: Path) -> None:
+    """Neither a closed stderr nor a ready line that nobody reads ends it, and its files stay whole."""
+    flags = ["--set", "model.dim=32", "--set", "model.depth=1", "--set", "model.heads=1", "--set",
+             "model.dim_head=32", "--set", "model.max_seq_len=16", "--set", "model.num_tokens=257",
+             "--set", "model.mask_id=256", "--set", "serve.threads=1"]  # fmt: skip
+    socket = tmp_path / "socket"
+    arguments = ["serve", "--run-dir", tmp_path / "run", "--address", f"unix:{socket}", *flags]
+    process = subprocess.Popen(
+        [str(BIN / "maskwire-server"), *map(str, arguments)], stdout=subprocess.PIPE, preexec_fn=closing(2)
+    )
+    assert process.stdout is not None
+    try:
+        assert b"listening on" in process.stdout.readline()
+        process.stdout.close()
+        done = command("maskwire", "train", text, "--until-step", 3, "-t", f"unix:{socket}", "--length", 16)
+        assert done.returncode == 0, done.stderr
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0
+    assert command("maskwire-server", "verify", "--run-dir", tmp_path / "run").returncode == 0
+
+
+def test_both_packages_protect_their_streams_alike() -> None:
+    client = ROOT / "client" / "maskwire" / "streams.py"
+    assert client.read_text() == (ROOT / "server" / "maskwire_server" / "cli" / "streams.py").read_text()
