@@ -63,6 +63,7 @@ async def connect(
     timeout: float = 60.0,
     window: int = 4,
     on_wait: Callable[[str], None] | None = None,
+    on_takeover: Callable[[str], None] | None = None,
     **door: Unpack[DoorOptions],
 ) -> Trainer:
     """Open a session and return its trainer; the arguments are those of `maskwire.connect`."""
@@ -72,6 +73,8 @@ async def connect(
     trainer = Trainer(Door.of(target, **door), talk)
     try:
         await trainer._drive(talk.open(takeover=takeover))
+        if talk.took_over:
+            (on_takeover or log.warning)(talk.took_over)
     except BaseException:
         await trainer.close()
         raise

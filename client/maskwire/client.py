@@ -57,15 +57,18 @@ def connect(
     timeout: float = 60.0,
     window: int = 4,
     on_wait: Callable[[str], None] | None = None,
+    on_takeover: Callable[[str], None] | None = None,
     **door: Unpack[DoorOptions],
 ) -> Trainer:
     """Open a session with the server at `target` and return its trainer.
 
     `target` is HOST:PORT, or unix:PATH for a Unix socket. `name` identifies this job: started again
-    under the same name it takes its own session over at once. `takeover` takes over from a client of
-    another name too, and goes on after HALTED. `timeout` is the deadline of one attempt of a call and
+    under the same name it takes its own session over at once. By default it is the process's own; the
+    session of another process of this machine is then taken over once that has ended. `takeover` takes
+    over from any client, and goes on after HALTED. `timeout` is the deadline of one attempt of a call and
     `retry_for` how long a server that does not answer is asked again, both in seconds; `window` is the
-    most steps in flight. `on_wait` is told, in words, what is being waited for. `door` has TLS and the
+    most steps in flight. `on_wait` is told, in words, what is being waited for, and `on_takeover` whose open
+    session was taken over; both are logged as warnings by default. `door` has TLS and the
     token (`maskwire.door.DoorOptions`). Raises the errors of `maskwire.errors`, ValueError and OSError.
     """
     talk = Writing(
@@ -74,6 +77,8 @@ def connect(
     trainer = Trainer(Door.of(target, **door), talk, threads=window)
     try:
         trainer._drive(talk.open(takeover=takeover))
+        if talk.took_over:
+            (on_takeover or log.warning)(talk.took_over)
     except BaseException:
         trainer.close()
         raise

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 from maskwire import messages, results
-from maskwire.errors import ConflictError, DigestMismatchError, FencedError, MaskwireError, RequestError
+from maskwire.errors import (
+    ConflictError,
+    DigestMismatchError,
+    FencedError,
+    MaskwireError,
+    RequestError,
+    WriterPresentError,
+)
+from maskwire.process import default_name, holder_of, is_gone, this_process
 from maskwire.protocol import Asking, Pause, RetryPolicy, Talk, Until, new_id
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import step_digest
@@ -134,7 +140,9 @@ class Writing(Asking):
         super().__init__(target, policy, on_wait, clock)
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
-        self.name = name or f"{socket.gethostname()}-{os.getpid()}"
+        self.name = name or default_name()
+        self.took_over = ""
+        """Whose open session this one took over, in words; empty: nobody's."""
         self.ledger = Ledger()
         self.model: results.ModelInfo
         self.limits: results.Limits
@@ -173,8 +181,11 @@ class Writing(Asking):
             held_epoch=None if anew else self.ledger.session.epoch or None,
             history=None if anew else self.ledger.history(),
             tokenizer=tokenizer,
+            process=this_process(),
         )
-        response = yield from self._ask("OpenSession", lambda: request, began=began)
+        response = yield from self._open(request, began)
+        if response.HasField("superseded"):
+            self.took_over = _took_over(response.superseded, request)
         if anew or not self.ledger.digest:
             self._nonce = nonce
             self._refused = 0
@@ -190,6 +201,20 @@ class Writing(Asking):
         self.limits = messages.read_limits(response.limits)
         self.tokenizer = response.tokenizer
         self._window = min(self._window, self.limits.window)
+
+    def _open(self, request: pb.OpenSessionRequest, began: float | None) -> Talk[pb.OpenSessionResponse]:
+        """Ask for the session, also for that of another process which is gone."""
+        while True:
+            try:
+                response: pb.OpenSessionResponse = yield from self._ask(
+                    "OpenSession", lambda: request, began=began
+                )
+                return response
+            except WriterPresentError as error:
+                epoch = int(error.metadata.get("epoch", 0))
+                if epoch <= request.gone_epoch or not is_gone(holder_of(error.metadata)):
+                    raise
+                request.gone_epoch = epoch
 
     def use_tokenizer(self, tokenizer: str) -> Talk[None]:
         """Keep with the run what its ids stand for."""
@@ -290,6 +315,13 @@ class Writing(Asking):
 
     def _lost(self) -> None:
         self._stale = True
+
+
+def _took_over(holder: pb.SessionHolder, request: pb.OpenSessionRequest) -> str:
+    process = holder.process
+    where = f" (host {process.host}, process {process.process_id})" if holder.HasField("process") else ""
+    gone = ", a process that is gone" if holder.epoch == request.gone_epoch else ""
+    return f"took over the session of {holder.client_name!r}{where}{gone}"
 
 
 class Position:

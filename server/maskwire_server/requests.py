@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from maskwire_server.batch import Batch, Payload, Prompts
+from maskwire_server.holder import ClientProcess
 from maskwire_server.results import EvalOptions, GenerateOptions
 
 CHECKPOINT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -43,6 +44,10 @@ class SessionRequest:
     history: History | None = None
     tokenizer: str = ""
     """What the client's ids stand for; empty: not said."""
+    process: ClientProcess | None = None
+    """The client's process; None: not said."""
+    gone_epoch: int | None = None
+    """Take over from this epoch, whose process the client found gone."""
 
 
 @dataclass(frozen=True)

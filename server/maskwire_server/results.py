@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from maskwire_server.holder import Holder
+
 
 class Outcome(enum.IntEnum):
     """What became of a consumed step; the numbers are `maskwire.v1.StepOutcome`'s."""
@@ -217,6 +219,8 @@ class SessionAnswer:
     digest: bytes
     tokenizer: str
     """What the run's ids stand for; empty: nobody said."""
+    superseded: Holder | None = None
+    """Whose session it took over; None: nobody's."""
 
 
 @dataclass(frozen=True)

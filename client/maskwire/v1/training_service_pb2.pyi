@@ -154,24 +154,54 @@ class Limits(_message.Message):
     max_generation_steps: int
     def __init__(self, max_batch_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., window: _Optional[int] = ..., max_draws: _Optional[int] = ..., max_generation_steps: _Optional[int] = ...) -> None: ...
 
+class ClientProcess(_message.Message):
+    __slots__ = ("host", "process_id", "start_time_ticks", "boot_id", "pid_namespace", "job")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
+    START_TIME_TICKS_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    PID_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    process_id: int
+    start_time_ticks: int
+    boot_id: str
+    pid_namespace: str
+    job: str
+    def __init__(self, host: _Optional[str] = ..., process_id: _Optional[int] = ..., start_time_ticks: _Optional[int] = ..., boot_id: _Optional[str] = ..., pid_namespace: _Optional[str] = ..., job: _Optional[str] = ...) -> None: ...
+
+class SessionHolder(_message.Message):
+    __slots__ = ("client_name", "epoch", "process")
+    CLIENT_NAME_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    client_name: str
+    epoch: int
+    process: ClientProcess
+    def __init__(self, client_name: _Optional[str] = ..., epoch: _Optional[int] = ..., process: _Optional[_Union[ClientProcess, _Mapping]] = ...) -> None: ...
+
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("client_name", "nonce", "takeover", "held_epoch", "history", "tokenizer")
+    __slots__ = ("client_name", "nonce", "takeover", "held_epoch", "history", "tokenizer", "process", "gone_epoch")
     CLIENT_NAME_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     TAKEOVER_FIELD_NUMBER: _ClassVar[int]
     HELD_EPOCH_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    GONE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     client_name: str
     nonce: str
     takeover: bool
     held_epoch: int
     history: History
     tokenizer: str
-    def __init__(self, client_name: _Optional[str] = ..., nonce: _Optional[str] = ..., takeover: _Optional[bool] = ..., held_epoch: _Optional[int] = ..., history: _Optional[_Union[History, _Mapping]] = ..., tokenizer: _Optional[str] = ...) -> None: ...
+    process: ClientProcess
+    gone_epoch: int
+    def __init__(self, client_name: _Optional[str] = ..., nonce: _Optional[str] = ..., takeover: _Optional[bool] = ..., held_epoch: _Optional[int] = ..., history: _Optional[_Union[History, _Mapping]] = ..., tokenizer: _Optional[str] = ..., process: _Optional[_Union[ClientProcess, _Mapping]] = ..., gone_epoch: _Optional[int] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
-    __slots__ = ("session", "step", "durable_step", "digest", "model", "limits", "tokenizer")
+    __slots__ = ("session", "step", "durable_step", "digest", "model", "limits", "tokenizer", "superseded")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     DURABLE_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +209,7 @@ class OpenSessionResponse(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    SUPERSEDED_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     step: int
     durable_step: int
@@ -186,7 +217,8 @@ class OpenSessionResponse(_message.Message):
     model: ModelInfo
     limits: Limits
     tokenizer: str
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., tokenizer: _Optional[str] = ...) -> None: ...
+    superseded: SessionHolder
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., tokenizer: _Optional[str] = ..., superseded: _Optional[_Union[SessionHolder, _Mapping]] = ...) -> None: ...
 
 class CloseSessionRequest(_message.Message):
     __slots__ = ("session",)

@@ -102,7 +102,9 @@ class TrainingServiceServicer:
 
         OK: a session; the same nonce gets the same session again.
         INVALID_ARGUMENT (INVALID_FIELD): a name or nonce that is empty, too long or not printable.
-        FAILED_PRECONDITION (WRITER_PRESENT): another client's session is open; wait, or set takeover.
+        FAILED_PRECONDITION (WRITER_PRESENT): another client's session is open; wait, or set takeover. Metadata
+        has its epoch and, where its client said so, its process (writer_ and the fields of ClientProcess): a
+        client that finds this process gone can take over with gone_epoch.
         FAILED_PRECONDITION (WRONG_RUN): the history sent belongs to another run or lineage.
         FAILED_PRECONDITION (UNKNOWN_EPOCH): the nonce's session was closed; make a new nonce.
         FAILED_PRECONDITION (TOKENIZER_MISMATCH): the run was begun with ids of another tokenizer.

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import invalid_field
+from maskwire_server.holder import ClientProcess
 from maskwire_server.requests import (
     AUTOMATIC_NAME,
     CHECKPOINT_NAME,
@@ -160,7 +161,17 @@ def read_open(request: pb.OpenSessionRequest) -> SessionRequest:
         held_epoch=request.held_epoch if request.HasField("held_epoch") else None,
         history=history,
         tokenizer=_name("tokenizer", request.tokenizer) or "",
+        process=_process(request.process) if request.HasField("process") else None,
+        gone_epoch=request.gone_epoch if request.HasField("gone_epoch") else None,
     )
+
+
+def _process(sent: pb.ClientProcess) -> ClientProcess:
+    texts = {
+        name: _name(f"process.{name}", getattr(sent, name)) or ""
+        for name in ("host", "boot_id", "pid_namespace", "job")
+    }
+    return ClientProcess(process_id=sent.process_id, start_time_ticks=sent.start_time_ticks, **texts)
 
 
 def read_save(request: pb.CheckpointRequest) -> SaveRequest:

@@ -55,6 +55,7 @@ from maskwire_server.run.poison import Poison
 from maskwire_server.run.rate import Rate
 from maskwire_server.run.restoring import Restoring
 from maskwire_server.run.saving import Saver
+from maskwire_server.run.sessions import recorded_process
 from maskwire_server.run.standing import Head, Standing
 from maskwire_server.run.waiting import refuse
 from maskwire_server.run.writer import Writer
@@ -399,7 +400,8 @@ class Engine:
         head.move(recovered.lineage, recovered.step, recovered.digest)
         head.non_finite = recovered.non_finite
         self._line.begin_at(recovered.step)
-        self._writer.resume(journal.last_session())
+        session = journal.last_session()
+        self._writer.resume(session, recorded_process(journal, session))
         # Checkpoint 0 comes before the first step; an inexact replay must not be asked for again.
         if self._saver.newest is None or recovered.accepted:
             refused = self._save_now("accepted" if recovered.accepted else "")

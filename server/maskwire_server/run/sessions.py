@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import asdict
 from functools import partial
 
 from maskwire_server import failpoints
 from maskwire_server.errors import Refused
+from maskwire_server.holder import ClientProcess, Holder
 from maskwire_server.requests import SessionRef, SessionRequest
 from maskwire_server.results import RunState, SessionAnswer
 from maskwire_server.run import admission
@@ -22,6 +24,9 @@ from maskwire_server.run.replaying import digest_at
 from maskwire_server.run.standing import Head, Standing
 from maskwire_server.run.waiting import answer, refuse
 from maskwire_server.run.writer import Writer
+
+CLIENT_PROCESS = "client_process"
+"""The kind of event that keeps the process of a session's client."""
 
 
 class Sessions:
@@ -67,8 +72,8 @@ class Sessions:
         epoch = at.epoch + 1
         self._opening[request.nonce] = [future]
         keep = self._keep_tokenizer(request)
-        self._writer.open(epoch, request.client_name)
-        self._line.refuse_steps(partial(_fenced, request.client_name, epoch))
+        self._writer.open(epoch, request.client_name, request.process)
+        self._line.refuse_steps(partial(_fenced, Holder(request.client_name, epoch, request.process)))
         self._line.put_first(
             Barrier(partial(self._record, epoch, request, keep), partial(self._refuse_opening, request.nonce))
         )
@@ -109,8 +114,13 @@ class Sessions:
             self._standing.set(RunState.HALTED, False)
         self._commits.add(keep_tokenizer, lambda: None)
         self._commits.add(
-            partial(self._journal.add_session, session), partial(self._opened, request.nonce, epoch)
+            partial(self._add_session, session, request.process), partial(self._opened, request.nonce, epoch)
         )
+
+    def _add_session(self, session: SessionRecord, process: ClientProcess | None) -> None:
+        self._journal.add_session(session)
+        if process is not None:
+            self._journal.add_event(CLIENT_PROCESS, {"epoch": session.epoch, **asdict(process)})
 
     def _opened(self, nonce: str, epoch: int) -> None:
         failpoints.passing("session.opened")
@@ -135,13 +145,24 @@ class Sessions:
         head = self._head
         durable_step, digest = head.durable
         return SessionAnswer(
-            head.run_id, head.lineage, epoch, head.step, durable_step, digest, head.tokenizer
-        )
+            head.run_id, head.lineage, epoch, head.step, durable_step, digest, head.tokenizer,
+            self._writer.superseded if epoch == self._writer.epoch else None,
+        )  # fmt: skip
 
 
-def _fenced(client_name: str, epoch: int, step: Step) -> Refused:
+def recorded_process(journal: Journal, session: SessionRecord | None) -> ClientProcess | None:
+    """The process of a session's client; None: it was not said."""
+    found = journal.last_event(CLIENT_PROCESS)
+    if session is None or found is None or found[1]["epoch"] != session.epoch:
+        return None
+    return ClientProcess(**{name: value for name, value in found[1].items() if name != "epoch"})
+
+
+def _fenced(holder: Holder, step: Step) -> Refused:
     if step.request.session is None:
         return Refused(
-            "WRITER_PRESENT", f"{client_name!r} opened a session; wait until it is closed", writer=client_name
+            "WRITER_PRESENT", f"{holder} opened a session; wait until it is closed", **holder.metadata()
         )
-    return Refused("FENCED", f"{client_name!r} took over with epoch {epoch}; stop this one", epoch=epoch)
+    return Refused(
+        "FENCED", f"{holder} took over with epoch {holder.epoch}; stop this one", **holder.metadata()
+    )

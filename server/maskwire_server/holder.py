@@ -1,0 +1,39 @@
+"""Who holds the writer's session."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ClientProcess:
+    """A client's process, as the client described it; see the proto."""
+
+    host: str
+    process_id: int
+    start_time_ticks: int = 0
+    boot_id: str = ""
+    pid_namespace: str = ""
+    job: str = ""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The client of an epoch."""
+
+    client_name: str
+    epoch: int
+    process: ClientProcess | None = None
+    """None: the client did not say."""
+
+    def __str__(self) -> str:
+        process = self.process
+        where = f" (host {process.host}, process {process.process_id})" if process else ""
+        return f"{self.client_name!r}{where}"
+
+    def metadata(self) -> dict[str, Any]:
+        """What an error says of it: `epoch`, `writer`, and each field of its process as `writer_…`."""
+        fields = asdict(self.process) if self.process else {}
+        named = {f"writer_{name}": value for name, value in fields.items()}
+        return {"epoch": self.epoch, "writer": self.client_name, **named}
