@@ -32,6 +32,7 @@ from maskwire.protocol import (
     EvalOptions,
     GenerateOptions,
     Give,
+    ListOptions,
     Next,
     Pause,
     RetryPolicy,
@@ -153,6 +154,16 @@ class Client:
     async def checkpoints(self) -> list[results.CheckpointInfo]:
         """The run's whole checkpoints, newest first."""
         return await self._drive(self._talk.checkpoints())
+
+    def list_steps(self, **options: Unpack[ListOptions]) -> AsyncIterator[results.RecordedStep]:
+        """The recorded steps of one lineage: `async for` over it; see the blocking client's."""
+        return self._iterate(self._talk.list_steps(**options))
+
+    async def steps_page(
+        self, *, page_size: int = 0, page_token: str = "", **options: Unpack[ListOptions]
+    ) -> results.StepsPage:
+        """One page of `list_steps`, which also tells where the lineage began."""
+        return await self._drive(self._talk.steps_page(page_size, page_token, **options))
 
     async def delete(self, name: str) -> None:
         """Delete a checkpoint; refused while something needs it."""
@@ -326,6 +337,10 @@ class Trainer(Position, Client):
     async def use_tokenizer(self, tokenizer: str) -> None:
         """Keep with the run what its ids stand for."""
         await self._drive(self._writing.use_tokenizer(tokenizer))
+
+    async def mark_evaluated(self) -> None:
+        """Keep with the run that the present step is evaluated, and the result seen; `fit` does it."""
+        await self._drive(self._writing.mark_evaluated())
 
     async def fit(self, data: Any, *, until_step: int, **options: Any) -> FitResult:
         """Train on `data.batch(step)` up to an absolute step; the options are those of `maskwire.fit.plan`.

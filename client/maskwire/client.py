@@ -25,6 +25,7 @@ from maskwire.protocol import (
     EvalOptions,
     GenerateOptions,
     Give,
+    ListOptions,
     Next,
     Pause,
     RetryPolicy,
@@ -189,6 +190,19 @@ class Client:
     def checkpoints(self) -> list[results.CheckpointInfo]:
         """The run's whole checkpoints, newest first."""
         return self._drive(self._talk.checkpoints())
+
+    def list_steps(self, **options: Unpack[ListOptions]) -> Iterator[results.RecordedStep]:
+        """The recorded steps of one lineage, in order; asks for a page at a time.
+
+        `lineage` is the newest by default; `first_step` and `last_step` bound the range.
+        """
+        return self._iterate(self._talk.list_steps(**options))
+
+    def steps_page(
+        self, *, page_size: int = 0, page_token: str = "", **options: Unpack[ListOptions]
+    ) -> results.StepsPage:
+        """One page of `list_steps`, which also tells where the lineage began."""
+        return self._drive(self._talk.steps_page(page_size, page_token, **options))
 
     def delete(self, name: str) -> None:
         """Delete a checkpoint; refused while something needs it."""
@@ -391,6 +405,10 @@ class Trainer(Position, Client):
         `fit` does it for data that knows its `tokenizer`.
         """
         self._drive(self._writing.use_tokenizer(tokenizer))
+
+    def mark_evaluated(self) -> None:
+        """Keep with the run that the present step is evaluated, and the result seen; `fit` does it."""
+        self._drive(self._writing.mark_evaluated())
 
     def fit(self, data: Any, *, until_step: int, **options: Any) -> FitResult:
         """Train on `data.batch(step)` up to an absolute step; see `maskwire.fit.fit`."""

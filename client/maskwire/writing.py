@@ -147,6 +147,7 @@ class Writing(Asking):
         self.model: results.ModelInfo
         self.limits: results.Limits
         self.tokenizer = ""
+        self.evaluated = (0, 0)
         self.closed = False
         self._window = window
         self._nonce = new_id()
@@ -167,7 +168,13 @@ class Writing(Asking):
         return len(self._pending)
 
     def open(
-        self, *, takeover: bool = False, tokenizer: str = "", anew: bool = False, began: float | None = None
+        self,
+        *,
+        takeover: bool = False,
+        tokenizer: str = "",
+        evaluated_step: int = 0,
+        anew: bool = False,
+        began: float | None = None,
     ) -> Talk[None]:
         """Become the run's writer, or confirm that this is it, and that the server has our history.
 
@@ -182,6 +189,7 @@ class Writing(Asking):
             history=None if anew else self.ledger.history(),
             tokenizer=tokenizer,
             process=this_process(),
+            evaluated_step=evaluated_step,
         )
         response = yield from self._open(request, began)
         if response.HasField("superseded"):
@@ -200,6 +208,7 @@ class Writing(Asking):
         self.model = messages.read_model(response.model)
         self.limits = messages.read_limits(response.limits)
         self.tokenizer = response.tokenizer
+        self.evaluated = (response.evaluated_lineage, response.evaluated_step)
         self._window = min(self._window, self.limits.window)
 
     def _open(self, request: pb.OpenSessionRequest, began: float | None) -> Talk[pb.OpenSessionResponse]:
@@ -220,6 +229,10 @@ class Writing(Asking):
         """Keep with the run what its ids stand for."""
         if tokenizer and tokenizer != self.tokenizer:
             yield from self.open(tokenizer=tokenizer)
+
+    def mark_evaluated(self) -> Talk[None]:
+        """Keep with the run that the last acknowledged step is evaluated."""
+        yield from self.open(evaluated_step=self.step)
 
     def settle(self) -> Talk[None]:
         """Wait until no step is in flight."""
@@ -358,6 +371,11 @@ class Position:
     def step(self) -> int:
         """The last acknowledged step."""
         return self._writing.ledger.step
+
+    @property
+    def evaluated(self) -> tuple[int, int]:
+        """Lineage and number of the last step that a writer marked as evaluated; zeros: none."""
+        return self._writing.evaluated
 
     @property
     def digest(self) -> bytes:

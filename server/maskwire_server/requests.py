@@ -48,6 +48,8 @@ class SessionRequest:
     """The client's process; None: not said."""
     gone_epoch: int | None = None
     """Take over from this epoch, whose process the client found gone."""
+    evaluated_step: int = 0
+    """The writer has evaluated this step; 0: not said."""
 
 
 @dataclass(frozen=True)

@@ -221,6 +221,9 @@ class SessionAnswer:
     """What the run's ids stand for; empty: nobody said."""
     superseded: Holder | None = None
     """Whose session it took over; None: nobody's."""
+    evaluated_lineage: int = 0
+    evaluated_step: int = 0
+    """The last step that a writer said it had evaluated; 0: none."""
 
 
 @dataclass(frozen=True)

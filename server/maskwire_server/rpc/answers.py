@@ -100,6 +100,8 @@ def session(value: SessionAnswer, info: ModelInfo, bounds: Limits) -> pb.OpenSes
         limits=limits(bounds),
         tokenizer=value.tokenizer,
         superseded=None if value.superseded is None else _holder(value.superseded),
+        evaluated_lineage=value.evaluated_lineage,
+        evaluated_step=value.evaluated_step,
     )
 
 

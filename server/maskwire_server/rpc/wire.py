@@ -154,6 +154,10 @@ def read_open(request: pb.OpenSessionRequest) -> SessionRequest:
                 "history.digest", f"history.digest must have 32 bytes, got {len(sent.digest)}"
             )
         history = History(sent.run_id, sent.lineage, sent.step, sent.digest)
+    if request.evaluated_step < 0:
+        raise invalid_field(
+            "evaluated_step", f"evaluated_step must be at least 0, got {request.evaluated_step}"
+        )
     return SessionRequest(
         client_name=_name("client_name", request.client_name, required=True) or "",
         nonce=_name("nonce", request.nonce, required=True) or "",
@@ -163,6 +167,7 @@ def read_open(request: pb.OpenSessionRequest) -> SessionRequest:
         tokenizer=_name("tokenizer", request.tokenizer) or "",
         process=_process(request.process) if request.HasField("process") else None,
         gone_epoch=request.gone_epoch if request.HasField("gone_epoch") else None,
+        evaluated_step=request.evaluated_step,
     )
 
 

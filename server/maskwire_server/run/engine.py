@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from maskwire_server.config import CheckpointsConfig, ServeConfig
 from maskwire_server.errors import Refused, RunDirectoryError
+from maskwire_server.history import StepsPage, StepsRequest
 from maskwire_server.requests import (
     DownloadRequest,
     EvalRequest,
@@ -42,7 +43,7 @@ from maskwire_server.results import (
     Status,
     StepAnswer,
 )
-from maskwire_server.run import admission, following, reading, recovery
+from maskwire_server.run import admission, following, listing, reading, recovery
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.commits import Reserve
 from maskwire_server.run.device import Device, Trainer
@@ -55,9 +56,9 @@ from maskwire_server.run.poison import Poison
 from maskwire_server.run.rate import Rate
 from maskwire_server.run.restoring import Restoring
 from maskwire_server.run.saving import Saver
-from maskwire_server.run.sessions import recorded_process
+from maskwire_server.run.sessions import recorded_evaluation, recorded_process
 from maskwire_server.run.standing import Head, Standing
-from maskwire_server.run.waiting import refuse
+from maskwire_server.run.waiting import answer, refuse
 from maskwire_server.run.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -212,6 +213,17 @@ class Engine:
     def download(self, request: DownloadRequest) -> Iterator[Chunk]:
         """A checkpoint's files in chunks; it is kept until the iterator ends or is closed."""
         return reading.read(self._checkpoints, request)
+
+    def list_steps(self, request: StepsRequest) -> Future[StepsPage]:
+        """Recorded steps of one lineage, a page of them."""
+        future: Future[StepsPage] = Future()
+
+        def read() -> None:
+            assert self._journal is not None
+            if not future.cancelled():
+                answer(future, listing.page(self._journal, self._head.run_id, request))
+
+        return self._post(future, read)
 
     def status(self) -> Status:
         """Is it stuck or working? Never waits."""
@@ -373,6 +385,7 @@ class Engine:
         head.run_id = journal.fact("run_id")
         said = journal.last_event("tokenizer")
         head.tokenizer = said[1]["tokenizer"] if said else ""
+        head.evaluated = recorded_evaluation(journal)
         threads = None if self._serve.threads else following.pinned_threads(journal)
         self._info, versions = device.call(partial(device.build, self._factory, threads))
         self._versions.update(versions)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from functools import partial
 
 from maskwire_server import failpoints
-from maskwire_server.errors import Refused
+from maskwire_server.errors import Refused, invalid_field
 from maskwire_server.holder import ClientProcess, Holder
 from maskwire_server.requests import SessionRef, SessionRequest
 from maskwire_server.results import RunState, SessionAnswer
@@ -27,6 +27,8 @@ from maskwire_server.run.writer import Writer
 
 CLIENT_PROCESS = "client_process"
 """The kind of event that keeps the process of a session's client."""
+EVALUATED = "evaluated"
+"""The kind of event that keeps which step a writer has evaluated."""
 
 
 class Sessions:
@@ -56,6 +58,12 @@ class Sessions:
         if request.nonce in self._opening:  # the same call once more
             self._opening[request.nonce].append(future)
             return
+        if request.evaluated_step > self._head.durable[0]:
+            raise invalid_field(
+                "evaluated_step",
+                f"evaluated_step must be at most the durable step {self._head.durable[0]}, got "
+                f"{request.evaluated_step}",
+            )
         given = self._journal.session_of_nonce(request.nonce)
         recorded = None
         if request.history is not None:
@@ -67,6 +75,7 @@ class Sessions:
         if not admission.admit_session(facts, at):
             self._writer.touch()
             here = at.epoch
+            self._commits.add(self._keep_evaluation(request), lambda: None)
             self._commits.add(self._keep_tokenizer(request), lambda: answer(future, self._answer(here)))
             return
         epoch = at.epoch + 1
@@ -84,6 +93,14 @@ class Sessions:
             return lambda: None
         self._head.tokenizer = request.tokenizer
         return partial(self._journal.add_event, "tokenizer", {"tokenizer": request.tokenizer})
+
+    def _keep_evaluation(self, request: SessionRequest) -> Callable[[], object]:
+        """The write that keeps which step was evaluated."""
+        seen = (self._head.lineage, request.evaluated_step)
+        if not request.evaluated_step or seen == self._head.evaluated:
+            return lambda: None
+        self._head.evaluated = seen
+        return partial(self._journal.add_event, EVALUATED, {"lineage": seen[0], "step": seen[1]})
 
     def _record(
         self,
@@ -113,6 +130,7 @@ class Sessions:
             head.non_finite = self._device.non_finite = 0
             self._standing.set(RunState.HALTED, False)
         self._commits.add(keep_tokenizer, lambda: None)
+        self._commits.add(self._keep_evaluation(request), lambda: None)
         self._commits.add(
             partial(self._add_session, session, request.process), partial(self._opened, request.nonce, epoch)
         )
@@ -146,7 +164,7 @@ class Sessions:
         durable_step, digest = head.durable
         return SessionAnswer(
             head.run_id, head.lineage, epoch, head.step, durable_step, digest, head.tokenizer,
-            self._writer.superseded if epoch == self._writer.epoch else None,
+            self._writer.superseded if epoch == self._writer.epoch else None, *head.evaluated,
         )  # fmt: skip
 
 
@@ -156,6 +174,12 @@ def recorded_process(journal: Journal, session: SessionRecord | None) -> ClientP
     if session is None or found is None or found[1]["epoch"] != session.epoch:
         return None
     return ClientProcess(**{name: value for name, value in found[1].items() if name != "epoch"})
+
+
+def recorded_evaluation(journal: Journal) -> tuple[int, int]:
+    """Lineage and number of the last step that a writer said it had evaluated; zeros: none."""
+    found = journal.last_event(EVALUATED)
+    return (found[1]["lineage"], found[1]["step"]) if found else (0, 0)
 
 
 def _fenced(holder: Holder, step: Step) -> Refused:

@@ -91,6 +91,8 @@ class Head:
         self.run_id = ""
         self.tokenizer = ""
         """What the run's ids stand for; empty: nobody said."""
+        self.evaluated = (0, 0)
+        """Lineage and number of the last step that a writer said it had evaluated; zeros: none."""
         self.lineage = 1
         self.step = 0
         """The last computed step."""
