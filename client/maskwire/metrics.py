@@ -22,6 +22,7 @@ from maskwire.results import EvalResult, Losses, RecordedStep, StepResult, Steps
 
 _BLOCK = 2**20  # bytes before the end in which the last step is looked for
 _PAGE = 250  # the most that a server gives
+_FIRST = (1, 0)  # lineage and step that a run begins with
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,11 @@ class Metrics:
 
     def __init__(self, path: str | Path) -> None:
         self._last: dict[str, Any] = {}
+        self._emptied = False
         if Path(path).exists() and stat.S_ISREG(Path(path).stat().st_mode):
             with Path(path).open("r+b") as file:
                 self._last = _repair(file, path)
+                self._emptied = not file.seek(0, os.SEEK_END)
         self._file = Path(path).open("ab")  # noqa: SIM115
 
     def write(self, line: dict[str, Any]) -> None:
@@ -73,11 +76,16 @@ class Metrics:
                 return
         except UnimplementedError:
             pass  # an older server has no list of steps
-        self.write({**vars(here), "event": "started", "digest": trainer.digest.hex(), "time": time.time()})
+        if self._last or _order(here) != _FIRST:  # without a word a file begins where the run does
+            self.write(
+                {**vars(here), "event": "started", "digest": trainer.digest.hex(), "time": time.time()}
+            )
 
     def _last_place(self, trainer: Any) -> Generator[Callable[[], Any], StepsPage, Place | None]:
         """The last step that the file has; None: none of a run that it names."""
         line = self._last
+        if self._emptied:  # a job that was to begin with the run was stopped before its first line
+            return Place(trainer.run_id, *_FIRST)
         if {"run_id", "lineage"} <= line.keys():
             return Place(str(line["run_id"]), int(line["lineage"]), int(line["step"]))
         step = int(line.get("step", 0))

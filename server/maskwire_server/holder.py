@@ -27,10 +27,14 @@ class Holder:
     process: ClientProcess | None = None
     """None: the client did not say."""
 
-    def __str__(self) -> str:
+    @property
+    def where(self) -> str:
+        """Its host and process, for people, with a space before; empty when they are not known."""
         process = self.process
-        where = f" (host {process.host}, process {process.process_id})" if process else ""
-        return f"{self.client_name!r}{where}"
+        return f" (host {process.host}, process {process.process_id})" if process else ""
+
+    def __str__(self) -> str:
+        return f"{self.client_name!r}{self.where}"
 
     def metadata(self) -> dict[str, Any]:
         """What an error says of it: `epoch`, `writer`, and each field of its process as `writer_…`."""

@@ -121,7 +121,7 @@ def test_metrics_are_json_also_when_a_loss_is_not_a_number(tmp_path: Path) -> No
     fit(Counting(), Numbered(), until_step=4, progress=False, metrics=metrics)
     lines = [
         json.loads(line, parse_constant=lambda name: pytest.fail(name))
-        for line in metrics.read_text().splitlines()[1:]
+        for line in metrics.read_text().splitlines()
     ]
     assert lines[2]["loss"] is None
     assert lines[2]["outcome"] == "SKIPPED_NON_FINITE"

@@ -107,8 +107,17 @@ def test_a_line_that_was_not_written_whole_is_written_again(tmp_path: Path, cut:
     assert places(lines) == places(before)
     path.write_bytes(path.read_bytes() + b"\0" * 100)  # what a power loss can leave
     assert use(path, Server((0, 0, 4))) == lines
-    path.write_bytes(b"{")
-    assert places(use(path, Server((0, 0, 4)))) == [(1, 4, "started")]
+
+
+@pytest.mark.parametrize("left", [b"", b'{"run', b"\0" * 9])
+def test_a_job_that_was_stopped_before_its_first_line_began_with_the_run(tmp_path: Path, left: bytes) -> None:
+    path = tmp_path / "m.jsonl"
+    assert use(path, Server((0, 0, 0))) == []
+    path.write_bytes(left)
+    assert places(use(path, Server((0, 0, 4)), range(5, 6))) == steps(1, 1, 2, 3, 4, 5)
+    behind = tmp_path / "behind.jsonl"
+    assert places(use(behind, Server((0, 0, 4)))) == [(1, 4, "started")]
+    assert places(use(behind, Server((0, 0, 6)))) == [(1, 4, "started"), *steps(1, 5, 6)]
 
 
 def test_after_restores_the_file_has_each_lineage_and_says_where_it_begins(tmp_path: Path) -> None:
@@ -117,14 +126,14 @@ def test_after_restores_the_file_has_each_lineage_and_says_where_it_begins(tmp_p
     # Steps 4 to 6 were not seen; twice a checkpoint was restored, the first time without a step behind it.
     lines = use(path, Server((0, 0, 6), (1, 5, 5), (1, 2, 4)), range(5, 7))
     assert places(lines) == [
-        (1, 0, "started"), *steps(1, 1, 2, 3, 4, 5, 6), (2, 5, "restored"), (3, 2, "restored"),
+        *steps(1, 1, 2, 3, 4, 5, 6), (2, 5, "restored"), (3, 2, "restored"),
         *steps(3, 3, 4, 5, 6),
     ]  # fmt: skip
     restored = next(line for line in lines if line["lineage"] == 3)
     assert (restored["parent_lineage"], restored["checkpoint"], restored["run_id"]) == (1, "from-2", "run")
 
 
-@pytest.mark.parametrize("kept", range(1, 12))
+@pytest.mark.parametrize("kept", range(11))
 def test_filling_in_that_was_itself_broken_off_ends_the_same(tmp_path: Path, kept: int) -> None:
     server = Server((0, 0, 6), (1, 5, 5), (1, 2, 4))
     path, whole = tmp_path / "m.jsonl", tmp_path / "whole.jsonl"
@@ -144,9 +153,9 @@ def test_the_steps_of_another_history_begin_with_a_line_that_says_so(tmp_path: P
     path = tmp_path / "m.jsonl"
     use(path, Server((0, 0, 0)), range(1, 5))
     lines = use(path, server, range(server.step + 1, server.step + 3))
-    begun = lines[5]
+    begun = lines[4]
     assert (begun["event"], begun["run_id"], begun["step"]) == ("started", server.run_id, server.step)
-    assert len(lines) == 8
+    assert len(lines) == 7
 
 
 def test_a_file_of_an_older_version_is_gone_on_with_if_it_is_of_this_run(tmp_path: Path) -> None:
@@ -167,7 +176,7 @@ def test_a_server_without_the_list_of_steps_leaves_the_gap(tmp_path: Path) -> No
     path = tmp_path / "m.jsonl"
     use(path, Server((0, 0, 0)), range(1, 3))
     lines = use(path, Older((0, 0, 5)), range(6, 7))
-    assert places(lines[2:]) == [(1, 2, ""), (1, 5, "started"), (1, 6, "")]
+    assert places(lines[2:]) == [(1, 5, "started"), (1, 6, "")]
 
 
 @pytest.mark.parametrize("text", ["step,loss\n1,2\n", "some text", "[1]\n", '"a"\n', "{}\nx", "1\n"])

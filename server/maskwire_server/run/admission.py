@@ -145,7 +145,8 @@ def admit_step(facts: StepFacts, at: Position) -> Verdict:
     elif at.writer:
         raise Refused(
             "WRITER_PRESENT",
-            f"{_who(at)} has a session open; send its session, or wait until it is closed or idle",
+            f"{at.writer!r} has a session open{_where(at)}; send its session, or wait until it is closed or "
+            "idle",
             **at.holder_facts,
         )
     if facts.known is not None:
@@ -269,10 +270,14 @@ def admit_session(facts: SessionFacts, at: Position) -> bool:
     if at.writer and not unasked and not request.takeover:
         raise Refused(
             "WRITER_PRESENT",
-            f"{_who(at)} has a session open; wait until it is closed or idle, or take over",
+            f"{at.writer!r} has a session open{_where(at)}; wait until it is closed or idle, or take over",
             **at.holder_facts,
         )
     return True
+
+
+def _where(at: Position) -> str:
+    return at.holder.where if at.holder else ""
 
 
 def _who(at: Position) -> str:
