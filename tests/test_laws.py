@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SERVER = ROOT / "server" / "maskwire_server"
 CLIENT = ROOT / "client" / "maskwire"
 WINGS = ("rpc", "run", "training")
-FOUNDATIONS = {"config", "errors", "batch", "manifest", "requests", "results"}
+FOUNDATIONS = {"config", "errors", "batch", "history", "holder", "manifest", "requests", "results"}
 
 
 def imports(path: Path) -> set[str]:

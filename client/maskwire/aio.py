@@ -34,6 +34,7 @@ from maskwire.protocol import (
     EvalOptions,
     GenerateOptions,
     Give,
+    ListOptions,
     Next,
     Pause,
     RetryPolicy,
@@ -65,6 +66,7 @@ async def connect(
     timeout: float = 60.0,
     window: int = 4,
     on_wait: Callable[[str], None] | None = None,
+    on_takeover: Callable[[str], None] | None = None,
     **door: Unpack[DoorOptions],
 ) -> Trainer:
     """Open a session and return its trainer; the arguments are those of `maskwire.connect`."""
@@ -74,6 +76,8 @@ async def connect(
     trainer = Trainer(Door.of(target, **door), talk)
     try:
         await trainer._drive(talk.open(takeover=takeover))
+        if talk.took_over:
+            (on_takeover or log.warning)(talk.took_over)
     except BaseException:
         await trainer.close()
         raise
@@ -160,6 +164,16 @@ class Client(ProcessBound):
     async def checkpoints(self) -> list[results.CheckpointInfo]:
         """The run's whole checkpoints, newest first."""
         return await self._drive(self._talk.checkpoints())
+
+    def list_steps(self, **options: Unpack[ListOptions]) -> AsyncIterator[results.RecordedStep]:
+        """The recorded steps of one lineage: `async for` over it; see the blocking client's."""
+        return self._iterate(self._talk.list_steps(**options))
+
+    async def steps_page(
+        self, *, page_size: int = 0, page_token: str = "", **options: Unpack[ListOptions]
+    ) -> results.StepsPage:
+        """One page of `list_steps`, which also tells where the lineage began."""
+        return await self._drive(self._talk.steps_page(page_size, page_token, **options))
 
     async def delete(self, name: str) -> None:
         """Delete a checkpoint; refused while something needs it."""
@@ -368,6 +382,10 @@ class Trainer(Position, Client):
     async def use_data(self, fingerprint: Mapping[str, str], *, allow_changed: bool = False) -> None:
         """Keep with the run the fingerprint of its data, as `maskwire.client.Trainer.use_data`."""
         await self._drive(self._writing.use_data(fingerprint, allow_changed=allow_changed))
+
+    async def mark_evaluated(self) -> None:
+        """Keep with the run that the present step is evaluated, and the result seen; `fit` does it."""
+        await self._drive(self._writing.mark_evaluated())
 
     async def fit(self, data: Any, *, until_step: int, **options: Any) -> FitResult:
         """Train on `data.batch(step)` up to an absolute step; the options are those of `maskwire.fit.plan`.

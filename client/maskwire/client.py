@@ -27,6 +27,7 @@ from maskwire.protocol import (
     EvalOptions,
     GenerateOptions,
     Give,
+    ListOptions,
     Next,
     Pause,
     RetryPolicy,
@@ -60,15 +61,18 @@ def connect(
     timeout: float = 60.0,
     window: int = 4,
     on_wait: Callable[[str], None] | None = None,
+    on_takeover: Callable[[str], None] | None = None,
     **door: Unpack[DoorOptions],
 ) -> Trainer:
     """Open a session with the server at `target` and return its trainer.
 
     `target` is HOST:PORT, or unix:PATH for a Unix socket. `name` identifies this job: started again
-    under the same name it takes its own session over at once. `takeover` takes over from a client of
-    another name too, and goes on after HALTED. `timeout` is the deadline of one attempt of a call and
+    under the same name it takes its own session over at once. By default it is the process's own; the
+    session of another process of this machine is then taken over once that has ended. `takeover` takes
+    over from any client, and goes on after HALTED. `timeout` is the deadline of one attempt of a call and
     `retry_for` how long a server that does not answer is asked again, both in seconds; `window` is the
-    most steps in flight. `on_wait` is told, in words, what is being waited for. `door` has TLS and the
+    most steps in flight. `on_wait` is told, in words, what is being waited for, and `on_takeover` whose open
+    session was taken over; both are logged as warnings by default. `door` has TLS and the
     token (`maskwire.door.DoorOptions`). Raises the errors of `maskwire.errors`, ValueError and OSError.
     """
     talk = Writing(
@@ -77,6 +81,8 @@ def connect(
     trainer = Trainer(Door.of(target, **door), talk, threads=window)
     try:
         trainer._drive(talk.open(takeover=takeover))
+        if talk.took_over:
+            (on_takeover or log.warning)(talk.took_over)
     except BaseException:
         trainer.close()
         raise
@@ -195,6 +201,19 @@ class Client(ProcessBound):
     def checkpoints(self) -> list[results.CheckpointInfo]:
         """The run's whole checkpoints, newest first."""
         return self._drive(self._talk.checkpoints())
+
+    def list_steps(self, **options: Unpack[ListOptions]) -> Iterator[results.RecordedStep]:
+        """The recorded steps of one lineage, in order; asks for a page at a time.
+
+        `lineage` is the newest by default; `first_step` and `last_step` bound the range.
+        """
+        return self._iterate(self._talk.list_steps(**options))
+
+    def steps_page(
+        self, *, page_size: int = 0, page_token: str = "", **options: Unpack[ListOptions]
+    ) -> results.StepsPage:
+        """One page of `list_steps`, which also tells where the lineage began."""
+        return self._drive(self._talk.steps_page(page_size, page_token, **options))
 
     def delete(self, name: str) -> None:
         """Delete a checkpoint; refused while something needs it."""
@@ -426,6 +445,10 @@ class Trainer(Position, Client):
         `fingerprint()`.
         """
         self._drive(self._writing.use_data(fingerprint, allow_changed=allow_changed))
+
+    def mark_evaluated(self) -> None:
+        """Keep with the run that the present step is evaluated, and the result seen; `fit` does it."""
+        self._drive(self._writing.mark_evaluated())
 
     def fit(self, data: Any, *, until_step: int, **options: Any) -> FitResult:
         """Train on `data.batch(step)` up to an absolute step; see `maskwire.fit.fit`."""

@@ -23,7 +23,15 @@ _CHANNEL_OPTIONS = [
 ]
 
 
-_CONNECT = ("name", "takeover", "retry_for", "timeout", "window", "on_wait")  # what else connect is told
+_CONNECT = (
+    "name",
+    "takeover",
+    "retry_for",
+    "timeout",
+    "window",
+    "on_wait",
+    "on_takeover",
+)  # what else connect is told
 
 
 class DoorOptions(TypedDict, total=False):

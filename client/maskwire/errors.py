@@ -88,7 +88,7 @@ class SessionError(MaskwireError):
 
 
 class FencedError(SessionError):
-    """Another writer took over; this client must stop."""
+    """Another writer took over, named in the message; this client must stop."""
 
 
 class WriterPresentError(SessionError):

@@ -8,7 +8,6 @@ where the run is.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import time
 from collections import deque
@@ -20,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from maskwire import messages
 from maskwire.arguments import call_back, check_data, check_options
-from maskwire.errors import ConflictError, MaskwireError
-from maskwire.output import LineFile, on_terminal, tell
+from maskwire.errors import ConflictError, MaskwireError, UnimplementedError
+from maskwire.metrics import Metrics, evaluation_line, step_line
+from maskwire.output import on_terminal, tell
 from maskwire.results import EvalResult, StepResult
 
 if TYPE_CHECKING:
@@ -137,12 +137,14 @@ def plan(
     `evaluate(trainer)` runs every `eval_every` steps and a checkpoint is saved every
     `checkpoint_every`; both are absolute multiples. These checkpoints stay until somebody deletes them;
     the server's own (`checkpoints.every_steps`) are collected. With `save_best` the state of each best
-    evaluation so far is saved with its `nats_per_token` as score; the server keeps the best. `metrics`
-    is a file that gets one JSON line a step, `on_step` is called with each step's result. `modes` go to
-    each step (`only_train_critic`, `learning_rate`, ...). Data that knows its `tokenizer` has it kept
-    with the run. So is the `fingerprint()` of data that has one: DataMismatchError if the run was trained
-    on other data, whatever changed its batches, unless `allow_changed_data`. A metrics file that cannot be
-    written any more is said once and costs no step; the result's `metrics_failure` has the reason.
+    evaluation so far is saved with its `nats_per_token` as score; the server keeps the best. An evaluation
+    or checkpoint of the run's present step that an earlier call was stopped before comes first. `metrics`
+    is a file that gets one JSON line a step, those of earlier steps filled in (`maskwire.metrics`);
+    `on_step` is called with the result of each step of this call. `modes` go to each step
+    (`only_train_critic`, `learning_rate`, ...). Data that knows its `tokenizer` has it kept with the run.
+    So is the `fingerprint()` of data that has one: DataMismatchError if the run was trained on other data,
+    whatever changed its batches, unless `allow_changed_data`. A metrics file that cannot be written any
+    more is said once and costs no step; the result's `metrics_failure` has the reason.
     """
     check_data("fit", data)
     own = [name for name in inspect.signature(plan).parameters if name not in ("trainer", "data", "modes")]
@@ -151,7 +153,7 @@ def plan(
     result = FitResult(first_step=trainer.step + 1, step=trainer.step)
     if metrics is not None and Path(metrics).resolve() in (path.resolve() for path in _files_of(data)):
         raise ValueError(f"metrics: {metrics} is a file of the data; name another file")
-    log = LineFile(metrics) if metrics is not None else None
+    log = Metrics(metrics) if metrics is not None else None
     if isinstance(progress, bool):
         progress = _progress(progress, trainer.step, until_step)
     loop = _Loop(trainer, data, result, progress, log, on_step, modes)
@@ -163,32 +165,43 @@ def plan(
 
     best = math.inf
 
+    def evaluation() -> Generator[Wish, Any, None]:
+        nonlocal best
+        assert evaluate is not None
+        found = yield partial(call_back, "evaluate", evaluate, trainer)
+        result.evaluations.append(found)
+        loop.record_evaluation(found)
+        if save_best and found.nats_per_token < best:
+            best = found.nats_per_token
+            yield from save(score=best)
+        # Last: what was not seen to its end is made up for by the next call.
+        yield trainer.mark_evaluated
+
     stops = [every for every in (eval_every if evaluate else None, checkpoint_every) if every]
     began = time.monotonic()
     try:
+        if log is not None:
+            yield from log.catch_up(trainer)
         if getattr(data, "tokenizer", "") and result.step < until_step:
             yield partial(trainer.use_tokenizer, data.tokenizer)  # type: ignore[attr-defined]
         if hasattr(data, "fingerprint") and result.step < until_step:
             yield partial(trainer.use_data, data.fingerprint(), allow_changed=allow_changed_data)
-        if checkpoint_every and result.step and result.step % checkpoint_every == 0:
-            # An earlier call may have been stopped between the step and its checkpoint.
-            saved = yield trainer.checkpoints
-            if not any((info.step, info.digest) == (trainer.step, trainer.digest) for info in saved):
-                yield from save()
         if save_best and evaluate:
             saved = yield trainer.checkpoints
             best = min([info.score for info in saved if info.score is not None], default=math.inf)
+        # An earlier call may have been stopped between the step and its evaluation or checkpoint.
+        if evaluate and eval_every and result.step % eval_every == 0 and (yield from _not_evaluated(trainer)):
+            yield from evaluation()
+        if checkpoint_every and result.step and result.step % checkpoint_every == 0:
+            saved = yield trainer.checkpoints
+            if not any((info.step, info.digest) == (trainer.step, trainer.digest) for info in saved):
+                yield from save()
         while result.step < until_step:
             # Evaluations and checkpoints are of an exact step: nothing may be in flight then.
             stop = min([until_step, *((result.step // every + 1) * every for every in stops)])
             yield from loop.run(stop)
             if evaluate and eval_every and result.step % eval_every == 0:
-                found = yield partial(call_back, "evaluate", evaluate, trainer)
-                result.evaluations.append(found)
-                loop.record_evaluation(found)
-                if save_best and found.nats_per_token < best:
-                    best = found.nats_per_token
-                    yield from save(score=best)
+                yield from evaluation()
             if checkpoint_every and result.step % checkpoint_every == 0:
                 yield from save()
     except StopTraining:
@@ -211,6 +224,18 @@ def plan(
     return result
 
 
+def _not_evaluated(trainer: Any) -> Generator[Wish, Any, bool]:
+    """Whether the present step was trained on this lineage, and no call has evaluated it."""
+    step = trainer.step
+    if not step or trainer.evaluated == (trainer.lineage, step):
+        return False
+    try:
+        page = yield partial(trainer.steps_page, lineage=trainer.lineage, first_step=step, last_step=step)
+    except UnimplementedError:  # an older server keeps no evaluations
+        return False
+    return bool(page.steps)
+
+
 class _Loop:
     def __init__(
         self,
@@ -218,7 +243,7 @@ class _Loop:
         data: Data,
         result: FitResult,
         progress: Progress,
-        log: LineFile | None,
+        log: Metrics | None,
         on_step: Callable[[StepResult], None] | None,
         modes: dict[str, Any],
     ) -> None:
@@ -272,7 +297,7 @@ class _Loop:
         result.step, result.last = answer.step, answer
         result.tokens += tokens
         if self._log is not None:
-            self._log.write(json.dumps(step_line(answer, tokens)).encode() + b"\n")
+            self._log.write(step_line(self._trainer.run_id, self._trainer.lineage, answer, tokens))
         note = "" if answer.outcome.name == "APPLIED" else answer.outcome.name
         self._progress.update(answer.step, answer.loss, tokens, note)
         if self._on_step is not None:
@@ -282,36 +307,7 @@ class _Loop:
         error = f" ± {found.standard_error / math.log(2):.3f}" if found.standard_error is not None else ""
         self._progress.say(f"step {found.step}: held out {found.bits_per_token:.3f}{error} bits per token")
         if self._log is not None:
-            line = {
-                "step": found.step,
-                "eval_bits_per_token": found.bits_per_token,
-                "eval_standard_error_bits": None
-                if found.standard_error is None
-                else found.standard_error / math.log(2),
-                "time": time.time(),
-            }
-            self._log.write(json.dumps(line).encode() + b"\n")
-
-
-def step_line(answer: StepResult, tokens: int) -> dict[str, Any]:
-    """A step's line of `metrics.jsonl`; numbers that are not finite become null."""
-    numbers = {
-        "loss": answer.loss,
-        "generator_loss": answer.generator_loss,
-        "critic_loss": answer.critic_loss,
-        "gradient_norm": answer.metrics.gradient_norm,
-        "learning_rate": answer.metrics.learning_rate,
-        "compute_seconds": answer.metrics.compute_seconds,
-    }
-    finite = {k: v if v is not None and math.isfinite(v) else None for k, v in numbers.items()}
-    return {
-        "step": answer.step,
-        **finite,
-        "tokens": tokens,
-        "outcome": answer.outcome.name,
-        "digest": answer.digest.hex(),
-        "time": time.time(),
-    }
+            self._log.write_evaluation(evaluation_line(self._trainer.run_id, self._trainer.lineage, found))
 
 
 def _files_of(data: Data) -> list[Path]:

@@ -279,6 +279,29 @@ def read_step(response: pb.TrainStepResponse) -> results.StepResult:
     )
 
 
+def read_steps(response: pb.ListStepsResponse) -> results.StepsPage:
+    """A page of recorded steps."""
+    return results.StepsPage(
+        run_id=response.run_id,
+        lineage=response.lineage,
+        parent_lineage=response.parent_lineage,
+        start_step=response.start_step,
+        checkpoint=response.checkpoint,
+        steps=tuple(
+            results.RecordedStep(
+                response.lineage,
+                step.step,
+                results.Outcome(step.outcome),
+                read_losses(step.losses),
+                _given(step, "gradient_norm"),
+                step.digest,
+            )
+            for step in response.steps
+        ),
+        next_page_token=response.next_page_token,
+    )
+
+
 def read_eval(response: pb.EvalLossResponse) -> results.EvalResult:
     """The answer to an evaluation."""
     return results.EvalResult(

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 _LONGEST = 1e7  # seconds; gRPC takes no infinite deadline
 _SLOW = {"EvalLoss", "Checkpoint", "RestoreCheckpoint"}  # begun anew when broken off, so given time
-_QUICK = {"GetStatus", "ListCheckpoints"}  # answered at once or not at all
+_QUICK = {"GetStatus", "ListCheckpoints", "ListSteps"}  # answered at once or not at all
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,19 @@ class GenerateOptions(TypedDict, total=False):
     """One a row: a row depends on its seed and not on its neighbours."""
     seed: int
     """The first row's seed when there are no row_seeds; the next row has the next."""
+
+
+class ListOptions(TypedDict, total=False):
+    """Which recorded steps are asked for."""
+
+    run_id: str
+    """Refuse unless this is the run (WrongRunError); empty: whichever it is."""
+    lineage: int
+    """The lineage; 0: the newest. Its steps are those behind the step that it began from."""
+    first_step: int
+    """From this step; 0: from the lineage's first."""
+    last_step: int
+    """Up to and with this step; 0: to the lineage's last."""
 
 
 @dataclass(frozen=True)
@@ -355,6 +368,24 @@ class Asking:
             if not response.next_page_token:
                 return found
             request.page_token = response.next_page_token
+
+    def list_steps(self, **options: Unpack[ListOptions]) -> Talk[None]:
+        """Give each recorded step of a range."""
+        token = ""
+        while True:
+            page = yield from self.steps_page(page_token=token, **options)
+            for step in page.steps:
+                yield Give(step)
+            token = page.next_page_token
+            if not token:
+                return
+
+    def steps_page(
+        self, page_size: int = 0, page_token: str = "", **options: Unpack[ListOptions]
+    ) -> Talk[results.StepsPage]:
+        """A page of recorded steps."""
+        request = pb.ListStepsRequest(page_size=page_size, page_token=page_token, **options)
+        return messages.read_steps((yield from self._ask("ListSteps", lambda: request)))
 
     def delete(self, name: str) -> Talk[None]:
         """Delete a checkpoint."""

@@ -92,6 +92,35 @@ class StepResult:
 
 
 @dataclass(frozen=True)
+class RecordedStep:
+    """What the server keeps of a consumed step for ever."""
+
+    lineage: int
+    step: int
+    outcome: Outcome
+    losses: Losses
+    gradient_norm: float | None
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class StepsPage:
+    """Some recorded steps of one lineage, in order, and where the lineage began."""
+
+    run_id: str
+    lineage: int
+    parent_lineage: int
+    """0 for the first lineage."""
+    start_step: int
+    """The step that the lineage began from; its own steps come behind."""
+    checkpoint: str
+    """What was restored to begin it; empty for the first."""
+    steps: tuple[RecordedStep, ...]
+    next_page_token: str
+    """Empty on the last page."""
+
+
+@dataclass(frozen=True)
 class RowResult:
     """One row's sum, so that evaluations combine exactly."""
 

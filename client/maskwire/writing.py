@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +10,14 @@ from functools import partial
 
 from maskwire import messages, results
 from maskwire.bounds import too_long
-from maskwire.errors import ConflictError, DigestMismatchError, FencedError, MaskwireError
+from maskwire.errors import (
+    ConflictError,
+    DigestMismatchError,
+    FencedError,
+    MaskwireError,
+    WriterPresentError,
+)
+from maskwire.process import default_name, holder_of, is_gone, this_process
 from maskwire.protocol import Asking, Pause, RetryPolicy, Talk, Until, new_id
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import step_digest
@@ -138,12 +143,15 @@ class Writing(Asking):
         super().__init__(target, policy, on_wait, clock)
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
-        self.name = name or f"{socket.gethostname()}-{os.getpid()}"
+        self.name = name or default_name()
+        self.took_over = ""
+        """Whose open session this one took over, in words; empty: nobody's."""
         self.ledger = Ledger()
         self.model: results.ModelInfo
         self.limits: results.Limits
         self.tokenizer = ""
         self.data: dict[str, str] = {}
+        self.evaluated = (0, 0)
         self.closed = False
         self._window = window
         self._nonce = new_id()
@@ -174,6 +182,7 @@ class Writing(Asking):
         *,
         takeover: bool = False,
         tokenizer: str = "",
+        evaluated_step: int = 0,
         anew: bool = False,
         began: float | None = None,
         data: Mapping[str, str] | None = None,
@@ -193,8 +202,12 @@ class Writing(Asking):
             tokenizer=tokenizer,
             data=data,
             allow_changed_data=allow_changed_data,
+            process=this_process(),
+            evaluated_step=evaluated_step,
         )
-        response = yield from self._ask("OpenSession", lambda: request, began=began)
+        response = yield from self._open(request, began)
+        if response.HasField("superseded"):
+            self.took_over = _took_over(response.superseded, request)
         if anew or not self.ledger.digest:
             self._nonce = nonce
             self._refused = 0
@@ -210,7 +223,22 @@ class Writing(Asking):
         self.limits = messages.read_limits(response.limits)
         self.tokenizer = response.tokenizer
         self.data = dict(response.data)
+        self.evaluated = (response.evaluated_lineage, response.evaluated_step)
         self._window = min(self._window, self.limits.window)
+
+    def _open(self, request: pb.OpenSessionRequest, began: float | None) -> Talk[pb.OpenSessionResponse]:
+        """Ask for the session, also for that of another process which is gone."""
+        while True:
+            try:
+                response: pb.OpenSessionResponse = yield from self._ask(
+                    "OpenSession", lambda: request, began=began
+                )
+                return response
+            except WriterPresentError as error:
+                epoch = int(error.metadata.get("epoch", 0))
+                if epoch <= request.gone_epoch or not is_gone(holder_of(error.metadata)):
+                    raise
+                request.gone_epoch = epoch
 
     def use_tokenizer(self, tokenizer: str) -> Talk[None]:
         """Keep with the run what its ids stand for."""
@@ -221,6 +249,10 @@ class Writing(Asking):
         """Keep with the run what it is trained on."""
         if fingerprint and dict(fingerprint) != self.data:
             yield from self.open(data=fingerprint, allow_changed_data=allow_changed)
+
+    def mark_evaluated(self) -> Talk[None]:
+        """Keep with the run that the last acknowledged step is evaluated."""
+        yield from self.open(evaluated_step=self.step)
 
     def settle(self) -> Talk[None]:
         """Wait until no step is in flight."""
@@ -331,6 +363,13 @@ class Writing(Asking):
         self._stale = True
 
 
+def _took_over(holder: pb.SessionHolder, request: pb.OpenSessionRequest) -> str:
+    process = holder.process
+    where = f" (host {process.host}, process {process.process_id})" if holder.HasField("process") else ""
+    gone = ", a process that is gone" if holder.epoch == request.gone_epoch else ""
+    return f"took over the session of {holder.client_name!r}{where}{gone}"
+
+
 class Position:
     """What a trainer knows of its run."""
 
@@ -365,6 +404,11 @@ class Position:
     def step(self) -> int:
         """The last acknowledged step."""
         return self._writing.ledger.step
+
+    @property
+    def evaluated(self) -> tuple[int, int]:
+        """Lineage and number of the last step that a writer marked as evaluated; zeros: none."""
+        return self._writing.evaluated
 
     @property
     def digest(self) -> bytes:

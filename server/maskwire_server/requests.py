@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from maskwire_server.batch import Batch, Payload, Prompts
+from maskwire_server.holder import ClientProcess
 from maskwire_server.results import EvalOptions, GenerateOptions
 
 CHECKPOINT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -47,6 +48,12 @@ class SessionRequest:
     """The fingerprint of the client's data, in named parts; empty: not said."""
     allow_changed_data: bool = False
     """Keep it in place of another one."""
+    process: ClientProcess | None = None
+    """The client's process; None: not said."""
+    gone_epoch: int | None = None
+    """Take over from this epoch, whose process the client found gone."""
+    evaluated_step: int = 0
+    """The writer has evaluated this step; 0: not said."""
 
 
 @dataclass(frozen=True)

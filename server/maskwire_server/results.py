@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from maskwire_server.holder import Holder
+
 
 class Outcome(enum.IntEnum):
     """What became of a consumed step; the numbers are `maskwire.v1.StepOutcome`'s."""
@@ -222,6 +224,11 @@ class SessionAnswer:
     """What the run's ids stand for; empty: nobody said."""
     data: dict[str, str] = field(default_factory=dict)
     """The fingerprint of the run's data; empty: nobody said."""
+    superseded: Holder | None = None
+    """Whose session it took over; None: nobody's."""
+    evaluated_lineage: int = 0
+    evaluated_step: int = 0
+    """The last step that a writer said it had evaluated; 0: none."""
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 
 from maskwire.fit import fit
-from maskwire.results import Losses, Outcome, StepMetrics, StepResult
+from maskwire.results import Losses, Outcome, RecordedStep, StepMetrics, StepResult, StepsPage
 
 
 class Counting:
     """As much of a Trainer as `fit` uses; answers come late, in order."""
 
     def __init__(self, step: int = 0, fail_at: int | None = None) -> None:
+        self.run_id = "run"
         self.lineage = 1
         self.step = step
+        self.evaluated = (0, 0)
+        self.marked: list[int] = []
         self.handed_in = step
         self.batches: list[int] = []
         self.options: list[dict[str, Any]] = []
@@ -55,6 +58,18 @@ class Counting:
 
     digest = b"d" * 32
 
+    def steps_page(self, *, lineage: int, first_step: int, last_step: int, **_: Any) -> StepsPage:
+        losses = Losses(1.0, 1.0, None)
+        steps = tuple(
+            RecordedStep(lineage, step, Outcome.APPLIED, losses, None, self.digest)
+            for step in range(max(1, first_step), last_step + 1)
+        )
+        return StepsPage(self.run_id, lineage, 0, 0, "", steps, "")
+
+    def mark_evaluated(self) -> None:
+        self.evaluated = (self.lineage, self.step)
+        self.marked.append(self.step)
+
     def checkpoints(self) -> list[Any]:
         return [SimpleNamespace(step=step, digest=self.digest) for step in self.saved]
 
@@ -82,7 +97,10 @@ def test_each_step_gets_its_own_batch_up_to_an_absolute_step(tmp_path: Path) -> 
     assert trainer.batches == [5, 6, 7, 8, 9]
     assert trainer.options == [{"learning_rate": 0.5}] * 5
     assert (result.first_step, result.step, result.tokens) == (5, 9, 50)
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [5, 6, 7, 8, 9]
+    begun, *lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert (begun["event"], begun["step"]) == ("started", 4)
+    assert [line["step"] for line in lines] == [5, 6, 7, 8, 9]
+    assert all((line["run_id"], line["lineage"]) == ("run", 1) for line in [begun, *lines])
     again = fit(trainer, Numbered(), until_step=9, progress=False)
     assert (again.tokens, again.last) == (0, None)
 
@@ -155,3 +173,64 @@ def test_a_tokenizer_is_said_only_when_something_is_trained() -> None:
     assert said == []
     fit(trainer, Knowing(), until_step=5, progress=False)
     assert said == ["bytes"]
+
+
+def test_an_evaluation_that_was_broken_off_comes_first_in_the_next_call_with_its_checkpoint() -> None:
+    class Stopped(BaseException):
+        pass
+
+    def broken(trainer: Counting) -> Any:
+        raise Stopped
+
+    def found(trainer: Counting) -> Any:
+        return SimpleNamespace(
+            step=trainer.step, bits_per_token=2.0, nats_per_token=1.4 / trainer.step, standard_error=None
+        )
+
+    class Saving(Counting):
+        def checkpoints(self) -> list[Any]:
+            return [SimpleNamespace(step=step, digest=self.digest, score=1.4 / step) for step in self.saved]
+
+        def checkpoint(self, score: float | None, **place: Any) -> Any:
+            raise_now = self.broken_save
+            self.broken_save = False
+            if raise_now:
+                raise Stopped
+            return super().checkpoint(score, **place)
+
+        broken_save = False
+
+    trainer = Saving()
+    options: dict[str, Any] = {"until_step": 8, "eval_every": 4, "save_best": True, "progress": False}
+    with pytest.raises(Stopped):
+        fit(trainer, Numbered(), evaluate=broken, **options)
+    assert (trainer.step, trainer.marked) == (4, [])
+    trainer.broken_save = True
+    with pytest.raises(Stopped):
+        fit(trainer, Numbered(), evaluate=found, **options)
+    assert (trainer.step, trainer.saved, trainer.marked) == (4, [], []), "its checkpoint is owed too"
+    done = fit(trainer, Numbered(), evaluate=found, **options)
+    assert [one.step for one in done.evaluations] == [4, 8]
+    assert (trainer.saved, trainer.marked) == ([4, 8], [4, 8])
+    assert fit(trainer, Numbered(), evaluate=found, **options).evaluations == [], "each once"
+
+
+def test_an_evaluation_is_due_only_at_its_multiples_behind_a_step_of_this_lineage() -> None:
+    def steps(trainer: Counting, **options: Any) -> list[int]:
+        done = fit(
+            trainer, Numbered(), until_step=trainer.step, evaluate=evaluation, progress=False, **options
+        )
+        return [one.step for one in done.evaluations]
+
+    assert steps(Counting(step=0), eval_every=4) == []
+    assert steps(Counting(step=5), eval_every=4) == []
+    assert steps(Counting(step=4), eval_every=4) == [4]
+    assert steps(Counting(step=4)) == [], "no interval"
+    restored = Counting(step=4)
+    restored.lineage, restored.evaluated = 2, (1, 4)
+    restored.steps_page = lambda **_: StepsPage("run", 2, 1, 4, "a", (), "")  # type: ignore[method-assign]
+    assert steps(restored, eval_every=4) == [], "the state of a checkpoint that was restored"
+    older = Counting(step=4)
+    older.steps_page = None  # type: ignore[assignment,method-assign]
+    older.evaluated = (1, 4)
+    assert steps(older, eval_every=4) == []

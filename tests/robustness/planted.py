@@ -20,12 +20,14 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import FlakyStrategyDefinition
 from hypothesis.stateful import run_state_machine_as_test
 
+from maskwire import fit, metrics
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.results import Losses, Outcome, StepResult
 from maskwire_server.run import (
     admission,
     checkpoint,
     commits,
+    engine,
     flush,
     journal,
     membership,
@@ -284,6 +286,55 @@ def a_full_disk_and_a_long_log(folder: Path) -> None:
             commits.free_bytes = free
 
 
+def a_job_that_was_stopped(folder: Path) -> None:
+    """The next call makes up for its evaluation and the lines of its metrics, once."""
+    import json
+
+    import numpy as np
+    from robustness import damage
+
+    import maskwire
+    from maskwire_server.config import ServeConfig
+    from maskwire_server.rpc.server import Server
+
+    class Stopped(BaseException):
+        pass
+
+    class Rows:
+        def batch(self, step: int) -> Any:
+            return np.full((1, 4), step + 10)
+
+    metrics = folder / "metrics.jsonl"
+
+    def call(stop_at: int = 0) -> list[int]:
+        with damage.Run(folder / "run") as run:
+            server = Server(run.engine, ServeConfig(address="127.0.0.1:0"))
+            address = server.start()
+
+            def evaluate(trainer: Any) -> Any:
+                if trainer.step == stop_at:
+                    raise Stopped
+                return trainer.eval_loss(np.full((1, 4), 20))
+
+            try:
+                with maskwire.connect(address, name="job") as trainer:
+                    done = trainer.fit(
+                        Rows(), until_step=8, evaluate=evaluate, eval_every=4, metrics=metrics, progress=False
+                    )
+                    return [found.step for found in done.evaluations]
+            finally:
+                server.stop(0)
+
+    with contextlib.suppress(Stopped):
+        call(stop_at=4)
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(b"".join(lines[:-2]) + lines[-2][:20])  # of two steps the answer was not seen
+    assert call() == [4, 8], "the evaluation that was broken off"
+    assert call() == [], "each once"
+    written = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in written if "loss" in line] == list(range(1, 9))
+
+
 # What is taken out.
 
 
@@ -447,6 +498,21 @@ def _the_log_stays_while_held() -> list[Patch]:
     return [(commits, "make_room", lambda *_: False)]
 
 
+def _owed_evaluations_left_out() -> list[Patch]:
+    def nothing(_: Any) -> Iterator[Any]:
+        yield lambda: None
+
+    return [(fit, "_not_evaluated", nothing)]
+
+
+def _evaluations_in_memory_only() -> list[Patch]:
+    return [(engine, "recorded_evaluation", lambda _: (0, 0))]
+
+
+def _metrics_not_filled_in() -> list[Patch]:
+    return [(metrics.Metrics, "_fill", lambda *_: iter(()))]
+
+
 BUGS = {
     "answer-before-the-journal": Bug("answers go out before their step is durable",
         _answer_before_the_journal, the_model),
@@ -492,6 +558,12 @@ BUGS = {
         _checkpoints_of_other_runs_count, checkpoints_of_another_run),
     "log-stays-while-held": Bug("the log is not folded while training is held for want of room",
         _the_log_stays_while_held, a_full_disk_and_a_long_log),
+    "owed-evaluation-left-out": Bug("nobody makes up for an evaluation that was broken off",
+        _owed_evaluations_left_out, a_job_that_was_stopped),
+    "evaluations-in-memory": Bug("a restart of the server forgets what was evaluated",
+        _evaluations_in_memory_only, a_job_that_was_stopped),
+    "metrics-not-filled-in": Bug("steps whose answers a job did not see are missing in its metrics",
+        _metrics_not_filled_in, a_job_that_was_stopped),
 }  # fmt: skip
 
 

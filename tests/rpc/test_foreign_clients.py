@@ -46,6 +46,8 @@ def test_node_trains_evaluates_saves_and_is_refused_with_the_right_codes(shared:
     assert all(losses["loss"] > 0 and "critic_loss" not in losses for losses in found["losses"])
     assert found["replayed"]
     assert found["same"]
+    assert found["listed"] == [[first + n, found["losses"][n]["loss"]] for n in range(2)]
+    assert found["more"]
     assert found["evaluation"] > 0
     assert (found["saved"], found["state"]) == ("from-node", "RUN_STATE_SERVING")
     assert found["chunks"] == ["model.safetensors", "manifest.json"]
@@ -83,6 +85,10 @@ def test_buf_trains_evaluates_saves_and_is_refused_with_the_right_codes(shared: 
     evaluated, _ = curl(shared, "EvalLoss", {"batch": BATCH})
     assert evaluated["natsPerToken"] > 0
     assert int(evaluated["step"]) == int(trained["step"])
+    listed, _ = curl(shared, "ListSteps", {"firstStep": trained["step"]})
+    assert [(step["step"], step["digest"]) for step in listed["steps"]] == [
+        (trained["step"], trained["digest"])
+    ]
     saved, _ = curl(shared, "Checkpoint", {"name": "from-buf"})
     assert saved["checkpoint"]["name"] == "from-buf"
     for method, body, code in (
@@ -94,6 +100,8 @@ def test_buf_trains_evaluates_saves_and_is_refused_with_the_right_codes(shared: 
         ("Checkpoint", {"name": "Not A Name"}, "invalid_argument"),
         ("RestoreCheckpoint", {"name": "nothing"}, "not_found"),
         ("Generate", {"count": 0}, "invalid_argument"),
+        ("ListSteps", {"firstStep": 2, "lastStep": 1}, "invalid_argument"),
+        ("ListSteps", {"lineage": 99}, "failed_precondition"),
     ):
         answer, found = curl(shared, method, body)
         assert found == code, (method, body, answer)

@@ -121,6 +121,10 @@ class Server:
         """Tell what is waited for."""
         tell(json.dumps({"waiting": words}) if self.as_json else words)
 
+    def tell_takeover(self, words: str) -> None:
+        """Tell whose session was taken over."""
+        tell(json.dumps({"takeover": words}) if self.as_json else words)
+
     def attach(self) -> Client:
         """A client without a session."""
         return attach(
@@ -129,7 +133,10 @@ class Server:
 
     def connect(self, **options: Any) -> Trainer:
         """The run's writer."""
-        return connect(self.target, retry_for=self.retry_for, on_wait=self.wait, **options, **self.door)
+        return connect(
+            self.target, retry_for=self.retry_for, on_wait=self.wait, on_takeover=self.tell_takeover,
+            **options, **self.door,
+        )  # fmt: skip
 
 
 def with_server(retry_for: float) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -40,8 +40,12 @@ def train(
     ] = False,
     metrics: Annotated[Path | None, typer.Option(help="A file for one JSON line a step.")] = None,
     name: Annotated[
-        str, typer.Option(help="This job: the same name takes its session over again.")
-    ] = "maskwire-train",
+        str | None,
+        typer.Option(
+            help="This job, under a scheduler: the same name takes its session over at once, from whichever "
+            "machine. By default the process's own."
+        ),
+    ] = None,
     takeover: Annotated[
         bool, typer.Option("--takeover", help="Take over from another writer, or from HALTED.")
     ] = False,

@@ -158,8 +158,34 @@ class Limits(_message.Message):
     max_read_tokens: int
     def __init__(self, max_batch_tokens: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., window: _Optional[int] = ..., max_draws: _Optional[int] = ..., max_generation_steps: _Optional[int] = ..., max_read_tokens: _Optional[int] = ...) -> None: ...
 
+class ClientProcess(_message.Message):
+    __slots__ = ("host", "process_id", "start_time_ticks", "boot_id", "pid_namespace", "job")
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
+    START_TIME_TICKS_FIELD_NUMBER: _ClassVar[int]
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    PID_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    host: str
+    process_id: int
+    start_time_ticks: int
+    boot_id: str
+    pid_namespace: str
+    job: str
+    def __init__(self, host: _Optional[str] = ..., process_id: _Optional[int] = ..., start_time_ticks: _Optional[int] = ..., boot_id: _Optional[str] = ..., pid_namespace: _Optional[str] = ..., job: _Optional[str] = ...) -> None: ...
+
+class SessionHolder(_message.Message):
+    __slots__ = ("client_name", "epoch", "process")
+    CLIENT_NAME_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    client_name: str
+    epoch: int
+    process: ClientProcess
+    def __init__(self, client_name: _Optional[str] = ..., epoch: _Optional[int] = ..., process: _Optional[_Union[ClientProcess, _Mapping]] = ...) -> None: ...
+
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("client_name", "nonce", "takeover", "held_epoch", "history", "tokenizer", "data", "allow_changed_data")
+    __slots__ = ("client_name", "nonce", "takeover", "held_epoch", "history", "tokenizer", "process", "gone_epoch", "evaluated_step", "data", "allow_changed_data")
     class DataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -173,6 +199,9 @@ class OpenSessionRequest(_message.Message):
     HELD_EPOCH_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    GONE_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    EVALUATED_STEP_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     ALLOW_CHANGED_DATA_FIELD_NUMBER: _ClassVar[int]
     client_name: str
@@ -181,12 +210,15 @@ class OpenSessionRequest(_message.Message):
     held_epoch: int
     history: History
     tokenizer: str
+    process: ClientProcess
+    gone_epoch: int
+    evaluated_step: int
     data: _containers.ScalarMap[str, str]
     allow_changed_data: bool
-    def __init__(self, client_name: _Optional[str] = ..., nonce: _Optional[str] = ..., takeover: _Optional[bool] = ..., held_epoch: _Optional[int] = ..., history: _Optional[_Union[History, _Mapping]] = ..., tokenizer: _Optional[str] = ..., data: _Optional[_Mapping[str, str]] = ..., allow_changed_data: _Optional[bool] = ...) -> None: ...
+    def __init__(self, client_name: _Optional[str] = ..., nonce: _Optional[str] = ..., takeover: _Optional[bool] = ..., held_epoch: _Optional[int] = ..., history: _Optional[_Union[History, _Mapping]] = ..., tokenizer: _Optional[str] = ..., process: _Optional[_Union[ClientProcess, _Mapping]] = ..., gone_epoch: _Optional[int] = ..., evaluated_step: _Optional[int] = ..., data: _Optional[_Mapping[str, str]] = ..., allow_changed_data: _Optional[bool] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
-    __slots__ = ("session", "step", "durable_step", "digest", "model", "limits", "tokenizer", "data")
+    __slots__ = ("session", "step", "durable_step", "digest", "model", "limits", "tokenizer", "superseded", "evaluated_lineage", "evaluated_step", "data")
     class DataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -201,6 +233,9 @@ class OpenSessionResponse(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    SUPERSEDED_FIELD_NUMBER: _ClassVar[int]
+    EVALUATED_LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    EVALUATED_STEP_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     step: int
@@ -209,8 +244,11 @@ class OpenSessionResponse(_message.Message):
     model: ModelInfo
     limits: Limits
     tokenizer: str
+    superseded: SessionHolder
+    evaluated_lineage: int
+    evaluated_step: int
     data: _containers.ScalarMap[str, str]
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., tokenizer: _Optional[str] = ..., data: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., tokenizer: _Optional[str] = ..., superseded: _Optional[_Union[SessionHolder, _Mapping]] = ..., evaluated_lineage: _Optional[int] = ..., evaluated_step: _Optional[int] = ..., data: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class CloseSessionRequest(_message.Message):
     __slots__ = ("session",)
@@ -595,6 +633,54 @@ class DownloadCheckpointResponse(_message.Message):
     data: bytes
     crc32: int
     def __init__(self, file: _Optional[_Union[CheckpointFile, _Mapping]] = ..., offset_bytes: _Optional[int] = ..., data: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
+
+class ListStepsRequest(_message.Message):
+    __slots__ = ("run_id", "lineage", "first_step", "last_step", "page_size", "page_token")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
+    LAST_STEP_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    lineage: int
+    first_step: int
+    last_step: int
+    page_size: int
+    page_token: str
+    def __init__(self, run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., first_step: _Optional[int] = ..., last_step: _Optional[int] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+
+class ListStepsResponse(_message.Message):
+    __slots__ = ("steps", "next_page_token", "run_id", "lineage", "parent_lineage", "start_step", "checkpoint")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    PARENT_LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    START_STEP_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    steps: _containers.RepeatedCompositeFieldContainer[RecordedStep]
+    next_page_token: str
+    run_id: str
+    lineage: int
+    parent_lineage: int
+    start_step: int
+    checkpoint: str
+    def __init__(self, steps: _Optional[_Iterable[_Union[RecordedStep, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., parent_lineage: _Optional[int] = ..., start_step: _Optional[int] = ..., checkpoint: _Optional[str] = ...) -> None: ...
+
+class RecordedStep(_message.Message):
+    __slots__ = ("step", "outcome", "losses", "gradient_norm", "digest")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    outcome: StepOutcome
+    losses: Losses
+    gradient_norm: float
+    digest: bytes
+    def __init__(self, step: _Optional[int] = ..., outcome: _Optional[_Union[StepOutcome, str]] = ..., losses: _Optional[_Union[Losses, _Mapping]] = ..., gradient_norm: _Optional[float] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()

@@ -85,6 +85,11 @@ class TrainingServiceStub:
                 request_serializer=maskwire_dot_v1_dot_training__service__pb2.DownloadCheckpointRequest.SerializeToString,
                 response_deserializer=maskwire_dot_v1_dot_training__service__pb2.DownloadCheckpointResponse.FromString,
                 _registered_method=True)
+        self.ListSteps = channel.unary_unary(
+                '/maskwire.v1.TrainingService/ListSteps',
+                request_serializer=maskwire_dot_v1_dot_training__service__pb2.ListStepsRequest.SerializeToString,
+                response_deserializer=maskwire_dot_v1_dot_training__service__pb2.ListStepsResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/maskwire.v1.TrainingService/GetStatus',
                 request_serializer=maskwire_dot_v1_dot_training__service__pb2.GetStatusRequest.SerializeToString,
@@ -102,7 +107,9 @@ class TrainingServiceServicer:
 
         OK: a session; the same nonce gets the same session again.
         INVALID_ARGUMENT (INVALID_FIELD): a name or nonce that is empty, too long or not printable.
-        FAILED_PRECONDITION (WRITER_PRESENT): another client's session is open; wait, or set takeover.
+        FAILED_PRECONDITION (WRITER_PRESENT): another client's session is open; wait, or set takeover. Metadata
+        has its epoch and, where its client said so, its process (writer_ and the fields of ClientProcess): a
+        client that finds this process gone can take over with gone_epoch.
         FAILED_PRECONDITION (WRONG_RUN): the history sent belongs to another run or lineage.
         FAILED_PRECONDITION (UNKNOWN_EPOCH): the nonce's session was closed; make a new nonce.
         FAILED_PRECONDITION (TOKENIZER_MISMATCH): the run was begun with ids of another tokenizer.
@@ -262,6 +269,23 @@ class TrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSteps(self, request, context):
+        """ListSteps lists the recorded steps of one lineage in order: those behind the step that the lineage began
+        from. The steps before that one are its parent lineage's. It answers while a step runs.
+
+        OK: one page; empty when no step is recorded in the range.
+        INVALID_ARGUMENT (INVALID_FIELD): a number below 0, a last step before the first, or a page token that
+        this server did not make for this request.
+        FAILED_PRECONDITION (WRONG_RUN): the run is another one, or has no such lineage; metadata has its id and
+        its newest lineage.
+        RESOURCE_EXHAUSTED (QUEUE_FULL): too many lists at once; ask again after RetryInfo.
+        DATA_LOSS (HISTORY_LOST): a record does not match its hash; look at the server's storage.
+        UNAVAILABLE (RECOVERING, DRAINING): ask again after RetryInfo.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """GetStatus tells whether the run is stuck or working. It answers while a step runs.
 
@@ -323,6 +347,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.DownloadCheckpoint,
                     request_deserializer=maskwire_dot_v1_dot_training__service__pb2.DownloadCheckpointRequest.FromString,
                     response_serializer=maskwire_dot_v1_dot_training__service__pb2.DownloadCheckpointResponse.SerializeToString,
+            ),
+            'ListSteps': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSteps,
+                    request_deserializer=maskwire_dot_v1_dot_training__service__pb2.ListStepsRequest.FromString,
+                    response_serializer=maskwire_dot_v1_dot_training__service__pb2.ListStepsResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -601,6 +630,33 @@ class TrainingService:
             '/maskwire.v1.TrainingService/DownloadCheckpoint',
             maskwire_dot_v1_dot_training__service__pb2.DownloadCheckpointRequest.SerializeToString,
             maskwire_dot_v1_dot_training__service__pb2.DownloadCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSteps(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maskwire.v1.TrainingService/ListSteps',
+            maskwire_dot_v1_dot_training__service__pb2.ListStepsRequest.SerializeToString,
+            maskwire_dot_v1_dot_training__service__pb2.ListStepsResponse.FromString,
             options,
             channel_credentials,
             insecure,

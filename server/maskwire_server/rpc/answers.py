@@ -6,6 +6,7 @@ import time
 import zlib
 
 from maskwire.v1 import training_service_pb2 as pb
+from maskwire_server.holder import Holder
 from maskwire_server.results import (
     CheckpointInfo,
     Chunk,
@@ -99,7 +100,15 @@ def session(value: SessionAnswer, info: ModelInfo, bounds: Limits) -> pb.OpenSes
         limits=limits(bounds),
         tokenizer=value.tokenizer,
         data=value.data,
+        superseded=None if value.superseded is None else _holder(value.superseded),
+        evaluated_lineage=value.evaluated_lineage,
+        evaluated_step=value.evaluated_step,
     )
+
+
+def _holder(value: Holder) -> pb.SessionHolder:
+    process = None if value.process is None else pb.ClientProcess(**vars(value.process))
+    return pb.SessionHolder(client_name=value.client_name, epoch=value.epoch, process=process)
 
 
 def model(info: ModelInfo) -> pb.ModelInfo:

@@ -38,6 +38,7 @@ NEEDS: dict[str, Role] = {
     "EvalLoss": Role.READ,
     "Generate": Role.READ,
     "ListCheckpoints": Role.READ,
+    "ListSteps": Role.READ,
     "OpenSession": Role.TRAIN,
     "CloseSession": Role.TRAIN,
     "TrainStep": Role.TRAIN,

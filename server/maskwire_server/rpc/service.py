@@ -16,6 +16,7 @@ import grpc
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 from maskwire_server.errors import Refused, invalid_field, shortage
+from maskwire_server.history import StepsPage, StepsRequest
 from maskwire_server.requests import (
     DownloadRequest,
     EvalRequest,
@@ -38,7 +39,8 @@ from maskwire_server.results import (
     Status,
     StepAnswer,
 )
-from maskwire_server.rpc import answers, generating, wire
+from maskwire_server.rpc import answers, generating, listing, wire
+from maskwire_server.rpc.listing import MOST_LISTS
 from maskwire_server.rpc.refusal import abort
 
 log = logging.getLogger(__name__)
@@ -105,6 +107,9 @@ class Engine(Protocol):
     def download(self, request: DownloadRequest) -> Iterator[Chunk]:
         """A checkpoint's files in chunks."""
 
+    def list_steps(self, request: StepsRequest) -> Future[StepsPage]:
+        """Recorded steps."""
+
     def status(self) -> Status:
         """Is it stuck or working?"""
 
@@ -117,6 +122,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         self._started = time.monotonic()
         self._downloads = threading.Semaphore(MOST_DOWNLOADS)
         self._generations = threading.Semaphore(MOST_GENERATIONS)
+        self._lists = threading.Semaphore(MOST_LISTS)
 
     def OpenSession(  # noqa: N802
         self, request: pb.OpenSessionRequest, context: grpc.ServicerContext
@@ -265,10 +271,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
     ) -> Iterator[R]:
         """Answers as they come; at most so many streams of a kind at once."""
         if not room.acquire(blocking=False):
-            abort(
-                context,
-                Refused("QUEUE_FULL", f"{most} {what} are under way; ask again", queue_limit=most),
-            )
+            abort(context, _too_many(most, what))
         try:
             yield from begin()
         except Refused as refusal:
@@ -279,6 +282,24 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
             abort(context, shortage(error) or _unexpected())
         finally:
             room.release()
+
+    def ListSteps(  # noqa: N802
+        self, request: pb.ListStepsRequest, context: grpc.ServicerContext
+    ) -> pb.ListStepsResponse:
+        """See the proto."""
+        return self._serve(context, lambda: self._list_steps(request), listing.answer)
+
+    def _list_steps(self, request: pb.ListStepsRequest) -> Future[StepsPage]:
+        wanted = listing.read_list(request)
+        if not self._lists.acquire(blocking=False):
+            raise _too_many(MOST_LISTS, "lists of steps")
+        try:
+            page = self._engine.list_steps(wanted)
+        except BaseException:
+            self._lists.release()
+            raise
+        page.add_done_callback(lambda _: self._lists.release())
+        return page
 
     def GetStatus(  # noqa: N802
         self, request: pb.GetStatusRequest, context: grpc.ServicerContext
@@ -310,6 +331,10 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
             abort(context, _gone(context))
         except Exception as error:
             abort(context, shortage(error) or _unexpected())
+
+
+def _too_many(most: int, what: str) -> Refused:
+    return Refused("QUEUE_FULL", f"{most} {what} are under way; ask again", queue_limit=most)
 
 
 def _gone(context: grpc.ServicerContext) -> Refused:

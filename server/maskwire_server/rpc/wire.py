@@ -15,6 +15,7 @@ import numpy.typing as npt
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import invalid_field
+from maskwire_server.holder import ClientProcess
 from maskwire_server.requests import (
     AUTOMATIC_NAME,
     CHECKPOINT_NAME,
@@ -177,6 +178,10 @@ def read_open(request: pb.OpenSessionRequest) -> SessionRequest:
                 "history.digest", f"history.digest must have 32 bytes, got {len(sent.digest)}"
             )
         history = History(sent.run_id, sent.lineage, sent.step, sent.digest)
+    if request.evaluated_step < 0:
+        raise invalid_field(
+            "evaluated_step", f"evaluated_step must be at least 0, got {request.evaluated_step}"
+        )
     return SessionRequest(
         client_name=_name("client_name", request.client_name, required=True) or "",
         nonce=_name("nonce", request.nonce, required=True) or "",
@@ -184,9 +189,20 @@ def read_open(request: pb.OpenSessionRequest) -> SessionRequest:
         held_epoch=request.held_epoch if request.HasField("held_epoch") else None,
         history=history,
         tokenizer=_name("tokenizer", request.tokenizer) or "",
+        process=_process(request.process) if request.HasField("process") else None,
+        gone_epoch=request.gone_epoch if request.HasField("gone_epoch") else None,
+        evaluated_step=request.evaluated_step,
         data=_read_fingerprint(request.data),
         allow_changed_data=request.allow_changed_data,
     )
+
+
+def _process(sent: pb.ClientProcess) -> ClientProcess:
+    texts = {
+        name: _name(f"process.{name}", getattr(sent, name)) or ""
+        for name in ("host", "boot_id", "pid_namespace", "job")
+    }
+    return ClientProcess(process_id=sent.process_id, start_time_ticks=sent.start_time_ticks, **texts)
 
 
 def _read_fingerprint(sent: Mapping[str, str]) -> dict[str, str]:

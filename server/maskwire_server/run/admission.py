@@ -9,8 +9,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from maskwire_server.errors import Refused
+from maskwire_server.holder import Holder
 from maskwire_server.requests import History, RestoreRequest, SaveRequest, SessionRef, SessionRequest
 from maskwire_server.results import RunState
 from maskwire_server.run.standing import Place
@@ -57,6 +59,13 @@ class Position:
     window: int
     refused_step: int | None = None
     """The first step whose sender was refused with it and has not sent another one under its number."""
+    holder: Holder | None = None
+    """The client of the newest epoch, whether its session is open or not."""
+
+    @property
+    def holder_facts(self) -> dict[str, Any]:
+        """What an error says of the newest epoch's client."""
+        return self.holder.metadata() if self.holder else {"epoch": self.epoch, "writer": self.writer}
 
 
 @dataclass(frozen=True)
@@ -117,12 +126,9 @@ def check_session(session: SessionRef, at: Position) -> None:
     if session.epoch < at.epoch:
         raise Refused(
             "FENCED",
-            f"epoch {session.epoch} was superseded by epoch {at.epoch}"
-            + (f", held by {at.writer!r}" if at.writer else "")
-            + ": another writer took over, stop this one",
-            epoch=at.epoch,
+            f"epoch {session.epoch} was superseded by epoch {at.epoch}: {_who(at)} took over, stop this one",
             session_epoch=session.epoch,
-            writer=at.writer,
+            **at.holder_facts,
         )
     if session.epoch > at.epoch or session.epoch < 1 or at.closed:
         why = "was closed" if session.epoch == at.epoch and at.closed else "was never given here"
@@ -141,9 +147,9 @@ def check_writer(session: SessionRef | None, at: Position) -> None:
     elif at.writer:
         raise Refused(
             "WRITER_PRESENT",
-            f"{at.writer!r} has a session open; send its session, or wait until it is closed or idle",
-            writer=at.writer,
-            epoch=at.epoch,
+            f"{at.writer!r} has a session open{_where(at)}; send its session, or wait until it is closed or "
+            "idle",
+            **at.holder_facts,
         )
 
 
@@ -250,11 +256,10 @@ def admit_session(facts: SessionFacts, at: Position) -> bool:
         if facts.nonce_epoch < at.epoch:
             raise Refused(
                 "FENCED",
-                f"this session (epoch {facts.nonce_epoch}) was superseded by epoch {at.epoch}: another "
-                "writer took over, stop this one",
-                epoch=at.epoch,
+                f"this session (epoch {facts.nonce_epoch}) was superseded by epoch {at.epoch}: {_who(at)} "
+                "took over, stop this one",
                 session_epoch=facts.nonce_epoch,
-                writer=at.writer,
+                **at.holder_facts,
             )
         if at.closed:
             raise Refused(
@@ -267,18 +272,17 @@ def admit_session(facts: SessionFacts, at: Position) -> bool:
     if request.held_epoch is not None and request.held_epoch < at.epoch:
         raise Refused(
             "FENCED",
-            f"this process held epoch {request.held_epoch}, which epoch {at.epoch} superseded: another "
-            "writer took over, stop this one",
-            epoch=at.epoch,
+            f"this process held epoch {request.held_epoch}, which epoch {at.epoch} superseded: {_who(at)} "
+            "took over, stop this one",
             session_epoch=request.held_epoch,
-            writer=at.writer,
+            **at.holder_facts,
         )
-    if at.writer and at.writer != request.client_name and not request.takeover:
+    unasked = at.writer == request.client_name or request.gone_epoch == at.epoch
+    if at.writer and not unasked and not request.takeover:
         raise Refused(
             "WRITER_PRESENT",
-            f"{at.writer!r} has a session open; wait until it is closed or idle, or take over",
-            writer=at.writer,
-            epoch=at.epoch,
+            f"{at.writer!r} has a session open{_where(at)}; wait until it is closed or idle, or take over",
+            **at.holder_facts,
         )
     return True
 
@@ -299,6 +303,14 @@ def _check_data(sent: Mapping[str, str], kept: Mapping[str, str]) -> None:
         "continue with the changed data (allow_changed_data)",
         changed=",".join(changed),
     )
+
+
+def _where(at: Position) -> str:
+    return at.holder.where if at.holder else ""
+
+
+def _who(at: Position) -> str:
+    return str(at.holder) if at.holder else repr(at.writer) if at.writer else "another writer"
 
 
 def _check_history(history: History, facts: SessionFacts, at: Position) -> None:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from maskwire_server.config import CheckpointsConfig, ServeConfig
 from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
+from maskwire_server.history import StepsPage, StepsRequest
 from maskwire_server.manifest import Manifest
 from maskwire_server.requests import (
     DownloadRequest,
@@ -43,7 +44,7 @@ from maskwire_server.results import (
     Status,
     StepAnswer,
 )
-from maskwire_server.run import admission, following, reading, recovery
+from maskwire_server.run import admission, following, listing, reading, recovery
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.commits import FOLD_BYTES, RETRY_SECONDS, Reserve, make_room
 from maskwire_server.run.device import Device, Trainer
@@ -57,6 +58,7 @@ from maskwire_server.run.poison import Poison
 from maskwire_server.run.rate import Rate
 from maskwire_server.run.restoring import Restoring
 from maskwire_server.run.saving import Saver
+from maskwire_server.run.sessions import recorded_evaluation, recorded_process
 from maskwire_server.run.standing import Head, Standing
 from maskwire_server.run.waiting import answer, refuse
 from maskwire_server.run.writer import Writer
@@ -234,6 +236,17 @@ class Engine:
                 answer(looked, None)
 
             self._post(looked, look).result()
+
+    def list_steps(self, request: StepsRequest) -> Future[StepsPage]:
+        """Recorded steps of one lineage, a page of them."""
+        future: Future[StepsPage] = Future()
+
+        def read() -> None:
+            assert self._journal is not None
+            if not future.cancelled():
+                answer(future, listing.page(self._journal, self._head.run_id, request))
+
+        return self._post(future, read)
 
     def status(self) -> Status:
         """Is it stuck or working? Never waits."""
@@ -425,6 +438,7 @@ class Engine:
         head.tokenizer = said[1]["tokenizer"] if said else ""
         said = journal.last_event("data")
         head.data = said[1] if said else {}
+        head.evaluated = recorded_evaluation(journal)
         threads = None if self._serve.threads else following.pinned_threads(journal)
         self._info, versions = device.call(partial(device.build, self._factory, threads))
         self._versions.update(versions)
@@ -452,7 +466,8 @@ class Engine:
         head.move(recovered.lineage, recovered.step, recovered.digest)
         head.non_finite = recovered.non_finite
         self._line.begin_at(recovered.step)
-        self._writer.resume(journal.last_session())
+        session = journal.last_session()
+        self._writer.resume(session, recorded_process(journal, session))
         # Checkpoint 0 comes before the first step; an inexact replay must not be asked for again.
         if self._saver.newest is None or recovered.accepted:
             try:

@@ -222,6 +222,14 @@ class Journal:
         ).fetchone()
         return None if row is None else StepRecord.read(row)
 
+    def steps_between(self, lineage: int, first: int, last: int | None, count: int) -> list[StepRecord]:
+        """The records of a lineage from step `first` up to and with `last`, in order, at most `count`."""
+        rows = self._db.execute(
+            "SELECT * FROM steps WHERE lineage = ? AND step >= ? AND step <= ? ORDER BY step LIMIT ?",
+            (lineage, first, 2**63 - 1 if last is None else last, count),
+        ).fetchall()
+        return [StepRecord.read(row) for row in rows]
+
     def step_of_request(self, request_id: str) -> StepRecord | None:
         """The record of the step that a request id was consumed by."""
         row = self._db.execute("SELECT * FROM steps WHERE request_id = ?", (request_id,)).fetchone()

@@ -130,6 +130,7 @@ class Pipeline:
             next_step=self._line.next_step,
             window=self._serve.window,
             refused_step=self._line.refused_step,
+            holder=self._writer.holder,
         )
 
     def admit(self, step: Step) -> None:

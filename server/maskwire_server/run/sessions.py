@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import asdict
 from functools import partial
 
 from maskwire_server import failpoints
-from maskwire_server.errors import Refused
+from maskwire_server.errors import Refused, invalid_field
+from maskwire_server.holder import ClientProcess, Holder
 from maskwire_server.requests import SessionRef, SessionRequest
 from maskwire_server.results import RunState, SessionAnswer
 from maskwire_server.run import admission
@@ -22,6 +24,11 @@ from maskwire_server.run.replaying import digest_at
 from maskwire_server.run.standing import Head, Standing
 from maskwire_server.run.waiting import answer, refuse
 from maskwire_server.run.writer import Writer
+
+CLIENT_PROCESS = "client_process"
+"""The kind of event that keeps the process of a session's client."""
+EVALUATED = "evaluated"
+"""The kind of event that keeps which step a writer has evaluated."""
 
 
 class Sessions:
@@ -51,6 +58,12 @@ class Sessions:
         if request.nonce in self._opening:  # the same call once more
             self._opening[request.nonce].append(future)
             return
+        if request.evaluated_step > self._head.durable[0]:
+            raise invalid_field(
+                "evaluated_step",
+                f"evaluated_step must be at most the durable step {self._head.durable[0]}, got "
+                f"{request.evaluated_step}",
+            )
         given = self._journal.session_of_nonce(request.nonce)
         recorded = None
         if request.history is not None:
@@ -64,13 +77,14 @@ class Sessions:
             self._writer.touch()
             here = at.epoch
             self._commits.add(self._keep_data(request), lambda: None)
+            self._commits.add(self._keep_evaluation(request), lambda: None)
             self._commits.add(self._keep_tokenizer(request), lambda: answer(future, self._answer(here)))
             return
         epoch = at.epoch + 1
         self._opening[request.nonce] = [future]
         keep = self._keep_tokenizer(request)
-        self._writer.open(epoch, request.client_name)
-        self._line.refuse_steps(partial(_fenced, request.client_name, epoch))
+        self._writer.open(epoch, request.client_name, request.process)
+        self._line.refuse_steps(partial(_fenced, Holder(request.client_name, epoch, request.process)))
         self._line.put_first(
             Barrier(partial(self._record, epoch, request, keep), partial(self._refuse_opening, request.nonce))
         )
@@ -88,6 +102,14 @@ class Sessions:
             return lambda: None
         self._head.data = request.data
         return partial(self._journal.add_event, "data", dict(request.data))
+
+    def _keep_evaluation(self, request: SessionRequest) -> Callable[[], object]:
+        """The write that keeps which step was evaluated."""
+        seen = (self._head.lineage, request.evaluated_step)
+        if not request.evaluated_step or seen == self._head.evaluated:
+            return lambda: None
+        self._head.evaluated = seen
+        return partial(self._journal.add_event, EVALUATED, {"lineage": seen[0], "step": seen[1]})
 
     def _record(
         self,
@@ -118,9 +140,15 @@ class Sessions:
             self._standing.set(RunState.HALTED, False)
         self._commits.add(keep_tokenizer, lambda: None)
         self._commits.add(self._keep_data(request), lambda: None)
+        self._commits.add(self._keep_evaluation(request), lambda: None)
         self._commits.add(
-            partial(self._journal.add_session, session), partial(self._opened, request.nonce, epoch)
+            partial(self._add_session, session, request.process), partial(self._opened, request.nonce, epoch)
         )
+
+    def _add_session(self, session: SessionRecord, process: ClientProcess | None) -> None:
+        self._journal.add_session(session)
+        if process is not None:
+            self._journal.add_event(CLIENT_PROCESS, {"epoch": session.epoch, **asdict(process)})
 
     def _opened(self, nonce: str, epoch: int) -> None:
         failpoints.passing("session.opened")
@@ -147,13 +175,39 @@ class Sessions:
         head = self._head
         durable_step, digest = head.durable
         return SessionAnswer(
-            head.run_id, head.lineage, epoch, head.step, durable_step, digest, head.tokenizer, data=head.data
+            head.run_id,
+            head.lineage,
+            epoch,
+            head.step,
+            durable_step,
+            digest,
+            head.tokenizer,
+            data=head.data,
+            superseded=self._writer.superseded if epoch == self._writer.epoch else None,
+            evaluated_lineage=head.evaluated[0],
+            evaluated_step=head.evaluated[1],
         )
 
 
-def _fenced(client_name: str, epoch: int, step: Step) -> Refused:
+def recorded_process(journal: Journal, session: SessionRecord | None) -> ClientProcess | None:
+    """The process of a session's client; None: it was not said."""
+    found = journal.last_event(CLIENT_PROCESS)
+    if session is None or found is None or found[1]["epoch"] != session.epoch:
+        return None
+    return ClientProcess(**{name: value for name, value in found[1].items() if name != "epoch"})
+
+
+def recorded_evaluation(journal: Journal) -> tuple[int, int]:
+    """Lineage and number of the last step that a writer said it had evaluated; zeros: none."""
+    found = journal.last_event(EVALUATED)
+    return (found[1]["lineage"], found[1]["step"]) if found else (0, 0)
+
+
+def _fenced(holder: Holder, step: Step) -> Refused:
     if step.request.session is None:
         return Refused(
-            "WRITER_PRESENT", f"{client_name!r} opened a session; wait until it is closed", writer=client_name
+            "WRITER_PRESENT", f"{holder} opened a session; wait until it is closed", **holder.metadata()
         )
-    return Refused("FENCED", f"{client_name!r} took over with epoch {epoch}; stop this one", epoch=epoch)
+    return Refused(
+        "FENCED", f"{holder} took over with epoch {holder.epoch}; stop this one", **holder.metadata()
+    )

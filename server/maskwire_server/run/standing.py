@@ -109,6 +109,8 @@ class Head:
         """What the run's ids stand for; empty: nobody said."""
         self.data: dict[str, str] = {}
         """The fingerprint of the run's data; empty: nobody said."""
+        self.evaluated = (0, 0)
+        """Lineage and number of the last step that a writer said it had evaluated; zeros: none."""
         self.lineage = 1
         self.step = 0
         """The last computed step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from maskwire_server.holder import ClientProcess, Holder
 from maskwire_server.run.records import SessionRecord
 
 
@@ -16,18 +17,28 @@ class Writer:
         self._active = clock()
         self.epoch = 0
         self.client_name = ""
+        self.process: ClientProcess | None = None
         self.closed = True
         self._opening = False
+        self.superseded: Holder | None = None
+        """Whose session the newest epoch took over."""
 
-    def resume(self, session: SessionRecord | None) -> None:
+    @property
+    def holder(self) -> Holder | None:
+        """The client of the newest epoch; None before the first."""
+        return Holder(self.client_name, self.epoch, self.process) if self.epoch else None
+
+    def resume(self, session: SessionRecord | None, process: ClientProcess | None = None) -> None:
         """Take the newest recorded epoch over after a restart; its idle time starts now."""
         if session is not None:
             self.epoch, self.client_name, self.closed = session.epoch, session.client_name, session.closed
+            self.process, self.superseded = process, None
         self.opened()
 
-    def open(self, epoch: int, client_name: str) -> None:
+    def open(self, epoch: int, client_name: str, process: ClientProcess | None = None) -> None:
         """A new epoch begins; its session counts as open, however long its record takes."""
-        self.epoch, self.client_name, self.closed = epoch, client_name, False
+        self.superseded = None if self.closed else self.holder
+        self.epoch, self.client_name, self.process, self.closed = epoch, client_name, process, False
         self._opening = True
         self.touch()
 

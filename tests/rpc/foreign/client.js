@@ -34,6 +34,7 @@ async function main(target) {
   const evaluation = await call("EvalLoss", { batch, draws: 4 });
   const saved = await call("Checkpoint", { name: "from-node", request_id: "node-save" });
   const status = await call("GetStatus", {});
+  const listed = await call("ListSteps", { first_step: steps[0].step, last_step: steps[2].step, page_size: 2 });
   const chunks = await new Promise((resolve, reject) => {
     const found = [];
     client.DownloadCheckpoint({ name: "from-node", weights_only: true })
@@ -53,6 +54,7 @@ async function main(target) {
   console.log(JSON.stringify({
     losses: steps.map((step) => step.losses), steps: steps.map((step) => step.step), replayed: again.replayed,
     same: again.losses.loss === steps[0].losses.loss, evaluation: evaluation.nats_per_token,
+    listed: listed.steps.map((step) => [step.step, step.losses.loss]), more: Boolean(listed.next_page_token),
     saved: saved.checkpoint.name, state: status.state, chunks, wrong,
   }));
   client.close();

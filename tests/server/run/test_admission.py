@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from maskwire_server.errors import Refused
+from maskwire_server.holder import ClientProcess, Holder
 from maskwire_server.requests import History, SessionRef, SessionRequest
 from maskwire_server.results import RunState
 from maskwire_server.run.admission import (
@@ -178,3 +179,22 @@ def test_the_clients_history_must_be_the_servers(
     history: History, recorded: bytes | None, expected: bool | str
 ) -> None:
     assert opening(history=history, recorded_digest=recorded) == expected
+
+
+def test_the_session_of_a_process_that_is_gone_is_taken_over_by_its_epoch_alone() -> None:
+    assert opening(client_name="you", gone_epoch=5) is True
+    assert opening(client_name="you", gone_epoch=4) == "WRITER_PRESENT", "another has opened one since"
+    assert opening(client_name="you", gone_epoch=6) == "WRITER_PRESENT"
+    assert opening(client_name="you", gone_epoch=5, held_epoch=4) == "FENCED"
+
+
+def test_a_refusal_names_the_client_that_has_the_session_or_had_it_last() -> None:
+    process = ClientProcess("host", 7, 123, "boot", "pid:[1]", "slurm:1:0")
+    at = replace(AT, writer="", closed=True, holder=Holder("last", 5, process))
+    with pytest.raises(Refused, match=r"'last' \(host host, process 7\) took over") as raised:
+        admit_step(step(session=SessionRef("run", 2, 4)), at)
+    assert raised.value.metadata == {
+        "epoch": "5", "session_epoch": "4", "writer": "last", "writer_host": "host",
+        "writer_process_id": "7", "writer_start_time_ticks": "123", "writer_boot_id": "boot",
+        "writer_pid_namespace": "pid:[1]", "writer_job": "slurm:1:0",
+    }  # fmt: skip

@@ -1,0 +1,240 @@
+"""The file of metrics: one JSON object a line, each with the run, lineage and step that it is of.
+
+A job that is killed can leave a line half-written, and steps that were applied but whose answers it never
+saw. The next job that writes the file repairs the line, and gets those steps from the server.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from maskwire.errors import UnimplementedError
+from maskwire.output import LineFile
+from maskwire.results import EvalResult, Losses, RecordedStep, StepResult, StepsPage
+
+_BLOCK = 2**20  # bytes before the end in which the last step is looked for
+_PAGE = 250  # the most that a server gives
+_FIRST = (1, 0)  # lineage and step that a run begins with
+
+
+@dataclass(frozen=True)
+class Place:
+    """A step of a run's history."""
+
+    run_id: str
+    lineage: int
+    step: int
+
+
+class Metrics:
+    """A file of metrics, open for appending. Raises ValueError for a file that holds something else."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._last: dict[str, Any] = {}
+        self._emptied = ended = False
+        if Path(path).exists() and stat.S_ISREG(Path(path).stat().st_mode):
+            with Path(path).open("r+b") as file:
+                self._last, ended = _repair(file, path)
+                self._emptied = not file.seek(0, os.SEEK_END)
+        self._file = LineFile(path)
+        if ended:
+            self._file.write(b"\n")
+
+    @property
+    def failure(self) -> str:
+        """Why lines are missing; empty: none is."""
+        return self._file.failure
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line, whole."""
+        self._file.write(json.dumps(line).encode() + b"\n")
+
+    def write_evaluation(self, line: dict[str, Any]) -> None:
+        """Append an evaluation, unless the file ended with it: its job was stopped behind this line."""
+        if any(self._last.get(key) != line[key] for key in ("run_id", "lineage", "step")) or (
+            "eval_bits_per_token" not in self._last
+        ):
+            self.write(line)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def catch_up(self, trainer: Any) -> Generator[Callable[[], Any], Any, None]:
+        """Fill in what is missing up to the trainer's step; asks for it as `fit` does.
+
+        Lines with an `event` say where the file's steps begin ("started") and where those of a new lineage
+        do ("restored").
+        """
+        here = Place(trainer.run_id, trainer.lineage, trainer.step)
+        try:
+            last = yield from self._last_place(trainer)
+            if last is not None and last.run_id == here.run_id and _order(last) <= _order(here):
+                yield from self._fill(trainer, last, here)
+                return
+        except UnimplementedError:
+            pass  # an older server has no list of steps
+        if self._last or _order(here) != _FIRST:  # without a word a file begins where the run does
+            self.write(
+                {**vars(here), "event": "started", "digest": trainer.digest.hex(), "time": time.time()}
+            )
+
+    def _last_place(self, trainer: Any) -> Generator[Callable[[], Any], StepsPage, Place | None]:
+        """The last step that the file has; None: none of a run that it names."""
+        line = self._last
+        if self._emptied:  # a job that was to begin with the run was stopped before its first line
+            return Place(trainer.run_id, *_FIRST)
+        if {"run_id", "lineage"} <= line.keys():
+            return Place(str(line["run_id"]), int(line["lineage"]), int(line["step"]))
+        step = int(line.get("step", 0))
+        if not step:
+            return None
+        # Lines of older versions do not name the run; the digest tells whether they are of this one.
+        page = yield partial(trainer.steps_page, first_step=step, last_step=step)
+        known = [recorded.digest.hex() for recorded in page.steps]
+        return Place(page.run_id, page.lineage, step) if known == [line["digest"]] else None
+
+    def _fill(self, trainer: Any, last: Place, here: Place) -> Generator[Callable[[], Any], StepsPage, None]:
+        if last == here:
+            return
+        for lineage in range(last.lineage, here.lineage + 1):
+            first = last.step + 1 if lineage == last.lineage else 0
+            through = here.step if lineage == here.lineage else 0
+            token = ""
+            while True:
+                page = yield partial(
+                    trainer.steps_page, page_size=_PAGE, page_token=token, run_id=here.run_id,
+                    lineage=lineage, first_step=first, last_step=through,
+                )  # fmt: skip
+                if lineage > last.lineage and not token:
+                    self.write(_restored_line(page))
+                for step in page.steps:
+                    self.write(_recorded_line(here.run_id, step))
+                token = page.next_page_token
+                if not token:
+                    break
+
+
+def step_line(run_id: str, lineage: int, answer: StepResult, tokens: int) -> dict[str, Any]:
+    """A step's line; numbers that are not finite become null."""
+    return {
+        "run_id": run_id,
+        "lineage": lineage,
+        "step": answer.step,
+        **_losses(answer.losses),
+        **_finite(
+            gradient_norm=answer.metrics.gradient_norm,
+            learning_rate=answer.metrics.learning_rate,
+            compute_seconds=answer.metrics.compute_seconds,
+        ),
+        "tokens": tokens,
+        "outcome": answer.outcome.name,
+        "digest": answer.digest.hex(),
+        "time": time.time(),
+    }
+
+
+def evaluation_line(run_id: str, lineage: int, found: EvalResult) -> dict[str, Any]:
+    """An evaluation's line."""
+    error = found.standard_error
+    return {
+        "run_id": run_id,
+        "lineage": lineage,
+        "step": found.step,
+        "eval_bits_per_token": found.bits_per_token,
+        "eval_standard_error_bits": None if error is None else error / math.log(2),
+        "time": time.time(),
+    }
+
+
+def _recorded_line(run_id: str, step: RecordedStep) -> dict[str, Any]:
+    """The line of a step whose answer was not seen: what the server does not keep is null."""
+    return {
+        "run_id": run_id,
+        "lineage": step.lineage,
+        "step": step.step,
+        **_losses(step.losses),
+        **_finite(gradient_norm=step.gradient_norm, learning_rate=None, compute_seconds=None),
+        "tokens": None,
+        "outcome": step.outcome.name,
+        "digest": step.digest.hex(),
+        "time": None,
+        "filled_in": True,
+    }
+
+
+def _restored_line(page: StepsPage) -> dict[str, Any]:
+    """Where a lineage begins."""
+    return {
+        "run_id": page.run_id,
+        "lineage": page.lineage,
+        "step": page.start_step,
+        "event": "restored",
+        "parent_lineage": page.parent_lineage,
+        "checkpoint": page.checkpoint or None,
+        "time": time.time(),
+    }
+
+
+def _losses(losses: Losses) -> dict[str, float | None]:
+    return _finite(loss=losses.loss, generator_loss=losses.generator_loss, critic_loss=losses.critic_loss)
+
+
+def _finite(**numbers: float | None) -> dict[str, float | None]:
+    return {k: v if v is not None and math.isfinite(v) else None for k, v in numbers.items()}
+
+
+def _order(place: Place) -> tuple[int, int]:
+    return place.lineage, place.step
+
+
+def _repair(file: IO[bytes], path: str | Path) -> tuple[dict[str, Any], bool]:
+    """Cut a line off that was not written whole.
+
+    Returns the last line that tells a step, or {}, and whether the last line lacks only its end.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _BLOCK))
+    whole, newline, torn = file.read().rpartition(b"\n")
+    unended = bool(torn) and _object(torn) is not None
+    if unended:
+        whole += newline + torn
+    elif torn:
+        # What a full disk or a power loss leaves: the beginning of a line, or zeros.
+        _require(torn.startswith(b"{") or not torn.strip(b"\0"), path, torn)
+        file.truncate(size - len(torn))
+    lines = [line for line in whole.splitlines() if line.strip(b" \r\0")]
+    _require(not lines or _object(lines[-1]) is not None, path, lines[-1] if lines else b"")
+    for line in _objects(reversed(lines)):
+        if "step" in line and ("run_id" in line or "digest" in line):
+            return line, unended
+    return {}, unended
+
+
+def _objects(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
+    return (found for line in lines if (found := _object(line)) is not None)
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _require(holds: bool, path: str | Path, line: bytes) -> None:
+    if not holds:
+        raise ValueError(
+            f"{path} is not a file of metrics: it ends with {line[:40]!r}, which is no JSON object; name "
+            "another file"
+        )

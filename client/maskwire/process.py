@@ -1,0 +1,122 @@
+"""Which process this is, and whether another one of the same machine has ended.
+
+On Linux a process is told from a later one with the same id by its start time, from one of an earlier boot
+by the boot id, and from one of another container by its namespace of process ids. Elsewhere nothing is
+known, and no process counts as gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from maskwire.v1 import training_service_pb2 as pb
+
+_TEXT = 128  # characters of a text on the wire
+_JOBS = (
+    ("slurm", ("SLURM_JOB_ID", "SLURM_PROCID")),
+    ("pbs", ("PBS_JOBID",)),
+    ("lsf", ("LSB_JOBID", "LSB_JOBINDEX")),
+)
+"""What schedulers call a job and its part, in the environment: the same when it is started again."""
+
+
+def this_process() -> pb.ClientProcess:
+    """This process, as far as the system tells."""
+    return pb.ClientProcess(
+        host=_text(socket.gethostname()),
+        process_id=os.getpid(),
+        start_time_ticks=_start_time("self") or 0,
+        boot_id=_read("/proc/sys/kernel/random/boot_id").strip(),
+        pid_namespace=_pid_namespace(),
+        job=_job(os.environ),
+    )
+
+
+def default_name() -> str:
+    """A name that no other process has, wherever it runs, and that this one keeps."""
+    process = this_process()
+    process.job = ""
+    unique = hashlib.sha256(process.SerializeToString(deterministic=True)).hexdigest()[:6]
+    return f"{process.host[:64] or 'job'}-{process.process_id}-{unique}"
+
+
+def is_gone(holder: pb.ClientProcess) -> bool:
+    """Whether the process has surely ended: one of this machine that is no more, or this job's, before.
+
+    A scheduler starts a job again only after it has ended, on whichever machine.
+    """
+    here = this_process()
+    same_boot = holder.boot_id and holder.boot_id == here.boot_id and holder.host == here.host
+    if same_boot and holder.pid_namespace and holder.pid_namespace == here.pid_namespace:
+        return not _lives(holder.process_id, holder.start_time_ticks)
+    return bool(holder.job) and holder.job == here.job
+
+
+def holder_of(metadata: Mapping[str, str]) -> pb.ClientProcess:
+    """The process that holds the session, of a WRITER_PRESENT error's metadata."""
+
+    def number(name: str) -> int:
+        value = metadata.get(f"writer_{name}", "")
+        return int(value) if value.isdecimal() else 0
+
+    return pb.ClientProcess(
+        host=metadata.get("writer_host", ""),
+        process_id=number("process_id"),
+        start_time_ticks=number("start_time_ticks"),
+        boot_id=metadata.get("writer_boot_id", ""),
+        pid_namespace=metadata.get("writer_pid_namespace", ""),
+        job=metadata.get("writer_job", ""),
+    )
+
+
+def _lives(process_id: int, start_time: int) -> bool:
+    """Whether the process may still run; what cannot be seen may."""
+    if process_id <= 0 or not start_time:
+        return True
+    try:
+        os.kill(process_id, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    found = _start_time(str(process_id))
+    return found is None or found == start_time
+
+
+def _start_time(process: str) -> int | None:
+    """When a process was started, in clock ticks since the machine was; 0 when it has ended but its parent
+    has not heard of it yet, None when the system does not say."""
+    # The command's name, in parentheses, may hold anything.
+    fields = _read(f"/proc/{process}/stat").rpartition(")")[2].split()
+    if len(fields) < 20:
+        return None
+    return 0 if fields[0] in "ZX" else int(fields[19])
+
+
+def _pid_namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
+def _job(environment: Mapping[str, str]) -> str:
+    for scheduler, names in _JOBS:
+        if environment.get(names[0]):
+            return _text(":".join([scheduler, *(environment.get(name, "") for name in names)]))
+    return ""
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _text(value: str) -> str:
+    return "".join(character for character in value if character.isprintable())[:_TEXT]

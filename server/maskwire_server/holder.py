@@ -1,0 +1,43 @@
+"""Who holds the writer's session."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ClientProcess:
+    """A client's process, as the client described it; see the proto."""
+
+    host: str
+    process_id: int
+    start_time_ticks: int = 0
+    boot_id: str = ""
+    pid_namespace: str = ""
+    job: str = ""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The client of an epoch."""
+
+    client_name: str
+    epoch: int
+    process: ClientProcess | None = None
+    """None: the client did not say."""
+
+    @property
+    def where(self) -> str:
+        """Its host and process, for people, with a space before; empty when they are not known."""
+        process = self.process
+        return f" (host {process.host}, process {process.process_id})" if process else ""
+
+    def __str__(self) -> str:
+        return f"{self.client_name!r}{self.where}"
+
+    def metadata(self) -> dict[str, Any]:
+        """What an error says of it: `epoch`, `writer`, and each field of its process as `writer_…`."""
+        fields = asdict(self.process) if self.process else {}
+        named = {f"writer_{name}": value for name, value in fields.items()}
+        return {"epoch": self.epoch, "writer": self.client_name, **named}
