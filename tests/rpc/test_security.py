@@ -18,7 +18,7 @@ import pytest
 from certificates import EXPIRED, TOKENS, Authority, bearer, token_files
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from serving import ServerProcess
+from serving import COUNTING, ServerProcess
 
 import maskwire
 from maskwire.errors import PermissionDeniedError, TlsError, UnauthenticatedError, UnavailableError
@@ -72,8 +72,6 @@ def authority(secrets: Path) -> Authority:
 def server(tmp_path_factory: pytest.TempPathFactory, secrets: Path, authority: Authority) -> Iterator[Any]:
     """TLS and tokens, around the counter trainer."""
     pair = authority.issue("server", "localhost", "127.0.0.1")
-    from conftest import COUNTING
-
     made = ServerProcess(
         tmp_path_factory.mktemp("secure"), [*COUNTING, "0"], model__num_tokens="257", model__mask_id="256",
         serve__tls_certificate=pair.cert, serve__tls_key=pair.key, **token_files(secrets / "tokens"),

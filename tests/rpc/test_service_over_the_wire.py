@@ -19,7 +19,7 @@ import psutil
 import pytest
 from google.protobuf import descriptor_pool, message_factory
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from serving import ServerProcess
+from serving import ServerProcess, wait_until
 
 import maskwire
 from bench.sources import pairs
@@ -53,7 +53,7 @@ def healthy(server: ServerProcess, service: str = "") -> bool:
 
     with grpc.insecure_channel(server.address) as channel:
         answer = health_pb2_grpc.HealthStub(channel).Check(
-            health_pb2.HealthCheckRequest(service=service), timeout=1
+            health_pb2.HealthCheckRequest(service=service), timeout=20
         )
     return answer.status == health_pb2.HealthCheckResponse.SERVING
 
@@ -264,7 +264,7 @@ def test_a_client_that_disappears_in_a_step_leaves_nothing_behind(serve: Serve, 
             from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 
             pb_grpc.TrainingServiceStub(channel).TrainStep.future(request(seed))
-            time.sleep(0.1)  # the step has begun
+            server.wait_for_step(seed + 1)
     assert healthy(server)
     answer = service.TrainStep(request(9), timeout=10)
     assert 2 <= answer.step <= 5
@@ -280,15 +280,19 @@ def settle(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 
 def test_a_full_queue_refuses_while_health_answers_and_then_trains_on(serve: Serve, stub: Stub) -> None:
-    server = serve(seconds=0.4, serve__queue_limit="3")
+    server = serve(seconds=0, serve__queue_limit="3")
     service = stub(server)
     service.TrainStep(request(0))
     process = psutil.Process(server.process.pid)
     descriptors = process.num_fds()
-    calls = [service.TrainStep.future(request(seed, request_id=f"q{seed}")) for seed in range(1, 12)]
-    time.sleep(0.2)
-    assert healthy(server), "within its deadline of 1 s"
-    assert service.GetStatus(pb.GetStatusRequest(), timeout=1).queue_length == 3
+    server.hold()
+    calls = [service.TrainStep.future(request(1, request_id="q1"))]
+    server.wait_for_step(2)
+    calls += [service.TrainStep.future(request(seed, request_id=f"q{seed}")) for seed in range(2, 12)]
+    server.wait_for_arrivals(12)
+    wait_until(lambda: service.GetStatus(pb.GetStatusRequest()).queue_length == 3, "a full queue")
+    assert healthy(server), "although the device does nothing"
+    server.release()
     outcomes = []
     for call in calls:
         try:
@@ -383,10 +387,12 @@ def test_a_second_server_on_the_port_or_the_directory_leaves_with_one_line(
 
 
 def test_sigterm_in_the_middle_of_a_step_finishes_it(serve: Serve, stub: Stub) -> None:
-    server = serve(seconds=0.5)
+    server = serve(held=True)
     call = stub(server).TrainStep.future(request(0))
-    time.sleep(0.25)
+    server.wait_for_step()
     server.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: "SIGTERM: stopping" in server.log.read_text(), "the signal to arrive")
+    server.release()
     assert call.result().step == 1
     assert server._reap() == 0
     server.start()
