@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sys
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,7 +21,7 @@ settings.register_profile(
 if "MASKWIRE_MODEL_RUNS" not in os.environ:
     settings.load_profile("suite")
 
-CALL_BEGAN = pytest.StashKey[float]()
+CHILDREN = pytest.StashKey[set[int]]()
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def seeded() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    item.stash[CALL_BEGAN] = time.time()
+    item.stash[CHILDREN] = {child.pid for child in psutil.Process().children()}  # the fixtures'
     return (yield)
 
 
@@ -44,17 +44,16 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Kill what a failed test started and would have ended itself; fixtures end their own processes."""
     if call.when == "call" and call.excinfo is not None and call.excinfo.type is not pytest.skip.Exception:
-        kill_children_since(item.stash[CALL_BEGAN])
+        kill_children(besides=item.stash[CHILDREN])
     return (yield)
 
 
-def kill_children_since(began: float) -> None:
-    """Kill the children of this process that were started since then, and theirs."""
+def kill_children(besides: set[int]) -> None:
+    """Kill the other children of this process, and theirs."""
     for child in psutil.Process().children():
-        try:
-            if child.create_time() < began - 0.02:  # the clock ticks of a process's start are 10 ms
-                continue
-            for process in (*child.children(recursive=True), child):
-                process.kill()
-        except psutil.NoSuchProcess:
+        if child.pid in besides:
             continue
+        with contextlib.suppress(psutil.NoSuchProcess):
+            keeps = "multiprocessing." in " ".join(child.cmdline())  # its fork server and resource tracker
+            for process in (*child.children(recursive=True), *([] if keeps else [child])):
+                process.kill()

@@ -111,7 +111,7 @@ def test_the_pairs_source_is_learnt_through_the_server(serve: Serve) -> None:
     server = serve(
         model__num_tokens="9", model__mask_id="8", model__max_seq_len="8", model__dim="64", model__depth="2",
         model__dim_head="32", optimizer__learning_rate="0.003", optimizer__warmup_steps="20",
-        optimizer__ema_decay="0.99", serve__threads="2",
+        optimizer__ema_decay="0.99",
     )  # fmt: skip
     rng = np.random.default_rng(0)
     with maskwire.connect(server.address) as trainer:
