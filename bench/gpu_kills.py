@@ -142,7 +142,7 @@ class Lane:
         self._start()
         self.started.set()
         with maskwire.connect(
-            self.server.address, name="bench", window=WINDOW, retry_for=60, on_wait=lambda _: None
+            self.server.address, name="bench", window=WINDOW, retry_for=120, on_wait=lambda _: None
         ) as trainer:
             waiting: deque[Any] = deque()
             for step in range(1, self._steps + 1):
