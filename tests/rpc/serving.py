@@ -49,6 +49,7 @@ class ServerProcess:
         }
         base = command or [str(Path(sys.executable).with_name("maskwire-server")), "serve"]
         self._command = [*base, *(f"--set={key}={value}" for key, value in flags.items())]
+        self.environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         self.process: subprocess.Popen[str]
         self.address = ""
 
@@ -61,7 +62,7 @@ class ServerProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
+                env={**os.environ, **self.environment},
             )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
