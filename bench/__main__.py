@@ -1,7 +1,8 @@
 """`python -m bench`: measure, print, and write docs/benchmarks.md and .json.
 
 --quick takes about 5 minutes and writes nothing; --only P2,P3 measures some, and writes their rows anew.
-L1 and L3, what is learned, are measured by --only L1,L3 alone.
+L1 and L3, what is learned, are measured by --only L1,L3 alone. P10 and R11 need a GPU: --gpu --out DIR
+takes at most 6 minutes, prints their table last and writes gpu.json and gpu.png into DIR.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import sys
 import time
@@ -17,7 +19,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bench import checkpoint, generation, journal, learning, peer, picture, restart, serving, training
+import torch
+
+from bench import checkpoint, generation, gpu, journal, learning, peer, picture, restart, serving, training
 from bench.harness import Row, cores
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -36,12 +40,17 @@ LONG: dict[str, tuple[set[str], Callable[[bool], list[Row]]]] = {
 PACKAGES = ("maskwire", "torch", "grpcio", "protobuf", "numpy", "ray", "x-transformers")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, nothing is written")
     parser.add_argument("--only", default="", help="targets, P1,P2,…")
-    options = parser.parse_args()
+    parser.add_argument("--gpu", action="store_true", help="P10 and R11 alone, on one GPU")
+    parser.add_argument("--out", type=Path, help="with --gpu: the folder of its table and picture")
+    parser.add_argument("--device", default="cuda", help="with --gpu --quick: cpu shows that it runs")
+    options = parser.parse_args(arguments)
+    if options.gpu:
+        return on_gpu(options.device, options.quick, options.out)
     wanted = {name for name in options.only.split(",") if name}
     rows: list[Row] = []
     began = time.monotonic()
@@ -72,6 +81,27 @@ def main() -> int:
         made = f"{mark}{described(about)}\n\n{table}\n{after[1]}"
         path.write_text(before + made + after[2])
     return 0
+
+
+def on_gpu(device: str, quick: bool, out: Path | None) -> int:
+    """Measure P10 and R11; exit status 1 when nothing was measured, 2 without a device."""
+    if device != "cpu" and not torch.cuda.is_available():
+        print(
+            "bench: --gpu needs a CUDA device, torch finds none; --gpu --quick --device cpu is a trial",
+            file=sys.stderr,
+        )
+        return 2
+    if device == "cpu" and not quick:
+        print("bench: on a CPU --gpu would take hours; add --quick", file=sys.stderr)
+        return 2
+    rows, found = gpu.measure(device, quick)
+    for row in rows:
+        row.on = time.strftime("%Y-%m-%d")
+    about = machine() | found
+    if out is not None:
+        gpu.write(rows, about, out, picture.overview)
+    print(described(about), markdown(rows), sep="\n\n", flush=True)
+    return 0 if any(row.value is not None for row in rows) else 1
 
 
 def replaced(before: list[dict[str, Any]], rows: list[Row], left: set[str]) -> list[Row]:
@@ -109,7 +139,9 @@ def markdown(rows: list[Row]) -> str:
     """The table."""
     lines = ["| | what | target | measured | spread | met | of | on |", "|---|---|---|---|---|---|---|---|"]
     for row in rows:
-        value = row.note or "not measured" if row.value is None else f"**{row.value:.2f}**"
+        value = row.note or "not measured"
+        if row.value is not None:
+            value = f"**{row.value:.2f}**" + (f" ({row.note})" if row.note else "")
         spread = "" if row.low is None or row.high is None else f"{row.low:.2f} – {row.high:.2f}"
         met = "" if row.met is None else "yes" if row.met else "no"
         parts = ", ".join(f"{name} {number:,.4g}" for name, number in row.parts.items())
@@ -120,4 +152,8 @@ def markdown(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    if "--gpu" in sys.argv:  # a client whose time was over may still ask for its server: nobody waits for it
+        os._exit(code)
+    sys.exit(code)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 from bench.harness import Row
@@ -21,9 +18,20 @@ NAMES = {
 }
 
 
+def pyplot() -> Any:
+    """matplotlib, when a picture is drawn: a machine that only measures may lack it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def overview(rows: list[Row], picture: Path) -> None:
     """Each figure that has a target, as a share of it: right of the line is better."""
     shown = [(row, share) for row in rows if (share := reached(row)) is not None]
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(9, 0.36 * len(shown) + 1.2), dpi=110)
     for place, (row, share) in enumerate(reversed(shown)):
         axes.barh(place, share, color=GREEN if row.met else ORANGE, height=0.6)
@@ -51,6 +59,7 @@ def reached(row: Row) -> float | None:
 
 def learning_curves(found: dict[str, list[list[tuple[int, float]]]], picture: Path) -> None:
     """Held-out bits per byte by step, a thin line a seed and a thick one for their mean."""
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110)
     for arm, curves in found.items():
         steps = [step for step, _ in curves[0]]

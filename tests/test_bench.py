@@ -11,7 +11,7 @@ import pytest
 
 import maskwire
 from bench import __main__ as command
-from bench import generation, learning, peer, picture
+from bench import generation, gpu, learning, peer, picture
 from bench.harness import Row, in_flight_steps, in_turn, module, process, ratio
 from bench.serving import durable_insert, in_flight
 from bench.sources import flip_chain, pairs
@@ -114,3 +114,37 @@ def test_a_row_without_its_peer_says_how_to_install_it(monkeypatch: pytest.Monke
     rows = generation.measure(quick=True)
     assert [row.value for row in rows] == [None, None]
     assert all("pip install" in row.note for row in rows)
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("x_transformers")
+    assert command.main(["--gpu", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    rows = [Row(**row) for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]]
+    assert [row.name for row in rows] == ["P10", "P10", "P10", "R11", "R11"]
+    assert all(row.value is not None for row in rows), [row.note for row in rows]
+    assert all(row.met for row in rows if row.name == "R11"), rows
+    assert capsys.readouterr().out.rstrip().endswith(command.markdown(rows)), "the table comes last"
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_gpu_benchmark_without_time_says_what_it_left_out() -> None:
+    rows, _ = gpu.measure("cpu", quick=True, seconds=0)
+    assert [row.value for row in rows] == [None] * 5
+    assert all(row.note.startswith("not measured: ") for row in rows), [row.note for row in rows]
+
+
+def test_a_gpu_benchmark_keeps_what_it_measured_before_the_time_was_over() -> None:
+    rows = gpu.Rows(gpu.plan("cpu", quick=True))
+    rows.ours, rows.products = [{"steps_per_second": 2.0, "masked": 32.0, "peak_gib": 1.0}], [1e9]
+    rows.stopped = "TimeoutError: the time was over"
+    flops, served, peer_row = rows.rows()
+    assert flops.value is not None
+    assert served.note == peer_row.note == "not measured: TimeoutError: the time was over"
+
+
+def test_a_gpu_benchmark_without_a_gpu_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert command.main(["--gpu"]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err

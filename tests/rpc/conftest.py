@@ -11,26 +11,30 @@ from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from serving import ServerProcess
-
-COUNTING = [sys.executable, str(Path(__file__).with_name("counting_server.py"))]
+from serving import COUNTING, ServerProcess
 
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
-    """Starts server processes that end with the test; `seconds` takes the counter trainer."""
+    """Starts server processes that end with the test; `seconds` takes the counter trainer.
+
+    `held`: its steps wait from the first on, until `release`.
+    """
     started: list[ServerProcess] = []
 
     def start(
-        name: str = "a", *, seconds: float | None = None, fail: str = "", **settings: str
+        name: str = "a", *, seconds: float | None = None, fail: str = "", held: bool = False, **settings: str
     ) -> ServerProcess:
-        command = None if seconds is None else [*COUNTING, str(seconds)]
+        seconds = 0 if held else seconds
+        command = None if seconds is None else [*COUNTING, str(seconds), f"--hold={tmp_path / name / 'hold'}"]
         if command is not None and fail:
             command.append(f"--fail={fail}")
         if seconds is not None:  # what the counter trainer says of itself
             settings = {"model__num_tokens": "257", "model__mask_id": "256", **settings}
         server = ServerProcess(tmp_path / name, command, **settings)
         started.append(server)
+        if held:
+            server.hold()
         return server.start()
 
     yield start

@@ -1,6 +1,9 @@
 """A real server process around the counter trainer: no torch, slow on request.
 
-python counting_server.py SECONDS_A_STEP [--fail=PLACE:KIND:NUMBER[:PATH]] --set=SECTION.KEY=VALUE …
+python counting_server.py SECONDS_A_STEP [--hold=PATH] [--fail=PLACE:KIND:NUMBER[:PATH]]
+    --set=SECTION.KEY=VALUE …
+
+--hold: while PATH exists, a step that has begun waits. The log tells when a step arrives and when it begins.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from counter import CounterTrainer
 from faults import Fault
 
-from maskwire_server import config
+from maskwire_server import config, failpoints
 from maskwire_server.app import serve
 from maskwire_server.batch import Batch, Modes, Prompts
 from maskwire_server.results import GenerateOptions, GenerationState, StepResult
@@ -24,8 +27,12 @@ from maskwire_server.results import GenerateOptions, GenerationState, StepResult
 
 class SlowTrainer(CounterTrainer):
     seconds = 0.0
+    hold_file: Path | None = None
 
     def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
+        logging.info("a step begins: %d", step)
+        while self.hold_file is not None and self.hold_file.exists():
+            time.sleep(0.002)
         time.sleep(self.seconds)
         return super().train_step(lineage, step, batch, modes)
 
@@ -36,6 +43,11 @@ class SlowTrainer(CounterTrainer):
             yield state
 
 
+def tell_arrivals(place: str) -> None:
+    if place == "step.admitted":
+        logging.info("a step arrives")
+
+
 def main() -> int:
     logging.basicConfig(level=logging.INFO)
     SlowTrainer.seconds = float(sys.argv[1])
@@ -43,6 +55,10 @@ def main() -> int:
     for argument in sys.argv[2:]:
         if argument.startswith("--fail="):
             Fault.parse(argument.removeprefix("--fail=")).install()
+            continue
+        if argument.startswith("--hold="):
+            SlowTrainer.hold_file = Path(argument.removeprefix("--hold="))
+            failpoints.install(tell_arrivals)
             continue
         key, _, value = argument.removeprefix("--set=").partition("=")
         section, _, name = key.partition(".")

@@ -6,9 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 READY = "maskwire-server listening on "
+WAIT = 60.0
+COUNTING = [sys.executable, str(Path(__file__).with_name("counting_server.py"))]
 TINY = {
     "model.num_tokens": "17",
     "model.mask_id": "16",
@@ -22,12 +26,22 @@ TINY = {
 }
 
 
+def wait_until(condition: Callable[[], object], what: str = "it") -> None:
+    """Wait for a condition, however slow the machine is; AssertionError after a minute."""
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {WAIT:.0f} s in vain for {what}"
+        time.sleep(0.005)
+
+
 class ServerProcess:
     """Start it, stop it, kill it, start it again on the same run directory."""
 
     def __init__(self, folder: Path, command: list[str] | None = None, **settings: str) -> None:
         self.folder = folder
         self.log = folder / "server.log"
+        self.gate = folder / "hold"
+        """While this file exists, a counting server waits at the beginning of each step."""
         flags = {
             **TINY,
             "run.dir": str(folder / "run"),
@@ -35,6 +49,7 @@ class ServerProcess:
         }
         base = command or [str(Path(sys.executable).with_name("maskwire-server")), "serve"]
         self._command = [*base, *(f"--set={key}={value}" for key, value in flags.items())]
+        self.environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         self.process: subprocess.Popen[str]
         self.address = ""
 
@@ -47,13 +62,30 @@ class ServerProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, **self.environment},
             )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.startswith(READY), self.log.read_text()
         self.address = line.removeprefix(READY).strip()
         return self
+
+    def hold(self) -> None:
+        """Let a counting server wait at the beginning of each step from now on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.gate.touch()
+
+    def release(self) -> None:
+        """Let the held step, and those behind it, go on."""
+        self.gate.unlink()
+
+    def wait_for_step(self, count: int = 1) -> None:
+        """Wait until a counting server has begun so many steps."""
+        wait_until(lambda: self.log.read_text().count("a step begins") >= count, f"step {count} to begin")
+
+    def wait_for_arrivals(self, count: int) -> None:
+        """Wait until so many steps came to a counting server: whatever is sent from now on comes later."""
+        wait_until(lambda: self.log.read_text().count("a step arrives") >= count, f"{count} steps to arrive")
 
     def kill(self) -> None:
         self.process.kill()

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-from serving import ServerProcess
+from serving import WAIT, ServerProcess, wait_until
 
 from maskwire.errors import Failure, read_failure
 from maskwire.v1 import training_service_pb2 as pb
@@ -51,9 +51,9 @@ def service(serve: Serve, stub: Stub) -> Any:
 
 
 @pytest.fixture
-def slow(serve: Serve, stub: Stub) -> Any:
-    """A step takes 0.6 s, so that there is time to ask beside it."""
-    return stub(serve(seconds=0.6, serve__gap_seconds="0.3"))
+def held(serve: Serve) -> ServerProcess:
+    """Its steps begin and wait for `release`, so that there is time to ask beside them."""
+    return serve(held=True, serve__gap_seconds="600")
 
 
 def test_wrong_run_or_lineage(service: Any) -> None:
@@ -111,49 +111,71 @@ def test_a_known_request_is_answered_from_the_record(service: Any, again: int | 
     assert applied(service) == 1
 
 
-def test_a_known_request_in_flight_is_joined(slow: Any) -> None:
-    first = slow.TrainStep.future(request(10, request_id="known"))
-    time.sleep(0.2)
-    second = slow.TrainStep.future(request(10, request_id="known"))
-    assert first.result(timeout=10).step == second.result(timeout=10).step == 1
+def test_a_known_request_in_flight_is_joined(held: ServerProcess, stub: Stub) -> None:
+    service = stub(held)
+    first = service.TrainStep.future(request(10, request_id="known"))
+    held.wait_for_step()
+    second = service.TrainStep.future(request(10, request_id="known"))
+    held.wait_for_arrivals(2)
+    held.release()
+    assert first.result(timeout=WAIT).step == second.result(timeout=WAIT).step == 1
     assert first.result().losses == second.result().losses
-    assert applied(slow) == 1
+    assert applied(service) == 1
 
 
-def test_a_joined_step_outlives_its_first_caller(slow: Any) -> None:
-    before = [slow.TrainStep.future(request(value)) for value in (11, 12)]
-    first = slow.TrainStep.future(request(10, request_id="known"))
-    time.sleep(0.1)
-    second = slow.TrainStep.future(request(10, request_id="known"))
-    time.sleep(0.1)
+def test_a_joined_step_outlives_its_first_caller(held: ServerProcess, stub: Stub) -> None:
+    service = stub(held)
+    before = [service.TrainStep.future(request(value)) for value in (11, 12)]
+    held.wait_for_arrivals(2)
+    first = service.TrainStep.future(request(10, request_id="known"))
+    held.wait_for_arrivals(3)
+    second = service.TrainStep.future(request(10, request_id="known"))
+    held.wait_for_arrivals(4)
     first.cancel()
-    assert {call.result(timeout=10).step for call in (*before, second)} == {1, 2, 3}
+    assert applied(service) == 0, "an answer that came behind the cancellation"
+    held.release()
+    assert {call.result(timeout=WAIT).step for call in (*before, second)} == {1, 2, 3}
 
 
-@pytest.mark.parametrize("wait", [0.2, 1.2], ids=["in flight", "recorded"])
-def test_a_known_request_with_another_hash_or_step(slow: Any, wait: float) -> None:
-    first = slow.TrainStep.future(request(10, request_id="known", step=1))
-    time.sleep(wait)
+@pytest.mark.parametrize("when", ["in flight", "recorded"])
+def test_a_known_request_with_another_hash_or_step(held: ServerProcess, stub: Stub, when: str) -> None:
+    service = stub(held)
+    first = service.TrainStep.future(request(10, request_id="known", step=1))
+    held.wait_for_step()
+    if when == "recorded":
+        held.release()
+        assert first.result(timeout=WAIT).step == 1
     for other in (
         request(11, request_id="known", step=1),
         request(10, request_id="known", step=2),
         request(10, request_id="known", step=1, only_train_generator=True),
     ):
-        refused(lambda other=other: slow.TrainStep(other), Code.INVALID_ARGUMENT, "PAYLOAD_MISMATCH")
-    assert first.result(timeout=10).step == 1
-    assert applied(slow) == 1
+        refused(lambda other=other: service.TrainStep(other), Code.INVALID_ARGUMENT, "PAYLOAD_MISMATCH")
+    if when == "in flight":
+        held.release()
+    assert first.result(timeout=WAIT).step == 1
+    assert applied(service) == 1
 
 
-def test_a_step_that_is_applied_or_in_flight_under_another_id(slow: Any) -> None:
-    first = slow.TrainStep.future(request(10, request_id="one", step=1))
-    time.sleep(0.2)
-    refused(lambda: slow.TrainStep(request(11, request_id="two", step=1)), Code.ALREADY_EXISTS, "STEP_TAKEN")
-    ahead = slow.TrainStep.future(request(12, request_id="three", step=3))
-    time.sleep(0.1)
-    refused(lambda: slow.TrainStep(request(13, request_id="four", step=3)), Code.ALREADY_EXISTS, "STEP_TAKEN")
-    refused(ahead.result, Code.OUT_OF_RANGE, "GAP")
-    assert first.result(timeout=10).step == 1
-    refused(lambda: slow.TrainStep(request(14, request_id="five", step=1)), Code.ALREADY_EXISTS, "STEP_TAKEN")
+def test_a_step_that_is_applied_or_in_flight_under_another_id(held: ServerProcess, stub: Stub) -> None:
+    service = stub(held)
+
+    def taken(value: int, name: str, step: int) -> None:
+        asked = request(value, request_id=name, step=step)
+        refused(lambda: service.TrainStep(asked), Code.ALREADY_EXISTS, "STEP_TAKEN")
+
+    first = service.TrainStep.future(request(10, request_id="one", step=1))
+    held.wait_for_step()
+    taken(11, "two", 1)
+    ahead = service.TrainStep.future(request(12, request_id="three", step=3))
+    held.wait_for_arrivals(3)
+    taken(13, "four", 3)
+    held.release()
+    assert first.result(timeout=WAIT).step == 1
+    taken(14, "five", 1)
+    assert service.TrainStep(request(15, step=2)).step == 2
+    assert ahead.result(timeout=WAIT).step == 3
+    taken(16, "six", 3)
 
 
 @pytest.mark.parametrize("step", [None, 1], ids=["no step", "the next step"])
@@ -161,11 +183,13 @@ def test_the_next_step_runs(service: Any, step: int | None) -> None:
     assert service.TrainStep(request(10, step=step)).step == 1
 
 
-def test_a_step_ahead_within_the_window_waits(slow: Any) -> None:
-    late = [slow.TrainStep.future(request(10 + step, step=step)) for step in (3, 2)]
-    time.sleep(0.1)
-    assert slow.TrainStep(request(11, step=1)).step == 1
-    assert [call.result(timeout=10).step for call in late] == [3, 2]
+def test_a_step_ahead_within_the_window_waits(serve: Serve, stub: Stub) -> None:
+    server = serve(seconds=0, serve__gap_seconds="600")
+    service = stub(server)
+    late = [service.TrainStep.future(request(10 + step, step=step)) for step in (3, 2)]
+    server.wait_for_arrivals(2)
+    assert service.TrainStep(request(11, step=1)).step == 1
+    assert [call.result(timeout=WAIT).step for call in late] == [3, 2]
 
 
 def test_a_predecessor_that_stays_away_is_a_gap_after_a_while(service: Any) -> None:
@@ -176,29 +200,35 @@ def test_a_predecessor_that_stays_away_is_a_gap_after_a_while(service: Any) -> N
 
 
 def test_a_refused_predecessor_is_a_gap_at_once(serve: Serve, stub: Stub) -> None:
-    service = stub(serve(seconds=0, serve__gap_seconds="600"))
+    server = serve(seconds=0, serve__gap_seconds="600")
+    service = stub(server)
     session = opened(service)
     ahead = service.TrainStep.future(request(10, session=session, step=2))
-    time.sleep(0.1)
+    server.wait_for_arrivals(1)
     bad = pb.TrainStepRequest(session=session, step=1, batch=pb.TokenBatch(shape=[1, 0], dtype=1))
     refused(lambda: service.TrainStep(bad), Code.INVALID_ARGUMENT, "INVALID_FIELD")
-    refused(lambda: ahead.result(timeout=10), Code.OUT_OF_RANGE, "GAP")
+    refused(lambda: ahead.result(timeout=WAIT), Code.OUT_OF_RANGE, "GAP")
     refused(lambda: service.TrainStep(request(11, session=session, step=2)), Code.OUT_OF_RANGE, "GAP")
     assert service.TrainStep(request(10, session=session, step=1)).step == 1
 
 
-def test_an_expired_predecessor_is_a_gap(slow: Any) -> None:
-    session = opened(slow)
-    running = slow.TrainStep.future(request(10, session=session, step=1))
-    second = slow.TrainStep.future(request(11, session=session, step=2))
-    expired = slow.TrainStep.future(request(12, session=session, step=3), timeout=0.2)
-    behind = slow.TrainStep.future(request(13, session=session, step=4))
-    assert running.result(timeout=10).step == 1
-    assert second.result(timeout=10).step == 2
+def test_an_expired_predecessor_is_a_gap(serve: Serve, stub: Stub) -> None:
+    server = serve(held=True, serve__gap_seconds="0.3")
+    service = stub(server)
+    session = opened(service)
+    running = service.TrainStep.future(request(10, session=session, step=1))
+    server.wait_for_step()
+    second = service.TrainStep.future(request(11, session=session, step=2))
+    server.wait_for_arrivals(2)
+    expired = service.TrainStep.future(request(12, session=session, step=3), timeout=0.5)
+    behind = service.TrainStep.future(request(13, session=session, step=4))
     with pytest.raises(grpc.RpcError, match="DEADLINE_EXCEEDED"):
         expired.result()
-    refused(lambda: behind.result(timeout=10), Code.OUT_OF_RANGE, "GAP")
-    assert applied(slow) == 2
+    server.release()
+    assert running.result(timeout=WAIT).step == 1
+    assert second.result(timeout=WAIT).step == 2
+    refused(lambda: behind.result(timeout=WAIT), Code.OUT_OF_RANGE, "GAP")
+    assert applied(service) == 2
 
 
 def test_a_step_beyond_the_window_is_a_gap_at_once(serve: Serve, stub: Stub) -> None:
@@ -211,28 +241,38 @@ def test_a_step_beyond_the_window_is_a_gap_at_once(serve: Serve, stub: Stub) -> 
 
 
 def test_a_full_queue(serve: Serve, stub: Stub) -> None:
-    service = stub(serve(seconds=0.5, serve__queue_limit="1"))
-    calls = [service.TrainStep.future(request(10 + i)) for i in range(3)]  # two at the device, one waits
-    time.sleep(0.2)
+    server = serve(held=True, serve__queue_limit="1")
+    service = stub(server)
+    calls = []
+    for i in range(3):  # two at the device, one waits
+        calls.append(service.TrainStep.future(request(10 + i)))
+        server.wait_for_arrivals(i + 1)
+        wait_until(lambda waiting=i // 2: queue_length(service) == waiting, "the queue's length")
     failure = refused(lambda: service.TrainStep(request(20)), Code.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    server.release()
     assert failure.retryable
     assert failure.retry_after
-    assert sorted(call.result(timeout=10).step for call in calls) == [1, 2, 3]
+    assert sorted(call.result(timeout=WAIT).step for call in calls) == [1, 2, 3]
+
+
+def queue_length(service: Any) -> int:
+    return service.GetStatus(pb.GetStatusRequest()).queue_length
 
 
 def test_recovering(serve: Serve, stub: Stub) -> None:
-    # A step takes half a second, also when it is replayed.
-    server = serve(seconds=0.5, checkpoints__every_seconds="1e6")
+    server = serve(seconds=0, checkpoints__every_seconds="1e6")
     for step in range(1, 5):
         stub(server).TrainStep(request(10 + step, request_id=f"r{step}", step=step))
     server.kill()
     server._command.append(f"--set=serve.address={server.address}")
+    server.hold()  # a step that is replayed is held too
     with starting(server) as process:
         service = stub(server)
         await_state(service, pb.RUN_STATE_RECOVERING)
         failure = refused(lambda: service.TrainStep(request(20)), Code.UNAVAILABLE, "RECOVERING")
         assert failure.retryable
         assert failure.retry_after
+        server.release()
         assert process.stdout is not None
         process.stdout.readline()
         assert service.TrainStep(request(14, request_id="r4", step=4)).replayed
@@ -240,29 +280,32 @@ def test_recovering(serve: Serve, stub: Stub) -> None:
 
 
 def test_restoring(serve: Serve, stub: Stub) -> None:
-    service = stub(serve(seconds=0.8))
-    service.Checkpoint(pb.CheckpointRequest(name="start"), timeout=20)
+    server = serve(held=True)
+    service = stub(server)
+    service.Checkpoint(pb.CheckpointRequest(name="start"), timeout=WAIT)
     running = service.TrainStep.future(request(10))
-    time.sleep(0.2)
-    restoring = service.RestoreCheckpoint.future(pb.RestoreCheckpointRequest(name="start"), timeout=20)
+    server.wait_for_step()
+    restoring = service.RestoreCheckpoint.future(pb.RestoreCheckpointRequest(name="start"), timeout=WAIT)
     await_state(service, pb.RUN_STATE_RESTORING)
     failure = refused(lambda: service.TrainStep(request(11)), Code.UNAVAILABLE, "RESTORING")
     assert failure.retryable
-    assert running.result(timeout=10).step == 1
+    server.release()
+    assert running.result(timeout=WAIT).step == 1
     assert restoring.result().lineage == 2
     assert service.TrainStep(request(11)).step == 1
 
 
 def test_draining(serve: Serve, stub: Stub) -> None:
-    server = serve(seconds=1.5)
+    server = serve(held=True)
     service = stub(server)
     running = service.TrainStep.future(request(10))
-    time.sleep(0.3)
+    server.wait_for_step()
     server.process.terminate()
     await_state(service, pb.RUN_STATE_DRAINING)
     failure = refused(lambda: service.TrainStep(request(11)), Code.UNAVAILABLE, "DRAINING")
     assert failure.retryable
-    assert running.result(timeout=10).step == 1
+    server.release()
+    assert running.result(timeout=WAIT).step == 1
     assert server._reap() == 0
 
 
@@ -294,10 +337,9 @@ def starting(server: ServerProcess) -> Iterator[subprocess.Popen[str]]:
 
 
 def await_state(service: Any, state: int) -> None:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
+    def there() -> bool:
         with contextlib.suppress(grpc.RpcError):
-            if service.GetStatus(pb.GetStatusRequest(), timeout=1, wait_for_ready=True).state == state:
-                return
-        time.sleep(0.02)
-    pytest.fail(f"the state never was {pb.RunState.Name(state)}")
+            return service.GetStatus(pb.GetStatusRequest(), timeout=5, wait_for_ready=True).state == state
+        return False
+
+    wait_until(there, pb.RunState.Name(state))

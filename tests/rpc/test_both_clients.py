@@ -445,7 +445,8 @@ def test_cancelling_a_fit_ends_it_and_leaves_the_run_in_order(serve: Serve) -> N
     async def body() -> None:
         async with await maskwire.aio.connect(server.address) as trainer:
             task = asyncio.create_task(trainer.fit(Numbered(), until_step=1000, progress=False))
-            await asyncio.sleep(0.4)
+            while trainer.step < 3:
+                await asyncio.sleep(0.01)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

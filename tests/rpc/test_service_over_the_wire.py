@@ -19,7 +19,7 @@ import psutil
 import pytest
 from google.protobuf import descriptor_pool, message_factory
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from serving import ServerProcess
+from serving import ServerProcess, wait_until
 
 import maskwire
 from bench.sources import pairs
@@ -53,7 +53,7 @@ def healthy(server: ServerProcess, service: str = "") -> bool:
 
     with grpc.insecure_channel(server.address) as channel:
         answer = health_pb2_grpc.HealthStub(channel).Check(
-            health_pb2.HealthCheckRequest(service=service), timeout=1
+            health_pb2.HealthCheckRequest(service=service), timeout=20
         )
     return answer.status == health_pb2.HealthCheckResponse.SERVING
 
@@ -111,7 +111,7 @@ def test_the_pairs_source_is_learnt_through_the_server(serve: Serve) -> None:
     server = serve(
         model__num_tokens="9", model__mask_id="8", model__max_seq_len="8", model__dim="64", model__depth="2",
         model__dim_head="32", optimizer__learning_rate="0.003", optimizer__warmup_steps="20",
-        optimizer__ema_decay="0.99", serve__threads="2",
+        optimizer__ema_decay="0.99",
     )  # fmt: skip
     rng = np.random.default_rng(0)
     with maskwire.connect(server.address) as trainer:
@@ -254,23 +254,24 @@ def test_a_request_id_is_applied_once_and_its_answer_survives_a_restart(serve: S
 
 
 def test_a_client_that_disappears_in_a_step_leaves_nothing_behind(serve: Serve, stub: Stub) -> None:
-    server = serve(seconds=0.3)
+    server = serve(seconds=0.1)
     service = stub(server)
     service.TrainStep(request(0))
     process = psutil.Process(server.process.pid)
     threads, descriptors = process.num_threads(), process.num_fds()
-    for seed in range(1, 4):
+    for seed in range(1, 11):
         with grpc.insecure_channel(server.address) as channel:
             from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 
-            pb_grpc.TrainingServiceStub(channel).TrainStep.future(request(seed))
-            time.sleep(0.1)  # the step has begun
+            call = pb_grpc.TrainingServiceStub(channel).TrainStep.future(request(seed))
+            server.wait_for_step(seed + 1)
+            assert not call.done()
     assert healthy(server)
     answer = service.TrainStep(request(9), timeout=10)
-    assert 2 <= answer.step <= 5
-    settle(lambda: process.num_threads() <= threads + 1 and process.num_fds() <= descriptors)
+    assert answer.step == 12
+    settle(lambda: process.num_threads() <= threads + 4 and process.num_fds() <= descriptors)
     assert process.num_fds() <= descriptors
-    assert process.num_threads() <= threads + 1  # a worker of the pool, kept
+    assert process.num_threads() <= threads + 4  # workers of the pool, kept; not one for each client
 
 
 def settle(condition: Callable[[], bool], seconds: float = 10) -> None:
@@ -280,15 +281,19 @@ def settle(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 
 def test_a_full_queue_refuses_while_health_answers_and_then_trains_on(serve: Serve, stub: Stub) -> None:
-    server = serve(seconds=0.4, serve__queue_limit="3")
+    server = serve(seconds=0, serve__queue_limit="3")
     service = stub(server)
     service.TrainStep(request(0))
     process = psutil.Process(server.process.pid)
     descriptors = process.num_fds()
-    calls = [service.TrainStep.future(request(seed, request_id=f"q{seed}")) for seed in range(1, 12)]
-    time.sleep(0.2)
-    assert healthy(server), "within its deadline of 1 s"
-    assert service.GetStatus(pb.GetStatusRequest(), timeout=1).queue_length == 3
+    server.hold()
+    calls = [service.TrainStep.future(request(1, request_id="q1"))]
+    server.wait_for_step(2)
+    calls += [service.TrainStep.future(request(seed, request_id=f"q{seed}")) for seed in range(2, 12)]
+    server.wait_for_arrivals(12)
+    wait_until(lambda: service.GetStatus(pb.GetStatusRequest()).queue_length == 3, "a full queue")
+    assert healthy(server), "although the device does nothing"
+    server.release()
     outcomes = []
     for call in calls:
         try:
@@ -383,10 +388,12 @@ def test_a_second_server_on_the_port_or_the_directory_leaves_with_one_line(
 
 
 def test_sigterm_in_the_middle_of_a_step_finishes_it(serve: Serve, stub: Stub) -> None:
-    server = serve(seconds=0.5)
+    server = serve(held=True)
     call = stub(server).TrainStep.future(request(0))
-    time.sleep(0.25)
+    server.wait_for_step()
     server.process.send_signal(signal.SIGTERM)
+    wait_until(lambda: "SIGTERM: stopping" in server.log.read_text(), "the signal to arrive")
+    server.release()
     assert call.result().step == 1
     assert server._reap() == 0
     server.start()

@@ -1,0 +1,59 @@
+"""What every test gets: fixed seeds, and an end to the processes that a failed one left running."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import HealthCheck, settings
+
+# `make test` draws the same examples every time, and no example fails because the machine is busy.
+# `make model` looks for new ones.
+settings.register_profile(
+    "suite", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+if "MASKWIRE_MODEL_RUNS" not in os.environ:
+    settings.load_profile("suite")
+
+CHILDREN = pytest.StashKey[set[int]]()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Global generators start alike in every test, whichever ran before it in the same process."""
+    random.seed(0)
+    np.random.seed(0)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    item.stash[CHILDREN] = {child.pid for child in psutil.Process().children()}  # the fixtures'
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Kill what a failed test started and would have ended itself; fixtures end their own processes."""
+    if call.when == "call" and call.excinfo is not None and call.excinfo.type is not pytest.skip.Exception:
+        kill_children(besides=item.stash[CHILDREN])
+    return (yield)
+
+
+def kill_children(besides: set[int]) -> None:
+    """Kill the other children of this process, and theirs."""
+    for child in psutil.Process().children():
+        if child.pid in besides:
+            continue
+        with contextlib.suppress(psutil.NoSuchProcess):
+            keeps = "multiprocessing." in " ".join(child.cmdline())  # its fork server and resource tracker
+            for process in (*child.children(recursive=True), *([] if keeps else [child])):
+                process.kill()
