@@ -139,7 +139,8 @@ class ObjectiveConfig(_Section):
     critic: Literal["none", "self", "token"] = "none"
     """No critic, a head on the generator's trunk, or an encoder of its own."""
     critic_loss_weight: Finite = Field(1.0, ge=0)
-    """The critic's share of the total loss."""
+    """The critic's weight in the loss when both learn; a critic that trains alone minimises its plain
+    loss."""
     critic_labels: Literal["mismatch", "token_critic"] = "mismatch"
     """The critic finds sampled ids that are wrong, or positions that were masked."""
 
