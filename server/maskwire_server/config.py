@@ -70,7 +70,8 @@ class ModelConfig(_Section):
     emb_dim: int | None = Field(None, ge=1)
     """The embeddings' width, when it differs from dim."""
     dropout: float = Field(0, ge=0, lt=1)
-    """Dropout after attention and in the feed-forward."""
+    """In training: of the embeddings, of the attention weights and attention's output, of the feed-forward's
+    inner activations and its output. Draws depend on serve.micro_batch_tokens."""
     positions: Literal["learned", "rotary"] = "learned"
     """How positions enter."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -99,6 +100,8 @@ class ModelConfig(_Section):
         return self
 
 
+# A test compares each value with its source: Sahoo et al. 2024 (mdlm), Chang et al. 2022 (maskgit),
+# Ghazvininejad et al. 2019 (cmlm), the defaults of NonAutoregressiveWrapper (x-transformers).
 PRESETS: dict[str, dict[str, Any]] = {
     "mdlm": {"schedule": "linear", "masking": "exact", "weighting": "elbo"},
     "maskgit": {"schedule": "cosine", "masking": "exact", "weighting": "masked_mean"},
@@ -109,6 +112,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "x-transformers": {
         "schedule": "linear", "masking": "exact", "weighting": "elbo",
         "no_replace_prob": 0.15, "random_token_prob": 0.1, "augment_prob": 0.5,
+        "self_cond_prob": 0.75, "self_cond_start": "none",
     },
 }  # fmt: skip
 
@@ -272,8 +276,8 @@ class ServeConfig(_Section):
     max_batch_tokens: int = Field(2**20, ge=1, le=2**28)
     """The most positions (rows times columns) of one batch."""
     micro_batch_tokens: int | None = Field(None, ge=1)
-    """Split a batch into parts of at most so many positions, with the same loss and gradient; absent:
-    chosen for the device."""
+    """Split a batch into parts of at most so many positions, with the same loss and gradient (with
+    model.dropout: with other draws of it); absent: chosen for the device."""
     activation_checkpointing: bool = False
     """Keep only the blocks' inputs for the backward pass and compute the rest again there: a third more
     work, a fraction of the memory, the same results."""

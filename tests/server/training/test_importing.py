@@ -109,6 +109,25 @@ def test_self_conditioning_comes_along_both_passes() -> None:
         assert (ours.project(ours.embed(MASKED, None, cond)) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, 0.75),
+        ({"preset": "x-transformers"}, 0.75),
+        ({"preset": "maskgit"}, 0.75),
+        ({"self_cond_prob": 0.5}, 0.5),
+        ({"preset": "x-transformers", "self_cond_prob": 0.1}, 0.1),
+    ],
+    ids=str,
+)
+def test_self_conditioning_comes_as_often_as_the_source_takes_it(
+    said: dict[str, Any], expected: float
+) -> None:
+    found, _ = brought(wrapped(self_cond=True).state_dict(), objective=said)
+    assert (found.objective.self_cond_prob, found.objective.self_cond_start) == (expected, "none")
+    assert found.objective.augments == (said.get("preset") == "x-transformers")
+
+
 def test_a_bare_transformer_and_a_plain_gain_come_along() -> None:
     torch.manual_seed(0)
     theirs = transformer(norm_add_unit_offset=False).eval()
