@@ -12,9 +12,19 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -31,6 +41,13 @@ def _finite(value: float) -> float:
 
 Finite = Annotated[float, AfterValidator(_finite)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+
+OFF = "off"
+CAN_BE_OFF = BeforeValidator(lambda value: None if value == OFF else value)
+"""Marks a limit or an interval that can be turned off. A file, the environment and flags all say "off";
+inside and in what is recorded it is None. Ids, probabilities and counts are never off."""
+Steps = Annotated[Annotated[int, Field(ge=1)] | None, CAN_BE_OFF]
+Positive = Annotated[Annotated[Finite, Field(gt=0)] | None, CAN_BE_OFF]
 
 
 class _Section(BaseModel):
@@ -184,8 +201,8 @@ class OptimizerConfig(_Section):
     """Steps of linear warm-up from 0."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or a half cosine to min_learning_rate at total_steps."""
-    total_steps: int | None = Field(None, ge=1)
-    """Where the cosine ends; it stays at min_learning_rate behind it."""
+    total_steps: Steps = None
+    """Where the cosine ends; it stays at min_learning_rate behind it. off: without a cosine."""
     min_learning_rate: Finite = Field(0.0, ge=0)
     """Where the cosine ends."""
     weight_decay: Finite = Field(0.01, ge=0)
@@ -194,8 +211,8 @@ class OptimizerConfig(_Section):
     """AdamW's decay rates."""
     eps: Finite = Field(1e-8, gt=0)
     """AdamW's epsilon."""
-    clip_grad_norm: Finite | None = Field(1.0, gt=0)
-    """The largest global gradient norm; absent: no clipping."""
+    clip_grad_norm: Positive = 1.0
+    """The largest global gradient norm; off: no clipping."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """The decay of the weights' moving average, evaluated when kept; 0: none is kept."""
 
@@ -215,14 +232,14 @@ class OptimizerConfig(_Section):
 class CheckpointsConfig(_Section):
     """[checkpoints]: when they are saved and how long they are kept."""
 
-    every_steps: int | None = Field(None, ge=1)
-    """Save after every so many steps."""
-    every_seconds: Finite | None = Field(300.0, gt=0)
-    """Save when this much time passed since the last, if a step was trained."""
+    every_steps: Steps = None
+    """Save after every so many steps; off: not for their number."""
+    every_seconds: Positive = 300.0
+    """Save when this much time passed since the last, if a step was trained; off: not for the time."""
     keep_last: int = Field(3, ge=2)
     """Keep this many of the automatic checkpoints; those that somebody asked for, without a score, stay."""
-    keep_every: int | None = Field(None, ge=1)
-    """Keep also those whose step is a multiple of this."""
+    keep_every: Steps = None
+    """Keep also those whose step is a multiple of this; off: none for that."""
     keep_best: int = Field(1, ge=0)
     """Of those saved with a score, keep the best (lowest) so many."""
 
@@ -370,6 +387,16 @@ class Config(BaseSettings):
         return json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode()
 
 
+class _Environment(EnvSettingsSource):
+    """The environment; a list that is none is left to the setting's own check, which names the key."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError:
+            return value
+
+
 def load(file: Path | None = None, **flags: dict[str, Any]) -> Config:
     """Read the configuration: `flags` (by section) over the environment over `file`.
 
@@ -382,12 +409,12 @@ def load(file: Path | None = None, **flags: dict[str, Any]) -> Config:
             cls,
             settings_cls: type[BaseSettings],
             init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
             dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
             file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             toml = TomlConfigSettingsSource(settings_cls, toml_file=file)
-            return init_settings, env_settings, toml
+            return init_settings, _Environment(settings_cls), toml
 
     if file is not None and not file.is_file():
         raise ConfigError(f"{file}: no such file; `maskwire-server init` writes one")
@@ -399,8 +426,24 @@ def load(file: Path | None = None, **flags: dict[str, Any]) -> Config:
         raise ConfigError(f"{file}: {error}") from None
 
 
+def can_be_off() -> list[str]:
+    """The settings that take "off", by name."""
+    return [
+        f"{name}.{key}"
+        for name, field in Config.model_fields.items()
+        for key, setting in type(field.default).model_fields.items()
+        if CAN_BE_OFF in setting.metadata
+    ]
+
+
 def _line(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
+    if problem["input"] == OFF:
+        section, _, name = key.partition(".")
+        found = Config.model_fields.get(section)
+        optional = found is not None and getattr(found.default, name, OFF) is None
+        instead = "leave it out for none or the automatic choice" if optional else "give it a value"
+        return f"{key}: cannot be off: {instead}; what can be off is {', '.join(can_be_off())}, got 'off'"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key"
