@@ -1,4 +1,4 @@
-"""deploy/secrets.sh: keys and tokens are closed to others at every moment, and the image's user has its own."""
+"""deploy/secrets.sh: keys and tokens are closed to others at every moment; the image's user has its own."""
 
 from __future__ import annotations
 

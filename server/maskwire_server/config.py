@@ -280,7 +280,8 @@ class ServeConfig(_Section):
     """Kernels that give the same bytes every time, on a GPU, which a replay after a crash needs to be
     exact; slower. On a CPU they always do."""
     threads: int | None = Field(None, ge=1, le=1024)
-    """CPU threads of the matrix products; absent: the cores this process may use."""
+    """CPU threads of the matrix products; absent: the cores this process may use, a container's
+    CPU quota counted."""
     durability: Literal["full", "off"] = "full"
     """full: a step is flushed to disk before it is acknowledged; off: steps since the last checkpoint
     can be lost with the machine."""
