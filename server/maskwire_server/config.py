@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -61,6 +63,16 @@ class RunConfig(_Section):
     """Everything the run needs to come back, under one folder."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seeds the weights, the masks and every other draw. It belongs to the run and cannot change."""
+
+    @field_validator("dir")
+    @classmethod
+    def _readable(cls, value: Path) -> Path:
+        # safetensors writes under any path and reads under UTF-8 alone: the second start would fail.
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the path must be UTF-8, got {os.fsencode(value)!r}") from None
+        return value
 
 
 class ModelConfig(_Section):

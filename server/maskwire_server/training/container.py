@@ -53,14 +53,13 @@ def allowed_cores(cores: int, root: Path = _ROOT) -> int:
 def _groups(root: Path, controller: str) -> Iterator[Path]:
     """The folders of this process's groups that can limit `controller`, each before the one above it."""
     # Of each line HIERARCHY:CONTROLLERS:PATH; version 2 has one hierarchy, 0, which names no controllers.
-    paths = {}
+    paths: dict[str, str] = {}
     for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = (*line.split(":", 2), "", "")[:3]
-        for name in controllers.split(","):
-            paths[name] = path
+        _, controllers, own = (*line.split(":", 2), "", "")[:3]
+        paths |= dict.fromkeys(controllers.split(","), own)
     for line in _lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")
-        mounted, kind = before.split(), after.split()
+        mounted, kind = before.split(" "), after.split(" ")
         if len(mounted) < 5 or len(kind) < 3:
             continue
         version_2 = kind[0] == "cgroup2"
@@ -87,9 +86,10 @@ def _unescaped(path: str) -> str:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(errors="surrogateescape").splitlines()
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return []
+    return [line for line in text.split("\n") if line]  # names hold any other character
 
 
 def _words(path: Path) -> list[int | None]:
