@@ -13,7 +13,8 @@ work=$(mktemp -d)
 say() { printf '%s\n' "$*"; }
 fail() { say "FAILED: $*" >&2; docker logs "$name" 2>&1 | tail -20 >&2 || true; exit 1; }
 job=
-clean() { [ -z "$job" ] || kill "$job" 2>/dev/null || true; docker rm -fv "$name" >/dev/null 2>&1 || true; docker volume rm "$name" >/dev/null 2>&1 || true; rm -rf "$work"; }
+own() { docker run --rm --user 0 --entrypoint chown --volume "$work/secrets/server:/secrets" "$image" -R "$1" /secrets >/dev/null; }
+clean() { own "$(id -u):$(id -g)" 2>/dev/null || true; [ -z "$job" ] || kill "$job" 2>/dev/null || true; docker rm -fv "$name" >/dev/null 2>&1 || true; docker volume rm "$name" >/dev/null 2>&1 || true; rm -rf "$work"; }
 trap clean EXIT
 docker version >/dev/null 2>&1 || { say "no Docker daemon answers; start one, or set DOCKER_HOST" >&2; exit 1; }
 
@@ -28,7 +29,8 @@ code=0; docker run --rm "$image" >"$work/refused" 2>&1 || code=$?
 say "   $(tail -1 "$work/refused")"
 
 say "3. run: read-only, no capabilities, no new privileges, TLS, tokens"
-deploy/secrets.sh "$work/secrets" >/dev/null
+deploy/secrets.sh "$work/secrets" >/dev/null 2>&1
+own 10001:10001  # keys and tokens have mode 0600; root has done it already
 run() {
   docker run --detach --name "$name" --read-only --cap-drop=ALL --security-opt=no-new-privileges --tmpfs /tmp \
     --publish "127.0.0.1:$port:50051" --volume "$name:/run-dir" --volume "$work/secrets/server:/secrets:ro" \
@@ -55,7 +57,7 @@ common=(--target "127.0.0.1:$port" --retry-for 60)
 code=0; "$maskwire" status "${common[@]}" --ca "$work/secrets/client/ca.crt" 2>"$work/err" || code=$?
 [ "$code" = 6 ] || fail "without a token: exit code $code, not 6: $(cat "$work/err")"
 say "   $(cat "$work/err")"
-deploy/secrets.sh "$work/other" >/dev/null
+deploy/secrets.sh "$work/other" >/dev/null 2>&1
 code=0; "$maskwire" status "${common[@]}" --ca "$work/other/client/ca.crt" 2>"$work/err" || code=$?
 [ "$code" = 6 ] || fail "another authority: exit code $code, not 6: $(cat "$work/err")"
 say "   $(head -c 160 "$work/err") …"

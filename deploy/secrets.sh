@@ -8,8 +8,11 @@
 #   FOLDER/admin/    ca.crt admin.token                                                  for restore and download
 #   FOLDER/ca.key    signs further certificates; keep it off the server
 #
-# FOLDER itself is closed to other users; its subfolders are not, so that a container's user can read them.
+# Keys and tokens have mode 0600 from their first byte. The image's server runs as user 10001: run as root (sudo), this
+# script gives FOLDER/server to it, and the rest to the user who called sudo. Otherwise it says what is left to do.
+# CONTAINER_UID names another user; CONTAINER_UID=$(id -u) where the server runs without the image.
 set -euo pipefail
+umask 077
 folder=${1:?"usage: deploy/secrets.sh FOLDER [NAME ...]"}; shift
 if [ -e "$folder" ]; then echo "$folder exists; name another folder, or remove it" >&2; exit 1; fi
 command -v openssl >/dev/null || { echo "openssl is needed: apt install openssl" >&2; exit 1; }
@@ -23,8 +26,8 @@ done
 final=$folder; folder=$final.draft-$$
 trap 'rm -rf "$folder"' EXIT
 quietly() { "$@" 2>"$folder/log" || { cat "$folder/log" >&2; exit 1; }; }  # openssl chats where all is well
-(umask 077 && mkdir -p "$folder")
-mkdir -m 755 "$folder/server" "$folder/client" "$folder/admin"
+mkdir -p "$folder"
+mkdir "$folder/server" "$folder/client" "$folder/admin"
 curve=(-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes)
 quietly openssl req -x509 "${curve[@]}" -keyout "$folder/ca.key" -out "$folder/client/ca.crt" -days 3650 \
   -subj "/CN=maskwire authority"
@@ -37,6 +40,16 @@ rm -f "$folder/log" "$folder/request" "$folder/names" "$folder"/*.srl "$folder"/
 cp "$folder"/client/ca.crt "$folder/server/"
 cp "$folder"/client/ca.crt "$folder/server/admin.token" "$folder/admin/"
 cp "$folder"/server/read.token "$folder/server/train.token" "$folder/client/"
-chmod 600 "$folder/ca.key"; chmod 644 "$folder"/*/*
+chmod 644 "$folder"/*/*.crt  # these are public
+uid=${CONTAINER_UID:-10001}
+if [ "$(id -u)" = 0 ]; then
+  chown -R "${SUDO_UID:-0}:${SUDO_GID:-0}" "$folder"; chown -R "$uid:$uid" "$folder/server"
+fi
 mv "$folder" "$final"
 echo "$final: certificate for $names, valid for 397 days; the authority for 10 years"
+if [ "$(id -u)" != 0 ] && [ "$(id -u)" != "$uid" ]; then
+  path=$(cd "$final/server" && pwd)
+  echo "$final/server belongs to user $(id -u); the image's server, user $uid, cannot read it yet. Give it the folder:" >&2
+  echo "  sudo chown -R $uid:$uid '$path'" >&2
+  echo "  or without sudo: docker run --rm --user 0 --entrypoint chown -v '$path':/secrets maskwire -R $uid:$uid /secrets" >&2
+fi

@@ -16,7 +16,7 @@ from maskwire.cli import app as client_app
 from maskwire.cli import exits, options
 from maskwire_server.app import EXIT_CODES
 from maskwire_server.cli import app as server_app
-from maskwire_server.config import PRESETS, Config
+from maskwire_server.config import CAN_BE_OFF, OFF, PRESETS, Config, can_be_off
 from maskwire_server.template import toml
 
 DOCS = Path(__file__).resolve().parent
@@ -37,6 +37,13 @@ def configuration() -> str:
         "computed again use the settings they were trained with); `device`, `precision`, `threads` and "
         "`micro_batch_tokens` after a clean stop.\n",
     ]
+    lines.append(
+        f'`"{OFF}"` turns off the limits and intervals that can be: {", ".join(f"`{key}`" for key in can_be_off())}. It '
+        f'is the same in the file (`every_seconds = "{OFF}"`), the environment (`{OFF}`) and flags '
+        f"(`--set checkpoints.every_seconds={OFF}`). Ids, probabilities and counts cannot be off: an id or a "
+        "probability of 0 means 0, and an optional setting that is left out is absent (`pad_id`) or chosen "
+        "automatically (`threads`, `micro_batch_tokens`).\n"
+    )
     definitions = Config.model_json_schema()["$defs"]
     for name, field in Config.model_fields.items():
         section: Any = field.default
@@ -51,9 +58,13 @@ def configuration() -> str:
         properties = definitions[kind.__name__]["properties"]
         for key, setting in kind.model_fields.items():
             value = getattr(section, key)
+            values = _values(properties[key])
+            if CAN_BE_OFF in setting.metadata:
+                value = OFF if value is None else value
+                values += f', or `"{OFF}"`'
             default = "" if value is None else f"`{toml(value)}`"
             words = " ".join((setting.description or "").split()).replace("|", "\\|")
-            lines.append(f"| `{key}` | {default} | {_values(properties[key])} | {words} |")
+            lines.append(f"| `{key}` | {default} | {values} | {words} |")
         lines.append("")
     lines += ["## Presets\n", "| `objective.preset` | sets |", "|---|---|"]
     lines += [

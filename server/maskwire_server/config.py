@@ -9,12 +9,24 @@ from __future__ import annotations
 import ipaddress
 import json
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -32,6 +44,13 @@ def _finite(value: float) -> float:
 Finite = Annotated[float, AfterValidator(_finite)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
+OFF = "off"
+CAN_BE_OFF = BeforeValidator(lambda value: None if value == OFF else value)
+"""Marks a limit or an interval that can be turned off. A file, the environment and flags all say "off";
+inside and in what is recorded it is None. Ids, probabilities and counts are never off."""
+Steps = Annotated[Annotated[int, Field(ge=1)] | None, CAN_BE_OFF]
+Positive = Annotated[Annotated[Finite, Field(gt=0)] | None, CAN_BE_OFF]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -44,6 +63,16 @@ class RunConfig(_Section):
     """Everything the run needs to come back, under one folder."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seeds the weights, the masks and every other draw. It belongs to the run and cannot change."""
+
+    @field_validator("dir")
+    @classmethod
+    def _readable(cls, value: Path) -> Path:
+        # safetensors writes under any path and reads under UTF-8 alone: the second start would fail.
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the path must be UTF-8, got {os.fsencode(value)!r}") from None
+        return value
 
 
 class ModelConfig(_Section):
@@ -70,7 +99,8 @@ class ModelConfig(_Section):
     emb_dim: int | None = Field(None, ge=1)
     """The embeddings' width, when it differs from dim."""
     dropout: float = Field(0, ge=0, lt=1)
-    """Dropout after attention and in the feed-forward."""
+    """In training: of the embeddings, of the attention weights and attention's output, of the feed-forward's
+    inner activations and its output. Draws depend on serve.micro_batch_tokens."""
     positions: Literal["learned", "rotary"] = "learned"
     """How positions enter."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -99,6 +129,8 @@ class ModelConfig(_Section):
         return self
 
 
+# A test compares each value with its source: Sahoo et al. 2024 (mdlm), Chang et al. 2022 (maskgit),
+# Ghazvininejad et al. 2019 (cmlm), the defaults of NonAutoregressiveWrapper (x-transformers).
 PRESETS: dict[str, dict[str, Any]] = {
     "mdlm": {"schedule": "linear", "masking": "exact", "weighting": "elbo"},
     "maskgit": {"schedule": "cosine", "masking": "exact", "weighting": "masked_mean"},
@@ -109,6 +141,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "x-transformers": {
         "schedule": "linear", "masking": "exact", "weighting": "elbo",
         "no_replace_prob": 0.15, "random_token_prob": 0.1, "augment_prob": 0.5,
+        "self_cond_prob": 0.75, "self_cond_start": "none",
     },
 }  # fmt: skip
 
@@ -139,7 +172,8 @@ class ObjectiveConfig(_Section):
     critic: Literal["none", "self", "token"] = "none"
     """No critic, a head on the generator's trunk, or an encoder of its own."""
     critic_loss_weight: Finite = Field(1.0, ge=0)
-    """The critic's share of the total loss."""
+    """The critic's weight in the loss when both learn; a critic that trains alone minimises its plain
+    loss."""
     critic_labels: Literal["mismatch", "token_critic"] = "mismatch"
     """The critic finds sampled ids that are wrong, or positions that were masked."""
 
@@ -179,8 +213,8 @@ class OptimizerConfig(_Section):
     """Steps of linear warm-up from 0."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or a half cosine to min_learning_rate at total_steps."""
-    total_steps: int | None = Field(None, ge=1)
-    """Where the cosine ends; it stays at min_learning_rate behind it."""
+    total_steps: Steps = None
+    """Where the cosine ends; it stays at min_learning_rate behind it. off: without a cosine."""
     min_learning_rate: Finite = Field(0.0, ge=0)
     """Where the cosine ends."""
     weight_decay: Finite = Field(0.01, ge=0)
@@ -189,8 +223,8 @@ class OptimizerConfig(_Section):
     """AdamW's decay rates."""
     eps: Finite = Field(1e-8, gt=0)
     """AdamW's epsilon."""
-    clip_grad_norm: Finite | None = Field(1.0, gt=0)
-    """The largest global gradient norm; absent: no clipping."""
+    clip_grad_norm: Positive = 1.0
+    """The largest global gradient norm; off: no clipping."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """The decay of the weights' moving average, evaluated when kept; 0: none is kept."""
 
@@ -210,14 +244,14 @@ class OptimizerConfig(_Section):
 class CheckpointsConfig(_Section):
     """[checkpoints]: when they are saved and how long they are kept."""
 
-    every_steps: int | None = Field(None, ge=1)
-    """Save after every so many steps."""
-    every_seconds: Finite | None = Field(300.0, gt=0)
-    """Save when this much time passed since the last, if a step was trained."""
+    every_steps: Steps = None
+    """Save after every so many steps; off: not for their number."""
+    every_seconds: Positive = 300.0
+    """Save when this much time passed since the last, if a step was trained; off: not for the time."""
     keep_last: int = Field(3, ge=2)
     """Keep this many of the automatic checkpoints; those that somebody asked for, without a score, stay."""
-    keep_every: int | None = Field(None, ge=1)
-    """Keep also those whose step is a multiple of this."""
+    keep_every: Steps = None
+    """Keep also those whose step is a multiple of this; off: none for that."""
     keep_best: int = Field(1, ge=0)
     """Of those saved with a score, keep the best (lowest) so many."""
 
@@ -259,7 +293,8 @@ class ServeConfig(_Section):
     """Kernels that give the same bytes every time, on a GPU, which a replay after a crash needs to be
     exact; slower. On a CPU they always do."""
     threads: int | None = Field(None, ge=1, le=1024)
-    """CPU threads of the matrix products; absent: the cores this process may use."""
+    """CPU threads of the matrix products; absent: the cores this process may use, a container's
+    CPU quota counted."""
     durability: Literal["full", "off"] = "full"
     """full: a step is flushed to disk before it is acknowledged; off: steps since the last checkpoint
     can be lost with the machine."""
@@ -272,8 +307,8 @@ class ServeConfig(_Section):
     max_batch_tokens: int = Field(2**20, ge=1, le=2**28)
     """The most positions (rows times columns) of one batch."""
     micro_batch_tokens: int | None = Field(None, ge=1)
-    """Split a batch into parts of at most so many positions, with the same loss and gradient; absent:
-    chosen for the device."""
+    """Split a batch into parts of at most so many positions, with the same loss and gradient (with
+    model.dropout: with other draws of it); absent: chosen for the device."""
     activation_checkpointing: bool = False
     """Keep only the blocks' inputs for the backward pass and compute the rest again there: a third more
     work, a fraction of the memory, the same results."""
@@ -370,6 +405,16 @@ class Config(BaseSettings):
         return json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode()
 
 
+class _Environment(EnvSettingsSource):
+    """The environment; a list that is none is left to the setting's own check, which names the key."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError:
+            return value
+
+
 def load(file: Path | None = None, **flags: dict[str, Any]) -> Config:
     """Read the configuration: `flags` (by section) over the environment over `file`.
 
@@ -382,12 +427,12 @@ def load(file: Path | None = None, **flags: dict[str, Any]) -> Config:
             cls,
             settings_cls: type[BaseSettings],
             init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
             dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
             file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             toml = TomlConfigSettingsSource(settings_cls, toml_file=file)
-            return init_settings, env_settings, toml
+            return init_settings, _Environment(settings_cls), toml
 
     if file is not None and not file.is_file():
         raise ConfigError(f"{file}: no such file; `maskwire-server init` writes one")
@@ -399,8 +444,24 @@ def load(file: Path | None = None, **flags: dict[str, Any]) -> Config:
         raise ConfigError(f"{file}: {error}") from None
 
 
+def can_be_off() -> list[str]:
+    """The settings that take "off", by name."""
+    return [
+        f"{name}.{key}"
+        for name, field in Config.model_fields.items()
+        for key, setting in type(field.default).model_fields.items()
+        if CAN_BE_OFF in setting.metadata
+    ]
+
+
 def _line(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
+    if problem["input"] == OFF:
+        section, _, name = key.partition(".")
+        found = Config.model_fields.get(section)
+        optional = found is not None and getattr(found.default, name, OFF) is None
+        instead = "leave it out for none or the automatic choice" if optional else "give it a value"
+        return f"{key}: cannot be off: {instead}; what can be off is {', '.join(can_be_off())}, got 'off'"
     message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key"

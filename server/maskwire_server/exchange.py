@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import platform
+import shlex
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -52,7 +54,11 @@ def import_x_transformers(config: Config, source: Path, *, gains: Literal["auto"
             seed=config.run.seed,
             canonical=config.canonical(),
             versions={"maskwire": __version__, "python": platform.python_version()},
-            labels={"source": source.name[:256], "source-sha256": sha256},
+            # Labels go over the wire, as UTF-8.
+            labels={
+                "source": os.fsencode(source.name).decode(errors="backslashreplace")[:256],
+                "source-sha256": sha256,
+            },
             texts={CONFIG_FILE: template.written(config)},
         )
     except RunDirectoryError as error:
@@ -67,7 +73,8 @@ def import_x_transformers(config: Config, source: Path, *, gains: Literal["auto"
     parts += [f"a {found.objective.critic} critic"] if found.objective.critic != "none" else []
     print(
         f"imported {', '.join(parts)} as checkpoint {info.name!r} of step 0\n"
-        f"next: maskwire-server serve --config {config.run.dir / CONFIG_FILE} --run-dir {config.run.dir}",
+        f"next: maskwire-server serve --config {shlex.quote(str(config.run.dir / CONFIG_FILE))} "
+        f"--run-dir {shlex.quote(str(config.run.dir))}",
         flush=True,
     )
     return 0

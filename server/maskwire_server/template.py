@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from maskwire_server.config import Config
+from maskwire_server.config import CAN_BE_OFF, OFF, Config
 
 _HEAD = """\
 # maskwire-server configuration. Every setting is here with its default, commented out.
@@ -25,7 +25,7 @@ def template() -> str:
         lines = [f"[{name}]", *_comment(doc[:1].upper() + doc[1:]), ""]
         for key, setting in type(section).model_fields.items():
             lines += _comment(setting.description or "")
-            value = getattr(section, key)
+            value = _said(section, key)
             lines += [f"# {key} = {toml(value)}" if value is not None else f"# {key} =   (not set)", ""]
         sections.append("\n".join(lines))
     return "\n".join(sections)
@@ -36,13 +36,19 @@ def written(config: Config) -> str:
     sections = []
     for name in type(config).model_fields:
         section = getattr(config, name)
-        values = {key: getattr(section, key) for key in type(section).model_fields}
+        values = {key: _said(section, key) for key in type(section).model_fields}
         if name not in ("model", "objective"):
             values = {key: value for key, value in values.items() if key in section.model_fields_set}
         lines = [f"{key} = {toml(value)}" for key, value in values.items() if value is not None]
         if lines:
             sections.append("\n".join([f"[{name}]", *lines]) + "\n")
     return "\n".join(sections)
+
+
+def _said(section: Any, key: str) -> Any:
+    """A setting's value as a file says it; None where it has to be left out."""
+    value = getattr(section, key)
+    return OFF if value is None and CAN_BE_OFF in type(section).model_fields[key].metadata else value
 
 
 def _comment(text: str) -> list[str]:
@@ -54,7 +60,8 @@ def toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str | Path):
-        return json.dumps(str(value), ensure_ascii=False)  # TOML's basic strings escape as JSON's do
+        # TOML's basic strings escape as JSON's do, and DEL too.
+        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return f"[{', '.join(toml(item) for item in value)}]"
     return str(value)

@@ -335,6 +335,28 @@ def a_job_that_was_stopped(folder: Path) -> None:
     assert [line["step"] for line in written if "loss" in line] == list(range(1, 9))
 
 
+def a_critic_of_weight_0(_: Path) -> None:
+    """A critic that trains alone learns, whatever its weight beside the generator is."""
+    import numpy as np
+
+    from maskwire_server import config
+    from maskwire_server.batch import Batch, Modes
+    from maskwire_server.training.trainer import Trainer
+
+    whole = config.load(
+        None,
+        model={"num_tokens": 9, "mask_id": 8, "max_seq_len": 6, "dim": 16, "depth": 1, "heads": 1},
+        objective={"critic": "token", "critic_loss_weight": 0},
+        optimizer={"learning_rate": 1e-2, "warmup_steps": 0},
+        serve={"device": "cpu", "threads": 1},
+    )
+    trainer = Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed=0)
+    batch = Batch(np.random.default_rng(0).integers(0, 8, (16, 6)), 16, 6)
+    modes = Modes(only_train_critic=True, generator_sample_temperature=1.0)
+    losses = [trainer.train_step(1, step, batch, modes).losses.loss for step in range(1, 41)]
+    assert np.mean(losses[-8:]) < 0.95 * losses[0], "the critic's loss does not fall"
+
+
 # What is taken out.
 
 
@@ -513,6 +535,18 @@ def _metrics_not_filled_in() -> list[Patch]:
     return [(metrics.Metrics, "_fill", lambda *_: iter(()))]
 
 
+def _critic_alone_weighted() -> list[Patch]:
+    from maskwire_server.training import objective
+
+    def weighted(sums: Any, config: Any, modes: Any) -> Any:
+        if sums.critic is None:
+            return sums.generator
+        generator = sums.generator if modes.generator_learns else 0 * sums.generator.detach()
+        return generator + config.critic_loss_weight * sums.critic
+
+    return [(objective, "minimized", weighted)]
+
+
 BUGS = {
     "answer-before-the-journal": Bug("answers go out before their step is durable",
         _answer_before_the_journal, the_model),
@@ -564,6 +598,8 @@ BUGS = {
         _evaluations_in_memory_only, a_job_that_was_stopped),
     "metrics-not-filled-in": Bug("steps whose answers a job did not see are missing in its metrics",
         _metrics_not_filled_in, a_job_that_was_stopped),
+    "critic-alone-weighted": Bug("a critic that trains alone minimises its weighted loss",
+        _critic_alone_weighted, a_critic_of_weight_0),
 }  # fmt: skip
 
 

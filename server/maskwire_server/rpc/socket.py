@@ -29,6 +29,8 @@ class Socket:
             raise ConfigError(
                 f"Unix socket: the path must have at most {LONGEST_PATH} bytes, {self._path} has {len(name)}"
             )
+        if not str(self._path).isprintable():  # what is not UTF-8 too; the ready line holds it
+            raise ConfigError(f"Unix socket: the path must be printable UTF-8, got {name!r}")
         if set("?#%") & set(str(self._path)):  # gRPC reads an address as a URI
             raise ConfigError(f"Unix socket: the path must do without ?, # and %, got {self._path}")
         self._refuse_taken()

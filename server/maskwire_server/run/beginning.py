@@ -43,6 +43,10 @@ def begin(
     again. Raises RunDirectoryError when the place is taken or cannot be written.
     """
     try:
+        if run_dir.is_mount():  # nothing can be renamed into its place
+            raise RunDirectoryError(
+                f"{run_dir} is the root of a volume: name a folder in it with --run-dir, as {run_dir / 'run'}"
+            )
         if run_dir.exists() and any(run_dir.iterdir()):
             raise RunDirectoryError(f"{run_dir} is not empty: name another folder with --run-dir")
         place = run_dir.absolute()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,19 @@ NETWORK = {
     "lustre", "ncpfs", "nfs", "nfs4", "smb3", "smbfs",
 }  # fmt: skip
 
+_ESCAPED = re.compile(r"\\([0-7]{3})")  # a space, tab, newline or backslash of a path
+
+_OF_VOLUMES = {
+    "lost+found", ".Trash", "$RECYCLE.BIN", "System Volume Information", ".DS_Store", ".Trashes",
+    ".fseventsd", ".Spotlight-V100", ".TemporaryItems", ".DocumentRevisions-V100", ".apdisk", ".directory",
+    "desktop.ini", "Thumbs.db", "aquota.user", "aquota.group",
+}  # fmt: skip
+
+
+def of_volume(name: str) -> bool:
+    """Whether file systems and desktops put such a name into a volume's root by themselves."""
+    return name in _OF_VOLUMES or name.startswith((".Trash-", "._"))
+
 
 def network_file_system(path: Path, mounts: str | None = None) -> str | None:
     """The type of the network file system that holds `path`; None on a disk of this machine.
@@ -25,13 +39,13 @@ def network_file_system(path: Path, mounts: str | None = None) -> str | None:
     """
     if mounts is None:
         try:
-            mounts = Path("/proc/self/mountinfo").read_text()
+            mounts = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
         except OSError:
             return None
     place, found = path.absolute(), (0, "")
-    for line in mounts.splitlines():
+    for line in filter(None, mounts.split("\n")):  # paths hold any other character
         fields, _, tail = line.partition(" - ")
-        point = Path(fields.split()[4].encode().decode("unicode_escape"))
+        point = Path(_ESCAPED.sub(lambda octal: chr(int(octal[1], 8)), fields.split(" ")[4]))
         if place.is_relative_to(point) and len(point.parts) >= found[0]:
             found = len(point.parts), tail.split()[0]
     return found[1] if found[1] in NETWORK else None

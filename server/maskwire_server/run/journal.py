@@ -24,7 +24,7 @@ from typing import Any
 
 from maskwire_server import failpoints
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.run.disk import FULL, has_room, network_file_system
+from maskwire_server.run.disk import FULL, has_room, network_file_system, of_volume
 from maskwire_server.run.flush import flush_folder, make_folder
 from maskwire_server.run.records import Lineage, SessionRecord, StepRecord, Stretch, damaged, seal
 
@@ -80,7 +80,9 @@ class Journal:
                 "--run-dir"
             ) from error
         try:
-            self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+            # Absolute: builds of SQLite that read URIs everywhere take a relative `file:...` for one.
+            place = self._path.absolute()
+            self._db = sqlite3.connect(place, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode=WAL")
             # NORMAL flushes only in `tidy`: a power loss takes the last steps, and tears nothing.
@@ -490,6 +492,7 @@ def _refuse_leftovers(run_dir: Path) -> None:
         if path.name != "lock"
         and not path.name.startswith(FILE_NAME)
         and path.suffix not in (".toml", ".log")
+        and not of_volume(path.name)
     )
     if strange == ["checkpoints"]:
         raise RunDirectoryError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
-from maskwire_server.training import cross_entropy
+from maskwire_server.training import container, cross_entropy
 from maskwire_server.training.networks import Networks
 from maskwire_server.training.numerics import choose_device, default_budget
 
@@ -59,7 +59,7 @@ def footprint(
         f"logits          {chunk:,} masked positions at once x {model.num_tokens:,} ids x 3 copies x 4 "
         f"bytes = {_size(logits)}",
         f"checkpoint copy {copies - 1} x 4 bytes each, kept in host memory = {_size(copy)}",
-        f"together        {_size(need)} of {_size(have)} on {device}",
+        f"together        {_size(need)} of {_size(have)} available on {device}",
         (
             f"fits; a larger batch is split into parts of {positions:,} positions, up to "
             f"serve.max_batch_tokens = {serve.max_batch_tokens:,}"
@@ -74,8 +74,10 @@ def footprint(
 def _available(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    return os.sysconf(free) * os.sysconf("SC_PAGE_SIZE")
+    free = container.free_memory()
+    if free is None:  # no Linux
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free
 
 
 def _size(count: int) -> str:

@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from maskwire_server.config import ModelConfig, ObjectiveConfig
+from maskwire_server.config import PRESETS, ModelConfig, ObjectiveConfig
 from maskwire_server.training import foreign_options
 from maskwire_server.training.model import x_transformers_names
 from maskwire_server.training.networks import Networks
@@ -66,8 +66,11 @@ def import_state_dict(
     parts = _take_apart(tensors)
     shown_model = _sizes(parts.net, parts.where, model)
     shown_objective: dict[str, Any] = {"self_cond": bool(parts.conditioning), "critic": parts.critic_kind}
+    unsaid: dict[str, Any] = {}
     if parts.conditioning:
         shown_objective["self_cond_start"] = "none"  # the reference's first pass is not conditioned
+        # No weight tells how often it was taken: unless the user does, as often as the reference takes it.
+        unsaid["self_cond_prob"] = PRESETS["x-transformers"]["self_cond_prob"]
     problems = []
     if "mask_id" not in model.model_fields_set:
         problems.append(
@@ -86,7 +89,7 @@ def import_state_dict(
     try:
         found = Imported(
             ModelConfig(**{**_said(model), **shown_model}),
-            ObjectiveConfig(**{**_said(objective), **shown_objective}),
+            ObjectiveConfig(**{**unsaid, **_said(objective), **shown_objective}),
             {},
         )
     except ValidationError as error:

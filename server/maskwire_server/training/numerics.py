@@ -10,13 +10,13 @@ import torch
 
 from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError
+from maskwire_server.training import container
 
 
 def cores() -> int:
-    """The CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """The CPU cores that this process may use, a container's quota counted."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return container.allowed_cores(affinity)
 
 
 def processor() -> str:

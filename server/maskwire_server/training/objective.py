@@ -168,6 +168,19 @@ def losses(
     return Sums(generator, bce_p.double().sum() / maskable)
 
 
+def minimized(sums: Sums, config: ObjectiveConfig, modes: Modes) -> Tensor:
+    """What a part adds to the step's `loss`, the number that is reported and the one whose gradient is taken.
+
+    The critic's weight balances it against the generator's loss: a critic that trains alone minimises its
+    plain loss.
+    """
+    if sums.critic is None:
+        return sums.generator
+    if not modes.generator_learns:
+        return sums.critic
+    return sums.generator + config.critic_loss_weight * sums.critic
+
+
 def critic_cross_entropy(
     networks: Networks,
     config: ObjectiveConfig,

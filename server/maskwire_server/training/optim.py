@@ -31,9 +31,13 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
     return low + (peak - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def _decays(name: str, weight: Tensor) -> bool:
-    """Weight decay is for matrices of linear maps: norms, biases and embeddings are spared."""
-    return weight.ndim >= 2 and "_emb." not in name
+def _decayed(module: nn.Module) -> set[Tensor]:
+    """The weights that decay, the matrices of linear maps: norms, biases and embeddings are spared.
+
+    An embedding is told by its kind, not by a name: `project_emb` is a linear map.
+    """
+    embeddings = {child.weight for child in module.modules() if isinstance(child, nn.Embedding)}
+    return {weight for weight in module.parameters() if weight.ndim >= 2 and weight not in embeddings}
 
 
 class Group:
@@ -43,8 +47,9 @@ class Group:
         named = dict(module.named_parameters())
         self.names = list(named)
         self.weights = list(named.values())
-        decayed = [weight for name, weight in named.items() if _decays(name, weight)]
-        spared = [weight for name, weight in named.items() if not _decays(name, weight)]
+        decays = _decayed(module)
+        decayed = [weight for weight in self.weights if weight in decays]
+        spared = [weight for weight in self.weights if weight not in decays]
         groups = [
             {"params": decayed, "weight_decay": config.weight_decay, "decays": True},
             {"params": spared, "weight_decay": 0.0, "decays": False},

@@ -13,13 +13,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+# What wrappers put into names, around the model or a part of it: DistributedDataParallel and AveragedModel,
+# torch.compile, activation checkpointing, FSDP.
+_INSIDE = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_AVERAGE, _TRAINED = "ema_model", "online_model"  # of ema_pytorch, which may hold both
+_COUNTERS = {"initted", "step", "n_averaged"}  # beside an average
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors by name, on the CPU, without the prefixes of data parallelism and compilation.
+    """The tensors by name, on the CPU, without what wrappers put into names.
 
-    Raises ValueError for a file that is no state dict, OSError for one that cannot be read.
+    Of a moving average that is kept beside the trained weights (ema_pytorch) it is the average. Raises
+    ValueError for a file that is no state dict, OSError for one that cannot be read.
     """
     found = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
     strange = [
@@ -31,10 +36,24 @@ def read(path: Path) -> dict[str, Tensor]:
             f"{path}: must hold tensors by name alone, as torch.save(model.state_dict(), …) writes them; it "
             f"holds {names}"
         )
-    for prefix in _WRAPPERS * 2:
-        if all(name.startswith(prefix) for name in found):
-            found = {name.removeprefix(prefix): value for name, value in found.items()}
-    return found
+    return _unwrapped(path, found)
+
+
+def _unwrapped(path: Path, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    parts = {name: name.split(".") for name in found}
+    averaged = "n_averaged" in found or any(_AVERAGE in each for each in parts.values())
+    unwrapped: dict[str, Tensor] = {}
+    for name, each in parts.items():
+        if averaged and (_TRAINED in each or each[-1] in _COUNTERS):
+            continue
+        plain = ".".join(part for part in each if part not in _INSIDE and part != _AVERAGE) or name
+        if plain in unwrapped and not torch.equal(unwrapped[plain], found[name]):
+            raise ValueError(
+                f"{path}: holds {plain} twice, with other values (the second is {name}); save the state dict "
+                "of one model"
+            )
+        unwrapped[plain] = found[name]
+    return unwrapped
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -335,10 +335,7 @@ class Trainer:
                         keys_b[part].to(self._device),
                     )
                 shares.add(sums)
-                total = sums.generator if plan.generator_learns else torch.zeros_like(sums.generator)
-                if sums.critic is not None:
-                    total = total + config.critic_loss_weight * sums.critic
-                total.backward()  # type: ignore[no-untyped-call]
+                objective.minimized(sums, config, plan).backward()  # type: ignore[no-untyped-call]
         return shares
 
     def _clear_gradients(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,25 @@ def test_self_conditioning_comes_along_both_passes() -> None:
         expected = theirs.net(MASKED, sum_embeds=theirs.to_self_cond(theirs.null_embed))
         cond = ours.conditioning(None)
         assert (ours.project(ours.embed(MASKED, None, cond)) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, 0.75),
+        ({"preset": "x-transformers"}, 0.75),
+        ({"preset": "maskgit"}, 0.75),
+        ({"self_cond_prob": 0.5}, 0.5),
+        ({"preset": "x-transformers", "self_cond_prob": 0.1}, 0.1),
+    ],
+    ids=str,
+)
+def test_self_conditioning_comes_as_often_as_the_source_takes_it(
+    said: dict[str, Any], expected: float
+) -> None:
+    found, _ = brought(wrapped(self_cond=True).state_dict(), objective=said)
+    assert (found.objective.self_cond_prob, found.objective.self_cond_start) == (expected, "none")
+    assert found.objective.augments == (said.get("preset") == "x-transformers")
 
 
 def test_a_bare_transformer_and_a_plain_gain_come_along() -> None:
@@ -245,6 +265,67 @@ def test_files_are_read_without_running_what_is_in_them(tmp_path: Path) -> None:
     assert not marker.exists()
     with pytest.raises(OSError, match="nothing"):
         statedict.read(tmp_path / "nothing.pt")
+
+
+def renamed(state: dict[str, Any], pattern: str, by: str) -> dict[str, Any]:
+    return {re.sub(pattern, by, name): tensor for name, tensor in state.items()}
+
+
+WRAPPED = {
+    "compiled": lambda s: renamed(s, "^", "_orig_mod."),
+    "the net compiled": lambda s: renamed(s, r"\bnet\.", "net._orig_mod."),
+    "the layers compiled": lambda s: renamed(s, r"layers\.(\d+)\.1\.", r"layers.\1.1._orig_mod."),
+    "compiled and parallel": lambda s: renamed(s, "^", "module._orig_mod."),
+    "the net parallel, all compiled": lambda s: renamed(
+        renamed(s, r"\bnet\.", "net.module."), "^", "_orig_mod."
+    ),
+    "checkpointed": lambda s: renamed(s, r"layers\.(\d+)\.", r"layers.\1._checkpoint_wrapped_module."),
+    "averaged": lambda s: {
+        **renamed(s, "^", "ema_model."), "initted": torch.tensor(True), "step": torch.tensor(3),
+    },
+    "averaged beside what is trained": lambda s: {
+        **renamed(s, "^", "online_model."), **renamed(s, "^", "ema_model."), "initted": torch.tensor([True]),
+        "step": torch.tensor([3]),
+    } | {f"online_model.{name}": tensor + 1 for name, tensor in s.items()},
+    "averaged, parallel, the net compiled": lambda s: renamed(
+        renamed(s, r"\bnet\.", "net._orig_mod."), "^", "module.ema_model."
+    ) | {"module.initted": torch.tensor(True), "module.step": torch.tensor(3)},
+    "torch's average": lambda s: renamed(s, "^", "module.") | {"n_averaged": torch.tensor(3)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+@pytest.mark.parametrize("kind", ["none", "self", "token"])
+def test_what_wrappers_put_into_names_is_taken_away_wherever_it_stands(
+    how: str, kind: str, tmp_path: Path
+) -> None:
+    state = wrapped(kind, self_cond=True).state_dict()
+    torch.save(WRAPPED[how](state), tmp_path / "model.pt")
+    read = statedict.read(tmp_path / "model.pt")
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[name], state[name]) for name in state)
+    assert brought(read)[0].objective.critic == kind
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_real_wrappers_put_into_names_what_is_taken_away(tmp_path: Path) -> None:
+    model = wrapped()
+    expected = model.state_dict()
+    model.net = torch.compile(model.net)
+    for name, module in (("net.pt", model), ("all.pt", torch.compile(model)),
+                         ("mean.pt", torch.optim.swa_utils.AveragedModel(model))):  # fmt: skip
+        torch.save(module.state_dict(), tmp_path / name)
+        assert statedict.read(tmp_path / name).keys() == expected.keys()
+
+
+def test_two_models_in_one_file_and_counters_without_an_average_are_refused(tmp_path: Path) -> None:
+    state = wrapped().state_dict()
+    torch.save({**state, **{f"module.{n}": t + 1 for n, t in state.items()}}, tmp_path / "two.pt")
+    with pytest.raises(ValueError, match="twice, with other values"):
+        statedict.read(tmp_path / "two.pt")
+    torch.save({**state, "step": torch.tensor(3.0)}, tmp_path / "step.pt")
+    with pytest.raises(ValueError, match="step is no weight"):
+        brought(statedict.read(tmp_path / "step.pt"))
 
 
 @pytest.fixture(scope="module")

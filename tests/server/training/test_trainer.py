@@ -291,19 +291,62 @@ def test_a_step_uses_its_own_learning_rate() -> None:
     assert trainer.train_step(1, 2, BATCH, Modes()).learning_rate == 0.01
 
 
-def test_weight_decay_spares_norms_biases_and_embeddings() -> None:
-    trainer = make({"self_cond": True})
-    group = trainer.generator
-    decayed, spared = (
-        {group.names[i] for i, w in enumerate(group.weights) if any(w is p for p in g["params"])}
-        for g in group.optimizer.param_groups
-    )
-    assert group.optimizer.param_groups[0]["weight_decay"] == 0.3
-    assert group.optimizer.param_groups[1]["weight_decay"] == 0.0
-    assert {name.rsplit(".", 1)[-1] for name in spared} >= {"gamma", "bias", "null_embed"}
-    assert {"token_emb.weight", "pos_emb.weight"} <= spared
-    assert all(name.endswith("weight") and "emb" not in name for name in decayed)
-    assert "to_logits.weight" in decayed
+def decaying(group: optim.Group) -> set[str]:
+    decayed, spared = group.optimizer.param_groups
+    assert decayed["weight_decay"] == 0.3
+    assert spared["weight_decay"] == 0.0
+    return {
+        name
+        for name, weight in zip(group.names, group.weights, strict=True)
+        if any(weight is p for p in decayed["params"])
+    }
+
+
+@pytest.mark.parametrize(
+    "model", [{}, {"emb_dim": 24}, {"tied_embeddings": True}, {"qk_norm": True}], ids=str
+)
+def test_weight_decay_is_for_linear_maps_alone(model: dict[str, Any]) -> None:
+    trainer = make({"self_cond": True, "critic": "token"}, model=model)
+    for group, network in (
+        (trainer.generator, trainer.networks.generator),
+        (trainer.critic, trainer.networks.critic),
+    ):
+        assert group is not None
+        assert network is not None
+        linear = {f"{n}.weight" for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)}
+        assert decaying(group) == linear
+        assert ("project_emb.weight" in linear) == ("emb_dim" in model)
+    head = make({"critic": "self"}).critic
+    assert head is not None
+    assert decaying(head) == {"weight"}
+
+
+def test_a_checkpoint_from_when_other_weights_decayed_loads_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"objective": {"critic": "token"}, "model": {"emb_dim": 24}}
+    with monkeypatch.context() as patch:
+        patch.setattr(  # the rule before: project_emb.weight was spared for its name
+            optim,
+            "_decayed",
+            lambda module: {
+                w for name, w in module.named_parameters() if w.ndim >= 2 and "_emb." not in name
+            },
+        )
+        old = make(**options)
+    assert "project_emb.weight" not in decaying(old.generator)
+    for step in range(1, 4):
+        old.train_step(1, step, BATCH, Modes())
+    old.snapshot().write(tmp_path)
+    new = make(**options)
+    assert "project_emb.weight" in decaying(new.generator)
+    new.load(tmp_path)
+    assert not changed(state(old), state(new)), "the state is stored by weight, not by group"
+    names = {name for name in state(new) if "project_emb.weight" in name}
+    old.train_step(1, 4, BATCH, Modes())
+    new.train_step(1, 4, BATCH, Modes())
+    different = changed(state(old), state(new))
+    assert different == {n for n in names if n.startswith(("model.", "ema."))}, "the decay of one weight"
 
 
 def test_gradients_are_clipped_to_the_configured_norm() -> None:
@@ -378,6 +421,42 @@ def test_compiled_blocks_are_warm_before_the_first_step_and_compute_the_same() -
             )
             assert found == pytest.approx(expected, rel=1e-4)
     assert compiled.versions["compile"] == "default"
+
+
+def test_dropout_is_where_its_description_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    F = torch.nn.functional
+    found: list[str] = []
+    dropout, attend = F.dropout, F.scaled_dot_product_attention
+
+    def spy(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+        if training and p == 0.2:
+            found.append(f"values {x.shape[-1]}")
+        return dropout(x, p, training)
+
+    def spy_attend(*arguments: Any, dropout_p: float, **options: Any) -> torch.Tensor:
+        if dropout_p == 0.2:
+            found.append("attention weights")
+        return attend(*arguments, dropout_p=dropout_p, **options)
+
+    monkeypatch.setattr(F, "dropout", spy)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy_attend)
+    trainer = make(model={"dropout": 0.2, "emb_dim": 24, "ff_mult": 3})
+    trainer.train_step(1, 1, BATCH, Modes())
+    block = ["attention weights", "values 32", "values 96", "values 32"]
+    assert found == ["values 24", *block, *block]
+    found.clear()
+    trainer.eval_loss(BATCH, EvalOptions(tuple(range(6)), 1))
+    assert not found
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_how_a_batch_is_split_changes_its_loss_with_dropout_alone(dropout: float) -> None:
+    def loss(**serve: Any) -> float:
+        return make(model={"dropout": dropout}, **serve).train_step(1, 1, BATCH, Modes()).losses.loss
+
+    whole, again, split_up = loss(), loss(), loss(micro_batch_tokens=24)
+    assert again == whole
+    assert (split_up == pytest.approx(whole, rel=1e-5)) == (dropout == 0)
 
 
 @pytest.mark.parametrize("critic", ["none", "self", "token"])
