@@ -332,4 +332,8 @@ def read_status(status: pb.GetStatusResponse) -> results.Status:
         versions=dict(status.versions),
         uptime_seconds=status.uptime.ToTimedelta().total_seconds(),
         tokenizer=status.tokenizer,
+        inexact_replays=tuple(
+            results.InexactReplay(replay.lineage, replay.first_step, replay.last_step, replay.accepted)
+            for replay in status.inexact_replays
+        ),
     )

@@ -232,6 +232,17 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class InexactReplay:
+    """Steps that a start of the server computed again, close to the recorded results, not the same bytes."""
+
+    lineage: int
+    first_step: int
+    last_step: int
+    accepted: bool
+    """An operator accepted it; otherwise it was within the tolerance for rounding."""
+
+
+@dataclass(frozen=True)
 class Status:
     """Is it stuck or working?"""
 
@@ -256,3 +267,4 @@ class Status:
     uptime_seconds: float
     tokenizer: str
     """What the run's ids stand for: "bytes", or the SHA-256 of a tokenizer's file; empty: not said."""
+    inexact_replays: tuple[InexactReplay, ...] = ()

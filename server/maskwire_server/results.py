@@ -206,6 +206,20 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class InexactReplay:
+    """Steps that a start computed again, whose results are close to the recorded ones and not the same bytes.
+
+    The weights behind them, and all that was trained on those, follow from this computation.
+    """
+
+    lineage: int
+    first_step: int
+    last_step: int
+    accepted: bool
+    """An operator accepted it with --accept-inexact-replay; otherwise it was within the tolerance."""
+
+
+@dataclass(frozen=True)
 class SessionAnswer:
     """The writer's session, and what the server holds."""
 
@@ -217,6 +231,7 @@ class SessionAnswer:
     digest: bytes
     tokenizer: str
     """What the run's ids stand for; empty: nobody said."""
+    inexact_replays: tuple[InexactReplay, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -327,3 +342,4 @@ class Status:
     newest_checkpoint: CheckpointInfo | None
     versions: dict[str, str]
     tokenizer: str
+    inexact_replays: tuple[InexactReplay, ...] = ()

@@ -127,10 +127,17 @@ def main() -> None:
                 for rows, columns in ((4, 16), (32, 64)):
                     whole = settings(critic, "bf16" if precision == "bf16" else "fp32")
                     found = drift(
-                        trainer(Trainer, whole), trainer(PerturbedTrainer, whole), steps, (rows, columns), begun
+                        trainer(Trainer, whole),
+                        trainer(PerturbedTrainer, whole),
+                        steps,
+                        (rows, columns),
+                        begun,
                     )
                     words = " ".join(f"{value:9.2e}" for value in found.max(0))
-                    print(f"{precision} {critic:5} critic, from step {begun:3}, {rows:2} x {columns}: {words}", flush=True)
+                    print(
+                        f"{precision} {critic:5} critic, from step {begun:3}, {rows:2} x {columns}: {words}",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

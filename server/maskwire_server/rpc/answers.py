@@ -11,6 +11,7 @@ from maskwire_server.results import (
     Chunk,
     EvalAnswer,
     FileInfo,
+    InexactReplay,
     Limits,
     Losses,
     ModelInfo,
@@ -98,7 +99,12 @@ def session(value: SessionAnswer, info: ModelInfo, bounds: Limits) -> pb.OpenSes
         model=model(info),
         limits=limits(bounds),
         tokenizer=value.tokenizer,
+        inexact_replays=[_inexact_replay(replay) for replay in value.inexact_replays],
     )
+
+
+def _inexact_replay(replay: InexactReplay) -> pb.InexactReplay:
+    return pb.InexactReplay(**vars(replay))
 
 
 def model(info: ModelInfo) -> pb.ModelInfo:
@@ -165,6 +171,7 @@ def status(value: Status, bounds: Limits, started: float) -> pb.GetStatusRespons
         newest_checkpoint=None if value.newest_checkpoint is None else checkpoint(value.newest_checkpoint),
         versions=value.versions,
         tokenizer=value.tokenizer,
+        inexact_replays=[_inexact_replay(replay) for replay in value.inexact_replays],
     )
     answer.state_time.FromNanoseconds(int(value.state_since * 1e9))
     answer.uptime.FromNanoseconds(int((time.monotonic() - started) * 1e9))

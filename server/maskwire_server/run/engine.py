@@ -42,7 +42,7 @@ from maskwire_server.results import (
     Status,
     StepAnswer,
 )
-from maskwire_server.run import admission, following, reading, recovery
+from maskwire_server.run import admission, following, inexact, reading, recovery
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.commits import Reserve
 from maskwire_server.run.device import Device, Trainer
@@ -237,6 +237,7 @@ class Engine:
             newest_checkpoint=self._saver.newest,
             versions=self._versions,
             tokenizer=head.tokenizer,
+            inexact_replays=head.inexact_replays,
         )
 
     def drain(self, timeout: float) -> bool:
@@ -400,9 +401,12 @@ class Engine:
         head.non_finite = recovered.non_finite
         self._line.begin_at(recovered.step)
         self._writer.resume(journal.last_session())
-        # Checkpoint 0 comes before the first step; an inexact replay must not be asked for again.
-        if self._saver.newest is None or recovered.accepted:
-            refused = self._save_now("accepted" if recovered.accepted else "")
+        head.inexact_replays = self._saver.inexact_replays = inexact.recorded(journal)
+        # Checkpoint 0 comes before the first step. A state that an inexact replay led to is durable before
+        # a step follows from it: another replay would lead to another state.
+        if self._saver.newest is None or recovered.replayed_inexactly:
+            word = "accepted" if recovered.accepted else "replayed"
+            refused = self._save_now(word if recovered.replayed_inexactly else "")
             if refused is not None:
                 raise RunDirectoryError(f"{self._run_dir}: {refused.message}") from refused
         elif not self._has_two_bases(numerics):

@@ -135,7 +135,14 @@ class Sessions:
         head = self._head
         durable_step, digest = head.durable
         return SessionAnswer(
-            head.run_id, head.lineage, epoch, head.step, durable_step, digest, head.tokenizer
+            head.run_id,
+            head.lineage,
+            epoch,
+            head.step,
+            durable_step,
+            digest,
+            head.tokenizer,
+            head.inexact_replays,
         )
 
 

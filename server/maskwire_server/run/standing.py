@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from maskwire_server.errors import Refused
-from maskwire_server.results import RunState
+from maskwire_server.results import InexactReplay, RunState
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class Head:
         self.run_id = ""
         self.tokenizer = ""
         """What the run's ids stand for; empty: nobody said."""
+        self.inexact_replays: tuple[InexactReplay, ...] = ()
         self.lineage = 1
         self.step = 0
         """The last computed step."""
