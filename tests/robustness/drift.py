@@ -11,6 +11,7 @@ so that a token flips now and then. Printed are the largest relative differences
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
@@ -65,8 +66,8 @@ def settings(critic: str, precision: str, rate: float = 1e-3, **more: Any) -> co
     return config.load(
         None,
         model={
-            "num_tokens": 65, "mask_id": 64, "max_seq_len": 64, "dim": 32, "depth": 1, "heads": 2, "dim_head": 16,
-            **more.pop("model", {}),
+            "num_tokens": 65, "mask_id": 64, "max_seq_len": 64, "dim": 32, "depth": 1, "heads": 2,
+            "dim_head": 16, **more.pop("model", {}),
         },
         objective={"critic": critic, "preset": "x-transformers"},
         optimizer={"learning_rate": rate, "warmup_steps": 20},
@@ -120,24 +121,16 @@ def drift(
 def main() -> None:
     steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     print(f"largest relative difference over {steps} steps: generator loss, critic loss, gradient norm")
-    for precision in ROUNDING:
+    for precision, critic, begun, size in itertools.product(
+        ROUNDING, ("self", "token"), (0, 300), ((4, 16), (8, 32), (32, 64))
+    ):
         PerturbedTrainer.rounding = ROUNDING[precision]
-        for critic in ("self", "token"):
-            for begun in (0, 300):
-                for rows, columns in ((4, 16), (32, 64)):
-                    whole = settings(critic, "bf16" if precision == "bf16" else "fp32")
-                    found = drift(
-                        trainer(Trainer, whole),
-                        trainer(PerturbedTrainer, whole),
-                        steps,
-                        (rows, columns),
-                        begun,
-                    )
-                    words = " ".join(f"{value:9.2e}" for value in found.max(0))
-                    print(
-                        f"{precision} {critic:5} critic, from step {begun:3}, {rows:2} x {columns}: {words}",
-                        flush=True,
-                    )
+        whole = settings(critic, "bf16" if precision == "bf16" else "fp32")
+        run, replay = trainer(Trainer, whole), trainer(PerturbedTrainer, whole)
+        largest = drift(run, replay, steps, size, begun).max(0)
+        numbers = " ".join(f"{value:9.2e}" for value in largest)
+        words = f"{precision} {critic:5} critic, from step {begun:3}, {size[0]:2} x {size[1]}"
+        print(f"{words}: {numbers}", flush=True)
 
 
 if __name__ == "__main__":

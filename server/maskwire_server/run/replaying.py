@@ -144,8 +144,8 @@ def replay(
         if outcome_differs(record, result):
             raise InexactReplayError(
                 f"step {record.step} computed again ended as {result.outcome.name}, acknowledged was "
-                f"{record.outcome.name}: the weights would lack the step; start on the software and hardware, "
-                "and with the settings, that it was trained with"
+                f"{record.outcome.name}: the weights would lack the step; start on the software, hardware "
+                "and settings that it was trained with"
             )
         again = StepRecord(**{**vars(record), "losses": result.losses, "gradient_norm": result.gradient_norm})
         same, allowed = again.numbers() == record.numbers(), tolerance()
@@ -166,7 +166,7 @@ def replay(
         if not accept_inexact:
             raise InexactReplayError(
                 f"{message}: software, hardware, threads, configuration or checkpoint differ from when it "
-                "was trained; start as it was then, or accept the difference once with --accept-inexact-replay"
+                "was trained; start as it was then, or accept it once with --accept-inexact-replay"
             )
         done.beyond.append(record.step)
         log.warning("%s; accepted", message)

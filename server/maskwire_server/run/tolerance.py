@@ -1,7 +1,7 @@
 """How far a step computed again may be from its record where results are not reproducible.
 
-The tolerances are about four times the largest drift measured over 200 replayed steps; docs/durability.md
-has the measurement, `tests/robustness/drift.py` repeats it.
+The tolerances are about three times the largest drift over 3,000 replayed steps: a checkpoint interval of
+300 seconds at 10 steps a second. docs/durability.md has the measurement, and the command that repeats it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Tolerance:
 
 
 TOLERANCES = {
-    "fp32": Tolerance(0.002, 0.05, 0.1),
-    "tf32": Tolerance(0.002, 0.05, 0.1),
-    "bf16": Tolerance(0.01, 0.1, 0.2),
+    "fp32": Tolerance(0.02, 0.2, 0.2),
+    "tf32": Tolerance(0.02, 0.2, 0.2),
+    "bf16": Tolerance(0.05, 0.3, 0.3),
 }
 """By the precision of the fingerprint."""
 
@@ -47,23 +47,20 @@ def excess(record: StepRecord, result: StepResult, tolerance: Tolerance, tokens:
     """
     was, now = record.losses, result.losses
     flip = _FLIP / tokens if was.critic_loss is not None else 0.0
+    norm_flip = flip * abs(record.gradient_norm or 0.0)
     pairs = [
         ("generator loss", was.generator_loss, now.generator_loss, tolerance.generator_loss, 0.0),
         ("critic loss", was.critic_loss, now.critic_loss, tolerance.critic_loss, flip),
-        ("gradient norm", record.gradient_norm, result.gradient_norm, tolerance.gradient_norm, 0.0),
+        ("gradient norm", record.gradient_norm, result.gradient_norm, tolerance.gradient_norm, norm_flip),
     ]
     if was.generator_loss is None and was.critic_loss is None:
         pairs.append(("loss", was.loss, now.loss, tolerance.generator_loss, 0.0))
     for name, recorded, computed, relative, absolute in pairs:
         if recorded is None and computed is None:
             continue
-        if name == "gradient norm" and recorded is not None:
-            absolute = flip * abs(recorded)
-        # Not `>`: a difference that is not a number is no difference within a tolerance.
-        if recorded is None or computed is None or not (
-            abs(recorded - computed) <= relative * max(abs(recorded), abs(computed), _SMALL) + absolute
-        ):  # fmt: skip
-            return (
-                f"{name} {computed!r}, acknowledged was {recorded!r}, outside the tolerance of {relative:g}"
-            )
+        if recorded is not None and computed is not None:
+            allowed = relative * max(abs(recorded), abs(computed), _SMALL) + absolute
+            if abs(recorded - computed) <= allowed:  # False for what is not a number
+                continue
+        return f"{name} {computed!r}, acknowledged was {recorded!r}, beyond the tolerance of {relative:g}"
     return None
