@@ -27,6 +27,7 @@ from maskwire_server.run import (
     checkpoint,
     commits,
     flush,
+    following,
     journal,
     pipeline,
     recovery,
@@ -240,6 +241,33 @@ def two_servers_on_one_directory(folder: Path) -> None:
             pass
 
 
+def an_inexact_replay(folder: Path) -> None:
+    """Where results are not reproducible close ones come back and are saved; wrong ones never do."""
+    from counter import CounterTrainer
+    from robustness import damage
+
+    from maskwire_server.requests import StepRequest
+
+    def rounding(error: float, outcome: Outcome = Outcome.APPLIED) -> type[CounterTrainer]:
+        class Rounding(CounterTrainer):
+            versions = {"device": "counter", "threads": "1", "deterministic": "no"}  # noqa: RUF012
+
+            def train_step(self, *arguments: Any) -> Any:
+                loss = super().train_step(*arguments).losses.loss * (1 + error)
+                return StepResult(outcome, Losses(loss, loss), loss)
+
+        return Rounding
+
+    with damage.Run(folder / "run", rounding(0)) as run:
+        for step in (1, 2, 3):
+            run.engine.train_step(StepRequest(damage.payload(step))).result(damage.WAIT)
+    for wrong in (rounding(0.1), rounding(0, Outcome.SKIPPED_NON_FINITE)):
+        with contextlib.suppress(RunDirectoryError), damage.Run(folder / "run", wrong):
+            raise AssertionError("a wrong result is accepted")
+    with damage.Run(folder / "run", rounding(1e-6)) as run:
+        assert run.engine.checkpoints()[0].step == 3, "steps can follow from a state that is not saved"
+
+
 # What is taken out.
 
 
@@ -395,6 +423,22 @@ def _skipped_steps_said_applied() -> list[Patch]:
     return [(pipeline, "step_digest", lambda *a: digest(*a[:-1], int(Outcome.APPLIED)))]
 
 
+def _tolerance_without_a_bound() -> list[Patch]:
+    return [(replaying, "excess", lambda *_: None)]
+
+
+def _no_tolerance() -> list[Patch]:
+    return [(following, "reproducible", lambda _: True)]
+
+
+def _changed_outcome_accepted() -> list[Patch]:
+    return [(replaying, "outcome_differs", lambda *_: False)]
+
+
+def _inexact_state_not_saved() -> list[Patch]:
+    return [(replaying.Replayed, "inexact", lambda *_, **__: [])]
+
+
 BUGS = {
     "answer-before-the-journal": Bug("answers go out before their step is durable",
         _answer_before_the_journal, the_model),
@@ -436,6 +480,13 @@ BUGS = {
         _restored_steps_answered, the_model),
     "skipped-said-applied": Bug("the digest says that a skipped step was applied",
         _skipped_steps_said_applied, the_model),
+    "tolerance-without-a-bound": Bug("any loss is accepted where results are not reproducible",
+        _tolerance_without_a_bound, an_inexact_replay),
+    "no-tolerance": Bug("a GPU's replay has to give the same bytes", _no_tolerance, an_inexact_replay),
+    "changed-outcome-accepted": Bug("a replay may skip a step that was applied",
+        _changed_outcome_accepted, an_inexact_replay),
+    "inexact-state-not-saved": Bug("steps follow from an inexact replay that is not saved",
+        _inexact_state_not_saved, an_inexact_replay),
 }  # fmt: skip
 
 
