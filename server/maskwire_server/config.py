@@ -267,8 +267,8 @@ class ServeConfig(_Section):
     compile: Literal["off", "default", "reduce-overhead"] = "off"
     """torch.compile the blocks; reduce-overhead: in CUDA graphs. For a GPU, not measured."""
     deterministic: bool = False
-    """Kernels that give the same bytes every time, on a GPU, which a replay after a crash needs to be
-    exact; slower. On a CPU they always do."""
+    """Kernels that give the same bytes every time, on a GPU: a replay after a crash is then exact, and
+    otherwise within a tolerance; slower. On a CPU they always do."""
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of the matrix products; absent: the cores this process may use."""
     durability: Literal["full", "off"] = "full"

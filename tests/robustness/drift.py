@@ -96,21 +96,10 @@ def differences(a: StepResult, b: StepResult) -> tuple[float, float, float]:
     )
 
 
-def drift(
-    run: Trainer, replay: Trainer, steps: int, size: tuple[int, int], begun: int = 0
-) -> np.ndarray[Any, Any]:
-    """The differences of each step, [steps, 3], once the run has trained `begun` steps."""
+def drift(run: Trainer, replay: Trainer, steps: int, size: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """The differences of each step, [steps, 3]."""
     found = []
-    for step in range(1, begun + 1):
-        run.train_step(1, step, text(step, *size), Modes())
-    if begun:
-        replay.networks.load_state_dict(run.networks.state_dict())
-        for name, group in replay._groups().items():
-            mine = run._groups()[name]
-            for key, value in group.state().items():
-                value.copy_(mine.state()[key])
-            group.updates = mine.updates
-    for step in range(begun + 1, begun + steps + 1):
+    for step in range(1, steps + 1):
         batch = text(step, *size)
         found.append(
             differences(run.train_step(1, step, batch, Modes()), replay.train_step(1, step, batch, Modes()))
@@ -119,17 +108,15 @@ def drift(
 
 
 def main() -> None:
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 3000
     print(f"largest relative difference over {steps} steps: generator loss, critic loss, gradient norm")
-    for precision, critic, begun, size in itertools.product(
-        ROUNDING, ("self", "token"), (0, 300), ((4, 16), (8, 32), (32, 64))
-    ):
+    for precision, critic, size in itertools.product(ROUNDING, ("self", "token"), ((4, 16), (8, 32))):
         PerturbedTrainer.rounding = ROUNDING[precision]
         whole = settings(critic, "bf16" if precision == "bf16" else "fp32")
         run, replay = trainer(Trainer, whole), trainer(PerturbedTrainer, whole)
-        largest = drift(run, replay, steps, size, begun).max(0)
+        largest = drift(run, replay, steps, size).max(0)
         numbers = " ".join(f"{value:9.2e}" for value in largest)
-        words = f"{precision} {critic:5} critic, from step {begun:3}, {size[0]:2} x {size[1]}"
+        words = f"{precision} {critic:5} critic, {size[0]} x {size[1]}"
         print(f"{words}: {numbers}", flush=True)
 
 

@@ -59,8 +59,8 @@ def excess(record: StepRecord, result: StepResult, tolerance: Tolerance, tokens:
         if recorded is None and computed is None:
             continue
         if recorded is not None and computed is not None:
-            allowed = relative * max(abs(recorded), abs(computed), _SMALL) + absolute
-            if abs(recorded - computed) <= allowed:  # False for what is not a number
+            allowed = relative * max(abs(recorded), _SMALL) + absolute
+            if abs(recorded - computed) <= allowed:  # False for what is not finite
                 continue
         return f"{name} {computed!r}, acknowledged was {recorded!r}, beyond the tolerance of {relative:g}"
     return None

@@ -27,6 +27,7 @@ from maskwire_server.run.tolerance import TOLERANCES
 from maskwire_server.training.trainer import Trainer
 
 LONG = {"every_seconds": 1e6}
+KEPT: dict[str, Any] = {"checkpoints": LONG, "serve": {"keep_payloads": "all"}}
 BY_TOLERANCE = InexactReplay(1, 1, 3, False)
 
 
@@ -59,7 +60,7 @@ def rounding(error: float, **said: Any) -> type[Rounding]:
 
 def killed(rig: Rig, kind: type[CounterTrainer], steps: int = 3) -> None:
     """A run with steps behind its newest checkpoint; an engine that is closed saves nothing."""
-    engine = rig.start(kind, checkpoints=LONG, serve={"keep_payloads": "all"})
+    engine = rig.start(kind, **KEPT)
     for seed in range(steps):
         engine.train_step(bare(seed)).result(WAIT)
     close(rig)
@@ -125,7 +126,7 @@ def test_where_results_are_reproducible_the_bytes_must_be_equal(rig: Rig) -> Non
 
 def test_a_changed_fingerprint_still_stops(rig: Rig) -> None:
     killed(rig, rounding(0))
-    with pytest.raises(RunDirectoryError, match="fingerprint.compile was 'off'"):
+    with pytest.raises(RunDirectoryError, match=r"fingerprint\.compile was 'off'"):
         rig.start(rounding(0, compiled="default"))
 
 
@@ -160,20 +161,20 @@ def test_the_state_is_saved_or_the_run_does_not_serve(rig: Rig, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr("maskwire_server.run.checkpoint._write_manifest", full)
-        with pytest.raises(RunDirectoryError, match="could not be written .*make room"):
+        with pytest.raises(RunDirectoryError, match=r"could not be written .*make room"):
             rig.start(rounding(1e-4))
     assert rig.start(rounding(-1e-4)).status().inexact_replays == (BY_TOLERANCE,), "once"
 
 
 def test_stretches_grow_together_and_stay_apart(rig: Rig) -> None:
     killed(rig, rounding(0))
-    engine = rig.start(rounding(1e-4), checkpoints=LONG)
+    engine = rig.start(rounding(1e-4), **KEPT)
     for seed in (3, 4):
         engine.train_step(bare(seed)).result(WAIT)
     engine.save(SaveRequest("five")).result(WAIT)
     engine.train_step(bare(5)).result(WAIT)
     close(rig)
-    engine = rig.start(rounding(-1e-4), checkpoints=LONG)
+    engine = rig.start(rounding(-1e-4), **KEPT)
     two = (BY_TOLERANCE, InexactReplay(1, 6, 6, False))
     assert engine.status().inexact_replays == two
     engine.restore(RestoreRequest("five")).result(WAIT)
@@ -185,7 +186,7 @@ def test_stretches_grow_together_and_stay_apart(rig: Rig) -> None:
     for manifest in Checkpoints(rig.folder).all():
         if manifest.info.step:
             shutil.rmtree(rig.folder / "checkpoints" / manifest.info.name)
-    engine = rig.start(rounding(0), checkpoints=LONG)
+    engine = rig.start(rounding(0), **KEPT)
     assert engine.status().inexact_replays == (
         InexactReplay(1, 1, 5, False), InexactReplay(1, 6, 6, False), InexactReplay(2, 6, 6, False),
     )  # fmt: skip
@@ -227,12 +228,6 @@ class DoubledRate(Perturbed):
 class OtherCheckpoint(Perturbed):
     def load(self, folder: Path) -> None:
         super().load(folder.with_name("other"))
-
-
-class Compiled(Perturbed):
-    @property
-    def versions(self) -> dict[str, str]:
-        return {**super().versions, "compile": "default"}
 
 
 def run(
@@ -297,6 +292,9 @@ def test_a_wrong_seed_rate_or_checkpoint_is_refused(run_dir: Path, build: Callab
         run(run_dir, whole(), build).close()
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.timeout(300)
 def test_a_real_compiled_run_comes_back(tmp_path: Path) -> None:
     made = whole()
     compiled = made.model_copy(update={"serve": made.serve.model_copy(update={"compile": "default"})})
