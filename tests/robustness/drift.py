@@ -6,7 +6,8 @@ A run and its replay are trained on the same batches. In the replay every sum of
 otherwise: to each gradient noise of one rounding of the precision is added, relative to the root mean
 square of its tensor (a kernel that adds in another order is off by that much, whatever the sum comes to),
 and each updated weight is rounded once more, in fp32. The critics' inputs are sampled from the generator,
-so that a token flips now and then. Printed are the largest relative differences of any step.
+so that a token flips now and then. Printed are the largest differences of any step, relative as the
+tolerance is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.results import StepResult
+from maskwire_server.run.tolerance import SMALL
 from maskwire_server.training.trainer import Trainer
 
 ROUNDING = {"fp32": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-8}
@@ -84,7 +86,7 @@ def trainer(kind: type[Trainer], whole: config.Config, seed: int | None = None) 
 def relative(one: float | None, other: float | None) -> float:
     if one is None or other is None:
         return 0.0 if one is other else float("inf")
-    return abs(one - other) / max(abs(one), abs(other))
+    return abs(one - other) / max(abs(one), SMALL)
 
 
 def differences(a: StepResult, b: StepResult) -> tuple[float, float, float]:

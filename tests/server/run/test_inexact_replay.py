@@ -105,7 +105,7 @@ def test_equal_losses_do_not_show_that_the_weights_are_equal(rig: Rig) -> None:
     assert rig.start(rounding(0)).status().inexact_replays == (BY_TOLERANCE,)
 
 
-@pytest.mark.parametrize("error", [0.03, -0.03, 0.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("error", [0.07, -0.07, 0.5, float("nan"), float("inf")])
 def test_results_beyond_the_tolerance_stop_and_can_be_accepted(rig: Rig, error: float) -> None:
     killed(rig, rounding(0))
     with pytest.raises(InexactReplayError, match="step 1 computed again gave generator loss"):
