@@ -424,4 +424,8 @@ def read_status(status: pb.GetStatusResponse) -> results.Status:
         tokenizer=status.tokenizer,
         limits=read_limits(status.limits),
         data=dict(status.data),
+        inexact_replays=tuple(
+            results.InexactReplay(replay.lineage, replay.first_step, replay.last_step, replay.accepted)
+            for replay in status.inexact_replays
+        ),
     )

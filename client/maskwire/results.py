@@ -275,6 +275,17 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class InexactReplay:
+    """Steps that a start of the server computed again, close to the recorded results, not the same bytes."""
+
+    lineage: int
+    first_step: int
+    last_step: int
+    accepted: bool
+    """An operator accepted it; otherwise it was within the tolerance for rounding."""
+
+
+@dataclass(frozen=True)
 class Status:
     """Is it stuck or working?"""
 
@@ -303,3 +314,4 @@ class Status:
     """The server's bounds on one request."""
     data: dict[str, str] = field(default_factory=dict)
     """The fingerprint of the data that the run is trained on, in named parts; empty: not said."""
+    inexact_replays: tuple[InexactReplay, ...] = ()

@@ -94,10 +94,23 @@ def status_table(found: Status, until_step: int | None = None) -> Table:
         table.add_row("data", ", ".join(parts))
     if found.newest_checkpoint is not None:
         table.add_row("checkpoint", f"{found.newest_checkpoint.name}, step {found.newest_checkpoint.step}")
+    if found.inexact_replays:
+        table.add_row("inexact replays", _inexact(found))
     if found.last_error:
         table.add_row("last error", found.last_error)
     table.add_row("versions", ", ".join(f"{name} {value}" for name, value in sorted(found.versions.items())))
     return table
+
+
+def _inexact(found: Status) -> str:
+    newest = found.inexact_replays[-3:]
+    words = [
+        f"steps {replay.first_step} to {replay.last_step} (lineage {replay.lineage}"
+        f"{', accepted' if replay.accepted else ''})"
+        for replay in newest
+    ]
+    more = len(found.inexact_replays) - len(newest)
+    return ", ".join(words) + (f", and {more} earlier" if more else "")
 
 
 def show(value: Any, as_json: bool, words: Callable[[], str | Table]) -> None:

@@ -18,7 +18,7 @@ from maskwire._version import __version__
 from maskwire_server.config import Config
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
 from maskwire_server.rpc.server import Server
-from maskwire_server.run import rewinding
+from maskwire_server.run import opening, rewinding
 from maskwire_server.run.device import Trainer
 from maskwire_server.run.engine import Engine
 from maskwire_server.run.replaying import InexactReplayError
@@ -52,6 +52,11 @@ def serve(
     began = time.monotonic()
     stop = threading.Event()
     _on_signals(stop)
+    try:
+        config = opening.of_run(config, config.run.dir)
+    except RunDirectoryError as error:
+        say(error)
+        return EXIT_RUN_DIRECTORY
     engine = Engine(
         factory or trainer_factory(config),
         config.run.dir,
@@ -103,6 +108,7 @@ def serve(
 def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_replay: bool = False) -> int:
     """Compute a run again up to a step, and return the exit code."""
     try:
+        config = opening.of_run(config, config.run.dir)
         info, inexact = rewinding.rewind(
             config.run.dir,
             trainer_factory(config),

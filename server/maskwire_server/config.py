@@ -19,6 +19,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
     ValidationError,
     field_validator,
     model_validator,
@@ -177,12 +179,15 @@ class ObjectiveConfig(_Section):
     critic_labels: Literal["mismatch", "token_critic"] = "mismatch"
     """The critic finds sampled ids that are wrong, or positions that were masked."""
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _apply_preset(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            return {**PRESETS.get(data.get("preset", "mdlm"), {}), **data}
-        return data
+    def _apply_preset(cls, data: Any, handler: ModelWrapValidatorHandler[ObjectiveConfig]) -> ObjectiveConfig:
+        if not isinstance(data, dict):
+            return handler(data)
+        section = handler({**PRESETS.get(data.get("preset", "mdlm"), {}), **data})
+        # A preset's values are not set by the user: an existing run keeps those that it recorded.
+        object.__setattr__(section, "__pydantic_fields_set__", set(data))
+        return section
 
     @model_validator(mode="after")
     def _augmentation_fits(self) -> ObjectiveConfig:
@@ -290,8 +295,8 @@ class ServeConfig(_Section):
     compile: Literal["off", "default", "reduce-overhead"] = "off"
     """torch.compile the blocks; reduce-overhead: in CUDA graphs. For a GPU, not measured."""
     deterministic: bool = False
-    """Kernels that give the same bytes every time, on a GPU, which a replay after a crash needs to be
-    exact; slower. On a CPU they always do."""
+    """Kernels that give the same bytes every time, on a GPU: a replay after a crash is then exact, and
+    otherwise within a tolerance; slower. On a CPU they always do."""
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of the matrix products; absent: the cores this process may use, a container's
     CPU quota counted."""
@@ -396,13 +401,66 @@ class Config(BaseSettings):
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     serve: ServeConfig = ServeConfig()
 
+    _recorded: bytes | None = PrivateAttr(None)
+
     def canonical(self) -> bytes:
-        """What belongs to the run for ever, as the bytes that its first digest covers."""
+        """What belongs to the run for ever, as the bytes that its first digest covers.
+
+        Of an existing run they are the recorded bytes: another version may know other options.
+        """
+        if self._recorded is not None:
+            return self._recorded
         fixed = {
             "model": self.model.model_dump(mode="json"),
             "objective": self.objective.model_dump(mode="json"),
         }
         return json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode()
+
+    def of_run(self, seed: int, canonical: bytes) -> Config:
+        """This configuration for a run with that record: what was not set here comes from there.
+
+        Raises ConfigError that names each value set here which the record contradicts.
+        """
+        record = json.loads(canonical)
+        model, objective = recorded_sections(record)
+        differences = []
+        if "seed" in self.run.model_fields_set and self.run.seed != seed:
+            differences.append(f"run.seed is {seed} in the run, {self.run.seed} in the configuration")
+        for name, was in (("model", model), ("objective", objective)):
+            section = getattr(self, name)
+            recorded, configured = was.model_dump(mode="json"), section.model_dump(mode="json")
+            differences += [
+                f"{name}.{key} is {recorded[key]!r} in the run, {configured[key]!r} in the configuration"
+                for key in sorted(section.model_fields_set)
+                if recorded[key] != configured[key]
+            ]
+        if differences:
+            raise ConfigError("; ".join(differences))
+        run = self.run.model_copy(update={"seed": seed})
+        whole = self.model_copy(update={"run": run, "model": model, "objective": objective})
+        whole._recorded = canonical
+        return whole
+
+
+def recorded_sections(record: dict[str, Any]) -> tuple[ModelConfig, ObjectiveConfig]:
+    """[model] and [objective] as a run recorded them, by this version or another.
+
+    An option that the record lacks is newer than the run and has its default, whatever a preset says now:
+    a new option's default must be what was done before there was the option. Raises ConfigError for options
+    that this version does not have.
+    """
+    fields = {"model": ModelConfig.model_fields, "objective": ObjectiveConfig.model_fields}
+    unknown = [f"{name}.{key}" for name in fields for key in record[name] if key not in fields[name]]
+    if unknown:
+        raise ConfigError(f"{', '.join(unknown)} is recorded, and this version does not know it")
+    whole = {
+        name: {**{key: field.default for key, field in fields[name].items()}, **record[name]}
+        for name in fields
+    }
+    try:
+        return ModelConfig(**whole["model"]), ObjectiveConfig(**whole["objective"])
+    except ValidationError as error:
+        raise ConfigError("; ".join(_line(problem) for problem in error.errors())) from None
 
 
 class _Environment(EnvSettingsSource):

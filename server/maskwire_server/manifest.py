@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from maskwire_server.results import CheckpointInfo, FileInfo
+from maskwire_server.results import CheckpointInfo, FileInfo, InexactReplay
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -31,6 +31,8 @@ class Manifest:
     configuration: dict[str, Any]
     """[model], [objective] and [optimizer]; not [serve], whose paths are the server's own affair."""
     versions: dict[str, str]
+    inexact_replays: tuple[InexactReplay, ...] = ()
+    """Steps of its history whose results are close to the recorded ones and not the same bytes."""
 
     def to_json(self) -> bytes:
         """The manifest's file, its own hash included."""
@@ -48,6 +50,7 @@ class Manifest:
             "request_id": self.request_id,
             "configuration": self.configuration,
             "versions": self.versions,
+            "inexact_replays": [vars(replay) for replay in self.inexact_replays],
             "files": {
                 file.name: {"size_bytes": file.size_bytes, "sha256": file.sha256.hex()}
                 for file in self.info.files
@@ -92,6 +95,7 @@ class Manifest:
             body["request_id"],
             body["configuration"],
             body["versions"],
+            tuple(InexactReplay(**replay) for replay in body.get("inexact_replays", [])),
         )
 
 

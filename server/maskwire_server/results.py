@@ -211,6 +211,20 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class InexactReplay:
+    """Steps that a start computed again, whose results are close to the recorded ones and not the same bytes.
+
+    The weights behind them, and all that was trained on those, follow from this computation.
+    """
+
+    lineage: int
+    first_step: int
+    last_step: int
+    accepted: bool
+    """An operator accepted it with --accept-inexact-replay; otherwise it was within the tolerance."""
+
+
+@dataclass(frozen=True)
 class SessionAnswer:
     """The writer's session, and what the server holds."""
 
@@ -229,6 +243,7 @@ class SessionAnswer:
     evaluated_lineage: int = 0
     evaluated_step: int = 0
     """The last step that a writer said it had evaluated; 0: none."""
+    inexact_replays: tuple[InexactReplay, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -341,3 +356,4 @@ class Status:
     tokenizer: str
     data: dict[str, str]
     """The fingerprint of the run's data; empty: nobody said."""
+    inexact_replays: tuple[InexactReplay, ...] = ()

@@ -29,6 +29,7 @@ from maskwire_server.run import (
     commits,
     engine,
     flush,
+    following,
     journal,
     membership,
     pipeline,
@@ -357,6 +358,33 @@ def a_critic_of_weight_0(_: Path) -> None:
     assert np.mean(losses[-8:]) < 0.95 * losses[0], "the critic's loss does not fall"
 
 
+def an_inexact_replay(folder: Path) -> None:
+    """Where results are not reproducible close ones come back and are saved; wrong ones never do."""
+    from counter import CounterTrainer
+    from robustness import damage
+
+    from maskwire_server.requests import StepRequest
+
+    def rounding(error: float, outcome: Outcome = Outcome.APPLIED) -> type[CounterTrainer]:
+        class Rounding(CounterTrainer):
+            versions = {"device": "counter", "threads": "1", "deterministic": "no"}  # noqa: RUF012
+
+            def train_step(self, *arguments: Any) -> Any:
+                loss = super().train_step(*arguments).losses.loss * (1 + error)
+                return StepResult(outcome, Losses(loss, loss), loss)
+
+        return Rounding
+
+    with damage.Run(folder / "run", rounding(0)) as run:
+        for step in (1, 2, 3):
+            run.engine.train_step(StepRequest(damage.payload(step))).result(damage.WAIT)
+    for wrong in (rounding(0.1), rounding(0, Outcome.SKIPPED_NON_FINITE)):
+        with contextlib.suppress(RunDirectoryError), damage.Run(folder / "run", wrong):
+            raise AssertionError("a wrong result is accepted")
+    with damage.Run(folder / "run", rounding(1e-6)) as run:
+        assert run.engine.checkpoints()[0].step == 3, "steps can follow from a state that is not saved"
+
+
 # What is taken out.
 
 
@@ -547,6 +575,22 @@ def _critic_alone_weighted() -> list[Patch]:
     return [(objective, "minimized", weighted)]
 
 
+def _tolerance_without_a_bound() -> list[Patch]:
+    return [(replaying, "excess", lambda *_: None)]
+
+
+def _no_tolerance() -> list[Patch]:
+    return [(following, "reproducible", lambda _: True)]
+
+
+def _changed_outcome_accepted() -> list[Patch]:
+    return [(replaying, "outcome_differs", lambda *_: False)]
+
+
+def _inexact_state_not_saved() -> list[Patch]:
+    return [(replaying.Replayed, "inexact", lambda *_, **__: [])]
+
+
 BUGS = {
     "answer-before-the-journal": Bug("answers go out before their step is durable",
         _answer_before_the_journal, the_model),
@@ -600,6 +644,13 @@ BUGS = {
         _metrics_not_filled_in, a_job_that_was_stopped),
     "critic-alone-weighted": Bug("a critic that trains alone minimises its weighted loss",
         _critic_alone_weighted, a_critic_of_weight_0),
+    "tolerance-without-a-bound": Bug("any loss is accepted where results are not reproducible",
+        _tolerance_without_a_bound, an_inexact_replay),
+    "no-tolerance": Bug("a GPU's replay has to give the same bytes", _no_tolerance, an_inexact_replay),
+    "changed-outcome-accepted": Bug("a replay may skip a step that was applied",
+        _changed_outcome_accepted, an_inexact_replay),
+    "inexact-state-not-saved": Bug("steps follow from an inexact replay that is not saved",
+        _inexact_state_not_saved, an_inexact_replay),
 }  # fmt: skip
 
 

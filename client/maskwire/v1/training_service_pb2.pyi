@@ -218,7 +218,7 @@ class OpenSessionRequest(_message.Message):
     def __init__(self, client_name: _Optional[str] = ..., nonce: _Optional[str] = ..., takeover: _Optional[bool] = ..., held_epoch: _Optional[int] = ..., history: _Optional[_Union[History, _Mapping]] = ..., tokenizer: _Optional[str] = ..., process: _Optional[_Union[ClientProcess, _Mapping]] = ..., gone_epoch: _Optional[int] = ..., evaluated_step: _Optional[int] = ..., data: _Optional[_Mapping[str, str]] = ..., allow_changed_data: _Optional[bool] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
-    __slots__ = ("session", "step", "durable_step", "digest", "model", "limits", "tokenizer", "superseded", "evaluated_lineage", "evaluated_step", "data")
+    __slots__ = ("session", "step", "durable_step", "digest", "model", "limits", "tokenizer", "inexact_replays", "superseded", "evaluated_lineage", "evaluated_step", "data")
     class DataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -233,6 +233,7 @@ class OpenSessionResponse(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    INEXACT_REPLAYS_FIELD_NUMBER: _ClassVar[int]
     SUPERSEDED_FIELD_NUMBER: _ClassVar[int]
     EVALUATED_LINEAGE_FIELD_NUMBER: _ClassVar[int]
     EVALUATED_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -244,11 +245,24 @@ class OpenSessionResponse(_message.Message):
     model: ModelInfo
     limits: Limits
     tokenizer: str
+    inexact_replays: _containers.RepeatedCompositeFieldContainer[InexactReplay]
     superseded: SessionHolder
     evaluated_lineage: int
     evaluated_step: int
     data: _containers.ScalarMap[str, str]
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., tokenizer: _Optional[str] = ..., superseded: _Optional[_Union[SessionHolder, _Mapping]] = ..., evaluated_lineage: _Optional[int] = ..., evaluated_step: _Optional[int] = ..., data: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., tokenizer: _Optional[str] = ..., inexact_replays: _Optional[_Iterable[_Union[InexactReplay, _Mapping]]] = ..., superseded: _Optional[_Union[SessionHolder, _Mapping]] = ..., evaluated_lineage: _Optional[int] = ..., evaluated_step: _Optional[int] = ..., data: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class InexactReplay(_message.Message):
+    __slots__ = ("lineage", "first_step", "last_step", "accepted")
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
+    LAST_STEP_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    lineage: int
+    first_step: int
+    last_step: int
+    accepted: bool
+    def __init__(self, lineage: _Optional[int] = ..., first_step: _Optional[int] = ..., last_step: _Optional[int] = ..., accepted: _Optional[bool] = ...) -> None: ...
 
 class CloseSessionRequest(_message.Message):
     __slots__ = ("session",)
@@ -687,7 +701,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "state_time", "waiting_for", "run_id", "lineage", "step", "durable_step", "digest", "queue_length", "queue_limit", "steps_per_second", "tokens_per_second", "last_error", "writer", "epoch", "model", "limits", "newest_checkpoint", "versions", "uptime", "tokenizer", "data")
+    __slots__ = ("state", "state_time", "waiting_for", "run_id", "lineage", "step", "durable_step", "digest", "queue_length", "queue_limit", "steps_per_second", "tokens_per_second", "last_error", "writer", "epoch", "model", "limits", "newest_checkpoint", "versions", "uptime", "tokenizer", "inexact_replays", "data")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -723,6 +737,7 @@ class GetStatusResponse(_message.Message):
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    INEXACT_REPLAYS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     state: RunState
     state_time: _timestamp_pb2.Timestamp
@@ -745,5 +760,6 @@ class GetStatusResponse(_message.Message):
     versions: _containers.ScalarMap[str, str]
     uptime: _duration_pb2.Duration
     tokenizer: str
+    inexact_replays: _containers.RepeatedCompositeFieldContainer[InexactReplay]
     data: _containers.ScalarMap[str, str]
-    def __init__(self, state: _Optional[_Union[RunState, str]] = ..., state_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., waiting_for: _Optional[str] = ..., run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., queue_length: _Optional[int] = ..., queue_limit: _Optional[int] = ..., steps_per_second: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., last_error: _Optional[str] = ..., writer: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., newest_checkpoint: _Optional[_Union[CheckpointInfo, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tokenizer: _Optional[str] = ..., data: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    def __init__(self, state: _Optional[_Union[RunState, str]] = ..., state_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., waiting_for: _Optional[str] = ..., run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., queue_length: _Optional[int] = ..., queue_limit: _Optional[int] = ..., steps_per_second: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., last_error: _Optional[str] = ..., writer: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., newest_checkpoint: _Optional[_Union[CheckpointInfo, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tokenizer: _Optional[str] = ..., inexact_replays: _Optional[_Iterable[_Union[InexactReplay, _Mapping]]] = ..., data: _Optional[_Mapping[str, str]] = ...) -> None: ...

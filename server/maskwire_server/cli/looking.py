@@ -40,6 +40,12 @@ def verify(run_dir: Run, as_json: Json = False) -> None:
             f"{found.steps} steps in {found.lineages} lineages, {found.batches} with their batches; whole "
             f"checkpoints: {', '.join(found.checkpoints) or 'none'}"
         )
+        for replay in found.inexact_replays:
+            how = "accepted by an operator" if replay.accepted else "within the tolerance"
+            typer.echo(
+                f"replayed, not to the same bytes ({how}): steps {replay.first_step} to {replay.last_step} "
+                f"of lineage {replay.lineage}"
+            )
         for problem in found.problems:
             typer.echo(f"damaged: {problem}")
         typer.echo("nothing is damaged" if not found.problems else f"{len(found.problems)} problems")

@@ -12,6 +12,7 @@ from maskwire_server.results import (
     Chunk,
     EvalAnswer,
     FileInfo,
+    InexactReplay,
     Limits,
     Losses,
     ModelInfo,
@@ -103,12 +104,17 @@ def session(value: SessionAnswer, info: ModelInfo, bounds: Limits) -> pb.OpenSes
         superseded=None if value.superseded is None else _holder(value.superseded),
         evaluated_lineage=value.evaluated_lineage,
         evaluated_step=value.evaluated_step,
+        inexact_replays=[_inexact_replay(replay) for replay in value.inexact_replays],
     )
 
 
 def _holder(value: Holder) -> pb.SessionHolder:
     process = None if value.process is None else pb.ClientProcess(**vars(value.process))
     return pb.SessionHolder(client_name=value.client_name, epoch=value.epoch, process=process)
+
+
+def _inexact_replay(replay: InexactReplay) -> pb.InexactReplay:
+    return pb.InexactReplay(**vars(replay))
 
 
 def model(info: ModelInfo) -> pb.ModelInfo:
@@ -176,6 +182,7 @@ def status(value: Status, bounds: Limits, started: float) -> pb.GetStatusRespons
         versions=value.versions,
         tokenizer=value.tokenizer,
         data=value.data,
+        inexact_replays=[_inexact_replay(replay) for replay in value.inexact_replays],
     )
     answer.state_time.FromNanoseconds(int(value.state_since * 1e9))
     answer.uptime.FromNanoseconds(int((time.monotonic() - started) * 1e9))

@@ -19,7 +19,8 @@ from typing import Any
 from maskwire.v1.digest import initial_digest, lineage_digest, step_digest
 from maskwire_server.batch import Payload
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.results import CheckpointInfo, Outcome
+from maskwire_server.results import CheckpointInfo, InexactReplay, Outcome
+from maskwire_server.run import inexact
 from maskwire_server.run.ancestry import ancestry, on_path
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.journal import FILE_NAME, Journal, explained
@@ -44,6 +45,8 @@ class Audit:
     """Steps whose batch is kept."""
     checkpoints: list[str] = field(default_factory=list)
     """The whole ones, newest first."""
+    inexact_replays: list[InexactReplay] = field(default_factory=list)
+    """Steps that a start computed again, close to the recorded results and not the same bytes."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -73,6 +76,8 @@ def verify(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -> Audit
                     at[lineage.lineage] = record.step, record.digest.hex()
         audit.lineages, audit.lineage = len(lineages), max(lineages)
         audit.step, audit.digest = at[audit.lineage]
+        with _noted(audit, run_dir):
+            audit.inexact_replays += inexact.recorded(journal)
         with _noted(audit, run_dir):
             audit.problems += journal.damage()
         with _noted(audit, run_dir):

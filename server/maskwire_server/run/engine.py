@@ -44,7 +44,7 @@ from maskwire_server.results import (
     Status,
     StepAnswer,
 )
-from maskwire_server.run import admission, following, listing, reading, recovery
+from maskwire_server.run import admission, following, inexact, listing, reading, recovery
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.commits import FOLD_BYTES, RETRY_SECONDS, Reserve, make_room
 from maskwire_server.run.device import Device, Trainer
@@ -274,6 +274,7 @@ class Engine:
             versions=self._versions,
             tokenizer=head.tokenizer,
             data=head.data,
+            inexact_replays=head.inexact_replays,
         )
 
     def drain(self, timeout: float) -> bool:
@@ -468,10 +469,15 @@ class Engine:
         self._line.begin_at(recovered.step)
         session = journal.last_session()
         self._writer.resume(session, recorded_process(journal, session))
-        # Checkpoint 0 comes before the first step; an inexact replay must not be asked for again.
-        if self._saver.newest is None or recovered.accepted:
+        head.inexact_replays = self._saver.inexact_replays = inexact.recorded(journal)
+        # Checkpoint 0 comes before the first step. A state that an inexact replay led to is durable before
+        # a step follows from it: another replay would lead to another state.
+        if self._saver.newest is None or recovered.replayed_inexactly:
+            word = "accepted" if recovered.accepted else "replayed"
             try:
-                self._when_there_is_room(partial(self._save_now, "accepted" if recovered.accepted else ""))
+                self._when_there_is_room(
+                    partial(self._save_now, word if recovered.replayed_inexactly else "")
+                )
             except Refused as refused:
                 raise RunDirectoryError(f"{self._run_dir}: {refused.message}") from refused
         elif not self._has_two_bases(numerics):

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.results import Outcome
+from maskwire_server.results import InexactReplay, Outcome
 from maskwire_server.run.journal import Journal
 from maskwire_server.run.records import StepRecord
+from maskwire_server.run.tolerance import TOLERANCES, Tolerance
 
 FINGERPRINT = (
     "torch", "device", "threads", "precision", "compile", "deterministic", "micro_batch_tokens", "world_size",
 )  # fmt: skip
+NUMERICS = "fingerprint.numerics"
+"""The version of this software's own mathematics; another one is replayed within the tolerance."""
 
 
 def fingerprint(versions: dict[str, str]) -> dict[str, Any]:
     """What a step's result depends on beside the configuration: software, hardware, threads."""
-    return {f"fingerprint.{name}": versions[name] for name in FINGERPRINT if name in versions}
+    return {f"fingerprint.{name}": versions[name] for name in (*FINGERPRINT, "numerics") if name in versions}
+
+
+def reproducible(settings: dict[str, Any]) -> bool:
+    """Whether the same steps give the same bytes again; what does not say is."""
+    deterministic = settings.get("fingerprint.deterministic", "yes") == "yes"
+    return bool(deterministic and settings.get("fingerprint.compile", "off") == "off")
+
+
+def _numerics_version(settings: dict[str, Any]) -> str:
+    return str(settings.get(NUMERICS, "1"))  # the first version recorded none
 
 
 def numerics(configuration: dict[str, Any], versions: dict[str, str]) -> dict[str, Any]:
@@ -68,12 +81,17 @@ def _changed_fingerprints(was: dict[str, Any], settings: dict[str, Any]) -> list
     return [
         key
         for key in sorted(was.keys() & settings.keys())  # an older version recorded less
-        if key.startswith("fingerprint.") and was[key] != settings[key]
+        if key.startswith("fingerprint.") and key != NUMERICS and was[key] != settings[key]
     ]
 
 
 class Following:
-    """Puts each record's own [optimizer] section in force before it is computed again."""
+    """Puts each record's own [optimizer] section in force before it is computed again.
+
+    It tells too which records must give the same bytes, and which only close results: those of a
+    configuration that is not reproducible or of another numerics version, those from an inexact replay
+    in the history on, and whatever follows any of them.
+    """
 
     def __init__(
         self,
@@ -82,8 +100,12 @@ class Following:
         configure: Callable[[dict[str, Any]], None],
         *,
         strict: bool,
+        inexact: Iterable[InexactReplay] = (),
     ) -> None:
         self._strict = strict
+        self._inexact = tuple(inexact)
+        self._close = False
+        self._precision = "fp32"
         self._journal = journal
         self._settings = settings
         self._configure = configure
@@ -101,6 +123,16 @@ class Following:
             yield record, payload
 
     def _follow(self, record: StepRecord, was: dict[str, Any]) -> None:
+        self._close = (
+            self._close
+            or not (reproducible(was) and reproducible(self._settings))
+            or _numerics_version(was) != _numerics_version(self._settings)
+            or any(
+                replay.lineage == record.lineage and replay.first_step <= record.step
+                for replay in self._inexact
+            )
+        )
+        self._precision = was.get("fingerprint.precision", "fp32")
         changed = [f"{key} was {was[key]!r}" for key in _changed_fingerprints(was, self._settings)]
         if changed and self._strict:
             raise RunDirectoryError(
@@ -108,10 +140,15 @@ class Following:
                 "--accept-inexact-replay"
             )
         self.accepted = self.accepted or bool(changed)
+        self._close = self._close or self.accepted
         try:
             self._put_in_force(optimizer_section(was))
         except ValueError as error:
             raise RunDirectoryError(_again(record, str(error))) from error
+
+    def tolerance(self) -> Tolerance | None:
+        """How far the record that was passed on last may be from its result; None: it must be the same."""
+        return TOLERANCES.get(self._precision, TOLERANCES["fp32"]) if self._close else None
 
     def end(self) -> None:
         """Go on under the configuration of now."""

@@ -191,6 +191,11 @@ class Journal:
         ).fetchone()
         return None if row is None else (row[0], _body(row[0], row[1]))
 
+    def events(self, kind: str) -> list[tuple[float, dict[str, Any]]]:
+        """When each event of a kind happened, and its body, the oldest first."""
+        rows = self._db.execute("SELECT id, at, body FROM events WHERE kind = ? ORDER BY id", (kind,))
+        return [(at, _body(event_id, body)) for event_id, at, body in rows.fetchall()]
+
     def add_step(self, record: StepRecord, payload: bytes) -> None:
         """Append a step, with the batch that computes it again."""
         self._batch_bytes += len(payload)
@@ -304,6 +309,11 @@ class Journal:
             "ORDER BY lineage"
         )
         return {row[0]: Lineage.read(row) for row in rows}
+
+    def lineage_at(self, at: float) -> int:
+        """The newest lineage at a time."""
+        row = self._db.execute("SELECT max(lineage) FROM lineages WHERE at <= ?", (at,)).fetchone()
+        return int(row[0] or 1)
 
     def add_session(self, session: SessionRecord) -> None:
         """Open an epoch, or write its record anew."""

@@ -22,6 +22,7 @@ from maskwire_server import failpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.manifest import Manifest
 from maskwire_server.results import Outcome
+from maskwire_server.run import inexact
 from maskwire_server.run.ancestry import Segment, ancestry, on_path
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.device import Device
@@ -139,8 +140,10 @@ class Recovered:
     digest: bytes
     non_finite: int
     """Steps in a row, up to the last and since the last takeover, that were not finite."""
+    replayed_inexactly: bool
+    """The state is one that an inexact replay led to: it must be saved before anything follows from it."""
     accepted: bool
-    """The state is one that an inexact replay led to."""
+    """Something that no tolerance covers was accepted on the way."""
 
 
 def recover(
@@ -196,21 +199,24 @@ def recover(
         settings,
         lambda section: device.call(partial(device.configure, section)),
         strict=not accept_inexact,
+        inexact=inexact.ahead(inexact.recorded(journal), segments, start),
     )
     began = time.monotonic()
-    count, inexact = replay(
+    done = replay(
         told(following.follow(records), step - start[1], tell),
         lambda *step: device.call(partial(device.replay, *step)),
+        tolerance=following.tolerance,
         accept_inexact=accept_inexact,
     )
-    if count:
-        log.info("replayed %d steps in %.1f s", count, time.monotonic() - began)
+    if done.count:
+        log.info("replayed %d steps in %.1f s", done.count, time.monotonic() - began)
     following.end()
     failpoints.passing("recovery.replayed")
-    accepted = following.accepted or bool(inexact)
-    if accepted:
-        journal.transaction(partial(journal.add_event, "inexact_replay", {"steps": inexact}))
-    return Recovered(lineage, step, digest, _non_finite(journal, lineage, step), accepted)
+    found = done.inexact(accepted=following.accepted)
+    if found:
+        inexact.record(journal, found, done.beyond)
+    accepted = following.accepted or bool(done.beyond)
+    return Recovered(lineage, step, digest, _non_finite(journal, lineage, step), bool(found), accepted)
 
 
 def accept_lost_history(journal: Journal, recovered: Recovered, step: int) -> Recovered:
@@ -238,7 +244,7 @@ def accept_lost_history(journal: Journal, recovered: Recovered, step: int) -> Re
 
     journal.transaction(write)
     log.warning("lost history accepted: lineage %d goes on from step %d", number, step)
-    return Recovered(number, step, digest, 0, recovered.accepted)
+    return Recovered(number, step, digest, 0, recovered.replayed_inexactly, recovered.accepted)
 
 
 def _non_finite(journal: Journal, lineage: int, step: int) -> int:

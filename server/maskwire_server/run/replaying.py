@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from maskwire.v1.digest import step_digest
 from maskwire_server import failpoints
 from maskwire_server.batch import Payload
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.results import Outcome, StepResult
+from maskwire_server.results import InexactReplay, Outcome, StepResult
 from maskwire_server.run.ancestry import Segment
 from maskwire_server.run.journal import Journal
 from maskwire_server.run.records import StepRecord, damaged
+from maskwire_server.run.tolerance import Tolerance, excess, outcome_differs
 
 log = logging.getLogger(__name__)
 
@@ -93,20 +95,41 @@ def told(
         yield item
 
 
+@dataclass
+class Replayed:
+    """What came of computing steps again."""
+
+    count: int = 0
+    """The steps, those that changed nothing included."""
+    differing: int = 0
+    """Those whose results were not the recorded bytes."""
+    beyond: list[int] = field(default_factory=list)
+    """Of these the steps that no tolerance covers, accepted."""
+    stretches: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By lineage, the first and the last step whose weights are close to the run's and not the same bytes."""
+
+    def inexact(self, *, accepted: bool) -> list[InexactReplay]:
+        """The stretches as they are recorded."""
+        accepted = accepted or bool(self.beyond)
+        return [InexactReplay(lineage, *steps, accepted) for lineage, steps in self.stretches.items()]
+
+
 def replay(
     records: Iterator[tuple[StepRecord, bytes | None]],
     train: Callable[[int, int, Payload], StepResult],
     *,
+    tolerance: Callable[[], Tolerance | None] = lambda: None,
     accept_inexact: bool = False,
-) -> tuple[int, list[int]]:
-    """Compute the records' steps again: how many there were, and which were not exact.
+) -> Replayed:
+    """Compute the records' steps again, and hold each result against its record.
 
-    Skipped and failed steps changed nothing and are not computed. Raises InexactReplayError at the
-    first step that differs, unless `accept_inexact`.
+    `tolerance` is asked for each: None wants the recorded bytes. Skipped and failed steps changed nothing
+    and are not computed. Raises InexactReplayError at the first step that differs by more, unless
+    `accept_inexact`, and always at one with another outcome.
     """
-    count, inexact = 0, []
+    done = Replayed()
     for record, payload in records:
-        count += 1
+        done.count += 1
         if record.outcome is not Outcome.APPLIED:
             continue
         if payload is None:
@@ -116,19 +139,41 @@ def replay(
                 "checkpoint was damaged, restore the run directory from a copy"
             )
         failpoints.passing("recovery.replaying")
-        result = train(record.lineage, record.step, read_payload(record, payload))
+        batch = read_payload(record, payload)
+        result = train(record.lineage, record.step, batch)
+        if outcome_differs(record, result):
+            raise InexactReplayError(
+                f"step {record.step} computed again ended as {result.outcome.name}, acknowledged was "
+                f"{record.outcome.name}: the weights would lack the step; start on the software, hardware "
+                "and settings that it was trained with"
+            )
         again = StepRecord(**{**vars(record), "losses": result.losses, "gradient_norm": result.gradient_norm})
-        if result.outcome is record.outcome and again.numbers() == record.numbers():
+        same, allowed = again.numbers() == record.numbers(), tolerance()
+        if same and allowed is None and not done.stretches:
             continue
-        inexact.append(record.step)
-        message = (
-            f"step {record.step} computed again gave loss {result.losses.loss!r}, acknowledged was "
-            f"{record.losses.loss!r}"
-        )
+        # The loss comes before the update: equal bytes do not show that the weights are equal.
+        first, _ = done.stretches.get(record.lineage, (record.step, record.step))
+        done.stretches[record.lineage] = first, record.step
+        if same:
+            continue
+        done.differing += 1
+        problem = _bytes_differ(record, result) if allowed is None else (
+            excess(record, result, allowed, batch.batch.rows * batch.batch.columns)
+        )  # fmt: skip
+        if problem is None:
+            continue
+        message = f"step {record.step} computed again gave {problem}"
         if not accept_inexact:
             raise InexactReplayError(
-                f"{message}: software, hardware, threads or configuration differ from when it was trained; "
-                "start as it was then, or accept the difference once with --accept-inexact-replay"
+                f"{message}: software, hardware, threads, configuration or checkpoint differ from when it "
+                "was trained; start as it was then, or accept it once with --accept-inexact-replay"
             )
+        done.beyond.append(record.step)
         log.warning("%s; accepted", message)
-    return count, inexact
+    if done.differing > len(done.beyond):
+        log.info("%d steps computed again differ within the tolerance", done.differing - len(done.beyond))
+    return done
+
+
+def _bytes_differ(record: StepRecord, result: StepResult) -> str:
+    return f"loss {result.losses.loss!r}, acknowledged was {record.losses.loss!r}"

@@ -12,7 +12,7 @@ from typing import Any
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.manifest import Manifest
 from maskwire_server.results import CheckpointInfo
-from maskwire_server.run import following, recovery, replaying
+from maskwire_server.run import following, inexact, recovery, replaying
 from maskwire_server.run.ancestry import Segment, ancestry
 from maskwire_server.run.audit import open_run
 from maskwire_server.run.checkpoint import Checkpoints
@@ -68,25 +68,30 @@ def rewind(
         settings = following.numerics(configuration, versions)
         follow = following.Following(
             journal, settings, lambda section: device.call(partial(device.configure, section)),
-            strict=not accept_inexact,
+            strict=not accept_inexact, inexact=inexact.ahead(inexact.recorded(journal), segments, start),
         )  # fmt: skip
         records = replaying.steps_to_replay(journal, segments, start)
-        count, inexact = replaying.replay(
+        done = replaying.replay(
             replaying.told(follow.follow(records), to_step - start[1], tell),
             lambda *step: device.call(partial(device.replay, *step)),
+            tolerance=follow.tolerance,
             accept_inexact=accept_inexact,
         )
-        tell(f"computed {count} steps again, {len(inexact)} of them not exactly")
+        tell(f"computed {done.count} steps again, {done.differing} of them not exactly")
         name = out.name if out is not None else f"step-{to_step:09d}"
         info = CheckpointInfo(name, last.lineage, to_step, digest, (), time.time())
         if out is None:
-            return info, len(inexact)
+            return info, done.differing
         kept = {section: configuration[section] for section in KEPT_SECTIONS if section in configuration}
-        state = Manifest(info, journal.fact("run_id"), False, None, kept, versions)
+        history = inexact.within(inexact.recorded(journal), segments)
+        state = Manifest(
+            info, journal.fact("run_id"), False, None, kept, versions,
+            (*history, *done.inexact(accepted=follow.accepted)),
+        )  # fmt: skip
         beside = Checkpoints(run_dir)
         beside.folder = out.absolute().parent
         beside.folder.mkdir(parents=True, exist_ok=True)
-        return beside.write(device.call(device.snapshot), state).info, len(inexact)
+        return beside.write(device.call(device.snapshot), state).info, done.differing
     finally:
         device.close()
         journal.close()

@@ -13,8 +13,8 @@ from maskwire_server.config import CheckpointsConfig
 from maskwire_server.errors import Refused, is_shortage
 from maskwire_server.manifest import Manifest
 from maskwire_server.requests import AUTOMATIC_NAME, SaveRequest
-from maskwire_server.results import CheckpointInfo
-from maskwire_server.run import retention
+from maskwire_server.results import CheckpointInfo, InexactReplay
+from maskwire_server.run import inexact, retention
 from maskwire_server.run.ancestry import ancestry, on_path
 from maskwire_server.run.checkpoint import Checkpoints, Snapshot
 from maskwire_server.run.jobs import Save
@@ -52,6 +52,8 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="maskwire-save")
         self.busy = False
         """A snapshot is being made or written."""
+        self.inexact_replays: tuple[InexactReplay, ...] = ()
+        """What manifests tell of the history."""
         self.newest: CheckpointInfo | None = None
         """Of the run's own; None until `refresh`."""
 
@@ -97,6 +99,7 @@ class Saver:
         name = request.name or f"{kind}-{place.step:09d}" + (
             f"-lineage-{place.lineage}" if place.lineage > 1 else ""
         )
+        lineages = journal.lineages()
         manifest = Manifest(
             CheckpointInfo(
                 name, place.lineage, place.step, place.digest, (), time.time(), request.labels, request.score
@@ -106,8 +109,9 @@ class Saver:
             request.request_id,
             self._configuration,
             self._versions,
+            inexact.within(self.inexact_replays, ancestry(lineages, place.lineage)),
         )
-        return self._thread.submit(self._save, request, manifest, snapshot, journal.lineages())
+        return self._thread.submit(self._save, request, manifest, snapshot, lineages)
 
     def _save(
         self, request: SaveRequest, manifest: Manifest, snapshot: Snapshot, lineages: dict[int, Lineage]

@@ -186,6 +186,7 @@ class Sessions:
             superseded=self._writer.superseded if epoch == self._writer.epoch else None,
             evaluated_lineage=head.evaluated[0],
             evaluated_step=head.evaluated[1],
+            inexact_replays=head.inexact_replays,
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from maskwire_server.errors import Diverged, Refused, shortage
-from maskwire_server.results import RunState
+from maskwire_server.results import InexactReplay, RunState
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,7 @@ class Head:
         """The fingerprint of the run's data; empty: nobody said."""
         self.evaluated = (0, 0)
         """Lineage and number of the last step that a writer said it had evaluated; zeros: none."""
+        self.inexact_replays: tuple[InexactReplay, ...] = ()
         self.lineage = 1
         self.step = 0
         """The last computed step."""

@@ -12,6 +12,13 @@ from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError
 from maskwire_server.training import container
 
+NUMERICS_VERSION = 2
+"""Counts changes of what the same settings compute, beyond rounding or not. A step that another version
+trained is computed again within a tolerance.
+
+2: `only_train_critic` minimises the critic's loss itself; weight decay reaches every linear map.
+"""
+
 
 def cores() -> int:
     """The CPU cores that this process may use, a container's quota counted."""
@@ -52,6 +59,7 @@ def set_numerics(serve: ServeConfig, device: torch.device, *, bf16: bool) -> dic
         torch.use_deterministic_algorithms(deterministic)
     return {
         "precision": "bf16" if bf16 else "tf32" if tf32 else "fp32",
+        "numerics": str(NUMERICS_VERSION),
         "compile": serve.compile,
         "deterministic": "yes" if deterministic else "no",
     }

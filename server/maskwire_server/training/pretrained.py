@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from maskwire_server.config import ModelConfig, ObjectiveConfig
+from maskwire_server.config import ModelConfig, ObjectiveConfig, recorded_sections
+from maskwire_server.errors import ConfigError
 from maskwire_server.manifest import MANIFEST, Manifest
 from maskwire_server.results import WEIGHT_FILES
 from maskwire_server.training.corruption import Vocabulary
@@ -88,10 +88,9 @@ def load(
         if hashlib.file_digest(file, "sha256").digest() != hashes[name]:
             raise ValueError(f"{folder / name} does not match the manifest's SHA-256; download it again")
     try:
-        model = ModelConfig(**manifest.configuration["model"])
-        objective = ObjectiveConfig(**manifest.configuration["objective"])
+        model, objective = recorded_sections(manifest.configuration)
         tensors = load_file(folder / name)
-    except (ValidationError, SafetensorError, KeyError, TypeError) as error:
+    except (ConfigError, SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: this version cannot read it ({error})") from error
     with torch.device("meta"):
         module = MaskedModel(model, objective)
