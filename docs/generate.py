@@ -32,7 +32,7 @@ def configuration() -> str:
         "`maskwire-server init` writes this as a commented TOML file. Flags (`--set section.key=value`) win over the "
         "environment (`MASKWIRE_SECTION__KEY`), which wins over the file. What cannot be used is refused with the "
         "key, the value and what would be right; `maskwire-server check` says so without starting.\n",
-        "`[model]`, `[objective]` and `run.seed` belong to the run and cannot change. The rest may change between "
+        "`[model]`, `[objective]` and `run.seed` belong to the run and cannot change: those that are not set come from the run's record, also where defaults or presets changed since. The rest may change between "
         "restarts: a learning rate, a schedule or `total_steps` at any time, also after a kill (steps that are "
         "computed again use the settings they were trained with); `device`, `precision`, `threads` and "
         "`micro_batch_tokens` after a clean stop.\n",

@@ -104,7 +104,8 @@ class Following:
     ) -> None:
         self._strict = strict
         self._inexact = tuple(inexact)
-        self._close = False
+        self._close = self._drifted = False
+        self._steps = 0  # that were computed since results need only be close
         self._precision = "fp32"
         self._journal = journal
         self._settings = settings
@@ -123,14 +124,14 @@ class Following:
             yield record, payload
 
     def _follow(self, record: StepRecord, was: dict[str, Any]) -> None:
+        self._drifted = self._drifted or any(
+            replay.lineage == record.lineage and replay.first_step <= record.step for replay in self._inexact
+        )
         self._close = (
             self._close
+            or self._drifted
             or not (reproducible(was) and reproducible(self._settings))
             or _numerics_version(was) != _numerics_version(self._settings)
-            or any(
-                replay.lineage == record.lineage and replay.first_step <= record.step
-                for replay in self._inexact
-            )
         )
         self._precision = was.get("fingerprint.precision", "fp32")
         changed = [f"{key} was {was[key]!r}" for key in _changed_fingerprints(was, self._settings)]
@@ -141,6 +142,7 @@ class Following:
             )
         self.accepted = self.accepted or bool(changed)
         self._close = self._close or self.accepted
+        self._steps += self._close
         try:
             self._put_in_force(optimizer_section(was))
         except ValueError as error:
@@ -148,7 +150,10 @@ class Following:
 
     def tolerance(self) -> Tolerance | None:
         """How far the record that was passed on last may be from its result; None: it must be the same."""
-        return TOLERANCES.get(self._precision, TOLERANCES["fp32"]) if self._close else None
+        if not self._close:
+            return None
+        whole = TOLERANCES.get(self._precision, TOLERANCES["fp32"])
+        return whole if self._drifted else whole.after(self._steps - 1)
 
     def end(self) -> None:
         """Go on under the configuration of now."""

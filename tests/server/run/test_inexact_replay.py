@@ -105,7 +105,7 @@ def test_equal_losses_do_not_show_that_the_weights_are_equal(rig: Rig) -> None:
     assert rig.start(rounding(0)).status().inexact_replays == (BY_TOLERANCE,)
 
 
-@pytest.mark.parametrize("error", [0.07, -0.07, 0.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("error", [0.004, -0.004, 0.5, float("nan"), float("inf")])
 def test_results_beyond_the_tolerance_stop_and_can_be_accepted(rig: Rig, error: float) -> None:
     killed(rig, rounding(0))
     with pytest.raises(InexactReplayError, match="step 1 computed again gave generator loss"):
@@ -190,6 +190,13 @@ def test_stretches_grow_together_and_stay_apart(rig: Rig) -> None:
     assert engine.status().inexact_replays == (
         InexactReplay(1, 1, 5, False), InexactReplay(1, 6, 6, False), InexactReplay(2, 6, 6, False),
     )  # fmt: skip
+
+
+def test_the_tolerance_grows_with_the_steps_up_to_the_whole() -> None:
+    whole = TOLERANCES["fp32"]
+    assert whole.after(0).generator_loss == pytest.approx(0.05 * whole.generator_loss)
+    assert whole.after(450).critic_loss == pytest.approx(whole.critic_loss / 2)
+    assert whole.after(950) == whole.after(10**6) == whole
 
 
 def test_what_is_skipped_is_not_computed(rig: Rig) -> None:
