@@ -393,7 +393,7 @@ class Trainer(Position, Client):
         `evaluate` may be a coroutine function here. Cancelled (as `asyncio.run` does at Ctrl-C), it
         ends at once and leaves the steps in flight to `close`; the next call goes on.
         """
-        from maskwire.fit import Take, plan
+        from maskwire.fit import Apart, Take, plan
 
         wishes = plan(self, data, until_step=until_step, **options)
         reply: Any = None
@@ -405,6 +405,8 @@ class Trainer(Position, Client):
                 try:
                     if isinstance(wish, Take):
                         reply = await asyncio.wait_for(wish.future, wish.timeout)
+                    elif isinstance(wish, Apart):
+                        reply = await asyncio.to_thread(wish.act)
                     elif inspect.isawaitable(reply := wish()):
                         reply = await reply
                 except BaseException as error:

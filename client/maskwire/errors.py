@@ -17,7 +17,7 @@
     ├── HistoryError             server and client disagree about what was trained: stop
     │   ├── HistoryLostError         the server lacks steps that it acknowledged
     │   └── DigestMismatchError      the digests differ
-    ├── AccessError              the server's door stays shut
+    ├── AccessError              access denied: TLS or token rejected
     │   ├── UnauthenticatedError     no token, or one that it does not know
     │   ├── PermissionDeniedError    the token's role may not do this
     │   └── TlsError                 the certificates do not fit

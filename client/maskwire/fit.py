@@ -90,7 +90,14 @@ class Take:
     timeout: float | None
 
 
-Wish = Take | Callable[[], Any]
+@dataclass(frozen=True)
+class Apart:
+    """A wish: what this returns, which reads files and so keeps an event loop waiting."""
+
+    act: Callable[[], Any]
+
+
+Wish = Take | Apart | Callable[[], Any]
 """A callable is a wish for what it returns, awaited where that can be."""
 
 
@@ -109,7 +116,10 @@ def fit(trainer: Trainer, data: Data, *, until_step: int, **options: Any) -> Fit
             wish = wishes.send(reply) if raised is None else wishes.throw(raised)
             reply = raised = None
             try:
-                reply = result_of(wish.future, wish.timeout) if isinstance(wish, Take) else wish()
+                if isinstance(wish, Take):
+                    reply = result_of(wish.future, wish.timeout)
+                else:
+                    reply = wish.act() if isinstance(wish, Apart) else wish()
             except BaseException as error:
                 raised = error
     except StopIteration as done:
@@ -153,10 +163,10 @@ def plan(
     result = FitResult(first_step=trainer.step + 1, step=trainer.step)
     if metrics is not None and Path(metrics).resolve() in (path.resolve() for path in _files_of(data)):
         raise ValueError(f"metrics: {metrics} is a file of the data; name another file")
-    log = Metrics(metrics) if metrics is not None else None
+    log: Metrics | None = None
     if isinstance(progress, bool):
         progress = _progress(progress, trainer.step, until_step)
-    loop = _Loop(trainer, data, result, progress, log, on_step, modes)
+    loop = _Loop(trainer, data, result, progress, on_step, modes)
 
     def save(score: float | None = None) -> Generator[Wish, Any, None]:
         place = {"expected_lineage": trainer.lineage, "expected_step": result.step}
@@ -180,12 +190,14 @@ def plan(
     stops = [every for every in (eval_every if evaluate else None, checkpoint_every) if every]
     began = time.monotonic()
     try:
-        if log is not None:
-            yield from log.catch_up(trainer)
         if getattr(data, "tokenizer", "") and result.step < until_step:
             yield partial(trainer.use_tokenizer, data.tokenizer)  # type: ignore[attr-defined]
         if hasattr(data, "fingerprint") and result.step < until_step:
-            yield partial(trainer.use_data, data.fingerprint(), allow_changed=allow_changed_data)
+            fingerprint = yield Apart(data.fingerprint)
+            yield partial(trainer.use_data, fingerprint, allow_changed=allow_changed_data)
+        if metrics is not None:
+            log = loop.log = Metrics(metrics)
+            yield from log.catch_up(trainer)
         if save_best and evaluate:
             saved = yield trainer.checkpoints
             best = min([info.score for info in saved if info.score is not None], default=math.inf)
@@ -243,12 +255,12 @@ class _Loop:
         data: Data,
         result: FitResult,
         progress: Progress,
-        log: Metrics | None,
         on_step: Callable[[StepResult], None] | None,
         modes: dict[str, Any],
     ) -> None:
         self._trainer, self._data, self._result = trainer, data, result
-        self._progress, self._log, self._on_step, self._modes = progress, log, on_step, modes
+        self._progress, self._on_step, self._modes = progress, on_step, modes
+        self.log: Metrics | None = None
         self._in_flight: deque[tuple[int, Any]] = deque()
 
     def run(self, stop: int) -> Generator[Wish, Any, None]:
@@ -296,8 +308,8 @@ class _Loop:
         result = self._result
         result.step, result.last = answer.step, answer
         result.tokens += tokens
-        if self._log is not None:
-            self._log.write(step_line(self._trainer.run_id, self._trainer.lineage, answer, tokens))
+        if self.log is not None:
+            self.log.write(step_line(self._trainer.run_id, self._trainer.lineage, answer, tokens))
         note = "" if answer.outcome.name == "APPLIED" else answer.outcome.name
         self._progress.update(answer.step, answer.loss, tokens, note)
         if self._on_step is not None:
@@ -306,8 +318,8 @@ class _Loop:
     def record_evaluation(self, found: EvalResult) -> None:
         error = f" ± {found.standard_error / math.log(2):.3f}" if found.standard_error is not None else ""
         self._progress.say(f"step {found.step}: held out {found.bits_per_token:.3f}{error} bits per token")
-        if self._log is not None:
-            self._log.write_evaluation(evaluation_line(self._trainer.run_id, self._trainer.lineage, found))
+        if self.log is not None:
+            self.log.write_evaluation(evaluation_line(self._trainer.run_id, self._trainer.lineage, found))
 
 
 def _files_of(data: Data) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC
 from typing import Any
 
@@ -398,6 +398,14 @@ def read_checkpoint(info: pb.CheckpointInfo) -> results.CheckpointInfo:
     )
 
 
+def read_inexact_replays(replays: Iterable[pb.InexactReplay]) -> tuple[results.InexactReplay, ...]:
+    """Steps that a start of the server computed again with results that were only close."""
+    return tuple(
+        results.InexactReplay(replay.lineage, replay.first_step, replay.last_step, replay.accepted)
+        for replay in replays
+    )
+
+
 def read_status(status: pb.GetStatusResponse) -> results.Status:
     """Is it stuck or working?"""
     newest = status.newest_checkpoint if status.HasField("newest_checkpoint") else None
@@ -424,8 +432,5 @@ def read_status(status: pb.GetStatusResponse) -> results.Status:
         tokenizer=status.tokenizer,
         limits=read_limits(status.limits),
         data=dict(status.data),
-        inexact_replays=tuple(
-            results.InexactReplay(replay.lineage, replay.first_step, replay.last_step, replay.accepted)
-            for replay in status.inexact_replays
-        ),
+        inexact_replays=read_inexact_replays(status.inexact_replays),
     )

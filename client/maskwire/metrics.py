@@ -22,6 +22,7 @@ from maskwire.output import LineFile
 from maskwire.results import EvalResult, Losses, RecordedStep, StepResult, StepsPage
 
 _BLOCK = 2**20  # bytes before the end in which the last step is looked for
+_LONGEST_LINE = 4096  # bytes
 _PAGE = 250  # the most that a server gives
 _FIRST = (1, 0)  # lineage and step that a run begins with
 
@@ -198,7 +199,7 @@ def _order(place: Place) -> tuple[int, int]:
 
 
 def _repair(file: IO[bytes], path: str | Path) -> tuple[dict[str, Any], bool]:
-    """Cut a line off that was not written whole.
+    """Cut a line off that was not written whole; a file that holds something else is left as it is.
 
     Returns the last line that tells a step, or {}, and whether the last line lacks only its end.
     """
@@ -208,12 +209,17 @@ def _repair(file: IO[bytes], path: str | Path) -> tuple[dict[str, Any], bool]:
     unended = bool(torn) and _object(torn) is not None
     if unended:
         whole += newline + torn
-    elif torn:
-        # What a full disk or a power loss leaves: the beginning of a line, or zeros.
-        _require(torn.startswith(b"{") or not torn.strip(b"\0"), path, torn)
-        file.truncate(size - len(torn))
     lines = [line for line in whole.splitlines() if line.strip(b" \r\0")]
-    _require(not lines or _object(lines[-1]) is not None, path, lines[-1] if lines else b"")
+    if lines:
+        _require("step" in (_object(lines[-1]) or {}), path, lines[-1])
+    if torn and not unended:
+        # What a full disk or a power loss leaves: the beginning of a line, or zeros. Alone in a file it has
+        # to be the beginning of ours, or as short as one.
+        ours = torn.startswith((b'{"run_id": ', b'{"step": ')) or b'{"run_id": '.startswith(torn)
+        zeros = not torn.strip(b"\0")
+        known = torn.startswith(b"{") or zeros if lines else ours or (zeros and size < _LONGEST_LINE)
+        _require(known, path, torn)
+        file.truncate(size - len(torn))
     for line in _objects(reversed(lines)):
         if "step" in line and ("run_id" in line or "digest" in line):
             return line, unended
@@ -235,6 +241,6 @@ def _object(line: bytes) -> dict[str, Any] | None:
 def _require(holds: bool, path: str | Path, line: bytes) -> None:
     if not holds:
         raise ValueError(
-            f"{path} is not a file of metrics: it ends with {line[:40]!r}, which is no JSON object; name "
+            f"{path} is not a file of metrics: it ends with {line[:40]!r}, which is no line of metrics; name "
             "another file"
         )

@@ -16,12 +16,9 @@ from pathlib import Path
 from maskwire.v1 import training_service_pb2 as pb
 
 _TEXT = 128  # characters of a text on the wire
-_JOBS = (
-    ("slurm", ("SLURM_JOB_ID", "SLURM_PROCID")),
-    ("pbs", ("PBS_JOBID",)),
-    ("lsf", ("LSB_JOBID", "LSB_JOBINDEX")),
-)
-"""What schedulers call a job and its part, in the environment: the same when it is started again."""
+_TASK = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID")
+_RESTARTS = "SLURM_RESTART_COUNT"
+"""Slurm's names of a task, the same when its job is requeued, and of how often that has happened."""
 
 
 def this_process() -> pb.ClientProcess:
@@ -45,15 +42,20 @@ def default_name() -> str:
 
 
 def is_gone(holder: pb.ClientProcess) -> bool:
-    """Whether the process has surely ended: one of this machine that is no more, or this job's, before.
+    """Whether the process has surely ended: one of this machine that is no more, or this task's before its
+    job was requeued.
 
-    A scheduler starts a job again only after it has ended, on whichever machine.
+    Slurm requeues a job only after it has ended, on whichever machine. Other schedulers do not say whether
+    a process was started again or beside another of its job.
     """
     here = this_process()
     same_boot = holder.boot_id and holder.boot_id == here.boot_id and holder.host == here.host
     if same_boot and holder.pid_namespace and holder.pid_namespace == here.pid_namespace:
         return not _lives(holder.process_id, holder.start_time_ticks)
-    return bool(holder.job) and holder.job == here.job
+    task, _, restarts = here.job.rpartition(":")
+    their_task, _, their_restarts = holder.job.rpartition(":")
+    both = restarts.isdecimal() and their_restarts.isdecimal()
+    return bool(task) and task == their_task and both and int(restarts) > int(their_restarts)
 
 
 def holder_of(metadata: Mapping[str, str]) -> pb.ClientProcess:
@@ -105,10 +107,10 @@ def _pid_namespace() -> str:
 
 
 def _job(environment: Mapping[str, str]) -> str:
-    for scheduler, names in _JOBS:
-        if environment.get(names[0]):
-            return _text(":".join([scheduler, *(environment.get(name, "") for name in names)]))
-    return ""
+    if not environment.get(_TASK[0]):
+        return ""
+    task = [environment.get(name, "") for name in _TASK]
+    return _text(":".join(["slurm", *task, environment.get(_RESTARTS) or "0"]))
 
 
 def _read(path: str) -> str:

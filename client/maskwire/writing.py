@@ -150,6 +150,7 @@ class Writing(Asking):
         self.model: results.ModelInfo
         self.limits: results.Limits
         self.tokenizer = ""
+        self.inexact_replays: tuple[results.InexactReplay, ...] = ()
         self.data: dict[str, str] = {}
         self.evaluated = (0, 0)
         self.closed = False
@@ -222,6 +223,7 @@ class Writing(Asking):
         self.model = messages.read_model(response.model)
         self.limits = messages.read_limits(response.limits)
         self.tokenizer = response.tokenizer
+        self.inexact_replays = messages.read_inexact_replays(response.inexact_replays)
         self.data = dict(response.data)
         self.evaluated = (response.evaluated_lineage, response.evaluated_step)
         self._window = min(self._window, self.limits.window)
@@ -384,6 +386,11 @@ class Position:
     def model(self) -> results.ModelInfo:
         """What is served."""
         return self._writing.model
+
+    @property
+    def inexact_replays(self) -> tuple[results.InexactReplay, ...]:
+        """Steps that a start of the server computed again with results that were only close."""
+        return self._writing.inexact_replays
 
     @property
     def limits(self) -> results.Limits:

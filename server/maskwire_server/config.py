@@ -278,8 +278,8 @@ class ServeConfig(_Section):
     tls_client_ca: Path | None = None
     """Authorities (PEM) of client certificates: only clients with one may connect."""
     token_read_file: Path | None = None
-    """Bearer tokens of role read (status, evaluate, generate, list), one a line, and behind it when it
-    expires."""
+    """Bearer tokens of role read (status, evaluate, generate, list): one per line, optionally followed by its
+    expiry time."""
     token_train_file: Path | None = None
     """Bearer tokens of role train (and what read may)."""
     token_admin_file: Path | None = None
@@ -442,6 +442,10 @@ class Config(BaseSettings):
         return whole
 
 
+class NewerRunError(ConfigError):
+    """A run records options that only a newer version has."""
+
+
 def recorded_sections(record: dict[str, Any]) -> tuple[ModelConfig, ObjectiveConfig]:
     """[model] and [objective] as a run recorded them, by this version or another.
 
@@ -452,7 +456,10 @@ def recorded_sections(record: dict[str, Any]) -> tuple[ModelConfig, ObjectiveCon
     fields = {"model": ModelConfig.model_fields, "objective": ObjectiveConfig.model_fields}
     unknown = [f"{name}.{key}" for name in fields for key in record[name] if key not in fields[name]]
     if unknown:
-        raise ConfigError(f"{', '.join(unknown)} is recorded, and this version does not know it")
+        raise NewerRunError(
+            f"{', '.join(unknown)} is recorded, and this version does not know it: a newer version wrote the "
+            "run, use that one"
+        )
     whole = {
         name: {**{key: field.default for key, field in fields[name].items()}, **record[name]}
         for name in fields

@@ -179,7 +179,13 @@ def test_a_server_without_the_list_of_steps_leaves_the_gap(tmp_path: Path) -> No
     assert places(lines[2:]) == [(1, 5, "started"), (1, 6, "")]
 
 
-@pytest.mark.parametrize("text", ["step,loss\n1,2\n", "some text", "[1]\n", '"a"\n', "{}\nx", "1\n"])
+OTHERS = [
+    "step,loss\n1,2\n", "some text", "[1]\n", '"a"\n', "{}\nx", "1\n", "a source file\nwith a block\n{",
+    "binary\n" + "\0" * 500, "\0" * 5000, '{"text": "a record"}\n', '{"text": "a rec',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", OTHERS)
 def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path, text: str) -> None:
     path = tmp_path / "data.csv"
     path.write_text(text)

@@ -90,14 +90,27 @@ def test_a_job_that_its_scheduler_starts_again_finds_its_former_process_gone_on_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_PROCID", "2")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    first = changed(process.this_process(), host="elsewhere")
+    assert first.job == "slurm:4711:0:2:0"
+    assert not process.is_gone(first), "another task with the same numbers may live, on another node"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     here = process.this_process()
-    assert here.job == "slurm:4711:2"
-    assert process.is_gone(changed(here, host="elsewhere"))
+    assert process.is_gone(first)
     assert not process.is_gone(here), "it lives"
-    assert not process.is_gone(changed(here, host="elsewhere", job="slurm:4711:3"))
-    monkeypatch.delenv("SLURM_JOB_ID")
     assert not process.is_gone(changed(here, host="elsewhere"))
+    for other in (
+        "slurm:4711:0:3:0",
+        "slurm:4711:1:2:0",
+        "slurm:4712:0:2:0",
+        "slurm:4711:0:2:",
+        "slurm:4711:0:2",
+    ):
+        assert not process.is_gone(changed(here, host="elsewhere", job=other)), other
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert not process.is_gone(first)
     assert not process.is_gone(pb.ClientProcess(host="elsewhere")), "two without a job are not of the same"
 
 

@@ -34,7 +34,7 @@ CODES = {
     UNAVAILABLE: "no answer from the server within --retry-for",
     SESSION: "the run is not as expected: another writer has it or took it over, or it was restored",
     HISTORY: "server and client disagree about what was trained: look at the server's storage",
-    ACCESS: "the door stays shut: a certificate or a token does not fit",
+    ACCESS: "access denied: TLS or token rejected",
     OUTPUT: "output lost: the result, `--metrics` or another file could not be written, as on a full disk; "
     "what was trained is safe",
     INTERRUPTED: "interrupted by Ctrl-C; the same command goes on",

@@ -18,6 +18,7 @@ from maskwire_server.cli.options import (
     start_log,
     stop,
 )
+from maskwire_server.errors import RunDirectoryError
 
 
 def serve(
@@ -68,8 +69,13 @@ def check(
 ) -> None:
     """Check a configuration: parameters, memory, and the batch that fits. Exit 1 when it does not fit."""
     chosen = loaded(config, run_dir, address, settings)
+    from maskwire_server.run import opening
     from maskwire_server.training.footprint import footprint
 
+    try:
+        chosen = opening.of_run(chosen, chosen.run.dir)
+    except RunDirectoryError as error:  # for example while a server uses the run
+        typer.echo(f"The run's own record is not looked at: {error}", err=True)
     report = footprint(chosen.model, chosen.objective, chosen.optimizer, chosen.serve)
     for line in report.lines:
         typer.echo(line)

@@ -400,6 +400,10 @@ class Engine:
         except Refused as refusal:
             self._saver.give_up(save, refusal)
             raise
+        except (OSError, MemoryError) as error:
+            refusal = self._standing.failed("the checkpoint", error)
+            self._saver.give_up(save, refusal)
+            raise refusal from error
         self._saver.finish()
 
     def _when_there_is_room(self, act: Callable[[], T]) -> T:
@@ -455,6 +459,7 @@ class Engine:
             accept_inexact=self._accept_inexact_replay,
             accept_lost=self._accept_lost_history is not None,
             tell=lambda words: self._standing.set(RunState.RECOVERING, waiting_for=words),
+            with_room=self._when_there_is_room,
         )
         self._saver.refresh()  # some may have been set aside
         self._standing.set(RunState.RECOVERING, waiting_for="the warm-up")
@@ -462,7 +467,9 @@ class Engine:
         device.call(partial(device.begin_at, recovered.step, recovered.non_finite))
         log.info("warmed up in %.1f s", self._clock() - warming)
         if self._accept_lost_history is not None:
-            recovered = recovery.accept_lost_history(journal, recovered, self._accept_lost_history)
+            recovered = recovery.accept_lost_history(
+                journal, recovered, self._accept_lost_history, with_room=self._when_there_is_room
+            )
 
         head.move(recovered.lineage, recovered.step, recovered.digest)
         head.non_finite = recovered.non_finite

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from maskwire_server.config import Config
+from maskwire_server.config import Config, NewerRunError
 from maskwire_server.errors import ConfigError, RunDirectoryError
 from maskwire_server.run.journal import FILE_NAME, Journal, explained
 
@@ -25,6 +25,8 @@ def of_run(config: Config, run_dir: Path) -> Config:
         with explained(run_dir):
             seed, canonical = journal.fact("seed"), journal.fact("canonical")
         return config.of_run(seed, canonical)
+    except NewerRunError as error:
+        raise RunDirectoryError(f"{run_dir}: {error}") from error
     except ConfigError as error:
         raise RunDirectoryError(
             f"{run_dir}: {error}: model, objective and seed belong to the run; leave them out, or put them "

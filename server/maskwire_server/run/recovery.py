@@ -155,9 +155,11 @@ def recover(
     accept_inexact: bool = False,
     accept_lost: bool = False,
     tell: Callable[[str], None] = lambda _: None,
+    with_room: Callable[[Callable[[], None]], None] = lambda write: write(),
 ) -> Recovered:
     """Bring the device's trainer to the journal's last step; `tell` hears what takes its time.
 
+    `with_room` does what is written to the journal, and may wait until its disk has room for it.
     Checkpoints that are damaged are set aside. Raises RunDirectoryError when it cannot be done exactly.
     """
     lineages = journal.lineages()
@@ -214,12 +216,18 @@ def recover(
     failpoints.passing("recovery.replayed")
     found = done.inexact(accepted=following.accepted)
     if found:
-        inexact.record(journal, found, done.beyond)
+        with_room(partial(inexact.record, journal, found, done.beyond))
     accepted = following.accepted or bool(done.beyond)
     return Recovered(lineage, step, digest, _non_finite(journal, lineage, step), bool(found), accepted)
 
 
-def accept_lost_history(journal: Journal, recovered: Recovered, step: int) -> Recovered:
+def accept_lost_history(
+    journal: Journal,
+    recovered: Recovered,
+    step: int,
+    *,
+    with_room: Callable[[Callable[[], None]], None] = lambda write: write(),
+) -> Recovered:
     """Go on from the last step that is left, on a new lineage, so that no client mistakes it for the old.
 
     Raises RunDirectoryError unless that is `step`. Done once for a step, however often it is asked for.
@@ -242,7 +250,7 @@ def accept_lost_history(journal: Journal, recovered: Recovered, step: int) -> Re
         epoch = (last.epoch if last else 0) + 1  # used up, so that no writer goes on unaware
         journal.add_session(SessionRecord(epoch, "lost history", None, False, number, step, True))
 
-    journal.transaction(write)
+    with_room(partial(journal.transaction, write))
     log.warning("lost history accepted: lineage %d goes on from step %d", number, step)
     return Recovered(number, step, digest, 0, recovered.replayed_inexactly, recovered.accepted)
 

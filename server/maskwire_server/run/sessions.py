@@ -58,12 +58,6 @@ class Sessions:
         if request.nonce in self._opening:  # the same call once more
             self._opening[request.nonce].append(future)
             return
-        if request.evaluated_step > self._head.durable[0]:
-            raise invalid_field(
-                "evaluated_step",
-                f"evaluated_step must be at most the durable step {self._head.durable[0]}, got "
-                f"{request.evaluated_step}",
-            )
         given = self._journal.session_of_nonce(request.nonce)
         recorded = None
         if request.history is not None:
@@ -73,7 +67,14 @@ class Sessions:
         tokenizer = self._head.tokenizer if self._line.next_step > 1 else ""
         data = self._head.data if self._line.next_step > 1 else {}
         facts = SessionFacts(request, epoch, self._head.durable[0], recorded, tokenizer, data)
-        if not admission.admit_session(facts, at):
+        new = admission.admit_session(facts, at)
+        if request.evaluated_step > self._head.durable[0]:
+            raise invalid_field(
+                "evaluated_step",
+                f"evaluated_step must be at most the durable step {self._head.durable[0]}, got "
+                f"{request.evaluated_step}",
+            )
+        if not new:
             self._writer.touch()
             here = at.epoch
             self._commits.add(self._keep_data(request), lambda: None)
@@ -83,7 +84,7 @@ class Sessions:
         epoch = at.epoch + 1
         self._opening[request.nonce] = [future]
         keep = self._keep_tokenizer(request)
-        self._writer.open(epoch, request.client_name, request.process)
+        self._writer.open(epoch, request.client_name, request.process, supersedes=bool(at.writer))
         self._line.refuse_steps(partial(_fenced, Holder(request.client_name, epoch, request.process)))
         self._line.put_first(
             Barrier(partial(self._record, epoch, request, keep), partial(self._refuse_opening, request.nonce))

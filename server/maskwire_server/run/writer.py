@@ -20,6 +20,7 @@ class Writer:
         self.process: ClientProcess | None = None
         self.closed = True
         self._opening = False
+        self._ended = False  # seen idle; whatever is in flight since then is not the session's
         self.superseded: Holder | None = None
         """Whose session the newest epoch took over."""
 
@@ -35,9 +36,19 @@ class Writer:
             self.process, self.superseded = process, None
         self.opened()
 
-    def open(self, epoch: int, client_name: str, process: ClientProcess | None = None) -> None:
-        """A new epoch begins; its session counts as open, however long its record takes."""
-        self.superseded = None if self.closed else self.holder
+    def open(
+        self,
+        epoch: int,
+        client_name: str,
+        process: ClientProcess | None = None,
+        *,
+        supersedes: bool = False,
+    ) -> None:
+        """A new epoch begins; its session counts as open, however long its record takes.
+
+        `supersedes`: the session of the epoch before is still open.
+        """
+        self.superseded = self.holder if supersedes else None
         self.epoch, self.client_name, self.process, self.closed = epoch, client_name, process, False
         self._opening = True
         self.touch()
@@ -50,10 +61,12 @@ class Writer:
     def touch(self) -> None:
         """Something of the session came in or was answered."""
         self._active = self._clock()
+        self._ended = False
 
     def present(self, busy: bool) -> str:
         """The name of the client whose session is open, empty when none is; `busy`: it has steps here."""
         if self.closed or not self.epoch:
             return ""
-        idle = not busy and not self._opening and self._clock() - self._active >= self._idle_seconds
-        return "" if idle else self.client_name
+        if not busy and not self._opening and self._clock() - self._active >= self._idle_seconds:
+            self._ended = True
+        return "" if self._ended else self.client_name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 from counter import NAN_ID, CounterTrainer
-from rig import WAIT, Rig, bare, make_engine
+from rig import WAIT, FullDisk, Rig, bare, make_engine, wait_for
 from robustness.drift import ROUNDING, PerturbedTrainer, settings, text, trainer
 
 from maskwire_server import failpoints
@@ -18,8 +19,8 @@ from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.config import Config
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRequest, StepRequest
-from maskwire_server.results import InexactReplay, Losses, Outcome, StepResult
-from maskwire_server.run import audit, following
+from maskwire_server.results import InexactReplay, Losses, Outcome, RunState, StepResult
+from maskwire_server.run import audit, checkpoint, following, inexact
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.engine import Engine
 from maskwire_server.run.replaying import InexactReplayError
@@ -153,15 +154,40 @@ def test_a_loss_that_is_absent_is_no_small_difference(rig: Rig) -> None:
         rig.start(rounding(0, train_step=with_a_critic))
 
 
+@pytest.mark.parametrize("write", ["state", "record"])
+def test_a_full_disk_lets_the_run_serve_only_once_the_state_is_saved(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    killed(rig, rounding(0))
+
+    target, name = {"state": (checkpoint, "_write_manifest"), "record": (inexact, "record")}[write]
+    original, full = getattr(target, name), [True]
+
+    def writing(*arguments: Any) -> Any:
+        if full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device") if write == "state" else FullDisk("full")
+        return original(*arguments)
+
+    monkeypatch.setattr(target, name, writing)
+    engine = make_engine(rig.folder, rig.config(), rounding(1e-4), on_fatal=rig.fatal.append)
+    rig.engines.append(engine)
+    wait_for(lambda: engine.status().waiting_for == "room on the disk")
+    assert engine.status().state is RunState.RECOVERING
+    full[0] = False
+    engine.wait_serving(WAIT)
+    assert engine.status().inexact_replays == (BY_TOLERANCE,), "once"
+    assert engine.checkpoints()[0].step == 3
+
+
 def test_the_state_is_saved_or_the_run_does_not_serve(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     killed(rig, rounding(0))
 
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+    def failing(*_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
 
     with monkeypatch.context() as patch:
-        patch.setattr("maskwire_server.run.checkpoint._write_manifest", full)
-        with pytest.raises(RunDirectoryError, match=r"could not be written .*make room"):
+        patch.setattr("maskwire_server.run.checkpoint._write_manifest", failing)
+        with pytest.raises(RunDirectoryError, match=r"could not be written .*Read-only"):
             rig.start(rounding(1e-4))
     assert rig.start(rounding(-1e-4)).status().inexact_replays == (BY_TOLERANCE,), "once"
 
