@@ -401,9 +401,9 @@ class Engine:
             self._saver.give_up(save, refusal)
             raise
         except (OSError, MemoryError) as error:
-            refusal = self._standing.failed("the checkpoint", error)
-            self._saver.give_up(save, refusal)
-            raise refusal from error
+            refused = self._standing.failed("the checkpoint", error)
+            self._saver.give_up(save, refused)
+            raise refused from error
         self._saver.finish()
 
     def _when_there_is_room(self, act: Callable[[], T]) -> T:
