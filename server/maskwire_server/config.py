@@ -262,7 +262,7 @@ class CheckpointsConfig(_Section):
 
 
 class ServeConfig(_Section):
-    """[serve]: the door, the device and the limits. It may change between restarts."""
+    """[serve]: the address, access, the device and the limits. It may change between restarts."""
 
     address: str = "127.0.0.1:50051"
     """HOST:PORT to listen on, port 0 picks a free one; or unix:PATH for a Unix socket alone, mode 0600."""

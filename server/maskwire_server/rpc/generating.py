@@ -137,7 +137,7 @@ def _prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) -> Pr
     padding = np.zeros(flat.shape, dtype=bool)
     if lengths is None and info.pad_id is not None:
         padding = flat == info.pad_id
-    # What a gap holds is nobody's business: any datum stands for it.
+    # Whatever id a gap holds is accepted: it is checked as a valid id and then generated.
     datum = next(id_ for id_ in range(3) if id_ not in (info.mask_id, info.pad_id))
     wire.check_ids("prompts", np.where(given, flat, datum), columns, lengths, info)
     known = np.zeros(shape, dtype=bool)

@@ -144,7 +144,7 @@ def gate(config: ServeConfig) -> Gate | None:
 
 
 def _read_tokens(name: str, path: Path, role: Role) -> list[Token]:
-    """The tokens of a file, one a line: TOKEN, or TOKEN and when it expires; # begins a comment."""
+    """The tokens of a file, one per line, each optionally followed by its expiry time; # begins a comment."""
     tokens = []
     for number, line in enumerate(_read(name, path).decode("ascii", "replace").splitlines(), 1):
         words = line.partition("#")[0].split()

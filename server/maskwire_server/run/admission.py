@@ -82,7 +82,7 @@ class StepFacts:
     queue_limit: int
 
 
-_LONGEST_SHOWN = 24  # characters of a part of a fingerprint; a hash tells nobody anything
+_LONGEST_SHOWN = 24  # characters of a part of a fingerprint; a longer one is a hash, which helps no reader
 _UNAVAILABLE = {
     RunState.RECOVERING: "the server is recovering the run",
     RunState.RESTORING: "a checkpoint is being restored",

@@ -304,7 +304,7 @@ class Checkpoints:
         return swept
 
     def unfinished(self) -> list[str]:
-        """The folders that a save began and did not finish; others are nobody's business here."""
+        """The folders that a save began and did not finish; others are left alone."""
         if not self.folder.is_dir():
             return []
         return sorted(folder.name for folder in self.folder.iterdir() if _unfinished(folder))

@@ -30,14 +30,16 @@ class Membership:
         self.run_id = ""
         """Empty until the journal was read."""
         self._digests: dict[tuple[int, int], bytes] = {}
+        self._absent: set[tuple[int, int]] = set()  # steps that the journal did not have when it was asked
 
     def look_up(self, journal: Journal, manifests: Iterable[Manifest]) -> None:
-        """Ask the journal for the steps of checkpoints that are not known yet."""
+        """Ask the journal for the steps of checkpoints that are not known yet, absent ones again."""
         self.run_id = journal.fact("run_id")
         for manifest in manifests:
-            if not self.unknown(manifest):
-                continue
             info = manifest.info
+            if manifest.run_id != self.run_id or (info.lineage, info.step) in self._digests:
+                continue
+            self._absent.add((info.lineage, info.step))
             try:
                 digest = digest_at(journal, info.lineage, info.step)
             except RunDirectoryError as error:  # a damaged record proves nothing
@@ -51,9 +53,9 @@ class Membership:
         self._digests[place.lineage, place.step] = place.digest
 
     def unknown(self, manifest: Manifest) -> bool:
-        """Whether only the journal can tell."""
-        info = manifest.info
-        return manifest.run_id == self.run_id and (info.lineage, info.step) not in self._digests
+        """Whether the journal was not asked yet."""
+        place = manifest.info.lineage, manifest.info.step
+        return manifest.run_id == self.run_id and place not in self._digests and place not in self._absent
 
     def problem(self, manifest: Manifest) -> str | None:
         """Why a checkpoint is not of this run's history; None when it is."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 
 from maskwire_server import failpoints
@@ -196,7 +196,8 @@ def recorded_process(journal: Journal, session: SessionRecord | None) -> ClientP
     found = journal.last_event(CLIENT_PROCESS)
     if session is None or found is None or found[1]["epoch"] != session.epoch:
         return None
-    return ClientProcess(**{name: value for name, value in found[1].items() if name != "epoch"})
+    known = {field.name for field in fields(ClientProcess)}  # a newer version may have kept more
+    return ClientProcess(**{name: value for name, value in found[1].items() if name in known})
 
 
 def recorded_evaluation(journal: Journal) -> tuple[int, int]:

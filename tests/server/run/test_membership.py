@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rig import WAIT, Rig, bare, reason, wait_for
@@ -14,6 +15,7 @@ from maskwire_server.app import EXIT_RUN_DIRECTORY
 from maskwire_server.errors import Refused
 from maskwire_server.manifest import Manifest
 from maskwire_server.requests import DownloadRequest, RestoreRequest, SaveRequest
+from maskwire_server.run import membership
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.engine import Engine
 
@@ -176,6 +178,33 @@ def test_an_own_checkpoint_that_is_put_back_counts_again(rig: Rig, tmp_path: Pat
     assert b"".join(chunk.data for chunk in engine.download(DownloadRequest("kept", file="state.json")))
     assert "kept" in {info.name for info in engine.checkpoints()}
     assert engine.restore(RestoreRequest("kept")).result(WAIT).step == 1
+
+
+def test_a_listing_asks_the_journal_once_about_a_step_that_it_does_not_have(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = rig.start(checkpoints=LONG)
+    train(engine, 0, 1)
+    stop(rig)
+    shutil.copytree(rig.folder, tmp_path / "later")
+    later = Rig(tmp_path / "later")
+    ahead = later.start(checkpoints=LONG)
+    train(ahead, 1, 2)
+    ahead.save(SaveRequest("later")).result(WAIT)
+    stop(later)
+    engine = rig.start(checkpoints=LONG)
+    shutil.copytree(later.folder / "checkpoints" / "later", rig.folder / "checkpoints" / "later")
+    asked: list[object] = []
+    look_up = membership.Membership.look_up
+
+    def counted(self: membership.Membership, *arguments: Any) -> None:
+        asked.append(arguments)
+        look_up(self, *arguments)
+
+    monkeypatch.setattr(membership.Membership, "look_up", counted)
+    for _ in range(3):
+        assert "later" not in {info.name for info in engine.checkpoints()}
+    assert len(asked) == 1
 
 
 def test_export_takes_the_newest_of_the_run_and_asks_where_it_cannot_tell(
