@@ -21,7 +21,7 @@ class Bounds:
     model: ModelInfo
 
     def rows(self, columns: int, work: int) -> int | None:
-        """The most rows of a call, at least 1, each of so many columns and so much work; None: any number."""
+        """The most rows per call (at least 1), given the columns and work of each row; None: no limit."""
         bounds = ((self.limits.max_batch_tokens, columns), (self.limits.max_read_tokens, work))
         return min((max(1, most // max(1, each)) for most, each in bounds if most), default=None)
 

@@ -28,7 +28,7 @@ REFUSED, USAGE, UNAVAILABLE, SESSION, HISTORY, ACCESS = 1, 2, 3, 4, 5, 6
 INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT, 128 + SIGTERM
 
 CODES = {
-    0: "done, also where whoever reads the output stops before its end",
+    0: "done, also if the reader of the output closes it early",
     REFUSED: "refused: the message says why, nothing changed; or the server is not healthy",
     USAGE: "wrong usage: an option, a path or data that cannot be used",
     UNAVAILABLE: "no answer from the server within --retry-for",
