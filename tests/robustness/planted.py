@@ -6,6 +6,7 @@ A bug takes one mechanism out. `caught_by` runs a test that passes without the b
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from maskwire import fit, metrics
 from maskwire_server.errors import Refused, RunDirectoryError
-from maskwire_server.results import Losses, Outcome, StepResult
+from maskwire_server.results import InexactReplay, Losses, Outcome, StepResult
 from maskwire_server.run import (
     admission,
     checkpoint,
@@ -30,6 +31,7 @@ from maskwire_server.run import (
     engine,
     flush,
     following,
+    inexact,
     journal,
     membership,
     pipeline,
@@ -382,7 +384,11 @@ def an_inexact_replay(folder: Path) -> None:
         with contextlib.suppress(RunDirectoryError), damage.Run(folder / "run", wrong):
             raise AssertionError("a wrong result is accepted")
     with damage.Run(folder / "run", rounding(1e-6)) as run:
-        assert run.engine.checkpoints()[0].step == 3, "steps can follow from a state that is not saved"
+        saved = run.engine.checkpoints()[0]
+        assert saved.step == 3, "steps can follow from a state that is not saved"
+        assert run.engine.status().inexact_replays == (InexactReplay(1, 1, 3, False),)
+    manifest = json.loads((folder / "run" / "checkpoints" / saved.name / "manifest.json").read_text())
+    assert len(manifest["inexact_replays"]) == 1, "a checkpoint does not tell what led to its weights"
 
 
 # What is taken out.
@@ -591,6 +597,14 @@ def _inexact_state_not_saved() -> list[Patch]:
     return [(replaying.Replayed, "inexact", lambda *_, **__: [])]
 
 
+def _inexact_replays_not_recorded() -> list[Patch]:
+    return [(inexact, "record", lambda *_: None)]
+
+
+def _inexact_replays_not_in_manifests() -> list[Patch]:
+    return [(inexact, "within", lambda *_: ())]
+
+
 BUGS = {
     "answer-before-the-journal": Bug("answers go out before their step is durable",
         _answer_before_the_journal, the_model),
@@ -651,6 +665,10 @@ BUGS = {
         _changed_outcome_accepted, an_inexact_replay),
     "inexact-state-not-saved": Bug("steps follow from an inexact replay that is not saved",
         _inexact_state_not_saved, an_inexact_replay),
+    "inexact-replays-not-recorded": Bug("inexact replays are not recorded",
+        _inexact_replays_not_recorded, an_inexact_replay),
+    "inexact-replays-not-in-manifests": Bug("checkpoints do not say that inexact replays led to them",
+        _inexact_replays_not_in_manifests, an_inexact_replay),
 }  # fmt: skip
 
 
