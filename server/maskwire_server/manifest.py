@@ -33,6 +33,8 @@ class Manifest:
     versions: dict[str, str]
     inexact_replays: tuple[InexactReplay, ...] = ()
     """Steps of its history whose results are close to the recorded ones and not the same bytes."""
+    save_id: str | None = None
+    """What the journal recorded of this save; None: saved by version 0.1, or beside the run."""
 
     def to_json(self) -> bytes:
         """The manifest's file, its own hash included."""
@@ -51,6 +53,7 @@ class Manifest:
             "configuration": self.configuration,
             "versions": self.versions,
             "inexact_replays": [vars(replay) for replay in self.inexact_replays],
+            "save_id": self.save_id,
             "files": {
                 file.name: {"size_bytes": file.size_bytes, "sha256": file.sha256.hex()}
                 for file in self.info.files
@@ -96,6 +99,7 @@ class Manifest:
             body["configuration"],
             body["versions"],
             tuple(InexactReplay(**replay) for replay in body.get("inexact_replays", [])),
+            body.get("save_id"),
         )
 
 

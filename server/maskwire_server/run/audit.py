@@ -24,6 +24,7 @@ from maskwire_server.run import inexact
 from maskwire_server.run.ancestry import ancestry, on_path
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.journal import FILE_NAME, Journal, explained
+from maskwire_server.run.membership import foreign_save, recorded_saves
 from maskwire_server.run.records import Lineage, StepRecord
 from maskwire_server.run.recovery import require_seed
 from maskwire_server.run.replaying import digest_at, read_payload, steps_to_replay
@@ -139,6 +140,7 @@ def _verified_steps(
 def _verify_checkpoints(
     journal: Journal, checkpoints: Checkpoints, audit: Audit, tell: Callable[[str], None]
 ) -> None:
+    saves = recorded_saves(journal)
     for manifest in checkpoints.all():
         info = manifest.info
         tell(f"checkpoint {info.name}")
@@ -147,6 +149,8 @@ def _verify_checkpoints(
             problem = f"it belongs to run {manifest.run_id}"
         elif digest_at(journal, info.lineage, info.step) != info.digest:
             problem = f"it holds step {info.step} (lineage {info.lineage}), which the journal does not have"
+        else:
+            problem = problem or foreign_save(manifest, saves)
         if problem is None:
             audit.checkpoints.append(info.name)
         else:

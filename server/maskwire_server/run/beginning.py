@@ -17,11 +17,13 @@ from typing import Any
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.manifest import Manifest
 from maskwire_server.results import CheckpointInfo
-from maskwire_server.run import recovery
+from maskwire_server.run import membership, recovery
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.device import Device, Trainer
 from maskwire_server.run.flush import flush_folder, make_folder
+from maskwire_server.run.journal import Journal
 from maskwire_server.run.saving import KEPT_SECTIONS
+from maskwire_server.run.standing import Place
 
 NAME = "imported"
 
@@ -96,11 +98,19 @@ def _write(
             None,
             kept,
             versions | found,
+            save_id=membership.new_save_id(),
         )
         info = Checkpoints(folder).write(device.call(device.snapshot), manifest).info
         # No seed makes these weights: without this checkpoint the run must not begin.
-        journal.transaction(partial(journal.add_event, recovery.BEGAN_FROM, {"checkpoint": NAME}))
+        journal.transaction(partial(_record, journal, manifest))
         return info
     finally:
         device.close()
         journal.close()
+
+
+def _record(journal: Journal, manifest: Manifest) -> None:
+    info = manifest.info
+    place = Place(manifest.run_id, info.lineage, info.step, info.digest)
+    membership.record_save(journal, place, manifest.save_id or "")
+    journal.add_event(recovery.BEGAN_FROM, {"checkpoint": NAME})

@@ -150,10 +150,10 @@ class Checkpoints:
         if self._membership is not None:
             self._membership.look_up(journal, self.all())
 
-    def expect(self, place: Place) -> None:
-        """A checkpoint of this durable step is about to be written."""
+    def expect(self, place: Place, save_id: str) -> None:
+        """A checkpoint of this durable step is about to be written, and its save is recorded."""
         if self._membership is not None:
-            self._membership.expect(place)
+            self._membership.expect(place, save_id)
 
     def _problem(self, manifest: Manifest) -> str | None:
         return None if self._membership is None else self._membership.problem(manifest)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import sqlite3
 import threading
 import time
 import uuid
@@ -44,7 +45,7 @@ from maskwire_server.results import (
     Status,
     StepAnswer,
 )
-from maskwire_server.run import admission, following, inexact, listing, reading, recovery
+from maskwire_server.run import admission, following, inexact, listing, membership, reading, recovery
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.commits import FOLD_BYTES, RETRY_SECONDS, Reserve, make_room
 from maskwire_server.run.device import Device, Trainer
@@ -395,12 +396,16 @@ class Engine:
         save = Save(SaveRequest(name), automatic=True)
         self._saver.begin()
         copy = self._device.call(self._device.snapshot)
+        place, save_id = self._head.place, membership.new_save_id()
         try:
-            self._saver.write(save, copy, self._head.place, self._journal).result()
+            self._journal.transaction(partial(membership.record_save, self._journal, place, save_id))
+            self._saver.write(save, copy, place, save_id, self._journal).result()
         except Refused as refusal:
             self._saver.give_up(save, refusal)
             raise
-        except (OSError, MemoryError) as error:
+        except (OSError, MemoryError, sqlite3.Error) as error:
+            if isinstance(error, sqlite3.Error) and not is_full(error):
+                raise
             refused = self._standing.failed("the checkpoint", error)
             self._saver.give_up(save, refused)
             raise refused from error

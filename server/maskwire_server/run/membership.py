@@ -2,12 +2,15 @@
 
 A folder in `checkpoints/` can come from another run, or from another copy of this run that went its own way.
 Nothing may count on it: were it taken for one of the two that a start falls back on, the batches that
-the start really needs would be dropped.
+the start really needs would be dropped. The digest tells copies apart that were trained on other batches;
+two that were trained on the same ones under other optimizer settings differ in their weights alone. So the
+journal records each save under an id before the checkpoint is written, and the manifest carries it.
 """
 
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Iterable
 
 from maskwire_server.errors import RunDirectoryError
@@ -17,6 +20,31 @@ from maskwire_server.run.replaying import digest_at
 from maskwire_server.run.standing import Place
 
 log = logging.getLogger(__name__)
+
+SAVE = "save"
+"""The kind of event that records a save."""
+
+
+def record_save(journal: Journal, place: Place, save_id: str) -> None:
+    """Record, as a part of a transaction, that a checkpoint of a durable step is about to be written."""
+    journal.add_event(SAVE, {"id": save_id, "lineage": place.lineage, "step": place.step})
+
+
+def new_save_id() -> str:
+    """An id for one save."""
+    return uuid.uuid4().hex
+
+
+def recorded_saves(journal: Journal) -> set[str]:
+    """The ids of every save that the journal recorded."""
+    return {body["id"] for _, body in journal.events(SAVE)}
+
+
+def foreign_save(manifest: Manifest, saves: set[str]) -> str | None:
+    """Why a checkpoint was not saved by this copy of the run; None when it was, or cannot be told."""
+    if manifest.save_id is None or manifest.save_id in saves:
+        return None
+    return "it was saved by another copy of the run, whose weights may differ"
 
 
 class Membership:
@@ -30,11 +58,14 @@ class Membership:
         self.run_id = ""
         """Empty until the journal was read."""
         self._digests: dict[tuple[int, int], bytes] = {}
+        self._saves: set[str] = set()
         self._absent: set[tuple[int, int]] = set()  # steps that the journal did not have when it was asked
 
     def look_up(self, journal: Journal, manifests: Iterable[Manifest]) -> None:
         """Ask the journal for the steps of checkpoints that are not known yet, absent ones again."""
-        self.run_id = journal.fact("run_id")
+        if not self.run_id:
+            self._saves |= recorded_saves(journal)
+            self.run_id = journal.fact("run_id")
         for manifest in manifests:
             info = manifest.info
             if manifest.run_id != self.run_id or (info.lineage, info.step) in self._digests:
@@ -48,9 +79,10 @@ class Membership:
             if digest is not None:
                 self._digests[info.lineage, info.step] = digest
 
-    def expect(self, place: Place) -> None:
-        """A checkpoint of this durable step is about to be written."""
+    def expect(self, place: Place, save_id: str) -> None:
+        """A checkpoint of this durable step is about to be written, and its save is recorded."""
         self._digests[place.lineage, place.step] = place.digest
+        self._saves.add(save_id)
 
     def unknown(self, manifest: Manifest) -> bool:
         """Whether the journal was not asked yet."""
@@ -70,4 +102,4 @@ class Membership:
                 f"it comes from another copy of the run: its history up to step {info.step} (lineage "
                 f"{info.lineage}) is not this one"
             )
-        return None
+        return foreign_save(manifest, self._saves)

@@ -28,6 +28,7 @@ from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.device import Device
 from maskwire_server.run.following import Following
 from maskwire_server.run.journal import Journal
+from maskwire_server.run.membership import foreign_save, recorded_saves
 from maskwire_server.run.records import Lineage, SessionRecord
 from maskwire_server.run.replaying import digest_at, replay, steps_to_replay, told
 
@@ -86,7 +87,7 @@ def newest_verified(
     Raises RunDirectoryError when a checkpoint holds a step that the journal lost, unless `accept_lost`.
     """
     run_id = journal.fact("run_id")
-    lineages = journal.lineages()
+    lineages, saves = journal.lineages(), recorded_saves(journal)
     wrong = checkpoints.unreadable()
     found = checkpoints.all()
     for manifest in found:
@@ -96,6 +97,9 @@ def newest_verified(
             continue
         recorded = digest_at(journal, info.lineage, info.step) if info.lineage in lineages else None
         if recorded == info.digest:
+            foreign = foreign_save(manifest, saves)
+            if foreign is not None:
+                wrong[info.name] = foreign
             continue
         if recorded is not None:  # the journal lost nothing: it holds this step with another history
             wrong[info.name] = (

@@ -9,7 +9,7 @@ from functools import partial
 from maskwire_server.config import ServeConfig
 from maskwire_server.errors import Refused
 from maskwire_server.results import CheckpointInfo
-from maskwire_server.run import admission
+from maskwire_server.run import admission, membership
 from maskwire_server.run.checkpoint import Snapshot
 from maskwire_server.run.commits import Commits
 from maskwire_server.run.jobs import Save
@@ -55,15 +55,19 @@ class Saves:
         except Refused as refusal:
             self._give_up(job, refusal)
             return
-        self._commits.after(partial(self._write, job, future.result(), place))
+        save_id = membership.new_save_id()
+        self._commits.add(
+            partial(membership.record_save, self._journal, place, save_id),
+            partial(self._write, job, future.result(), place, save_id),
+        )
 
-    def _write(self, job: Save, snapshot: Snapshot, place: Place) -> None:
+    def _write(self, job: Save, snapshot: Snapshot, place: Place, save_id: str) -> None:
         # A checkpoint must not be ahead of the journal after a power loss.
         if self._serve.durability == "off" and not self._commits.fold():
             full = "the journal's disk is full; make room, and save again"
             self._give_up(job, Refused("CHECKPOINT_FAILED", full))
             return
-        written = self._saver.write(job, snapshot, place, self._journal)
+        written = self._saver.write(job, snapshot, place, save_id, self._journal)
         written.add_done_callback(lambda done: self._post(partial(self._written, job, done)))
 
     def _give_up(self, job: Save, refusal: Refused) -> None:

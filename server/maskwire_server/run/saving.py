@@ -87,13 +87,18 @@ class Saver:
             )
         return None
 
-    def write(self, job: Save, snapshot: Snapshot, place: Place, journal: Journal) -> Future[CheckpointInfo]:
-        """Write the snapshot of a place in the background, and collect what retention lets go."""
+    def write(
+        self, job: Save, snapshot: Snapshot, place: Place, save_id: str, journal: Journal
+    ) -> Future[CheckpointInfo]:
+        """Write the snapshot of a place in the background, and collect what retention lets go.
+
+        The journal has recorded `save_id`.
+        """
         try:
             self._checkpoints.recognise(journal)
         except OSError as error:  # those that could not be looked at do not count
             log.warning("the folder of checkpoints could not be read: %s", error)
-        self._checkpoints.expect(place)
+        self._checkpoints.expect(place, save_id)
         request = job.request
         kind = "step" if request.score is None else "best"
         name = request.name or f"{kind}-{place.step:09d}" + (
@@ -110,6 +115,7 @@ class Saver:
             self._configuration,
             self._versions,
             inexact.within(self.inexact_replays, ancestry(lineages, place.lineage)),
+            save_id,
         )
         return self._thread.submit(self._save, request, manifest, snapshot, lineages)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from counter import CounterTrainer
 from rig import WAIT, Rig, bare, reason, wait_for
 
 from maskwire_server import exchange
@@ -15,7 +18,8 @@ from maskwire_server.app import EXIT_RUN_DIRECTORY
 from maskwire_server.errors import Refused
 from maskwire_server.manifest import Manifest
 from maskwire_server.requests import DownloadRequest, RestoreRequest, SaveRequest
-from maskwire_server.run import membership
+from maskwire_server.results import StepResult
+from maskwire_server.run import audit, membership
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.engine import Engine
 
@@ -109,6 +113,68 @@ def test_checkpoints_of_another_copy_of_the_run_let_no_batch_go(twins: list[Path
     assert again.status().digest == digest
     assert rig.trainer.state == state
     stop(rig)
+
+
+class OtherSettings(CounterTrainer):
+    """As under another learning rate: the same batches, so the same digest, lead to other weights."""
+
+    def train_step(self, *arguments: Any) -> StepResult:
+        result = super().train_step(*arguments)
+        self.state = hashlib.sha256(self.state.encode()).hexdigest()
+        return result
+
+
+@pytest.fixture
+def trials(tmp_path: Path) -> Iterator[list[Path]]:
+    """Two checkpoints of a copy of the run that was trained on the run's batches under other settings."""
+    twin = Rig(tmp_path / "twin")
+    train(twin.start(checkpoints=LONG), 0, 2)
+    stop(twin)
+    shutil.copytree(twin.folder, tmp_path / "run")
+    engine = twin.start(OtherSettings, accept_inexact_replay=True, checkpoints=LONG)
+    folders = []
+    for step in (2, 3):
+        train(engine, step, 1)
+        folders.append(
+            twin.folder / "checkpoints" / engine.save(SaveRequest(f"trial-{step}")).result(WAIT).name
+        )
+    yield folders
+    engine.close()
+
+
+def test_checkpoints_of_a_copy_trained_on_the_same_batches_do_not_count(
+    trials: list[Path], tmp_path: Path
+) -> None:
+    rig = Rig(tmp_path / "run")
+    engine = rig.start(checkpoints=LONG)
+    train(engine, 2, 1)
+    copy_in(trials, rig.folder)
+    train(engine, 3, 1)
+    assert {info.name for info in engine.checkpoints()}.isdisjoint({"trial-2", "trial-3"})
+    assert reason(engine.restore(RestoreRequest("trial-2"))) == "CHECKPOINT_DAMAGED"
+    train(engine, 4, 4)
+    saved = engine.save(SaveRequest("own")).result(WAIT)
+    digest, state = engine.status().digest, rig.trainer.state
+    stop(rig)
+    flip_a_bit(rig.folder / "checkpoints" / saved.name / "state.json")
+    assert any("another copy of the run" in problem for problem in audit.verify(rig.folder).problems)
+    again = rig.start(checkpoints=LONG)
+    assert (again.status().digest, rig.trainer.state) == (digest, state), (
+        "it started from the trial's weights"
+    )
+    stop(rig)
+
+
+def test_checkpoints_of_version_0_1_count_without_an_id(rig: Rig) -> None:
+    engine = rig.start(checkpoints=LONG)
+    train(engine, 0, 1)
+    engine.save(SaveRequest("kept")).result(WAIT)
+    manifest = rig.folder / "checkpoints" / "kept" / "manifest.json"
+    manifest.write_bytes(replace(Manifest.from_json(manifest.read_bytes()), save_id=None).to_json())
+    stop(rig)
+    engine = rig.start(checkpoints=LONG)
+    assert "kept" in {info.name for info in engine.checkpoints()}
+    assert engine.restore(RestoreRequest("kept")).result(WAIT).step == 1
 
 
 def test_retention_counts_and_collects_only_the_runs_own(rig: Rig, strangers: list[Path]) -> None:
