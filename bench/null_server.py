@@ -41,7 +41,7 @@ class NullTrainer:
     def versions(self) -> dict[str, str]:
         return {"device": "none"}
 
-    def configure(self, optimizer: dict[str, object]) -> None:
+    def configure(self, optimizer: dict[str, object], numerics_version: int) -> None:
         pass
 
     def usable_after(self, error: BaseException) -> bool:  # noqa: ARG002

@@ -63,7 +63,7 @@ class CounterTrainer:
     def versions(self) -> dict[str, str]:
         return {"device": "counter", "threads": str(self.threads)}
 
-    def configure(self, optimizer: dict[str, Any]) -> None:
+    def configure(self, optimizer: dict[str, Any], numerics_version: int) -> None:
         pass
 
     def use_threads(self, count: int) -> None:

@@ -572,7 +572,7 @@ def _metrics_not_filled_in() -> list[Patch]:
 def _critic_alone_weighted() -> list[Patch]:
     from maskwire_server.training import objective
 
-    def weighted(sums: Any, config: Any, modes: Any) -> Any:
+    def weighted(sums: Any, config: Any, modes: Any, numerics_version: int) -> Any:
         if sums.critic is None:
             return sums.generator
         generator = sums.generator if modes.generator_learns else 0 * sums.generator.detach()

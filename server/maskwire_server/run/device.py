@@ -48,8 +48,11 @@ class Trainer(Protocol):
     def usable_after(self, error: BaseException) -> bool:
         """Whether the device still computes after an error that came out of another method."""
 
-    def configure(self, optimizer: dict[str, Any]) -> None:
-        """Go on under another [optimizer] section; ValueError names a key that the state cannot follow."""
+    def configure(self, optimizer: dict[str, Any], numerics_version: int) -> None:
+        """Go on under another [optimizer] section, as another version of the mathematics computed.
+
+        ValueError names a key of the section that the state cannot follow.
+        """
 
     def warm_up(self) -> None:
         """Compute a step and throw it away."""
@@ -139,9 +142,9 @@ class Device:
             self._trainer.use_threads(threads)
         return self._trainer.info, self._trainer.versions
 
-    def configure(self, optimizer: dict[str, Any]) -> None:
-        """Go on under another [optimizer] section."""
-        self._trainer.configure(optimizer)
+    def configure(self, optimizer: dict[str, Any], numerics_version: int) -> None:
+        """Go on under another [optimizer] section and numerics version."""
+        self._trainer.configure(optimizer, numerics_version)
 
     def begin_at(self, step: int, non_finite: int) -> None:
         """Get ready for the step after `step`."""

@@ -382,7 +382,7 @@ class Engine:
         assert self._journal is not None
         configure = self._device.configure
         if not self._head.step or following.replayable(
-            self._journal, numerics, lambda section: self._device.call(partial(configure, section))
+            self._journal, numerics, lambda *wanted: self._device.call(partial(configure, *wanted))
         ):
             return True
         here = self._head.lineage, self._head.step

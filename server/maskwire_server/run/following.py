@@ -29,8 +29,8 @@ def reproducible(settings: dict[str, Any]) -> bool:
     return bool(deterministic and settings.get("fingerprint.compile", "off") == "off")
 
 
-def _numerics_version(settings: dict[str, Any]) -> str:
-    return str(settings.get(NUMERICS, "1"))  # the first version recorded none
+def _numerics_version(settings: dict[str, Any]) -> int:
+    return int(settings.get(NUMERICS, 1))  # the first version recorded none
 
 
 def numerics(configuration: dict[str, Any], versions: dict[str, str]) -> dict[str, Any]:
@@ -61,17 +61,17 @@ def record_start(journal: Journal, versions: dict[str, str], settings: dict[str,
 
 
 def replayable(
-    journal: Journal, settings: dict[str, Any], configure: Callable[[dict[str, Any]], None]
+    journal: Journal, settings: dict[str, Any], configure: Callable[[dict[str, Any], int], None]
 ) -> bool:
     """Whether this server could compute again what the one before it trained."""
     last = journal.last_event("configuration")
     if last is None:
         return True
-    before, now = optimizer_section(last[1]), optimizer_section(settings)
+    before, now = _to_configure(last[1]), _to_configure(settings)
     try:
         if before != now:
-            configure(before)
-            configure(now)
+            configure(*before)
+            configure(*now)
     except ValueError:
         return False
     return not _changed_fingerprints(last[1], settings)
@@ -86,7 +86,7 @@ def _changed_fingerprints(was: dict[str, Any], settings: dict[str, Any]) -> list
 
 
 class Following:
-    """Puts each record's own [optimizer] section in force before it is computed again.
+    """Puts each record's own [optimizer] section and numerics version in force before it is computed again.
 
     It tells too which records must give the same bytes, and which only close results: those of a
     configuration that is not reproducible or of another numerics version, those from an inexact replay
@@ -97,7 +97,7 @@ class Following:
         self,
         journal: Journal,
         settings: dict[str, Any],
-        configure: Callable[[dict[str, Any]], None],
+        configure: Callable[[dict[str, Any], int], None],
         *,
         strict: bool,
         inexact: Iterable[InexactReplay] = (),
@@ -110,7 +110,7 @@ class Following:
         self._journal = journal
         self._settings = settings
         self._configure = configure
-        self._in_force = optimizer_section(settings)
+        self._in_force = _to_configure(settings)
         self.accepted = False
         """Something else than a step was trained with was let pass."""
 
@@ -144,7 +144,7 @@ class Following:
         self._close = self._close or self.accepted
         self._steps += self._close
         try:
-            self._put_in_force(optimizer_section(was))
+            self._put_in_force(_to_configure(was))
         except ValueError as error:
             raise RunDirectoryError(_again(record, str(error))) from error
 
@@ -157,18 +157,22 @@ class Following:
 
     def end(self) -> None:
         """Go on under the configuration of now."""
-        self._put_in_force(optimizer_section(self._settings))
+        self._put_in_force(_to_configure(self._settings))
 
-    def _put_in_force(self, section: dict[str, Any]) -> None:
-        if section != self._in_force:
-            self._configure(section)
-            self._in_force = section
+    def _put_in_force(self, wanted: tuple[dict[str, Any], int]) -> None:
+        if wanted != self._in_force:
+            self._configure(*wanted)
+            self._in_force = wanted
 
 
 def optimizer_section(settings: dict[str, Any]) -> dict[str, Any]:
     """The [optimizer] section within `numerics`."""
     prefix = "optimizer."
     return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+
+
+def _to_configure(settings: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    return optimizer_section(settings), _numerics_version(settings)
 
 
 def _again(record: StepRecord, what: str) -> str:

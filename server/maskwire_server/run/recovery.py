@@ -203,7 +203,7 @@ def recover(
     following = Following(
         journal,
         settings,
-        lambda section: device.call(partial(device.configure, section)),
+        lambda *wanted: device.call(partial(device.configure, *wanted)),
         strict=not accept_inexact,
         inexact=inexact.ahead(inexact.recorded(journal), segments, start),
     )

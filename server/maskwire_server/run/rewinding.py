@@ -67,7 +67,7 @@ def rewind(
             tell(f"loaded checkpoint {manifest.info.name} (step {start[1]})")
         settings = following.numerics(configuration, versions)
         follow = following.Following(
-            journal, settings, lambda section: device.call(partial(device.configure, section)),
+            journal, settings, lambda *wanted: device.call(partial(device.configure, *wanted)),
             strict=not accept_inexact, inexact=inexact.ahead(inexact.recorded(journal), segments, start),
         )  # fmt: skip
         records = replaying.steps_to_replay(journal, segments, start)

@@ -168,16 +168,16 @@ def losses(
     return Sums(generator, bce_p.double().sum() / maskable)
 
 
-def minimized(sums: Sums, config: ObjectiveConfig, modes: Modes) -> Tensor:
+def minimized(sums: Sums, config: ObjectiveConfig, modes: Modes, numerics_version: int) -> Tensor:
     """What a part adds to the step's `loss`, the number that is reported and the one whose gradient is taken.
 
     The critic's weight balances it against the generator's loss: a critic that trains alone minimises its
-    plain loss.
+    plain loss. Numerics version 1 minimised the weighted one; its steps are computed again as they were.
     """
     if sums.critic is None:
         return sums.generator
     if not modes.generator_learns:
-        return sums.critic
+        return sums.critic if numerics_version > 1 else config.critic_loss_weight * sums.critic
     return sums.generator + config.critic_loss_weight * sums.critic
 
 

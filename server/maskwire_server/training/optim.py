@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maskwire_server.config import OptimizerConfig
+from maskwire_server.training.numerics import NUMERICS_VERSION
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
@@ -48,12 +49,11 @@ class Group:
         self.names = list(named)
         self.weights = list(named.values())
         decays = _decayed(module)
-        decayed = [weight for weight in self.weights if weight in decays]
-        spared = [weight for weight in self.weights if weight not in decays]
-        groups = [
-            {"params": decayed, "weight_decay": config.weight_decay, "decays": True},
-            {"params": spared, "weight_decay": 0.0, "decays": False},
-        ]
+        since: dict[float, list[Tensor]] = {1: [], 2: [], math.inf: []}
+        for name, weight in named.items():
+            # Numerics version 1 took `project_emb` for an embedding.
+            since[math.inf if weight not in decays else 2 if "_emb." in name else 1].append(weight)
+        groups = [{"params": weights, "decays_since": version} for version, weights in since.items()]
         self.optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=config.learning_rate,
@@ -61,6 +61,7 @@ class Group:
             eps=config.eps,
             fused=fused,
         )
+        self.configure(config)
         for weight in self.weights:  # now, so that the first step cannot run out of memory half-way
             self.optimizer.state[weight] = {
                 "step": torch.zeros((), dtype=torch.float32, device=weight.device),
@@ -69,15 +70,15 @@ class Group:
             }
         self.updates = 0
         """Steps that trained this group."""
-        self._decay = config.ema_decay
         self.ema = copy.deepcopy(module).eval().requires_grad_(False) if config.ema_decay else None
         """The module with the moving average's weights, if one is kept."""
 
-    def configure(self, config: OptimizerConfig) -> None:
+    def configure(self, config: OptimizerConfig, numerics_version: int = NUMERICS_VERSION) -> None:
         """Go on under other settings; whether a moving average is kept cannot change."""
         for group in self.optimizer.param_groups:
             group["betas"], group["eps"] = config.betas, config.eps
-            group["weight_decay"] = config.weight_decay if group["decays"] else 0.0
+            decays = numerics_version >= group["decays_since"]
+            group["weight_decay"] = config.weight_decay if decays else 0.0
         self._decay = config.ema_decay
 
     def gradients(self) -> list[Tensor]:

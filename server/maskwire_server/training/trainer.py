@@ -49,6 +49,7 @@ from maskwire_server.training.corruption import Step, Vocabulary, corrupt, rando
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.networks import Networks
 from maskwire_server.training.numerics import (
+    NUMERICS_VERSION,
     choose_bf16,
     choose_device,
     cores,
@@ -78,6 +79,7 @@ class Trainer:
         torch.set_num_threads(serve.threads or cores())
         self._model, self._objective, self._optimizer = model, objective, optimizer
         self._seed = seed
+        self._numerics_version = NUMERICS_VERSION
         self._device = choose_device(serve.device)
         self._bf16 = choose_bf16(serve.precision, self._device)
         self._numerics = set_numerics(serve, self._device, bf16=self._bf16)
@@ -144,16 +146,19 @@ class Trainer:
         """Whether the device still computes after an error that came out of another method."""
         return device_errors.usable_after(error, self._device)
 
-    def configure(self, optimizer: dict[str, Any]) -> None:
-        """Go on under another [optimizer] section; ValueError names a key that the state cannot follow."""
+    def configure(self, optimizer: dict[str, Any], numerics_version: int = NUMERICS_VERSION) -> None:
+        """Go on under another [optimizer] section, as another version of the mathematics computed.
+
+        ValueError names a key of the section that the state cannot follow.
+        """
         config = OptimizerConfig(**optimizer)
         was = self._optimizer
         if config.name != was.name or bool(config.ema_decay) != bool(was.ema_decay):
             key = "name" if config.name != was.name else "ema_decay"
             raise ValueError(f"optimizer.{key} was {getattr(config, key)!r}, is {getattr(was, key)!r}")
-        self._optimizer = config
+        self._optimizer, self._numerics_version = config, numerics_version
         for group in self._groups().values():
-            group.configure(config)
+            group.configure(config, numerics_version)
 
     def warm_up(self) -> None:
         """Compute a small step and throw it away, so that the first real one is not slow."""
@@ -335,7 +340,8 @@ class Trainer:
                         keys_b[part].to(self._device),
                     )
                 shares.add(sums)
-                objective.minimized(sums, config, plan).backward()  # type: ignore[no-untyped-call]
+                total = objective.minimized(sums, config, plan, self._numerics_version)
+                total.backward()  # type: ignore[no-untyped-call]
         return shares
 
     def _clear_gradients(self) -> None:

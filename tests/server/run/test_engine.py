@@ -787,7 +787,7 @@ def test_steps_are_computed_again_under_the_optimizer_section_they_were_trained_
         computed: ClassVar[list[tuple[int, float | None]]] = []
         rate: float | None = None  # as it was built
 
-        def configure(self, optimizer: dict[str, Any]) -> None:
+        def configure(self, optimizer: dict[str, Any], numerics_version: int) -> None:
             if optimizer["ema_decay"]:
                 raise ValueError("optimizer.ema_decay was 0.9, is 0.0")
             self.rate = optimizer["learning_rate"]

@@ -34,7 +34,7 @@ from maskwire_server.run.replaying import InexactReplayError
 from maskwire_server.run.rewinding import rewind
 
 SERVER = str(Path(sys.executable).with_name("maskwire-server"))
-TORCH = ("torch", *PRESETS)
+TORCH = ("torch", "critic-alone", *PRESETS)
 
 
 def train(engine: Engine, *steps: int, first_id: int = 0) -> None:
