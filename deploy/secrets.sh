@@ -14,6 +14,7 @@
 set -euo pipefail
 umask 077
 folder=${1:?"usage: deploy/secrets.sh FOLDER [NAME ...]"}; shift
+case $folder in */) folder=${folder%"${folder##*[!/]}"} ;; esac  # a trailing slash, as completion gives it
 if [ -e "$folder" ]; then echo "$folder exists; name another folder, or remove it" >&2; exit 1; fi
 command -v openssl >/dev/null || { echo "openssl is needed: apt install openssl" >&2; exit 1; }
 

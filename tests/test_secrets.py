@@ -23,7 +23,7 @@ SECRET = {
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
 
 
-def make(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def make(folder: Path | str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run it under the widest mask that there is."""
     return subprocess.run(
         ["bash", "-c", f'umask 000; exec "{SCRIPT}" "$0" server', str(folder)],
@@ -39,10 +39,10 @@ def modes(folder: Path) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("name", ["secrets", "with a space", "made/on the way"])
+@pytest.mark.parametrize("name", ["secrets", "with a space", "made/on the way", "completed/"])
 def test_keys_and_tokens_are_closed_to_others(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
-    done = make(folder, CONTAINER_UID=str(os.getuid()))
+    done = make(f"{tmp_path}/{name}", CONTAINER_UID=str(os.getuid()))
     assert done.returncode == 0, done.stderr
     assert modes(folder) == dict.fromkeys(SECRET, 0o600) | dict.fromkeys(PUBLIC, 0o644)
     assert {stat.S_IMODE(each.stat().st_mode) for each in (folder, *folder.iterdir()) if each.is_dir()} == {
