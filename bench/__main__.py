@@ -12,16 +12,18 @@ import dataclasses
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from bench import checkpoint, generation, gpu, journal, learning, peer, picture, restart, serving, training
+from bench.gpu_kills import Server
 from bench.harness import Row, cores
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -94,14 +96,36 @@ def on_gpu(device: str, quick: bool, out: Path | None) -> int:
     if device == "cpu" and not quick:
         print("bench: on a CPU --gpu would take hours; add --quick", file=sys.stderr)
         return 2
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # before minutes are spent on figures that would have no place
+            print(
+                f"bench: --out {out} cannot be made ({error.strerror}); name another folder", file=sys.stderr
+            )
+            return 2
+    signal.signal(signal.SIGTERM, end_servers)
     rows, found = gpu.measure(device, quick)
     for row in rows:
         row.on = time.strftime("%Y-%m-%d")
     about = machine() | found
-    if out is not None:
-        gpu.write(rows, about, out, picture.overview)
+    unwritten = None
+    try:
+        if out is not None:
+            gpu.write(rows, about, out, picture.overview)
+    except OSError as error:  # the table is printed all the same
+        unwritten = f"bench: --out {out} cannot be written: {error.strerror}"
     print(described(about), markdown(rows), sep="\n\n", flush=True)
-    return 0 if any(row.value is not None for row in rows) else 1
+    if unwritten is not None:
+        print(unwritten, file=sys.stderr)
+    return 0 if unwritten is None and any(row.value is not None for row in rows) else 1
+
+
+def end_servers(*_: object) -> NoReturn:
+    """On SIGTERM: no server outlives the measurement, nor keeps its memory on the device."""
+    for server in list(Server.every):
+        server.end()
+    sys.exit(143)
 
 
 def replaced(before: list[dict[str, Any]], rows: list[Row], left: set[str]) -> list[Row]:

@@ -295,7 +295,6 @@ def write(
     rows: list[Row], about: dict[str, str], out: Path, picture: Callable[[list[Row], Path], None]
 ) -> None:
     """gpu.json and, if it can be drawn, gpu.png."""
-    out.mkdir(parents=True, exist_ok=True)
     found = {"machine": about, "rows": [dataclasses.asdict(row) for row in rows]}
     (out / "gpu.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     try:

@@ -13,11 +13,12 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import grpc
 import numpy as np
@@ -38,7 +39,11 @@ WINDOW = 4
 class Server:
     """A `maskwire-server` process on a run directory, found by a Unix socket that stays the same."""
 
+    every: ClassVar[weakref.WeakSet[Server]] = weakref.WeakSet()
+    """All that were made."""
+
     def __init__(self, folder: Path, settings: dict[str, str]) -> None:
+        self.every.add(self)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.log = folder, folder / "log"
         self.address = f"unix:{folder / 'socket'}"
