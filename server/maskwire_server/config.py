@@ -327,10 +327,11 @@ class ServeConfig(_Section):
     """The most evaluation draws a row."""
     max_generation_steps: int = Field(1024, ge=1)
     """The most unmasking passes of a generation."""
-    max_read_tokens: int = Field(2**26, ge=1, le=2**48)
+    max_read_tokens: int | None = Field(None, ge=1, le=2**48)
     """The most positions that one evaluation or generation may push through the model, which trains
     nothing meanwhile: rows times columns times draws, by the chain rule times columns again, or times
-    unmasking passes; twice with self-conditioning, and once more with a critic's pass."""
+    unmasking passes; twice with self-conditioning, and once more with a critic's pass; absent:
+    67,108,864, on a CPU 4,194,304."""
     session_idle_seconds: Finite = Field(60.0, gt=0)
     """A session ends when nothing of it was queued or running for so long."""
     gap_seconds: Finite = Field(5.0, gt=0)
