@@ -69,6 +69,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+READ_TOKENS, READ_TOKENS_ON_CPU = 2**26, 2**22
+"""Positions of one evaluation or generation: minutes, on a GPU and on two cores of a CPU."""
 _MESSAGES = 64  # taken in before what was computed is committed, however many more there are
 
 
@@ -149,14 +151,14 @@ class Engine:
     @property
     def limits(self) -> Limits:
         """Bounds on one request."""
-        serve = self._serve
+        serve, on_cpu = self._serve, self._versions.get("device", "").startswith("cpu")
         return Limits(
             serve.max_batch_tokens,
             serve.max_message_bytes,
             serve.window,
             serve.max_draws,
             serve.max_generation_steps,
-            serve.max_read_tokens,
+            serve.max_read_tokens or (READ_TOKENS_ON_CPU if on_cpu else READ_TOKENS),
         )
 
     def train_step(self, request: StepRequest) -> Future[StepAnswer]:
@@ -427,17 +429,20 @@ class Engine:
             until = time.monotonic() + RETRY_SECONDS
             while not self._stopping and time.monotonic() < until:
                 time.sleep(0.05)
-            assert self._journal is not None
-            make_room(self._journal, self._reserve)
+            if self._journal is not None:
+                make_room(self._journal, self._reserve)
 
     def _recover(self) -> None:
         began = self._clock()
         head, device = self._head, self._device
-        self._journal = journal = recovery.open_journal(
-            self._run_dir,
-            seed=self._seed,
-            canonical=self._canonical,
-            durable=self._serve.durability == "full",
+        self._journal = journal = self._when_there_is_room(
+            partial(
+                recovery.open_journal,
+                self._run_dir,
+                seed=self._seed,
+                canonical=self._canonical,
+                durable=self._serve.durability == "full",
+            )
         )
         head.run_id = journal.fact("run_id")
         if journal.log_bytes() >= FOLD_BYTES:  # of a process that was killed

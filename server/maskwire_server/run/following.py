@@ -9,7 +9,7 @@ from maskwire_server.errors import RunDirectoryError
 from maskwire_server.results import InexactReplay, Outcome
 from maskwire_server.run.journal import Journal
 from maskwire_server.run.records import StepRecord
-from maskwire_server.run.tolerance import TOLERANCES, Tolerance
+from maskwire_server.run.tolerance import TOLERANCES, Tolerance, measured_steps
 
 FINGERPRINT = (
     "torch", "device", "threads", "precision", "compile", "deterministic", "micro_batch_tokens", "world_size",
@@ -105,7 +105,8 @@ class Following:
         self._strict = strict
         self._inexact = tuple(inexact)
         self._close = self._drifted = False
-        self._steps = 0  # that were computed since results need only be close
+        self._steps = 0.0  # `measured_steps`, computed since results need only be close
+        self._rate = 0.0
         self._precision = "fp32"
         self._journal = journal
         self._settings = settings
@@ -142,18 +143,24 @@ class Following:
             )
         self.accepted = self.accepted or bool(changed)
         self._close = self._close or self.accepted
-        self._steps += self._close
+        self._rate = float(was.get("optimizer.learning_rate", 0.0))
         try:
             self._put_in_force(_to_configure(was))
         except ValueError as error:
             raise RunDirectoryError(_again(record, str(error))) from error
 
-    def tolerance(self) -> Tolerance | None:
-        """How far the record that was passed on last may be from its result; None: it must be the same."""
+    def tolerance(self, learning_rate: float | None) -> Tolerance | None:
+        """How far the record that was passed on last may be from its result; None: it must be the same.
+
+        `learning_rate` is the step's own, if its batch came with one. Asked once for each step.
+        """
         if not self._close:
             return None
         whole = TOLERANCES.get(self._precision, TOLERANCES["fp32"])
-        return whole if self._drifted else whole.after(self._steps - 1)
+        allowed = whole if self._drifted else whole.after(self._steps)
+        rate = self._rate if learning_rate is None else learning_rate
+        self._steps += measured_steps(rate)
+        return allowed
 
     def end(self) -> None:
         """Go on under the configuration of now."""

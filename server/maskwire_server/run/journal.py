@@ -97,7 +97,7 @@ class Journal:
             else:
                 self._check_format()
         except _UNREADABLE as error:
-            self._unlock()
+            self.close()
             if is_full(error):
                 raise RunDirectoryError(f"{self._path}: no room on its disk ({error}); make room") from error
             if "locked" in str(error):
@@ -106,7 +106,7 @@ class Journal:
                 f"{self._path}: not a readable journal ({error}); restore the run directory from a copy"
             ) from error
         except RunDirectoryError:
-            self._unlock()
+            self.close()
             raise
 
     def _check_format(self) -> None:
@@ -405,10 +405,8 @@ class Journal:
 
     def close(self) -> None:
         """Close the file and release the run directory."""
-        self._db.close()
-        self._unlock()
-
-    def _unlock(self) -> None:
+        if hasattr(self, "_db"):  # not where it could not be opened
+            self._db.close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1

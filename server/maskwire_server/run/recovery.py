@@ -52,7 +52,9 @@ def open_journal(run_dir: Path, *, seed: int, canonical: bytes, durable: bool = 
             check_same_run(journal, run_dir, seed, canonical)
     except sqlite3.Error as error:
         journal.close()
-        raise RunDirectoryError(f"{run_dir}: the journal cannot be written ({error}); make room") from error
+        raise RunDirectoryError(
+            f"{run_dir}: the journal cannot be written ({error}); make room on its disk, and start again"
+        ) from error
     except BaseException:
         journal.close()
         raise
@@ -110,9 +112,9 @@ def newest_verified(
         lost = f"it holds step {info.step} (lineage {info.lineage}), which the journal does not have"
         if not accept_lost:
             raise RunDirectoryError(
-                f"checkpoint {info.name!r}: {lost}: the journal lost acknowledged steps; restore the run "
-                "directory from a copy, or go on without them, for good, with --accept-lost-history; if the "
-                "checkpoint was copied here from another copy of the run, move it away"
+                f"checkpoint {info.name!r}: {lost}. If it was copied here from another copy of the run, move "
+                "it out of checkpoints/. Otherwise the journal lost acknowledged steps: restore the run "
+                "directory from a copy, or continue without them, for good, with --accept-lost-history"
             )
         wrong[info.name] = lost
     for manifest in on_path(found, segments):

@@ -118,14 +118,14 @@ def replay(
     records: Iterator[tuple[StepRecord, bytes | None]],
     train: Callable[[int, int, Payload], StepResult],
     *,
-    tolerance: Callable[[], Tolerance | None] = lambda: None,
+    tolerance: Callable[[float | None], Tolerance | None] = lambda _: None,
     accept_inexact: bool = False,
 ) -> Replayed:
     """Compute the records' steps again, and hold each result against its record.
 
-    `tolerance` is asked for each: None wants the recorded bytes. Skipped and failed steps changed nothing
-    and are not computed. Raises InexactReplayError at the first step that differs by more, unless
-    `accept_inexact`, and always at one with another outcome.
+    `tolerance` is asked for each, with the learning rate of its batch: None wants the recorded bytes.
+    Skipped and failed steps changed nothing and are not computed. Raises InexactReplayError at the first
+    step that differs by more, unless `accept_inexact`, and always at one with another outcome.
     """
     done = Replayed()
     for record, payload in records:
@@ -148,7 +148,7 @@ def replay(
                 "and settings that it was trained with"
             )
         again = StepRecord(**{**vars(record), "losses": result.losses, "gradient_norm": result.gradient_norm})
-        same, allowed = again.numbers() == record.numbers(), tolerance()
+        same, allowed = again.numbers() == record.numbers(), tolerance(batch.modes.learning_rate)
         if same and allowed is None and not done.stretches:
             continue
         # The loss comes before the update: equal bytes do not show that the weights are equal.

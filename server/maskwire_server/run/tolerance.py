@@ -21,8 +21,8 @@ class Tolerance:
     critic_loss: float
     gradient_norm: float
 
-    def after(self, steps: int) -> Tolerance:
-        """The part of it that counts once so many steps were computed again.
+    def after(self, steps: float) -> Tolerance:
+        """The part of it that counts once so many `measured_steps` were computed again.
 
         Drift grows with the steps, and what is wrong from the start (a checkpoint, a seed) shows at once.
         """
@@ -31,6 +31,16 @@ class Tolerance:
 
 
 _AT_ONCE, _REACHED = 50, 1000  # 5 % of it at the first step, all of it from the 951st on
+_MEASURED_RATE = 1e-3  # the learning rate that the drift was measured at
+
+
+def measured_steps(learning_rate: float) -> float:
+    """The steps at the measured learning rate that drift as far as one at this rate, at least 1.
+
+    A step moves the weights in proportion to its rate, and what rounding adds to the step with it.
+    """
+    return max(1.0, learning_rate / _MEASURED_RATE)
+
 
 TOLERANCES = {
     "fp32": Tolerance(0.06, 0.3, 0.3),

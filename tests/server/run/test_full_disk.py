@@ -177,6 +177,18 @@ def test_a_start_on_a_full_disk_waits_for_room(small_disk: Path) -> None:
     assert rig.fatal == []
 
 
+def test_a_new_run_on_a_full_disk_waits_for_room(small_disk: Path) -> None:
+    rig = Rig(small_disk / "run")
+    filler = fill(small_disk)
+    engine = make_engine(rig.folder, rig.config(serve={"reserve_bytes": 0}), on_fatal=rig.fatal.append)
+    wait_for(lambda: engine.status().waiting_for == "room on the disk")
+    filler.unlink()
+    engine.wait_serving(WAIT)
+    assert engine.train_step(bare(1)).result(WAIT).step == 1
+    engine.close()
+    assert rig.fatal == []
+
+
 def test_a_start_that_waits_for_room_can_be_stopped(small_disk: Path) -> None:
     small_disk.joinpath("run").mkdir()
     rig = Rig(small_disk / "run")

@@ -23,8 +23,9 @@ from maskwire_server.results import InexactReplay, Losses, Outcome, RunState, St
 from maskwire_server.run import audit, checkpoint, following, inexact
 from maskwire_server.run.checkpoint import Checkpoints
 from maskwire_server.run.engine import Engine
+from maskwire_server.run.records import StepRecord
 from maskwire_server.run.replaying import InexactReplayError
-from maskwire_server.run.tolerance import TOLERANCES
+from maskwire_server.run.tolerance import TOLERANCES, excess, measured_steps
 from maskwire_server.training.trainer import Trainer
 
 LONG = {"every_seconds": 1e6}
@@ -323,6 +324,29 @@ def test_weights_that_round_otherwise_come_back_over_200_steps(run_dir: Path) ->
 def test_a_wrong_seed_rate_or_checkpoint_is_refused(run_dir: Path, build: Callable[[], Trainer]) -> None:
     with pytest.raises(InexactReplayError, match="beyond the tolerance"):
         run(run_dir, whole(), build).close()
+
+
+@pytest.mark.parametrize(
+    ("precision", "critic", "size", "steps"), [("bf16", "self", (4, 16), 60), ("tf32", "none", (8, 32), 160)]
+)
+def test_ten_times_the_learning_rate_drifts_no_further_than_the_tolerance(
+    precision: str, critic: str, size: tuple[int, int], steps: int, tmp_path: Path
+) -> None:
+    made = settings(critic, "bf16" if precision == "bf16" else "fp32", rate=1e-2)
+    kind = type("Rounded", (PerturbedTrainer,), {"rounding": ROUNDING[precision]})
+    first, again = trainer(Trainer, made), trainer(kind, made)
+    for step in range(1, 21):
+        first.train_step(1, step, text(step, *size), Modes())
+    first.snapshot().write(tmp_path)
+    again.load(tmp_path)
+    grown = 0.0
+    for step in range(21, 21 + steps):
+        batch = text(step, *size)
+        was, now = (each.train_step(1, step, batch, Modes()) for each in (first, again))
+        record = StepRecord(1, step, None, 1, b"", was.outcome, was.losses, was.gradient_norm, b"")
+        allowed = TOLERANCES[precision].after(grown)
+        assert excess(record, now, allowed, size[0] * size[1]) is None, f"step {step}"
+        grown += measured_steps(1e-2)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles

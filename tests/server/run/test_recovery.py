@@ -351,15 +351,6 @@ def test_a_restore_without_room_changes_nothing(rig: Rig, monkeypatch: pytest.Mo
     assert engine.restore(RestoreRequest("one")).result(WAIT).lineage == 2
 
 
-def test_a_run_that_cannot_begin_for_want_of_room_says_so(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Journal, write: object) -> None:
-        raise FullDisk("database or disk is full")
-
-    monkeypatch.setattr(Journal, "transaction", full)
-    with pytest.raises(RunDirectoryError, match="make room"):
-        rig.start()
-
-
 def test_a_halt_says_after_a_restart_what_it_waits_for(rig: Rig) -> None:
     engine = rig.start()
     for seed in range(3):
