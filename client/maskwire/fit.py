@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from maskwire import messages
-from maskwire.arguments import call_back, check_data, check_options
+from maskwire.arguments import call_back, check_data, check_options, check_whole
 from maskwire.errors import ConflictError, MaskwireError, UnimplementedError
 from maskwire.metrics import Metrics, evaluation_line, step_line
 from maskwire.output import on_terminal, tell
@@ -154,11 +154,16 @@ def plan(
     (`only_train_critic`, `learning_rate`, ...). Data that knows its `tokenizer` has it kept with the run.
     So is the `fingerprint()` of data that has one: DataMismatchError if the run was trained on other data,
     whatever changed its batches, unless `allow_changed_data`. A metrics file that cannot be written any
-    more is said once and costs no step; the result's `metrics_failure` has the reason.
+    more is said once and costs no step; the result's `metrics_failure` has the reason. Raises ValueError
+    for an `until_step` below 0 and for an interval below 1.
     """
     check_data("fit", data)
     own = [name for name in inspect.signature(plan).parameters if name not in ("trainer", "data", "modes")]
     check_options("fit", modes, messages.STEP_OPTIONS, also=own)
+    check_whole("until_step", until_step, 0)
+    for name, every in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
+        if every is not None:
+            check_whole(name, every, 1, cure=", or None for never")
     yield trainer.settle  # steps that an interrupted call left in flight have numbers already
     result = FitResult(first_step=trainer.step + 1, step=trainer.step)
     if metrics is not None and Path(metrics).resolve() in (path.resolve() for path in _files_of(data)):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from google.protobuf.descriptor import FieldDescriptor
 
 from maskwire import arguments, results
 from maskwire.v1 import training_service_pb2 as pb
@@ -133,8 +134,19 @@ EVAL_OPTIONS = _names(pb.EvalLossRequest, "batch")
 GENERATE_OPTIONS = _names(pb.GenerateRequest, "prompts", "stream_steps")
 
 
+_NUMBERS = {
+    FieldDescriptor.CPPTYPE_INT32,
+    FieldDescriptor.CPPTYPE_INT64,
+    FieldDescriptor.CPPTYPE_DOUBLE,
+}
+
+
 def _fill(kind: Any, **fields: Any) -> Any:
     """A message; TypeError or ValueError names the field whose value it cannot hold."""
+    for name, value in fields.items():
+        field = kind.DESCRIPTOR.fields_by_name[name]
+        if isinstance(value, bool | np.bool_) and field.cpp_type in _NUMBERS:
+            raise TypeError(f"{name} cannot be {value!r}: it is a number")
     try:
         return kind(**fields)
     except (TypeError, ValueError) as error:

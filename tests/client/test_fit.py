@@ -116,6 +116,24 @@ def test_evaluations_and_checkpoints_come_at_their_multiples() -> None:
     assert result.step == 10
 
 
+@pytest.mark.parametrize("option", ["until_step", "eval_every", "checkpoint_every"])
+@pytest.mark.parametrize("value", [-5, 2.5, 4.0, True, "4", float("inf")])
+def test_a_number_of_steps_that_cannot_be_one_is_refused_before_anything_is_asked(
+    option: str, value: Any
+) -> None:
+    options: dict[str, Any] = {"until_step": 4, "evaluate": evaluation, option: value}
+    with pytest.raises(ValueError, match=f"{option} must be .*at least [01].*got {value!r}"):
+        fit(object(), Numbered(), progress=False, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", ["eval_every", "checkpoint_every"])
+def test_an_interval_of_0_is_refused_and_none_is_said_to_mean_never(option: str) -> None:
+    options: dict[str, Any] = {"evaluate": evaluation, option: 0}
+    with pytest.raises(ValueError, match=f"{option} must be at least 1, or None for never, got 0"):
+        fit(Counting(), Numbered(), until_step=4, progress=False, **options)
+    assert fit(Counting(), Numbered(), until_step=np.int64(2), progress=False, **{option: None}).step == 2
+
+
 def test_metrics_are_json_also_when_a_loss_is_not_a_number(tmp_path: Path) -> None:
     metrics = tmp_path / "m.jsonl"
     fit(Counting(), Numbered(), until_step=4, progress=False, metrics=metrics)
