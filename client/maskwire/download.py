@@ -58,7 +58,7 @@ class Target:
         self._total = sum(part.total for part in self._parts)
         self._manifest = Part(info.name, folder, MANIFEST, None, lambda: None)
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(folder)
+        self._lock, self._process = _lock(folder), os.getpid()
         try:
             self._ours = self._refuse_another()
         except BaseException:
@@ -105,7 +105,8 @@ class Target:
             os.close(descriptor)
 
     def _unlock(self) -> None:
-        (self.folder / LOCK).unlink(missing_ok=True)
+        if os.getpid() == self._process:  # a forked child has a copy of this; the parent goes on writing
+            (self.folder / LOCK).unlink(missing_ok=True)
         os.close(self._lock)
 
     def _moved(self) -> None:

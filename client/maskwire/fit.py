@@ -117,6 +117,7 @@ def fit(trainer: Trainer, data: Data, *, until_step: int, **options: Any) -> Fit
             reply = raised = None
             try:
                 if isinstance(wish, Take):
+                    trainer._check_process()  # of a child that a callback forked: nothing answers there
                     reply = result_of(wish.future, wish.timeout)
                 else:
                     reply = wish.act() if isinstance(wish, Apart) else wish()
