@@ -13,13 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from maskwire import messages
 from maskwire.arguments import call_back, check_data, check_options, check_whole
-from maskwire.errors import ConflictError, MaskwireError, UnimplementedError
+from maskwire.errors import ConflictError, DataMismatchError, MaskwireError, UnimplementedError
 from maskwire.metrics import Metrics, evaluation_line, step_line
 from maskwire.output import on_terminal, tell
 from maskwire.results import EvalResult, StepResult
@@ -27,6 +28,7 @@ from maskwire.results import EvalResult, StepResult
 if TYPE_CHECKING:
     from maskwire.client import Trainer
 
+_NEWEST = 3  # files that an error names
 PLAIN_EVERY_SECONDS = 10.0
 LEAVE_SECONDS = 10.0  # for the steps in flight, once interrupted
 
@@ -200,7 +202,10 @@ def plan(
             yield partial(trainer.use_tokenizer, data.tokenizer)  # type: ignore[attr-defined]
         if hasattr(data, "fingerprint") and result.step < until_step:
             fingerprint = yield Apart(data.fingerprint)
-            yield partial(trainer.use_data, fingerprint, allow_changed=allow_changed_data)
+            try:
+                yield partial(trainer.use_data, fingerprint, allow_changed=allow_changed_data)
+            except DataMismatchError as error:
+                raise _with_newest(error, _files_of(data)) from None
         if metrics is not None:
             log = loop.log = Metrics(metrics)
             yield from log.catch_up(trainer)
@@ -332,6 +337,25 @@ def _files_of(data: Data) -> list[Path]:
     """The files that data comes from, as far as it says."""
     files: list[Path] = getattr(data, "files", [])
     return files
+
+
+def _with_newest(error: DataMismatchError, files: list[Path]) -> DataMismatchError:
+    """The error with the files that were written last: the run keeps a hash of the data, no names."""
+    if "content" not in error.metadata.get("changed", "").split(","):
+        return error
+    times = {path: path.stat().st_mtime for path in files if path.exists()}
+    newest = sorted(times, key=lambda path: times[path], reverse=True)[:_NEWEST]
+    if not newest:
+        return error
+    shown = ", ".join(
+        f"{path} ({datetime.fromtimestamp(times[path], UTC):%Y-%m-%d %H:%M:%S} UTC)" for path in newest
+    )
+    return type(error)(
+        f"{error}. The data is of {len(files)} files now; written last: {shown}. A file that is no data can "
+        "be moved away or left out by a pattern (--pattern)",
+        reason=error.reason,
+        metadata=error.metadata,
+    )
 
 
 def _progress(wanted: bool, step: int, until_step: int) -> Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from maskwire.data import ByteData
+from maskwire.errors import DataMismatchError
 from maskwire.fit import fit
 from maskwire.results import Losses, Outcome, RecordedStep, StepMetrics, StepResult, StepsPage
 
@@ -181,6 +184,36 @@ def test_a_checkpoint_that_an_earlier_call_was_stopped_before_is_made_up_for() -
     assert trainer.saved == [6]
     fit(trainer, Numbered(), until_step=6, checkpoint_every=3, progress=False)
     assert trainer.saved == [6], "once"
+
+
+def test_changed_data_is_refused_with_the_files_that_were_written_last(tmp_path: Path) -> None:
+    def refuse(fingerprint: dict[str, str], *, allow_changed: bool) -> None:
+        assert not allow_changed
+        differs = [part for part, value in fingerprint.items() if value != was.get(part)]
+        raise DataMismatchError(
+            "the data is not what the run was trained on", reason="DATA_CHANGED",
+            metadata={"changed": ",".join(differs)},
+        )  # fmt: skip
+
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text("some text")
+        os.utime(tmp_path / f"{number}.txt", (number, number * 3600))
+    os.utime(tmp_path / "1.txt", (0, 86400))
+    was = ByteData(tmp_path, length=4, batch_size=1, pattern="[0-3].txt").fingerprint()
+    trainer = Counting()
+    trainer.use_data = refuse  # type: ignore[attr-defined]
+    trainer.use_tokenizer = lambda _: None  # type: ignore[attr-defined]
+    words = (
+        rf"of 5 files now; written last: {tmp_path}/1\.txt \(1970-01-02 00:00:00 UTC\), {tmp_path}/4\.txt "
+        rf"\(1970-01-01 04:00:00 UTC\), {tmp_path}/3\.txt .*--pattern"
+    )
+    with pytest.raises(DataMismatchError, match=words) as found:
+        fit(trainer, ByteData(tmp_path, length=4, batch_size=1), until_step=4, progress=False)
+    assert (found.value.reason, found.value.metadata["changed"].count("content")) == ("DATA_CHANGED", 1)
+    was = ByteData(tmp_path, length=4, batch_size=1).fingerprint()
+    with pytest.raises(DataMismatchError) as found:
+        fit(trainer, ByteData(tmp_path, length=5, batch_size=1), until_step=4, progress=False)
+    assert "written last" not in str(found.value), "the files are what they were"
 
 
 def test_a_tokenizer_is_said_only_when_something_is_trained() -> None:
