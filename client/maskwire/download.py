@@ -6,12 +6,13 @@ manifest comes last, so that a folder with a manifest is whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from maskwire.errors import CheckpointError
@@ -127,6 +128,16 @@ def _lock(folder: Path) -> int:
     return descriptor
 
 
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say of which file a failed write was, which the system does not, and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        words = f"{error.strerror}; once that is cured, the same download goes on from what is here"
+        raise OSError(error.errno, words, str(path)) from error
+
+
 class Part:
     """One file, growing."""
 
@@ -200,7 +211,7 @@ class Part:
                 f"{self.name}: the chunk at byte {chunk.offset_bytes} arrived damaged or out of order; the "
                 "same call goes on from there"
             )
-        with self._draft.open("ab") as file:
+        with _naming(self._draft), self._draft.open("ab") as file:
             file.write(chunk.data)
         self._sha.update(chunk.data)
         self.size += len(chunk.data)
@@ -215,7 +226,7 @@ class Part:
                 f"{self.name} of checkpoint {self._checkpoint!r} does not match its SHA-256; it was deleted "
                 "here: download again, and if that fails too the server's copy is damaged"
             )
-        with self._draft.open("rb+") as file:
+        with _naming(self._draft), self._draft.open("rb+") as file:
             os.fsync(file.fileno())
         self._draft.rename(self._path)
         self.whole = True
