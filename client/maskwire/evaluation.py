@@ -79,6 +79,13 @@ class Plan:
         if prompts is None:
             return set()
         ends = [len(row) for row in self._rows] if lengths is None else lengths
+        for row, end in enumerate(ends):  # each call has only some rows, and cannot say which of all
+            mask = _host(prompts[row])
+            if mask.dtype != np.bool_ or mask.ndim != 1 or mask.size < end:
+                raise ValueError(
+                    f"prompt_mask: row {row} must be bool [{end}], as long as its tokens, got {mask.dtype} "
+                    f"{list(mask.shape)}"
+                )
         return {row for row in range(self.rows) if bool(np.all(_host(prompts[row])[: int(ends[row])]))}
 
     def calls(self, bounds: Bounds) -> Iterator[pb.EvalLossRequest]:

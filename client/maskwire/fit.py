@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from maskwire import messages
-from maskwire.arguments import call_back, check_data, check_options, check_whole
+from maskwire.arguments import call_back, check_data, check_options, check_rows, check_whole
 from maskwire.errors import ConflictError, DataMismatchError, MaskwireError, UnimplementedError
 from maskwire.metrics import Metrics, evaluation_line, step_line
 from maskwire.output import on_terminal, tell
@@ -187,6 +187,11 @@ def plan(
         nonlocal best
         assert evaluate is not None
         found = yield partial(call_back, "evaluate", evaluate, trainer)
+        if not hasattr(found, "bits_per_token"):
+            raise TypeError(
+                f"evaluate must return an EvalResult, got {type(found).__name__}: end it with "
+                "`return trainer.evaluate(data)`, and log other numbers there"
+            )
         result.evaluations.append(found)
         loop.record_evaluation(found)
         if save_best and found.nats_per_token < best:
@@ -278,7 +283,16 @@ class _Loop:
         """Train up to and with step `stop`, with as many in flight as the trainer allows."""
         for step in range(self._result.step + 1, stop + 1):
             rows = call_back("data.batch", self._data.batch, step)
-            tokens = sum(len(row) for row in rows)
+            if rows is None:
+                raise TypeError(f"data.batch({step}) must return rows of token ids, it returned None")
+            check_rows(rows, f"data.batch({step})")
+            try:
+                tokens = sum(len(row) for row in rows)
+            except TypeError as error:
+                raise TypeError(
+                    f"data.batch({step}) must return rows of token ids, it returned ids that are in no row: "
+                    "return [row] for a batch of one"
+                ) from error
             try:
                 future = yield partial(self._trainer.submit, rows, step=step, **self._modes)
             except ConflictError:

@@ -57,7 +57,12 @@ def encode_batch(tokens: Any, *, lengths: Any = None, prompt_mask: Any = None) -
         sizes = np.array([row.size for row in rows], dtype=np.int32)
         ids, shape = np.concatenate(rows), (len(rows), int(sizes.max()))
     else:
-        ids = to_array(tokens)
+        ids = _host(tokens)
+        if not ids.size:  # of no type then
+            raise ValueError(
+                f"tokens must have at least one row and one column, got an empty batch {list(ids.shape)}"
+            )
+        ids = to_array(ids)
         if ids.ndim != 2:
             raise ValueError(f"tokens must be [rows, columns], got {ids.ndim} dimensions")
         shape, sizes = (ids.shape[0], ids.shape[1]), np.zeros(0, dtype=np.int32)

@@ -140,6 +140,32 @@ def test_an_interval_of_0_is_refused_and_none_is_said_to_mean_never(option: str)
     assert fit(Counting(), Numbered(), until_step=np.int64(2), progress=False, **{option: None}).step == 2
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (None, r"data.batch\(1\) must return rows of token ids, it returned None"),
+        ([1, 2, 3], r"data.batch\(1\) must return rows.*in no row: return \[row\]"),
+        (np.arange(3), r"data.batch\(1\) must return rows.*in no row: return \[row\]"),
+        ("text", r"data.batch\(1\) must be rows of token ids, got str: encode it"),
+        ({"input_ids": [[1]]}, r"data.batch\(1\) must be rows of token ids, got dict: pass its 'input_ids'"),
+    ],
+)
+def test_a_batch_that_is_no_rows_is_named_by_its_step(rows: Any, words: str) -> None:
+    class Wrong:
+        def batch(self, step: int) -> Any:
+            return rows
+
+    with pytest.raises(TypeError, match=words):
+        fit(Counting(), Wrong(), until_step=2, progress=False)
+
+
+@pytest.mark.parametrize("found", [2.5, None, {"bits_per_token": 1.0}])
+def test_an_evaluation_that_returns_no_result_is_told_what_to_return(found: Any) -> None:
+    words = rf"evaluate must return an EvalResult, got {type(found).__name__}: .*`return trainer\.evaluate"
+    with pytest.raises(TypeError, match=words):
+        fit(Counting(), Numbered(), until_step=2, progress=False, evaluate=lambda _: found, eval_every=1)
+
+
 def test_metrics_are_json_also_when_a_loss_is_not_a_number(tmp_path: Path) -> None:
     metrics = tmp_path / "m.jsonl"
     fit(Counting(), Numbered(), until_step=4, progress=False, metrics=metrics)

@@ -15,6 +15,7 @@ from serving import ServerProcess
 import maskwire
 import maskwire.aio
 from maskwire import messages
+from maskwire.evaluation import Plan
 from maskwire.messages import encode_batch
 from maskwire.protocol import EvalOptions, GenerateOptions, StepOptions
 
@@ -119,6 +120,37 @@ def test_a_number_that_cannot_be_right_is_refused_with_what_would_be(
                 await call(trainer)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", ["name", "takeover", "window", "on_takeover"])
+def test_an_argument_of_connect_is_named_as_such_when_attach_gets_it(name: str) -> None:
+    for package in (maskwire, maskwire.aio):
+        words = rf"attach\(\) has no argument '{name}', which is connect\(\)'s: attach opens no session"
+        with pytest.raises(TypeError, match=words):
+            package.attach("127.0.0.1:1", **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape"), [([], r"\[0\]"), ([[]], r"\[1, 0\]"), (np.zeros((0, 4), int), r"\[0, 4\]")]
+)
+def test_an_empty_batch_is_called_one(tokens: Any, shape: str) -> None:
+    for request in (lambda: messages.step_request("id", tokens), lambda: messages.eval_request(tokens)):
+        with pytest.raises(ValueError, match=f"at least one row and one column, got an empty batch {shape}"):
+            request()
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        ([[1] * 4, [1, 0]], r"prompt_mask: row 0 must be bool \[4\].*got int64 \[4\]"),
+        ([[True] * 4, [1, 0]], r"prompt_mask: row 1 must be bool \[2\].*got int64 \[2\]"),
+        ([[True] * 4, [True]], r"prompt_mask: row 1 must be bool \[2\].*got bool \[1\]"),
+        (np.ones((2, 4)), r"prompt_mask: row 0 must be bool \[4\].*got float64 \[4\]"),
+    ],
+)
+def test_a_mask_of_a_whole_evaluation_is_named_by_its_row_of_all(mask: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Plan([[1, 2, 3, 4], [5, 6]], rows=None, batch_size=None, prompt_mask=mask)
 
 
 @pytest.mark.parametrize("window", [0, -1, 2.0, True])
