@@ -267,21 +267,27 @@ class Client(ProcessBound):
                 elif isinstance(effect, Give):
                     yield effect.value
         finally:
-            if not self._inherited:
-                self._end(talk)
-                if stream is not None:
-                    stream.hang_up()
+            self._end(talk, stream)
 
     def _advance(self, talk: Talk[Any], reply: Any) -> Effect:
-        """Run a conversation up to its next effect."""
+        """Run a conversation up to its next effect.
+
+        Whoever got control since the last one, a callback or an iterator's reader, may have forked.
+        """
+        self._check_process()
         try:
             return talk.send(reply)
         finally:
             self._wake()
 
-    def _end(self, talk: Talk[Any]) -> None:
+    def _end(self, talk: Talk[Any], stream: Stream | None = None) -> None:
+        """End a conversation that may have more to do. Does nothing in a forked child: it is the parent's."""
+        if self._inherited:
+            return
         talk.close()
         self._wake()
+        if stream is not None:
+            stream.hang_up()
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
@@ -404,6 +410,7 @@ class Trainer(Position, Client):
                 reply = raised = None
                 try:
                     if isinstance(wish, Take):
+                        self._check_process()
                         reply = await asyncio.wait_for(wish.future, wish.timeout)
                     elif isinstance(wish, Apart):
                         reply = await asyncio.to_thread(wish.act)

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
+
 T = TypeVar("T")
 
 _PADDING = (
@@ -62,6 +64,16 @@ def _meant(name: str, known: list[str]) -> str:
     near = [other] if other in known else difflib.get_close_matches(name, known, n=1)
     every = ", ".join(known)
     return f"did you mean {near[0]!r}? It has {every}" if near else f"it has {every}"
+
+
+def check_whole(name: str, value: Any, least: int, most: int | None = None, *, cure: str = "") -> None:
+    """Raise ValueError unless a value is a whole number in the range; True, False and 8.0 are none."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number of at least {least}{cure}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}{cure}, got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most:,}, got {value}")
 
 
 def check_rows(tokens: Any, name: str = "tokens") -> None:

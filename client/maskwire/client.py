@@ -270,7 +270,6 @@ class Client(ProcessBound):
 
     def _drive(self, talk: Talk[T], effect: Effect | None = None) -> T:
         """Do what a conversation yields until it ends; `effect` is what it yielded last."""
-        self._check_process()
         try:
             while True:
                 reply = None if effect is None or isinstance(effect, Until) else self._do(effect)
@@ -280,14 +279,11 @@ class Client(ProcessBound):
                     value: T = done.value
                     return value
         except BaseException:
-            self._end(talk)
-            if isinstance(effect, Next):
-                effect.stream.hang_up()
+            self._end(talk, effect.stream if isinstance(effect, Next) else None)
             raise
 
     def _iterate(self, talk: Talk[None]) -> Iterator[Any]:
         """What a conversation gives."""
-        self._check_process()
         effect: Effect | None = None
         stream: Stream | None = None
         try:
@@ -302,13 +298,14 @@ class Client(ProcessBound):
                 elif isinstance(effect, Give):
                     yield effect.value
         finally:
-            if not self._inherited:
-                self._end(talk)
-                if stream is not None:
-                    stream.hang_up()
+            self._end(talk, stream)
 
     def _advance(self, talk: Talk[Any], effect: Effect | None, reply: Any) -> Effect:
-        """Run a conversation up to its next effect."""
+        """Run a conversation up to its next effect.
+
+        Whoever got control since the last one, a callback or an iterator's reader, may have forked.
+        """
+        self._check_process()
         with self._changed:
             if isinstance(effect, Until):
                 while not self._changed.wait_for(effect.holds, _LOOK_UP):
@@ -318,10 +315,15 @@ class Client(ProcessBound):
             finally:
                 self._changed.notify_all()
 
-    def _end(self, talk: Talk[Any]) -> None:
+    def _end(self, talk: Talk[Any], stream: Stream | None = None) -> None:
+        """End a conversation that may have more to do. Does nothing in a forked child: it is the parent's."""
+        if self._inherited:
+            return
         with self._changed:
             talk.close()
             self._changed.notify_all()
+        if stream is not None:
+            stream.hang_up()
 
     def _do(self, effect: Effect) -> Any:
         if isinstance(effect, Pause):

@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from maskwire.arguments import check_whole
 from maskwire.documents import Documents, Tiles, load_array
 from maskwire.files import FileArray, Ids
 from maskwire.fingerprint import content
@@ -127,12 +128,8 @@ class TokenData:
         bytes_per_token: float | None,
     ) -> None:
         for name, value in (("length", length), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-            if value > _MOST:
-                raise ValueError(f"{name} must be at most {_MOST:,}, got {value}")
-        if seed < 0:
-            raise ValueError(f"seed must be at least 0, got {seed}")
+            check_whole(name, value, 1, _MOST)
+        check_whole("seed", seed, 0)
         if not len(documents):
             raise ValueError("there is nothing in the data")
         self.length, self.batch_size, self.seed = length, batch_size, seed
@@ -181,8 +178,7 @@ class TokenData:
 
     def spread(self, rows: int) -> Rows:
         """Rows evenly spread over the data, always the same: for evaluation."""
-        if not 1 <= rows <= _MOST:
-            raise ValueError(f"rows must be 1 to {_MOST:,}, got {rows}")
+        check_whole("rows", rows, 1, _MOST)
         return self._crops((np.arange(rows) + 0.5) / rows * self._ends[-1])
 
     def whole(self) -> Tiles:

@@ -70,6 +70,11 @@ class Door:
     def of(target: str, **options: Unpack[DoorOptions]) -> Door:
         """Read the files. Raises ValueError for a wrong target or options, OSError for a missing file."""
         check_target(target)
+        for name in options:
+            if name in _CONNECT:  # which connect itself takes, so that it never comes here with it
+                raise TypeError(
+                    f"attach() has no argument {name!r}, which is connect()'s: attach opens no session"
+                )
         check_options("connect", options, DoorOptions.__annotations__, also=_CONNECT)
         ca, cert, key = options.get("ca"), options.get("cert"), options.get("key")
         server_name = options.get("server_name")

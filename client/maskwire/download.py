@@ -6,12 +6,13 @@ manifest comes last, so that a folder with a manifest is whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from maskwire.errors import CheckpointError
@@ -58,7 +59,7 @@ class Target:
         self._total = sum(part.total for part in self._parts)
         self._manifest = Part(info.name, folder, MANIFEST, None, lambda: None)
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(folder)
+        self._lock, self._process = _lock(folder), os.getpid()
         try:
             self._ours = self._refuse_another()
         except BaseException:
@@ -105,7 +106,8 @@ class Target:
             os.close(descriptor)
 
     def _unlock(self) -> None:
-        (self.folder / LOCK).unlink(missing_ok=True)
+        if os.getpid() == self._process:  # a forked child has a copy of this; the parent goes on writing
+            (self.folder / LOCK).unlink(missing_ok=True)
         os.close(self._lock)
 
     def _moved(self) -> None:
@@ -124,6 +126,16 @@ def _lock(folder: Path) -> int:
             f"another download writes into {folder}; wait for it, or name another folder"
         ) from None
     return descriptor
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say of which file a failed write was, which the system does not, and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        words = f"{error.strerror}; once that is cured, the same download goes on from what is here"
+        raise OSError(error.errno, words, str(path)) from error
 
 
 class Part:
@@ -199,7 +211,7 @@ class Part:
                 f"{self.name}: the chunk at byte {chunk.offset_bytes} arrived damaged or out of order; the "
                 "same call goes on from there"
             )
-        with self._draft.open("ab") as file:
+        with _naming(self._draft), self._draft.open("ab") as file:
             file.write(chunk.data)
         self._sha.update(chunk.data)
         self.size += len(chunk.data)
@@ -214,7 +226,7 @@ class Part:
                 f"{self.name} of checkpoint {self._checkpoint!r} does not match its SHA-256; it was deleted "
                 "here: download again, and if that fails too the server's copy is damaged"
             )
-        with self._draft.open("rb+") as file:
+        with _naming(self._draft), self._draft.open("rb+") as file:
             os.fsync(file.fileno())
         self._draft.rename(self._path)
         self.whole = True

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from maskwire import messages
+from maskwire.arguments import check_whole
 from maskwire.bounds import Bounds, too_long
 from maskwire.data import TokenData
 from maskwire.errors import StepMovedError
@@ -36,9 +37,10 @@ class Plan:
     """
 
     def __init__(self, data: Any, *, rows: int | None, batch_size: int | None, **options: Any) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.text_bytes: int | None = options.pop("text_bytes", None)
+        for name, value in (("rows", rows), ("batch_size", batch_size), ("text_bytes", self.text_bytes)):
+            if value is not None:
+                check_whole(name, value, 1, cure=", or None")
         self._rows: Any
         if isinstance(data, TokenData):
             self._rows = data.whole() if rows is None else data.spread(rows)
@@ -61,6 +63,7 @@ class Plan:
                 raise ValueError(f"{name} must be one a row, {self.rows}, got {len(values)}")
         if self._by_row["row_ids"] is None:
             self._by_row["row_ids"] = range(self.rows)
+        messages.to_array(self._by_row["row_ids"], "row_ids")
         messages.eval_request([[0]], **options)  # what cannot be sent is said before anything is asked
         self._options = options
         lengths = self._by_row["lengths"]
@@ -76,6 +79,13 @@ class Plan:
         if prompts is None:
             return set()
         ends = [len(row) for row in self._rows] if lengths is None else lengths
+        for row, end in enumerate(ends):  # each call has only some rows, and cannot say which of all
+            mask = _host(prompts[row])
+            if mask.dtype != np.bool_ or mask.ndim != 1 or mask.size < end:
+                raise ValueError(
+                    f"prompt_mask: row {row} must be bool [{end}], as long as its tokens, got {mask.dtype} "
+                    f"{list(mask.shape)}"
+                )
         return {row for row in range(self.rows) if bool(np.all(_host(prompts[row])[: int(ends[row])]))}
 
     def calls(self, bounds: Bounds) -> Iterator[pb.EvalLossRequest]:

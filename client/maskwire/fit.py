@@ -13,13 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from maskwire import messages
-from maskwire.arguments import call_back, check_data, check_options
-from maskwire.errors import ConflictError, MaskwireError, UnimplementedError
+from maskwire.arguments import call_back, check_data, check_options, check_rows, check_whole
+from maskwire.errors import ConflictError, DataMismatchError, MaskwireError, UnimplementedError
 from maskwire.metrics import Metrics, evaluation_line, step_line
 from maskwire.output import on_terminal, tell
 from maskwire.results import EvalResult, StepResult
@@ -27,6 +28,7 @@ from maskwire.results import EvalResult, StepResult
 if TYPE_CHECKING:
     from maskwire.client import Trainer
 
+_NEWEST = 3  # files that an error names
 PLAIN_EVERY_SECONDS = 10.0
 LEAVE_SECONDS = 10.0  # for the steps in flight, once interrupted
 
@@ -117,6 +119,7 @@ def fit(trainer: Trainer, data: Data, *, until_step: int, **options: Any) -> Fit
             reply = raised = None
             try:
                 if isinstance(wish, Take):
+                    trainer._check_process()  # of a child that a callback forked: nothing answers there
                     reply = result_of(wish.future, wish.timeout)
                 else:
                     reply = wish.act() if isinstance(wish, Apart) else wish()
@@ -154,11 +157,16 @@ def plan(
     (`only_train_critic`, `learning_rate`, ...). Data that knows its `tokenizer` has it kept with the run.
     So is the `fingerprint()` of data that has one: DataMismatchError if the run was trained on other data,
     whatever changed its batches, unless `allow_changed_data`. A metrics file that cannot be written any
-    more is said once and costs no step; the result's `metrics_failure` has the reason.
+    more is said once and costs no step; the result's `metrics_failure` has the reason. Raises ValueError
+    for an `until_step` below 0 and for an interval below 1.
     """
     check_data("fit", data)
     own = [name for name in inspect.signature(plan).parameters if name not in ("trainer", "data", "modes")]
     check_options("fit", modes, messages.STEP_OPTIONS, also=own)
+    check_whole("until_step", until_step, 0)
+    for name, every in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
+        if every is not None:
+            check_whole(name, every, 1, cure=", or None for never")
     yield trainer.settle  # steps that an interrupted call left in flight have numbers already
     result = FitResult(first_step=trainer.step + 1, step=trainer.step)
     if metrics is not None and Path(metrics).resolve() in (path.resolve() for path in _files_of(data)):
@@ -179,6 +187,11 @@ def plan(
         nonlocal best
         assert evaluate is not None
         found = yield partial(call_back, "evaluate", evaluate, trainer)
+        if not hasattr(found, "bits_per_token"):
+            raise TypeError(
+                f"evaluate must return an EvalResult, got {type(found).__name__}: end it with "
+                "`return trainer.evaluate(data)`, and log other numbers there"
+            )
         result.evaluations.append(found)
         loop.record_evaluation(found)
         if save_best and found.nats_per_token < best:
@@ -194,7 +207,10 @@ def plan(
             yield partial(trainer.use_tokenizer, data.tokenizer)  # type: ignore[attr-defined]
         if hasattr(data, "fingerprint") and result.step < until_step:
             fingerprint = yield Apart(data.fingerprint)
-            yield partial(trainer.use_data, fingerprint, allow_changed=allow_changed_data)
+            try:
+                yield partial(trainer.use_data, fingerprint, allow_changed=allow_changed_data)
+            except DataMismatchError as error:
+                raise _with_newest(error, _files_of(data)) from None
         if metrics is not None:
             log = loop.log = Metrics(metrics)
             yield from log.catch_up(trainer)
@@ -267,7 +283,16 @@ class _Loop:
         """Train up to and with step `stop`, with as many in flight as the trainer allows."""
         for step in range(self._result.step + 1, stop + 1):
             rows = call_back("data.batch", self._data.batch, step)
-            tokens = sum(len(row) for row in rows)
+            if rows is None:
+                raise TypeError(f"data.batch({step}) must return rows of token ids, it returned None")
+            check_rows(rows, f"data.batch({step})")
+            try:
+                tokens = sum(len(row) for row in rows)
+            except TypeError as error:
+                raise TypeError(
+                    f"data.batch({step}) must return rows of token ids, it returned ids that are in no row: "
+                    "return [row] for a batch of one"
+                ) from error
             try:
                 future = yield partial(self._trainer.submit, rows, step=step, **self._modes)
             except ConflictError:
@@ -326,6 +351,25 @@ def _files_of(data: Data) -> list[Path]:
     """The files that data comes from, as far as it says."""
     files: list[Path] = getattr(data, "files", [])
     return files
+
+
+def _with_newest(error: DataMismatchError, files: list[Path]) -> DataMismatchError:
+    """The error with the files that were written last: the run keeps a hash of the data, no names."""
+    if "content" not in error.metadata.get("changed", "").split(","):
+        return error
+    times = {path: path.stat().st_mtime for path in files if path.exists()}
+    newest = sorted(times, key=lambda path: times[path], reverse=True)[:_NEWEST]
+    if not newest:
+        return error
+    shown = ", ".join(
+        f"{path} ({datetime.fromtimestamp(times[path], UTC):%Y-%m-%d %H:%M:%S} UTC)" for path in newest
+    )
+    return type(error)(
+        f"{error}. The data is of {len(files)} files now; written last: {shown}. A file that is no data can "
+        "be moved away or left out by a pattern (--pattern)",
+        reason=error.reason,
+        metadata=error.metadata,
+    )
 
 
 def _progress(wanted: bool, step: int, until_step: int) -> Progress:

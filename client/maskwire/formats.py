@@ -17,11 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
+from maskwire.artifacts import is_artifact
+
 META, TOKENS, DOCUMENTS = "maskwire-data.json", "tokens.bin", "documents.npy"
 """The files of prepared data."""
 JOURNAL, CHECKPOINTS, LOCK, MANIFEST = "journal.sqlite", "checkpoints", "lock", "manifest.json"
 _RUN_FILES = {LOCK, "computing"}
 _RUN_SUFFIXES = {".toml", ".log"}
+_PART = re.compile(r"\.[0-9a-f]{12}\.part$|^manifest\.json\.part$")  # of a download
+_TENSORS = ".safetensors"
 _HEAD = 4096  # bytes that tell a format
 _TEXTS = "write each text to a .txt file, then `maskwire data prepare`"
 _ARRAY = "save the ids as one array with np.save (.npy)"
@@ -170,15 +174,19 @@ class RunFiles:
     def __init__(self) -> None:
         self._runs: dict[Path, bool] = {}  # folders that were looked at
         self._checkpoints: dict[Path, bool] = {}
+        self._halves: dict[Path, bool] = {}
         self._outputs = set(_outputs())
 
     def owns(self, path: Path, head: bytes) -> bool:
-        """Whether a file was written by a run: of its directory, its checkpoints or its metrics."""
+        """Whether maskwire wrote a file: of a run's directory, a checkpoint, metrics, a log, a result."""
         path = path.absolute()
         if path.name.startswith(JOURNAL) or self._is_checkpoint(path.parent) or self._of_run(path):
             return True
+        if _PART.search(path.name) or (path.suffix == _TENSORS and self._is_half(path.parent)):
+            return True
         found = path.stat()
-        return (found.st_dev, found.st_ino) in self._outputs or is_metrics(head)
+        written_now = (found.st_dev, found.st_ino) in self._outputs
+        return written_now or is_metrics(head) or is_artifact(path, head)
 
     def _of_run(self, path: Path) -> bool:
         if self._is_run(path.parent):
@@ -195,6 +203,12 @@ class RunFiles:
             lost = (folder / LOCK).is_file() and (folder / CHECKPOINTS).is_dir()
             self._runs[folder] = lost or (folder / JOURNAL).is_file()
         return self._runs[folder]
+
+    def _is_half(self, folder: Path) -> bool:
+        """Whether a checkpoint's download into a folder was begun and not finished."""
+        if folder not in self._halves:
+            self._halves[folder] = any(_PART.search(path.name) for path in folder.glob("*.part"))
+        return self._halves[folder]
 
     def _is_checkpoint(self, folder: Path) -> bool:
         if folder not in self._checkpoints:

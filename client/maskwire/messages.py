@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from google.protobuf.descriptor import FieldDescriptor
 
 from maskwire import arguments, results
 from maskwire.v1 import training_service_pb2 as pb
@@ -56,7 +57,12 @@ def encode_batch(tokens: Any, *, lengths: Any = None, prompt_mask: Any = None) -
         sizes = np.array([row.size for row in rows], dtype=np.int32)
         ids, shape = np.concatenate(rows), (len(rows), int(sizes.max()))
     else:
-        ids = to_array(tokens)
+        ids = _host(tokens)
+        if not ids.size:  # of no type then
+            raise ValueError(
+                f"tokens must have at least one row and one column, got an empty batch {list(ids.shape)}"
+            )
+        ids = to_array(ids)
         if ids.ndim != 2:
             raise ValueError(f"tokens must be [rows, columns], got {ids.ndim} dimensions")
         shape, sizes = (ids.shape[0], ids.shape[1]), np.zeros(0, dtype=np.int32)
@@ -133,8 +139,19 @@ EVAL_OPTIONS = _names(pb.EvalLossRequest, "batch")
 GENERATE_OPTIONS = _names(pb.GenerateRequest, "prompts", "stream_steps")
 
 
+_NUMBERS = {
+    FieldDescriptor.CPPTYPE_INT32,
+    FieldDescriptor.CPPTYPE_INT64,
+    FieldDescriptor.CPPTYPE_DOUBLE,
+}
+
+
 def _fill(kind: Any, **fields: Any) -> Any:
     """A message; TypeError or ValueError names the field whose value it cannot hold."""
+    for name, value in fields.items():
+        field = kind.DESCRIPTOR.fields_by_name[name]
+        if isinstance(value, bool | np.bool_) and field.cpp_type in _NUMBERS:
+            raise TypeError(f"{name} cannot be {value!r}: it is a number")
     try:
         return kind(**fields)
     except (TypeError, ValueError) as error:

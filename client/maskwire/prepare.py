@@ -82,9 +82,10 @@ def _write(
     total, done = sum(path.stat().st_size for path in files), 0
     encode: Encode = _bytes
     name, mask_id = BYTES, 256
-    around: tuple[list[int], list[int]] = [], []
+    loaded: _Tokenizer | None = None
     if tokenizer != BYTES:
-        name, mask_id, encode, around = _tokenizer(Path(tokenizer), special_tokens)
+        loaded = _Tokenizer(Path(tokenizer), special_tokens)
+        name, mask_id, encode = loaded.name, loaded.mask_id, loaded.encode
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
     dtype = "uint8" if tokenizer == BYTES else "uint16" if mask_id < 2**16 else "int32"
     sizes: list[int] = []
@@ -99,7 +100,8 @@ def _write(
             tell(done, total)
         _flush(file)
     ends = np.cumsum([size for size in sizes if size], dtype=np.int64)
-    if not ends.size:
+    around = ([], []) if loaded is None else loaded.around
+    if not ends.size or around is None:  # special tokens alone are nothing to train on
         raise ValueError("the tokenizer made no token of the text")
     with (folder / DOCUMENTS).open("wb") as file:
         np.save(file, ends)
@@ -133,41 +135,61 @@ def _bytes(files: list[Path]) -> Iterator[Iterator[Ids]]:
     return (documents.chunks(index) for index in range(len(documents)))
 
 
-def _tokenizer(path: Path, special_tokens: bool) -> tuple[str, int, Encode, tuple[list[int], list[int]]]:
-    """The tokenizer's hash, the id behind its own, how it encodes files, and what it puts around each."""
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise ValueError(
-            'a tokenizer file needs the package tokenizers: pip install "maskwire[tokenizers]"'
-        ) from None
-    if not path.is_file():
-        raise ValueError(f"tokenizer must be 'bytes' or a tokenizer.json, there is no file {path}")
-    try:
-        loaded = Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises bare Exception
-        raise ValueError(f"{path}: not a tokenizers file ({error})") from error
-    loaded.no_truncation()
-    loaded.no_padding()
+class _Tokenizer:
+    """A tokenizer's file: encodes texts, and learns from them what it puts around each."""
 
-    def encode(files: list[Path]) -> Iterator[list[Ids]]:
-        found = loaded.encode_batch([_text(file) for file in files], add_special_tokens=special_tokens)
-        return ([np.array(one.ids, dtype=np.int64)] for one in found)
+    def __init__(self, path: Path, special_tokens: bool) -> None:
+        """Raises ValueError for what is no tokenizer's file, or without the package."""
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ValueError(
+                'a tokenizer file needs the package tokenizers: pip install "maskwire[tokenizers]"'
+            ) from None
+        if not path.is_file():
+            raise ValueError(f"tokenizer must be 'bytes' or a tokenizer.json, there is no file {path}")
+        try:
+            self._loaded: Any = Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises bare Exception
+            raise ValueError(f"{path}: not a tokenizers file ({error})") from error
+        self._loaded.no_truncation()
+        self._loaded.no_padding()
+        self._path, self._special_tokens = path, special_tokens
+        self.name = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+        self.mask_id = max(self._loaded.get_vocab(with_added_tokens=True).values()) + 1
+        """The id behind its own."""
+        self.around: tuple[list[int], list[int]] | None = None
+        """The special ids before and after each text; None until a text has tokens of its own."""
 
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    mask_id = max(loaded.get_vocab(with_added_tokens=True).values()) + 1
-    around = _around(loaded) if special_tokens else ([], [])
-    return f"sha256:{digest}", mask_id, encode, around
+    def encode(self, files: list[Path]) -> Iterator[list[Ids]]:
+        """Each file's ids. Raises ValueError for one that cannot be encoded."""
+        texts = [_text(file) for file in files]
+        try:
+            found = self._loaded.encode_batch(texts, add_special_tokens=self._special_tokens)
+        except Exception:  # which does not say of which text
+            for file, text in zip(files, texts, strict=True):
+                self._check(file, text)
+            raise
+        for one in found:
+            if self.around is None:
+                self.around = _around(one)
+            yield [np.array(one.ids, dtype=np.int64)]
+
+    def _check(self, file: Path, text: str) -> None:
+        try:
+            self._loaded.encode(text, add_special_tokens=self._special_tokens)
+        except Exception as error:
+            raise ValueError(
+                f"{file}: the tokenizer {self._path} cannot encode it ({error}); use a tokenizer with an "
+                "unknown token or of bytes, or leave the file out with --pattern"
+            ) from error
 
 
-def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special ids that a tokenizer puts before and after a text."""
-    ids = tokenizer.encode("a", add_special_tokens=True).ids
-    bare = tokenizer.encode("a", add_special_tokens=False).ids
-    for start in range(len(ids) - len(bare) + 1):
-        if ids[start : start + len(bare)] == bare:
-            return ids[:start], ids[start + len(bare) :]
-    return [], []  # a post-processor that changes the text's own tokens
+def _around(encoding: Any) -> tuple[list[int], list[int]] | None:
+    """The special ids before and after a text's own tokens; None for a text that has none."""
+    ids, special = encoding.ids, encoding.special_tokens_mask
+    own = [place for place, added in enumerate(special) if not added]
+    return (ids[: own[0]], ids[own[-1] + 1 :]) if own else None
 
 
 def _text(path: Path) -> str:

@@ -56,7 +56,7 @@ def _check_files(files: list[Path], any_format: bool) -> list[Path]:
                 refused[path] = kind
             elif b"\0" in head:
                 binary.append(path)
-    written = f"{_names(left_out)}, which maskwire wrote (metrics, a run, a checkpoint, this job's output)"
+    written = f"{_names(left_out)}, which maskwire wrote (a run, metrics, a configuration, a log or a result)"
     if refused:
         raise formats.refuse(refused)
     if not data:

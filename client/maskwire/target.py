@@ -9,6 +9,7 @@ import re
 _EXAMPLE_HOST, _EXAMPLE_PORT = "127.0.0.1", 50051
 _UNIX_PATH_BYTES = 107  # what a socket's address holds
 _RESOLVERS = {"unix", "unix-abstract", "ipv4", "ipv6", "dns", "vsock", "xds"}  # gRPC's own schemes
+_XDS = ("GRPC_XDS_BOOTSTRAP", "GRPC_XDS_BOOTSTRAP_CONFIG")
 _SECURE = {"https", "grpcs"}
 
 
@@ -34,7 +35,7 @@ def _problem(target: str) -> str:
     if "://" in target:
         scheme, _, rest = target.partition("://")
         tls = ", with TLS (tls=True, --tls, or ca)" if scheme.lower() in _SECURE else ""
-        return f"leave {scheme}:// out: {_right(rest)}{tls}"
+        return f"leave {scheme}:// out: {_right(rest.lstrip('/'))}{tls}"
     if re.search(r"[/?#\\]", target):
         return f"leave out what is behind the port: {_right(target)}"
     return _host_port(target)
@@ -48,15 +49,35 @@ def _own(scheme: str, rest: str) -> str:
         size = len(os.fsencode(path))
         if size > _UNIX_PATH_BYTES:
             return f"a Unix socket's path has at most {_UNIX_PATH_BYTES} bytes, this one {size}"
+        if path != rest and not path.startswith("/"):
+            return (
+                f"gRPC takes what is between unix:// and the next / for a host: unix:/{path} or unix:{path}"
+            )
+    if scheme == "unix-abstract" and not rest:
+        return "the name is missing: unix-abstract:NAME"
     if scheme in ("ipv4", "ipv6"):
-        problems = (_host_port(address) for address in path.lstrip("/").split(","))
+        problems = (_literal(scheme, address) for address in path.lstrip("/").split(","))
         return next((problem for problem in problems if problem), "")
     if scheme == "dns":
         name = rest.rpartition("/")[2]
-        _, colon, port = name.rpartition(":")
-        if not name:
-            return "the host is missing: dns:///HOST:PORT"
-        return _port(port) if colon and not name.endswith("]") else ""
+        return _host_port(name) if name else "the host is missing: dns:///HOST:PORT"
+    if scheme == "vsock" and not re.fullmatch(r"(//?/?)?\d+:\d+", rest, re.ASCII):
+        return "a vsock address is vsock:CID:PORT, two numbers"
+    if scheme == "xds" and not (rest.startswith("///") and rest[3:] and any(map(os.environ.get, _XDS))):
+        return f"xds:///NAME needs a configuration of xDS in {' or '.join(_XDS)}; give HOST:PORT without one"
+    return ""
+
+
+def _literal(scheme: str, address: str) -> str:
+    """What is wrong with an address that must be in numbers."""
+    if problem := _host_port(address):
+        return problem
+    host = address.rpartition(":")[0]
+    try:
+        kind = ipaddress.IPv4Address if scheme == "ipv4" else ipaddress.IPv6Address
+        kind(host.strip("[]"))
+    except ValueError:
+        return f"{scheme}: takes an address in numbers, not {host}; leave {scheme}: out: {address}"
     return ""
 
 

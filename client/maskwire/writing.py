@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from maskwire import messages, results
+from maskwire.arguments import check_whole
 from maskwire.bounds import too_long
 from maskwire.errors import (
     ConflictError,
@@ -141,8 +142,7 @@ class Writing(Asking):
         window: int,
     ) -> None:
         super().__init__(target, policy, on_wait, clock)
-        if window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
+        check_whole("window", window, 1)
         self.name = name or default_name()
         self.took_over = ""
         """Whose open session this one took over, in words; empty: nobody's."""
@@ -266,6 +266,8 @@ class Writing(Asking):
         The step has its place in the order once the conversation yields what is no `Until`. With `step` it
         is trained as that one or not at all: ConflictError if its place has another number.
         """
+        if step is not None:
+            check_whole("step", step, 1)
         self._check_size(request)
         pending = Pending(self, request, step)
         yield Until(lambda: self.closed or (len(self._pending) < self._window and not self._restoring))

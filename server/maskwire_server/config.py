@@ -10,6 +10,7 @@ import ipaddress
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,7 +74,15 @@ class RunConfig(_Section):
         try:
             str(value).encode()
         except UnicodeEncodeError:
-            raise ValueError(f"the path must be UTF-8, got {os.fsencode(value)!r}") from None
+            raw = os.fsencode(value)
+            try:
+                text = raw.decode()
+            except UnicodeDecodeError:
+                raise ValueError(f"the path must be UTF-8, got {raw!r}") from None
+            raise ValueError(
+                "the path is UTF-8, but this process runs in a locale of ASCII and cannot read it: set "
+                f"LC_ALL=C.UTF-8 or PYTHONUTF8=1, got {text!r}"
+            ) from None
         return value
 
 
@@ -507,7 +516,9 @@ def load(file: Path | None = None, **flags: dict[str, Any]) -> Config:
     except ValidationError as error:
         raise ConfigError("\n".join(_line(problem) for problem in error.errors())) from None
     except ValueError as error:  # not TOML
-        raise ConfigError(f"{file}: {error}") from None
+        bare = file is not None and re.search(r"(?m)^\s*\w+\s*=\s*off\b", file.read_text(errors="replace"))
+        cure = f'; write {bare[0].split("=")[0].strip()} = "off", with quotes' if bare else ""
+        raise ConfigError(f"{file}: {error}{cure}") from None
 
 
 def can_be_off() -> list[str]:
@@ -533,4 +544,8 @@ def _line(problem: Any) -> str:
         return f"{key}: unknown key"
     if "got" in message:
         return f"{key}: {message}"
-    return f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+    value = problem["input"]
+    # What other programs take for off.
+    off = str(value).lower() in ("0", "0.0", "off", "none", "null", "false", "") and key in can_be_off()
+    instead = '; "off" turns it off' if off else ""
+    return f"{key}: {message[0].lower()}{message[1:]}{instead}, got {value!r}"

@@ -108,6 +108,9 @@ def test_hidden_and_empty_files_are_left_out_and_missing_ones_named(folder: Path
     [
         ({"length": 0}, "length must be at least 1, got 0"),
         ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
+        ({"length": 8.5}, "length must be a whole number of at least 1, got 8.5"),
+        ({"batch_size": True}, "batch_size must be a whole number of at least 1, got True"),
+        ({"seed": 0.5}, "seed must be a whole number of at least 0, got 0.5"),
     ],
 )
 def test_sizes_that_make_no_sense_are_named(folder: Path, options: dict[str, int], words: str) -> None:

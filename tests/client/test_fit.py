@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from maskwire.data import ByteData
+from maskwire.errors import DataMismatchError
 from maskwire.fit import fit
 from maskwire.results import Losses, Outcome, RecordedStep, StepMetrics, StepResult, StepsPage
 
@@ -55,6 +58,9 @@ class Counting:
 
     def settle(self) -> None:
         assert self.in_flight == 0
+
+    def _check_process(self) -> None:
+        """It has no connection to lose."""
 
     digest = b"d" * 32
 
@@ -116,6 +122,50 @@ def test_evaluations_and_checkpoints_come_at_their_multiples() -> None:
     assert result.step == 10
 
 
+@pytest.mark.parametrize("option", ["until_step", "eval_every", "checkpoint_every"])
+@pytest.mark.parametrize("value", [-5, 2.5, 4.0, True, "4", float("inf")])
+def test_a_number_of_steps_that_cannot_be_one_is_refused_before_anything_is_asked(
+    option: str, value: Any
+) -> None:
+    options: dict[str, Any] = {"until_step": 4, "evaluate": evaluation, option: value}
+    with pytest.raises(ValueError, match=f"{option} must be .*at least [01].*got {value!r}"):
+        fit(object(), Numbered(), progress=False, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", ["eval_every", "checkpoint_every"])
+def test_an_interval_of_0_is_refused_and_none_is_said_to_mean_never(option: str) -> None:
+    options: dict[str, Any] = {"evaluate": evaluation, option: 0}
+    with pytest.raises(ValueError, match=f"{option} must be at least 1, or None for never, got 0"):
+        fit(Counting(), Numbered(), until_step=4, progress=False, **options)
+    assert fit(Counting(), Numbered(), until_step=np.int64(2), progress=False, **{option: None}).step == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (None, r"data.batch\(1\) must return rows of token ids, it returned None"),
+        ([1, 2, 3], r"data.batch\(1\) must return rows.*in no row: return \[row\]"),
+        (np.arange(3), r"data.batch\(1\) must return rows.*in no row: return \[row\]"),
+        ("text", r"data.batch\(1\) must be rows of token ids, got str: encode it"),
+        ({"input_ids": [[1]]}, r"data.batch\(1\) must be rows of token ids, got dict: pass its 'input_ids'"),
+    ],
+)
+def test_a_batch_that_is_no_rows_is_named_by_its_step(rows: Any, words: str) -> None:
+    class Wrong:
+        def batch(self, step: int) -> Any:
+            return rows
+
+    with pytest.raises(TypeError, match=words):
+        fit(Counting(), Wrong(), until_step=2, progress=False)
+
+
+@pytest.mark.parametrize("found", [2.5, None, {"bits_per_token": 1.0}])
+def test_an_evaluation_that_returns_no_result_is_told_what_to_return(found: Any) -> None:
+    words = rf"evaluate must return an EvalResult, got {type(found).__name__}: .*`return trainer\.evaluate"
+    with pytest.raises(TypeError, match=words):
+        fit(Counting(), Numbered(), until_step=2, progress=False, evaluate=lambda _: found, eval_every=1)
+
+
 def test_metrics_are_json_also_when_a_loss_is_not_a_number(tmp_path: Path) -> None:
     metrics = tmp_path / "m.jsonl"
     fit(Counting(), Numbered(), until_step=4, progress=False, metrics=metrics)
@@ -160,6 +210,36 @@ def test_a_checkpoint_that_an_earlier_call_was_stopped_before_is_made_up_for() -
     assert trainer.saved == [6]
     fit(trainer, Numbered(), until_step=6, checkpoint_every=3, progress=False)
     assert trainer.saved == [6], "once"
+
+
+def test_changed_data_is_refused_with_the_files_that_were_written_last(tmp_path: Path) -> None:
+    def refuse(fingerprint: dict[str, str], *, allow_changed: bool) -> None:
+        assert not allow_changed
+        differs = [part for part, value in fingerprint.items() if value != was.get(part)]
+        raise DataMismatchError(
+            "the data is not what the run was trained on", reason="DATA_CHANGED",
+            metadata={"changed": ",".join(differs)},
+        )  # fmt: skip
+
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text("some text")
+        os.utime(tmp_path / f"{number}.txt", (number, number * 3600))
+    os.utime(tmp_path / "1.txt", (0, 86400))
+    was = ByteData(tmp_path, length=4, batch_size=1, pattern="[0-3].txt").fingerprint()
+    trainer = Counting()
+    trainer.use_data = refuse  # type: ignore[attr-defined]
+    trainer.use_tokenizer = lambda _: None  # type: ignore[attr-defined]
+    words = (
+        rf"of 5 files now; written last: {tmp_path}/1\.txt \(1970-01-02 00:00:00 UTC\), {tmp_path}/4\.txt "
+        rf"\(1970-01-01 04:00:00 UTC\), {tmp_path}/3\.txt .*--pattern"
+    )
+    with pytest.raises(DataMismatchError, match=words) as found:
+        fit(trainer, ByteData(tmp_path, length=4, batch_size=1), until_step=4, progress=False)
+    assert (found.value.reason, found.value.metadata["changed"].count("content")) == ("DATA_CHANGED", 1)
+    was = ByteData(tmp_path, length=4, batch_size=1).fingerprint()
+    with pytest.raises(DataMismatchError) as found:
+        fit(trainer, ByteData(tmp_path, length=5, batch_size=1), until_step=4, progress=False)
+    assert "written last" not in str(found.value), "the files are what they were"
 
 
 def test_a_tokenizer_is_said_only_when_something_is_trained() -> None:

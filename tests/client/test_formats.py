@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from maskwire.artifacts import SETTINGS
 from maskwire.data import ByteData, open_data
 from maskwire.prepare import prepare
 from maskwire.sources import find_files
@@ -143,6 +144,15 @@ def test_many_files_of_other_formats_are_counted(tmp_path: Path) -> None:
         ("short", b"\0\0"),
         ("lock", b"a text about locks"),
         ("maskwire.toml", b"[run]\n"),
+        ("other.toml", b"[model]\ndim = 3\nheads = 2\n[training]\nsteps = 9\n"),
+        ("settings.toml", b"[model]\ndim = 3\nwidth = 2\n"),
+        ("prose.md", b"# About\n\n[model]\ndim = 3\n\nThese settings are the defaults.\n"),
+        ("app.log", b"12:00:00 INFO    listening\n12:00:01 INFO    a request\n"),
+        ("steps.txt", b"step 1: buy flour\nstep 2: bake it\n"),
+        ("rows.json", b'[{"tokens": [[1, 2]], "step": 3}]\n'),
+        ("chain.json", b'{"lineage": 1, "step": 3, "digest": "00", "name": "mine"}\n'),
+        ("news.txt", b"maskwire: a new tool\n\nIt trains models.\n"),
+        ("chapter.part", b"Part one\n"),
         ("empty-run.log", b"text"),
     ],
 )
@@ -208,6 +218,86 @@ def test_metrics_are_never_data_under_any_name(
     assert f"{name}, which maskwire wrote" in caplog.text
     with pytest.raises(ValueError, match=r"no file with anything in it.*which maskwire wrote"):
         find_files(tmp_path / "sub" / name)
+
+
+def test_the_settings_that_a_configuration_is_known_by_are_the_servers() -> None:
+    from maskwire_server.config import Config
+
+    sections = {name: list(type(field.default).model_fields) for name, field in Config.model_fields.items()}
+    assert {name: keys.split() for name, keys in SETTINGS.items()} == sections
+
+
+def configurations() -> dict[str, str]:
+    from maskwire_server.config import Config
+    from maskwire_server.template import template, written
+
+    title, _, bare = template().partition("[run]")
+    assert "configuration" in title
+    return {
+        "the template": template(),
+        "without its title": f"[run]{bare}",
+        "edited": f"[run]{bare}".replace("# dim = ", "dim = "),
+        "of a run": written(Config()),
+        "a short one": '[model]\nmax_seq_len = 64\n\n[serve]\naddress = "0.0.0.0:50051"  # everywhere\n',
+    }
+
+
+@pytest.mark.parametrize("case", configurations())
+@pytest.mark.parametrize("name", ["maskwire.toml", "my.txt"])
+def test_a_configuration_of_the_server_is_never_data(tmp_path: Path, name: str, case: str) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / name).write_text(configurations()[case])
+    assert find_files(tmp_path, any_format=True) == [tmp_path / "a.txt"]
+
+
+DIGEST = "8b9e856df9975629"
+PRINTED = {
+    "the server's log": "12:00:00 INFO    imported torch in 2.2 s\n12:00:01 INFO    state SERVING\n",
+    "a rotated log": "cut off\n12:00:00 INFO    checkpoint step-000000010 saved: 0.4 MB in 0.0 s\n",
+    "train": f"step 10/10  loss 5.5329  4,858 tokens/s  0 s left\nstep 10  loss 5.5329  4,858 tokens/s  "
+    f"digest {DIGEST}\n",
+    "train, nothing to do": f"step 10  0 tokens/s  digest {DIGEST}\n",
+    "train with evaluations": "step 10: held out 8.255 ± 0.023 bits per token\n",
+    "a wait and an error": "maskwire: 127.0.0.1:1 did not answer for 1 s\n",
+    "a wait": '{"waiting": "waiting for 127.0.0.1:1: UNAVAILABLE: failed"}\n{"error": "no", "reason": ""}\n',
+    "train --json": json.dumps(
+        {"step": 2, "digest": DIGEST, "loss": 1.0, "steps": 2, "seconds": 1.0, "tokens_per_second": 2.0,
+         "interrupted": False}
+    ),
+    "eval --json": json.dumps(
+        {"losses": {"loss": 5.4}, "nats_per_token": 5.4, "by_masked_fraction": [], "rows": [[1.0, 2]] * 900}
+    ),
+    "generate --json": json.dumps({"tokens": [[91] * 4000], "unmasking_step": 16, "still_masked": [0]}),
+    "status --json": json.dumps({"state": "SERVING", "run_id": "a", "durable_step": 2, "digest": DIGEST}),
+    "checkpoint list --json": json.dumps(
+        [{"name": "a", "lineage": 1, "step": 2, "digest": DIGEST, "size_bytes": 1, "files": {}}]
+    ),
+    "checkpoint restore --json": json.dumps({"lineage": 2, "step": 22, "digest": DIGEST}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PRINTED)
+@pytest.mark.parametrize("name", ["eval.json", "out.txt", "log"])
+def test_what_a_command_printed_into_a_file_is_never_data(
+    tmp_path: Path, name: str, case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / name).write_text(PRINTED[case])
+    with caplog.at_level(logging.WARNING):
+        assert find_files(tmp_path) == [tmp_path / "a.txt"]
+    assert f"{name}, which maskwire wrote" in caplog.text
+
+
+def test_a_download_that_was_broken_off_is_never_data(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    got = tmp_path / "got"
+    got.mkdir()
+    (got / "optimizer.safetensors.0123456789ab.part").write_bytes(IDS.astype("<u2").tobytes())
+    tensors(got / "model.safetensors")  # the file before it, whole
+    assert find_files(tmp_path) == [tmp_path / "a.txt"]
+    (got / "optimizer.safetensors.0123456789ab.part").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors is a safetensors file"):
+        find_files(tmp_path)
 
 
 def run_folder(folder: Path) -> None:

@@ -134,6 +134,65 @@ def test_the_special_tokens_of_the_tokenizer_are_kept_and_named(
     assert Meta.read(tmp_path / "bare").document_start == []
 
 
+def digits(folder: Path, kind: str) -> Path:
+    """A tokenizer of digits alone, with a template "[BOS] $A [EOS]" and no unknown token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {"[BOS]": 0, "[EOS]": 1, **{str(digit): 2 + digit for digit in range(10)}}
+    made = Tokenizer(
+        {
+            "bpe": lambda: models.BPE(vocabulary, []),
+            "wordlevel": lambda: models.WordLevel(vocabulary),
+            "wordpiece": lambda: models.WordPiece(vocabulary),
+            "unigram": lambda: models.Unigram([(word, -1.0) for word in vocabulary]),
+        }[kind]()
+    )
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens(["[BOS]", "[EOS]"])
+    made.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 0), ("[EOS]", 1)]
+    )
+    made.save(str(folder / f"{kind}.json"))
+    return folder / f"{kind}.json"
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordlevel", "wordpiece", "unigram"])
+def test_the_special_tokens_are_learned_from_the_texts_themselves(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "texts").mkdir()
+    # The first text has no token of its own, the second begins and ends as the tokenizer's template does.
+    for name, text in {"a": "\n", "b": "[BOS] 3 [EOS]", "c": "4 5"}.items():
+        (tmp_path / "texts" / f"{name}.txt").write_text(text)
+    meta = prepare(tmp_path / "texts", tmp_path / "out", tokenizer=digits(tmp_path, kind))
+    assert (meta.document_start, meta.document_end) == ([0], [1])
+    ids = np.fromfile(tmp_path / "out" / "tokens.bin", dtype="<u2")
+    assert ids.tolist() == [0, 1, 0, 0, 5, 1, 1, 0, 6, 7, 1]
+
+
+@pytest.mark.parametrize("kind", ["wordlevel", "wordpiece", "unigram"])
+def test_a_text_that_cannot_be_encoded_is_named_with_the_cure(tmp_path: Path, kind: str) -> None:
+    from typer.testing import CliRunner
+
+    from maskwire.cli import app
+
+    (tmp_path / "texts").mkdir()
+    for name, text in {"a": "1 2", "b": "3 x", "c": "4"}.items():
+        (tmp_path / "texts" / f"{name}.txt").write_text(text)
+    command = ["data", "prepare", str(tmp_path / "texts"), "--out", str(tmp_path / "out"), "--tokenizer"]
+    for more in ([], ["--no-special-tokens"]):
+        said = CliRunner().invoke(app, [*command, str(digits(tmp_path, kind)), *more])
+        assert said.exit_code == 2
+        words = f"{tmp_path / 'texts' / 'b.txt'}: the tokenizer {tmp_path / kind}.json cannot encode it ("
+        assert words in said.stderr
+        assert "unknown token" in said.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_special_tokens_alone_are_nothing_to_train_on(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc")
+    with pytest.raises(ValueError, match="the tokenizer made no token of the text"):
+        prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer=digits(tmp_path, "bpe"))
+
+
 def test_folders_that_were_prepared_before_special_tokens_are_read(texts: Path, tmp_path: Path) -> None:
     meta = prepare(texts, tmp_path / "out")
     path = tmp_path / "out" / "maskwire-data.json"

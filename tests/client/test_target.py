@@ -23,7 +23,7 @@ from maskwire.v1 import training_service_pb2 as pb
         "127.0.0.1:50051", "localhost:1", "box.example:65535", "[::1]:50051", "[fe80::1%eth0]:50051",
         "my_service:50051", "0.0.0.0:50051", "unix:/tmp/a.sock", "unix:///tmp/a b.sock", "unix:a.sock",
         "unix-abstract:name", "ipv4:127.0.0.1:1,10.0.0.1:2", "ipv6:[::1]:1", "dns:box.example:1",
-        "dns:///box.example:1", "dns:///box.example", "dns://10.0.0.1:53/box.example:1",
+        "dns:///box.example:1", "vsock:2:50051", "dns:[::1]:1", "dns://10.0.0.1:53/box.example:1",
     ],
 )  # fmt: skip
 def test_what_grpc_can_reach_is_let_through(target: str) -> None:
@@ -66,6 +66,20 @@ def test_what_grpc_can_reach_is_let_through(target: str) -> None:
         ("ipv6:::1", "in brackets"),
         ("dns:///box:99999", "not 99999"),
         ("dns:///", "the host is missing"),
+        ("dns:localhost", "the port is missing: localhost:50051"),
+        ("dns:///localhost", "the port is missing: localhost:50051"),
+        ("dns:[::1]", r"the port is missing: \[::1\]:50051"),
+        ("DNS:///box:7", "leave DNS:// out: box:7"),
+        ("passthrough:///box:7", "leave passthrough:// out: box:7"),
+        ("unix-abstract:", "the name is missing: unix-abstract:NAME"),
+        ("unix://tmp/foo.sock", "for a host: unix:/tmp/foo.sock or unix:tmp/foo.sock"),
+        ("unix://foo.sock", "for a host: unix:/foo.sock"),
+        ("ipv4:localhost:5", "in numbers, not localhost; leave ipv4: out: localhost:5"),
+        ("ipv6:127.0.0.1:5", "in numbers, not 127.0.0.1"),
+        ("vsock:", "vsock:CID:PORT"),
+        ("vsock:1", "vsock:CID:PORT"),
+        ("xds:foo", "GRPC_XDS_BOOTSTRAP or .*give HOST:PORT"),
+        ("xds:///foo", "GRPC_XDS_BOOTSTRAP or .*give HOST:PORT"),
     ],
 )
 def test_what_can_never_work_is_refused_with_what_would_be_right(target: str, right: str) -> None:
@@ -74,6 +88,13 @@ def test_what_can_never_work_is_refused_with_what_would_be_right(target: str, ri
             package.attach(target)
     with pytest.raises(ValueError, match=right):
         maskwire.connect(target)
+
+
+def test_xds_is_let_through_where_it_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRPC_XDS_BOOTSTRAP", "/etc/xds.json")
+    check_target("xds:///trainer")
+    with pytest.raises(ValueError, match="xds:///NAME"):
+        check_target("xds:trainer")
 
 
 def test_what_is_no_text_is_named() -> None:

@@ -15,6 +15,7 @@ from serving import ServerProcess
 import maskwire
 import maskwire.aio
 from maskwire import messages
+from maskwire.evaluation import Plan
 from maskwire.messages import encode_batch
 from maskwire.protocol import EvalOptions, GenerateOptions, StepOptions
 
@@ -85,6 +86,95 @@ def test_a_wrong_argument_is_refused_with_the_right_one(shared: ServerProcess, c
                 await call(trainer)
 
     asyncio.run(main())
+
+
+WRONG_NUMBERS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "checkpoint_every": (
+        lambda t: t.fit(DATA, until_step=9, checkpoint_every=-5),
+        "checkpoint_every must be at least 1, or None for never, got -5",
+    ),
+    "eval_every": (
+        lambda t: t.fit(DATA, until_step=9, evaluate=len, eval_every=-3),
+        "eval_every must be at least 1",
+    ),
+    "until_step": (lambda t: t.fit(DATA, until_step=-1), "until_step must be at least 0, got -1"),
+    "step": (lambda t: t.submit(TOKENS, step=0), "^step must be at least 1, got 0"),
+    "a step of a float": (lambda t: t.submit(TOKENS, step=1.0), "^step must be a whole number.*got 1.0"),
+    "batch_size": (lambda t: t.evaluate(TOKENS, batch_size=1.5), "batch_size must be a whole number"),
+    "rows": (lambda t: t.evaluate(DATA, rows=True), "^rows must be a whole number.*got True"),
+    "text_bytes": (lambda t: t.evaluate(TOKENS, text_bytes=-8), "text_bytes must be at least 1.*got -8"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_NUMBERS)
+def test_a_number_that_cannot_be_right_is_refused_with_what_would_be(
+    shared: ServerProcess, case: str
+) -> None:
+    call, words = WRONG_NUMBERS[case]
+    with maskwire.connect(shared.address) as trainer, pytest.raises(ValueError, match=words):
+        call(trainer)
+
+    async def main() -> None:
+        async with await maskwire.aio.connect(shared.address) as trainer:
+            with pytest.raises(ValueError, match=words):
+                await call(trainer)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", ["name", "takeover", "window", "on_takeover"])
+def test_an_argument_of_connect_is_named_as_such_when_attach_gets_it(name: str) -> None:
+    for package in (maskwire, maskwire.aio):
+        words = rf"attach\(\) has no argument '{name}', which is connect\(\)'s: attach opens no session"
+        with pytest.raises(TypeError, match=words):
+            package.attach("127.0.0.1:1", **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape"), [([], r"\[0\]"), ([[]], r"\[1, 0\]"), (np.zeros((0, 4), int), r"\[0, 4\]")]
+)
+def test_an_empty_batch_is_called_one(tokens: Any, shape: str) -> None:
+    for request in (lambda: messages.step_request("id", tokens), lambda: messages.eval_request(tokens)):
+        with pytest.raises(ValueError, match=f"at least one row and one column, got an empty batch {shape}"):
+            request()
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        ([[1] * 4, [1, 0]], r"prompt_mask: row 0 must be bool \[4\].*got int64 \[4\]"),
+        ([[True] * 4, [1, 0]], r"prompt_mask: row 1 must be bool \[2\].*got int64 \[2\]"),
+        ([[True] * 4, [True]], r"prompt_mask: row 1 must be bool \[2\].*got bool \[1\]"),
+        (np.ones((2, 4)), r"prompt_mask: row 0 must be bool \[4\].*got float64 \[4\]"),
+    ],
+)
+def test_a_mask_of_a_whole_evaluation_is_named_by_its_row_of_all(mask: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Plan([[1, 2, 3, 4], [5, 6]], rows=None, batch_size=None, prompt_mask=mask)
+
+
+@pytest.mark.parametrize("window", [0, -1, 2.0, True])
+def test_a_window_that_is_no_number_of_steps_is_refused(window: Any) -> None:
+    with pytest.raises(ValueError, match=f"window must be .*at least 1, got {window}"):
+        maskwire.connect("127.0.0.1:1", window=window)
+    with pytest.raises(ValueError, match=f"window must be .*at least 1, got {window}"):
+        asyncio.run(maskwire.aio.connect("127.0.0.1:1", window=window))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: messages.generate_request(steps=True),
+        lambda: messages.generate_request(count=True),
+        lambda: messages.generate_request(temperature=False),
+        lambda: messages.eval_request(TOKENS, draws=True),
+        lambda: messages.eval_request(TOKENS, draws=2.5),
+        lambda: messages.step_request("id", TOKENS, learning_rate=True),
+    ],
+)
+def test_a_value_that_is_not_the_number_asked_for_is_named(call: Callable[[], Any]) -> None:
+    with pytest.raises(TypeError, match=r"(steps|count|temperature|draws|learning_rate) cannot be"):
+        call()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,6 +115,90 @@ def test_a_forked_child_of_an_asyncio_client_is_refused_too(serve: Serve) -> Non
     """)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["train_step FORKED True True", "status FORKED True True", "2 parent"]
+
+
+def test_an_iterator_begun_before_a_fork_ends_in_the_child_alone(serve: Serve) -> None:
+    done = run(serve(seconds=0), """
+        with maskwire.connect(address) as trainer:
+            for _ in range(3):
+                trainer.train_step(tokens)
+            passes, steps = trainer.generate_steps(count=1, length=4, steps=4), trainer.list_steps()
+            next(passes), next(steps)
+
+            def child():
+                told("generate_steps", lambda: list(passes))
+                told("list_steps", lambda: list(steps))
+
+            in_child(child)
+            print(list(passes)[-1].done, [step.step for step in steps])
+    """)  # fmt: skip
+    assert done.stdout.splitlines() == [
+        "generate_steps FORKED True True", "list_steps FORKED True True", "True [2, 3]",
+    ], done.stderr  # fmt: skip
+
+
+def test_a_call_whose_callback_forks_ends_in_the_child_alone(serve: Serve, tmp_path: Path) -> None:
+    done = run(serve(seconds=0), f"""
+        data = maskwire.TokenData([np.arange(10, 30)], length=4, batch_size=2)
+        folder = {str(tmp_path)!r}
+
+        def once():
+            # A callback that forks when it is first called, and waits for its child.
+            forked = []
+            def callback(*_):
+                if not forked:
+                    sys.stdout.flush()
+                    forked.append(os.fork())
+                    if forked[0]:
+                        os.waitpid(forked[0], 0)
+            return callback
+
+        def both(name, call):
+            parent = os.getpid()
+            try:
+                print(name, "returned", call())
+            except ForkError as error:
+                print(name, error.reason)
+                sys.stdout.flush()
+            if os.getpid() != parent:
+                os._exit(0)
+
+        with maskwire.connect(address) as trainer:
+            fit = lambda: trainer.fit(data, until_step=8, progress=False, on_step=once()).step
+            both("fit", fit)
+            both("evaluate", lambda: trainer.evaluate(data, batch_size=1, draws=1, on_progress=once()).tokens)
+            trainer.checkpoint("a")
+            def download():
+                trainer.download("a", folder, on_progress=once())
+                return os.path.exists(folder + "/manifest.json")
+            both("download", download)
+    """)  # fmt: skip
+    assert done.stdout.splitlines() == [
+        "fit FORKED", "fit returned 8",
+        "evaluate FORKED", "evaluate returned 20",
+        "download FORKED", "download returned True",
+    ], done.stderr  # fmt: skip
+
+
+def test_an_asyncio_iterator_begun_before_a_fork_ends_in_the_child_alone(serve: Serve) -> None:
+    done = run(serve(seconds=0), """
+        async def main():
+            client = maskwire.aio.attach(address)
+            passes = client.generate_steps(count=1, length=4, steps=4)
+            await anext(passes)
+
+            def child():
+                told("generate_steps", lambda: anext(passes).send(None))
+                sys.stdout.flush()
+                os._exit(0)
+
+            in_child(child)
+            print([found.done async for found in passes][-1])
+            await client.close()
+
+        asyncio.run(main())
+    """)  # fmt: skip
+    assert done.stdout.splitlines() == ["generate_steps FORKED True True", "True"], done.stderr
 
 
 def test_a_client_that_the_parent_never_used_is_refused_in_the_child(serve: Serve) -> None:

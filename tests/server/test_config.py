@@ -165,3 +165,12 @@ def test_init_writes_once_and_check_reports(tmp_path: Path) -> None:
 
 def test_nothing_is_set_by_accident() -> None:
     assert config.PRESETS.keys() == {"mdlm", "maskgit", "cmlm", "x-transformers"}
+
+
+def test_a_path_that_the_locale_cannot_read_is_told_the_locale() -> None:
+    with pytest.raises(ConfigError) as found:
+        load(None, run={"dir": "/tmp/\udcc3\udcbcn"})  # what Python makes of it in a locale of ASCII
+    assert "the path is UTF-8, but this process runs in a locale of ASCII" in str(found.value)
+    assert "set LC_ALL=C.UTF-8 or PYTHONUTF8=1, got '/tmp/\xfcn'" in str(found.value)
+    with pytest.raises(ConfigError, match=r"the path must be UTF-8, got b'/tmp/\\xfcn'"):
+        load(None, run={"dir": "/tmp/\udcfcn"})

@@ -99,6 +99,36 @@ def test_nothing_else_turns_a_limit_off(said: Any, way: str, value: str) -> None
         said(way, "optimizer", "clip_grad_norm", value)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("value", ['"none"', "0", '"OFF"'])
+@pytest.mark.parametrize("name", sorted(LIMITS_AND_INTERVALS))
+def test_what_others_take_for_off_is_answered_with_the_word_for_it(
+    said: Any, way: str, value: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section, _, key = name.partition(".")
+    with pytest.raises(typer.Exit):
+        said(way, section, key, value)
+    line = capsys.readouterr().err
+    assert line.startswith(f"maskwire-server: {name}: must be")
+    assert '; "off" turns it off, got ' in line
+
+
+def test_the_word_is_not_offered_where_it_does_not_help(
+    said: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("optimizer.clip_grad_norm", "-1"), ("model.dim", "0")):
+        section, _, key = name.partition(".")
+        with pytest.raises(typer.Exit):
+            said("flag", section, key, value)
+        assert "turns it off" not in capsys.readouterr().err
+
+
+def test_a_bare_off_in_a_file_is_told_its_quotes(said: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit):
+        said("file", "optimizer", "clip_grad_norm", "off")
+    assert 'write clip_grad_norm = "off", with quotes' in capsys.readouterr().err
+
+
 def test_a_flag_turns_off_what_the_environment_or_the_file_turned_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

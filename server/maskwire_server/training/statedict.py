@@ -16,6 +16,11 @@ from torch import Tensor
 # What wrappers put into names, around the model or a part of it: DistributedDataParallel and AveragedModel,
 # torch.compile, activation checkpointing, FSDP.
 _INSIDE = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+# Lightning's module and its strategy, in names that a wrapper without them may have too.
+_LIGHTNING = {"_forward_module", "model"}
+_ROOTS = {
+    "net", "token_critic", "null_embed", "to_self_cond", "token_emb", "pos_emb", "attn_layers", "to_logits"
+}  # fmt: skip
 _AVERAGE, _TRAINED = "ema_model", "online_model"  # of ema_pytorch, which may hold both
 _COUNTERS = {"initted", "step", "n_averaged"}  # beside an average
 
@@ -42,11 +47,14 @@ def read(path: Path) -> dict[str, Tensor]:
 def _unwrapped(path: Path, found: dict[str, Tensor]) -> dict[str, Tensor]:
     parts = {name: name.split(".") for name in found}
     averaged = "n_averaged" in found or any(_AVERAGE in each for each in parts.values())
+    if averaged:
+        parts = {n: each for n, each in parts.items() if _TRAINED not in each and each[-1] not in _COUNTERS}
+    added = _INSIDE | {_AVERAGE}
+    if all(_without(each, added | _LIGHTNING).partition(".")[0] in _ROOTS for each in parts.values()):
+        added |= _LIGHTNING
     unwrapped: dict[str, Tensor] = {}
     for name, each in parts.items():
-        if averaged and (_TRAINED in each or each[-1] in _COUNTERS):
-            continue
-        plain = ".".join(part for part in each if part not in _INSIDE and part != _AVERAGE) or name
+        plain = _without(each, added) or name
         if plain in unwrapped and not torch.equal(unwrapped[plain], found[name]):
             raise ValueError(
                 f"{path}: holds {plain} twice, with other values (the second is {name}); save the state dict "
@@ -54,6 +62,10 @@ def _unwrapped(path: Path, found: dict[str, Tensor]) -> dict[str, Tensor]:
             )
         unwrapped[plain] = found[name]
     return unwrapped
+
+
+def _without(parts: list[str], added: set[str]) -> str:
+    return ".".join(part for part in parts if part not in added)
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:

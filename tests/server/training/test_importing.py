@@ -290,6 +290,11 @@ WRAPPED = {
     "averaged, parallel, the net compiled": lambda s: renamed(
         renamed(s, r"\bnet\.", "net._orig_mod."), "^", "module.ema_model."
     ) | {"module.initted": torch.tensor(True), "module.step": torch.tensor(3)},
+    "Lightning's": lambda s: renamed(s, "^", "model."),
+    "Lightning's, by a strategy": lambda s: renamed(s, "^", "_forward_module.model."),
+    "Lightning's, the net compiled": lambda s: renamed(
+        renamed(s, r"\bnet\.", "net._orig_mod."), "^", "_forward_module.module.model."
+    ),
     "torch's average": lambda s: renamed(s, "^", "module.") | {"n_averaged": torch.tensor(3)},
 }  # fmt: skip
 
@@ -316,6 +321,12 @@ def test_real_wrappers_put_into_names_what_is_taken_away(tmp_path: Path) -> None
                          ("mean.pt", torch.optim.swa_utils.AveragedModel(model))):  # fmt: skip
         torch.save(module.state_dict(), tmp_path / name)
         assert statedict.read(tmp_path / name).keys() == expected.keys()
+
+
+def test_the_prefixes_of_lightning_stay_where_the_names_would_not_fit(tmp_path: Path) -> None:
+    state = renamed(wrapped().state_dict(), "^", "model.") | {"criterion.weight": torch.ones(2)}
+    torch.save(state, tmp_path / "more.pt")
+    assert statedict.read(tmp_path / "more.pt").keys() == state.keys()
 
 
 def test_two_models_in_one_file_and_counters_without_an_average_are_refused(tmp_path: Path) -> None:
