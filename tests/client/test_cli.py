@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rpc"))
 from serving import ServerProcess
 
 from maskwire.cli import app
+from maskwire.client import Client
 
+NO_INTERVAL = "--save-best needs --eval-every, which says when to evaluate"
 COUNTING = [sys.executable, str(Path(__file__).resolve().parents[1] / "rpc" / "counting_server.py"), "0"]
 
 
@@ -57,6 +59,13 @@ def test_training_is_absolute_and_resumes(server: ServerProcess, texts: Path) ->
     assert json.loads(out)["steps"] == 3
     code, out, _ = run(*common, "--until-step", 8)
     assert (code, json.loads(out)["steps"]) == (0, 0), "nothing left to do"
+    for until in (8, 3):
+        code, out, _ = run(*common[:-1], "--until-step", until)
+        assert (code, out) == (
+            0,
+            f"nothing to train: the run is at step 8 and --until-step {until} is absolute; give a larger one "
+            "to train on\n",
+        )
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert all(line["tokens"] == 256 and len(line["digest"]) == 64 for line in lines)
@@ -79,6 +88,34 @@ def test_status_health_and_evaluation(server: ServerProcess, texts: Path) -> Non
     assert json.loads(out)["draws"] == 16
     code, out, _ = run("eval", texts, "--target", server.address, "--length", 32, "--rows", 6)
     assert "bits per token" in out
+
+
+def test_an_evaluation_off_a_terminal_says_how_much_it_is_and_how_far(
+    server: ServerProcess, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maskwire.progress.PLAIN_EVERY_SECONDS", 0)
+    common = ["eval", texts, "--target", server.address, "--length", 400, "--batch-size", 40]
+    code, _, err = run(*common)
+    assert code == 0
+    first, *lines = err.splitlines()
+    assert first == "evaluating 80 rows, all of the data; --rows takes fewer"
+    assert [line.partition("rows")[0] for line in lines] == ["evaluating: 40 of 80 ", "evaluating: 80 of 80 "]
+    monkeypatch.setattr("maskwire.progress.PLAIN_EVERY_SECONDS", 1e9)
+    assert run(*common, "--rows", 3)[2] == "evaluating 3 rows\n", "a line at most every so many seconds"
+    assert run(*common, "--rows", 3, "--json")[2] == ""
+
+
+def test_ctrl_c_in_an_evaluation_says_where_it_ended(
+    server: ServerProcess, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(client: Client, data: object, on_progress: Callable[..., None], **_: object) -> None:
+        on_progress(40, 80, 1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "evaluate", evaluate)
+    code, out, err = run("eval", texts, "--target", server.address, "--length", 400)
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == "interrupted after 40 of 80 rows; nothing was changed"
 
 
 def test_rows_are_sampled_and_gaps_filled(server: ServerProcess) -> None:
@@ -147,6 +184,7 @@ def test_mistakes_have_their_exit_codes_and_no_traceback(server: ServerProcess, 
             "at most",
         ),
         (["train", texts, "--target", server.address], 2, "--until-step"),
+        (["train", texts, "--until-step", 99, "--save-best", "--target", server.address], 2, NO_INTERVAL),
         (["eval", texts, "--rows", 4, "--length", 9999, "--target", server.address], 1, "at most"),
         (["health", "--service", "unknown", "--target", server.address], 2, "knows no service"),
     ):

@@ -116,6 +116,18 @@ def test_evaluations_and_checkpoints_come_at_their_multiples() -> None:
     assert result.step == 10
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"evaluate": evaluation}, {"eval_every": 2}],
+    ids=["neither", "no interval", "no evaluation"],
+)
+def test_the_best_of_no_evaluations_is_refused_before_anything_is_trained(given: dict[str, Any]) -> None:
+    trainer = Counting()
+    with pytest.raises(ValueError, match="save_best needs evaluate and eval_every"):
+        fit(trainer, Numbered(), until_step=4, save_best=True, progress=False, **given)
+    assert trainer.batches == []
+
+
 def test_metrics_are_json_also_when_a_loss_is_not_a_number(tmp_path: Path) -> None:
     metrics = tmp_path / "m.jsonl"
     fit(Counting(), Numbered(), until_step=4, progress=False, metrics=metrics)
