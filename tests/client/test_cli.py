@@ -8,14 +8,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rpc"))
 
 from serving import ServerProcess
 
-from maskwire.cli import app
+import maskwire
+from maskwire.cli import app, exits
 from maskwire.client import Client
+from maskwire.errors import HaltedError
 
 NO_INTERVAL = "--save-best needs --eval-every, which says when to evaluate"
 COUNTING = [sys.executable, str(Path(__file__).resolve().parents[1] / "rpc" / "counting_server.py"), "0"]
@@ -54,6 +57,8 @@ def test_training_is_absolute_and_resumes(server: ServerProcess, texts: Path) ->
     refused = json.loads(err.splitlines()[-1])
     assert (code, refused["reason"]) == (1, "DATA_CHANGED")
     assert "held_out was not set, is 0.3" in refused["error"]
+    assert refused["error"].count("allow") == 1
+    assert "continue with the changed data (--allow-changed-data)" in refused["error"]
     code, out, _ = run(*held_out, "--allow-changed-data")
     assert code == 0
     assert json.loads(out)["steps"] == 3
@@ -192,3 +197,31 @@ def test_mistakes_have_their_exit_codes_and_no_traceback(server: ServerProcess, 
         assert found == code, (arguments, err)
         assert words in err
         assert "Traceback" not in err
+
+
+def test_the_cure_is_the_option_of_the_command(server: ServerProcess, texts: Path) -> None:
+    with maskwire.connect(server.address, name="another"):
+        code, _, err = run("train", texts, "--until-step", 99, "--target", server.address)
+    assert code == 4
+    assert err.rstrip().endswith("wait until it is closed or idle, or take over (--takeover)")
+    assert "`maskwire status" not in run("status", "--target", "127.0.0.1:1", "--retry-for", "0.1")[2]
+
+
+def test_a_file_that_changes_under_a_command_says_what_to_run(
+    texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = maskwire.open_data(texts, length=8, batch_size=2)
+    for file in texts.iterdir():
+        file.write_bytes(b"shorter")
+    with pytest.raises(typer.Exit) as end, exits.errors(as_json=False):
+        data.batch(1)
+    assert end.value.exit_code == 2
+    words = "or run the command again; `maskwire train` then needs --allow-changed-data\n"
+    assert capsys.readouterr().err.endswith(words)
+
+
+def test_a_halted_run_says_which_option_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "three steps in a row were not finite; look at the data, then open a session with takeover"
+    with pytest.raises(typer.Exit), exits.errors(as_json=False):
+        raise HaltedError(words, reason="HALTED")
+    assert capsys.readouterr().err.endswith("look at the data, then run the command again with --takeover\n")
