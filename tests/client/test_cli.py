@@ -158,6 +158,12 @@ def test_checkpoints_are_saved_listed_and_restored(server: ServerProcess) -> Non
     code, _, err = run("checkpoint", "save", "by-hand", *target)
     assert code == 1
     assert "taken" in err
+    code, _, err = run("checkpoint", "save", "Best", *target)
+    assert code == 1
+    assert err == (
+        "maskwire: name must be 1 to 64 lower-case letters, digits, - and _, the first a letter or a digit, "
+        "got 'Best'\n"
+    )
     code, out, _ = run("checkpoint", "list", *target, "--json")
     assert "by-hand" in [info["name"] for info in json.loads(out)]
     assert "by-hand" in run("checkpoint", "list", *target)[1]

@@ -30,7 +30,8 @@ INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT, 128 + SIGTERM
 
 CODES = {
     0: "done, also if the reader of the output closes it early",
-    REFUSED: "refused: the message says why, nothing changed; or the server is not healthy",
+    REFUSED: "refused: the message says why, nothing changed, also for a value that the server checks, such "
+    "as a checkpoint's name or --length; or the server is not healthy",
     USAGE: "wrong usage: an option, a path or data that cannot be used",
     UNAVAILABLE: "no answer from the server within --retry-for",
     SESSION: "the run is not as expected: another writer has it or took it over, or it was restored",
