@@ -116,18 +116,6 @@ def test_evaluations_and_checkpoints_come_at_their_multiples() -> None:
     assert result.step == 10
 
 
-@pytest.mark.parametrize(
-    "given",
-    [{}, {"evaluate": evaluation}, {"eval_every": 2}],
-    ids=["neither", "no interval", "no evaluation"],
-)
-def test_the_best_of_no_evaluations_is_refused_before_anything_is_trained(given: dict[str, Any]) -> None:
-    trainer = Counting()
-    with pytest.raises(ValueError, match="save_best needs evaluate and eval_every"):
-        fit(trainer, Numbered(), until_step=4, save_best=True, progress=False, **given)
-    assert trainer.batches == []
-
-
 def test_metrics_are_json_also_when_a_loss_is_not_a_number(tmp_path: Path) -> None:
     metrics = tmp_path / "m.jsonl"
     fit(Counting(), Numbered(), until_step=4, progress=False, metrics=metrics)
@@ -157,6 +145,18 @@ def test_ctrl_c_finishes_what_is_in_flight_and_says_so(capsys: pytest.CaptureFix
 def test_an_error_of_a_step_comes_out() -> None:
     with pytest.raises(ValueError, match="bad batch"):
         fit(Counting(fail_at=3), Numbered(), until_step=10, progress=False)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"evaluate": evaluation}, {"eval_every": 2}],
+    ids=["neither", "no interval", "no evaluation"],
+)
+def test_the_best_of_no_evaluations_is_refused_before_anything_is_trained(given: dict[str, Any]) -> None:
+    trainer = Counting()
+    with pytest.raises(ValueError, match="save_best needs evaluate and eval_every"):
+        fit(trainer, Numbered(), until_step=4, save_best=True, progress=False, **given)
+    assert trainer.batches == []
 
 
 def test_progress_in_a_log_ends_with_where_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
