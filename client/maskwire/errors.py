@@ -225,7 +225,10 @@ _TOO_LONG_HINT = ": send fewer rows in one call, or raise the server's serve.max
 # headless service whose pods are not ready yet), and a DNS server that fails or is silent.
 _NO_SUCH_NAME = ("Domain name not found", "Misformatted domain name", "Name or service not known")
 _CLOSED = "Socket closed"
-_CLOSED_HINT = "; a server that wants TLS (ca) or a client certificate (cert, key) closes connections so too"
+_CLOSED_HINT = (
+    "; if the server wants TLS, give its authority's file (ca=, --ca) or speak TLS by the system's "
+    "authorities (tls=True, --tls); if it wants a client certificate, give cert and key"
+)
 
 
 @dataclass(frozen=True)
@@ -267,7 +270,7 @@ def read_failure(error: grpc.RpcError) -> Failure:
             )
             return Failure(unresolved, retryable=True, unreachable=True, unresolved=True)
     if unknown and _CLOSED in text:
-        text = _last(text) + _CLOSED_HINT
+        text = _last(text).removeprefix(f"{code.name}: ") + _CLOSED_HINT
     kind = _BY_STATUS.get(code, ServerError)
     return Failure(kind(f"{code.name}: {text}", reason=code.name), unknown, unreachable=unknown)
 

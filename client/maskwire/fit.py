@@ -171,6 +171,8 @@ def plan(
     result = FitResult(first_step=trainer.step + 1, step=trainer.step)
     if metrics is not None and Path(metrics).resolve() in (path.resolve() for path in _files_of(data)):
         raise ValueError(f"metrics: {metrics} is a file of the data; name another file")
+    if save_best and not (evaluate and eval_every):
+        raise ValueError("save_best needs evaluate and eval_every, which say what to save the best of")
     log: Metrics | None = None
     if isinstance(progress, bool):
         progress = _progress(progress, trainer.step, until_step)

@@ -10,6 +10,7 @@ thread.
 from __future__ import annotations
 
 import random
+import re
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ T = TypeVar("T")
 
 _LONGEST = 1e7  # seconds; gRPC takes no infinite deadline
 _SLOW = {"EvalLoss", "Checkpoint", "RestoreCheckpoint"}  # begun anew when broken off, so given time
+_ADVICE = re.compile(r"; ask again(?: with the same request id)?$")
 _QUICK = {"GetStatus", "ListCheckpoints", "ListSteps"}  # answered at once or not at all
 
 
@@ -227,6 +229,11 @@ class RetryPolicy:
 
 def _same(request: T) -> T:
     return request
+
+
+def _without_advice(error: MaskwireError) -> str:
+    """A server's words without what it advises whoever calls it: this client asks again by itself."""
+    return _ADVICE.sub("", str(error))
 
 
 def new_id() -> str:
@@ -487,10 +494,10 @@ class Asking:
                 continue
             wait = wait_before_retry(reply, attempt, elapsed, self._policy)
             if wait is None:
-                raise self._given_up(reply, elapsed, said) if reply.retryable else error
+                raise self._given_up(method, reply, said) if reply.retryable else error
             if reply.unreachable:
                 self._lost()
-            message = f"waiting for {self.target}: {error}"
+            message = f"waiting for {self.target}: {_without_advice(error)}"
             if attempt and message != told:  # the first failure is often the last
                 self._on_wait(message)
                 told = message
@@ -498,24 +505,27 @@ class Asking:
             yield Pause(wait)
 
     def _given_up(
-        self, last: Failure, elapsed: float, said: tuple[MaskwireError, float] | None
+        self, method: str, last: Failure, said: tuple[MaskwireError, float] | None
     ) -> UnavailableError:
         """What ends the patience; a server that answers HELD is not one that is out of reach."""
-        error = last.error
+        error, patience = last.error, f"{self._policy.retry_for:g} s"
         if not last.unreachable:
             words = (
-                f"{self.target} still answers {error.reason} after {elapsed:.0f} s: {error}; "
-                "`maskwire status` shows what it waits for"
+                f"{self.target} still answers {error.reason} after {patience}: {_without_advice(error)}; "
+                f"`maskwire status -t {self.target}` shows what it waits for"
             )
         else:
             words = (
-                f"{self.target} did not answer for {elapsed:.0f} s ({error}); is the server running "
-                "and the address right? `maskwire status` tells"
+                f"{self.target} did not answer within {patience} ({error}); is the server running and the "
+                "address right?"
             )
+            if method != "GetStatus":  # which is what the command asks
+                words += f" `maskwire status -t {self.target}` tells"
             if said is not None:
                 answer, when = said
                 ago = self._clock() - when
-                words += f". Its last answer, {ago:.0f} s ago, was {answer.reason}: {answer}"
+                words += "" if words.endswith("?") else "."
+                words += f" Its last answer, {ago:.0f} s ago, was {answer.reason}: {_without_advice(answer)}"
         return UnavailableError(words, reason=error.reason, metadata=error.metadata)
 
     def _timeout(self, method: str) -> float:

@@ -30,7 +30,8 @@ EXIT_CODES = {  # whatever was acknowledged is safe in every case
     0: "stopped cleanly; of `check`: it fits",
     1: "of `check`: it does not fit; of `verify`: something is damaged",
     EXIT_CONFIG: "the configuration, a certificate or a token file cannot be used; one line a problem",
-    EXIT_RUN_DIRECTORY: "the run directory cannot be used",
+    EXIT_RUN_DIRECTORY: "the run directory cannot be used: another server uses it, it is damaged, or its run "
+    "has another model, objective or seed than the configuration sets",
     EXIT_INEXACT: "a step computed again gave another result than was acknowledged",
     EXIT_SLOW: "the running step took longer than `serve.drain_seconds`; start it again",
     EXIT_OUTPUT: "done, but the result could not be written to stdout (a full disk?)",
@@ -57,6 +58,7 @@ def serve(
     except RunDirectoryError as error:
         say(error)
         return EXIT_RUN_DIRECTORY
+    log.info("run directory: %s", config.run.dir.absolute())
     engine = Engine(
         factory or trainer_factory(config),
         config.run.dir,

@@ -92,7 +92,7 @@ class ModelConfig(_Section):
     num_tokens: int = Field(257, ge=2, le=2**24)
     """The vocabulary's size, the mask id included. 257 is bytes and a mask id."""
     mask_id: int = Field(256, ge=0)
-    """The id that stands for a masked position. Reserve it: it is refused in data."""
+    """The id that stands for a masked position. Data must not use it: a batch that has it is refused."""
     pad_id: int | None = Field(None, ge=0)
     """The id that stands for padding in batches without lengths, if the data has one."""
     max_seq_len: int = Field(512, ge=1, le=2**20)
@@ -317,7 +317,7 @@ class ServeConfig(_Section):
     reserve_bytes: int = Field(32 * 2**20, ge=0)
     """Disk that stays free for the journal: with less, steps are refused (HELD) until there is room."""
     poison_after: int = Field(0, ge=0)
-    """Set a batch aside that this process died of so many times; 0: never."""
+    """Set a batch aside once the server has died so many times while training on it; 0: never."""
     max_batch_tokens: int = Field(2**20, ge=1, le=2**28)
     """The most positions (rows times columns) of one batch."""
     micro_batch_tokens: int | None = Field(None, ge=1)

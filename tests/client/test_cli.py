@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rpc"))
 
 from serving import ServerProcess
 
-from maskwire.cli import app
+import maskwire
+from maskwire.cli import app, exits
+from maskwire.client import Client
+from maskwire.errors import HaltedError
 
+NO_INTERVAL = "--save-best needs --eval-every, which says when to evaluate"
 COUNTING = [sys.executable, str(Path(__file__).resolve().parents[1] / "rpc" / "counting_server.py"), "0"]
 
 
@@ -52,11 +57,20 @@ def test_training_is_absolute_and_resumes(server: ServerProcess, texts: Path) ->
     refused = json.loads(err.splitlines()[-1])
     assert (code, refused["reason"]) == (1, "DATA_CHANGED")
     assert "held_out was not set, is 0.3" in refused["error"]
+    assert refused["error"].count("allow") == 1
+    assert "continue with the changed data (--allow-changed-data)" in refused["error"]
     code, out, _ = run(*held_out, "--allow-changed-data")
     assert code == 0
     assert json.loads(out)["steps"] == 3
     code, out, _ = run(*common, "--until-step", 8)
     assert (code, json.loads(out)["steps"]) == (0, 0), "nothing left to do"
+    for until in (8, 3):
+        code, out, _ = run(*common[:-1], "--until-step", until)
+        assert (code, out) == (
+            0,
+            f"nothing to train: the run is at step 8 and --until-step {until} is absolute; give a larger one "
+            "to train on\n",
+        )
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert all(line["tokens"] == 256 and len(line["digest"]) == 64 for line in lines)
@@ -79,6 +93,34 @@ def test_status_health_and_evaluation(server: ServerProcess, texts: Path) -> Non
     assert json.loads(out)["draws"] == 16
     code, out, _ = run("eval", texts, "--target", server.address, "--length", 32, "--rows", 6)
     assert "bits per token" in out
+
+
+def test_an_evaluation_off_a_terminal_says_how_much_it_is_and_how_far(
+    server: ServerProcess, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maskwire.progress.PLAIN_EVERY_SECONDS", 0)
+    common = ["eval", texts, "--target", server.address, "--length", 400, "--batch-size", 40]
+    code, _, err = run(*common)
+    assert code == 0
+    first, *lines = err.splitlines()
+    assert first == "evaluating 80 rows, all of the data; --rows takes fewer"
+    assert [line.partition("rows")[0] for line in lines] == ["evaluating: 40 of 80 ", "evaluating: 80 of 80 "]
+    monkeypatch.setattr("maskwire.progress.PLAIN_EVERY_SECONDS", 1e9)
+    assert run(*common, "--rows", 3)[2] == "evaluating 3 rows\n", "a line at most every so many seconds"
+    assert run(*common, "--rows", 3, "--json")[2] == ""
+
+
+def test_ctrl_c_in_an_evaluation_says_where_it_ended(
+    server: ServerProcess, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(client: Client, data: object, on_progress: Callable[..., None], **_: object) -> None:
+        on_progress(40, 80, 1.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "evaluate", evaluate)
+    code, out, err = run("eval", texts, "--target", server.address, "--length", 400)
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == "interrupted after 40 of 80 rows; nothing was changed"
 
 
 def test_rows_are_sampled_and_gaps_filled(server: ServerProcess) -> None:
@@ -116,6 +158,12 @@ def test_checkpoints_are_saved_listed_and_restored(server: ServerProcess) -> Non
     code, _, err = run("checkpoint", "save", "by-hand", *target)
     assert code == 1
     assert "taken" in err
+    code, _, err = run("checkpoint", "save", "Best", *target)
+    assert code == 1
+    assert err == (
+        "maskwire: name must be 1 to 64 lower-case letters, digits, - and _, the first a letter or a digit, "
+        "got 'Best'\n"
+    )
     code, out, _ = run("checkpoint", "list", *target, "--json")
     assert "by-hand" in [info["name"] for info in json.loads(out)]
     assert "by-hand" in run("checkpoint", "list", *target)[1]
@@ -147,6 +195,7 @@ def test_mistakes_have_their_exit_codes_and_no_traceback(server: ServerProcess, 
             "at most",
         ),
         (["train", texts, "--target", server.address], 2, "--until-step"),
+        (["train", texts, "--until-step", 99, "--save-best", "--target", server.address], 2, NO_INTERVAL),
         (["eval", texts, "--rows", 4, "--length", 9999, "--target", server.address], 1, "at most"),
         (["health", "--service", "unknown", "--target", server.address], 2, "knows no service"),
     ):
@@ -154,3 +203,31 @@ def test_mistakes_have_their_exit_codes_and_no_traceback(server: ServerProcess, 
         assert found == code, (arguments, err)
         assert words in err
         assert "Traceback" not in err
+
+
+def test_the_cure_is_the_option_of_the_command(server: ServerProcess, texts: Path) -> None:
+    with maskwire.connect(server.address, name="another"):
+        code, _, err = run("train", texts, "--until-step", 99, "--target", server.address)
+    assert code == 4
+    assert err.rstrip().endswith("wait until it is closed or idle, or take over (--takeover)")
+    assert "`maskwire status" not in run("status", "--target", "127.0.0.1:1", "--retry-for", "0.1")[2]
+
+
+def test_a_file_that_changes_under_a_command_says_what_to_run(
+    texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = maskwire.open_data(texts, length=8, batch_size=2)
+    for file in texts.iterdir():
+        file.write_bytes(b"shorter")
+    with pytest.raises(typer.Exit) as end, exits.errors(as_json=False):
+        data.batch(1)
+    assert end.value.exit_code == 2
+    words = "or run the command again; `maskwire train` then needs --allow-changed-data\n"
+    assert capsys.readouterr().err.endswith(words)
+
+
+def test_a_halted_run_says_which_option_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "three steps in a row were not finite; look at the data, then open a session with takeover"
+    with pytest.raises(typer.Exit), exits.errors(as_json=False):
+        raise HaltedError(words, reason="HALTED")
+    assert capsys.readouterr().err.endswith("look at the data, then run the command again with --takeover\n")

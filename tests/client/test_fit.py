@@ -197,6 +197,18 @@ def test_an_error_of_a_step_comes_out() -> None:
         fit(Counting(fail_at=3), Numbered(), until_step=10, progress=False)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"evaluate": evaluation}, {"eval_every": 2}],
+    ids=["neither", "no interval", "no evaluation"],
+)
+def test_the_best_of_no_evaluations_is_refused_before_anything_is_trained(given: dict[str, Any]) -> None:
+    trainer = Counting()
+    with pytest.raises(ValueError, match="save_best needs evaluate and eval_every"):
+        fit(trainer, Numbered(), until_step=4, save_best=True, progress=False, **given)
+    assert trainer.batches == []
+
+
 def test_progress_in_a_log_ends_with_where_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
     fit(Counting(), Numbered(), until_step=6)
     last = capsys.readouterr().err.splitlines()[-1]

@@ -135,11 +135,12 @@ class Conversation:
     def __init__(self, retry_for: float = 60.0) -> None:
         self.now = 0.0
         policy = RetryPolicy(retry_for, 1.0)
-        self.asking = Asking("box:1", policy, lambda _: None, lambda: self.now)
+        self.waits: list[str] = []
+        self.asking = Asking("box:1", policy, self.waits.append, lambda: self.now)
 
-    def ask(self, *answers: Any, seconds: float = 1.0) -> str:
+    def ask(self, *answers: Any, seconds: float = 1.0, call: str = "status") -> str:
         """Give one answer after another, `seconds` apart; how the call ends."""
-        talk = self.asking.status()
+        talk = getattr(self.asking, call)()
         try:
             effect = talk.send(None)
             for answer in answers:
@@ -184,11 +185,28 @@ def test_the_end_of_the_patience_names_the_last_answer(reason: str) -> None:
     ended = Conversation(retry_for=5).ask(*[answer(reason)] * 5)
     assert ended == (
         f"UnavailableError {reason}: box:1 still answers {reason} after 5 s: {reason} said the server; "
-        "`maskwire status` shows what it waits for"
+        "`maskwire status -t box:1` shows what it waits for"
     )
     ended = Conversation(retry_for=5).ask(answer(reason), *[REFUSED] * 4)
-    assert "did not answer for 5 s (UNAVAILABLE" in ended
-    assert ended.endswith(f"Its last answer, 4 s ago, was {reason}: {reason} said the server")
+    assert "did not answer within 5 s (UNAVAILABLE" in ended
+    assert ended.endswith(f"address right? Its last answer, 4 s ago, was {reason}: {reason} said the server")
+
+
+def test_the_end_of_the_patience_says_what_was_asked_for_and_where_to_look() -> None:
+    ended = Conversation(retry_for=3).ask(*[REFUSED] * 3, seconds=1.4)
+    assert "box:1 did not answer within 3 s (" in ended, "not the 4.2 s that it took"
+    assert ended.endswith("is the server running and the address right?"), "the status was what was asked"
+    ended = Conversation(retry_for=3).ask(*[REFUSED] * 3, seconds=1.4, call="checkpoints")
+    assert ended.endswith("the address right? `maskwire status -t box:1` tells")
+
+
+@pytest.mark.parametrize("advice", ["", "; ask again", "; ask again with the same request id"])
+def test_who_waits_is_not_told_to_ask_again(advice: str) -> None:
+    refused = Failure(UnavailableError(f"the server is recovering{advice}", reason="RECOVERING"), True)
+    conversation = Conversation(retry_for=5)
+    ended = conversation.ask(*[refused] * 5)
+    assert conversation.waits == ["waiting for box:1: the server is recovering"]
+    assert "after 5 s: the server is recovering; `maskwire status" in ended
 
 
 def test_a_misspelt_host_is_refused_by_both_clients_whatever_their_patience() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -171,10 +172,18 @@ def test_the_client_says_which_certificate_does_not_fit_at_once(
         maskwire.connect(server.address, ca=other.ca, token=token)
     with pytest.raises(TlsError, match="for another name"):
         maskwire.connect(server.address, ca=authority.ca, server_name="example.org", token=token)
-    with pytest.raises(UnavailableError, match="wants TLS"):
+    with pytest.raises(
+        UnavailableError, match=r"\(UNAVAILABLE: (?!UNAVAILABLE).*wants TLS.*--ca.*tls=True, --tls"
+    ):
         maskwire.connect(server.address, token=token, retry_for=0.1)
     with pytest.raises(UnauthenticatedError, match="authorization: Bearer"):
         maskwire.connect(server.address, ca=authority.ca)
+    done = subprocess.run(
+        [sys.executable, "-m", "maskwire", "status", "-t", server.address, "--ca", str(authority.ca)],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 6
+    assert "give the file that holds it (--token-file, or MASKWIRE_TOKEN_FILE)" in done.stderr
     with pytest.raises(PermissionDeniedError, match="takes a token of role train"):
         maskwire.connect(server.address, ca=authority.ca, token=TOKENS["read"])
     with maskwire.attach(server.address, ca=authority.ca, token=TOKENS["read"]) as client:

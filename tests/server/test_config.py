@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import maskwire
 from maskwire_server import config
 from maskwire_server.config import Config, ObjectiveConfig, load
 from maskwire_server.errors import ConfigError
@@ -161,6 +163,24 @@ def test_init_writes_once_and_check_reports(tmp_path: Path) -> None:
     huge = run("check", "--config", str(file), "--set", "model.dim=65536", "--set", "model.depth=99")
     assert huge.returncode == 1
     assert "does not fit" in huge.stdout
+
+
+def test_the_server_s_command_has_the_version() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"{maskwire.__version__}\n")
+    assert "import-x-transformers" in run().stdout
+
+
+def test_the_log_says_which_run_is_served_and_whether_a_file_was_read(tmp_path: Path) -> None:
+    file, run_dir = tmp_path / "c.toml", tmp_path / "run"
+    file.write_text("[model]\ndepth = 1\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # so that the command ends
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for config_file, words in ((["--config", str(file)], False), ([], True)):
+            done = run("serve", *config_file, "--run-dir", str(run_dir), "--address", address)
+            assert done.returncode == 2
+            assert f"run directory: {run_dir}\n" in done.stderr
+            assert ("no configuration file (--config): built-in defaults" in done.stderr) is words
 
 
 def test_nothing_is_set_by_accident() -> None:

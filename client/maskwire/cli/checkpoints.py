@@ -22,7 +22,9 @@ checkpoint_app = typer.Typer(
 @with_server(retry_for=60.0)
 def save(
     server: Server,
-    name: Annotated[str, typer.Argument(help="[a-z0-9][a-z0-9_-]*; the server names it by default.")] = "",
+    name: Annotated[
+        str, typer.Argument(help="Lower-case letters, digits, - and _; by default the server's choice.")
+    ] = "",
     label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE, kept with it; may be repeated.")] = None,
     score: Annotated[
         float | None, typer.Option(help="What the state is worth, lower is better; the best is kept.")

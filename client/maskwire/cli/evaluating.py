@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from maskwire.cli.options import AnyFormat, Dtype, Json, Length, Paths, Pattern, Server, with_server
 from maskwire.cli.training import check_tokenizer
-from maskwire.data import open_data
+from maskwire.client import Client
+from maskwire.data import TokenData, open_data
 from maskwire.errors import UnavailableError
+from maskwire.output import on_terminal, tell
 from maskwire.protocol import EvalOptions
+from maskwire.results import EvalResult
 from maskwire.show import eval_table, show
 
 
@@ -61,14 +64,41 @@ def evaluate(
     if chain_rule:
         options["estimator"] = "chain_rule"
         options["chain_order"] = order or "left_to_right"
-    from maskwire.progress import row_progress
-
-    with server.attach() as client, row_progress("evaluating", shown=not as_json) as progress:
+    with server.attach() as client:
         status = client.status()
         if status.model is None:
-            raise UnavailableError("the server is building the model; ask again in a moment")
+            raise UnavailableError("the server is building the model; run the command again in a moment")
         check_tokenizer(status.tokenizer, data.tokenizer, "the run's")
         data = data.cropped(length or status.model.max_seq_len)
-        found = client.evaluate(data, rows=rows, batch_size=batch_size, on_progress=progress, **options)
+        found = _evaluate(client, data, rows, shown=not as_json, batch_size=batch_size, **options)
     words = None if not chain_rule else f"chain rule, {(order or 'left_to_right').replace('_', ' ')}"
     show(found, as_json, lambda: eval_table(found, words))
+
+
+def _evaluate(
+    client: Client, data: TokenData, rows: int | None, *, shown: bool, **options: Any
+) -> EvalResult:
+    """Evaluate, and say on stderr how much there is, how far it is and where Ctrl-C ended it."""
+    from maskwire.progress import row_progress
+
+    done, total = 0, len(data.whole()) if rows is None else rows
+    if (
+        shown and not on_terminal()
+    ):  # the first call can take long, and until it is answered nothing else tells
+        tell(
+            f"evaluating {total:,} rows"
+            + ("" if rows is not None else ", all of the data; --rows takes fewer")
+        )
+    try:
+        with row_progress("evaluating", shown=shown) as progress:
+
+            def count(answered: int, of: int, nats: float) -> None:
+                nonlocal done
+                done = answered
+                progress(answered, of, nats)
+
+            return client.evaluate(data, rows=rows, on_progress=count, **options)
+    except KeyboardInterrupt:
+        if shown:
+            tell(f"interrupted after {done:,} of {total:,} rows; nothing was changed")
+        raise

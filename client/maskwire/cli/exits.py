@@ -20,6 +20,7 @@ from maskwire.errors import (
     SessionError,
     UnavailableError,
 )
+from maskwire.files import DataChangedError
 from maskwire.output import tell
 from maskwire.show import OutputError
 from maskwire.streams import OUTPUT
@@ -29,7 +30,8 @@ INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT, 128 + SIGTERM
 
 CODES = {
     0: "done, also if the reader of the output closes it early",
-    REFUSED: "refused: the message says why, nothing changed; or the server is not healthy",
+    REFUSED: "refused: the message says why, nothing changed, also for a value that the server checks, such "
+    "as a checkpoint's name or --length; or the server is not healthy",
     USAGE: "wrong usage: an option, a path or data that cannot be used",
     UNAVAILABLE: "no answer from the server within --retry-for",
     SESSION: "the run is not as expected: another writer has it or took it over, or it was restored",
@@ -40,6 +42,23 @@ CODES = {
     INTERRUPTED: "interrupted by Ctrl-C; the same command goes on",
     TERMINATED: "ended by SIGTERM; the same command goes on",
 }
+
+DATA_IN_USE = "DATA_IN_USE"  # of an error without a reason
+_CURES = {
+    "DATA_CHANGED": {"(allow_changed_data)": "(--allow-changed-data)"},
+    DATA_IN_USE: {
+        "or open the data again": "or run the command again; `maskwire train` then needs --allow-changed-data"
+    },
+    "HALTED": {"open a session with takeover": "run the command again with --takeover"},
+    "WRITER_PRESENT": {"or take over": "or take over (--takeover)"},
+    "UNAUTHENTICATED": {
+        "one 'authorization: Bearer TOKEN' in the call's metadata": "a token: give the file that holds it "
+        "(--token-file, or MASKWIRE_TOKEN_FILE)"
+    },
+    "OUT_OF_RESOURCES": {"; ask again": "; run the command again"},
+    "RECOVERING": {"; ask again": "; run the command again"},
+}
+"""By reason: what an error says to programs, and what it says to whoever runs a command."""
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _signal: int | None = None  # that broke the command off
@@ -75,14 +94,22 @@ def errors(as_json: bool) -> Iterator[None]:
     try:
         yield
     except MaskwireError as error:
-        _fail(str(error), _code(error), error.reason, as_json)
+        _fail(_for_command(str(error), error.reason), _code(error), error.reason, as_json)
     except OutputError as error:
         _fail(str(error), OUTPUT, "", as_json)
     except (ValueError, OSError) as error:
         lost = isinstance(error, UnicodeEncodeError) or getattr(error, "errno", None) in _NO_ROOM
-        _fail(str(error), OUTPUT if lost else USAGE, "", as_json)
+        reason = DATA_IN_USE if isinstance(error, DataChangedError) else ""
+        _fail(_for_command(str(error), reason), OUTPUT if lost else USAGE, "", as_json)
     except KeyboardInterrupt:
         raise interrupted() from None
+
+
+def _for_command(words: str, reason: str) -> str:
+    """An error's words with its cure as an option: the server and the package speak of calls."""
+    for call, option in _CURES.get(reason, {}).items():
+        words = words.replace(call, option)
+    return words
 
 
 def _code(error: MaskwireError) -> int:

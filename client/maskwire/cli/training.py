@@ -36,7 +36,10 @@ def train(
     eval_rows: Annotated[int, typer.Option(help="Rows of an evaluation.")] = 64,
     checkpoint_every: Annotated[int | None, typer.Option(help="Save every so many steps.")] = None,
     save_best: Annotated[
-        bool, typer.Option("--save-best", help="Save each best evaluation; the server keeps the best.")
+        bool,
+        typer.Option(
+            "--save-best", help="Save each best evaluation, with --eval-every; the server keeps the best."
+        ),
     ] = False,
     metrics: Annotated[Path | None, typer.Option(help="A file for one JSON line a step.")] = None,
     name: Annotated[
@@ -67,6 +70,8 @@ def train(
             raise ValueError(f"{option} must be at least 1, got {value}")
     if eval_data is not None and not eval_every:
         raise ValueError("--eval-data needs --eval-every, which says when to evaluate")
+    if save_best and not eval_every:
+        raise ValueError("--save-best needs --eval-every, which says when to evaluate")
     options: dict[str, Any] = {
         "length": 1 if length is None else length,
         "batch_size": batch_size,
@@ -96,11 +101,12 @@ def train(
             allow_changed_data=allow_changed_data,
             progress=not as_json,
         )
+        steps = result.step + 1 - result.first_step
         summary = {
             "step": trainer.step,
             "digest": trainer.digest.hex(),
             "loss": None if result.last is None else result.last.loss,
-            "steps": result.step + 1 - result.first_step,
+            "steps": steps,
             "seconds": result.seconds,
             "tokens_per_second": result.tokens_per_second,
             "interrupted": result.interrupted,
@@ -109,7 +115,10 @@ def train(
             summary,
             as_json,
             lambda: (
-                f"step {trainer.step}"
+                f"nothing to train: the run is at step {trainer.step} and --until-step {until_step} is "
+                "absolute; give a larger one to train on"
+                if trainer.step >= until_step and not steps
+                else f"step {trainer.step}"
                 + ("" if result.last is None else f"  loss {result.last.loss:.4f}")
                 + f"  {result.tokens_per_second:,.0f} tokens/s  digest {trainer.digest.hex()[:16]}"
             ),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from maskwire._version import __version__
 from maskwire_server.cli import streams
 from maskwire_server.cli.exchanging import export, import_x_transformers
 from maskwire_server.cli.looking import inspect, replay, verify
@@ -20,6 +23,19 @@ for command in (serve, init, check, verify, inspect, replay):
     app.command()(command)
 app.command("import-x-transformers")(import_x_transformers)
 app.command()(export)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Serve one masked-prediction training run over gRPC."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,8 @@ from maskwire_server.cli.options import (
     stop,
 )
 from maskwire_server.errors import RunDirectoryError
+
+log = logging.getLogger(__name__)
 
 
 def serve(
@@ -38,6 +41,8 @@ def serve(
     """Serve a run, until SIGTERM or Ctrl-C. Started again on the same folder, it goes on."""
     chosen = loaded(config, run_dir, address, settings)
     start_log(log_level)
+    if config is None:
+        log.info("no configuration file (--config): built-in defaults, except for flags and the environment")
     # Read when grpc is imported: its core logs every connection that fails to speak TLS.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from maskwire_server.app import serve as run

@@ -476,5 +476,9 @@ def _name(field: str, value: str, *, required: bool = False) -> str | None:
 def read_checkpoint_name(value: str) -> str:
     """A checkpoint's name, checked."""
     if CHECKPOINT_NAME.fullmatch(value) is None:
-        raise invalid_field("name", f"name must match {CHECKPOINT_NAME.pattern}, got {value[:80]!r}")
+        raise invalid_field(
+            "name",
+            "name must be 1 to 64 lower-case letters, digits, - and _, the first a letter or a digit, "
+            f"got {value[:80]!r}",
+        )
     return value
