@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import random
 import sys
 from collections.abc import Iterator
 
+import fork_server
 import numpy as np
 import psutil
 import pytest
@@ -47,7 +47,7 @@ def own_log_levels() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    item.stash[CHILDREN] = {child.pid for child in psutil.Process().children()}  # the fixtures'
+    item.stash[CHILDREN] = {child.pid for child in psutil.Process().children(recursive=True)}  # the fixtures'
     return (yield)
 
 
@@ -55,16 +55,5 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Kill what a failed test started and would have ended itself; fixtures end their own processes."""
     if call.when == "call" and call.excinfo is not None and call.excinfo.type is not pytest.skip.Exception:
-        kill_children(besides=item.stash[CHILDREN])
+        fork_server.kill_children(besides=item.stash[CHILDREN])
     return (yield)
-
-
-def kill_children(besides: set[int]) -> None:
-    """Kill the other children of this process, and theirs."""
-    for child in psutil.Process().children():
-        if child.pid in besides:
-            continue
-        with contextlib.suppress(psutil.NoSuchProcess):
-            keeps = "multiprocessing." in " ".join(child.cmdline())  # its fork server and resource tracker
-            for process in (*child.children(recursive=True), *([] if keeps else [child])):
-                process.kill()
