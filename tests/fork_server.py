@@ -199,7 +199,7 @@ class End:
     @classmethod
     def leave(cls) -> None:
         """The last exit handler; where the exit code is not known, the interpreter ends by itself."""
-        if cls.code is not None:
+        if cls.code is not None and "coverage" not in sys.modules:  # which writes later what it measured
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
                 sys.stderr.flush()
