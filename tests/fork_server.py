@@ -40,6 +40,8 @@ PRELOADED = (
 )  # fmt: skip
 FIXED = ("PYTHON", "LD_", "MALLOC_", "OMP_", "MKL_", "CUDA", "TORCH")
 """Beginnings of variables that a process reads when it starts or imports: those of the fork server stay."""
+OPTIONS = {"stdin", "stdout", "stderr", "text", "cwd", "env", "bufsize"}
+"""The options of subprocess.Popen that a forked process takes."""
 _SIZE = 2**20
 
 
@@ -100,6 +102,8 @@ class Forked(subprocess.Popen[Any]):
     """
 
     def __init__(self, command: Sequence[str | bytes | Path], **options: Any) -> None:
+        if unknown := options.keys() - OPTIONS:
+            raise ValueError(f"a forked process takes no {sorted(unknown)}: start the command itself")
         environment = options.pop("env", None) or {**os.environ, **ONE_THREAD}
         for name in {*environment, *os.environ}:
             ours = ONE_THREAD.get(name, os.environ.get(name))
@@ -141,8 +145,17 @@ class Forked(subprocess.Popen[Any]):
             return None
 
 
-Process: Any = Forked if hasattr(os, "pidfd_open") else subprocess.Popen
-"""Outside Linux, an ordinary process."""
+def waits_by_descriptor() -> bool:
+    """Whether this system can wait for a process that is not a child: Linux since 5.3."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+Process: Any = Forked if waits_by_descriptor() else subprocess.Popen
+"""Elsewhere, an ordinary process."""
 
 
 def run(
