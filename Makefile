@@ -15,9 +15,11 @@ demo: venv ## Train on real text through a real server, kill it, go on; about 3 
 	@$(BIN)/python -m demo
 
 # A test that meets its time limit fails and the run goes on. One that cannot even be interrupted ends its
-# worker after ten minutes, and another takes its place. Two workers share the cores: nobody may spin on one.
+# worker after ten minutes, and another takes its place. Two workers share the cores: nobody may spin on one,
+# and each computes in one thread unless a test says otherwise. tests/conftest.py says which files come first.
 test: venv ## The whole test suite, by two processes (WORKERS=N)
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -o faulthandler_exit_on_timeout=true
+	@OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+	  --no-loadscope-reorder -o faulthandler_exit_on_timeout=true
 
 lint: venv ## Style, types, and stubs that are not stale
 	$(BIN)/ruff check .

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import random
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import fork_server
 import numpy as np
 import psutil
 import pytest
@@ -22,7 +23,22 @@ settings.register_profile(
 if "MASKWIRE_MODEL_RUNS" not in os.environ:
     settings.load_profile("suite")
 
+LONGEST = (
+    "robustness/test_samples.py", "rpc/test_limits.py", "rpc/test_jobs.py", "test_bench.py", "test_wheel.py",
+    "rpc/test_durability.py", "rpc/test_both_clients.py", "server/training/test_known_answers.py",
+    "rpc/test_generate.py", "client/test_output.py", "server/training/test_generation.py",
+    "server/run/test_inexact_replay.py", "rpc/test_processes.py", "server/training/test_dense_reference.py",
+    "rpc/test_run_directory.py", "test_suite.py", "server/training/test_trainer.py", "rpc/test_evaluation.py",
+    "rpc/test_weights.py", "rpc/test_service_over_the_wire.py",
+)  # fmt: skip
+"""The files that take ten seconds or more, the longest first."""
 CHILDREN = pytest.StashKey[set[int]]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files: one that comes last would leave the other workers idle."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +63,7 @@ def own_log_levels() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    item.stash[CHILDREN] = {child.pid for child in psutil.Process().children()}  # the fixtures'
+    item.stash[CHILDREN] = {child.pid for child in psutil.Process().children(recursive=True)}  # the fixtures'
     return (yield)
 
 
@@ -55,16 +71,5 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Kill what a failed test started and would have ended itself; fixtures end their own processes."""
     if call.when == "call" and call.excinfo is not None and call.excinfo.type is not pytest.skip.Exception:
-        kill_children(besides=item.stash[CHILDREN])
+        fork_server.kill_children(besides=item.stash[CHILDREN])
     return (yield)
-
-
-def kill_children(besides: set[int]) -> None:
-    """Kill the other children of this process, and theirs."""
-    for child in psutil.Process().children():
-        if child.pid in besides:
-            continue
-        with contextlib.suppress(psutil.NoSuchProcess):
-            keeps = "multiprocessing." in " ".join(child.cmdline())  # its fork server and resource tracker
-            for process in (*child.children(recursive=True), *([] if keeps else [child])):
-                process.kill()

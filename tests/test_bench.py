@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
+import fork_server
 import numpy as np
 import pytest
 
@@ -93,7 +93,7 @@ def test_what_the_known_sources_are_worth_is_their_entropy() -> None:
 def test_a_run_of_l3_gives_ten_points() -> None:
     pytest.importorskip("x_transformers")
     for arm in ("peer", "linear"):
-        done = subprocess.run(module("learner", arm, 0, 10, 2), capture_output=True, text=True, check=True)
+        done = fork_server.run(module("learner", arm, 0, 10, 2), text=True, check=True)
         points = json.loads(done.stdout)
         assert [step for step, _ in points] == list(range(1, 11))
         assert points[-1][1] < points[0][1]

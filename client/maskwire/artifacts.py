@@ -36,6 +36,7 @@ _SERVER_MESSAGE = re.compile(
     r"|run [0-9a-f]{32} is at step |replayed \d+ steps in |restored checkpoint "
     r"|(loaded )?checkpoint \S+ (\(step \d+\)|saved: |collected|deleted on request)"
     r"|.*: stopping; what was acknowledged is safe"
+    r"|run directory: |no configuration file \(--config\)"
 )
 _PRINTED_LINE = re.compile(
     r"step \d+/\d+  loss \S+  [\d,]+ tokens/s  -?\d+ s left"
@@ -47,6 +48,9 @@ _PRINTED_LINE = re.compile(
     r"|\s*step \d+: \d+ rows, \d+ tokens"
     r"|not taken as data: .*, which maskwire wrote"
     r"|waiting for \S+: (UNAVAILABLE|DEADLINE_EXCEEDED|[A-Z_]+): "
+    r"|nothing to train: the run is at step \d+"
+    r"|evaluating [\d,]+ rows|evaluating: \d+ of \d+ rows"
+    r"|interrupted after [\d,]+ of [\d,]+ rows; nothing was changed"
     r"|│ state +│ [A-Z_]+ since |┃ name +┃ step +┃ lineage "
 )
 _ERROR_LINE = re.compile(r"maskwire: |\{\"(error|waiting)\": \"")

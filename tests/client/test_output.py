@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 from typer.testing import CliRunner
 
@@ -50,9 +51,10 @@ def text(tmp_path: Path) -> Path:
 
 def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.run(
-        [str(BIN / str(arguments[0])), *map(str, arguments[1:])], timeout=100, check=False, **options
-    )
+    words = [str(BIN / str(arguments[0])), *map(str, arguments[1:])]
+    if {"env", "preexec_fn"} & options.keys():  # its streams are opened by the interpreter that starts
+        return subprocess.run(words, timeout=100, check=False, **options)
+    return fork_server.run(words, **options)
 
 
 def closing(*descriptors: int) -> Any:

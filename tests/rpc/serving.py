@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import fork_server
+
 READY = "maskwire-server listening on "
 WAIT = 60.0
 COUNTING = [sys.executable, str(Path(__file__).with_name("counting_server.py"))]
@@ -49,7 +51,9 @@ class ServerProcess:
         }
         base = command or [str(Path(sys.executable).with_name("maskwire-server")), "serve"]
         self._command = [*base, *(f"--set={key}={value}" for key, value in flags.items())]
-        self.environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        self.environment = dict(fork_server.ONE_THREAD)
+        self.forked = True
+        """From a process that has everything imported, tests/fork_server.py; False: the command itself."""
         self.process: subprocess.Popen[str]
         self.address = ""
 
@@ -57,7 +61,8 @@ class ServerProcess:
         folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(
+            start = fork_server.Process if self.forked else subprocess.Popen
+            self.process = start(
                 self._command,
                 stdout=subprocess.PIPE,
                 stderr=log,

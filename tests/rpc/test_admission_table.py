@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import grpc
 import pytest
 from serving import WAIT, ServerProcess, wait_until
@@ -331,7 +332,7 @@ def test_halted(service: Any) -> None:
 @contextlib.contextmanager
 def starting(server: ServerProcess) -> Iterator[subprocess.Popen[str]]:
     with (Path(server.folder) / "server.log").open("a") as log:
-        process = subprocess.Popen(server._command, stdout=subprocess.PIPE, stderr=log, text=True)
+        process = fork_server.Process(server._command, stdout=subprocess.PIPE, stderr=log, text=True)
     server.process = process
     yield process
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import numpy as np
 import pytest
 from serving import ServerProcess
@@ -133,7 +133,7 @@ def test_a_checkpoint_of_the_first_format_is_read_and_one_of_a_later_is_refused_
         assert trainer.checkpoints()[0].score is None
     server.kill()
     rewrite(manifest, format=3)
-    refused = subprocess.run(server._command, capture_output=True, text=True, timeout=60, check=False)
+    refused = fork_server.run(server._command, text=True)
     assert refused.returncode == 3
     assert "checkpoint 'old': its format is 3, this version reads up to 2" in refused.stderr
 

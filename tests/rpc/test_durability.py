@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import numpy as np
 import pytest
 from serving import ServerProcess
@@ -146,7 +147,9 @@ def test_a_client_that_remembers_finds_a_lost_tail(serve: Serve, tmp_path: Path,
         else:
             shutil.rmtree(run)
             shutil.copytree(tmp_path / "copy", run)
-        started = subprocess.Popen(server._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started = fork_server.Process(
+            server._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         assert started.stdout is not None
         line = started.stdout.readline()
         if line:
@@ -257,7 +260,7 @@ def test_each_setting_changed_with_steps_to_compute_again_goes_on_or_is_refused_
                 assert (trainer.step, trainer.digest) == (20, last.digest), changed
             other.kill()
         else:
-            refused = subprocess.run(other._command, capture_output=True, text=True, timeout=60, check=False)
+            refused = fork_server.run(other._command, text=True)
             assert refused.returncode == 3, (changed, refused.stderr)
             assert refusal in refused.stderr, (changed, refused.stderr)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import numpy as np
 import pytest
 from serving import ServerProcess
@@ -215,7 +215,7 @@ def test_the_command_evaluates_a_whole_folder(server: ServerProcess, tmp_path: P
     command = [sys.executable, "-m", "maskwire", "eval", str(tmp_path), "--target", server.address]
 
     def run(*options: str, code: int = 0) -> str:
-        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        done = fork_server.run([*command, *options], text=True)
         assert done.returncode == code, done.stderr
         return done.stdout if code == 0 else done.stderr
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import numpy as np
 import pytest
 import torch
@@ -38,7 +38,7 @@ def model() -> Any:
 
 
 def command(*arguments: object, code: int = 0) -> str:
-    done = subprocess.run([SERVER, *map(str, arguments)], capture_output=True, text=True, check=False)
+    done = fork_server.run([SERVER, *map(str, arguments)], text=True)
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import numpy as np
 import pytest
 from certificates import TOKENS, Authority, token_files
@@ -45,7 +46,7 @@ def train(server: ServerProcess, *arguments: object, until: int = 12) -> list[st
 
 
 def done(command: list[str], **options: Any) -> dict[str, Any]:
-    found = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, **options)
+    found = fork_server.run(command, text=True, **options)
     assert found.returncode == 0, found.stderr
     answer: dict[str, Any] = json.loads(found.stdout)
     return answer
@@ -88,7 +89,7 @@ def test_stopped_anywhere_and_started_again_the_digest_is_the_same(
         return metrics.read_text().count("\n") if metrics.exists() else 0
 
     for _ in range(3):
-        job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        job = fork_server.Process(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         enough = trained() + draw.randrange(1, 10)
         while job.poll() is None and trained() < enough:
             time.sleep(0.005)
@@ -107,7 +108,7 @@ def test_stopped_anywhere_and_started_again_the_digest_is_the_same(
 
 def test_a_signal_ends_a_job_whose_server_is_gone(serve: Serve, text: Path) -> None:
     server = serve(seconds=0.05)
-    job = subprocess.Popen(
+    job = fork_server.Process(
         train(server, text, until=1000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     server.wait_for_step(3)
@@ -117,7 +118,9 @@ def test_a_signal_ends_a_job_whose_server_is_gone(serve: Serve, text: Path) -> N
     out, err = job.communicate(timeout=100)  # of the 300 s that it would wait for the server
     assert job.returncode == 143, err
     assert json.loads(out)["interrupted"]
-    waiting = subprocess.Popen(train(server, text), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    waiting = fork_server.Process(
+        train(server, text), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     said_waiting(waiting)
     waiting.send_signal(signal.SIGTERM)
     waiting.communicate(timeout=100)
@@ -135,7 +138,7 @@ def said_waiting(job: subprocess.Popen[str]) -> None:
 
 def test_a_second_signal_ends_a_job_at_once(serve: Serve, text: Path) -> None:
     server = serve(seconds=0.05)
-    job = subprocess.Popen(
+    job = fork_server.Process(
         train(server, text, until=1000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     server.wait_for_step(3)
@@ -149,9 +152,7 @@ def test_a_second_signal_ends_a_job_at_once(serve: Serve, text: Path) -> None:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [MASKWIRE, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
-    )
+    return fork_server.run([MASKWIRE, *map(str, arguments)], text=True)
 
 
 def test_every_failure_has_its_exit_code_and_json(serve: Serve, text: Path, tmp_path: Path) -> None:
@@ -270,7 +271,7 @@ def test_the_learning_rate_and_the_total_may_change_also_behind_a_kill(serve: Se
     assert states[0]["nats_per_token"] == states[1]["nats_per_token"]
     rough.kill()
     rough._command.append("--set=optimizer.ema_decay=0")
-    refused = subprocess.run(rough._command, capture_output=True, text=True, timeout=60, check=False)
+    refused = fork_server.run(rough._command, text=True)
     assert refused.returncode == 3
     assert "optimizer.ema_decay was 0.9, is 0.0" in refused.stderr
 
@@ -284,7 +285,7 @@ def test_a_refused_batch_stops_a_job_in_its_place_whatever_the_window(serve: Ser
         server = serve(f"window-{window}", seconds=0)
         command = [*train(server, tmp_path / "some-bad.npy", until=300), "--window", str(window)]
         for _ in range(2):
-            found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            found = fork_server.run(command, text=True)
             assert found.returncode == 1
             assert "is 300" in found.stderr
             status = json.loads(run("status", "--target", server.address, "--json").stdout)

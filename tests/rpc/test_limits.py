@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import numpy as np
 import pytest
 from serving import ServerProcess
@@ -275,9 +275,7 @@ def test_what_was_sent_comes_back_shortened_over_the_wire(small: ServerProcess, 
 
 
 def run(*arguments: str, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "maskwire", *arguments], capture_output=True, text=True, check=False
-    )
+    done = fork_server.run([sys.executable, "-m", "maskwire", *arguments], text=True)
     assert done.returncode == code, done.stderr
     return done.stdout if code == 0 else done.stderr
 

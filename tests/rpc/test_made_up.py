@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import grpc
 import numpy as np
 import pytest
@@ -57,10 +58,7 @@ print([found.step for found in done.evaluations])
 
 
 def job(server: ServerProcess, kind: str, kill: str = "", until: int = 40) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", JOB, server.address, kind, kill, str(until)],
-        capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
+    done = fork_server.run([sys.executable, "-c", JOB, server.address, kind, kill, str(until)], text=True)
     assert done.returncode == (-9 if kill else 0), done.stderr
     return done.stdout.strip()
 
@@ -115,7 +113,7 @@ def test_metrics_have_every_step_once_and_in_order_whatever_was_killed(serve: Se
     for number in range(4):
         before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
         enough = before + draw.randrange(2, 30)
-        running = subprocess.Popen(command(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        running = fork_server.Process(command(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         deadline = time.monotonic() + 60
         while not metrics.exists() or metrics.read_bytes().count(b"\n") < enough:
             assert running.poll() is None
@@ -128,7 +126,7 @@ def test_metrics_have_every_step_once_and_in_order_whatever_was_killed(serve: Se
         if number == 2:
             server.kill()
             server.start()
-    assert subprocess.run(command(), capture_output=True, timeout=100, check=False).returncode == 0
+    assert fork_server.run(command()).returncode == 0
     lines = lines_of(metrics)
     assert [line["step"] for line in lines] == list(range(1, 201))
     with maskwire.attach(server.address) as client:
@@ -140,7 +138,7 @@ def test_metrics_have_every_step_once_and_in_order_whatever_was_killed(serve: Se
         # After a restore the same command trains the steps again, and the file says so.
         restored = next(info for info in client.checkpoints() if info.step == 0)
         client.restore(restored.name)
-    assert subprocess.run(command(), capture_output=True, timeout=100, check=False).returncode == 0
+    assert fork_server.run(command()).returncode == 0
     begun, *again = lines_of(metrics)[len(lines) :]
     assert (begun["event"], begun["lineage"], begun["step"]) == ("restored", 2, 0)
     assert begun["checkpoint"] == restored.name

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import grpc
 import numpy as np
 import psutil
@@ -77,6 +78,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, secrets: Path, authority: A
         tmp_path_factory.mktemp("secure"), [*COUNTING, "0"], model__num_tokens="257", model__mask_id="256",
         serve__tls_certificate=pair.cert, serve__tls_key=pair.key, **token_files(secrets / "tokens"),
     )  # fmt: skip
+    made.forked = False  # the variable below is read when a process starts
     made.environment["MALLOC_ARENA_MAX"] = "1"  # not one pool of freed memory for each thread that had a turn
     made.start()
     yield made
@@ -281,7 +283,7 @@ def test_a_unix_socket_is_its_owners_alone_and_needs_no_token(
     with pytest.raises(UnauthenticatedError):
         maskwire.attach(server.address, retry_for=1).status()
     command = [str(Path(server._command[0]).with_name("maskwire")), "health", "--target", f"unix:{path}"]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert fork_server.run(command).returncode == 0
     server.kill()
     assert path.exists(), "what a killed server leaves"
     server.start()
@@ -300,7 +302,7 @@ def test_a_unix_socket_can_be_the_only_door(serve: Serve, tmp_path: Path) -> Non
     with maskwire.connect(server.address) as trainer:
         assert trainer.train_step(np.ones((2, 4), dtype=int)).step == 1
     other = ServerProcess(tmp_path / "other", server._command[:3], serve__address=f"unix:{path}")
-    done = subprocess.run(other._command, capture_output=True, text=True, timeout=60, check=False)
+    done = fork_server.run(other._command, text=True)
     assert done.returncode == 2
     assert "another server listens" in done.stderr
     assert server.stop() == 0

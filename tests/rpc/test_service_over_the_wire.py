@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import grpc
 import numpy as np
 import psutil
@@ -379,9 +379,7 @@ def test_a_second_server_on_the_port_or_the_directory_leaves_with_one_line(
     ):
         other = ServerProcess(tmp_path / "other", server._command[:3])
         flags = [f"--set={key}={value}" for key, value in settings.items()]
-        done = subprocess.run(
-            [*other._command, *flags], capture_output=True, text=True, timeout=60, check=False
-        )
+        done = fork_server.run([*other._command, *flags], text=True)
         assert done.returncode == code, done.stderr
         assert words in done.stderr.splitlines()[-1]
     assert healthy(server)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import numpy as np
 import pytest
 from serving import ServerProcess
@@ -37,10 +38,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tell
 
 
 def start(*command: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    started: subprocess.Popen[str] = fork_server.Process(
         [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    return started
 
 
 def script(server: ServerProcess, kind: str, *, waiting: bool = False) -> subprocess.Popen[str]:

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 
 import maskwire
@@ -124,8 +125,7 @@ def test_the_template_loads_as_the_defaults_also_with_every_comment_taken_off(tm
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = Path(sys.executable).with_name("maskwire-server")
-    return subprocess.run([str(command), *arguments], capture_output=True, text=True, check=False, timeout=60)
+    return fork_server.run([Path(sys.executable).with_name("maskwire-server"), *arguments], text=True)
 
 
 def test_the_server_stops_at_start_with_a_line_for_each_mistake(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import numpy as np
 import pytest
 from counter import CounterTrainer
@@ -144,9 +145,7 @@ def test_any_step_can_be_computed_again_beside_the_run(run_dir: Path, tmp_path: 
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [SERVER, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
-    )
+    return fork_server.run([SERVER, *map(str, arguments)], text=True)
 
 
 def test_the_commands_say_it_in_words_and_json(run_dir: Path, tmp_path: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 from counter import CounterTrainer
 from fixtures.write_runs import RUNS, tokens
@@ -227,10 +227,11 @@ def test_the_commands_open_an_older_run(tmp_path: Path) -> None:
             status = client.status()
         (replay,) = status.inexact_replays
         assert (replay.lineage, replay.first_step, replay.last_step, replay.accepted) == (1, 7, 18, False)
-        shown = subprocess.run(
+        shown = fork_server.run(
             [SERVER.replace("maskwire-server", "maskwire"), "status", "--target", server.address],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            text=True,
+            check=True,
+        )
         assert "steps 7 to 18 (lineage 1)" in shown.stdout
     finally:
         assert server.stop() == 0
@@ -240,9 +241,7 @@ def test_the_commands_open_an_older_run(tmp_path: Path) -> None:
         ["replay", "--to", "18", "--set=optimizer.learning_rate=0.01"],
         ["export", str(tmp_path / "weights")],
     ):
-        done = subprocess.run(
-            [SERVER, *arguments, "--run-dir", str(run_dir)], capture_output=True, text=True, check=False
-        )
+        done = fork_server.run([SERVER, *arguments, "--run-dir", str(run_dir)], text=True)
         assert done.returncode == 0, done.stderr
         if arguments == ["verify"]:
             assert "within the tolerance): steps 7 to 18 of lineage 1" in done.stdout
