@@ -187,6 +187,8 @@ class Answering:
 
     def settle(self) -> None: ...
 
+    def _check_process(self) -> None: ...
+
     def submit(self, rows: Any, *, step: int, **options: Any) -> Any:
         from concurrent.futures import Future
 

@@ -225,6 +225,7 @@ def test_an_expired_predecessor_is_a_gap(serve: Serve, stub: Stub) -> None:
     behind = service.TrainStep.future(request(13, session=session, step=4))
     with pytest.raises(grpc.RpcError, match="DEADLINE_EXCEEDED"):
         expired.result()
+    applied(service)  # a later call on the same channel: the server has heard of the end of this one
     server.release()
     assert running.result(timeout=WAIT).step == 1
     assert second.result(timeout=WAIT).step == 2

@@ -184,7 +184,7 @@ def test_a_takeover_between_the_update_and_the_commit_loses_and_doubles_nothing(
 ) -> None:
     held = tmp_path / "held"
     held.touch()
-    number = 5 if place == "journal.written" else 2  # create, start, session, step 1, step 2
+    number = 6 if place == "journal.written" else 2  # create, save, start, session, step 1, step 2
     server = serve(seconds=0, fail=f"{place}:hold:{number}:{held}")
     with maskwire.connect(server.address, name="first") as first:
         first.train_step(tokens(1) + 20)

@@ -292,13 +292,13 @@ def test_a_step_uses_its_own_learning_rate() -> None:
 
 
 def decaying(group: optim.Group) -> set[str]:
-    decayed, spared = group.optimizer.param_groups
-    assert decayed["weight_decay"] == 0.3
-    assert spared["weight_decay"] == 0.0
+    groups = group.optimizer.param_groups
+    assert {part["weight_decay"] for part in groups} == {0.3, 0.0}
+    decayed = [weight for part in groups if part["weight_decay"] for weight in part["params"]]
     return {
         name
         for name, weight in zip(group.names, group.weights, strict=True)
-        if any(weight is p for p in decayed["params"])
+        if any(weight is other for other in decayed)
     }
 
 
