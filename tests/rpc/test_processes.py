@@ -27,6 +27,7 @@ PRELUDE = """
     import maskwire, maskwire.aio
     from maskwire.errors import ForkError
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
     address, server = sys.argv[1], int(sys.argv[2])
     tokens = np.zeros((1, 4), int)
 
