@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from demo.library import python_sources
-from maskwire.data import ByteData
+from maskwire.data.token_data import ByteData
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.results import EvalOptions
 from maskwire_server.training import evaluation, optim
 from maskwire_server.training.corruption import Vocabulary
-from maskwire_server.training.importing import import_state_dict
+from maskwire_server.training.models.x_transformers import import_state_dict
 from maskwire_server.training.trainer import Trainer
 
 ROWS, COLUMNS, HELD_OUT, POINTS = 32, 128, 0.05, 10

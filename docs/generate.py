@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from maskwire.cli import app as client_app
-from maskwire.cli import exits, options
+from maskwire.cli import exit_codes, options
 from maskwire_server.app import EXIT_CODES
 from maskwire_server.cli import app as server_app
 from maskwire_server.config import CAN_BE_OFF, OFF, PRESETS, Config, can_be_off
@@ -108,7 +108,7 @@ def commands() -> str:
         '`{"error", "reason", "exit_code"}` on stderr.\n',
     ]
     for name, app, codes in (
-        ("maskwire", client_app, exits.CODES),
+        ("maskwire", client_app, exit_codes.CODES),
         ("maskwire-server", server_app, EXIT_CODES),
     ):
         lines += [f"## `{name}`\n", "| exit code | meaning |", "|---|---|"]

@@ -34,7 +34,8 @@ import psutil
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 PRELOADED = (
     "counter", "faults", "maskwire.aio", "maskwire.cli", "maskwire_server.app", "maskwire_server.cli",
-    "maskwire_server.exchange", "maskwire_server.training.importing", "maskwire_server.training.trainer",
+    "maskwire_server.import_export", "maskwire_server.training.models.x_transformers",
+    "maskwire_server.training.trainer",
     "rich.live", "rich.progress", "rich.table", "einops._torch_specific",
     "torch._dynamo",  # which torch.optim imports when the first optimizer is made
 )  # fmt: skip

@@ -15,9 +15,9 @@ from counter import CounterTrainer
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.config import Config
+from maskwire_server.engine.engine import Engine
 from maskwire_server.errors import Refused
 from maskwire_server.requests import SessionRef, SessionRequest, StepRequest
-from maskwire_server.run.engine import Engine
 
 WAIT = 20
 

@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = ROOT / "server" / "maskwire_server"
 CLIENT = ROOT / "client" / "maskwire"
-WINGS = ("rpc", "run", "training")
+RUN = ("engine", "journal", "checkpoints", "recovery")
+GROUPS = (("rpc",), RUN, ("training",))
 FOUNDATIONS = {"config", "errors", "batch", "history", "holder", "manifest", "requests", "results"}
 
 
@@ -42,7 +43,7 @@ def knows(path: Path, package: str) -> bool:
         ("torch", ["training"]),
         ("safetensors", ["training"]),
         ("grpc", ["rpc", "app.py"]),
-        ("sqlite3", ["run"]),
+        ("sqlite3", ["journal", "engine", "recovery"]),
     ],
 )
 def test_each_heavy_package_is_known_in_one_place_of_the_server(package: str, allowed: list[str]) -> None:
@@ -51,13 +52,15 @@ def test_each_heavy_package_is_known_in_one_place_of_the_server(package: str, al
     assert not {path for path in found if path.parts[0] not in allowed}
 
 
-@pytest.mark.parametrize("wing", WINGS)
-def test_the_wings_never_import_one_another(wing: str) -> None:
-    for path in sources(SERVER / wing):
-        for other in set(WINGS) - {wing}:
-            assert not knows(path, f"maskwire_server.{other}"), path
-        for roof in ("app", "cli", "exchange", "template"):
-            assert not knows(path, f"maskwire_server.{roof}"), path
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group[0])
+def test_groups_of_packages_never_import_one_another(group: tuple[str, ...]) -> None:
+    others = {name for other in GROUPS if other != group for name in other}
+    for package in group:
+        for path in sources(SERVER / package):
+            for other in others:
+                assert not knows(path, f"maskwire_server.{other}"), path
+            for composition in ("app", "cli", "import_export", "template"):
+                assert not knows(path, f"maskwire_server.{composition}"), path
 
 
 def test_the_foundations_know_nothing_above_them() -> None:
@@ -82,17 +85,20 @@ def test_the_client_never_imports_the_server_nor_torch() -> None:
 
 def test_the_objective_knows_no_model_and_the_model_no_objective() -> None:
     training = SERVER / "training"
-    names = ("objective", "evaluation", "chain", "summary", "sampling", "corruption", "schedule", "draws")
+    names = (
+        "objective", "evaluation", "chain_rule", "summary", "sampling", "corruption", "schedule", "draws",
+    )  # fmt: skip
     for name in names:
-        for other in ("model", "networks", "optim", "trainer"):
+        for other in ("models", "optim", "trainer"):
             assert not knows(training / f"{name}.py", f"maskwire_server.training.{other}"), name
     for other in ("objective", "optim", "trainer", "evaluation"):
-        assert not knows(training / "model.py", f"maskwire_server.training.{other}")
+        for path in sources(training / "models"):
+            assert not knows(path, f"maskwire_server.training.{other}"), path
     assert not knows(SERVER / "rpc" / "service.py", "numpy"), "the service knows no tensor"
 
 
 def test_no_pickle_anywhere_but_foreign_weights_and_those_without_their_code() -> None:
-    importer = SERVER / "training" / "statedict.py"
+    importer = SERVER / "training" / "models" / "state_dict.py"
     for path in [*sources(SERVER), *sources(CLIENT)]:
         assert not knows(path, "pickle"), path
         calls = [

@@ -16,9 +16,9 @@ from maskwire._version import __version__
 if TYPE_CHECKING:
     from maskwire import aio
     from maskwire.client import Client, Trainer, attach, connect
-    from maskwire.data import ByteData, FileTokens, TokenData, open_data
+    from maskwire.data.token_data import ByteData, FileTokens, TokenData, open_data
     from maskwire.errors import MaskwireError
-    from maskwire.fit import StopTraining
+    from maskwire.protocol.fit import StopTraining
 
 __all__ = [
     "ByteData",
@@ -39,7 +39,7 @@ _HOMES = {
     **dict.fromkeys(("connect", "attach", "Trainer", "Client"), "client"),
     **dict.fromkeys(("open_data", "TokenData", "ByteData", "FileTokens"), "data"),
     "MaskwireError": "errors",
-    "StopTraining": "fit",
+    "StopTraining": "protocol.fit",
 }
 
 

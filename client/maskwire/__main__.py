@@ -17,7 +17,7 @@ def main() -> None:
     # Read when grpc is imported: what its core would log, our errors say.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     streams.protect()
-    from maskwire.cli import exits
+    from maskwire.cli import exit_codes
     from maskwire.cli import main as run
 
     try:
@@ -25,7 +25,7 @@ def main() -> None:
     except SystemExit as end:
         code, words = streams.finish(end.code)
         if words:
-            exits.show_error(words, code, as_json="--json" in sys.argv)
+            exit_codes.show_error(words, code, as_json="--json" in sys.argv)
         raise SystemExit(code) from None
 
 

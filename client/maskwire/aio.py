@@ -19,15 +19,14 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 import grpc
 import grpc.aio
 
-from maskwire import messages, results
+from maskwire import results
 from maskwire.arguments import call_back
 from maskwire.client import CLOSE_TIMEOUT, EXIT_GRACE
-from maskwire.door import Door, DoorOptions
-from maskwire.download import Progress
+from maskwire.credentials import Door, DoorOptions
 from maskwire.errors import EventLoopError, MaskwireError, read_failure
-from maskwire.evaluation import Progress as Evaluating
 from maskwire.ownership import ProcessBound
-from maskwire.protocol import (
+from maskwire.protocol import codec
+from maskwire.protocol.calls import (
     Asking,
     Call,
     Effect,
@@ -45,11 +44,13 @@ from maskwire.protocol import (
     Work,
     new_id,
 )
+from maskwire.protocol.download import Progress
+from maskwire.protocol.evaluation import Progress as Evaluating
+from maskwire.protocol.writer import Position, Writing
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
-from maskwire.writing import Position, Writing
 
 if TYPE_CHECKING:
-    from maskwire.fit import FitResult
+    from maskwire.protocol.fit import FitResult
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -354,7 +355,7 @@ class Trainer(Position, Client):
     ) -> asyncio.Future[results.StepResult]:
         """Hand in one batch and return a future of its result; waits as `maskwire.Trainer.submit` blocks."""
         self._enter()
-        talk = self._writing.train(messages.step_request(new_id(), tokens, **options), step)
+        talk = self._writing.train(codec.step_request(new_id(), tokens, **options), step)
         try:
             effect = self._advance(talk, None)
             while isinstance(effect, Until):
@@ -394,12 +395,12 @@ class Trainer(Position, Client):
         await self._drive(self._writing.mark_evaluated())
 
     async def fit(self, data: Any, *, until_step: int, **options: Any) -> FitResult:
-        """Train on `data.batch(step)` up to an absolute step; the options are those of `maskwire.fit.plan`.
+        """Train on `data.batch(step)` up to an absolute step; `maskwire.protocol.fit.plan` has the options.
 
         `evaluate` may be a coroutine function here. Cancelled (as `asyncio.run` does at Ctrl-C), it
         ends at once and leaves the steps in flight to `close`; the next call goes on.
         """
-        from maskwire.fit import Apart, Take, plan
+        from maskwire.protocol.fit import Apart, Take, plan
 
         wishes = plan(self, data, until_step=until_step, **options)
         reply: Any = None

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import grpc
 
-from maskwire import messages, results
+from maskwire import results
 from maskwire.arguments import call_back
-from maskwire.door import Door, DoorOptions
-from maskwire.download import Progress
+from maskwire.credentials import Door, DoorOptions
 from maskwire.errors import MaskwireError, UnavailableError, read_failure
-from maskwire.evaluation import Progress as Evaluating
 from maskwire.ownership import ProcessBound
-from maskwire.protocol import (
+from maskwire.protocol import codec
+from maskwire.protocol.calls import (
     Asking,
     Call,
     Effect,
@@ -38,11 +37,13 @@ from maskwire.protocol import (
     Work,
     new_id,
 )
+from maskwire.protocol.download import Progress
+from maskwire.protocol.evaluation import Progress as Evaluating
+from maskwire.protocol.writer import Position, Writing
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
-from maskwire.writing import Position, Writing
 
 if TYPE_CHECKING:
-    from maskwire.fit import FitResult
+    from maskwire.protocol.fit import FitResult
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -73,7 +74,7 @@ def connect(
     `retry_for` how long a server that does not answer is asked again, both in seconds; `window` is the
     most steps in flight. `on_wait` is told, in words, what is being waited for, and `on_takeover` whose open
     session was taken over; both are logged as warnings by default. `door` has TLS and the
-    token (`maskwire.door.DoorOptions`). Raises the errors of `maskwire.errors`, ValueError and OSError.
+    token (`maskwire.credentials.DoorOptions`). Raises what `maskwire.errors` has, ValueError and OSError.
     """
     talk = Writing(
         target, RetryPolicy(retry_for, timeout), on_wait or log.warning, time.monotonic, name, window
@@ -397,7 +398,7 @@ class Trainer(Position, Client):
         once sent a step may be applied, and only its answer tells.
         """
         self._check_process()
-        talk = self._writing.train(messages.step_request(new_id(), tokens, **options), step)
+        talk = self._writing.train(codec.step_request(new_id(), tokens, **options), step)
         effect: Effect | None = None
         try:
             while effect is None or isinstance(effect, Until):
@@ -453,8 +454,8 @@ class Trainer(Position, Client):
         self._drive(self._writing.mark_evaluated())
 
     def fit(self, data: Any, *, until_step: int, **options: Any) -> FitResult:
-        """Train on `data.batch(step)` up to an absolute step; see `maskwire.fit.fit`."""
-        from maskwire.fit import fit
+        """Train on `data.batch(step)` up to an absolute step; see `maskwire.protocol.fit.fit`."""
+        from maskwire.protocol.fit import fit
 
         return fit(self, data, until_step=until_step, **options)
 

@@ -16,12 +16,12 @@ from typing import NoReturn
 
 from maskwire._version import __version__
 from maskwire_server.config import Config
+from maskwire_server.engine.engine import Engine
+from maskwire_server.engine.executor import Trainer
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
+from maskwire_server.recovery import point_in_time, recorded_config
+from maskwire_server.recovery.replay import InexactReplayError
 from maskwire_server.rpc.server import Server
-from maskwire_server.run import opening, rewinding
-from maskwire_server.run.device import Trainer
-from maskwire_server.run.engine import Engine
-from maskwire_server.run.replaying import InexactReplayError
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def serve(
     stop = threading.Event()
     _on_signals(stop)
     try:
-        config = opening.of_run(config, config.run.dir)
+        config = recorded_config.of_run(config, config.run.dir)
     except RunDirectoryError as error:
         say(error)
         return EXIT_RUN_DIRECTORY
@@ -110,8 +110,8 @@ def serve(
 def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_replay: bool = False) -> int:
     """Compute a run again up to a step, and return the exit code."""
     try:
-        config = opening.of_run(config, config.run.dir)
-        info, inexact = rewinding.rewind(
+        config = recorded_config.of_run(config, config.run.dir)
+        info, inexact = point_in_time.rewind(
             config.run.dir,
             trainer_factory(config),
             config.model_dump(mode="json"),

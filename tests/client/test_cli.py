@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rpc"))
 from serving import ServerProcess
 
 import maskwire
-from maskwire.cli import app, exits
+from maskwire.cli import app, exit_codes
 from maskwire.client import Client
 from maskwire.errors import HaltedError
 
@@ -219,7 +219,7 @@ def test_a_file_that_changes_under_a_command_says_what_to_run(
     data = maskwire.open_data(texts, length=8, batch_size=2)
     for file in texts.iterdir():
         file.write_bytes(b"shorter")
-    with pytest.raises(typer.Exit) as end, exits.errors(as_json=False):
+    with pytest.raises(typer.Exit) as end, exit_codes.errors(as_json=False):
         data.batch(1)
     assert end.value.exit_code == 2
     words = "or run the command again; `maskwire train` then needs --allow-changed-data\n"
@@ -228,6 +228,6 @@ def test_a_file_that_changes_under_a_command_says_what_to_run(
 
 def test_a_halted_run_says_which_option_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     words = "three steps in a row were not finite; look at the data, then open a session with takeover"
-    with pytest.raises(typer.Exit), exits.errors(as_json=False):
+    with pytest.raises(typer.Exit), exit_codes.errors(as_json=False):
         raise HaltedError(words, reason="HALTED")
     assert capsys.readouterr().err.endswith("look at the data, then run the command again with --takeover\n")

@@ -23,7 +23,7 @@ from maskwire.errors import (
     ServerError,
     UnavailableError,
 )
-from maskwire.messages import hash_of
+from maskwire.protocol.codec import hash_of
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 from maskwire.v1.digest import step_digest

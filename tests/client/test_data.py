@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskwire.data import ByteData, FileTokens, TokenData, open_data
-from maskwire.files import DataChangedError
-from maskwire.prepare import prepare
-from maskwire.sources import find_files
+from maskwire.data.files import DataChangedError
+from maskwire.data.prepare import prepare
+from maskwire.data.sources import find_files
+from maskwire.data.token_data import ByteData, FileTokens, TokenData, open_data
 
 
 @pytest.fixture
@@ -430,7 +430,7 @@ def test_the_fingerprint_changes_with_whatever_changes_batches(folder: Path) -> 
 def test_the_fingerprint_of_large_data_reads_a_sample_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from maskwire import fingerprint
+    from maskwire.data import fingerprint
 
     monkeypatch.setattr(fingerprint, "_ALL", 1000)
     monkeypatch.setattr(fingerprint, "_BLOCKS", 10)

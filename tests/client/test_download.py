@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from maskwire.download import Part
+from maskwire.protocol.download import Part
 from maskwire.results import FileInfo
 from maskwire.v1 import training_service_pb2 as pb
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskwire.data import ByteData
+from maskwire.data.token_data import ByteData
 from maskwire.errors import DataMismatchError
-from maskwire.fit import fit
+from maskwire.protocol.fit import fit
 from maskwire.results import Losses, Outcome, RecordedStep, StepMetrics, StepResult, StepsPage
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from maskwire.errors import UnimplementedError
-from maskwire.metrics import Metrics, step_line
+from maskwire.loggers.metrics import Metrics, step_line
 from maskwire.results import Losses, Outcome, RecordedStep, StepMetrics, StepResult, StepsPage
 
 

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "rpc"))
 
 from serving import ServerProcess
 
-import maskwire.show
-from maskwire.cli import app, exits
-from maskwire.fit import fit
+import maskwire.cli.display
+from maskwire.cli import app, exit_codes
 from maskwire.output import tell
+from maskwire.protocol.fit import fit
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -252,7 +252,7 @@ def test_an_error_in_showing_a_result_is_not_wrong_usage(
     def fail(*_: object, **__: object) -> Any:
         raise error
 
-    monkeypatch.setattr(maskwire.show, "to_json" if as_json else "_text", fail)
+    monkeypatch.setattr(maskwire.cli.display, "to_json" if as_json else "_text", fail)
     done = CliRunner().invoke(
         app, ["checkpoint", "list", "-t", server.address, *(["--json"] if as_json else [])]
     )
@@ -263,9 +263,9 @@ def test_an_error_in_showing_a_result_is_not_wrong_usage(
 
 def test_sigterm_while_a_command_starts_has_the_exit_code_of_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (None, 130)):
-        monkeypatch.setattr(exits, "_signal", number)
-        assert exits.by_signal(130) == code
-        assert exits.by_signal(3) == 3
+        monkeypatch.setattr(exit_codes, "_signal", number)
+        assert exit_codes.by_signal(130) == code
+        assert exit_codes.by_signal(3) == 3
 
 
 def test_the_server_commands_show_their_results_whatever_happens(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maskwire.data import Meta, open_data
-from maskwire.prepare import prepare
+from maskwire.data.prepare import prepare
+from maskwire.data.token_data import Meta, open_data
 
 TEXTS = {"b.txt": "the cat sat on the mat", "a.txt": "the dog sat on the log\n", "c/d.txt": "čeština, 日本語"}
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from maskwire.errors import ConflictError, DigestMismatchError, Failure, InvalidRequestError, UnavailableError
-from maskwire.messages import decode_batch, encode_batch, hash_of, step_request
-from maskwire.protocol import Asking, Call, Give, Next, Pause, RetryPolicy, Until, wait_before_retry
+from maskwire.protocol.calls import Asking, Call, Give, Next, Pause, RetryPolicy, Until, wait_before_retry
+from maskwire.protocol.codec import decode_batch, encode_batch, hash_of, step_request
+from maskwire.protocol.writer import Ledger, Writing
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import step_digest
-from maskwire.writing import Ledger, Writing
 
 
 class TorchLike:

@@ -12,7 +12,7 @@ import pytest
 import maskwire
 import maskwire.aio
 from maskwire.errors import Failure, MaskwireError, UnavailableError, UnresolvedError, read_failure
-from maskwire.protocol import Asking, Call, Pause, RetryPolicy
+from maskwire.protocol.calls import Asking, Call, Pause, RetryPolicy
 from maskwire.target import check_target
 from maskwire.v1 import training_service_pb2 as pb
 

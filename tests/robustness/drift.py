@@ -21,8 +21,8 @@ import torch
 
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
+from maskwire_server.recovery.tolerance import SMALL
 from maskwire_server.results import StepResult
-from maskwire_server.run.tolerance import SMALL
 from maskwire_server.training.trainer import Trainer
 
 ROUNDING = {"fp32": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-8}

@@ -17,20 +17,20 @@ from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.errors import Refused
 from maskwire_server.requests import EvalRequest, GenerateRequest
 from maskwire_server.results import Limits, ModelInfo
-from maskwire_server.rpc import generating, wire
+from maskwire_server.rpc import decoding, generate
 
 INFO = ModelInfo(257, 256, None, 64, 1, "counting", True, True)
 LIMITS = Limits(1 << 20, 1 << 22, 8, 64, max_read_tokens=1 << 16)
 READERS: dict[str, tuple[Any, Any]] = {
-    "TrainStep": (pb.TrainStepRequest, lambda message: wire.read_step(message, INFO, LIMITS)),
-    "EvalLoss": (pb.EvalLossRequest, lambda message: wire.read_eval(message, INFO, LIMITS)),
-    "OpenSession": (pb.OpenSessionRequest, wire.read_open),
-    "Checkpoint": (pb.CheckpointRequest, wire.read_save),
-    "RestoreCheckpoint": (pb.RestoreCheckpointRequest, wire.read_restore),
-    "Generate": (pb.GenerateRequest, lambda message: generating.read_generate(message, INFO, LIMITS)),
-    "DeleteCheckpoint": (pb.DeleteCheckpointRequest, lambda m: wire.read_checkpoint_name(m.name)),
-    "CloseSession": (pb.CloseSessionRequest, lambda message: wire.read_session(message.session)),
-    "DownloadCheckpoint": (pb.DownloadCheckpointRequest, wire.read_download),
+    "TrainStep": (pb.TrainStepRequest, lambda message: decoding.read_step(message, INFO, LIMITS)),
+    "EvalLoss": (pb.EvalLossRequest, lambda message: decoding.read_eval(message, INFO, LIMITS)),
+    "OpenSession": (pb.OpenSessionRequest, decoding.read_open),
+    "Checkpoint": (pb.CheckpointRequest, decoding.read_save),
+    "RestoreCheckpoint": (pb.RestoreCheckpointRequest, decoding.read_restore),
+    "Generate": (pb.GenerateRequest, lambda message: generate.read_generate(message, INFO, LIMITS)),
+    "DeleteCheckpoint": (pb.DeleteCheckpointRequest, lambda m: decoding.read_checkpoint_name(m.name)),
+    "CloseSession": (pb.CloseSessionRequest, lambda message: decoding.read_session(message.session)),
+    "DownloadCheckpoint": (pb.DownloadCheckpointRequest, decoding.read_download),
 }
 _SIZES = [0, 1, -1, 2, 7, 8, 64, 65, 1 << 20, 1 << 31, -(1 << 31), (1 << 63) - 1, -(1 << 63)]
 _TEXTS = ["", "a", "x" * 129, "\0", "ü", "\n", "../../etc", "step-1", "A", "a" * 64, "a" * 65, "{}", "%s"]

@@ -21,26 +21,14 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import FlakyStrategyDefinition
 from hypothesis.stateful import run_state_machine_as_test
 
-from maskwire import fit, metrics
+from maskwire.loggers import metrics
+from maskwire.protocol import fit
+from maskwire_server.checkpoints import membership, retention, store
+from maskwire_server.engine import admission, committer, engine, pipeline, saves, sessions
 from maskwire_server.errors import Refused, RunDirectoryError
+from maskwire_server.journal import fsync, journal
+from maskwire_server.recovery import boot, fingerprint, inexact, replay
 from maskwire_server.results import InexactReplay, Losses, Outcome, StepResult
-from maskwire_server.run import (
-    admission,
-    checkpoint,
-    commits,
-    engine,
-    flush,
-    following,
-    inexact,
-    journal,
-    membership,
-    pipeline,
-    recovery,
-    replaying,
-    retention,
-    saves,
-    sessions,
-)
 
 Patch = tuple[Any, str, Any]
 
@@ -281,12 +269,12 @@ def a_full_disk_and_a_long_log(folder: Path) -> None:
     with damage.Run(folder / "run") as run:
         run.engine.train_step(StepRequest(damage.payload(1))).result(damage.WAIT)
         log = folder / "run" / "journal.sqlite-wal"
-        free, commits.free_bytes = commits.free_bytes, lambda _: 2**20 - log.stat().st_size
+        free, committer.free_bytes = committer.free_bytes, lambda _: 2**20 - log.stat().st_size
         try:
             for step in range(2, 60):
                 run.engine.train_step(StepRequest(damage.payload(step))).result(damage.WAIT)
         finally:
-            commits.free_bytes = free
+            committer.free_bytes = free
 
 
 def a_job_that_was_stopped(folder: Path) -> None:
@@ -395,7 +383,7 @@ def an_inexact_replay(folder: Path) -> None:
 
 
 def _answer_before_the_journal() -> list[Patch]:
-    flushed = commits.Commits.flush
+    flushed = committer.Commits.flush
 
     def flush_late(self: Any) -> None:
         after, self._after = self._after, [lambda: None] * len(self._after)
@@ -403,7 +391,7 @@ def _answer_before_the_journal() -> list[Patch]:
             act()
         flushed(self)
 
-    return [(commits.Commits, "flush", flush_late)]
+    return [(committer.Commits, "flush", flush_late)]
 
 
 def _no_epoch_check() -> list[Patch]:
@@ -427,15 +415,15 @@ def _journal_without_flushes() -> list[Patch]:
 
 
 def _checkpoint_files_not_flushed() -> list[Patch]:
-    return [(checkpoint, "_flush", checkpoint.describe)]
+    return [(store, "_flush", store.describe)]
 
 
 def _checkpoint_folder_not_flushed() -> list[Patch]:
-    return [(checkpoint, "flush_folder", lambda _: None)]
+    return [(store, "flush_folder", lambda _: None)]
 
 
 def _run_folder_not_flushed() -> list[Patch]:
-    return [(flush, "flush_folder", lambda _: None), (journal, "flush_folder", lambda _: None)]
+    return [(fsync, "flush_folder", lambda _: None), (journal, "flush_folder", lambda _: None)]
 
 
 def _payloads_dropped_too_early() -> list[Patch]:
@@ -457,14 +445,14 @@ def _digest_not_chained() -> list[Patch]:
 
 
 def _replay_leaves_the_first_step_out() -> list[Patch]:
-    steps = recovery.steps_to_replay
+    steps = boot.steps_to_replay
 
     def shorter(*arguments: Any) -> Iterator[Any]:
         records = steps(*arguments)
         next(records, None)
         yield from records
 
-    return [(recovery, "steps_to_replay", shorter)]
+    return [(boot, "steps_to_replay", shorter)]
 
 
 def _rows_not_held_against_their_hashes() -> list[Patch]:
@@ -477,11 +465,11 @@ def _rows_not_held_against_their_hashes() -> list[Patch]:
 def _batches_not_held_against_their_hashes() -> list[Patch]:
     from maskwire_server.batch import Payload
 
-    return [(replaying, "read_payload", lambda _, encoded: Payload.decode(encoded))]
+    return [(replay, "read_payload", lambda _, encoded: Payload.decode(encoded))]
 
 
 def _checkpoint_files_not_verified() -> list[Patch]:
-    return [(checkpoint.Checkpoints, "damage", lambda *_: None)]
+    return [(store.Checkpoints, "damage", lambda *_: None)]
 
 
 def _another_payload_under_one_id() -> list[Patch]:
@@ -490,7 +478,7 @@ def _another_payload_under_one_id() -> list[Patch]:
 
 
 def _non_finite_steps_forgotten() -> list[Patch]:
-    return [(recovery, "_non_finite", lambda *_: 0)]
+    return [(boot, "_non_finite", lambda *_: 0)]
 
 
 def _checkpoint_named_late() -> list[Patch]:
@@ -551,7 +539,7 @@ def _checkpoints_of_other_runs_count() -> list[Patch]:
 
 
 def _the_log_stays_while_held() -> list[Patch]:
-    return [(commits, "make_room", lambda *_: False)]
+    return [(committer, "make_room", lambda *_: False)]
 
 
 def _owed_evaluations_left_out() -> list[Patch]:
@@ -582,19 +570,19 @@ def _critic_alone_weighted() -> list[Patch]:
 
 
 def _tolerance_without_a_bound() -> list[Patch]:
-    return [(replaying, "excess", lambda *_: None)]
+    return [(replay, "excess", lambda *_: None)]
 
 
 def _no_tolerance() -> list[Patch]:
-    return [(following, "reproducible", lambda _: True)]
+    return [(fingerprint, "reproducible", lambda _: True)]
 
 
 def _changed_outcome_accepted() -> list[Patch]:
-    return [(replaying, "outcome_differs", lambda *_: False)]
+    return [(replay, "outcome_differs", lambda *_: False)]
 
 
 def _inexact_state_not_saved() -> list[Patch]:
-    return [(replaying.Replayed, "inexact", lambda *_, **__: [])]
+    return [(replay.Replayed, "inexact", lambda *_, **__: [])]
 
 
 def _inexact_replays_not_recorded() -> list[Patch]:

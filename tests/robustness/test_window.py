@@ -19,20 +19,20 @@ from typing import Any
 import pytest
 
 from maskwire.errors import REASONS, Failure, MaskwireError, UnavailableError
-from maskwire.messages import hash_of, step_request
-from maskwire.protocol import Call, Pause, RetryPolicy, Until
+from maskwire.protocol.calls import Call, Pause, RetryPolicy, Until
+from maskwire.protocol.codec import hash_of, step_request
+from maskwire.protocol.writer import Writing
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import step_digest
-from maskwire.writing import Writing
 from maskwire_server.batch import Batch, Modes, Payload
+from maskwire_server.engine.admission import Known, Position, StepFacts, Verdict, admit_step, gap
+from maskwire_server.engine.entries import Step
+from maskwire_server.engine.pipeline import AHEAD
+from maskwire_server.engine.step_queue import Line
 from maskwire_server.errors import REASONS as SERVER_REASONS
 from maskwire_server.errors import Refused
 from maskwire_server.requests import SessionRef, StepRequest
 from maskwire_server.results import RunState
-from maskwire_server.run.admission import Known, Position, StepFacts, Verdict, admit_step, gap
-from maskwire_server.run.jobs import Step
-from maskwire_server.run.line import Line
-from maskwire_server.run.pipeline import AHEAD
 
 RUNS = int(os.environ.get("MASKWIRE_WINDOW_RUNS", "40"))
 GAP_SECONDS, WINDOW = 1000.0, 6

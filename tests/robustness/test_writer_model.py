@@ -30,6 +30,8 @@ from rig import WAIT, FullDisk, make_engine, wait_for
 from maskwire.v1.digest import lineage_digest, step_digest
 from maskwire_server import config, failpoints
 from maskwire_server.batch import Batch, Modes, Payload
+from maskwire_server.engine.committer import RETRY_SECONDS
+from maskwire_server.engine.engine import Engine
 from maskwire_server.errors import Refused
 from maskwire_server.requests import (
     History,
@@ -39,8 +41,6 @@ from maskwire_server.requests import (
     SessionRequest,
     StepRequest,
 )
-from maskwire_server.run.commits import RETRY_SECONDS
-from maskwire_server.run.engine import Engine
 
 PLACES = (  # of the thread that answers, so that the copy is of one instant
     "step.admitted",

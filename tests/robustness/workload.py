@@ -14,8 +14,8 @@ from rig import make_engine, wait_for
 from robustness.damage import WAIT, payload
 
 from maskwire_server import config
+from maskwire_server.engine import committer
 from maskwire_server.requests import SaveRequest, StepRequest
-from maskwire_server.run import commits
 
 STEPS = 10
 CONFIG = config.load(
@@ -29,7 +29,7 @@ def main() -> None:
         from robustness.planted import BUGS
 
         BUGS[sys.argv[2]].plant()
-    commits.FOLD_BYTES = 40 * 2**10
+    committer.FOLD_BYTES = 40 * 2**10
     engine = make_engine(folder / "run", CONFIG, on_fatal=lambda _: os._exit(70))
     engine.wait_serving(WAIT)
     acknowledged = os.open(folder / "acknowledged", os.O_WRONLY | os.O_CREAT)

@@ -14,10 +14,10 @@ from serving import ServerProcess
 
 import maskwire
 import maskwire.aio
-from maskwire import messages
-from maskwire.evaluation import Plan
-from maskwire.messages import encode_batch
-from maskwire.protocol import EvalOptions, GenerateOptions, StepOptions
+from maskwire.protocol import codec
+from maskwire.protocol.calls import EvalOptions, GenerateOptions, StepOptions
+from maskwire.protocol.codec import encode_batch
+from maskwire.protocol.evaluation import Plan
 
 Serve = Callable[..., ServerProcess]
 TOKENS = np.arange(8).reshape(2, 4)
@@ -41,10 +41,10 @@ class DataLoader:
 
 
 def test_the_names_that_are_known_are_those_of_the_types() -> None:
-    assert set(messages.STEP_OPTIONS) == set(StepOptions.__annotations__)
-    assert set(messages.EVAL_OPTIONS) == set(EvalOptions.__annotations__)
+    assert set(codec.STEP_OPTIONS) == set(StepOptions.__annotations__)
+    assert set(codec.EVAL_OPTIONS) == set(EvalOptions.__annotations__)
     own = {"count", "order", "self_cond_mode"}
-    assert set(messages.GENERATE_OPTIONS) | own == set(GenerateOptions.__annotations__)
+    assert set(codec.GENERATE_OPTIONS) | own == set(GenerateOptions.__annotations__)
 
 
 WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
@@ -134,7 +134,7 @@ def test_an_argument_of_connect_is_named_as_such_when_attach_gets_it(name: str) 
     ("tokens", "shape"), [([], r"\[0\]"), ([[]], r"\[1, 0\]"), (np.zeros((0, 4), int), r"\[0, 4\]")]
 )
 def test_an_empty_batch_is_called_one(tokens: Any, shape: str) -> None:
-    for request in (lambda: messages.step_request("id", tokens), lambda: messages.eval_request(tokens)):
+    for request in (lambda: codec.step_request("id", tokens), lambda: codec.eval_request(tokens)):
         with pytest.raises(ValueError, match=f"at least one row and one column, got an empty batch {shape}"):
             request()
 
@@ -164,12 +164,12 @@ def test_a_window_that_is_no_number_of_steps_is_refused(window: Any) -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: messages.generate_request(steps=True),
-        lambda: messages.generate_request(count=True),
-        lambda: messages.generate_request(temperature=False),
-        lambda: messages.eval_request(TOKENS, draws=True),
-        lambda: messages.eval_request(TOKENS, draws=2.5),
-        lambda: messages.step_request("id", TOKENS, learning_rate=True),
+        lambda: codec.generate_request(steps=True),
+        lambda: codec.generate_request(count=True),
+        lambda: codec.generate_request(temperature=False),
+        lambda: codec.eval_request(TOKENS, draws=True),
+        lambda: codec.eval_request(TOKENS, draws=2.5),
+        lambda: codec.step_request("id", TOKENS, learning_rate=True),
     ],
 )
 def test_a_value_that_is_not_the_number_asked_for_is_named(call: Callable[[], Any]) -> None:

@@ -32,7 +32,7 @@ from maskwire.errors import (
     WriterPresentError,
     WrongRunError,
 )
-from maskwire.messages import hash_of, step_request
+from maskwire.protocol.codec import hash_of, step_request
 
 Serve = Callable[..., ServerProcess]
 Body = Callable[[ServerProcess, Any], Coroutine[Any, Any, None]]

@@ -17,9 +17,9 @@ from serving import ServerProcess
 
 import maskwire
 import maskwire.aio
-from maskwire.data import TokenData
+from maskwire.data.token_data import TokenData
 from maskwire.errors import InvalidRequestError, StepMovedError
-from maskwire.evaluation import combine
+from maskwire.protocol.evaluation import combine
 from maskwire.results import EvalResult
 
 

@@ -18,7 +18,7 @@ import pytest
 from certificates import TOKENS, Authority, token_files
 from serving import ServerProcess
 
-from maskwire.prepare import prepare
+from maskwire.data.prepare import prepare
 
 Serve = Callable[..., ServerProcess]
 MASKWIRE = str(Path(sys.executable).with_name("maskwire"))

@@ -18,8 +18,9 @@ import maskwire
 import maskwire_server
 from maskwire_server import config, template
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.run import beginning, disk
-from maskwire_server.run.journal import _refuse_leftovers
+from maskwire_server.journal import disk
+from maskwire_server.journal.journal import _refuse_leftovers
+from maskwire_server.recovery import imported_run
 
 SERVER = str(Path(sys.executable).with_name("maskwire-server"))
 OF_VOLUMES = (
@@ -130,7 +131,7 @@ def test_an_import_into_a_volumes_root_is_refused_before_anything_is_computed() 
 
     for root in (Path("/proc"), Path("/")):
         with pytest.raises(RunDirectoryError, match=r"is the root of a volume: name a folder in it"):
-            beginning.begin(
+            imported_run.begin(
                 root, never, {}, seed=0, canonical=b"", versions={}, labels={}, texts={}  # type: ignore[arg-type]
             )  # fmt: skip
 

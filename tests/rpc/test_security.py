@@ -25,7 +25,7 @@ from serving import COUNTING, ServerProcess
 import maskwire
 from maskwire.errors import PermissionDeniedError, TlsError, UnauthenticatedError, UnavailableError
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire_server.rpc.security import NEEDS
+from maskwire_server.rpc.auth import NEEDS
 
 Serve = Callable[..., ServerProcess]
 METHODS = [method.name for method in pb.DESCRIPTOR.services_by_name["TrainingService"].methods]

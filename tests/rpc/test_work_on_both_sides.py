@@ -7,10 +7,10 @@ import itertools
 import pytest
 
 from maskwire import results as client_results
-from maskwire.bounds import Bounds
+from maskwire.protocol.limits import Bounds
 from maskwire_server import results
 from maskwire_server.results import GenerateOptions, Order, SelfCondMode
-from maskwire_server.rpc import wire, work
+from maskwire_server.rpc import decoding, work_limits
 
 SHAPES = list(itertools.product((1, 3), (1, 63, 64, 65, 512)))
 
@@ -28,9 +28,9 @@ def test_an_evaluation_counts_the_same(critic: bool, self_cond: bool, estimator:
         ours, model = bounds(critic=critic, self_cond=self_cond, max_draws=max_draws)
         options = {"estimator": estimator, "draws": draws, "only_train_generator": generator}
         chain = estimator == "chain_rule"
-        counted = draws or (1 if chain else min(wire.DEFAULT_DRAWS, max_draws))
+        counted = draws or (1 if chain else min(decoding.DEFAULT_DRAWS, max_draws))
         for rows, columns in SHAPES:
-            theirs = work.evaluation_tokens(
+            theirs = work_limits.evaluation_tokens(
                 rows, columns, counted, model, chain_rule=chain, only_train_generator=generator
             )
             assert rows * ours.evaluation_work(columns, options) == theirs, (rows, columns, options)
@@ -43,7 +43,7 @@ def test_a_generation_counts_the_same(self_cond: bool, order: Order, mode: SelfC
     ours, model = bounds(critic=True, self_cond=self_cond, max_draws=64)
     for (rows, columns), steps in itertools.product(SHAPES, (0, 1, 40)):
         options = GenerateOptions((0,) * rows, steps=steps, order=order, self_cond_mode=mode)
-        theirs = work.generation_tokens([columns] * rows, columns, options, model)
+        theirs = work_limits.generation_tokens([columns] * rows, columns, options, model)
         passes = min(steps or columns, columns)
         first_pass = self_cond and mode is SelfCondMode.TWO_PASS
         row = ours.generation_work(passes, columns, first_pass=first_pass, critic=order is Order.CRITIC)

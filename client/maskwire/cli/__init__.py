@@ -1,4 +1,4 @@
-"""The command `maskwire`. `maskwire.cli.exits` has its exit codes."""
+"""The command `maskwire`. `maskwire.cli.exit_codes` has its exit codes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Annotated
 import typer
 
 from maskwire import __version__
-from maskwire.cli import exits
+from maskwire.cli import exit_codes
 from maskwire.cli.checkpoints import checkpoint_app
 from maskwire.cli.data import data_app
-from maskwire.cli.evaluating import evaluate
-from maskwire.cli.generating import generate
-from maskwire.cli.training import train
-from maskwire.cli.watching import health, status
+from maskwire.cli.evaluate import evaluate
+from maskwire.cli.generate import generate
+from maskwire.cli.status import health, status
+from maskwire.cli.train import train
 
 app = typer.Typer(
     name="maskwire",
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     epilog="Exit codes: "
     + " · ".join(
-        f"{code} {meaning.partition(':')[0].partition(';')[0]}" for code, meaning in exits.CODES.items()
+        f"{code} {meaning.partition(':')[0].partition(';')[0]}" for code, meaning in exit_codes.CODES.items()
     ),
 )
 app.command()(train)
@@ -50,8 +50,8 @@ def root(
 
 def main() -> None:
     """Entry point."""
-    exits.on_signals()
+    exit_codes.on_signals()
     try:
         app()
     except SystemExit as end:
-        raise SystemExit(exits.by_signal(end.code)) from None
+        raise SystemExit(exit_codes.by_signal(end.code)) from None

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
+from maskwire.cli.display import checkpoint_table, show
 from maskwire.cli.options import Json, Server, with_server
-from maskwire.download import MANIFEST
 from maskwire.progress import byte_progress
-from maskwire.show import checkpoint_table, show
+from maskwire.protocol.download import MANIFEST
 
 checkpoint_app = typer.Typer(
     help="Save, list, restore, download and delete checkpoints.", no_args_is_help=True

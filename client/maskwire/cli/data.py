@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from maskwire.cli import exits
+from maskwire.cli import exit_codes
+from maskwire.cli.display import show
 from maskwire.cli.options import AnyFormat, Json, Pattern
-from maskwire.data import BYTES, Meta
-from maskwire.prepare import prepare as prepare_data
+from maskwire.data.prepare import prepare as prepare_data
+from maskwire.data.token_data import BYTES, Meta
 from maskwire.progress import byte_progress
-from maskwire.show import show
 
 data_app = typer.Typer(help="Prepare data for training.", no_args_is_help=True)
 
@@ -43,7 +43,7 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Tokenize text once, into packed ids that training maps; says which model they need."""
-    with exits.errors(as_json):
+    with exit_codes.errors(as_json):
         with byte_progress("preparing", shown=not as_json) as tell:
             meta = prepare_data(
                 paths, out, tokenizer=tokenizer, pattern=pattern, any_format=any_format,

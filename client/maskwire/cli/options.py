@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from maskwire.cli import exits
+from maskwire.cli import exit_codes
 from maskwire.client import Client, Trainer, attach, connect
-from maskwire.door import DoorOptions
+from maskwire.credentials import DoorOptions
 from maskwire.output import tell
 
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -153,7 +153,7 @@ def with_server(retry_for: float) -> Callable[[Callable[..., None]], Callable[..
             chosen = {name: given.pop(name) for name in defaults}
             target, wait = chosen.pop("target"), chosen.pop("retry_for")
             chosen["tls"] = chosen["tls"] or None
-            with exits.errors(given.get("as_json", False)):
+            with exit_codes.errors(given.get("as_json", False)):
                 server = Server(target, wait, typing.cast(DoorOptions, chosen), given.get("as_json", False))
                 command(server=server, **given)
 

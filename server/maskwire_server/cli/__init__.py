@@ -8,9 +8,9 @@ import typer
 
 from maskwire._version import __version__
 from maskwire_server.cli import streams
-from maskwire_server.cli.exchanging import export, import_x_transformers
-from maskwire_server.cli.looking import inspect, replay, verify
-from maskwire_server.cli.serving import check, init, serve
+from maskwire_server.cli.runs import inspect, replay, verify
+from maskwire_server.cli.serve import check, init, serve
+from maskwire_server.cli.weights import export, import_x_transformers
 
 app = typer.Typer(
     name="maskwire-server",

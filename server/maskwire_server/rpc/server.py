@@ -15,7 +15,7 @@ from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError
 from maskwire_server.results import RunState
-from maskwire_server.rpc import handlers, security, socket
+from maskwire_server.rpc import auth, handlers, unix_socket
 from maskwire_server.rpc.service import Engine, TrainingService
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TrainingService"].full_name
@@ -28,8 +28,8 @@ class Server:
 
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
         self._config = config
-        self._credentials = security.server_credentials(config)
-        gate = security.gate(config)
+        self._credentials = auth.server_credentials(config)
+        gate = auth.gate(config)
         # Health and status have threads of their own: they must answer when every worker waits.
         self._prompt_pool = ThreadPoolExecutor(2, thread_name_prefix="maskwire-health")
         self._reflection_pool = ThreadPoolExecutor(4, thread_name_prefix="maskwire-reflection")
@@ -43,11 +43,11 @@ class Server:
         self._service = TrainingService(engine)
         self._on_pool(self._service, "GetStatus", self._prompt_pool)
         self._door = self._make_door([] if gate is None else [gate])
-        self._socket: socket.Socket | None = None
+        self._socket: unix_socket.Socket | None = None
         self._side_door: grpc.Server | None = None
         path = config.address.removeprefix("unix:") if config.address.startswith("unix:") else config.socket
         if path is not None:
-            self._socket = socket.Socket(Path(path))
+            self._socket = unix_socket.Socket(Path(path))
             # A gate cannot see where a call comes from, so the socket has a server of its own.
             self._side_door = self._make_door([])
 

@@ -39,9 +39,11 @@ from maskwire_server.results import (
     Status,
     StepAnswer,
 )
-from maskwire_server.rpc import answers, generating, listing, wire
-from maskwire_server.rpc.listing import MOST_LISTS
-from maskwire_server.rpc.refusal import abort
+from maskwire_server.rpc import decoding, encoding
+from maskwire_server.rpc import generate as generating
+from maskwire_server.rpc import list_steps as listing
+from maskwire_server.rpc.list_steps import MOST_LISTS
+from maskwire_server.rpc.status import abort
 
 log = logging.getLogger(__name__)
 
@@ -130,8 +132,8 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         """See the proto."""
         return self._serve(
             context,
-            lambda: self._engine.open_session(wire.read_open(request)),
-            lambda value: answers.session(value, self._info(), self._engine.limits),
+            lambda: self._engine.open_session(decoding.read_open(request)),
+            lambda value: encoding.session(value, self._info(), self._engine.limits),
         )
 
     def CloseSession(  # noqa: N802
@@ -140,7 +142,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         """See the proto."""
         return self._serve(
             context,
-            lambda: self._engine.close_session(wire.read_session(request.session)),
+            lambda: self._engine.close_session(decoding.read_session(request.session)),
             lambda _: pb.CloseSessionResponse(),
         )
 
@@ -148,13 +150,13 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         self, request: pb.TrainStepRequest, context: grpc.ServicerContext
     ) -> pb.TrainStepResponse:
         """See the proto."""
-        return self._serve(context, lambda: self._submit_step(request), answers.step)
+        return self._serve(context, lambda: self._submit_step(request), encoding.step)
 
     def _submit_step(self, request: pb.TrainStepRequest) -> Future[StepAnswer]:
         try:
-            step = wire.read_step(request, self._info(), self._engine.limits)
+            step = decoding.read_step(request, self._info(), self._engine.limits)
         except Exception:
-            session = wire.read_session(request.session) if request.HasField("session") else None
+            session = decoding.read_session(request.session) if request.HasField("session") else None
             self._engine.step_refused(session, request.step if request.HasField("step") else None)
             raise
         return self._engine.train_step(step)
@@ -165,8 +167,8 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         """See the proto."""
         return self._serve(
             context,
-            lambda: self._engine.eval_loss(wire.read_eval(request, self._info(), self._engine.limits)),
-            answers.evaluation,
+            lambda: self._engine.eval_loss(decoding.read_eval(request, self._info(), self._engine.limits)),
+            encoding.evaluation,
         )
 
     def Generate(  # noqa: N802
@@ -200,8 +202,8 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         """See the proto."""
         return self._serve(
             context,
-            lambda: self._engine.save(wire.read_save(request)),
-            lambda info: pb.CheckpointResponse(checkpoint=answers.checkpoint(info)),
+            lambda: self._engine.save(decoding.read_save(request)),
+            lambda info: pb.CheckpointResponse(checkpoint=encoding.checkpoint(info)),
         )
 
     def ListCheckpoints(  # noqa: N802
@@ -229,7 +231,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         page = found[start : start + size]
         more = start + size < len(found)
         return pb.ListCheckpointsResponse(
-            checkpoints=[answers.checkpoint(info) for info in page],
+            checkpoints=[encoding.checkpoint(info) for info in page],
             next_page_token=base64.urlsafe_b64encode(page[-1].name.encode()).decode() if more else "",
         )
 
@@ -237,7 +239,9 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         self, request: pb.RestoreCheckpointRequest, context: grpc.ServicerContext
     ) -> pb.RestoreCheckpointResponse:
         """See the proto."""
-        return self._serve(context, lambda: self._engine.restore(wire.read_restore(request)), answers.restore)
+        return self._serve(
+            context, lambda: self._engine.restore(decoding.read_restore(request)), encoding.restore
+        )
 
     def DeleteCheckpoint(  # noqa: N802
         self, request: pb.DeleteCheckpointRequest, context: grpc.ServicerContext
@@ -245,7 +249,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         """See the proto."""
         return self._serve(
             context,
-            lambda: self._engine.delete(wire.read_checkpoint_name(request.name)),
+            lambda: self._engine.delete(decoding.read_checkpoint_name(request.name)),
             lambda _: pb.DeleteCheckpointResponse(),
         )
 
@@ -258,7 +262,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
             self._downloads,
             MOST_DOWNLOADS,
             "downloads",
-            lambda: map(answers.chunk, self._engine.download(wire.read_download(request))),
+            lambda: map(encoding.chunk, self._engine.download(decoding.read_download(request))),
         )
 
     def _stream(
@@ -308,7 +312,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         return self._serve(
             context,
             lambda: _done(request),
-            lambda _: answers.status(self._engine.status(), self._engine.limits, self._started),
+            lambda _: encoding.status(self._engine.status(), self._engine.limits, self._started),
         )
 
     def _info(self) -> ModelInfo:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
-from maskwire_server.training import container, cross_entropy
-from maskwire_server.training.networks import Networks
+from maskwire_server.training import cgroup, cross_entropy
+from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.numerics import choose_device, default_budget
 
 
@@ -74,7 +74,7 @@ def footprint(
 def _available(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = container.free_memory()
+    free = cgroup.free_memory()
     if free is None:  # no Linux
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return free

@@ -10,7 +10,7 @@ import torch
 
 from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError
-from maskwire_server.training import container
+from maskwire_server.training import cgroup
 
 NUMERICS_VERSION = 2
 """Counts changes of what the same settings compute, beyond rounding or not. A step that another version
@@ -23,7 +23,7 @@ trained is computed again within a tolerance.
 def cores() -> int:
     """The CPU cores that this process may use, a container's quota counted."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return container.allowed_cores(affinity)
+    return cgroup.allowed_cores(affinity)
 
 
 def processor() -> str:

@@ -35,7 +35,7 @@ from maskwire_server.results import (
     StepResult,
 )
 from maskwire_server.training import (
-    chain,
+    chain_rule,
     device_errors,
     draws,
     evaluation,
@@ -47,7 +47,7 @@ from maskwire_server.training import (
 )
 from maskwire_server.training.corruption import Step, Vocabulary, corrupt, random_ids
 from maskwire_server.training.draws import Purpose
-from maskwire_server.training.networks import Networks
+from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.numerics import (
     NUMERICS_VERSION,
     choose_bf16,
@@ -225,7 +225,7 @@ class Trainer:
                     "wanted": wanted,
                 }
                 if options.chain_rule:
-                    return chain.evaluate(*what, **how)
+                    return chain_rule.evaluate(*what, **how)
                 return evaluation.evaluate(*what, **how, has_critic=self.critic is not None)
         finally:
             self.networks.train()

@@ -84,7 +84,7 @@ def test_the_engine_is_told_of_a_step_that_fails_before_it_comes_whatever_the_re
 
 def test_a_step_whose_client_has_gone_already_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Noting(object())
-    monkeypatch.setattr("maskwire_server.rpc.wire.read_step", lambda *_: object())
+    monkeypatch.setattr("maskwire_server.rpc.decoding.read_step", lambda *_: object())
     with pytest.raises(grpc.RpcError):
         TrainingService(engine).TrainStep(REQUEST, Context(gone=True))  # type: ignore[arg-type]
     assert engine.future.cancelled()
@@ -100,7 +100,7 @@ def test_a_call_that_its_client_gave_up_is_not_said_to_meet_a_recovery(
 ) -> None:
     engine = Noting(object())
     engine.future.cancel()
-    monkeypatch.setattr("maskwire_server.rpc.wire.read_step", lambda *_: object())
+    monkeypatch.setattr("maskwire_server.rpc.decoding.read_step", lambda *_: object())
     for gone in (True, False):
         said = Said(gone=gone, left=left)
         with pytest.raises(grpc.RpcError):

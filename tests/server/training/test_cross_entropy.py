@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.training import cross_entropy, objective
 from maskwire_server.training.corruption import Vocabulary
-from maskwire_server.training.networks import Networks
+from maskwire_server.training.models.networks import Networks
 
 VOCABULARY = Vocabulary(11, 10, 4)
 IDS = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 9])  # neither the mask nor the pad id

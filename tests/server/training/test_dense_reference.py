@@ -15,9 +15,9 @@ from oracles import Oracle, flip_chain_oracle, pairs_oracle
 from bench.sources import flip_chain, pairs
 from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.results import EvalOptions, EvalResult
-from maskwire_server.training import chain, evaluation, summary
+from maskwire_server.training import chain_rule, evaluation, summary
 from maskwire_server.training.corruption import Vocabulary
-from maskwire_server.training.networks import Networks
+from maskwire_server.training.models.networks import Networks
 
 SYMBOLS, MASK_ID = 4, 4
 VOCABULARY = Vocabulary(SYMBOLS + 1, MASK_ID, None)
@@ -47,7 +47,7 @@ def evaluate(
     settings = EvalOptions(options.pop("row_ids", tuple(range(len(batch.ids_rn)))), **options)
     with torch.no_grad():
         if settings.chain_rule:
-            return chain.evaluate(
+            return chain_rule.evaluate(
                 networks, objective, VOCABULARY, batch, settings, budget=64, device=CPU, ema_weights=False
             )
         return evaluation.evaluate(
@@ -183,7 +183,7 @@ def test_the_chain_rule_is_the_product_of_its_passes() -> None:
     found = evaluate(networks, objective, batch_of(ids), **vars(options))
     for row in range(3):
         which = torch.full((5,), row)
-        orders = chain.ranks(batch_of(ids), options, which, torch.arange(5)).argsort(-1).tolist()
+        orders = chain_rule.ranks(batch_of(ids), options, which, torch.arange(5)).argsort(-1).tolist()
         assert all(sorted(order) == list(range(6)) for order in orders)
         assert len({tuple(order) for order in orders}) > 1
         expected = [dense.chain(predict, ids[row], MASK_ID, order) for order in orders]
@@ -198,12 +198,12 @@ def test_over_all_orders_the_chain_rule_is_the_negative_elbo(monkeypatch: pytest
     orders = torch.tensor(list(itertools.permutations(range(5))))
     ranks = iter(orders.argsort(-1))
     monkeypatch.setattr(
-        chain, "random_ranks", lambda keys, _: torch.stack([next(ranks) for _ in range(len(keys))])
+        chain_rule, "random_ranks", lambda keys, _: torch.stack([next(ranks) for _ in range(len(keys))])
     )
     # One part: each order is asked for once.
     options = EvalOptions((0,), draws=120, chain_rule=True, random_order=True)
     with torch.no_grad():
-        found = chain.evaluate(
+        found = chain_rule.evaluate(
             networks,
             objective,
             VOCABULARY,
@@ -230,7 +230,7 @@ def test_where_the_conditionals_are_consistent_every_order_is_the_likelihood() -
         options = EvalOptions(
             tuple(range(5)), 3 if random_order else 1, chain_rule=True, random_order=random_order
         )
-        found = chain.evaluate(
+        found = chain_rule.evaluate(
             oracle, ObjectiveConfig(), vocabulary, batch_of(ids), options,
             budget=64, device=CPU, ema_weights=False,
         )  # fmt: skip

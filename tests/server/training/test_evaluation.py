@@ -16,7 +16,8 @@ from bench.sources import pairs
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.results import EvalOptions
-from maskwire_server.training import chain, corruption, evaluation, objective
+from maskwire_server.training import chain_rule as chain
+from maskwire_server.training import corruption, evaluation, objective
 
 
 def exact_nelbo(n: int, cost: dict[tuple[int, ...], float]) -> float:

@@ -19,8 +19,8 @@ from torch import nn
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.results import EvalOptions
-from maskwire_server.training import importing, statedict
-from maskwire_server.training.networks import Networks
+from maskwire_server.training.models import state_dict, x_transformers
+from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.trainer import Trainer
 
 with warnings.catch_warnings():
@@ -54,8 +54,8 @@ def wrapped(kind: str = "none", self_cond: bool = False, **options: Any) -> Any:
     return model.eval()
 
 
-def brought(state: Any, **said: Any) -> tuple[importing.Imported, Networks]:
-    found = importing.import_state_dict(
+def brought(state: Any, **said: Any) -> tuple[x_transformers.Imported, Networks]:
+    found = x_transformers.import_state_dict(
         state,
         ModelConfig(**MODEL, **said.pop("model", {})),
         ObjectiveConfig(**said.pop("objective", {})),
@@ -66,7 +66,7 @@ def brought(state: Any, **said: Any) -> tuple[importing.Imported, Networks]:
     return found, networks.eval()
 
 
-def trainer_of(found: importing.Imported, **optimizer: Any) -> Trainer:
+def trainer_of(found: x_transformers.Imported, **optimizer: Any) -> Trainer:
     serve = ServeConfig(device="cpu", threads=1)
     trainer = Trainer(found.model, found.objective, OptimizerConfig(**optimizer), serve, seed=1)
     trainer.adopt(found.weights)
@@ -143,14 +143,14 @@ def test_a_bare_transformer_and_a_plain_gain_come_along() -> None:
 def test_what_came_goes_back(kind: str) -> None:
     theirs = wrapped(kind, self_cond=True)
     found, _ = brought(theirs.state_dict())
-    back = importing.export_state_dict(found.model, found.objective, found.weights)
+    back = x_transformers.export_state_dict(found.model, found.objective, found.weights)
     state = theirs.state_dict()
     shared = {name for name in state if name.startswith("token_critic.net.")}
     assert back.keys() == state.keys() - shared
     assert all(torch.equal(back[name], state[name]) for name in back)
     rotary = found.model.model_copy(update={"positions": "rotary"})
     with pytest.raises(ValueError, match=r"model.positions is 'rotary'"):
-        importing.export_state_dict(rotary, found.objective, found.weights)
+        x_transformers.export_state_dict(rotary, found.objective, found.weights)
 
 
 UNSUPPORTED: list[tuple[str, dict[str, Any]]] = [
@@ -226,9 +226,9 @@ def test_a_critic_of_other_sizes_and_a_missing_mask_id_are_refused() -> None:
     with pytest.raises(ValueError, match="token_critic: depth is 3, the generator's 2"):
         brought(model.state_dict())
     with pytest.raises(ValueError, match=r"model.mask_id must be set"):
-        importing.import_state_dict(model.state_dict(), ModelConfig(), ObjectiveConfig())
+        x_transformers.import_state_dict(model.state_dict(), ModelConfig(), ObjectiveConfig())
     with pytest.raises(ValueError, match="mask_id must be below num_tokens = 12, got 99"):
-        importing.import_state_dict(wrapped().state_dict(), ModelConfig(mask_id=99), ObjectiveConfig())
+        x_transformers.import_state_dict(wrapped().state_dict(), ModelConfig(mask_id=99), ObjectiveConfig())
 
 
 def test_files_are_read_without_running_what_is_in_them(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_files_are_read_without_running_what_is_in_them(tmp_path: Path) -> None:
     alone = {name: t for name, t in state.items() if not name.startswith("token_critic.net.")}
     save_file(alone, tmp_path / "model.safetensors")
     for name in ("model.pt", "parallel.pt", "model.safetensors"):
-        read = statedict.read(tmp_path / name)
+        read = state_dict.read(tmp_path / name)
         assert torch.equal(read["net.to_logits.weight"], state["net.to_logits.weight"])
         found, _ = brought(read)
         assert found.objective.critic == "self"
@@ -261,10 +261,10 @@ def test_files_are_read_without_running_what_is_in_them(tmp_path: Path) -> None:
         ("noise.safetensors", "cannot be read as safetensors"),
     ):
         with pytest.raises(ValueError, match=words):
-            statedict.read(tmp_path / name)
+            state_dict.read(tmp_path / name)
     assert not marker.exists()
     with pytest.raises(OSError, match="nothing"):
-        statedict.read(tmp_path / "nothing.pt")
+        state_dict.read(tmp_path / "nothing.pt")
 
 
 def renamed(state: dict[str, Any], pattern: str, by: str) -> dict[str, Any]:
@@ -306,7 +306,7 @@ def test_what_wrappers_put_into_names_is_taken_away_wherever_it_stands(
 ) -> None:
     state = wrapped(kind, self_cond=True).state_dict()
     torch.save(WRAPPED[how](state), tmp_path / "model.pt")
-    read = statedict.read(tmp_path / "model.pt")
+    read = state_dict.read(tmp_path / "model.pt")
     assert read.keys() == state.keys()
     assert all(torch.equal(read[name], state[name]) for name in state)
     assert brought(read)[0].objective.critic == kind
@@ -320,23 +320,23 @@ def test_real_wrappers_put_into_names_what_is_taken_away(tmp_path: Path) -> None
     for name, module in (("net.pt", model), ("all.pt", torch.compile(model)),
                          ("mean.pt", torch.optim.swa_utils.AveragedModel(model))):  # fmt: skip
         torch.save(module.state_dict(), tmp_path / name)
-        assert statedict.read(tmp_path / name).keys() == expected.keys()
+        assert state_dict.read(tmp_path / name).keys() == expected.keys()
 
 
 def test_the_prefixes_of_lightning_stay_where_the_names_would_not_fit(tmp_path: Path) -> None:
     state = renamed(wrapped().state_dict(), "^", "model.") | {"criterion.weight": torch.ones(2)}
     torch.save(state, tmp_path / "more.pt")
-    assert statedict.read(tmp_path / "more.pt").keys() == state.keys()
+    assert state_dict.read(tmp_path / "more.pt").keys() == state.keys()
 
 
 def test_two_models_in_one_file_and_counters_without_an_average_are_refused(tmp_path: Path) -> None:
     state = wrapped().state_dict()
     torch.save({**state, **{f"module.{n}": t + 1 for n, t in state.items()}}, tmp_path / "two.pt")
     with pytest.raises(ValueError, match="twice, with other values"):
-        statedict.read(tmp_path / "two.pt")
+        state_dict.read(tmp_path / "two.pt")
     torch.save({**state, "step": torch.tensor(3.0)}, tmp_path / "step.pt")
     with pytest.raises(ValueError, match="step is no weight"):
-        brought(statedict.read(tmp_path / "step.pt"))
+        brought(state_dict.read(tmp_path / "step.pt"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from maskwire_server.config import ModelConfig
-from maskwire_server.training.model import Encoder, x_transformers_names
+from maskwire_server.training.models.encoder import Encoder, x_transformers_names
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

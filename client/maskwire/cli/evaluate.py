@@ -1,0 +1,104 @@
+"""`maskwire eval`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+from maskwire.cli.display import eval_table, show
+from maskwire.cli.options import AnyFormat, Dtype, Json, Length, Paths, Pattern, Server, with_server
+from maskwire.cli.train import check_tokenizer
+from maskwire.client import Client
+from maskwire.data.token_data import TokenData, open_data
+from maskwire.errors import UnavailableError
+from maskwire.output import on_terminal, tell
+from maskwire.protocol.calls import EvalOptions
+from maskwire.results import EvalResult
+
+
+@with_server(retry_for=60.0)
+def evaluate(
+    server: Server,
+    paths: Paths,
+    length: Length = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Only so many rows, evenly spread; all of the data by default.")
+    ] = None,
+    draws: Annotated[
+        int,
+        typer.Option(
+            help="Draws a row; 0: 16, or the most that the server takes; by the chain rule one order."
+        ),
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    chain_rule: Annotated[
+        bool,
+        typer.Option("--chain-rule", help="The exact likelihood under an order, with a pass for each token."),
+    ] = False,
+    order: Annotated[
+        Literal["left_to_right", "random"] | None, typer.Option(help="Of --chain-rule; left to right.")
+    ] = None,
+    raw_weights: Annotated[
+        bool, typer.Option("--raw-weights", help="The trained weights, not their moving average.")
+    ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows a call; the result does not depend on it.")
+    ] = None,
+    pattern: Pattern = "*",
+    dtype: Dtype = None,
+    any_format: AnyFormat = False,
+    as_json: Json = False,
+) -> None:
+    """Evaluate data: the negative ELBO with its errors, or an exact likelihood. Changes nothing."""
+    for option, value in (("--rows", rows), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option} must be at least 1, got {value}")
+    if order is not None and not chain_rule:
+        raise ValueError("--order needs --chain-rule: the bound is over all orders")
+    data = open_data(
+        paths, length=1 if length is None else length, batch_size=1, pattern=pattern, dtype=dtype,
+        any_format=any_format,
+    )  # fmt: skip
+    options: EvalOptions = {"draws": draws, "seed": seed, "raw_weights": raw_weights}
+    if chain_rule:
+        options["estimator"] = "chain_rule"
+        options["chain_order"] = order or "left_to_right"
+    with server.attach() as client:
+        status = client.status()
+        if status.model is None:
+            raise UnavailableError("the server is building the model; run the command again in a moment")
+        check_tokenizer(status.tokenizer, data.tokenizer, "the run's")
+        data = data.cropped(length or status.model.max_seq_len)
+        found = _evaluate(client, data, rows, shown=not as_json, batch_size=batch_size, **options)
+    words = None if not chain_rule else f"chain rule, {(order or 'left_to_right').replace('_', ' ')}"
+    show(found, as_json, lambda: eval_table(found, words))
+
+
+def _evaluate(
+    client: Client, data: TokenData, rows: int | None, *, shown: bool, **options: Any
+) -> EvalResult:
+    """Evaluate, and say on stderr how much there is, how far it is and where Ctrl-C ended it."""
+    from maskwire.progress import row_progress
+
+    done, total = 0, len(data.whole()) if rows is None else rows
+    if (
+        shown and not on_terminal()
+    ):  # the first call can take long, and until it is answered nothing else tells
+        tell(
+            f"evaluating {total:,} rows"
+            + ("" if rows is not None else ", all of the data; --rows takes fewer")
+        )
+    try:
+        with row_progress("evaluating", shown=shown) as progress:
+
+            def count(answered: int, of: int, nats: float) -> None:
+                nonlocal done
+                done = answered
+                progress(answered, of, nats)
+
+            return client.evaluate(data, rows=rows, on_progress=count, **options)
+    except KeyboardInterrupt:
+        if shown:
+            tell(f"interrupted after {done:,} of {total:,} rows; nothing was changed")
+        raise

@@ -1,0 +1,96 @@
+"""`maskwire status` and `maskwire health`."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import grpc
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from maskwire import streams
+from maskwire.cli import exit_codes
+from maskwire.cli.display import seconds_left, show, status_table, to_json
+from maskwire.cli.options import Json, Server, with_server
+from maskwire.client import Client
+from maskwire.credentials import Door
+from maskwire.errors import UnavailableError, read_failure
+
+HEALTH_METHOD = "/grpc.health.v1.Health/Check"
+
+
+@with_server(retry_for=5.0)
+def status(
+    server: Server,
+    watch: Annotated[bool, typer.Option("--watch", help="Ask every second, until Ctrl-C.")] = False,
+    until_step: Annotated[int | None, typer.Option(min=0, help="Tell the time left to this step.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Is the run stuck or working?"""
+    with server.attach() as client:
+        if not watch:
+            _show_status(client, until_step, as_json)
+            return
+        with Live(console=Console(highlight=False), auto_refresh=False) as live:
+            while True:
+                if as_json or not live.console.is_terminal:
+                    _show_status(client, until_step, as_json)
+                    if streams.reader_gone():
+                        return
+                else:
+                    live.update(status_table(client.status(), until_step), refresh=True)
+                time.sleep(1)
+
+
+def _show_status(client: Client, until_step: int | None, as_json: bool) -> None:
+    found = client.status()
+    shown = to_json(found) | {"seconds_left": seconds_left(found, until_step)}
+    show(shown, as_json, lambda: status_table(found, until_step))
+
+
+@with_server(retry_for=5.0)
+def health(
+    server: Server,
+    service: Annotated[str, typer.Option(help="'' for readiness, 'liveness' for liveness.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Exit 0 when the server is serving, 1 when it is not, 3 when it does not answer in --retry-for."""
+    door = Door.of(server.target, **server.door)
+    with door.channel() as channel:
+        # grpc.health.v1 in its own two bytes, so that the client needs no further package: the
+        # request's field 1 is the service, the answer's field 1 the status, 1 for SERVING.
+        call: Any = channel.unary_unary(HEALTH_METHOD)
+        name = service.encode()
+        if len(name) > 127:  # more would take a longer length
+            raise ValueError(f"--service must have at most 127 bytes, got {len(name)}")
+        request = b"\x0a" + bytes([len(name)]) + name if name else b""
+        try:
+            serving = _check(call, request, server.retry_for, door)
+        except grpc.RpcError as error:
+            failure = read_failure(error)
+            if failure.error.reason == "NOT_FOUND":
+                raise ValueError(f"the server knows no service {service!r}: '' or 'liveness'") from None
+            if failure.unreachable:
+                raise UnavailableError(
+                    f"{failure.error}; is the server running, and the address right?",
+                    reason=failure.error.reason,
+                ) from None
+            raise failure.error from None
+    show({"serving": serving}, as_json, lambda: "serving" if serving else "not serving")
+    if not serving:
+        raise typer.Exit(exit_codes.REFUSED)
+
+
+def _check(call: Any, request: bytes, seconds: float, door: Door) -> bool:
+    deadline = time.monotonic() + seconds
+    while True:
+        left = max(0.01, deadline - time.monotonic())
+        try:
+            answer: bytes = call(request, timeout=left, metadata=door.metadata)
+            return answer == b"\x08\x01"
+        except grpc.RpcError as error:
+            if not read_failure(error).unreachable or left <= 0.1:
+                raise
+            time.sleep(0.1)

@@ -1,0 +1,1 @@
+"""What training writes beside the run: the metrics file."""

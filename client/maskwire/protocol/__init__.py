@@ -1,0 +1,1 @@
+"""The protocol without I/O: calls, the writer's session, evaluation, generation, download, fit, messages."""

@@ -1,0 +1,280 @@
+"""A whole data set's evaluation over many calls: which rows go into which call, and how answers add up.
+
+A row's result depends on the row, its id, the seed and the draws alone, and each call answers with sums, so
+that nothing depends on how rows are batched. With L a row's nats and n its maskable tokens, over all rows,
+
+    nats per token   r = sum L / sum n
+    standard error   sqrt(R/(R-1) sum (L - r n)^2) / sum n              R rows with n > 0
+    error of draws   sqrt(sum (L' - L'')^2) / (2 sum n)                 L', L'' by either half of the draws
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from maskwire.arguments import check_whole
+from maskwire.data.token_data import TokenData
+from maskwire.errors import StepMovedError
+from maskwire.protocol import codec
+from maskwire.protocol.limits import Bounds, too_long
+from maskwire.results import EvalResult, FractionResult, Losses, LossSums, RowResult
+from maskwire.v1 import training_service_pb2 as pb
+
+Progress = Callable[[int, int, float], None]
+
+_POSITIONS = 2**18  # that a call computes: seconds on a CPU, so that progress is seen and Ctrl-C is quick
+_MOST_ROWS = 4096
+
+
+class Plan:
+    """The calls that evaluate all rows.
+
+    Raises ValueError for options that do not fit the rows.
+    """
+
+    def __init__(self, data: Any, *, rows: int | None, batch_size: int | None, **options: Any) -> None:
+        self.text_bytes: int | None = options.pop("text_bytes", None)
+        for name, value in (("rows", rows), ("batch_size", batch_size), ("text_bytes", self.text_bytes)):
+            if value is not None:
+                check_whole(name, value, 1, cure=", or None")
+        self._rows: Any
+        if isinstance(data, TokenData):
+            self._rows = data.whole() if rows is None else data.spread(rows)
+            if self.text_bytes is None and data.bytes_per_token is not None:
+                tokens = data.size if rows is None else sum(len(row) for row in self._rows)
+                self.text_bytes = max(1, round(tokens * data.bytes_per_token))
+            longest = data.length
+        else:
+            if rows is not None:
+                raise ValueError("rows goes with a maskwire.data.TokenData; slice what is rows already")
+            self._rows = data
+            longest = max((len(row) for row in data), default=1)
+        self.rows = len(self._rows)
+        """How many there are."""
+        if not self.rows:
+            raise ValueError("there is nothing to evaluate: no rows")
+        self._by_row = {name: options.pop(name, None) for name in ("row_ids", "lengths", "prompt_mask")}
+        for name, values in self._by_row.items():
+            if values is not None and len(values) != self.rows:
+                raise ValueError(f"{name} must be one a row, {self.rows}, got {len(values)}")
+        if self._by_row["row_ids"] is None:
+            self._by_row["row_ids"] = range(self.rows)
+        codec.to_array(self._by_row["row_ids"], "row_ids")
+        codec.eval_request([[0]], **options)  # what cannot be sent is said before anything is asked
+        self._options = options
+        lengths = self._by_row["lengths"]
+        self._batch_size = batch_size
+        self._longest = longest if lengths is None else max(int(length) for length in lengths)
+        covered = self._covered()
+        self._evaluated = [row for row in range(self.rows) if row not in covered]
+        self.passed_over = [RowResult(int(self._by_row["row_ids"][row]), 0.0, 0) for row in sorted(covered)]
+        """Rows that are prompts throughout: they have nothing to predict."""
+
+    def _covered(self) -> set[int]:
+        prompts, lengths = self._by_row["prompt_mask"], self._by_row["lengths"]
+        if prompts is None:
+            return set()
+        ends = [len(row) for row in self._rows] if lengths is None else lengths
+        for row, end in enumerate(ends):  # each call has only some rows, and cannot say which of all
+            mask = _host(prompts[row])
+            if mask.dtype != np.bool_ or mask.ndim != 1 or mask.size < end:
+                raise ValueError(
+                    f"prompt_mask: row {row} must be bool [{end}], as long as its tokens, got {mask.dtype} "
+                    f"{list(mask.shape)}"
+                )
+        return {row for row in range(self.rows) if bool(np.all(_host(prompts[row])[: int(ends[row])]))}
+
+    def calls(self, bounds: Bounds) -> Iterator[pb.EvalLossRequest]:
+        """Each call, in order: so many rows as make it short, and as the server takes.
+
+        Raises RequestError for a row that makes too long a message.
+        """
+        size = self._batch_size or self._rows_a_call(bounds)
+        most = bounds.rows(self._longest, bounds.evaluation_work(self._longest, self._options))
+        size = size if most is None else min(size, most)
+        for start in range(0, len(self._evaluated), size):
+            yield from self._sendable(self._evaluated[start : start + size], bounds)
+
+    def _rows_a_call(self, bounds: Bounds) -> int:
+        passes = bounds.passes(self._longest, self._options)
+        return min(_MOST_ROWS, max(1, _POSITIONS // max(1, self._longest * passes)))
+
+    def _sendable(self, chosen: list[int], bounds: Bounds) -> Iterator[pb.EvalLossRequest]:
+        request = self._request(chosen)
+        if bounds.takes(request):
+            yield request
+        elif len(chosen) > 1:
+            yield from self._sendable(chosen[: len(chosen) // 2], bounds)
+            yield from self._sendable(chosen[len(chosen) // 2 :], bounds)
+        else:
+            limit = bounds.limits.max_message_bytes
+            raise too_long(f"row {chosen[0]}", request.ByteSize(), limit, "evaluate shorter rows")
+
+    def _request(self, chosen: list[int]) -> pb.EvalLossRequest:
+        options = dict(self._options)
+        for name, values in self._by_row.items():
+            if values is not None:
+                options[name] = _take(values, chosen)
+        options["row_ids"] = [int(row) for row in options["row_ids"]]
+        return codec.eval_request(_take(self._rows, chosen), **options)
+
+
+def _take(values: Any, chosen: list[int]) -> Any:
+    taken = [values[row] for row in chosen]
+    # An array stays one: a list of its rows would be sent as ragged.
+    return taken if isinstance(values, Sequence) else np.stack([_host(value) for value in taken])
+
+
+def _host(values: Any) -> Any:
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+
+
+class Sum:
+    """Adds evaluations up."""
+
+    def __init__(self, passed_over: Sequence[RowResult] = ()) -> None:
+        self._found: list[EvalResult] = []
+        self._passed_over = list(passed_over)
+        self._nats, self._tokens = 0.0, 0
+        self.rows = len(self._passed_over)
+        """Rows so far."""
+
+    def add(self, found: EvalResult) -> None:
+        """Add a call's answer. Raises StepMovedError when it saw another state than those before it."""
+        if self._found:
+            first = self._found[0]
+            if (found.step, found.digest) != (first.step, first.digest):
+                raise StepMovedError(
+                    f"the run went from step {first.step} to step {found.step} during the evaluation: "
+                    "evaluate when nothing trains, from the training loop (fit's evaluate), or fewer rows"
+                )
+            for name in ("draws", "ema_weights"):
+                if getattr(found, name) != getattr(first, name):
+                    raise ValueError(f"evaluations of different {name} do not add up")
+        self._found.append(found)
+        self.rows += len(found.rows)
+        self._tokens += found.tokens
+        self._nats += found.nats_per_token * found.tokens
+
+    @property
+    def nats_per_token(self) -> float:
+        """So far."""
+        return self._nats / max(1, self._tokens)
+
+    def result(self, text_bytes: int | None = None) -> EvalResult:
+        """The evaluation of all rows; with the `text_bytes` that they encode also bits per byte.
+
+        Raises ValueError when nothing was added.
+        """
+        if not self._found:
+            raise ValueError("there is nothing to evaluate: every row is a prompt throughout")
+        first = self._found[0]
+        rows = sorted(
+            [*self._passed_over, *(row for found in self._found for row in found.rows)],
+            key=lambda row: row.row_id,
+        )
+        tokens = sum(row.tokens for row in rows)
+        # Exactly rounded sums, so that the order of the calls cannot show.
+        nats = math.fsum(row.nats for row in rows)
+        per_token = nats / tokens
+        fractions = tuple(
+            _add_fractions(parts)
+            for parts in zip(*(found.by_masked_fraction for found in self._found), strict=True)
+        )
+        predicted = sum(part.masked_tokens for part in fractions)
+        right = sum(_count(part.accuracy, part.masked_tokens) for part in fractions)
+        sums = _add_sums([found.sums for found in self._found])
+        return EvalResult(
+            losses=_losses(sums, first.losses),
+            nats_per_token=per_token,
+            bits_per_token=per_token / math.log(2),
+            perplexity=math.exp(min(per_token, 700.0)),
+            standard_error=_standard_error(rows, per_token, tokens),
+            monte_carlo_error=_monte_carlo_error(rows, tokens),
+            accuracy=right / predicted if predicted else first.accuracy,
+            critic_accuracy=(
+                None
+                if first.critic_accuracy is None
+                else sum(_count(f.critic_accuracy, f.tokens * f.draws) for f in self._found)
+                / (tokens * first.draws)
+            ),
+            by_masked_fraction=fractions,
+            rows=tuple(rows),
+            bits_per_byte=nats / math.log(2) / text_bytes if text_bytes else None,
+            tokens=tokens,
+            step=first.step,
+            digest=first.digest,
+            ema_weights=first.ema_weights,
+            draws=first.draws,
+            sums=sums,
+        )
+
+
+def combine(found: Sequence[EvalResult], text_bytes: int | None = None) -> EvalResult:
+    """One evaluation of the rows of several, whose row ids should differ.
+
+    Raises StepMovedError when they are of different steps, ValueError when they do not add up.
+    """
+    total = Sum()
+    for one in found:
+        total.add(one)
+    return total.result(text_bytes)
+
+
+def _count(share: float | None, of: int) -> int:
+    """The whole number that a share was made of."""
+    return 0 if share is None else round(share * of)
+
+
+def _add_fractions(parts: Sequence[FractionResult]) -> FractionResult:
+    masked = sum(part.masked_tokens for part in parts)
+    nats = math.fsum((part.nats_per_masked_token or 0.0) * part.masked_tokens for part in parts)
+    right = sum(_count(part.accuracy, part.masked_tokens) for part in parts)
+    return FractionResult(
+        parts[0].low,
+        parts[0].high,
+        nats / masked if masked else None,
+        right / masked if masked else None,
+        masked,
+    )
+
+
+def _add_sums(parts: Sequence[LossSums]) -> LossSums:
+    has_critic = parts[0].critic_nats is not None
+    return LossSums(
+        math.fsum(part.generator_nats for part in parts),
+        math.fsum(part.generator_weight for part in parts),
+        math.fsum(part.critic_nats or 0.0 for part in parts) if has_critic else None,
+        math.fsum(part.critic_weight or 0.0 for part in parts) if has_critic else None,
+        parts[0].critic_loss_weight,
+    )
+
+
+def _losses(sums: LossSums, shown: Losses) -> Losses:
+    """The sums' ratios; absent what is absent in each call."""
+    generator = sums.generator_nats / sums.generator_weight if sums.generator_weight else 0.0
+    if sums.critic_nats is None or not sums.critic_weight:
+        return Losses(generator, generator, None)
+    critic = sums.critic_nats / sums.critic_weight
+    if shown.generator_loss is None:
+        return Losses(critic, None, critic)
+    return Losses(generator + sums.critic_loss_weight * critic, generator, critic)
+
+
+def _standard_error(rows: Sequence[RowResult], per_token: float, tokens: int) -> float | None:
+    count = sum(row.tokens > 0 for row in rows)
+    if count < 2:
+        return None
+    residual = math.fsum((row.nats - per_token * row.tokens) ** 2 for row in rows)
+    return math.sqrt(count / (count - 1) * residual) / tokens
+
+
+def _monte_carlo_error(rows: Sequence[RowResult], tokens: int) -> float | None:
+    apart = [row.half_difference for row in rows if row.tokens]
+    if any(value is None for value in apart):
+        return None
+    return math.sqrt(math.fsum((value or 0.0) ** 2 for value in apart)) / (2 * tokens)

@@ -1,0 +1,1 @@
+"""Checkpoints: store, saver, retention, membership and download."""

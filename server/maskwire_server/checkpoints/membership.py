@@ -1,0 +1,105 @@
+"""Which checkpoints are of this run's history, and which were copied in from elsewhere.
+
+A folder in `checkpoints/` can come from another run, or from another copy of this run that went its own way.
+Nothing may count on it: were it taken for one of the two that a start falls back on, the batches that
+the start really needs would be dropped. The digest tells copies apart that were trained on other batches;
+two that were trained on the same ones under other optimizer settings differ in their weights alone. So the
+journal records each save under an id before the checkpoint is written, and the manifest carries it.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterable
+
+from maskwire_server.engine.state import Place
+from maskwire_server.errors import RunDirectoryError
+from maskwire_server.journal.journal import Journal
+from maskwire_server.manifest import Manifest
+from maskwire_server.recovery.replay import digest_at
+
+log = logging.getLogger(__name__)
+
+SAVE = "save"
+"""The kind of event that records a save."""
+
+
+def record_save(journal: Journal, place: Place, save_id: str) -> None:
+    """Record, as a part of a transaction, that a checkpoint of a durable step is about to be written."""
+    journal.add_event(SAVE, {"id": save_id, "lineage": place.lineage, "step": place.step})
+
+
+def new_save_id() -> str:
+    """An id for one save."""
+    return uuid.uuid4().hex
+
+
+def recorded_saves(journal: Journal) -> set[str]:
+    """The ids of every save that the journal recorded."""
+    return {body["id"] for _, body in journal.events(SAVE)}
+
+
+def foreign_save(manifest: Manifest, saves: set[str]) -> str | None:
+    """Why a checkpoint was not saved by this copy of the run; None when it was, or cannot be told."""
+    if manifest.save_id is None or manifest.save_id in saves:
+        return None
+    return "it was saved by another copy of the run, whose weights may differ"
+
+
+class Membership:
+    """The run's id, and the digest that its history has at each step with a checkpoint.
+
+    The journal's thread adds to it, any thread reads it. A checkpoint whose step was not looked up is not
+    a member: whatever appears meanwhile counts for nothing until the journal was asked.
+    """
+
+    def __init__(self) -> None:
+        self.run_id = ""
+        """Empty until the journal was read."""
+        self._digests: dict[tuple[int, int], bytes] = {}
+        self._saves: set[str] = set()
+        self._absent: set[tuple[int, int]] = set()  # steps that the journal did not have when it was asked
+
+    def look_up(self, journal: Journal, manifests: Iterable[Manifest]) -> None:
+        """Ask the journal for the steps of checkpoints that are not known yet, absent ones again."""
+        if not self.run_id:
+            self._saves |= recorded_saves(journal)
+            self.run_id = journal.fact("run_id")
+        for manifest in manifests:
+            info = manifest.info
+            if manifest.run_id != self.run_id or (info.lineage, info.step) in self._digests:
+                continue
+            self._absent.add((info.lineage, info.step))
+            try:
+                digest = digest_at(journal, info.lineage, info.step)
+            except RunDirectoryError as error:  # a damaged record proves nothing
+                log.error("checkpoint %s does not count: %s", info.name, error)
+                continue
+            if digest is not None:
+                self._digests[info.lineage, info.step] = digest
+
+    def expect(self, place: Place, save_id: str) -> None:
+        """A checkpoint of this durable step is about to be written, and its save is recorded."""
+        self._digests[place.lineage, place.step] = place.digest
+        self._saves.add(save_id)
+
+    def unknown(self, manifest: Manifest) -> bool:
+        """Whether the journal was not asked yet."""
+        place = manifest.info.lineage, manifest.info.step
+        return manifest.run_id == self.run_id and place not in self._digests and place not in self._absent
+
+    def problem(self, manifest: Manifest) -> str | None:
+        """Why a checkpoint is not of this run's history; None when it is."""
+        info = manifest.info
+        if manifest.run_id != self.run_id:
+            return f"it belongs to run {manifest.run_id}, this is run {self.run_id}"
+        digest = self._digests.get((info.lineage, info.step))
+        if digest is None:
+            return f"the journal does not have its step {info.step} (lineage {info.lineage})"
+        if digest != info.digest:
+            return (
+                f"it comes from another copy of the run: its history up to step {info.step} (lineage "
+                f"{info.lineage}) is not this one"
+            )
+        return foreign_save(manifest, self._saves)

@@ -1,0 +1,60 @@
+"""What may go: checkpoints that nothing needs, and the batches behind those that recovery falls back on.
+
+Only the ancestry of the present state counts. Its two newest checkpoints stay whatever the settings say:
+should one be damaged, recovery begins at the other and computes the steps behind it again, for which
+their batches are kept.
+"""
+
+from __future__ import annotations
+
+from maskwire_server.config import CheckpointsConfig
+from maskwire_server.journal.ancestry import ancestry, on_path
+from maskwire_server.journal.records import Lineage, Stretch
+from maskwire_server.manifest import Manifest
+
+FALLBACKS = 2
+
+
+def needed(manifests: list[Manifest], lineages: dict[int, Lineage], lineage: int) -> dict[str, str]:
+    """The checkpoints that must stay, and why. `manifests`: the run's own, newest first, here and below."""
+    path = on_path(manifests, ancestry(lineages, lineage))
+    why = {manifest.info.name: "a start may need it" for manifest in path[:FALLBACKS]}
+    for line in lineages.values():
+        if line.checkpoint:
+            why[line.checkpoint] = f"lineage {line.lineage} began from it"
+    return why
+
+
+def collectable(
+    manifests: list[Manifest], lineages: dict[int, Lineage], lineage: int, settings: CheckpointsConfig
+) -> list[str]:
+    """The server's own checkpoints that retention lets go; named ones and other branches stay."""
+    own = [m.info for m in on_path(manifests, ancestry(lineages, lineage)) if m.automatic]
+    scored = sorted((info for info in own if info.score is not None), key=lambda info: info.score or 0.0)
+    plain = [info for info in own if info.score is None]
+    kept = {info.name for info in (*scored[: settings.keep_best], *plain[: settings.keep_last])}
+    kept |= needed(manifests, lineages, lineage).keys()
+    if settings.keep_every:
+        kept |= {info.name for info in plain if info.step % settings.keep_every == 0}
+    return [info.name for info in own if info.name not in kept]
+
+
+def droppable(manifests: list[Manifest], lineages: dict[int, Lineage], lineage: int) -> list[Stretch]:
+    """The steps whose batches no recovery needs: all but those behind the second newest checkpoint."""
+    segments = ancestry(lineages, lineage)
+    path = on_path(manifests, segments)
+    if len(path) < FALLBACKS:
+        return []
+    first = path[FALLBACKS - 1].info
+    through = {s.lineage: s.through for s in segments if s.lineage >= first.lineage}
+    gone = []
+    for number in lineages:
+        if number not in through:
+            gone.append(Stretch(number, -1))
+            continue
+        if number == first.lineage:
+            gone.append(Stretch(number, -1, first.step))
+        last = through[number]
+        if last is not None:
+            gone.append(Stretch(number, last))
+    return gone

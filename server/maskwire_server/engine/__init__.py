@@ -1,0 +1,1 @@
+"""One run: admission, the step queue, the executor, the committer and sessions."""

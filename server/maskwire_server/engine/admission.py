@@ -1,0 +1,340 @@
+"""Who may write, and which step comes next: the tables of `maskwire.v1` as pure functions.
+
+The engine looks the facts up, these functions decide, and nothing here knows a thread, a clock or a
+file. A decision is one of the four verbs below, or a `Refused` to raise.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from maskwire_server.engine.state import Place
+from maskwire_server.errors import Refused
+from maskwire_server.holder import Holder
+from maskwire_server.requests import History, RestoreRequest, SaveRequest, SessionRef, SessionRequest
+from maskwire_server.results import RunState
+
+
+class Verdict(enum.Enum):
+    """What becomes of an admitted step request."""
+
+    RUN = "run"
+    """It is the next step."""
+    WAIT = "wait"
+    """It is ahead, within the window."""
+    JOIN = "join"
+    """The same request is in flight: its answer serves both."""
+    REPLAY = "replay"
+    """The same request was answered: give the recorded answer."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """An earlier request with the same request id."""
+
+    step: int | None
+    """None: in flight without a number of its own yet."""
+    payload_hash: bytes
+    in_flight: bool
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the run stands when a request comes."""
+
+    state: RunState
+    run_id: str
+    lineage: int
+    epoch: int
+    """The newest epoch ever given; 0 before the first."""
+    writer: str
+    """The name of the client whose session is open; empty when none is."""
+    closed: bool
+    """The newest epoch's session was closed by its owner."""
+    next_step: int
+    """The first step that is neither applied nor in flight."""
+    window: int
+    refused_step: int | None = None
+    """The first step whose sender was refused with it and has not sent another one under its number."""
+    holder: Holder | None = None
+    """The client of the newest epoch, whether its session is open or not."""
+
+    @property
+    def holder_facts(self) -> dict[str, Any]:
+        """What an error says of the newest epoch's client."""
+        return self.holder.metadata() if self.holder else {"epoch": self.epoch, "writer": self.writer}
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """One step request, and what the engine looked up for it."""
+
+    session: SessionRef | None
+    step: int | None
+    payload_hash: bytes
+    known: Known | None
+    step_waits: bool
+    """Another request already waits with this step's number."""
+    queue_length: int
+    queue_limit: int
+
+
+_LONGEST_SHOWN = 24  # characters of a part of a fingerprint; a longer one is a hash, which helps no reader
+_UNAVAILABLE = {
+    RunState.RECOVERING: "the server is recovering the run",
+    RunState.RESTORING: "a checkpoint is being restored",
+    RunState.HELD: "the journal has no room on its disk; free some, and training goes on",
+    RunState.DRAINING: "the server is finishing its work before it ends",
+}
+
+
+def refuse_unavailable(state: RunState) -> None:
+    """Raise for a state in which asking again later helps."""
+    if state in _UNAVAILABLE:
+        raise Refused(state.name, f"{_UNAVAILABLE[state]}; ask again with the same request id")
+    if state is RunState.RECOVERY_FAILED:
+        raise Refused("RECOVERING", "recovery failed; the server's log says why")
+
+
+def refuse_full(queue_length: int, queue_limit: int) -> None:
+    """Raise when no more may wait for the device."""
+    if queue_length >= queue_limit:
+        raise Refused(
+            "QUEUE_FULL",
+            f"{queue_length} requests wait for the device, the limit is {queue_limit}; ask again with the "
+            "same request id",
+            queue_length=queue_length,
+            queue_limit=queue_limit,
+        )
+
+
+def check_session(session: SessionRef, at: Position) -> None:
+    """Raise unless `session` is the newest one of this run and lineage."""
+    if session.run_id != at.run_id or session.lineage != at.lineage:
+        raise Refused(
+            "WRONG_RUN",
+            f"the session is of run {session.run_id!r}, lineage {session.lineage}; this is run "
+            f"{at.run_id!r}, lineage {at.lineage}: open a session with this run",
+            run_id=at.run_id,
+            lineage=at.lineage,
+            session_run_id=session.run_id,
+            session_lineage=session.lineage,
+        )
+    if session.epoch < at.epoch:
+        raise Refused(
+            "FENCED",
+            f"epoch {session.epoch} was superseded by epoch {at.epoch}: {_who(at)} took over, stop this one",
+            session_epoch=session.epoch,
+            **at.holder_facts,
+        )
+    if session.epoch > at.epoch or session.epoch < 1 or at.closed:
+        why = "was closed" if session.epoch == at.epoch and at.closed else "was never given here"
+        raise Refused(
+            "UNKNOWN_EPOCH",
+            f"epoch {session.epoch} {why} (the newest is {at.epoch}): open a session",
+            epoch=at.epoch,
+            session_epoch=session.epoch,
+        )
+
+
+def check_writer(session: SessionRef | None, at: Position) -> None:
+    """Raise unless a step of this session, or of none, may be trained now."""
+    if session is not None:
+        check_session(session, at)
+    elif at.writer:
+        raise Refused(
+            "WRITER_PRESENT",
+            f"{at.writer!r} has a session open{_where(at)}; send its session, or wait until it is closed or "
+            "idle",
+            **at.holder_facts,
+        )
+
+
+def admit_step(facts: StepFacts, at: Position) -> Verdict:
+    """Decide on one TrainStep, in the order that the protocol writes down."""
+    check_writer(facts.session, at)
+    if facts.known is not None:
+        return _admit_known(facts, facts.known)
+    if facts.step is not None and (facts.step < at.next_step or facts.step_waits):
+        raise Refused(
+            "STEP_TAKEN",
+            f"step {facts.step} was applied, or is in flight, under another request id; the next is "
+            f"{at.next_step}",
+            step=facts.step,
+            expected_step=at.next_step,
+        )
+    if at.refused_step is not None and facts.step is not None and facts.step > at.refused_step:
+        raise gap(facts.step, at.refused_step)
+    ahead = 0 if facts.step is None else facts.step - at.next_step
+    if ahead >= at.window:
+        raise gap(facts.step, at.next_step)
+    refuse_full(facts.queue_length, facts.queue_limit)
+    refuse_unavailable(at.state)
+    if at.state is RunState.HALTED:
+        raise Refused(
+            "HALTED",
+            "three steps in a row were not finite; look at the data and the learning rate, then open a "
+            "session with takeover",
+        )
+    return Verdict.WAIT if ahead > 0 else Verdict.RUN
+
+
+def _admit_known(facts: StepFacts, known: Known) -> Verdict:
+    same_step = facts.step is None or known.step is None or facts.step == known.step
+    if facts.payload_hash != known.payload_hash or not same_step:
+        what = "another step" if facts.payload_hash == known.payload_hash else "another payload"
+        raise Refused(
+            "PAYLOAD_MISMATCH",
+            f"this request id was used with {what} (step {known.step}); make a new id for a new request",
+            step=known.step,
+        )
+    return Verdict.JOIN if known.in_flight else Verdict.REPLAY
+
+
+def refuse_unexpected(request: SaveRequest | RestoreRequest, place: Place) -> None:
+    """Raise WRONG_RUN unless the run is where the request expects it."""
+    for name, expected, actual in (
+        ("lineage", request.expected_lineage, place.lineage),
+        ("step", request.expected_step, place.step),
+    ):
+        if expected is not None and expected != actual:
+            raise Refused(
+                "WRONG_RUN",
+                f"expected_{name} is {expected}, the run is at {name} {actual}",
+                lineage=place.lineage,
+                step=place.step,
+            )
+
+
+def gap(step: int | None, expected: int) -> Refused:
+    """The refusal of a step whose predecessor was refused, given up, or stays away."""
+    return Refused(
+        "GAP",
+        f"step {step} is ahead of step {expected}, which was refused or has not come; ask for {expected} "
+        f"again, or if it was refused, number the window again from {expected}",
+        step=step,
+        expected_step=expected,
+    )
+
+
+@dataclass(frozen=True)
+class SessionFacts:
+    """One OpenSession, and what the engine looked up for it."""
+
+    request: SessionRequest
+    nonce_epoch: int | None
+    """The epoch that this nonce was given, if it was."""
+    durable_step: int
+    recorded_digest: bytes | None
+    """The digest recorded at the client's last step in this lineage; None when there is none."""
+    tokenizer: str = ""
+    """What the run's ids stand for; empty: nobody said."""
+    data: Mapping[str, str] = field(default_factory=dict)
+    """The fingerprint of the run's data; empty: nobody said."""
+
+
+def admit_session(facts: SessionFacts, at: Position) -> bool:
+    """Whether a new epoch is due; False: the nonce's own epoch is given again."""
+    refuse_unavailable(at.state)
+    request = facts.request
+    if request.history is not None:
+        _check_history(request.history, facts, at)
+    if request.tokenizer and facts.tokenizer and request.tokenizer != facts.tokenizer:
+        raise Refused(
+            "TOKENIZER_MISMATCH",
+            f"the run's ids are of {facts.tokenizer}, this client's of {request.tokenizer}: prepare the data "
+            "with the run's tokenizer, or start a new run",
+            tokenizer=facts.tokenizer,
+            client_tokenizer=request.tokenizer,
+        )
+    if request.data and facts.data and not request.allow_changed_data:
+        _check_data(request.data, facts.data)
+    if facts.nonce_epoch is not None:
+        if facts.nonce_epoch < at.epoch:
+            raise Refused(
+                "FENCED",
+                f"this session (epoch {facts.nonce_epoch}) was superseded by epoch {at.epoch}: {_who(at)} "
+                "took over, stop this one",
+                session_epoch=facts.nonce_epoch,
+                **at.holder_facts,
+            )
+        if at.closed:
+            raise Refused(
+                "UNKNOWN_EPOCH",
+                f"this session (epoch {facts.nonce_epoch}) was closed; open another with a new nonce",
+                epoch=at.epoch,
+                session_epoch=facts.nonce_epoch,
+            )
+        return False
+    if request.held_epoch is not None and request.held_epoch < at.epoch:
+        raise Refused(
+            "FENCED",
+            f"this process held epoch {request.held_epoch}, which epoch {at.epoch} superseded: {_who(at)} "
+            "took over, stop this one",
+            session_epoch=request.held_epoch,
+            **at.holder_facts,
+        )
+    unasked = at.writer == request.client_name or request.gone_epoch == at.epoch
+    if at.writer and not unasked and not request.takeover:
+        raise Refused(
+            "WRITER_PRESENT",
+            f"{at.writer!r} has a session open{_where(at)}; wait until it is closed or idle, or take over",
+            **at.holder_facts,
+        )
+    return True
+
+
+def _check_data(sent: Mapping[str, str], kept: Mapping[str, str]) -> None:
+    changed = [part for part in sorted({*sent, *kept}) if sent.get(part) != kept.get(part)]
+    if not changed:
+        return
+    words = [
+        f"{part} differs"
+        if max(len(kept.get(part, "")), len(sent.get(part, ""))) > _LONGEST_SHOWN
+        else f"{part} was {kept.get(part, 'not set')}, is {sent.get(part, 'not set')}"
+        for part in changed
+    ]
+    raise Refused(
+        "DATA_CHANGED",
+        f"the data is not what the run was trained on: {'; '.join(words)}. Put it back as it was, or "
+        "continue with the changed data (allow_changed_data)",
+        changed=",".join(changed),
+    )
+
+
+def _where(at: Position) -> str:
+    return at.holder.where if at.holder else ""
+
+
+def _who(at: Position) -> str:
+    return str(at.holder) if at.holder else repr(at.writer) if at.writer else "another writer"
+
+
+def _check_history(history: History, facts: SessionFacts, at: Position) -> None:
+    if history.run_id != at.run_id or history.lineage != at.lineage:
+        raise Refused(
+            "WRONG_RUN",
+            f"the client's history is of run {history.run_id!r}, lineage {history.lineage}; this is run "
+            f"{at.run_id!r}, lineage {at.lineage}: start the client afresh",
+            run_id=at.run_id,
+            lineage=at.lineage,
+        )
+    if history.step > facts.durable_step:
+        raise Refused(
+            "HISTORY_LOST",
+            f"the client holds step {history.step}, the server only {facts.durable_step}: acknowledged "
+            "steps are missing; look at the server's storage before going on",
+            client_step=history.step,
+            durable_step=facts.durable_step,
+        )
+    if history.digest != facts.recorded_digest:
+        raise Refused(
+            "HISTORY_LOST",
+            f"the client and the server differ at step {history.step}: their histories are not the same; "
+            "look at the server's storage before going on",
+            client_step=history.step,
+            durable_step=facts.durable_step,
+        )

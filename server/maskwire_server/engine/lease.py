@@ -1,0 +1,72 @@
+"""The run's one writer: whose session is open, and until when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from maskwire_server.holder import ClientProcess, Holder
+from maskwire_server.journal.records import SessionRecord
+
+
+class Writer:
+    """The newest epoch, in memory. A session ends when it is closed, or idle for too long."""
+
+    def __init__(self, idle_seconds: float, clock: Callable[[], float]) -> None:
+        self._idle_seconds = idle_seconds
+        self._clock = clock
+        self._active = clock()
+        self.epoch = 0
+        self.client_name = ""
+        self.process: ClientProcess | None = None
+        self.closed = True
+        self._opening = False
+        self._ended = False  # seen idle; whatever is in flight since then is not the session's
+        self.superseded: Holder | None = None
+        """Whose session the newest epoch took over."""
+
+    @property
+    def holder(self) -> Holder | None:
+        """The client of the newest epoch; None before the first."""
+        return Holder(self.client_name, self.epoch, self.process) if self.epoch else None
+
+    def resume(self, session: SessionRecord | None, process: ClientProcess | None = None) -> None:
+        """Take the newest recorded epoch over after a restart; its idle time starts now."""
+        if session is not None:
+            self.epoch, self.client_name, self.closed = session.epoch, session.client_name, session.closed
+            self.process, self.superseded = process, None
+        self.opened()
+
+    def open(
+        self,
+        epoch: int,
+        client_name: str,
+        process: ClientProcess | None = None,
+        *,
+        supersedes: bool = False,
+    ) -> None:
+        """A new epoch begins; its session counts as open, however long its record takes.
+
+        `supersedes`: the session of the epoch before is still open.
+        """
+        self.superseded = self.holder if supersedes else None
+        self.epoch, self.client_name, self.process, self.closed = epoch, client_name, process, False
+        self._opening = True
+        self.touch()
+
+    def opened(self) -> None:
+        """The epoch is recorded and answered for: its idle time starts now."""
+        self._opening = False
+        self.touch()
+
+    def touch(self) -> None:
+        """Something of the session came in or was answered."""
+        self._active = self._clock()
+        self._ended = False
+
+    def present(self, busy: bool) -> str:
+        """The name of the client whose session is open, empty when none is; `busy`: it has steps here."""
+        if self.closed or not self.epoch:
+            return ""
+        if not busy and not self._opening and self._clock() - self._active >= self._idle_seconds:
+            self._ended = True
+        return "" if self._ended else self.client_name

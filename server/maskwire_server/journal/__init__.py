@@ -1,0 +1,1 @@
+"""The journal of a run in SQLite: schema, records, lineages, disk space and fsync."""

@@ -1,0 +1,35 @@
+"""Recorded steps, a page at a time: the journal is read on the run's thread, so a page is small."""
+
+from __future__ import annotations
+
+from maskwire_server.errors import Refused
+from maskwire_server.history import RecordedStep, StepsPage, StepsRequest
+from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.records import StepRecord
+
+
+def page(journal: Journal, run_id: str, request: StepsRequest) -> StepsPage:
+    """The first steps of the range, all of them durable; raises Refused (WRONG_RUN)."""
+    lineages = journal.lineages()
+    newest = max(lineages)
+    lineage = lineages.get(newest if request.lineage is None else request.lineage)
+    if lineage is None or request.run_id not in ("", run_id):
+        asked = request.run_id or run_id, newest if request.lineage is None else request.lineage
+        raise Refused(
+            "WRONG_RUN",
+            f"run {asked[0]!r}, lineage {asked[1]}, is not here; this is run {run_id!r}, and its newest "
+            f"lineage is {newest}",
+            run_id=run_id,
+            lineage=newest,
+        )
+    # One more than asked for tells whether another page follows.
+    found = journal.steps_between(lineage.lineage, request.first_step, request.last_step, request.size + 1)
+    return StepsPage(
+        run_id, lineage.lineage, lineage.parent, lineage.step, lineage.checkpoint,
+        steps=tuple(_recorded(record) for record in found[: request.size]),
+        next_step=found[-1].step if len(found) > request.size else None,
+    )  # fmt: skip
+
+
+def _recorded(record: StepRecord) -> RecordedStep:
+    return RecordedStep(record.step, record.outcome, record.losses, record.gradient_norm, record.digest)

@@ -1,0 +1,1 @@
+"""Recovery: boot, replay, environment fingerprint, point in time, verification."""

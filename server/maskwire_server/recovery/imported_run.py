@@ -1,0 +1,117 @@
+"""A run that begins at weights from elsewhere: a whole run directory, or none.
+
+It is made beside its place and renamed into it, so that a run which was cut off while it was made is never
+served: it would begin at other weights.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from maskwire_server.checkpoints import membership
+from maskwire_server.checkpoints.saver import KEPT_SECTIONS
+from maskwire_server.checkpoints.store import Checkpoints
+from maskwire_server.engine.executor import Device, Trainer
+from maskwire_server.engine.state import Place
+from maskwire_server.errors import Refused, RunDirectoryError
+from maskwire_server.journal.fsync import flush_folder, make_folder
+from maskwire_server.journal.journal import Journal
+from maskwire_server.manifest import Manifest
+from maskwire_server.recovery import boot
+from maskwire_server.results import CheckpointInfo
+
+NAME = "imported"
+
+
+def begin(
+    run_dir: Path,
+    factory: Callable[[], Trainer],
+    configuration: dict[str, Any],
+    *,
+    seed: int,
+    canonical: bytes,
+    versions: dict[str, str],
+    labels: dict[str, str],
+    texts: dict[str, str],
+) -> CheckpointInfo:
+    """Make a run at step 0 whose first checkpoint, `imported`, is the state of the factory's trainer.
+
+    `texts` are files to lay beside it. Retention leaves the checkpoint alone: no seed makes these weights
+    again. Raises RunDirectoryError when the place is taken or cannot be written.
+    """
+    try:
+        if run_dir.is_mount():  # nothing can be renamed into its place
+            raise RunDirectoryError(
+                f"{run_dir} is the root of a volume: name a folder in it with --run-dir, as {run_dir / 'run'}"
+            )
+        if run_dir.exists() and any(run_dir.iterdir()):
+            raise RunDirectoryError(f"{run_dir} is not empty: name another folder with --run-dir")
+        place = run_dir.absolute()
+        draft = place.with_name(f"{place.name}.importing")
+        if draft.exists():
+            shutil.rmtree(draft)
+        make_folder(draft)
+        try:
+            info = _write(draft, factory, configuration, seed, canonical, versions, labels)
+            for name, text in texts.items():
+                with (draft / name).open("w") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+            flush_folder(draft)
+            draft.rename(place)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+        flush_folder(place.parent)
+    except Refused as error:
+        raise RunDirectoryError(f"{run_dir}: {error.message}") from error
+    except OSError as error:
+        raise RunDirectoryError(f"{run_dir}: cannot be written ({error.strerror})") from error
+    return info
+
+
+def _write(
+    folder: Path,
+    factory: Callable[[], Trainer],
+    configuration: dict[str, Any],
+    seed: int,
+    canonical: bytes,
+    versions: dict[str, str],
+    labels: dict[str, str],
+) -> CheckpointInfo:
+    journal = boot.open_journal(folder, seed=seed, canonical=canonical)
+    device = Device(lambda act: act())
+    try:
+        _, found = device.call(partial(device.build, factory))
+        lineage = journal.lineages()[1]
+        kept = {section: configuration[section] for section in KEPT_SECTIONS if section in configuration}
+        manifest = Manifest(
+            CheckpointInfo(NAME, lineage.lineage, 0, lineage.digest, (), time.time(), labels),
+            journal.fact("run_id"),
+            False,
+            None,
+            kept,
+            versions | found,
+            save_id=membership.new_save_id(),
+        )
+        info = Checkpoints(folder).write(device.call(device.snapshot), manifest).info
+        # No seed makes these weights: without this checkpoint the run must not begin.
+        journal.transaction(partial(_record, journal, manifest))
+        return info
+    finally:
+        device.close()
+        journal.close()
+
+
+def _record(journal: Journal, manifest: Manifest) -> None:
+    info = manifest.info
+    place = Place(manifest.run_id, info.lineage, info.step, info.digest)
+    membership.record_save(journal, place, manifest.save_id or "")
+    journal.add_event(boot.BEGAN_FROM, {"checkpoint": NAME})

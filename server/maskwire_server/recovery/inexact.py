@@ -1,0 +1,59 @@
+"""Replays that were not exact: recorded for ever, and shown to whoever relies on the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from maskwire_server.journal.ancestry import Segment
+from maskwire_server.journal.journal import Journal
+from maskwire_server.results import InexactReplay
+
+EVENT = "inexact_replay"
+
+
+def record(journal: Journal, replays: Iterable[InexactReplay], beyond: list[int]) -> None:
+    """Record the stretches of one replay, and the steps in them that no tolerance covers."""
+    body = {"steps": beyond, "replays": [vars(replay) for replay in replays]}
+    journal.transaction(lambda: journal.add_event(EVENT, body))
+
+
+def recorded(journal: Journal) -> tuple[InexactReplay, ...]:
+    """Every inexact replay of the run, by lineage and step; those that overlap are one."""
+    found: list[InexactReplay] = []
+    for at, body in journal.events(EVENT):
+        if "replays" in body:
+            found += [InexactReplay(**replay) for replay in body["replays"]]
+        elif body["steps"]:  # of version 0.1, which recorded the steps alone
+            steps = body["steps"]
+            found.append(InexactReplay(journal.lineage_at(at), min(steps), max(steps), True))
+    merged: list[InexactReplay] = []
+    for replay in sorted(found, key=lambda r: (r.lineage, r.first_step, r.last_step)):
+        last = merged[-1] if merged else None
+        if last is None or last.lineage != replay.lineage or replay.first_step > last.last_step:
+            merged.append(replay)
+            continue
+        merged[-1] = InexactReplay(
+            last.lineage,
+            last.first_step,
+            max(last.last_step, replay.last_step),
+            last.accepted or replay.accepted,
+        )
+    return tuple(merged)
+
+
+def within(replays: Iterable[InexactReplay], segments: list[Segment]) -> tuple[InexactReplay, ...]:
+    """Those that the history of `segments` went through."""
+    through = {segment.lineage: segment.through for segment in segments}
+    return tuple(
+        replay
+        for replay in replays
+        if replay.lineage in through
+        and (through[replay.lineage] is None or replay.first_step <= (through[replay.lineage] or 0))
+    )
+
+
+def ahead(
+    replays: Iterable[InexactReplay], segments: list[Segment], start: tuple[int, int]
+) -> tuple[InexactReplay, ...]:
+    """Those of the history that a computation from (lineage, step) on goes through or begins in."""
+    return tuple(replay for replay in within(replays, segments) if (replay.lineage, replay.last_step) > start)

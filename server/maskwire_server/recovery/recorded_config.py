@@ -1,0 +1,36 @@
+"""The one way in which a configuration meets a run that is there already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from maskwire_server.config import Config, NewerRunError
+from maskwire_server.errors import ConfigError, RunDirectoryError
+from maskwire_server.journal.journal import FILE_NAME, Journal, explained
+
+
+def of_run(config: Config, run_dir: Path) -> Config:
+    """The configuration for the run of a directory, as it is where there is none yet.
+
+    Options of [model] and [objective], and a seed, that are not set come from the run's record, so that
+    neither new options nor changed defaults and presets keep a newer version from opening an older run.
+    Raises RunDirectoryError that names each one which is set and differs.
+    """
+    if not (run_dir / FILE_NAME).is_file():
+        return config
+    journal = Journal(run_dir)
+    try:
+        if journal.is_new:
+            return config
+        with explained(run_dir):
+            seed, canonical = journal.fact("seed"), journal.fact("canonical")
+        return config.of_run(seed, canonical)
+    except NewerRunError as error:
+        raise RunDirectoryError(f"{run_dir}: {error}") from error
+    except ConfigError as error:
+        raise RunDirectoryError(
+            f"{run_dir}: {error}: model, objective and seed belong to the run; leave them out, or put them "
+            "back, or start a new run in an empty directory"
+        ) from error
+    finally:
+        journal.close()

@@ -1,0 +1,179 @@
+"""Recorded steps computed again: read along the ancestry, checked on the way, held against the record."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from maskwire.v1.digest import step_digest
+from maskwire_server import failpoints
+from maskwire_server.batch import Payload
+from maskwire_server.errors import RunDirectoryError
+from maskwire_server.journal.ancestry import Segment
+from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.records import StepRecord, damaged
+from maskwire_server.recovery.tolerance import Tolerance, excess, outcome_differs
+from maskwire_server.results import InexactReplay, Outcome, StepResult
+
+log = logging.getLogger(__name__)
+
+
+class InexactReplayError(RunDirectoryError):
+    """A step computed again gave another result than the one that was acknowledged."""
+
+
+def digest_at(journal: Journal, lineage: int, step: int) -> bytes | None:
+    """The digest that a lineage had after `step`, by the journal; None when it never got there."""
+    start = journal.lineages().get(lineage)
+    if start is not None and step == start.step:
+        return start.digest
+    record = journal.step(lineage, step)
+    return None if record is None else record.digest
+
+
+def read_payload(record: StepRecord, encoded: bytes) -> Payload:
+    """A step's kept batch. Raises RunDirectoryError when it is not the one that the step hashed."""
+    try:
+        payload = Payload.decode(encoded)
+        whole = payload.hash() == record.payload_hash
+    except Exception:  # whatever damaged bytes make of it
+        whole = False
+    if not whole:
+        raise damaged(f"the batch of step {record.step} (lineage {record.lineage})")
+    return payload
+
+
+def steps_to_replay(
+    journal: Journal, segments: list[Segment], start: tuple[int, int]
+) -> Iterator[tuple[StepRecord, bytes | None]]:
+    """The records behind (lineage, step) along the ancestry; the digest chain is checked on the way."""
+    lineages = journal.lineages()
+    began = False
+    for segment in segments:
+        began = began or segment.lineage == start[0]
+        if not began:
+            continue
+        at = start[1] if segment.lineage == start[0] else lineages[segment.lineage].step
+        digest = digest_at(journal, segment.lineage, at)
+        for record, payload in journal.steps_after(segment.lineage, at):
+            if segment.through is not None and record.step > segment.through:
+                break
+            at += 1
+            expected = step_digest(digest or b"", segment.lineage, at, record.payload_hash, record.outcome)
+            if record.step != at or record.digest != expected:
+                raise RunDirectoryError(
+                    f"journal: step {at} (lineage {segment.lineage}) is missing or does not continue the "
+                    "history before it; restore the run directory from a copy"
+                )
+            digest = record.digest
+            yield record, payload
+        if segment.through is not None and at < segment.through:
+            raise RunDirectoryError(
+                f"journal: step {at + 1} (lineage {segment.lineage}), from which a later one descends, is "
+                "missing; restore the run directory from a copy"
+            )
+
+
+def told(
+    records: Iterator[tuple[StepRecord, bytes | None]], total: int, tell: Callable[[str], None]
+) -> Iterator[tuple[StepRecord, bytes | None]]:
+    """Pass the records on, and tell twice a second, and the log every ten, how far it is."""
+    began = spoken = logged = time.monotonic()
+    for count, item in enumerate(records):
+        now = time.monotonic()
+        if now - spoken >= 0.5 or not count:
+            spoken = now
+            speed = count / (now - began) if count else 0.0
+            left = f", {(total - count) / speed:.0f} s left" if speed else ""
+            words = f"the replay: step {item[0].step}, {count} of {total}{left}"
+            tell(words)
+            if now - logged >= 10:
+                logged = now
+                log.info("%s", words)
+        yield item
+
+
+@dataclass
+class Replayed:
+    """What came of computing steps again."""
+
+    count: int = 0
+    """The steps, those that changed nothing included."""
+    differing: int = 0
+    """Those whose results were not the recorded bytes."""
+    beyond: list[int] = field(default_factory=list)
+    """Of these the steps that no tolerance covers, accepted."""
+    stretches: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By lineage, the first and the last step whose weights are close to the run's and not the same bytes."""
+
+    def inexact(self, *, accepted: bool) -> list[InexactReplay]:
+        """The stretches as they are recorded."""
+        accepted = accepted or bool(self.beyond)
+        return [InexactReplay(lineage, *steps, accepted) for lineage, steps in self.stretches.items()]
+
+
+def replay(
+    records: Iterator[tuple[StepRecord, bytes | None]],
+    train: Callable[[int, int, Payload], StepResult],
+    *,
+    tolerance: Callable[[float | None], Tolerance | None] = lambda _: None,
+    accept_inexact: bool = False,
+) -> Replayed:
+    """Compute the records' steps again, and hold each result against its record.
+
+    `tolerance` is asked for each, with the learning rate of its batch: None wants the recorded bytes.
+    Skipped and failed steps changed nothing and are not computed. Raises InexactReplayError at the first
+    step that differs by more, unless `accept_inexact`, and always at one with another outcome.
+    """
+    done = Replayed()
+    for record, payload in records:
+        done.count += 1
+        if record.outcome is not Outcome.APPLIED:
+            continue
+        if payload is None:
+            raise RunDirectoryError(
+                f"journal: the batch of step {record.step} is not kept, and no whole checkpoint lies between "
+                'it and the step asked for: serve.keep_payloads = "all" keeps every batch; where a '
+                "checkpoint was damaged, restore the run directory from a copy"
+            )
+        failpoints.passing("recovery.replaying")
+        batch = read_payload(record, payload)
+        result = train(record.lineage, record.step, batch)
+        if outcome_differs(record, result):
+            raise InexactReplayError(
+                f"step {record.step} computed again ended as {result.outcome.name}, acknowledged was "
+                f"{record.outcome.name}: the weights would lack the step; start on the software, hardware "
+                "and settings that it was trained with"
+            )
+        again = StepRecord(**{**vars(record), "losses": result.losses, "gradient_norm": result.gradient_norm})
+        same, allowed = again.numbers() == record.numbers(), tolerance(batch.modes.learning_rate)
+        if same and allowed is None and not done.stretches:
+            continue
+        # The loss comes before the update: equal bytes do not show that the weights are equal.
+        first, _ = done.stretches.get(record.lineage, (record.step, record.step))
+        done.stretches[record.lineage] = first, record.step
+        if same:
+            continue
+        done.differing += 1
+        problem = _bytes_differ(record, result) if allowed is None else (
+            excess(record, result, allowed, batch.batch.rows * batch.batch.columns)
+        )  # fmt: skip
+        if problem is None:
+            continue
+        message = f"step {record.step} computed again gave {problem}"
+        if not accept_inexact:
+            raise InexactReplayError(
+                f"{message}: software, hardware, threads, configuration or checkpoint differ from when it "
+                "was trained; start as it was then, or accept it once with --accept-inexact-replay"
+            )
+        done.beyond.append(record.step)
+        log.warning("%s; accepted", message)
+    if done.differing > len(done.beyond):
+        log.info("%d steps computed again differ within the tolerance", done.differing - len(done.beyond))
+    return done
+
+
+def _bytes_differ(record: StepRecord, result: StepResult) -> str:
+    return f"loss {result.losses.loss!r}, acknowledged was {record.losses.loss!r}"

@@ -1,0 +1,87 @@
+"""How far a step computed again may be from its record where results are not reproducible.
+
+The tolerances are 1.3 to 4.6 times the largest drift measured over 3,000 replayed steps: a checkpoint
+interval of 300 seconds at 10 steps a second. docs/durability.md has the measurement, and the command
+that repeats it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from maskwire_server.journal.records import StepRecord
+from maskwire_server.results import StepResult
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The largest relative differences that rounding explains."""
+
+    generator_loss: float
+    critic_loss: float
+    gradient_norm: float
+
+    def after(self, steps: float) -> Tolerance:
+        """The part of it that counts once so many `measured_steps` were computed again.
+
+        Drift grows with the steps, and what is wrong from the start (a checkpoint, a seed) shows at once.
+        """
+        share = min(1.0, (_AT_ONCE + steps) / _REACHED)
+        return Tolerance(share * self.generator_loss, share * self.critic_loss, share * self.gradient_norm)
+
+
+_AT_ONCE, _REACHED = 50, 1000  # 5 % of it at the first step, all of it from the 951st on
+_MEASURED_RATE = 1e-3  # the learning rate that the drift was measured at
+
+
+def measured_steps(learning_rate: float) -> float:
+    """The steps at the measured learning rate that drift as far as one at this rate, at least 1.
+
+    A step moves the weights in proportion to its rate, and what rounding adds to the step with it.
+    """
+    return max(1.0, learning_rate / _MEASURED_RATE)
+
+
+TOLERANCES = {
+    "fp32": Tolerance(0.06, 0.3, 0.3),
+    "tf32": Tolerance(0.06, 0.3, 0.3),
+    "bf16": Tolerance(0.1, 0.5, 0.4),
+}
+"""By the precision of the fingerprint."""
+
+SMALL = 0.1
+"""Below this value differences count against it: near zero the rounding of a loss is absolute."""
+_FLIP = 4.0
+"""Nats by which one sampled token that rounding flips can change the critic's loss at its positions."""
+
+
+def outcome_differs(record: StepRecord, result: StepResult) -> bool:
+    """Whether the step ended in another way: no tolerance covers that."""
+    return result.outcome is not record.outcome
+
+
+def excess(record: StepRecord, result: StepResult, tolerance: Tolerance, tokens: int) -> str | None:
+    """Which number is further from the record than the tolerance allows; None: none is.
+
+    A critic's inputs are sampled from the generator, and one that flips weighs more the smaller the batch:
+    `tokens` is the number of positions of the batch.
+    """
+    was, now = record.losses, result.losses
+    flip = _FLIP / tokens if was.critic_loss is not None else 0.0
+    norm_flip = flip * abs(record.gradient_norm or 0.0)
+    pairs = [
+        ("generator loss", was.generator_loss, now.generator_loss, tolerance.generator_loss, 0.0),
+        ("critic loss", was.critic_loss, now.critic_loss, tolerance.critic_loss, flip),
+        ("gradient norm", record.gradient_norm, result.gradient_norm, tolerance.gradient_norm, norm_flip),
+    ]
+    if was.generator_loss is None and was.critic_loss is None:
+        pairs.append(("loss", was.loss, now.loss, tolerance.generator_loss, 0.0))
+    for name, recorded, computed, relative, absolute in pairs:
+        if recorded is None and computed is None:
+            continue
+        if recorded is not None and computed is not None:
+            allowed = relative * max(abs(recorded), SMALL) + absolute
+            if abs(recorded - computed) <= allowed:  # False for what is not finite
+                continue
+        return f"{name} {computed!r}, acknowledged was {recorded!r}, beyond the tolerance of {relative:g}"
+    return None

@@ -1,0 +1,221 @@
+"""Looking at a run directory without a device: is it whole, and what happened at a step?
+
+    verify    every record's hash, the digest chain of every lineage, each batch that is kept, each
+              checkpoint's files
+    inspect   one step: its batch, outcome, losses and gradient norm
+
+Nothing is changed but that SQLite folds its write-ahead log away and an older format of the journal is
+brought up to date, as a server's start would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maskwire.v1.digest import initial_digest, lineage_digest, step_digest
+from maskwire_server.batch import Payload
+from maskwire_server.checkpoints.membership import foreign_save, recorded_saves
+from maskwire_server.checkpoints.retention import FALLBACKS
+from maskwire_server.checkpoints.store import Checkpoints
+from maskwire_server.errors import RunDirectoryError
+from maskwire_server.journal.ancestry import ancestry, on_path
+from maskwire_server.journal.journal import FILE_NAME, Journal, explained
+from maskwire_server.journal.records import Lineage, StepRecord
+from maskwire_server.recovery import inexact
+from maskwire_server.recovery.boot import require_seed
+from maskwire_server.recovery.replay import digest_at, read_payload, steps_to_replay
+from maskwire_server.results import CheckpointInfo, InexactReplay, Outcome
+
+
+@dataclass
+class Audit:
+    """What `verify` found."""
+
+    run_id: str = ""
+    lineage: int = 0
+    step: int = 0
+    """The last step of the newest lineage."""
+    digest: str = ""
+    lineages: int = 0
+    steps: int = 0
+    batches: int = 0
+    """Steps whose batch is kept."""
+    checkpoints: list[str] = field(default_factory=list)
+    """The whole ones, newest first."""
+    inexact_replays: list[InexactReplay] = field(default_factory=list)
+    """Steps that a start computed again, close to the recorded results and not the same bytes."""
+    problems: list[str] = field(default_factory=list)
+
+
+def open_run(run_dir: Path) -> Journal:
+    """The journal of a run that is there. Raises RunDirectoryError."""
+    if not (run_dir / FILE_NAME).is_file():
+        raise RunDirectoryError(f"{run_dir}: there is no run here ({FILE_NAME} is missing)")
+    return Journal(run_dir)
+
+
+def verify(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -> Audit:
+    """Check everything that can be checked without computing. Raises RunDirectoryError for no run at all."""
+    journal = open_run(run_dir)
+    try:
+        with explained(run_dir):
+            audit = Audit(run_id=journal.fact("run_id"))
+            lineages = journal.lineages()
+        if not lineages:
+            raise RunDirectoryError(f"{run_dir}: the journal has no history; restore it from a copy")
+        at = {}
+        for lineage in lineages.values():
+            with _noted(audit, run_dir):
+                _verify_start(journal, lineage, lineages, audit)
+            at[lineage.lineage] = lineage.step, lineage.digest.hex()
+            with _noted(audit, run_dir):
+                for record in _verified_steps(journal, lineage, audit, tell):
+                    at[lineage.lineage] = record.step, record.digest.hex()
+        audit.lineages, audit.lineage = len(lineages), max(lineages)
+        audit.step, audit.digest = at[audit.lineage]
+        with _noted(audit, run_dir):
+            audit.inexact_replays += inexact.recorded(journal)
+        with _noted(audit, run_dir):
+            audit.problems += journal.damage()
+        with _noted(audit, run_dir):
+            _verify_checkpoints(journal, Checkpoints(run_dir), audit, tell)
+        with _noted(audit, run_dir):
+            _verify_recovery(journal, Checkpoints(run_dir), lineages, audit)
+        return audit
+    finally:
+        journal.close()
+
+
+def _verify_start(journal: Journal, lineage: Lineage, lineages: dict[int, Lineage], audit: Audit) -> None:
+    if lineage.parent is None:
+        expected: bytes | None = initial_digest(journal.fact("canonical"), journal.fact("seed"))
+    elif lineage.parent in lineages:
+        parent = digest_at(journal, lineage.parent, lineage.step)
+        expected = None if parent is None else lineage_digest(parent, lineage.lineage)
+    else:
+        expected = None
+    if lineage.digest != expected:
+        audit.problems.append(f"lineage {lineage.lineage} does not begin with its parent's digest")
+
+
+@contextlib.contextmanager
+def _noted(audit: Audit, run_dir: Path) -> Iterator[None]:
+    """What cannot be read any further is a problem among others."""
+    try:
+        with explained(run_dir):
+            yield
+    except RunDirectoryError as error:
+        if str(error) not in audit.problems:
+            audit.problems.append(str(error))
+
+
+def _verified_steps(
+    journal: Journal, lineage: Lineage, audit: Audit, tell: Callable[[str], None]
+) -> Iterator[StepRecord]:
+    at, digest = lineage.step, lineage.digest
+    for record, encoded in journal.steps_after(lineage.lineage, at):
+        at += 1
+        digest = step_digest(digest, lineage.lineage, at, record.payload_hash, record.outcome)
+        if record.step != at or record.digest != digest:
+            audit.problems.append(
+                f"step {at} (lineage {lineage.lineage}) is missing or does not continue the history before it"
+            )
+            at, digest = record.step, record.digest
+        if encoded is not None:
+            audit.batches += 1
+            try:
+                read_payload(record, encoded)
+            except RunDirectoryError as error:
+                audit.problems.append(str(error))
+        audit.steps += 1
+        if audit.steps % 10_000 == 0:
+            tell(f"{audit.steps} steps")
+        yield record
+
+
+def _verify_checkpoints(
+    journal: Journal, checkpoints: Checkpoints, audit: Audit, tell: Callable[[str], None]
+) -> None:
+    saves = recorded_saves(journal)
+    for manifest in checkpoints.all():
+        info = manifest.info
+        tell(f"checkpoint {info.name}")
+        problem = checkpoints.damage(manifest)
+        if manifest.run_id != audit.run_id:
+            problem = f"it belongs to run {manifest.run_id}"
+        elif digest_at(journal, info.lineage, info.step) != info.digest:
+            problem = f"it holds step {info.step} (lineage {info.lineage}), which the journal does not have"
+        else:
+            problem = problem or foreign_save(manifest, saves)
+        if problem is None:
+            audit.checkpoints.append(info.name)
+        else:
+            audit.problems.append(f"checkpoint {info.name}: {problem}")
+    for name, problem in checkpoints.unreadable().items():
+        audit.problems.append(f"checkpoint {name}: {problem}")
+    unfinished = checkpoints.unfinished()
+    if unfinished:
+        tell(f"left unfinished, and swept at the next start: {', '.join(unfinished)}")
+
+
+def _verify_recovery(
+    journal: Journal, checkpoints: Checkpoints, lineages: dict[int, Lineage], audit: Audit
+) -> None:
+    """Whether the steps behind the newest whole checkpoint of the ancestry have their batches."""
+    segments = ancestry(lineages, max(lineages))
+    whole = set(audit.checkpoints)
+    path = [m.info for m in on_path(checkpoints.all(), segments) if m.info.name in whole]
+    if not path:
+        require_seed(journal)
+    # From the newest it must start; from the one before it too, where there is one, should that be damaged.
+    bases: list[CheckpointInfo | None] = [*path[:FALLBACKS]]
+    for info in bases or [None]:
+        start = (segments[0].lineage, 0) if info is None else (info.lineage, info.step)
+        behind = f"checkpoint {info.name}" if info else "the run's beginning (no whole checkpoint is left)"
+        for record, encoded in steps_to_replay(journal, segments, start):
+            if encoded is None and record.outcome is Outcome.APPLIED:
+                audit.problems.append(
+                    f"the batch of step {record.step} (lineage {record.lineage}), behind {behind}, was "
+                    "dropped: the run cannot be recovered from there"
+                )
+                break
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """One recorded step."""
+
+    record: StepRecord
+    payload: Payload | None
+    """None when its batch was dropped behind checkpoints."""
+    settings: dict[str, Any]
+    """What its result depends on beside model, objective and seed."""
+
+
+def inspect(run_dir: Path, step: int, lineage: int | None = None) -> Inspected:
+    """One step of a run, of the current history unless a lineage is named. Raises RunDirectoryError."""
+    journal = open_run(run_dir)
+    try:
+        lineages = journal.lineages()
+        if lineage is None:
+            segments = ancestry(lineages, max(lineages))
+            lineage = next(s.lineage for s in segments if s.through is None or step <= s.through)
+        record = journal.step(lineage, step)
+        if record is None:
+            last = journal.last_step(max(lineages))
+            raise RunDirectoryError(
+                f"{run_dir}: there is no step {step} (lineage {lineage}); the last is "
+                f"{last.step if last else lineages[max(lineages)].step} (lineage {max(lineages)})"
+            )
+        payload = next((p for r, p in journal.steps_after(lineage, step - 1) if r.step == step), None)
+        return Inspected(
+            record,
+            None if payload is None else read_payload(record, payload),
+            journal.event(record.configuration),
+        )
+    finally:
+        journal.close()

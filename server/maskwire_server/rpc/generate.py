@@ -1,0 +1,251 @@
+"""Generate on the wire: a request checked, and states as answers.
+
+Letters: b rows, n columns.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from maskwire.v1 import training_service_pb2 as pb
+from maskwire_server.batch import Prompts
+from maskwire_server.errors import invalid_field
+from maskwire_server.requests import GenerateRequest
+from maskwire_server.results import GenerateAnswer, GenerateOptions, Limits, ModelInfo, Order, SelfCondMode
+from maskwire_server.rpc import decoding, work_limits
+
+_DTYPES = {1: pb.DATA_TYPE_UINT8, 2: pb.DATA_TYPE_UINT16, 4: pb.DATA_TYPE_INT32}
+
+
+def read_generate(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) -> GenerateRequest:
+    """A Generate request, checked."""
+    order = _order(request, info)
+    prompts = _prompts(request, info, limits) if request.HasField("prompts") else _rows(request, info, limits)
+    rows = prompts.ids.shape[0]
+    if request.row_seeds and len(request.row_seeds) != rows:
+        raise invalid_field(
+            "row_seeds", f"row_seeds must be one a row, {rows}, or none, got {len(request.row_seeds)}"
+        )
+    if not request.row_seeds and request.seed > 2**63 - rows:
+        raise invalid_field("seed", f"seed must leave room for {rows} rows below 2^63, got {request.seed}")
+    options = GenerateOptions(
+        row_seeds=tuple(request.row_seeds) or tuple(range(request.seed, request.seed + rows)),
+        steps=_steps(request.steps, prompts, limits),
+        order=order,
+        temperature=_at_least_0("temperature", request.temperature)
+        if request.HasField("temperature")
+        else 1.0,
+        top_k=_top_k(request.top_k),
+        top_p=_top_p(request.top_p) if request.HasField("top_p") else 1.0,
+        choice_temperature=(
+            _at_least_0("choice_temperature", request.choice_temperature)
+            if request.HasField("choice_temperature")
+            else None
+        ),
+        remasking=request.remasking,
+        self_cond_mode=_self_cond_mode(request.self_cond_mode),
+        raw_weights=request.raw_weights,
+    )
+    _check_work(prompts, options, info, limits)
+    return GenerateRequest(prompts, options, every_step=request.stream_steps)
+
+
+def _check_work(prompts: Prompts, options: GenerateOptions, info: ModelInfo, limits: Limits) -> None:
+    unknown = prompts.unknown.sum(-1)
+    rows, columns = prompts.ids.shape
+    passes = int(unknown.max())
+    passes = min(options.steps or passes, passes)
+    work_limits.check(
+        "count",
+        f"{rows} x {columns} tokens with {passes} unmasking passes",
+        work_limits.generation_tokens(unknown.tolist(), columns, options, info),
+        limits,
+        "ask for fewer rows, shorter ones or fewer steps",
+    )
+
+
+def _order(request: pb.GenerateRequest, info: ModelInfo) -> Order:
+    if request.order == pb.GENERATION_ORDER_UNSPECIFIED:
+        order = Order.RANDOM
+    elif int(request.order) in set(Order):
+        order = Order(request.order)
+    else:
+        raise invalid_field("order", f"order must be one of GenerationOrder, got {request.order}")
+    if order is Order.CRITIC and not info.has_critic:
+        raise invalid_field(
+            "order", "order critic needs a critic, this model has none: serve one with objective.critic"
+        )
+    if request.remasking and order not in (Order.CONFIDENCE, Order.CRITIC):
+        raise invalid_field(
+            "remasking",
+            "remasking ranks what was revealed by its probability or by the critic: order must be "
+            f"confidence or critic with it, got {order.name.lower()}",
+        )
+    return order
+
+
+def _self_cond_mode(sent: int) -> SelfCondMode:
+    if sent == pb.SELF_COND_MODE_UNSPECIFIED:
+        return SelfCondMode.TWO_PASS
+    if sent not in set(SelfCondMode):
+        raise invalid_field("self_cond_mode", f"self_cond_mode must be one of SelfCondMode, got {sent}")
+    return SelfCondMode(sent)
+
+
+def _rows(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) -> Prompts:
+    """Rows of which nothing is given."""
+    if request.count < 1:
+        raise invalid_field("count", f"count must be at least 1 without prompts, got {request.count}")
+    if not 0 <= request.length <= info.max_seq_len:
+        raise invalid_field(
+            "length",
+            f"length must be 1 to {info.max_seq_len} (max_seq_len), or 0 for that, got {request.length}",
+        )
+    length = request.length or info.max_seq_len
+    if request.count * length > limits.max_batch_tokens:
+        raise invalid_field(
+            "count",
+            f"count times length must be at most {limits.max_batch_tokens} (serve.max_batch_tokens), got "
+            f"{request.count} x {length}",
+            tokens=request.count * length,
+            max_batch_tokens=limits.max_batch_tokens,
+        )
+    return Prompts.nothing(request.count, length)
+
+
+def _prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) -> Prompts:
+    """Rows with gaps."""
+    batch = request.prompts
+    flat, rows, columns, lengths = decoding.read_ids("prompts", batch, info, limits)
+    if not 0 <= request.count <= rows:
+        raise invalid_field(
+            "count", f"count must be 1 to {rows}, the prompts' rows, or 0 for all, got {request.count}"
+        )
+    shape = (rows, columns)
+    inside = (
+        np.ones(shape, dtype=bool) if lengths is None else np.arange(columns) < np.asarray(lengths)[:, None]
+    )
+    bits = decoding.read_prompt_bits("prompts", batch.prompt_mask, rows, columns)
+    if bits:
+        unpacked = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little")
+        given = unpacked[: rows * columns].astype(bool).reshape(shape)[inside]
+    else:
+        given = flat != info.mask_id
+    padding = np.zeros(flat.shape, dtype=bool)
+    if lengths is None and info.pad_id is not None:
+        padding = flat == info.pad_id
+    # Whatever id a gap holds is accepted: it is checked as a valid id and then generated.
+    datum = next(id_ for id_ in range(3) if id_ not in (info.mask_id, info.pad_id))
+    decoding.check_ids("prompts", np.where(given, flat, datum), columns, lengths, info)
+    known = np.zeros(shape, dtype=bool)
+    ids = np.zeros(shape, dtype=np.int64)
+    valid = inside.copy()
+    valid[inside] = ~padding
+    known[inside] = given & ~padding
+    ids[inside] = np.where(given & ~padding, flat, 0)
+    count = request.count or rows
+    prompts = _first(Prompts(ids, valid, known, lengths), count)
+    if request.length:
+        prompts = _widened(prompts, request.length, info, limits)
+    if not prompts.unknown.any():
+        raise invalid_field(
+            "prompts", "prompts: every position is given or padding; leave at least one to sample"
+        )
+    return prompts
+
+
+def _first(prompts: Prompts, count: int) -> Prompts:
+    """Some rows, their columns trimmed to the longest."""
+    lengths = None if prompts.lengths is None else prompts.lengths[:count]
+    columns = prompts.ids.shape[1] if lengths is None else int(lengths.max())
+    part = (slice(count), slice(columns))
+    return Prompts(prompts.ids[part], prompts.valid[part], prompts.known[part], lengths)
+
+
+def _widened(prompts: Prompts, width: int, info: ModelInfo, limits: Limits) -> Prompts:
+    """The same rows, padded to a width."""
+    rows, columns = prompts.ids.shape
+    if not columns <= width <= info.max_seq_len:
+        raise invalid_field(
+            "length",
+            f"length must be {columns}, the prompts' columns, to {info.max_seq_len} (max_seq_len), or 0 for "
+            f"the columns, got {width}",
+        )
+    if rows * width > limits.max_batch_tokens:
+        raise invalid_field(
+            "length",
+            f"length times the prompts' rows must be at most {limits.max_batch_tokens} "
+            f"(serve.max_batch_tokens), got {width} x {rows}",
+            tokens=rows * width,
+            max_batch_tokens=limits.max_batch_tokens,
+        )
+    wider = ((0, 0), (0, width - columns))
+    return Prompts(
+        np.pad(prompts.ids, wider),
+        np.pad(prompts.valid, wider),
+        np.pad(prompts.known, wider),
+        np.full(rows, columns, dtype=np.int32) if prompts.lengths is None else prompts.lengths,
+    )
+
+
+def _steps(sent: int, prompts: Prompts, limits: Limits) -> int:
+    most = limits.max_generation_steps
+    if not 0 <= sent <= most:
+        raise invalid_field(
+            "steps",
+            f"steps must be 1 to {most} (serve.max_generation_steps), or 0 for one position a step, "
+            f"got {sent}",
+        )
+    longest = int(prompts.unknown.sum(-1).max())
+    if not sent and longest > most:
+        raise invalid_field(
+            "steps",
+            f"steps must be 1 to {most} (serve.max_generation_steps): one position a step would take "
+            f"{longest}; give steps, which samples several positions at once, or ask for shorter rows",
+            unknown=longest,
+            max_generation_steps=most,
+        )
+    return sent
+
+
+def _at_least_0(field: str, value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise invalid_field(field, f"{field} must be finite and at least 0, got {value}")
+    return value
+
+
+def _top_k(value: int) -> int:
+    if value < 0:
+        raise invalid_field("top_k", f"top_k must be at least 1, or 0 for all ids, got {value}")
+    return value
+
+
+def _top_p(value: float) -> float:
+    if not 0 < value <= 1:
+        raise invalid_field("top_p", f"top_p must be above 0 and at most 1, got {value}")
+    return value
+
+
+def answer(value: GenerateAnswer, lengths: npt.NDArray[np.int32] | None) -> pb.GenerateResponse:
+    """Rows after a pass; `lengths` as in the request."""
+    state = value.state
+    ids, columns = state.ids, state.ids.shape[1]
+    if lengths is not None:
+        ids, columns = ids[np.arange(columns) < lengths[:, None]], int(lengths.max())
+    return pb.GenerateResponse(
+        tokens=pb.TokenBatch(
+            data=ids.astype(ids.dtype.newbyteorder("<"), copy=False).tobytes(),
+            shape=(state.ids.shape[0], columns),
+            dtype=_DTYPES[state.ids.itemsize],
+            lengths=() if lengths is None else lengths.tolist(),
+        ),
+        unmasking_step=state.unmasking_step,
+        done=state.done,
+        step=value.step,
+        digest=value.digest,
+        still_masked=state.still_masked,
+        ema_weights=state.ema_weights,
+    )

@@ -1,1 +1,0 @@
-"""Order, and what is kept: admission, the engine, the journal, checkpoints and recovery."""

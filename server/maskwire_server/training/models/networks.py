@@ -1,0 +1,72 @@
+"""The generator and its critic: the encoder, or two of them, as the objective wants to see them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from maskwire_server.config import ModelConfig, ObjectiveConfig
+from maskwire_server.training.models.encoder import Encoder
+
+
+class Networks(nn.Module):
+    """A generator, and no critic, a head on its trunk (`self`), or an encoder of its own (`token`)."""
+
+    def __init__(self, model: ModelConfig, objective: ObjectiveConfig) -> None:
+        super().__init__()
+        self.generator = Encoder(model, model.num_tokens, self_cond=objective.self_cond)
+        self.critic: nn.Module | None = None
+        if objective.critic == "self":
+            self.critic = nn.Linear(model.dim, 1)
+        elif objective.critic == "token":
+            self.critic = Encoder(model.model_copy(update={"tied_embeddings": False}), 1)
+
+    def checkpoint_activations(self, on: bool) -> None:
+        """Keep only the blocks' inputs for the backward pass, or everything."""
+        for encoder in (self.generator, self.critic):
+            if isinstance(encoder, Encoder):
+                encoder.activation_checkpointing = on
+
+    def compile_blocks(self, mode: str) -> None:
+        """torch.compile each block, for batches of any shape; the last one, which is read at another number
+        of positions in each step, never in a CUDA graph."""
+        for encoder in (self.generator, self.critic):
+            if isinstance(encoder, Encoder):
+                *others, last = encoder.blocks
+                for block in others:
+                    block.compile(mode=mode, dynamic=True)
+                last.compile(mode="default", dynamic=True)
+
+    def embed(
+        self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None, read_m: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings after the generator's final norm, [b, n, d], or [m, d] at the positions `read_m`."""
+        e: Tensor = self.generator(ids_bn, valid_bn, cond, read_m)
+        return e
+
+    def head(self, e_md: Tensor) -> tuple[Tensor, Tensor]:
+        """x [m, d] and w [v, d] of packed positions' logits x w^T."""
+        return self.generator.head(e_md)
+
+    def project(self, e_md: Tensor) -> Tensor:
+        """Logits of packed positions, [m, v]."""
+        return self.generator.project(e_md)
+
+    def conditioning(self, e_bnd: Tensor | None) -> Tensor | None:
+        """A first pass's embeddings, or the null embedding, which is in the graph either way."""
+        null = self.generator.null_embed
+        if null is None or e_bnd is None:
+            return null
+        return e_bnd.detach() + 0.0 * null
+
+    def criticize(self, ids_bn: Tensor, valid_bn: Tensor | None, *, train_trunk: bool) -> Tensor:
+        """The critic's logits, [b, n]; critic passes are not conditioned."""
+        if self.critic is None:
+            raise ValueError("critic must be 'self' or 'token', this model has none")
+        if isinstance(self.critic, Encoder):
+            scores_bn1 = self.critic.project(self.critic(ids_bn, valid_bn))
+        else:
+            with torch.set_grad_enabled(train_trunk and torch.is_grad_enabled()):
+                e_bnd = self.generator(ids_bn, valid_bn)
+            scores_bn1 = self.critic(e_bnd)
+        return scores_bn1[..., 0]

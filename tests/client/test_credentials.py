@@ -1,0 +1,80 @@
+"""How a client comes in."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from maskwire.credentials import Door, is_local
+
+TOKEN = "secret-token-0123456789"
+
+
+@pytest.mark.parametrize(
+    ("target", "local"),
+    [
+        ("127.0.0.1:1", True), ("localhost:50051", True), ("[::1]:1", True), ("unix:/tmp/a.sock", True),
+        ("127.1.2.3:9", True), ("10.0.0.1:1", False), ("box.example:1", False),
+        ("dns:///box.example:1", False),
+        ("dns:///localhost:1", True), ("localhost.example:1", False),
+    ],
+)  # fmt: skip
+def test_what_stays_on_this_machine(target: str, local: bool) -> None:
+    assert is_local(target) is local
+
+
+def test_a_token_goes_nowhere_in_plaintext_unless_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"would travel to box\.example:1 in plaintext"):
+        Door.of("box.example:1", token=TOKEN)
+    assert Door.of("box.example:1", token=TOKEN, allow_insecure=True).metadata
+    assert Door.of("127.0.0.1:1", token=TOKEN).metadata == (("authorization", f"Bearer {TOKEN}"),)
+    (tmp_path / "t").write_text(f"# ours\n\n{TOKEN} 2031-01-01T00:00:00Z\n")
+    door = Door.of("127.0.0.1:1", token_file=tmp_path / "t")
+    assert door.metadata == (("authorization", f"Bearer {TOKEN}"),)
+    assert TOKEN not in repr(door)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"cert": "a"}, "cert and key must be given together"),
+        ({"tls": False, "ca": "a"}, "tls = False excludes"),
+        ({"token": "a", "token_file": "b"}, "exclude each other"),
+        ({"token": "two words"}, "without spaces"),
+        ({"ca": __file__}, "must be a PEM file"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_named(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Door.of("127.0.0.1:1", **options)
+
+
+def test_a_proxy_of_the_environment_sees_nothing_of_a_local_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heard: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        proxy = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+        def listen() -> None:
+            listener.settimeout(1)
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                return
+            heard.append(connection.recv(100))
+            connection.close()
+
+        for name in ("http_proxy", "grpc_proxy", "https_proxy"):
+            monkeypatch.setenv(name, proxy)
+        thread = threading.Thread(target=listen)
+        thread.start()
+        with Door.of("localhost:1", token=TOKEN).channel() as channel, pytest.raises(grpc.RpcError):
+            channel.unary_unary("/a/b")(b"", timeout=0.7)
+        thread.join()
+    assert heard == []

@@ -1,0 +1,64 @@
+"""Text with gaps, and what a terminal shows of rows on their way."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from maskwire.cli.prompts import MASKED, read_prompts, text_of, to_display
+from maskwire.results import GenerateResult, ModelInfo
+
+BYTES = ModelInfo(257, 256, None, 64, 1, "", True, False)
+WORDS = ModelInfo(1000, 999, None, 64, 1, "", True, False)
+
+
+def test_a_gap_is_one_token_and_a_letter_its_bytes() -> None:
+    (prompt,) = read_prompts(["é~a~~"], [], gap="~", length=8, model=BYTES)
+    assert prompt.ids == (0xC3, 0xA9, 256, 97, 256, 256, 256, 256)
+    for length, words in (
+        (2, "at least the longest prompt's 3 tokens, got 2"),
+        (65, "1 to 64"),
+        (0, "1 to 64"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read_prompts(["abc"], [], gap="~", length=length, model=BYTES)
+
+
+def test_other_models_take_ids() -> None:
+    (prompt,) = read_prompts([], ["1,~ , 7"], gap="~", length=None, model=WORDS)
+    assert prompt.ids == (1, 999, 7)
+    with pytest.raises(ValueError, match="use --prompt-ids"):
+        read_prompts(["a"], [], gap="~", length=None, model=WORDS)
+    assert text_of(np.array([1]), WORDS) is None
+
+
+def shown(rows: list[list[int]], model: ModelInfo) -> str:
+    mask = tuple(row.count(model.mask_id) for row in rows)
+    arrays = [np.array(row) for row in rows]
+    found = GenerateResult(arrays, 2, not any(mask), mask, 0, b"", False)
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    prompts = read_prompts(
+        ["a~~~"] * len(rows) if model is BYTES else [], [], gap="~", length=None, model=model
+    )
+    console.print(to_display(found, prompts, model))
+    out: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return out
+
+
+def test_what_is_masked_is_shown_as_that() -> None:
+    out = shown([[97, 256, 98, 256], [97, 99, 100, 101]], BYTES)
+    assert out.splitlines() == [f"a{MASKED}b{MASKED}", "acde", "pass 2, 2 masked"]
+    assert shown([[7, 999, 8]], WORDS).splitlines()[0].split() == ["7", MASKED, "8"]
+
+
+def test_a_sampled_escape_sequence_does_not_reach_the_terminal() -> None:
+    out = shown([[97, 0x1B, 0x5B, 0x48]], BYTES)
+    assert "\x1b" not in out
+    assert out.startswith("a·[H")
+
+
+def test_bytes_that_are_no_text_are_replaced() -> None:
+    assert text_of(np.array([97, 0xC3, 256, 0xA9]), BYTES) == f"a\ufffd{MASKED}\ufffd"

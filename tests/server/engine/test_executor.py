@@ -1,0 +1,112 @@
+"""An error that the device does not come back from ends the process; others refuse one request."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from counter import CounterTrainer
+from rig import WAIT, Rig, bare, payload, wait_for
+
+from maskwire_server.batch import Prompts
+from maskwire_server.engine.engine import Engine
+from maskwire_server.errors import DeviceLost, Refused
+from maskwire_server.requests import EvalRequest, GenerateRequest, RestoreRequest, SaveRequest
+from maskwire_server.results import EvalOptions, GenerateOptions
+
+LOST = "CUDA error: an illegal memory access was encountered\nfor debugging pass CUDA_LAUNCH_BLOCKING=1"
+
+
+class Failing(CounterTrainer):
+    """Fails in one method with `error`, once it is told to."""
+
+    method = ""
+    error: Exception = RuntimeError(LOST)
+
+    def usable_after(self, error: BaseException) -> bool:
+        return "CUDA error" not in str(error)
+
+    def fail(self, method: str) -> None:
+        if method == self.method:
+            raise self.error
+
+    def train_step(self, *arguments: Any) -> Any:
+        self.fail("train_step")
+        return super().train_step(*arguments)
+
+    def eval_loss(self, *arguments: Any) -> Any:
+        self.fail("eval_loss")
+        return super().eval_loss(*arguments)
+
+    def generate(self, *arguments: Any) -> Iterator[Any]:
+        self.fail("generate")
+        yield from super().generate(*arguments)
+
+    def snapshot(self) -> Any:
+        self.fail("snapshot")
+        return super().snapshot()
+
+    def load(self, folder: Any) -> None:
+        self.fail("load")
+        super().load(folder)
+
+
+def evaluate(engine: Engine) -> object:
+    options = EvalOptions(row_ids=(0, 1))
+    return engine.eval_loss(EvalRequest(payload(1).batch, options)).result(WAIT)
+
+
+def generate(engine: Engine) -> object:
+    return list(engine.generate(GenerateRequest(Prompts.nothing(1, 4), GenerateOptions((1,), 4))))
+
+
+JOBS: dict[str, Callable[[Engine], object]] = {
+    "train_step": lambda engine: engine.train_step(bare(7)).result(WAIT),
+    "eval_loss": evaluate,
+    "generate": generate,
+    "snapshot": lambda engine: engine.save(SaveRequest("copy")).result(WAIT),
+    "load": lambda engine: engine.restore(RestoreRequest("one")).result(WAIT),
+}
+
+
+@pytest.mark.parametrize("method", JOBS)
+def test_an_error_that_the_device_does_not_come_back_from_ends_the_process(
+    rig: Rig, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = rig.start(Failing)
+    trained = engine.train_step(bare(0, "first")).result(WAIT)
+    engine.save(SaveRequest("one")).result(WAIT)
+    trainer = rig.trainer
+    assert isinstance(trainer, Failing)
+    trainer.method = method
+    with caplog.at_level(logging.CRITICAL), pytest.raises(Refused) as refused:
+        JOBS[method](engine)
+    assert refused.value.reason == "DRAINING", "unavailable: whether it was done is not known, ask again"
+    wait_for(lambda: bool(rig.fatal))
+    assert [type(error) for error in rig.fatal] == [DeviceLost]
+    lines = [
+        record.getMessage() for record in caplog.records if "the device does not compute" in record.message
+    ]
+    assert lines[0].endswith("the process ends, and a restart recovers the run")
+    assert "illegal memory access" in lines[0]
+    engine.close()
+    again = rig.start()
+    assert again.status().durable_step == 1
+    assert again.train_step(bare(0, "first")).result(WAIT).digest == trained.digest
+
+
+@pytest.mark.parametrize("method", ["train_step", "eval_loss", "generate", "snapshot"])
+def test_an_error_that_leaves_the_device_as_it_was_refuses_one_request(rig: Rig, method: str) -> None:
+    engine = rig.start(Failing)
+    trainer = rig.trainer
+    assert isinstance(trainer, Failing)
+    trainer.error = ValueError("a bad batch")
+    trainer.method = method
+    with pytest.raises(Refused) as refused:
+        JOBS[method](engine)
+    assert refused.value.reason == "INTERNAL"
+    trainer.method = ""
+    assert engine.train_step(bare(1)).result(WAIT).step == 1
+    assert rig.fatal == []

@@ -1,0 +1,123 @@
+"""What a run directory may lie on, and the note that a batch leaves when the process dies of it."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from maskwire_server.engine.committer import Commits, Reserve
+from maskwire_server.engine.quarantine import Poison
+from maskwire_server.engine.state import Standing
+from maskwire_server.errors import RunDirectoryError
+from maskwire_server.journal import disk, journal
+from maskwire_server.journal.journal import Journal
+from maskwire_server.results import RunState
+
+MOUNTS = """\
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+30 22 0:40 / /mnt/data rw shared:2 - nfs4 server:/data rw
+31 30 0:41 / /mnt/data/local rw - xfs /dev/sdb rw
+32 22 0:42 / /mnt/with\\040space rw - cifs //server/share rw
+33 22 0:43 / /home/me/box rw - fuse.sshfs me@box: rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/var/run-1", None),
+        ("/mnt/data/run", "nfs4"),
+        ("/mnt/data", "nfs4"),
+        ("/mnt/data/local/run", None),
+        ("/mnt/database/run", None),
+        ("/mnt/with space/run", "cifs"),
+        ("/home/me/box/a/b", "fuse.sshfs"),
+    ],
+)
+def test_a_network_file_system_is_known_by_its_mount(path: str, kind: str | None) -> None:
+    assert disk.network_file_system(Path(path), MOUNTS) == kind
+
+
+def test_a_run_on_a_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "network_file_system", lambda _: "nfs4")
+    with pytest.raises(RunDirectoryError, match=r"network file system \(nfs4\)"):
+        Journal(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_reserve_counts_what_is_about_to_be_written(tmp_path: Path) -> None:
+    free = disk.free_bytes(tmp_path)
+    assert Reserve(tmp_path, 0).left(0) >= 0
+    assert Reserve(tmp_path, 0).left(free * 2) < 0
+    assert Reserve(tmp_path, free * 2).left(0) < 0
+
+
+def test_a_batch_that_kills_the_process_is_set_aside_after_so_many_deaths(tmp_path: Path) -> None:
+    bad, good = b"b" * 32, b"g" * 32
+    open_ended = []
+    for deaths in range(3):
+        poison = Poison(tmp_path, 2)
+        assert poison.condemned(bad) is (deaths >= 2)
+        assert not poison.condemned(good)
+        with poison.watch(good):
+            pass
+        if deaths < 2:
+            deadly = poison.watch(bad)
+            deadly.__enter__()
+            open_ended.append(deadly)  # the process dies in it
+    with pytest.raises(ValueError, match="no death"), poison.watch(bad):
+        raise ValueError("no death")
+    assert not Poison(tmp_path, 2).condemned(bad), "it ended by itself, so it is not counted on"
+    off = Poison(tmp_path, 0)
+    with off.watch(bad):
+        assert not (tmp_path / "computing").exists()
+    assert not off.condemned(bad)
+
+
+class FakeJournal:
+    def log_bytes(self) -> int:
+        return 0
+
+    def __init__(self) -> None:
+        self.full = False
+
+    def transaction(self, write: Callable[[], object]) -> None:
+        if self.full:
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+        write()
+
+
+def test_what_was_computed_is_committed_while_the_reserve_holds_new_steps_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, room, done = [0.0], [False], []
+    fake, standing = FakeJournal(), Standing()
+    standing.set(RunState.RECOVERING, False)
+    reserve = Reserve(tmp_path, 0)
+    monkeypatch.setattr(reserve, "left", lambda _: 0 if room[0] else -1)
+    commits = Commits(fake, standing, lambda: now[0], reserve)  # type: ignore[arg-type]
+    commits.add(lambda: done.append("written"), lambda: done.append("answered"))
+    commits.hold()
+    commits.flush()
+    assert done == ["written", "answered"]
+    assert standing.state is RunState.HELD
+    fake.full = True
+    commits.add(lambda: done.append("written"), lambda: done.append("answered"))
+    commits.flush()
+    fake.full = False
+    commits.flush()
+    assert len(done) == 2, "a disk that was full is tried again a second later, not at once"
+    now[0] += 1.1
+    commits.flush()
+    assert len(done) == 4
+    assert standing.state is RunState.HELD, "there is no reserve yet"
+    room[0] = True
+    now[0] += 1.1
+    commits.flush()
+    assert standing.state is RunState.SERVING
+    assert commits.retry_at is None

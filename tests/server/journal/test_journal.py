@@ -1,0 +1,230 @@
+"""The journal: what is durable, what is found out about damage, and who may open it."""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from maskwire_server.errors import RunDirectoryError
+from maskwire_server.journal import fsync
+from maskwire_server.journal.journal import FILE_NAME, Journal
+from maskwire_server.journal.records import Lineage, SessionRecord, StepRecord, Stretch
+from maskwire_server.results import Losses, Outcome
+
+Open = Callable[..., Journal]
+
+
+@pytest.fixture
+def open_journal(tmp_path: Path) -> Iterator[Open]:
+    opened: list[Journal] = []
+
+    def open_one(name: str = "run") -> Journal:
+        journal = Journal(tmp_path / name)
+        opened.append(journal)
+        if journal.is_new:
+            journal.create({"run_id": "r", "seed": 1}, b"d" * 32)
+        return journal
+
+    yield open_one
+    for journal in opened:
+        journal.close()
+
+
+def record(step: int, **changes: object) -> StepRecord:
+    fields: dict[str, object] = {
+        "lineage": 1, "step": step, "request_id": f"r{step}", "configuration": 1,
+        "payload_hash": bytes([step]) * 32, "outcome": Outcome.APPLIED, "losses": Losses(1.5, 1.25, None),
+        "gradient_norm": 0.5, "digest": bytes([step + 1]) * 32,
+    }  # fmt: skip
+    return StepRecord(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        Losses(0.1, 0.1, None),
+        Losses(0.3, None, 0.3),
+        Losses(0.4, 0.0, 0.4),
+        Losses(-0.0, -0.0, None),
+        Losses(math.inf, math.inf, None),
+    ],
+)
+def test_a_record_comes_back_as_it_went_and_absent_stays_absent(open_journal: Open, losses: Losses) -> None:
+    journal = open_journal()
+    for request_id, norm in ((None, None), ("r", 0.0)):
+        step = 1 if request_id is None else 2
+        kept = record(step, losses=losses, request_id=request_id, gradient_norm=norm)
+        journal.transaction(lambda kept=kept: journal.add_step(kept, b"payload"))
+        assert journal.step(1, step) == kept
+    assert journal.step_of_request("r") == kept
+    assert journal.step_of_request("x") is None
+    assert journal.last_step(1) == kept
+    assert [payload for _, payload in journal.steps_after(1, 0)] == [b"payload"] * 2
+    journal.drop_payloads([Stretch(1, -1, 1)])
+    assert [(r.step, payload) for r, payload in journal.steps_after(1, 0)] == [(1, None), (2, b"payload")]
+
+
+def test_it_is_all_there_when_it_is_opened_again(open_journal: Open) -> None:
+    journal = open_journal()
+    journal.transaction(lambda: journal.add_step(record(1), b"p"))
+    journal.transaction(lambda: journal.add_session(SessionRecord(1, "me", "nonce", True, 1, 1, False)))
+    event = []
+    journal.transaction(lambda: event.append(journal.add_event("configuration", {"a": 1})))
+    journal.transaction(lambda: journal.add_lineage(Lineage(2, 1, 1, b"x" * 32, "q", "c")))
+    journal.close()
+    again = open_journal()
+    assert not again.is_new
+    assert (again.fact("run_id"), again.fact("seed")) == ("r", 1)
+    assert again.step(1, 1) == record(1)
+    assert again.last_session() == again.session_of_nonce("nonce") == again.last_takeover()
+    assert again.event(event[0]) == {"a": 1}
+    assert again.lineages()[2] == Lineage(2, 1, 1, b"x" * 32, "q", "c")
+    again.close_session(1)
+    last = again.last_session()
+    assert last is not None
+    assert last.closed
+
+
+def test_a_transaction_that_raises_leaves_no_trace(open_journal: Open) -> None:
+    journal = open_journal()
+
+    def write() -> None:
+        journal.add_step(record(1), b"p")
+        raise ValueError("half-way")
+
+    with pytest.raises(ValueError, match="half-way"):
+        journal.transaction(write)
+    assert journal.step(1, 1) is None
+    journal.transaction(lambda: journal.add_step(record(1), b"p"))
+
+
+def test_the_same_step_or_request_cannot_be_recorded_twice(open_journal: Open) -> None:
+    journal = open_journal()
+    journal.transaction(lambda: journal.add_step(record(1), b"p"))
+    for twice in (record(1, request_id="new"), record(2, request_id="r1")):
+        with pytest.raises(sqlite3.IntegrityError):
+            journal.transaction(lambda twice=twice: journal.add_step(twice, b"p"))
+
+
+@pytest.mark.parametrize("column", ["payload_hash", "numbers", "digest"])
+def test_a_flipped_bit_in_a_record_is_found(open_journal: Open, tmp_path: Path, column: str) -> None:
+    journal = open_journal()
+    journal.transaction(lambda: journal.add_step(record(1), b"p"))
+    journal.close()
+    with sqlite3.connect(tmp_path / "run" / FILE_NAME) as database:
+        value = bytearray(database.execute(f"SELECT {column} FROM steps").fetchone()[0])
+        value[-1] ^= 1
+        database.execute(f"UPDATE steps SET {column} = ?", (bytes(value),))
+    database.close()
+    with pytest.raises(RunDirectoryError, match=r"step 1 .* does not match its hash"):
+        open_journal().step(1, 1)
+
+
+def test_a_second_server_on_the_directory_is_refused_by_process(open_journal: Open, tmp_path: Path) -> None:
+    journal = open_journal()
+    with pytest.raises(RunDirectoryError, match=r"another server \(process \d+\)"):
+        Journal(tmp_path / "run")
+    journal.close()
+    open_journal()
+
+
+def test_a_directory_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RunDirectoryError, match="needs an empty directory, found thesis"):
+        Journal(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_checkpoints_without_a_journal_are_a_lost_journal(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(RunDirectoryError, match="the journal was lost"):
+        Journal(tmp_path)
+
+
+def test_what_is_no_journal_is_not_taken_for_one(open_journal: Open, tmp_path: Path) -> None:
+    folder = tmp_path / "junk"
+    folder.mkdir()
+    (folder / FILE_NAME).write_bytes(b"junk" * 2000)
+    with pytest.raises(RunDirectoryError, match="not a readable journal"):
+        Journal(folder)
+    with pytest.raises(RunDirectoryError, match="not a readable journal"):
+        Journal(folder)  # and the lock is free again
+    journal = open_journal()
+    journal.transaction(lambda: journal._db.execute("UPDATE run SET value = 99 WHERE key = 'format'"))
+    journal.close()
+    with pytest.raises(RunDirectoryError, match="format 99, this version reads up to 2"):
+        Journal(tmp_path / "run")
+
+
+def test_a_journal_of_the_first_format_becomes_one_of_the_second(open_journal: Open, tmp_path: Path) -> None:
+    journal = open_journal()
+    session = SessionRecord(1, "me", "n", True, 1, 0, False)
+    journal.transaction(lambda: (journal.add_session(session), journal.add_event("kind", {"a": 1})))
+    lineages = journal.lineages()
+    for statement in (  # as it was
+        "ALTER TABLE lineages DROP COLUMN row_hash", "ALTER TABLE sessions DROP COLUMN row_hash",
+        "UPDATE events SET body = substr(body, 65)", "DELETE FROM run WHERE key = 'hash'",
+        "UPDATE run SET value = 1 WHERE key = 'format'",
+    ):  # fmt: skip
+        journal._db.execute(statement)
+    journal.close()
+    again = Journal(tmp_path / "run")
+    assert again.fact("format") == 2
+    assert (again.lineages(), again.last_session()) == (lineages, session)
+    assert again.last_event("kind") == (1, {"a": 1})
+    again.close()
+
+
+def test_an_index_that_lost_a_request_is_built_anew(open_journal: Open, tmp_path: Path) -> None:
+    journal = open_journal()
+    for step in range(1, 30):
+        journal.transaction(partial(journal.add_step, record(step), b"payload"))
+    find = "SELECT rootpage FROM sqlite_master WHERE name = 'steps_by_request'"
+    page = journal._db.execute(find).fetchone()[0]
+    journal.close()
+    path = tmp_path / "run" / FILE_NAME
+    data = bytearray(path.read_bytes())
+    name = str(record(7).request_id).encode()
+    at = data.index(name, (page - 1) * 4096)
+    data[at : at + len(name)] = b"X" * len(name)
+    path.write_bytes(data)
+    again = Journal(tmp_path / "run")
+    assert again.step_of_request(name.decode()) is None
+    assert again.check_requests(1) == 1
+    found = again.step_of_request(name.decode())
+    assert found is not None
+    assert found.step == 7
+    assert again.check_requests(1) == 0
+    again.close()
+
+
+def test_the_write_ahead_log_is_folded_when_told(open_journal: Open, tmp_path: Path) -> None:
+    journal = open_journal()
+    log = tmp_path / "run" / f"{FILE_NAME}-wal"
+    for step in range(1, 40):
+        journal.transaction(lambda step=step: journal.add_step(record(step), bytes(20_000)))
+    assert log.stat().st_size > 800_000
+    journal.tidy()
+    assert log.stat().st_size == 0
+    assert len(list(journal.steps_after(1, 0))) == 39
+
+
+def test_every_folder_that_is_made_for_a_run_is_flushed_into_the_one_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr(fsync, "flush_folder", flushed.append)
+    Journal(tmp_path / "new" / "runs" / "one").close()
+    assert set(flushed) >= {tmp_path, tmp_path / "new", tmp_path / "new" / "runs"}
+
+
+def test_a_place_that_cannot_hold_a_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RunDirectoryError, match=r"file\S*: cannot be used as a run directory"):
+            Journal(place)

@@ -1,0 +1,132 @@
+"""What the door's files may hold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from maskwire.v1 import training_service_pb2 as pb
+from maskwire_server.config import ServeConfig
+from maskwire_server.errors import ConfigError, Refused
+from maskwire_server.rpc import auth
+from maskwire_server.rpc.auth import Gate, Role
+
+GOOD = "0123456789abcdef-good"
+
+
+def config(**files: Path) -> ServeConfig:
+    return ServeConfig(**files)  # type: ignore[arg-type]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_without_token_files_there_is_no_gate() -> None:
+    assert auth.gate(ServeConfig()) is None
+
+
+def test_a_file_holds_tokens_comments_and_dates(tmp_path: Path) -> None:
+    text = f"# first\n{GOOD}   # of the trainer\n\nanother-0123456789 2031-01-01T00:00:00+01:00\n"
+    gate = auth.gate(config(token_train_file=write(tmp_path / "t", text)))
+    assert gate is not None
+    first, second = gate._tokens
+    assert (first.role, first.expires) == (Role.TRAIN, None)
+    assert second.expires == 1924988400.0  # 2030-12-31T23:00:00Z
+
+
+def test_a_token_expires_at_its_moment(tmp_path: Path) -> None:
+    path = write(tmp_path / "t", f"{GOOD} 2031-01-01T00:00:00Z\n")
+    tokens = auth._read_tokens("serve.token_read_file", path, Role.READ)
+    now = 1924991999.0  # a second before
+    gate = Gate(tokens, Role.ADMIN, clock=lambda: now)
+    details: Any = SimpleNamespace(
+        method="/maskwire.v1.TrainingService/GetStatus",
+        invocation_metadata=[("authorization", f"bearer {GOOD}")],
+    )
+    assert gate.intercept_service(lambda _: None, details) is None, "let through"
+    now += 1
+    with pytest.raises(Refused, match="expired"):
+        gate._check(details.method, details.invocation_metadata)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "holds no token"),
+        ("# nothing\n", "holds no token"),
+        ("short\n", "line 1: a token must have at least 16 ASCII characters, it has 5"),
+        (f"\n{GOOD} tomorrow\n", "line 2: behind the token comes nothing, or when it expires"),
+        (f"{GOOD}\n{GOOD}\n", "is in another place too"),
+    ],
+)
+def test_files_that_do_not_do_are_named_without_their_tokens(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as raised:
+        auth.gate(config(token_read_file=write(tmp_path / "tokens", text)))
+    assert "serve.token_read_file" in str(raised.value)
+    assert GOOD not in str(raised.value)
+    assert "short" not in str(raised.value)
+
+
+def test_one_token_has_one_role_and_a_missing_file_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "t", GOOD)
+    with pytest.raises(ConfigError, match="each has one role"):
+        auth.gate(config(token_read_file=path, token_admin_file=path))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        auth.gate(config(token_read_file=tmp_path / "none"))
+
+
+def test_downloads_have_a_role_of_their_own(tmp_path: Path) -> None:
+    path = write(tmp_path / "t", GOOD)
+    settings = ServeConfig(token_read_file=path, download_role="read")
+    gate = auth.gate(settings)
+    assert gate is not None
+    sent = [("authorization", f"Bearer {GOOD}")]
+    gate._check("/maskwire.v1.TrainingService/DownloadCheckpoint", sent)
+    with pytest.raises(Refused, match="takes a token of role admin"):
+        gate._check("/maskwire.v1.TrainingService/RestoreCheckpoint", sent)
+
+
+def test_the_page_gives_every_rpc_the_role_that_it_takes() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "deployment.md").read_text()
+    table = re.findall(r"^\| (read|train|admin) \| [^|]+ \| ([^|]+) \|$", page, re.MULTILINE)
+    documented = [(rpc, role) for role, rpcs in table for rpc in rpcs.strip().split(", ")]
+    rpcs = [method.name for method in pb.DESCRIPTOR.services_by_name["TrainingService"].methods]
+    assert sorted(rpc for rpc, _ in documented) == sorted(rpcs), "each in one place"
+    assert set(auth.NEEDS) == set(rpcs), "an RPC without a role takes admin"
+    assert {rpc: auth.NEEDS[rpc].name.lower() for rpc in rpcs} == dict(documented)
+    assert (
+        "`serve.download_role`" in dict(re.findall(r"^\| (\w+) \| ([^|]+) \|", page, re.MULTILINE))["admin"]
+    )
+    assert ServeConfig().download_role == dict(documented)["DownloadCheckpoint"]
+
+
+def test_certificates_that_do_not_do_are_named(tmp_path: Path) -> None:
+    import trustme
+
+    authority = trustme.CA()
+    cert, other = authority.issue_cert("localhost"), authority.issue_cert("localhost")
+    cert.cert_chain_pems[0].write_to_path(str(tmp_path / "crt"))
+    cert.private_key_pem.write_to_path(str(tmp_path / "key"))
+    other.private_key_pem.write_to_path(str(tmp_path / "other"))
+    (tmp_path / "junk").write_text("no certificate")
+
+    def settings(**files: str) -> ServeConfig:
+        named: Any = {name: tmp_path / file for name, file in files.items()}
+        return ServeConfig(**named)
+
+    assert auth.server_credentials(settings(tls_certificate="crt", tls_key="key")) is not None
+    assert auth.server_credentials(ServeConfig()) is None
+    for files, words in (
+        ({"tls_certificate": "none", "tls_key": "key"}, "tls_certificate: .*cannot be read"),
+        ({"tls_certificate": "crt", "tls_key": "other"}, "certificate chain and its private key"),
+        ({"tls_certificate": "junk", "tls_key": "key"}, "certificate chain and its private key"),
+        ({"tls_certificate": "crt", "tls_key": "key", "tls_client_ca": "junk"}, "tls_client_ca: .*PEM"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            auth.server_credentials(settings(**files))

@@ -1,0 +1,86 @@
+"""The wire never raises anything but a refusal, whatever comes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskwire.errors import REASONS as CLIENT_REASONS
+from maskwire.v1 import training_service_pb2 as pb
+from maskwire_server.batch import Batch
+from maskwire_server.errors import REASONS, Refused
+from maskwire_server.results import Limits, ModelInfo
+from maskwire_server.rpc import decoding
+from maskwire_server.rpc.status import to_status
+
+INFO = ModelInfo(17, 16, 15, 32, 1, "", True, False)
+LIMITS = Limits(4096, 2**20, 8, 64)
+
+sizes = st.integers(-(2**63), 2**63 - 1) | st.integers(-1, 40)
+batches = st.builds(
+    pb.TokenBatch,
+    data=st.binary(max_size=64),
+    shape=st.lists(sizes, max_size=3) | st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    dtype=st.integers(0, 6),
+    lengths=st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(0, 9), max_size=8),
+    prompt_mask=st.binary(max_size=9),
+)
+
+
+@settings(max_examples=1500)
+@given(batches)
+def test_an_arbitrary_batch_is_read_or_refused_by_field(batch: pb.TokenBatch) -> None:
+    try:
+        read = decoding.read_batch(batch, INFO, LIMITS)
+    except Refused as refusal:
+        assert refusal.reason == "INVALID_FIELD"
+        assert refusal.metadata["field"].startswith("batch.")
+        to_status(refusal)
+    else:
+        ids, valid, prompt = read.dense(INFO.pad_id)
+        assert ids.shape == valid.shape == (read.rows, read.columns)
+        assert (valid & ~prompt).any()
+        assert ((ids >= 0) & (ids < 16)).all()
+
+
+@settings(max_examples=300)
+@given(st.integers(1, 6), st.integers(1, 6), st.data())
+def test_a_good_batch_is_read_as_it_was_meant(rows: int, columns: int, data: st.DataObject) -> None:
+    ids = np.array(data.draw(st.lists(st.integers(0, 14), min_size=rows * columns, max_size=rows * columns)))
+    name = data.draw(st.sampled_from(["<u1", "<u2", "<i4", "<i8"]))
+    number = {"<u1": 1, "<u2": 2, "<i4": 3, "<i8": 4}[name]
+    sent = pb.TokenBatch(data=ids.astype(name).tobytes(), shape=[rows, columns], dtype=number)
+    read: Batch = decoding.read_batch(sent, INFO, LIMITS)
+    assert np.array_equal(read.ids, ids.reshape(rows, columns))
+
+
+def test_the_pad_id_is_padding_without_lengths_and_refused_with_them() -> None:
+    data = bytes([1, 15, 2, 3])
+    read = decoding.read_batch(pb.TokenBatch(data=data, shape=[2, 2], dtype=1), INFO, LIMITS)
+    assert read.dense(15)[1].tolist() == [[True, False], [True, True]]
+    with pytest.raises(Refused, match="row 0, column 1 is 15; the pad id is no datum"):
+        decoding.read_batch(pb.TokenBatch(data=data, shape=[2, 2], dtype=1, lengths=[2, 2]), INFO, LIMITS)
+    with pytest.raises(Refused, match="prompt or padding"):
+        decoding.read_batch(pb.TokenBatch(data=bytes([15] * 4), shape=[2, 2], dtype=1), INFO, LIMITS)
+
+
+def test_every_reason_of_the_server_is_one_that_the_client_knows() -> None:
+    assert set(REASONS) == set(CLIENT_REASONS)
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_a_refusal_travels_with_all_it_says(reason: str) -> None:
+    import grpc
+    from google.rpc import code_pb2, error_details_pb2
+
+    status = to_status(Refused(reason, "text", fields={"a": "b"}, step=7))
+    assert code_pb2.Code.Name(status.code) == REASONS[reason].status
+    assert REASONS[reason].status in grpc.StatusCode.__members__
+    kinds = [detail.TypeName() for detail in status.details]
+    assert kinds[:2] == ["google.rpc.ErrorInfo", "google.rpc.BadRequest"]
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    assert (info.reason, info.domain, dict(info.metadata)) == (reason, "maskwire", {"step": "7"})
+    assert ("google.rpc.RetryInfo" in kinds) == (REASONS[reason].retry_after_seconds is not None)

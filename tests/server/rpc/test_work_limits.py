@@ -1,0 +1,202 @@
+"""How much one read may ask for: the count is what the model computes, and the bound holds before it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from maskwire.v1 import training_service_pb2 as pb
+from maskwire_server.batch import Batch, Prompts
+from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
+from maskwire_server.errors import Refused
+from maskwire_server.results import EvalOptions, GenerateOptions, Limits, ModelInfo, Order, SelfCondMode
+from maskwire_server.rpc import decoding, generate, status, work_limits
+from maskwire_server.training.models.networks import Networks
+from maskwire_server.training.trainer import Trainer
+
+PLAIN = ModelInfo(257, 256, None, 8192, 1, "", True, False)
+BOTH = ModelInfo(257, 256, None, 8192, 1, "", True, True, self_cond=True)
+LIMITS = Limits(2**20, 2**26, 8, 1024, 8192)
+COLUMNS = 64
+
+
+def batch(rows: int, columns: int) -> pb.TokenBatch:
+    return pb.TokenBatch(data=bytes(rows * columns), shape=[rows, columns], dtype=pb.DATA_TYPE_UINT8)
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Trainer:
+    model = ModelConfig(num_tokens=17, mask_id=16, max_seq_len=COLUMNS, dim=16, depth=1, heads=1, dim_head=16)
+    objective = ObjectiveConfig(self_cond=True, critic="token")
+    return Trainer(model, objective, OptimizerConfig(), ServeConfig(device="cpu", threads=1), 0)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The positions of each pass through the generator or the critic."""
+    seen: list[int] = []
+
+    def counting(name: str) -> None:
+        whole = getattr(Networks, name)
+
+        def count(self: Networks, ids: Any, *arguments: Any, **options: Any) -> Any:
+            seen.append(ids.numel())
+            return whole(self, ids, *arguments, **options)
+
+        monkeypatch.setattr(Networks, name, count)
+
+    counting("embed")
+    counting("criticize")
+    return seen
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"only_train_generator": True}, {"chain_rule": True}, {"chain_rule": True, "random_order": True},
+], ids=str)  # fmt: skip
+def test_the_count_of_an_evaluation_is_what_the_model_computes(
+    trainer: Trainer, computed: list[int], changes: dict[str, Any]
+) -> None:
+    ids = np.random.default_rng(0).integers(0, 16, (3, COLUMNS))
+    draws = 1 if changes == {"chain_rule": True} else 2
+    trainer.eval_loss(Batch(ids, 3, COLUMNS), EvalOptions((0, 1, 2), draws, **changes))
+    assert sum(computed) == work_limits.evaluation_tokens(
+        3, COLUMNS, draws, trainer.info, chain_rule=bool(changes.get("chain_rule")),
+        only_train_generator=bool(changes.get("only_train_generator")),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"steps": 4}, {"self_cond_mode": SelfCondMode.CARRY, "steps": 5},
+    {"order": Order.CONFIDENCE, "steps": 3},
+], ids=str)  # fmt: skip
+def test_the_count_of_a_generation_is_what_the_model_computes(
+    trainer: Trainer, computed: list[int], changes: dict[str, Any]
+) -> None:
+    known = np.zeros((3, COLUMNS), dtype=bool)
+    known[1, 3:] = True
+    known[2] = True
+    prompts = Prompts(np.zeros((3, COLUMNS), dtype=np.int64), np.ones((3, COLUMNS), dtype=bool), known)
+    options = GenerateOptions((0, 1, 2), **changes)
+    list(trainer.generate(prompts, options))
+    unknown = prompts.unknown.sum(-1).tolist()
+    assert sum(computed) == work_limits.generation_tokens(unknown, COLUMNS, options, trainer.info)
+
+
+def test_the_critics_pass_counts_in_the_order_critic(trainer: Trainer, computed: list[int]) -> None:
+    options = GenerateOptions((0, 1), steps=4, order=Order.CRITIC)
+    list(trainer.generate(Prompts.nothing(2, COLUMNS), options))
+    counted = work_limits.generation_tokens([COLUMNS] * 2, COLUMNS, options, trainer.info)
+    assert sum(computed) == counted - 2 * COLUMNS, "the last pass asks nobody what stays masked"
+
+
+TOO_MUCH: dict[str, tuple[str, Any, str]] = {
+    "a chain rule of one column": (
+        "batch.shape",
+        pb.EvalLossRequest(batch=batch(2**20, 1), draws=1024, estimator=2, chain_order=2),
+        "1048576 x 1 tokens with 1024 draws by the chain rule push 68719476736 positions",
+    ),
+    "draws of one column": (
+        "batch.shape",
+        pb.EvalLossRequest(batch=batch(2**20, 1), draws=2),
+        "1048576 x 1 tokens with 2 draws push 134217728 positions",
+    ),
+    "rows, columns and draws that are each allowed": (
+        "batch.shape",
+        pb.EvalLossRequest(batch=batch(2**10, 2**10), draws=1024),
+        "1024 x 1024 tokens with 1024 draws push 1073741824 positions",
+    ),
+    "a chain rule over long rows": (
+        "batch.shape",
+        pb.EvalLossRequest(batch=batch(2, 8192), estimator=2),
+        "2 x 8192 tokens with 1 draws by the chain rule push 134217728 positions",
+    ),
+    "a generation": (
+        "count",
+        pb.GenerateRequest(count=128, length=8192, steps=8192),
+        "128 x 8192 tokens with 8192 unmasking passes push 8589934592 positions",
+    ),
+    "prompts": (
+        "count",
+        pb.GenerateRequest(
+            prompts=pb.TokenBatch(data=b"\0\1" * 2**18, shape=[32, 8192], dtype=pb.DATA_TYPE_UINT16)
+        ),
+        "32 x 8192 tokens with 8192 unmasking passes push 2147483648 positions",
+    ),
+}  # fmt: skip
+
+
+def read(request: Any, info: ModelInfo) -> Any:
+    reader = decoding.read_eval if isinstance(request, pb.EvalLossRequest) else generate.read_generate
+    return reader(request, info, LIMITS)
+
+
+@pytest.mark.parametrize("case", TOO_MUCH, ids=str)
+def test_more_work_than_one_call_may_take_is_refused_with_both_numbers(case: str) -> None:
+    field, request, words = TOO_MUCH[case]
+    with pytest.raises(Refused) as raised:
+        read(request, PLAIN)
+    assert raised.value.metadata["field"] == field
+    assert raised.value.metadata["max_read_tokens"] == "67108864"
+    assert words in raised.value.message
+    assert "at most 67108864 (serve.max_read_tokens) in one call: " in raised.value.message
+    assert "fewer rows, shorter ones or fewer" in raised.value.message
+
+
+def test_a_pass_over_a_short_row_counts_64_columns() -> None:
+    request = pb.GenerateRequest(count=2**20, length=1)
+    read(request, PLAIN)
+    with pytest.raises(Refused, match="1048576 x 1 tokens with 1 unmasking passes push 134217728 positions"):
+        read(request, BOTH)
+
+
+def test_the_default_permits_what_the_pages_show() -> None:
+    for request in (
+        pb.EvalLossRequest(batch=batch(2**10, 2**10)),  # the largest batch, with the default draws
+        pb.EvalLossRequest(batch=batch(1, 4096), estimator=2),
+        pb.GenerateRequest(count=128, length=512),
+    ):
+        read(request, BOTH)
+    read(pb.GenerateRequest(count=256, length=512), PLAIN)
+    read(pb.EvalLossRequest(batch=batch(1, 8192), estimator=2), PLAIN)
+
+
+def test_the_default_draws_are_as_many_as_the_server_takes() -> None:
+    few = Limits(2**20, 2**26, 8, 4)
+    assert decoding.read_eval(pb.EvalLossRequest(batch=batch(1, 4)), PLAIN, few).options.draws == 4
+    assert decoding.read_eval(pb.EvalLossRequest(batch=batch(1, 4)), PLAIN, LIMITS).options.draws == 16
+    with pytest.raises(Refused, match=r"draws must be 1 to 4 \(serve.max_draws\), or 0 for 4, got 5"):
+        decoding.read_eval(pb.EvalLossRequest(batch=batch(1, 4), draws=5), PLAIN, few)
+
+
+class Counted:
+    """A field of very many numbers, of which nobody makes a copy."""
+
+    def __len__(self) -> int:
+        return 10**7
+
+
+LISTS: dict[str, Callable[[], Any]] = {
+    "batch.shape": lambda: decoding._shape("batch", Counted(), PLAIN, LIMITS),  # type: ignore[arg-type]
+    "batch.lengths": lambda: decoding._lengths("batch", Counted(), 2, 3),  # type: ignore[arg-type]
+    "row_ids": lambda: read(pb.EvalLossRequest(batch=batch(1, 4), row_ids=[1] * 10**7), PLAIN),
+    "row_seeds": lambda: read(pb.GenerateRequest(count=2, length=4, row_seeds=[1] * 10**7), PLAIN),
+}
+
+
+@pytest.mark.parametrize("field", LISTS)
+def test_lists_are_counted_before_they_are_copied(field: str) -> None:
+    with pytest.raises(Refused, match=rf"{field} must be .* got 10000000"):
+        LISTS[field]()
+
+
+def test_what_a_client_sent_comes_back_shortened() -> None:
+    with pytest.raises(Refused) as raised:
+        decoding.read_save(pb.CheckpointRequest(name="step-" + "1" * 10**6))
+    for refused in (
+        raised.value,
+        Refused("WRONG_RUN", "ä" * 10**6, fields={"name": "b" * 10**6}, c="c" * 10**6),
+    ):
+        assert status.to_status(refused).ByteSize() < 5000
