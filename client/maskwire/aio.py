@@ -273,7 +273,7 @@ class Client(ProcessBound):
     def _advance(self, talk: Talk[Any], reply: Any) -> Effect:
         """Run a conversation up to its next effect.
 
-        Whoever got control since the last one, a callback or an iterator's reader, may have forked.
+        Code that ran since the last one (a callback, or the reader of an iterator) may have forked.
         """
         self._check_process()
         try:

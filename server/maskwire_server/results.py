@@ -183,6 +183,8 @@ class ModelInfo:
     loss_is_bound: bool
     has_critic: bool
     self_cond: bool = False
+    read_tokens: int = 2**26
+    """Positions that one evaluation or generation may push through the model where no setting says."""
 
 
 class RunState(enum.IntEnum):

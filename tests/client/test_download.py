@@ -35,7 +35,7 @@ def test_a_download_that_finds_no_room_names_its_file_and_goes_on_later(tmp_path
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        with pytest.raises(OSError, match="the same download goes on") as found:
+        with pytest.raises(OSError, match="run the same download again: it resumes") as found:
             first.take(chunk(0))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -317,3 +317,12 @@ def test_evaluations_of_a_training_job_keep_to_the_limits(
     )  # fmt: skip
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in lines if "eval_bits_per_token" in line] == [2, 4]
+
+
+def test_a_cpu_bounds_a_read_to_minutes_unless_the_setting_says_otherwise(
+    shared: ServerProcess, serve: Callable[..., ServerProcess]
+) -> None:
+    with maskwire.attach(shared.address) as client:
+        assert client.status().limits.max_read_tokens == 2**22
+    with maskwire.attach(serve("set", serve__max_read_tokens="5000000").address) as client:
+        assert client.status().limits.max_read_tokens == 5_000_000

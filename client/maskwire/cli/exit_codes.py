@@ -58,7 +58,7 @@ _CURES = {
     "OUT_OF_RESOURCES": {"; ask again": "; run the command again"},
     "RECOVERING": {"; ask again": "; run the command again"},
 }
-"""By reason: what an error says to programs, and what it says to whoever runs a command."""
+"""By reason: the cure that an error names for Python code, and the one for the command line."""
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _signal: int | None = None  # that broke the command off

@@ -233,7 +233,7 @@ def _same(request: T) -> T:
 
 
 def _without_advice(error: MaskwireError) -> str:
-    """A server's words without what it advises whoever calls it: this client asks again by itself."""
+    """The server's message without its advice to retry: this client retries by itself."""
     return _ADVICE.sub("", str(error))
 
 

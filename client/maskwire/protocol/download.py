@@ -106,7 +106,7 @@ class Target:
             os.close(descriptor)
 
     def _unlock(self) -> None:
-        if os.getpid() == self._process:  # a forked child has a copy of this; the parent goes on writing
+        if os.getpid() == self._process:  # a forked child has a copy of this; the parent is still writing
             (self.folder / LOCK).unlink(missing_ok=True)
         os.close(self._lock)
 
@@ -134,7 +134,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        words = f"{error.strerror}; once that is cured, the same download goes on from what is here"
+        words = f"{error.strerror}; fix that, then run the same download again: it resumes from what is here"
         raise OSError(error.errno, words, str(path)) from error
 
 

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,8 +74,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-READ_TOKENS, READ_TOKENS_ON_CPU = 2**26, 2**22
-"""Positions of one evaluation or generation: minutes, on a GPU and on two cores of a CPU."""
 _MESSAGES = 64  # taken in before what was computed is committed, however many more there are
 
 
@@ -155,15 +154,16 @@ class Engine:
     @property
     def limits(self) -> Limits:
         """Bounds on one request."""
-        serve, on_cpu = self._serve, self._versions.get("device", "").startswith("cpu")
-        return Limits(
+        serve = self._serve
+        limits = Limits(
             serve.max_batch_tokens,
             serve.max_message_bytes,
             serve.window,
             serve.max_draws,
             serve.max_generation_steps,
-            serve.max_read_tokens or (READ_TOKENS_ON_CPU if on_cpu else READ_TOKENS),
         )
+        read_tokens = serve.max_read_tokens or (self._info.read_tokens if self._info else None)
+        return limits if read_tokens is None else replace(limits, max_read_tokens=read_tokens)
 
     def train_step(self, request: StepRequest) -> Future[StepAnswer]:
         """Train on one batch; the answer comes when it is durable.

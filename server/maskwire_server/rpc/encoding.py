@@ -118,8 +118,8 @@ def _inexact_replay(replay: InexactReplay) -> pb.InexactReplay:
 
 
 def model(info: ModelInfo) -> pb.ModelInfo:
-    """What is served."""
-    return pb.ModelInfo(**vars(info))
+    """What is served; the bound on reads is one of the limits."""
+    return pb.ModelInfo(**{name: value for name, value in vars(info).items() if name != "read_tokens"})
 
 
 def limits(bounds: Limits) -> pb.Limits:

@@ -77,6 +77,11 @@ def default_budget(device: torch.device) -> int:
     return 2**17 if device.type == "cuda" else 2**14
 
 
+def read_tokens(device: torch.device) -> int:
+    """Positions of one evaluation or generation: minutes of work on a GPU, and on two cores of a CPU."""
+    return 2**22 if device.type == "cpu" else 2**26
+
+
 def sampled_budget(device: torch.device, num_tokens: int, sorts: bool) -> int:
     """Positions of a generation computed at once: all may be masked at first, and have logits then.
 

@@ -55,6 +55,7 @@ from maskwire_server.training.numerics import (
     cores,
     default_budget,
     processor,
+    read_tokens,
     sampled_budget,
     set_numerics,
 )
@@ -122,6 +123,7 @@ class Trainer:
             loss_is_bound=config.loss_is_bound,
             has_critic=self.critic is not None,
             self_cond=config.self_cond,
+            read_tokens=read_tokens(self._device),
         )
 
     @property
