@@ -16,8 +16,8 @@ from typing import NoReturn
 
 from maskwire._version import __version__
 from maskwire_server.config import Config
+from maskwire_server.engine.device import Trainer
 from maskwire_server.engine.engine import Engine
-from maskwire_server.engine.executor import Trainer
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
 from maskwire_server.recovery import point_in_time, recorded_config
 from maskwire_server.recovery.replay import InexactReplayError

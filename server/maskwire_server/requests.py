@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from maskwire_server.batch import Batch, Payload, Prompts
 from maskwire_server.holder import ClientProcess
+from maskwire_server.position import HistoryPosition
 from maskwire_server.results import EvalOptions, GenerateOptions
 
 CHECKPOINT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -24,16 +25,6 @@ class SessionRef:
 
 
 @dataclass(frozen=True)
-class History:
-    """The last acknowledged step that a client holds."""
-
-    run_id: str
-    lineage: int
-    step: int
-    digest: bytes
-
-
-@dataclass(frozen=True)
 class SessionRequest:
     """A client asks to be the run's writer."""
 
@@ -41,7 +32,8 @@ class SessionRequest:
     nonce: str
     takeover: bool = False
     held_epoch: int | None = None
-    history: History | None = None
+    history: HistoryPosition | None = None
+    """The last acknowledged step that the client holds."""
     tokenizer: str = ""
     """What the client's ids stand for; empty: not said."""
     data: dict[str, str] = field(default_factory=dict)

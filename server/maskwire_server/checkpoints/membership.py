@@ -13,10 +13,10 @@ import logging
 import uuid
 from collections.abc import Iterable
 
-from maskwire_server.engine.state import Place
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal.journal import Journal
 from maskwire_server.manifest import Manifest
+from maskwire_server.position import HistoryPosition
 from maskwire_server.recovery.replay import digest_at
 
 log = logging.getLogger(__name__)
@@ -25,9 +25,9 @@ SAVE = "save"
 """The kind of event that records a save."""
 
 
-def record_save(journal: Journal, place: Place, save_id: str) -> None:
+def record_save(journal: Journal, position: HistoryPosition, save_id: str) -> None:
     """Record, as a part of a transaction, that a checkpoint of a durable step is about to be written."""
-    journal.add_event(SAVE, {"id": save_id, "lineage": place.lineage, "step": place.step})
+    journal.add_event(SAVE, {"id": save_id, "lineage": position.lineage, "step": position.step})
 
 
 def new_save_id() -> str:
@@ -79,9 +79,9 @@ class Membership:
             if digest is not None:
                 self._digests[info.lineage, info.step] = digest
 
-    def expect(self, place: Place, save_id: str) -> None:
+    def expect(self, position: HistoryPosition, save_id: str) -> None:
         """A checkpoint of this durable step is about to be written, and its save is recorded."""
-        self._digests[place.lineage, place.step] = place.digest
+        self._digests[position.lineage, position.step] = position.digest
         self._saves.add(save_id)
 
     def unknown(self, manifest: Manifest) -> bool:

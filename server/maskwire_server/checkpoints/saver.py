@@ -1,25 +1,21 @@
-"""Saving while training goes on: one checkpoint at a time, written on a thread of its own."""
+"""Checkpoints of a run: named, written, collected by retention, deleted on request."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 from maskwire_server.checkpoints import retention
 from maskwire_server.checkpoints.store import Checkpoints, Snapshot
 from maskwire_server.config import CheckpointsConfig
-from maskwire_server.engine.entries import Save
-from maskwire_server.engine.futures import refuse
-from maskwire_server.engine.state import Place
 from maskwire_server.errors import Refused, is_shortage
 from maskwire_server.journal.ancestry import ancestry, on_path
-from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, Stretch
 from maskwire_server.manifest import Manifest
+from maskwire_server.position import HistoryPosition
 from maskwire_server.recovery import inexact
 from maskwire_server.requests import AUTOMATIC_NAME, SaveRequest
 from maskwire_server.results import CheckpointInfo, InexactReplay
@@ -30,7 +26,7 @@ KEPT_SECTIONS = ("model", "objective", "optimizer")
 
 
 class Saver:
-    """Names, writes and collects checkpoints. The engine's thread calls; a thread of its own works."""
+    """Names, writes, collects and deletes checkpoints; one call of `write`, `save` and `delete` at a time."""
 
     def __init__(
         self,
@@ -47,31 +43,17 @@ class Saver:
         }
         self._versions = versions
         self._clock = clock
-        self._saved_at = clock()
-        self._overdue = False
-        self._before = self._saved_at, self._overdue
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="maskwire-save")
-        self.busy = False
-        """A snapshot is being made or written."""
         self.inexact_replays: tuple[InexactReplay, ...] = ()
         """What manifests tell of the history."""
         self.newest: CheckpointInfo | None = None
-        """Of the run's own; None until `refresh`."""
+        """The newest of the run's own; None until `refresh`."""
 
-    def due(self, step: int) -> bool:
-        """Whether an automatic checkpoint is due after `step`; one that must wait is made up for."""
-        every_steps, every_seconds = self._settings.every_steps, self._settings.every_seconds
-        if every_steps is not None and step % every_steps == 0:
-            self._overdue = True
-        if every_seconds is not None and self._clock() - self._saved_at >= every_seconds:
-            self._overdue = True
-        return self._overdue and not self.busy
-
-    def begin(self) -> None:
-        """A snapshot is being made. Should it fail, an automatic one is tried again when the next is due."""
-        self.busy = True
-        self._before = self._saved_at, self._overdue
-        self._saved_at, self._overdue = self._clock(), False
+    def refresh(self) -> None:
+        """Look which checkpoint of the run's own is the newest."""
+        try:
+            self.newest = next((manifest.info for manifest in self._checkpoints.own()), None)
+        except OSError as error:  # what was the newest may be so still
+            log.warning("the folder of checkpoints could not be read: %s", error)
 
     def find(self, request: SaveRequest) -> CheckpointInfo | None:
         """The checkpoint that this request saved already; Refused when its name is taken."""
@@ -89,46 +71,43 @@ class Saver:
         return None
 
     def write(
-        self, job: Save, snapshot: Snapshot, place: Place, save_id: str, journal: Journal
-    ) -> Future[CheckpointInfo]:
-        """Write the snapshot of a place in the background, and collect what retention lets go.
+        self,
+        request: SaveRequest,
+        automatic: bool,
+        snapshot: Snapshot,
+        position: HistoryPosition,
+        save_id: str,
+        lineages: dict[int, Lineage],
+    ) -> CheckpointInfo:
+        """Write the snapshot of a durable position, and collect what retention lets go.
 
-        The journal has recorded `save_id`.
+        The journal has recorded `save_id`. Raises Refused.
         """
-        try:
-            self._checkpoints.recognise(journal)
-        except OSError as error:  # those that could not be looked at do not count
-            log.warning("the folder of checkpoints could not be read: %s", error)
-        self._checkpoints.expect(place, save_id)
-        request = job.request
+        self._checkpoints.expect(position, save_id)
         kind = "step" if request.score is None else "best"
-        name = request.name or f"{kind}-{place.step:09d}" + (
-            f"-lineage-{place.lineage}" if place.lineage > 1 else ""
+        name = request.name or f"{kind}-{position.step:09d}" + (
+            f"-lineage-{position.lineage}" if position.lineage > 1 else ""
         )
-        lineages = journal.lineages()
+        info = CheckpointInfo(
+            name, position.lineage, position.step, position.digest, (), time.time(), request.labels,
+            request.score,
+        )  # fmt: skip
         manifest = Manifest(
-            CheckpointInfo(
-                name, place.lineage, place.step, place.digest, (), time.time(), request.labels, request.score
-            ),
-            place.run_id,
-            job.automatic or (request.name is None and request.score is not None),
+            info,
+            position.run_id,
+            automatic or (request.name is None and request.score is not None),
             request.request_id,
             self._configuration,
             self._versions,
-            inexact.within(self.inexact_replays, ancestry(lineages, place.lineage)),
+            inexact.within(self.inexact_replays, ancestry(lineages, position.lineage)),
             save_id,
         )
-        return self._thread.submit(self._save, request, manifest, snapshot, lineages)
-
-    def _save(
-        self, request: SaveRequest, manifest: Manifest, snapshot: Snapshot, lineages: dict[int, Lineage]
-    ) -> CheckpointInfo:
-        info = self._write(request, manifest, snapshot)
+        written = self._write(request, manifest, snapshot)
         try:
-            self._collect(lineages, manifest.info.lineage)
+            self._collect(lineages, position.lineage)
         except OSError as error:  # what was saved is saved; the next save collects
             log.error("checkpoints could not be collected: %s", error)
-        return info
+        return written
 
     def _collect(self, lineages: dict[int, Lineage], lineage: int) -> None:
         """Delete what retention lets go, once those that stay for a start were found intact."""
@@ -192,28 +171,8 @@ class Saver:
         aside = self._checkpoints.set_aside(name)
         log.warning("checkpoint %s is damaged, and was moved to %s", name, aside)
 
-    def finish(self) -> None:
-        """A background write ended well."""
-        self.busy = False
-        self.refresh()
-
-    def refresh(self) -> None:
-        """See which is the newest now."""
-        try:
-            self.newest = next((manifest.info for manifest in self._checkpoints.own()), None)
-        except OSError as error:  # what was the newest may be so still
-            log.warning("the folder of checkpoints could not be read: %s", error)
-
-    def examine(self, manifest: Manifest) -> Future[str | None]:
-        """Read and hash a checkpoint's files in the background: what is wrong with them, if anything."""
-        return self._thread.submit(self._checkpoints.damage, manifest)
-
-    def delete(self, name: str, journal: Journal, lineage: int) -> Future[None]:
-        """Delete a checkpoint on request, in the background; Refused when something needs it."""
-        self._checkpoints.recognise(journal)
-        return self._thread.submit(self._delete, name, journal.lineages(), lineage)
-
-    def _delete(self, name: str, lineages: dict[int, Lineage], lineage: int) -> None:
+    def delete(self, name: str, lineages: dict[int, Lineage], lineage: int) -> None:
+        """Delete a checkpoint on request; Refused when something needs it."""
         self._checkpoints.get(name)
         self._verify(lineages, lineage)  # one that is damaged is none of those that a start may need
         why = retention.needed(self._checkpoints.own(), lineages, lineage).get(name)
@@ -235,20 +194,6 @@ class Saver:
                 name=name, why=why,
             )  # fmt: skip
         log.info("checkpoint %s deleted on request", name)
-
-    def give_up(self, job: Save, refusal: Refused) -> None:
-        """A snapshot or its write failed; training goes on."""
-        self.busy = False
-        if not job.automatic:  # what was due before it is due still
-            saved_at, overdue = self._before
-            self._saved_at, self._overdue = saved_at, overdue or self._overdue
-        log.log(logging.INFO if refusal.reason == "WRONG_RUN" else logging.ERROR, "%s", refusal)
-        for waiter in job.waiters:
-            refuse(waiter, refusal)
-
-    def close(self) -> None:
-        """Finish what is being written."""
-        self._thread.shutdown(wait=True)
 
 
 def _is(saved: Manifest, wanted: Manifest) -> bool:

@@ -24,11 +24,11 @@ from typing import Protocol
 
 from maskwire_server import failpoints
 from maskwire_server.checkpoints.membership import Membership
-from maskwire_server.engine.state import Place
 from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
 from maskwire_server.journal.fsync import flush_folder, make_folder
 from maskwire_server.journal.journal import Journal
 from maskwire_server.manifest import MANIFEST, Manifest, UnknownFormatError
+from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import CHECKPOINT_NAME
 from maskwire_server.results import CheckpointInfo, FileInfo
 
@@ -150,10 +150,10 @@ class Checkpoints:
         if self._membership is not None:
             self._membership.look_up(journal, self.all())
 
-    def expect(self, place: Place, save_id: str) -> None:
+    def expect(self, position: HistoryPosition, save_id: str) -> None:
         """A checkpoint of this durable step is about to be written, and its save is recorded."""
         if self._membership is not None:
-            self._membership.expect(place, save_id)
+            self._membership.expect(position, save_id)
 
     def _problem(self, manifest: Manifest) -> str | None:
         return None if self._membership is None else self._membership.problem(manifest)

@@ -1,7 +1,7 @@
 """Who may write, and which step comes next: the tables of `maskwire.v1` as pure functions.
 
-The engine looks the facts up, these functions decide, and nothing here knows a thread, a clock or a
-file. A decision is one of the four verbs below, or a `Refused` to raise.
+The engine looks the facts up under its mutex, these functions decide, and nothing here knows a thread, a
+clock or a file. A decision is a value, or a `Refused` to raise.
 """
 
 from __future__ import annotations
@@ -11,39 +11,35 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from maskwire_server.engine.state import Place
 from maskwire_server.errors import Refused
 from maskwire_server.holder import Holder
-from maskwire_server.requests import History, RestoreRequest, SaveRequest, SessionRef, SessionRequest
+from maskwire_server.position import HistoryPosition
+from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRef, SessionRequest, StepRequest
 from maskwire_server.results import RunState
 
 
 class Verdict(enum.Enum):
-    """What becomes of an admitted step request."""
+    """What becomes of a step that nothing is known of yet."""
 
     RUN = "run"
     """It is the next step."""
     WAIT = "wait"
-    """It is ahead, within the window."""
-    JOIN = "join"
-    """The same request is in flight: its answer serves both."""
-    REPLAY = "replay"
-    """The same request was answered: give the recorded answer."""
+    """It is ahead of its turn, within the window."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """An earlier request with the same request id."""
+    """A step that is on its way or recorded, which a request may repeat."""
 
     step: int | None
-    """None: in flight without a number of its own yet."""
+    """None: on its way, without a number yet."""
+    request_id: str | None
     payload_hash: bytes
-    in_flight: bool
 
 
 @dataclass(frozen=True)
-class Position:
-    """Where the run stands when a request comes."""
+class Situation:
+    """What a request is held against."""
 
     state: RunState
     run_id: str
@@ -66,20 +62,6 @@ class Position:
     def holder_facts(self) -> dict[str, Any]:
         """What an error says of the newest epoch's client."""
         return self.holder.metadata() if self.holder else {"epoch": self.epoch, "writer": self.writer}
-
-
-@dataclass(frozen=True)
-class StepFacts:
-    """One step request, and what the engine looked up for it."""
-
-    session: SessionRef | None
-    step: int | None
-    payload_hash: bytes
-    known: Known | None
-    step_waits: bool
-    """Another request already waits with this step's number."""
-    queue_length: int
-    queue_limit: int
 
 
 _LONGEST_SHOWN = 24  # characters of a part of a fingerprint; a longer one is a hash, which helps no reader
@@ -111,7 +93,16 @@ def refuse_full(queue_length: int, queue_limit: int) -> None:
         )
 
 
-def check_session(session: SessionRef, at: Position) -> None:
+def no_room(size: int) -> Refused:
+    """The refusal of a batch that the journal's disk has no room for; smaller ones may fit."""
+    return Refused(
+        "HELD",
+        f"the journal's disk has no room for this batch of {size} bytes; make room, and training continues",
+        batch_bytes=size,
+    )
+
+
+def check_session(session: SessionRef, at: Situation) -> None:
     """Raise unless `session` is the newest one of this run and lineage."""
     if session.run_id != at.run_id or session.lineage != at.lineage:
         raise Refused(
@@ -140,7 +131,7 @@ def check_session(session: SessionRef, at: Position) -> None:
         )
 
 
-def check_writer(session: SessionRef | None, at: Position) -> None:
+def check_writer(session: SessionRef | None, at: Situation) -> None:
     """Raise unless a step of this session, or of none, may be trained now."""
     if session is not None:
         check_session(session, at)
@@ -153,25 +144,43 @@ def check_writer(session: SessionRef | None, at: Position) -> None:
         )
 
 
-def admit_step(facts: StepFacts, at: Position) -> Verdict:
-    """Decide on one TrainStep, in the order that the protocol writes down."""
-    check_writer(facts.session, at)
-    if facts.known is not None:
-        return _admit_known(facts, facts.known)
-    if facts.step is not None and (facts.step < at.next_step or facts.step_waits):
+def repeats(request: StepRequest, payload_hash: bytes, known: Known) -> bool:
+    """Whether a request repeats a known step; raises PAYLOAD_MISMATCH when it has only its id.
+
+    A step is compared by request id, then by payload hash; a session's request without an id by hash alone.
+    """
+    same_hash = payload_hash == known.payload_hash
+    if request.request_id is not None and request.request_id == known.request_id:
+        same_step = request.step is None or known.step is None or request.step == known.step
+        if same_hash and same_step:
+            return True
+        what = "another step" if same_hash else "another payload"
         raise Refused(
-            "STEP_TAKEN",
-            f"step {facts.step} was applied, or is in flight, under another request id; the next is "
-            f"{at.next_step}",
-            step=facts.step,
-            expected_step=at.next_step,
+            "PAYLOAD_MISMATCH",
+            f"this request id was used with {what} (step {known.step}); make a new id for a new request",
+            step=known.step,
         )
-    if at.refused_step is not None and facts.step is not None and facts.step > at.refused_step:
-        raise gap(facts.step, at.refused_step)
-    ahead = 0 if facts.step is None else facts.step - at.next_step
+    return request.request_id is None and request.session is not None and same_hash
+
+
+def step_taken(step: int, next_step: int) -> Refused:
+    """The refusal of a step whose number another request has."""
+    return Refused(
+        "STEP_TAKEN",
+        f"step {step} was applied, or is in flight, under another request id; the next is {next_step}",
+        step=step,
+        expected_step=next_step,
+    )
+
+
+def admit_step(step: int | None, queue_length: int, queue_limit: int, at: Situation) -> Verdict:
+    """Decide on a step that is not known, with the number it asks for, in the order of the protocol."""
+    if at.refused_step is not None and step is not None and step > at.refused_step:
+        raise gap(step, at.refused_step)
+    ahead = 0 if step is None else step - at.next_step
     if ahead >= at.window:
-        raise gap(facts.step, at.next_step)
-    refuse_full(facts.queue_length, facts.queue_limit)
+        raise gap(step, at.next_step)
+    refuse_full(queue_length, queue_limit)
     refuse_unavailable(at.state)
     if at.state is RunState.HALTED:
         raise Refused(
@@ -182,30 +191,18 @@ def admit_step(facts: StepFacts, at: Position) -> Verdict:
     return Verdict.WAIT if ahead > 0 else Verdict.RUN
 
 
-def _admit_known(facts: StepFacts, known: Known) -> Verdict:
-    same_step = facts.step is None or known.step is None or facts.step == known.step
-    if facts.payload_hash != known.payload_hash or not same_step:
-        what = "another step" if facts.payload_hash == known.payload_hash else "another payload"
-        raise Refused(
-            "PAYLOAD_MISMATCH",
-            f"this request id was used with {what} (step {known.step}); make a new id for a new request",
-            step=known.step,
-        )
-    return Verdict.JOIN if known.in_flight else Verdict.REPLAY
-
-
-def refuse_unexpected(request: SaveRequest | RestoreRequest, place: Place) -> None:
+def refuse_unexpected(request: SaveRequest | RestoreRequest, position: HistoryPosition) -> None:
     """Raise WRONG_RUN unless the run is where the request expects it."""
     for name, expected, actual in (
-        ("lineage", request.expected_lineage, place.lineage),
-        ("step", request.expected_step, place.step),
+        ("lineage", request.expected_lineage, position.lineage),
+        ("step", request.expected_step, position.step),
     ):
         if expected is not None and expected != actual:
             raise Refused(
                 "WRONG_RUN",
                 f"expected_{name} is {expected}, the run is at {name} {actual}",
-                lineage=place.lineage,
-                step=place.step,
+                lineage=position.lineage,
+                step=position.step,
             )
 
 
@@ -236,7 +233,7 @@ class SessionFacts:
     """The fingerprint of the run's data; empty: nobody said."""
 
 
-def admit_session(facts: SessionFacts, at: Position) -> bool:
+def admit_session(facts: SessionFacts, at: Situation) -> bool:
     """Whether a new epoch is due; False: the nonce's own epoch is given again."""
     refuse_unavailable(at.state)
     request = facts.request
@@ -305,15 +302,15 @@ def _check_data(sent: Mapping[str, str], kept: Mapping[str, str]) -> None:
     )
 
 
-def _where(at: Position) -> str:
+def _where(at: Situation) -> str:
     return at.holder.where if at.holder else ""
 
 
-def _who(at: Position) -> str:
+def _who(at: Situation) -> str:
     return str(at.holder) if at.holder else repr(at.writer) if at.writer else "another writer"
 
 
-def _check_history(history: History, facts: SessionFacts, at: Position) -> None:
+def _check_history(history: HistoryPosition, facts: SessionFacts, at: Situation) -> None:
     if history.run_id != at.run_id or history.lineage != at.lineage:
         raise Refused(
             "WRONG_RUN",

@@ -1,148 +1,251 @@
-"""What waits to become durable: several steps share one transaction, and answers wait for it."""
+"""The committer thread: it alone uses the journal once the run serves.
+
+It writes everything that waits in one transaction, and lets what depends on its being durable happen then:
+answers, published checkpoints, what evaluations and generations saw. Between transactions it serves reads
+of the journal, also while the disk is full.
+"""
 
 from __future__ import annotations
 
 import logging
 import sqlite3
+import threading
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import Future
+from typing import Any, Protocol, TypeVar
 
-from maskwire_server.engine.state import Standing
-from maskwire_server.journal.disk import free_bytes
+from maskwire_server.engine.futures import answer, refuse
+from maskwire_server.engine.run import Run
+from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
+from maskwire_server.journal import reserve
 from maskwire_server.journal.journal import Journal, is_full
+from maskwire_server.journal.reserve import Reserve
 from maskwire_server.results import RunState
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 RETRY_SECONDS = 1.0
-FOLD_BYTES = 16 * 2**20  # of the journal's write-ahead log, before it is folded into the database
 
 
-class Commits:
-    """Writes in order, then what follows from their being durable. Only the engine's thread calls it."""
+class Commit(Protocol):
+    """Something that is made durable, in the order in which it was handed in."""
+
+    def write(self, journal: Journal) -> None:
+        """Write it, within a transaction; called again if that transaction met a full disk."""
+
+    def committed(self) -> None:
+        """What follows from its being durable, and from everything before it."""
+
+
+class Read(Protocol[T_co]):
+    """A question to the journal, bounded in size."""
+
+    def read(self, journal: Journal) -> T_co:
+        """The answer. Raises Refused, or RunDirectoryError for a damaged record."""
+
+
+class Committer:
+    """Takes commits and reads from any thread."""
 
     def __init__(
         self,
+        run: Run,
         journal: Journal,
-        standing: Standing,
+        disk: Reserve,
         clock: Callable[[], float],
-        reserve: Reserve,
+        on_fatal: Callable[[BaseException], None],
     ) -> None:
-        self._reserve = reserve
+        self._run = run
         self._journal = journal
-        self._standing = standing
+        self._disk = disk
         self._clock = clock
-        self._writes: list[Callable[[], object]] = []
-        self._after: list[Callable[[], None]] = []
-        self._fold_after = 0.0  # a fold without room is tried again only then
+        self._on_fatal = on_fatal
+        self._wake = threading.Condition(run.mutex)
+        self._idle = threading.Condition(run.mutex)
+        self._commits: list[Commit] = []
+        self._committing = 0  # of these, taken by the thread and not durable or not followed yet
+        self._reads: list[tuple[Read[Any], Future[Any]]] = []
         self._retry_at: float | None = None
-        self._failed = False  # the last commit met a full disk: the same bytes wait for the next try
+        self._failed = False  # the last transaction met a full disk: its commits wait for the next try
+        self._fold_after = 0.0  # a fold without room is tried again only then
+        self._stopping = self._stopped = False
+        self._thread = threading.Thread(target=self._main, name="maskwire-committer", daemon=True)
 
-    @property
-    def pending(self) -> bool:
-        """Something is not durable, or not answered."""
-        return bool(self._writes or self._after)
+    def start(self) -> None:
+        """Start the thread; nothing else may use the journal from now on."""
+        self._thread.start()
 
-    @property
-    def retry_at(self) -> float | None:
-        """When a journal without room is tried again; None while it has room."""
-        return self._retry_at
+    # For other threads.
 
-    def add(self, write: Callable[[], object], after: Callable[[], None]) -> None:
-        """Write in the next transaction, and once it is durable call `after`."""
-        self._writes.append(write)
-        self._after.append(after)
+    def append(self, commit: Commit) -> None:
+        """Make something durable."""
+        with self._run.mutex:
+            self._commits.append(commit)
+            self._wake.notify()
 
-    def after(self, act: Callable[[], None]) -> None:
-        """Call `act` once everything written so far is durable."""
-        self._after.append(act)
+    def read(self, question: Read[T]) -> Future[T]:
+        """Ask the journal."""
+        future: Future[T] = Future()
+        with self._run.mutex:
+            if self._stopped:
+                raise Refused("DRAINING", "the server ends; ask again")
+            self._reads.append((question, future))
+            self._wake.notify()
+        return future
 
-    def flush(self) -> None:
-        """Commit, then answer. Without room the same bytes wait, and the state is HELD.
-
-        Raises sqlite3.Error for everything else: the outcome is unknown and the process must end.
-        """
-        early = self._retry_at is not None and self._clock() < self._retry_at
-        if self._failed and early:
-            return
-        if self._retry_at is not None and not early:
-            self.make_room()
-        written = bool(self._writes)
-        if self._writes:  # also while held for the reserve: it is kept for what was computed
-            try:
-                self._journal.transaction(lambda: [write() for write in self._writes])
-            except sqlite3.Error as error:
-                if not is_full(error):
-                    raise
-                log.error("the journal cannot be written: %s", error)
-                self._failed = True
-                self.hold()
-                return
-        self._failed = False
-        if self._retry_at is not None and not early:
-            if self._reserve.left(self._journal.log_bytes()) >= 0:
-                log.warning("the journal has room again; nothing was lost")
-                self._retry_at = None
-                self._standing.set(RunState.HELD, False)
-            else:
-                self._retry_at = self._clock() + RETRY_SECONDS
-        after, self._writes, self._after = self._after, [], []
-        for act in after:
-            act()
-        if written and self._journal.log_bytes() >= FOLD_BYTES and self._clock() >= self._fold_after:
-            self.fold()
-
-    def fold(self) -> bool:
-        """Fold the journal's log away; False without room: it stays as it is, and is folded another time."""
-        if fold(self._journal):
-            return True
-        self._fold_after = self._clock() + RETRY_SECONDS
-        return False
-
-    def make_room(self) -> bool:
-        """Fold the log away if the database has room to take it in: that frees what the log takes."""
-        return make_room(self._journal, self._reserve)
+    def wake(self) -> None:
+        """Let the thread look at what is due."""
+        with self._run.mutex:
+            self._wake.notify()
 
     def hold(self) -> None:
-        """Nothing is admitted from now on, until there is room on the journal's disk."""
+        """Admit nothing from now on, until there is room on the journal's disk. Called under the mutex."""
         if self._retry_at is None:
             log.error("no room on the journal's disk: nothing is admitted until there is")
         self._retry_at = self._clock() + RETRY_SECONDS
-        self._standing.set(RunState.HELD, waiting_for="room on the journal's disk")
+        self._run.conditions.set(RunState.HELD, waiting_for="room on the journal's disk")
+        self._run.work.notify_all()
+        self._idle.notify_all()
+        self._wake.notify()
 
+    def wait_durable(self) -> bool:
+        """Wait until all that was handed in is durable; False when the disk is full, or the process ends."""
+        with self._run.mutex:
+            while self._commits or self._committing:
+                if self._failed or self._stopped:
+                    return False
+                self._idle.wait()
+            return True
 
-def fold(journal: Journal) -> bool:
-    """Fold the journal's log away; False without room, and it stays as it is."""
-    try:
-        journal.tidy()
-    except sqlite3.Error as error:
-        if not is_full(error):
-            raise
-        log.warning("no room to fold the journal's log; what is in it is safe, and it is tried again")
-        return False
-    return True
+    def withdraw(self, commit: Commit) -> bool:
+        """Take back a commit that the full disk keeps waiting; False when it is durable or being written."""
+        with self._run.mutex:
+            if commit not in self._commits:
+                return False
+            self._commits.remove(commit)
+            return True
 
+    def close(self) -> None:
+        """Commit what waits, if the disk takes it, and end the thread."""
+        with self._run.mutex:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join()
 
-def make_room(journal: Journal, reserve: Reserve) -> bool:
-    """Fold the journal's log away where that frees room; False when it does not, or there is none for it.
+    # The thread.
 
-    The database grows first, by less than the log takes, and may use the reserve for that moment: no
-    step is committed meanwhile.
-    """
-    return bool(journal.log_bytes()) and reserve.fits(journal.growth()) and fold(journal)
+    def _main(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:
+            log.critical(
+                "the journal failed; the process ends, and a restart recovers the run", exc_info=True
+            )
+            self._on_fatal(error)
+        finally:
+            with self._run.mutex:
+                self._stopped = True
+                reads, self._reads = self._reads, []
+                self._idle.notify_all()
+                self._run.work.notify_all()
+            for _, future in reads:
+                refuse(future, Refused("DRAINING", "the server ends; ask again"))
 
+    def _turn(self) -> bool:
+        """Wait for something to do, and do it; False at the end."""
+        with self._run.mutex:
+            self._run.expire()
+            if not (self._reads or self._ready() or self._stopping):
+                self._wake.wait(self._patience())
+                self._run.expire()
+            reads, self._reads = self._reads, []
+            commits: list[Commit] = []
+            if self._ready():
+                commits, self._commits = self._commits, []
+                self._committing = len(commits)
+            stopping = self._stopping
+            room_due = self._retry_at is not None and self._clock() >= self._retry_at
+        for question, future in reads:
+            self._answer(question, future)
+        if room_due:
+            self._make_room()
+        written = bool(commits) and self._commit(commits)
+        if room_due and not self._failed:
+            self._look_for_room()
+        due = (
+            written and self._journal.log_bytes() >= reserve.FOLD_BYTES and self._clock() >= self._fold_after
+        )
+        if due and not reserve.fold(self._journal):
+            self._fold_after = self._clock() + RETRY_SECONDS
+        return not stopping or (written and bool(self._commits))
 
-class Reserve:
-    """The room that is kept on the journal's disk, so that a step that was computed can be committed."""
+    def _ready(self) -> bool:
+        """Whether a transaction is due: while the disk is full, only from time to time."""
+        due = not self._failed or self._stopping
+        if self._retry_at is not None and self._clock() >= self._retry_at:
+            due = True
+        return due and bool(self._commits)
 
-    def __init__(self, run_dir: Path, reserve_bytes: int) -> None:
-        self._run_dir = run_dir
-        self._reserve_bytes = reserve_bytes
+    def _patience(self) -> float | None:
+        """Seconds until something is due unasked; None: nothing is."""
+        due = [at for at in (self._run.queue.expires_at(), self._retry_at) if at is not None]
+        return max(0.0, min(due) - self._clock()) if due else None
 
-    def left(self, waiting: int) -> int:
-        """Bytes that may be written beside it and `waiting` others; negative: it is not there."""
-        return free_bytes(self._run_dir) - self._reserve_bytes - waiting
+    def _answer(self, question: Read[Any], future: Future[Any]) -> None:
+        if future.cancelled():
+            return
+        try:
+            answer(future, question.read(self._journal))
+        except Refused as refusal:
+            refuse(future, refusal)
+        except RunDirectoryError as error:  # a record that an answer needs was damaged
+            log.error("%s", error)
+            refuse(future, Refused("HISTORY_LOST", str(error)))
+        except (OSError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            with self._run.mutex:
+                refused = self._run.conditions.failed("a request", error)
+            refuse(future, refused)
 
-    def fits(self, size: int) -> bool:
-        """Whether so many bytes can be written, the reserve used up."""
-        return size <= free_bytes(self._run_dir)
+    def _commit(self, commits: list[Commit]) -> bool:
+        try:
+            self._journal.transaction(lambda: self._write(commits))
+        except sqlite3.Error as error:
+            if not is_full(error):
+                raise  # the outcome is unknown, and the process must end
+            log.error("the journal cannot be written: %s", error)
+            with self._run.mutex:
+                self._failed = True
+                self._commits = commits + self._commits  # the same bytes wait for the next try
+                self._committing = 0
+                self.hold()
+            return False
+        self._failed = False
+        for commit in commits:
+            commit.committed()
+        with self._run.mutex:
+            self._committing = 0
+            self._idle.notify_all()
+        return True
+
+    def _write(self, commits: list[Commit]) -> None:
+        for commit in commits:
+            commit.write(self._journal)
+
+    def _make_room(self) -> bool:
+        return reserve.make_room(self._journal, self._disk)
+
+    def _look_for_room(self) -> None:
+        with self._run.mutex:
+            if self._disk.left(self._journal.log_bytes()) < 0:
+                self._retry_at = self._clock() + RETRY_SECONDS
+                return
+            log.warning("the journal has room again; nothing was lost")
+            self._retry_at = None
+            self._run.conditions.set(RunState.HELD, False)
+            self._run.work.notify_all()

@@ -1,51 +1,45 @@
-"""The engine: the run's door for other threads, its thread, and its way up and down.
+"""The engine of one run: what other threads call, and how it starts and ends.
 
-Two threads. The *run* thread owns the order of things, the pipeline and the journal; it takes messages
-from an inbox, so that nothing needs a lock. The *device* thread owns the trainer.
+A step passes three threads in one direction: the caller's admits it into the queue, the executor's numbers
+and computes it, the committer's makes it durable and answers. The executor owns the trainer, the committer
+the journal.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import queue
-import sqlite3
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from maskwire_server.checkpoints import download as reading
-from maskwire_server.checkpoints import membership
+from maskwire_server.checkpoints import download
 from maskwire_server.checkpoints.membership import Membership
 from maskwire_server.checkpoints.saver import Saver
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import CheckpointsConfig, ServeConfig
 from maskwire_server.engine import admission
-from maskwire_server.engine.committer import FOLD_BYTES, RETRY_SECONDS, Reserve, make_room
-from maskwire_server.engine.entries import Evaluation, Save, Step
-from maskwire_server.engine.executor import Device, Trainer
+from maskwire_server.engine.committer import Committer
+from maskwire_server.engine.device import Trainer
+from maskwire_server.engine.entries import Drain, Evaluation, Save
+from maskwire_server.engine.executor import Executor
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.generation_stream import Generation
-from maskwire_server.engine.lease import Writer
-from maskwire_server.engine.pipeline import Pipeline
-from maskwire_server.engine.quarantine import Poison
-from maskwire_server.engine.restore import Restoring
-from maskwire_server.engine.sessions import recorded_evaluation, recorded_process
-from maskwire_server.engine.state import Head, Standing
-from maskwire_server.engine.step_queue import Line
-from maskwire_server.engine.throughput import Rate
-from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
+from maskwire_server.engine.reads import Recognition, StepsRead
+from maskwire_server.engine.restore import Restores
+from maskwire_server.engine.run import Run
+from maskwire_server.engine.saves import Saves
+from maskwire_server.engine.sessions import Sessions
+from maskwire_server.engine.start import Ready, Start
+from maskwire_server.engine.steps import Steps
+from maskwire_server.errors import Refused, is_shortage
 from maskwire_server.history import StepsPage, StepsRequest
-from maskwire_server.journal import listing
-from maskwire_server.journal.journal import Journal, explained, is_full
+from maskwire_server.journal.reserve import Reserve
 from maskwire_server.manifest import Manifest
-from maskwire_server.recovery import boot, fingerprint, inexact
 from maskwire_server.requests import (
     DownloadRequest,
     EvalRequest,
@@ -74,8 +68,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-_MESSAGES = 64  # taken in before what was computed is committed, however many more there are
-
 
 def _ends() -> Refused:
     return Refused("DRAINING", "the server ends; ask again")
@@ -100,37 +92,43 @@ class Engine:
         accept_lost_history: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._factory = factory
-        self._run_dir = run_dir
-        self._seed = seed
-        self._canonical = canonical
-        self._configuration = configuration
         self._serve = serve
-        self._versions = dict(versions)
-        self._on_fatal = on_fatal
-        self._accept_inexact_replay = accept_inexact_replay
-        self._accept_lost_history = accept_lost_history
         self._clock = clock
-
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._owed: set[Future[Any]] = set()  # the answers that somebody waits for
-        self._thread = threading.Thread(target=self._main, name="maskwire-run", daemon=True)
-        self._serving: Future[None] = Future()
-        self._stopping = self._stopped = False
-        self._info: ModelInfo | None = None
-        self._head = Head()
-        self._standing = Standing()
-        self._line = Line(clock, serve.gap_seconds)
-        self._writer = Writer(serve.session_idle_seconds, clock)
-        self._rate = Rate(60, clock)
-        self._device = Device(self._tell)
-        self._reserve = Reserve(run_dir, serve.reserve_bytes)
+        self._on_fatal = on_fatal
+        self._versions = dict(versions)
+        self._settings = checkpoints
+        self._run = Run(serve, clock)
         self._membership = Membership()
         self._checkpoints = Checkpoints(run_dir, membership=self._membership)
+        self._disk = Reserve(run_dir, serve.reserve_bytes)
         self._saver = Saver(self._checkpoints, checkpoints, configuration, self._versions, clock)
-        # Made by recovery, from the journal:
-        self._journal: Journal | None = None
-        self._pipeline: Pipeline
+        self._start = Start(
+            self._run,
+            self._checkpoints,
+            self._saver,
+            self._disk,
+            factory=factory,
+            run_dir=run_dir,
+            seed=seed,
+            canonical=canonical,
+            configuration=configuration,
+            serve=serve,
+            versions=self._versions,
+            accept_inexact_replay=accept_inexact_replay,
+            accept_lost_history=accept_lost_history,
+            clock=clock,
+        )
+        self._thread = threading.Thread(target=self._main, name="maskwire-executor", daemon=True)
+        self._serving: Future[None] = Future()
+        self._owed: set[Future[Any]] = set()  # the answers that somebody waits for
+        self._stopped = False
+        # Made when the run has recovered:
+        self._committer: Committer
+        self._executor: Executor
+        self._saves: Saves
+        self._steps: Steps
+        self._sessions: Sessions
+        self._restores: Restores
 
     # For other threads.
 
@@ -144,12 +142,12 @@ class Engine:
 
     def on_state(self, listener: Callable[[RunState], None]) -> None:
         """Call `listener`, quickly, on every change of state."""
-        self._standing.on_change(listener)
+        self._run.conditions.on_change(listener)
 
     @property
     def info(self) -> ModelInfo | None:
         """What is served; None until the model is built."""
-        return self._info
+        return self._start.info
 
     @property
     def limits(self) -> Limits:
@@ -162,7 +160,7 @@ class Engine:
             serve.max_draws,
             serve.max_generation_steps,
         )
-        read_tokens = serve.max_read_tokens or (self._info.read_tokens if self._info else None)
+        read_tokens = serve.max_read_tokens or (self.info.read_tokens if self.info else None)
         return limits if read_tokens is None else replace(limits, max_read_tokens=read_tokens)
 
     def train_step(self, request: StepRequest) -> Future[StepAnswer]:
@@ -171,18 +169,21 @@ class Engine:
         Cancelling the future gives the step up if it has not begun.
         """
         future: Future[StepAnswer] = Future()
-        step = Step(request, request.payload.hash(), request.payload.encode(), [future], self._clock())
-        return self._post(future, lambda: self._pipeline.admit(step))
+        with self._answering(future):
+            self._steps.admit(request, future)
+        return future
 
     def step_refused(self, session: SessionRef | None, step: int | None) -> None:
-        """A step was refused before it came here: what waits behind it need wait no longer."""
+        """Tell that a step was refused before it came here: what waits for it need wait no longer."""
         if session is not None and step is not None and self._serving.done():
-            self._tell(lambda: self._pipeline.step_refused(session, step))
+            self._steps.refused(session, step)
 
     def eval_loss(self, request: EvalRequest) -> Future[EvalAnswer]:
         """Evaluate one batch; the answer comes when the steps that it saw are durable."""
         future: Future[EvalAnswer] = Future()
-        return self._post(future, lambda: self._pipeline.line_up(Evaluation(request, future)))
+        with self._answering(future):
+            self._push(Evaluation(request, future))
+        return future
 
     def generate(self, request: GenerateRequest) -> Generation:
         """Sample rows; iterate over what it returns for the answers, and cancel it when nobody reads them.
@@ -190,93 +191,102 @@ class Engine:
         An answer comes when the steps that it saw are durable.
         """
         generation = Generation(request)
-        self._post(generation.future, lambda: self._pipeline.line_up(generation))
+        with self._answering(generation.future):
+            self._push(generation)
         return generation
 
     def save(self, request: SaveRequest) -> Future[CheckpointInfo]:
         """Save a checkpoint; the answer comes when it is durable and verified."""
         future: Future[CheckpointInfo] = Future()
-        return self._post(future, lambda: self._pipeline.save(request, future))
+        with self._answering(future):
+            saved = self._saver.find(request)
+            if saved is not None:
+                answer(future, saved)
+                return future
+            here = self._run.head.computed
+            if request.expected_step is not None and request.expected_step < here.step:
+                admission.refuse_unexpected(request, here)  # no use waiting for the copy
+            self._push(Save(request, [future]))
+        return future
 
     def restore(self, request: RestoreRequest) -> Future[RestoreAnswer]:
         """Go back to a checkpoint, on a new lineage."""
         future: Future[RestoreAnswer] = Future()
-        return self._post(future, lambda: self._pipeline.restore(request, future))
+        with self._answering(future):
+            admission.refuse_unavailable(self._run.conditions.state)
+            self._recognise(self._checkpoints.named(request.name))
+            self._restores.begin(request, future)
+        return future
 
     def delete(self, name: str) -> Future[None]:
         """Delete a checkpoint that nothing needs."""
         future: Future[None] = Future()
-        return self._post(future, lambda: self._pipeline.delete(name, future))
+        with self._answering(future):
+            admission.refuse_unavailable(self._run.conditions.state)
+            self._recognise(self._checkpoints.named(name))
+            self._saves.delete(name, future)
+        return future
 
     def open_session(self, request: SessionRequest) -> Future[SessionAnswer]:
         """Make the caller the run's writer."""
         future: Future[SessionAnswer] = Future()
-        return self._post(future, lambda: self._pipeline.open_session(request, future))
+        with self._answering(future):
+            self._sessions.open(request, future)
+        return future
 
     def close_session(self, session: SessionRef) -> Future[None]:
         """End the caller's session."""
         future: Future[None] = Future()
-        return self._post(future, lambda: self._pipeline.close_session(session, future))
+        with self._answering(future):
+            self._sessions.close(session, future)
+        return future
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """The whole checkpoints of the run's own history, newest first; others are not shown."""
         if not self._membership.run_id:
             raise Refused("RECOVERING", "the server is reading the run's journal; ask again")
-        self._recognise_new(self._checkpoints.all())
+        self._recognise(self._checkpoints.all())
         return [manifest.info for manifest in self._checkpoints.own()]
 
     def download(self, request: DownloadRequest) -> Iterator[Chunk]:
         """A checkpoint's files in chunks; it is kept until the iterator ends or is closed."""
         if not self._membership.run_id:
             raise Refused("RECOVERING", "the server is reading the run's journal; ask again")
-        self._recognise_new(self._checkpoints.named(request.name))
-        return reading.read(self._checkpoints, request)
+        self._recognise(self._checkpoints.named(request.name))
+        return download.read(self._checkpoints, request)
 
-    def _recognise_new(self, manifests: Iterable[Manifest]) -> None:
-        """Let the run thread look up checkpoints that somebody put back while the server runs."""
+    def _recognise(self, manifests: Iterable[Manifest]) -> None:
+        """Look checkpoints up that somebody put back while the server runs."""
         if self._serving.done() and any(self._membership.unknown(manifest) for manifest in manifests):
-            looked: Future[None] = Future()
-
-            def look() -> None:
-                assert self._journal is not None
-                self._checkpoints.recognise(self._journal)
-                answer(looked, None)
-
-            self._post(looked, look).result()
+            self._committer.read(Recognition(self._checkpoints)).result()
 
     def list_steps(self, request: StepsRequest) -> Future[StepsPage]:
         """Recorded steps of one lineage, a page of them."""
-        future: Future[StepsPage] = Future()
-
-        def read() -> None:
-            assert self._journal is not None
-            if not future.cancelled():
-                answer(future, listing.page(self._journal, self._head.run_id, request))
-
-        return self._post(future, read)
+        self._refuse_unless_serving()
+        return self._owe(self._committer.read(StepsRead(self._run.head.computed.run_id, request)))
 
     def status(self) -> Status:
-        """Is it stuck or working? Never waits."""
-        head, standing = self._head, self._standing
-        steps_per_second, tokens_per_second = self._rate.per_second()
-        durable_step, digest = head.durable
+        """Show state, progress and what the run is waiting for. Never waits for the device or the disk."""
+        run, head = self._run, self._run.head
+        steps_per_second, tokens_per_second = run.rate.per_second()
+        durable = head.durable
         return Status(
-            state=standing.state,
-            state_since=standing.since,
-            waiting_for=standing.waiting_for,
-            run_id=head.run_id,
-            lineage=head.lineage,
-            step=head.step,
-            durable_step=durable_step,
-            digest=digest,
-            queue_length=len(self._line),
+            state=run.conditions.state,
+            state_since=run.conditions.since,
+            waiting_for=run.conditions.waiting_for,
+            run_id=durable.run_id,
+            lineage=durable.lineage,
+            step=head.computed.step,
+            durable_step=durable.step,
+            digest=durable.digest,
+            queue_length=len(run.queue),
             queue_limit=self._serve.queue_limit,
             steps_per_second=steps_per_second,
             tokens_per_second=tokens_per_second,
-            last_error=standing.last_error,
-            writer=self._writer.present(self._line.busy),
-            epoch=self._writer.epoch,
-            model=self._info,
+            last_error=run.conditions.last_error,
+            writer=run.lease.present(run.queue.busy),
+            epoch=run.lease.epoch,
+            model=self.info,
             newest_checkpoint=self._saver.newest,
             versions=self._versions,
             tokenizer=head.tokenizer,
@@ -289,91 +299,131 @@ class Engine:
         if not self._serving.done() or not self._thread.is_alive():
             return True
         done: Future[None] = Future()
-        self._tell(lambda: self._pipeline.drain(done))
+        with self._run.mutex:
+            self._run.conditions.set(
+                RunState.DRAINING, waiting_for="the running step and the last checkpoint"
+            )
+            self._run.queue.refuse_all(Refused("DRAINING", "the server is finishing its work; ask again"))
+            self._run.queue.push(Drain(done))
+            self._run.work.notify_all()
         try:
             done.result(timeout)
         except TimeoutError:
             return False
+        except Refused:  # the process ends by itself
+            pass
         return True
 
     def close(self) -> None:
         """Stop the threads and release the run directory; whatever still waits is refused."""
-        self._stopping = True  # before what waits in the inbox, and nothing more gets in
+        self._start.stop()
         if self._thread.ident is not None:
-            self._tell(lambda: None)
+            if hasattr(self, "_executor"):
+                self._executor.stop()
             self._thread.join()
-        self._device.close()
 
-    def _post(self, future: Future[T], act: Callable[[], None]) -> Future[T]:
-        if not self._serving.done() or self._stopping:
-            admission.refuse_unavailable(self._standing.state)
+    def _push(self, entry: Evaluation | Generation | Save) -> None:
+        with self._run.mutex:
+            admission.refuse_unavailable(self._run.conditions.state)
+            admission.refuse_full(len(self._run.queue), self._serve.queue_limit)
+            self._run.queue.push(entry)
+            self._run.work.notify()
+
+    @contextlib.contextmanager
+    def _answering(self, future: Future[T]) -> Iterator[None]:
+        """Refuse in `future` what is refused within."""
+        self._refuse_unless_serving()
+        self._owe(future)
+        try:
+            yield
+        except Refused as refusal:
+            refuse(future, refusal)
+        except (OSError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            with self._run.mutex:
+                refused = self._run.conditions.failed("a request", error)
+            refuse(future, refused)
+
+    def _refuse_unless_serving(self) -> None:
+        if not self._serving.done() or self._stopped:
+            admission.refuse_unavailable(self._run.conditions.state)
             raise _ends()
 
-        def guarded() -> None:
-            try:
-                act()
-            except Refused as error:
-                refuse(future, error)
-            except RunDirectoryError as error:  # a record that an answer needs was damaged
-                log.error("%s", error)
-                refuse(future, Refused("HISTORY_LOST", str(error)))
-            except (OSError, MemoryError) as error:
-                if not is_shortage(error):
-                    raise
-                refuse(future, self._standing.failed("a request", error))
-
+    def _owe(self, future: Future[T]) -> Future[T]:
+        """See to it that somebody answers when the process ends."""
         self._owed.add(future)
         future.add_done_callback(self._owed.discard)
-        self._inbox.put(guarded)
         if self._stopped:  # it can have been after the last look at what is owed
             self._refuse_owed()
         return future
 
-    def _tell(self, act: Callable[[], None]) -> None:
-        self._inbox.put(act)
-
-    # The run thread.
+    # The executor's thread.
 
     def _main(self) -> None:
         try:
-            with explained(self._run_dir):
-                self._recover()
+            recovered = self._start.recover()
         except BaseException as error:
-            self._standing.last_error = f"recovery failed: {type(error).__name__}"
-            self._standing.set(RunState.RECOVERY_FAILED)
-            self._shut_down()
+            with self._run.mutex:
+                self._run.conditions.last_error = f"recovery failed: {type(error).__name__}"
+                self._run.conditions.set(RunState.RECOVERY_FAILED)
+            self._stopped = True
+            self._start.close()
             self._serving.set_exception(error)
             return
+        self._build(recovered)
+        self._committer.start()
+        with self._run.mutex:
+            self._run.conditions.set(RunState.RECOVERING, False)
         self._serving.set_result(None)
         try:
-            while not self._stopping:
-                self._turn()
+            self._executor.serve()
         except BaseException as error:
-            log.critical("the engine failed; the process ends, and a restart goes on", exc_info=True)
+            log.critical("the engine failed; the process ends, and a restart recovers the run", exc_info=True)
             self._on_fatal(error)
         finally:
             self._shut_down()
 
-    def _turn(self) -> None:
-        try:
-            message = self._inbox.get(timeout=self._pipeline.patience())
-            for _ in range(_MESSAGES):
-                message()
-                self._pipeline.feed()  # before the commit, so that the device computes meanwhile
-                message = self._inbox.get_nowait()
-            message()
-        except queue.Empty:
-            pass
-        self._pipeline.settle()
+    def _build(self, ready: Ready) -> None:
+        """Build what serves the recovered run."""
+        run, serve, clock = self._run, self._serve, self._clock
+        journal, disk = ready.journal, self._disk
+        self._committer = Committer(run, journal, disk, clock, self._journal_failed)
+        self._saves = Saves(run, self._committer, self._saver, self._settings, serve, clock)
+        self._sessions = Sessions(run, self._committer)
+        self._restores = Restores(run, self._committer, self._checkpoints, ready.device, self._saves)
+        self._steps = Steps(run, self._committer, journal=journal, disk=disk, serve=serve, clock=clock)
+        self._executor = Executor(
+            run,
+            self._committer,
+            ready.device,
+            self._saves,
+            self._sessions,
+            self._restores,
+            journal=journal,
+            disk=disk,
+            quarantine=ready.quarantine,
+            serve=serve,
+            configuration_id=ready.configuration_id,
+            clock=clock,
+        )
+        self._executor.halt_if_due()
+
+    def _journal_failed(self, error: BaseException) -> None:
+        """On the committer's thread: what was committed is unknown."""
+        self._on_fatal(error)
+        self._executor.stop()
 
     def _shut_down(self) -> None:
-        self._stopping = True
-        self._line.abandon(_ends())
-        self._stopped = True  # from here on nobody answers but `_refuse_owed`
+        with self._run.mutex:
+            self._stopped = True
+            self._run.queue.refuse_all(_ends())
+        self._saves.close()
+        self._committer.close()
+        with self._run.mutex:
+            self._run.queue.refuse_uncommitted(_ends())
         self._refuse_owed()
-        self._saver.close()
-        if self._journal is not None:
-            self._journal.close()
+        self._start.close()
 
     def _refuse_owed(self) -> None:
         """Nobody will answer any more: whoever gets hold of a future first refuses it."""
@@ -382,157 +432,3 @@ class Engine:
                 future = self._owed.pop()
                 if not future.done():
                     refuse(future, _ends())
-
-    def _has_two_bases(self, numerics: dict[str, Any]) -> bool:
-        """Whether one damaged checkpoint is not the end: another, or steps that can be computed again."""
-        assert self._journal is not None
-        configure = self._device.configure
-        if not self._head.step or fingerprint.replayable(
-            self._journal, numerics, lambda *wanted: self._device.call(partial(configure, *wanted))
-        ):
-            return True
-        here = self._head.lineage, self._head.step
-        own = [manifest.info for manifest in self._checkpoints.own()]
-        return sum((info.lineage, info.step) == here for info in own) > 1
-
-    def _save_now(self, word: str) -> None:
-        """Save before the first step is admitted, under a name with `word`. Raises Refused."""
-        assert self._journal is not None
-        name = f"{word}-{self._head.step:09d}-{uuid.uuid4().hex[:6]}" if word else None
-        save = Save(SaveRequest(name), automatic=True)
-        self._saver.begin()
-        copy = self._device.call(self._device.snapshot)
-        place, save_id = self._head.place, membership.new_save_id()
-        try:
-            self._journal.transaction(partial(membership.record_save, self._journal, place, save_id))
-            self._saver.write(save, copy, place, save_id, self._journal).result()
-        except Refused as refusal:
-            self._saver.give_up(save, refusal)
-            raise
-        except (OSError, MemoryError, sqlite3.Error) as error:
-            if isinstance(error, sqlite3.Error) and not is_full(error):
-                raise
-            refused = self._standing.failed("the checkpoint", error)
-            self._saver.give_up(save, refused)
-            raise refused from error
-        self._saver.finish()
-
-    def _when_there_is_room(self, act: Callable[[], T]) -> T:
-        """Do something that writes to the disk; while that is full, wait, as HELD would, and try again."""
-        waits = False
-        while True:
-            try:
-                return act()
-            except Exception as error:
-                if self._stopping or not (is_full(error) or is_full(error.__cause__)):
-                    raise
-                if not waits:
-                    log.error("no room on the disk, the start waits until there is: %s", error)
-                waits = True
-            self._standing.set(RunState.RECOVERING, waiting_for="room on the disk")
-            until = time.monotonic() + RETRY_SECONDS
-            while not self._stopping and time.monotonic() < until:
-                time.sleep(0.05)
-            if self._journal is not None:
-                make_room(self._journal, self._reserve)
-
-    def _recover(self) -> None:
-        began = self._clock()
-        head, device = self._head, self._device
-        self._journal = journal = self._when_there_is_room(
-            partial(
-                boot.open_journal,
-                self._run_dir,
-                seed=self._seed,
-                canonical=self._canonical,
-                durable=self._serve.durability == "full",
-            )
-        )
-        head.run_id = journal.fact("run_id")
-        if journal.log_bytes() >= FOLD_BYTES:  # of a process that was killed
-            make_room(journal, self._reserve)
-        self._checkpoints.recognise(journal)
-        self._saver.refresh()
-        said = journal.last_event("tokenizer")
-        head.tokenizer = said[1]["tokenizer"] if said else ""
-        said = journal.last_event("data")
-        head.data = said[1] if said else {}
-        head.evaluated = recorded_evaluation(journal)
-        threads = None if self._serve.threads else fingerprint.pinned_threads(journal)
-        self._info, versions = device.call(partial(device.build, self._factory, threads))
-        self._versions.update(versions)
-        log.info("trainer built on %s in %.1f s", versions.get("device", "?"), self._clock() - began)
-
-        self._standing.set(RunState.RECOVERING, waiting_for="the newest checkpoint")
-        numerics = fingerprint.numerics(self._configuration, versions)
-        recovered = boot.recover(
-            journal,
-            self._checkpoints,
-            device,
-            numerics,
-            accept_inexact=self._accept_inexact_replay,
-            accept_lost=self._accept_lost_history is not None,
-            tell=lambda words: self._standing.set(RunState.RECOVERING, waiting_for=words),
-            with_room=self._when_there_is_room,
-        )
-        self._saver.refresh()  # some may have been set aside
-        self._standing.set(RunState.RECOVERING, waiting_for="the warm-up")
-        warming = self._clock()
-        device.call(partial(device.begin_at, recovered.step, recovered.non_finite))
-        log.info("warmed up in %.1f s", self._clock() - warming)
-        if self._accept_lost_history is not None:
-            recovered = boot.accept_lost_history(
-                journal, recovered, self._accept_lost_history, with_room=self._when_there_is_room
-            )
-
-        head.move(recovered.lineage, recovered.step, recovered.digest)
-        head.non_finite = recovered.non_finite
-        self._line.begin_at(recovered.step)
-        session = journal.last_session()
-        self._writer.resume(session, recorded_process(journal, session))
-        head.inexact_replays = self._saver.inexact_replays = inexact.recorded(journal)
-        # Checkpoint 0 comes before the first step. A state that an inexact replay led to is durable before
-        # a step follows from it: another replay would lead to another state.
-        if self._saver.newest is None or recovered.replayed_inexactly:
-            word = "accepted" if recovered.accepted else "replayed"
-            try:
-                self._when_there_is_room(
-                    partial(self._save_now, word if recovered.replayed_inexactly else "")
-                )
-            except Refused as refused:
-                raise RunDirectoryError(f"{self._run_dir}: {refused.message}") from refused
-        elif not self._has_two_bases(numerics):
-            with contextlib.suppress(Refused):  # the run is no worse off than it was
-                self._save_now("changed")
-        configuration_id = self._when_there_is_room(
-            partial(fingerprint.record_start, journal, self._versions, numerics)
-        )
-        self._pipeline = Pipeline(
-            journal=journal,
-            device=device,
-            saver=self._saver,
-            restoring=Restoring(
-                journal,
-                self._checkpoints,
-                device,
-                self._line,
-                self._writer,
-                head,
-                self._standing,
-                self._saver,
-                self._tell,
-            ),
-            line=self._line,
-            writer=self._writer,
-            head=head,
-            standing=self._standing,
-            rate=self._rate,
-            serve=self._serve,
-            configuration_id=configuration_id,
-            reserve=self._reserve,
-            poison=Poison(self._run_dir, self._serve.poison_after),
-            post=self._tell,
-            clock=self._clock,
-        )
-        self._standing.set(RunState.RECOVERING, False)
-        log.info("run %s is at step %d after %.1f s", head.run_id, head.step, self._clock() - began)

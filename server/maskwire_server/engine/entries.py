@@ -1,15 +1,14 @@
-"""What waits for the device: steps, evaluations, generations, checkpoints, and barriers between steps."""
+"""What the executor takes from its queue."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from maskwire_server.engine.generation_stream import Generation
-from maskwire_server.errors import Refused
-from maskwire_server.requests import EvalRequest, SaveRequest, StepRequest
-from maskwire_server.results import CheckpointInfo, EvalAnswer, StepAnswer
+from maskwire_server.manifest import Manifest
+from maskwire_server.requests import EvalRequest, RestoreRequest, SaveRequest, SessionRequest, StepRequest
+from maskwire_server.results import CheckpointInfo, EvalAnswer, RestoreAnswer, StepAnswer
 
 
 @dataclass(eq=False)
@@ -19,23 +18,24 @@ class Step:
     request: StepRequest
     payload_hash: bytes
     encoded: bytes
+    """The payload as the journal keeps it."""
     waiters: list[Future[StepAnswer]]
     """One for the request, and one for each retry that joined it."""
     arrived: float
     number: int = 0
-    """Its place in the history; 0 until it has one."""
+    """The step's number; 0 until the executor takes it from the queue."""
     started: float = 0.0
     ended: float = 0.0
 
     @property
     def abandoned(self) -> bool:
-        """Nobody waits for its answer any more."""
+        """Whether nobody waits for its answer any more."""
         return all(waiter.cancelled() for waiter in self.waiters)
 
 
 @dataclass(eq=False)
 class Evaluation:
-    """Changes nothing; its answer waits until the steps that it saw are durable."""
+    """An evaluation, which changes nothing; its answer waits until the steps that it saw are durable."""
 
     request: EvalRequest
     future: Future[EvalAnswer]
@@ -51,11 +51,27 @@ class Save:
 
 
 @dataclass(eq=False)
-class Barrier:
-    """Something done between two steps, when the device is idle and everything before is durable."""
+class Takeover:
+    """A session whose epoch is raised already: to be recorded between two steps."""
 
-    act: Callable[[], None]
-    refuse: Callable[[Refused], None]
+    epoch: int
+    request: SessionRequest
 
 
-Job = Step | Evaluation | Generation | Save | Barrier
+@dataclass(eq=False)
+class Restore:
+    """A return to a checkpoint, whose files were found intact and which is pinned."""
+
+    request: RestoreRequest
+    manifest: Manifest
+    future: Future[RestoreAnswer]
+
+
+@dataclass(eq=False)
+class Drain:
+    """The end: save if anything was trained since the last checkpoint."""
+
+    future: Future[None]
+
+
+Entry = Step | Evaluation | Generation | Save | Takeover | Restore | Drain

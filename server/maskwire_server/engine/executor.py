@@ -1,203 +1,311 @@
-"""The device thread: it owns the trainer, and does one thing after another."""
+"""The executor: it takes entries from the queue one after another, and numbers and computes steps."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+import math
+from collections.abc import Callable
 
+from maskwire.v1.digest import step_digest
 from maskwire_server import failpoints
-from maskwire_server.batch import Batch, Modes, Payload, Prompts
-from maskwire_server.checkpoints.store import Snapshot
-from maskwire_server.engine.entries import Evaluation
+from maskwire_server.checkpoints import membership
+from maskwire_server.config import ServeConfig
+from maskwire_server.engine import admission
+from maskwire_server.engine.commits import AnswerCommit, RevealCommit, SaveCommit, StepCommit
+from maskwire_server.engine.committer import Committer
+from maskwire_server.engine.device import Device
+from maskwire_server.engine.entries import Drain, Entry, Evaluation, Restore, Save, Step, Takeover
+from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.generation_stream import Generation
-from maskwire_server.errors import DeviceLost, MaskwireError
-from maskwire_server.results import (
-    EvalOptions,
-    EvalResult,
-    GenerateOptions,
-    GenerationState,
-    ModelInfo,
-    Outcome,
-    StepResult,
-)
+from maskwire_server.engine.quarantine import Poison
+from maskwire_server.engine.restore import Restores
+from maskwire_server.engine.run import Run
+from maskwire_server.engine.saves import Saves
+from maskwire_server.engine.sessions import Sessions
+from maskwire_server.errors import DeviceLost, Refused, StateLost, Unwanted
+from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.records import StepRecord
+from maskwire_server.journal.reserve import WRITES_PER_BATCH, Reserve
+from maskwire_server.position import HistoryPosition
+from maskwire_server.requests import SaveRequest
+from maskwire_server.results import EvalAnswer, Losses, Outcome, RunState, StepResult
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 HALT_AFTER = 3  # steps in a row that are not finite
 
 
-class Trainer(Protocol):
-    """What the engine needs of a trainer. It is built and used on the device thread alone."""
+class Executor:
+    """Everything here happens on the thread that owns the trainer."""
 
-    @property
-    def info(self) -> ModelInfo:
-        """What is served."""
+    def __init__(
+        self,
+        run: Run,
+        committer: Committer,
+        device: Device,
+        saves: Saves,
+        sessions: Sessions,
+        restores: Restores,
+        *,
+        journal: Journal,
+        disk: Reserve,
+        quarantine: Poison,
+        serve: ServeConfig,
+        configuration_id: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._run = run
+        self._committer = committer
+        self._device = device
+        self._saves = saves
+        self._sessions = sessions
+        self._restores = restores
+        self._journal = journal  # for its size alone, and for commits
+        self._disk = disk
+        self._quarantine = quarantine
+        self._serve = serve
+        self._configuration_id = configuration_id
+        self._clock = clock
+        self._stopping = False
 
-    @property
-    def versions(self) -> dict[str, str]:
-        """Names and versions of what it runs on."""
+    def stop(self) -> None:
+        """Return from `serve` after the entry that runs; from any thread."""
+        with self._run.mutex:
+            self._stopping = True
+            self._run.work.notify_all()
 
-    def use_threads(self, count: int) -> None:
-        """Compute with so many threads: sums come out otherwise with another number."""
+    def serve(self) -> None:
+        """Execute entries until `stop`. Raises what the run cannot go on after: StateLost, DeviceLost."""
+        while (entry := self._take()) is not None:
+            if isinstance(entry, Step):
+                self._train(entry)
+            elif isinstance(entry, Evaluation):
+                self._evaluate(entry)
+            elif isinstance(entry, Generation):
+                self._generate(entry)
+            elif isinstance(entry, Save):
+                self._save(entry)
+            elif isinstance(entry, Takeover):
+                self._sessions.record(entry)
+            elif isinstance(entry, Restore):
+                self._restores.restore(entry)
+            else:
+                self._drain(entry)
 
-    def usable_after(self, error: BaseException) -> bool:
-        """Whether the device still computes after an error that came out of another method."""
+    def _take(self) -> Entry | None:
+        """Wait for an entry that can be executed now; a step is numbered. None: stop."""
+        run = self._run
+        with run.mutex:
+            while not self._stopping:
+                entry = run.queue.first()
+                held = run.conditions.holds(RunState.HELD)
+                if isinstance(entry, Drain) and (held or not run.uncommitted):
+                    return run.queue.pop()  # while HELD too: nothing acknowledged is missing on the disk
+                if entry is None or held or isinstance(entry, Drain):
+                    run.work.wait()
+                elif isinstance(entry, Step):
+                    if self._has_its_turn(entry):
+                        return entry
+                elif isinstance(entry, Save) and self._saves.busy:
+                    run.queue.pop()
+                    run.queue.park(entry)
+                else:
+                    run.queue.pop()
+                    if isinstance(entry, Evaluation | Generation):
+                        run.queue.reading = entry
+                    return entry
+            return None
 
-    def configure(self, optimizer: dict[str, Any], numerics_version: int) -> None:
-        """Go on under another [optimizer] section, as another version of the mathematics computed.
+    def _has_its_turn(self, step: Step) -> bool:
+        """Number the first entry and take it from the queue; False when it was refused or has to wait."""
+        run, queue = self._run, self._run.queue
+        number = run.head.computed.step + 1
+        if step.abandoned:
+            queue.pop()
+            queue.settle(step)
+            queue.refuse_behind(number)
+            return False
+        if step.request.step not in (None, number):
+            queue.pop()
+            queue.refuse_step(step, admission.gap(step.request.step, number))
+            return False
+        if run.uncommitted >= self._serve.window:
+            run.work.wait()
+            return False
+        needed = WRITES_PER_BATCH * (run.uncommitted_bytes + len(step.encoded))
+        if self._disk.left(self._journal.log_bytes()) < needed:
+            if run.uncommitted:
+                run.work.wait()
+            else:
+                queue.pop()
+                queue.refuse_step(step, admission.no_room(len(step.encoded)))
+                queue.refuse_number(number)
+            return False
+        queue.pop()
+        queue.start(step, number)
+        return True
 
-        ValueError names a key of the section that the state cannot follow.
-        """
+    # Steps.
 
-    def warm_up(self) -> None:
-        """Compute a step and throw it away."""
-
-    def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
-        """Apply one step; StateLost if the update failed half-way."""
-
-    def eval_loss(self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool]) -> EvalResult:
-        """Evaluate; changes nothing. Raises Unwanted soon after it is no longer wanted."""
-
-    def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
-        """Fill prompts in, a state after each pass; changes nothing, and may be left between two."""
-
-    def snapshot(self) -> Snapshot:
-        """Copy the state to host memory."""
-
-    def load(self, folder: Path) -> None:
-        """Take the state of a checkpoint over; ValueError if it does not fit."""
-
-
-class Device:
-    """Hands work to the device thread; `submit` and `outstanding` are the engine's thread's."""
-
-    def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
-        self._post = post
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="maskwire-device")
-        self._built: Trainer | None = None
-        self._at = 0  # the step that the trainer's state is at
-        self.non_finite = 0
-        """Steps in a row, up to that one, that were not finite; changed from outside only between steps."""
-        self.outstanding = 0
-        """Jobs handed over whose end was not yet heard of."""
-
-    def submit(self, work: Callable[[], T], done: Callable[[Future[T]], None]) -> None:
-        """Run `work` on the device thread, then `done` with its future on the engine's.
-
-        Raises DeviceLost there in place of `done`.
-        """
-        self.outstanding += 1
-
-        def hear(future: Future[T]) -> None:
-            self.outstanding -= 1
-            error = future.exception()
-            if isinstance(error, DeviceLost):
-                raise error
-            done(future)
-
-        submitted = self._thread.submit(self._checked, work)
-        submitted.add_done_callback(lambda future: self._post(lambda: hear(future)))
-
-    def call(self, work: Callable[[], T]) -> T:
-        """Run `work` on the device thread and wait for it."""
-        return self._thread.submit(self._checked, work).result()
-
-    def _checked(self, work: Callable[[], T]) -> T:
-        """Run `work`; DeviceLost when it fails with an error that the device does not come back from."""
+    def _train(self, step: Step) -> None:
         try:
-            return work()
-        except MaskwireError:
+            result = self._compute(step)
+        except (StateLost, DeviceLost):
             raise
         except Exception as error:
-            if self._built is None or self._built.usable_after(error):
-                raise
-            log.critical(
-                "the device does not compute any more (%s): the process ends, and a restart recovers the run",
-                str(error).partition("\n")[0] or type(error).__name__,
-            )
-            raise DeviceLost("the device does not compute any more") from error
-
-    def close(self) -> None:
-        """Wait for what runs, and end the thread."""
-        self._thread.shutdown(wait=True)
-
-    @property
-    def _trainer(self) -> Trainer:
-        assert self._built is not None, "the trainer is built first"
-        return self._built
-
-    # Work, for the device thread.
-
-    def build(
-        self, factory: Callable[[], Trainer], threads: int | None = None
-    ) -> tuple[ModelInfo, dict[str, str]]:
-        """Build the trainer, pinned to `threads` if they are given: what it serves, and what it runs on."""
-        self._built = factory()
-        if threads is not None:
-            self._trainer.use_threads(threads)
-        return self._trainer.info, self._trainer.versions
-
-    def configure(self, optimizer: dict[str, Any], numerics_version: int) -> None:
-        """Go on under another [optimizer] section and numerics version."""
-        self._trainer.configure(optimizer, numerics_version)
-
-    def begin_at(self, step: int, non_finite: int) -> None:
-        """Get ready for the step after `step`."""
-        self._trainer.warm_up()
-        self._at, self.non_finite = step, non_finite
-
-    def train(self, lineage: int, number: int, payload: Payload) -> StepResult | None:
-        """Compute a step; None when it must not be.
-
-        Its predecessor was not consumed, or the run halts with it: the device is a step ahead of whoever
-        counts, and must not go on by itself.
-        """
-        if number != self._at + 1 or self.non_finite >= HALT_AFTER:
-            return None
-        result = self._trainer.train_step(lineage, number, payload.batch, payload.modes)
-        self._at = number
-        skipped = result.outcome is Outcome.SKIPPED_NON_FINITE
-        self.non_finite = self.non_finite + 1 if skipped else 0
-        return result
-
-    def pass_over(self, number: int, result: StepResult) -> StepResult | None:
-        """Consume a step without computing it; None when its predecessor was not consumed."""
-        if number != self._at + 1 or self.non_finite >= HALT_AFTER:
-            return None
-        self._at, self.non_finite = number, 0
-        return result
-
-    def replay(self, lineage: int, number: int, payload: Payload) -> StepResult:
-        """Compute a recorded step again."""
-        return self._trainer.train_step(lineage, number, payload.batch, payload.modes)
-
-    def evaluate(self, job: Evaluation) -> EvalResult:
-        """Evaluate a batch; Unwanted when its client went away meanwhile."""
-        request = job.request
-        return self._trainer.eval_loss(request.batch, request.options, lambda: not job.future.done())
-
-    def generate(self, generation: Generation) -> None:
-        """Make passes until the rows are finished or nobody wants another."""
-        if generation.over:
+            with self._run.mutex:
+                self._run.queue.computing = None
+                self._run.queue.refuse_step(step, self._run.conditions.failed(f"step {step.number}", error))
+                self._run.queue.refuse_number(step.number)
             return
-        request = generation.request
-        for state in self._trainer.generate(request.prompts, request.options):
-            if not generation.put(state):
+        self._consume(step, result)
+
+    def _compute(self, step: Step) -> StepResult:
+        failpoints.passing("step.computing")
+        step.started = self._clock()
+        if self._quarantine.condemned(step.payload_hash):
+            result = StepResult(Outcome.POISON, Losses(math.nan))
+        else:
+            payload = step.request.payload
+            with self._quarantine.watch(step.payload_hash):
+                result = self._device.train_step(
+                    self._run.head.computed.lineage, step.number, payload.batch, payload.modes
+                )
+        try:
+            step.ended = self._clock()
+            failpoints.passing("step.computed")
+        except BaseException as error:  # the state has moved on: the step cannot be given up any more
+            raise StateLost(f"step {step.number} was computed, and then: {error}") from error
+        return result
+
+    def _consume(self, step: Step, result: StepResult) -> None:
+        """Extend the history by a computed step, and hand it to the committer."""
+        run, head = self._run, self._run.head
+        here = head.computed
+        digest = step_digest(here.digest, here.lineage, step.number, step.payload_hash, int(result.outcome))
+        record = StepRecord(
+            here.lineage,
+            step.number,
+            step.request.request_id,
+            self._configuration_id,
+            step.payload_hash,
+            result.outcome,
+            result.losses,
+            result.gradient_norm,
+            digest,
+        )
+        with run.mutex:
+            run.queue.computing = None
+            head.computed = HistoryPosition(here.run_id, here.lineage, step.number, digest)
+            run.uncommitted += 1
+            run.uncommitted_bytes += len(step.encoded)
+            self._committer.append(StepCommit(run, step, record, result, self._clock))
+            skipped = result.outcome is Outcome.SKIPPED_NON_FINITE
+            head.non_finite = head.non_finite + 1 if skipped else 0
+            if head.non_finite >= HALT_AFTER:
+                self.halt_if_due()
+                run.queue.refuse_steps(lambda _: self._halted())
+            if self._saves.due(step.number):
+                run.queue.push_first(Save(SaveRequest(), automatic=True))
+        failpoints.passing("step.consumed")
+
+    def halt_if_due(self) -> None:
+        """Train nothing until a session with takeover is opened, if the last steps were not finite."""
+        if self._run.head.non_finite < HALT_AFTER:
+            return
+        step = self._run.head.computed.step
+        self._run.conditions.last_error = f"steps {step - HALT_AFTER + 1} to {step} were not finite"
+        self._run.conditions.set(RunState.HALTED, waiting_for="a session with takeover")
+
+    def _halted(self) -> Refused:
+        step = self._run.head.computed.step
+        return Refused(
+            "HALTED",
+            f"steps {step - HALT_AFTER + 1} to {step} were not finite; look at the data, then open a session "
+            "with takeover",
+        )
+
+    # What changes nothing.
+
+    def _evaluate(self, entry: Evaluation) -> None:
+        request, future = entry.request, entry.future
+        try:
+            if future.done():
                 return
+            result = self._device.eval_loss(request.batch, request.options, lambda: not future.done())
+        except Unwanted:
+            return
+        except DeviceLost:
+            raise
+        except Exception as error:
+            with self._run.mutex:
+                refusal = self._run.conditions.failed("the evaluation", error)
+            if not future.done():
+                refuse(future, refusal)
+            return
+        finally:
+            self._run.queue.reading = None
+        here = self._run.head.computed
+        if not future.done():
+            self._committer.append(AnswerCommit(future, EvalAnswer(result, here.step, here.digest)))
 
-    def snapshot(self) -> Snapshot:
-        """Copy the state to host memory."""
-        failpoints.passing("checkpoint.copying")
-        copy = self._trainer.snapshot()
-        failpoints.passing("checkpoint.copied")
-        return copy
+    def _generate(self, generation: Generation) -> None:
+        here = self._run.head.computed
+        self._committer.append(RevealCommit(generation, here))
+        try:
+            if not generation.over:
+                request = generation.request
+                for state in self._device.generate(request.prompts, request.options):
+                    if not generation.put(state):
+                        break
+        except DeviceLost:
+            raise
+        except Exception as error:
+            with self._run.mutex:
+                generation.refuse(self._run.conditions.failed("the generation", error))
+        else:
+            self._committer.append(RevealCommit(generation, here, last=True))
+        finally:
+            self._run.queue.reading = None
 
-    def load(self, folder: Path, step: int) -> None:
-        """Take over a checkpoint of `step`."""
-        self._trainer.load(folder)
-        self._at, self.non_finite = step, 0
+    # Checkpoints and the end.
+
+    def _save(self, save: Save) -> None:
+        with self._run.mutex:
+            self._saves.begin()
+        try:
+            copy = self._device.snapshot()
+        except DeviceLost:
+            raise
+        except Exception as error:
+            with self._run.mutex:
+                refusal = self._run.conditions.failed("the copy for a checkpoint", error)
+            self._saves.give_up(save, refusal)
+            return
+        here = self._run.head.computed
+        try:
+            admission.refuse_unexpected(save.request, here)
+        except Refused as refusal:
+            self._saves.give_up(save, refusal)
+            return
+        self._committer.append(
+            SaveCommit(
+                self._saves,
+                self._journal,
+                save,
+                copy,
+                here,
+                membership.new_save_id(),
+                flush=self._serve.durability == "off",
+            )
+        )
+
+    def _drain(self, drain: Drain) -> None:
+        """Save what was trained since the last checkpoint, unless the disk is full, and answer."""
+        if self._committer.wait_durable() and self._saves.wait_written():
+            newest, here = self._saves.newest, self._run.head.computed
+            if newest is None or (newest.lineage, newest.step) != (here.lineage, here.step):
+                self._save(Save(SaveRequest(), automatic=True))
+                if self._committer.wait_durable():
+                    self._saves.wait_written()
+        answer(drain.future, None)

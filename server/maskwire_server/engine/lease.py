@@ -8,8 +8,8 @@ from maskwire_server.holder import ClientProcess, Holder
 from maskwire_server.journal.records import SessionRecord
 
 
-class Writer:
-    """The newest epoch, in memory. A session ends when it is closed, or idle for too long."""
+class Lease:
+    """The newest epoch, under the engine's mutex. A session ends when it is closed, or idle for too long."""
 
     def __init__(self, idle_seconds: float, clock: Callable[[], float]) -> None:
         self._idle_seconds = idle_seconds

@@ -1,151 +1,161 @@
-"""RestoreCheckpoint: the run goes back to a checkpoint, on a new lineage."""
+"""RestoreCheckpoint: the run returns to a checkpoint, on a new lineage."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
+from dataclasses import dataclass
 
 from maskwire.v1.digest import lineage_digest
 from maskwire_server import failpoints
-from maskwire_server.checkpoints.saver import Saver
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.engine import admission
-from maskwire_server.engine.entries import Barrier, Save
-from maskwire_server.engine.executor import Device
+from maskwire_server.engine.commits import LineageCommit
+from maskwire_server.engine.committer import Committer
+from maskwire_server.engine.device import Device
+from maskwire_server.engine.entries import Restore, Save
 from maskwire_server.engine.futures import answer, refuse
-from maskwire_server.engine.lease import Writer
-from maskwire_server.engine.state import Head, Standing
-from maskwire_server.engine.step_queue import Line
+from maskwire_server.engine.run import Run
+from maskwire_server.engine.saves import Saves
 from maskwire_server.errors import Refused
-from maskwire_server.journal.journal import Journal, is_full
 from maskwire_server.journal.records import Lineage, SessionRecord
 from maskwire_server.manifest import Manifest
+from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import RestoreRequest, SaveRequest
 from maskwire_server.results import RestoreAnswer, RunState
 
 log = logging.getLogger(__name__)
 
 
-class Restoring:
-    """Only the engine's thread calls it."""
+@dataclass
+class Restores:
+    """`begin` is for the threads of callers, `restore` for the executor's."""
 
-    def __init__(
-        self,
-        journal: Journal,
-        checkpoints: Checkpoints,
-        device: Device,
-        line: Line,
-        writer: Writer,
-        head: Head,
-        standing: Standing,
-        saver: Saver,
-        post: Callable[[Callable[[], None]], None],
-    ) -> None:
-        self._journal = journal
-        self._checkpoints = checkpoints
-        self._device = device
-        self._line = line
-        self._writer = writer
-        self._head = head
-        self._standing = standing
-        self._saver = saver
-        self._post = post
+    run: Run
+    committer: Committer
+    checkpoints: Checkpoints
+    device: Device
+    saves: Saves
 
     def begin(self, request: RestoreRequest, future: Future[RestoreAnswer]) -> None:
-        """Restore once the running step is durable; a known request id gets its answer again."""
-        if request.request_id is not None:
-            for lineage in self._journal.lineages().values():
-                if lineage.request_id == request.request_id:
-                    if lineage.checkpoint != request.name:
-                        raise Refused(
-                            "PAYLOAD_MISMATCH",
-                            f"this request id restored {lineage.checkpoint!r}; make a new id for a new "
-                            "request",
-                            name=lineage.checkpoint,
-                        )
-                    answer(future, RestoreAnswer(lineage.lineage, lineage.step, lineage.digest))
-                    return
-        self._checkpoints.recognise(self._journal)
-        manifest = self._checkpoints.pin(request.name)  # before it is read and found whole
-        self._line.interrupt(Refused("RESTORING", "a checkpoint is being restored; ask again"))
-        self._standing.set(RunState.RESTORING, waiting_for="the checkpoint's files to be read")
-        examined = self._saver.examine(manifest)
-        examined.add_done_callback(
-            lambda done: self._post(partial(self._examined, request, manifest, done, future))
-        )
+        """Have the checkpoint's files read, then queue the restore. A known request id gets its answer again.
 
-    def _examined(
-        self,
-        request: RestoreRequest,
-        manifest: Manifest,
-        done: Future[str | None],
-        future: Future[RestoreAnswer],
-    ) -> None:
-        """Its files were read: go back once the running step is durable, unless they are damaged."""
-        name, error = manifest.info.name, done.exception()
-        if error is not None:
-            self._give_up(name, future, self._standing.failed(f"reading checkpoint {name!r}", error))
-        elif (problem := done.result()) is not None:
+        Raises Refused.
+        """
+        recorded = [
+            lineage
+            for lineage in self.run.lineages.values()
+            if request.request_id is not None and lineage.request_id == request.request_id
+        ]
+        for lineage in recorded:
+            if lineage.checkpoint != request.name:
+                raise Refused(
+                    "PAYLOAD_MISMATCH",
+                    f"this request id restored {lineage.checkpoint!r}; make a new id for a new request",
+                    name=lineage.checkpoint,
+                )
+            answer(future, RestoreAnswer(lineage.lineage, lineage.step, lineage.digest))
+            return
+        manifest = self.checkpoints.pin(request.name)  # before it is read and found intact
+        with self.run.mutex:
+            self.run.queue.interrupt(Refused("RESTORING", "a checkpoint is being restored; ask again"))
+            self.run.conditions.set(RunState.RESTORING, waiting_for="the checkpoint's files to be read")
+        self.saves.thread.submit(self._examine, Restore(request, manifest, future))
+
+    def _examine(self, restore: Restore) -> None:
+        """On the saver's thread: read and hash the files, and queue the restore unless they are damaged."""
+        name = restore.manifest.info.name
+        try:
+            problem = self.checkpoints.damage(restore.manifest)
+        except Exception as error:
+            with self.run.mutex:
+                refusal = self.run.conditions.failed(f"reading checkpoint {name!r}", error)
+            self._give_up(restore, refusal)
+            return
+        if problem is not None:
             damaged = Refused(
                 "CHECKPOINT_DAMAGED",
                 f"checkpoint {name!r} cannot be restored: {problem}; restore another",
                 name=name,
                 problem=problem,
             )
-            self._give_up(name, future, damaged)
-        elif self._standing.holds(RunState.DRAINING):
-            self._give_up(name, future, Refused("DRAINING", "the server is finishing its work; ask again"))
-        else:
-            self._standing.set(RunState.RESTORING, waiting_for="the running step")
-            act = partial(self._restore, request, manifest, future)
-            self._line.put_first(Barrier(act, partial(self._give_up, name, future)))
+            self._give_up(restore, damaged)
+            return
+        with self.run.mutex:
+            draining = self.run.conditions.holds(RunState.DRAINING)
+            if not draining:
+                self.run.conditions.set(RunState.RESTORING, waiting_for="the running step")
+                self.run.queue.push_first(restore)
+                self.run.work.notify()
+        if draining:
+            self._give_up(restore, Refused("DRAINING", "the server is finishing its work; ask again"))
 
-    def _give_up(self, name: str, future: Future[RestoreAnswer], refusal: Refused) -> None:
-        self._checkpoints.unpin(name)
-        self._standing.set(RunState.RESTORING, False)
-        refuse(future, refusal)
+    def _give_up(self, restore: Restore, refusal: Refused) -> None:
+        self.checkpoints.unpin(restore.manifest.info.name)
+        with self.run.mutex:
+            self.run.conditions.set(RunState.RESTORING, False)
+        refuse(restore.future, refusal)
 
-    def _restore(self, request: RestoreRequest, manifest: Manifest, future: Future[RestoreAnswer]) -> None:
+    def restore(self, restore: Restore) -> None:
+        """Record the new lineage once all that was computed is durable, then load the checkpoint."""
+        info, here = restore.manifest.info, self.run.head.computed
         try:
-            admission.refuse_unexpected(request, self._head.place)
-            self._go_back(request, manifest, future)
+            admission.refuse_unexpected(restore.request, here)
+            if not self.committer.wait_durable():
+                admission.refuse_unavailable(RunState.HELD)
+            number = here.lineage + 1
+            lineage = Lineage(
+                number,
+                info.lineage,
+                info.step,
+                lineage_digest(info.digest, number),
+                restore.request.request_id,
+                info.name,
+            )
+            session = self._record(lineage)
         except Refused as refusal:
-            self._give_up(manifest.info.name, future, refusal)
+            self._give_up(restore, refusal)
+            return
+        failpoints.passing("restore.recorded")
+        # From here on memory must follow the journal: a failure ends the process, and a restart
+        # recovers the new lineage.
+        with self.run.mutex:
+            self._move(restore.manifest, lineage, session)
+        self.device.load(self.checkpoints.path(info.name))
+        failpoints.passing("restore.loaded")
+        restored = RestoreAnswer(number, info.step, lineage.digest)
+        log.info("restored checkpoint %s: lineage %d from step %d", info.name, number, info.step)
+        with self.run.mutex:
+            # The batches behind it may be gone: a second copy, so that damage to one does not end the run.
+            self.run.queue.push_first(Save(SaveRequest(), automatic=True))
+            self.run.conditions.set(RunState.RESTORING, False)
+        answer(restore.future, restored)
 
-    def _go_back(self, request: RestoreRequest, manifest: Manifest, future: Future[RestoreAnswer]) -> None:
-        head, info = self._head, manifest.info
-        number = head.lineage + 1
-        lineage = Lineage(
-            number,
-            info.lineage,
-            info.step,
-            lineage_digest(info.digest, number),
-            request.request_id,
-            info.name,
+    def _record(self, lineage: Lineage) -> SessionRecord:
+        """Make the lineage durable. Refused when the disk is full: nothing has changed then."""
+        # The epoch is used up, so that no writer of the old lineage continues unaware.
+        session = SessionRecord(
+            self.run.lease.epoch + 1, "restore", None, False, lineage.lineage, lineage.step, True
         )
-        # The epoch is used up, so that no writer of the old lineage goes on unaware.
-        session = SessionRecord(self._writer.epoch + 1, "restore", None, False, number, info.step, True)
-
-        def write() -> None:
-            self._journal.add_lineage(lineage)
-            self._journal.add_session(session)
-
-        try:
-            self._journal.transaction(write)
-        except Exception as error:
-            if not is_full(error):
-                raise
+        recorded: Future[None] = Future()
+        commit = LineageCommit(recorded, None, lineage, session)
+        self.committer.append(commit)
+        if not self.committer.wait_durable() and self.committer.withdraw(commit):
             admission.refuse_unavailable(RunState.HELD)
-        self._line.refuse_steps(
+        recorded.result()
+        return session
+
+    def _move(self, manifest: Manifest, lineage: Lineage, session: SessionRecord) -> None:
+        run, info, number = self.run, manifest.info, lineage.lineage
+        run.lineages = {**run.lineages, number: lineage}
+        run.queue.refuse_steps(
             lambda _: Refused(
                 "WRONG_RUN",
                 f"checkpoint {info.name!r} is being restored; open a session with lineage {number}",
                 lineage=number,
             )
         )
-        self._line.refuse_saves(
+        run.queue.refuse_saves(
             Refused(
                 "WRONG_RUN",
                 f"checkpoint {info.name!r} was restored before this one could be saved; save again to keep "
@@ -153,26 +163,7 @@ class Restoring:
                 lineage=number,
             )
         )
-        failpoints.passing("restore.recorded")
-        # From here on memory must follow the journal: a failure ends the process, and a restart
-        # comes back on the new lineage.
-        head.move(number, info.step, lineage.digest)
-        self._writer.resume(session)
-        self._line.begin_at(info.step)
-        self._standing.set(RunState.HALTED, False)
-        self._standing.set(RunState.RESTORING, waiting_for="the weights to be loaded")
-        self._device.submit(
-            partial(self._device.load, self._checkpoints.path(info.name), info.step),
-            partial(self._loaded, RestoreAnswer(number, info.step, lineage.digest), info.name, future),
-        )
-
-    def _loaded(
-        self, restored: RestoreAnswer, name: str, future: Future[RestoreAnswer], done: Future[None]
-    ) -> None:
-        done.result()
-        failpoints.passing("restore.loaded")
-        # The batches behind it may be gone: a second copy, so that damage to one is not the end of the run.
-        self._line.put_first(Save(SaveRequest(), automatic=True))
-        log.info("restored checkpoint %s: lineage %d from step %d", name, restored.lineage, restored.step)
-        self._standing.set(RunState.RESTORING, False)
-        answer(future, restored)
+        run.head.move(HistoryPosition(run.head.computed.run_id, number, info.step, lineage.digest))
+        run.lease.resume(session)
+        run.conditions.set(RunState.HALTED, False)
+        run.conditions.set(RunState.RESTORING, waiting_for="the weights to be loaded")

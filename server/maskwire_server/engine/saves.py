@@ -1,93 +1,147 @@
-"""A checkpoint's way: copied between two steps, written beside the next ones; what it makes needless goes."""
+"""Saving while training continues: one checkpoint at a time, written on a thread of its own."""
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
 
-from maskwire_server.checkpoints import membership
 from maskwire_server.checkpoints.saver import Saver
 from maskwire_server.checkpoints.store import Snapshot
-from maskwire_server.config import ServeConfig
-from maskwire_server.engine import admission
-from maskwire_server.engine.committer import Commits
+from maskwire_server.config import CheckpointsConfig, ServeConfig
+from maskwire_server.engine.commits import DropBatches
+from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Save
-from maskwire_server.engine.futures import answer
-from maskwire_server.engine.state import Head, Place, Standing
-from maskwire_server.engine.step_queue import Line
+from maskwire_server.engine.futures import answer, refuse
+from maskwire_server.engine.run import Run
 from maskwire_server.errors import Refused
-from maskwire_server.journal.journal import Journal
+from maskwire_server.position import HistoryPosition
 from maskwire_server.results import CheckpointInfo
+
+log = logging.getLogger(__name__)
 
 
 class Saves:
-    """Only the engine's thread calls it."""
+    """When a checkpoint is due, and the thread that writes, deletes and reads checkpoints."""
 
     def __init__(
         self,
-        journal: Journal,
+        run: Run,
+        committer: Committer,
         saver: Saver,
-        line: Line,
-        commits: Commits,
-        head: Head,
-        standing: Standing,
+        settings: CheckpointsConfig,
         serve: ServeConfig,
-        post: Callable[[Callable[[], None]], None],
+        clock: Callable[[], float],
     ) -> None:
-        self._journal = journal
+        self._run = run
+        self._committer = committer
         self._saver = saver
-        self._line = line
-        self._commits = commits
-        self._head = head
-        self._standing = standing
-        self._serve = serve
-        self._post = post
+        self._settings = settings
+        self._drops_batches = serve.keep_payloads == "recovery"
+        self._clock = clock
+        self._saved_at = clock()
+        self._overdue = False
+        self._before = self._saved_at, self._overdue
+        self._written = threading.Condition(run.mutex)
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="maskwire-saver")
+        self.busy = False
+        """Whether a snapshot is made or written."""
 
-    def copied(self, job: Save, future: Future[Snapshot]) -> None:
-        """The device made the copy, or failed to: write it once everything up to here is durable."""
-        error = future.exception()
-        if error is not None:
-            self._give_up(job, self._standing.failed("the copy for a checkpoint", error))
-            return
-        place = self._head.place  # the device may be a step further by the time that it is durable
+    @property
+    def newest(self) -> CheckpointInfo | None:
+        """The newest checkpoint of the run's own."""
+        return self._saver.newest
+
+    # Under the mutex.
+
+    def due(self, step: int) -> bool:
+        """Whether an automatic checkpoint is due after `step`; one that must wait stays due."""
+        every_steps, every_seconds = self._settings.every_steps, self._settings.every_seconds
+        if every_steps is not None and step % every_steps == 0:
+            self._overdue = True
+        if every_seconds is not None and self._clock() - self._saved_at >= every_seconds:
+            self._overdue = True
+        return self._overdue and not self.busy
+
+    def begin(self) -> None:
+        """A snapshot is made now. Should that fail, an automatic one is tried again when the next is due."""
+        self.busy = True
+        self._before = self._saved_at, self._overdue
+        self._saved_at, self._overdue = self._clock(), False
+
+    # Any thread.
+
+    def start(self, save: Save, snapshot: Snapshot, position: HistoryPosition, save_id: str) -> None:
+        """Write a snapshot whose step is durable, and whose save is recorded."""
+        self.thread.submit(self._write, save, snapshot, position, save_id)
+
+    def give_up(self, save: Save, refusal: Refused) -> None:
+        """A snapshot or its write failed; training continues."""
+        if not save.automatic:  # what was due before it is due still
+            saved_at, overdue = self._before
+            self._saved_at, self._overdue = saved_at, overdue or self._overdue
+        log.log(logging.INFO if refusal.reason == "WRONG_RUN" else logging.ERROR, "%s", refusal)
+        self._end()
+        for waiter in save.waiters:
+            refuse(waiter, refusal)
+
+    def wait_written(self) -> bool:
+        """Wait until no checkpoint is being written."""
+        with self._run.mutex:
+            self._written.wait_for(lambda: not self.busy)
+        return True
+
+    def delete(self, name: str, future: Future[None]) -> None:
+        """Delete a checkpoint that nothing needs."""
+        self.thread.submit(self._delete, name, future)
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        self.thread.shutdown(wait=True)
+
+    # The saver's thread.
+
+    def _write(self, save: Save, snapshot: Snapshot, position: HistoryPosition, save_id: str) -> None:
+        lineages = self._run.lineages
         try:
-            admission.refuse_unexpected(job.request, place)
+            info = self._saver.write(save.request, save.automatic, snapshot, position, save_id, lineages)
         except Refused as refusal:
-            self._give_up(job, refusal)
+            self.give_up(save, refusal)
             return
-        save_id = membership.new_save_id()
-        self._commits.add(
-            partial(membership.record_save, self._journal, place, save_id),
-            partial(self._write, job, future.result(), place, save_id),
-        )
-
-    def _write(self, job: Save, snapshot: Snapshot, place: Place, save_id: str) -> None:
-        # A checkpoint must not be ahead of the journal after a power loss.
-        if self._serve.durability == "off" and not self._commits.fold():
-            full = "the journal's disk is full; make room, and save again"
-            self._give_up(job, Refused("CHECKPOINT_FAILED", full))
-            return
-        written = self._saver.write(job, snapshot, place, save_id, self._journal)
-        written.add_done_callback(lambda done: self._post(partial(self._written, job, done)))
-
-    def _give_up(self, job: Save, refusal: Refused) -> None:
-        self._saver.give_up(job, refusal)
-        self._line.unpark()
-
-    def _written(self, job: Save, future: Future[CheckpointInfo]) -> None:
-        error = future.exception()
-        if error is not None:
-            known = error if isinstance(error, Refused) else self._standing.failed("the checkpoint", error)
+        except Exception as error:
             # Whoever waits may keep it for long, and its frames hold the copy of the state.
             error.__traceback__ = error.__cause__ = error.__context__ = None
-            self._give_up(job, known)
+            with self._run.mutex:
+                failed = self._run.conditions.failed("the checkpoint", error)
+            self.give_up(save, failed)
             return
-        self._saver.finish()
-        self._line.unpark()
-        if self._serve.keep_payloads == "recovery":
-            gone = self._saver.droppable(self._journal.lineages(), self._head.lineage)
+        self._saver.refresh()
+        if self._drops_batches:
+            gone = self._saver.droppable(self._run.lineages, self._run.head.computed.lineage)
             if gone:
-                self._commits.add(partial(self._journal.drop_payloads, gone), lambda: None)
-        for waiter in job.waiters:
-            answer(waiter, future.result())
+                self._committer.append(DropBatches(gone, self._committer.append))
+        self._end()
+        for waiter in save.waiters:
+            answer(waiter, info)
+
+    def _end(self) -> None:
+        with self._run.mutex:
+            self.busy = False
+            self._run.queue.unpark()
+            self._run.work.notify()
+            self._written.notify_all()
+
+    def _delete(self, name: str, future: Future[None]) -> None:
+        try:
+            self._saver.delete(name, self._run.lineages, self._run.head.computed.lineage)
+        except Refused as refusal:
+            refuse(future, refusal)
+        except Exception as error:
+            with self._run.mutex:
+                failed = self._run.conditions.failed(f"the deletion of checkpoint {name!r}", error)
+            refuse(future, failed)
+        else:
+            answer(future, None)
+        finally:
+            self._saver.refresh()

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict, fields
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 from maskwire_server import failpoints
 from maskwire_server.engine import admission
-from maskwire_server.engine.admission import Position, SessionFacts
-from maskwire_server.engine.committer import Commits
-from maskwire_server.engine.entries import Barrier, Step
-from maskwire_server.engine.executor import Device
+from maskwire_server.engine.admission import SessionFacts
+from maskwire_server.engine.commits import CLIENT_PROCESS, Events, EventsCommit, SessionCommit, SessionEnd
+from maskwire_server.engine.committer import Committer
+from maskwire_server.engine.entries import Step, Takeover
 from maskwire_server.engine.futures import answer, refuse
-from maskwire_server.engine.lease import Writer
-from maskwire_server.engine.state import Head, Standing
-from maskwire_server.engine.step_queue import Line
+from maskwire_server.engine.run import Run
 from maskwire_server.errors import Refused, invalid_field
 from maskwire_server.holder import ClientProcess, Holder
 from maskwire_server.journal.journal import Journal
@@ -25,166 +23,181 @@ from maskwire_server.recovery.replay import digest_at
 from maskwire_server.requests import SessionRef, SessionRequest
 from maskwire_server.results import RunState, SessionAnswer
 
-CLIENT_PROCESS = "client_process"
-"""The kind of event that keeps the process of a session's client."""
 EVALUATED = "evaluated"
 """The kind of event that keeps which step a writer has evaluated."""
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What the journal knows of a request to open a session."""
+
+    epoch: int | None
+    """The epoch that its nonce was given."""
+    digest: bytes | None
+    """The digest at the client's last step."""
+
+
+@dataclass(frozen=True)
+class SessionRead:
+    """Asks the journal about a request to open a session."""
+
+    nonce: str
+    lineage: int
+    step: int | None
+
+    def read(self, journal: Journal) -> Recorded:
+        """Look nonce and step up."""
+        given = journal.session_of_nonce(self.nonce)
+        digest = None if self.step is None else digest_at(journal, self.lineage, self.step)
+        return Recorded(given.epoch if given else None, digest)
+
+
 class Sessions:
-    """Only the engine's thread calls it."""
+    """`open` and `close` are for the threads of callers, `record` for the executor's."""
 
-    def __init__(
-        self,
-        journal: Journal,
-        commits: Commits,
-        line: Line,
-        writer: Writer,
-        head: Head,
-        standing: Standing,
-        device: Device,
-    ) -> None:
-        self._device = device
+    def __init__(self, run: Run, committer: Committer) -> None:
+        self._run = run
+        self._committer = committer
         self._opening: dict[str, list[Future[SessionAnswer]]] = {}  # by nonce, until durable
-        self._journal = journal
-        self._commits = commits
-        self._line = line
-        self._writer = writer
-        self._head = head
-        self._standing = standing
 
-    def open(self, request: SessionRequest, at: Position, future: Future[SessionAnswer]) -> None:
-        """Admit a writer: fence the one before at once, answer once the running step is durable."""
-        if request.nonce in self._opening:  # the same call once more
-            self._opening[request.nonce].append(future)
-            return
-        given = self._journal.session_of_nonce(request.nonce)
-        recorded = None
-        if request.history is not None:
-            recorded = digest_at(self._journal, self._head.lineage, request.history.step)
-        epoch = given.epoch if given else None
+    def open(self, request: SessionRequest, future: Future[SessionAnswer]) -> None:
+        """Make the caller the writer: fence the one before at once, answer once the epoch is durable."""
+        run = self._run
+        with run.mutex:
+            if request.nonce in self._opening:  # the same call again
+                self._opening[request.nonce].append(future)
+                return
+            self._opening[request.nonce] = [future]
+        step = None if request.history is None else request.history.step
+        try:
+            read = self._committer.read(SessionRead(request.nonce, run.head.computed.lineage, step))
+            recorded = read.result()
+            with run.mutex:
+                self._admit(request, recorded)
+        except Refused as refusal:
+            self._refuse(request.nonce, refusal)
+
+    def _admit(self, request: SessionRequest, recorded: Recorded) -> None:
+        """Raise the epoch and queue its record, or give the nonce's own epoch again; under the mutex."""
+        run, at = self._run, self._run.situation()
+        durable = run.head.durable.step
         # What was said before anything was trained can still be corrected.
-        tokenizer = self._head.tokenizer if self._line.next_step > 1 else ""
-        data = self._head.data if self._line.next_step > 1 else {}
-        facts = SessionFacts(request, epoch, self._head.durable[0], recorded, tokenizer, data)
+        trained = run.next_number > 1
+        facts = SessionFacts(
+            request,
+            recorded.epoch,
+            durable,
+            recorded.digest,
+            run.head.tokenizer if trained else "",
+            run.head.data if trained else {},
+        )
         new = admission.admit_session(facts, at)
-        if request.evaluated_step > self._head.durable[0]:
+        if request.evaluated_step > durable:
             raise invalid_field(
                 "evaluated_step",
-                f"evaluated_step must be at most the durable step {self._head.durable[0]}, got "
-                f"{request.evaluated_step}",
+                f"evaluated_step must be at most the durable step {durable}, got {request.evaluated_step}",
             )
         if not new:
-            self._writer.touch()
-            here = at.epoch
-            self._commits.add(self._keep_data(request), lambda: None)
-            self._commits.add(self._keep_evaluation(request), lambda: None)
-            self._commits.add(self._keep_tokenizer(request), lambda: answer(future, self._answer(here)))
+            run.lease.touch()
+            events = self._keep(request)
+            futures = self._opening.pop(request.nonce)
+            reply = self._answer(at.epoch)
+            for future in futures[1:]:
+                self._committer.append(EventsCommit(future, reply))
+            self._committer.append(EventsCommit(futures[0], reply, events))
             return
         epoch = at.epoch + 1
-        self._opening[request.nonce] = [future]
-        keep = self._keep_tokenizer(request)
-        self._writer.open(epoch, request.client_name, request.process, supersedes=bool(at.writer))
-        self._line.refuse_steps(partial(_fenced, Holder(request.client_name, epoch, request.process)))
-        self._line.put_first(
-            Barrier(partial(self._record, epoch, request, keep), partial(self._refuse_opening, request.nonce))
-        )
+        run.lease.open(epoch, request.client_name, request.process, supersedes=bool(at.writer))
+        run.queue.refuse_steps(partial(_fenced, Holder(request.client_name, epoch, request.process)))
+        run.queue.push_first(Takeover(epoch, request))
+        run.work.notify()
 
-    def _keep_tokenizer(self, request: SessionRequest) -> Callable[[], object]:
-        """The write that keeps what a client's ids stand for; another one was refused before."""
-        if request.tokenizer in ("", self._head.tokenizer):
-            return lambda: None
-        self._head.tokenizer = request.tokenizer
-        return partial(self._journal.add_event, "tokenizer", {"tokenizer": request.tokenizer})
+    def record(self, takeover: Takeover) -> None:
+        """Hand an epoch to the committer, between two steps."""
+        run, request, epoch = self._run, takeover.request, takeover.epoch
+        failpoints.passing("session.opening")
+        with run.mutex:
+            superseded = epoch != run.lease.epoch
+            here = run.head.computed
+            events = () if superseded else self._keep(request)
+            if request.takeover and not superseded:
+                run.head.non_finite = 0
+                run.conditions.set(RunState.HALTED, False)
+        # A superseded nonce is used up all the same, or a retry would fence whoever superseded it.
+        record = SessionRecord(
+            epoch, request.client_name, request.nonce, request.takeover and not superseded,
+            here.lineage, here.step, superseded,
+        )  # fmt: skip
+        process = None if superseded else request.process
+        self._committer.append(SessionCommit(record, process, events, self._opened))
 
-    def _keep_data(self, request: SessionRequest) -> Callable[[], object]:
-        """The write that keeps the fingerprint of a client's data; another one was refused before."""
-        if request.data in ({}, self._head.data):
-            return lambda: None
-        self._head.data = request.data
-        return partial(self._journal.add_event, "data", dict(request.data))
+    def _keep(self, request: SessionRequest) -> Events:
+        """What a client said of its tokenizer, data and evaluations, as events; others were refused."""
+        head = self._run.head
+        events: list[tuple[str, dict[str, Any]]] = []
+        if request.tokenizer not in ("", head.tokenizer):
+            head.tokenizer = request.tokenizer
+            events.append(("tokenizer", {"tokenizer": request.tokenizer}))
+        if request.data not in ({}, head.data):
+            head.data = request.data
+            events.append(("data", dict(request.data)))
+        seen = (head.computed.lineage, request.evaluated_step)
+        if request.evaluated_step and seen != head.evaluated:
+            head.evaluated = seen
+            events.append((EVALUATED, {"lineage": seen[0], "step": seen[1]}))
+        return tuple(events)
 
-    def _keep_evaluation(self, request: SessionRequest) -> Callable[[], object]:
-        """The write that keeps which step was evaluated."""
-        seen = (self._head.lineage, request.evaluated_step)
-        if not request.evaluated_step or seen == self._head.evaluated:
-            return lambda: None
-        self._head.evaluated = seen
-        return partial(self._journal.add_event, EVALUATED, {"lineage": seen[0], "step": seen[1]})
-
-    def _record(
-        self,
-        epoch: int,
-        request: SessionRequest,
-        keep_tokenizer: Callable[[], object],
-    ) -> None:
-        if epoch != self._writer.epoch:
-            # Its nonce is used up all the same, or a retry would fence whoever superseded it.
-            head = self._head
-            late = SessionRecord(
-                epoch, request.client_name, request.nonce, False, head.lineage, head.step, True
-            )
-            superseded = Refused("FENCED", f"epoch {epoch} was superseded while it was opened")
-            self._commits.add(keep_tokenizer, lambda: None)
-            self._commits.add(
-                partial(self._journal.add_session, late),
-                partial(self._refuse_opening, request.nonce, superseded),
+    def _opened(self, record: SessionRecord) -> None:
+        """An epoch is durable: answer whoever opened it."""
+        if record.closed:
+            self._refuse(
+                record.nonce or "",
+                Refused("FENCED", f"epoch {record.epoch} was superseded while it was opened"),
             )
             return
-        failpoints.passing("session.opening")
-        head = self._head
-        session = SessionRecord(
-            epoch, request.client_name, request.nonce, request.takeover, head.lineage, head.step, False
-        )
-        if request.takeover:
-            head.non_finite = self._device.non_finite = 0
-            self._standing.set(RunState.HALTED, False)
-        self._commits.add(keep_tokenizer, lambda: None)
-        self._commits.add(self._keep_data(request), lambda: None)
-        self._commits.add(self._keep_evaluation(request), lambda: None)
-        self._commits.add(
-            partial(self._add_session, session, request.process), partial(self._opened, request.nonce, epoch)
-        )
+        with self._run.mutex:
+            if record.epoch == self._run.lease.epoch:
+                self._run.lease.opened()
+            reply = self._answer(record.epoch)
+            futures = self._opening.pop(record.nonce or "")
+        for future in futures:
+            answer(future, reply)
 
-    def _add_session(self, session: SessionRecord, process: ClientProcess | None) -> None:
-        self._journal.add_session(session)
-        if process is not None:
-            self._journal.add_event(CLIENT_PROCESS, {"epoch": session.epoch, **asdict(process)})
-
-    def _opened(self, nonce: str, epoch: int) -> None:
-        failpoints.passing("session.opened")
-        if epoch == self._writer.epoch:
-            self._writer.opened()
-        for future in self._opening.pop(nonce):
-            answer(future, self._answer(epoch))
-
-    def _refuse_opening(self, nonce: str, refusal: Refused) -> None:
-        for future in self._opening.pop(nonce):
+    def _refuse(self, nonce: str, refusal: Refused) -> None:
+        with self._run.mutex:
+            futures = self._opening.pop(nonce)
+        for future in futures:
             refuse(future, refusal)
 
-    def close(self, session: SessionRef, at: Position, future: Future[None]) -> None:
-        """End the writer's session; once more is no error."""
-        if at.closed and (session.run_id, session.epoch) == (at.run_id, at.epoch):
-            answer(future, None)
-            return
-        admission.check_session(session, at)
-        self._writer.closed = True
-        self._commits.add(partial(self._journal.close_session, session.epoch), partial(answer, future, None))
+    def refuse_all(self, refusal: Refused) -> None:
+        """Refuse whoever waits for a session: the process ends."""
+        for nonce in list(self._opening):
+            self._refuse(nonce, refusal)
+
+    def close(self, session: SessionRef, future: Future[None]) -> None:
+        """End the writer's session; a second time is no error."""
+        with self._run.mutex:
+            at = self._run.situation()
+            if at.closed and (session.run_id, session.epoch) == (at.run_id, at.epoch):
+                answer(future, None)
+                return
+            admission.check_session(session, at)
+            self._run.lease.closed = True
+            self._committer.append(SessionEnd(future, None, session.epoch))
 
     def _answer(self, epoch: int) -> SessionAnswer:
         """Its own epoch, whoever has opened another meanwhile: that one fences it."""
-        head = self._head
-        durable_step, digest = head.durable
+        head, lease = self._run.head, self._run.lease
         return SessionAnswer(
-            head.run_id,
-            head.lineage,
+            head.computed.run_id,
+            head.computed.lineage,
             epoch,
-            head.step,
-            durable_step,
-            digest,
+            head.computed.step,
+            head.durable.step,
+            head.durable.digest,
             head.tokenizer,
             data=head.data,
-            superseded=self._writer.superseded if epoch == self._writer.epoch else None,
+            superseded=lease.superseded if epoch == lease.epoch else None,
             evaluated_lineage=head.evaluated[0],
             evaluated_step=head.evaluated[1],
             inexact_replays=head.inexact_replays,
@@ -201,7 +214,7 @@ def recorded_process(journal: Journal, session: SessionRecord | None) -> ClientP
 
 
 def recorded_evaluation(journal: Journal) -> tuple[int, int]:
-    """Lineage and number of the last step that a writer said it had evaluated; zeros: none."""
+    """Lineage and number of the last step that a writer reported as evaluated; zeros: none."""
     found = journal.last_event(EVALUATED)
     return (found[1]["lineage"], found[1]["step"]) if found else (0, 0)
 

@@ -1,4 +1,4 @@
-"""Where the run stands: its state, and its head, the last step of its history."""
+"""The state of a run: the conditions that make it up, and the end of its history."""
 
 from __future__ import annotations
 
@@ -6,40 +6,40 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from maskwire_server.errors import Diverged, Refused, shortage
+from maskwire_server.position import HistoryPosition
 from maskwire_server.results import InexactReplay, RunState
 
 log = logging.getLogger(__name__)
 
 
-class Standing:
-    """Conditions that together make the state. The engine's thread writes, any thread reads."""
+class Conditions:
+    """Conditions that together make the run's state. Written under the engine's mutex, read by any thread."""
 
     def __init__(self) -> None:
         self.state = RunState.RECOVERING
         self.since = time.time()
         self.last_error = ""
-        self._conditions = {RunState.RECOVERING: "the trainer"}  # and what each waits for
+        self._holding = {RunState.RECOVERING: "the trainer"}  # and what each waits for
         self._listeners: list[Callable[[RunState], None]] = []
 
     @property
     def waiting_for(self) -> str:
         """What the state waits for; empty: nothing."""
-        return self._conditions.get(self.state, "")
+        return self._holding.get(self.state, "")
 
     def on_change(self, listener: Callable[[RunState], None]) -> None:
-        """Call `listener` with every new state."""
+        """Call `listener`, which must be quick, with every new state."""
         self._listeners.append(listener)
 
     def set(self, condition: RunState, holds: bool = True, waiting_for: str = "") -> None:
-        """A condition begins or ends; the gravest one that holds is the state."""
-        self._conditions = {
-            **{other: words for other, words in self._conditions.items() if other is not condition},
+        """Set or clear a condition; the most severe one that holds is the state."""
+        self._holding = {
+            **{other: words for other, words in self._holding.items() if other is not condition},
             **({condition: waiting_for} if holds else {}),
         }
-        state = next((state for state in _GRAVEST_FIRST if state in self._conditions), RunState.SERVING)
+        state = next((state for state in _MOST_SEVERE_FIRST if state in self._holding), RunState.SERVING)
         if state is self.state:
             return
         self.state, self.since = state, time.time()
@@ -48,10 +48,14 @@ class Standing:
         for listener in self._listeners:
             listener(state)
 
-    def failed(self, what: str, error: BaseException) -> Refused:
-        """Log an unexpected error, and what is answered for it: an id, and nothing of its text.
+    def holds(self, condition: RunState) -> bool:
+        """Whether a condition holds, whether it is the state or not."""
+        return condition in self._holding
 
-        Weights that have diverged are the user's to mend: the answer says so.
+    def failed(self, what: str, error: BaseException) -> Refused:
+        """Log an unexpected error, and return the refusal to answer with: an error id, none of its text.
+
+        Weights that have diverged are for the user to fix, so the answer says so.
         """
         short = shortage(error)
         if short is not None:
@@ -64,7 +68,8 @@ class Standing:
             return Refused(
                 "DIVERGED",
                 f"{what} was refused: {error}; restore a checkpoint from before they did (`maskwire "
-                "checkpoint list`, `maskwire checkpoint restore NAME`) and go on with a lower learning rate",
+                "checkpoint list`, `maskwire checkpoint restore NAME`) and continue with a lower learning "
+                "rate",
             )
         error_id = uuid.uuid4().hex[:12]
         self.last_error = f"{what} failed, error id {error_id}"
@@ -75,12 +80,8 @@ class Standing:
             error_id=error_id,
         )
 
-    def holds(self, condition: RunState) -> bool:
-        """Whether a condition holds, be it the state or not."""
-        return condition in self._conditions
 
-
-_GRAVEST_FIRST = (
+_MOST_SEVERE_FIRST = (
     RunState.RECOVERY_FAILED,
     RunState.RECOVERING,
     RunState.DRAINING,
@@ -90,46 +91,25 @@ _GRAVEST_FIRST = (
 )
 
 
-@dataclass(frozen=True)
-class Place:
-    """A step of a run's history, and the digest after it."""
-
-    run_id: str
-    lineage: int
-    step: int
-    digest: bytes
-
-
 class Head:
-    """The history's end. The engine's thread writes, any thread reads."""
+    """The end of the run's history. Written under the engine's mutex, read by any thread."""
 
     def __init__(self) -> None:
-        self.run_id = ""
-        self.tokenizer = ""
-        """What the run's ids stand for; empty: nobody said."""
-        self.data: dict[str, str] = {}
-        """The fingerprint of the run's data; empty: nobody said."""
-        self.evaluated = (0, 0)
-        """Lineage and number of the last step that a writer said it had evaluated; zeros: none."""
-        self.inexact_replays: tuple[InexactReplay, ...] = ()
-        self.lineage = 1
-        self.step = 0
-        """The last computed step."""
-        self.digest = b""
-        """The digest after it."""
-        self.durable: tuple[int, bytes] = (0, b"")
-        """The last durable step and the digest after it; one object, so that readers see a pair."""
-
+        self.computed = HistoryPosition("", 1, 0, b"")
+        """The last step that was computed."""
+        self.durable = self.computed
+        """The last step that is durable."""
         self.non_finite = 0
-        """Steps in a row, up to the last, that were not finite."""
+        """Steps in a row, up to the last computed one, that were not finite."""
+        self.tokenizer = ""
+        """What the run's ids stand for; empty: no client said."""
+        self.data: dict[str, str] = {}
+        """The fingerprint of the run's data; empty: no client said."""
+        self.evaluated = (0, 0)
+        """Lineage and number of the last step that a writer reported as evaluated; zeros: none."""
+        self.inexact_replays: tuple[InexactReplay, ...] = ()
 
-    @property
-    def place(self) -> Place:
-        """The last computed step, as it is now."""
-        return Place(self.run_id, self.lineage, self.step, self.digest)
-
-    def move(self, lineage: int, step: int, digest: bytes) -> None:
-        """The history ends at a durable step, after a start or a restore."""
-        self.lineage, self.step, self.digest = lineage, step, digest
-        self.durable = (step, digest)
+    def move(self, position: HistoryPosition) -> None:
+        """Set the end of the history to a durable position, after a start or a restore."""
+        self.computed = self.durable = position
         self.non_finite = 0

@@ -30,7 +30,7 @@ from maskwire_server.journal.records import Lineage, SessionRecord, StepRecord, 
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 FILE_NAME = "journal.sqlite"
 _SESSION = "epoch, client_name, nonce, takeover, lineage, step, closed, row_hash"
 _PAGE = 64  # records read at once
@@ -51,7 +51,7 @@ CREATE TABLE steps (
   lineage INTEGER NOT NULL, step INTEGER NOT NULL, request_id TEXT, configuration INTEGER NOT NULL,
   payload_hash BLOB NOT NULL, outcome INTEGER NOT NULL, numbers BLOB NOT NULL, digest BLOB NOT NULL,
   row_hash BLOB NOT NULL, PRIMARY KEY (lineage, step)) WITHOUT ROWID;
-CREATE UNIQUE INDEX steps_by_request ON steps (request_id) WHERE request_id IS NOT NULL;
+CREATE INDEX steps_by_request ON steps (request_id) WHERE request_id IS NOT NULL;
 CREATE TABLE payloads (
   lineage INTEGER NOT NULL, step INTEGER NOT NULL, payload BLOB NOT NULL, PRIMARY KEY (lineage, step));
 """
@@ -238,8 +238,10 @@ class Journal:
         return [StepRecord.read(row) for row in rows]
 
     def step_of_request(self, request_id: str) -> StepRecord | None:
-        """The record of the step that a request id was consumed by."""
-        row = self._db.execute("SELECT * FROM steps WHERE request_id = ?", (request_id,)).fetchone()
+        """The newest record of a request id; a session that names its step may use one again."""
+        row = self._db.execute(
+            "SELECT * FROM steps WHERE request_id = ? ORDER BY lineage DESC, step DESC LIMIT 1", (request_id,)
+        ).fetchone()
         return None if row is None else StepRecord.read(row)
 
     def steps_after(self, lineage: int, step: int) -> Iterator[tuple[StepRecord, bytes | None]]:
@@ -265,7 +267,8 @@ class Journal:
         """
         rows = self._db.execute(
             "SELECT n.*, i.step FROM (SELECT * FROM steps WHERE lineage = ? ORDER BY step DESC LIMIT ?) n "
-            "LEFT JOIN steps i INDEXED BY steps_by_request ON i.request_id = n.request_id",
+            "LEFT JOIN steps i INDEXED BY steps_by_request ON i.request_id = n.request_id "
+            "AND i.lineage = n.lineage AND i.step = n.step",
             (lineage, count),
         )
         missed = 0
@@ -277,14 +280,19 @@ class Journal:
             self._db.execute("REINDEX steps_by_request")
         return missed
 
-    def drop_payloads(self, stretches: Sequence[Stretch]) -> None:
-        """Forget the batches of these steps; their records stay."""
+    def drop_payloads(self, stretches: Sequence[Stretch], most: int) -> bool:
+        """Delete at most so many batches of these steps; whether there may be more. Their records stay."""
         failpoints.passing("payloads.dropping")
         for gone in stretches:
-            self._db.execute(
-                "DELETE FROM payloads WHERE lineage = ? AND step > ? AND step <= ?",
-                (gone.lineage, gone.after, gone.through),
+            cursor = self._db.execute(
+                "DELETE FROM payloads WHERE rowid IN (SELECT rowid FROM payloads "
+                "WHERE lineage = ? AND step > ? AND step <= ? LIMIT ?)",
+                (gone.lineage, gone.after, gone.through, most),
             )
+            most -= cursor.rowcount
+            if not most:
+                return True
+        return False
 
     def add_lineage(self, lineage: Lineage) -> None:
         """Open a line of history."""
@@ -456,7 +464,14 @@ def _seal_rows(database: sqlite3.Connection) -> None:
     database.execute("INSERT INTO run VALUES ('hash', ?)", (_facts_hash(database),))
 
 
-_MIGRATIONS = {1: _seal_rows}
+def _allow_ids_twice(database: sqlite3.Connection) -> None:
+    """format 2 becomes 3: a session that names its step may use a request id again"""
+    database.execute("DROP INDEX steps_by_request")
+    database.execute("CREATE INDEX steps_by_request ON steps (request_id) WHERE request_id IS NOT NULL")
+    database.execute("UPDATE run SET value = 3 WHERE key = 'format'")
+
+
+_MIGRATIONS = {1: _seal_rows, 2: _allow_ids_twice}
 """From each older format to the next, in one transaction."""
 
 

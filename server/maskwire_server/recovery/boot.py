@@ -21,7 +21,7 @@ from maskwire.v1.digest import initial_digest, lineage_digest
 from maskwire_server import failpoints
 from maskwire_server.checkpoints.membership import foreign_save, recorded_saves
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.engine.executor import Device
+from maskwire_server.engine.device import Device
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal.ancestry import Segment, ancestry, on_path
 from maskwire_server.journal.journal import Journal
@@ -191,7 +191,7 @@ def recover(
         tell(f"checkpoint {info.name}")
         loading = time.monotonic()
         try:
-            device.call(partial(device.load, checkpoints.path(info.name), info.step))
+            device.load(checkpoints.path(info.name))
         except ValueError as error:
             raise RunDirectoryError(
                 f"checkpoint {info.name!r} does not fit the configuration: {error}; start with it as it was"
@@ -205,14 +205,14 @@ def recover(
     following = Following(
         journal,
         settings,
-        lambda *wanted: device.call(partial(device.configure, *wanted)),
+        device.configure,
         strict=not accept_inexact,
         inexact=inexact.ahead(inexact.recorded(journal), segments, start),
     )
     began = time.monotonic()
     done = replay(
         told(following.follow(records), step - start[1], tell),
-        lambda *step: device.call(partial(device.replay, *step)),
+        device.train_step,
         tolerance=following.tolerance,
         accept_inexact=accept_inexact,
     )

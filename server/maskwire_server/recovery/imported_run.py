@@ -17,12 +17,12 @@ from typing import Any
 from maskwire_server.checkpoints import membership
 from maskwire_server.checkpoints.saver import KEPT_SECTIONS
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.engine.executor import Device, Trainer
-from maskwire_server.engine.state import Place
+from maskwire_server.engine.device import Trainer, build
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal.fsync import flush_folder, make_folder
 from maskwire_server.journal.journal import Journal
 from maskwire_server.manifest import Manifest
+from maskwire_server.position import HistoryPosition
 from maskwire_server.recovery import boot
 from maskwire_server.results import CheckpointInfo
 
@@ -87,9 +87,8 @@ def _write(
     labels: dict[str, str],
 ) -> CheckpointInfo:
     journal = boot.open_journal(folder, seed=seed, canonical=canonical)
-    device = Device(lambda act: act())
     try:
-        _, found = device.call(partial(device.build, factory))
+        device = build(factory)
         lineage = journal.lineages()[1]
         kept = {section: configuration[section] for section in KEPT_SECTIONS if section in configuration}
         manifest = Manifest(
@@ -98,20 +97,19 @@ def _write(
             False,
             None,
             kept,
-            versions | found,
+            versions | device.versions,
             save_id=membership.new_save_id(),
         )
-        info = Checkpoints(folder).write(device.call(device.snapshot), manifest).info
+        info = Checkpoints(folder).write(device.snapshot(), manifest).info
         # No seed makes these weights: without this checkpoint the run must not begin.
         journal.transaction(partial(_record, journal, manifest))
         return info
     finally:
-        device.close()
         journal.close()
 
 
 def _record(journal: Journal, manifest: Manifest) -> None:
     info = manifest.info
-    place = Place(manifest.run_id, info.lineage, info.step, info.digest)
+    place = HistoryPosition(manifest.run_id, info.lineage, info.step, info.digest)
     membership.record_save(journal, place, manifest.save_id or "")
     journal.add_event(boot.BEGAN_FROM, {"checkpoint": NAME})

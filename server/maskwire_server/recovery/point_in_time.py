@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from maskwire_server.checkpoints.saver import KEPT_SECTIONS
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.engine.executor import Device, Trainer
+from maskwire_server.engine.device import Trainer, build
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal.ancestry import Segment, ancestry
 from maskwire_server.manifest import Manifest
@@ -41,7 +40,6 @@ def rewind(
     RunDirectoryError.
     """
     journal = open_run(run_dir)
-    device = Device(lambda act: act())
     try:
         boot.check_same_run(journal, run_dir, seed, canonical)
         lineages = journal.lineages()
@@ -57,23 +55,24 @@ def rewind(
         manifest, wrong = boot.newest_verified(checkpoints, journal, segments)
         for name, problem in wrong.items():
             tell(f"checkpoint {name} passed over: {problem}")
-        _, versions = device.call(partial(device.build, factory, fingerprint.pinned_threads(journal)))
+        device = build(factory, fingerprint.pinned_threads(journal))
+        versions = device.versions
         start = (segments[0].lineage, 0)
         if manifest is None:
             boot.require_seed(journal)
         else:
             start = (manifest.info.lineage, manifest.info.step)
-            device.call(partial(device.load, checkpoints.path(manifest.info.name), start[1]))
+            device.load(checkpoints.path(manifest.info.name))
             tell(f"loaded checkpoint {manifest.info.name} (step {start[1]})")
         settings = fingerprint.numerics(configuration, versions)
         follow = fingerprint.Following(
-            journal, settings, lambda *wanted: device.call(partial(device.configure, *wanted)),
+            journal, settings, device.configure,
             strict=not accept_inexact, inexact=inexact.ahead(inexact.recorded(journal), segments, start),
         )  # fmt: skip
         records = replay.steps_to_replay(journal, segments, start)
         done = replay.replay(
             replay.told(follow.follow(records), to_step - start[1], tell),
-            lambda *step: device.call(partial(device.replay, *step)),
+            device.train_step,
             tolerance=follow.tolerance,
             accept_inexact=accept_inexact,
         )
@@ -91,7 +90,6 @@ def rewind(
         beside = Checkpoints(run_dir)
         beside.folder = out.absolute().parent
         beside.folder.mkdir(parents=True, exist_ok=True)
-        return beside.write(device.call(device.snapshot), state).info, done.differing
+        return beside.write(device.snapshot(), state).info, done.differing
     finally:
-        device.close()
         journal.close()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from maskwire.v1.digest import step_digest
 from maskwire_server import failpoints
-from maskwire_server.batch import Payload
+from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal.ancestry import Segment
 from maskwire_server.journal.journal import Journal
@@ -116,7 +116,7 @@ class Replayed:
 
 def replay(
     records: Iterator[tuple[StepRecord, bytes | None]],
-    train: Callable[[int, int, Payload], StepResult],
+    train: Callable[[int, int, Batch, Modes], StepResult],
     *,
     tolerance: Callable[[float | None], Tolerance | None] = lambda _: None,
     accept_inexact: bool = False,
@@ -139,8 +139,8 @@ def replay(
                 "checkpoint was damaged, restore the run directory from a copy"
             )
         failpoints.passing("recovery.replaying")
-        batch = read_payload(record, payload)
-        result = train(record.lineage, record.step, batch)
+        sent = read_payload(record, payload)
+        result = train(record.lineage, record.step, sent.batch, sent.modes)
         if outcome_differs(record, result):
             raise InexactReplayError(
                 f"step {record.step} computed again ended as {result.outcome.name}, acknowledged was "
@@ -148,7 +148,7 @@ def replay(
                 "and settings that it was trained with"
             )
         again = StepRecord(**{**vars(record), "losses": result.losses, "gradient_norm": result.gradient_norm})
-        same, allowed = again.numbers() == record.numbers(), tolerance(batch.modes.learning_rate)
+        same, allowed = again.numbers() == record.numbers(), tolerance(sent.modes.learning_rate)
         if same and allowed is None and not done.stretches:
             continue
         # The loss comes before the update: equal bytes do not show that the weights are equal.
@@ -158,7 +158,7 @@ def replay(
             continue
         done.differing += 1
         problem = _bytes_differ(record, result) if allowed is None else (
-            excess(record, result, allowed, batch.batch.rows * batch.batch.columns)
+            excess(record, result, allowed, sent.batch.rows * sent.batch.columns)
         )  # fmt: skip
         if problem is None:
             continue

@@ -16,12 +16,12 @@ from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import invalid_field
 from maskwire_server.holder import ClientProcess
+from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import (
     AUTOMATIC_NAME,
     CHECKPOINT_NAME,
     DownloadRequest,
     EvalRequest,
-    History,
     RestoreRequest,
     SaveRequest,
     SessionRef,
@@ -177,7 +177,7 @@ def read_open(request: pb.OpenSessionRequest) -> SessionRequest:
             raise invalid_field(
                 "history.digest", f"history.digest must have 32 bytes, got {len(sent.digest)}"
             )
-        history = History(sent.run_id, sent.lineage, sent.step, sent.digest)
+        history = HistoryPosition(sent.run_id, sent.lineage, sent.step, sent.digest)
     if request.evaluated_step < 0:
         raise invalid_field(
             "evaluated_step", f"evaluated_step must be at least 0, got {request.evaluated_step}"

@@ -1,0 +1,217 @@
+"""What the committer makes durable, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from maskwire_server import failpoints
+from maskwire_server.checkpoints import membership
+from maskwire_server.checkpoints.store import Snapshot
+from maskwire_server.engine.entries import Save, Step
+from maskwire_server.engine.futures import answer
+from maskwire_server.engine.generation_stream import Generation
+from maskwire_server.engine.run import Run
+from maskwire_server.errors import Refused
+from maskwire_server.holder import ClientProcess
+from maskwire_server.journal import reserve
+from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.records import Lineage, SessionRecord, StepRecord, Stretch
+from maskwire_server.position import HistoryPosition
+from maskwire_server.results import StepAnswer, StepResult
+
+if TYPE_CHECKING:
+    from maskwire_server.engine.saves import Saves
+
+T = TypeVar("T")
+
+CLIENT_PROCESS = "client_process"
+"""The kind of event that keeps the process of a session's client."""
+DROPPED_AT_ONCE = 256
+"""Batches that one transaction deletes, so that the steps behind it do not wait long."""
+
+
+@dataclass(eq=False)
+class StepCommit:
+    """A computed step: its record and its batch."""
+
+    run: Run
+    step: Step
+    record: StepRecord
+    result: StepResult
+    clock: Callable[[], float]
+
+    def write(self, journal: Journal) -> None:
+        """Append record and batch."""
+        journal.add_step(self.record, self.step.encoded)
+
+    def committed(self) -> None:
+        """Answer everybody who waits for the step."""
+        failpoints.passing("step.durable")
+        run, step, record = self.run, self.step, self.record
+        with run.mutex:
+            run.head.durable = HistoryPosition(
+                run.head.durable.run_id, record.lineage, record.step, record.digest
+            )
+            run.queue.settle(step)
+            run.uncommitted -= 1
+            run.uncommitted_bytes -= len(step.encoded)
+            run.rate.add(step.request.payload.batch.tokens)
+            if step.request.session is not None:
+                run.lease.touch()
+            waiters = list(step.waiters)
+            run.work.notify()
+        reply = StepAnswer(
+            record.step,
+            self.result,
+            record.digest,
+            queue_seconds=step.started - step.arrived,
+            compute_seconds=step.ended - step.started,
+            commit_seconds=self.clock() - step.ended,
+        )
+        for waiter in waiters:
+            answer(waiter, reply)
+        failpoints.passing("step.answered")
+
+
+@dataclass(eq=False)
+class AnswerCommit(Generic[T]):
+    """An answer that tells of a step: it waits until that is durable."""
+
+    future: Future[T]
+    value: T
+
+    def write(self, journal: Journal) -> None:
+        """Nothing."""
+
+    def committed(self) -> None:
+        """Answer."""
+        answer(self.future, self.value)
+
+
+@dataclass(eq=False)
+class RevealCommit:
+    """The step whose weights a generation samples: its reader may see what there is once it is durable."""
+
+    generation: Generation
+    seen: HistoryPosition
+    last: bool = False
+
+    def write(self, journal: Journal) -> None:
+        """Nothing."""
+
+    def committed(self) -> None:
+        """Let the reader see it, or the end."""
+        if self.last:
+            self.generation.finish()
+        else:
+            self.generation.reveal(self.seen.step, self.seen.digest)
+
+
+Events = tuple[tuple[str, dict[str, Any]], ...]
+"""Kinds and bodies."""
+
+
+@dataclass(eq=False)
+class SessionCommit:
+    """An epoch and what its client said of itself; `opened` is called once that is durable."""
+
+    record: SessionRecord
+    process: ClientProcess | None
+    events: Events
+    opened: Callable[[SessionRecord], None]
+
+    def write(self, journal: Journal) -> None:
+        """Record the session and the events."""
+        for kind, body in self.events:
+            journal.add_event(kind, body)
+        journal.add_session(self.record)
+        if self.process is not None:
+            journal.add_event(CLIENT_PROCESS, {"epoch": self.record.epoch, **asdict(self.process)})
+
+    def committed(self) -> None:
+        """Answer whoever opened it."""
+        failpoints.passing("session.opened")
+        self.opened(self.record)
+
+
+@dataclass(eq=False)
+class EventsCommit(AnswerCommit[T]):
+    """Events, and an answer that waits for them."""
+
+    events: Events = ()
+
+    def write(self, journal: Journal) -> None:
+        """Record the events."""
+        for kind, body in self.events:
+            journal.add_event(kind, body)
+
+
+@dataclass(eq=False)
+class SessionEnd(AnswerCommit[None]):
+    """The end of a session, said by its client."""
+
+    epoch: int = 0
+
+    def write(self, journal: Journal) -> None:
+        """Mark it."""
+        journal.close_session(self.epoch)
+
+
+@dataclass(eq=False)
+class LineageCommit(AnswerCommit[None]):
+    """A lineage that a restore opens, and the epoch that it uses up."""
+
+    lineage: Lineage
+    session: SessionRecord
+
+    def write(self, journal: Journal) -> None:
+        """Record both."""
+        journal.add_lineage(self.lineage)
+        journal.add_session(self.session)
+
+
+@dataclass(eq=False)
+class SaveCommit:
+    """A snapshot of a computed step: it is written as a checkpoint once that step is durable."""
+
+    saves: Saves
+    journal: Journal
+    save: Save
+    snapshot: Snapshot
+    position: HistoryPosition
+    save_id: str
+    flush: bool
+    """The steps before it are committed and not flushed: `durability = "off"`."""
+
+    def write(self, journal: Journal) -> None:
+        """Record the save."""
+        membership.record_save(journal, self.position, self.save_id)
+
+    def committed(self) -> None:
+        """Let it be written: a checkpoint must not be ahead of the journal after a power loss."""
+        if self.flush and not reserve.fold(self.journal):
+            full = "the journal's disk is full; make room, and save again"
+            self.saves.give_up(self.save, Refused("CHECKPOINT_FAILED", full))
+            return
+        self.saves.start(self.save, self.snapshot, self.position, self.save_id)
+
+
+@dataclass(eq=False)
+class DropBatches:
+    """Batches that no recovery needs any more, deleted some at a time."""
+
+    stretches: list[Stretch]
+    append: Callable[[DropBatches], None]
+    more: bool = False
+
+    def write(self, journal: Journal) -> None:
+        """Delete a few."""
+        self.more = journal.drop_payloads(self.stretches, DROPPED_AT_ONCE)
+
+    def committed(self) -> None:
+        """Come again for the rest."""
+        if self.more:
+            self.append(self)

@@ -1,0 +1,245 @@
+"""The queue in front of the executor, and the table of steps that arrived ahead of their turn.
+
+Steps have no number here. The executor numbers a step when it takes it, so that a step which is refused or
+given up before that leaves nothing to renumber.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from maskwire_server.engine.admission import gap
+from maskwire_server.engine.entries import Drain, Entry, Evaluation, Restore, Save, Step, Takeover
+from maskwire_server.engine.futures import refuse
+from maskwire_server.engine.generation_stream import Generation
+from maskwire_server.errors import Refused
+
+
+class Queue:
+    """Every method is called under the engine's mutex."""
+
+    def __init__(self, clock: Callable[[], float], gap_seconds: float) -> None:
+        self._clock = clock
+        self._gap_seconds = gap_seconds
+        self._entries: deque[Entry] = deque()
+        self._early: dict[int, Step] = {}
+        self._by_id: dict[str, Step] = {}
+        self._by_number: dict[int, Step] = {}
+        self._parked: deque[Save] = deque()
+        self._steps = 0  # in `_entries`
+        self.computing: Step | None = None
+        """The step that the executor computes."""
+        self.reading: Evaluation | Generation | None = None
+        """What the executor runs that changes nothing."""
+        self.refused_number: int | None = None
+        """The first number whose step was refused, and that no other step has taken since."""
+
+    def __len__(self) -> int:
+        """What waits for the executor; early steps do not: they must not keep the step they wait for out."""
+        return len(self._entries) + len(self._parked)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step waits, is computed, or is not durable yet."""
+        return bool(self._steps or self._by_number or self._early)
+
+    @property
+    def ahead(self) -> int:
+        """Steps that will be numbered before one that is queued now."""
+        return self._steps + (self.computing is not None)
+
+    # Finding a step.
+
+    def with_id(self, request_id: str | None) -> Step | None:
+        """The step of a request id that is on its way."""
+        return None if request_id is None else self._by_id.get(request_id)
+
+    def with_number(self, number: int | None) -> Step | None:
+        """The step on its way that has, or asked for, this number."""
+        return None if number is None else self._by_number.get(number) or self._early.get(number)
+
+    def reserve_id(self, step: Step) -> None:
+        """Enter a request id, so that retries join the step; `settle` removes it."""
+        if step.request.request_id is not None:
+            self._by_id[step.request.request_id] = step
+
+    def settle(self, step: Step) -> None:
+        """Remove a step that is durable, or was refused, from both indexes."""
+        request_id, asked = step.request.request_id, step.request.step
+        for number in {step.number, asked}:
+            if number is not None and self._by_number.get(number) is step:
+                del self._by_number[number]
+        if request_id is not None and self._by_id.get(request_id) is step:
+            del self._by_id[request_id]
+
+    # Into the queue.
+
+    def push_step(self, step: Step, next_number: int) -> None:
+        """Queue the step that will be numbered `next_number`, and the early ones that waited for it."""
+        successor: Step | None = step
+        while successor is not None:
+            self.reserve_id(successor)
+            if successor.request.step is not None:
+                self._by_number[successor.request.step] = successor
+            self._arrived(next_number)
+            self._entries.append(successor)
+            self._steps += 1
+            next_number += 1
+            successor = self._early.pop(next_number, None)
+
+    def keep_early(self, step: Step, number: int) -> None:
+        """Let a step wait for its predecessor."""
+        self.reserve_id(step)
+        self._arrived(number)
+        self._early[number] = step
+
+    def replace(self, old: Step, new: Step) -> bool:
+        """Put a step in the place of an abandoned one with its number; False once that one left the queue."""
+        if old not in self._entries:
+            return False
+        self.settle(old)
+        self._entries[self._entries.index(old)] = new
+        self.reserve_id(new)
+        if new.request.step is not None:
+            self._by_number[new.request.step] = new
+        return True
+
+    def push(self, entry: Evaluation | Generation | Save | Drain) -> None:
+        """Queue another entry."""
+        self._entries.append(entry)
+
+    def push_first(self, entry: Save | Takeover | Restore) -> None:
+        """Queue an entry before all others."""
+        self._entries.appendleft(entry)
+
+    def _arrived(self, number: int) -> None:
+        if number == self.refused_number:
+            self.refused_number = None
+
+    # Out of the queue.
+
+    def first(self) -> Entry | None:
+        """The entry that the executor takes next."""
+        return self._entries[0] if self._entries else None
+
+    def pop(self) -> Entry:
+        """Take the first entry."""
+        entry = self._entries.popleft()
+        if isinstance(entry, Step):
+            self._steps -= 1
+        return entry
+
+    def start(self, step: Step, number: int) -> None:
+        """Number a step that was taken: it is computed now."""
+        step.number = number
+        self._by_number[number] = step
+        self._arrived(number)
+        self.computing = step
+
+    def park(self, save: Save) -> None:
+        """Set a save aside until the one that is written is done."""
+        self._parked.append(save)
+
+    def unpark(self) -> None:
+        """Queue the next save that was set aside, before all else."""
+        if self._parked:
+            self._entries.appendleft(self._parked.popleft())
+
+    # Refusals.
+
+    def refuse_step(self, step: Step, refusal: Refused) -> None:
+        """Refuse a step that was not consumed."""
+        self.settle(step)
+        for waiter in step.waiters:
+            refuse(waiter, refusal)
+
+    def refuse_number(self, number: int) -> None:
+        """Refuse all that waits behind a number whose step was refused, until another step takes it."""
+        if self.refused_number is None or number < self.refused_number:
+            self.refused_number = number
+        self.refuse_behind(number)
+
+    def refuse_behind(self, number: int) -> None:
+        """Refuse queued and early steps that asked for a higher number than this one, which has no step."""
+        for entry in [entry for entry in self._entries if isinstance(entry, Step)]:
+            if entry.request.step is not None and entry.request.step > number:
+                self._remove(entry)
+                self.refuse_step(entry, gap(entry.request.step, number))
+        self._refuse_early(number + 1, number)
+
+    def refuse_early(self, number: int) -> None:
+        """Refuse the early steps behind a number whose step was refused before it was admitted."""
+        if self.refused_number is None or number < self.refused_number:
+            self.refused_number = number
+        self._refuse_early(number + 1, number)
+
+    def _refuse_early(self, first: int, expected: int) -> None:
+        for number in sorted(number for number in self._early if number >= first):
+            self.refuse_step(self._early.pop(number), gap(number, expected))
+
+    def forget_abandoned_early(self) -> None:
+        """Forget early steps that nobody waits for: they may come again under another number."""
+        for number, step in list(self._early.items()):
+            if step.abandoned:
+                self.settle(self._early.pop(number))
+
+    def expire(self, next_number: int) -> None:
+        """Refuse early steps that waited `gap_seconds` for their predecessor, and those behind them."""
+        limit = self._clock() - self._gap_seconds
+        expired = [number for number, step in self._early.items() if step.arrived <= limit]
+        if expired:
+            self._refuse_early(min(expired), next_number)
+
+    def expires_at(self) -> float | None:
+        """When `expire` has something to do; None: nothing waits."""
+        return min((step.arrived + self._gap_seconds for step in self._early.values()), default=None)
+
+    def refuse_steps(self, why: Callable[[Step], Refused]) -> None:
+        """Refuse every step that the executor has not taken."""
+        waiting = [entry for entry in self._entries if isinstance(entry, Step)]
+        for step in waiting:
+            self._remove(step)
+        for step in [*waiting, *self._early.values()]:
+            self.refuse_step(step, why(step))
+        self._early.clear()
+        self.refused_number = None
+
+    def refuse_saves(self, refusal: Refused) -> None:
+        """Refuse every save that has not begun: the state that it was to be of is gone."""
+        waiting = [entry for entry in [*self._entries, *self._parked] if isinstance(entry, Save)]
+        self._entries = deque(entry for entry in self._entries if not isinstance(entry, Save))
+        self._parked.clear()
+        for save in waiting:
+            for waiter in save.waiters:
+                refuse(waiter, refusal)
+
+    def interrupt(self, refusal: Refused) -> None:
+        """End an evaluation or generation that runs: it changes nothing, and can be asked for again."""
+        if isinstance(self.reading, Evaluation):
+            refuse(self.reading.future, refusal)
+        elif self.reading is not None:
+            self.reading.refuse(refusal)
+        self.reading = None  # refused once
+
+    def refuse_all(self, refusal: Refused) -> None:
+        """Refuse every entry, and what runs and changes nothing."""
+        self.refuse_steps(lambda _: refusal)
+        self.refuse_saves(refusal)
+        self.interrupt(refusal)
+        for entry in self._entries:
+            if isinstance(entry, Generation):
+                entry.refuse(refusal)
+            elif isinstance(entry, Evaluation | Restore | Drain):
+                refuse(entry.future, refusal)
+        self._entries.clear()
+
+    def refuse_uncommitted(self, refusal: Refused) -> None:
+        """Refuse steps whose outcome nobody will hear of: the process ends."""
+        for step in list(self._by_number.values()):
+            self.refuse_step(step, refusal)
+        self.computing = None
+
+    def _remove(self, step: Step) -> None:
+        self._entries.remove(step)
+        self._steps -= 1

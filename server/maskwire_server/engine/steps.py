@@ -1,0 +1,160 @@
+"""Admission of steps, on the threads of those who send them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from maskwire_server import failpoints
+from maskwire_server.config import ServeConfig
+from maskwire_server.engine import admission
+from maskwire_server.engine.admission import Known, Verdict
+from maskwire_server.engine.committer import Committer
+from maskwire_server.engine.entries import Step
+from maskwire_server.engine.futures import answer
+from maskwire_server.engine.reads import Room, StepOfNumber, StepOfRequest, require_in_history
+from maskwire_server.engine.run import Run
+from maskwire_server.errors import Refused
+from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.records import StepRecord
+from maskwire_server.journal.reserve import WRITES_PER_BATCH, Reserve
+from maskwire_server.requests import SessionRef, StepRequest
+from maskwire_server.results import StepAnswer, StepResult
+
+
+class Steps:
+    """Queues steps, joins retries to the step they repeat, and answers from the record."""
+
+    def __init__(
+        self,
+        run: Run,
+        committer: Committer,
+        *,
+        journal: Journal,
+        disk: Reserve,
+        serve: ServeConfig,
+        clock: Callable[[], float],
+    ) -> None:
+        self._run = run
+        self._committer = committer
+        self._log_bytes = journal.log_bytes
+        self._disk = disk
+        self._serve = serve
+        self._clock = clock
+
+    def admit(self, request: StepRequest, future: Future[StepAnswer]) -> None:
+        """Queue a step, or answer it. Raises Refused."""
+        payload = request.payload
+        step = Step(request, payload.hash(), payload.encode(), [future], self._clock())
+        failpoints.passing("step.admitted")
+        no_room = self._no_room(len(step.encoded))
+        by_id = request.request_id is not None and (request.session is None or request.step is None)
+        with self._run.mutex:
+            if self._join(step):
+                return
+            if not by_id and self._recorded(step) is None:
+                self._queue(step, no_room)
+                return
+            self._run.queue.reserve_id(step)  # its retries join it while the journal is asked
+        try:
+            self._look_up(step, by_id, no_room)
+        except Refused as refusal:
+            with self._run.mutex:
+                self._run.queue.refuse_step(step, refusal)
+
+    def _join(self, step: Step) -> bool:
+        """Join a step that is on its way and that this one repeats. Under the mutex; raises Refused."""
+        run, queue, request = self._run, self._run.queue, step.request
+        at = run.situation()
+        admission.check_writer(request.session, at)
+        queue.forget_abandoned_early()
+        other = queue.with_id(request.request_id)
+        if other is None and request.session is not None:
+            other = queue.with_number(request.step)
+        if other is None:
+            return False
+        known = Known(other.number or other.request.step, other.request.request_id, other.payload_hash)
+        if admission.repeats(request, step.payload_hash, known):
+            other.waiters += step.waiters
+            if request.session is not None:
+                run.lease.touch()
+            return True
+        return False
+
+    def _recorded(self, step: Step) -> int | None:
+        """The number of a recorded step that this request may repeat. Under the mutex."""
+        number = step.request.step
+        recorded = number is not None and number <= self._run.head.computed.step
+        return number if recorded and step.request.session is not None else None
+
+    def _queue(self, step: Step, no_room: Refused | None) -> None:
+        """Queue a step of which nothing is known. Under the mutex; raises Refused."""
+        run, queue, number = self._run, self._run.queue, step.request.step
+        at = run.situation()
+        other = queue.with_number(number)
+        if number is not None and (number < at.next_step or other is not None):
+            if other is not None and other.abandoned and queue.replace(other, step):
+                return
+            raise admission.step_taken(number, at.next_step)
+        verdict = admission.admit_step(number, len(queue), self._serve.queue_limit, at)
+        if no_room is not None:
+            raise no_room
+        if step.request.session is not None:
+            run.lease.touch()
+        if verdict is Verdict.RUN:
+            queue.push_step(step, at.next_step)
+            run.work.notify()
+        elif number is not None:
+            queue.keep_early(step, number)
+            self._committer.wake()  # which refuses it when it has waited too long
+
+    def _look_up(self, step: Step, by_id: bool, no_room: Refused | None) -> None:
+        """Ask the journal for a step that this request may repeat; queue it when there is none."""
+        request = step.request
+        record: StepRecord | None = None
+        if by_id and request.request_id is not None:
+            record = self._committer.read(StepOfRequest(request.request_id)).result()
+        with self._run.mutex:
+            number = self._recorded(step)
+            lineage = self._run.head.computed.lineage
+        if record is None and number is not None:
+            record = self._committer.read(StepOfNumber(lineage, number)).result()
+        with self._run.mutex:
+            admission.check_writer(request.session, self._run.situation())
+            if record is None:
+                self._queue(step, no_room)
+                return
+            known = Known(record.step, record.request_id, record.payload_hash)
+            if not admission.repeats(request, step.payload_hash, known):
+                raise admission.step_taken(record.step, self._run.next_number)
+            require_in_history(record, self._run.lineages, lineage)
+            if request.session is not None:
+                self._run.lease.touch()
+            self._run.queue.settle(step)
+            waiters = list(step.waiters)
+        result = StepResult(record.outcome, record.losses, record.gradient_norm)
+        for waiter in waiters:
+            answer(waiter, StepAnswer(record.step, result, record.digest, replayed=True))
+
+    def _no_room(self, size: int) -> Refused | None:
+        """Why the journal's disk does not take a batch, after trying to make room; None when it does."""
+        needed = WRITES_PER_BATCH * size  # what is in the log is written again when it is folded
+        left = self._disk.left(self._log_bytes())
+        if left < needed and self._committer.read(Room(self._disk)).result():
+            left = self._disk.left(self._log_bytes())
+        if left < 0:
+            with self._run.mutex:
+                self._committer.hold()
+            return None  # the state says it
+        return admission.no_room(size) if left < needed else None
+
+    def refused(self, session: SessionRef, number: int) -> None:
+        """A step was refused before it was admitted: what waits for it need not wait any longer."""
+        run, queue = self._run, self._run.queue
+        with run.mutex:
+            try:
+                admission.check_session(session, run.situation())
+            except Refused:
+                return
+            if number >= run.next_number and queue.with_number(number) is None:
+                queue.refuse_early(number)
