@@ -20,7 +20,8 @@ from robustness.expected import batch
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import Refused, RunDirectoryError
-from maskwire_server.requests import History, SaveRequest, SessionRef, SessionRequest, StepRequest
+from maskwire_server.position import HistoryPosition
+from maskwire_server.requests import SaveRequest, SessionRef, SessionRequest, StepRequest
 
 WAIT = 30
 STEPS = 11
@@ -66,7 +67,7 @@ class Template:
     """A run that was killed, and what it had answered."""
 
     run_dir: Path
-    history: History
+    history: HistoryPosition
     state: str
     answers: list[Any]
     epoch: int
@@ -88,7 +89,7 @@ def template(folder: Path, *, folded: bool) -> Template:
             if step in (4, 8):
                 engine.save(SaveRequest(f"at-{step}")).result(WAIT)
         status = engine.status()
-        history = History(status.run_id, 1, STEPS, status.digest)
+        history = HistoryPosition(status.run_id, 1, STEPS, status.digest)
         state, epoch = run.trainer.state, status.epoch
         if not folded:
             copy = folder / "copied"

@@ -33,8 +33,9 @@ from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.engine.committer import RETRY_SECONDS
 from maskwire_server.engine.engine import Engine
 from maskwire_server.errors import Refused
+from maskwire_server.history import StepsRequest
+from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import (
-    History,
     RestoreRequest,
     SaveRequest,
     SessionRef,
@@ -42,7 +43,7 @@ from maskwire_server.requests import (
     StepRequest,
 )
 
-PLACES = (  # of the thread that answers, so that the copy is of one instant
+PLACES = (  # where the run directory is copied; nothing but the journal's log grows meanwhile
     "step.admitted",
     "step.consumed",
     "journal.begin",
@@ -126,9 +127,7 @@ class WriterModel(RuleBasedStateMachine):
 
     def quiet(self) -> None:
         """Wait until the engine has seen everything so far, at the time that it is now."""
-        seen = threading.Event()
-        self.engine._tell(seen.set)
-        assert seen.wait(WAIT)
+        self.engine.list_steps(StepsRequest(1)).result(WAIT)
 
     # What the model knows.
 
@@ -244,9 +243,17 @@ class WriterModel(RuleBasedStateMachine):
                 return problem, False
         elif self.present():
             return "WRITER_PRESENT", False
-        if request_id in self.known:
-            return "PAYLOAD_MISMATCH", False  # every payload is a new one
+        # Every payload is a new one. A session that names its step is known by that alone.
+        on_their_way = {waited.request_id for waited in self.ahead.values()}
+        named = session is not None and step is not None
+        if request_id is not None and request_id in on_their_way:
+            return "PAYLOAD_MISMATCH", False
+        if request_id in self.known and not named:
+            return "PAYLOAD_MISMATCH", False
         if step is not None and (step <= self.step or step in self.ahead):
+            same = request_id in self.known and self.known[request_id][0] == step
+            if same and self.of[request_id or ""] == self.lineage:
+                return "PAYLOAD_MISMATCH", False
             return "STEP_TAKEN", False
         distance = 0 if step is None else step - self.step - 1
         if distance >= WINDOW or (step is not None and 0 < self.refused < step):
@@ -313,9 +320,9 @@ class WriterModel(RuleBasedStateMachine):
         step = data.draw(st.sampled_from([s for lineage, s in self.at if lineage == self.lineage]))
         claimed = {
             None: None,
-            "true": History(self.run_id, self.lineage, step, self.at[self.lineage, step]),
-            "lost": History(self.run_id, self.lineage, self.step + 1, bytes(32)),
-            "other": History(self.run_id, self.lineage, self.step, bytes(32)),
+            "true": HistoryPosition(self.run_id, self.lineage, step, self.at[self.lineage, step]),
+            "lost": HistoryPosition(self.run_id, self.lineage, self.step + 1, bytes(32)),
+            "other": HistoryPosition(self.run_id, self.lineage, self.step, bytes(32)),
         }[history]
         given = self.nonces.get(nonce)
         if history in ("lost", "other"):
@@ -377,7 +384,7 @@ class WriterModel(RuleBasedStateMachine):
         assert (answer.lineage, answer.step, answer.digest) == (self.lineage, self.step, self.digest)
         name = f"step-{self.step:09d}-lineage-{self.lineage}"  # a restore saves at once
         wait_for(lambda: any(info.name == name for info in self.engine.checkpoints()))
-        wait_for(lambda: not self.engine._saver.busy)
+        wait_for(lambda: not self.engine._saves.busy)
 
     @rule()
     def crash(self) -> None:
@@ -402,8 +409,8 @@ class WriterModel(RuleBasedStateMachine):
         def act(name: str) -> None:
             left[0] -= name == place
             if not left[0] and name == place:
-                shutil.copytree(self.folder / "run", copy)
                 answered.extend(future for future in list(futures) if future.done())
+                shutil.copytree(self.folder / "run", copy)
 
         failpoints.install(act)
         for name, one in zip(names, sent, strict=True):
@@ -436,7 +443,7 @@ class WriterModel(RuleBasedStateMachine):
         if session is None and self.present():
             return
         self.quiet()  # what a save made needless is dropped after its answer, in a commit of its own
-        wait_for(lambda: not self.engine._pipeline._commits.pending)
+        assert self.engine._committer.wait_durable()
         full = threading.Event()
         full.set()
 

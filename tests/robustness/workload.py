@@ -40,7 +40,7 @@ def main() -> None:
             info = engine.save(SaveRequest("named")).result(WAIT)
             os.write(acknowledged, json.dumps([info.name]).encode() + b"\n")
         elif step != 4:  # there, steps and a save at once
-            wait_for(lambda: not engine._saver.busy)
+            wait_for(lambda: not engine._saves.busy)
     engine.close()
 
 

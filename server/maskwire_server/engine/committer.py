@@ -173,9 +173,11 @@ class Committer:
             self._answer(question, future)
         if room_due:
             self._make_room()
-        written = bool(commits) and self._commit(commits)
+        written = bool(commits) and self._write_all(commits)
         if room_due and not self._failed:
             self._look_for_room()
+        if written:
+            self._follow(commits)
         due = (
             written and self._journal.log_bytes() >= reserve.FOLD_BYTES and self._clock() >= self._fold_after
         )
@@ -212,7 +214,8 @@ class Committer:
                 refused = self._run.conditions.failed("a request", error)
             refuse(future, refused)
 
-    def _commit(self, commits: list[Commit]) -> bool:
+    def _write_all(self, commits: list[Commit]) -> bool:
+        """Write commits in one transaction; False when the disk is full: they wait for the next try."""
         try:
             self._journal.transaction(lambda: self._write(commits))
         except sqlite3.Error as error:
@@ -226,12 +229,14 @@ class Committer:
                 self.hold()
             return False
         self._failed = False
+        return True
+
+    def _follow(self, commits: list[Commit]) -> None:
         for commit in commits:
             commit.committed()
         with self._run.mutex:
             self._committing = 0
             self._idle.notify_all()
-        return True
 
     def _write(self, commits: list[Commit]) -> None:
         for commit in commits:

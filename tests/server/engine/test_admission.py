@@ -18,7 +18,8 @@ from maskwire_server.engine.admission import (
 )
 from maskwire_server.errors import Refused
 from maskwire_server.holder import ClientProcess, Holder
-from maskwire_server.requests import History, SessionRef, SessionRequest
+from maskwire_server.position import HistoryPosition
+from maskwire_server.requests import SessionRef, SessionRequest
 from maskwire_server.results import RunState
 
 HASH, OTHER = b"a" * 32, b"b" * 32
@@ -167,16 +168,16 @@ def test_a_process_that_held_an_older_epoch_is_fenced_whatever_its_name() -> Non
 @pytest.mark.parametrize(
     ("history", "recorded", "expected"),
     [
-        (History("run", 2, 9, HASH), HASH, True),
-        (History("run", 2, 10, HASH), None, "HISTORY_LOST"),
-        (History("run", 2, 9, HASH), OTHER, "HISTORY_LOST"),
-        (History("run", 2, 3, HASH), None, "HISTORY_LOST"),
-        (History("other", 2, 9, HASH), HASH, "WRONG_RUN"),
-        (History("run", 1, 9, HASH), HASH, "WRONG_RUN"),
+        (HistoryPosition("run", 2, 9, HASH), HASH, True),
+        (HistoryPosition("run", 2, 10, HASH), None, "HISTORY_LOST"),
+        (HistoryPosition("run", 2, 9, HASH), OTHER, "HISTORY_LOST"),
+        (HistoryPosition("run", 2, 3, HASH), None, "HISTORY_LOST"),
+        (HistoryPosition("other", 2, 9, HASH), HASH, "WRONG_RUN"),
+        (HistoryPosition("run", 1, 9, HASH), HASH, "WRONG_RUN"),
     ],
 )
 def test_the_clients_history_must_be_the_servers(
-    history: History, recorded: bytes | None, expected: bool | str
+    history: HistoryPosition, recorded: bytes | None, expected: bool | str
 ) -> None:
     assert opening(history=history, recorded_digest=recorded) == expected
 

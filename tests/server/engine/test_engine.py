@@ -29,10 +29,10 @@ from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.engine.engine import Engine
 from maskwire_server.errors import Refused, RunDirectoryError, StateLost
 from maskwire_server.journal.journal import Journal
+from maskwire_server.position import HistoryPosition
 from maskwire_server.recovery.replay import InexactReplayError
 from maskwire_server.requests import (
     EvalRequest,
-    History,
     RestoreRequest,
     SaveRequest,
     SessionRef,
@@ -320,7 +320,7 @@ def test_a_history_that_the_server_does_not_have_is_found(rig: Rig) -> None:
 
     def claim(step: int, digest: bytes) -> Future[Any]:
         return engine.open_session(
-            SessionRequest("me", f"n{step}{digest[:2].hex()}", history=History(run, 1, step, digest))
+            SessionRequest("me", f"n{step}{digest[:2].hex()}", history=HistoryPosition(run, 1, step, digest))
         )
 
     assert claim(2, answers[1].digest).result(WAIT).durable_step == 3
@@ -413,7 +413,7 @@ def test_checkpoints_come_at_exact_steps_and_old_ones_go(rig: Rig) -> None:
         engine.train_step(bare(seed)).result(WAIT)
         if seed == 4:
             engine.save(SaveRequest("s4")).result(WAIT)
-        wait_for(lambda: not engine._saver.busy)
+        wait_for(lambda: not engine._saves.busy)
     assert [info.step for info in engine.checkpoints()] == [12, 9, 5], "two automatic ones, and the named"
     engine.close()
     journal = Journal(rig.folder)
@@ -436,7 +436,7 @@ def test_an_automatic_checkpoint_that_falls_due_while_another_is_copied_is_made_
         engine.train_step(bare(seed)).result(WAIT)
     rig.trainer.gate.clear()
     saving = engine.save(SaveRequest("two"))
-    wait_for(lambda: engine._saver.busy)
+    wait_for(lambda: engine._saves.busy)
     third = engine.train_step(bare(2))
     wait_for(lambda: engine._device.outstanding == 2)
     rig.trainer.gate.set()
@@ -551,7 +551,7 @@ def test_a_refused_save_takes_no_automatic_ones_place(rig: Rig) -> None:
         now += 6.0
         assert reason(engine.save(SaveRequest(expected_step=99))) == "WRONG_RUN"
         engine.train_step(bare(step)).result(WAIT)
-        wait_for(lambda: not engine._saver.busy)
+        wait_for(lambda: not engine._saves.busy)
     assert [info.step for info in engine.checkpoints()] == [4, 2, 0]
 
 
@@ -577,7 +577,7 @@ def test_saves_that_wait_are_refused_by_a_restore(rig: Rig) -> None:
     engine.train_step(bare(1)).result(WAIT)
     rig.trainer.gate.clear()
     saves = [engine.save(SaveRequest(f"s{n}", score=1.0)) for n in range(3)]
-    wait_for(lambda: engine._saver.busy)
+    wait_for(lambda: engine._saves.busy)
     restoring = engine.restore(RestoreRequest("base"))
     wait_for(lambda: engine.status().state is RunState.RESTORING)
     rig.trainer.gate.set()

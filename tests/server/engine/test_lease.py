@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from maskwire_server.engine.lease import Writer
+from maskwire_server.engine.lease import Lease
 
 
-def writer() -> tuple[Writer, list[float]]:
+def writer() -> tuple[Lease, list[float]]:
     now = [0.0]
-    found = Writer(60.0, lambda: now[0])
+    found = Lease(60.0, lambda: now[0])
     found.open(1, "job")
     found.opened()
     return found, now

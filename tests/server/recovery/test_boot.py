@@ -545,13 +545,13 @@ def test_a_run_of_weights_from_elsewhere_never_begins_at_seeded_ones(rig: Rig) -
 def test_an_unnamed_save_keeps_its_labels_beside_an_automatic_one(rig: Rig) -> None:
     engine = rig.start(checkpoints={"every_steps": 1, "every_seconds": 1e6, "keep_last": 2})
     engine.train_step(bare(0)).result(WAIT)
-    wait_for(lambda: engine.checkpoints()[0].step == 1 and not engine._saver.busy)
+    wait_for(lambda: engine.checkpoints()[0].step == 1 and not engine._saves.busy)
     saved = engine.save(SaveRequest(None, "id", {"why": "mine"})).result(WAIT)
     assert (saved.name, saved.labels) == ("step-000000001-2", {"why": "mine"})
     assert engine.save(SaveRequest(None, "id", {"why": "mine"})).result(WAIT) == saved
     for seed in range(1, 6):
         step = engine.train_step(bare(seed)).result(WAIT).step
-        wait_for(lambda step=step: engine.checkpoints()[0].step == step and not engine._saver.busy)
+        wait_for(lambda step=step: engine.checkpoints()[0].step == step and not engine._saves.busy)
     assert saved.name in [info.name for info in engine.checkpoints()], "retention leaves it alone"
 
 
