@@ -407,8 +407,10 @@ class WriterModel(RuleBasedStateMachine):
         futures: list[Future[Any]] = []
 
         def act(name: str) -> None:
-            left[0] -= name == place
-            if not left[0] and name == place:
+            if name != place:  # of one thread alone
+                return
+            left[0] -= 1
+            if not left[0]:
                 answered.extend(future for future in list(futures) if future.done())
                 shutil.copytree(self.folder / "run", copy)
 

@@ -125,6 +125,7 @@ class Committer:
             if commit not in self._commits:
                 return False
             self._commits.remove(commit)
+            self._failed = bool(self._commits)
             return True
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from maskwire_server import failpoints
 from maskwire_server.checkpoints import download
 from maskwire_server.checkpoints.membership import Membership
 from maskwire_server.checkpoints.saver import Saver
@@ -303,6 +304,7 @@ class Engine:
             self._run.conditions.set(
                 RunState.DRAINING, waiting_for="the running step and the last checkpoint"
             )
+            failpoints.passing("drain.begun")
             self._run.queue.refuse_all(Refused("DRAINING", "the server is finishing its work; ask again"))
             self._run.queue.push(Drain(done))
             self._run.work.notify_all()
@@ -317,10 +319,13 @@ class Engine:
     def close(self) -> None:
         """Stop the threads and release the run directory; whatever still waits is refused."""
         self._start.stop()
-        if self._thread.ident is not None:
-            if hasattr(self, "_executor"):
-                self._executor.stop()
-            self._thread.join()
+        if self._thread.ident is None:
+            return
+        if self._serving.done():  # whoever waits hears of it before the entry that runs has ended
+            self._refuse_everything()
+        if hasattr(self, "_executor"):
+            self._executor.stop()
+        self._thread.join()
 
     def _push(self, entry: Evaluation | Generation | Save) -> None:
         with self._run.mutex:
@@ -415,15 +420,17 @@ class Engine:
         self._executor.stop()
 
     def _shut_down(self) -> None:
+        self._refuse_everything()
+        self._saves.end()
+        self._committer.close()
+        self._saves.close()
+        self._start.close()
+
+    def _refuse_everything(self) -> None:
         with self._run.mutex:
             self._stopped = True
             self._run.queue.refuse_all(_ends())
-        self._saves.close()
-        self._committer.close()
-        with self._run.mutex:
-            self._run.queue.refuse_uncommitted(_ends())
         self._refuse_owed()
-        self._start.close()
 
     def _refuse_owed(self) -> None:
         """Nobody will answer any more: whoever gets hold of a future first refuses it."""

@@ -101,6 +101,8 @@ class Executor:
                 held = run.conditions.holds(RunState.HELD)
                 if isinstance(entry, Drain) and (held or not run.uncommitted):
                     return run.queue.pop()  # while HELD too: nothing acknowledged is missing on the disk
+                if isinstance(entry, Restore) and held:
+                    return run.queue.pop()  # it is refused
                 if entry is None or held or isinstance(entry, Drain):
                     run.work.wait()
                 elif isinstance(entry, Step):

@@ -234,12 +234,6 @@ class Queue:
                 refuse(entry.future, refusal)
         self._entries.clear()
 
-    def refuse_uncommitted(self, refusal: Refused) -> None:
-        """Refuse steps whose outcome nobody will hear of: the process ends."""
-        for step in list(self._by_number.values()):
-            self.refuse_step(step, refusal)
-        self.computing = None
-
     def _remove(self, step: Step) -> None:
         self._entries.remove(step)
         self._steps -= 1

@@ -101,7 +101,7 @@ class Restores:
         info, here = restore.manifest.info, self.run.head.computed
         try:
             admission.refuse_unexpected(restore.request, here)
-            if not self.committer.wait_durable():
+            if not self.committer.wait_durable() or self.run.conditions.holds(RunState.HELD):
                 admission.refuse_unavailable(RunState.HELD)
             number = here.lineage + 1
             lineage = Lineage(

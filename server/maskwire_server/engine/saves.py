@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from maskwire_server.checkpoints.saver import Saver
 from maskwire_server.checkpoints.store import Snapshot
@@ -20,6 +21,14 @@ from maskwire_server.position import HistoryPosition
 from maskwire_server.results import CheckpointInfo
 
 log = logging.getLogger(__name__)
+
+E = TypeVar("E", bound=BaseException)
+
+
+def _bare(error: E) -> E:
+    """The error without its frames, which hold the copy of the state: whoever waits may keep it for long."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
 
 
 class Saves:
@@ -45,6 +54,7 @@ class Saves:
         self._before = self._saved_at, self._overdue
         self._written = threading.Condition(run.mutex)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="maskwire-saver")
+        self._closing = False
         self.busy = False
         """Whether a snapshot is made or written."""
 
@@ -74,7 +84,10 @@ class Saves:
 
     def start(self, save: Save, snapshot: Snapshot, position: HistoryPosition, save_id: str) -> None:
         """Write a snapshot whose step is durable, and whose save is recorded."""
-        self.thread.submit(self._write, save, snapshot, position, save_id)
+        if self._closing:
+            self.give_up(save, Refused("DRAINING", "the server ends; ask again"))
+        else:
+            self.thread.submit(self._write, save, snapshot, position, save_id)
 
     def give_up(self, save: Save, refusal: Refused) -> None:
         """A snapshot or its write failed; training continues."""
@@ -96,6 +109,10 @@ class Saves:
         """Delete a checkpoint that nothing needs."""
         self.thread.submit(self._delete, name, future)
 
+    def end(self) -> None:
+        """Write no snapshot that is not being written."""
+        self._closing = True
+
     def close(self) -> None:
         """Finish what is being written."""
         self.thread.shutdown(wait=True)
@@ -107,11 +124,10 @@ class Saves:
         try:
             info = self._saver.write(save.request, save.automatic, snapshot, position, save_id, lineages)
         except Refused as refusal:
-            self.give_up(save, refusal)
+            self.give_up(save, _bare(refusal))
             return
         except Exception as error:
-            # Whoever waits may keep it for long, and its frames hold the copy of the state.
-            error.__traceback__ = error.__cause__ = error.__context__ = None
+            _bare(error)
             with self._run.mutex:
                 failed = self._run.conditions.failed("the checkpoint", error)
             self.give_up(save, failed)

@@ -177,9 +177,11 @@ def test_a_failure_has_an_id_and_tells_nothing_else(start: Start) -> None:
 def test_a_full_line_takes_no_generation(start: Start) -> None:
     engine, trainer = start(queue_limit=2)
     trainer.gate.clear()
-    held = [train(engine) for _ in range(4)]
+    held = [train(engine)]
+    assert trainer.entered.acquire(timeout=20)
+    held += [train(engine) for _ in range(2)]
     with pytest.raises(Refused) as raised:
         list(engine.generate(wanted()))
     assert raised.value.reason == "QUEUE_FULL"
     trainer.gate.set()
-    assert [future.result(WAIT).step for future in held] == [1, 2, 3, 4]
+    assert [future.result(WAIT).step for future in held] == [1, 2, 3]

@@ -65,7 +65,7 @@ def test_a_record_comes_back_as_it_went_and_absent_stays_absent(open_journal: Op
     assert journal.step_of_request("x") is None
     assert journal.last_step(1) == kept
     assert [payload for _, payload in journal.steps_after(1, 0)] == [b"payload"] * 2
-    journal.drop_payloads([Stretch(1, -1, 1)])
+    assert not journal.drop_payloads([Stretch(1, -1, 1)], 2), "there is no more"
     assert [(r.step, payload) for r, payload in journal.steps_after(1, 0)] == [(1, None), (2, b"payload")]
 
 
@@ -103,12 +103,23 @@ def test_a_transaction_that_raises_leaves_no_trace(open_journal: Open) -> None:
     journal.transaction(lambda: journal.add_step(record(1), b"p"))
 
 
-def test_the_same_step_or_request_cannot_be_recorded_twice(open_journal: Open) -> None:
+def test_the_same_step_cannot_be_recorded_twice_and_a_request_id_finds_its_newest(open_journal: Open) -> None:
     journal = open_journal()
     journal.transaction(lambda: journal.add_step(record(1), b"p"))
-    for twice in (record(1, request_id="new"), record(2, request_id="r1")):
-        with pytest.raises(sqlite3.IntegrityError):
-            journal.transaction(lambda twice=twice: journal.add_step(twice, b"p"))
+    with pytest.raises(sqlite3.IntegrityError):
+        journal.transaction(lambda: journal.add_step(record(1, request_id="new"), b"p"))
+    again = record(2, request_id="r1")
+    journal.transaction(lambda: journal.add_step(again, b"p"))
+    assert journal.step_of_request("r1") == again
+
+
+def test_batches_are_deleted_some_at_a_time(open_journal: Open) -> None:
+    journal = open_journal()
+    for step in range(1, 8):
+        journal.transaction(partial(journal.add_step, record(step), b"p"))
+    gone = [Stretch(1, -1, 3), Stretch(1, 4, 6)]
+    assert [journal.drop_payloads(gone, 2) for _ in range(3)] == [True, True, False]
+    assert [r.step for r, payload in journal.steps_after(1, 0) if payload is not None] == [4, 7]
 
 
 @pytest.mark.parametrize("column", ["payload_hash", "numbers", "digest"])
@@ -157,11 +168,11 @@ def test_what_is_no_journal_is_not_taken_for_one(open_journal: Open, tmp_path: P
     journal = open_journal()
     journal.transaction(lambda: journal._db.execute("UPDATE run SET value = 99 WHERE key = 'format'"))
     journal.close()
-    with pytest.raises(RunDirectoryError, match="format 99, this version reads up to 2"):
+    with pytest.raises(RunDirectoryError, match="format 99, this version reads up to 3"):
         Journal(tmp_path / "run")
 
 
-def test_a_journal_of_the_first_format_becomes_one_of_the_second(open_journal: Open, tmp_path: Path) -> None:
+def test_a_journal_of_the_first_format_becomes_one_of_today(open_journal: Open, tmp_path: Path) -> None:
     journal = open_journal()
     session = SessionRecord(1, "me", "n", True, 1, 0, False)
     journal.transaction(lambda: (journal.add_session(session), journal.add_event("kind", {"a": 1})))
@@ -174,7 +185,7 @@ def test_a_journal_of_the_first_format_becomes_one_of_the_second(open_journal: O
         journal._db.execute(statement)
     journal.close()
     again = Journal(tmp_path / "run")
-    assert again.fact("format") == 2
+    assert again.fact("format") == 3
     assert (again.lineages(), again.last_session()) == (lineages, session)
     assert again.last_event("kind") == (1, {"a": 1})
     again.close()
@@ -195,7 +206,7 @@ def test_an_index_that_lost_a_request_is_built_anew(open_journal: Open, tmp_path
     path.write_bytes(data)
     again = Journal(tmp_path / "run")
     assert again.step_of_request(name.decode()) is None
-    assert again.check_requests(1) == 1
+    assert again.check_requests(1) >= 1
     found = again.step_of_request(name.decode())
     assert found is not None
     assert found.step == 7

@@ -21,6 +21,7 @@ from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.engine import committer
 from maskwire_server.engine.committer import Reserve
 from maskwire_server.errors import RunDirectoryError, Unwanted
+from maskwire_server.journal import reserve
 from maskwire_server.journal.journal import Journal
 from maskwire_server.recovery import verify
 from maskwire_server.requests import EvalRequest, RestoreRequest, SaveRequest, SessionRequest, StepRequest
@@ -307,7 +308,7 @@ def test_the_log_is_folded_again_when_there_is_room(rig: Rig, monkeypatch: pytes
         tidy(self)
 
     monkeypatch.setattr(Journal, "tidy", failing)
-    monkeypatch.setattr(committer, "FOLD_BYTES", 2**18)
+    monkeypatch.setattr(reserve, "FOLD_BYTES", 2**18)
     monkeypatch.setattr(committer, "RETRY_SECONDS", 0.0)
     for seed in range(60):
         engine.train_step(bare(seed)).result(WAIT)
@@ -347,7 +348,9 @@ def test_a_restore_without_room_changes_nothing(rig: Rig, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Journal, "transaction", limited)
     assert reason(engine.restore(RestoreRequest("one"))) == "HELD"
+    assert reason(engine.train_step(bare(1))) == "HELD"
     full[0] = False
+    wait_for(lambda: engine.status().state is RunState.SERVING)
     assert engine.train_step(bare(1)).result(WAIT).step == 2
     assert engine.restore(RestoreRequest("one")).result(WAIT).lineage == 2
 
