@@ -1,4 +1,4 @@
-"""Steps in flight in virtual time: the client's conversations against the server's line and admission.
+"""Steps in flight in virtual time: the client's conversations against the server's admission and queue.
 
 Each request and each answer takes a time of its own, attempts are cut off by deadlines and resets, and the
 server is killed and comes back with what it had answered. The good batches must be applied once each, in
@@ -14,8 +14,10 @@ import random
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from maskwire.errors import REASONS, Failure, MaskwireError, UnavailableError
@@ -23,16 +25,20 @@ from maskwire.protocol.calls import Call, Pause, RetryPolicy, Until
 from maskwire.protocol.codec import hash_of, step_request
 from maskwire.protocol.writer import Writing
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire.v1.digest import step_digest
 from maskwire_server.batch import Batch, Modes, Payload
-from maskwire_server.engine.admission import Known, Position, StepFacts, Verdict, admit_step, gap
+from maskwire_server.config import ServeConfig
+from maskwire_server.engine.commits import StepCommit
 from maskwire_server.engine.entries import Step
-from maskwire_server.engine.pipeline import AHEAD
-from maskwire_server.engine.step_queue import Line
+from maskwire_server.engine.executor import Executor
+from maskwire_server.engine.quarantine import Poison
+from maskwire_server.engine.run import Run
+from maskwire_server.engine.steps import Steps
 from maskwire_server.errors import REASONS as SERVER_REASONS
 from maskwire_server.errors import Refused
+from maskwire_server.journal.records import Lineage, StepRecord
+from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import SessionRef, StepRequest
-from maskwire_server.results import RunState
+from maskwire_server.results import Losses, Outcome, RunState, StepAnswer, StepResult
 
 RUNS = int(os.environ.get("MASKWIRE_WINDOW_RUNS", "40"))
 GAP_SECONDS, WINDOW = 1000.0, 6
@@ -67,16 +73,59 @@ class Attempt:
 UNREACHABLE = Failure(UnavailableError("it cannot be reached", reason="UNAVAILABLE"), True, unreachable=True)
 
 
+class Disk:
+    """The committer, the journal and their disk in one: everything is durable at once."""
+
+    def __init__(self) -> None:
+        self.records: list[StepRecord] = []
+
+    def append(self, commit: StepCommit) -> None:
+        self.records.append(commit.record)
+        commit.committed()
+
+    def read(self, question: Any) -> Future[StepRecord | None]:
+        answer: Future[StepRecord | None] = Future()
+        answer.set_result(next((one for one in self.records if one.step == question.step), None))
+        return answer
+
+    def wake(self) -> None: ...
+
+    def log_bytes(self) -> int:
+        return 0
+
+    def left(self, waiting: int) -> int:
+        return 2**40 - waiting
+
+
+class Idle:
+    """No checkpoint is due."""
+
+    busy = False
+
+    def due(self, step: int) -> bool:
+        return not step
+
+
+class Packed(Payload):
+    """As much of a batch as its hash, and whether the device fails with it."""
+
+    def hash(self) -> bytes:
+        return self.sent_hash
+
+    def encode(self) -> bytes:
+        return b""
+
+    sent_hash = b""
+
+
 class World:
     def __init__(self, seed: int, kinds: list[str], weather: Weather) -> None:
         self.draw, self.kinds, self.weather = random.Random(seed), kinds, weather
         self.now = 0.0
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.count = itertools.count()
-        # The server: `applied`, `answers` and `digest` are its disk.
         self.applied: list[int] = []
-        self.answers: dict[str, tuple[int, bytes, bytes]] = {}
-        self.digest = bytes(32)
+        self.disk = Disk()
         self.session = SessionRef("run", 1, 1)
         self.life, self.alive = 0, False
         self.begin_life()
@@ -104,10 +153,30 @@ class World:
     def begin_life(self) -> None:
         self.life += 1
         self.alive = True
-        self.line = Line(lambda: self.now, GAP_SECONDS)
-        self.line.begin_at(len(self.applied))
-        self.device: list[Step] = []
+        disk: Any = self.disk
+        idle: Any = Idle()
+        serve = ServeConfig(gap_seconds=GAP_SECONDS, window=8)
+        self.run = Run(serve, lambda: self.now)
+        self.run.conditions.set(RunState.RECOVERING, False)
+        self.run.head.move(HistoryPosition("run", 1, len(self.applied), self.digest))
+        self.run.lease.open(1, "me")
+        self.run.lineages = {1: Lineage(1, None, 0, bytes(32), None, None)}
+        self.steps = Steps(self.run, disk, journal=disk, disk=disk, serve=serve, clock=lambda: self.now)
+        device: Any = self
+        self.executor = Executor(
+            self.run, disk, device, idle, idle, idle, journal=disk, disk=disk,
+            quarantine=Poison(Path(), 0), serve=serve, configuration_id=1, clock=lambda: self.now,
+        )  # fmt: skip
+        self.computing: Step | None = None
         self.calls: list[Attempt] = []
+
+    def train_step(self, lineage: int, number: int, batch: Any, modes: Any) -> StepResult:
+        """As the device does, at the end of the step's time."""
+        assert self.computing is not None
+        if self.kinds[self.index_of(self.computing)] == FAILING:
+            raise RuntimeError("it failed")
+        self.applied.append(self.index_of(self.computing))
+        return StepResult(Outcome.APPLIED, Losses(1.0, 1.0), 1.0)
 
     def kill(self) -> None:
         self.alive = False
@@ -131,87 +200,42 @@ class World:
         if attempt.over:
             attempt.future.cancel()
         if self.kinds[attempt.index] == BAD:
-            self.line.miss(request.step)
+            self.steps.refused(self.session, request.step)
             self.refuse(attempt, Refused("INVALID_FIELD", "the mask id"))
         else:
-            payload = Payload(Batch(None, 1, 1), Modes())  # type: ignore[arg-type]
-            step = Step(
-                StepRequest(payload, self.session, request.step, request.request_id), hash_of(request), b"",
-                [attempt.future], self.now,
-            )  # fmt: skip
+            payload = Packed(Batch(np.zeros((1, 1), int), 1, 1), Modes())
+            object.__setattr__(payload, "sent_hash", hash_of(request))
             try:
-                self.admit(step)
+                sent = StepRequest(payload, self.session, request.step, request.request_id)
+                self.steps.admit(sent, attempt.future)
             except Refused as refusal:
                 self.refuse(attempt, refusal)
         self.feed()
 
-    def admit(self, step: Step) -> None:
-        """As the pipeline does."""
-        request, line = step.request, self.line
-        assert request.request_id is not None
-        line.forget_abandoned()
-        earlier, known = line.request(request.request_id), None
-        if earlier is not None:
-            known = Known(earlier.number or earlier.request.step, earlier.payload_hash, True)
-        elif request.request_id in self.answers:
-            known = Known(*self.answers[request.request_id][:2], False)
-        facts = StepFacts(
-            self.session, request.step, step.payload_hash, known, line.waits(request.step), len(line), 64
-        )
-        at = Position(RunState.SERVING, "run", 1, 1, "me", False, line.next_step, 8, line.refused_step)
-        verdict = admit_step(facts, at)
-        if verdict is Verdict.REPLAY:
-            self.give(step, *self.answers[request.request_id][::2])
-        elif verdict is Verdict.JOIN and earlier is not None:
-            earlier.waiters += step.waiters
-        elif verdict is Verdict.WAIT and request.step is not None:
-            line.take_ahead(step, request.step)
-        else:
-            line.take(step)
-
     def feed(self) -> None:
-        while len(self.device) < AHEAD and (job := self.line.first()) is not None:
-            assert isinstance(job, Step)
-            self.line.pop()
-            if job.abandoned:
-                self.line.withdraw(job, gap(job.number, job.number))
-                continue
-            self.device.append(job)
-            if len(self.device) == 1:
-                self.compute()
+        """As the executor does, but that the time of a step passes before it is computed."""
+        queue = self.run.queue
+        while self.computing is None and (step := queue.first()) is not None:
+            assert isinstance(step, Step)
+            if self.executor._has_its_turn(step):
+                self.computing, life = step, self.life
+                self.later(self.weather.computing, lambda life=life: self.computed(life))
 
-    def compute(self) -> None:
-        step, life = self.device[0], self.life
-        self.later(self.weather.computing, lambda: self.computed(step, life))
-
-    def computed(self, step: Step, life: int) -> None:
+    def computed(self, life: int) -> None:
         if life != self.life or not self.alive:
             return
-        self.device.pop(0)
-        if step.number != len(self.applied) + 1:
-            self.line.send_back(step)
-        elif self.kinds[self.index_of(step)] == FAILING:
-            self.line.withdraw(step, Refused("INTERNAL", "it failed", error_id="e"))
-            self.line.miss(step.number)
-        else:
-            self.applied.append(self.index_of(step))
-            self.digest = step_digest(self.digest, 1, step.number, step.payload_hash, 1)
-            self.answers[step.request.request_id or ""] = step.number, step.payload_hash, self.digest
-            self.line.settle(step)
-            self.give(step, step.number, self.digest)
-        if self.device:
-            self.compute()
+        assert self.computing is not None
+        self.executor._train(self.computing)
+        self.computing = None
         self.feed()
+
+    @property
+    def digest(self) -> bytes:
+        return self.disk.records[-1].digest if self.disk.records else bytes(32)
 
     @staticmethod
     def index_of(step: Step) -> int:
         return int(step.request.request_id or "")
-
-    @staticmethod
-    def give(step: Step, number: int, digest: bytes) -> None:
-        for waiter in step.waiters:
-            if waiter.set_running_or_notify_cancel():
-                waiter.set_result(pb.TrainStepResponse(step=number, digest=digest, outcome=1))
 
     def answered(self, attempt: Attempt) -> None:
         self.calls.remove(attempt)
@@ -221,7 +245,8 @@ class World:
         if isinstance(error, Refused):
             self.refuse(attempt, error)
         else:
-            self.reply(attempt, attempt.future.result())
+            answer: StepAnswer = attempt.future.result()
+            self.reply(attempt, pb.TrainStepResponse(step=answer.step, digest=answer.digest, outcome=1))
 
     def refuse(self, attempt: Attempt, refusal: Refused) -> None:
         reason = refusal.reason

@@ -396,7 +396,7 @@ class Engine:
         self._committer = Committer(run, journal, disk, clock, self._journal_failed)
         self._saves = Saves(run, self._committer, self._saver, self._settings, serve, clock)
         self._sessions = Sessions(run, self._committer)
-        self._restores = Restores(run, self._committer, self._checkpoints, ready.device, self._saves)
+        self._restores = Restores(run, self._committer, self._checkpoints, ready.device)
         self._steps = Steps(run, self._committer, journal=journal, disk=disk, serve=serve, clock=clock)
         self._executor = Executor(
             run,

@@ -196,6 +196,7 @@ class Executor:
             result.gradient_norm,
             digest,
         )
+        failpoints.passing("step.consumed")
         with run.mutex:
             run.queue.computing = None
             head.computed = HistoryPosition(here.run_id, here.lineage, step.number, digest)
@@ -209,7 +210,6 @@ class Executor:
                 run.queue.refuse_steps(lambda _: self._halted())
             if self._saves.due(step.number):
                 run.queue.push_first(Save(SaveRequest(), automatic=True))
-        failpoints.passing("step.consumed")
 
     def halt_if_due(self) -> None:
         """Train nothing until a session with takeover is opened, if the last steps were not finite."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -16,7 +17,6 @@ from maskwire_server.engine.device import Device
 from maskwire_server.engine.entries import Restore, Save
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.run import Run
-from maskwire_server.engine.saves import Saves
 from maskwire_server.errors import Refused
 from maskwire_server.journal.records import Lineage, SessionRecord
 from maskwire_server.manifest import Manifest
@@ -35,7 +35,6 @@ class Restores:
     committer: Committer
     checkpoints: Checkpoints
     device: Device
-    saves: Saves
 
     def begin(self, request: RestoreRequest, future: Future[RestoreAnswer]) -> None:
         """Have the checkpoint's files read, then queue the restore. A known request id gets its answer again.
@@ -60,10 +59,15 @@ class Restores:
         with self.run.mutex:
             self.run.queue.interrupt(Refused("RESTORING", "a checkpoint is being restored; ask again"))
             self.run.conditions.set(RunState.RESTORING, waiting_for="the checkpoint's files to be read")
-        self.saves.thread.submit(self._examine, Restore(request, manifest, future))
+        threading.Thread(
+            target=self._examine,
+            args=(Restore(request, manifest, future),),
+            name="maskwire-restore",
+            daemon=True,
+        ).start()
 
     def _examine(self, restore: Restore) -> None:
-        """On the saver's thread: read and hash the files, and queue the restore unless they are damaged."""
+        """On a thread of its own: read and hash the files, and queue the restore unless they are damaged."""
         name = restore.manifest.info.name
         try:
             problem = self.checkpoints.damage(restore.manifest)

@@ -53,7 +53,7 @@ class Saves:
         self._overdue = False
         self._before = self._saved_at, self._overdue
         self._written = threading.Condition(run.mutex)
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="maskwire-saver")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="maskwire-saver")
         self._closing = False
         self.busy = False
         """Whether a snapshot is made or written."""
@@ -87,7 +87,7 @@ class Saves:
         if self._closing:
             self.give_up(save, Refused("DRAINING", "the server ends; ask again"))
         else:
-            self.thread.submit(self._write, save, snapshot, position, save_id)
+            self._thread.submit(self._write, save, snapshot, position, save_id)
 
     def give_up(self, save: Save, refusal: Refused) -> None:
         """A snapshot or its write failed; training continues."""
@@ -107,7 +107,7 @@ class Saves:
 
     def delete(self, name: str, future: Future[None]) -> None:
         """Delete a checkpoint that nothing needs."""
-        self.thread.submit(self._delete, name, future)
+        self._thread.submit(self._delete, name, future)
 
     def end(self) -> None:
         """Write no snapshot that is not being written."""
@@ -115,7 +115,7 @@ class Saves:
 
     def close(self) -> None:
         """Finish what is being written."""
-        self.thread.shutdown(wait=True)
+        self._thread.shutdown(wait=True)
 
     # The saver's thread.
 

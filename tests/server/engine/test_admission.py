@@ -9,33 +9,43 @@ import pytest
 
 from maskwire_server.engine.admission import (
     Known,
-    Position,
     SessionFacts,
-    StepFacts,
+    Situation,
     Verdict,
     admit_session,
     admit_step,
+    check_writer,
+    repeats,
 )
 from maskwire_server.errors import Refused
 from maskwire_server.holder import ClientProcess, Holder
 from maskwire_server.position import HistoryPosition
-from maskwire_server.requests import SessionRef, SessionRequest
+from maskwire_server.requests import SessionRef, SessionRequest, StepRequest
 from maskwire_server.results import RunState
 
 HASH, OTHER = b"a" * 32, b"b" * 32
 MINE = SessionRef("run", 2, 5)
-AT = Position(RunState.SERVING, "run", 2, 5, "me", closed=False, next_step=10, window=4)
-FACTS = StepFacts(MINE, None, HASH, None, step_waits=False, queue_length=0, queue_limit=8)
+AT = Situation(RunState.SERVING, "run", 2, 5, "me", closed=False, next_step=10, window=4)
 
 
-def refusal(facts: StepFacts, at: Position = AT) -> str:
+def admit(step: int | None = None, at: Situation = AT, queue_length: int = 0) -> Verdict:
+    return admit_step(step, queue_length, 8, at)
+
+
+def refusal(step: int | None = None, at: Situation = AT, queue_length: int = 0) -> str:
     with pytest.raises(Refused) as raised:
-        admit_step(facts, at)
+        admit(step, at, queue_length)
     return raised.value.reason
 
 
-def step(**changes: Any) -> StepFacts:
-    return replace(FACTS, **changes)
+def writer_refusal(session: SessionRef | None, at: Situation = AT) -> str:
+    with pytest.raises(Refused) as raised:
+        check_writer(session, at)
+    return raised.value.reason
+
+
+def sent(step: int | None = None, request_id: str | None = "id", session: SessionRef | None = MINE) -> Any:
+    return StepRequest(None, session, step, request_id)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -48,72 +58,69 @@ def step(**changes: Any) -> StepFacts:
     ],
 )
 def test_a_session_of_another_run_lineage_or_epoch_is_refused(session: SessionRef, reason: str) -> None:
-    assert refusal(step(session=session)) == reason
+    assert writer_refusal(session) == reason
 
 
 def test_a_closed_session_is_unknown() -> None:
-    assert refusal(step(), replace(AT, closed=True, writer="")) == "UNKNOWN_EPOCH"
+    assert writer_refusal(MINE, replace(AT, closed=True, writer="")) == "UNKNOWN_EPOCH"
 
 
 def test_a_bare_call_is_refused_while_a_session_is_open_and_runs_otherwise() -> None:
-    assert refusal(step(session=None)) == "WRITER_PRESENT"
-    assert admit_step(step(session=None), replace(AT, writer="")) is Verdict.RUN
+    assert writer_refusal(None) == "WRITER_PRESENT"
+    check_writer(None, replace(AT, writer=""))
 
 
 @pytest.mark.parametrize("number", [None, 7])
-def test_a_known_request_gets_its_recorded_answer(number: int | None) -> None:
-    known = Known(7, HASH, in_flight=False)
-    assert admit_step(step(step=number, known=known), AT) is Verdict.REPLAY
-    assert admit_step(step(step=number, known=replace(known, in_flight=True)), AT) is Verdict.JOIN
+def test_a_request_with_a_known_id_and_hash_is_a_repetition(number: int | None) -> None:
+    assert repeats(sent(number), HASH, Known(7, "id", HASH))
+    assert repeats(sent(number), HASH, Known(None, "id", HASH)), "on its way, without a number"
 
 
-@pytest.mark.parametrize("state", [RunState.HELD, RunState.DRAINING, RunState.HALTED])
-def test_a_recorded_answer_is_given_in_every_state(state: RunState) -> None:
-    known = Known(7, HASH, in_flight=False)
-    assert admit_step(step(known=known, queue_length=8), replace(AT, state=state)) is Verdict.REPLAY
+@pytest.mark.parametrize(("number", "payload_hash"), [(None, OTHER), (7, OTHER), (8, HASH), (8, OTHER)])
+def test_a_known_id_with_another_payload_or_step_is_a_mismatch(number: int, payload_hash: bytes) -> None:
+    with pytest.raises(Refused) as raised:
+        repeats(sent(number), payload_hash, Known(7, "id", HASH))
+    assert raised.value.reason == "PAYLOAD_MISMATCH"
 
 
-def test_a_known_request_with_another_payload_or_step_is_a_mismatch() -> None:
-    assert refusal(step(known=Known(7, OTHER, in_flight=False))) == "PAYLOAD_MISMATCH"
-    assert refusal(step(step=8, known=Known(7, HASH, in_flight=True))) == "PAYLOAD_MISMATCH"
-
-
-def test_a_step_that_is_applied_in_flight_or_waited_for_is_taken() -> None:
-    assert refusal(step(step=9)) == "STEP_TAKEN"
-    assert refusal(step(step=1)) == "STEP_TAKEN"
-    assert refusal(step(step=12, step_waits=True)) == "STEP_TAKEN"
+def test_another_id_is_another_request_and_without_one_the_hash_tells() -> None:
+    assert not repeats(sent(7, "other"), HASH, Known(7, "id", HASH))
+    assert not repeats(sent(7, "other"), HASH, Known(7, None, HASH))
+    assert repeats(sent(7, None), HASH, Known(7, "id", HASH))
+    assert not repeats(sent(7, None), OTHER, Known(7, "id", HASH))
+    assert not repeats(sent(7, None, None), HASH, Known(7, None, HASH)), "a bare call promises nothing"
 
 
 def test_the_next_step_runs_with_and_without_its_number() -> None:
-    assert admit_step(step(step=10), AT) is Verdict.RUN
-    assert admit_step(step(step=None), AT) is Verdict.RUN
+    assert admit(10) is Verdict.RUN
+    assert admit(None) is Verdict.RUN
 
 
 def test_a_step_ahead_waits_within_the_window_and_is_a_gap_beyond_it() -> None:
-    assert admit_step(step(step=11), AT) is Verdict.WAIT
-    assert admit_step(step(step=13), AT) is Verdict.WAIT
-    assert refusal(step(step=14)) == "GAP"
+    assert admit(11) is Verdict.WAIT
+    assert admit(13) is Verdict.WAIT
+    assert refusal(14) == "GAP"
 
 
 def test_a_step_behind_a_refused_one_is_a_gap_at_once() -> None:
-    assert refusal(step(step=11), replace(AT, refused_step=10)) == "GAP"
-    assert admit_step(step(step=10), replace(AT, refused_step=10)) is Verdict.RUN
+    assert refusal(11, replace(AT, refused_step=10)) == "GAP"
+    assert admit(10, replace(AT, refused_step=10)) is Verdict.RUN
     with pytest.raises(Refused) as raised:
-        admit_step(step(step=13), replace(AT, refused_step=12))
+        admit(13, replace(AT, refused_step=12))
     assert raised.value.metadata == {"step": "13", "expected_step": "12"}
-    assert admit_step(step(step=12), replace(AT, refused_step=12)) is Verdict.WAIT
-    assert admit_step(step(step=None), replace(AT, refused_step=10)) is Verdict.RUN
+    assert admit(12, replace(AT, refused_step=12)) is Verdict.WAIT
+    assert admit(None, replace(AT, refused_step=10)) is Verdict.RUN
 
 
 def test_a_gap_names_the_step_that_is_expected() -> None:
     with pytest.raises(Refused) as raised:
-        admit_step(step(step=99), AT)
+        admit(99)
     assert raised.value.metadata == {"step": "99", "expected_step": "10"}
 
 
 def test_a_full_queue_refuses_what_would_run_or_wait() -> None:
-    assert refusal(step(queue_length=8)) == "QUEUE_FULL"
-    assert refusal(step(step=11, queue_length=8)) == "QUEUE_FULL"
+    assert refusal(queue_length=8) == "QUEUE_FULL"
+    assert refusal(11, queue_length=8) == "QUEUE_FULL"
 
 
 @pytest.mark.parametrize(
@@ -127,10 +134,10 @@ def test_a_full_queue_refuses_what_would_run_or_wait() -> None:
     ],
 )
 def test_states_that_admit_nothing_say_which_they_are(state: RunState, reason: str) -> None:
-    assert refusal(step(), replace(AT, state=state)) == reason
+    assert refusal(at=replace(AT, state=state)) == reason
 
 
-def opening(at: Position = AT, **changes: Any) -> bool | str:
+def opening(at: Situation = AT, **changes: Any) -> bool | str:
     given = {
         name: changes.pop(name)
         for name in ("nonce_epoch", "durable_step", "recorded_digest")
@@ -193,7 +200,7 @@ def test_a_refusal_names_the_client_that_has_the_session_or_had_it_last() -> Non
     process = ClientProcess("host", 7, 123, "boot", "pid:[1]", "slurm:1:0")
     at = replace(AT, writer="", closed=True, holder=Holder("last", 5, process))
     with pytest.raises(Refused, match=r"'last' \(host host, process 7\) took over") as raised:
-        admit_step(step(session=SessionRef("run", 2, 4)), at)
+        check_writer(SessionRef("run", 2, 4), at)
     assert raised.value.metadata == {
         "epoch": "5", "session_epoch": "4", "writer": "last", "writer_host": "host",
         "writer_process_id": "7", "writer_start_time_ticks": "123", "writer_boot_id": "boot",

@@ -20,11 +20,10 @@ from rig import WAIT, Rig, bare, make_engine, payload, reason, wait_for
 
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.checkpoints import store
-from maskwire_server.engine import committer
-from maskwire_server.engine.committer import Reserve, make_room
 from maskwire_server.engine.engine import Engine
-from maskwire_server.journal import disk
+from maskwire_server.journal import disk, reserve
 from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.reserve import Reserve, make_room
 from maskwire_server.requests import SaveRequest, StepRequest
 from maskwire_server.results import RunState
 
@@ -74,7 +73,7 @@ def test_a_large_log_is_folded_and_training_goes_on_though_the_disk_is_full(
     rig = Rig(small_disk / "run")
     grow_a_log_over_dropped_batches(rig.start(checkpoints=LONG, serve={"reserve_bytes": 0}), 100)
     rig.engines.pop().close()  # folds
-    monkeypatch.setattr(committer, "FOLD_BYTES", 2**40)
+    monkeypatch.setattr(reserve, "FOLD_BYTES", 2**40)
     engine = rig.start(checkpoints=LONG, serve={"reserve_bytes": 0})
     for step in range(60):
         engine.train_step(large(step)).result(WAIT)
@@ -95,7 +94,7 @@ def test_what_was_computed_when_the_disk_filled_up_is_committed_by_folding(
     rig = Rig(small_disk / "run")
     grow_a_log_over_dropped_batches(rig.start(checkpoints=LONG, serve={"reserve_bytes": 0}), 100)
     rig.engines.pop().close()
-    monkeypatch.setattr(committer, "FOLD_BYTES", 2**40)
+    monkeypatch.setattr(reserve, "FOLD_BYTES", 2**40)
     engine = rig.start(checkpoints=LONG, serve={"reserve_bytes": 0})
     for step in range(60):
         engine.train_step(large(step)).result(WAIT)
@@ -129,14 +128,14 @@ def test_a_log_is_not_folded_where_the_database_has_no_room_to_grow(tmp_path: Pa
         def fits(self, size: int) -> bool:
             return size <= self.room
 
-    reserve = Room(copy, 0)
-    assert not make_room(journal, reserve)
+    kept = Room(copy, 0)
+    assert not make_room(journal, kept)
     assert journal.log_bytes() == waiting
-    reserve.room = growth
-    assert make_room(journal, reserve)
+    kept.room = growth
+    assert make_room(journal, kept)
     assert journal.log_bytes() == 0
     assert (copy / "journal.sqlite").stat().st_size == size + growth
-    assert not make_room(journal, reserve), "an empty log frees nothing"
+    assert not make_room(journal, kept), "an empty log frees nothing"
     journal.close()
 
 
@@ -151,7 +150,7 @@ def test_the_log_is_folded_by_its_bytes_not_by_the_number_of_commits(
         tidy(self)
 
     monkeypatch.setattr(Journal, "tidy", counted)
-    monkeypatch.setattr(committer, "FOLD_BYTES", 2**20)
+    monkeypatch.setattr(reserve, "FOLD_BYTES", 2**20)
     engine = rig.start()
     for step in range(200):
         engine.train_step(large(step)).result(WAIT)
@@ -227,7 +226,7 @@ def test_a_used_up_quota_holds_training_and_ends_nothing(
 ) -> None:
     engine = rig.start(checkpoints=LONG)
     engine.train_step(bare(0)).result(WAIT)
-    journal: Any = engine._journal
+    journal: Any = engine._start._journal
     over = OverQuota(journal._db)
 
     def refused(*_: object) -> int:
@@ -249,7 +248,7 @@ def test_a_used_up_quota_holds_training_and_ends_nothing(
 
 def test_a_write_that_fails_though_there_is_room_ends_the_process(rig: Rig) -> None:
     engine = rig.start(checkpoints=LONG)
-    journal: Any = engine._journal
+    journal: Any = engine._start._journal
     journal._db = OverQuota(journal._db)
     assert reason(engine.train_step(bare(1))) == "DRAINING"
     assert [type(error) for error in rig.fatal] == [sqlite3.OperationalError]

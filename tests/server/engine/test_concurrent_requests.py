@@ -18,8 +18,6 @@ from rig import WAIT, Rig, bare, open_session, payload, reason, reason_of, wait_
 
 from maskwire_server import failpoints
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.engine import admission
-from maskwire_server.engine.admission import Verdict
 from maskwire_server.engine.engine import Engine
 from maskwire_server.errors import Refused
 from maskwire_server.requests import (
@@ -35,18 +33,6 @@ from maskwire_server.results import EvalOptions, RunState, SessionAnswer
 LONG = {"every_seconds": 1e9, "keep_last": 3}
 
 
-@pytest.mark.parametrize("verdict", [Verdict.REPLAY, Verdict.JOIN, Verdict.WAIT])
-def test_a_verdict_that_cannot_be_followed_trains_nothing(
-    rig: Rig, verdict: Verdict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = rig.start()
-    monkeypatch.setattr(admission, "admit_step", lambda *_: verdict)
-    assert reason(engine.train_step(bare(1, "unheard-of"))) == "INTERNAL"
-    monkeypatch.undo()
-    assert rig.trainer.trained == []
-    assert engine.train_step(bare(1)).result(WAIT).step == 1
-
-
 def open_beside_a_failing_step(rig: Rig, second: StepRequest) -> tuple[Any, Future[SessionAnswer]]:
     """A step that fails on the device with another behind it, and a session opened before it does."""
     engine = rig.engines[-1]
@@ -54,7 +40,6 @@ def open_beside_a_failing_step(rig: Rig, second: StepRequest) -> tuple[Any, Futu
     failing = engine.train_step(StepRequest(payload(1, FAIL_ID), second.session))
     assert rig.trainer.entered.acquire(timeout=WAIT)
     behind = engine.train_step(second)
-    wait_for(lambda: engine._device.outstanding == 2)
     opening = engine.open_session(SessionRequest("writer", "nonce-2", takeover=True))
     wait_for(lambda: engine.status().writer == "writer")
     rig.trainer.gate.set()
@@ -173,15 +158,20 @@ def test_a_want_of_memory_refuses_one_evaluation(rig: Rig) -> None:
     assert rig.fatal == []
 
 
-def test_another_error_of_the_disk_is_no_shortage(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_error_of_the_disk_fails_the_request_that_met_it(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = rig.start()
 
     def broken(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(Checkpoints, "all", broken)
-    assert reason(engine.save(SaveRequest("a"))) == "DRAINING"
-    assert [type(error) for error in rig.fatal] == [OSError]
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "all", broken)
+        with pytest.raises(OSError, match="Input/output error"):
+            engine.save(SaveRequest("a"))
+    assert engine.train_step(bare(1)).result(WAIT).step == 1
+    assert rig.fatal == []
 
 
 class Held:
