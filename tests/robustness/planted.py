@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,11 +25,22 @@ from hypothesis.stateful import run_state_machine_as_test
 from maskwire.loggers import metrics
 from maskwire.protocol import fit
 from maskwire_server.checkpoints import membership, retention, store
-from maskwire_server.engine import admission, committer, engine, pipeline, saves, sessions
+from maskwire_server.engine import (
+    admission,
+    commits,
+    committer,
+    executor,
+    queue,
+    reads,
+    sessions,
+    start,
+    steps,
+)
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal import fsync, journal
 from maskwire_server.recovery import boot, fingerprint, inexact, replay
-from maskwire_server.results import InexactReplay, Losses, Outcome, StepResult
+from maskwire_server.requests import EvalRequest, SaveRequest, StepRequest
+from maskwire_server.results import EvalOptions, InexactReplay, Losses, Outcome, StepResult
 
 Patch = tuple[Any, str, Any]
 
@@ -183,8 +195,6 @@ def a_changed_batch(folder: Path) -> None:
 
     from counter import CounterTrainer
     from robustness import damage
-
-    from maskwire_server.requests import StepRequest
 
     class LossFirst(CounterTrainer):
         def train_step(self, *arguments: Any) -> Any:
@@ -353,8 +363,6 @@ def an_inexact_replay(folder: Path) -> None:
     from counter import CounterTrainer
     from robustness import damage
 
-    from maskwire_server.requests import StepRequest
-
     def rounding(error: float, outcome: Outcome = Outcome.APPLIED) -> type[CounterTrainer]:
         class Rounding(CounterTrainer):
             versions = {"device": "counter", "threads": "1", "deterministic": "no"}  # noqa: RUF012
@@ -379,19 +387,141 @@ def an_inexact_replay(folder: Path) -> None:
     assert len(manifest["inexact_replays"]) == 1, "a checkpoint does not tell what led to its weights"
 
 
+@contextlib.contextmanager
+def held_journal(folder: Path) -> Iterator[tuple[Any, Any]]:
+    """An engine whose first step is computed and waits for the journal, and what lets it go on."""
+    from robustness import damage
+
+    from maskwire_server import failpoints
+
+    with damage.Run(folder / "run") as run:
+        reached, release = threading.Event(), threading.Event()
+
+        def hold(name: str) -> None:
+            if name == "journal.begin":
+                reached.set()
+                assert release.wait(damage.WAIT)
+
+        failpoints.install(hold)
+        try:
+            step = run.engine.train_step(StepRequest(damage.payload(1), None, None, "first"))
+            assert reached.wait(damage.WAIT)
+            yield run.engine, step
+        finally:
+            failpoints.install(None)
+            release.set()
+        assert step.result(damage.WAIT).step == 1
+
+
+def a_read_beside_a_held_journal(folder: Path) -> None:
+    """An evaluation is not answered while the step that it saw is not durable."""
+    from robustness import damage
+
+    with held_journal(folder) as (engine, _):
+        seen = engine.eval_loss(EvalRequest(damage.payload(2).batch, EvalOptions((0,))))
+        with contextlib.suppress(TimeoutError):
+            seen.result(0.5)
+            raise AssertionError("it was answered")
+
+
+def a_save_beside_a_held_journal(folder: Path) -> None:
+    """No checkpoint of a step is published while the step is not durable."""
+
+    with held_journal(folder) as (engine, _):
+        saved = engine.save(SaveRequest("ahead"))
+        with contextlib.suppress(TimeoutError):
+            saved.result(0.5)
+            raise AssertionError("it was answered")
+        assert not (folder / "run" / "checkpoints" / "ahead").exists(), "it was published"
+
+
+def steps_from_many_threads(folder: Path) -> None:
+    """Steps become durable in their order, each in one transaction of one thread."""
+    from robustness import damage
+
+    with damage.Run(folder / "run") as run:
+        futures = [run.engine.train_step(StepRequest(damage.payload(step))) for step in range(1, 60)]
+        answers = [future.result(damage.WAIT).step for future in futures]
+        assert sorted(answers) == list(range(1, 60))
+        assert not run.fatal, "two threads met in the journal"
+        threads = [t.name for t in threading.enumerate() if t.name.startswith("maskwire-committer")]
+        assert len(threads) == 1, "the journal has two threads"
+
+
+def a_retry_beside_a_held_journal(folder: Path) -> None:
+    """The same request joins the one that is not committed yet."""
+    from robustness import damage
+
+    with held_journal(folder) as (engine, step):
+        retry = engine.train_step(StepRequest(damage.payload(1), None, None, "first"))
+    assert step.result(damage.WAIT).step == retry.result(damage.WAIT).step == 1, "it was trained twice"
+
+
 # What is taken out.
 
 
 def _answer_before_the_journal() -> list[Patch]:
-    flushed = committer.Commits.flush
+    written = committer.Committer._write_all
 
-    def flush_late(self: Any) -> None:
-        after, self._after = self._after, [lambda: None] * len(self._after)
-        for act in after:
-            act()
-        flushed(self)
+    def write_late(self: Any, taken: list[Any]) -> bool:
+        for commit in taken:
+            commit.committed()
+            commit.committed = lambda: None
+        return written(self, taken)
 
-    return [(committer.Commits, "flush", flush_late)]
+    return [(committer.Committer, "_write_all", write_late)]
+
+
+def _read_before_the_flush() -> list[Patch]:
+    def at_once(self: Any, commit: Any) -> None:
+        if isinstance(commit, commits.AnswerCommit):
+            commit.committed()
+        else:
+            appended(self, commit)
+
+    appended = committer.Committer.append
+    return [(committer.Committer, "append", at_once)]
+
+
+def _checkpoint_before_the_flush() -> list[Patch]:
+    appended = committer.Committer.append
+
+    def at_once(self: Any, commit: Any) -> None:
+        if isinstance(commit, commits.SaveCommit):
+            commit.committed()
+            commit.committed = lambda: None  # type: ignore[method-assign]
+        appended(self, commit)
+
+    return [(committer.Committer, "append", at_once)]
+
+
+def _id_forgotten_before_its_commit() -> list[Patch]:
+    started = queue.Queue.start
+
+    def forgetful(self: Any, step: Any, number: int) -> None:
+        started(self, step, number)
+        self._by_id.pop(step.request.request_id, None)
+
+    return [(queue.Queue, "start", forgetful)]
+
+
+def _a_missed_number() -> list[Patch]:
+    started = queue.Queue.start
+
+    def skipping(self: Any, step: Any, number: int) -> None:
+        started(self, step, number + (number == 3))
+
+    return [(queue.Queue, "start", skipping)]
+
+
+def _two_committers() -> list[Patch]:
+    wait = committer.Committer.start
+
+    def twice(self: Any) -> None:
+        wait(self)
+        threading.Thread(target=self._main, name="maskwire-committer-2", daemon=True).start()
+
+    return [(committer.Committer, "start", twice)]
 
 
 def _no_epoch_check() -> list[Patch]:
@@ -440,8 +570,8 @@ def _request_ids_not_recorded() -> list[Patch]:
 
 
 def _digest_not_chained() -> list[Patch]:
-    chained = pipeline.step_digest
-    return [(pipeline, "step_digest", lambda _, *rest: chained(bytes(32), *rest))]
+    chained = executor.step_digest
+    return [(executor, "step_digest", lambda _, *rest: chained(bytes(32), *rest))]
 
 
 def _replay_leaves_the_first_step_out() -> list[Patch]:
@@ -473,8 +603,7 @@ def _checkpoint_files_not_verified() -> list[Patch]:
 
 
 def _another_payload_under_one_id() -> list[Patch]:
-    return [(admission, "_admit_known", lambda _, known: (
-        admission.Verdict.JOIN if known.in_flight else admission.Verdict.REPLAY))]  # fmt: skip
+    return [(admission, "repeats", lambda request, _, known: request.request_id == known.request_id)]
 
 
 def _non_finite_steps_forgotten() -> list[Patch]:
@@ -482,23 +611,40 @@ def _non_finite_steps_forgotten() -> list[Patch]:
 
 
 def _checkpoint_named_late() -> list[Patch]:
-    def late(self: Any, job: Any, future: Any) -> None:
-        self._commits.after(lambda: self._write(job, future.result(), self._head.place))
+    saved = executor.Executor._save
 
-    return [(saves.Saves, "copied", late)]
+    def late(self: Any, save: Any) -> None:
+        def append(commit: Any) -> None:
+            committed = commit.committed
+
+            def name_late() -> None:
+                commit.position = self._run.head.computed
+                committed()
+
+            commit.committed = name_late
+            appended(commit)
+
+        appended, self._committer.append = self._committer.append, append
+        try:
+            saved(self, save)
+        finally:
+            self._committer.append = appended
+
+    return [(executor.Executor, "_save", late)]
 
 
 def _takeover_leaves_the_queue() -> list[Patch]:
-    opened = sessions.Sessions.open
+    admitted = sessions.Sessions._admit
 
-    def keeping(self: Any, request: Any, at: Any, future: Any) -> None:
-        refuse, self._line.refuse_steps = self._line.refuse_steps, lambda _: None
+    def keeping(self: Any, *arguments: Any) -> None:
+        waiting = self._run.queue
+        refuse, waiting.refuse_steps = waiting.refuse_steps, lambda _: None
         try:
-            opened(self, request, at, future)
+            admitted(self, *arguments)
         finally:
-            self._line.refuse_steps = refuse
+            waiting.refuse_steps = refuse
 
-    return [(sessions.Sessions, "open", keeping)]
+    return [(sessions.Sessions, "_admit", keeping)]
 
 
 def _no_lock() -> list[Patch]:
@@ -526,12 +672,12 @@ def _epochs_in_memory_only() -> list[Patch]:
 
 
 def _restored_steps_answered() -> list[Patch]:
-    return [(pipeline.Pipeline, "_require_present", lambda *_: None)]
+    return [(steps, "require_in_history", lambda *_: None)]
 
 
 def _skipped_steps_said_applied() -> list[Patch]:
-    digest = pipeline.step_digest
-    return [(pipeline, "step_digest", lambda *a: digest(*a[:-1], int(Outcome.APPLIED)))]
+    digest = executor.step_digest
+    return [(executor, "step_digest", lambda *a: digest(*a[:-1], int(Outcome.APPLIED)))]
 
 
 def _checkpoints_of_other_runs_count() -> list[Patch]:
@@ -539,7 +685,7 @@ def _checkpoints_of_other_runs_count() -> list[Patch]:
 
 
 def _the_log_stays_while_held() -> list[Patch]:
-    return [(committer, "make_room", lambda *_: False)]
+    return [(committer.Committer, "_make_room", lambda _: False), (reads, "make_room", lambda *_: False)]
 
 
 def _owed_evaluations_left_out() -> list[Patch]:
@@ -550,7 +696,7 @@ def _owed_evaluations_left_out() -> list[Patch]:
 
 
 def _evaluations_in_memory_only() -> list[Patch]:
-    return [(engine, "recorded_evaluation", lambda _: (0, 0))]
+    return [(start, "recorded_evaluation", lambda _: (0, 0))]
 
 
 def _metrics_not_filled_in() -> list[Patch]:
@@ -596,6 +742,14 @@ def _inexact_replays_not_in_manifests() -> list[Patch]:
 BUGS = {
     "answer-before-the-journal": Bug("answers go out before their step is durable",
         _answer_before_the_journal, the_model),
+    "read-before-the-flush": Bug("an evaluation tells of a step that is not durable",
+        _read_before_the_flush, a_read_beside_a_held_journal),
+    "checkpoint-before-the-flush": Bug("a checkpoint is ahead of the journal",
+        _checkpoint_before_the_flush, a_save_beside_a_held_journal),
+    "id-forgotten-before-its-commit": Bug("a retry beside the commit is a new step",
+        _id_forgotten_before_its_commit, a_retry_beside_a_held_journal),
+    "missed-number": Bug("a number is left out", _a_missed_number, the_model),
+    "two-committers": Bug("two threads use the journal", _two_committers, steps_from_many_threads),
     "no-epoch-check": Bug("a superseded writer goes on", _no_epoch_check, the_model),
     "journal-without-flushes": Bug("the journal is not flushed", _journal_without_flushes,
         partial(a_power_loss, bug="journal-without-flushes")),

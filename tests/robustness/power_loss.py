@@ -323,6 +323,6 @@ def _recover(files: dict[str, bytes | None], root: str, acknowledged: int, saved
 
 
 def _first_digest(engine: Any) -> bytes:
-    lineages = engine._journal.lineages()
+    lineages = engine._run.lineages
     digest: bytes = lineages[1].digest
     return digest
