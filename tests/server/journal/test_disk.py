@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from maskwire_server.engine.committer import Commits, Reserve
+from maskwire_server.engine.committer import Reserve
 from maskwire_server.engine.quarantine import Poison
-from maskwire_server.engine.state import Standing
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import disk, journal
 from maskwire_server.journal.journal import Journal
-from maskwire_server.results import RunState
 
 MOUNTS = """\
 22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
@@ -75,49 +71,3 @@ def test_a_batch_that_kills_the_process_is_set_aside_after_so_many_deaths(tmp_pa
     with off.watch(bad):
         assert not (tmp_path / "computing").exists()
     assert not off.condemned(bad)
-
-
-class FakeJournal:
-    def log_bytes(self) -> int:
-        return 0
-
-    def __init__(self) -> None:
-        self.full = False
-
-    def transaction(self, write: Callable[[], object]) -> None:
-        if self.full:
-            error = sqlite3.OperationalError("database or disk is full")
-            error.sqlite_errorcode = sqlite3.SQLITE_FULL
-            raise error
-        write()
-
-
-def test_what_was_computed_is_committed_while_the_reserve_holds_new_steps_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now, room, done = [0.0], [False], []
-    fake, standing = FakeJournal(), Standing()
-    standing.set(RunState.RECOVERING, False)
-    reserve = Reserve(tmp_path, 0)
-    monkeypatch.setattr(reserve, "left", lambda _: 0 if room[0] else -1)
-    commits = Commits(fake, standing, lambda: now[0], reserve)  # type: ignore[arg-type]
-    commits.add(lambda: done.append("written"), lambda: done.append("answered"))
-    commits.hold()
-    commits.flush()
-    assert done == ["written", "answered"]
-    assert standing.state is RunState.HELD
-    fake.full = True
-    commits.add(lambda: done.append("written"), lambda: done.append("answered"))
-    commits.flush()
-    fake.full = False
-    commits.flush()
-    assert len(done) == 2, "a disk that was full is tried again a second later, not at once"
-    now[0] += 1.1
-    commits.flush()
-    assert len(done) == 4
-    assert standing.state is RunState.HELD, "there is no reserve yet"
-    room[0] = True
-    now[0] += 1.1
-    commits.flush()
-    assert standing.state is RunState.SERVING
-    assert commits.retry_at is None
