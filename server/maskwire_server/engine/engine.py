@@ -69,7 +69,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-
 def _ends() -> Refused:
     return Refused("DRAINING", "the server ends; ask again")
 
