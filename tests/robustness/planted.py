@@ -37,8 +37,8 @@ from maskwire_server.engine import (
     steps,
 )
 from maskwire_server.errors import Refused, RunDirectoryError
-from maskwire_server.journal import fsync, journal
-from maskwire_server.recovery import boot, fingerprint, inexact, replay
+from maskwire_server.journal import fsync, inexact_replays, journal
+from maskwire_server.recovery import boot, fingerprint, replay
 from maskwire_server.requests import EvalRequest, SaveRequest, StepRequest
 from maskwire_server.results import EvalOptions, InexactReplay, Losses, Outcome, StepResult
 
@@ -732,11 +732,11 @@ def _inexact_state_not_saved() -> list[Patch]:
 
 
 def _inexact_replays_not_recorded() -> list[Patch]:
-    return [(inexact, "record", lambda *_: None)]
+    return [(inexact_replays, "record", lambda *_: None)]
 
 
 def _inexact_replays_not_in_manifests() -> list[Patch]:
-    return [(inexact, "within", lambda *_: ())]
+    return [(inexact_replays, "within", lambda *_: ())]
 
 
 BUGS = {

@@ -8,7 +8,7 @@ their batches are kept.
 from __future__ import annotations
 
 from maskwire_server.config import CheckpointsConfig
-from maskwire_server.journal.ancestry import ancestry, on_path
+from maskwire_server.journal.lineage import ancestry, on_path
 from maskwire_server.journal.records import Lineage, Stretch
 from maskwire_server.manifest import Manifest
 

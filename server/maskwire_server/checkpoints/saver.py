@@ -12,11 +12,11 @@ from maskwire_server.checkpoints import retention
 from maskwire_server.checkpoints.store import Checkpoints, Snapshot
 from maskwire_server.config import CheckpointsConfig
 from maskwire_server.errors import Refused, is_shortage
-from maskwire_server.journal.ancestry import ancestry, on_path
+from maskwire_server.journal import inexact_replays
+from maskwire_server.journal.lineage import ancestry, on_path
 from maskwire_server.journal.records import Lineage, Stretch
 from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
-from maskwire_server.recovery import inexact
 from maskwire_server.requests import AUTOMATIC_NAME, SaveRequest
 from maskwire_server.results import CheckpointInfo, InexactReplay
 
@@ -99,7 +99,7 @@ class Saver:
             request.request_id,
             self._configuration,
             self._versions,
-            inexact.within(self.inexact_replays, ancestry(lineages, position.lineage)),
+            inexact_replays.within(self.inexact_replays, ancestry(lineages, position.lineage)),
             save_id,
         )
         written = self._write(request, manifest, snapshot)

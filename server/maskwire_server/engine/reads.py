@@ -8,8 +8,8 @@ from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import Refused
 from maskwire_server.history import StepsPage, StepsRequest
 from maskwire_server.journal import listing
-from maskwire_server.journal.ancestry import ancestry
 from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.lineage import ancestry
 from maskwire_server.journal.records import Lineage, StepRecord
 from maskwire_server.journal.reserve import Reserve, make_room
 

@@ -23,11 +23,11 @@ from maskwire_server.engine.quarantine import Poison
 from maskwire_server.engine.run import Run
 from maskwire_server.engine.sessions import recorded_evaluation, recorded_process
 from maskwire_server.errors import Refused, RunDirectoryError
-from maskwire_server.journal import reserve
+from maskwire_server.journal import inexact_replays, reserve
 from maskwire_server.journal.journal import Journal, explained, is_full
 from maskwire_server.journal.reserve import Reserve, make_room
 from maskwire_server.position import HistoryPosition
-from maskwire_server.recovery import boot, fingerprint, inexact
+from maskwire_server.recovery import boot, fingerprint
 from maskwire_server.requests import SaveRequest
 from maskwire_server.results import ModelInfo, RunState
 
@@ -156,7 +156,7 @@ class Start:
         head.non_finite = recovered.non_finite
         session = journal.last_session()
         run.lease.resume(session, recorded_process(journal, session))
-        head.inexact_replays = self._saver.inexact_replays = inexact.recorded(journal)
+        head.inexact_replays = self._saver.inexact_replays = inexact_replays.recorded(journal)
         self._save_where_needed(journal, device, recovered, numerics)
         configuration_id = self._when_there_is_room(
             partial(fingerprint.record_start, journal, self._versions, numerics)

@@ -23,11 +23,11 @@ from maskwire_server.checkpoints.membership import foreign_save, recorded_saves
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.engine.device import Device
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.journal.ancestry import Segment, ancestry, on_path
+from maskwire_server.journal import inexact_replays
 from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.lineage import Segment, ancestry, on_path
 from maskwire_server.journal.records import Lineage, SessionRecord
 from maskwire_server.manifest import Manifest
-from maskwire_server.recovery import inexact
 from maskwire_server.recovery.fingerprint import Following
 from maskwire_server.recovery.replay import digest_at, replay, steps_to_replay, told
 from maskwire_server.results import Outcome
@@ -207,7 +207,7 @@ def recover(
         settings,
         device.configure,
         strict=not accept_inexact,
-        inexact=inexact.ahead(inexact.recorded(journal), segments, start),
+        inexact=inexact_replays.ahead(inexact_replays.recorded(journal), segments, start),
     )
     began = time.monotonic()
     done = replay(
@@ -222,7 +222,7 @@ def recover(
     failpoints.passing("recovery.replayed")
     found = done.inexact(accepted=following.accepted)
     if found:
-        with_room(partial(inexact.record, journal, found, done.beyond))
+        with_room(partial(inexact_replays.record, journal, found, done.beyond))
     accepted = following.accepted or bool(done.beyond)
     return Recovered(lineage, step, digest, _non_finite(journal, lineage, step), bool(found), accepted)
 

@@ -12,9 +12,10 @@ from maskwire_server.checkpoints.saver import KEPT_SECTIONS
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.engine.device import Trainer, build
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.journal.ancestry import Segment, ancestry
+from maskwire_server.journal import inexact_replays
+from maskwire_server.journal.lineage import Segment, ancestry
 from maskwire_server.manifest import Manifest
-from maskwire_server.recovery import boot, fingerprint, inexact, replay
+from maskwire_server.recovery import boot, fingerprint, replay
 from maskwire_server.recovery.verify import open_run
 from maskwire_server.results import CheckpointInfo
 
@@ -66,9 +67,12 @@ def rewind(
             tell(f"loaded checkpoint {manifest.info.name} (step {start[1]})")
         settings = fingerprint.numerics(configuration, versions)
         follow = fingerprint.Following(
-            journal, settings, device.configure,
-            strict=not accept_inexact, inexact=inexact.ahead(inexact.recorded(journal), segments, start),
-        )  # fmt: skip
+            journal,
+            settings,
+            device.configure,
+            strict=not accept_inexact,
+            inexact=inexact_replays.ahead(inexact_replays.recorded(journal), segments, start),
+        )
         records = replay.steps_to_replay(journal, segments, start)
         done = replay.replay(
             replay.told(follow.follow(records), to_step - start[1], tell),
@@ -82,7 +86,7 @@ def rewind(
         if out is None:
             return info, done.differing
         kept = {section: configuration[section] for section in KEPT_SECTIONS if section in configuration}
-        history = inexact.within(inexact.recorded(journal), segments)
+        history = inexact_replays.within(inexact_replays.recorded(journal), segments)
         state = Manifest(
             info, journal.fact("run_id"), False, None, kept, versions,
             (*history, *done.inexact(accepted=follow.accepted)),

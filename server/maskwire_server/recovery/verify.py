@@ -22,10 +22,10 @@ from maskwire_server.checkpoints.membership import foreign_save, recorded_saves
 from maskwire_server.checkpoints.retention import FALLBACKS
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.journal.ancestry import ancestry, on_path
+from maskwire_server.journal import inexact_replays
 from maskwire_server.journal.journal import FILE_NAME, Journal, explained
+from maskwire_server.journal.lineage import ancestry, on_path
 from maskwire_server.journal.records import Lineage, StepRecord
-from maskwire_server.recovery import inexact
 from maskwire_server.recovery.boot import require_seed
 from maskwire_server.recovery.replay import digest_at, read_payload, steps_to_replay
 from maskwire_server.results import CheckpointInfo, InexactReplay, Outcome
@@ -78,7 +78,7 @@ def verify(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -> Audit
         audit.lineages, audit.lineage = len(lineages), max(lineages)
         audit.step, audit.digest = at[audit.lineage]
         with _noted(audit, run_dir):
-            audit.inexact_replays += inexact.recorded(journal)
+            audit.inexact_replays += inexact_replays.recorded(journal)
         with _noted(audit, run_dir):
             audit.problems += journal.damage()
         with _noted(audit, run_dir):

@@ -21,8 +21,9 @@ from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import Config
 from maskwire_server.engine.engine import Engine
 from maskwire_server.errors import RunDirectoryError
+from maskwire_server.journal import inexact_replays
 from maskwire_server.journal.records import StepRecord
-from maskwire_server.recovery import fingerprint, inexact, verify
+from maskwire_server.recovery import fingerprint, verify
 from maskwire_server.recovery.replay import InexactReplayError
 from maskwire_server.recovery.tolerance import TOLERANCES, excess, measured_steps
 from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRequest, StepRequest
@@ -162,7 +163,7 @@ def test_a_full_disk_lets_the_run_serve_only_once_the_state_is_saved(
 ) -> None:
     killed(rig, rounding(0))
 
-    target, name = {"state": (store, "_write_manifest"), "record": (inexact, "record")}[write]
+    target, name = {"state": (store, "_write_manifest"), "record": (inexact_replays, "record")}[write]
     original, full = getattr(target, name), [True]
 
     def writing(*arguments: Any) -> Any:
