@@ -37,7 +37,7 @@ from maskwire_server.engine import (
     steps,
 )
 from maskwire_server.errors import Refused, RunDirectoryError
-from maskwire_server.journal import fsync, inexact_replays, journal
+from maskwire_server.journal import database, fsync, inexact_replays, journal
 from maskwire_server.recovery import boot, fingerprint, replay
 from maskwire_server.requests import EvalRequest, SaveRequest, StepRequest
 from maskwire_server.results import EvalOptions, InexactReplay, Losses, Outcome, StepResult
@@ -660,7 +660,7 @@ def _no_lock() -> list[Patch]:
         self._db.execute("PRAGMA locking_mode=NORMAL")
         self._db.execute("SELECT count(*) FROM run").fetchone()
 
-    return [(journal, "_lock", unlocked), (journal.Journal, "__init__", shared)]
+    return [(database, "lock", unlocked), (journal.Journal, "__init__", shared)]
 
 
 def _the_same_nonce_opens_again() -> list[Patch]:

@@ -13,7 +13,7 @@ from maskwire_server.checkpoints.store import Checkpoints, Snapshot
 from maskwire_server.config import CheckpointsConfig
 from maskwire_server.errors import Refused, is_shortage
 from maskwire_server.journal import inexact_replays
-from maskwire_server.journal.lineage import ancestry, on_path
+from maskwire_server.journal.lineage import ancestry
 from maskwire_server.journal.records import Lineage, Stretch
 from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
@@ -122,7 +122,7 @@ class Saver:
     def _verify(self, lineages: dict[int, Lineage], lineage: int) -> None:
         """Read those that a start may need, and set the damaged ones aside, until enough are intact."""
         whole = 0
-        for manifest in on_path(self._checkpoints.own(), ancestry(lineages, lineage)):
+        for manifest in retention.on_path(self._checkpoints.own(), ancestry(lineages, lineage)):
             if whole == retention.FALLBACKS:
                 break
             if self._checkpoints.verified(manifest):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sqlite3
 import time
 import uuid
 from collections.abc import Callable
@@ -24,7 +23,8 @@ from maskwire_server.engine.run import Run
 from maskwire_server.engine.sessions import recorded_evaluation, recorded_process
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal import inexact_replays, reserve
-from maskwire_server.journal.journal import Journal, explained, is_full
+from maskwire_server.journal.database import JournalError, explained, is_full
+from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.reserve import Reserve, make_room
 from maskwire_server.position import HistoryPosition
 from maskwire_server.recovery import boot, fingerprint
@@ -208,8 +208,8 @@ class Start:
         except Refused as refusal:
             log.error("%s", refusal)
             raise
-        except (OSError, MemoryError, sqlite3.Error) as error:
-            if isinstance(error, sqlite3.Error) and not is_full(error):
+        except (OSError, MemoryError, JournalError) as error:
+            if isinstance(error, JournalError) and not is_full(error):
                 raise
             raise self._run.conditions.failed("the checkpoint", error) from error
 

@@ -24,15 +24,6 @@ class InexactReplayError(RunDirectoryError):
     """A step computed again gave another result than the one that was acknowledged."""
 
 
-def digest_at(journal: Journal, lineage: int, step: int) -> bytes | None:
-    """The digest that a lineage had after `step`, by the journal; None when it never got there."""
-    start = journal.lineages().get(lineage)
-    if start is not None and step == start.step:
-        return start.digest
-    record = journal.step(lineage, step)
-    return None if record is None else record.digest
-
-
 def read_payload(record: StepRecord, encoded: bytes) -> Payload:
     """A step's kept batch. Raises RunDirectoryError when it is not the one that the step hashed."""
     try:
@@ -56,7 +47,7 @@ def steps_to_replay(
         if not began:
             continue
         at = start[1] if segment.lineage == start[0] else lineages[segment.lineage].step
-        digest = digest_at(journal, segment.lineage, at)
+        digest = journal.digest_at(segment.lineage, at)
         for record, payload in journal.steps_after(segment.lineage, at):
             if segment.through is not None and record.step > segment.through:
                 break
