@@ -545,7 +545,7 @@ def _journal_without_flushes() -> list[Patch]:
 
 
 def _checkpoint_files_not_flushed() -> list[Patch]:
-    return [(store, "_flush", store.describe)]
+    return [(store, "flush", store.describe)]
 
 
 def _checkpoint_folder_not_flushed() -> list[Patch]:

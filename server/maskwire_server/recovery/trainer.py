@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from maskwire_server.batch import Batch, Modes
-from maskwire_server.checkpoints.store import Snapshot
+from maskwire_server.checkpoints.files import Snapshot
 from maskwire_server.results import StepResult
 
 

@@ -163,7 +163,7 @@ def test_a_full_disk_lets_the_run_serve_only_once_the_state_is_saved(
 ) -> None:
     killed(rig, rounding(0))
 
-    target, name = {"state": (store, "_write_manifest"), "record": (inexact_replays, "record")}[write]
+    target, name = {"state": (store, "write_manifest"), "record": (inexact_replays, "record")}[write]
     original, full = getattr(target, name), [True]
 
     def writing(*arguments: Any) -> Any:
@@ -189,7 +189,7 @@ def test_the_state_is_saved_or_the_run_does_not_serve(rig: Rig, monkeypatch: pyt
         raise OSError(errno.EROFS, "Read-only file system")
 
     with monkeypatch.context() as patch:
-        patch.setattr("maskwire_server.checkpoints.store._write_manifest", failing)
+        patch.setattr("maskwire_server.checkpoints.store.write_manifest", failing)
         with pytest.raises(RunDirectoryError, match=r"could not be written .*Read-only"):
             rig.start(rounding(1e-4))
     assert rig.start(rounding(-1e-4)).status().inexact_replays == (BY_TOLERANCE,), "once"
