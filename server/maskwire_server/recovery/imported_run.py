@@ -23,6 +23,7 @@ from maskwire_server.journal.journal import Journal
 from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
 from maskwire_server.recovery import boot
+from maskwire_server.recovery.base_checkpoint import STARTED_FROM
 from maskwire_server.recovery.trainer import ReplayTrainer
 from maskwire_server.results import CheckpointInfo
 
@@ -112,4 +113,4 @@ def _record(journal: Journal, manifest: Manifest) -> None:
     info = manifest.info
     place = HistoryPosition(manifest.run_id, info.lineage, info.step, info.digest)
     membership.record_save(journal, place, manifest.save_id or "")
-    journal.add_event(boot.BEGAN_FROM, {"checkpoint": NAME})
+    journal.add_event(STARTED_FROM, {"checkpoint": NAME})

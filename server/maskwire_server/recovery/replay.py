@@ -67,10 +67,10 @@ def steps_to_replay(
             )
 
 
-def told(
+def with_progress(
     records: Iterator[tuple[StepRecord, bytes | None]], total: int, tell: Callable[[str], None]
 ) -> Iterator[tuple[StepRecord, bytes | None]]:
-    """Pass the records on, and tell twice a second, and the log every ten, how far it is."""
+    """Pass the records on; report progress to `tell` twice a second and to the log every ten seconds."""
     began = spoken = logged = time.monotonic()
     for count, item in enumerate(records):
         now = time.monotonic()

@@ -27,8 +27,8 @@ from maskwire_server.journal.database import explained
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.lineage import ancestry
 from maskwire_server.journal.records import Lineage, StepRecord
-from maskwire_server.journal.run_directory import JOURNAL_FILE
-from maskwire_server.recovery.boot import require_seed
+from maskwire_server.recovery.base_checkpoint import require_seed
+from maskwire_server.recovery.boot import open_recorded
 from maskwire_server.recovery.replay import read_payload, steps_to_replay
 from maskwire_server.results import CheckpointInfo, InexactReplay, Outcome
 
@@ -53,16 +53,9 @@ class Audit:
     problems: list[str] = field(default_factory=list)
 
 
-def open_run(run_dir: Path) -> Journal:
-    """The journal of a run that is there. Raises RunDirectoryError."""
-    if not (run_dir / JOURNAL_FILE).is_file():
-        raise RunDirectoryError(f"{run_dir}: there is no run here ({JOURNAL_FILE} is missing)")
-    return Journal(run_dir)
-
-
 def verify(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -> Audit:
     """Check everything that can be checked without computing. Raises RunDirectoryError for no run at all."""
-    journal = open_run(run_dir)
+    journal = open_recorded(run_dir)
     try:
         with explained(run_dir):
             audit = Audit(run_id=journal.fact("run_id"))
@@ -200,7 +193,7 @@ class Inspected:
 
 def inspect(run_dir: Path, step: int, lineage: int | None = None) -> Inspected:
     """One step of a run, of the current history unless a lineage is named. Raises RunDirectoryError."""
-    journal = open_run(run_dir)
+    journal = open_recorded(run_dir)
     try:
         lineages = journal.lineages()
         if lineage is None:
