@@ -44,17 +44,12 @@ def pinned_threads(journal: Journal) -> int | None:
 
 
 def record_start(journal: Journal, versions: dict[str, str], settings: dict[str, Any]) -> int:
-    """Record that a server instance takes the run over, and return its configuration's id."""
+    """Record, within a transaction, that a server instance starts; return the id of its configuration."""
     last = journal.last_event("configuration")
-    unchanged = last[0] if last is not None and last[1] == settings else None
-    started: list[int] = []
-
-    def write() -> None:
-        journal.add_event("instance", {"versions": versions})
-        started.append(unchanged or journal.add_event("configuration", settings))
-
-    journal.transaction(write)
-    return started[0]
+    journal.add_event("instance", {"versions": versions})
+    if last is not None and last[1] == settings:
+        return last[0]
+    return journal.add_event("configuration", settings)
 
 
 def replayable(
