@@ -136,7 +136,8 @@ def _verify_checkpoints(
     journal: Journal, checkpoints: Checkpoints, audit: Audit, tell: Callable[[str], None]
 ) -> None:
     saves = recorded_saves(journal)
-    for manifest in checkpoints.all():
+    found = checkpoints.all()
+    for manifest in found:
         info = manifest.info
         tell(f"checkpoint {info.name}")
         problem = checkpoints.damage(manifest)
@@ -150,6 +151,9 @@ def _verify_checkpoints(
             audit.checkpoints.append(info.name)
         else:
             audit.problems.append(f"checkpoint {info.name}: {problem}")
+    gone = journal.checkpoints().keys() - {manifest.info.name for manifest in found}
+    for name in sorted(gone):
+        tell(f"checkpoint {name}: no longer in checkpoints/")
     for name, problem in checkpoints.unreadable().items():
         audit.problems.append(f"checkpoint {name}: {problem}")
     unfinished = checkpoints.unfinished()
