@@ -1,4 +1,4 @@
-"""What a step's result depends on: recorded with the run, and put in force again for its replay."""
+"""The environment fingerprint: what a step's result depends on beside model, objective and seed."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ FINGERPRINT = (
     "torch", "device", "threads", "precision", "compile", "deterministic", "micro_batch_tokens", "world_size",
 )  # fmt: skip
 NUMERICS = "fingerprint.numerics"
-"""The version of this software's own mathematics; another one is replayed within the tolerance."""
+"""The version of the server's own mathematics. Steps of another version are replayed within the tolerance."""
 
 
 def fingerprint(versions: dict[str, str]) -> dict[str, Any]:
-    """What a step's result depends on beside the configuration: software, hardware, threads."""
+    """The part of a trainer's versions that results depend on: software, hardware, threads."""
     return {f"fingerprint.{name}": versions[name] for name in (*FINGERPRINT, "numerics") if name in versions}
 
 
 def reproducible(settings: dict[str, Any]) -> bool:
-    """Whether the same steps give the same bytes again; what does not say is."""
+    """Whether the same steps give the same bytes again; assumed where nothing was recorded."""
     deterministic = settings.get("fingerprint.deterministic", "yes") == "yes"
     return bool(deterministic and settings.get("fingerprint.compile", "off") == "off")
 
@@ -31,13 +31,13 @@ def numerics_version(settings: dict[str, Any]) -> int:
 
 
 def numerics(configuration: dict[str, Any], versions: dict[str, str]) -> dict[str, Any]:
-    """What a step's result depends on beside model, objective and seed: as it is, not as it was asked for."""
+    """What results depend on: the [optimizer] section and the fingerprint, which is what is really in use."""
     optimizer = {f"optimizer.{key}": value for key, value in configuration.get("optimizer", {}).items()}
     return optimizer | fingerprint(versions)
 
 
 def pinned_threads(journal: Journal) -> int | None:
-    """The thread count that the run was last computed with; None when nobody wrote it down."""
+    """The thread count that the run was last computed with; None when none was recorded."""
     last = journal.last_event("configuration")
     threads = None if last is None else last[1].get("fingerprint.threads")
     return None if threads is None else int(threads)
@@ -55,7 +55,7 @@ def record_start(journal: Journal, versions: dict[str, str], settings: dict[str,
 def replayable(
     journal: Journal, settings: dict[str, Any], configure: Callable[[dict[str, Any], int], None]
 ) -> bool:
-    """Whether this server could compute again what the one before it trained."""
+    """Whether this server could recompute the steps of the server before it."""
     last = journal.last_event("configuration")
     if last is None:
         return True

@@ -1,4 +1,4 @@
-"""Computing a run again up to an earlier step, beside the run and without changing it."""
+"""The state of a run at an earlier step, computed again without changing the run."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def rewind(
     accept_inexact: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[CheckpointInfo, int]:
-    """Compute the current history up to a step, and write the state there as a checkpoint's folder `out`.
+    """Compute the current history up to a step, and write the state as a checkpoint's folder `out`.
 
-    Begins at the newest whole checkpoint at or before the step, or at the run's beginning; the losses must be
+    Starts from the newest intact checkpoint at or before the step, or from the seed; the losses must equal
     the recorded ones. Returns the state's checkpoint, and how many steps were not exact. Raises
     RunDirectoryError.
     """
