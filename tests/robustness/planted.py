@@ -262,6 +262,7 @@ def checkpoints_of_another_run(folder: Path) -> None:
             if step == 2:
                 for name in ("other-10", "other-20"):
                     shutil.copytree(folder / "other" / "checkpoints" / name, checkpoints / name)
+                run.engine.checkpoints()  # a listing notices them
         run.engine.save(SaveRequest("own")).result(damage.WAIT)
         digest = run.engine.status().digest
     path = checkpoints / "own" / "state.json"
@@ -535,13 +536,13 @@ def _no_epoch_check() -> list[Patch]:
 
 
 def _journal_without_flushes() -> list[Patch]:
-    made = journal.Journal.__init__
+    made = database.Database.__init__
 
     def unflushed(self: Any, run_dir: Path, *, durable: bool = True) -> None:
         made(self, run_dir, durable=durable)
         self._db.execute("PRAGMA synchronous=OFF")
 
-    return [(journal.Journal, "__init__", unflushed)]
+    return [(database.Database, "__init__", unflushed)]
 
 
 def _checkpoint_files_not_flushed() -> list[Patch]:
@@ -653,14 +654,14 @@ def _no_lock() -> list[Patch]:
 
         return os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
 
-    made = journal.Journal.__init__
+    made = database.Database.__init__
 
     def shared(self: Any, run_dir: Path, *, durable: bool = True) -> None:
         made(self, run_dir, durable=durable)
         self._db.execute("PRAGMA locking_mode=NORMAL")
         self._db.execute("SELECT count(*) FROM run").fetchone()
 
-    return [(database, "lock", unlocked), (journal.Journal, "__init__", shared)]
+    return [(database, "lock", unlocked), (database.Database, "__init__", shared)]
 
 
 def _the_same_nonce_opens_again() -> list[Patch]:

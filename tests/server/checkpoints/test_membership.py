@@ -75,9 +75,12 @@ def twins(tmp_path: Path) -> Iterator[list[Path]]:
     engine.close()
 
 
-def copy_in(folders: list[Path], run_dir: Path) -> None:
+def copy_in(folders: list[Path], rig: Rig) -> None:
+    """Copy checkpoints into a live run directory, and let a listing notice them."""
     for folder in folders:
-        shutil.copytree(folder, run_dir / "checkpoints" / folder.name)
+        shutil.copytree(folder, rig.folder / "checkpoints" / folder.name)
+    listed = {info.name for info in rig.engines[-1].checkpoints()}
+    assert listed.isdisjoint(folder.name for folder in folders)
 
 
 def test_checkpoints_of_another_run_let_no_batch_go_that_a_start_needs(
@@ -85,7 +88,7 @@ def test_checkpoints_of_another_run_let_no_batch_go_that_a_start_needs(
 ) -> None:
     engine = rig.start(checkpoints=LONG)
     train(engine, 0, 2)
-    copy_in(strangers, rig.folder)
+    copy_in(strangers, rig)
     train(engine, 2, 2)
     saved = engine.save(SaveRequest("own")).result(WAIT)
     train(engine, 4, 1)
@@ -102,7 +105,7 @@ def test_checkpoints_of_another_copy_of_the_run_let_no_batch_go(twins: list[Path
     rig = Rig(tmp_path / "run")
     engine = rig.start(checkpoints=LONG)
     train(engine, 2, 2)
-    copy_in(twins, rig.folder)
+    copy_in(twins, rig)
     train(engine, 4, 5)  # past the steps of the copies: the journal has them, with another digest
     saved = engine.save(SaveRequest("own")).result(WAIT)
     digest, state = engine.status().digest, rig.trainer.state
@@ -149,7 +152,7 @@ def test_checkpoints_of_a_copy_trained_on_the_same_batches_do_not_count(
     rig = Rig(tmp_path / "run")
     engine = rig.start(checkpoints=LONG)
     train(engine, 2, 1)
-    copy_in(trials, rig.folder)
+    copy_in(trials, rig)
     train(engine, 3, 1)
     assert {info.name for info in engine.checkpoints()}.isdisjoint({"trial-2", "trial-3"})
     assert reason(engine.restore(RestoreRequest("trial-2"))) == "CHECKPOINT_DAMAGED"
@@ -180,7 +183,7 @@ def test_checkpoints_of_version_0_1_count_without_an_id(rig: Rig) -> None:
 
 def test_retention_counts_and_collects_only_the_runs_own(rig: Rig, strangers: list[Path]) -> None:
     engine = rig.start(checkpoints={"every_seconds": 1e9, "keep_last": 3, "keep_best": 1})
-    copy_in(strangers, rig.folder)
+    copy_in(strangers, rig)
     names = []
     for step in range(1, 5):
         train(engine, step, 1)
@@ -197,7 +200,7 @@ def test_a_foreign_checkpoint_cannot_be_chosen_and_is_not_listed(rig: Rig, stran
     engine = rig.start(checkpoints=LONG)
     train(engine, 0, 1)
     engine.save(SaveRequest("own")).result(WAIT)
-    copy_in(strangers, rig.folder)
+    copy_in(strangers, rig)
     name = strangers[1].name
     assert [info.name for info in engine.checkpoints()] == ["own", "step-000000000"]
     assert reason(engine.restore(RestoreRequest(name))) == "CHECKPOINT_DAMAGED"
@@ -210,7 +213,7 @@ def test_a_foreign_checkpoint_cannot_be_chosen_and_is_not_listed(rig: Rig, stran
 
 def test_a_request_id_is_not_answered_with_another_runs_checkpoint(rig: Rig, strangers: list[Path]) -> None:
     engine = rig.start(checkpoints=LONG)
-    copy_in(strangers, rig.folder)
+    copy_in(strangers, rig)
     train(engine, 0, 1)
     saved = engine.save(SaveRequest(None, "the-same-id", {}, -1.0)).result(WAIT)
     assert (saved.step, saved.digest) == (1, engine.status().digest)
@@ -220,7 +223,7 @@ def test_a_drain_saves_although_a_foreign_checkpoint_is_of_the_same_step(
     rig: Rig, strangers: list[Path]
 ) -> None:
     engine = rig.start(checkpoints=LONG)
-    copy_in(strangers, rig.folder)
+    copy_in(strangers, rig)
     train(engine, 0, 5)
     engine.save(SaveRequest("five")).result(WAIT)
     train(engine, 5, 15)
@@ -280,7 +283,7 @@ def test_export_takes_the_newest_of_the_run_and_asks_where_it_cannot_tell(
     engine = rig.start(checkpoints=LONG)
     train(engine, 0, 1)
     engine.save(SaveRequest("own")).result(WAIT)
-    copy_in(strangers, rig.folder)
+    copy_in(strangers, rig)
     checkpoints = Checkpoints(rig.folder)
     code = import_export.export(rig.folder, None, tmp_path / "out", to="maskwire", weights="auto")
     assert code == EXIT_RUN_DIRECTORY
