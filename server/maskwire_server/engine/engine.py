@@ -7,15 +7,13 @@ the journal.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from maskwire_server import failpoints
 from maskwire_server.checkpoints import download
@@ -23,13 +21,14 @@ from maskwire_server.checkpoints.membership import Membership
 from maskwire_server.checkpoints.saver import Saver
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import CheckpointsConfig, ServeConfig
-from maskwire_server.engine import admission
+from maskwire_server.engine import admission, status
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.device import Trainer
 from maskwire_server.engine.entries import Drain, Evaluation, Save
 from maskwire_server.engine.executor import Executor
-from maskwire_server.engine.futures import answer, refuse
+from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
+from maskwire_server.engine.pending import Pending, ends
 from maskwire_server.engine.reads import Recognition, StepsRead
 from maskwire_server.engine.restore import Restores
 from maskwire_server.engine.run import Run
@@ -37,7 +36,7 @@ from maskwire_server.engine.saves import Saves
 from maskwire_server.engine.sessions import Sessions
 from maskwire_server.engine.start import Ready, Start
 from maskwire_server.engine.steps import Steps
-from maskwire_server.errors import Refused, is_shortage
+from maskwire_server.errors import Refused
 from maskwire_server.history import StepsPage, StepsRequest
 from maskwire_server.journal.reserve import Reserve
 from maskwire_server.manifest import Manifest
@@ -65,12 +64,6 @@ from maskwire_server.results import (
 )
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-
-def _ends() -> Refused:
-    return Refused("DRAINING", "the server ends; ask again")
 
 
 class Engine:
@@ -120,8 +113,7 @@ class Engine:
         )
         self._thread = threading.Thread(target=self._main, name="maskwire-executor", daemon=True)
         self._serving: Future[None] = Future()
-        self._owed: set[Future[Any]] = set()  # the answers that somebody waits for
-        self._stopped = False
+        self._pending = Pending(self._run)
         # Made when the run has recovered:
         self._committer: Committer
         self._executor: Executor
@@ -152,16 +144,7 @@ class Engine:
     @property
     def limits(self) -> Limits:
         """Bounds on one request."""
-        serve = self._serve
-        limits = Limits(
-            serve.max_batch_tokens,
-            serve.max_message_bytes,
-            serve.window,
-            serve.max_draws,
-            serve.max_generation_steps,
-        )
-        read_tokens = serve.max_read_tokens or (self.info.read_tokens if self.info else None)
-        return limits if read_tokens is None else replace(limits, max_read_tokens=read_tokens)
+        return status.limits(self._serve, self.info)
 
     def train_step(self, request: StepRequest) -> Future[StepAnswer]:
         """Train on one batch; the answer comes when it is durable.
@@ -169,7 +152,7 @@ class Engine:
         Cancelling the future gives the step up if it has not begun.
         """
         future: Future[StepAnswer] = Future()
-        with self._answering(future):
+        with self._pending.answering(future):
             self._steps.admit(request, future)
         return future
 
@@ -181,7 +164,7 @@ class Engine:
     def eval_loss(self, request: EvalRequest) -> Future[EvalAnswer]:
         """Evaluate one batch; the answer comes when the steps that it saw are durable."""
         future: Future[EvalAnswer] = Future()
-        with self._answering(future):
+        with self._pending.answering(future):
             self._push(Evaluation(request, future))
         return future
 
@@ -191,14 +174,14 @@ class Engine:
         An answer comes when the steps that it saw are durable.
         """
         generation = Generation(request)
-        with self._answering(generation.future):
+        with self._pending.answering(generation.future):
             self._push(generation)
         return generation
 
     def save(self, request: SaveRequest) -> Future[CheckpointInfo]:
         """Save a checkpoint; the answer comes when it is durable and verified."""
         future: Future[CheckpointInfo] = Future()
-        with self._answering(future):
+        with self._pending.answering(future):
             saved = self._saver.find(request)
             if saved is not None:
                 answer(future, saved)
@@ -212,7 +195,7 @@ class Engine:
     def restore(self, request: RestoreRequest) -> Future[RestoreAnswer]:
         """Go back to a checkpoint, on a new lineage."""
         future: Future[RestoreAnswer] = Future()
-        with self._answering(future):
+        with self._pending.answering(future):
             admission.refuse_unavailable(self._run.conditions.state)
             self._recognise(self._checkpoints.named(request.name))
             self._restores.begin(request, future)
@@ -221,7 +204,7 @@ class Engine:
     def delete(self, name: str) -> Future[None]:
         """Delete a checkpoint that nothing needs."""
         future: Future[None] = Future()
-        with self._answering(future):
+        with self._pending.answering(future):
             admission.refuse_unavailable(self._run.conditions.state)
             self._recognise(self._checkpoints.named(name))
             self._saves.delete(name, future)
@@ -230,14 +213,14 @@ class Engine:
     def open_session(self, request: SessionRequest) -> Future[SessionAnswer]:
         """Make the caller the run's writer."""
         future: Future[SessionAnswer] = Future()
-        with self._answering(future):
+        with self._pending.answering(future):
             self._sessions.open(request, future)
         return future
 
     def close_session(self, session: SessionRef) -> Future[None]:
         """End the caller's session."""
         future: Future[None] = Future()
-        with self._answering(future):
+        with self._pending.answering(future):
             self._sessions.close(session, future)
         return future
 
@@ -262,37 +245,12 @@ class Engine:
 
     def list_steps(self, request: StepsRequest) -> Future[StepsPage]:
         """Recorded steps of one lineage, a page of them."""
-        self._refuse_unless_serving()
-        return self._owe(self._committer.read(StepsRead(self._run.head.computed.run_id, request)))
+        self._pending.require_serving()
+        return self._pending.add(self._committer.read(StepsRead(self._run.head.computed.run_id, request)))
 
     def status(self) -> Status:
         """Show state, progress and what the run is waiting for. Never waits for the device or the disk."""
-        run, head = self._run, self._run.head
-        steps_per_second, tokens_per_second = run.rate.per_second()
-        durable = head.durable
-        return Status(
-            state=run.conditions.state,
-            state_since=run.conditions.since,
-            waiting_for=run.conditions.waiting_for,
-            run_id=durable.run_id,
-            lineage=durable.lineage,
-            step=head.computed.step,
-            durable_step=durable.step,
-            digest=durable.digest,
-            queue_length=len(run.queue),
-            queue_limit=self._serve.queue_limit,
-            steps_per_second=steps_per_second,
-            tokens_per_second=tokens_per_second,
-            last_error=run.conditions.last_error,
-            writer=run.lease.present(run.queue.busy),
-            epoch=run.lease.epoch,
-            model=self.info,
-            newest_checkpoint=self._saver.newest,
-            versions=self._versions,
-            tokenizer=head.tokenizer,
-            data=head.data,
-            inexact_replays=head.inexact_replays,
-        )
+        return status.report(self._run, self._serve, self.info, self._saver.newest, self._versions)
 
     def drain(self, timeout: float) -> bool:
         """Refuse what waits, finish what runs, save if anything was trained; True when done in time."""
@@ -333,35 +291,6 @@ class Engine:
             self._run.queue.push(entry)
             self._run.work.notify()
 
-    @contextlib.contextmanager
-    def _answering(self, future: Future[T]) -> Iterator[None]:
-        """Refuse in `future` what is refused within."""
-        self._refuse_unless_serving()
-        self._owe(future)
-        try:
-            yield
-        except Refused as refusal:
-            refuse(future, refusal)
-        except (OSError, MemoryError) as error:
-            if not is_shortage(error):
-                raise
-            with self._run.mutex:
-                refused = self._run.conditions.failed("a request", error)
-            refuse(future, refused)
-
-    def _refuse_unless_serving(self) -> None:
-        if not self._serving.done() or self._stopped:
-            admission.refuse_unavailable(self._run.conditions.state)
-            raise _ends()
-
-    def _owe(self, future: Future[T]) -> Future[T]:
-        """See to it that somebody answers when the process ends."""
-        self._owed.add(future)
-        future.add_done_callback(self._owed.discard)
-        if self._stopped:  # it can have been after the last look at what is owed
-            self._refuse_owed()
-        return future
-
     # The executor's thread.
 
     def _main(self) -> None:
@@ -371,7 +300,7 @@ class Engine:
             with self._run.mutex:
                 self._run.conditions.last_error = f"recovery failed: {type(error).__name__}"
                 self._run.conditions.set(RunState.RECOVERY_FAILED)
-            self._stopped = True
+            self._pending.end()
             self._start.close()
             self._serving.set_exception(error)
             return
@@ -379,6 +308,7 @@ class Engine:
         self._committer.start()
         with self._run.mutex:
             self._run.conditions.set(RunState.RECOVERING, False)
+        self._pending.begin()
         self._serving.set_result(None)
         try:
             self._executor.serve()
@@ -427,14 +357,6 @@ class Engine:
 
     def _refuse_everything(self) -> None:
         with self._run.mutex:
-            self._stopped = True
-            self._run.queue.refuse_all(_ends())
-        self._refuse_owed()
-
-    def _refuse_owed(self) -> None:
-        """Nobody will answer any more: whoever gets hold of a future first refuses it."""
-        with contextlib.suppress(KeyError):
-            while True:
-                future = self._owed.pop()
-                if not future.done():
-                    refuse(future, _ends())
+            self._pending.end()
+            self._run.queue.refuse_all(ends())
+        self._pending.refuse_all()

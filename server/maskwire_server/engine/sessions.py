@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
 from maskwire_server import failpoints
 from maskwire_server.engine import admission
 from maskwire_server.engine.admission import SessionFacts
-from maskwire_server.engine.commits import CLIENT_PROCESS, Events, EventsCommit, SessionCommit, SessionEnd
+from maskwire_server.engine.commits import Events, EventsCommit, SessionEnd
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Step, Takeover
 from maskwire_server.engine.futures import answer, refuse
@@ -23,6 +23,8 @@ from maskwire_server.recovery.replay import digest_at
 from maskwire_server.requests import SessionRef, SessionRequest
 from maskwire_server.results import RunState, SessionAnswer
 
+CLIENT_PROCESS = "client_process"
+"""The kind of event that keeps the process of a session's client."""
 EVALUATED = "evaluated"
 """The kind of event that keeps which step a writer has evaluated."""
 
@@ -50,6 +52,29 @@ class SessionRead:
         given = journal.session_of_nonce(self.nonce)
         digest = None if self.step is None else digest_at(journal, self.lineage, self.step)
         return Recorded(given.epoch if given else None, digest)
+
+
+@dataclass(eq=False)
+class SessionCommit:
+    """An epoch and what its client said of itself."""
+
+    record: SessionRecord
+    process: ClientProcess | None
+    events: Events
+    sessions: Sessions
+
+    def write(self, journal: Journal) -> None:
+        """Record the session and the events."""
+        for kind, body in self.events:
+            journal.add_event(kind, body)
+        journal.add_session(self.record)
+        if self.process is not None:
+            journal.add_event(CLIENT_PROCESS, {"epoch": self.record.epoch, **asdict(self.process)})
+
+    def committed(self) -> None:
+        """Answer whoever opened it."""
+        failpoints.passing("session.opened")
+        self.sessions.opened(self.record)
 
 
 class Sessions:
@@ -129,7 +154,7 @@ class Sessions:
             here.lineage, here.step, superseded,
         )  # fmt: skip
         process = None if superseded else request.process
-        self._committer.append(SessionCommit(record, process, events, self._opened))
+        self._committer.append(SessionCommit(record, process, events, self))
 
     def _keep(self, request: SessionRequest) -> Events:
         """What a client said of its tokenizer, data and evaluations, as events; others were refused."""
@@ -147,7 +172,7 @@ class Sessions:
             events.append((EVALUATED, {"lineage": seen[0], "step": seen[1]}))
         return tuple(events)
 
-    def _opened(self, record: SessionRecord) -> None:
+    def opened(self, record: SessionRecord) -> None:
         """An epoch is durable: answer whoever opened it."""
         if record.closed:
             self._refuse(
