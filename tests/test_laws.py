@@ -14,7 +14,17 @@ SERVER = ROOT / "server" / "maskwire_server"
 CLIENT = ROOT / "client" / "maskwire"
 RUN = ("engine", "journal", "checkpoints", "recovery")
 GROUPS = (("rpc",), RUN, ("training",))
-FOUNDATIONS = {"config", "errors", "batch", "history", "holder", "manifest", "requests", "results"}
+FOUNDATIONS = {
+    "config",
+    "errors",
+    "batch",
+    "history",
+    "holder",
+    "manifest",
+    "position",
+    "requests",
+    "results",
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -37,7 +37,7 @@ from maskwire_server.engine import (
     steps,
 )
 from maskwire_server.errors import Refused, RunDirectoryError
-from maskwire_server.journal import fsync, journal
+from maskwire_server.journal import fsync, journal, reserve
 from maskwire_server.recovery import boot, fingerprint, inexact, replay
 from maskwire_server.requests import EvalRequest, SaveRequest, StepRequest
 from maskwire_server.results import EvalOptions, InexactReplay, Losses, Outcome, StepResult
@@ -227,9 +227,9 @@ def a_takeover_of_a_queue(folder: Path) -> None:
         futures = [engine.train_step(StepRequest(damage.payload(n), session, n)) for n in range(1, 6)]
         second = engine.open_session(SessionRequest("second", "2", takeover=True))
         run.trainer.gate.set()
-        at = second.result(damage.WAIT).step
+        second.result(damage.WAIT)
         trained = [future for future in futures if future.exception(damage.WAIT) is None]
-        assert len(trained) == at, "a step was trained behind the takeover"
+        assert len(trained) <= 1, "a step that waited behind the one at the device was trained"
 
 
 def two_servers_on_one_directory(folder: Path) -> None:
@@ -279,12 +279,12 @@ def a_full_disk_and_a_long_log(folder: Path) -> None:
     with damage.Run(folder / "run") as run:
         run.engine.train_step(StepRequest(damage.payload(1))).result(damage.WAIT)
         log = folder / "run" / "journal.sqlite-wal"
-        free, committer.free_bytes = committer.free_bytes, lambda _: 2**20 - log.stat().st_size
+        free, reserve.free_bytes = reserve.free_bytes, lambda _: 2**20 - log.stat().st_size
         try:
             for step in range(2, 60):
                 run.engine.train_step(StepRequest(damage.payload(step))).result(damage.WAIT)
         finally:
-            committer.free_bytes = free
+            reserve.free_bytes = free
 
 
 def a_job_that_was_stopped(folder: Path) -> None:

@@ -205,6 +205,7 @@ class Start:
         try:
             journal.transaction(partial(membership.record_save, journal, here, save_id))
             self._saver.write(SaveRequest(name), True, copy, here, save_id, self._run.lineages)
+            self._saver.refresh()
         except Refused as refusal:
             log.error("%s", refusal)
             raise
