@@ -30,7 +30,7 @@ from maskwire_server.config import ServeConfig
 from maskwire_server.engine.commits import StepCommit
 from maskwire_server.engine.entries import Step
 from maskwire_server.engine.executor import Executor
-from maskwire_server.engine.quarantine import Poison
+from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.engine.run import Run
 from maskwire_server.engine.steps import Steps
 from maskwire_server.errors import REASONS as SERVER_REASONS
@@ -165,7 +165,7 @@ class World:
         device: Any = self
         self.executor = Executor(
             self.run, disk, device, idle, idle, idle, journal=disk, disk=disk,
-            quarantine=Poison(Path(), 0), serve=serve, configuration_id=1, clock=lambda: self.now,
+            quarantine=Quarantine(Path(), 0), serve=serve, configuration_id=1, clock=lambda: self.now,
         )  # fmt: skip
         self.computing: Step | None = None
         self.calls: list[Attempt] = []

@@ -1,4 +1,4 @@
-"""The trainer as the run uses it, on the one thread that may."""
+"""The trainer's interface, and the guard that detects a lost device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class Trainer(Protocol):
-    """What the run needs of a trainer. It is built and used on one thread."""
+    """What the engine needs of a trainer. It is built and used on the executor's thread."""
 
     @property
     def info(self) -> ModelInfo:
@@ -33,41 +33,41 @@ class Trainer(Protocol):
 
     @property
     def versions(self) -> dict[str, str]:
-        """Names and versions of what it runs on."""
+        """Names and versions of the device and libraries it runs on."""
 
     def use_threads(self, count: int) -> None:
-        """Compute with so many threads: another number gives other sums."""
+        """Compute with `count` threads. Results depend on the number: sums are split differently."""
 
     def usable_after(self, error: BaseException) -> bool:
-        """Whether the device still computes after an error that came out of another method."""
+        """Whether the device still works after an error that another method raised."""
 
     def configure(self, optimizer: dict[str, Any], numerics_version: int) -> None:
-        """Continue under another [optimizer] section, as another version of the mathematics computed.
+        """Continue with another [optimizer] section and numerics version.
 
-        ValueError names a key of the section that the state cannot follow.
+        Raises ValueError naming a key of the section that is incompatible with the state.
         """
 
     def warm_up(self) -> None:
         """Compute a step and discard it."""
 
     def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
-        """Apply one step; StateLost if the update failed half-way."""
+        """Apply one step. Raises StateLost if the update failed half-way."""
 
     def eval_loss(self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool]) -> EvalResult:
-        """Evaluate; changes nothing. Raises Unwanted soon after it is no longer wanted."""
+        """Evaluate one batch. Raises Unwanted soon after `wanted` returns False."""
 
     def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
-        """Fill prompts in, a state after each pass; changes nothing, and may be left between two."""
+        """Sample unknown positions of prompts; yields a state after each pass, and may be abandoned then."""
 
     def snapshot(self) -> Snapshot:
         """Copy the state to host memory."""
 
     def load(self, folder: Path) -> None:
-        """Take over the state of a checkpoint; ValueError if it does not fit."""
+        """Load the state of a checkpoint. Raises ValueError if it does not fit the model."""
 
 
 class Device:
-    """The trainer, with errors that its device does not recover from raised as DeviceLost."""
+    """The trainer. Errors after which the device is unusable are raised as DeviceLost."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -79,7 +79,7 @@ class Device:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Names and versions of what it runs on."""
+        """Names and versions of the device and libraries it runs on."""
         return self._trainer.versions
 
     @contextlib.contextmanager
@@ -92,17 +92,17 @@ class Device:
             if self._trainer.usable_after(error):
                 raise
             log.critical(
-                "the device does not compute any more (%s): the process ends, and a restart recovers the run",
+                "the device has failed (%s): the process ends, and a restart recovers the run",
                 str(error).partition("\n")[0] or type(error).__name__,
             )
-            raise DeviceLost("the device does not compute any more") from error
+            raise DeviceLost("the device has failed") from error
 
     def use_threads(self, count: int) -> None:
-        """Compute with so many threads."""
+        """Compute with `count` threads."""
         self._trainer.use_threads(count)
 
     def configure(self, optimizer: dict[str, Any], numerics_version: int) -> None:
-        """Continue under another [optimizer] section and numerics version."""
+        """Continue with another [optimizer] section and numerics version."""
         with self._watched():
             self._trainer.configure(optimizer, numerics_version)
 
@@ -117,12 +117,12 @@ class Device:
             return self._trainer.train_step(lineage, step, batch, modes)
 
     def eval_loss(self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool]) -> EvalResult:
-        """Evaluate."""
+        """Evaluate one batch."""
         with self._watched():
             return self._trainer.eval_loss(batch, options, wanted)
 
     def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
-        """Fill prompts in."""
+        """Sample the unknown positions of prompts."""
         with self._watched():
             yield from self._trainer.generate(prompts, options)
 
@@ -135,13 +135,13 @@ class Device:
         return copy
 
     def load(self, folder: Path) -> None:
-        """Take over a checkpoint."""
+        """Load the state of a checkpoint."""
         with self._watched():
             self._trainer.load(folder)
 
 
 def build(factory: Callable[[], Trainer], threads: int | None = None) -> Device:
-    """Build the trainer, pinned to `threads` if they are given."""
+    """Build the trainer, and pin its number of threads if `threads` is given."""
     device = Device(factory())
     if threads is not None:
         device.use_threads(threads)

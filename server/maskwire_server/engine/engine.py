@@ -1,8 +1,8 @@
-"""The engine of one run: what other threads call, and how it starts and ends.
+"""The engine of one run: its public methods, and its start and shutdown.
 
-A step passes three threads in one direction: the caller's admits it into the queue, the executor's numbers
-and computes it, the committer's makes it durable and answers. The executor owns the trainer, the committer
-the journal.
+A step passes three threads in one direction. The caller's thread admits it to the queue, the executor
+numbers and computes it, the committer makes it durable and answers. The executor owns the trainer, the
+committer owns the journal.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from maskwire_server.engine.entries import Drain, Evaluation, Save
 from maskwire_server.engine.executor import Executor
 from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
-from maskwire_server.engine.pending import Pending, ends
+from maskwire_server.engine.pending import Pending
 from maskwire_server.engine.reads import Recognition, StepsRead
 from maskwire_server.engine.restore import Restores
 from maskwire_server.engine.run import Run
@@ -67,7 +67,7 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """The run. Public methods are safe from any thread; a `Refused` comes out of their futures."""
+    """One run. Public methods may be called from any thread; their futures raise `Refused`."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class Engine:
         self._thread = threading.Thread(target=self._main, name="maskwire-executor", daemon=True)
         self._serving: Future[None] = Future()
         self._pending = Pending(self._run)
-        # Made when the run has recovered:
+        # Set when the run has recovered:
         self._committer: Committer
         self._executor: Executor
         self._saves: Saves
@@ -125,20 +125,20 @@ class Engine:
     # For other threads.
 
     def start(self) -> None:
-        """Start recovering; returns at once."""
+        """Start the recovery and return at once."""
         self._thread.start()
 
     def wait_serving(self, timeout: float | None = None) -> None:
-        """Return once steps are admitted; raises what stopped the recovery."""
+        """Wait until steps are admitted. Raises the error that stopped the recovery."""
         self._serving.result(timeout)
 
     def on_state(self, listener: Callable[[RunState], None]) -> None:
-        """Call `listener`, quickly, on every change of state."""
+        """Call `listener` on every change of state. It must return quickly."""
         self._run.conditions.on_change(listener)
 
     @property
     def info(self) -> ModelInfo | None:
-        """What is served; None until the model is built."""
+        """The model; None until it is built."""
         return self._start.info
 
     @property
@@ -147,9 +147,9 @@ class Engine:
         return status.limits(self._serve, self.info)
 
     def train_step(self, request: StepRequest) -> Future[StepAnswer]:
-        """Train on one batch; the answer comes when it is durable.
+        """Train on one batch; answered when the step is durable.
 
-        Cancelling the future gives the step up if it has not begun.
+        Cancelling the future abandons the step if it has not begun.
         """
         future: Future[StepAnswer] = Future()
         with self._pending.answering(future):
@@ -157,21 +157,21 @@ class Engine:
         return future
 
     def step_refused(self, session: SessionRef | None, step: int | None) -> None:
-        """Tell that a step was refused before it came here: what waits for it need wait no longer."""
+        """Refuse the steps that wait for `step`, which was refused before it reached the engine."""
         if session is not None and step is not None and self._serving.done():
             self._steps.refused(session, step)
 
     def eval_loss(self, request: EvalRequest) -> Future[EvalAnswer]:
-        """Evaluate one batch; the answer comes when the steps that it saw are durable."""
+        """Evaluate one batch; answered when the step it saw is durable."""
         future: Future[EvalAnswer] = Future()
         with self._pending.answering(future):
             self._push(Evaluation(request, future))
         return future
 
     def generate(self, request: GenerateRequest) -> Generation:
-        """Sample rows; iterate over what it returns for the answers, and cancel it when nobody reads them.
+        """Sample rows. Iterate over the result for the answers; cancel it when they are no longer read.
 
-        An answer comes when the steps that it saw are durable.
+        Answers come once the step whose weights are sampled is durable.
         """
         generation = Generation(request)
         with self._pending.answering(generation.future):
@@ -179,7 +179,7 @@ class Engine:
         return generation
 
     def save(self, request: SaveRequest) -> Future[CheckpointInfo]:
-        """Save a checkpoint; the answer comes when it is durable and verified."""
+        """Save a checkpoint; answered when it is durable and verified."""
         future: Future[CheckpointInfo] = Future()
         with self._pending.answering(future):
             saved = self._saver.find(request)
@@ -188,12 +188,12 @@ class Engine:
                 return future
             here = self._run.head.computed
             if request.expected_step is not None and request.expected_step < here.step:
-                admission.refuse_unexpected(request, here)  # no use waiting for the copy
+                admission.refuse_unexpected(request, here)  # refuse now: the step cannot come back
             self._push(Save(request, [future]))
         return future
 
     def restore(self, request: RestoreRequest) -> Future[RestoreAnswer]:
-        """Go back to a checkpoint, on a new lineage."""
+        """Restore a checkpoint, on a new lineage."""
         future: Future[RestoreAnswer] = Future()
         with self._pending.answering(future):
             admission.refuse_unavailable(self._run.conditions.state)
@@ -202,7 +202,7 @@ class Engine:
         return future
 
     def delete(self, name: str) -> Future[None]:
-        """Delete a checkpoint that nothing needs."""
+        """Delete a checkpoint that recovery does not need."""
         future: Future[None] = Future()
         with self._pending.answering(future):
             admission.refuse_unavailable(self._run.conditions.state)
@@ -225,26 +225,26 @@ class Engine:
         return future
 
     def checkpoints(self) -> list[CheckpointInfo]:
-        """The whole checkpoints of the run's own history, newest first; others are not shown."""
+        """The complete checkpoints of the run's own history, newest first."""
         if not self._membership.run_id:
-            raise Refused("RECOVERING", "the server is reading the run's journal; ask again")
+            raise Refused("RECOVERING", "the server is reading the run's journal; retry")
         self._recognise(self._checkpoints.all())
         return [manifest.info for manifest in self._checkpoints.own()]
 
     def download(self, request: DownloadRequest) -> Iterator[Chunk]:
-        """A checkpoint's files in chunks; it is kept until the iterator ends or is closed."""
+        """A checkpoint's files in chunks. It is not deleted until the iterator ends or is closed."""
         if not self._membership.run_id:
-            raise Refused("RECOVERING", "the server is reading the run's journal; ask again")
+            raise Refused("RECOVERING", "the server is reading the run's journal; retry")
         self._recognise(self._checkpoints.named(request.name))
         return download.read(self._checkpoints, request)
 
     def _recognise(self, manifests: Iterable[Manifest]) -> None:
-        """Look checkpoints up that somebody put back while the server runs."""
+        """Look up checkpoints that were copied into the directory while the server runs."""
         if self._serving.done() and any(self._membership.unknown(manifest) for manifest in manifests):
             self._committer.read(Recognition(self._checkpoints)).result()
 
     def list_steps(self, request: StepsRequest) -> Future[StepsPage]:
-        """Recorded steps of one lineage, a page of them."""
+        """A page of recorded steps of one lineage."""
         self._pending.require_serving()
         return self._pending.add(self._committer.read(StepsRead(self._run.head.computed.run_id, request)))
 
@@ -253,7 +253,7 @@ class Engine:
         return status.report(self._run, self._serve, self.info, self._saver.newest, self._versions)
 
     def drain(self, timeout: float) -> bool:
-        """Refuse what waits, finish what runs, save if anything was trained; True when done in time."""
+        """Refuse queued requests, finish the current one, save if needed; False after `timeout` seconds."""
         if not self._serving.done() or not self._thread.is_alive():
             return True
         done: Future[None] = Future()
@@ -262,23 +262,23 @@ class Engine:
                 RunState.DRAINING, waiting_for="the running step and the last checkpoint"
             )
             failpoints.passing("drain.begun")
-            self._run.queue.refuse_all(Refused("DRAINING", "the server is finishing its work; ask again"))
+            self._run.queue.refuse_all(admission.shutting_down())
             self._run.queue.push(Drain(done))
             self._run.work.notify_all()
         try:
             done.result(timeout)
         except TimeoutError:
             return False
-        except Refused:  # the process ends by itself
+        except Refused:  # the process is ending already
             pass
         return True
 
     def close(self) -> None:
-        """Stop the threads and release the run directory; whatever still waits is refused."""
+        """Refuse what is queued, stop the threads and release the run directory."""
         self._start.stop()
         if self._thread.ident is None:
             return
-        if self._serving.done():  # whoever waits hears of it before the entry that runs has ended
+        if self._serving.done():  # answer waiting callers before the current entry ends
             self._refuse_everything()
         if hasattr(self, "_executor"):
             self._executor.stop()
@@ -319,7 +319,7 @@ class Engine:
             self._shut_down()
 
     def _build(self, ready: Ready) -> None:
-        """Build what serves the recovered run."""
+        """Build the collaborators that serve the recovered run."""
         run, serve, clock = self._run, self._serve, self._clock
         journal, disk = ready.journal, self._disk
         self._committer = Committer(run, journal, disk, clock, self._journal_failed)
@@ -344,7 +344,7 @@ class Engine:
         self._executor.halt_if_due()
 
     def _journal_failed(self, error: BaseException) -> None:
-        """On the committer's thread: what was committed is unknown."""
+        """End the process: what was committed is unknown. On the committer's thread."""
         self._on_fatal(error)
         self._executor.stop()
 
@@ -358,5 +358,5 @@ class Engine:
     def _refuse_everything(self) -> None:
         with self._run.mutex:
             self._pending.end()
-            self._run.queue.refuse_all(ends())
+            self._run.queue.refuse_all(admission.shutting_down())
         self._pending.refuse_all()

@@ -40,7 +40,7 @@ class Pending:
         """Raise Refused unless requests are taken."""
         if not self.serving:
             admission.refuse_unavailable(self._run.conditions.state)
-            raise ends()
+            raise admission.shutting_down()
 
     def add(self, future: Future[T]) -> Future[T]:
         """Refuse `future` when the process ends before it is answered."""
@@ -72,9 +72,4 @@ class Pending:
             while True:
                 future = self._futures.pop()
                 if not future.done():
-                    refuse(future, ends())
-
-
-def ends() -> Refused:
-    """The refusal of a request that the end of the process overtook."""
-    return Refused("DRAINING", "the server is shutting down; retry with the same request id")
+                    refuse(future, admission.shutting_down())

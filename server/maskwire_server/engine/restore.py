@@ -92,7 +92,7 @@ class Restores:
                 self.run.queue.push_first(restore)
                 self.run.work.notify()
         if draining:
-            self._give_up(restore, Refused("DRAINING", "the server is finishing its work; ask again"))
+            self._give_up(restore, admission.shutting_down())
 
     def _give_up(self, restore: Restore, refusal: Refused) -> None:
         self.checkpoints.unpin(restore.manifest.info.name)

@@ -11,6 +11,7 @@ from typing import TypeVar
 from maskwire_server.checkpoints.saver import Saver
 from maskwire_server.checkpoints.store import Snapshot
 from maskwire_server.config import CheckpointsConfig, ServeConfig
+from maskwire_server.engine import admission
 from maskwire_server.engine.commits import DropBatches
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Save
@@ -85,7 +86,7 @@ class Saves:
     def start(self, save: Save, snapshot: Snapshot, position: HistoryPosition, save_id: str) -> None:
         """Write a snapshot whose step is durable, and whose save is recorded."""
         if self._closing:
-            self.give_up(save, Refused("DRAINING", "the server ends; ask again"))
+            self.give_up(save, admission.shutting_down())
         else:
             self._thread.submit(self._write, save, snapshot, position, save_id)
 

@@ -19,7 +19,7 @@ from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.committer import RETRY_SECONDS
 from maskwire_server.engine.device import Device, Trainer, build
-from maskwire_server.engine.quarantine import Poison
+from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.engine.run import Run
 from maskwire_server.engine.sessions import recorded_evaluation, recorded_process
 from maskwire_server.errors import Refused, RunDirectoryError
@@ -42,7 +42,7 @@ class Ready:
 
     journal: Journal
     device: Device
-    quarantine: Poison
+    quarantine: Quarantine
     configuration_id: int
 
 
@@ -163,7 +163,7 @@ class Start:
         )
         here = head.computed
         log.info("run %s is at step %d after %.1f s", run_id, here.step, self._clock() - began)
-        quarantine = Poison(self._run_dir, self._serve.poison_after)
+        quarantine = Quarantine(self._run_dir, self._serve.poison_after)
         return Ready(journal, device, quarantine, configuration_id)
 
     def _wait_for(self, words: str) -> None:

@@ -96,7 +96,7 @@ def test_a_refusal_that_comes_before_the_step_before_it_is_kept_until_its_number
     engine.step_refused(session, 2)
     behind = [train(number) for number in (3, 4)]
     for future in behind:
-        with pytest.raises(Refused, match="number the window again from 2"):
+        with pytest.raises(Refused, match="renumber the window from 2"):
             future.result(WAIT)
     assert train(1).result(WAIT).step == 1
     assert reason(train(3)) == "GAP"
