@@ -1,7 +1,8 @@
 """Write the reference pages that the code knows best; with --check find pages that are stale.
 
-docs/configuration.md   from maskwire_server.config
-docs/commands.md        from the two commands' own options
+docs/configuration.md          from maskwire_server.config
+docs/commands.md               from the two commands' own options
+docs/images/architecture.svg   from the imports and threads of both packages
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from architecture import picture
 
 from maskwire.cli import app as client_app
 from maskwire.cli import exit_codes, options
@@ -163,7 +165,7 @@ def _help(option: Any) -> str:
     return words + (f" ({'; '.join(extras)})" if extras else "")
 
 
-PAGES = {"configuration.md": configuration, "commands.md": commands}
+PAGES = {"configuration.md": configuration, "commands.md": commands, "images/architecture.svg": picture}
 
 
 def main() -> int:
