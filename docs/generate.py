@@ -1,7 +1,8 @@
-"""Write the reference pages that the code knows best; with --check find pages that are stale.
+"""Generate the reference pages and the picture of the architecture from the code; --check finds stale ones.
 
-docs/configuration.md   from maskwire_server.config
-docs/commands.md        from the two commands' own options
+docs/configuration.md          from maskwire_server.config
+docs/commands.md               from the two commands' own options
+docs/images/architecture.svg   from the imports and threads of both packages
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from architecture import picture
 
 from maskwire.cli import app as client_app
 from maskwire.cli import exit_codes, options
@@ -29,19 +31,19 @@ def configuration() -> str:
     lines = [
         "# Configuration\n",
         _MADE,
-        "`maskwire-server init` writes this as a commented TOML file. Flags (`--set section.key=value`) win over the "
-        "environment (`MASKWIRE_SECTION__KEY`), which wins over the file. What cannot be used is refused with the "
-        "key, the value and what would be right; `maskwire-server check` says so without starting.\n",
-        "`[model]`, `[objective]` and `run.seed` belong to the run and cannot change: those that are not set come from the run's record, also where defaults or presets changed since. The rest may change between "
-        "restarts: a learning rate, a schedule or `total_steps` at any time, also after a kill (steps that are "
-        "computed again use the settings they were trained with); `device`, `precision`, `threads` and "
+        "`maskwire-server init` writes these settings as a commented TOML file. Flags (`--set section.key=value`) override the "
+        "environment (`MASKWIRE_SECTION__KEY`), which overrides the file. An invalid setting is refused with its "
+        "key, its value and what would be right. `maskwire-server check` reports the same without starting a server.\n",
+        "`[model]`, `[objective]` and `run.seed` belong to the run and cannot change. Where they are not set, the run's record applies, even if defaults or presets have changed since. All other settings may change between "
+        "restarts: the learning rate, the schedule and `total_steps` at any time, also after a kill (steps that are "
+        "recomputed use the settings they were trained with); `device`, `precision`, `threads` and "
         "`micro_batch_tokens` after a clean stop.\n",
     ]
     lines.append(
-        f'`"{OFF}"` turns off the limits and intervals that can be: {", ".join(f"`{key}`" for key in can_be_off())}. It '
-        f'is the same in the file (`every_seconds = "{OFF}"`), the environment (`{OFF}`) and flags '
-        f"(`--set checkpoints.every_seconds={OFF}`). Ids, probabilities and counts cannot be off: an id or a "
-        "probability of 0 means 0, and an optional setting that is left out is absent (`pad_id`) or chosen "
+        f'`"{OFF}"` turns off these limits and intervals: {", ".join(f"`{key}`" for key in can_be_off())}. It '
+        f'is written the same way in the file (`every_seconds = "{OFF}"`), the environment (`{OFF}`) and flags '
+        f"(`--set checkpoints.every_seconds={OFF}`). Ids, probabilities and counts cannot be turned off: an id or a "
+        "probability of 0 means 0. An optional setting that is left out is absent (`pad_id`) or chosen "
         "automatically (`threads`, `micro_batch_tokens`).\n"
     )
     definitions = Config.model_json_schema()["$defs"]
@@ -104,8 +106,8 @@ def commands() -> str:
     lines = [
         "# Commands\n",
         _MADE,
-        "With `--json` a client command prints its answer as JSON on stdout, and an error as "
-        '`{"error", "reason", "exit_code"}` on stderr.\n',
+        "With `--json` a client command prints its result as JSON on stdout, and an error on stderr as "
+        '`{"error", "reason", "exit_code"}`.\n',
     ]
     for name, app, codes in (
         ("maskwire", client_app, exit_codes.CODES),
@@ -116,7 +118,7 @@ def commands() -> str:
         lines.append("")
         command: Any = typer.main.get_command(app)
         if app is client_app:
-            lines += ["Every command that reaches a server takes:\n", "| | |", "|---|---|"]
+            lines += ["Options of every command that connects to a server:\n", "| | |", "|---|---|"]
             shared = command.commands["status"].params
             lines += [*(_row(option) for option in shared if option.name in SHARED), ""]
         lines += _command(name, command)
@@ -155,7 +157,7 @@ def _help(option: Any) -> str:
     words = (option.help or "").replace("|", "\\|")
     extras = []
     if option.required:
-        extras.append("needed")
+        extras.append("required")
     if option.envvar:
         extras.append(f"`{option.envvar}` in the environment")
     if not option.is_flag and option.default not in (None, "", ()) and option.name != "retry_for":
@@ -163,7 +165,7 @@ def _help(option: Any) -> str:
     return words + (f" ({'; '.join(extras)})" if extras else "")
 
 
-PAGES = {"configuration.md": configuration, "commands.md": commands}
+PAGES = {"configuration.md": configuration, "commands.md": commands, "images/architecture.svg": picture}
 
 
 def main() -> int:
