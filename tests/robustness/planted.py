@@ -37,8 +37,8 @@ from maskwire_server.engine import (
     steps,
 )
 from maskwire_server.errors import Refused, RunDirectoryError
-from maskwire_server.journal import fsync, journal, reserve
-from maskwire_server.recovery import boot, fingerprint, inexact, replay
+from maskwire_server.journal import database, fsync, inexact_replays, journal, reserve
+from maskwire_server.recovery import boot, fingerprint, replay
 from maskwire_server.requests import EvalRequest, SaveRequest, StepRequest
 from maskwire_server.results import EvalOptions, InexactReplay, Losses, Outcome, StepResult
 
@@ -545,7 +545,7 @@ def _journal_without_flushes() -> list[Patch]:
 
 
 def _checkpoint_files_not_flushed() -> list[Patch]:
-    return [(store, "_flush", store.describe)]
+    return [(store, "flush", store.describe)]
 
 
 def _checkpoint_folder_not_flushed() -> list[Patch]:
@@ -660,7 +660,7 @@ def _no_lock() -> list[Patch]:
         self._db.execute("PRAGMA locking_mode=NORMAL")
         self._db.execute("SELECT count(*) FROM run").fetchone()
 
-    return [(journal, "_lock", unlocked), (journal.Journal, "__init__", shared)]
+    return [(database, "lock", unlocked), (journal.Journal, "__init__", shared)]
 
 
 def _the_same_nonce_opens_again() -> list[Patch]:
@@ -732,11 +732,11 @@ def _inexact_state_not_saved() -> list[Patch]:
 
 
 def _inexact_replays_not_recorded() -> list[Patch]:
-    return [(inexact, "record", lambda *_: None)]
+    return [(inexact_replays, "record", lambda *_: None)]
 
 
 def _inexact_replays_not_in_manifests() -> list[Patch]:
-    return [(inexact, "within", lambda *_: ())]
+    return [(inexact_replays, "within", lambda *_: ())]
 
 
 BUGS = {

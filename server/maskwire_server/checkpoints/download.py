@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-from maskwire_server.checkpoints.store import Checkpoints, describe
+from maskwire_server.checkpoints.files import describe
+from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import Refused, invalid_field, is_shortage
 from maskwire_server.manifest import MANIFEST, Manifest
 from maskwire_server.requests import DownloadRequest

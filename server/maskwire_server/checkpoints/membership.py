@@ -17,7 +17,6 @@ from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal.journal import Journal
 from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
-from maskwire_server.recovery.replay import digest_at
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ class Membership:
                 continue
             self._absent.add((info.lineage, info.step))
             try:
-                digest = digest_at(journal, info.lineage, info.step)
+                digest = journal.digest_at(info.lineage, info.step)
             except RunDirectoryError as error:  # a damaged record proves nothing
                 log.error("checkpoint %s does not count: %s", info.name, error)
                 continue

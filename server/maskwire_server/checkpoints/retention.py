@@ -7,12 +7,25 @@ their batches are kept.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from maskwire_server.config import CheckpointsConfig
-from maskwire_server.journal.ancestry import ancestry, on_path
+from maskwire_server.journal.lineage import Segment, ancestry
 from maskwire_server.journal.records import Lineage, Stretch
 from maskwire_server.manifest import Manifest
 
 FALLBACKS = 2
+
+
+def on_path(manifests: Iterable[Manifest], segments: list[Segment]) -> list[Manifest]:
+    """The checkpoints of the ancestry, in the order given."""
+    through = {segment.lineage: segment.through for segment in segments}
+
+    def counts(lineage: int, step: int) -> bool:
+        last = through.get(lineage, -1)
+        return last is None or step <= last
+
+    return [manifest for manifest in manifests if counts(manifest.info.lineage, manifest.info.step)]
 
 
 def needed(manifests: list[Manifest], lineages: dict[int, Lineage], lineage: int) -> dict[str, str]:

@@ -8,7 +8,6 @@ reads of the journal, also while the disk is full.
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -19,7 +18,8 @@ from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.run import Run
 from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
 from maskwire_server.journal import reserve
-from maskwire_server.journal.journal import Journal, is_full
+from maskwire_server.journal.database import JournalError, is_full
+from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.reserve import Reserve
 from maskwire_server.results import RunState
 
@@ -220,7 +220,7 @@ class Committer:
         """Write commits in one transaction; False if the disk is full: the commits stay queued."""
         try:
             self._journal.transaction(lambda: self._write(commits))
-        except sqlite3.Error as error:
+        except JournalError as error:
             if not is_full(error):
                 raise  # whether it was committed is unknown: the process must end
             log.error("the journal cannot be written: %s", error)

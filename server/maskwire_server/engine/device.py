@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Prompts
-from maskwire_server.checkpoints.store import Snapshot
+from maskwire_server.checkpoints.files import Snapshot
 from maskwire_server.errors import DeviceLost, MaskwireError
 from maskwire_server.results import (
     EvalOptions,

@@ -17,7 +17,7 @@ from typing import Any
 
 from maskwire_server import failpoints
 from maskwire_server.checkpoints import download
-from maskwire_server.checkpoints.membership import Membership
+from maskwire_server.checkpoints.catalogue import Catalogue
 from maskwire_server.checkpoints.saver import Saver
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import CheckpointsConfig, ServeConfig
@@ -91,13 +91,16 @@ class Engine:
         self._versions = dict(versions)
         self._settings = checkpoints
         self._run = Run(serve, clock)
-        self._membership = Membership()
-        self._checkpoints = Checkpoints(run_dir, membership=self._membership)
+        self._catalogue = Catalogue()
+        self._checkpoints = Checkpoints(run_dir, catalogue=self._catalogue)
         self._disk = Reserve(run_dir, serve.reserve_bytes)
-        self._saver = Saver(self._checkpoints, checkpoints, configuration, self._versions, clock)
+        self._saver = Saver(
+            self._checkpoints, self._catalogue, checkpoints, configuration, self._versions, clock
+        )
         self._start = Start(
             self._run,
             self._checkpoints,
+            self._catalogue,
             self._saver,
             self._disk,
             factory=factory,
@@ -226,22 +229,22 @@ class Engine:
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """The complete checkpoints of the run's own history, newest first."""
-        if not self._membership.run_id:
+        if not self._catalogue.run_id:
             raise Refused("RECOVERING", "the server is reading the run's journal; retry")
-        self._recognise(self._checkpoints.all())
-        return [manifest.info for manifest in self._checkpoints.own()]
+        self._recognise(self._checkpoints.compare())
+        return [manifest.info for manifest in self._catalogue.own()]
 
     def download(self, request: DownloadRequest) -> Iterator[Chunk]:
         """A checkpoint's files in chunks. It is not deleted until the iterator ends or is closed."""
-        if not self._membership.run_id:
+        if not self._catalogue.run_id:
             raise Refused("RECOVERING", "the server is reading the run's journal; retry")
         self._recognise(self._checkpoints.named(request.name))
         return download.read(self._checkpoints, request)
 
     def _recognise(self, manifests: Iterable[Manifest]) -> None:
         """Look up checkpoints that were copied into the directory while the server runs."""
-        if self._serving.done() and any(self._membership.unknown(manifest) for manifest in manifests):
-            self._committer.read(Recognition(self._checkpoints)).result()
+        if self._serving.done() and any(self._catalogue.unknown(manifest) for manifest in manifests):
+            self._committer.read(Recognition(self._catalogue)).result()
 
     def list_steps(self, request: StepsRequest) -> Future[StepsPage]:
         """A page of recorded steps of one lineage."""
@@ -323,7 +326,7 @@ class Engine:
         run, serve, clock = self._run, self._serve, self._clock
         journal, disk = ready.journal, self._disk
         self._committer = Committer(run, journal, disk, clock, self._journal_failed)
-        self._saves = Saves(run, self._committer, self._saver, self._settings, serve, clock)
+        self._saves = Saves(run, self._committer, self._catalogue, self._saver, self._settings, serve, clock)
         self._sessions = Sessions(run, self._committer)
         self._restores = Restores(run, self._committer, self._checkpoints, ready.device)
         self._steps = Steps(run, self._committer, journal=journal, disk=disk, serve=serve, clock=clock)

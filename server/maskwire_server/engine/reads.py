@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maskwire_server.checkpoints.store import Checkpoints
+from maskwire_server.checkpoints.catalogue import Catalogue
 from maskwire_server.errors import Refused
 from maskwire_server.history import StepsPage, StepsRequest
 from maskwire_server.journal import listing
-from maskwire_server.journal.ancestry import ancestry
 from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.lineage import ancestry
 from maskwire_server.journal.records import Lineage, StepRecord
 from maskwire_server.journal.reserve import Reserve, make_room
 
@@ -51,13 +51,13 @@ class StepsRead:
 
 @dataclass(frozen=True)
 class Recognition:
-    """Which of the checkpoints on the disk are of this run's history."""
+    """Whether checkpoints that appeared in the folder are of this run's history."""
 
-    checkpoints: Checkpoints
+    catalogue: Catalogue
 
     def read(self, journal: Journal) -> None:
-        """Look up those that came since."""
-        self.checkpoints.recognise(journal)
+        """Look up those that the journal was not asked about yet."""
+        self.catalogue.look_up(journal)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from maskwire_server.errors import Refused, invalid_field
 from maskwire_server.holder import ClientProcess, Holder
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import SessionRecord
-from maskwire_server.recovery.replay import digest_at
 from maskwire_server.requests import SessionRef, SessionRequest
 from maskwire_server.results import RunState, SessionAnswer
 
@@ -50,7 +49,7 @@ class SessionRead:
     def read(self, journal: Journal) -> Recorded:
         """Look up the nonce and the step."""
         given = journal.session_of_nonce(self.nonce)
-        digest = None if self.step is None else digest_at(journal, self.lineage, self.step)
+        digest = None if self.step is None else journal.digest_at(self.lineage, self.step)
         return Recorded(given.epoch if given else None, digest)
 
 

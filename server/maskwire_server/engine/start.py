@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sqlite3
 import time
 import uuid
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from maskwire_server.checkpoints import membership
+from maskwire_server.checkpoints.catalogue import Catalogue
 from maskwire_server.checkpoints.saver import Saver
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import ServeConfig
@@ -23,11 +23,12 @@ from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.engine.run import Run
 from maskwire_server.engine.sessions import recorded_evaluation, recorded_process
 from maskwire_server.errors import Refused, RunDirectoryError
-from maskwire_server.journal import reserve
-from maskwire_server.journal.journal import Journal, explained, is_full
+from maskwire_server.journal import inexact_replays, reserve
+from maskwire_server.journal.database import JournalError, explained, is_full
+from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.reserve import Reserve, make_room
 from maskwire_server.position import HistoryPosition
-from maskwire_server.recovery import boot, fingerprint, inexact
+from maskwire_server.recovery import boot, fingerprint
 from maskwire_server.requests import SaveRequest
 from maskwire_server.results import ModelInfo, RunState
 
@@ -53,6 +54,7 @@ class Start:
         self,
         run: Run,
         checkpoints: Checkpoints,
+        catalogue: Catalogue,
         saver: Saver,
         disk: Reserve,
         *,
@@ -69,6 +71,7 @@ class Start:
     ) -> None:
         self._run = run
         self._checkpoints = checkpoints
+        self._catalogue = catalogue
         self._saver = saver
         self._disk = disk
         self._factory = factory
@@ -116,7 +119,7 @@ class Start:
         head.move(HistoryPosition(run_id, 1, 0, b""))
         if journal.log_bytes() >= reserve.FOLD_BYTES:  # of a process that was killed
             make_room(journal, self._disk)
-        self._checkpoints.recognise(journal)
+        self._catalogue.load(journal, self._checkpoints.all())
         self._saver.refresh()
         said = journal.last_event("tokenizer")
         head.tokenizer = said[1]["tokenizer"] if said else ""
@@ -156,8 +159,10 @@ class Start:
         head.non_finite = recovered.non_finite
         session = journal.last_session()
         run.lease.resume(session, recorded_process(journal, session))
-        head.inexact_replays = self._saver.inexact_replays = inexact.recorded(journal)
+        head.inexact_replays = self._saver.inexact_replays = inexact_replays.recorded(journal)
         self._save_where_needed(journal, device, recovered, numerics)
+        if not self._catalogue.is_recorded:
+            self._when_there_is_room(partial(journal.transaction, partial(self._record_catalogue, journal)))
         configuration_id = self._when_there_is_room(
             partial(fingerprint.record_start, journal, self._versions, numerics)
         )
@@ -189,6 +194,9 @@ class Start:
             with contextlib.suppress(Refused):  # the run is no worse off than it was
                 self._save(journal, device, "changed")
 
+    def _record_catalogue(self, journal: Journal) -> None:
+        self._catalogue.recorded(self._catalogue.record(journal))
+
     def _has_two_bases(self, journal: Journal, device: Device, numerics: dict[str, Any]) -> bool:
         """Whether one damaged checkpoint is not the end: another, or steps that can be computed again."""
         here = self._run.head.computed
@@ -205,12 +213,12 @@ class Start:
         try:
             journal.transaction(partial(membership.record_save, journal, here, save_id))
             self._saver.write(SaveRequest(name), True, copy, here, save_id, self._run.lineages)
-            self._saver.refresh()
+            self._saver.collect(self._run.lineages, here.lineage)
         except Refused as refusal:
             log.error("%s", refusal)
             raise
-        except (OSError, MemoryError, sqlite3.Error) as error:
-            if isinstance(error, sqlite3.Error) and not is_full(error):
+        except (OSError, MemoryError, JournalError) as error:
+            if isinstance(error, JournalError) and not is_full(error):
                 raise
             raise self._run.conditions.failed("the checkpoint", error) from error
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
 from pathlib import Path
 
+from maskwire_server.journal.database import JournalError, is_full
 from maskwire_server.journal.disk import free_bytes
-from maskwire_server.journal.journal import Journal, is_full
+from maskwire_server.journal.journal import Journal
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def fold(journal: Journal) -> bool:
     """Fold the journal's log into the database; False without room: it stays as it is."""
     try:
         journal.tidy()
-    except sqlite3.Error as error:
+    except JournalError as error:
         if not is_full(error):
             raise
         log.warning("no room to fold the journal's log; what is in it is safe, and it is tried again")

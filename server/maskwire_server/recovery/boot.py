@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sqlite3
 import time
 import uuid
 from collections.abc import Callable
@@ -20,16 +19,18 @@ from typing import Any
 from maskwire.v1.digest import initial_digest, lineage_digest
 from maskwire_server import failpoints
 from maskwire_server.checkpoints.membership import foreign_save, recorded_saves
+from maskwire_server.checkpoints.retention import on_path
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.engine.device import Device
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.journal.ancestry import Segment, ancestry, on_path
+from maskwire_server.journal import inexact_replays
+from maskwire_server.journal.database import JournalError
 from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.lineage import Segment, ancestry
 from maskwire_server.journal.records import Lineage, SessionRecord
 from maskwire_server.manifest import Manifest
-from maskwire_server.recovery import inexact
 from maskwire_server.recovery.fingerprint import Following
-from maskwire_server.recovery.replay import digest_at, replay, steps_to_replay, told
+from maskwire_server.recovery.replay import replay, steps_to_replay, told
+from maskwire_server.recovery.trainer import ReplayTrainer
 from maskwire_server.results import Outcome
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def open_journal(run_dir: Path, *, seed: int, canonical: bytes, durable: bool = 
             journal.create(facts, initial_digest(canonical, seed))
         else:
             check_same_run(journal, run_dir, seed, canonical)
-    except sqlite3.Error as error:
+    except JournalError as error:
         journal.close()
         raise RunDirectoryError(
             f"{run_dir}: the journal cannot be written ({error}); make room on its disk, and start again"
@@ -97,7 +98,7 @@ def newest_verified(
         if manifest.run_id != run_id:
             wrong[info.name] = f"it belongs to run {manifest.run_id}"
             continue
-        recorded = digest_at(journal, info.lineage, info.step) if info.lineage in lineages else None
+        recorded = journal.digest_at(info.lineage, info.step) if info.lineage in lineages else None
         if recorded == info.digest:
             foreign = foreign_save(manifest, saves)
             if foreign is not None:
@@ -155,7 +156,7 @@ class Recovered:
 def recover(
     journal: Journal,
     checkpoints: Checkpoints,
-    device: Device,
+    trainer: ReplayTrainer,
     settings: dict[str, Any],
     *,
     accept_inexact: bool = False,
@@ -163,7 +164,7 @@ def recover(
     tell: Callable[[str], None] = lambda _: None,
     with_room: Callable[[Callable[[], None]], None] = lambda write: write(),
 ) -> Recovered:
-    """Bring the device's trainer to the journal's last step; `tell` hears what takes its time.
+    """Bring the trainer to the journal's last step; `tell` hears what takes its time.
 
     `with_room` does what is written to the journal, and may wait until its disk has room for it.
     Checkpoints that are damaged are set aside. Raises RunDirectoryError when it cannot be done exactly.
@@ -191,7 +192,7 @@ def recover(
         tell(f"checkpoint {info.name}")
         loading = time.monotonic()
         try:
-            device.load(checkpoints.path(info.name))
+            trainer.load(checkpoints.path(info.name))
         except ValueError as error:
             raise RunDirectoryError(
                 f"checkpoint {info.name!r} does not fit the configuration: {error}; start with it as it was"
@@ -205,14 +206,14 @@ def recover(
     following = Following(
         journal,
         settings,
-        device.configure,
+        trainer.configure,
         strict=not accept_inexact,
-        inexact=inexact.ahead(inexact.recorded(journal), segments, start),
+        inexact=inexact_replays.ahead(inexact_replays.recorded(journal), segments, start),
     )
     began = time.monotonic()
     done = replay(
         told(following.follow(records), step - start[1], tell),
-        device.train_step,
+        trainer.train_step,
         tolerance=following.tolerance,
         accept_inexact=accept_inexact,
     )
@@ -222,7 +223,7 @@ def recover(
     failpoints.passing("recovery.replayed")
     found = done.inexact(accepted=following.accepted)
     if found:
-        with_room(partial(inexact.record, journal, found, done.beyond))
+        with_room(partial(inexact_replays.record, journal, found, done.beyond))
     accepted = following.accepted or bool(done.beyond)
     return Recovered(lineage, step, digest, _non_finite(journal, lineage, step), bool(found), accepted)
 

@@ -17,13 +17,13 @@ from typing import Any
 from maskwire_server.checkpoints import membership
 from maskwire_server.checkpoints.saver import KEPT_SECTIONS
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.engine.device import Trainer, build
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal.fsync import flush_folder, make_folder
 from maskwire_server.journal.journal import Journal
 from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
 from maskwire_server.recovery import boot
+from maskwire_server.recovery.trainer import ReplayTrainer
 from maskwire_server.results import CheckpointInfo
 
 NAME = "imported"
@@ -31,7 +31,7 @@ NAME = "imported"
 
 def begin(
     run_dir: Path,
-    factory: Callable[[], Trainer],
+    factory: Callable[[], ReplayTrainer],
     configuration: dict[str, Any],
     *,
     seed: int,
@@ -79,7 +79,7 @@ def begin(
 
 def _write(
     folder: Path,
-    factory: Callable[[], Trainer],
+    factory: Callable[[], ReplayTrainer],
     configuration: dict[str, Any],
     seed: int,
     canonical: bytes,
@@ -88,7 +88,7 @@ def _write(
 ) -> CheckpointInfo:
     journal = boot.open_journal(folder, seed=seed, canonical=canonical)
     try:
-        device = build(factory)
+        trainer = factory()
         lineage = journal.lineages()[1]
         kept = {section: configuration[section] for section in KEPT_SECTIONS if section in configuration}
         manifest = Manifest(
@@ -97,10 +97,10 @@ def _write(
             False,
             None,
             kept,
-            versions | device.versions,
+            versions | trainer.versions,
             save_id=membership.new_save_id(),
         )
-        info = Checkpoints(folder).write(device.snapshot(), manifest).info
+        info = Checkpoints(folder).write(trainer.snapshot(), manifest).info
         # No seed makes these weights: without this checkpoint the run must not begin.
         journal.transaction(partial(_record, journal, manifest))
         return info

@@ -10,11 +10,12 @@ from typing import Any
 
 from maskwire_server.checkpoints.saver import KEPT_SECTIONS
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.engine.device import Trainer, build
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.journal.ancestry import Segment, ancestry
+from maskwire_server.journal import inexact_replays
+from maskwire_server.journal.lineage import Segment, ancestry
 from maskwire_server.manifest import Manifest
-from maskwire_server.recovery import boot, fingerprint, inexact, replay
+from maskwire_server.recovery import boot, fingerprint, replay
+from maskwire_server.recovery.trainer import ReplayTrainer
 from maskwire_server.recovery.verify import open_run
 from maskwire_server.results import CheckpointInfo
 
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 def rewind(
     run_dir: Path,
-    factory: Callable[[], Trainer],
+    factory: Callable[[], ReplayTrainer],
     configuration: dict[str, Any],
     *,
     seed: int,
@@ -46,7 +47,7 @@ def rewind(
         segments = ancestry(lineages, max(lineages))
         last = next((s for s in segments if s.through is None or to_step <= s.through), segments[-1])
         segments = [*segments[: segments.index(last)], Segment(last.lineage, to_step)]
-        digest = replay.digest_at(journal, last.lineage, to_step)
+        digest = journal.digest_at(last.lineage, to_step)
         if digest is None:
             raise RunDirectoryError(f"{run_dir}: there is no step {to_step} in the run's history")
         if out is not None and out.exists():
@@ -55,24 +56,30 @@ def rewind(
         manifest, wrong = boot.newest_verified(checkpoints, journal, segments)
         for name, problem in wrong.items():
             tell(f"checkpoint {name} passed over: {problem}")
-        device = build(factory, fingerprint.pinned_threads(journal))
-        versions = device.versions
+        trainer = factory()
+        threads = fingerprint.pinned_threads(journal)
+        if threads is not None:
+            trainer.use_threads(threads)
+        versions = trainer.versions
         start = (segments[0].lineage, 0)
         if manifest is None:
             boot.require_seed(journal)
         else:
             start = (manifest.info.lineage, manifest.info.step)
-            device.load(checkpoints.path(manifest.info.name))
+            trainer.load(checkpoints.path(manifest.info.name))
             tell(f"loaded checkpoint {manifest.info.name} (step {start[1]})")
         settings = fingerprint.numerics(configuration, versions)
         follow = fingerprint.Following(
-            journal, settings, device.configure,
-            strict=not accept_inexact, inexact=inexact.ahead(inexact.recorded(journal), segments, start),
-        )  # fmt: skip
+            journal,
+            settings,
+            trainer.configure,
+            strict=not accept_inexact,
+            inexact=inexact_replays.ahead(inexact_replays.recorded(journal), segments, start),
+        )
         records = replay.steps_to_replay(journal, segments, start)
         done = replay.replay(
             replay.told(follow.follow(records), to_step - start[1], tell),
-            device.train_step,
+            trainer.train_step,
             tolerance=follow.tolerance,
             accept_inexact=accept_inexact,
         )
@@ -82,7 +89,7 @@ def rewind(
         if out is None:
             return info, done.differing
         kept = {section: configuration[section] for section in KEPT_SECTIONS if section in configuration}
-        history = inexact.within(inexact.recorded(journal), segments)
+        history = inexact_replays.within(inexact_replays.recorded(journal), segments)
         state = Manifest(
             info, journal.fact("run_id"), False, None, kept, versions,
             (*history, *done.inexact(accepted=follow.accepted)),
@@ -90,6 +97,6 @@ def rewind(
         beside = Checkpoints(run_dir)
         beside.folder = out.absolute().parent
         beside.folder.mkdir(parents=True, exist_ok=True)
-        return beside.write(device.snapshot(), state).info, done.differing
+        return beside.write(trainer.snapshot(), state).info, done.differing
     finally:
         journal.close()

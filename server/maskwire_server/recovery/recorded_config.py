@@ -6,7 +6,9 @@ from pathlib import Path
 
 from maskwire_server.config import Config, NewerRunError
 from maskwire_server.errors import ConfigError, RunDirectoryError
-from maskwire_server.journal.journal import FILE_NAME, Journal, explained
+from maskwire_server.journal.database import explained
+from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.run_directory import JOURNAL_FILE
 
 
 def of_run(config: Config, run_dir: Path) -> Config:
@@ -16,7 +18,7 @@ def of_run(config: Config, run_dir: Path) -> Config:
     neither new options nor changed defaults and presets keep a newer version from opening an older run.
     Raises RunDirectoryError that names each one which is set and differs.
     """
-    if not (run_dir / FILE_NAME).is_file():
+    if not (run_dir / JOURNAL_FILE).is_file():
         return config
     journal = Journal(run_dir)
     try:

@@ -11,8 +11,8 @@ from maskwire.v1.digest import step_digest
 from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.journal.ancestry import Segment
 from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.lineage import Segment
 from maskwire_server.journal.records import StepRecord, damaged
 from maskwire_server.recovery.tolerance import Tolerance, excess, outcome_differs
 from maskwire_server.results import InexactReplay, Outcome, StepResult
@@ -22,15 +22,6 @@ log = logging.getLogger(__name__)
 
 class InexactReplayError(RunDirectoryError):
     """A step computed again gave another result than the one that was acknowledged."""
-
-
-def digest_at(journal: Journal, lineage: int, step: int) -> bytes | None:
-    """The digest that a lineage had after `step`, by the journal; None when it never got there."""
-    start = journal.lineages().get(lineage)
-    if start is not None and step == start.step:
-        return start.digest
-    record = journal.step(lineage, step)
-    return None if record is None else record.digest
 
 
 def read_payload(record: StepRecord, encoded: bytes) -> Payload:
@@ -56,7 +47,7 @@ def steps_to_replay(
         if not began:
             continue
         at = start[1] if segment.lineage == start[0] else lineages[segment.lineage].step
-        digest = digest_at(journal, segment.lineage, at)
+        digest = journal.digest_at(segment.lineage, at)
         for record, payload in journal.steps_after(segment.lineage, at):
             if segment.through is not None and record.step > segment.through:
                 break

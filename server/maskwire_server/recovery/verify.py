@@ -19,15 +19,17 @@ from typing import Any
 from maskwire.v1.digest import initial_digest, lineage_digest, step_digest
 from maskwire_server.batch import Payload
 from maskwire_server.checkpoints.membership import foreign_save, recorded_saves
-from maskwire_server.checkpoints.retention import FALLBACKS
+from maskwire_server.checkpoints.retention import FALLBACKS, on_path
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.journal.ancestry import ancestry, on_path
-from maskwire_server.journal.journal import FILE_NAME, Journal, explained
+from maskwire_server.journal import inexact_replays
+from maskwire_server.journal.database import explained
+from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.lineage import ancestry
 from maskwire_server.journal.records import Lineage, StepRecord
-from maskwire_server.recovery import inexact
+from maskwire_server.journal.run_directory import JOURNAL_FILE
 from maskwire_server.recovery.boot import require_seed
-from maskwire_server.recovery.replay import digest_at, read_payload, steps_to_replay
+from maskwire_server.recovery.replay import read_payload, steps_to_replay
 from maskwire_server.results import CheckpointInfo, InexactReplay, Outcome
 
 
@@ -53,8 +55,8 @@ class Audit:
 
 def open_run(run_dir: Path) -> Journal:
     """The journal of a run that is there. Raises RunDirectoryError."""
-    if not (run_dir / FILE_NAME).is_file():
-        raise RunDirectoryError(f"{run_dir}: there is no run here ({FILE_NAME} is missing)")
+    if not (run_dir / JOURNAL_FILE).is_file():
+        raise RunDirectoryError(f"{run_dir}: there is no run here ({JOURNAL_FILE} is missing)")
     return Journal(run_dir)
 
 
@@ -78,7 +80,7 @@ def verify(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -> Audit
         audit.lineages, audit.lineage = len(lineages), max(lineages)
         audit.step, audit.digest = at[audit.lineage]
         with _noted(audit, run_dir):
-            audit.inexact_replays += inexact.recorded(journal)
+            audit.inexact_replays += inexact_replays.recorded(journal)
         with _noted(audit, run_dir):
             audit.problems += journal.damage()
         with _noted(audit, run_dir):
@@ -94,7 +96,7 @@ def _verify_start(journal: Journal, lineage: Lineage, lineages: dict[int, Lineag
     if lineage.parent is None:
         expected: bytes | None = initial_digest(journal.fact("canonical"), journal.fact("seed"))
     elif lineage.parent in lineages:
-        parent = digest_at(journal, lineage.parent, lineage.step)
+        parent = journal.digest_at(lineage.parent, lineage.step)
         expected = None if parent is None else lineage_digest(parent, lineage.lineage)
     else:
         expected = None
@@ -147,7 +149,7 @@ def _verify_checkpoints(
         problem = checkpoints.damage(manifest)
         if manifest.run_id != audit.run_id:
             problem = f"it belongs to run {manifest.run_id}"
-        elif digest_at(journal, info.lineage, info.step) != info.digest:
+        elif journal.digest_at(info.lineage, info.step) != info.digest:
             problem = f"it holds step {info.step} (lineage {info.lineage}), which the journal does not have"
         else:
             problem = problem or foreign_save(manifest, saves)

@@ -21,8 +21,9 @@ from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import Config
 from maskwire_server.engine.engine import Engine
 from maskwire_server.errors import RunDirectoryError
+from maskwire_server.journal import inexact_replays
 from maskwire_server.journal.records import StepRecord
-from maskwire_server.recovery import fingerprint, inexact, verify
+from maskwire_server.recovery import fingerprint, verify
 from maskwire_server.recovery.replay import InexactReplayError
 from maskwire_server.recovery.tolerance import TOLERANCES, excess, measured_steps
 from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRequest, StepRequest
@@ -162,7 +163,7 @@ def test_a_full_disk_lets_the_run_serve_only_once_the_state_is_saved(
 ) -> None:
     killed(rig, rounding(0))
 
-    target, name = {"state": (store, "_write_manifest"), "record": (inexact, "record")}[write]
+    target, name = {"state": (store, "write_manifest"), "record": (inexact_replays, "record")}[write]
     original, full = getattr(target, name), [True]
 
     def writing(*arguments: Any) -> Any:
@@ -188,7 +189,7 @@ def test_the_state_is_saved_or_the_run_does_not_serve(rig: Rig, monkeypatch: pyt
         raise OSError(errno.EROFS, "Read-only file system")
 
     with monkeypatch.context() as patch:
-        patch.setattr("maskwire_server.checkpoints.store._write_manifest", failing)
+        patch.setattr("maskwire_server.checkpoints.store.write_manifest", failing)
         with pytest.raises(RunDirectoryError, match=r"could not be written .*Read-only"):
             rig.start(rounding(1e-4))
     assert rig.start(rounding(-1e-4)).status().inexact_replays == (BY_TOLERANCE,), "once"

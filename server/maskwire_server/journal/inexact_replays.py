@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from maskwire_server.journal.ancestry import Segment
 from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.lineage import Segment
 from maskwire_server.results import InexactReplay
 
 EVENT = "inexact_replay"

@@ -1,13 +1,11 @@
-"""Which steps and checkpoints the present state descends from, across the lineages that restores opened."""
+"""The ancestry of the current state: which steps of which lineages led to it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal.records import Lineage
-from maskwire_server.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -32,14 +30,3 @@ def ancestry(lineages: dict[int, Lineage], lineage: int) -> list[Segment]:
         segments.append(Segment(current.parent, current.step))
         current = lineages[current.parent]
     return segments[::-1]
-
-
-def on_path(manifests: Iterable[Manifest], segments: list[Segment]) -> list[Manifest]:
-    """Those of the ancestry, in the order given."""
-    through = {segment.lineage: segment.through for segment in segments}
-
-    def counts(lineage: int, step: int) -> bool:
-        last = through.get(lineage, -1)
-        return last is None or step <= last
-
-    return [manifest for manifest in manifests if counts(manifest.info.lineage, manifest.info.step)]
