@@ -17,7 +17,7 @@ from maskwire.cli import exit_codes, options
 from maskwire_server.app import EXIT_CODES
 from maskwire_server.cli import app as server_app
 from maskwire_server.config import CAN_BE_OFF, OFF, PRESETS, Config, can_be_off
-from maskwire_server.template import toml
+from maskwire_server.config.template import toml
 
 DOCS = Path(__file__).resolve().parent
 SHARED = {*options.SHARED, "as_json"}

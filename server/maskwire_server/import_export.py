@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from maskwire._version import __version__
-from maskwire_server import template
 from maskwire_server.app import EXIT_CONFIG, EXIT_RUN_DIRECTORY, say, trainer_factory
 from maskwire_server.checkpoints.membership import Membership
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.config import Config
+from maskwire_server.config import Config, template
 from maskwire_server.engine.device import Trainer
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
 from maskwire_server.manifest import MANIFEST, Manifest

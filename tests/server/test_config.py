@@ -16,8 +16,8 @@ import pytest
 import maskwire
 from maskwire_server import config
 from maskwire_server.config import Config, ObjectiveConfig, load
+from maskwire_server.config.template import template
 from maskwire_server.errors import ConfigError
-from maskwire_server.template import template
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,8 @@ from typing import Any, get_args
 import pytest
 import typer
 
-from maskwire_server import template
 from maskwire_server.cli import options
-from maskwire_server.config import Config, can_be_off, load
+from maskwire_server.config import Config, can_be_off, load, template
 
 LIMITS_AND_INTERVALS = {
     "optimizer.total_steps", "optimizer.clip_grad_norm",

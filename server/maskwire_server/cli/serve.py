@@ -58,7 +58,7 @@ def init(
 ) -> None:
     """Write a commented configuration with every setting and its default."""
     check_extra()
-    from maskwire_server.template import template
+    from maskwire_server.config.template import template
 
     if path.exists() and not force:
         stop(f"{path} exists; choose another name, or --force to overwrite it")
