@@ -16,6 +16,7 @@ import pytest
 import maskwire
 from maskwire_server import config
 from maskwire_server.config import Config, ObjectiveConfig, load
+from maskwire_server.config.sections import SECTIONS
 from maskwire_server.config.template import template
 from maskwire_server.errors import ConfigError
 
@@ -183,8 +184,14 @@ def test_the_log_says_which_run_is_served_and_whether_a_file_was_read(tmp_path: 
             assert ("no configuration file (--config): built-in defaults" in done.stderr) is words
 
 
-def test_nothing_is_set_by_accident() -> None:
+def test_each_preset_is_a_choice_of_the_setting() -> None:
     assert config.PRESETS.keys() == {"mdlm", "maskgit", "cmlm", "x-transformers"}
+
+
+def test_every_section_has_a_module_of_its_name() -> None:
+    assert {name: type(field.default) for name, field in Config.model_fields.items()} == SECTIONS
+    for name, section in SECTIONS.items():
+        assert section.__module__ == f"maskwire_server.config.{name}"
 
 
 def test_a_path_that_the_locale_cannot_read_is_told_the_locale() -> None:

@@ -7,7 +7,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from maskwire_server.config import CAN_BE_OFF, OFF, Config
+from maskwire_server.config.base import CAN_BE_OFF, OFF
+from maskwire_server.config.config import Config
 
 _HEAD = """\
 # maskwire-server configuration. Every setting is here with its default, commented out.

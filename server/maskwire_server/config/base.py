@@ -1,0 +1,31 @@
+"""What the sections share: their base class, and the kinds of values that settings take."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"must be finite, got {value}")
+    return value
+
+
+Finite = Annotated[float, AfterValidator(_finite)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+OFF = "off"
+CAN_BE_OFF = BeforeValidator(lambda value: None if value == OFF else value)
+"""Marks a limit or an interval that can be turned off. A file, the environment and flags all say "off";
+inside and in what is recorded it is None. Ids, probabilities and counts are never off."""
+Steps = Annotated[Annotated[int, Field(ge=1)] | None, CAN_BE_OFF]
+Positive = Annotated[Annotated[Finite, Field(gt=0)] | None, CAN_BE_OFF]
+
+
+class Section(BaseModel):
+    """A section: frozen, and checked where it is made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
