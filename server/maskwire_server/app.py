@@ -141,7 +141,7 @@ def trainer_factory(config: Config) -> Callable[[], Trainer]:
         # On the device thread, torch's import too: its thread pools belong to the thread that
         # first uses them.
         began = time.monotonic()
-        from maskwire_server.training.trainer import Trainer as TorchTrainer
+        from maskwire_server.training.trainer import TorchTrainer
 
         log.info("imported torch in %.1f s", time.monotonic() - began)
         return TorchTrainer(config.model, config.objective, config.optimizer, config.serve, config.run.seed)

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskwire_server.batch import Batch, Prompts
-from maskwire_server.batch import Modes as RequestModes
+from maskwire_server.batch import Batch, Modes, Prompts
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.errors import StateLost
 from maskwire_server.results import (
@@ -45,7 +44,7 @@ from maskwire_server.training import (
     snapshot,
     summary,
 )
-from maskwire_server.training.corruption import Step, Vocabulary, corrupt, random_ids
+from maskwire_server.training.corruption import StepKey, Vocabulary, corrupt, random_ids
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.numerics import (
@@ -66,7 +65,7 @@ log = logging.getLogger(__name__)
 MODEL_FILE, EMA_FILE = WEIGHT_FILES
 
 
-class Trainer:
+class TorchTrainer:
     """Trains and evaluates one model on one device."""
 
     def __init__(
@@ -167,11 +166,11 @@ class Trainer:
         n = min(self._model.max_seq_len, 16)
         u_bn = draws.uniform(draws.keys(Purpose.RANDOM_ID, rows=range(2)), n)
         every = torch.ones(2, n, dtype=torch.bool)
-        batch = evaluation.Batch(random_ids(u_bn, self._vocabulary), every, ~every)
-        self._gradients(batch, RequestModes(), Step(self._seed, 0, 0))
+        batch = evaluation.TensorBatch(random_ids(u_bn, self._vocabulary), every, ~every)
+        self._gradients(batch, Modes(), StepKey(self._seed, 0, 0))
         self._clear_gradients()
 
-    def train_step(self, lineage: int, step: int, batch: Batch, modes: RequestModes) -> StepResult:
+    def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
         """Train on one logical batch: loss and gradient are those of the undivided batch.
 
         Losses or gradients that are not finite leave everything as it was, and so does running out of
@@ -181,7 +180,7 @@ class Trainer:
             raise ValueError("only_train_generator and only_train_critic exclude each other, got both")
         if modes.only_train_critic and self.critic is None:
             raise ValueError("only_train_critic needs a critic, this model has none")
-        at = Step(self._seed, lineage, step)
+        at = StepKey(self._seed, lineage, step)
         rate = modes.learning_rate
         rate = optim.learning_rate(self._optimizer, step) if rate is None else rate
         try:
@@ -301,20 +300,20 @@ class Trainer:
                 averages |= {f"{group_name}.{name}": w for name, w in group.ema.named_parameters()}
         return files
 
-    def _learners(self, modes: RequestModes) -> list[Group]:
+    def _learners(self, modes: Modes) -> list[Group]:
         learners = [] if modes.only_train_critic else [self.generator]
         if self.critic is not None and not modes.only_train_generator:
             learners.append(self.critic)
         return learners
 
-    def _host(self, batch: Batch) -> evaluation.Batch:
-        return evaluation.Batch(*(torch.from_numpy(grid) for grid in batch.dense(self._model.pad_id)))
+    def _host(self, batch: Batch) -> evaluation.TensorBatch:
+        return evaluation.TensorBatch(*(torch.from_numpy(grid) for grid in batch.dense(self._model.pad_id)))
 
-    def _gradients(self, batch: evaluation.Batch, modes: RequestModes, at: Step) -> Shares:
+    def _gradients(self, batch: evaluation.TensorBatch, modes: Modes, at: StepKey) -> Shares:
         """Add up the gradients of the logical batch's parts."""
         config = self._objective
         whole = corrupt(batch.ids_rn, batch.valid_rn, batch.prompt_rn, config, self._vocabulary, at)
-        plan = objective.step_modes(
+        plan = objective.plan_step(
             config,
             at,
             has_critic=self.critic is not None,
@@ -354,7 +353,7 @@ class Trainer:
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bf16)
 
     @contextlib.contextmanager
-    def _seeded_dropout(self, at: Step) -> Iterator[None]:
+    def _seeded_dropout(self, at: StepKey) -> Iterator[None]:
         if not self._model.dropout:
             yield
             return
@@ -373,7 +372,7 @@ class Shares:
         self._critic = critic
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
 
-    def add(self, sums: objective.Sums) -> None:
+    def add(self, sums: objective.PartLosses) -> None:
         """Add a part's losses."""
         critic = torch.zeros_like(sums.generator) if sums.critic is None else sums.critic
         self._sums += torch.stack((sums.generator, critic)).detach()
