@@ -99,6 +99,7 @@ def test_the_objective_knows_no_model_and_the_model_no_objective() -> None:
     training = SERVER / "training"
     names = (
         "objective", "evaluation", "chain_rule", "summary", "sampling", "corruption", "schedule", "draws",
+        "cross_entropy", "quadrature", "micro_batches",
     )  # fmt: skip
     for name in names:
         for other in ("models", "optim", "trainer"):
