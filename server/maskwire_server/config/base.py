@@ -1,4 +1,4 @@
-"""What the sections share: their base class, and the kinds of values that settings take."""
+"""The base class of the sections, and the types of values that several settings share."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 
 OFF = "off"
 CAN_BE_OFF = BeforeValidator(lambda value: None if value == OFF else value)
-"""Marks a limit or an interval that can be turned off. A file, the environment and flags all say "off";
-inside and in what is recorded it is None. Ids, probabilities and counts are never off."""
+"""Marks a limit or an interval that can be turned off. In a file, the environment and flags the value is
+"off"; in the code and in the records of a run it is None. Ids, probabilities and counts are never off."""
 Steps = Annotated[Annotated[int, Field(ge=1)] | None, CAN_BE_OFF]
 Positive = Annotated[Annotated[Finite, Field(gt=0)] | None, CAN_BE_OFF]
 
 
 class Section(BaseModel):
-    """A section: frozen, and checked where it is made."""
+    """A section of the configuration: immutable, and validated when it is created."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

@@ -8,15 +8,15 @@ from maskwire_server.config.base import Positive, Section, Steps
 
 
 class CheckpointsConfig(Section):
-    """[checkpoints]: when they are saved and how long they are kept."""
+    """[checkpoints]: when to save checkpoints and which to keep. May change between restarts."""
 
     every_steps: Steps = None
-    """Save after every so many steps; off: not for their number."""
+    """Save every this many steps. off: do not save by number of steps."""
     every_seconds: Positive = 300.0
-    """Save when this much time passed since the last, if a step was trained; off: not for the time."""
+    """Save this many seconds after the last checkpoint, if there are new steps. off: do not save by time."""
     keep_last: int = Field(3, ge=2)
-    """Keep this many of the automatic checkpoints; those that somebody asked for, without a score, stay."""
+    """Keep this many of the newest automatic checkpoints. Those saved on request without a score are kept."""
     keep_every: Steps = None
-    """Keep also those whose step is a multiple of this; off: none for that."""
+    """Also keep checkpoints whose step is a multiple of this. off: none."""
     keep_best: int = Field(1, ge=0)
-    """Of those saved with a score, keep the best (lowest) so many."""
+    """Keep this many of the checkpoints saved with a score: those with the lowest scores."""

@@ -38,9 +38,9 @@ class Config(BaseSettings):
     _recorded: bytes | None = PrivateAttr(None)
 
     def canonical(self) -> bytes:
-        """What belongs to the run for ever, as the bytes that its first digest covers.
+        """The settings that are fixed once the run exists, as the bytes that its first digest covers.
 
-        Of an existing run they are the recorded bytes: another version may know other options.
+        For an existing run these are the recorded bytes, because another version may have other options.
         """
         if self._recorded is not None:
             return self._recorded
@@ -51,9 +51,10 @@ class Config(BaseSettings):
         return json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode()
 
     def of_run(self, seed: int, canonical: bytes) -> Config:
-        """This configuration for a run with that record: what was not set here comes from there.
+        """This configuration with the fixed settings of an existing run.
 
-        Raises ConfigError that names each value set here which the record contradicts.
+        Settings that were not set here come from the run's record. Raises ConfigError that names each setting
+        whose value here differs from the record.
         """
         record = json.loads(canonical)
         model, objective = recorded_sections(record)

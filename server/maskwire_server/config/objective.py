@@ -8,7 +8,7 @@ from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from maskwire_server.config.base import Finite, Probability, Section
 
-# A test compares each value with its source: Sahoo et al. 2024 (mdlm), Chang et al. 2022 (maskgit),
+# Sources, with which a test compares each value: Sahoo et al. 2024 (mdlm), Chang et al. 2022 (maskgit),
 # Ghazvininejad et al. 2019 (cmlm), the defaults of NonAutoregressiveWrapper (x-transformers).
 PRESETS: dict[str, dict[str, Any]] = {
     "mdlm": {"schedule": "linear", "masking": "exact", "weighting": "elbo"},
@@ -26,35 +26,35 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class ObjectiveConfig(Section):
-    """[objective]: what is minimised. It belongs to the run and cannot change."""
+    """[objective]: the training loss. Fixed once the run exists."""
 
     preset: Literal["mdlm", "maskgit", "cmlm", "x-transformers"] = "mdlm"
-    """Defaults for the other keys of this section; each can be set beside it."""
+    """Defaults for the other keys of this section. Each of them can still be set."""
     schedule: Literal["linear", "cosine", "quadratic"] = "linear"
-    """The masked fraction m(t): 1-t, cos(pi t/2) or (1-t)^2."""
+    """Masked fraction m(t) at time t: 1-t, cos(pi t/2) or (1-t)^2."""
     masking: Literal["exact", "bernoulli"] = "exact"
-    """A row masks an exact count of positions, or each position with probability m(t)."""
+    """Mask exactly ceil(m(t) n) of a row's n positions, or each position with probability m(t)."""
     weighting: Literal["elbo", "masked_mean"] = "elbo"
-    """A bound on the negative log-likelihood, or the mean over masked positions."""
+    """elbo: an upper bound on the negative log-likelihood. masked_mean: the mean over masked positions."""
     no_replace_prob: Probability = 0.0
-    """The share of masked positions that keep their own id."""
+    """Fraction of masked positions that keep their own id."""
     random_token_prob: Probability = 0.0
-    """The share of masked positions that get a random id."""
+    """Fraction of masked positions that get a random id."""
     augment_prob: Probability = 1.0
-    """The probability, for each kind and batch, that it is used at all."""
+    """Probability that a batch uses no_replace_prob, and likewise random_token_prob, at all."""
     self_cond: bool = False
-    """Feed a first pass's embeddings to the second."""
+    """Self-conditioning: feed the embeddings of a first pass into a second one."""
     self_cond_prob: Probability = 0.5
-    """The probability, for each batch, of taking the first pass."""
+    """Probability that a batch takes the first pass."""
     self_cond_start: Literal["null", "none"] = "null"
-    """What conditions the first pass itself: the null embedding, or nothing."""
+    """Condition the first pass on a learned null embedding, or on nothing."""
     critic: Literal["none", "self", "token"] = "none"
-    """No critic, a head on the generator's trunk, or an encoder of its own."""
+    """none: no critic. self: a head on the generator's trunk. token: a separate encoder."""
     critic_loss_weight: Finite = Field(1.0, ge=0)
-    """The critic's weight in the loss when both learn; a critic that trains alone minimises its plain
-    loss."""
+    """Weight of the critic's loss when generator and critic train together. It has no effect when the critic
+    trains alone."""
     critic_labels: Literal["mismatch", "token_critic"] = "mismatch"
-    """The critic finds sampled ids that are wrong, or positions that were masked."""
+    """The critic learns to find wrong ids (mismatch) or masked positions (token_critic)."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -62,7 +62,7 @@ class ObjectiveConfig(Section):
         if not isinstance(data, dict):
             return handler(data)
         section = handler({**PRESETS.get(data.get("preset", "mdlm"), {}), **data})
-        # A preset's values are not set by the user: an existing run keeps those that it recorded.
+        # The user did not set the values of the preset, so an existing run keeps the values it recorded.
         object.__setattr__(section, "__pydantic_fields_set__", set(data))
         return section
 
@@ -75,7 +75,7 @@ class ObjectiveConfig(Section):
 
     @property
     def augments(self) -> bool:
-        """Whether masked positions can show something else than the mask id."""
+        """Whether masked positions can contain another id than the mask id."""
         return self.augment_prob > 0 and self.no_replace_prob + self.random_token_prob > 0
 
     @property

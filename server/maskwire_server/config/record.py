@@ -1,4 +1,4 @@
-"""The sections that belong to a run, as the run recorded them."""
+"""The sections that are fixed once a run exists, as the run recorded them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from maskwire_server.errors import ConfigError
 
 
 class NewerRunError(ConfigError):
-    """A run records options that only a newer version has."""
+    """A run has recorded options that only a newer version has."""
 
 
 def recorded_sections(record: dict[str, Any]) -> tuple[ModelConfig, ObjectiveConfig]:
-    """[model] and [objective] as a run recorded them, by this version or another.
+    """[model] and [objective] as this or another version recorded them in a run.
 
-    An option that the record lacks is newer than the run and has its default, whatever a preset says now:
-    a new option's default must be what was done before there was the option. Raises ConfigError for options
-    that this version does not have.
+    An option that is missing in the record is newer than the run. It gets its own default, not that of a
+    preset: the default of a new option must be the behaviour before the option existed. Raises ConfigError
+    for options that this version does not have.
     """
     fields = {"model": ModelConfig.model_fields, "objective": ObjectiveConfig.model_fields}
     unknown = [f"{name}.{key}" for name in fields for key in record[name] if key not in fields[name]]
     if unknown:
         raise NewerRunError(
-            f"{', '.join(unknown)} is recorded, and this version does not know it: a newer version wrote the "
-            "run, use that one"
+            f"{', '.join(unknown)} is recorded, and this version does not know it: a newer version "
+            "created the run; use that version"
         )
     whole = {
         name: {**{key: field.default for key, field in fields[name].items()}, **record[name]}

@@ -11,17 +11,18 @@ from maskwire_server.config.base import Section
 
 
 class RunConfig(Section):
-    """[run]: where the run lives, and its seed."""
+    """[run]: the run's folder and seed."""
 
     dir: Path = Path("runs/default")
-    """Everything the run needs to come back, under one folder."""
+    """The run directory. It holds everything that is needed to restart the run."""
     seed: int = Field(0, ge=0, lt=2**63)
-    """Seeds the weights, the masks and every other draw. It belongs to the run and cannot change."""
+    """Seed of the initial weights, the masks and all other random draws. Fixed once the run exists."""
 
     @field_validator("dir")
     @classmethod
     def _readable(cls, value: Path) -> Path:
-        # safetensors writes under any path and reads under UTF-8 alone: the second start would fail.
+        # safetensors writes to any path but reads only from paths in UTF-8. Without this check, the run
+        # would start and then fail to restart.
         try:
             str(value).encode()
         except UnicodeEncodeError:
@@ -29,9 +30,9 @@ class RunConfig(Section):
             try:
                 text = raw.decode()
             except UnicodeDecodeError:
-                raise ValueError(f"the path must be UTF-8, got {raw!r}") from None
+                raise ValueError(f"the path must be UTF-8, got {raw!r}; rename the folder") from None
             raise ValueError(
-                "the path is UTF-8, but this process runs in a locale of ASCII and cannot read it: set "
+                "the path is UTF-8, but this process runs in an ASCII locale and cannot read it: set "
                 f"LC_ALL=C.UTF-8 or PYTHONUTF8=1, got {text!r}"
             ) from None
         return value

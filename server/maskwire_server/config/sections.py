@@ -1,4 +1,4 @@
-"""The sections by name, and which of their settings can be off."""
+"""All sections by name, and the settings that can be off."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SECTIONS: dict[str, type[Section]] = {
     "checkpoints": CheckpointsConfig,
     "serve": ServeConfig,
 }
-"""In the order in which they are written."""
+"""In the order of the generated file and pages."""
 
 
 def can_be_off() -> list[str]:
-    """The settings that take "off", by name."""
+    """The names of the settings that accept "off", as SECTION.KEY."""
     return [
         f"{name}.{key}"
         for name, section in SECTIONS.items()

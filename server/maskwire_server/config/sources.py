@@ -1,4 +1,4 @@
-"""Where the configuration comes from: flags over the environment over a TOML file."""
+"""Load the configuration. Flags win over the environment, and the environment over the TOML file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from maskwire_server.errors import ConfigError
 
 
 class _Environment(EnvSettingsSource):
-    """The environment; a list that is none is left to the setting's own check, which names the key."""
+    """The environment. A value that is not a valid list is passed on, so that the error names its key."""
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
         try:
@@ -31,9 +31,9 @@ class _Environment(EnvSettingsSource):
 
 
 def load(file: Path | None = None, **flags: dict[str, Any]) -> Config:
-    """Read the configuration: `flags` (by section) over the environment over `file`.
+    """Load the configuration from `file`, the environment and `flags` (settings by section).
 
-    Raises ConfigError with one line a problem: the key, the value and what would be right.
+    Raises ConfigError with one line for each problem: the key, what would be right, and the value.
     """
 
     class _Sourced(Config):
@@ -55,7 +55,7 @@ def load(file: Path | None = None, **flags: dict[str, Any]) -> Config:
         return _Sourced(**flags)  # type: ignore[arg-type]
     except ValidationError as error:
         raise ConfigError("\n".join(message(problem) for problem in error.errors())) from None
-    except ValueError as error:  # not TOML
+    except ValueError as error:  # the file is not valid TOML
         bare = file is not None and re.search(r"(?m)^\s*\w+\s*=\s*off\b", file.read_text(errors="replace"))
-        cure = f'; write {bare[0].split("=")[0].strip()} = "off", with quotes' if bare else ""
-        raise ConfigError(f"{file}: {error}{cure}") from None
+        hint = f'; write {bare[0].split("=")[0].strip()} = "off", with quotes' if bare else ""
+        raise ConfigError(f"{file}: {error}{hint}") from None
