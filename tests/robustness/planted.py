@@ -342,7 +342,7 @@ def a_critic_of_weight_0(_: Path) -> None:
 
     from maskwire_server import config
     from maskwire_server.batch import Batch, Modes
-    from maskwire_server.training.trainer import Trainer
+    from maskwire_server.training.trainer import TorchTrainer
 
     whole = config.load(
         None,
@@ -351,7 +351,7 @@ def a_critic_of_weight_0(_: Path) -> None:
         optimizer={"learning_rate": 1e-2, "warmup_steps": 0},
         serve={"device": "cpu", "threads": 1},
     )
-    trainer = Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed=0)
+    trainer = TorchTrainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed=0)
     batch = Batch(np.random.default_rng(0).integers(0, 8, (16, 6)), 16, 6)
     modes = Modes(only_train_critic=True, generator_sample_temperature=1.0)
     losses = [trainer.train_step(1, step, batch, modes).losses.loss for step in range(1, 41)]

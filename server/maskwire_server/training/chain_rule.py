@@ -26,13 +26,13 @@ from maskwire_server.results import EvalOptions, EvalResult, LossSums
 from maskwire_server.training import draws, objective
 from maskwire_server.training.corruption import Corruption, Vocabulary, random_ranks
 from maskwire_server.training.draws import Purpose
-from maskwire_server.training.evaluation import Batch
-from maskwire_server.training.objective import Networks
+from maskwire_server.training.evaluation import TensorBatch
+from maskwire_server.training.objective import Model
 from maskwire_server.training.summary import Bins, combine, summarize
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassBatch:
     """Pseudo-rows that are computed together."""
 
     part: Corruption
@@ -43,10 +43,10 @@ class Pass:
 
 
 def evaluate(
-    networks: Networks,
+    model: Model,
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
-    batch: Batch,
+    batch: TensorBatch,
     options: EvalOptions,
     *,
     budget: int,
@@ -65,7 +65,7 @@ def evaluate(
     for chunk in passes(batch, options, vocabulary, budget):
         if not wanted():
             raise Unwanted("nobody waits for this evaluation")
-        ce_b, correct_b = _predict(networks, config, vocabulary, chunk.part.to(device), chunk.target_b)
+        ce_b, correct_b = _predict(model, config, vocabulary, chunk.part.to(device), chunk.target_b)
         nats.index_add_(0, chunk.where_b, ce_b)
         k_parts.append(chunk.part.k_b)
         n_parts.append(chunk.part.n_b)
@@ -86,7 +86,7 @@ def evaluate(
     )
 
 
-def ranks(batch: Batch, options: EvalOptions, row_b: Tensor, draw_b: Tensor) -> Tensor:
+def ranks(batch: TensorBatch, options: EvalOptions, row_b: Tensor, draw_b: Tensor) -> Tensor:
     """The place of each position in its row's order, int64 [b, n]; n or more where it has none.
 
     A random order depends on the seed, the row's id and the draw, and goes over the maskable positions,
@@ -105,7 +105,9 @@ def _ranks(maskable_bn: Tensor, options: EvalOptions, row_b: Tensor, draw_b: Ten
     return rank_bn.masked_fill(~maskable_bn, maskable_bn.shape[1])
 
 
-def passes(batch: Batch, options: EvalOptions, vocabulary: Vocabulary, budget: int) -> Iterator[Pass]:
+def passes(
+    batch: TensorBatch, options: EvalOptions, vocabulary: Vocabulary, budget: int
+) -> Iterator[PassBatch]:
     """All passes of all orders of all rows, a part at a time."""
     n_r = batch.maskable_rn.sum(-1).tolist()
     length_r = [int(row.nonzero().max()) + 1 if bool(row.any()) else 1 for row in batch.valid_rn]
@@ -124,12 +126,12 @@ def passes(batch: Batch, options: EvalOptions, vocabulary: Vocabulary, budget: i
 
 
 def _together(
-    batch: Batch,
+    batch: TensorBatch,
     options: EvalOptions,
     vocabulary: Vocabulary,
     waiting: list[tuple[int, int, int]],
     longest: int,
-) -> Pass:
+) -> PassBatch:
     row_b, draw_b, pass_b = torch.tensor(waiting).unbind(1)
     orders, of_b = torch.unique(torch.stack((row_b, draw_b)), dim=1, return_inverse=True)
     # Cut first: as wide as the batch's longest row, many short ones would be far above the budget.
@@ -148,20 +150,20 @@ def _together(
         mask_bn.sum(-1),
     )
     target_b = (rank_bn == pass_b[:, None]).long().argmax(-1)
-    return Pass(part.rows(slice(None)), target_b, row_b * options.draws + draw_b)
+    return PassBatch(part.rows(slice(None)), target_b, row_b * options.draws + draw_b)
 
 
 def _predict(
-    networks: Networks, config: ObjectiveConfig, vocabulary: Vocabulary, part: Corruption, target_b: Tensor
+    model: Model, config: ObjectiveConfig, vocabulary: Vocabulary, part: Corruption, target_b: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy at each pseudo-row's position, and whether its most probable id is right: fp64 [b]."""
     valid = None if bool(part.valid_bn.all()) else part.valid_bn
     b, n = part.ids_bn.shape
     at_b = torch.arange(0, b * n, n, device=part.ids_bn.device) + target_b.to(part.ids_bn.device)
-    e_bd = objective.embeddings(networks, config, part.input_bn, valid, at_b, first_pass=config.self_cond)
+    e_bd = objective.embeddings(model, config, part.input_bn, valid, at_b, first_pass=config.self_cond)
     ids_b = part.ids_bn.flatten()[at_b]
     ce_b, right_b = torch.zeros(2, b, dtype=torch.float64)
-    for some, logits in objective.logits_in_chunks(networks, e_bd, vocabulary):
+    for some, logits in objective.logits_in_chunks(model, e_bd, vocabulary):
         ce_b[some] = F.cross_entropy(logits, ids_b[some], reduction="none").double().cpu()
         right_b[some] = (logits.argmax(-1) == ids_b[some]).double().cpu()
     return ce_b, right_b

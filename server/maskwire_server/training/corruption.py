@@ -35,7 +35,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepKey:
     """What every draw of a training step is keyed by."""
 
     seed: int
@@ -83,7 +83,7 @@ def corrupt(
     prompt_bn: Tensor,
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
-    step: Step,
+    step: StepKey,
     masking: schedule.Schedule | None = None,
 ) -> Corruption:
     """Mask a logical batch for training; `masking` replaces the configured schedule by another."""
@@ -129,7 +129,7 @@ def mask_exactly(keys_b: Tensor, maskable_bn: Tensor, k_b: Tensor) -> Tensor:
     return random_ranks(keys_b, maskable_bn) < k_b[:, None]
 
 
-def coin(step: Step, which: int, probability: float) -> bool:
+def coin(step: StepKey, which: int, probability: float) -> bool:
     """A coin for the whole logical batch: 0 keeps ids, 1 replaces ids, 2 conditions on a first pass."""
     return draws.uniform_scalar(Purpose.COINS, step.seed, step.lineage, step.number, which) < probability
 
@@ -140,7 +140,7 @@ def _augment(
     mask_bn: Tensor,
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
-    step: Step,
+    step: StepKey,
 ) -> Tensor:
     at = (step.seed, step.lineage, step.number)
     b, n = ids_bn.shape

@@ -26,12 +26,12 @@ from maskwire_server.results import EvalOptions, EvalResult, LossSums
 from maskwire_server.training import draws, objective, schedule
 from maskwire_server.training.corruption import Corruption, Vocabulary, mask_exactly
 from maskwire_server.training.draws import Purpose
-from maskwire_server.training.objective import Networks
+from maskwire_server.training.objective import Model
 from maskwire_server.training.summary import Bins, combine, halves, summarize
 
 
 @dataclass(frozen=True)
-class Batch:
+class TensorBatch:
     """A batch on the host: int64 and bool [r, n]."""
 
     ids_rn: Tensor
@@ -50,7 +50,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Sums:
+class DrawSums:
     """What each draw of each row found, fp64 [r, d]."""
 
     ce: Tensor
@@ -82,10 +82,10 @@ def draw_counts(n_r: Tensor, row_ids: list[int], seed: int, count: int) -> Tenso
 
 
 def evaluate(
-    networks: Networks,
+    model: Model,
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
-    batch: Batch,
+    batch: TensorBatch,
     options: EvalOptions,
     *,
     budget: int,
@@ -106,14 +106,14 @@ def evaluate(
         if not wanted():
             raise Unwanted("nobody waits for this evaluation")
         flat[:, where] = _part_sums(
-            networks, config, vocabulary, part.to(device), keys_b, temperature_b, critic
+            model, config, vocabulary, part.to(device), keys_b, temperature_b, critic
         ).cpu()
-    sums = Sums(*flat.view(4, *k_rd.shape))
+    sums = DrawSums(*flat.view(4, *k_rd.shape))
     return figures(sums, config, n_r, k_rd, options, has_critic=critic, ema_weights=ema_weights)
 
 
 def _parts(
-    batch: Batch, k_rd: Tensor, options: EvalOptions, vocabulary: Vocabulary, budget: int, critic: bool
+    batch: TensorBatch, k_rd: Tensor, options: EvalOptions, vocabulary: Vocabulary, budget: int, critic: bool
 ) -> Iterator[tuple[slice, Corruption, Tensor, Tensor]]:
     """Pseudo-rows in order, a part at a time, with the keys and temperatures of the critic's samples."""
     r, d = k_rd.shape
@@ -160,7 +160,7 @@ def _parts(
 
 
 def _part_sums(
-    networks: Networks,
+    model: Model,
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
     part: Corruption,
@@ -176,10 +176,10 @@ def _part_sums(
     row_m, target_m = masked_m // n, part.ids_bn.flatten()[masked_m]
     u_m = draws.uniform(keys_b.to(device), n).flatten()[masked_m] if critic else None
     temperature_m = temperature_b.to(device)[row_m]
-    e_md = objective.embeddings(networks, config, part.input_bn, valid, masked_m, first_pass=config.self_cond)
+    e_md = objective.embeddings(model, config, part.input_bn, valid, masked_m, first_pass=config.self_cond)
     sums = torch.zeros(4, b, dtype=torch.float64, device=device)
     sampled_m = torch.zeros_like(target_m)
-    for some, logits in objective.logits_in_chunks(networks, e_md, vocabulary):
+    for some, logits in objective.logits_in_chunks(model, e_md, vocabulary):
         target = target_m[some]
         sums[0].index_add_(0, row_m[some], F.cross_entropy(logits, target, reduction="none").double())
         sums[1].index_add_(0, row_m[some], (logits.argmax(-1) == target).double())
@@ -187,7 +187,7 @@ def _part_sums(
             sampled_m[some] = objective.sample(logits, u_m[some], temperature_m[some])
     if critic:
         filled_bn = part.ids_bn.masked_scatter(part.mask_bn, sampled_m)
-        scores_bn = networks.criticize(filled_bn, valid, train_trunk=False)
+        scores_bn = model.criticize(filled_bn, valid, train_trunk=False)
         scores_bn = scores_bn if scores_bn.dtype == torch.float64 else scores_bn.float()
         labels_bn = objective.critic_labels(config, part, filled_bn)
         bce_bn = F.binary_cross_entropy_with_logits(
@@ -199,7 +199,7 @@ def _part_sums(
 
 
 def figures(
-    sums: Sums,
+    sums: DrawSums,
     config: ObjectiveConfig,
     n_r: Tensor,
     k_rd: Tensor,

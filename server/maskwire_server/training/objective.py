@@ -1,7 +1,7 @@
 """The losses of a masked batch: cross-entropy at masked positions, and the critic's.
 
 Letters: b rows, n positions, v vocabulary, m packed masked positions, p packed maskable positions.
-Nothing here knows a model class: `Networks` says what is needed of one. Embeddings and the vocabulary
+Nothing here knows a model class: `Model` says what is needed of one. Embeddings and the vocabulary
 projection are computed at masked positions only, the projection a chunk at a time: neither a [b, n, v]
 tensor exists nor a [m, v] one.
 """
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.training import cross_entropy, draws, schedule
-from maskwire_server.training.corruption import Corruption, Step, Vocabulary, coin
+from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, coin
 from maskwire_server.training.draws import Purpose
 
 _SAMPLE_CHUNK = 2**21  # fp64 probabilities held at once while sampling: 16 MiB
 
 
-class Networks(Protocol):
+class Model(Protocol):
     """A generator, and perhaps a critic."""
 
     def embed(
@@ -49,7 +49,7 @@ class Networks(Protocol):
 
 
 @dataclass(frozen=True)
-class Modes:
+class StepPlan:
     """What a step computes, and who learns from it."""
 
     generator_learns: bool = True
@@ -62,7 +62,7 @@ class Modes:
 
 
 @dataclass(frozen=True)
-class Sums:
+class PartLosses:
     """A part's share of the logical batch's losses, fp64 scalars with gradients."""
 
     generator: Tensor
@@ -82,21 +82,19 @@ def position_weights(
     return schedule.elbo_weights(chosen, config.masking, k_b, n_b) / n_b.sum().clamp(min=1)
 
 
-def logits_in_chunks(
-    networks: Networks, e_md: Tensor, vocabulary: Vocabulary
-) -> Iterator[tuple[slice, Tensor]]:
+def logits_in_chunks(model: Model, e_md: Tensor, vocabulary: Vocabulary) -> Iterator[tuple[slice, Tensor]]:
     """Some positions and their logits, [chunk, v], at a time: of all at once only generation has room."""
     for some in cross_entropy.chunks(e_md.shape[0], vocabulary.num_tokens, e_md.device):
-        yield some, cross_entropy.forbid_special(networks.project(e_md[some]), vocabulary)
+        yield some, cross_entropy.forbid_special(model.project(e_md[some]), vocabulary)
 
 
-def step_modes(config: ObjectiveConfig, step: Step, *, has_critic: bool, train_generator: bool,
-               train_critic: bool, temperature: float | None) -> Modes:  # fmt: skip
+def plan_step(config: ObjectiveConfig, step: StepKey, *, has_critic: bool, train_generator: bool,
+               train_critic: bool, temperature: float | None) -> StepPlan:  # fmt: skip
     """What a training step computes, its coins and its temperature drawn."""
     at = (step.seed, step.lineage, step.number)
     if temperature is None:
         temperature = draws.uniform_scalar(Purpose.TEMPERATURE, *at)
-    return Modes(
+    return StepPlan(
         generator_learns=train_generator,
         critic=has_critic and train_critic,
         first_pass=config.self_cond and coin(step, 2, config.self_cond_prob),
@@ -105,7 +103,7 @@ def step_modes(config: ObjectiveConfig, step: Step, *, has_critic: bool, train_g
 
 
 def embeddings(
-    networks: Networks,
+    model: Model,
     config: ObjectiveConfig,
     input_bn: Tensor,
     valid_bn: Tensor | None,
@@ -120,10 +118,10 @@ def embeddings(
     first = None
     if first_pass:
         with torch.no_grad():
-            start = networks.conditioning(None) if config.self_cond_start == "null" else None
-            first = networks.embed(input_bn, valid_bn, start)
-    cond = networks.conditioning(first) if config.self_cond else None
-    return networks.embed(input_bn, valid_bn, cond, read_m)
+            start = model.conditioning(None) if config.self_cond_start == "null" else None
+            first = model.embed(input_bn, valid_bn, start)
+    cond = model.conditioning(first) if config.self_cond else None
+    return model.embed(input_bn, valid_bn, cond, read_m)
 
 
 def positions(mask_bn: Tensor) -> Tensor:
@@ -132,15 +130,15 @@ def positions(mask_bn: Tensor) -> Tensor:
 
 
 def losses(
-    networks: Networks,
+    model: Model,
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
     part: Corruption,
     weight_b: Tensor,
     maskable: int,
-    modes: Modes,
+    modes: StepPlan,
     sample_keys_b: Tensor,
-) -> Sums:
+) -> PartLosses:
     """One part's share of the losses of its logical batch.
 
     `weight_b` are the part's `position_weights`, `maskable` the logical batch's number of maskable
@@ -158,17 +156,17 @@ def losses(
             sampled_m[rows] = sample(logits, u_m[rows], modes.temperature)
 
     with torch.set_grad_enabled(modes.generator_learns and torch.is_grad_enabled()):
-        e_md = embeddings(networks, config, part.input_bn, valid, masked_m, first_pass=modes.first_pass)
+        e_md = embeddings(model, config, part.input_bn, valid, masked_m, first_pass=modes.first_pass)
         target_m, weight_m = part.ids_bn.flatten()[masked_m], weight_b[masked_m // n]
-        generator = cross_entropy.weighted_sum(*networks.head(e_md), target_m, weight_m, vocabulary, look)
+        generator = cross_entropy.weighted_sum(*model.head(e_md), target_m, weight_m, vocabulary, look)
     if not modes.critic:
-        return Sums(generator, None)
+        return PartLosses(generator, None)
     filled_bn = part.ids_bn.masked_scatter(part.mask_bn, sampled_m)
-    bce_p = critic_cross_entropy(networks, config, part, filled_bn, valid, modes.generator_learns)
-    return Sums(generator, bce_p.double().sum() / maskable)
+    bce_p = critic_cross_entropy(model, config, part, filled_bn, valid, modes.generator_learns)
+    return PartLosses(generator, bce_p.double().sum() / maskable)
 
 
-def minimized(sums: Sums, config: ObjectiveConfig, modes: Modes, numerics_version: int) -> Tensor:
+def minimized(sums: PartLosses, config: ObjectiveConfig, modes: StepPlan, numerics_version: int) -> Tensor:
     """What a part adds to the step's `loss`, the number that is reported and the one whose gradient is taken.
 
     The critic's weight balances it against the generator's loss: a critic that trains alone minimises its
@@ -182,7 +180,7 @@ def minimized(sums: Sums, config: ObjectiveConfig, modes: Modes, numerics_versio
 
 
 def critic_cross_entropy(
-    networks: Networks,
+    model: Model,
     config: ObjectiveConfig,
     part: Corruption,
     filled_bn: Tensor,
@@ -190,7 +188,7 @@ def critic_cross_entropy(
     train_trunk: bool,
 ) -> Tensor:
     """The critic's binary cross-entropy at each maskable position, fp32 [p]."""
-    scores_bn = networks.criticize(filled_bn, valid, train_trunk=train_trunk)
+    scores_bn = model.criticize(filled_bn, valid, train_trunk=train_trunk)
     labels_bn = critic_labels(config, part, filled_bn)
     scores_p = scores_bn[part.maskable_bn].float()
     return F.binary_cross_entropy_with_logits(

@@ -30,7 +30,7 @@ from maskwire_server.training import draws, objective, schedule
 from maskwire_server.training.corruption import Vocabulary
 from maskwire_server.training.cross_entropy import forbid_special
 from maskwire_server.training.draws import Purpose
-from maskwire_server.training.objective import Networks
+from maskwire_server.training.objective import Model
 
 MASKGIT_CHOICE_TEMPERATURE = 4.5  # Chang et al. 2022
 
@@ -86,7 +86,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassPlan:
     """What an unmasking pass is told about its rows."""
 
     step: int
@@ -96,13 +96,13 @@ class Pass:
     noise_b: Tensor
     """fp64: the scale of the noise on the order."""
 
-    def rows(self, which_b: Tensor, device: torch.device) -> Pass:
+    def rows(self, which_b: Tensor, device: torch.device) -> PassPlan:
         """Some of the rows, on a device."""
-        return Pass(self.step, self.stay_b[which_b].to(device), self.noise_b[which_b].to(device))
+        return PassPlan(self.step, self.stay_b[which_b].to(device), self.noise_b[which_b].to(device))
 
 
 def generate(
-    networks: Networks,
+    model: Model,
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
     prompts: Prompts,
@@ -135,7 +135,7 @@ def generate(
             for which_b in torch.split((left_b[group_b] > 0).nonzero()[:, 0], part_rows):
                 where_b = which_b.to(device)
                 part = advance(
-                    networks, config, vocabulary, rows.take(where_b), told.rows(which_b, device), options
+                    model, config, vocabulary, rows.take(where_b), told.rows(which_b, device), options
                 )
                 rows = rows.put(where_b, part)
             whole.ids_bn[at_b] = rows.ids_bn
@@ -180,13 +180,13 @@ def narrowest(vocabulary: Vocabulary) -> np.dtype[np.integer]:
 
 def plan(
     config: ObjectiveConfig, options: GenerateOptions, unknown_b: Tensor, left_b: Tensor, step: int
-) -> Pass:
+) -> PassPlan:
     """Pass number `step`, counted from 1, for every row."""
     steps_b = torch.full_like(unknown_b, options.steps) if options.steps else unknown_b
     scale = options.choice_temperature
     if scale is None:
         scale = MASKGIT_CHOICE_TEMPERATURE if config.preset == "maskgit" else 0.0
-    return Pass(
+    return PassPlan(
         step,
         stay_masked(schedule.SCHEDULES[config.schedule], unknown_b, left_b, step, options.steps),
         scale * (1 - step / steps_b.clamp(min=1).double()).clamp(min=0),
@@ -213,11 +213,11 @@ def stay_masked(
 
 
 def advance(
-    networks: Networks,
+    model: Model,
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
     rows: Rows,
-    told: Pass,
+    told: PassPlan,
     options: GenerateOptions,
 ) -> Rows:
     """One pass over rows that have something masked."""
@@ -231,11 +231,11 @@ def advance(
     read_m = objective.positions(read_bn)
     carried_bnd = None
     if config.self_cond and options.self_cond_mode is SelfCondMode.CARRY:
-        carried_bnd = networks.embed(rows.ids_bn, valid, networks.conditioning(rows.carried_bnd))
+        carried_bnd = model.embed(rows.ids_bn, valid, model.conditioning(rows.carried_bnd))
         e_md = carried_bnd.flatten(0, 1)[read_m]
     else:
-        e_md = objective.embeddings(networks, config, rows.ids_bn, valid, read_m, first_pass=config.self_cond)
-    logits_mv = forbid_special(networks.project(e_md), vocabulary)
+        e_md = objective.embeddings(model, config, rows.ids_bn, valid, read_m, first_pass=config.self_cond)
+    logits_mv = forbid_special(model.project(e_md), vocabulary)
     total_m = check(logits_mv.logsumexp(-1))  # before anything is drawn or gathered by what it holds
     u_m = draws.uniform(draws.nth(rows.token_keys_b, told.step), n).flatten()[read_m]
     sampled_m = sample(logits_mv, u_m, options)
@@ -245,7 +245,7 @@ def advance(
     if options.order is not Order.RANDOM:
         recorded_bn = recorded_bn.masked_scatter(rows.mask_bn, confidence_m)
         if options.order is Order.CRITIC and bool(told.stay_b.any()):
-            scores_bn = -networks.criticize(filled_bn, valid, train_trunk=False).double()
+            scores_bn = -model.criticize(filled_bn, valid, train_trunk=False).double()
             check(scores_bn[rows.valid_bn], "the critic's scores")
         elif options.order in (Order.MARGIN, Order.ENTROPY):
             scores_bn = recorded_bn.masked_scatter(rows.mask_bn, certainty(logits_mv, options.order))

@@ -16,11 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_QUADRATURE_POINTS = 4096
+from maskwire_server.training.quadrature import gauss_legendre
 
 
 @dataclass(frozen=True)
@@ -86,12 +85,6 @@ def exact_probabilities(schedule: Schedule, k_b: Tensor, n_b: Tensor) -> Tensor:
     return schedule.inverse((k_b - 1) / n) - schedule.inverse(k_b / n)
 
 
-@functools.lru_cache(maxsize=1)
-def _gauss_legendre() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    points, weights = np.polynomial.legendre.leggauss(_QUADRATURE_POINTS)
-    return (points + 1) / 2, weights / 2
-
-
 @functools.lru_cache(maxsize=4096)
 def _bernoulli_probability(schedule: Schedule, k: int, n: int) -> float:
     """P_B(k) by Gauss-Legendre quadrature in a variable that is smooth at both ends.
@@ -99,7 +92,7 @@ def _bernoulli_probability(schedule: Schedule, k: int, n: int) -> float:
     With t = sin^2(pi s/2) the derivative vanishes at both ends, which takes the sting out of a square
     root in m; the integrand is a bump of width about n^(-1/2), resolved by thousands of points.
     """
-    s, weights = _gauss_legendre()
+    s, weights = gauss_legendre()
     t = np.sin(np.pi / 2 * s) ** 2
     jacobian = np.pi / 2 * np.sin(np.pi * s)
     m = np.clip(schedule.fraction(torch.from_numpy(t)).numpy(), 1e-300, 1 - 1e-16)

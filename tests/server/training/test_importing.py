@@ -21,7 +21,7 @@ from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from maskwire_server.results import EvalOptions
 from maskwire_server.training.models import state_dict, x_transformers
 from maskwire_server.training.models.networks import Networks
-from maskwire_server.training.trainer import Trainer
+from maskwire_server.training.trainer import TorchTrainer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -66,9 +66,9 @@ def brought(state: Any, **said: Any) -> tuple[x_transformers.Imported, Networks]
     return found, networks.eval()
 
 
-def trainer_of(found: x_transformers.Imported, **optimizer: Any) -> Trainer:
+def trainer_of(found: x_transformers.Imported, **optimizer: Any) -> TorchTrainer:
     serve = ServeConfig(device="cpu", threads=1)
-    trainer = Trainer(found.model, found.objective, OptimizerConfig(**optimizer), serve, seed=1)
+    trainer = TorchTrainer(found.model, found.objective, OptimizerConfig(**optimizer), serve, seed=1)
     trainer.adopt(found.weights)
     return trainer
 
