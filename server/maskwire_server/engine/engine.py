@@ -29,7 +29,6 @@ from maskwire_server.engine.executor import Executor
 from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.engine.pending import Pending
-from maskwire_server.engine.reads import Recognition, StepsRead
 from maskwire_server.engine.restore import Restores
 from maskwire_server.engine.run import Run
 from maskwire_server.engine.saves import Saves
@@ -38,6 +37,7 @@ from maskwire_server.engine.start import Ready, Start
 from maskwire_server.engine.steps import Steps
 from maskwire_server.errors import Refused
 from maskwire_server.history import StepsPage, StepsRequest
+from maskwire_server.journal import listing
 from maskwire_server.journal.reserve import Reserve
 from maskwire_server.manifest import Manifest
 from maskwire_server.requests import (
@@ -244,12 +244,12 @@ class Engine:
     def _recognise(self, manifests: Iterable[Manifest]) -> None:
         """Look up checkpoints that were copied into the directory while the server runs."""
         if self._serving.done() and any(self._catalogue.unknown(manifest) for manifest in manifests):
-            self._committer.read(Recognition(self._catalogue)).result()
+            self._committer.read(self._catalogue.look_up)
 
     def list_steps(self, request: StepsRequest) -> Future[StepsPage]:
         """A page of recorded steps of one lineage."""
         self._pending.require_serving()
-        return self._pending.add(self._committer.read(StepsRead(self._run.head.computed.run_id, request)))
+        return self._pending.add(self._committer.ask(listing.page, self._run.head.computed.run_id, request))
 
     def status(self) -> Status:
         """Show state, progress and what the run is waiting for. Never waits for the device or the disk."""

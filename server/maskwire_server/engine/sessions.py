@@ -28,31 +28,6 @@ EVALUATED = "evaluated"
 """The kind of event that records which step a writer has evaluated."""
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """What the journal has about a request to open a session."""
-
-    epoch: int | None
-    """The epoch given to its nonce."""
-    digest: bytes | None
-    """The digest at the client's newest step."""
-
-
-@dataclass(frozen=True)
-class SessionRead:
-    """Reads what the journal has about a request to open a session."""
-
-    nonce: str
-    lineage: int
-    step: int | None
-
-    def read(self, journal: Journal) -> Recorded:
-        """Look up the nonce and the step."""
-        given = journal.session_of_nonce(self.nonce)
-        digest = None if self.step is None else journal.digest_at(self.lineage, self.step)
-        return Recorded(given.epoch if given else None, digest)
-
-
 @dataclass(eq=False)
 class SessionCommit:
     """A new epoch, its client's process, and what changed with it."""
@@ -92,16 +67,17 @@ class Sessions:
                 self._opening[request.nonce].append(future)
                 return
             self._opening[request.nonce] = [future]
-        step = None if request.history is None else request.history.step
+        history, digest = request.history, None
         try:
-            read = self._committer.read(SessionRead(request.nonce, run.head.computed.lineage, step))
-            recorded = read.result()
+            given = self._committer.read(Journal.session_of_nonce, request.nonce)
+            if history is not None:
+                digest = self._committer.read(Journal.digest_at, run.head.computed.lineage, history.step)
             with run.mutex:
-                self._admit(request, recorded)
+                self._admit(request, given.epoch if given else None, digest)
         except Refused as refusal:
             self._refuse(request.nonce, refusal)
 
-    def _admit(self, request: SessionRequest, recorded: Recorded) -> None:
+    def _admit(self, request: SessionRequest, nonce_epoch: int | None, digest: bytes | None) -> None:
         """Raise the epoch and queue its record, or return the nonce's own epoch. Under the mutex."""
         run, at = self._run, self._run.situation()
         durable = run.head.durable.step
@@ -109,9 +85,9 @@ class Sessions:
         trained = run.next_number > 1
         facts = SessionFacts(
             request,
-            recorded.epoch,
+            nonce_epoch,
             durable,
-            recorded.digest,
+            digest,
             run.head.tokenizer if trained else "",
             run.head.data if trained else {},
         )
