@@ -16,8 +16,9 @@ from typing import NoReturn
 
 from maskwire._version import __version__
 from maskwire_server.config import Config
-from maskwire_server.engine.device import Trainer
 from maskwire_server.engine.engine import Engine
+from maskwire_server.engine.setup import Setup
+from maskwire_server.engine.trainer import Trainer
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
 from maskwire_server.recovery import point_in_time, recorded_config
 from maskwire_server.recovery.replay import InexactReplayError
@@ -59,7 +60,7 @@ def serve(
         say(error)
         return EXIT_RUN_DIRECTORY
     log.info("run directory: %s", config.run.dir.absolute())
-    engine = Engine(
+    setup = Setup(
         factory or trainer_factory(config),
         config.run.dir,
         seed=config.run.seed,
@@ -68,10 +69,10 @@ def serve(
         serve=config.serve,
         checkpoints=config.checkpoints,
         versions={"maskwire": __version__, "python": platform.python_version()},
-        on_fatal=_die,
         accept_inexact_replay=accept_inexact_replay,
         accept_lost_history=accept_lost_history,
     )
+    engine = Engine(setup, _die)
     try:
         server = Server(engine, config.serve)
     except ConfigError as error:

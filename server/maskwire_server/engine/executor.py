@@ -13,7 +13,6 @@ from maskwire_server.config import ServeConfig
 from maskwire_server.engine import admission
 from maskwire_server.engine.commits import AnswerCommit, RevealCommit, SaveCommit, StepCommit
 from maskwire_server.engine.committer import Committer
-from maskwire_server.engine.device import Device
 from maskwire_server.engine.entries import Drain, Entry, Evaluation, Restore, Save, Step, Takeover
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.generation_stream import Generation
@@ -22,6 +21,7 @@ from maskwire_server.engine.restore import Restores
 from maskwire_server.engine.run import Run
 from maskwire_server.engine.saves import Saves
 from maskwire_server.engine.sessions import Sessions
+from maskwire_server.engine.trainer import Trainer, guarded, snapshot
 from maskwire_server.errors import DeviceLost, Refused, StateLost, Unwanted
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import StepRecord
@@ -43,7 +43,7 @@ class Executor:
         self,
         run: Run,
         committer: Committer,
-        device: Device,
+        trainer: Trainer,
         saves: Saves,
         sessions: Sessions,
         restores: Restores,
@@ -57,7 +57,7 @@ class Executor:
     ) -> None:
         self._run = run
         self._committer = committer
-        self._device = device
+        self._trainer = trainer
         self._saves = saves
         self._sessions = sessions
         self._restores = restores
@@ -170,8 +170,8 @@ class Executor:
             result = StepResult(Outcome.POISON, Losses(math.nan))
         else:
             payload = step.request.payload
-            with self._quarantine.watch(step.payload_hash):
-                result = self._device.train_step(
+            with self._quarantine.watch(step.payload_hash), guarded(self._trainer):
+                result = self._trainer.train_step(
                     self._run.head.computed.lineage, step.number, payload.batch, payload.modes
                 )
         try:
@@ -235,7 +235,8 @@ class Executor:
         try:
             if future.done():
                 return
-            result = self._device.eval_loss(request.batch, request.options, lambda: not future.done())
+            with guarded(self._trainer):
+                result = self._trainer.eval_loss(request.batch, request.options, lambda: not future.done())
         except Unwanted:
             return
         except DeviceLost:
@@ -258,9 +259,10 @@ class Executor:
         try:
             if not generation.over:
                 request = generation.request
-                for state in self._device.generate(request.prompts, request.options):
-                    if not generation.put(state):
-                        break
+                with guarded(self._trainer):
+                    for state in self._trainer.generate(request.prompts, request.options):
+                        if not generation.put(state):
+                            break
         except DeviceLost:
             raise
         except Exception as error:
@@ -277,7 +279,7 @@ class Executor:
         with self._run.mutex:
             self._saves.begin()
         try:
-            copy = self._device.snapshot()
+            copy = snapshot(self._trainer)
         except DeviceLost:
             raise
         except Exception as error:

@@ -931,16 +931,12 @@ WORKER = """
 import sys, numpy as np
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from counter import CounterTrainer
+from rig import make_engine
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.requests import StepRequest
-from maskwire_server.engine.engine import Engine
 whole = config.load(None, checkpoints={"every_steps": 7, "keep_last": 2})
-engine = Engine(CounterTrainer, Path(sys.argv[1]), seed=0, canonical=whole.canonical(),
-    configuration=whole.model_dump(mode="json"), serve=whole.serve, checkpoints=whole.checkpoints,
-    versions={}, on_fatal=print)
-engine.start()
+engine = make_engine(Path(sys.argv[1]), whole, on_fatal=print)
 engine.wait_serving(30)
 while True:
     step = engine.status().step + 1
