@@ -19,8 +19,7 @@ from maskwire_server.config import Config, template
 from maskwire_server.engine.trainer import Trainer
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
 from maskwire_server.manifest import MANIFEST, Manifest
-from maskwire_server.recovery import imported_run
-from maskwire_server.recovery.verify import open_run
+from maskwire_server.recovery import boot, imported_run
 from maskwire_server.results import WEIGHT_FILES
 
 CONFIG_FILE = "maskwire.toml"
@@ -127,7 +126,7 @@ def _newest(run_dir: Path, checkpoints: Checkpoints) -> Manifest:
     """The newest checkpoint of the run. Checkpoints copied from other runs are only used by name."""
     found = checkpoints.all()
     with contextlib.suppress(RunDirectoryError):  # a server uses the journal, or there is no journal
-        journal = open_run(run_dir)
+        journal = boot.open_recorded(run_dir)
         try:
             membership = Membership()
             membership.look_up(journal, found)

@@ -37,7 +37,7 @@ from maskwire_server.engine import (
 )
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal import database, fsync, inexact_replays, journal, reserve
-from maskwire_server.recovery import boot, fingerprint, replay
+from maskwire_server.recovery import boot, rebuild, recorded_settings, replay
 from maskwire_server.requests import EvalRequest, SaveRequest, StepRequest
 from maskwire_server.results import EvalOptions, InexactReplay, Losses, Outcome, StepResult
 
@@ -574,14 +574,14 @@ def _digest_not_chained() -> list[Patch]:
 
 
 def _replay_leaves_the_first_step_out() -> list[Patch]:
-    steps = boot.steps_to_replay
+    steps = rebuild.steps_to_replay
 
     def shorter(*arguments: Any) -> Iterator[Any]:
         records = steps(*arguments)
         next(records, None)
         yield from records
 
-    return [(boot, "steps_to_replay", shorter)]
+    return [(rebuild, "steps_to_replay", shorter)]
 
 
 def _rows_not_held_against_their_hashes() -> list[Patch]:
@@ -719,7 +719,7 @@ def _tolerance_without_a_bound() -> list[Patch]:
 
 
 def _no_tolerance() -> list[Patch]:
-    return [(fingerprint, "reproducible", lambda _: True)]
+    return [(recorded_settings, "reproducible", lambda _: True)]
 
 
 def _changed_outcome_accepted() -> list[Patch]:

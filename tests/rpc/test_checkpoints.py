@@ -177,4 +177,4 @@ def test_whichever_file_of_the_newest_checkpoint_is_damaged_the_run_starts_at_th
             other.kill()
             assert "loaded checkpoint at-2" in log
             if (file, damage) != ("manifest.json", "delete"):  # that one does not exist
-                assert f"checkpoint at-4 passed over, and moved to at-4.aside: {file}" in log
+                assert f"checkpoint at-4 cannot be used and was moved to at-4.aside: {file}" in log

@@ -25,7 +25,8 @@ class Catalogue:
     def __init__(self) -> None:
         self._membership = Membership()
         self._manifests: dict[str, Manifest] = {}
-        self._unrecorded: dict[str, Manifest | None] = {}  # None: removed
+        self._rebuild = False  # the table holds something else than the folder
+        self._unrecorded: dict[str, Manifest | None] = {}  # since the table was written; None: removed
         self._lock = threading.Lock()
 
     @property
@@ -39,12 +40,10 @@ class Catalogue:
         recorded = journal.checkpoints()
         with self._lock:
             self._manifests = found
-            for name in recorded.keys() - found.keys():
-                log.warning("checkpoint %s is no longer in checkpoints/", name)
-                self._unrecorded[name] = None
-            for name, manifest in found.items():
-                if recorded.get(name) != manifest.to_json():
-                    self._unrecorded[name] = manifest
+            if recorded != {name: manifest.to_json() for name, manifest in found.items()}:
+                self._rebuild, self._unrecorded = True, {**found}
+        for name in sorted(recorded.keys() - found.keys()):
+            log.warning("checkpoint %s is no longer in checkpoints/", name)
         self.look_up(journal)
 
     def look_up(self, journal: Journal) -> None:
@@ -92,7 +91,9 @@ class Catalogue:
     def record(self, journal: Journal) -> dict[str, Manifest | None]:
         """Write what changed to the journal, within a transaction; `recorded` takes what this returns."""
         with self._lock:
-            changes = dict(self._unrecorded)
+            rebuild, changes = self._rebuild, dict(self._unrecorded)
+        if rebuild:
+            journal.remove_checkpoints()
         for name, manifest in changes.items():
             if manifest is None:
                 journal.remove_checkpoint(name)
@@ -101,8 +102,9 @@ class Catalogue:
         return changes
 
     def recorded(self, changes: dict[str, Manifest | None]) -> None:
-        """The transaction is durable."""
+        """The transaction that wrote these changes is durable."""
         with self._lock:
+            self._rebuild = False
             for name, manifest in changes.items():
                 if name in self._unrecorded and self._unrecorded[name] is manifest:
                     del self._unrecorded[name]
@@ -110,7 +112,7 @@ class Catalogue:
     @property
     def is_recorded(self) -> bool:
         """Whether the journal's table holds what the catalogue does."""
-        return not self._unrecorded
+        return not (self._rebuild or self._unrecorded)
 
 
 def newest_first(manifests: Iterable[Manifest]) -> list[Manifest]:

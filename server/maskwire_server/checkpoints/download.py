@@ -1,4 +1,4 @@
-"""A checkpoint's files for whoever downloads them."""
+"""Downloads: the files of a checkpoint in chunks, checked against the manifest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHUNK_BYTES = 2**20
 
 
 def read(checkpoints: Checkpoints, request: DownloadRequest) -> Iterator[Chunk]:
-    """The chunks that were asked for; the checkpoint is kept until the iterator ends or is closed.
+    """The requested chunks; the checkpoint is kept until the iterator ends or is closed.
 
     Raises Refused: CHECKPOINT_NOT_FOUND, CHECKPOINT_DAMAGED, INVALID_FIELD.
     """

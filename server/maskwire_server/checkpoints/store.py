@@ -80,7 +80,7 @@ class Checkpoints:
         if self.foreign(name):
             raise Refused(
                 "CHECKPOINT_EXISTS",
-                f"checkpoints/{name} is there and is no checkpoint's; choose another name",
+                f"checkpoints/{name} exists and is no checkpoint's; choose another name",
                 name=name,
             )
         begun = False
@@ -88,7 +88,7 @@ class Checkpoints:
         try:
             if (folder / MANIFEST).exists():  # damaged or renamed: somebody may still want it
                 self.set_aside(name)
-            elif folder.exists():  # the unfinished folder of a save that was cut off
+            elif folder.exists():  # left by a save that was interrupted
                 shutil.rmtree(folder)
             make_folder(self.folder)
             folder.mkdir()
@@ -108,6 +108,8 @@ class Checkpoints:
         except OSError as error:
             if begun:
                 shutil.rmtree(folder, ignore_errors=True)
+            if self._catalogue is not None:
+                self._catalogue.remove(name)
             if is_shortage(error):
                 raise
             cure = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "look at the disk"

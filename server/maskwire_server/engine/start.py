@@ -148,11 +148,7 @@ class Start:
         run.lease.resume(session, recorded_process(journal, session))
         head.inexact_replays = self._saver.inexact_replays = inexact_replays.recorded(journal)
         self._save_where_needed(journal, trainer, recovered, numerics)
-        if not self._catalogue.is_recorded:
-            self._when_there_is_room(partial(journal.transaction, partial(self._record_catalogue, journal)))
-        configuration_id = self._when_there_is_room(
-            partial(fingerprint.record_start, journal, self._versions, numerics)
-        )
+        configuration_id = self._when_there_is_room(partial(self._record, journal, numerics))
         here = head.computed
         log.info("run %s is at step %d after %.1f s", run_id, here.step, self._setup.clock() - began)
         quarantine = Quarantine(self._setup.run_dir, self._setup.serve.poison_after)
@@ -181,8 +177,18 @@ class Start:
             with contextlib.suppress(Refused):  # the run is no worse off than it was
                 self._save(journal, trainer, "changed")
 
-    def _record_catalogue(self, journal: Journal) -> None:
-        self._catalogue.recorded(self._catalogue.record(journal))
+    def _record(self, journal: Journal, numerics: dict[str, Any]) -> int:
+        """Record this start and the catalogue in one transaction; the id of the start's configuration."""
+        configuration_id, changes = 0, {}
+
+        def write() -> None:
+            nonlocal configuration_id, changes
+            configuration_id = fingerprint.record_start(journal, self._versions, numerics)
+            changes = self._catalogue.record(journal)
+
+        journal.transaction(write)
+        self._catalogue.recorded(changes)
+        return configuration_id
 
     def _has_two_bases(self, journal: Journal, trainer: Trainer, numerics: dict[str, Any]) -> bool:
         """Whether one damaged checkpoint is not the end: another, or steps that can be computed again."""

@@ -196,9 +196,15 @@ class Journal(Database):
         """Remove a checkpoint from the catalogue."""
         self._db.execute("DELETE FROM checkpoints WHERE name = ?", (name,))
 
+    def remove_checkpoints(self) -> None:
+        """Empty the catalogue."""
+        self._db.execute("DELETE FROM checkpoints")
+
     def checkpoints(self) -> dict[str, bytes]:
         """The manifest of each checkpoint in the catalogue, by name."""
-        return dict(self._rows("SELECT name, manifest FROM checkpoints"))
+        # As bytes: a name that was damaged on the disk must not fail to decode.
+        rows = self._rows("SELECT CAST(name AS BLOB), CAST(manifest AS BLOB) FROM checkpoints")
+        return {name.decode(errors="replace"): manifest for name, manifest in rows}
 
     # Lineages.
 

@@ -10,11 +10,11 @@ from maskwire_server.journal.records import Lineage
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of one lineage that the current state descends from."""
+    """The part of a lineage that the current state descends from."""
 
     lineage: int
     through: int | None
-    """The last step of it that counts; None: all."""
+    """The last step of that part; None: all steps."""
 
 
 def ancestry(lineages: dict[int, Lineage], lineage: int) -> list[Segment]:
@@ -24,8 +24,8 @@ def ancestry(lineages: dict[int, Lineage], lineage: int) -> list[Segment]:
     while current.parent is not None:
         if current.parent >= current.lineage or current.parent not in lineages:
             raise RunDirectoryError(
-                f"journal: lineage {current.lineage} descends from lineage {current.parent}, which is not "
-                "before it: the file was damaged; restore the run directory from a copy"
+                f"journal: lineage {current.lineage} descends from lineage {current.parent}, which does not "
+                "precede it: the file was damaged; restore the run directory from a copy"
             )
         segments.append(Segment(current.parent, current.step))
         current = lineages[current.parent]

@@ -1,7 +1,7 @@
-"""A run that begins at weights from elsewhere: a whole run directory, or none.
+"""A run that starts from imported weights.
 
-It is made beside its place and renamed into it, so that a run which was cut off while it was made is never
-served: it would begin at other weights.
+Its directory is made under another name and then renamed, so that an import that was interrupted is never
+served: it would start from other weights.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from maskwire_server.journal.journal import Journal
 from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
 from maskwire_server.recovery import boot
+from maskwire_server.recovery.base_checkpoint import STARTED_FROM
 from maskwire_server.recovery.trainer import ReplayTrainer
 from maskwire_server.results import CheckpointInfo
 
@@ -40,10 +41,10 @@ def begin(
     labels: dict[str, str],
     texts: dict[str, str],
 ) -> CheckpointInfo:
-    """Make a run at step 0 whose first checkpoint, `imported`, is the state of the factory's trainer.
+    """Create a run at step 0 whose first checkpoint, `imported`, is the state of the factory's trainer.
 
-    `texts` are files to lay beside it. Retention leaves the checkpoint alone: no seed makes these weights
-    again. Raises RunDirectoryError when the place is taken or cannot be written.
+    `texts` are files to write into the run directory. Retention never deletes the checkpoint: no seed makes
+    these weights again. Raises RunDirectoryError when the directory is not empty or cannot be written.
     """
     try:
         if run_dir.is_mount():  # nothing can be renamed into its place
@@ -101,7 +102,7 @@ def _write(
             save_id=membership.new_save_id(),
         )
         info = Checkpoints(folder).write(trainer.snapshot(), manifest).info
-        # No seed makes these weights: without this checkpoint the run must not begin.
+        # No seed makes these weights: the run must not start without this checkpoint.
         journal.transaction(partial(_record, journal, manifest))
         return info
     finally:
@@ -112,4 +113,4 @@ def _record(journal: Journal, manifest: Manifest) -> None:
     info = manifest.info
     place = HistoryPosition(manifest.run_id, info.lineage, info.step, info.digest)
     membership.record_save(journal, place, manifest.save_id or "")
-    journal.add_event(boot.BEGAN_FROM, {"checkpoint": NAME})
+    journal.add_event(STARTED_FROM, {"checkpoint": NAME})

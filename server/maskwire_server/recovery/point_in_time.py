@@ -1,4 +1,4 @@
-"""Computing a run again up to an earlier step, beside the run and without changing it."""
+"""The state of a run at an earlier step, computed again without changing the run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import inexact_replays
 from maskwire_server.journal.lineage import Segment, ancestry
 from maskwire_server.manifest import Manifest
-from maskwire_server.recovery import boot, fingerprint, replay
+from maskwire_server.recovery import boot, fingerprint
+from maskwire_server.recovery.rebuild import rebuild
 from maskwire_server.recovery.trainer import ReplayTrainer
-from maskwire_server.recovery.verify import open_run
 from maskwire_server.results import CheckpointInfo
 
 log = logging.getLogger(__name__)
@@ -34,13 +34,13 @@ def rewind(
     accept_inexact: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[CheckpointInfo, int]:
-    """Compute the current history up to a step, and write the state there as a checkpoint's folder `out`.
+    """Compute the current history up to a step, and write the state as a checkpoint's folder `out`.
 
-    Begins at the newest whole checkpoint at or before the step, or at the run's beginning; the losses must be
+    Starts from the newest intact checkpoint at or before the step, or from the seed; the losses must equal
     the recorded ones. Returns the state's checkpoint, and how many steps were not exact. Raises
     RunDirectoryError.
     """
-    journal = open_run(run_dir)
+    journal = boot.open_recorded(run_dir)
     try:
         boot.check_same_run(journal, run_dir, seed, canonical)
         lineages = journal.lineages()
@@ -53,36 +53,22 @@ def rewind(
         if out is not None and out.exists():
             raise RunDirectoryError(f"{out} exists; name another folder")
         checkpoints = Checkpoints(run_dir)
-        manifest, wrong = boot.newest_verified(checkpoints, journal, segments)
-        for name, problem in wrong.items():
-            tell(f"checkpoint {name} passed over: {problem}")
         trainer = factory()
         threads = fingerprint.pinned_threads(journal)
         if threads is not None:
             trainer.use_threads(threads)
-        versions = trainer.versions
-        start = (segments[0].lineage, 0)
-        if manifest is None:
-            boot.require_seed(journal)
-        else:
-            start = (manifest.info.lineage, manifest.info.step)
-            trainer.load(checkpoints.path(manifest.info.name))
-            tell(f"loaded checkpoint {manifest.info.name} (step {start[1]})")
-        settings = fingerprint.numerics(configuration, versions)
-        follow = fingerprint.Following(
+        rebuilt = rebuild(
             journal,
-            settings,
-            trainer.configure,
-            strict=not accept_inexact,
-            inexact=inexact_replays.ahead(inexact_replays.recorded(journal), segments, start),
-        )
-        records = replay.steps_to_replay(journal, segments, start)
-        done = replay.replay(
-            replay.told(follow.follow(records), to_step - start[1], tell),
-            trainer.train_step,
-            tolerance=follow.tolerance,
+            checkpoints,
+            trainer,
+            fingerprint.numerics(configuration, trainer.versions),
+            segments,
+            to_step,
             accept_inexact=accept_inexact,
+            pass_over=lambda name, problem: tell(f"checkpoint {name} cannot be used: {problem}"),
+            tell=tell,
         )
+        done = rebuilt.replayed
         tell(f"computed {done.count} steps again, {done.differing} of them not exactly")
         name = out.name if out is not None else f"step-{to_step:09d}"
         info = CheckpointInfo(name, last.lineage, to_step, digest, (), time.time())
@@ -91,8 +77,7 @@ def rewind(
         kept = {section: configuration[section] for section in KEPT_SECTIONS if section in configuration}
         history = inexact_replays.within(inexact_replays.recorded(journal), segments)
         state = Manifest(
-            info, journal.fact("run_id"), False, None, kept, versions,
-            (*history, *done.inexact(accepted=follow.accepted)),
+            info, journal.fact("run_id"), False, None, kept, trainer.versions, (*history, *rebuilt.inexact),
         )  # fmt: skip
         beside = Checkpoints(run_dir)
         beside.folder = out.absolute().parent
