@@ -1,12 +1,12 @@
-"""Evaluation: a low-variance estimate of the negative ELBO, and of the configured losses.
+"""Evaluation: a low-variance estimate of the negative ELBO, and the configured losses.
 
-Each row takes K draws. Their counts are systematic, k_j = floor(n (j + u)/K) + 1 for j = 0 ... K-1 with
-one uniform u: the points (j + u)/K fall into each of the n intervals [(k-1)/n, k/n) equally often on
-average, so over u every count is equally likely, for every n and K. With k uniform on 1 ... n,
+Each row has K draws. Their counts of masked positions are systematic: k_j = floor(n (j + u)/K) + 1 for
+j = 0 ... K-1, with one uniform u. On average over u, the points (j + u)/K fall equally often into each of the
+n intervals [(k-1)/n, k/n), so that each count is equally likely, for every n and K. With k uniform on 1 to n,
 
     negative ELBO of a row = sum over k of (1/k) E[CE sum at k masked] = E[(n/k) CE sum].
 
-The K draws are two independent systematic halves, whose difference tells the error of the draws.
+The K draws are two independent systematic halves, and their difference gives the Monte Carlo error.
 
 Letters: r rows, d draws, b pseudo-rows (a row with one of its draws), n positions, m masked positions.
 """
@@ -32,7 +32,7 @@ from maskwire_server.training.summary import Bins, combine, halves, summarize
 
 @dataclass(frozen=True)
 class TensorBatch:
-    """A batch on the host: int64 and bool [r, n]."""
+    """A batch as tensors on the host: int64 and bool [r, n]."""
 
     ids_rn: Tensor
     valid_rn: Tensor
@@ -44,23 +44,23 @@ class TensorBatch:
         return self.valid_rn & ~self.prompt_rn
 
     def columns(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The first columns of ids, valid and maskable positions."""
+        """The first columns of the ids, and of the masks of valid and maskable positions."""
         valid_rn = self.valid_rn[:, :count]
         return self.ids_rn[:, :count], valid_rn, valid_rn & ~self.prompt_rn[:, :count]
 
 
 @dataclass(frozen=True)
 class DrawSums:
-    """What each draw of each row found, fp64 [r, d]."""
+    """The sums over each draw of each row, fp64 [r, d]."""
 
     ce: Tensor
     """Cross-entropy over masked positions, in nats."""
     correct: Tensor
-    """Masked positions whose most probable id was right."""
+    """Number of masked positions where the most probable id is right."""
     bce: Tensor
     """The critic's binary cross-entropy over maskable positions."""
     critic_correct: Tensor
-    """Maskable positions where the critic's sign was right."""
+    """Number of maskable positions where the sign of the critic's logit is right."""
 
 
 def systematic_counts(n_r: Tensor, u_r: Tensor, count: int) -> Tensor:
@@ -71,7 +71,7 @@ def systematic_counts(n_r: Tensor, u_r: Tensor, count: int) -> Tensor:
 
 
 def draw_counts(n_r: Tensor, row_ids: list[int], seed: int, count: int) -> Tensor:
-    """The counts of both halves, int64 [r, d]; a row's depend on the seed and its id alone."""
+    """The counts of both halves, int64 [r, d]. They depend only on the seed and the id of the row."""
     first, second = halves(count)
     offset = draws.uniform(draws.keys(Purpose.EVALUATION_OFFSET, seed, rows=row_ids), 1)[:, 0]
     again = draws.uniform(draws.keys(Purpose.EVALUATION_SECOND_OFFSET, seed, rows=row_ids), 1)[:, 0]
@@ -96,7 +96,7 @@ def evaluate(
 ) -> EvalResult:
     """Evaluate a batch in parts of at most `budget` positions. Call it without gradients.
 
-    Raises Unwanted between two parts once `wanted` says no.
+    `wanted` is called before each part. If it returns False, Unwanted is raised.
     """
     n_r = batch.maskable_rn.sum(-1)
     k_rd = draw_counts(n_r, list(options.row_ids), options.seed, options.draws)
@@ -104,7 +104,7 @@ def evaluate(
     flat = torch.zeros(4, k_rd.numel(), dtype=torch.float64)
     for where, part, keys_b, temperature_b in _parts(batch, k_rd, options, vocabulary, budget, critic):
         if not wanted():
-            raise Unwanted("nobody waits for this evaluation")
+            raise Unwanted("the evaluation was cancelled: its client no longer waits for it")
         flat[:, where] = _part_sums(
             model, config, vocabulary, part.to(device), keys_b, temperature_b, critic
         ).cpu()
@@ -115,7 +115,7 @@ def evaluate(
 def _parts(
     batch: TensorBatch, k_rd: Tensor, options: EvalOptions, vocabulary: Vocabulary, budget: int, critic: bool
 ) -> Iterator[tuple[slice, Corruption, Tensor, Tensor]]:
-    """Pseudo-rows in order, a part at a time, with the keys and temperatures of the critic's samples."""
+    """The parts of the pseudo-rows in order, with the keys and temperatures of the critic's samples."""
     r, d = k_rd.shape
     length_r = [int(row.nonzero().max()) + 1 if bool(row.any()) else 1 for row in batch.valid_rn]
     start = 0
@@ -134,7 +134,7 @@ def _parts(
         def keys(purpose: Purpose, who: list[tuple[int, int]] = who) -> Tensor:
             return torch.tensor([draws.key(purpose, options.seed, row, draw) for row, draw in who])
 
-        # Cut first: as wide as the batch's longest row, many short ones would be far above the budget.
+        # Cut the columns first. Otherwise short rows, as wide as the longest one, would exceed the budget.
         ids_rn, valid_rn, maskable_rn = batch.columns(longest)
         maskable_bn = maskable_rn[row_b]
         k_b = k_rd.flatten()[where]
@@ -208,12 +208,12 @@ def figures(
     has_critic: bool,
     ema_weights: bool,
 ) -> EvalResult:
-    """From the draws' sums to the figures."""
+    """The results of an evaluation, from the sums of its draws."""
     n = n_r.double()
     nats_rd = torch.where(k_rd > 0, n[:, None] / k_rd.clamp(min=1) * sums.ce, 0.0)
     nats, weight = float(nats_rd.mean(1).sum()), float(n.sum())
     masked_mean = config.weighting == "masked_mean"
-    # Draws of count k come with probability 1/n here and P(k) in training.
+    # A count k has probability 1/n in the evaluation and P(k) in training.
     ratio_rd = _importance(config, n_r, k_rd) if masked_mean or has_critic else torch.ones_like(nats_rd)
     if masked_mean:
         nats, weight = float((ratio_rd * sums.ce).sum()), float((ratio_rd * k_rd).sum())
@@ -237,7 +237,7 @@ def figures(
 
 
 def _importance(config: ObjectiveConfig, n_r: Tensor, k_rd: Tensor) -> Tensor:
-    """n P(k): how much more often training draws this count than evaluation does; 0 where n = 0."""
+    """n P(k): the probability of a count in training over that in evaluation, 0 where n = 0."""
     n_rd = n_r[:, None].expand_as(k_rd)
     probabilities = (
         schedule.exact_probabilities if config.masking == "exact" else schedule.bernoulli_probabilities

@@ -153,10 +153,10 @@ class TorchTrainer:
         moving average that the state has and the section does not, or the reverse.
         """
         config = OptimizerConfig(**optimizer)
-        was = self._optimizer
-        if config.name != was.name or bool(config.ema_decay) != bool(was.ema_decay):
-            key = "name" if config.name != was.name else "ema_decay"
-            raise ValueError(f"optimizer.{key} was {getattr(config, key)!r}, is {getattr(was, key)!r}")
+        current = self._optimizer
+        if config.name != current.name or bool(config.ema_decay) != bool(current.ema_decay):
+            key = "name" if config.name != current.name else "ema_decay"
+            raise ValueError(f"optimizer.{key} was {getattr(config, key)!r}, is {getattr(current, key)!r}")
         self._optimizer, self._numerics_version = config, numerics_version
         for group in self._groups().values():
             group.configure(config, numerics_version)
@@ -184,10 +184,10 @@ class TorchTrainer:
         rate = modes.learning_rate
         rate = optim.learning_rate(self._optimizer, step) if rate is None else rate
         try:
-            whole = self._gradients(self._host(batch), modes, at)
+            sums = self._gradients(self._host(batch), modes, at)
             learners = self._learners(modes)
             norm = optim.clip(learners, self._optimizer.clip_grad_norm)
-            generator, critic, gradient_norm = whole.read(norm)
+            generator, critic, gradient_norm = sums.read(norm)
         except BaseException as error:
             self._clear_gradients()
             if not device_errors.out_of_memory(error):
@@ -198,7 +198,7 @@ class TorchTrainer:
         )
         finite = math.isfinite(losses.loss) and math.isfinite(gradient_norm)
         try:
-            if finite and whole.masked:
+            if finite and sums.masked:
                 for group in learners:
                     group.update(rate)
         except BaseException as error:
@@ -206,7 +206,7 @@ class TorchTrainer:
         finally:
             self._clear_gradients()
         outcome = Outcome.APPLIED if finite else Outcome.SKIPPED_NON_FINITE
-        return StepResult(outcome, losses, gradient_norm, rate, whole.masked, whole.maskable)
+        return StepResult(outcome, losses, gradient_norm, rate, sums.masked, sums.maskable)
 
     def eval_loss(
         self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool] = lambda: True

@@ -58,7 +58,7 @@ class Networks(nn.Module):
         return e
 
     def head(self, e_md: Tensor) -> tuple[Tensor, Tensor]:
-        """x [m, d] and w [v, d] of packed positions' logits x w^T."""
+        """x [m, d] and w [v, d], so that x w^T are the logits of packed positions."""
         return self.generator.head(e_md)
 
     def project(self, e_md: Tensor) -> Tensor:
