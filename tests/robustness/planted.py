@@ -31,13 +31,12 @@ from maskwire_server.engine import (
     committer,
     executor,
     queue,
-    reads,
     sessions,
     start,
     steps,
 )
 from maskwire_server.errors import Refused, RunDirectoryError
-from maskwire_server.journal import database, fsync, inexact_replays, journal
+from maskwire_server.journal import database, fsync, inexact_replays, journal, reserve
 from maskwire_server.recovery import boot, rebuild, recorded_settings, replay
 from maskwire_server.requests import EvalRequest, SaveRequest, StepRequest
 from maskwire_server.results import EvalOptions, InexactReplay, Losses, Outcome, StepResult
@@ -227,9 +226,9 @@ def a_takeover_of_a_queue(folder: Path) -> None:
         futures = [engine.train_step(StepRequest(damage.payload(n), session, n)) for n in range(1, 6)]
         second = engine.open_session(SessionRequest("second", "2", takeover=True))
         run.trainer.gate.set()
-        at = second.result(damage.WAIT).step
+        second.result(damage.WAIT)
         trained = [future for future in futures if future.exception(damage.WAIT) is None]
-        assert len(trained) == at, "a step was trained behind the takeover"
+        assert len(trained) <= 1, "a step that waited behind the one at the device was trained"
 
 
 def two_servers_on_one_directory(folder: Path) -> None:
@@ -280,12 +279,12 @@ def a_full_disk_and_a_long_log(folder: Path) -> None:
     with damage.Run(folder / "run") as run:
         run.engine.train_step(StepRequest(damage.payload(1))).result(damage.WAIT)
         log = folder / "run" / "journal.sqlite-wal"
-        free, committer.free_bytes = committer.free_bytes, lambda _: 2**20 - log.stat().st_size
+        free, reserve.free_bytes = reserve.free_bytes, lambda _: 2**20 - log.stat().st_size
         try:
             for step in range(2, 60):
                 run.engine.train_step(StepRequest(damage.payload(step))).result(damage.WAIT)
         finally:
-            committer.free_bytes = free
+            reserve.free_bytes = free
 
 
 def a_job_that_was_stopped(folder: Path) -> None:
@@ -343,7 +342,7 @@ def a_critic_of_weight_0(_: Path) -> None:
 
     from maskwire_server import config
     from maskwire_server.batch import Batch, Modes
-    from maskwire_server.training.trainer import Trainer
+    from maskwire_server.training.trainer import TorchTrainer
 
     whole = config.load(
         None,
@@ -352,7 +351,7 @@ def a_critic_of_weight_0(_: Path) -> None:
         optimizer={"learning_rate": 1e-2, "warmup_steps": 0},
         serve={"device": "cpu", "threads": 1},
     )
-    trainer = Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed=0)
+    trainer = TorchTrainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed=0)
     batch = Batch(np.random.default_rng(0).integers(0, 8, (16, 6)), 16, 6)
     modes = Modes(only_train_critic=True, generator_sample_temperature=1.0)
     losses = [trainer.train_step(1, step, batch, modes).losses.loss for step in range(1, 41)]
@@ -686,7 +685,7 @@ def _checkpoints_of_other_runs_count() -> list[Patch]:
 
 
 def _the_log_stays_while_held() -> list[Patch]:
-    return [(committer.Committer, "_make_room", lambda _: False), (reads, "make_room", lambda *_: False)]
+    return [(committer.Committer, "_make_room", lambda _: False), (steps, "make_room", lambda *_: False)]
 
 
 def _owed_evaluations_left_out() -> list[Patch]:

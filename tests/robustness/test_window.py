@@ -30,11 +30,12 @@ from maskwire_server.config import ServeConfig
 from maskwire_server.engine.commits import StepCommit
 from maskwire_server.engine.entries import Step
 from maskwire_server.engine.executor import Executor
-from maskwire_server.engine.quarantine import Poison
+from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.engine.run import Run
 from maskwire_server.engine.steps import Steps
 from maskwire_server.errors import REASONS as SERVER_REASONS
 from maskwire_server.errors import Refused
+from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, StepRecord
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import SessionRef, StepRequest
@@ -83,10 +84,9 @@ class Disk:
         self.records.append(commit.record)
         commit.committed()
 
-    def read(self, question: Any) -> Future[StepRecord | None]:
-        answer: Future[StepRecord | None] = Future()
-        answer.set_result(next((one for one in self.records if one.step == question.step), None))
-        return answer
+    def read(self, question: Any, lineage: int, step: int) -> StepRecord | None:
+        assert (question, lineage) == (Journal.step, 1)
+        return next((one for one in self.records if one.step == step), None)
 
     def wake(self) -> None: ...
 
@@ -165,10 +165,13 @@ class World:
         device: Any = self
         self.executor = Executor(
             self.run, disk, device, idle, idle, idle, journal=disk, disk=disk,
-            quarantine=Poison(Path(), 0), serve=serve, configuration_id=1, clock=lambda: self.now,
+            quarantine=Quarantine(Path(), 0), serve=serve, configuration_id=1, clock=lambda: self.now,
         )  # fmt: skip
         self.computing: Step | None = None
         self.calls: list[Attempt] = []
+
+    def usable_after(self, error: BaseException) -> bool:
+        return True
 
     def train_step(self, lineage: int, number: int, batch: Any, modes: Any) -> StepResult:
         """As the device does, at the end of the step's time."""

@@ -16,7 +16,8 @@ from serving import TINY
 
 import maskwire
 import maskwire_server
-from maskwire_server import config, template
+from maskwire_server import config
+from maskwire_server.config import template
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import disk
 from maskwire_server.journal.run_directory import refuse_leftovers

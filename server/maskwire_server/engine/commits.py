@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from maskwire_server import failpoints
@@ -16,7 +16,6 @@ from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.engine.run import Run
 from maskwire_server.errors import Refused
-from maskwire_server.holder import ClientProcess
 from maskwire_server.journal import reserve
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, SessionRecord, StepRecord, Stretch
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CLIENT_PROCESS = "client_process"
-"""The kind of event that keeps the process of a session's client."""
 DROPPED_AT_ONCE = 256
 """Batches that one transaction deletes at most, so that the steps after it do not wait long."""
 
@@ -114,29 +111,6 @@ class RevealCommit:
 
 Events = tuple[tuple[str, dict[str, Any]], ...]
 """Kinds and bodies."""
-
-
-@dataclass(eq=False)
-class SessionCommit:
-    """An epoch and what its client said of itself; `opened` is called once that is durable."""
-
-    record: SessionRecord
-    process: ClientProcess | None
-    events: Events
-    opened: Callable[[SessionRecord], None]
-
-    def write(self, journal: Journal) -> None:
-        """Record the session and the events."""
-        for kind, body in self.events:
-            journal.add_event(kind, body)
-        journal.add_session(self.record)
-        if self.process is not None:
-            journal.add_event(CLIENT_PROCESS, {"epoch": self.record.epoch, **asdict(self.process)})
-
-    def committed(self) -> None:
-        """Answer whoever opened it."""
-        failpoints.passing("session.opened")
-        self.opened(self.record)
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""What the executor takes from its queue."""
+"""The entries of the executor's queue."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Step:
     request: StepRequest
     payload_hash: bytes
     encoded: bytes
-    """The payload as the journal keeps it."""
+    """The payload as the journal stores it."""
     waiters: list[Future[StepAnswer]]
-    """One for the request, and one for each retry that joined it."""
+    """One future for the request, and one for each retry that joined it."""
     arrived: float
     number: int = 0
     """The step's number; 0 until the executor takes it from the queue."""
@@ -29,13 +29,13 @@ class Step:
 
     @property
     def abandoned(self) -> bool:
-        """Whether nobody waits for its answer any more."""
+        """Whether every caller has cancelled."""
         return all(waiter.cancelled() for waiter in self.waiters)
 
 
 @dataclass(eq=False)
 class Evaluation:
-    """An evaluation, which changes nothing; its answer waits until the steps that it saw are durable."""
+    """An evaluation. Its answer waits until the step it saw is durable."""
 
     request: EvalRequest
     future: Future[EvalAnswer]
@@ -52,7 +52,7 @@ class Save:
 
 @dataclass(eq=False)
 class Takeover:
-    """A session whose epoch is raised already: to be recorded between two steps."""
+    """A session whose epoch has been raised in memory, to be recorded between two steps."""
 
     epoch: int
     request: SessionRequest
@@ -60,7 +60,7 @@ class Takeover:
 
 @dataclass(eq=False)
 class Restore:
-    """A return to a checkpoint, whose files were found intact and which is pinned."""
+    """A restore of a checkpoint that is pinned and whose files were verified."""
 
     request: RestoreRequest
     manifest: Manifest
@@ -69,7 +69,7 @@ class Restore:
 
 @dataclass(eq=False)
 class Drain:
-    """The end: save if anything was trained since the last checkpoint."""
+    """The shutdown: save if steps were trained since the newest checkpoint."""
 
     future: Future[None]
 

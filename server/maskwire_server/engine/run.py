@@ -1,4 +1,4 @@
-"""What the threads of a run share, under one mutex."""
+"""The state that the threads of a run share, under one mutex."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from maskwire_server.journal.records import Lineage
 
 
 class Run:
-    """The state of the run, its history's end, its writer, and the queue in front of the executor.
+    """The run's conditions, the head of its history, its writer lease, and the executor's queue.
 
-    Admission, the executor and the committer change them under `mutex`; whoever only shows them may read.
+    Admission, the executor and the committer change them under `mutex`. Status reports read without it.
     """
 
     def __init__(self, serve: ServeConfig, clock: Callable[[], float]) -> None:
         self.mutex = threading.RLock()
         self.work = threading.Condition(self.mutex)
-        """Notified when the executor may have something to do."""
+        """Notified when the executor may have work."""
         self.conditions = Conditions()
         self.head = Head()
         self.lease = Lease(serve.session_idle_seconds, clock)
         self.queue = Queue(clock, serve.gap_seconds)
         self.rate = Rate(60, clock)
         self.lineages: dict[int, Lineage] = {}
-        """Every lineage of the run, as the journal has them."""
+        """Every recorded lineage, by number."""
         self.uncommitted = 0
-        """Steps that are computed and not durable."""
+        """Computed steps that are not durable yet."""
         self.uncommitted_bytes = 0
-        """The bytes of their batches."""
+        """The encoded size of their batches."""
         self._window = serve.window
 
     @property
     def next_number(self) -> int:
-        """The number of the first step that nobody has sent."""
+        """The number of the first step that is neither applied nor in flight."""
         return self.head.computed.step + self.queue.ahead + 1
 
     def situation(self) -> Situation:
-        """What a request is held against."""
+        """The facts that admission decides on."""
         here = self.head.computed
         return Situation(
             state=self.conditions.state,
@@ -59,5 +59,5 @@ class Run:
         )
 
     def expire(self) -> None:
-        """Refuse early steps that waited too long."""
+        """Refuse early steps whose predecessor did not arrive within `gap_seconds`."""
         self.queue.expire(self.next_number)
