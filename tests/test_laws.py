@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,22 @@ def test_the_packages_of_a_run_depend_in_one_direction(package: str) -> None:
     for path in sources(SERVER / package):
         for other in above:
             assert not knows(path, f"maskwire_server.{other}"), path
+
+
+def test_no_modules_of_the_server_import_one_another_in_a_cycle() -> None:
+    """Imports for type checking, and those within functions, count too."""
+    modules = {
+        ".".join(path.relative_to(SERVER.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sources(SERVER)
+    }
+    # A package's __init__ is imported with each of its modules, so only what a module names counts.
+    graph = {name: (imports(path) & modules.keys()) - {name} for name, path in modules.items()}
+    packages = {name for name, path in modules.items() if path.name == "__init__.py"}
+    graph = {name: found - packages for name, found in graph.items()}
+    try:
+        list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
 
 
 def test_the_foundations_know_nothing_above_them() -> None:
