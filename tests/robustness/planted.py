@@ -24,7 +24,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from maskwire.loggers import metrics
 from maskwire.protocol import fit
-from maskwire_server.checkpoints import membership, retention, store
+from maskwire_server.checkpoints import membership, retention, saver, store
 from maskwire_server.engine import (
     admission,
     commits,
@@ -267,6 +267,31 @@ def checkpoints_of_another_run(folder: Path) -> None:
         digest = run.engine.status().digest
     path = checkpoints / "own" / "state.json"
     path.write_bytes(path.read_bytes()[:-1])
+    with damage.Run(folder / "run") as run:
+        assert run.engine.status().digest == digest
+
+
+def a_checkpoint_damaged_between_saves(folder: Path) -> None:
+    """The checkpoint before the last is damaged on the disk, then the last: the run starts all the same."""
+    from robustness import damage
+
+    from maskwire_server.requests import SaveRequest, StepRequest
+
+    checkpoints = folder / "run" / "checkpoints"
+
+    def shorten(name: str) -> None:
+        path = checkpoints / name / "state.json"
+        path.write_bytes(path.read_bytes()[:-1])
+
+    with damage.Run(folder / "run") as run:
+        for step in range(1, 5):
+            run.engine.train_step(StepRequest(damage.payload(step))).result(damage.WAIT)
+            if step == 2:
+                run.engine.save(SaveRequest("second")).result(damage.WAIT)
+                shorten("second")
+        run.engine.save(SaveRequest("fourth")).result(damage.WAIT)
+        digest = run.engine.status().digest
+    shorten("fourth")
     with damage.Run(folder / "run") as run:
         assert run.engine.status().digest == digest
 
@@ -685,6 +710,10 @@ def _checkpoints_of_other_runs_count() -> list[Patch]:
     return [(membership.Membership, "problem", lambda *_: None)]
 
 
+def _fallbacks_not_read_again() -> list[Patch]:
+    return [(saver.Saver, "_fallbacks_are_intact", lambda *_: True)]
+
+
 def _the_log_stays_while_held() -> list[Patch]:
     return [(committer.Committer, "_make_room", lambda _: False), (steps, "make_room", lambda *_: False)]
 
@@ -791,6 +820,8 @@ BUGS = {
         _skipped_steps_said_applied, the_model),
     "other-runs-checkpoints-count": Bug("checkpoints that were copied in count in retention",
         _checkpoints_of_other_runs_count, checkpoints_of_another_run),
+    "fallbacks-not-read-again": Bug("batches are dropped while a checkpoint that a start needs is damaged",
+        _fallbacks_not_read_again, a_checkpoint_damaged_between_saves),
     "log-stays-while-held": Bug("the log is not folded while training is held for want of room",
         _the_log_stays_while_held, a_full_disk_and_a_long_log),
     "owed-evaluation-left-out": Bug("nobody makes up for an evaluation that was broken off",
