@@ -12,6 +12,7 @@ from rig import WAIT, Rig, bare, reason, wait_for
 
 from maskwire_server import failpoints
 from maskwire_server.checkpoints import store
+from maskwire_server.engine import commits
 from maskwire_server.engine.engine import Engine
 from maskwire_server.journal.journal import Journal
 from maskwire_server.manifest import Manifest
@@ -190,3 +191,28 @@ def test_the_newest_checkpoint_is_read_again_too(rig: Rig, request: pytest.Fixtu
     engine.save(SaveRequest("four")).result(WAIT)
     stop(rig)
     assert batches(rig.folder) == [1, 2, 3, 4]
+
+
+def test_no_transaction_deletes_more_batches_than_the_bound(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commits, "DROPPED_AT_ONCE", 4)
+    deleted: list[int] = []
+    transaction = Journal.transaction
+
+    def counted(journal: Journal, write: Callable[[], object]) -> None:
+        rows = "SELECT count(*) FROM payloads"
+        kept = None if journal.is_new else journal._db.execute(rows).fetchone()[0]
+        transaction(journal, write)
+        if kept is not None:
+            deleted.append(kept - journal._db.execute(rows).fetchone()[0])
+
+    monkeypatch.setattr(Journal, "transaction", counted)
+    engine = rig.start(checkpoints=LONG)
+    train(engine, 0, 11)
+    engine.save(SaveRequest("one")).result(WAIT)
+    engine.save(SaveRequest("two")).result(WAIT)
+    wait_for(lambda: sum(count for count in deleted if count > 0) == 11)
+    stop(rig)
+    assert max(deleted) <= 4
+    assert batches(rig.folder) == []
