@@ -183,6 +183,7 @@ class Saver:
             log.error("checkpoint %s was removed from checkpoints/ while the server ran", name)
         else:
             log.error("checkpoint %s is damaged (%s) and was moved to %s", name, problem, aside)
+        self.refresh()
 
     def delete(self, name: str, lineages: dict[int, Lineage], lineage: int) -> None:
         """Delete a checkpoint on request; Refused when something needs it."""

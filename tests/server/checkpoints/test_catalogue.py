@@ -189,6 +189,9 @@ def test_the_newest_checkpoint_is_read_again_too(rig: Rig, request: pytest.Fixtu
     request.addfinalizer(lambda: failpoints.install(None))
     failpoints.install(spoil)
     engine.save(SaveRequest("four")).result(WAIT)
+    newest = engine.status().newest_checkpoint
+    assert newest is not None
+    assert newest.name == "two"
     stop(rig)
     assert batches(rig.folder) == [1, 2, 3, 4]
 
