@@ -12,7 +12,7 @@ from maskwire.protocol.calls import Asking, Call, Give, Next, Pause, RetryPolicy
 from maskwire.protocol.codec import decode_batch, encode_batch, hash_of, step_request
 from maskwire.protocol.writer import Ledger, Writing
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire.v1.digest import step_digest
+from maskwire.v1.digest import DigestVersion, step_digest
 
 
 class TorchLike:
@@ -107,7 +107,7 @@ def test_waits_grow_to_a_cap_with_jitter_and_end() -> None:
 
 
 def answer(ledger: Ledger, request: pb.TrainStepRequest, step: int) -> pb.TrainStepResponse:
-    digest = step_digest(ledger.digest, 1, step, hash_of(request), pb.STEP_OUTCOME_APPLIED)
+    digest = step_digest(ledger.digest, 1, step, hash_of(request, DigestVersion(1)), pb.STEP_OUTCOME_APPLIED)
     return pb.TrainStepResponse(step=step, digest=digest, outcome=pb.STEP_OUTCOME_APPLIED)
 
 
@@ -118,14 +118,14 @@ def test_the_ledger_follows_the_chain_and_finds_a_difference() -> None:
     ledger.open(pb.OpenSessionResponse(session=session, step=4, durable_step=3, digest=b"d" * 32))
     request = pb.TrainStepRequest(batch=encode_batch(IDS), learning_rate=0.5)
     first = answer(ledger, request, 4)
-    ledger.acknowledge(first, hash_of(request))
+    ledger.acknowledge(first, hash_of(request, DigestVersion(1)))
     assert (ledger.step, ledger.digest) == (4, first.digest)
     assert ledger.history() == pb.History(run_id="r", lineage=1, step=4, digest=first.digest)
     other = pb.TrainStepRequest(batch=encode_batch(IDS))
     with pytest.raises(DigestMismatchError, match="after step 5"):
-        ledger.acknowledge(answer(ledger, other, 5), hash_of(request))
+        ledger.acknowledge(answer(ledger, other, 5), hash_of(request, DigestVersion(1)))
     with pytest.raises(DigestMismatchError, match="step 7, expected was 5"):
-        ledger.acknowledge(answer(ledger, request, 7), hash_of(request))
+        ledger.acknowledge(answer(ledger, request, 7), hash_of(request, DigestVersion(1)))
     assert ledger.step == 4
 
 

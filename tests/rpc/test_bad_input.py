@@ -68,7 +68,7 @@ CASES: dict[str, tuple[pb.TrainStepRequest, str, list[str]]] = {
     "a length beyond the columns": (
         pb.TrainStepRequest(batch=batch(lengths=[17, 16])), "batch.lengths", ["row 0", "got 17"]),
     "columns that no row has": (
-        pb.TrainStepRequest(batch=batch(lengths=[15, 14])), "batch.lengths", ["must have 16 tokens", "got 15"]),
+        pb.TrainStepRequest(batch=batch(lengths=[15, 14])), "batch.lengths", ["16 tokens", "got 15"]),
     "a prompt of another size": (
         pb.TrainStepRequest(batch=batch(prompt_mask=b"\1")), "batch.prompt_mask", ["4 bytes", "got 1"]),
     "prompt bits behind the end": (
@@ -81,7 +81,7 @@ CASES: dict[str, tuple[pb.TrainStepRequest, str, list[str]]] = {
         pb.TrainStepRequest(batch=batch(), only_train_generator=True, only_train_critic=True),
         "only_train_critic", ["cannot both be set"]),
     "critic training without a critic": (
-        pb.TrainStepRequest(batch=batch(), only_train_critic=True), "only_train_critic", ["this model lacks"]),
+        pb.TrainStepRequest(batch=batch(), only_train_critic=True), "only_train_critic", ["lacks"]),
     "a negative temperature": (
         pb.TrainStepRequest(batch=batch(), generator_sample_temperature=-1),
         "generator_sample_temperature", ["at least 0", "-1"]),

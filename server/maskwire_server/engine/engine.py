@@ -292,6 +292,7 @@ class Engine:
             tokenizer=head.tokenizer,
             data=head.data,
             inexact_replays=head.inexact_replays,
+            digest_version=head.digest_version.number if head.digest_version else 0,
         )
 
     def drain(self, timeout: float) -> bool:

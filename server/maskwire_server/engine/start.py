@@ -21,7 +21,7 @@ from maskwire_server.engine.committer import RETRY_SECONDS
 from maskwire_server.engine.device import Device, Trainer, build
 from maskwire_server.engine.quarantine import Poison
 from maskwire_server.engine.run import Run
-from maskwire_server.engine.sessions import recorded_evaluation, recorded_process
+from maskwire_server.engine.sessions import recorded_digest_versions, recorded_evaluation, recorded_process
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal import reserve
 from maskwire_server.journal.journal import Journal, explained, is_full
@@ -125,6 +125,7 @@ class Start:
         head.evaluated = recorded_evaluation(journal)
         device = build(self._factory, None if self._serve.threads else fingerprint.pinned_threads(journal))
         self.info = device.info
+        run.num_tokens = device.info.num_tokens
         self._versions.update(device.versions)
         where = self._versions.get("device", "?")
         log.info("trainer built on %s in %.1f s", where, self._clock() - began)
@@ -155,7 +156,10 @@ class Start:
         head.move(HistoryPosition(run_id, recovered.lineage, recovered.step, recovered.digest))
         head.non_finite = recovered.non_finite
         session = journal.last_session()
-        run.lease.resume(session, recorded_process(journal, session))
+        run.lease.resume(
+            session, recorded_process(journal, session), recorded_digest_versions(journal, session)
+        )
+        head.digest_version = journal.digest_version()
         head.inexact_replays = self._saver.inexact_replays = inexact.recorded(journal)
         self._save_where_needed(journal, device, recovered, numerics)
         configuration_id = self._when_there_is_room(

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable
 
+from maskwire.v1.digest import DigestVersion
 from maskwire_server.errors import Diverged, Refused, shortage
 from maskwire_server.position import HistoryPosition
 from maskwire_server.results import InexactReplay, RunState
@@ -99,6 +100,8 @@ class Head:
         """The last step that was computed."""
         self.durable = self.computed
         """The last step that is durable."""
+        self.digest_version: DigestVersion | None = None
+        """The version of the run's digest; None before the first step is computed."""
         self.non_finite = 0
         """Steps in a row, up to the last computed one, that were not finite."""
         self.tokenizer = ""

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from maskwire.v1.digest import DigestVersion
 from maskwire_server import failpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal.disk import FULL, has_room, network_file_system, of_volume
@@ -30,7 +31,7 @@ from maskwire_server.journal.records import Lineage, SessionRecord, StepRecord, 
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 FILE_NAME = "journal.sqlite"
 _SESSION = "epoch, client_name, nonce, takeover, lineage, step, closed, row_hash"
 _PAGE = 64  # records read at once
@@ -170,6 +171,17 @@ class Journal:
         """A fact that `create` was given."""
         row = self._db.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
         return None if row is None else row[0]
+
+    def digest_version(self) -> DigestVersion | None:
+        """The version of the run's digest; None before the first step."""
+        number = self.fact("digest_version")
+        return None if number is None else DigestVersion(number, self.fact("num_tokens") or 0)
+
+    def fix_digest_version(self, version: DigestVersion) -> None:
+        """Record the version of the run's digest, with the run's first step."""
+        facts = {"digest_version": version.number, "num_tokens": version.num_tokens}
+        self._db.executemany("INSERT INTO run VALUES (?, ?)", facts.items())
+        self._db.execute("UPDATE run SET value = ? WHERE key = 'hash'", (_facts_hash(self._db),))
 
     def add_event(self, kind: str, body: dict[str, Any]) -> int:
         """Record something that happened beside the steps, and return its id."""
@@ -471,7 +483,18 @@ def _allow_ids_twice(database: sqlite3.Connection) -> None:
     database.execute("UPDATE run SET value = 3 WHERE key = 'format'")
 
 
-_MIGRATIONS = {1: _seal_rows, 2: _allow_ids_twice}
+def _record_digest_version(database: sqlite3.Connection) -> None:
+    """format 3 becomes 4: the run records the version of its digest, which is 1 where it has steps"""
+    sealed = database.execute("SELECT value FROM run WHERE key = 'hash'").fetchone()
+    if sealed is None or sealed[0] != _facts_hash(database):  # or the new hash would hide the damage
+        raise damaged("what the run is")
+    if database.execute("SELECT EXISTS (SELECT 1 FROM steps)").fetchone()[0]:
+        database.execute("INSERT INTO run VALUES ('digest_version', 1)")
+        database.execute("UPDATE run SET value = ? WHERE key = 'hash'", (_facts_hash(database),))
+    database.execute("UPDATE run SET value = 4 WHERE key = 'format'")
+
+
+_MIGRATIONS = {1: _seal_rows, 2: _allow_ids_twice, 3: _record_digest_version}
 """From each older format to the next, in one transaction."""
 
 

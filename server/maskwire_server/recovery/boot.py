@@ -29,7 +29,7 @@ from maskwire_server.journal.records import Lineage, SessionRecord
 from maskwire_server.manifest import Manifest
 from maskwire_server.recovery import inexact
 from maskwire_server.recovery.fingerprint import Following
-from maskwire_server.recovery.replay import digest_at, replay, steps_to_replay, told
+from maskwire_server.recovery.replay import digest_at, recorded_version, replay, steps_to_replay, told
 from maskwire_server.results import Outcome
 
 log = logging.getLogger(__name__)
@@ -213,6 +213,7 @@ def recover(
     done = replay(
         told(following.follow(records), step - start[1], tell),
         device.train_step,
+        version=recorded_version(journal),
         tolerance=following.tolerance,
         accept_inexact=accept_inexact,
     )

@@ -73,6 +73,7 @@ def rewind(
         done = replay.replay(
             replay.told(follow.follow(records), to_step - start[1], tell),
             device.train_step,
+            version=replay.recorded_version(journal),
             tolerance=follow.tolerance,
             accept_inexact=accept_inexact,
         )

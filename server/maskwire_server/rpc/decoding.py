@@ -7,7 +7,7 @@ and what would be right.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.batch import Batch, Modes, Payload
@@ -32,6 +32,7 @@ from maskwire_server.rpc.token_batch import read_batch
 DEFAULT_DRAWS = 16
 MAX_NAME = 128
 MAX_DATA_PARTS = 16
+MAX_DIGEST_VERSIONS = 16
 MAX_LABELS, MAX_LABEL = 32, 256
 
 
@@ -187,7 +188,18 @@ def read_open(request: pb.OpenSessionRequest) -> SessionRequest:
         evaluated_step=request.evaluated_step,
         data=_read_fingerprint(request.data),
         allow_changed_data=request.allow_changed_data,
+        digest_versions=_digest_versions(request.digest_versions),
     )
+
+
+def _digest_versions(sent: Sequence[int]) -> tuple[int, ...]:
+    # Version 0.1 of the client sends none, and computes version 1 alone.
+    if len(sent) > MAX_DIGEST_VERSIONS:
+        raise invalid_field(
+            "digest_versions",
+            f"digest_versions must have at most {MAX_DIGEST_VERSIONS} entries, got {len(sent)}",
+        )
+    return tuple(sent) or (1,)
 
 
 def _process(sent: pb.ClientProcess) -> ClientProcess:
