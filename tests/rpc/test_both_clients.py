@@ -341,7 +341,7 @@ def test_a_batch_over_the_size_limit_is_not_sent_and_those_behind_it_are_trained
     async def body() -> None:
         async with client.connect(server.address) as trainer:
             first = await trainer.submit(tokens(0))
-            with pytest.raises(RequestError, match=r"65,\d+ bytes, and the server takes 65,536: send fewer"):
+            with pytest.raises(RequestError, match=r"131,\d+ bytes, and the server takes 65,536: send fewer"):
                 await trainer.submit(np.full((8, 8192), 1))
             behind = [await trainer.submit(tokens(seed)) for seed in (1, 2)]
             assert [(await asyncio.wait_for(future, 30)).step for future in (first, *behind)] == [1, 2, 3]

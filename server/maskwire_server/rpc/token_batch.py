@@ -133,7 +133,7 @@ def check_ids(
     reserved = {info.mask_id} if lengths is None or info.pad_id is None else {info.mask_id, info.pad_id}
     first_wrong = min(reserved)  # every smaller id is allowed
     unsigned = ids.view(f"u{ids.itemsize}")  # a negative id becomes a large one
-    if np.iinfo(unsigned.dtype).max < first_wrong:
+    if first_wrong >= 2 ** (8 * ids.itemsize):  # the type holds no such id
         return
     top = int(unsigned.max())
     if top < first_wrong:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from maskwire.errors import REASONS as CLIENT_REASONS
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire_server.batch import Batch
+from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import REASONS, Refused
 from maskwire_server.results import Limits, ModelInfo
 from maskwire_server.rpc import token_batch
@@ -54,6 +54,49 @@ def test_a_good_batch_is_read_as_it_was_meant(rows: int, columns: int, data: st.
     sent = pb.TokenBatch(data=ids.astype(name).tobytes(), shape=[rows, columns], dtype=number)
     read: Batch = token_batch.read_batch(sent, INFO, LIMITS)
     assert np.array_equal(read.ids, ids.reshape(rows, columns))
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_exactly_the_ids_that_a_batch_must_not_hold_are_refused_in_every_type(data: st.DataObject) -> None:
+    num_tokens = data.draw(st.sampled_from([200, 256, 257, 300, 65_536, 65_537, 70_000]))
+    mask_id = data.draw(st.sampled_from([0, 103, num_tokens - 1]))
+    pad_id = data.draw(st.sampled_from([None, 5, num_tokens - 2]))
+    info = ModelInfo(num_tokens, mask_id, pad_id, 32, 1, "", True, False)
+    dtype, number = data.draw(st.sampled_from([("<u1", 1), ("<u2", 2), ("<i4", 3), ("<i8", 4)]))
+    edges = [
+        0,
+        5,
+        103,
+        255,
+        256,
+        num_tokens - 2,
+        num_tokens - 1,
+        num_tokens,
+        65_535,
+        2**31 - 1,
+        2**40,
+        -1,
+        -(2**20),
+    ]
+    held = [edge for edge in edges if np.iinfo(dtype).min <= edge <= np.iinfo(dtype).max]
+    ids = data.draw(st.lists(st.sampled_from(held), min_size=1, max_size=6))
+    lengths = [len(ids)] if data.draw(st.booleans()) else []
+    sent = pb.TokenBatch(
+        data=np.array(ids, dtype).tobytes(), shape=[1, len(ids)], dtype=number, lengths=lengths
+    )
+    reserved = {mask_id} | ({pad_id} if lengths else set())
+    wrong = [column for column, value in enumerate(ids) if not 0 <= value < num_tokens or value in reserved]
+    if wrong:
+        with pytest.raises(Refused, match=rf"row 0, column {wrong[0]} is {ids[wrong[0]]};"):
+            token_batch.read_batch(sent, info, LIMITS)
+    elif all(value == pad_id for value in ids):
+        with pytest.raises(Refused, match="prompt or padding"):
+            token_batch.read_batch(sent, info, LIMITS)
+    else:
+        read = token_batch.read_batch(sent, info, LIMITS)
+        assert read.ids.ravel().tolist() == ids
+        assert Payload(read, Modes()).encode().endswith(sent.data), "the journal keeps the bytes as received"
 
 
 def test_the_pad_id_is_padding_without_lengths_and_refused_with_them() -> None:
