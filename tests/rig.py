@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from counter import CounterTrainer
 
+from maskwire.v1.digest import DigestVersion
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.config import Config
@@ -21,6 +22,8 @@ from maskwire_server.errors import Refused
 from maskwire_server.requests import SessionRef, SessionRequest, StepRequest
 
 WAIT = 20
+DIGEST = DigestVersion(2, CounterTrainer().info.num_tokens)
+"""How a new run of the counter trainer hashes its payloads."""
 
 
 def make_engine(

@@ -621,7 +621,7 @@ def _rows_not_held_against_their_hashes() -> list[Patch]:
 def _batches_not_held_against_their_hashes() -> list[Patch]:
     from maskwire_server.batch import Payload
 
-    return [(replay, "read_payload", lambda _, encoded: Payload.decode(encoded))]
+    return [(replay, "read_payload", lambda _, encoded, __: Payload.decode(encoded))]
 
 
 def _checkpoint_files_not_verified() -> list[Patch]:

@@ -25,6 +25,7 @@ from maskwire.protocol.calls import Call, Pause, RetryPolicy, Until
 from maskwire.protocol.codec import hash_of, step_request
 from maskwire.protocol.writer import Writing
 from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.digest import DigestVersion
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.commits import StepCommit
@@ -109,7 +110,7 @@ class Idle:
 class Packed(Payload):
     """As much of a batch as its hash, and whether the device fails with it."""
 
-    def hash(self) -> bytes:
+    def hash(self, version: DigestVersion) -> bytes:
         return self.sent_hash
 
     def encode(self) -> bytes:
@@ -207,7 +208,7 @@ class World:
             self.refuse(attempt, Refused("INVALID_FIELD", "the mask id"))
         else:
             payload = Packed(Batch(np.zeros((1, 1), int), 1, 1), Modes())
-            object.__setattr__(payload, "sent_hash", hash_of(request))
+            object.__setattr__(payload, "sent_hash", hash_of(request, DigestVersion(1)))
             try:
                 sent = StepRequest(payload, self.session, request.step, request.request_id)
                 self.steps.admit(sent, attempt.future)

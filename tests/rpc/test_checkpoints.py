@@ -102,7 +102,7 @@ def test_the_best_evaluation_is_kept(serve: Serve) -> None:
         assert "best-000000010" not in names(trainer)
         with pytest.raises(InvalidRequestError, match="score must be finite, got nan"):
             trainer.checkpoint(score=float("nan"))
-        with pytest.raises(InvalidRequestError, match="best-NUMBER are what the server calls its own"):
+        with pytest.raises(InvalidRequestError, match="reserved: the server names its own checkpoints"):
             trainer.checkpoint("best-1")
 
 

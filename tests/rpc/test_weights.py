@@ -349,7 +349,7 @@ def test_nobody_takes_the_names_of_the_servers_own_checkpoints(serve: Serve) -> 
     server = serve(seconds=0)
     with maskwire.connect(server.address) as trainer:
         for name in ("step-000000001", "step-7", "step-1-lineage-2"):
-            with pytest.raises(maskwire.MaskwireError, match="what the server calls its own"):
+            with pytest.raises(maskwire.MaskwireError, match="the server names its own checkpoints"):
                 trainer.checkpoint(name)
         assert trainer.checkpoint("step-one").name == "step-one"
 

@@ -34,9 +34,13 @@ class StepCommit:
     record: StepRecord
     result: StepResult
     clock: Callable[[], float]
+    first_of_run: bool = False
+    """The run's first step: it fixes the version of the run's digest."""
 
     def write(self, journal: Journal) -> None:
         """Append record and batch."""
+        if self.first_of_run:
+            journal.fix_digest_version(self.step.digest_version)
         journal.add_step(self.record, self.step.encoded)
 
     def committed(self) -> None:

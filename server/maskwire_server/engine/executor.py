@@ -132,6 +132,12 @@ class Executor:
             queue.pop()
             queue.refuse_step(step, admission.gap(step.request.step, number))
             return False
+        fixed = run.head.digest_version
+        if fixed is not None and step.digest_version.number != fixed.number:
+            queue.pop()  # an idle session's, hashed before a bare call fixed another version
+            queue.refuse_step(step, admission.other_digest_version(run.lease.digest_versions, fixed.number))
+            queue.refuse_number(number)
+            return False
         if run.uncommitted >= self._serve.window:
             run.work.wait()
             return False
@@ -201,9 +207,10 @@ class Executor:
         with run.mutex:
             run.queue.computing = None
             head.computed = HistoryPosition(here.run_id, here.lineage, step.number, digest)
+            first, head.digest_version = head.digest_version is None, step.digest_version
             run.uncommitted += 1
             run.uncommitted_bytes += len(step.encoded)
-            self._committer.append(StepCommit(run, step, record, result, self._clock))
+            self._committer.append(StepCommit(run, step, record, result, self._clock, first_of_run=first))
             skipped = result.outcome is Outcome.SKIPPED_NON_FINITE
             head.non_finite = head.non_finite + 1 if skipped else 0
             if head.non_finite >= HALT_AFTER:

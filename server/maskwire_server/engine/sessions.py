@@ -26,6 +26,8 @@ CLIENT_PROCESS = "client_process"
 """The kind of event that records the process of a session's client."""
 EVALUATED = "evaluated"
 """The kind of event that records which step a writer has evaluated."""
+DIGEST_VERSIONS = "digest_versions"
+"""The kind of event that records which versions of the digest a session's client computes."""
 
 
 @dataclass(eq=False)
@@ -107,7 +109,13 @@ class Sessions:
             self._committer.append(EventsCommit(futures[0], reply, events))
             return
         epoch = at.epoch + 1
-        run.lease.open(epoch, request.client_name, request.process, supersedes=bool(at.writer))
+        run.lease.open(
+            epoch,
+            request.client_name,
+            request.process,
+            request.digest_versions,
+            supersedes=bool(at.writer),
+        )
         run.queue.refuse_steps(partial(_fenced, Holder(request.client_name, epoch, request.process)))
         run.queue.push_first(Takeover(epoch, request))
         run.work.notify()
@@ -119,7 +127,10 @@ class Sessions:
         with run.mutex:
             superseded = epoch != run.lease.epoch
             here = run.head.computed
-            events = () if superseded else self._keep(request)
+            events: Events = ()
+            if not superseded:
+                versions = {"epoch": epoch, "versions": list(request.digest_versions)}
+                events = (*self._keep(request), (DIGEST_VERSIONS, versions))
             if request.takeover and not superseded:
                 run.head.non_finite = 0
                 run.conditions.set(RunState.HALTED, False)
@@ -201,6 +212,7 @@ class Sessions:
             evaluated_lineage=head.evaluated[0],
             evaluated_step=head.evaluated[1],
             inexact_replays=head.inexact_replays,
+            digest_version=self._run.step_version(bare=False).number,
         )
 
 
@@ -211,6 +223,13 @@ def recorded_process(journal: Journal, session: SessionRecord | None) -> ClientP
         return None
     known = {field.name for field in fields(ClientProcess)}  # a newer version may have recorded more
     return ClientProcess(**{name: value for name, value in found[1].items() if name in known})
+
+
+def recorded_digest_versions(journal: Journal, session: SessionRecord | None) -> tuple[int, ...]:
+    """The versions of the digest that a session's client computes; a session of version 0.1 has no record."""
+    found = journal.last_event(DIGEST_VERSIONS)
+    recorded = session is not None and found is not None and found[1]["epoch"] == session.epoch
+    return tuple(found[1]["versions"]) if recorded and found else (1,)
 
 
 def recorded_evaluation(journal: Journal) -> tuple[int, int]:

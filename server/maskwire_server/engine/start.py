@@ -18,7 +18,7 @@ from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.engine.committer import RETRY_SECONDS
 from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.engine.run import Run
-from maskwire_server.engine.sessions import recorded_evaluation, recorded_process
+from maskwire_server.engine.sessions import recorded_digest_versions, recorded_evaluation, recorded_process
 from maskwire_server.engine.setup import Setup
 from maskwire_server.engine.trainer import Trainer, guarded, snapshot
 from maskwire_server.errors import Refused, RunDirectoryError
@@ -113,6 +113,7 @@ class Start:
         if threads is not None:
             trainer.use_threads(threads)
         self.info = trainer.info
+        run.num_tokens = trainer.info.num_tokens
         self._versions.update(trainer.versions)
         where = self._versions.get("device", "?")
         log.info("trainer built on %s in %.1f s", where, self._setup.clock() - began)
@@ -145,7 +146,10 @@ class Start:
         head.move(HistoryPosition(run_id, recovered.lineage, recovered.step, recovered.digest))
         head.non_finite = recovered.non_finite
         session = journal.last_session()
-        run.lease.resume(session, recorded_process(journal, session))
+        run.lease.resume(
+            session, recorded_process(journal, session), recorded_digest_versions(journal, session)
+        )
+        head.digest_version = journal.digest_version()
         head.inexact_replays = self._saver.inexact_replays = inexact_replays.recorded(journal)
         self._save_where_needed(journal, trainer, recovered, numerics)
         configuration_id = self._when_there_is_room(partial(self._record, journal, numerics))

@@ -44,8 +44,8 @@ class Steps:
 
     def admit(self, request: StepRequest, future: Future[StepAnswer]) -> None:
         """Queue a step, or answer it from the journal. Raises Refused."""
-        payload = request.payload
-        step = Step(request, payload.hash(), payload.encode(), [future], self._clock())
+        payload, version = request.payload, self._run.step_version(bare=request.session is None)
+        step = Step(request, version, payload.hash(version), payload.encode(), [future], self._clock())
         failpoints.passing("step.admitted")
         no_room = self._no_room(len(step.encoded))
         by_id = request.request_id is not None and (request.session is None or request.step is None)
@@ -67,6 +67,7 @@ class Steps:
         run, queue, request = self._run, self._run.queue, step.request
         at = run.situation()
         admission.check_writer(request.session, at)
+        step.use_version(run.step_version(bare=request.session is None))  # `admit` read it without the mutex
         queue.forget_abandoned_early()
         other = queue.with_id(request.request_id)
         if other is None and request.session is not None:
@@ -96,6 +97,7 @@ class Steps:
             if other is not None and other.abandoned and queue.replace(other, step):
                 return
             raise admission.step_taken(number, at.next_step)
+        step.use_version(run.step_version(bare=step.request.session is None))  # fixed meanwhile, it may be
         verdict = admission.admit_step(number, len(queue), self._serve.queue_limit, at)
         if no_room is not None:
             raise no_room

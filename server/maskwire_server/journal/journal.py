@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from maskwire.v1.digest import DigestVersion
 from maskwire_server import failpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal.database import Database
@@ -57,6 +58,17 @@ class Journal(Database):
         self.is_new = False
 
     # Events.
+
+    def digest_version(self) -> DigestVersion | None:
+        """The version of the run's digest; None before the first step."""
+        number = self.fact("digest_version")
+        return None if number is None else DigestVersion(number, self.fact("num_tokens") or 0)
+
+    def fix_digest_version(self, version: DigestVersion) -> None:
+        """Record the version of the run's digest, with the run's first step."""
+        facts = {"digest_version": version.number, "num_tokens": version.num_tokens}
+        self._db.executemany("INSERT INTO run VALUES (?, ?)", facts.items())
+        self._db.execute("UPDATE run SET value = ? WHERE key = 'hash'", (facts_hash(self._db),))
 
     def add_event(self, kind: str, body: dict[str, Any]) -> int:
         """Record something other than a step, and return the event's id."""

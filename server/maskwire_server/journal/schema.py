@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
-from maskwire_server.journal.records import Lineage, SessionRecord, seal, sealed_text
+from maskwire_server.journal.records import Lineage, SessionRecord, damaged, seal, sealed_text
 
 FORMAT = 3
 
@@ -60,13 +60,19 @@ def _add_row_hashes(database: sqlite3.Connection) -> None:
     database.execute("INSERT INTO run VALUES ('hash', ?)", (facts_hash(database),))
 
 
-def _add_the_catalogue(database: sqlite3.Connection) -> None:
-    """migrate format 2 to 3: allow a session to use a request id again, and add the catalogue"""
+def _migrate_to_3(database: sqlite3.Connection) -> None:
+    """migrate format 2 to 3: repeated request ids, the catalogue, and the version of the digest"""
     database.execute("DROP INDEX steps_by_request")
     database.execute("CREATE INDEX steps_by_request ON steps (request_id) WHERE request_id IS NOT NULL")
     database.execute(_CHECKPOINTS)
+    sealed = database.execute("SELECT value FROM run WHERE key = 'hash'").fetchone()
+    if sealed is None or sealed[0] != facts_hash(database):  # or the new hash would hide the damage
+        raise damaged("what the run is")
+    if database.execute("SELECT EXISTS (SELECT 1 FROM steps)").fetchone()[0]:
+        database.execute("INSERT INTO run VALUES ('digest_version', 1)")
+        database.execute("UPDATE run SET value = ? WHERE key = 'hash'", (facts_hash(database),))
     database.execute("UPDATE run SET value = 3 WHERE key = 'format'")
 
 
-MIGRATIONS = {1: _add_row_hashes, 2: _add_the_catalogue}
+MIGRATIONS = {1: _add_row_hashes, 2: _migrate_to_3}
 """From each older format to the next, in one transaction."""

@@ -20,7 +20,7 @@ from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.lineage import Segment
 from maskwire_server.recovery.base_checkpoint import newest_verified, require_seed
 from maskwire_server.recovery.recorded_settings import RecordedSettings
-from maskwire_server.recovery.replay import Replayed, replay, steps_to_replay, with_progress
+from maskwire_server.recovery.replay import Replayed, recorded_version, replay, steps_to_replay, with_progress
 from maskwire_server.recovery.trainer import ReplayTrainer
 from maskwire_server.results import InexactReplay
 
@@ -92,6 +92,7 @@ def rebuild(
     replayed = replay(
         with_progress(records, last_step - start[1], tell),
         trainer.train_step,
+        version=recorded_version(journal),
         tolerance=recorded.tolerance,
         accept_inexact=accept_inexact,
     )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from maskwire.v1.digest import step_digest
+from maskwire.v1.digest import VERSIONS, DigestVersion, step_digest
 from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import RunDirectoryError
@@ -24,11 +24,16 @@ class InexactReplayError(RunDirectoryError):
     """A step that was computed again gave another result than the acknowledged one."""
 
 
-def read_payload(record: StepRecord, encoded: bytes) -> Payload:
+def recorded_version(journal: Journal) -> DigestVersion:
+    """The version of the run's digest; for a run without steps, any version."""
+    return journal.digest_version() or DigestVersion(VERSIONS[0])
+
+
+def read_payload(record: StepRecord, encoded: bytes, version: DigestVersion) -> Payload:
     """Decode a step's batch. Raises RunDirectoryError when it does not match the step's payload hash."""
     try:
         payload = Payload.decode(encoded)
-        whole = payload.hash() == record.payload_hash
+        whole = payload.hash(version) == record.payload_hash
     except Exception:  # whatever damaged bytes make of it
         whole = False
     if not whole:
@@ -109,6 +114,7 @@ def replay(
     records: Iterator[tuple[StepRecord, bytes | None]],
     train: Callable[[int, int, Batch, Modes], StepResult],
     *,
+    version: DigestVersion,
     tolerance: Callable[[float | None], Tolerance | None] = lambda _: None,
     accept_inexact: bool = False,
 ) -> Replayed:
@@ -130,7 +136,7 @@ def replay(
                 "checkpoint was damaged, restore the run directory from a copy"
             )
         failpoints.passing("recovery.replaying")
-        sent = read_payload(record, payload)
+        sent = read_payload(record, payload, version)
         result = train(record.lineage, record.step, sent.batch, sent.modes)
         if outcome_differs(record, result):
             raise InexactReplayError(

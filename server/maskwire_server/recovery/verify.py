@@ -29,7 +29,7 @@ from maskwire_server.journal.lineage import ancestry
 from maskwire_server.journal.records import Lineage, StepRecord
 from maskwire_server.recovery.base_checkpoint import require_seed
 from maskwire_server.recovery.boot import open_recorded
-from maskwire_server.recovery.replay import read_payload, steps_to_replay
+from maskwire_server.recovery.replay import read_payload, recorded_version, steps_to_replay
 from maskwire_server.results import CheckpointInfo, InexactReplay, Outcome
 
 
@@ -111,7 +111,7 @@ def _noted(audit: Audit, run_dir: Path) -> Iterator[None]:
 def _verified_steps(
     journal: Journal, lineage: Lineage, audit: Audit, tell: Callable[[str], None]
 ) -> Iterator[StepRecord]:
-    at, digest = lineage.step, lineage.digest
+    at, digest, version = lineage.step, lineage.digest, recorded_version(journal)
     for record, encoded in journal.steps_after(lineage.lineage, at):
         at += 1
         digest = step_digest(digest, lineage.lineage, at, record.payload_hash, record.outcome)
@@ -123,7 +123,7 @@ def _verified_steps(
         if encoded is not None:
             audit.batches += 1
             try:
-                read_payload(record, encoded)
+                read_payload(record, encoded, version)
             except RunDirectoryError as error:
                 audit.problems.append(str(error))
         audit.steps += 1
@@ -213,7 +213,7 @@ def inspect(run_dir: Path, step: int, lineage: int | None = None) -> Inspected:
         payload = next((p for r, p in journal.steps_after(lineage, step - 1) if r.step == step), None)
         return Inspected(
             record,
-            None if payload is None else read_payload(record, payload),
+            None if payload is None else read_payload(record, payload, recorded_version(journal)),
             journal.event(record.configuration),
         )
     finally:

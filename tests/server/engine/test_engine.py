@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from counter import FAIL_ID, NAN_ID, CounterSnapshot, CounterTrainer
-from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, reason_of, wait_for
+from rig import DIGEST, WAIT, FullDisk, Rig, bare, open_session, payload, reason, reason_of, wait_for
 
 from maskwire.v1.digest import step_digest
 from maskwire_server import failpoints
@@ -48,7 +48,7 @@ def test_steps_are_applied_in_order_and_the_digest_is_that_of_the_protocol(rig: 
     answers = [future.result(WAIT) for future in [engine.train_step(bare(i)) for i in range(20)]]
     assert [answer.step for answer in answers] == list(range(1, 21))
     for seed, answer in enumerate(answers):
-        digest = step_digest(digest, 1, answer.step, payload(seed).hash(), Outcome.APPLIED)
+        digest = step_digest(digest, 1, answer.step, payload(seed).hash(DIGEST), Outcome.APPLIED)
         assert answer.digest == digest
     assert engine.status().durable_step == 20
     assert rig.trainer.trained == [(1, step) for step in range(1, 21)]

@@ -33,7 +33,7 @@ TESTS = Path(__file__).resolve().parents[2]
 
 def large(step: int) -> StepRequest:
     """A batch of 16 KiB."""
-    return StepRequest(Payload(Batch(np.full((32, 512), 20 + step % 200), 32, 512), Modes()))
+    return StepRequest(Payload(Batch(np.full((32, 512), 20 + step % 200, np.uint8), 32, 512), Modes()))
 
 
 @pytest.fixture

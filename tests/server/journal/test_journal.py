@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from maskwire.v1.digest import DigestVersion
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import fsync
 from maskwire_server.journal.journal import Journal
@@ -199,10 +200,59 @@ def test_a_journal_of_the_first_format_becomes_one_of_today(open_journal: Open, 
         journal._db.execute(statement)
     journal.close()
     again = Journal(tmp_path / "run")
-    assert again.fact("format") == 3
+    assert again.fact("format") == 4
     assert (again.lineages(), again.last_session()) == (lineages, session)
     assert again.last_event("kind") == (1, {"a": 1})
     again.close()
+
+
+def as_format_3(journal: Journal) -> None:
+    """A journal as version 0.1 left it."""
+    journal._db.execute("UPDATE run SET value = 3 WHERE key = 'format'")
+    journal.close()
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_run_of_format_3_keeps_version_1_of_the_digest_if_it_has_steps(
+    open_journal: Open, tmp_path: Path, steps: int
+) -> None:
+    journal = open_journal()
+    for step in range(1, steps + 1):
+        journal.transaction(partial(journal.add_step, record(step), b"payload"))
+    as_format_3(journal)
+    for _ in range(2):
+        again = Journal(tmp_path / "run")
+        assert again.fact("format") == 4
+        assert again.digest_version() == (DigestVersion(1) if steps else None)
+        again.close()
+
+
+def test_a_migration_does_not_hide_that_the_facts_of_the_run_were_damaged(
+    open_journal: Open, tmp_path: Path
+) -> None:
+    journal = open_journal()
+    journal.transaction(partial(journal.add_step, record(1), b"payload"))
+    journal._db.execute("UPDATE run SET value = 2 WHERE key = 'seed'")
+    as_format_3(journal)
+    for _ in range(2):
+        with pytest.raises(RunDirectoryError, match="what the run is does not match its hash"):
+            Journal(tmp_path / "run")
+
+
+def test_the_version_of_the_digest_is_sealed_with_the_facts_of_the_run(
+    open_journal: Open, tmp_path: Path
+) -> None:
+    journal = open_journal()
+    assert journal.digest_version() is None
+    version = DigestVersion(2, 257)
+    journal.transaction(partial(journal.fix_digest_version, version))
+    journal.close()
+    again = Journal(tmp_path / "run")
+    assert again.digest_version() == version
+    again._db.execute("DELETE FROM run WHERE key = 'digest_version'")
+    again.close()
+    with pytest.raises(RunDirectoryError, match="what the run is does not match its hash"):
+        Journal(tmp_path / "run")
 
 
 def test_an_index_that_lost_a_request_is_built_anew(open_journal: Open, tmp_path: Path) -> None:

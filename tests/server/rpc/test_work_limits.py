@@ -13,7 +13,7 @@ from maskwire_server.batch import Batch, Prompts
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.errors import Refused
 from maskwire_server.results import EvalOptions, GenerateOptions, Limits, ModelInfo, Order, SelfCondMode
-from maskwire_server.rpc import decoding, generate, status, work_limits
+from maskwire_server.rpc import decoding, generate, status, token_batch, work_limits
 from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.trainer import TorchTrainer
 
@@ -179,8 +179,8 @@ class Counted:
 
 
 LISTS: dict[str, Callable[[], Any]] = {
-    "batch.shape": lambda: decoding._shape("batch", Counted(), PLAIN, LIMITS),  # type: ignore[arg-type]
-    "batch.lengths": lambda: decoding._lengths("batch", Counted(), 2, 3),  # type: ignore[arg-type]
+    "batch.shape": lambda: token_batch._shape("batch", Counted(), PLAIN, LIMITS),  # type: ignore[arg-type]
+    "batch.lengths": lambda: token_batch._lengths("batch", Counted(), 2, 3),  # type: ignore[arg-type]
     "row_ids": lambda: read(pb.EvalLossRequest(batch=batch(1, 4), row_ids=[1] * 10**7), PLAIN),
     "row_seeds": lambda: read(pb.GenerateRequest(count=2, length=4, row_seeds=[1] * 10**7), PLAIN),
 }
@@ -188,7 +188,7 @@ LISTS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("field", LISTS)
 def test_lists_are_counted_before_they_are_copied(field: str) -> None:
-    with pytest.raises(Refused, match=rf"{field} must be .* got 10000000"):
+    with pytest.raises(Refused, match=rf"{field} must .* got 10000000"):
         LISTS[field]()
 
 

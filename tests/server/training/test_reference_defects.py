@@ -17,7 +17,7 @@ from maskwire_server.batch import Batch, Modes, Prompts
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.errors import Refused
 from maskwire_server.results import GenerateOptions, Limits, Order, Outcome
-from maskwire_server.rpc import decoding
+from maskwire_server.rpc import token_batch
 from maskwire_server.training import objective, schedule
 from maskwire_server.training.corruption import StepKey, Vocabulary, corrupt
 
@@ -131,7 +131,7 @@ def test_mask_ids_in_the_data_are_refused() -> None:
     info = make().info
     data = np.full((2, 12), 16, dtype=np.uint8)
     with pytest.raises(Refused, match="row 0, column 0 is 16"):
-        decoding.read_batch(
+        token_batch.read_batch(
             pb.TokenBatch(data=data.tobytes(), shape=[2, 12], dtype=pb.DATA_TYPE_UINT8),
             info,
             Limits(2**20, 2**26, 8, 1024),
