@@ -57,8 +57,6 @@ class Journal(Database):
         flush_folder(self._path.parent)
         self.is_new = False
 
-    # Events.
-
     def digest_version(self) -> DigestVersion | None:
         """The version of the run's digest; None before the first step."""
         number = self.fact("digest_version")
@@ -69,6 +67,8 @@ class Journal(Database):
         facts = {"digest_version": version.number, "num_tokens": version.num_tokens}
         self._db.executemany("INSERT INTO run VALUES (?, ?)", facts.items())
         self._db.execute("UPDATE run SET value = ? WHERE key = 'hash'", (facts_hash(self._db),))
+
+    # Events.
 
     def add_event(self, kind: str, body: dict[str, Any]) -> int:
         """Record something other than a step, and return the event's id."""
