@@ -214,9 +214,9 @@ class Journal(Database):
 
     def checkpoints(self) -> dict[str, bytes]:
         """The manifest of each checkpoint in the catalogue, by name."""
-        # As bytes: a name that was damaged on the disk must not fail to decode.
+        # As bytes: a start rebuilds rows that were damaged on the disk, so they must not fail to be read.
         rows = self._rows("SELECT CAST(name AS BLOB), CAST(manifest AS BLOB) FROM checkpoints")
-        return {name.decode(errors="replace"): manifest for name, manifest in rows}
+        return {(name or b"").decode(errors="replace"): manifest or b"" for name, manifest in rows}
 
     # Lineages.
 

@@ -115,6 +115,11 @@ def damage_a_name(journal: Journal) -> None:
     journal._db.execute("UPDATE checkpoints SET name = CAST(X'FFFE' AS TEXT) WHERE name = 'one'")
 
 
+def lose_a_row(journal: Journal) -> None:
+    """As a damaged page reads."""
+    journal._db.execute("UPDATE checkpoints SET name = NULL WHERE name = 'one'")
+
+
 def back_to_format_2(journal: Journal) -> None:
     journal._db.execute("DROP TABLE checkpoints")
     journal._db.execute("DELETE FROM run WHERE key IN ('digest_version', 'num_tokens')")
@@ -122,7 +127,7 @@ def back_to_format_2(journal: Journal) -> None:
     journal._db.execute("UPDATE run SET value = 2 WHERE key = 'format'")
 
 
-@pytest.mark.parametrize("change", [drop_rows, damage_a_name, back_to_format_2])
+@pytest.mark.parametrize("change", [drop_rows, damage_a_name, lose_a_row, back_to_format_2])
 def test_a_start_rebuilds_the_table_from_the_folders(rig: Rig, change: Callable[[Journal], None]) -> None:
     engine = rig.start(checkpoints=LONG)
     train(engine, 0, 1)
