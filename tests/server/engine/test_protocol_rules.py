@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from counter import NAN_ID
-from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, wait_for
+from rig import DIGEST, WAIT, FullDisk, Rig, bare, open_session, payload, reason, wait_for
 
 from maskwire.v1.digest import step_digest
 from maskwire_server.engine.committer import Committer
@@ -226,5 +226,6 @@ def test_the_digest_follows_the_outcome(rig: Rig) -> None:
     before = engine.status().digest
     request = bare(1, first=NAN_ID)
     answer = engine.train_step(request).result(WAIT)
-    assert answer.digest == step_digest(before, 1, 1, request.payload.hash(), int(answer.result.outcome))
+    payload_hash = request.payload.hash(DIGEST)
+    assert answer.digest == step_digest(before, 1, 1, payload_hash, int(answer.result.outcome))
     assert np.isnan(answer.result.losses.loss)
