@@ -9,7 +9,8 @@ import pytest
 
 from maskwire.errors import ConflictError, DigestMismatchError, Failure, InvalidRequestError, UnavailableError
 from maskwire.protocol.calls import Asking, Call, Give, Next, Pause, RetryPolicy, Until, wait_before_retry
-from maskwire.protocol.codec import decode_batch, encode_batch, hash_of, step_request
+from maskwire.protocol.codec import hash_of, step_request
+from maskwire.protocol.token_batch import decode_batch, encode_batch
 from maskwire.protocol.writer import Ledger, Writing
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import DigestVersion, step_digest
@@ -123,7 +124,7 @@ def test_prompts_are_packed_row_major_lowest_bit_first() -> None:
     [
         (lambda: encode_batch([1, 2]), "1 dimensions"),
         (lambda: encode_batch([[0.5]]), "must be integers, got float64"),
-        (lambda: encode_batch(IDS, lengths=[1]), "one a row, 2"),
+        (lambda: encode_batch(IDS, lengths=[1]), "one length per row, 2"),
         (lambda: encode_batch([[1], [2, 3]], lengths=[1, 2]), "left out"),
         (lambda: encode_batch(IDS, prompt_mask=np.ones((2, 3))), "must be bool"),
         (lambda: encode_batch(IDS, prompt_mask=np.ones((1, 3), dtype=bool)), "must be bool"),

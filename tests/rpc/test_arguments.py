@@ -16,8 +16,8 @@ import maskwire
 import maskwire.aio
 from maskwire.protocol import codec
 from maskwire.protocol.calls import EvalOptions, GenerateOptions, StepOptions
-from maskwire.protocol.codec import encode_batch
 from maskwire.protocol.evaluation import Plan
+from maskwire.protocol.token_batch import encode_batch
 
 Serve = Callable[..., ServerProcess]
 TOKENS = np.arange(8).reshape(2, 4)
@@ -198,7 +198,7 @@ def test_a_wrong_argument_of_connect_is_refused(option: str, words: str) -> None
         ([4, 0], "got 0 for row 1"),
         ([4, -1], "got -1 for row 1"),
         ([2**32 + 3, 1], "got 4294967299 for row 0"),
-        ([1, 2, 3], "one a row, 2"),
+        ([1, 2, 3], "one length per row, 2"),
     ],
 )
 def test_lengths_beyond_the_columns_are_refused(lengths: list[int], words: str) -> None:
@@ -220,7 +220,7 @@ def test_a_mask_of_rows_that_differ_in_length_is_that_of_padded_ones() -> None:
         ([[True, False], [False]], r"row 0 must be bool \[3\], as long as its tokens, got bool \[2\]"),
         ([[True, False, True], [False, True]], r"row 1 must be bool \[1\]"),
         ([[1, 0, 1], [0]], r"row 0 must be bool \[3\].*got int64"),
-        ([[True, False, True], [False], [False]], "one row a row of tokens, 2, got 3"),
+        ([[True, False, True], [False], [False]], "as many rows as tokens, 2, got 3"),
     ],
 )
 def test_a_ragged_mask_that_does_not_fit_is_named_by_its_row(mask: Any, words: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from maskwire.arguments import check_whole
 from maskwire.data.token_data import TokenData
 from maskwire.errors import StepMovedError
-from maskwire.protocol import codec
+from maskwire.protocol import codec, token_batch
 from maskwire.protocol.limits import Bounds, too_long
 from maskwire.results import EvalResult, FractionResult, Losses, LossSums, RowResult
 from maskwire.v1 import training_service_pb2 as pb
@@ -63,7 +63,7 @@ class Plan:
                 raise ValueError(f"{name} must be one a row, {self.rows}, got {len(values)}")
         if self._by_row["row_ids"] is None:
             self._by_row["row_ids"] = range(self.rows)
-        codec.to_array(self._by_row["row_ids"], "row_ids")
+        token_batch.to_array(self._by_row["row_ids"], "row_ids")
         codec.eval_request([[0]], **options)  # what cannot be sent is said before anything is asked
         self._options = options
         lengths = self._by_row["lengths"]
