@@ -20,9 +20,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from maskwire.loggers.progress import PLAIN_EVERY_SECONDS
 from maskwire.output import on_terminal
 from maskwire.output import tell as tell_line
-from maskwire.protocol.fit import PLAIN_EVERY_SECONDS
 
 
 class Bar:

@@ -15,9 +15,9 @@ from serving import ServerProcess
 import maskwire
 import maskwire.aio
 from maskwire.protocol import codec
-from maskwire.protocol.calls import EvalOptions, GenerateOptions, StepOptions
 from maskwire.protocol.codec import encode_batch
 from maskwire.protocol.evaluation import Plan
+from maskwire.protocol.options import EvalOptions, GenerateOptions, StepOptions
 
 Serve = Callable[..., ServerProcess]
 TOKENS = np.arange(8).reshape(2, 4)

@@ -348,26 +348,6 @@ def test_a_batch_over_the_size_limit_is_not_sent_and_those_behind_it_are_trained
     asyncio.run(body())
 
 
-def test_both_clients_have_the_same_methods_and_arguments() -> None:
-    import maskwire.client
-
-    for name in ("connect", "attach"):
-        blocking, awaited = getattr(maskwire.client, name), getattr(maskwire.aio, name)
-        assert inspect.signature(blocking).parameters.keys() == inspect.signature(awaited).parameters.keys()
-    for blocking, awaited in (
-        (maskwire.client.Client, maskwire.aio.Client),
-        (maskwire.client.Trainer, maskwire.aio.Trainer),
-    ):
-        public = {name for name in dir(blocking) if not name.startswith("_")}
-        assert public == {name for name in dir(awaited) if not name.startswith("_")}
-        for name in public:
-            ours, theirs = getattr(blocking, name), getattr(awaited, name)
-            if callable(ours):
-                assert (
-                    inspect.signature(ours).parameters.keys() == inspect.signature(theirs).parameters.keys()
-                )
-
-
 def test_a_cancelled_step_stays_in_flight_and_the_next_has_the_next_number(serve: Serve) -> None:
     server = serve(seconds=0.3)
 
