@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _RENUMBER_WAIT = 0.02  # seconds
 _NUMBER_BYTES = 12  # the most that a step's number adds to a request
+_MAX_ID_BYTES = 11  # of a token id or a row's length in a request, with its bit of the prompt mask
+_MAX_OTHER_BYTES = 4096  # of everything else in a request
 _FOREIGN_HISTORY = {"GAP", "UNKNOWN_EPOCH", "WRONG_RUN"}  # also reported by a server with another history
 
 
@@ -195,9 +197,12 @@ class Writer(Session):
 
     def _check_size(self, request: pb.TrainStepRequest) -> None:
         # Only the client can name the cure: the transport would reject the message without one.
+        limit = self.limits.max_message_bytes
+        rows, columns = request.batch.shape
+        if not limit or rows * (columns + 1) * _MAX_ID_BYTES + _MAX_OTHER_BYTES <= limit:
+            return  # the exact size takes as long as sending: it encodes the message
         request.session.CopyFrom(self.ledger.session)
-        size, limit = request.ByteSize() + _NUMBER_BYTES, self.limits.max_message_bytes
-        if limit and size > limit:
+        if (size := request.ByteSize() + _NUMBER_BYTES) > limit:
             raise too_long("the batch", size, limit, "send fewer rows")
 
     def _warn_at_rate_0(self, request: pb.TrainStepRequest, response: pb.TrainStepResponse) -> None:
