@@ -152,7 +152,7 @@ class Driver(ProcessBound):
             return await asyncio.to_thread(call_back, "a callback", effect.function)
         if isinstance(effect, Receive):
             return await self._receive(effect.stream)
-        return None  # Emit is handled by whoever iterates
+        return None  # Emit is handled by _iterate
 
     async def _call(self, call: Call) -> Any:
         self._check_open()

@@ -213,7 +213,7 @@ class Trainer(RunView, Client):
         Steps are numbered in the order of submission. A step that is refused leaves its number to the next
         one, unless that was submitted as a certain `step`: it then raises ConflictError. Waits while the
         window is full, or while another step takes the number of a refused one. The future cannot be
-        cancelled: a step that was sent may be applied, and only its answer tells.
+        cancelled: a step that was sent may be applied, and only its answer says so.
         """
         self._check_process()
         pending = self._writer.new_step(tokens, step, **options)

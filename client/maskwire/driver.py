@@ -63,7 +63,7 @@ class Driver(ProcessBound):
         self._lock = threading.Lock()  # held while a conversation runs between two effects
         self._waiting: list[tuple[Callable[[], bool], threading.Condition]] = []
         self._closed = threading.Event()
-        self._background: Background | None = None  # of a client whose calls have `meanwhile`
+        self._background: Background | None = None  # runs `Call.meanwhile`
 
     def _drive(self, conversation: Conversation[T]) -> T:
         """Perform a conversation's effects until it returns."""
@@ -158,7 +158,7 @@ class Driver(ProcessBound):
             return call_back("a callback", effect.function)
         if isinstance(effect, Receive):
             return self._receive(effect.stream)
-        return None  # Emit and Until are handled by whoever advances
+        return None  # Emit is handled by _iterate, Until by _advance
 
     def _call(self, call: Call) -> Any:
         self._check_open()

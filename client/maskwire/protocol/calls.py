@@ -14,10 +14,10 @@ from typing import Any, Protocol, TypeVar, Unpack
 from maskwire import arguments, results
 from maskwire.errors import CheckpointError, Failure, MaskwireError, UnavailableError
 from maskwire.protocol import codec
-from maskwire.protocol import evaluation as evaluations
-from maskwire.protocol import generation as generations
-from maskwire.protocol.download import Download, Progress
+from maskwire.protocol.download import Download, DownloadProgress
 from maskwire.protocol.effects import Call, Conversation, Emit, Pause, Receive, Stream, Work
+from maskwire.protocol.evaluation import EvaluationPlan, EvaluationProgress, EvaluationSum
+from maskwire.protocol.generation import GeneratedRows, GenerationPlan, rows_of
 from maskwire.protocol.limits import Bounds
 from maskwire.protocol.options import EvalOptions, GenerateOptions, ListOptions
 from maskwire.protocol.retry import RetryPolicy, given_up, without_advice
@@ -74,7 +74,7 @@ class Calls:
         *,
         rows: int | None = None,
         batch_size: int | None = None,
-        on_progress: evaluations.Progress | None = None,
+        on_progress: EvaluationProgress | None = None,
         **options: Unpack[EvalOptions],
     ) -> Conversation[results.EvalResult]:
         """Evaluate a whole data set with as many calls as it takes. Changes nothing.
@@ -89,8 +89,8 @@ class Calls:
         """
         if not hasattr(data, "batch"):  # a TokenData has one
             arguments.check_rows(data, "data")
-        plan = evaluations.Plan(data, rows=rows, batch_size=batch_size, **options)
-        total = evaluations.Sum(plan.passed_over)
+        plan = EvaluationPlan(data, rows=rows, batch_size=batch_size, **options)
+        total = EvaluationSum(plan.passed_over)
         requests = plan.calls((yield from self._bounds()))
         # Reading the data takes time, and the callback may call the client.
         while (request := (yield Work(partial(next, requests, None)))) is not None:
@@ -124,13 +124,13 @@ class Calls:
     def _sample(self, request: pb.GenerateRequest) -> Conversation[results.GenerateResult]:
         """Sample with as many calls as the server's limits require."""
         plan = None
-        if generations.rows_of(request) > 1:
+        if rows_of(request) > 1:
             bounds = yield from self._bounds()
             if 0 <= request.length <= bounds.model.max_seq_len:
-                plan = generations.Plan(request, bounds)
+                plan = GenerationPlan(request, bounds)
         if plan is None or plan.fits:
             return (yield from self._generate(request, _same))
-        rows = generations.Rows(plan)
+        rows = GeneratedRows(plan)
         for part in plan.parts():
             found = yield from self._generate(part.request, partial(rows.take, part))
         return found
@@ -152,7 +152,7 @@ class Calls:
             response = yield Receive(stream)
             if isinstance(response, Failure):
                 raise response.error
-        raise UnavailableError(f"{self.target} ended the generation before its last pass; ask again")
+        raise UnavailableError(f"{self.target} ended the generation before its last pass; repeat the call")
 
     def checkpoint(
         self,
@@ -232,7 +232,7 @@ class Calls:
         *,
         weights: bool = False,
         ema: bool = False,
-        on_progress: Progress | None = None,
+        on_progress: DownloadProgress | None = None,
     ) -> Conversation[Path]:
         """Download a checkpoint into `folder`, which `maskwire_server.load` can read.
 
@@ -279,7 +279,7 @@ class Calls:
                 return Bounds(found.limits, found.model)
             if self._clock() - began >= self._policy.retry_for:
                 raise UnavailableError(
-                    f"{self.target} is building the model; ask again in a moment", reason="RECOVERING"
+                    f"{self.target} is building the model; try again in a moment", reason="RECOVERING"
                 )
             yield Pause(self._policy.longest_wait)
 

@@ -30,7 +30,7 @@ WEIGHTS, EMA = "model.safetensors", "ema.safetensors"
 _BLOCK = 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
-Progress = Callable[[int, int], None]
+DownloadProgress = Callable[[int, int], None]
 """Called with the bytes downloaded so far and the bytes of all files."""
 
 
@@ -38,7 +38,13 @@ class Download:
     """A checkpoint's download into a folder, which it locks against other downloads."""
 
     def __init__(
-        self, info: CheckpointInfo, folder: Path, *, weights: bool, ema: bool, on_progress: Progress | None
+        self,
+        info: CheckpointInfo,
+        folder: Path,
+        *,
+        weights: bool,
+        ema: bool,
+        on_progress: DownloadProgress | None,
     ) -> None:
         self.folder = folder
         self._info = info

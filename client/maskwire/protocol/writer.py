@@ -90,7 +90,7 @@ class Writer(Session):
         return results.RestoreResult(response.lineage, response.step, response.digest)
 
     def settle(self) -> Conversation[None]:
-        """Wait until no step is in flight. Their futures tell whether they were refused."""
+        """Wait until no step is in flight. Their futures have their results or errors."""
         yield Until(lambda: not self._pending)
 
     def new_step(
@@ -250,7 +250,7 @@ class _Order:
         """
         pending, writer = self._pending, self._writer
         if error.reason == "GAP":
-            yield Pause(_RENUMBER_WAIT)  # the answer that refused the earlier step may still be on its way
+            yield Pause(_RENUMBER_WAIT)  # the answer that refused the earlier step may not have arrived yet
             expected = int(error.metadata.get("expected_step", 0))
             if pending.acknowledged_when_sent < expected < pending.request.step:
                 return True
