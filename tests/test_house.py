@@ -54,6 +54,15 @@ def test_the_reference_pages_are_what_the_code_generates() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_architecture_page_names_only_what_the_sources_define(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from structure import missing
+
+    assert missing((ROOT / "docs" / "architecture.md").read_text()) == []
+    gone = "`engine/gone.py`, `engine/steps.py` (`Steps.gone`, `Steps.admit`), `Gone.method`"
+    assert missing(gone) == ["engine/gone.py", "engine/steps.py: Steps.gone", "Steps.gone", "Gone.method"]
+
+
 def test_every_reason_has_an_entry_with_its_cure() -> None:
     from maskwire.errors import REASONS as CLIENT_REASONS
     from maskwire_server.errors import REASONS

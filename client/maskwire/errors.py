@@ -9,6 +9,7 @@
     │   ├── CheckpointError          not found, taken, needed, damaged, or not written
     │   ├── TokenizerError           the run was started with another tokenizer
     │   ├── DataMismatchError        the run was trained on other data
+    │   ├── DigestVersionError       this client is too old for the run's digest
     │   └── UnimplementedError       this server does not support the call
     ├── SessionError             this client may not train the run
     │   ├── FencedError              another writer took over: stop
@@ -107,6 +108,10 @@ class DataMismatchError(RequestError):
     """The run was trained on other data. `fit(allow_changed_data=True)` continues with the changed data."""
 
 
+class DigestVersionError(RequestError):
+    """This client cannot compute the run's version of the digest. Use a newer client."""
+
+
 class AccessError(MaskwireError):
     """The server denied access."""
 
@@ -183,6 +188,7 @@ REASONS: dict[str, type[MaskwireError]] = {
     "UNKNOWN_EPOCH": WrongRunError,
     "TOKENIZER_MISMATCH": TokenizerError,
     "DATA_CHANGED": DataMismatchError,
+    "DIGEST_VERSION": DigestVersionError,
     "HISTORY_LOST": HistoryLostError,
     "UNAUTHENTICATED": UnauthenticatedError,
     "PERMISSION_DENIED": PermissionDeniedError,

@@ -315,3 +315,5 @@ class Status:
     data: dict[str, str] = field(default_factory=dict)
     """Fingerprint of the training data, in named parts; empty: not recorded."""
     inexact_replays: tuple[InexactReplay, ...] = ()
+    digest_version: int = 0
+    """The version of the run's digest; 0 before the first step, and of a server of version 0.1."""

@@ -27,16 +27,18 @@ from maskwire.protocol.pending_step import PendingStep
 from maskwire.protocol.retry import RetryPolicy
 from maskwire.protocol.writer import Writer
 from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.digest import DigestVersion
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.commits import StepCommit
 from maskwire_server.engine.entries import Step
 from maskwire_server.engine.executor import Executor
-from maskwire_server.engine.quarantine import Poison
+from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.engine.run import Run
 from maskwire_server.engine.steps import Steps
 from maskwire_server.errors import REASONS as SERVER_REASONS
 from maskwire_server.errors import Refused
+from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, StepRecord
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import SessionRef, StepRequest
@@ -85,10 +87,9 @@ class Disk:
         self.records.append(commit.record)
         commit.committed()
 
-    def read(self, question: Any) -> Future[StepRecord | None]:
-        answer: Future[StepRecord | None] = Future()
-        answer.set_result(next((one for one in self.records if one.step == question.step), None))
-        return answer
+    def read(self, question: Any, lineage: int, step: int) -> StepRecord | None:
+        assert (question, lineage) == (Journal.step, 1)
+        return next((one for one in self.records if one.step == step), None)
 
     def wake(self) -> None: ...
 
@@ -111,7 +112,7 @@ class Idle:
 class Packed(Payload):
     """As much of a batch as its hash, and whether the device fails with it."""
 
-    def hash(self) -> bytes:
+    def hash(self, version: DigestVersion) -> bytes:
         return self.sent_hash
 
     def encode(self) -> bytes:
@@ -167,10 +168,13 @@ class World:
         device: Any = self
         self.executor = Executor(
             self.run, disk, device, idle, idle, idle, journal=disk, disk=disk,
-            quarantine=Poison(Path(), 0), serve=serve, configuration_id=1, clock=lambda: self.now,
+            quarantine=Quarantine(Path(), 0), serve=serve, configuration_id=1, clock=lambda: self.now,
         )  # fmt: skip
         self.computing: Step | None = None
         self.calls: list[Attempt] = []
+
+    def usable_after(self, error: BaseException) -> bool:
+        return True
 
     def train_step(self, lineage: int, number: int, batch: Any, modes: Any) -> StepResult:
         """As the device does, at the end of the step's time."""
@@ -206,7 +210,7 @@ class World:
             self.refuse(attempt, Refused("INVALID_FIELD", "the mask id"))
         else:
             payload = Packed(Batch(np.zeros((1, 1), int), 1, 1), Modes())
-            object.__setattr__(payload, "sent_hash", hash_of(request))
+            object.__setattr__(payload, "sent_hash", hash_of(request, DigestVersion(1)))
             try:
                 sent = StepRequest(payload, self.session, request.step, request.request_id)
                 self.steps.admit(sent, attempt.future)

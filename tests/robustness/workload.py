@@ -14,7 +14,7 @@ from rig import make_engine, wait_for
 from robustness.damage import WAIT, payload
 
 from maskwire_server import config
-from maskwire_server.engine import committer
+from maskwire_server.journal import reserve
 from maskwire_server.requests import SaveRequest, StepRequest
 
 STEPS = 10
@@ -29,7 +29,7 @@ def main() -> None:
         from robustness.planted import BUGS
 
         BUGS[sys.argv[2]].plant()
-    committer.FOLD_BYTES = 40 * 2**10
+    reserve.FOLD_BYTES = 40 * 2**10
     engine = make_engine(folder / "run", CONFIG, on_fatal=lambda _: os._exit(70))
     engine.wait_serving(WAIT)
     acknowledged = os.open(folder / "acknowledged", os.O_WRONLY | os.O_CREAT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from maskwire.errors import DigestMismatchError
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire.v1.digest import step_digest
+from maskwire.v1.digest import DigestVersion, step_digest
 
 
 class Ledger:
@@ -14,6 +14,8 @@ class Ledger:
         self.session = pb.SessionRef()
         self.position: tuple[int, bytes] = 0, b""
         """Step and digest; one value, so that they change together."""
+        self.digest_version = DigestVersion(1)
+        """How the run hashes payloads."""
 
     @property
     def step(self) -> int:
@@ -29,6 +31,8 @@ class Ledger:
         """Start at the server's durable position."""
         self.session = response.session
         self.position = response.durable_step, response.digest
+        # A server of version 0.1 leaves the digest's version at 0.
+        self.digest_version = DigestVersion(response.digest_version or 1, response.model.num_tokens)
 
     def history(self) -> pb.History | None:
         """Return what the server must still have."""

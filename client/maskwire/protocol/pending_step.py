@@ -6,6 +6,7 @@ import threading
 
 from maskwire.protocol import codec
 from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.digest import DigestVersion
 
 
 class PendingStep:
@@ -27,6 +28,8 @@ class PendingStep:
         """The last acknowledged step when the latest attempt was sent."""
         self.answer: pb.TrainStepResponse | None = None
         """The server's answer, while the answers of earlier steps are outstanding."""
+        self.digest_version = DigestVersion(1)
+        """How to hash the payload; set when the step gets its place."""
         self._hash: bytes | None = None
         self._hashing = threading.Lock()
 
@@ -34,5 +37,5 @@ class PendingStep:
         """Return the payload's hash. The first caller computes it, on any thread; others wait for it."""
         with self._hashing:
             if self._hash is None:
-                self._hash = codec.hash_of(self.request)
+                self._hash = codec.hash_of(self.request, self.digest_version)
             return self._hash

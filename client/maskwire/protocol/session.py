@@ -13,6 +13,7 @@ from maskwire.protocol.effects import Conversation, Until
 from maskwire.protocol.ledger import Ledger
 from maskwire.protocol.retry import RetryPolicy
 from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.digest import VERSIONS
 
 
 class Session(Calls):
@@ -73,6 +74,7 @@ class Session(Calls):
             allow_changed_data=allow_changed_data,
             process=this_process(),
             evaluated_step=evaluated_step,
+            digest_versions=VERSIONS,
         )
         response = yield from self._open(request, began)
         if response.HasField("superseded"):

@@ -99,7 +99,8 @@ class Writer(Session):
         """Make a step from a batch; it has no place in the order yet."""
         if step is not None:
             check_whole("step", step, 1)
-        pending = PendingStep(codec.step_request(new_id(), tokens, **options), step)
+        request = codec.step_request(new_id(), tokens, self.model.num_tokens, **options)
+        pending = PendingStep(request, step)
         self._check_size(pending.request)
         return pending
 
@@ -113,6 +114,7 @@ class Writer(Session):
         if self.closed:
             raise MaskwireError("this trainer is closed; connect again")
         self._check_number(pending, self.ledger.step + 1 + len(self._pending))
+        pending.digest_version = self.ledger.digest_version
         self._pending.append(pending)
         if not self._sendable(pending):
             yield Until(partial(self._sendable, pending))

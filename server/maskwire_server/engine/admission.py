@@ -1,16 +1,17 @@
-"""Who may write, and which step comes next: the tables of `maskwire.v1` as pure functions.
+"""The admission table of `maskwire.v1` as pure functions: who may write, and which step comes next.
 
-The engine looks the facts up under its mutex, these functions decide, and nothing here knows a thread, a
-clock or a file. A decision is a value, or a `Refused` to raise.
+Callers collect the facts under the run's mutex; these functions decide. They use no thread, clock or file.
+A decision is a value, or a `Refused` that is raised.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from maskwire.v1.digest import VERSIONS, newest_common
 from maskwire_server.errors import Refused
 from maskwire_server.holder import Holder
 from maskwire_server.position import HistoryPosition
@@ -19,33 +20,33 @@ from maskwire_server.results import RunState
 
 
 class Verdict(enum.Enum):
-    """What becomes of a step that nothing is known of yet."""
+    """The decision on a step that repeats nothing."""
 
     RUN = "run"
     """It is the next step."""
     WAIT = "wait"
-    """It is ahead of its turn, within the window."""
+    """It is ahead of its predecessor, within the window."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """A step that is on its way or recorded, which a request may repeat."""
+    """A step, in flight or recorded, that a request may repeat."""
 
     step: int | None
-    """None: on its way, without a number yet."""
+    """None: in flight, not numbered yet."""
     request_id: str | None
     payload_hash: bytes
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What a request is held against."""
+    """The facts of the run that a request is checked against."""
 
     state: RunState
     run_id: str
     lineage: int
     epoch: int
-    """The newest epoch ever given; 0 before the first."""
+    """The newest epoch; 0 before the first."""
     writer: str
     """The name of the client whose session is open; empty when none is."""
     closed: bool
@@ -54,56 +55,65 @@ class Situation:
     """The first step that is neither applied nor in flight."""
     window: int
     refused_step: int | None = None
-    """The first step whose sender was refused with it and has not sent another one under its number."""
+    """The lowest step number that was refused and not taken by another step since."""
     holder: Holder | None = None
     """The client of the newest epoch, whether its session is open or not."""
+    digest_version: int = 0
+    """The version of the run's digest; 0 before the first step."""
+    digest_versions: tuple[int, ...] = VERSIONS
+    """The versions of the digest that the client of the newest epoch computes."""
 
     @property
     def holder_facts(self) -> dict[str, Any]:
-        """What an error says of the newest epoch's client."""
+        """Error metadata about the newest epoch's client."""
         return self.holder.metadata() if self.holder else {"epoch": self.epoch, "writer": self.writer}
 
 
-_LONGEST_SHOWN = 24  # characters of a part of a fingerprint; a longer one is a hash, which helps no reader
+_LONGEST_SHOWN = 24  # characters; a longer part of a fingerprint is a hash, which is not worth showing
 _UNAVAILABLE = {
     RunState.RECOVERING: "the server is recovering the run",
     RunState.RESTORING: "a checkpoint is being restored",
-    RunState.HELD: "the journal has no room on its disk; free some, and training goes on",
-    RunState.DRAINING: "the server is finishing its work before it ends",
+    RunState.HELD: "the journal's disk is full; free some space, and training resumes",
+    RunState.DRAINING: "the server is shutting down",
 }
 
 
 def refuse_unavailable(state: RunState) -> None:
-    """Raise for a state in which asking again later helps."""
+    """Raise Refused in a state in which the client should retry later."""
     if state in _UNAVAILABLE:
-        raise Refused(state.name, f"{_UNAVAILABLE[state]}; ask again with the same request id")
+        raise Refused(state.name, f"{_UNAVAILABLE[state]}; retry with the same request id")
     if state is RunState.RECOVERY_FAILED:
-        raise Refused("RECOVERING", "recovery failed; the server's log says why")
+        raise Refused("RECOVERING", "recovery failed; see the server's log")
+
+
+def shutting_down() -> Refused:
+    """The refusal of a request that the end of the process overtook."""
+    return Refused("DRAINING", "the server is shutting down; retry with the same request id")
 
 
 def refuse_full(queue_length: int, queue_limit: int) -> None:
-    """Raise when no more may wait for the device."""
+    """Raise QUEUE_FULL when the queue is at its limit."""
     if queue_length >= queue_limit:
         raise Refused(
             "QUEUE_FULL",
-            f"{queue_length} requests wait for the device, the limit is {queue_limit}; ask again with the "
-            "same request id",
+            f"{queue_length} requests are queued, the limit is {queue_limit}; retry with the same request id",
             queue_length=queue_length,
             queue_limit=queue_limit,
         )
 
 
 def no_room(size: int) -> Refused:
-    """The refusal of a batch that the journal's disk has no room for; smaller ones may fit."""
+    """The refusal of a batch that the journal's disk has no room for; a smaller one may fit."""
     return Refused(
         "HELD",
-        f"the journal's disk has no room for this batch of {size} bytes; make room, and training continues",
+        f"the journal's disk has no room for this batch of {size} bytes; free some space, and training "
+        "resumes",
         batch_bytes=size,
     )
 
 
 def check_session(session: SessionRef, at: Situation) -> None:
-    """Raise unless `session` is the newest one of this run and lineage."""
+    """Raise Refused unless `session` is the open session of this run and lineage."""
     if session.run_id != at.run_id or session.lineage != at.lineage:
         raise Refused(
             "WRONG_RUN",
@@ -132,9 +142,10 @@ def check_session(session: SessionRef, at: Situation) -> None:
 
 
 def check_writer(session: SessionRef | None, at: Situation) -> None:
-    """Raise unless a step of this session, or of none, may be trained now."""
+    """Raise Refused unless a step of this session, or of none, may be trained now."""
     if session is not None:
         check_session(session, at)
+        check_digest_version(at.digest_versions, at.digest_version)
     elif at.writer:
         raise Refused(
             "WRITER_PRESENT",
@@ -144,10 +155,32 @@ def check_writer(session: SessionRef | None, at: Situation) -> None:
         )
 
 
-def repeats(request: StepRequest, payload_hash: bytes, known: Known) -> bool:
-    """Whether a request repeats a known step; raises PAYLOAD_MISMATCH when it has only its id.
+def check_digest_version(offered: Sequence[int], version: int) -> None:
+    """Raise DIGEST_VERSION unless a client that computes the versions `offered` can follow the run's digest.
 
-    A step is compared by request id, then by payload hash; a session's request without an id by hash alone.
+    `version` is that of the run; before the first step, 0, every version that the server computes will do.
+    """
+    if version not in offered and (version or not newest_common(offered)):
+        raise other_digest_version(offered, version)
+
+
+def other_digest_version(offered: Sequence[int], version: int) -> Refused:
+    """The refusal of a client that does not compute the version of the run's digest."""
+    wanted = str(version) if version else " or ".join(map(str, VERSIONS))
+    computed = ", ".join(map(str, offered))
+    return Refused(
+        "DIGEST_VERSION",
+        f"the run's digest needs version {wanted}, this client computes {computed}: use a client that "
+        f"computes version {wanted}",
+        digest_version=version,
+        client_digest_versions=computed,
+    )
+
+
+def repeats(request: StepRequest, payload_hash: bytes, known: Known) -> bool:
+    """Whether a request repeats a known step. Raises PAYLOAD_MISMATCH if only the request id is the same.
+
+    Steps are compared by request id, then by payload hash; a session's request without an id by hash alone.
     """
     same_hash = payload_hash == known.payload_hash
     if request.request_id is not None and request.request_id == known.request_id:
@@ -157,14 +190,14 @@ def repeats(request: StepRequest, payload_hash: bytes, known: Known) -> bool:
         what = "another step" if same_hash else "another payload"
         raise Refused(
             "PAYLOAD_MISMATCH",
-            f"this request id was used with {what} (step {known.step}); make a new id for a new request",
+            f"this request id was used with {what} (step {known.step}); use a new id for a new request",
             step=known.step,
         )
     return request.request_id is None and request.session is not None and same_hash
 
 
 def step_taken(step: int, next_step: int) -> Refused:
-    """The refusal of a step whose number another request has."""
+    """The refusal of a step whose number another request has taken."""
     return Refused(
         "STEP_TAKEN",
         f"step {step} was applied, or is in flight, under another request id; the next is {next_step}",
@@ -174,7 +207,7 @@ def step_taken(step: int, next_step: int) -> Refused:
 
 
 def admit_step(step: int | None, queue_length: int, queue_limit: int, at: Situation) -> Verdict:
-    """Decide on a step that is not known, with the number it asks for, in the order of the protocol."""
+    """Decide on a step that repeats nothing, and asks for number `step`, in the protocol's order."""
     if at.refused_step is not None and step is not None and step > at.refused_step:
         raise gap(step, at.refused_step)
     ahead = 0 if step is None else step - at.next_step
@@ -185,14 +218,14 @@ def admit_step(step: int | None, queue_length: int, queue_limit: int, at: Situat
     if at.state is RunState.HALTED:
         raise Refused(
             "HALTED",
-            "three steps in a row were not finite; look at the data and the learning rate, then open a "
+            "three steps in a row were not finite; check the data and the learning rate, then open a "
             "session with takeover",
         )
     return Verdict.WAIT if ahead > 0 else Verdict.RUN
 
 
 def refuse_unexpected(request: SaveRequest | RestoreRequest, position: HistoryPosition) -> None:
-    """Raise WRONG_RUN unless the run is where the request expects it."""
+    """Raise WRONG_RUN unless the run is at the lineage and step that the request expects."""
     for name, expected, actual in (
         ("lineage", request.expected_lineage, position.lineage),
         ("step", request.expected_step, position.step),
@@ -207,11 +240,11 @@ def refuse_unexpected(request: SaveRequest | RestoreRequest, position: HistoryPo
 
 
 def gap(step: int | None, expected: int) -> Refused:
-    """The refusal of a step whose predecessor was refused, given up, or stays away."""
+    """The refusal of a step whose predecessor was refused, abandoned, or has not arrived."""
     return Refused(
         "GAP",
-        f"step {step} is ahead of step {expected}, which was refused or has not come; ask for {expected} "
-        f"again, or if it was refused, number the window again from {expected}",
+        f"step {step} is ahead of step {expected}, which was refused or has not arrived; send {expected} "
+        f"again, or if it was refused, renumber the window from {expected}",
         step=step,
         expected_step=expected,
     )
@@ -219,31 +252,32 @@ def gap(step: int | None, expected: int) -> Refused:
 
 @dataclass(frozen=True)
 class SessionFacts:
-    """One OpenSession, and what the engine looked up for it."""
+    """An OpenSession request, and what was looked up for it."""
 
     request: SessionRequest
     nonce_epoch: int | None
-    """The epoch that this nonce was given, if it was."""
+    """The epoch given to this nonce, if any."""
     durable_step: int
     recorded_digest: bytes | None
-    """The digest recorded at the client's last step in this lineage; None when there is none."""
+    """The digest recorded at the client's newest step in this lineage; None if there is none."""
     tokenizer: str = ""
-    """What the run's ids stand for; empty: nobody said."""
+    """The run's tokenizer; empty: not known."""
     data: Mapping[str, str] = field(default_factory=dict)
-    """The fingerprint of the run's data; empty: nobody said."""
+    """The fingerprint of the run's data; empty: not known."""
 
 
 def admit_session(facts: SessionFacts, at: Situation) -> bool:
-    """Whether a new epoch is due; False: the nonce's own epoch is given again."""
+    """Whether to open a new epoch; False: the nonce has one already. Raises Refused."""
     refuse_unavailable(at.state)
     request = facts.request
     if request.history is not None:
         _check_history(request.history, facts, at)
+    check_digest_version(request.digest_versions, at.digest_version)
     if request.tokenizer and facts.tokenizer and request.tokenizer != facts.tokenizer:
         raise Refused(
             "TOKENIZER_MISMATCH",
-            f"the run's ids are of {facts.tokenizer}, this client's of {request.tokenizer}: prepare the data "
-            "with the run's tokenizer, or start a new run",
+            f"the run uses tokenizer {facts.tokenizer}, this client {request.tokenizer}: prepare the "
+            "data with the run's tokenizer, or start a new run",
             tokenizer=facts.tokenizer,
             client_tokenizer=request.tokenizer,
         )
@@ -296,8 +330,8 @@ def _check_data(sent: Mapping[str, str], kept: Mapping[str, str]) -> None:
     ]
     raise Refused(
         "DATA_CHANGED",
-        f"the data is not what the run was trained on: {'; '.join(words)}. Put it back as it was, or "
-        "continue with the changed data (allow_changed_data)",
+        f"the data differs from what the run was trained on: {'; '.join(words)}. Restore the original data, "
+        "or accept the change with allow_changed_data",
         changed=",".join(changed),
     )
 
@@ -315,7 +349,7 @@ def _check_history(history: HistoryPosition, facts: SessionFacts, at: Situation)
         raise Refused(
             "WRONG_RUN",
             f"the client's history is of run {history.run_id!r}, lineage {history.lineage}; this is run "
-            f"{at.run_id!r}, lineage {at.lineage}: start the client afresh",
+            f"{at.run_id!r}, lineage {at.lineage}: restart the client",
             run_id=at.run_id,
             lineage=at.lineage,
         )
@@ -323,7 +357,7 @@ def _check_history(history: HistoryPosition, facts: SessionFacts, at: Situation)
         raise Refused(
             "HISTORY_LOST",
             f"the client holds step {history.step}, the server only {facts.durable_step}: acknowledged "
-            "steps are missing; look at the server's storage before going on",
+            "steps are missing; check the server's storage before you continue",
             client_step=history.step,
             durable_step=facts.durable_step,
         )
@@ -331,7 +365,7 @@ def _check_history(history: HistoryPosition, facts: SessionFacts, at: Situation)
         raise Refused(
             "HISTORY_LOST",
             f"the client and the server differ at step {history.step}: their histories are not the same; "
-            "look at the server's storage before going on",
+            "check the server's storage before you continue",
             client_step=history.step,
             durable_step=facts.durable_step,
         )

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from maskwire_server import failpoints
 from maskwire_server.checkpoints import membership
-from maskwire_server.checkpoints.store import Snapshot
+from maskwire_server.checkpoints.catalogue import Catalogue
+from maskwire_server.checkpoints.files import Snapshot
 from maskwire_server.engine.entries import Save, Step
 from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.engine.run import Run
 from maskwire_server.errors import Refused
-from maskwire_server.holder import ClientProcess
 from maskwire_server.journal import reserve
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, SessionRecord, StepRecord, Stretch
+from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
 from maskwire_server.results import StepAnswer, StepResult
 
@@ -27,10 +28,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CLIENT_PROCESS = "client_process"
-"""The kind of event that keeps the process of a session's client."""
 DROPPED_AT_ONCE = 256
-"""Batches that one transaction deletes, so that the steps behind it do not wait long."""
+"""Batches that one transaction deletes at most, so that the steps after it do not wait long."""
 
 
 @dataclass(eq=False)
@@ -42,9 +41,13 @@ class StepCommit:
     record: StepRecord
     result: StepResult
     clock: Callable[[], float]
+    first_of_run: bool = False
+    """The run's first step: it fixes the version of the run's digest."""
 
     def write(self, journal: Journal) -> None:
         """Append record and batch."""
+        if self.first_of_run:
+            journal.fix_digest_version(self.step.digest_version)
         journal.add_step(self.record, self.step.encoded)
 
     def committed(self) -> None:
@@ -115,29 +118,6 @@ Events = tuple[tuple[str, dict[str, Any]], ...]
 
 
 @dataclass(eq=False)
-class SessionCommit:
-    """An epoch and what its client said of itself; `opened` is called once that is durable."""
-
-    record: SessionRecord
-    process: ClientProcess | None
-    events: Events
-    opened: Callable[[SessionRecord], None]
-
-    def write(self, journal: Journal) -> None:
-        """Record the session and the events."""
-        for kind, body in self.events:
-            journal.add_event(kind, body)
-        journal.add_session(self.record)
-        if self.process is not None:
-            journal.add_event(CLIENT_PROCESS, {"epoch": self.record.epoch, **asdict(self.process)})
-
-    def committed(self) -> None:
-        """Answer whoever opened it."""
-        failpoints.passing("session.opened")
-        self.opened(self.record)
-
-
-@dataclass(eq=False)
 class EventsCommit(AnswerCommit[T]):
     """Events, and an answer that waits for them."""
 
@@ -197,6 +177,22 @@ class SaveCommit:
             self.saves.give_up(self.save, Refused("CHECKPOINT_FAILED", full))
             return
         self.saves.start(self.save, self.snapshot, self.position, self.save_id)
+
+
+@dataclass(eq=False)
+class CatalogueCommit:
+    """The checkpoints that came and went, for the journal's table."""
+
+    catalogue: Catalogue
+    changes: dict[str, Manifest | None] = field(default_factory=dict)
+
+    def write(self, journal: Journal) -> None:
+        """Update the table."""
+        self.changes = self.catalogue.record(journal)
+
+    def committed(self) -> None:
+        """Tell the catalogue what the table holds."""
+        self.catalogue.recorded(self.changes)
 
 
 @dataclass(eq=False)

@@ -1,53 +1,47 @@
-"""The committer thread: it alone uses the journal once the run serves.
+"""The committer thread: the only user of the journal while the run serves.
 
-It writes everything that waits in one transaction, and lets what depends on its being durable happen then:
-answers, published checkpoints, what evaluations and generations saw. Between transactions it serves reads
-of the journal, also while the disk is full.
+It writes all waiting commits in one transaction, then does what had to wait for that: answers callers,
+starts to write checkpoints, shows results of evaluations and generations. Between transactions it serves
+reads of the journal, also while the disk is full.
 """
 
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, TypeVarTuple
 
+from maskwire_server.engine import admission
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.run import Run
 from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
 from maskwire_server.journal import reserve
-from maskwire_server.journal.journal import Journal, is_full
+from maskwire_server.journal.database import JournalError, is_full
+from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.reserve import Reserve
 from maskwire_server.results import RunState
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
+Ts = TypeVarTuple("Ts")
 RETRY_SECONDS = 1.0
 
 
 class Commit(Protocol):
-    """Something that is made durable, in the order in which it was handed in."""
+    """Something to be made durable, in the order of `Committer.append`."""
 
     def write(self, journal: Journal) -> None:
-        """Write it, within a transaction; called again if that transaction met a full disk."""
+        """Write to the journal within a transaction; called again if the disk was full."""
 
     def committed(self) -> None:
-        """What follows from its being durable, and from everything before it."""
-
-
-class Read(Protocol[T_co]):
-    """A question to the journal, bounded in size."""
-
-    def read(self, journal: Journal) -> T_co:
-        """The answer. Raises Refused, or RunDirectoryError for a damaged record."""
+        """Called once it, and every commit before it, is durable."""
 
 
 class Committer:
-    """Takes commits and reads from any thread."""
+    """Groups commits into transactions and serves reads; used from any thread."""
 
     def __init__(
         self,
@@ -65,45 +59,52 @@ class Committer:
         self._wake = threading.Condition(run.mutex)
         self._idle = threading.Condition(run.mutex)
         self._commits: list[Commit] = []
-        self._committing = 0  # of these, taken by the thread and not durable or not followed yet
-        self._reads: list[tuple[Read[Any], Future[Any]]] = []
+        self._committing = 0  # taken by the thread, and not durable or not announced yet
+        self._reads: list[tuple[Callable[..., Any], tuple[Any, ...], Future[Any]]] = []
         self._retry_at: float | None = None
-        self._failed = False  # the last transaction met a full disk: its commits wait for the next try
-        self._fold_after = 0.0  # a fold without room is tried again only then
+        self._failed = False  # the disk was full: the same commits are tried again
+        self._fold_after = 0.0  # when to try folding the log again after it found no room
         self._stopping = self._stopped = False
         self._thread = threading.Thread(target=self._main, name="maskwire-committer", daemon=True)
 
     def start(self) -> None:
-        """Start the thread; nothing else may use the journal from now on."""
+        """Start the thread; from now on it alone uses the journal."""
         self._thread.start()
 
     # For other threads.
 
     def append(self, commit: Commit) -> None:
-        """Make something durable."""
+        """Queue a commit."""
         with self._run.mutex:
             self._commits.append(commit)
             self._wake.notify()
 
-    def read(self, question: Read[T]) -> Future[T]:
-        """Ask the journal."""
+    def read(self, question: Callable[[Journal, *Ts], T], *arguments: *Ts) -> T:
+        """Return `question(journal, …)`, called between two transactions. It must be bounded.
+
+        Raises what it raises: Refused, or for a damaged record HISTORY_LOST.
+        """
+        return self.ask(question, *arguments).result()
+
+    def ask(self, question: Callable[[Journal, *Ts], T], *arguments: *Ts) -> Future[T]:
+        """Like `read`, without waiting for the result."""
         future: Future[T] = Future()
         with self._run.mutex:
             if self._stopped:
-                raise Refused("DRAINING", "the server ends; ask again")
-            self._reads.append((question, future))
+                raise admission.shutting_down()
+            self._reads.append((question, arguments, future))
             self._wake.notify()
         return future
 
     def wake(self) -> None:
-        """Let the thread look at what is due."""
+        """Make the thread check for expired steps."""
         with self._run.mutex:
             self._wake.notify()
 
     def hold(self) -> None:
-        """Admit nothing from now on, until there is room on the journal's disk. Called under the mutex."""
+        """Enter HELD until there is room on the journal's disk. Called under the mutex."""
         if self._retry_at is None:
-            log.error("no room on the journal's disk: nothing is admitted until there is")
+            log.error("no room on the journal's disk: training pauses until space is freed")
         self._retry_at = self._clock() + RETRY_SECONDS
         self._run.conditions.set(RunState.HELD, waiting_for="room on the journal's disk")
         self._run.work.notify_all()
@@ -111,7 +112,7 @@ class Committer:
         self._wake.notify()
 
     def wait_durable(self) -> bool:
-        """Wait until all that was handed in is durable; False when the disk is full, or the process ends."""
+        """Wait until every queued commit is durable; False if the disk is full or the process ends."""
         with self._run.mutex:
             while self._commits or self._committing:
                 if self._failed or self._stopped:
@@ -120,7 +121,7 @@ class Committer:
             return True
 
     def withdraw(self, commit: Commit) -> bool:
-        """Take back a commit that the full disk keeps waiting; False when it is durable or being written."""
+        """Remove a commit that waits for a full disk; False if it is durable or being written."""
         with self._run.mutex:
             if commit not in self._commits:
                 return False
@@ -129,7 +130,7 @@ class Committer:
             return True
 
     def close(self) -> None:
-        """Commit what waits, if the disk takes it, and end the thread."""
+        """Commit what is queued, unless the disk is full, and end the thread."""
         with self._run.mutex:
             self._stopping = True
             self._wake.notify()
@@ -140,7 +141,7 @@ class Committer:
 
     def _main(self) -> None:
         try:
-            while self._turn():
+            while self._cycle():
                 pass
         except BaseException as error:
             log.critical(
@@ -153,15 +154,15 @@ class Committer:
                 reads, self._reads = self._reads, []
                 self._idle.notify_all()
                 self._run.work.notify_all()
-            for _, future in reads:
-                refuse(future, Refused("DRAINING", "the server ends; ask again"))
+            for *_, future in reads:
+                refuse(future, admission.shutting_down())
 
-    def _turn(self) -> bool:
-        """Wait for something to do, and do it; False at the end."""
+    def _cycle(self) -> bool:
+        """Wait for work and do it; False when the thread ends."""
         with self._run.mutex:
             self._run.expire()
             if not (self._reads or self._ready() or self._stopping):
-                self._wake.wait(self._patience())
+                self._wake.wait(self._timeout())
                 self._run.expire()
             reads, self._reads = self._reads, []
             commits: list[Commit] = []
@@ -170,15 +171,15 @@ class Committer:
                 self._committing = len(commits)
             stopping = self._stopping
             room_due = self._retry_at is not None and self._clock() >= self._retry_at
-        for question, future in reads:
-            self._answer(question, future)
+        for read in reads:
+            self._answer(*read)
         if room_due:
             self._make_room()
         written = bool(commits) and self._write_all(commits)
         if room_due and not self._failed:
             self._look_for_room()
         if written:
-            self._follow(commits)
+            self._announce(commits)
         due = (
             written and self._journal.log_bytes() >= reserve.FOLD_BYTES and self._clock() >= self._fold_after
         )
@@ -187,25 +188,25 @@ class Committer:
         return not stopping or (written and bool(self._commits))
 
     def _ready(self) -> bool:
-        """Whether a transaction is due: while the disk is full, only from time to time."""
+        """Whether a transaction is due; while the disk is full, once every RETRY_SECONDS."""
         due = not self._failed or self._stopping
         if self._retry_at is not None and self._clock() >= self._retry_at:
             due = True
         return due and bool(self._commits)
 
-    def _patience(self) -> float | None:
-        """Seconds until something is due unasked; None: nothing is."""
+    def _timeout(self) -> float | None:
+        """Seconds until a retry or an expiry is due; None: neither is."""
         due = [at for at in (self._run.queue.expires_at(), self._retry_at) if at is not None]
         return max(0.0, min(due) - self._clock()) if due else None
 
-    def _answer(self, question: Read[Any], future: Future[Any]) -> None:
+    def _answer(self, question: Callable[..., Any], arguments: tuple[Any, ...], future: Future[Any]) -> None:
         if future.cancelled():
             return
         try:
-            answer(future, question.read(self._journal))
+            answer(future, question(self._journal, *arguments))
         except Refused as refusal:
             refuse(future, refusal)
-        except RunDirectoryError as error:  # a record that an answer needs was damaged
+        except RunDirectoryError as error:  # a damaged record
             log.error("%s", error)
             refuse(future, Refused("HISTORY_LOST", str(error)))
         except (OSError, MemoryError) as error:
@@ -216,23 +217,23 @@ class Committer:
             refuse(future, refused)
 
     def _write_all(self, commits: list[Commit]) -> bool:
-        """Write commits in one transaction; False when the disk is full: they wait for the next try."""
+        """Write commits in one transaction; False if the disk is full: the commits stay queued."""
         try:
             self._journal.transaction(lambda: self._write(commits))
-        except sqlite3.Error as error:
+        except JournalError as error:
             if not is_full(error):
-                raise  # the outcome is unknown, and the process must end
+                raise  # whether it was committed is unknown: the process must end
             log.error("the journal cannot be written: %s", error)
             with self._run.mutex:
                 self._failed = True
-                self._commits = commits + self._commits  # the same bytes wait for the next try
+                self._commits = commits + self._commits
                 self._committing = 0
                 self.hold()
             return False
         self._failed = False
         return True
 
-    def _follow(self, commits: list[Commit]) -> None:
+    def _announce(self, commits: list[Commit]) -> None:
         for commit in commits:
             commit.committed()
         with self._run.mutex:
@@ -251,7 +252,7 @@ class Committer:
             if self._disk.left(self._journal.log_bytes()) < 0:
                 self._retry_at = self._clock() + RETRY_SECONDS
                 return
-            log.warning("the journal has room again; nothing was lost")
+            log.warning("the journal's disk has room again: training resumes, nothing was lost")
             self._retry_at = None
             self._run.conditions.set(RunState.HELD, False)
             self._run.work.notify_all()

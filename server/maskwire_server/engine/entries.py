@@ -1,10 +1,11 @@
-"""What the executor takes from its queue."""
+"""The entries of the executor's queue."""
 
 from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from maskwire.v1.digest import DigestVersion
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.manifest import Manifest
 from maskwire_server.requests import EvalRequest, RestoreRequest, SaveRequest, SessionRequest, StepRequest
@@ -16,26 +17,33 @@ class Step:
     """A training step, from admission until it is durable."""
 
     request: StepRequest
+    digest_version: DigestVersion
+    """The version that `payload_hash` was computed with."""
     payload_hash: bytes
     encoded: bytes
-    """The payload as the journal keeps it."""
+    """The payload as the journal stores it."""
     waiters: list[Future[StepAnswer]]
-    """One for the request, and one for each retry that joined it."""
+    """One future for the request, and one for each retry that joined it."""
     arrived: float
     number: int = 0
     """The step's number; 0 until the executor takes it from the queue."""
     started: float = 0.0
     ended: float = 0.0
 
+    def use_version(self, version: DigestVersion) -> None:
+        """Hash the payload with a version of the digest, unless it was."""
+        if version != self.digest_version:
+            self.digest_version, self.payload_hash = version, self.request.payload.hash(version)
+
     @property
     def abandoned(self) -> bool:
-        """Whether nobody waits for its answer any more."""
+        """Whether every caller has cancelled."""
         return all(waiter.cancelled() for waiter in self.waiters)
 
 
 @dataclass(eq=False)
 class Evaluation:
-    """An evaluation, which changes nothing; its answer waits until the steps that it saw are durable."""
+    """An evaluation. Its answer waits until the step it saw is durable."""
 
     request: EvalRequest
     future: Future[EvalAnswer]
@@ -52,7 +60,7 @@ class Save:
 
 @dataclass(eq=False)
 class Takeover:
-    """A session whose epoch is raised already: to be recorded between two steps."""
+    """A session whose epoch has been raised in memory, to be recorded between two steps."""
 
     epoch: int
     request: SessionRequest
@@ -60,7 +68,7 @@ class Takeover:
 
 @dataclass(eq=False)
 class Restore:
-    """A return to a checkpoint, whose files were found intact and which is pinned."""
+    """A restore of a checkpoint that is pinned and whose files were verified."""
 
     request: RestoreRequest
     manifest: Manifest
@@ -69,7 +77,7 @@ class Restore:
 
 @dataclass(eq=False)
 class Drain:
-    """The end: save if anything was trained since the last checkpoint."""
+    """The shutdown: save if steps were trained since the newest checkpoint."""
 
     future: Future[None]
 

@@ -1,4 +1,4 @@
-"""The executor: it takes entries from the queue one after another, and numbers and computes steps."""
+"""The executor thread: takes entries from the queue one at a time, numbers steps and computes them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from maskwire_server.config import ServeConfig
 from maskwire_server.engine import admission
 from maskwire_server.engine.commits import AnswerCommit, RevealCommit, SaveCommit, StepCommit
 from maskwire_server.engine.committer import Committer
-from maskwire_server.engine.device import Device
 from maskwire_server.engine.entries import Drain, Entry, Evaluation, Restore, Save, Step, Takeover
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.generation_stream import Generation
-from maskwire_server.engine.quarantine import Poison
+from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.engine.restore import Restores
 from maskwire_server.engine.run import Run
 from maskwire_server.engine.saves import Saves
 from maskwire_server.engine.sessions import Sessions
+from maskwire_server.engine.trainer import Trainer, guarded, snapshot
 from maskwire_server.errors import DeviceLost, Refused, StateLost, Unwanted
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import StepRecord
@@ -32,35 +32,36 @@ from maskwire_server.results import EvalAnswer, Losses, Outcome, RunState, StepR
 
 log = logging.getLogger(__name__)
 
-HALT_AFTER = 3  # steps in a row that are not finite
+HALT_AFTER = 3
+"""Non-finite steps in a row after which training halts."""
 
 
 class Executor:
-    """Everything here happens on the thread that owns the trainer."""
+    """Runs on the thread that owns the trainer; only `stop` is called by others."""
 
     def __init__(
         self,
         run: Run,
         committer: Committer,
-        device: Device,
+        trainer: Trainer,
         saves: Saves,
         sessions: Sessions,
         restores: Restores,
         *,
         journal: Journal,
         disk: Reserve,
-        quarantine: Poison,
+        quarantine: Quarantine,
         serve: ServeConfig,
         configuration_id: int,
         clock: Callable[[], float],
     ) -> None:
         self._run = run
         self._committer = committer
-        self._device = device
+        self._trainer = trainer
         self._saves = saves
         self._sessions = sessions
         self._restores = restores
-        self._journal = journal  # for its size alone, and for commits
+        self._journal = journal  # read here for the size of its log only
         self._disk = disk
         self._quarantine = quarantine
         self._serve = serve
@@ -69,13 +70,13 @@ class Executor:
         self._stopping = False
 
     def stop(self) -> None:
-        """Return from `serve` after the entry that runs; from any thread."""
+        """Make `serve` return after the current entry. Any thread."""
         with self._run.mutex:
             self._stopping = True
             self._run.work.notify_all()
 
     def serve(self) -> None:
-        """Execute entries until `stop`. Raises what the run cannot go on after: StateLost, DeviceLost."""
+        """Execute entries until `stop`. Raises StateLost or DeviceLost: the process must restart."""
         while (entry := self._take()) is not None:
             if isinstance(entry, Step):
                 self._train(entry)
@@ -93,14 +94,14 @@ class Executor:
                 self._drain(entry)
 
     def _take(self) -> Entry | None:
-        """Wait for an entry that can be executed now; a step is numbered. None: stop."""
+        """Wait for an entry that can be executed now, and number it if it is a step. None: stop."""
         run = self._run
         with run.mutex:
             while not self._stopping:
                 entry = run.queue.first()
                 held = run.conditions.holds(RunState.HELD)
                 if isinstance(entry, Drain) and (held or not run.uncommitted):
-                    return run.queue.pop()  # while HELD too: nothing acknowledged is missing on the disk
+                    return run.queue.pop()  # in HELD too: every acknowledged step is durable
                 if isinstance(entry, Restore) and held:
                     return run.queue.pop()  # it is refused
                 if entry is None or held or isinstance(entry, Drain):
@@ -119,7 +120,7 @@ class Executor:
             return None
 
     def _has_its_turn(self, step: Step) -> bool:
-        """Number the first entry and take it from the queue; False when it was refused or has to wait."""
+        """Number the first entry and pop it; False if it was refused or has to wait."""
         run, queue = self._run, self._run.queue
         number = run.head.computed.step + 1
         if step.abandoned:
@@ -130,6 +131,12 @@ class Executor:
         if step.request.step not in (None, number):
             queue.pop()
             queue.refuse_step(step, admission.gap(step.request.step, number))
+            return False
+        fixed = run.head.digest_version
+        if fixed is not None and step.digest_version.number != fixed.number:
+            queue.pop()  # an idle session's, hashed before a bare call fixed another version
+            queue.refuse_step(step, admission.other_digest_version(run.lease.digest_versions, fixed.number))
+            queue.refuse_number(number)
             return False
         if run.uncommitted >= self._serve.window:
             run.work.wait()
@@ -165,23 +172,23 @@ class Executor:
     def _compute(self, step: Step) -> StepResult:
         failpoints.passing("step.computing")
         step.started = self._clock()
-        if self._quarantine.condemned(step.payload_hash):
+        if self._quarantine.holds(step.payload_hash):
             result = StepResult(Outcome.POISON, Losses(math.nan))
         else:
             payload = step.request.payload
-            with self._quarantine.watch(step.payload_hash):
-                result = self._device.train_step(
+            with self._quarantine.watch(step.payload_hash), guarded(self._trainer):
+                result = self._trainer.train_step(
                     self._run.head.computed.lineage, step.number, payload.batch, payload.modes
                 )
         try:
             step.ended = self._clock()
             failpoints.passing("step.computed")
-        except BaseException as error:  # the state has moved on: the step cannot be given up any more
+        except BaseException as error:  # the weights have changed, so the step cannot be refused
             raise StateLost(f"step {step.number} was computed, and then: {error}") from error
         return result
 
     def _consume(self, step: Step, result: StepResult) -> None:
-        """Extend the history by a computed step, and hand it to the committer."""
+        """Append a computed step to the history, and hand it to the committer."""
         run, head = self._run, self._run.head
         here = head.computed
         digest = step_digest(here.digest, here.lineage, step.number, step.payload_hash, int(result.outcome))
@@ -200,9 +207,10 @@ class Executor:
         with run.mutex:
             run.queue.computing = None
             head.computed = HistoryPosition(here.run_id, here.lineage, step.number, digest)
+            first, head.digest_version = head.digest_version is None, step.digest_version
             run.uncommitted += 1
             run.uncommitted_bytes += len(step.encoded)
-            self._committer.append(StepCommit(run, step, record, result, self._clock))
+            self._committer.append(StepCommit(run, step, record, result, self._clock, first_of_run=first))
             skipped = result.outcome is Outcome.SKIPPED_NON_FINITE
             head.non_finite = head.non_finite + 1 if skipped else 0
             if head.non_finite >= HALT_AFTER:
@@ -212,7 +220,7 @@ class Executor:
                 run.queue.push_first(Save(SaveRequest(), automatic=True))
 
     def halt_if_due(self) -> None:
-        """Train nothing until a session with takeover is opened, if the last steps were not finite."""
+        """Enter HALTED if the last HALT_AFTER steps were not finite; a session with takeover ends it."""
         if self._run.head.non_finite < HALT_AFTER:
             return
         step = self._run.head.computed.step
@@ -223,18 +231,19 @@ class Executor:
         step = self._run.head.computed.step
         return Refused(
             "HALTED",
-            f"steps {step - HALT_AFTER + 1} to {step} were not finite; look at the data, then open a session "
-            "with takeover",
+            f"steps {step - HALT_AFTER + 1} to {step} were not finite; check the data and the learning rate, "
+            "then open a session with takeover",
         )
 
-    # What changes nothing.
+    # Evaluations and generations.
 
     def _evaluate(self, entry: Evaluation) -> None:
         request, future = entry.request, entry.future
         try:
             if future.done():
                 return
-            result = self._device.eval_loss(request.batch, request.options, lambda: not future.done())
+            with guarded(self._trainer):
+                result = self._trainer.eval_loss(request.batch, request.options, lambda: not future.done())
         except Unwanted:
             return
         except DeviceLost:
@@ -257,9 +266,10 @@ class Executor:
         try:
             if not generation.over:
                 request = generation.request
-                for state in self._device.generate(request.prompts, request.options):
-                    if not generation.put(state):
-                        break
+                with guarded(self._trainer):
+                    for state in self._trainer.generate(request.prompts, request.options):
+                        if not generation.put(state):
+                            break
         except DeviceLost:
             raise
         except Exception as error:
@@ -270,13 +280,13 @@ class Executor:
         finally:
             self._run.queue.reading = None
 
-    # Checkpoints and the end.
+    # Checkpoints and shutdown.
 
     def _save(self, save: Save) -> None:
         with self._run.mutex:
             self._saves.begin()
         try:
-            copy = self._device.snapshot()
+            copy = snapshot(self._trainer)
         except DeviceLost:
             raise
         except Exception as error:
@@ -303,7 +313,7 @@ class Executor:
         )
 
     def _drain(self, drain: Drain) -> None:
-        """Save what was trained since the last checkpoint, unless the disk is full, and answer."""
+        """Save if steps were trained since the newest checkpoint and the disk is not full, then answer."""
         if self._committer.wait_durable() and self._saves.wait_written():
             newest, here = self._saves.newest, self._run.head.computed
             if newest is None or (newest.lineage, newest.step) != (here.lineage, here.step):

@@ -1,4 +1,4 @@
-"""Answers for whoever waits: the first one counts, and a future that was cancelled meanwhile takes none."""
+"""Setting futures that several threads may set: the first result counts, a cancelled future takes none."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _claiming = threading.Lock()
 
 
 def answer(future: Future[T], value: T) -> None:
-    """Give a result, unless somebody has answered before or nobody waits."""
+    """Set a result, unless the future is done or cancelled."""
     if _claim(future):
         future.set_result(value)
 
 
 def refuse(future: Future[Any], error: BaseException) -> None:
-    """Give an error, unless somebody has answered before or nobody waits."""
+    """Set an exception, unless the future is done or cancelled."""
     if _claim(future):
         future.set_exception(error)
 

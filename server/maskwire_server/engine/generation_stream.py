@@ -1,4 +1,4 @@
-"""A generation on its way from the device, which makes states, to one reader, who may be slower."""
+"""A running generation: a bounded buffer between the device and one reader, who may be slower."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ MOST_PENDING_BYTES = 32 * 2**20
 
 
 class Generation:
-    """A job in the line, and what its reader iterates over.
+    """A queue entry for the executor, and an iterator over answers for the reader.
 
-    Three threads meet here: the device's puts states in, the engine's says what they saw once that is
-    durable and when there are no more, the reader's takes them out and may cancel. What the reader has
-    not taken is bounded: states on the way give way to newer ones, the last one never does, and the
-    device never waits.
+    Three threads use it. The executor puts states in. The committer calls `reveal` once the step whose
+    weights are sampled is durable, and `finish` after the last state. The reader iterates, and may cancel.
+    The buffer is bounded: newer states replace older ones, the last state is never replaced, and the
+    executor never waits.
     """
 
     def __init__(self, request: GenerateRequest) -> None:
         self.request = request
         self.future: Future[None] = Future()
-        """Done when nothing more comes: finished, refused or cancelled."""
+        """Done when the generation has finished, was refused or was cancelled."""
         self._changed = threading.Condition()
         self._states: deque[GenerationState] = deque()
         self._pending_bytes = 0
@@ -35,11 +35,11 @@ class Generation:
 
     @property
     def over(self) -> bool:
-        """Nobody wants another pass."""
+        """Whether no further pass is needed."""
         return self.future.done()
 
     def put(self, state: GenerationState) -> bool:
-        """A pass was made; whether another is wanted."""
+        """Buffer the state after a pass; returns whether another pass is wanted."""
         if not (state.done or self.request.every_step):
             return not self.over
         with self._changed:
@@ -51,23 +51,23 @@ class Generation:
         return not self.over
 
     def reveal(self, step: int, digest: bytes) -> None:
-        """The step whose weights are sampled is durable: the reader may see what there is."""
+        """Let the reader see the buffered states: the step whose weights are sampled is durable."""
         with self._changed:
             self._seen = (step, digest)
             self._changed.notify_all()
 
     def finish(self) -> None:
-        """The last state was put in, and may be seen."""
+        """End the iteration: the last state is in the buffer."""
         if not self.over:
             answer(self.future, None)
 
     def refuse(self, error: BaseException) -> None:
-        """Nothing more comes, and this is why."""
+        """End the iteration with an error."""
         if not self.over:
             refuse(self.future, error)
 
     def cancel(self) -> None:
-        """The reader has gone."""
+        """Stop the generation: the reader has left."""
         self.future.cancel()
 
     def __iter__(self) -> Iterator[GenerateAnswer]:

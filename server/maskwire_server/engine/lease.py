@@ -1,15 +1,16 @@
-"""The run's one writer: whose session is open, and until when."""
+"""The writer lease: which client's session is open, and when it expires."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from maskwire.v1.digest import VERSIONS
 from maskwire_server.holder import ClientProcess, Holder
 from maskwire_server.journal.records import SessionRecord
 
 
 class Lease:
-    """The newest epoch, under the engine's mutex. A session ends when it is closed, or idle for too long."""
+    """The newest epoch. Used under the run's mutex. A session ends when it is closed or idle for too long."""
 
     def __init__(self, idle_seconds: float, clock: Callable[[], float]) -> None:
         self._idle_seconds = idle_seconds
@@ -18,20 +19,28 @@ class Lease:
         self.epoch = 0
         self.client_name = ""
         self.process: ClientProcess | None = None
+        self.digest_versions: tuple[int, ...] = VERSIONS
+        """The versions of the digest that the client of the newest epoch computes."""
         self.closed = True
         self._opening = False
-        self._ended = False  # seen idle; whatever is in flight since then is not the session's
+        self._ended = False  # expired once; steps in flight since then do not belong to the session
         self.superseded: Holder | None = None
-        """Whose session the newest epoch took over."""
+        """The client whose open session the newest epoch took over."""
 
     @property
     def holder(self) -> Holder | None:
         """The client of the newest epoch; None before the first."""
         return Holder(self.client_name, self.epoch, self.process) if self.epoch else None
 
-    def resume(self, session: SessionRecord | None, process: ClientProcess | None = None) -> None:
-        """Take the newest recorded epoch over after a restart; its idle time starts now."""
+    def resume(
+        self,
+        session: SessionRecord | None,
+        process: ClientProcess | None = None,
+        digest_versions: tuple[int, ...] = VERSIONS,
+    ) -> None:
+        """Continue with the newest recorded epoch after a restart or restore; its idle time starts now."""
         if session is not None:
+            self.digest_versions = digest_versions
             self.epoch, self.client_name, self.closed = session.epoch, session.client_name, session.closed
             self.process, self.superseded = process, None
         self.opened()
@@ -41,30 +50,32 @@ class Lease:
         epoch: int,
         client_name: str,
         process: ClientProcess | None = None,
+        digest_versions: tuple[int, ...] = VERSIONS,
         *,
         supersedes: bool = False,
     ) -> None:
-        """A new epoch begins; its session counts as open, however long its record takes.
+        """Begin a new epoch; its session counts as open while its record is being made durable.
 
-        `supersedes`: the session of the epoch before is still open.
+        `supersedes`: whether the previous epoch's session is still open.
         """
         self.superseded = self.holder if supersedes else None
         self.epoch, self.client_name, self.process, self.closed = epoch, client_name, process, False
+        self.digest_versions = digest_versions
         self._opening = True
         self.touch()
 
     def opened(self) -> None:
-        """The epoch is recorded and answered for: its idle time starts now."""
+        """Start the idle time: the epoch is durable."""
         self._opening = False
         self.touch()
 
     def touch(self) -> None:
-        """Something of the session came in or was answered."""
+        """Restart the idle time: a request of the session arrived or was answered."""
         self._active = self._clock()
         self._ended = False
 
     def present(self, busy: bool) -> str:
-        """The name of the client whose session is open, empty when none is; `busy`: it has steps here."""
+        """The client with an open session, by name, or "". `busy`: whether steps are queued or in flight."""
         if self.closed or not self.epoch:
             return ""
         if not busy and not self._opening and self._clock() - self._active >= self._idle_seconds:

@@ -1,7 +1,7 @@
-"""Batches that the process dies of: noted before they are computed, set aside when it happened often enough.
+"""Quarantine of batches that crash the process.
 
-The note is a few bytes in a file that is not flushed: they outlive the process, which is all they are for.
-A note that is left when the process starts again is of a batch that it died with.
+The batch that is being computed is noted in a small file. The file is not flushed: it must survive a crash of
+the process, not of the machine. A note found at start names the batch that the last process crashed on.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 FILE_NAME = "computing"
-_NOTE = struct.Struct("<32si")  # payload hash, times that the process died with it
+_NOTE = struct.Struct("<32si")  # payload hash, crashes so far
 
 
-class Poison:
-    """Counts deaths of one batch after another; `after` 0 counts nothing."""
+class Quarantine:
+    """Counts crashes in a row of one batch; `after` 0 turns it off."""
 
     def __init__(self, run_dir: Path, after: int) -> None:
         self._path = run_dir / FILE_NAME
@@ -29,16 +29,18 @@ class Poison:
             self._hash, before = _NOTE.unpack(self._path.read_bytes())
             self._deaths = before + 1
             log.warning(
-                "the process died %d times computing the batch %s", self._deaths, self._hash.hex()[:16]
+                "the process crashed %d times while computing the batch %s",
+                self._deaths,
+                self._hash.hex()[:16],
             )
 
-    def condemned(self, payload_hash: bytes) -> bool:
-        """Whether a batch is to be set aside."""
+    def holds(self, payload_hash: bytes) -> bool:
+        """Whether a batch has crashed the process too often to be computed again."""
         return bool(self._after) and payload_hash == self._hash and self._deaths >= self._after
 
     @contextlib.contextmanager
     def watch(self, payload_hash: bytes) -> Iterator[None]:
-        """Note a batch while it is computed; an exception is no death."""
+        """Note a batch while it is computed; an exception is not a crash."""
         if not self._after:
             yield
             return
@@ -54,8 +56,8 @@ class Poison:
 
 @contextlib.contextmanager
 def _best_effort() -> Iterator[None]:
-    """A note that cannot be kept must not cost a step."""
+    """Log an error of the note's file: it must not fail the step."""
     try:
         yield
     except OSError as error:
-        log.warning("the note of the batch that is computed could not be kept: %s", error)
+        log.warning("cannot note the current batch, a crash on it will not be counted: %s", error)

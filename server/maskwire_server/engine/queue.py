@@ -1,7 +1,7 @@
-"""The queue in front of the executor, and the table of steps that arrived ahead of their turn.
+"""The executor's queue, and the reorder table of steps that arrived before their predecessors.
 
-Steps have no number here. The executor numbers a step when it takes it, so that a step which is refused or
-given up before that leaves nothing to renumber.
+Queued steps have no number. The executor numbers a step when it takes it, so nothing has to be renumbered
+when a queued step is refused or abandoned.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from maskwire_server.errors import Refused
 
 
 class Queue:
-    """Every method is called under the engine's mutex."""
+    """Entries for the executor in order. Every method is called under the run's mutex."""
 
     def __init__(self, clock: Callable[[], float], gap_seconds: float) -> None:
         self._clock = clock
@@ -29,43 +29,43 @@ class Queue:
         self._parked: deque[Save] = deque()
         self._steps = 0  # in `_entries`
         self.computing: Step | None = None
-        """The step that the executor computes."""
+        """The step that the executor is computing."""
         self.reading: Evaluation | Generation | None = None
-        """What the executor runs that changes nothing."""
+        """The evaluation or generation that the executor is running."""
         self.refused_number: int | None = None
-        """The first number whose step was refused, and that no other step has taken since."""
+        """The lowest number whose step was refused and that no other step has taken since."""
 
     def __len__(self) -> int:
-        """What waits for the executor; early steps do not: they must not keep the step they wait for out."""
+        """Entries that wait. Early steps do not count: they must not keep their predecessor out."""
         return len(self._entries) + len(self._parked)
 
     @property
     def busy(self) -> bool:
-        """Whether a step waits, is computed, or is not durable yet."""
+        """Whether a step is queued, being computed, or not durable yet."""
         return bool(self._steps or self._by_number or self._early)
 
     @property
     def ahead(self) -> int:
-        """Steps that will be numbered before one that is queued now."""
+        """The number of steps that will be numbered before one that is queued now."""
         return self._steps + (self.computing is not None)
 
     # Finding a step.
 
     def with_id(self, request_id: str | None) -> Step | None:
-        """The step of a request id that is on its way."""
+        """The step in flight that has this request id."""
         return None if request_id is None else self._by_id.get(request_id)
 
     def with_number(self, number: int | None) -> Step | None:
-        """The step on its way that has, or asked for, this number."""
+        """The step in flight that has, or asked for, this number."""
         return None if number is None else self._by_number.get(number) or self._early.get(number)
 
     def reserve_id(self, step: Step) -> None:
-        """Enter a request id, so that retries join the step; `settle` removes it."""
+        """Index a step by its request id, so that retries join it; `settle` removes it."""
         if step.request.request_id is not None:
             self._by_id[step.request.request_id] = step
 
     def settle(self, step: Step) -> None:
-        """Remove a step that is durable, or was refused, from both indexes."""
+        """Remove a step from both indexes: it is durable, or was refused."""
         request_id, asked = step.request.request_id, step.request.step
         for number in {step.number, asked}:
             if number is not None and self._by_number.get(number) is step:
@@ -76,7 +76,7 @@ class Queue:
     # Into the queue.
 
     def push_step(self, step: Step, next_number: int) -> None:
-        """Queue the step that will be numbered `next_number`, and the early ones that waited for it."""
+        """Queue the step that will be numbered `next_number`, and the early steps that waited for it."""
         successor: Step | None = step
         while successor is not None:
             self.reserve_id(successor)
@@ -89,13 +89,13 @@ class Queue:
             successor = self._early.pop(next_number, None)
 
     def keep_early(self, step: Step, number: int) -> None:
-        """Let a step wait for its predecessor."""
+        """Keep a step in the reorder table until its predecessor arrives."""
         self.reserve_id(step)
         self._arrived(number)
         self._early[number] = step
 
     def replace(self, old: Step, new: Step) -> bool:
-        """Put a step in the place of an abandoned one with its number; False once that one left the queue."""
+        """Replace an abandoned step that asked for the same number; False if it has left the queue."""
         if old not in self._entries:
             return False
         self.settle(old)
@@ -106,7 +106,7 @@ class Queue:
         return True
 
     def push(self, entry: Evaluation | Generation | Save | Drain) -> None:
-        """Queue another entry."""
+        """Queue an entry that is not a step."""
         self._entries.append(entry)
 
     def push_first(self, entry: Save | Takeover | Restore) -> None:
@@ -131,37 +131,37 @@ class Queue:
         return entry
 
     def start(self, step: Step, number: int) -> None:
-        """Number a step that was taken: it is computed now."""
+        """Number a step that was popped, and mark it as being computed."""
         step.number = number
         self._by_number[number] = step
         self._arrived(number)
         self.computing = step
 
     def park(self, save: Save) -> None:
-        """Set a save aside until the one that is written is done."""
+        """Set a save aside until the checkpoint that is being written is done."""
         self._parked.append(save)
 
     def unpark(self) -> None:
-        """Queue the next save that was set aside, before all else."""
+        """Queue the next save that was set aside, at the front."""
         if self._parked:
             self._entries.appendleft(self._parked.popleft())
 
     # Refusals.
 
     def refuse_step(self, step: Step, refusal: Refused) -> None:
-        """Refuse a step that was not consumed."""
+        """Refuse a step that was not trained."""
         self.settle(step)
         for waiter in step.waiters:
             refuse(waiter, refusal)
 
     def refuse_number(self, number: int) -> None:
-        """Refuse all that waits behind a number whose step was refused, until another step takes it."""
+        """Refuse every step behind a number whose step was refused, until another step takes that number."""
         if self.refused_number is None or number < self.refused_number:
             self.refused_number = number
         self.refuse_behind(number)
 
     def refuse_behind(self, number: int) -> None:
-        """Refuse queued and early steps that asked for a higher number than this one, which has no step."""
+        """Refuse queued and early steps that asked for a number higher than this one, which has no step."""
         for entry in [entry for entry in self._entries if isinstance(entry, Step)]:
             if entry.request.step is not None and entry.request.step > number:
                 self._remove(entry)
@@ -169,7 +169,7 @@ class Queue:
         self._refuse_early(number + 1, number)
 
     def refuse_early(self, number: int) -> None:
-        """Refuse the early steps behind a number whose step was refused before it was admitted."""
+        """Refuse early steps behind a number whose step was refused before it was admitted."""
         if self.refused_number is None or number < self.refused_number:
             self.refused_number = number
         self._refuse_early(number + 1, number)
@@ -179,24 +179,24 @@ class Queue:
             self.refuse_step(self._early.pop(number), gap(number, expected))
 
     def forget_abandoned_early(self) -> None:
-        """Forget early steps that nobody waits for: they may come again under another number."""
+        """Drop early steps whose callers have left: the client may send them again under another number."""
         for number, step in list(self._early.items()):
             if step.abandoned:
                 self.settle(self._early.pop(number))
 
     def expire(self, next_number: int) -> None:
-        """Refuse early steps that waited `gap_seconds` for their predecessor, and those behind them."""
+        """Refuse early steps that waited `gap_seconds` for their predecessor, and the steps behind them."""
         limit = self._clock() - self._gap_seconds
         expired = [number for number, step in self._early.items() if step.arrived <= limit]
         if expired:
             self._refuse_early(min(expired), next_number)
 
     def expires_at(self) -> float | None:
-        """When `expire` has something to do; None: nothing waits."""
+        """The time at which the next early step expires; None: there is none."""
         return min((step.arrived + self._gap_seconds for step in self._early.values()), default=None)
 
     def refuse_steps(self, why: Callable[[Step], Refused]) -> None:
-        """Refuse every step that the executor has not taken."""
+        """Refuse every step that is not being computed."""
         waiting = [entry for entry in self._entries if isinstance(entry, Step)]
         for step in waiting:
             self._remove(step)
@@ -206,7 +206,7 @@ class Queue:
         self.refused_number = None
 
     def refuse_saves(self, refusal: Refused) -> None:
-        """Refuse every save that has not begun: the state that it was to be of is gone."""
+        """Refuse every save that has not begun: the state it would have saved is gone."""
         waiting = [entry for entry in [*self._entries, *self._parked] if isinstance(entry, Save)]
         self._entries = deque(entry for entry in self._entries if not isinstance(entry, Save))
         self._parked.clear()
@@ -215,7 +215,7 @@ class Queue:
                 refuse(waiter, refusal)
 
     def interrupt(self, refusal: Refused) -> None:
-        """End an evaluation or generation that runs: it changes nothing, and can be asked for again."""
+        """End the running evaluation or generation; the client can safely repeat it."""
         if isinstance(self.reading, Evaluation):
             refuse(self.reading.future, refusal)
         elif self.reading is not None:
@@ -223,7 +223,7 @@ class Queue:
         self.reading = None  # refused once
 
     def refuse_all(self, refusal: Refused) -> None:
-        """Refuse every entry, and what runs and changes nothing."""
+        """Refuse every entry, and the running evaluation or generation."""
         self.refuse_steps(lambda _: refusal)
         self.refuse_saves(refusal)
         self.interrupt(refusal)

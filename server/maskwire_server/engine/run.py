@@ -1,10 +1,11 @@
-"""What the threads of a run share, under one mutex."""
+"""The state that the threads of a run share, under one mutex."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 
+from maskwire.v1.digest import VERSIONS, DigestVersion, newest_common
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.admission import Situation
 from maskwire_server.engine.lease import Lease
@@ -15,36 +16,55 @@ from maskwire_server.journal.records import Lineage
 
 
 class Run:
-    """The state of the run, its history's end, its writer, and the queue in front of the executor.
+    """The run's conditions, the head of its history, its writer lease, and the executor's queue.
 
-    Admission, the executor and the committer change them under `mutex`; whoever only shows them may read.
+    Admission, the executor and the committer change them under `mutex`. Status reports read without it.
     """
 
     def __init__(self, serve: ServeConfig, clock: Callable[[], float]) -> None:
         self.mutex = threading.RLock()
         self.work = threading.Condition(self.mutex)
-        """Notified when the executor may have something to do."""
+        """Notified when the executor may have work."""
         self.conditions = Conditions()
         self.head = Head()
         self.lease = Lease(serve.session_idle_seconds, clock)
         self.queue = Queue(clock, serve.gap_seconds)
         self.rate = Rate(60, clock)
         self.lineages: dict[int, Lineage] = {}
-        """Every lineage of the run, as the journal has them."""
+        """Every recorded lineage, by number."""
+        self.num_tokens = 0
+        """The size of the vocabulary, which payload hashes depend on."""
         self.uncommitted = 0
-        """Steps that are computed and not durable."""
+        """Computed steps that are not durable yet."""
         self.uncommitted_bytes = 0
-        """The bytes of their batches."""
+        """The encoded size of their batches."""
         self._window = serve.window
 
     @property
     def next_number(self) -> int:
-        """The number of the first step that nobody has sent."""
+        """The number of the first step that is neither applied nor in flight."""
         return self.head.computed.step + self.queue.ahead + 1
 
+    @property
+    def digest_version(self) -> DigestVersion | None:
+        """The version of the run's digest; None before the first step.
+
+        A first step that is being computed counts: its version is the run's unless it fails.
+        """
+        computing = self.queue.computing
+        return self.head.digest_version or (computing.digest_version if computing else None)
+
+    def step_version(self, *, bare: bool) -> DigestVersion:
+        """The version to hash a step of the open session, or a bare call, with.
+
+        It is the run's version, or before the first step the one that the step would fix.
+        """
+        number = VERSIONS[-1] if bare else newest_common(self.lease.digest_versions)
+        return self.digest_version or DigestVersion(number, self.num_tokens)
+
     def situation(self) -> Situation:
-        """What a request is held against."""
-        here = self.head.computed
+        """The facts that admission decides on."""
+        here, version = self.head.computed, self.digest_version
         return Situation(
             state=self.conditions.state,
             run_id=here.run_id,
@@ -56,8 +76,10 @@ class Run:
             window=self._window,
             refused_step=self.queue.refused_number,
             holder=self.lease.holder,
+            digest_version=version.number if version else 0,
+            digest_versions=self.lease.digest_versions,
         )
 
     def expire(self) -> None:
-        """Refuse early steps that waited too long."""
+        """Refuse early steps whose predecessor did not arrive within `gap_seconds`."""
         self.queue.expire(self.next_number)

@@ -1,4 +1,4 @@
-"""The state of a run: the conditions that make it up, and the end of its history."""
+"""The state of a run: its conditions, and the head of its history."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable
 
+from maskwire.v1.digest import DigestVersion
 from maskwire_server.errors import Diverged, Refused, shortage
 from maskwire_server.position import HistoryPosition
 from maskwire_server.results import InexactReplay, RunState
@@ -15,26 +16,26 @@ log = logging.getLogger(__name__)
 
 
 class Conditions:
-    """Conditions that together make the run's state. Written under the engine's mutex, read by any thread."""
+    """The conditions that determine the run's state. Written under the run's mutex, read by any thread."""
 
     def __init__(self) -> None:
         self.state = RunState.RECOVERING
         self.since = time.time()
         self.last_error = ""
-        self._holding = {RunState.RECOVERING: "the trainer"}  # and what each waits for
+        self._holding = {RunState.RECOVERING: "the trainer"}  # and what each is waiting for
         self._listeners: list[Callable[[RunState], None]] = []
 
     @property
     def waiting_for(self) -> str:
-        """What the state waits for; empty: nothing."""
+        """What the run is waiting for; empty: nothing."""
         return self._holding.get(self.state, "")
 
     def on_change(self, listener: Callable[[RunState], None]) -> None:
-        """Call `listener`, which must be quick, with every new state."""
+        """Call `listener` with every new state. It must return quickly."""
         self._listeners.append(listener)
 
     def set(self, condition: RunState, holds: bool = True, waiting_for: str = "") -> None:
-        """Set or clear a condition; the most severe one that holds is the state."""
+        """Set or clear a condition; the state is the most severe condition that holds."""
         self._holding = {
             **{other: words for other, words in self._holding.items() if other is not condition},
             **({condition: waiting_for} if holds else {}),
@@ -49,13 +50,14 @@ class Conditions:
             listener(state)
 
     def holds(self, condition: RunState) -> bool:
-        """Whether a condition holds, whether it is the state or not."""
+        """Whether a condition holds, even if a more severe one is the state."""
         return condition in self._holding
 
     def failed(self, what: str, error: BaseException) -> Refused:
-        """Log an unexpected error, and return the refusal to answer with: an error id, none of its text.
+        """Log an unexpected error and return the refusal to answer with.
 
-        Weights that have diverged are for the user to fix, so the answer says so.
+        The answer carries an error id and none of the error's text. Diverged weights are the user's to fix,
+        so that answer says how.
         """
         short = shortage(error)
         if short is not None:
@@ -92,24 +94,26 @@ _MOST_SEVERE_FIRST = (
 
 
 class Head:
-    """The end of the run's history. Written under the engine's mutex, read by any thread."""
+    """The newest steps of the run's history. Written under the run's mutex, read by any thread."""
 
     def __init__(self) -> None:
         self.computed = HistoryPosition("", 1, 0, b"")
-        """The last step that was computed."""
+        """The newest computed step."""
         self.durable = self.computed
-        """The last step that is durable."""
+        """The newest durable step."""
+        self.digest_version: DigestVersion | None = None
+        """The version of the run's digest; None before the first step is computed."""
         self.non_finite = 0
-        """Steps in a row, up to the last computed one, that were not finite."""
+        """Non-finite steps in a row, up to the newest computed step."""
         self.tokenizer = ""
-        """What the run's ids stand for; empty: no client said."""
+        """The tokenizer of the run's ids; empty: not known."""
         self.data: dict[str, str] = {}
-        """The fingerprint of the run's data; empty: no client said."""
+        """The fingerprint of the run's data, in named parts; empty: not known."""
         self.evaluated = (0, 0)
-        """Lineage and number of the last step that a writer reported as evaluated; zeros: none."""
+        """Lineage and number of the newest step that a writer reported as evaluated; zeros: none."""
         self.inexact_replays: tuple[InexactReplay, ...] = ()
 
     def move(self, position: HistoryPosition) -> None:
-        """Set the end of the history to a durable position, after a start or a restore."""
+        """Set the head to a durable position, after a start or a restore."""
         self.computed = self.durable = position
         self.non_finite = 0

@@ -1,4 +1,4 @@
-"""Admission of steps, on the threads of those who send them."""
+"""Admission of steps, on the gRPC worker threads."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from maskwire_server.engine.admission import Known, Verdict
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Step
 from maskwire_server.engine.futures import answer
-from maskwire_server.engine.reads import Room, StepOfNumber, StepOfRequest, require_in_history
 from maskwire_server.engine.run import Run
 from maskwire_server.errors import Refused
 from maskwire_server.journal.journal import Journal
-from maskwire_server.journal.records import StepRecord
-from maskwire_server.journal.reserve import WRITES_PER_BATCH, Reserve
+from maskwire_server.journal.lineage import ancestry
+from maskwire_server.journal.records import Lineage, StepRecord
+from maskwire_server.journal.reserve import WRITES_PER_BATCH, Reserve, make_room
 from maskwire_server.requests import SessionRef, StepRequest
 from maskwire_server.results import StepAnswer, StepResult
 
 
 class Steps:
-    """Queues steps, joins retries to the step they repeat, and answers from the record."""
+    """Queues new steps, joins retries to the step in flight, and answers repeated steps from the journal."""
 
     def __init__(
         self,
@@ -43,9 +43,9 @@ class Steps:
         self._clock = clock
 
     def admit(self, request: StepRequest, future: Future[StepAnswer]) -> None:
-        """Queue a step, or answer it. Raises Refused."""
-        payload = request.payload
-        step = Step(request, payload.hash(), payload.encode(), [future], self._clock())
+        """Queue a step, or answer it from the journal. Raises Refused."""
+        payload, version = request.payload, self._run.step_version(bare=request.session is None)
+        step = Step(request, version, payload.hash(version), payload.encode(), [future], self._clock())
         failpoints.passing("step.admitted")
         no_room = self._no_room(len(step.encoded))
         by_id = request.request_id is not None and (request.session is None or request.step is None)
@@ -55,7 +55,7 @@ class Steps:
             if not by_id and self._recorded(step) is None:
                 self._queue(step, no_room)
                 return
-            self._run.queue.reserve_id(step)  # its retries join it while the journal is asked
+            self._run.queue.reserve_id(step)  # so that retries join it while the journal is read
         try:
             self._look_up(step, by_id, no_room)
         except Refused as refusal:
@@ -63,10 +63,11 @@ class Steps:
                 self._run.queue.refuse_step(step, refusal)
 
     def _join(self, step: Step) -> bool:
-        """Join a step that is on its way and that this one repeats. Under the mutex; raises Refused."""
+        """Join the step in flight that this one repeats, if any. Under the mutex; raises Refused."""
         run, queue, request = self._run, self._run.queue, step.request
         at = run.situation()
         admission.check_writer(request.session, at)
+        step.use_version(run.step_version(bare=request.session is None))  # `admit` read it without the mutex
         queue.forget_abandoned_early()
         other = queue.with_id(request.request_id)
         if other is None and request.session is not None:
@@ -82,13 +83,13 @@ class Steps:
         return False
 
     def _recorded(self, step: Step) -> int | None:
-        """The number of a recorded step that this request may repeat. Under the mutex."""
+        """The number of the recorded step that this request may repeat, if any. Under the mutex."""
         number = step.request.step
         recorded = number is not None and number <= self._run.head.computed.step
         return number if recorded and step.request.session is not None else None
 
     def _queue(self, step: Step, no_room: Refused | None) -> None:
-        """Queue a step of which nothing is known. Under the mutex; raises Refused."""
+        """Queue a step that repeats nothing. Under the mutex; raises Refused."""
         run, queue, number = self._run, self._run.queue, step.request.step
         at = run.situation()
         other = queue.with_number(number)
@@ -96,6 +97,7 @@ class Steps:
             if other is not None and other.abandoned and queue.replace(other, step):
                 return
             raise admission.step_taken(number, at.next_step)
+        step.use_version(run.step_version(bare=step.request.session is None))  # fixed meanwhile, it may be
         verdict = admission.admit_step(number, len(queue), self._serve.queue_limit, at)
         if no_room is not None:
             raise no_room
@@ -106,19 +108,19 @@ class Steps:
             run.work.notify()
         elif number is not None:
             queue.keep_early(step, number)
-            self._committer.wake()  # which refuses it when it has waited too long
+            self._committer.wake()  # it refuses the step when `gap_seconds` have passed
 
     def _look_up(self, step: Step, by_id: bool, no_room: Refused | None) -> None:
-        """Ask the journal for a step that this request may repeat; queue it when there is none."""
+        """Read the step that this request may repeat from the journal; queue the request if there is none."""
         request = step.request
         record: StepRecord | None = None
         if by_id and request.request_id is not None:
-            record = self._committer.read(StepOfRequest(request.request_id)).result()
+            record = self._committer.read(Journal.step_of_request, request.request_id)
         with self._run.mutex:
             number = self._recorded(step)
             lineage = self._run.head.computed.lineage
         if record is None and number is not None:
-            record = self._committer.read(StepOfNumber(lineage, number)).result()
+            record = self._committer.read(Journal.step, lineage, number)
         with self._run.mutex:
             admission.check_writer(request.session, self._run.situation())
             if record is None:
@@ -127,7 +129,7 @@ class Steps:
             known = Known(record.step, record.request_id, record.payload_hash)
             if not admission.repeats(request, step.payload_hash, known):
                 raise admission.step_taken(record.step, self._run.next_number)
-            require_in_history(record, self._run.lineages, lineage)
+            _require_in_history(record, self._run.lineages, lineage)
             if request.session is not None:
                 self._run.lease.touch()
             self._run.queue.settle(step)
@@ -137,19 +139,20 @@ class Steps:
             answer(waiter, StepAnswer(record.step, result, record.digest, replayed=True))
 
     def _no_room(self, size: int) -> Refused | None:
-        """Why the journal's disk does not take a batch, after trying to make room; None when it does."""
-        needed = WRITES_PER_BATCH * size  # what is in the log is written again when it is folded
+        """The refusal when the disk has no room for a batch, after trying to make some; None: it fits."""
+        # Written into the write-ahead log, and into the database when the log is folded.
+        needed = WRITES_PER_BATCH * size
         left = self._disk.left(self._log_bytes())
-        if left < needed and self._committer.read(Room(self._disk)).result():
+        if left < needed and self._committer.read(make_room, self._disk):
             left = self._disk.left(self._log_bytes())
         if left < 0:
             with self._run.mutex:
                 self._committer.hold()
-            return None  # the state says it
+            return None  # the state HELD refuses the step
         return admission.no_room(size) if left < needed else None
 
     def refused(self, session: SessionRef, number: int) -> None:
-        """A step was refused before it was admitted: what waits for it need not wait any longer."""
+        """Refuse the steps that wait for `number`, which was refused before it was admitted."""
         run, queue = self._run, self._run.queue
         with run.mutex:
             try:
@@ -158,3 +161,17 @@ class Steps:
                 return
             if number >= run.next_number and queue.with_number(number) is None:
                 queue.refuse_early(number)
+
+
+def _require_in_history(record: StepRecord, lineages: dict[int, Lineage], lineage: int) -> None:
+    """Raise WRONG_RUN for a recorded step that a restore removed from the history."""
+    through = {segment.lineage: segment.through for segment in ancestry(lineages, lineage)}
+    last = through.get(record.lineage, -1)
+    if last is not None and record.step > last:
+        raise Refused(
+            "WRONG_RUN",
+            f"this request id was step {record.step} of lineage {record.lineage}, which a restore removed "
+            "from the history; use a new id to train the batch again",
+            step=record.step,
+            lineage=lineage,
+        )

@@ -1,4 +1,4 @@
-"""How fast the run goes."""
+"""The run's throughput."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Rate:
-    """Steps and tokens per second over the last `seconds`, counted by the second: its size is bounded."""
+    """Steps and tokens per second over the last `seconds`. One counter per second bounds its size."""
 
     def __init__(self, seconds: int, clock: Callable[[], float]) -> None:
         self._seconds = seconds
@@ -16,7 +16,7 @@ class Rate:
         self._counts: deque[tuple[int, int, int]] = deque(maxlen=seconds + 1)  # second, steps, tokens
 
     def add(self, tokens: int) -> None:
-        """A step became durable."""
+        """Count a step that became durable."""
         second = int(self._clock())
         if self._counts and self._counts[-1][0] == second:
             _, steps, others = self._counts[-1]

@@ -53,24 +53,24 @@ def test_what_was_computed_is_committed_while_the_reserve_holds_new_steps_off(
     run.conditions.set(RunState.RECOVERING, False)
     monkeypatch.setattr(disk, "left", lambda _: 0 if room[0] else -1)
     committer = Committer(run, fake, disk, lambda: now[0], pytest.fail)
-    monkeypatch.setattr(committer, "_patience", lambda: 0.0)
+    monkeypatch.setattr(committer, "_timeout", lambda: 0.0)
     committer.append(Noted(done))
     with run.mutex:
         committer.hold()
-    committer._turn()
+    committer._cycle()
     assert done == ["written", "answered"]
     assert run.conditions.state is RunState.HELD
     fake.full = True
     committer.append(Noted(done))
-    committer._turn()
+    committer._cycle()
     fake.full = False
-    committer._turn()
+    committer._cycle()
     assert len(done) == 2, "a disk that was full is tried again a second later, not at once"
     now[0] += 1.1
-    committer._turn()
+    committer._cycle()
     assert len(done) == 4
     assert run.conditions.state is RunState.HELD, "there is no reserve yet"
     room[0] = True
     now[0] += 1.1
-    committer._turn()
+    committer._cycle()
     assert run.conditions.state is RunState.SERVING

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from maskwire_server.engine.committer import Reserve
-from maskwire_server.engine.quarantine import Poison
+from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.journal import disk, journal
+from maskwire_server.journal import database, disk
 from maskwire_server.journal.journal import Journal
 
 MOUNTS = """\
@@ -38,7 +38,7 @@ def test_a_network_file_system_is_known_by_its_mount(path: str, kind: str | None
 
 
 def test_a_run_on_a_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "network_file_system", lambda _: "nfs4")
+    monkeypatch.setattr(database, "network_file_system", lambda _: "nfs4")
     with pytest.raises(RunDirectoryError, match=r"network file system \(nfs4\)"):
         Journal(tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -55,9 +55,9 @@ def test_a_batch_that_kills_the_process_is_set_aside_after_so_many_deaths(tmp_pa
     bad, good = b"b" * 32, b"g" * 32
     open_ended = []
     for deaths in range(3):
-        poison = Poison(tmp_path, 2)
-        assert poison.condemned(bad) is (deaths >= 2)
-        assert not poison.condemned(good)
+        poison = Quarantine(tmp_path, 2)
+        assert poison.holds(bad) is (deaths >= 2)
+        assert not poison.holds(good)
         with poison.watch(good):
             pass
         if deaths < 2:
@@ -66,8 +66,8 @@ def test_a_batch_that_kills_the_process_is_set_aside_after_so_many_deaths(tmp_pa
             open_ended.append(deadly)  # the process dies in it
     with pytest.raises(ValueError, match="no death"), poison.watch(bad):
         raise ValueError("no death")
-    assert not Poison(tmp_path, 2).condemned(bad), "it ended by itself, so it is not counted on"
-    off = Poison(tmp_path, 0)
+    assert not Quarantine(tmp_path, 2).holds(bad), "it ended by itself, so it is not counted on"
+    off = Quarantine(tmp_path, 0)
     with off.watch(bad):
         assert not (tmp_path / "computing").exists()
-    assert not off.condemned(bad)
+    assert not off.holds(bad)

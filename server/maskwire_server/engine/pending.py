@@ -1,0 +1,75 @@
+"""The answers that callers wait for, so that each of them gets one even when the process ends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from maskwire_server.engine import admission
+from maskwire_server.engine.futures import refuse
+from maskwire_server.engine.run import Run
+from maskwire_server.errors import Refused, is_shortage
+
+T = TypeVar("T")
+
+
+class Pending:
+    """Futures that are not answered yet. Any thread."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._futures: set[Future[Any]] = set()
+        self._serving = self._stopped = False
+
+    @property
+    def serving(self) -> bool:
+        """Whether the run has recovered and the process does not end."""
+        return self._serving and not self._stopped
+
+    def begin(self) -> None:
+        """The run has recovered: take requests from now on."""
+        self._serving = True
+
+    def end(self) -> None:
+        """The process ends: take no more requests."""
+        self._stopped = True
+
+    def require_serving(self) -> None:
+        """Raise Refused unless requests are taken."""
+        if not self.serving:
+            admission.refuse_unavailable(self._run.conditions.state)
+            raise admission.shutting_down()
+
+    def add(self, future: Future[T]) -> Future[T]:
+        """Refuse `future` when the process ends before it is answered."""
+        self._futures.add(future)
+        future.add_done_callback(self._futures.discard)
+        if self._stopped:  # perhaps since `refuse_all` ran
+            self.refuse_all()
+        return future
+
+    @contextlib.contextmanager
+    def answering(self, future: Future[Any]) -> Iterator[None]:
+        """Take a request: what is refused within is the answer in `future`."""
+        self.require_serving()
+        self.add(future)
+        try:
+            yield
+        except Refused as refusal:
+            refuse(future, refusal)
+        except (OSError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            with self._run.mutex:
+                refused = self._run.conditions.failed("a request", error)
+            refuse(future, refused)
+
+    def refuse_all(self) -> None:
+        """Refuse what nobody will answer any more; two threads that do so share the work."""
+        with contextlib.suppress(KeyError):
+            while True:
+                future = self._futures.pop()
+                if not future.done():
+                    refuse(future, admission.shutting_down())

@@ -1,0 +1,58 @@
+"""What a run says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from maskwire_server.config import ServeConfig
+from maskwire_server.engine.run import Run
+from maskwire_server.results import CheckpointInfo, Limits, ModelInfo, Status
+
+
+def limits(serve: ServeConfig, model: ModelInfo | None) -> Limits:
+    """Bounds on one request."""
+    configured = Limits(
+        serve.max_batch_tokens,
+        serve.max_message_bytes,
+        serve.window,
+        serve.max_draws,
+        serve.max_generation_steps,
+    )
+    read_tokens = serve.max_read_tokens or (model.read_tokens if model else None)
+    return configured if read_tokens is None else replace(configured, max_read_tokens=read_tokens)
+
+
+def report(
+    run: Run,
+    serve: ServeConfig,
+    model: ModelInfo | None,
+    newest_checkpoint: CheckpointInfo | None,
+    versions: dict[str, str],
+) -> Status:
+    """State, progress and what the run is waiting for. Takes no lock: it answers whatever is stuck."""
+    head, durable = run.head, run.head.durable
+    steps_per_second, tokens_per_second = run.rate.per_second()
+    return Status(
+        state=run.conditions.state,
+        state_since=run.conditions.since,
+        waiting_for=run.conditions.waiting_for,
+        run_id=durable.run_id,
+        lineage=durable.lineage,
+        step=head.computed.step,
+        durable_step=durable.step,
+        digest=durable.digest,
+        queue_length=len(run.queue),
+        queue_limit=serve.queue_limit,
+        steps_per_second=steps_per_second,
+        tokens_per_second=tokens_per_second,
+        last_error=run.conditions.last_error,
+        writer=run.lease.present(run.queue.busy),
+        epoch=run.lease.epoch,
+        model=model,
+        newest_checkpoint=newest_checkpoint,
+        versions=versions,
+        tokenizer=head.tokenizer,
+        data=head.data,
+        inexact_replays=head.inexact_replays,
+        digest_version=head.digest_version.number if head.digest_version else 0,
+    )

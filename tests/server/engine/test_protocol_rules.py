@@ -1,0 +1,230 @@
+"""What the protocol says of a step's identity, of work ahead of the disk, and of takeovers, rule by rule."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from counter import NAN_ID
+from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, wait_for
+
+from maskwire.v1.digest import step_digest
+from maskwire_server.engine.committer import Committer
+from maskwire_server.engine.entries import Takeover
+from maskwire_server.errors import Refused
+from maskwire_server.journal import reserve
+from maskwire_server.journal.journal import Journal
+from maskwire_server.requests import EvalRequest, SessionRequest, StepRequest
+from maskwire_server.results import EvalOptions, RunState
+
+
+@pytest.fixture
+def questions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What admission asks the journal about steps."""
+    asked: list[Any] = []
+    read = Committer.read
+
+    def noting(self: Committer, question: Any, *arguments: Any) -> Any:
+        if question in (Journal.step, Journal.step_of_request):
+            asked.append((question.__name__, *arguments))
+        return read(self, question, *arguments)
+
+    monkeypatch.setattr(Committer, "read", noting)
+    return asked
+
+
+@contextmanager
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Hold every transaction back until what this yields is called."""
+    transaction, flushed = Journal.transaction, threading.Event()
+
+    def waiting(self: Journal, write: Callable[[], object]) -> None:
+        assert flushed.wait(WAIT)
+        transaction(self, write)
+
+    monkeypatch.setattr(Journal, "transaction", waiting)
+    try:
+        yield flushed.set
+    finally:
+        flushed.set()
+
+
+def test_the_next_step_of_a_session_asks_the_journal_nothing(rig: Rig, questions: list[Any]) -> None:
+    engine = rig.start()
+    session = open_session(engine)
+    for step in (1, 2, 3):
+        engine.train_step(StepRequest(payload(step), session, step, f"id {step}")).result(WAIT)
+    assert questions == []
+
+
+def test_a_request_without_a_step_is_looked_up_by_its_id(rig: Rig, questions: list[Any]) -> None:
+    engine = rig.start()
+    session = open_session(engine)
+    engine.train_step(StepRequest(payload(1), session, None, "one")).result(WAIT)
+    assert engine.train_step(StepRequest(payload(1), session, None, "one")).result(WAIT).replayed
+    assert questions == [("step_of_request", "one")] * 2
+
+
+def test_a_recorded_step_of_a_session_is_compared_by_id_and_then_by_hash(
+    rig: Rig, questions: list[Any]
+) -> None:
+    engine = rig.start()
+    session = open_session(engine)
+    first = engine.train_step(StepRequest(payload(1), session, 1, "one")).result(WAIT)
+
+    def again(seed: int, request_id: str | None) -> Any:
+        return engine.train_step(StepRequest(payload(seed), session, 1, request_id))
+
+    for request_id in ("one", None):
+        answer = again(1, request_id).result(WAIT)
+        assert (answer.replayed, answer.step, answer.digest) == (True, 1, first.digest)
+    assert reason(again(2, "one")) == "PAYLOAD_MISMATCH"
+    assert reason(again(1, "another")) == "STEP_TAKEN"
+    assert reason(again(2, None)) == "STEP_TAKEN"
+    assert questions == [("step", 1, 1)] * 5
+
+
+def test_an_id_that_another_step_of_the_session_has_is_not_looked_up(rig: Rig) -> None:
+    engine = rig.start()
+    session = open_session(engine)
+    for step in (1, 2):
+        answer = engine.train_step(StepRequest(payload(step), session, step, "the same")).result(WAIT)
+        assert (answer.step, answer.replayed) == (step, False)
+    assert engine.train_step(StepRequest(payload(2), session, 2, "the same")).result(WAIT).replayed
+    engine.close()
+    assert rig.start().status().step == 2, "the journal takes an id twice"
+
+
+def test_a_retry_joins_while_the_journal_is_asked(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = rig.start()
+    asked, answered = threading.Event(), threading.Event()
+    look_up = Journal.step_of_request
+
+    def waiting(self: Journal, request_id: str) -> Any:
+        asked.set()
+        assert answered.wait(WAIT)
+        return look_up(self, request_id)
+
+    monkeypatch.setattr(Journal, "step_of_request", waiting)
+    answers: list[Any] = []
+    first = threading.Thread(target=lambda: answers.append(engine.train_step(bare(1, "one")).result(WAIT)))
+    first.start()
+    assert asked.wait(WAIT)
+    twin = engine.train_step(bare(1, "one"))  # returns while the question is open
+    assert reason(engine.train_step(bare(2, "one"))) == "PAYLOAD_MISMATCH"
+    answered.set()
+    first.join(WAIT)
+    assert twin.result(WAIT) == answers[0]
+    assert engine.status().step == 1
+
+
+def test_recorded_answers_are_given_while_the_disk_is_full(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = rig.start()
+    session = open_session(engine)
+    engine.train_step(StepRequest(payload(1), session, 1, "one")).result(WAIT)
+
+    def full(self: Journal, write: Callable[[], object]) -> None:
+        raise FullDisk("database or disk is full")
+
+    monkeypatch.setattr(Journal, "transaction", full)
+    engine.train_step(StepRequest(payload(2), session, 2, "two"))
+    wait_for(lambda: engine.status().state is RunState.HELD)
+    assert engine.train_step(StepRequest(payload(1), session, 1, "one")).result(WAIT).replayed
+    assert engine.train_step(StepRequest(payload(1), session, None, "one")).result(WAIT).replayed
+
+
+def test_no_more_steps_than_the_window_are_ahead_of_the_disk(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = rig.start(serve={"window": 3})
+    with slow_disk(monkeypatch) as flush:
+        futures = [engine.train_step(bare(i)) for i in range(6)]
+        wait_for(lambda: engine.status().step == 3)
+        time.sleep(0.05)  # in which a fourth would be computed
+        assert engine.status().step == 3
+        assert (engine.status().durable_step, engine.status().queue_length) == (0, 3)
+        assert not any(future.done() for future in futures)
+        flush()
+        assert [future.result(WAIT).step for future in futures] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_batches_of_uncommitted_steps_count_twice_where_room_is_checked(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = len(payload(0).encode())
+    engine = rig.start(serve={"window": 8, "reserve_bytes": 0})
+    with slow_disk(monkeypatch) as flush:
+        room = engine._committer._journal.log_bytes() + 2 * 3 * size  # for three of them
+        monkeypatch.setattr(reserve, "free_bytes", lambda _: room)
+        futures = [engine.train_step(bare(i)) for i in range(5)]
+        wait_for(lambda: engine.status().step == 3)
+        assert engine.status().queue_length == 2
+        monkeypatch.setattr(reserve, "free_bytes", lambda _: 2**30)
+        flush()
+        assert [future.result(WAIT).step for future in futures] == [1, 2, 3, 4, 5]
+
+
+def test_what_is_read_is_shown_once_the_steps_it_saw_are_durable(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = rig.start()
+    with slow_disk(monkeypatch) as flush:
+        step = engine.train_step(bare(1))
+        wait_for(lambda: engine.status().step == 1)
+        evaluation = engine.eval_loss(EvalRequest(payload(1).batch, EvalOptions(row_ids=(0, 1))))
+        wait_for(lambda: engine.status().queue_length == 0)
+        assert not step.done()
+        assert not evaluation.done()
+        flush()
+        answer = evaluation.result(WAIT)
+        assert (answer.step, answer.digest) == (1, step.result(WAIT).digest)
+
+
+def test_a_superseded_nonce_is_used_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = rig.start()
+    rig.trainer.gate.clear()
+    running = engine.train_step(bare(1))
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    first = engine.open_session(SessionRequest("first", "n1"))
+    second = engine.open_session(SessionRequest("second", "n2", takeover=True))
+    rig.trainer.gate.set()
+    assert running.result(WAIT).step == 1
+    assert reason(first) == "FENCED"
+    assert second.result(WAIT).epoch == 2
+    assert reason(engine.open_session(SessionRequest("first", "n1"))) == "FENCED"
+    engine.close()
+    again = rig.start()
+    assert reason(again.open_session(SessionRequest("first", "n1", takeover=True))) == "FENCED"
+    assert again.status().epoch == 2
+
+
+def test_a_takeover_goes_before_everything_that_waits(rig: Rig) -> None:
+    engine = rig.start()
+    old = open_session(engine, "old", "n1")
+    rig.trainer.gate.clear()
+    steps = [engine.train_step(StepRequest(payload(n), old, n)) for n in (1, 2)]
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    evaluation = engine.eval_loss(EvalRequest(payload(1).batch, EvalOptions(row_ids=(0, 1))))
+    new = engine.open_session(SessionRequest("new", "n2", takeover=True))
+    assert reason(steps[1]) == "FENCED", "at once, while the first runs"
+    assert isinstance(engine._run.queue.first(), Takeover)
+    rig.trainer.gate.set()
+    assert steps[0].result(WAIT).step == 1
+    assert new.result(WAIT).step == 1
+    assert evaluation.result(WAIT).step == 1
+    with pytest.raises(Refused, match="took over"):
+        engine.train_step(StepRequest(payload(2), old, 2)).result(WAIT)
+
+
+def test_the_digest_follows_the_outcome(rig: Rig) -> None:
+    engine = rig.start()
+    before = engine.status().digest
+    request = bare(1, first=NAN_ID)
+    answer = engine.train_step(request).result(WAIT)
+    assert answer.digest == step_digest(before, 1, 1, request.payload.hash(), int(answer.result.outcome))
+    assert np.isnan(answer.result.losses.loss)
