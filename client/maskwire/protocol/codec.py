@@ -39,9 +39,16 @@ def _host(values: Any) -> npt.NDArray[Any]:
 
 
 def encode_batch(
-    tokens: Any, num_tokens: int = 0, *, lengths: Any = None, prompt_mask: Any = None
+    tokens: Any,
+    num_tokens: int = 0,
+    *,
+    lengths: Any = None,
+    prompt_mask: Any = None,
+    into: pb.TokenBatch | None = None,
 ) -> pb.TokenBatch:
     """A TokenBatch from rows of token ids; `num_tokens` is the size of the vocabulary, 0 if it is not known.
+
+    `into` is an empty batch to fill, which saves a copy of the ids if it is part of a request.
 
     `tokens` is an integer array [rows, columns], or a list of rows that may differ in length. With
     `lengths` [rows], what lies behind a row's length is padding and is not sent. `prompt_mask` is a
@@ -73,13 +80,12 @@ def encode_batch(
             ids = ids[np.arange(shape[1]) < sizes[:, None]]
             shape = (shape[0], int(sizes.max(initial=0)))
     data = _narrow(ids, num_tokens)
-    return pb.TokenBatch(
-        data=data.tobytes(),
-        shape=shape,
-        dtype=_DTYPES[data.dtype],
-        lengths=sizes.tolist(),
-        prompt_mask=_pack(prompt_mask, shape, sizes),
-    )
+    prompt = _pack(prompt_mask, shape, sizes)
+    batch = pb.TokenBatch() if into is None else into
+    batch.data, batch.dtype, batch.prompt_mask = data.tobytes(), _DTYPES[data.dtype], prompt
+    batch.shape.extend(shape)
+    batch.lengths.extend(sizes.tolist())
+    return batch
 
 
 def _lengths(lengths: Any, shape: tuple[int, int]) -> npt.NDArray[np.int32]:
@@ -188,8 +194,8 @@ def step_request(
 ) -> pb.TrainStepRequest:
     """One batch to train on; `modes` are fields of TrainStepRequest, `num_tokens` as in `encode_batch`."""
     arguments.check_options("train_step", modes, STEP_OPTIONS)
-    batch = encode_batch(tokens, num_tokens, lengths=lengths, prompt_mask=prompt_mask)
-    request: pb.TrainStepRequest = _fill(pb.TrainStepRequest, request_id=request_id, batch=batch, **modes)
+    request: pb.TrainStepRequest = _fill(pb.TrainStepRequest, request_id=request_id, **modes)
+    encode_batch(tokens, num_tokens, lengths=lengths, prompt_mask=prompt_mask, into=request.batch)
     return request
 
 
