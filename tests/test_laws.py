@@ -163,7 +163,7 @@ def module_graph(folder: Path) -> dict[str, set[str]]:
 
 
 def cycles(graph: dict[str, set[str]]) -> set[str]:
-    """The modules that are left once those that import nothing of the rest are taken away, again and again."""
+    """The modules that import one another in a circle."""
     left = {module: set(imported) for module, imported in graph.items()}
     while True:
         ends = {module for module, imported in left.items() if not imported & left.keys()}

@@ -15,8 +15,8 @@ from serving import ServerProcess
 import maskwire
 import maskwire.aio
 from maskwire.protocol import codec
-from maskwire.protocol.calls import EvalOptions, GenerateOptions, StepOptions
-from maskwire.protocol.evaluation import Plan
+from maskwire.protocol.evaluation import EvaluationPlan
+from maskwire.protocol.options import EvalOptions, GenerateOptions, StepOptions
 from maskwire.protocol.token_batch import encode_batch
 
 Serve = Callable[..., ServerProcess]
@@ -65,7 +65,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an iterator": (lambda t: t.fit(iter([TOKENS]), until_step=1), "an iterator cannot go on"),
     "a path": (lambda t: t.fit("data/", until_step=1), r"maskwire\.open_data\('data/'"),
     "a Path": (lambda t: t.fit(Path("data"), until_step=1), r"maskwire\.open_data\('data'"),
-    "an array": (lambda t: t.fit(TOKENS, until_step=1), "got ndarray: give its documents"),
+    "an array": (lambda t: t.fit(TOKENS, until_step=1), "got ndarray: pass its documents"),
     "evaluate a DataLoader": (lambda t: t.evaluate(DataLoader()), "data must be rows.*got DataLoader"),
     "train on a DataLoader": (lambda t: t.train_step(DataLoader()), "tokens must be rows.*got DataLoader"),
     "a tokenizer's dict": (lambda t: t.train_step({"input_ids": TOKENS}), "pass its 'input_ids'"),
@@ -150,7 +150,7 @@ def test_an_empty_batch_is_called_one(tokens: Any, shape: str) -> None:
 )
 def test_a_mask_of_a_whole_evaluation_is_named_by_its_row_of_all(mask: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Plan([[1, 2, 3, 4], [5, 6]], rows=None, batch_size=None, prompt_mask=mask)
+        EvaluationPlan([[1, 2, 3, 4], [5, 6]], rows=None, batch_size=None, prompt_mask=mask)
 
 
 @pytest.mark.parametrize("window", [0, -1, 2.0, True])

@@ -61,8 +61,8 @@ def step_request(
 ) -> pb.TrainStepRequest:
     """One batch to train on; `modes` are fields of TrainStepRequest, `num_tokens` as in `encode_batch`."""
     arguments.check_options("train_step", modes, STEP_OPTIONS)
-    batch = encode_batch(tokens, num_tokens, lengths=lengths, prompt_mask=prompt_mask)
-    request: pb.TrainStepRequest = _fill(pb.TrainStepRequest, request_id=request_id, batch=batch, **modes)
+    request: pb.TrainStepRequest = _fill(pb.TrainStepRequest, request_id=request_id, **modes)
+    encode_batch(tokens, num_tokens, lengths=lengths, prompt_mask=prompt_mask, into=request.batch)
     return request
 
 

@@ -37,14 +37,20 @@ def _host(values: Any) -> npt.NDArray[Any]:
 
 
 def encode_batch(
-    tokens: Any, num_tokens: int = 0, *, lengths: Any = None, prompt_mask: Any = None
+    tokens: Any,
+    num_tokens: int = 0,
+    *,
+    lengths: Any = None,
+    prompt_mask: Any = None,
+    into: pb.TokenBatch | None = None,
 ) -> pb.TokenBatch:
     """A TokenBatch from rows of token ids; `num_tokens` is the size of the vocabulary, 0 if it is not known.
 
     `tokens` is an integer array [rows, columns], or a list of rows that may differ in length. With
     `lengths` [rows], the positions after a row's length are padding and are not sent. `prompt_mask` is a bool
     array [rows, columns], True for positions that are given and never masked. For rows that differ in length
-    it may also be a list of rows.
+    it may also be a list of rows. `into` is an empty batch to fill: filling that of a request saves a copy of
+    the ids.
     """
     arguments.check_rows(tokens)
     if isinstance(tokens, Sequence) and len({np.shape(row) for row in tokens}) > 1:
@@ -71,13 +77,12 @@ def encode_batch(
             ids = ids[np.arange(shape[1]) < sizes[:, None]]
             shape = (shape[0], int(sizes.max(initial=0)))
     data = _narrow(ids, num_tokens)
-    return pb.TokenBatch(
-        data=data.tobytes(),
-        shape=shape,
-        dtype=_DTYPES[data.dtype],
-        lengths=sizes.tolist(),
-        prompt_mask=_pack(prompt_mask, shape, sizes),
-    )
+    prompt = _pack(prompt_mask, shape, sizes)
+    batch = pb.TokenBatch() if into is None else into
+    batch.data, batch.dtype, batch.prompt_mask = data.tobytes(), _DTYPES[data.dtype], prompt
+    batch.shape.extend(shape)
+    batch.lengths.extend(sizes.tolist())
+    return batch
 
 
 def _lengths(lengths: Any, shape: tuple[int, int]) -> npt.NDArray[np.int32]:
