@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskwire.data.files import DataChangedError
+from maskwire.data.file_array import DataChangedError
+from maskwire.data.file_discovery import find_files
 from maskwire.data.prepare import prepare
-from maskwire.data.sources import find_files
 from maskwire.data.token_data import ByteData, FileTokens, TokenData, open_data
 
 

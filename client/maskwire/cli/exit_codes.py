@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 from maskwire.cli.display import OutputError
-from maskwire.data.files import DataChangedError
+from maskwire.data.file_array import DataChangedError
 from maskwire.errors import (
     AccessError,
     HistoryError,

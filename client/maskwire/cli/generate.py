@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.live import Live
 
 from maskwire.cli.display import show, to_json
+from maskwire.cli.generation_text import Prompt, read_prompts, rows_of, text_of, to_display
 from maskwire.cli.options import Json, Server, with_server
-from maskwire.cli.prompts import Prompt, read_prompts, rows_of, text_of, to_display
 from maskwire.errors import UnavailableError
 from maskwire.output import tell
 from maskwire.results import GenerateResult, ModelInfo

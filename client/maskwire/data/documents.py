@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from maskwire.data.files import FileArray, Files, Ids
+from maskwire.data.file_array import FileArray, Files, Ids
 
 _HASH_RANGE = 2**32
 _MAGIC = b"\x93NUMPY"

@@ -19,9 +19,9 @@ from typing import IO, Any
 import numpy as np
 
 from maskwire.data.documents import Documents
-from maskwire.data.files import Ids
-from maskwire.data.formats import DOCUMENTS, META, TOKENS
-from maskwire.data.sources import find_files
+from maskwire.data.file_array import Ids
+from maskwire.data.file_discovery import find_files
+from maskwire.data.file_types import DOCUMENTS, META, TOKENS
 from maskwire.data.token_data import BYTES, Meta
 
 _BATCH_BYTES, _BATCH_FILES = 8 * 2**20, 64  # of text, tokenized on all cores at once

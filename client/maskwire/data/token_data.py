@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from maskwire.arguments import check_whole
 from maskwire.data.documents import Documents, Tiles, load_array
-from maskwire.data.files import FileArray, Ids
+from maskwire.data.file_array import FileArray, Ids
+from maskwire.data.file_discovery import find_files
+from maskwire.data.file_types import DOCUMENTS, META, TOKENS, refuse_packed, refuse_part
 from maskwire.data.fingerprint import content
-from maskwire.data.formats import DOCUMENTS, META, TOKENS, refuse_packed, refuse_part
-from maskwire.data.sources import find_files
 
 Rows = Ids | list[Ids]
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from maskwire.data import formats
+from maskwire.data import file_types
 
 log = logging.getLogger(__name__)
 
@@ -24,14 +24,14 @@ def find_files(
     for path in map(Path, paths):
         if path.is_dir():
             prepared = {
-                meta.parent for meta in path.rglob(formats.META)
+                meta.parent for meta in path.rglob(file_types.META)
             }  # no text, though it lies among texts
             inside = (p for p in path.rglob(pattern) if not _hidden(p.relative_to(path)))
             found |= {
                 p for p in inside if p.is_file() and p.stat().st_size and prepared.isdisjoint(p.parents)
             }
         elif path.is_file():
-            formats.refuse_part(path)
+            file_types.refuse_part(path)
             found |= {path} if path.stat().st_size else set()
         else:
             raise ValueError(f"{path}: no such file or folder")
@@ -39,26 +39,26 @@ def find_files(
 
 
 def _check_files(files: list[Path], any_format: bool) -> list[Path]:
-    run_files = formats.RunFiles()
+    run_files = file_types.RunFiles()
     data: list[Path] = []
     left_out: list[Path] = []
-    refused: dict[Path, formats.Format] = {}
+    refused: dict[Path, file_types.Format] = {}
     binary: list[Path] = []
     for path in files:
-        head = formats.read_head(path)
+        head = file_types.read_head(path)
         if run_files.owns(path, head):
             left_out.append(path)
             continue
         data.append(path)
         if not any_format:
-            kind = formats.recognize(path, head)
+            kind = file_types.recognize(path, head)
             if kind is not None:
                 refused[path] = kind
             elif b"\0" in head:
                 binary.append(path)
     written = f"{_names(left_out)}, which maskwire wrote (a run, metrics, a configuration, a log or a result)"
     if refused:
-        raise formats.refuse(refused)
+        raise file_types.refuse(refused)
     if not data:
         raise ValueError(
             "there is no file with anything in it in the paths given"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from maskwire.cli.prompts import MASKED, read_prompts, text_of, to_display
+from maskwire.cli.generation_text import MASKED, read_prompts, text_of, to_display
 from maskwire.results import GenerateResult, ModelInfo
 
 BYTES = ModelInfo(257, 256, None, 64, 1, "", True, False)

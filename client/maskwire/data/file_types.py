@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maskwire.data.artifacts import is_artifact
+from maskwire.data.own_files import is_artifact
 
 META, TOKENS, DOCUMENTS = "maskwire-data.json", "tokens.bin", "documents.npy"
 """The files of prepared data."""

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskwire.data.artifacts import SETTINGS
+from maskwire.data.file_discovery import find_files
+from maskwire.data.own_files import SETTINGS
 from maskwire.data.prepare import prepare
-from maskwire.data.sources import find_files
 from maskwire.data.token_data import ByteData, open_data
 
 IDS = np.random.default_rng(0).integers(1, 50257, 4000)
@@ -340,7 +340,7 @@ def test_run_directories_and_checkpoints_are_never_data(tmp_path: Path) -> None:
 def test_what_a_job_prints_into_its_data_folder_is_not_its_data(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     code = (
-        "import sys; from maskwire.data.sources import find_files\n"
+        "import sys; from maskwire.data.file_discovery import find_files\n"
         "print('something'); sys.stdout.flush(); print('else', file=sys.stderr, flush=True)\n"
         "names = [path.name for path in find_files('.')]\n"
         "assert names == ['a.txt'], names"
