@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 
 from maskwire.data.file_array import DataChangedError
+from maskwire.data.file_data import ByteData, FileTokens, open_data
 from maskwire.data.file_discovery import find_files
 from maskwire.data.prepare import prepare
-from maskwire.data.token_data import ByteData, FileTokens, TokenData, open_data
+from maskwire.data.token_data import TokenData
 
 
 @pytest.fixture
@@ -82,6 +84,19 @@ def test_the_split_goes_by_content_and_is_disjoint(folder: Path) -> None:
     assert again.files == training.files
 
 
+def test_a_split_that_leaves_a_part_empty_names_the_smallest_share_that_works(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    data = ByteData(tmp_path, length=4, batch_size=1)
+    with pytest.raises(ValueError, match="holds out 0 of 3 documents") as refused:
+        data.split(0.001)
+    found = re.search(r"use --held-out (\S+) \(held_out=(\S+)\), which holds out (\d)", str(refused.value))
+    assert found is not None
+    assert found[1] == found[2]
+    training, apart = data.split(float(found[1]))
+    assert (apart.documents, training.documents) == (int(found[3]), 3 - int(found[3]))
+
+
 def test_evaluation_rows_are_spread_and_always_the_same(folder: Path) -> None:
     data = ByteData(folder, length=16, batch_size=4)
     assert same(data.spread(12), data.spread(12))
@@ -99,7 +114,9 @@ def test_hidden_and_empty_files_are_left_out_and_missing_ones_named(folder: Path
     assert len(find_files([folder / "0", folder / "1" / "01.txt"])) == 11
     with pytest.raises(ValueError, match="nowhere: no such file"):
         find_files(folder / "nowhere")
-    with pytest.raises(ValueError, match="no file with anything"):
+    with pytest.raises(
+        ValueError, match="no data found in the given paths: there is no non-empty file that matches"
+    ):
         find_files(folder, "*.csv")
 
 
@@ -116,7 +133,7 @@ def test_hidden_and_empty_files_are_left_out_and_missing_ones_named(folder: Path
 def test_sizes_that_make_no_sense_are_named(folder: Path, options: dict[str, int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ByteData(folder, **{"length": 4, "batch_size": 4, **options})
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match=r"held_out \(--held-out\) must be above 0 and below 1.*, got 1.5"):
         ByteData(folder, length=4, batch_size=4).split(1.5)
 
 
@@ -195,28 +212,36 @@ def test_token_files_that_do_not_do_are_named(tmp_path: Path) -> None:
     (tmp_path / "odd.bin").write_bytes(b"123")
     (tmp_path / "text.npy").write_text("no array")
     for name, dtype, words in (
-        ("float.npy", None, r"must hold integers \[n\] or \[rows, n\], got float64 \[4\]"),
+        ("float.npy", None, r"must hold integers of shape \[n\] or \[rows, n\], got float64 \[4\]"),
         ("cube.npy", None, r"got int64 \[2, 2, 2\]"),
         ("fortran.npy", None, "must be in C order"),
         ("objects.npy", None, "cannot be read as a .npy file"),
         ("empty.npy", None, r"got int64 \[0\]"),
         ("text.npy", None, "cannot be read as a .npy file"),
-        ("odd.bin", "uint16", "must be whole uint16 ids, got 3 bytes"),
-        ("odd.bin", "float32", "dtype is 'float32', not one of uint8, uint16, int32"),
-        ("none.bin", "uint16", "none.bin"),
+        (
+            "odd.bin",
+            "uint16",
+            r"has 3 bytes, which is not a whole number of uint16 ids \(2 bytes\); check dtype",
+        ),
+        ("odd.bin", "float32", "dtype must be one of uint8, uint16, int32, got 'float32'"),
+        ("none.bin", "uint16", "none.bin: no such file or folder"),
     ):
         with pytest.raises(ValueError, match=words):
             open_data(tmp_path / name, dtype=dtype, **options)
     (tmp_path / "text.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"text\.txt holds no token ids: give a \.npy file"):
+        FileTokens(tmp_path / "text.txt", **options)
     for paths in (["a.npy", "b.npy"], ["text.txt", "a.npy"]):
-        with pytest.raises(ValueError, match="comes alone, got 2 paths"):
+        with pytest.raises(ValueError, match="must be the only path, got 2 paths"):
             open_data([tmp_path / name for name in paths], **options)
     np.save(tmp_path / "good.npy", np.arange(4))
-    with pytest.raises(ValueError, match=r"dtype must be left out for .*good\.npy, which says it itself"):
+    with pytest.raises(
+        ValueError, match=r"good\.npy records the type of its ids; leave out dtype .*got 'uint16'"
+    ):
         open_data(tmp_path / "good.npy", dtype="uint16", **options)
-    with pytest.raises(ValueError, match=r"a document must be integers \[n\], got float64"):
+    with pytest.raises(ValueError, match=r"a document must hold integers of shape \[n\], got float64"):
         TokenData([[0.5]], **options)
-    with pytest.raises(ValueError, match="nothing in the data"):
+    with pytest.raises(ValueError, match="the data is empty"):
         TokenData([[]], **options)
     with pytest.raises(ValueError, match="one document cannot be split"):
         TokenData([[1, 2, 3]], **options).split(0.5)
@@ -226,15 +251,15 @@ def test_a_prepared_folder_that_was_cut_or_changed_is_refused(tmp_path: Path) ->
     (tmp_path / "a.txt").write_bytes(bytes(range(100)))
     prepare(tmp_path / "a.txt", tmp_path / "p")
     options: dict[str, Any] = {"length": 4, "batch_size": 2}
-    with pytest.raises(ValueError, match="dtype must be left out"):
+    with pytest.raises(ValueError, match="leave out dtype"):
         open_data(tmp_path / "p", dtype="uint8", **options)
     whole = (tmp_path / "p" / "tokens.bin").read_bytes()
     (tmp_path / "p" / "tokens.bin").write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match="has 99 bytes, not those of 100 tokens"):
+    with pytest.raises(ValueError, match="has 99 bytes, but 100 uint8 tokens take 100"):
         open_data(tmp_path / "p", **options)
     (tmp_path / "p" / "tokens.bin").write_bytes(whole)
     np.save(tmp_path / "p" / "documents.npy", np.array([50]))
-    with pytest.raises(ValueError, match="ends do not fit"):
+    with pytest.raises(ValueError, match="the ends of the documents do not fit the 100 tokens"):
         open_data(tmp_path / "p", **options)
     (tmp_path / "p" / "maskwire-data.json").write_text("{}")
     with pytest.raises(ValueError, match="prepare the data again"):
@@ -246,7 +271,7 @@ def test_what_was_prepared_among_the_texts_is_no_text(tmp_path: Path) -> None:
     first = prepare(tmp_path, tmp_path / "out")
     assert prepare(tmp_path, tmp_path / "out", force=True) == first
     assert ByteData(tmp_path, length=4, batch_size=1).size == 9
-    with pytest.raises(ValueError, match="comes alone"):
+    with pytest.raises(ValueError, match="must be the only path"):
         open_data([tmp_path / "a.txt", tmp_path / "out"], length=4, batch_size=1)
 
 
@@ -280,7 +305,7 @@ def test_files_of_another_kind_are_named(tmp_path: Path, content: bytes) -> None
 def test_what_makes_no_sense_is_named(tmp_path: Path) -> None:
     with (tmp_path / "several.npy").open("wb") as file:
         np.savez(file, a=np.arange(3))
-    with pytest.raises(ValueError, match="holds several arrays"):
+    with pytest.raises(ValueError, match="npz archive of several arrays"):
         open_data(tmp_path / "several.npy", length=4, batch_size=1)
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "maskwire-data.json").write_text("5")
@@ -377,7 +402,7 @@ def test_pickled_data_is_refused_where_its_file_has_another_size(tmp_path: Path)
         assert same(pickle.loads(pickled).batch(1), expected), name
         with path.open("ab") as file:
             file.write(b"more")
-        with pytest.raises(DataChangedError, match="bytes and has"):
+        with pytest.raises(DataChangedError, match="bytes and now has"):
             pickle.loads(pickled).batch(1)
 
 
@@ -432,7 +457,7 @@ def test_the_fingerprint_of_large_data_reads_a_sample_of_it(
 ) -> None:
     from maskwire.data import fingerprint
 
-    monkeypatch.setattr(fingerprint, "_ALL", 1000)
+    monkeypatch.setattr(fingerprint, "_MAX_HASHED", 1000)
     monkeypatch.setattr(fingerprint, "_BLOCKS", 10)
     monkeypatch.setattr(fingerprint, "_BLOCK", 20)
     ids = np.random.default_rng(0).integers(0, 256, 5000)

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from maskwire.data.file_data import ByteData, open_data
 from maskwire.data.file_discovery import find_files
 from maskwire.data.own_files import SETTINGS
 from maskwire.data.prepare import prepare
-from maskwire.data.token_data import ByteData, open_data
 
 IDS = np.random.default_rng(0).integers(1, 50257, 4000)
 TEXT = "some text about nothing in particular\n" * 40
@@ -122,7 +122,9 @@ def test_other_formats_are_refused_alone_and_among_texts(tmp_path: Path, name: s
 def test_many_files_of_other_formats_are_counted(tmp_path: Path) -> None:
     for number in range(5):
         (tmp_path / f"{number}.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"2\.jsonl is JSON lines.*; and 2 more\. Data is text here"):
+    with pytest.raises(
+        ValueError, match=r"2\.jsonl is a JSON Lines file.*; and 2 more\. Only text can be read here"
+    ):
         find_files(tmp_path)
 
 
@@ -166,7 +168,7 @@ def test_bytes_that_are_no_text_are_taken_and_said(tmp_path: Path, caplog: pytes
     (tmp_path / "a.dat").write_bytes(b"\0" + IDS.astype("<u2").tobytes())
     with caplog.at_level(logging.WARNING):
         assert len(find_files(tmp_path)) == 1
-    assert "a.dat: not text (zero bytes); each byte is taken as a token" in caplog.text
+    assert "a.dat: not text (it contains zero bytes); each byte becomes a token" in caplog.text
 
 
 STEP: dict[str, Any] = {
@@ -215,8 +217,8 @@ def test_metrics_are_never_data_under_any_name(
     for any_format in (False, True):
         with caplog.at_level(logging.WARNING):
             assert find_files(tmp_path, any_format=any_format) == [tmp_path / "a.txt"]
-    assert f"{name}, which maskwire wrote" in caplog.text
-    with pytest.raises(ValueError, match=r"no file with anything in it.*which maskwire wrote"):
+    assert f"{name}: written by maskwire itself" in caplog.text
+    with pytest.raises(ValueError, match=r"no data found .* skipped, written by maskwire itself"):
         find_files(tmp_path / "sub" / name)
 
 
@@ -285,7 +287,7 @@ def test_what_a_command_printed_into_a_file_is_never_data(
     (tmp_path / name).write_text(PRINTED[case])
     with caplog.at_level(logging.WARNING):
         assert find_files(tmp_path) == [tmp_path / "a.txt"]
-    assert f"{name}, which maskwire wrote" in caplog.text
+    assert f"{name}: written by maskwire itself" in caplog.text
 
 
 def test_a_download_that_was_broken_off_is_never_data(tmp_path: Path) -> None:
@@ -329,11 +331,13 @@ def test_run_directories_and_checkpoints_are_never_data(tmp_path: Path) -> None:
     assert find_files(run) == [run / "notes.txt"]
     for path in (run / "checkpoints", run / "checkpoints" / "step-000000010", run / "journal.sqlite",
                  run / "lock", run / "maskwire.toml", tmp_path / "texts" / "got"):  # fmt: skip
-        with pytest.raises(ValueError, match="which maskwire wrote"):
+        with pytest.raises(ValueError, match="written by maskwire itself"):
             find_files(path, any_format=True)
     prepared = tmp_path / "texts" / "prepared"
     for name in ("tokens.bin", "documents.npy", "maskwire-data.json"):
-        with pytest.raises(ValueError, match=r"belongs to prepared data: give its folder, .*prepared"):
+        with pytest.raises(
+            ValueError, match=r"is part of prepared data; give the whole folder instead: .*prepared"
+        ):
             open_data(prepared / name, **OPTIONS)
 
 
@@ -363,7 +367,7 @@ def test_integer_types_that_are_not_read_are_refused_with_the_one_to_use(
     tmp_path: Path, dtype: str, cure: str
 ) -> None:
     packed(tmp_path / "ids.bin", dtype)
-    with pytest.raises(ValueError, match=f"dtype is '{dtype}'.*{cure}"):
+    with pytest.raises(ValueError, match=f"got '{dtype}'; .*{cure}"):
         open_data(tmp_path / "ids.bin", dtype=dtype, **OPTIONS)
     if dtype == "uint32":
         data = open_data(tmp_path / "ids.bin", dtype="int32", **OPTIONS)
@@ -373,5 +377,5 @@ def test_integer_types_that_are_not_read_are_refused_with_the_one_to_use(
 def test_a_type_for_a_file_that_holds_no_packed_ids_is_refused(tmp_path: Path) -> None:
     for name in ("ids.npz", "a.jsonl", "a.txt.gz"):
         FORMATS[name][0](tmp_path / name)
-        with pytest.raises(ValueError, match="not packed ids, and cannot have a dtype"):
+        with pytest.raises(ValueError, match="not packed ids, so dtype does not apply"):
             open_data(tmp_path / name, dtype="uint16", **OPTIONS)

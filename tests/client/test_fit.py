@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskwire.data.token_data import ByteData
+from maskwire.data.file_data import ByteData
 from maskwire.errors import DataMismatchError
 from maskwire.protocol.fit import fit
 from maskwire.results import Losses, Outcome, RecordedStep, StepMetrics, StepResult, StepsPage

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from maskwire.data.file_data import open_data
 from maskwire.data.prepare import prepare
-from maskwire.data.token_data import Meta, open_data
+from maskwire.data.prepared_folder import PreparedMetadata
 
 TEXTS = {"b.txt": "the cat sat on the mat", "a.txt": "the dog sat on the log\n", "c/d.txt": "čeština, 日本語"}
 
@@ -50,7 +51,7 @@ def test_bytes_become_one_packed_file_with_its_documents(texts: Path, tmp_path: 
     assert (meta.num_tokens, meta.mask_id, meta.dtype, meta.tokenizer) == (257, 256, "uint8", "bytes")
     assert (meta.tokens, meta.text_bytes, meta.documents) == (total, total, 3)
     assert told[-1] == (total, total)
-    assert Meta.read(tmp_path / "out") == meta
+    assert PreparedMetadata.read(tmp_path / "out") == meta
     packed = (tmp_path / "out" / "tokens.bin").read_bytes()
     assert packed == b"".join(TEXTS[name].encode() for name in ("a.txt", "b.txt", "c/d.txt"))
 
@@ -115,7 +116,7 @@ def test_the_special_tokens_of_the_tokenizer_are_kept_and_named(
     for name, token in ids.items():
         words = words.replace(f"{{{name}}}", str(token))
     assert words in said.stdout
-    meta = Meta.read(tmp_path / "kept")
+    meta = PreparedMetadata.read(tmp_path / "kept")
     assert (meta.document_start, meta.document_end) == (before, after)
     loaded = Tokenizer.from_file(str(tokenizer))
     loaded.no_truncation()
@@ -131,7 +132,7 @@ def test_the_special_tokens_of_the_tokenizer_are_kept_and_named(
     said = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "bare"), "--no-special-tokens"])
     assert "none (--no-special-tokens)" in said.stdout
     assert documents(tmp_path / "bare") == bare
-    assert Meta.read(tmp_path / "bare").document_start == []
+    assert PreparedMetadata.read(tmp_path / "bare").document_start == []
 
 
 def digits(folder: Path, kind: str) -> Path:
@@ -189,7 +190,7 @@ def test_a_text_that_cannot_be_encoded_is_named_with_the_cure(tmp_path: Path, ki
 
 def test_special_tokens_alone_are_nothing_to_train_on(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc")
-    with pytest.raises(ValueError, match="the tokenizer made no token of the text"):
+    with pytest.raises(ValueError, match="the tokenizer produced no tokens from the text"):
         prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer=digits(tmp_path, "bpe"))
 
 
@@ -199,7 +200,7 @@ def test_folders_that_were_prepared_before_special_tokens_are_read(texts: Path, 
     fields = json.loads(path.read_text())
     del fields["document_start"], fields["document_end"]
     path.write_text(json.dumps(fields))
-    assert Meta.read(tmp_path / "out") == meta
+    assert PreparedMetadata.read(tmp_path / "out") == meta
 
 
 def test_a_large_vocabulary_is_packed_in_four_bytes(texts: Path, tmp_path: Path) -> None:
@@ -219,12 +220,14 @@ def test_a_large_vocabulary_is_packed_in_four_bytes(texts: Path, tmp_path: Path)
 
 def test_what_is_there_stays_unless_it_is_to_be_replaced(texts: Path, tmp_path: Path) -> None:
     first = prepare(texts, tmp_path / "out")
-    with pytest.raises(ValueError, match="replace it with --force"):
+    with pytest.raises(
+        ValueError, match="choose another folder, or replace the prepared data in it with --force"
+    ):
         prepare(texts, tmp_path / "out")
     assert prepare(texts, tmp_path / "out", force=True) == first
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="exists; name another"):
+    with pytest.raises(ValueError, match=r"already exists; choose another folder$"):
         prepare(texts, tmp_path / "mine", force=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
@@ -236,7 +239,7 @@ def test_a_failure_names_the_file_and_leaves_nothing(texts: Path, tmp_path: Path
     with pytest.raises(ValueError, match="there is no file"):
         prepare(texts, tmp_path / "out", tokenizer=tmp_path / "none.json")
     (tmp_path / "junk.json").write_text(json.dumps({"a": 1}))
-    with pytest.raises(ValueError, match="not a tokenizers file"):
+    with pytest.raises(ValueError, match=r"not a tokenizer\.json"):
         prepare(texts, tmp_path / "out", tokenizer=tmp_path / "junk.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["junk.json", "texts", "tokenizer.json"]
 

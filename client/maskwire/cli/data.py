@@ -12,7 +12,7 @@ from maskwire.cli import exit_codes
 from maskwire.cli.display import show
 from maskwire.cli.options import AnyFormat, Json, Pattern
 from maskwire.data.prepare import prepare as prepare_data
-from maskwire.data.token_data import BYTES, Meta
+from maskwire.data.prepared_folder import BYTES, PreparedMetadata
 from maskwire.progress import byte_progress
 
 data_app = typer.Typer(help="Prepare data for training.", no_args_is_help=True)
@@ -62,7 +62,7 @@ def prepare(
         )
 
 
-def _special_tokens(meta: Meta, wanted: bool) -> str:
+def _special_tokens(meta: PreparedMetadata, wanted: bool) -> str:
     """A line about the special tokens around each document; none for bytes."""
     if meta.tokenizer == BYTES:
         return ""

@@ -10,7 +10,8 @@ from maskwire.cli.display import eval_table, show
 from maskwire.cli.options import AnyFormat, Dtype, Json, Length, Paths, Pattern, Server, with_server
 from maskwire.cli.train import check_tokenizer
 from maskwire.client import Client
-from maskwire.data.token_data import TokenData, open_data
+from maskwire.data.file_data import open_data
+from maskwire.data.token_data import TokenData
 from maskwire.errors import UnavailableError
 from maskwire.output import on_terminal, tell
 from maskwire.protocol.calls import EvalOptions

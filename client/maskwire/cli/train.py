@@ -12,7 +12,8 @@ from maskwire.cli import exit_codes
 from maskwire.cli.display import OutputError, show
 from maskwire.cli.options import AnyFormat, Dtype, Json, Length, Paths, Pattern, Server, with_server
 from maskwire.client import Trainer
-from maskwire.data.token_data import TokenData, holds_tokens, open_data
+from maskwire.data.file_data import holds_tokens, open_data
+from maskwire.data.token_data import TokenData
 from maskwire.errors import TokenizerError
 from maskwire.results import EvalResult
 

@@ -1,4 +1,4 @@
-"""The files that data consists of: which ones of the paths that were given are text to train on."""
+"""Find the files to train on: expand folders, leave out maskwire's own files, refuse what is not text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from maskwire.data import file_types
+from maskwire.data.file_types import FileType, detect, read_head, unsupported
+from maskwire.data.own_files import OwnFiles
+from maskwire.data.prepared_folder import METADATA, refuse_part
 
 log = logging.getLogger(__name__)
 
@@ -14,61 +16,64 @@ log = logging.getLogger(__name__)
 def find_files(
     paths: str | Path | Iterable[str | Path], pattern: str = "*", *, any_format: bool = False
 ) -> list[Path]:
-    """The non-empty files, sorted by path, without what maskwire wrote itself.
+    """Return the non-empty data files, sorted by path, without files that maskwire itself wrote.
 
-    ValueError names a path that is not there, and unless `any_format` files of another format than text.
+    Raises ValueError for a path that does not exist and, unless `any_format`, for files that are not text.
     """
     if isinstance(paths, str | Path):
         paths = [paths]
     found: set[Path] = set()
     for path in map(Path, paths):
         if path.is_dir():
-            prepared = {
-                meta.parent for meta in path.rglob(file_types.META)
-            }  # no text, though it lies among texts
-            inside = (p for p in path.rglob(pattern) if not _hidden(p.relative_to(path)))
+            prepared = {metadata.parent for metadata in path.rglob(METADATA)}
+            visible = (p for p in path.rglob(pattern) if not _hidden(p.relative_to(path)))
             found |= {
-                p for p in inside if p.is_file() and p.stat().st_size and prepared.isdisjoint(p.parents)
+                p for p in visible if p.is_file() and p.stat().st_size and prepared.isdisjoint(p.parents)
             }
         elif path.is_file():
-            file_types.refuse_part(path)
+            refuse_part(path)
             found |= {path} if path.stat().st_size else set()
         else:
             raise ValueError(f"{path}: no such file or folder")
-    return _check_files(sorted(found), any_format)
+    return _select_text(sorted(found), any_format)
 
 
-def _check_files(files: list[Path], any_format: bool) -> list[Path]:
-    run_files = file_types.RunFiles()
+def _select_text(files: list[Path], any_format: bool) -> list[Path]:
+    own_files = OwnFiles()
     data: list[Path] = []
-    left_out: list[Path] = []
-    refused: dict[Path, file_types.Format] = {}
+    skipped: list[Path] = []
+    refused: dict[Path, FileType] = {}
     binary: list[Path] = []
     for path in files:
-        head = file_types.read_head(path)
-        if run_files.owns(path, head):
-            left_out.append(path)
+        head = read_head(path)
+        if own_files.includes(path, head):
+            skipped.append(path)
             continue
         data.append(path)
         if not any_format:
-            kind = file_types.recognize(path, head)
-            if kind is not None:
-                refused[path] = kind
+            file_type = detect(path, head)
+            if file_type is not None:
+                refused[path] = file_type
             elif b"\0" in head:
                 binary.append(path)
-    written = f"{_names(left_out)}, which maskwire wrote (a run, metrics, a configuration, a log or a result)"
     if refused:
-        raise file_types.refuse(refused)
+        raise unsupported(refused)
+    own = "written by maskwire itself (run directory, metrics, configuration, log or printed result)"
     if not data:
         raise ValueError(
-            "there is no file with anything in it in the paths given"
-            + (f" except {written}" if left_out else "")
+            "no data found in the given paths: "
+            + (
+                f"{_names(skipped)} skipped, {own}"
+                if skipped
+                else "there is no non-empty file that matches the pattern"
+            )
         )
-    if left_out:
-        log.warning("not taken as data: %s", written)
+    if skipped:
+        log.warning("skipped %s: %s", _names(skipped), own)
     if binary:
         log.warning(
-            "%s: not text (zero bytes); each byte is taken as a token. Packed ids need --dtype, alone",
+            "%s: not text (it contains zero bytes); each byte becomes a token. If it holds packed ids, give "
+            "it alone, with --dtype",
             _names(binary),
         )
     return data
