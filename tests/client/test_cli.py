@@ -20,7 +20,7 @@ from maskwire.cli import app, exit_codes
 from maskwire.client import Client
 from maskwire.errors import HaltedError
 
-NO_INTERVAL = "--save-best needs --eval-every, which says when to evaluate"
+NO_INTERVAL = "--save-best needs --eval-every, the number of steps between evaluations"
 COUNTING = [sys.executable, str(Path(__file__).resolve().parents[1] / "rpc" / "counting_server.py"), "0"]
 
 
@@ -58,7 +58,7 @@ def test_training_is_absolute_and_resumes(server: ServerProcess, texts: Path) ->
     assert (code, refused["reason"]) == (1, "DATA_CHANGED")
     assert "held_out was not set, is 0.3" in refused["error"]
     assert refused["error"].count("allow") == 1
-    assert "continue with the changed data (--allow-changed-data)" in refused["error"]
+    assert "or accept the change with --allow-changed-data" in refused["error"]
     code, out, _ = run(*held_out, "--allow-changed-data")
     assert code == 0
     assert json.loads(out)["steps"] == 3
@@ -68,8 +68,8 @@ def test_training_is_absolute_and_resumes(server: ServerProcess, texts: Path) ->
         code, out, _ = run(*common[:-1], "--until-step", until)
         assert (code, out) == (
             0,
-            f"nothing to train: the run is at step 8 and --until-step {until} is absolute; give a larger one "
-            "to train on\n",
+            f"nothing to train: the run is at step 8 already, and --until-step {until} is an absolute "
+            "number; give a larger one to train further\n",
         )
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
@@ -83,7 +83,7 @@ def test_status_health_and_evaluation(server: ServerProcess, texts: Path) -> Non
     assert code == 0
     assert "SERVING" in out
     code, out, _ = run("status", "--target", server.address, "--until-step", 10**6)
-    assert "to step 1000000" in out
+    assert "time to step 1000000" in out
     code, out, _ = run("status", "--target", server.address, "--until-step", 0, "--json")
     assert json.loads(out)["seconds_left"] == 0
     assert run("health", "--target", server.address)[:2] == (0, "serving\n")
@@ -103,7 +103,7 @@ def test_an_evaluation_off_a_terminal_says_how_much_it_is_and_how_far(
     code, _, err = run(*common)
     assert code == 0
     first, *lines = err.splitlines()
-    assert first == "evaluating 80 rows, all of the data; --rows takes fewer"
+    assert first == "evaluating 80 rows, all of the data; limit it with --rows"
     assert [line.partition("rows")[0] for line in lines] == ["evaluating: 40 of 80 ", "evaluating: 80 of 80 "]
     monkeypatch.setattr("maskwire.progress.PLAIN_EVERY_SECONDS", 1e9)
     assert run(*common, "--rows", 3)[2] == "evaluating 3 rows\n", "a line at most every so many seconds"
@@ -120,7 +120,7 @@ def test_ctrl_c_in_an_evaluation_says_where_it_ended(
     monkeypatch.setattr(Client, "evaluate", evaluate)
     code, out, err = run("eval", texts, "--target", server.address, "--length", 400)
     assert (code, out) == (130, "")
-    assert err.splitlines()[-1] == "interrupted after 40 of 80 rows; nothing was changed"
+    assert err.splitlines()[-1] == "interrupted after 40 of 80 rows; the run was not changed"
 
 
 def test_rows_are_sampled_and_gaps_filled(server: ServerProcess) -> None:
@@ -140,7 +140,7 @@ def test_rows_are_sampled_and_gaps_filled(server: ServerProcess) -> None:
         (["--order", "sideways"], 2, "must be one of random"),
         (["--count", 0], 2, "--count must be at least 1"),
         (["--prompt", ""], 2, "must not be empty"),
-        (["--prompt-ids", "1,x"], 2, "ids and gaps"),
+        (["--prompt-ids", "1,x"], 2, "comma-separated ids and gaps"),
         (["--prompt", "a~", "--gap", ""], 2, "--gap must not be empty"),
         (["--prompt", "abc"], 1, "leave at least one"),
         (["--row-seed", 1, "--row-seed", 2], 1, "one a row"),
@@ -197,7 +197,11 @@ def test_mistakes_have_their_exit_codes_and_no_traceback(server: ServerProcess, 
         (["train", texts, "--target", server.address], 2, "--until-step"),
         (["train", texts, "--until-step", 99, "--save-best", "--target", server.address], 2, NO_INTERVAL),
         (["eval", texts, "--rows", 4, "--length", 9999, "--target", server.address], 1, "at most"),
-        (["health", "--service", "unknown", "--target", server.address], 2, "knows no service"),
+        (
+            ["health", "--service", "unknown", "--target", server.address],
+            2,
+            "--service must be empty or 'liveness', got 'unknown'",
+        ),
     ):
         found, _, err = run(*arguments)
         assert found == code, (arguments, err)

@@ -1,4 +1,4 @@
-"""Text with gaps, and what a terminal shows of rows on their way."""
+"""Prompts with gaps, and sampled rows as a terminal shows them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_gap_is_one_token_and_a_letter_its_bytes() -> None:
     (prompt,) = read_prompts(["é~a~~"], [], gap="~", length=8, model=BYTES)
     assert prompt.ids == (0xC3, 0xA9, 256, 97, 256, 256, 256, 256)
     for length, words in (
-        (2, "at least the longest prompt's 3 tokens, got 2"),
+        (2, "at least 3, the length of the longest prompt, got 2"),
         (65, "1 to 64"),
         (0, "1 to 64"),
     ):
@@ -30,7 +30,7 @@ def test_a_gap_is_one_token_and_a_letter_its_bytes() -> None:
 def test_other_models_take_ids() -> None:
     (prompt,) = read_prompts([], ["1,~ , 7"], gap="~", length=None, model=WORDS)
     assert prompt.ids == (1, 999, 7)
-    with pytest.raises(ValueError, match="use --prompt-ids"):
+    with pytest.raises(ValueError, match="num_tokens 1000, mask_id 999; give token ids with --prompt-ids"):
         read_prompts(["a"], [], gap="~", length=None, model=WORDS)
     assert text_of(np.array([1]), WORDS) is None
 

@@ -94,10 +94,10 @@ def special(tokenizer: Path, template: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("<s> $A </s>", "each document starts with id {<s>} and ends with id {</s>}, as the tokenizer"),
-        ("$A <|endoftext|>", "each document ends with id {<|endoftext|>}, as the tokenizer"),
-        ("[CLS] <s> $A", "each document starts with id {[CLS]}, {<s>}, as the tokenizer"),
-        ("$A", "special tokens around each document: none, the tokenizer adds no BOS or EOS"),
+        ("<s> $A </s>", "each document starts with id {<s>} and ends with id {</s>}, added by the tokenizer"),
+        ("$A <|endoftext|>", "each document ends with id {<|endoftext|>}, added by the tokenizer"),
+        ("[CLS] <s> $A", "each document starts with id {[CLS]}, {<s>}, added by the tokenizer"),
+        ("$A", "special tokens around each document: none, because the tokenizer adds none"),
     ],
 )
 def test_the_special_tokens_of_the_tokenizer_are_kept_and_named(

@@ -62,6 +62,7 @@ _PRINTED_LINE = re.compile(
     r"|not taken as data: .*, which maskwire wrote|skipped .*: written by maskwire itself"
     r"|waiting for \S+: (UNAVAILABLE|DEADLINE_EXCEEDED|[A-Z_]+): "
     r"|nothing to train: the run is at step \d+"
+    r"|restored \S+: training resumes from step \d+"
     r"|evaluating [\d,]+ rows|evaluating: \d+ of \d+ rows"
     r"|interrupted after [\d,]+ of [\d,]+ rows; "
     r"|│ state +│ [A-Z_]+ since |┃ name +┃ step +┃ lineage "
