@@ -45,7 +45,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
     return done.exit_code, done.stdout, done.stderr
 
 
-def test_training_is_absolute_and_resumes(server: ServerProcess, texts: Path) -> None:
+def test_until_step_is_absolute_and_training_resumes(server: ServerProcess, texts: Path) -> None:
     metrics = texts.parent / "metrics.jsonl"
     common = ["train", texts, "--target", server.address, "--length", 64, "--batch-size", 4, "--json"]
     code, out, err = run(*common, "--until-step", 5, "--metrics", metrics)
@@ -76,7 +76,7 @@ def test_training_is_absolute_and_resumes(server: ServerProcess, texts: Path) ->
     assert all(line["tokens"] == 256 and len(line["digest"]) == 64 for line in lines)
 
 
-def test_status_health_and_evaluation(server: ServerProcess, texts: Path) -> None:
+def test_status_health_and_eval_print_text_and_json(server: ServerProcess, texts: Path) -> None:
     code, out, _ = run("status", "--target", server.address, "--json")
     assert (code, json.loads(out)["state"]) == (0, "SERVING")
     code, out, _ = run("status", "--target", server.address)
@@ -95,7 +95,7 @@ def test_status_health_and_evaluation(server: ServerProcess, texts: Path) -> Non
     assert "bits per token" in out
 
 
-def test_an_evaluation_off_a_terminal_says_how_much_it_is_and_how_far(
+def test_eval_without_a_terminal_reports_the_rows_and_its_progress(
     server: ServerProcess, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("maskwire.progress.PLAIN_EVERY_SECONDS", 0)
@@ -110,7 +110,7 @@ def test_an_evaluation_off_a_terminal_says_how_much_it_is_and_how_far(
     assert run(*common, "--rows", 3, "--json")[2] == ""
 
 
-def test_ctrl_c_in_an_evaluation_says_where_it_ended(
+def test_ctrl_c_during_eval_reports_the_rows_done(
     server: ServerProcess, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def evaluate(client: Client, data: object, on_progress: Callable[..., None], **_: object) -> None:
@@ -123,7 +123,7 @@ def test_ctrl_c_in_an_evaluation_says_where_it_ended(
     assert err.splitlines()[-1] == "interrupted after 40 of 80 rows; the run was not changed"
 
 
-def test_rows_are_sampled_and_gaps_filled(server: ServerProcess) -> None:
+def test_generate_samples_rows_and_fills_gaps(server: ServerProcess) -> None:
     target = ["--target", server.address]
     code, out, err = run("generate", *target, "--count", 2, "--length", 3, "--seed", 97)
     assert (code, out) == (0, "abc\nbcd\n"), err
@@ -172,7 +172,7 @@ def test_checkpoints_are_saved_listed_and_restored(server: ServerProcess) -> Non
     assert run("checkpoint", "restore", "nothing", *target)[0] == 1
 
 
-def test_mistakes_have_their_exit_codes_and_no_traceback(server: ServerProcess, texts: Path) -> None:
+def test_each_mistake_has_its_exit_code_and_no_traceback(server: ServerProcess, texts: Path) -> None:
     nowhere = ["--target", "127.0.0.1:1", "--retry-for", "0.1"]
     for arguments, code, words in (
         (["status", *nowhere], 3, "is the server running"),
@@ -209,7 +209,7 @@ def test_mistakes_have_their_exit_codes_and_no_traceback(server: ServerProcess, 
         assert "Traceback" not in err
 
 
-def test_the_cure_is_the_option_of_the_command(server: ServerProcess, texts: Path) -> None:
+def test_errors_name_command_line_options_as_the_remedy(server: ServerProcess, texts: Path) -> None:
     with maskwire.connect(server.address, name="another"):
         code, _, err = run("train", texts, "--until-step", 99, "--target", server.address)
     assert code == 4
@@ -217,7 +217,7 @@ def test_the_cure_is_the_option_of_the_command(server: ServerProcess, texts: Pat
     assert "`maskwire status" not in run("status", "--target", "127.0.0.1:1", "--retry-for", "0.1")[2]
 
 
-def test_a_file_that_changes_under_a_command_says_what_to_run(
+def test_a_data_file_that_changes_during_a_command_names_the_option_to_continue(
     texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = maskwire.open_data(texts, length=8, batch_size=2)
@@ -230,7 +230,7 @@ def test_a_file_that_changes_under_a_command_says_what_to_run(
     assert capsys.readouterr().err.endswith(words)
 
 
-def test_a_halted_run_says_which_option_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_halted_run_names_the_option_that_resumes_it(capsys: pytest.CaptureFixture[str]) -> None:
     words = "three steps in a row were not finite; look at the data, then open a session with takeover"
     with pytest.raises(typer.Exit), exit_codes.errors(as_json=False):
         raise HaltedError(words, reason="HALTED")

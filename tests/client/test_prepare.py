@@ -1,4 +1,4 @@
-"""Text to packed ids, by bytes and by a real tokenizer."""
+"""Text becomes packed ids, as bytes and by a real tokenizer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tokenizer(tmp_path: Path) -> Path:
     return path
 
 
-def test_bytes_become_one_packed_file_with_its_documents(texts: Path, tmp_path: Path) -> None:
+def test_bytes_are_packed_into_one_file_with_document_ends(texts: Path, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     meta = prepare(texts, tmp_path / "out", on_progress=lambda *place: told.append(place))
     total = sum(len(text.encode()) for text in TEXTS.values())
@@ -56,7 +56,7 @@ def test_bytes_become_one_packed_file_with_its_documents(texts: Path, tmp_path: 
     assert packed == b"".join(TEXTS[name].encode() for name in ("a.txt", "b.txt", "c/d.txt"))
 
 
-def test_a_tokenizers_file_gives_its_ids_and_keeps_its_hash(
+def test_a_tokenizer_encodes_each_document_and_its_hash_is_recorded(
     texts: Path, tmp_path: Path, tokenizer: Path
 ) -> None:
     from tokenizers import Tokenizer
@@ -100,7 +100,7 @@ def special(tokenizer: Path, template: str) -> dict[str, int]:
         ("$A", "special tokens around each document: none, because the tokenizer adds none"),
     ],
 )
-def test_the_special_tokens_of_the_tokenizer_are_kept_and_named(
+def test_special_tokens_are_added_and_reported(
     texts: Path, tmp_path: Path, tokenizer: Path, template: str, words: str
 ) -> None:
     from tokenizers import Tokenizer
@@ -158,7 +158,7 @@ def digits(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordlevel", "wordpiece", "unigram"])
-def test_the_special_tokens_are_learned_from_the_texts_themselves(tmp_path: Path, kind: str) -> None:
+def test_special_tokens_are_detected_from_encoded_texts(tmp_path: Path, kind: str) -> None:
     (tmp_path / "texts").mkdir()
     # The first text has no token of its own, the second begins and ends as the tokenizer's template does.
     for name, text in {"a": "\n", "b": "[BOS] 3 [EOS]", "c": "4 5"}.items():
@@ -170,7 +170,7 @@ def test_the_special_tokens_are_learned_from_the_texts_themselves(tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["wordlevel", "wordpiece", "unigram"])
-def test_a_text_that_cannot_be_encoded_is_named_with_the_cure(tmp_path: Path, kind: str) -> None:
+def test_a_text_that_cannot_be_encoded_is_an_error_with_a_remedy(tmp_path: Path, kind: str) -> None:
     from typer.testing import CliRunner
 
     from maskwire.cli import app
@@ -188,13 +188,13 @@ def test_a_text_that_cannot_be_encoded_is_named_with_the_cure(tmp_path: Path, ki
     assert not (tmp_path / "out").exists()
 
 
-def test_special_tokens_alone_are_nothing_to_train_on(tmp_path: Path) -> None:
+def test_texts_that_yield_only_special_tokens_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc")
     with pytest.raises(ValueError, match="the tokenizer produced no tokens from the text"):
         prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer=digits(tmp_path, "bpe"))
 
 
-def test_folders_that_were_prepared_before_special_tokens_are_read(texts: Path, tmp_path: Path) -> None:
+def test_folders_prepared_by_older_versions_are_read(texts: Path, tmp_path: Path) -> None:
     meta = prepare(texts, tmp_path / "out")
     path = tmp_path / "out" / "maskwire-data.json"
     fields = json.loads(path.read_text())
@@ -203,7 +203,7 @@ def test_folders_that_were_prepared_before_special_tokens_are_read(texts: Path, 
     assert PreparedMetadata.read(tmp_path / "out") == meta
 
 
-def test_a_large_vocabulary_is_packed_in_four_bytes(texts: Path, tmp_path: Path) -> None:
+def test_a_large_vocabulary_is_packed_as_int32(texts: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {word for text in TEXTS.values() for word in text.split()}
@@ -218,7 +218,7 @@ def test_a_large_vocabulary_is_packed_in_four_bytes(texts: Path, tmp_path: Path)
     assert np.fromfile(tmp_path / "out" / "tokens.bin", dtype="<i4").max() < meta.mask_id
 
 
-def test_what_is_there_stays_unless_it_is_to_be_replaced(texts: Path, tmp_path: Path) -> None:
+def test_an_existing_folder_is_replaced_only_with_force(texts: Path, tmp_path: Path) -> None:
     first = prepare(texts, tmp_path / "out")
     with pytest.raises(
         ValueError, match="choose another folder, or replace the prepared data in it with --force"
@@ -232,7 +232,7 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(texts: Path, tmp_path: 
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def test_a_failure_names_the_file_and_leaves_nothing(texts: Path, tmp_path: Path, tokenizer: Path) -> None:
+def test_a_failure_names_the_file_and_leaves_no_output(texts: Path, tmp_path: Path, tokenizer: Path) -> None:
     (texts / "z.txt").write_bytes(b"abc\xff")
     with pytest.raises(ValueError, match=r"z\.txt: not UTF-8 at byte 3"):
         prepare(texts, tmp_path / "out", tokenizer=tokenizer)
@@ -244,7 +244,7 @@ def test_a_failure_names_the_file_and_leaves_nothing(texts: Path, tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["junk.json", "texts", "tokenizer.json"]
 
 
-def test_without_the_extra_it_says_what_to_install(
+def test_without_the_extra_the_error_says_what_to_install(
     texts: Path, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)

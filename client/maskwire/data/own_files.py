@@ -52,7 +52,8 @@ _SERVER_MESSAGE = re.compile(
 )
 # Lines that commands print, in this version and earlier ones.
 _PRINTED_LINE = re.compile(
-    r"step \d+/\d+  loss \S+  [\d,]+ tokens/s  -?\d+ s left"
+    r"maskwire-server listening on \S+$"
+    r"|step \d+/\d+  loss \S+  [\d,]+ tokens/s  -?\d+ s left"
     r"|step \d+(  loss \S+)?  [\d,]+ tokens/s  digest [0-9a-f]{16}"
     r"|step \d+: held out \S+ (± \S+ )?bits per token"
     r"|step \d+: checkpoint \S+$"

@@ -153,16 +153,16 @@ class TokenData:
             )
         if len(self._documents) < 2:
             raise ValueError(
-                "one document cannot be split into training and held-out data; use other data for the "
-                "evaluation (--eval-data), or train on several files"
+                "one document cannot be split into training and held-out data: use other data for the "
+                "evaluation (--eval-data), or several files"
             )
         fractions = np.array([self._documents.fraction(i) for i in range(len(self._documents))])
         apart = fractions < held_out
         if apart.all() or not apart.any():
             raise ValueError(
                 f"held_out = {held_out} holds out {apart.sum()} of {apart.size} documents, but both parts "
-                f"need one; {_working_share(fractions)}use other data for the evaluation (--eval-data), or "
-                "add files"
+                f"need one: use {_working_share(fractions)}other data for the evaluation (--eval-data), or "
+                "more files"
             )
         training, evaluation = self._of(~apart), self._of(apart)
         training._held_out = held_out
@@ -201,4 +201,4 @@ def _working_share(fractions: npt.NDArray[np.float64]) -> str:
     share = (int(fractions.min() * 100) + 1) / 100
     if share >= 1 or (fractions < share).all():
         return ""
-    return f"use --held-out {share:g} (held_out={share:g}), which holds out {(fractions < share).sum()}, "
+    return f"--held-out {share:g} (held_out={share:g}) to hold out {(fractions < share).sum()}, "
