@@ -1,6 +1,6 @@
-"""Named places where a test can stop, delay or fail the process. Nothing happens at them otherwise.
+"""Named places in the code where a test can stop, delay or fail the process; otherwise they do nothing.
 
-Idea: etcd's gofail. A test's own server process calls `install`; no setting and no environment does.
+The idea is from etcd's gofail. Only a test's own server process calls `install`; no setting does.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ _act: Callable[[str], None] | None = None
 
 
 def install(act: Callable[[str], None] | None) -> None:
-    """Call `act` with the name of every place that is passed; None: no longer."""
+    """Call `act` with the name of each failpoint that is passed; None: call nothing."""
     global _act
     _act = act
 
 
 def passing(name: str) -> None:
-    """The process is at a place of NAMES."""
+    """Pass the failpoint of that name, one of NAMES."""
     if _act is not None:
         _act(name)

@@ -258,7 +258,7 @@ def test_an_error_while_showing_a_result_prints_it_in_plain_form(
     )
     assert done.exit_code == 7, done.output
     assert "step-000000000" in done.stdout, "the result is printed in plain form"
-    assert "could not be shown as it should be" in done.stderr
+    assert "is printed in plain form, because formatting it failed" in done.stderr
 
 
 def test_sigterm_during_startup_has_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:

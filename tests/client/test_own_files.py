@@ -83,7 +83,7 @@ def test_the_known_settings_are_those_of_the_server() -> None:
 
 def configurations() -> dict[str, str]:
     from maskwire_server.config import Config
-    from maskwire_server.template import template, written
+    from maskwire_server.config.template import template, written
 
     title, _, bare = template().partition("[run]")
     assert "configuration" in title

@@ -127,7 +127,7 @@ def show(value: Any, as_json: bool, words: Callable[[], str | Table]) -> None:
     print(text, flush=True)
     if failure is not None:
         raise OutputError(
-            f"the result above could not be shown as it should be ({type(failure).__name__}: {failure}); "
+            f"the result above is printed in plain form, because formatting it failed ({type(failure).__name__}: {failure}); "
             "please report this"
         ) from failure
 

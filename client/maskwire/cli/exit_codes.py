@@ -55,10 +55,14 @@ _REMEDIES = {
         "one 'authorization: Bearer TOKEN' in the call's metadata": "a token: give the file that holds it "
         "(--token-file, or MASKWIRE_TOKEN_FILE)"
     },
-    "OUT_OF_RESOURCES": {"; ask again": "; run the command again"},
-    "RECOVERING": {
+    "OUT_OF_RESOURCES": {
+        "; retry": "; run the command again",
         "; ask again": "; run the command again",
+    },
+    "RECOVERING": {
         "; retry with the same request id": "; run the command again",
+        "; retry": "; run the command again",
+        "; ask again": "; run the command again",
     },
 }
 """By reason: the remedy for Python code that a message contains, and the one for the command line."""
