@@ -127,8 +127,8 @@ def show(value: Any, as_json: bool, words: Callable[[], str | Table]) -> None:
     print(text, flush=True)
     if failure is not None:
         raise OutputError(
-            f"the result above is printed in plain form, because formatting it failed ({type(failure).__name__}: {failure}); "
-            "please report this"
+            f"the result above is printed in plain form, because formatting it failed "
+            f"({type(failure).__name__}: {failure}); please report this"
         ) from failure
 
 
