@@ -96,7 +96,7 @@ def evaluate(
             raise UnavailableError(
                 "the server is still building the model; run the command again in a moment"
             )
-        check_tokenizer(status.tokenizer, data.tokenizer, "the run's")
+        check_tokenizer(status.tokenizer, data.tokenizer, "the run")
         data = data.cropped(length or status.model.max_seq_len)
         found = _evaluate(client, data, rows, shown=not as_json, batch_size=batch_size, **options)
     words = None if not chain_rule else f"chain rule, {(order or 'left_to_right').replace('_', ' ')}"

@@ -142,7 +142,7 @@ def train(
     data, apart = open_data(paths, dtype=dtype, **options), None
     if eval_data is not None:
         apart = open_data(eval_data, dtype=None if holds_tokens(eval_data) else dtype, **options)
-        check_tokenizer(data.tokenizer, apart.tokenizer, "the training data's")
+        check_tokenizer(data.tokenizer, apart.tokenizer, "the training data")
     elif eval_every:
         data, apart = data.split(held_out)
     with server.connect(name=name, takeover=takeover, window=window) as trainer:
@@ -193,8 +193,7 @@ def check_tokenizer(ours: str, theirs: str, whose: str) -> None:
     """Raise TokenizerError if both tokenizers are known and differ: their ids mean different things."""
     if ours and theirs and ours != theirs:
         raise TokenizerError(
-            f"{whose} tokenizer is {ours}, but this data was prepared with {theirs}; prepare the data with "
-            "the same tokenizer",
+            f"{whose} uses tokenizer {ours}, this data {theirs}: prepare the data with the same tokenizer",
             reason="TOKENIZER_MISMATCH",
         )
 
