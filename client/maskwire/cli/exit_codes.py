@@ -55,8 +55,12 @@ _CURES = {
         "one 'authorization: Bearer TOKEN' in the call's metadata": "a token: give the file that holds it "
         "(--token-file, or MASKWIRE_TOKEN_FILE)"
     },
-    "OUT_OF_RESOURCES": {"; ask again": "; run the command again"},
-    "RECOVERING": {"; ask again": "; run the command again"},
+    "OUT_OF_RESOURCES": {"; retry": "; run the command again"},
+    "RECOVERING": {
+        "; retry with the same request id": "; run the command again",
+        "; retry": "; run the command again",
+        "; ask again": "; run the command again",
+    },
 }
 """By reason: the cure that an error names for Python code, and the one for the command line."""
 

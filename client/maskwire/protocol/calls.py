@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 _LONGEST = 1e7  # seconds; gRPC takes no infinite deadline
 _SLOW = {"EvalLoss", "Checkpoint", "RestoreCheckpoint"}  # begun anew when broken off, so given time
-_ADVICE = re.compile(r"; ask again(?: with the same request id)?$")
+_ADVICE = re.compile(r"; (?:ask again|retry)(?: with the same request id)?$")
 _QUICK = {"GetStatus", "ListCheckpoints", "ListSteps"}  # answered at once or not at all
 
 

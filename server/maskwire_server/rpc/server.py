@@ -16,7 +16,8 @@ from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError
 from maskwire_server.results import RunState
 from maskwire_server.rpc import auth, handlers, unix_socket
-from maskwire_server.rpc.service import Engine, TrainingService
+from maskwire_server.rpc.engine_interface import EngineInterface
+from maskwire_server.rpc.service import TrainingService
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TrainingService"].full_name
 LIVENESS = "liveness"
@@ -26,7 +27,7 @@ _SPARE_WORKERS = 16  # beside one for each request that may wait, so that a full
 class Server:
     """Listens on one address, and maybe on a Unix socket beside it, for one engine."""
 
-    def __init__(self, engine: Engine, config: ServeConfig) -> None:
+    def __init__(self, engine: EngineInterface, config: ServeConfig) -> None:
         self._config = config
         self._credentials = auth.server_credentials(config)
         gate = auth.gate(config)
