@@ -142,8 +142,8 @@ def test_rows_are_sampled_and_gaps_filled(server: ServerProcess) -> None:
         (["--prompt", ""], 2, "must not be empty"),
         (["--prompt-ids", "1,x"], 2, "ids and gaps"),
         (["--prompt", "a~", "--gap", ""], 2, "--gap must not be empty"),
-        (["--prompt", "abc"], 1, "leave at least one"),
-        (["--row-seed", 1, "--row-seed", 2], 1, "one a row"),
+        (["--prompt", "abc"], 1, "at least one position to sample"),
+        (["--row-seed", 1, "--row-seed", 2], 1, "one seed per row"),
     ):
         found_code, _, err = run("generate", *target, *arguments)
         assert found_code == code, (arguments, err)

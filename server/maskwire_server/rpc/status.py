@@ -65,7 +65,7 @@ def _shorten(text: str) -> str:
 
 
 def _cancelled(context: grpc.ServicerContext) -> Refused:
-    """The refusal of a call that was cancelled, by its deadline or by its client."""
+    """The refusal of a call that was cancelled, by its deadline or its client."""
     seconds_left = context.time_remaining()
     if seconds_left is not None and seconds_left <= 0:
         return Refused(
