@@ -85,9 +85,7 @@ def test_the_work_of_a_generation_is_the_positions_that_the_model_computes(
     assert sum(computed) == work_limits.generation_tokens(unknown, COLUMNS, options, trainer.info)
 
 
-def test_the_order_critic_adds_a_critic_pass_to_each_unmasking_pass(
-    trainer: Trainer, computed: list[int]
-) -> None:
+def test_the_order_critic_adds_a_critic_pass_to_each_pass(trainer: Trainer, computed: list[int]) -> None:
     options = GenerateOptions((0, 1), steps=4, order=Order.CRITIC)
     list(trainer.generate(Prompts.nothing(2, COLUMNS), options))
     counted = work_limits.generation_tokens([COLUMNS] * 2, COLUMNS, options, trainer.info)
