@@ -52,7 +52,7 @@ def _deserializer(kind: type[Message]) -> Callable[[bytes], Message | bytes]:
 def _refuse_unreadable(method: Callable[[Any, Any], Any], name: str) -> Callable[[Any, Any], Any]:
     def handle(request: Message | bytes, context: grpc.ServicerContext) -> Any:
         if request is _UNREADABLE:
-            message = f"the request must be a {name}, got bytes that are not one; serialize it with the proto's stubs"
+            message = f"the request must be a {name}, got bytes that are not one; use stubs of the proto"
             abort(context, Refused("INVALID_FIELD", message))
         return method(request, context)
 
