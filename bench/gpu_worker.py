@@ -22,7 +22,7 @@ import torch
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.results import Outcome
-from maskwire_server.training.trainer import Trainer
+from maskwire_server.training.trainer import TorchTrainer
 
 REPLY = "bench: "
 
@@ -73,7 +73,9 @@ class Ours:
 
     def __init__(self, size: Size) -> None:
         whole = config.load(None, **size.settings())
-        self._trainer = Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, whole.run.seed)
+        self._trainer = TorchTrainer(
+            whole.model, whole.objective, whole.optimizer, whole.serve, whole.run.seed
+        )
         self._number = 0
 
     def step(self, ids: Any) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from bench.harness import WARM, report
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
-from maskwire_server.training.trainer import Trainer
+from maskwire_server.training.trainer import TorchTrainer
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
         section, _, name = key.partition(".")
         flags.setdefault(section, {})[name] = value
     whole = config.load(None, **flags)
-    trainer = Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, whole.run.seed)
+    trainer = TorchTrainer(whole.model, whole.objective, whole.optimizer, whole.serve, whole.run.seed)
     ids = np.random.default_rng(0).integers(0, whole.model.num_tokens - 1, (rows, columns))
     masked = 0
     seconds: list[float] = []

@@ -28,7 +28,7 @@ from maskwire_server.results import EvalOptions
 from maskwire_server.training import evaluation, optim
 from maskwire_server.training.corruption import Vocabulary
 from maskwire_server.training.models.x_transformers import import_state_dict
-from maskwire_server.training.trainer import Trainer
+from maskwire_server.training.trainer import TorchTrainer
 
 ROWS, COLUMNS, HELD_OUT, POINTS = 32, 128, 0.05, 10
 MODEL = {"num_tokens": 257, "mask_id": 256, "max_seq_len": COLUMNS, "dim": 128, "depth": 3, "heads": 2}
@@ -49,7 +49,7 @@ def main() -> None:
         serve={"threads": 1},  # several run at once
         run={"seed": seed},
     )
-    trainer = Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed)
+    trainer = TorchTrainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed)
     begin = import_state_dict(wrapper.state_dict(), config.ModelConfig(mask_id=256), whole.objective)
     trainer.adopt(begin.weights)
     networks = Foreign(wrapper.net) if arm == "peer" else trainer.networks
@@ -120,7 +120,7 @@ class Foreign:
         raise NotImplementedError
 
 
-def ours_step(trainer: Trainer) -> Callable[[int, Any], None]:
+def ours_step(trainer: TorchTrainer) -> Callable[[int, Any], None]:
     """A step of ours."""
 
     def step(number: int, ids: Any) -> None:
@@ -150,7 +150,7 @@ def bits(networks: Any, ids: Tensor) -> float:
             networks,
             config.ObjectiveConfig(),
             Vocabulary(257, 256, None),
-            evaluation.Batch(ids, every, ~every),
+            evaluation.TensorBatch(ids, every, ~every),
             EvalOptions(tuple(range(len(ids))), EVAL_DRAWS, 0),
             budget=2**14,
             device=torch.device("cpu"),

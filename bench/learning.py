@@ -25,7 +25,7 @@ from bench.sources import flip_chain, pairs
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.results import EvalOptions
-from maskwire_server.training.trainer import Trainer
+from maskwire_server.training.trainer import TorchTrainer
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 ARMS = ("peer", "linear", "quadratic")
@@ -61,7 +61,7 @@ def known(what: str, source: Callable[[np.random.Generator, int], Ids], best: fl
                "heads": 2, "dim_head": 32},
         optimizer={"learning_rate": 3e-3, "warmup_steps": 50, "schedule": "cosine", "total_steps": 1500},
     )  # fmt: skip
-    trainer = Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, 0)
+    trainer = TorchTrainer(whole.model, whole.objective, whole.optimizer, whole.serve, 0)
     rng = np.random.default_rng(0)
     for step in range(1, 1501):
         trainer.train_step(1, step, Batch(source(rng, 128), 128, LENGTH), Modes())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maskwire_server.config import Config
-from maskwire_server.training.trainer import Trainer
+from maskwire_server.training.trainer import TorchTrainer
 
 ARCHIVES = Path(__file__).resolve().parent / "fixtures" / "runs"
 PRESETS = ("mdlm", "maskgit", "cmlm", "x-transformers")
@@ -30,7 +30,7 @@ def unpack(name: str, folder: Path) -> Path:
     return folder / name
 
 
-class RecordedMachine(Trainer):
+class RecordedMachine(TorchTrainer):
     """Says that it runs on the CPU model and torch of the record: these tests run on any."""
 
     machine: dict[str, str]

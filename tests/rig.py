@@ -12,14 +12,18 @@ from typing import Any
 import numpy as np
 from counter import CounterTrainer
 
+from maskwire.v1.digest import DigestVersion
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.config import Config
 from maskwire_server.engine.engine import Engine
+from maskwire_server.engine.setup import Setup
 from maskwire_server.errors import Refused
 from maskwire_server.requests import SessionRef, SessionRequest, StepRequest
 
 WAIT = 20
+DIGEST = DigestVersion(2, CounterTrainer().info.num_tokens)
+"""How a new run of the counter trainer hashes its payloads."""
 
 
 def make_engine(
@@ -31,11 +35,12 @@ def make_engine(
     **options: Any,
 ) -> Engine:
     """An engine on a run directory, started and not waited for."""
-    engine = Engine(
+    setup = Setup(
         trainer, run_dir, seed=whole.run.seed, canonical=whole.canonical(),
         configuration=whole.model_dump(mode="json"), serve=whole.serve, checkpoints=whole.checkpoints,
-        versions={}, on_fatal=on_fatal, **options,
+        versions={}, **options,
     )  # fmt: skip
+    engine = Engine(setup, on_fatal)
     engine.start()
     return engine
 

@@ -81,9 +81,12 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     roots = {name.split("/")[0] for name in names}
     assert {root for root in roots if not root.endswith(".dist-info")} == {"maskwire", "maskwire_server"}
-    assert {"maskwire/py.typed", "maskwire_server/py.typed", "maskwire/v1/training_service_pb2.pyi"} <= set(
-        names
-    )
+    assert {
+        "maskwire/py.typed",
+        "maskwire/v1/training_service_pb2.pyi",
+        "maskwire_server/py.typed",
+        "maskwire_server/training/gauss_legendre_4096.npy",
+    } <= set(names)
 
 
 def test_the_client_trains_without_torch(clean: Path, server: ServerProcess) -> None:

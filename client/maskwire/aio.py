@@ -355,7 +355,8 @@ class Trainer(Position, Client):
     ) -> asyncio.Future[results.StepResult]:
         """Hand in one batch and return a future of its result; waits as `maskwire.Trainer.submit` blocks."""
         self._enter()
-        talk = self._writing.train(codec.step_request(new_id(), tokens, **options), step)
+        num_tokens = self._writing.model.num_tokens
+        talk = self._writing.train(codec.step_request(new_id(), tokens, num_tokens, **options), step)
         try:
             effect = self._advance(talk, None)
             while isinstance(effect, Until):

@@ -398,7 +398,8 @@ class Trainer(Position, Client):
         once sent a step may be applied, and only its answer tells.
         """
         self._check_process()
-        talk = self._writing.train(codec.step_request(new_id(), tokens, **options), step)
+        num_tokens = self._writing.model.num_tokens
+        talk = self._writing.train(codec.step_request(new_id(), tokens, num_tokens, **options), step)
         effect: Effect | None = None
         try:
             while effect is None or isinstance(effect, Until):

@@ -9,6 +9,7 @@
     │   ├── CheckpointError          not found, taken, needed, damaged, or not written
     │   ├── TokenizerError           the run's ids stand for something else
     │   ├── DataMismatchError        the run was trained on other data
+    │   ├── DigestVersionError       this client is too old for the run's digest
     │   └── UnimplementedError       this server does not serve it
     ├── SessionError             this client may not write
     │   ├── FencedError              another writer took over: stop
@@ -107,6 +108,10 @@ class DataMismatchError(RequestError):
     """The run was trained on other data; `fit` continues with the changed data if `allow_changed_data`."""
 
 
+class DigestVersionError(RequestError):
+    """This client does not compute the version of the run's digest: use a newer client."""
+
+
 class AccessError(MaskwireError):
     """The server does not let this client in."""
 
@@ -183,6 +188,7 @@ REASONS: dict[str, type[MaskwireError]] = {
     "UNKNOWN_EPOCH": WrongRunError,
     "TOKENIZER_MISMATCH": TokenizerError,
     "DATA_CHANGED": DataMismatchError,
+    "DIGEST_VERSION": DigestVersionError,
     "HISTORY_LOST": HistoryLostError,
     "UNAUTHENTICATED": UnauthenticatedError,
     "PERMISSION_DENIED": PermissionDeniedError,

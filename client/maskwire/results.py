@@ -315,3 +315,5 @@ class Status:
     data: dict[str, str] = field(default_factory=dict)
     """The fingerprint of the data that the run is trained on, in named parts; empty: not said."""
     inexact_replays: tuple[InexactReplay, ...] = ()
+    digest_version: int = 0
+    """The version of the run's digest; 0 before the first step, and of a server of version 0.1."""

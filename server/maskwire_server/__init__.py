@@ -1,9 +1,10 @@
-"""The maskwire server: a resident masked-prediction model behind gRPC.
+"""The maskwire server: trains a masked-token model and serves it over gRPC.
 
-Three groups of packages that never import one another stand on `config`, `errors`, `batch`, `manifest`,
-`requests` and `results`: `rpc` (gRPC), the run (`engine`, `journal`, `checkpoints`, `recovery`) and
-`training` (torch). `app` joins them. `maskwire_server.load` makes a plain torch module of a checkpoint,
-without any of them.
+There are three groups of packages: `rpc` (gRPC), the run (`engine`, `journal`, `checkpoints`, `recovery`)
+and `training` (torch). They never import one another. `app` joins them, and the values that travel between
+them are in `config`, `errors`, `batch`, `manifest`, `position`, `requests` and `results`.
+
+`maskwire_server.load` loads a checkpoint as a plain torch module, without a server.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ __all__ = ["MaskedModel", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    # Looked up at first use: the commands must not wait for torch.
+    # Imported on first use, because importing torch takes seconds.
     if name not in __all__:
         raise AttributeError(f"module 'maskwire_server' has no attribute {name!r}")
     from maskwire_server.training.models import pretrained

@@ -1,4 +1,4 @@
-"""`python -m maskwire_server`: the command where no script was installed, from a checkout for instance."""
+"""`python -m maskwire_server` runs the command, for example from a checkout without an installed script."""
 
 from maskwire_server.cli import main
 

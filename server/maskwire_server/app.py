@@ -1,4 +1,4 @@
-"""The server process: the only place that builds collaborators and joins the wings."""
+"""The server process: builds the parts of the server and joins them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from typing import NoReturn
 
 from maskwire._version import __version__
 from maskwire_server.config import Config
-from maskwire_server.engine.device import Trainer
 from maskwire_server.engine.engine import Engine
+from maskwire_server.engine.setup import Setup
+from maskwire_server.engine.trainer import Trainer
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
 from maskwire_server.recovery import point_in_time, recorded_config
 from maskwire_server.recovery.replay import InexactReplayError
@@ -26,16 +27,16 @@ from maskwire_server.rpc.server import Server
 log = logging.getLogger(__name__)
 
 EXIT_CONFIG, EXIT_RUN_DIRECTORY, EXIT_INEXACT, EXIT_SLOW, EXIT_OUTPUT, EXIT_FAILURE = 2, 3, 4, 5, 7, 70
-EXIT_CODES = {  # whatever was acknowledged is safe in every case
-    0: "stopped cleanly; of `check`: it fits",
-    1: "of `check`: it does not fit; of `verify`: something is damaged",
-    EXIT_CONFIG: "the configuration, a certificate or a token file cannot be used; one line a problem",
-    EXIT_RUN_DIRECTORY: "the run directory cannot be used: another server uses it, it is damaged, or its run "
-    "has another model, objective or seed than the configuration sets",
-    EXIT_INEXACT: "a step computed again gave another result than was acknowledged",
-    EXIT_SLOW: "the running step took longer than `serve.drain_seconds`; start it again",
-    EXIT_OUTPUT: "done, but the result could not be written to stdout (a full disk?)",
-    EXIT_FAILURE: "an unexpected failure, its cause is in the log; start it again",
+EXIT_CODES = {  # acknowledged steps are safe in each case
+    0: "success; `serve` stopped cleanly",
+    1: "`check`: the model does not fit in memory; `verify`: something is damaged",
+    EXIT_CONFIG: "the configuration, a certificate or a token file is invalid; stderr says what is wrong",
+    EXIT_RUN_DIRECTORY: "the run directory cannot be used: another server uses it, it is damaged, or the run "
+    "has another model, objective or seed than the configuration",
+    EXIT_INEXACT: "a step that was computed again gave another result than the recorded one",
+    EXIT_SLOW: "stopped, but the running step took longer than `serve.drain_seconds`; start the server again",
+    EXIT_OUTPUT: "the command finished, but its output could not be written to stdout (a full disk?)",
+    EXIT_FAILURE: "an unexpected error, which the log describes; start the server again",
 }
 
 
@@ -48,7 +49,7 @@ def serve(
 ) -> int:
     """Serve one run until SIGTERM or SIGINT, and return the exit code.
 
-    `factory` builds another trainer than the configured one, on the device thread.
+    `factory` builds the trainer on the device thread. Default: the configured trainer.
     """
     began = time.monotonic()
     stop = threading.Event()
@@ -59,7 +60,7 @@ def serve(
         say(error)
         return EXIT_RUN_DIRECTORY
     log.info("run directory: %s", config.run.dir.absolute())
-    engine = Engine(
+    setup = Setup(
         factory or trainer_factory(config),
         config.run.dir,
         seed=config.run.seed,
@@ -68,10 +69,10 @@ def serve(
         serve=config.serve,
         checkpoints=config.checkpoints,
         versions={"maskwire": __version__, "python": platform.python_version()},
-        on_fatal=_die,
         accept_inexact_replay=accept_inexact_replay,
         accept_lost_history=accept_lost_history,
     )
+    engine = Engine(setup, _die)
     try:
         server = Server(engine, config.serve)
     except ConfigError as error:
@@ -80,7 +81,7 @@ def serve(
         return EXIT_CONFIG
     engine.on_state(server.on_state)
     try:
-        address = server.start()  # at once: status and liveness answer during recovery
+        address = server.start()  # before recovery, so that status and liveness answer during it
         engine.start()
         while not stop.is_set():
             try:
@@ -89,11 +90,11 @@ def serve(
             except TimeoutError:
                 continue
         else:
-            return _leave(0)  # nothing was admitted yet
+            return _leave(0)  # no request was admitted yet
         if not stop.is_set():
             log.info("ready after %.1f s", time.monotonic() - began)
             print(f"maskwire-server listening on {address}", flush=True)
-        while not stop.wait(0.5):  # the system may give a signal to another thread; this one handles it
+        while not stop.wait(0.5):  # Python runs signal handlers on this thread
             pass
         return _stop(engine, server, config.serve.drain_seconds)
     except ConfigError as error:
@@ -103,7 +104,7 @@ def serve(
     except RunDirectoryError as error:
         return _fail(engine, server, EXIT_RUN_DIRECTORY, error)
     except Exception:
-        log.exception("the server could not start")
+        log.exception("the server failed to start")
         return _leave(EXIT_FAILURE)
 
 
@@ -129,19 +130,19 @@ def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_rep
         say(error)
         return EXIT_RUN_DIRECTORY
     where = f"; its state is in {out}" if out is not None else ""
-    exact = f"but {inexact} steps gave other losses" if inexact else "as recorded"
+    exact = f"{inexact} steps gave other losses than recorded" if inexact else "as recorded"
     print(f"step {info.step}, digest {info.digest.hex()}: {exact}{where}", flush=True)
     return 0
 
 
 def trainer_factory(config: Config) -> Callable[[], Trainer]:
-    """What builds the configured trainer, on the thread that it is called on."""
+    """A function that builds the configured trainer. Call it on the device thread."""
 
     def build() -> Trainer:
-        # On the device thread, torch's import too: its thread pools belong to the thread that
-        # first uses them.
+        # torch too is imported on the device thread, because its thread pools belong to the thread that first
+        # uses them.
         began = time.monotonic()
-        from maskwire_server.training.trainer import Trainer as TorchTrainer
+        from maskwire_server.training.trainer import TorchTrainer
 
         log.info("imported torch in %.1f s", time.monotonic() - began)
         return TorchTrainer(config.model, config.objective, config.optimizer, config.serve, config.run.seed)
@@ -153,7 +154,7 @@ def _on_signals(stop: threading.Event) -> None:
     def handle(number: int, _: FrameType | None) -> None:
         if stop.is_set():
             log.warning(
-                "%s again: leaving at once; what was acknowledged is safe", signal.Signals(number).name
+                "second %s: exiting at once; what was acknowledged is safe", signal.Signals(number).name
             )
             _leave(EXIT_SLOW)
         log.info("%s: stopping; what was acknowledged is safe", signal.Signals(number).name)
@@ -166,7 +167,7 @@ def _on_signals(stop: threading.Event) -> None:
 def _stop(engine: Engine, server: Server, seconds: float) -> int:
     deadline = time.monotonic() + seconds
     if not engine.drain(seconds):
-        log.error("the running step took longer than serve.drain_seconds = %g; leaving without it", seconds)
+        log.error("the running step took longer than serve.drain_seconds = %g; exiting without it", seconds)
         return _leave(EXIT_SLOW)
     server.stop(min(1.0, max(0.0, deadline - time.monotonic())))
     engine.close()
@@ -182,18 +183,21 @@ def _fail(engine: Engine, server: Server, code: int, error: Exception) -> int:
 
 
 def say(error: Exception) -> None:
-    """An error on stderr, one line a problem."""
+    """Print an error to stderr, one line for each problem."""
     for line in str(error).splitlines():
         print(f"maskwire-server: {line}", file=sys.stderr)
 
 
 def _die(error: BaseException) -> None:
-    print(f"maskwire-server: {type(error).__name__}; see the log above; a restart goes on", file=sys.stderr)
+    print(
+        f"maskwire-server: {type(error).__name__}; see the log above; start the server again to resume",
+        file=sys.stderr,
+    )
     _leave(EXIT_FAILURE)
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process without waiting for a thread that computes."""
+    """Exit without waiting for other threads, for example one that computes."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

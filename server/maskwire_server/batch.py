@@ -1,6 +1,7 @@
-"""A validated batch of tokens and how to train on it: what travels between the wings.
+"""A validated batch of tokens, and how to train on it.
 
-`rpc` makes it, `run` hashes and keeps it, `training` reads it. Letters: b rows, n columns.
+`rpc` makes it, `engine` hashes it, `journal` keeps it, `training` computes with it. Letters: b rows,
+n columns.
 """
 
 from __future__ import annotations
@@ -11,24 +12,29 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from maskwire.v1.digest import payload_hash
+from maskwire.v1.digest import DigestVersion, payload_hash
 
-# version, width of an id, rows, columns, lengths, prompt bytes, modes, temperature, learning rate
+# version, bytes per id, rows, columns, lengths, prompt bytes, modes, temperature, learning rate
 _HEADER = struct.Struct("<BBqqqqBdd")
 _VERSION = 1
-_WIDTHS: dict[int, str] = {1: "<u1", 2: "<u2", 4: "<i4"}
+_ID_TYPES: dict[int, np.dtype[np.integer]] = {
+    1: np.dtype("<u1"),
+    2: np.dtype("<u2"),
+    4: np.dtype("<i4"),
+    8: np.dtype("<i8"),
+}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids with what they stand for.
+    """Token ids, and which of them are padding or prompt.
 
     `lengths` says where rows end when the sender gave lengths; otherwise padding is where ids equal the
-    model's pad id. `prompt_bits` are the packed bits as sent.
+    model's pad id. `prompt_bits` are the packed bits as received.
     """
 
     ids: npt.NDArray[np.integer]
-    """The ids as sent: int [b, n], or with lengths int [sum of lengths]."""
+    """The ids as received: int [b, n], or with lengths int [sum of lengths]."""
     rows: int
     """b."""
     columns: int
@@ -107,11 +113,12 @@ class Payload:
     batch: Batch
     modes: Modes
 
-    def hash(self) -> bytes:
+    def hash(self, version: DigestVersion) -> bytes:
         """The payload hash of `maskwire.v1`, 32 bytes."""
         batch, modes = self.batch, self.modes
         return payload_hash(
             batch.ids,
+            version,
             rows=batch.rows,
             columns=batch.columns,
             lengths=() if batch.lengths is None else batch.lengths,
@@ -123,10 +130,9 @@ class Payload:
         )
 
     def encode(self) -> bytes:
-        """The bytes that the journal keeps; `decode` reads them."""
+        """The bytes that the journal keeps, the ids as they were received; `decode` reads them."""
         batch, modes = self.batch, self.modes
-        top = int(batch.ids.max(initial=0))
-        width = 1 if top < 2**8 else 2 if top < 2**16 else 4
+        id_type = _ID_TYPES[batch.ids.itemsize]
         lengths = np.zeros(0, dtype="<i4") if batch.lengths is None else batch.lengths.astype("<i4")
         flags = (
             1 * modes.only_train_generator
@@ -136,7 +142,7 @@ class Payload:
         )
         header = _HEADER.pack(
             _VERSION,
-            width,
+            id_type.itemsize,
             batch.rows,
             batch.columns,
             lengths.size,
@@ -145,8 +151,8 @@ class Payload:
             modes.generator_sample_temperature or 0.0,
             modes.learning_rate or 0.0,
         )
-        ids = batch.ids.astype(_WIDTHS[width])
-        return b"".join((header, lengths.tobytes(), batch.prompt_bits, ids.tobytes()))
+        ids = np.ascontiguousarray(batch.ids, dtype=id_type)
+        return b"".join((header, lengths.data, batch.prompt_bits, ids.data))
 
     @staticmethod
     def decode(data: bytes) -> Payload:
@@ -154,13 +160,16 @@ class Payload:
         version, width, rows, columns, count, prompt_bytes, flags, temperature, rate = _HEADER.unpack_from(
             data
         )
-        if version != _VERSION:
-            raise ValueError(f"payload version must be {_VERSION}, got {version}")
+        if version != _VERSION or width not in _ID_TYPES:
+            raise ValueError(
+                f"payload must have version {_VERSION} and 1, 2, 4 or 8 bytes per id, got version {version} "
+                f"and {width} bytes"
+            )
         at = _HEADER.size
         lengths = np.frombuffer(data, dtype="<i4", count=count, offset=at) if count else None
         at += 4 * count
         prompt = data[at : at + prompt_bytes]
-        ids = np.frombuffer(data, dtype=_WIDTHS[width], offset=at + prompt_bytes)
+        ids = np.frombuffer(data, dtype=_ID_TYPES[width], offset=at + prompt_bytes)
         expected = rows * columns if lengths is None else int(lengths.sum())
         if ids.size != expected:
             raise ValueError(f"payload must hold {expected} ids, got {ids.size}")

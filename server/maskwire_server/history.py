@@ -1,4 +1,4 @@
-"""The run's recorded steps: what is asked for, and what is answered."""
+"""Requests for recorded steps, and their answers."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from maskwire_server.results import Losses, Outcome
 
 @dataclass(frozen=True)
 class StepsRequest:
-    """A client asks for some recorded steps of one lineage."""
+    """A request for recorded steps of one lineage."""
 
     size: int
-    """At most so many."""
+    """The largest number of steps to return."""
     first_step: int = 1
     last_step: int | None = None
-    """None: the lineage's last."""
+    """None: up to the lineage's last step."""
     lineage: int | None = None
-    """None: the newest."""
+    """None: the newest lineage."""
     run_id: str = ""
-    """Refuse unless this is the run; empty: whichever it is."""
+    """The run that is expected; empty: any."""
 
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """One consumed step."""
+    """A recorded step."""
 
     step: int
     outcome: Outcome
@@ -35,7 +35,7 @@ class RecordedStep:
 
 @dataclass(frozen=True)
 class StepsPage:
-    """Some recorded steps of one lineage, in order, and where the lineage began."""
+    """Recorded steps of one lineage, in order, and where the lineage started."""
 
     run_id: str
     lineage: int
@@ -44,4 +44,4 @@ class StepsPage:
     checkpoint: str | None
     steps: tuple[RecordedStep, ...]
     next_step: int | None
-    """The first step of the next page; None: this is the last page."""
+    """The first step of the next page; None on the last page."""

@@ -1,4 +1,4 @@
-"""Models from elsewhere, and back: the commands `import-x-transformers` and `export`."""
+"""The commands `import-x-transformers` and `export`."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ from pathlib import Path
 from typing import Literal
 
 from maskwire._version import __version__
-from maskwire_server import template
 from maskwire_server.app import EXIT_CONFIG, EXIT_RUN_DIRECTORY, say, trainer_factory
 from maskwire_server.checkpoints.membership import Membership
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.config import Config
-from maskwire_server.engine.device import Trainer
+from maskwire_server.config import Config, template
+from maskwire_server.engine.trainer import Trainer
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
 from maskwire_server.manifest import MANIFEST, Manifest
-from maskwire_server.recovery import imported_run
-from maskwire_server.recovery.verify import open_run
+from maskwire_server.recovery import boot, imported_run
 from maskwire_server.results import WEIGHT_FILES
 
 CONFIG_FILE = "maskwire.toml"
-"""In an imported run's directory: what to serve it with."""
+"""The configuration with which to serve an imported run, in its run directory."""
 
 
 def import_x_transformers(config: Config, source: Path, *, gains: Literal["auto", "offset", "plain"]) -> int:
-    """Begin a run at the weights of an x-transformers state dict, and return the exit code."""
+    """Start a run from the weights of an x-transformers state dict, and return the exit code."""
     from maskwire_server.training.models import state_dict, x_transformers
 
     try:
@@ -54,7 +52,7 @@ def import_x_transformers(config: Config, source: Path, *, gains: Literal["auto"
             seed=config.run.seed,
             canonical=config.canonical(),
             versions={"maskwire": __version__, "python": platform.python_version()},
-            # Labels go over the wire, as UTF-8.
+            # Labels are sent to clients, so they must be UTF-8.
             labels={
                 "source": os.fsencode(source.name).decode(errors="backslashreplace")[:256],
                 "source-sha256": sha256,
@@ -88,9 +86,9 @@ def export(
     to: Literal["maskwire", "x-transformers"],
     weights: Literal["auto", "ema", "raw"],
 ) -> int:
-    """Write a checkpoint's weights to `out`, and return the exit code.
+    """Write the weights of a checkpoint to `out`, and return the exit code.
 
-    For maskwire a folder that `maskwire_server.load` reads, for x-transformers a state dict in safetensors.
+    `to` is the format: a folder for `maskwire_server.load`, or an x-transformers state dict in safetensors.
     """
     from maskwire_server.training.models import pretrained, state_dict, x_transformers
 
@@ -103,8 +101,8 @@ def export(
     folder = checkpoints.path(manifest.info.name)
     try:
         if out.exists():
-            raise ValueError(f"{out} exists; name another place")
-        module = pretrained.load(folder, weights=weights)  # checked against its hashes
+            raise ValueError(f"{out} exists; choose another name")
+        module = pretrained.load(folder, weights=weights)  # checks the SHA-256 hashes
         if to == "x-transformers":
             state = x_transformers.export_state_dict(
                 module.config, module.objective, module.networks.state_dict()
@@ -125,10 +123,10 @@ def export(
 
 
 def _newest(run_dir: Path, checkpoints: Checkpoints) -> Manifest:
-    """The newest checkpoint of the run's own history; one that was copied in is never taken unasked."""
+    """The newest checkpoint of the run. Checkpoints copied from other runs are only used by name."""
     found = checkpoints.all()
-    with contextlib.suppress(RunDirectoryError):  # a server uses the journal, or there is none beside them
-        journal = open_run(run_dir)
+    with contextlib.suppress(RunDirectoryError):  # a server uses the journal, or there is no journal
+        journal = boot.open_recorded(run_dir)
         try:
             membership = Membership()
             membership.look_up(journal, found)
@@ -136,10 +134,12 @@ def _newest(run_dir: Path, checkpoints: Checkpoints) -> Manifest:
         finally:
             journal.close()
     if not found:
-        raise RunDirectoryError(f"{run_dir}: there is no whole checkpoint of the run here")
+        raise RunDirectoryError(
+            f"{run_dir} has no complete checkpoint of its run; name one with --checkpoint"
+        )
     runs = sorted({manifest.run_id for manifest in found})
     if len(runs) > 1:
         raise RunDirectoryError(
-            f"{run_dir}: the checkpoints are of several runs ({', '.join(runs)}): name one with --checkpoint"
+            f"{run_dir} has checkpoints of several runs ({', '.join(runs)}); name one with --checkpoint"
         )
     return found[0]

@@ -1,4 +1,4 @@
-"""A checkpoint's manifest: what it is, and the size and hash of each of its files."""
+"""A checkpoint's manifest: its description, and the size and hash of each of its files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class UnknownFormatError(ValueError):
-    """A whole manifest of a format that this version does not know."""
+    """The manifest is intact, and of a format that this version does not know."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is, beside its files."""
+    """The description of a checkpoint, stored beside its files."""
 
     info: CheckpointInfo
     run_id: str
@@ -29,15 +29,15 @@ class Manifest:
     """Saved by the server, so that retention may collect it."""
     request_id: str | None
     configuration: dict[str, Any]
-    """[model], [objective] and [optimizer]; not [serve], whose paths are the server's own affair."""
+    """[model], [objective] and [optimizer]; not [serve], whose paths only concern the server."""
     versions: dict[str, str]
     inexact_replays: tuple[InexactReplay, ...] = ()
-    """Steps of its history whose results are close to the recorded ones and not the same bytes."""
+    """Steps of its history that were replayed within a tolerance, not to the same bytes."""
     save_id: str | None = None
-    """What the journal recorded of this save; None: saved by version 0.1, or beside the run."""
+    """The id under which the journal recorded the save; None: saved by version 0.1, or outside the run."""
 
     def to_json(self) -> bytes:
-        """The manifest's file, its own hash included."""
+        """The bytes of the manifest's file, including its own hash."""
         body = {
             "format": FORMAT,
             "name": self.info.name,
@@ -63,7 +63,7 @@ class Manifest:
 
     @staticmethod
     def from_json(data: bytes) -> Manifest:
-        """The manifest that `to_json` wrote; ValueError when it is not whole."""
+        """Parse what `to_json` wrote; ValueError when it was changed."""
         body = json.loads(data)
         if not isinstance(body, dict) or body.pop("manifest_sha256", None) != _body_hash(body):
             raise ValueError("the manifest does not match its own hash")
@@ -104,12 +104,12 @@ class Manifest:
 
 
 def _score(body: dict[str, Any]) -> dict[str, Any]:
-    """Format 1 knew no score."""
+    """Format 1 had no score."""
     return {**body, "format": 2, "score": None}
 
 
 _MIGRATIONS = {1: _score}
-"""From each older format to the next, in memory: the files of a checkpoint are never rewritten."""
+"""From each older format to the next, in memory: a checkpoint's files are never rewritten."""
 
 
 def _body_hash(body: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from maskwire.v1.digest import VERSIONS
 from maskwire_server.batch import Batch, Payload, Prompts
 from maskwire_server.holder import ClientProcess
 from maskwire_server.position import HistoryPosition
@@ -46,6 +47,8 @@ class SessionRequest:
     """Take over from this epoch, because the client found that its process has ended."""
     evaluated_step: int = 0
     """The last step that the writer has evaluated; 0: not given."""
+    digest_versions: tuple[int, ...] = VERSIONS
+    """The versions of the digest that the client computes."""
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,8 @@ class SessionAnswer:
     evaluated_step: int = 0
     """The last step that a writer reported as evaluated; 0: none."""
     inexact_replays: tuple[InexactReplay, ...] = ()
+    digest_version: int = 0
+    """The version of the digest that the session's steps are hashed with."""
 
 
 @dataclass(frozen=True)
@@ -359,3 +361,5 @@ class Status:
     data: dict[str, str]
     """The fingerprint of the run's data; empty: not known."""
     inexact_replays: tuple[InexactReplay, ...] = ()
+    digest_version: int = 0
+    """The version of the run's digest; 0 before the first step."""

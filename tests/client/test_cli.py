@@ -161,8 +161,8 @@ def test_checkpoints_are_saved_listed_and_restored(server: ServerProcess) -> Non
     code, _, err = run("checkpoint", "save", "Best", *target)
     assert code == 1
     assert err == (
-        "maskwire: name must be 1 to 64 lower-case letters, digits, - and _, the first a letter or a digit, "
-        "got 'Best'\n"
+        "maskwire: name must have 1 to 64 lower-case letters, digits, - and _, and start with a letter or a "
+        "digit, got 'Best'\n"
     )
     code, out, _ = run("checkpoint", "list", *target, "--json")
     assert "by-hand" in [info["name"] for info in json.loads(out)]

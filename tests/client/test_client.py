@@ -26,7 +26,7 @@ from maskwire.errors import (
 from maskwire.protocol.codec import hash_of
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
-from maskwire.v1.digest import step_digest
+from maskwire.v1.digest import DigestVersion, step_digest
 
 TOKENS = np.arange(8).reshape(2, 4)
 Fault = Callable[[pb.TrainStepRequest, grpc.ServicerContext], None]
@@ -86,7 +86,7 @@ class Script(pb_grpc.TrainingServiceServicer):
                 if request.step != self.step + 1:
                     refuse(context, "OUT_OF_RANGE", "GAP", expected_step=str(self.step + 1))
                 self.step += 1
-                self.digest = step_digest(self.digest, 1, self.step, hash_of(request), 1)
+                self.digest = step_digest(self.digest, 1, self.step, hash_of(request, DigestVersion(1)), 1)
                 self.answers[request.request_id] = pb.TrainStepResponse(
                     step=self.step, digest=self.digest, outcome=pb.STEP_OUTCOME_APPLIED,
                     losses=pb.Losses(loss=1.0, generator_loss=1.0),

@@ -229,7 +229,7 @@ def test_the_settings_that_a_configuration_is_known_by_are_the_servers() -> None
 
 def configurations() -> dict[str, str]:
     from maskwire_server.config import Config
-    from maskwire_server.template import template, written
+    from maskwire_server.config.template import template, written
 
     title, _, bare = template().partition("[run]")
     assert "configuration" in title

@@ -12,7 +12,7 @@ from maskwire.protocol.calls import Asking, Call, Give, Next, Pause, RetryPolicy
 from maskwire.protocol.codec import decode_batch, encode_batch, hash_of, step_request
 from maskwire.protocol.writer import Ledger, Writing
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire.v1.digest import step_digest
+from maskwire.v1.digest import DigestVersion, step_digest
 
 
 class TorchLike:
@@ -62,6 +62,49 @@ def test_the_smallest_type_that_holds_the_ids_is_sent(top: int, dtype: int, size
     assert (batch.dtype, len(batch.data)) == (dtype, 2 * size)
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "given", "sent"),
+    [
+        (256, "<i8", pb.DATA_TYPE_UINT8),
+        (257, "<i8", pb.DATA_TYPE_UINT16),
+        (257, "<i4", pb.DATA_TYPE_UINT16),
+        (257, ">u2", pb.DATA_TYPE_UINT16),
+        (257, "i1", pb.DATA_TYPE_UINT16),
+        (257, "u1", pb.DATA_TYPE_UINT8),
+        (65_536, "<u8", pb.DATA_TYPE_UINT16),
+        (65_537, "<i2", pb.DATA_TYPE_INT32),
+        (65_537, "<u2", pb.DATA_TYPE_UINT16),
+        (65_537, "<i8", pb.DATA_TYPE_INT32),
+    ],
+)
+def test_ids_are_sent_in_the_type_that_holds_the_vocabulary_or_a_narrower_one_that_they_have(
+    num_tokens: int, given: str, sent: int
+) -> None:
+    batch = encode_batch(np.array([[3, 100]], dtype=given), num_tokens)
+    assert batch.dtype == sent
+    assert decode_batch(batch)[0].tolist() == [3, 100]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("wrong", [-1, 257, 65_536 + 5, 2**31, -(2**40)])
+def test_an_id_outside_the_vocabulary_is_sent_as_it_is_and_not_narrowed(wrong: int) -> None:
+    batch = encode_batch([[1, wrong]], 257)
+    assert decode_batch(batch)[0].tolist() == [1, wrong]  # type: ignore[union-attr]
+    assert encode_batch([[1, wrong]], 257) == encode_batch([[1, wrong]]), "the server refuses it by position"
+
+
+@pytest.mark.parametrize(
+    ("answered", "version"),
+    [(0, DigestVersion(1, 257)), (1, DigestVersion(1, 257)), (2, DigestVersion(2, 257))],
+)
+def test_payloads_are_hashed_with_the_version_that_the_session_was_answered(
+    answered: int, version: DigestVersion
+) -> None:
+    ledger = Ledger()
+    ledger.open(pb.OpenSessionResponse(model=pb.ModelInfo(num_tokens=257), digest_version=answered))
+    assert ledger.digest_version == version
+    assert hash_of(step_request("r", IDS), version) == hash_of(step_request("r", IDS, 257), version)
+
+
 def test_rows_that_differ_in_length_and_lengths_make_the_same_message() -> None:
     ragged = encode_batch([[1, 2, 3], [4]])
     padded = encode_batch([[1, 2, 3], [4, 99, 99]], lengths=[3, 1])
@@ -107,7 +150,7 @@ def test_waits_grow_to_a_cap_with_jitter_and_end() -> None:
 
 
 def answer(ledger: Ledger, request: pb.TrainStepRequest, step: int) -> pb.TrainStepResponse:
-    digest = step_digest(ledger.digest, 1, step, hash_of(request), pb.STEP_OUTCOME_APPLIED)
+    digest = step_digest(ledger.digest, 1, step, hash_of(request, DigestVersion(1)), pb.STEP_OUTCOME_APPLIED)
     return pb.TrainStepResponse(step=step, digest=digest, outcome=pb.STEP_OUTCOME_APPLIED)
 
 
@@ -118,14 +161,14 @@ def test_the_ledger_follows_the_chain_and_finds_a_difference() -> None:
     ledger.open(pb.OpenSessionResponse(session=session, step=4, durable_step=3, digest=b"d" * 32))
     request = pb.TrainStepRequest(batch=encode_batch(IDS), learning_rate=0.5)
     first = answer(ledger, request, 4)
-    ledger.acknowledge(first, hash_of(request))
+    ledger.acknowledge(first, hash_of(request, DigestVersion(1)))
     assert (ledger.step, ledger.digest) == (4, first.digest)
     assert ledger.history() == pb.History(run_id="r", lineage=1, step=4, digest=first.digest)
     other = pb.TrainStepRequest(batch=encode_batch(IDS))
     with pytest.raises(DigestMismatchError, match="after step 5"):
-        ledger.acknowledge(answer(ledger, other, 5), hash_of(request))
+        ledger.acknowledge(answer(ledger, other, 5), hash_of(request, DigestVersion(1)))
     with pytest.raises(DigestMismatchError, match="step 7, expected was 5"):
-        ledger.acknowledge(answer(ledger, request, 7), hash_of(request))
+        ledger.acknowledge(answer(ledger, request, 7), hash_of(request, DigestVersion(1)))
     assert ledger.step == 4
 
 

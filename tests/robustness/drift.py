@@ -23,13 +23,13 @@ from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.recovery.tolerance import SMALL
 from maskwire_server.results import StepResult
-from maskwire_server.training.trainer import Trainer
+from maskwire_server.training.trainer import TorchTrainer
 
 ROUNDING = {"fp32": 2.0**-23, "tf32": 2.0**-10, "bf16": 2.0**-8}
 """One unit in the last place of each precision."""
 
 
-class PerturbedTrainer(Trainer):
+class PerturbedTrainer(TorchTrainer):
     """Rounds otherwise than its like at every step, and never twice the same way."""
 
     rounding = ROUNDING["fp32"]
@@ -78,7 +78,7 @@ def settings(critic: str, precision: str, rate: float = 1e-3, **more: Any) -> co
     )  # fmt: skip
 
 
-def trainer(kind: type[Trainer], whole: config.Config, seed: int | None = None) -> Trainer:
+def trainer(kind: type[TorchTrainer], whole: config.Config, seed: int | None = None) -> TorchTrainer:
     chosen = whole.run.seed if seed is None else seed
     return kind(whole.model, whole.objective, whole.optimizer, whole.serve, chosen)
 
@@ -98,7 +98,7 @@ def differences(a: StepResult, b: StepResult) -> tuple[float, float, float]:
     )
 
 
-def drift(run: Trainer, replay: Trainer, steps: int, size: tuple[int, int]) -> np.ndarray[Any, Any]:
+def drift(run: TorchTrainer, replay: TorchTrainer, steps: int, size: tuple[int, int]) -> np.ndarray[Any, Any]:
     """The differences of each step, [steps, 3]."""
     found = []
     for step in range(1, steps + 1):
@@ -115,7 +115,7 @@ def main() -> None:
     for precision, critic, size in itertools.product(ROUNDING, ("self", "token"), ((4, 16), (8, 32))):
         PerturbedTrainer.rounding = ROUNDING[precision]
         whole = settings(critic, "bf16" if precision == "bf16" else "fp32")
-        run, replay = trainer(Trainer, whole), trainer(PerturbedTrainer, whole)
+        run, replay = trainer(TorchTrainer, whole), trainer(PerturbedTrainer, whole)
         largest = drift(run, replay, steps, size).max(0)
         numbers = " ".join(f"{value:9.2e}" for value in largest)
         words = f"{precision} {critic:5} critic, {size[0]} x {size[1]}"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from counter import CounterTrainer
 
-from maskwire.v1.digest import lineage_digest, step_digest
+from maskwire.v1.digest import DigestVersion, lineage_digest, step_digest
 from maskwire_server.batch import Batch, Modes, Payload
 
 
@@ -40,7 +40,13 @@ class Expected:
         payload = Payload(Batch(ids.astype(np.int64), *ids.shape), Modes())
         result = self._trainer.train_step(self.lineage, self.step, payload.batch, payload.modes)
         self.losses[self.step] = result.losses.loss
-        self.digest = step_digest(self.digest, self.lineage, self.step, payload.hash(), 1)
+        self.digest = step_digest(
+            self.digest,
+            self.lineage,
+            self.step,
+            payload.hash(DigestVersion(2, self._trainer.info.num_tokens)),
+            1,
+        )
         self.digests[self.lineage, self.step] = self.digest
         self.states[self.step] = self._trainer.state
 

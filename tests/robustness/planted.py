@@ -31,14 +31,13 @@ from maskwire_server.engine import (
     committer,
     executor,
     queue,
-    reads,
     sessions,
     start,
     steps,
 )
 from maskwire_server.errors import Refused, RunDirectoryError
-from maskwire_server.journal import fsync, journal, reserve
-from maskwire_server.recovery import boot, fingerprint, inexact, replay
+from maskwire_server.journal import database, fsync, inexact_replays, journal, reserve
+from maskwire_server.recovery import boot, rebuild, recorded_settings, replay
 from maskwire_server.requests import EvalRequest, SaveRequest, StepRequest
 from maskwire_server.results import EvalOptions, InexactReplay, Losses, Outcome, StepResult
 
@@ -342,7 +341,7 @@ def a_critic_of_weight_0(_: Path) -> None:
 
     from maskwire_server import config
     from maskwire_server.batch import Batch, Modes
-    from maskwire_server.training.trainer import Trainer
+    from maskwire_server.training.trainer import TorchTrainer
 
     whole = config.load(
         None,
@@ -351,7 +350,7 @@ def a_critic_of_weight_0(_: Path) -> None:
         optimizer={"learning_rate": 1e-2, "warmup_steps": 0},
         serve={"device": "cpu", "threads": 1},
     )
-    trainer = Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed=0)
+    trainer = TorchTrainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed=0)
     batch = Batch(np.random.default_rng(0).integers(0, 8, (16, 6)), 16, 6)
     modes = Modes(only_train_critic=True, generator_sample_temperature=1.0)
     losses = [trainer.train_step(1, step, batch, modes).losses.loss for step in range(1, 41)]
@@ -545,7 +544,7 @@ def _journal_without_flushes() -> list[Patch]:
 
 
 def _checkpoint_files_not_flushed() -> list[Patch]:
-    return [(store, "_flush", store.describe)]
+    return [(store, "flush", store.describe)]
 
 
 def _checkpoint_folder_not_flushed() -> list[Patch]:
@@ -575,14 +574,14 @@ def _digest_not_chained() -> list[Patch]:
 
 
 def _replay_leaves_the_first_step_out() -> list[Patch]:
-    steps = boot.steps_to_replay
+    steps = rebuild.steps_to_replay
 
     def shorter(*arguments: Any) -> Iterator[Any]:
         records = steps(*arguments)
         next(records, None)
         yield from records
 
-    return [(boot, "steps_to_replay", shorter)]
+    return [(rebuild, "steps_to_replay", shorter)]
 
 
 def _rows_not_held_against_their_hashes() -> list[Patch]:
@@ -595,7 +594,7 @@ def _rows_not_held_against_their_hashes() -> list[Patch]:
 def _batches_not_held_against_their_hashes() -> list[Patch]:
     from maskwire_server.batch import Payload
 
-    return [(replay, "read_payload", lambda _, encoded: Payload.decode(encoded))]
+    return [(replay, "read_payload", lambda _, encoded, __: Payload.decode(encoded))]
 
 
 def _checkpoint_files_not_verified() -> list[Patch]:
@@ -660,7 +659,7 @@ def _no_lock() -> list[Patch]:
         self._db.execute("PRAGMA locking_mode=NORMAL")
         self._db.execute("SELECT count(*) FROM run").fetchone()
 
-    return [(journal, "_lock", unlocked), (journal.Journal, "__init__", shared)]
+    return [(database, "lock", unlocked), (journal.Journal, "__init__", shared)]
 
 
 def _the_same_nonce_opens_again() -> list[Patch]:
@@ -685,7 +684,7 @@ def _checkpoints_of_other_runs_count() -> list[Patch]:
 
 
 def _the_log_stays_while_held() -> list[Patch]:
-    return [(committer.Committer, "_make_room", lambda _: False), (reads, "make_room", lambda *_: False)]
+    return [(committer.Committer, "_make_room", lambda _: False), (steps, "make_room", lambda *_: False)]
 
 
 def _owed_evaluations_left_out() -> list[Patch]:
@@ -720,7 +719,7 @@ def _tolerance_without_a_bound() -> list[Patch]:
 
 
 def _no_tolerance() -> list[Patch]:
-    return [(fingerprint, "reproducible", lambda _: True)]
+    return [(recorded_settings, "reproducible", lambda _: True)]
 
 
 def _changed_outcome_accepted() -> list[Patch]:
@@ -732,11 +731,11 @@ def _inexact_state_not_saved() -> list[Patch]:
 
 
 def _inexact_replays_not_recorded() -> list[Patch]:
-    return [(inexact, "record", lambda *_: None)]
+    return [(inexact_replays, "record", lambda *_: None)]
 
 
 def _inexact_replays_not_in_manifests() -> list[Patch]:
-    return [(inexact, "within", lambda *_: ())]
+    return [(inexact_replays, "within", lambda *_: ())]
 
 
 BUGS = {

@@ -25,6 +25,7 @@ from maskwire.protocol.calls import Call, Pause, RetryPolicy, Until
 from maskwire.protocol.codec import hash_of, step_request
 from maskwire.protocol.writer import Writing
 from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.digest import DigestVersion
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.commits import StepCommit
@@ -35,6 +36,7 @@ from maskwire_server.engine.run import Run
 from maskwire_server.engine.steps import Steps
 from maskwire_server.errors import REASONS as SERVER_REASONS
 from maskwire_server.errors import Refused
+from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, StepRecord
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import SessionRef, StepRequest
@@ -83,10 +85,9 @@ class Disk:
         self.records.append(commit.record)
         commit.committed()
 
-    def read(self, question: Any) -> Future[StepRecord | None]:
-        answer: Future[StepRecord | None] = Future()
-        answer.set_result(next((one for one in self.records if one.step == question.step), None))
-        return answer
+    def read(self, question: Any, lineage: int, step: int) -> StepRecord | None:
+        assert (question, lineage) == (Journal.step, 1)
+        return next((one for one in self.records if one.step == step), None)
 
     def wake(self) -> None: ...
 
@@ -109,7 +110,7 @@ class Idle:
 class Packed(Payload):
     """As much of a batch as its hash, and whether the device fails with it."""
 
-    def hash(self) -> bytes:
+    def hash(self, version: DigestVersion) -> bytes:
         return self.sent_hash
 
     def encode(self) -> bytes:
@@ -170,6 +171,9 @@ class World:
         self.computing: Step | None = None
         self.calls: list[Attempt] = []
 
+    def usable_after(self, error: BaseException) -> bool:
+        return True
+
     def train_step(self, lineage: int, number: int, batch: Any, modes: Any) -> StepResult:
         """As the device does, at the end of the step's time."""
         assert self.computing is not None
@@ -204,7 +208,7 @@ class World:
             self.refuse(attempt, Refused("INVALID_FIELD", "the mask id"))
         else:
             payload = Packed(Batch(np.zeros((1, 1), int), 1, 1), Modes())
-            object.__setattr__(payload, "sent_hash", hash_of(request))
+            object.__setattr__(payload, "sent_hash", hash_of(request, DigestVersion(1)))
             try:
                 sent = StepRequest(payload, self.session, request.step, request.request_id)
                 self.steps.admit(sent, attempt.future)

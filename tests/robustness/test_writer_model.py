@@ -25,7 +25,7 @@ from counter import NAN_ID
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from rig import WAIT, FullDisk, make_engine, wait_for
+from rig import DIGEST, WAIT, FullDisk, make_engine, wait_for
 
 from maskwire.v1.digest import lineage_digest, step_digest
 from maskwire_server import config, failpoints
@@ -166,10 +166,10 @@ class WriterModel(RuleBasedStateMachine):
             self.refused = 0
         finite = sent.batch.ids[0, 0] != NAN_ID
         self.non_finite = 0 if finite else self.non_finite + 1
-        self.digest = step_digest(self.digest, self.lineage, self.step, sent.hash(), 1 if finite else 2)
+        self.digest = step_digest(self.digest, self.lineage, self.step, sent.hash(DIGEST), 1 if finite else 2)
         self.at[self.lineage, self.step] = self.digest
         if request_id is not None:
-            self.known[request_id] = self.step, sent.hash()
+            self.known[request_id] = self.step, sent.hash(DIGEST)
             self.of[request_id] = self.lineage
         return self.step
 
@@ -297,7 +297,7 @@ class WriterModel(RuleBasedStateMachine):
         request_id = data.draw(st.sampled_from(sorted(self.known)))
         step, sent_hash = self.known[request_id]
         sent = next(payload(n, f) for n in range(1, self.made + 1) for f in (True, False)
-                     if payload(n, f).hash() == sent_hash)  # fmt: skip
+                     if payload(n, f).hash(DIGEST) == sent_hash)  # fmt: skip
         session = data.draw(st.sampled_from([None, *self.sessions[-2:]]))
         problem = self.check_session(session) if session else "WRITER_PRESENT" * bool(self.present())
         problem = problem or "WRONG_RUN" * (not self.in_history(self.of[request_id], step))

@@ -30,7 +30,10 @@ def request(value: int, **fields: Any) -> pb.TrainStepRequest:
 
 def opened(service: Any, name: str = "a", **fields: Any) -> pb.SessionRef:
     return service.OpenSession(
-        pb.OpenSessionRequest(client_name=name, nonce=f"{name} {time.monotonic_ns()}", **fields), timeout=20
+        pb.OpenSessionRequest(
+            client_name=name, nonce=f"{name} {time.monotonic_ns()}", digest_versions=[1, 2], **fields
+        ),
+        timeout=20,
     ).session
 
 
@@ -55,6 +58,29 @@ def service(serve: Serve, stub: Stub) -> Any:
 def held(serve: Serve) -> ServerProcess:
     """Its steps begin and wait for `release`, so that there is time to ask beside them."""
     return serve(held=True, serve__gap_seconds="600")
+
+
+def test_a_client_that_lacks_the_version_of_the_digest(service: Any) -> None:
+    def status() -> int:
+        return int(service.GetStatus(pb.GetStatusRequest(), timeout=5).digest_version)
+
+    def open_session(name: str, *versions: int) -> pb.OpenSessionResponse:
+        return service.OpenSession(  # type: ignore[no-any-return]
+            pb.OpenSessionRequest(client_name=name, nonce=name, takeover=True, digest_versions=versions),
+            timeout=20,
+        )
+
+    assert open_session("a").digest_version == 1, "which says nothing computes version 1"
+    newer = open_session("b", 1, 2)
+    assert (newer.digest_version, status()) == (2, 0)
+    service.TrainStep(request(10, session=newer.session, step=1), timeout=20)
+    assert status() == 2
+    failure = refused(lambda: open_session("c"), Code.FAILED_PRECONDITION, "DIGEST_VERSION")
+    assert failure.error.metadata == {"digest_version": "2", "client_digest_versions": "1"}
+    assert not failure.retryable
+    many = range(1, 18)
+    refused(lambda: open_session("d", *many), Code.INVALID_ARGUMENT, "INVALID_FIELD")
+    service.TrainStep(request(11, session=newer.session, step=2), timeout=20)
 
 
 def test_wrong_run_or_lineage(service: Any) -> None:

@@ -62,13 +62,13 @@ CASES: dict[str, tuple[pb.TrainStepRequest, str, list[str]]] = {
     "too many tokens": (
         pb.TrainStepRequest(batch=batch(data=b"", shape=[2**16, 32])), "batch.shape", ["at most 1048576"]),
     "lengths of another number": (
-        pb.TrainStepRequest(batch=batch(lengths=[16])), "batch.lengths", ["one a row, 2", "got 1"]),
+        pb.TrainStepRequest(batch=batch(lengths=[16])), "batch.lengths", ["one length per row, 2", "got 1"]),
     "a length of 0": (
         pb.TrainStepRequest(batch=batch(lengths=[16, 0])), "batch.lengths", ["row 1", "1 to 16", "got 0"]),
     "a length beyond the columns": (
         pb.TrainStepRequest(batch=batch(lengths=[17, 16])), "batch.lengths", ["row 0", "got 17"]),
     "columns that no row has": (
-        pb.TrainStepRequest(batch=batch(lengths=[15, 14])), "batch.lengths", ["16 columns", "15"]),
+        pb.TrainStepRequest(batch=batch(lengths=[15, 14])), "batch.lengths", ["16 tokens", "got 15"]),
     "a prompt of another size": (
         pb.TrainStepRequest(batch=batch(prompt_mask=b"\1")), "batch.prompt_mask", ["4 bytes", "got 1"]),
     "prompt bits behind the end": (
@@ -79,9 +79,9 @@ CASES: dict[str, tuple[pb.TrainStepRequest, str, list[str]]] = {
     "no batch": (pb.TrainStepRequest(), "batch", ["missing"]),
     "both flags": (
         pb.TrainStepRequest(batch=batch(), only_train_generator=True, only_train_critic=True),
-        "only_train_critic", ["exclude"]),
+        "only_train_critic", ["cannot both be set"]),
     "critic training without a critic": (
-        pb.TrainStepRequest(batch=batch(), only_train_critic=True), "only_train_critic", ["has none"]),
+        pb.TrainStepRequest(batch=batch(), only_train_critic=True), "only_train_critic", ["lacks"]),
     "a negative temperature": (
         pb.TrainStepRequest(batch=batch(), generator_sample_temperature=-1),
         "generator_sample_temperature", ["at least 0", "-1"]),

@@ -102,7 +102,7 @@ def test_the_best_evaluation_is_kept(serve: Serve) -> None:
         assert "best-000000010" not in names(trainer)
         with pytest.raises(InvalidRequestError, match="score must be finite, got nan"):
             trainer.checkpoint(score=float("nan"))
-        with pytest.raises(InvalidRequestError, match="best-NUMBER are what the server calls its own"):
+        with pytest.raises(InvalidRequestError, match="reserved: the server names its own checkpoints"):
             trainer.checkpoint("best-1")
 
 
@@ -177,4 +177,4 @@ def test_whichever_file_of_the_newest_checkpoint_is_damaged_the_run_starts_at_th
             other.kill()
             assert "loaded checkpoint at-2" in log
             if (file, damage) != ("manifest.json", "delete"):  # that one does not exist
-                assert f"checkpoint at-4 passed over, and moved to at-4.aside: {file}" in log
+                assert f"checkpoint at-4 cannot be used and was moved to at-4.aside: {file}" in log

@@ -171,9 +171,9 @@ def test_training_in_the_middle_of_an_evaluation_is_found(serve: Callable[..., S
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ({"estimator": "chain_rule", "draws": 2}, "one such order"),
+    ({"estimator": "chain_rule", "draws": 2}, "a single order"),
     ({"estimator": "chain_rule", "only_train_critic": True}, "has no critic"),
-    ({"chain_order": "random"}, "left out without ESTIMATOR_CHAIN_RULE"),
+    ({"chain_order": "random"}, "chain_order needs ESTIMATOR_CHAIN_RULE"),
 ], ids=str)  # fmt: skip
 def test_what_a_chain_rule_cannot_be_told_is_refused_by_name(
     server: ServerProcess, options: dict[str, Any], words: str

@@ -145,7 +145,8 @@ CASES: dict[str, tuple[pb.GenerateRequest, str, list[str]]] = {
     "prompts too long": (R(prompts=prompts([[16] * 33])), "prompts.shape", ["at most 32"]),
     "prompts without a type": (R(prompts=prompts(GOOD, dtype=0)), "prompts.dtype", ["DATA_TYPE_UINT8"]),
     "too few bytes": (R(prompts=prompts(GOOD, data=b"123")), "prompts.data", ["24 bytes", "got 3"]),
-    "lengths of other rows": (R(prompts=prompts(GOOD, lengths=[3])), "prompts.lengths", ["one a row, 2"]),
+    "lengths of other rows": (
+        R(prompts=prompts(GOOD, lengths=[3])), "prompts.lengths", ["one length per row, 2"]),
     "a mask of another size": (R(prompts=prompts(GOOD, prompt_mask=b"12")), "prompts.prompt_mask",
                                ["1 bytes", "got 2"]),
 }  # fmt: skip

@@ -16,10 +16,11 @@ from serving import TINY
 
 import maskwire
 import maskwire_server
-from maskwire_server import config, template
+from maskwire_server import config
+from maskwire_server.config import template
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import disk
-from maskwire_server.journal.journal import _refuse_leftovers
+from maskwire_server.journal.run_directory import refuse_leftovers
 from maskwire_server.recovery import imported_run
 
 SERVER = str(Path(sys.executable).with_name("maskwire-server"))
@@ -114,7 +115,7 @@ def test_a_relative_run_directory_works_where_the_working_directory_is_not_utf_8
 @pytest.mark.parametrize("name", [*OF_VOLUMES, ".Trash-0/", ".Trashes/", "aquota.user", "desktop.ini"])
 def test_what_a_volume_holds_by_itself_is_no_leftover(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
-    _refuse_leftovers(tmp_path)
+    refuse_leftovers(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "data.txt", "lost", "Trash-1000", "journal"])
@@ -122,7 +123,7 @@ def test_other_leftovers_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "lost+found").mkdir()
     (tmp_path / name).touch()
     with pytest.raises(RunDirectoryError, match=name):
-        _refuse_leftovers(tmp_path)
+        refuse_leftovers(tmp_path)
 
 
 def test_an_import_into_a_volumes_root_is_refused_before_anything_is_computed() -> None:

@@ -168,7 +168,7 @@ def test_a_damaged_checkpoint_is_not_restored_and_a_half_one_does_not_exist(serv
     server.start()  # passes the damaged one over, and computes both steps again
     with maskwire.connect(server.address) as trainer:
         assert trainer.step == 2
-    assert "passed over" in server.log.read_text()
+    assert "cannot be used and was moved to" in server.log.read_text()
 
 
 def test_sigterm_saves_and_a_restart_goes_on_from_there(serve: Serve) -> None:

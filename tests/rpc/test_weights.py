@@ -100,7 +100,7 @@ def test_a_folder_that_does_not_do_is_named(serve: Serve, tmp_path: Path) -> Non
         load(got, weights="ema")
     with pytest.raises(ValueError, match="auto, ema or raw, got 'best'"):
         load(got, weights="best")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"no whole checkpoint: manifest\.json cannot be read"):
+    with pytest.raises(ValueError, match=r"not a complete checkpoint: manifest\.json cannot be read"):
         load(tmp_path)
     whole = (got / "model.safetensors").read_bytes()
     for place in (8, len(whole) // 2, len(whole) - 1):
@@ -314,7 +314,7 @@ def test_without_the_moving_average_nothing_else_is_taken_for_it(serve: Serve, t
         alone = client.download("big", tmp_path / "alone", ema=True)
         assert {path.name for path in alone.iterdir()} == {"manifest.json", "ema.safetensors"}
     (folder / "ema.safetensors").unlink()
-    with pytest.raises(ValueError, match="or take the trained weights with weights = 'raw'"):
+    with pytest.raises(ValueError, match="or use the trained weights with weights = 'raw'"):
         maskwire_server.load(folder)
     maskwire_server.load(folder, weights="raw")
     with pytest.raises(ValueError, match=r"no model\.safetensors"):
@@ -349,7 +349,7 @@ def test_nobody_takes_the_names_of_the_servers_own_checkpoints(serve: Serve) -> 
     server = serve(seconds=0)
     with maskwire.connect(server.address) as trainer:
         for name in ("step-000000001", "step-7", "step-1-lineage-2"):
-            with pytest.raises(maskwire.MaskwireError, match="what the server calls its own"):
+            with pytest.raises(maskwire.MaskwireError, match="the server names its own checkpoints"):
                 trainer.checkpoint(name)
         assert trainer.checkpoint("step-one").name == "step-one"
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maskwire.v1.digest import DigestVersion
 from maskwire_server.batch import Batch, Modes, Payload
 
 
@@ -26,6 +27,9 @@ def payloads(draw: st.DrawFn) -> Payload:
     if draw(st.booleans()):
         bits = draw(st.lists(st.booleans(), min_size=rows * columns, max_size=rows * columns))
         prompt = np.packbits(bits, bitorder="little").tobytes()
+    ids = ids.astype(
+        draw(st.sampled_from([t for t in ("<u1", "<u2", "<i4", "<i8") if top <= np.iinfo(t).max]))
+    )
     if lengths is None:
         ids = ids.reshape(rows, columns)
     modes = Modes(
@@ -41,7 +45,9 @@ def payloads(draw: st.DrawFn) -> Payload:
 def test_a_payload_comes_back_from_its_bytes(payload: Payload) -> None:
     again = Payload.decode(payload.encode())
     assert again.modes == payload.modes
-    assert again.hash() == payload.hash()
+    assert again.batch.ids.dtype == payload.batch.ids.dtype, "as received"
+    for version in (DigestVersion(1), DigestVersion(2, 2**24 + 1)):
+        assert again.hash(version) == payload.hash(version)
     for one, two in zip(payload.batch.dense(None), again.batch.dense(None), strict=True):
         assert np.array_equal(one, two)
 

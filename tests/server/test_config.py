@@ -1,4 +1,4 @@
-"""Configuration errors are one line each: the key, the value, and what would be right."""
+"""The configuration: its sources, its defaults, and its error messages of one line each."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ import pytest
 import maskwire
 from maskwire_server import config
 from maskwire_server.config import Config, ObjectiveConfig, load
+from maskwire_server.config.sections import SECTIONS
+from maskwire_server.config.template import template
 from maskwire_server.errors import ConfigError
-from maskwire_server.template import template
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("checkpoints", {"keep_last": 1}, "checkpoints.keep_last: must be greater than or equal to 2, got 1"),
     ],
 )  # fmt: skip
-def test_a_bad_value_is_one_line(section: str, values: dict[str, Any], line: str) -> None:
+def test_an_invalid_value_is_reported_in_one_line(section: str, values: dict[str, Any], line: str) -> None:
     with pytest.raises(ConfigError) as raised:
         load(None, **{section: values})
     assert str(raised.value).startswith(line)
@@ -59,18 +60,18 @@ def test_a_bad_value_is_one_line(section: str, values: dict[str, Any], line: str
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:50051", "192.168.1.2:1", "example.org:80", "[::]:1"])
-def test_plaintext_beyond_loopback_is_refused_unless_the_user_says_so(address: str) -> None:
+def test_plaintext_beyond_loopback_is_rejected_unless_it_is_allowed(address: str) -> None:
     with pytest.raises(ConfigError, match=r"must be on loopback .*ssh -L"):
         load(None, serve={"address": address})
     assert load(None, serve={"address": address, "allow_insecure": True}).serve.address == address
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:50051", "[::1]:9", "127.9.9.9:1"])
-def test_loopback_is_recognised(address: str) -> None:
+def test_loopback_addresses_are_recognised(address: str) -> None:
     assert load(None, serve={"address": address}).serve.address == address
 
 
-def test_flags_win_over_the_environment_and_that_over_the_file(
+def test_flags_win_over_the_environment_and_the_environment_over_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "c.toml"
@@ -81,7 +82,7 @@ def test_flags_win_over_the_environment_and_that_over_the_file(
     assert (model.dim, model.depth, model.heads, model.dim_head) == (64, 7, 2, 64)
 
 
-def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path: Path) -> None:
+def test_a_missing_or_malformed_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none.toml: no such file; `maskwire-server init` writes one"):
         load(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("[model\n")
@@ -89,7 +90,7 @@ def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path: Path) -> None:
         load(tmp_path / "bad.toml")
 
 
-def test_presets_set_what_is_not_set_beside_them() -> None:
+def test_a_preset_sets_the_keys_that_are_not_set() -> None:
     assert ObjectiveConfig().loss_is_bound
     maskgit = load(None, objective={"preset": "maskgit"}).objective
     assert (maskgit.schedule, maskgit.weighting, maskgit.loss_is_bound) == ("cosine", "masked_mean", False)
@@ -103,14 +104,14 @@ def test_presets_set_what_is_not_set_beside_them() -> None:
     assert (cmlm.no_replace_prob, cmlm.random_token_prob, cmlm.weighting) == (0.1, 0.0, "masked_mean")
 
 
-def test_what_belongs_to_the_run_is_canonical_and_the_rest_is_not_in_it() -> None:
+def test_only_the_fixed_settings_are_in_the_canonical_bytes() -> None:
     start = Config().canonical()
     assert load(None, optimizer={"learning_rate": 0.5}, serve={"window": 2}).canonical() == start
     assert load(None, model={"dim": 64}).canonical() != start
     assert load(None, objective={"critic": "self"}).canonical() != start
 
 
-def test_the_template_loads_as_the_defaults_also_with_every_comment_taken_off(tmp_path: Path) -> None:
+def test_the_template_loads_as_the_defaults_with_and_without_its_comment_marks(tmp_path: Path) -> None:
     text = template()
     file = tmp_path / "t.toml"
     file.write_text(text)
@@ -128,7 +129,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return fork_server.run([Path(sys.executable).with_name("maskwire-server"), *arguments], text=True)
 
 
-def test_the_server_stops_at_start_with_a_line_for_each_mistake(tmp_path: Path) -> None:
+def test_the_server_reports_each_mistake_in_a_line_and_does_not_start(tmp_path: Path) -> None:
     done = run(
         "serve",
         "--set",
@@ -149,7 +150,7 @@ def test_the_server_stops_at_start_with_a_line_for_each_mistake(tmp_path: Path) 
     )
 
 
-def test_init_writes_once_and_check_reports(tmp_path: Path) -> None:
+def test_init_does_not_overwrite_and_check_reports_memory(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     assert run("init", str(file)).returncode == 0
     again = run("init", str(file))
@@ -165,7 +166,7 @@ def test_init_writes_once_and_check_reports(tmp_path: Path) -> None:
     assert "does not fit" in huge.stdout
 
 
-def test_the_server_s_command_has_the_version() -> None:
+def test_the_server_command_prints_its_version() -> None:
     done = run("--version")
     assert (done.returncode, done.stdout) == (0, f"{maskwire.__version__}\n")
     assert "import-x-transformers" in run().stdout
@@ -174,23 +175,29 @@ def test_the_server_s_command_has_the_version() -> None:
 def test_the_log_says_which_run_is_served_and_whether_a_file_was_read(tmp_path: Path) -> None:
     file, run_dir = tmp_path / "c.toml", tmp_path / "run"
     file.write_text("[model]\ndepth = 1\n")
-    with socket.create_server(("127.0.0.1", 0)) as taken:  # so that the command ends
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # so that the command fails and ends
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         for config_file, words in ((["--config", str(file)], False), ([], True)):
             done = run("serve", *config_file, "--run-dir", str(run_dir), "--address", address)
             assert done.returncode == 2
             assert f"run directory: {run_dir}\n" in done.stderr
-            assert ("no configuration file (--config): built-in defaults" in done.stderr) is words
+            assert ("no configuration file (--config): using the defaults" in done.stderr) is words
 
 
-def test_nothing_is_set_by_accident() -> None:
+def test_each_preset_is_a_choice_of_the_setting() -> None:
     assert config.PRESETS.keys() == {"mdlm", "maskgit", "cmlm", "x-transformers"}
 
 
-def test_a_path_that_the_locale_cannot_read_is_told_the_locale() -> None:
+def test_every_section_has_a_module_of_its_name() -> None:
+    assert {name: type(field.default) for name, field in Config.model_fields.items()} == SECTIONS
+    for name, section in SECTIONS.items():
+        assert section.__module__ == f"maskwire_server.config.{name}"
+
+
+def test_a_path_that_the_locale_cannot_decode_names_the_locale() -> None:
     with pytest.raises(ConfigError) as found:
-        load(None, run={"dir": "/tmp/\udcc3\udcbcn"})  # what Python makes of it in a locale of ASCII
-    assert "the path is UTF-8, but this process runs in a locale of ASCII" in str(found.value)
+        load(None, run={"dir": "/tmp/\udcc3\udcbcn"})  # how Python decodes it in an ASCII locale
+    assert "the path is UTF-8, but this process runs in an ASCII locale" in str(found.value)
     assert "set LC_ALL=C.UTF-8 or PYTHONUTF8=1, got '/tmp/\xfcn'" in str(found.value)
     with pytest.raises(ConfigError, match=r"the path must be UTF-8, got b'/tmp/\\xfcn'"):
         load(None, run={"dir": "/tmp/\udcfcn"})

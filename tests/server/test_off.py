@@ -1,4 +1,4 @@
-"""A file, the environment and flags turn limits and intervals off alike, and never an id or a probability."""
+"""The value "off" turns off limits and intervals, in a file, the environment and flags alike."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any, get_args
 import pytest
 import typer
 
-from maskwire_server import template
 from maskwire_server.cli import options
-from maskwire_server.config import Config, can_be_off, load
+from maskwire_server.config import Config, can_be_off, load, template
 
 LIMITS_AND_INTERVALS = {
     "optimizer.total_steps", "optimizer.clip_grad_norm",
@@ -24,7 +23,7 @@ NUMBERS = [
     if {int, float} & {setting.annotation, *get_args(setting.annotation)} or key == "betas"
 ]
 NEVER = [each for each in NUMBERS if ".".join(each) not in LIMITS_AND_INTERVALS]
-WAYS = ("file", "environment", "flag")
+SOURCES = ("file", "environment", "flag")
 
 
 @pytest.fixture(autouse=True)
@@ -35,101 +34,101 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Load a configuration with one setting said in one of the ways, as the commands do."""
+def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Load a configuration with one setting from one of the sources, as the commands do."""
 
-    def say(way: str, section: str, key: str, value: str) -> Config:
+    def configure(source: str, section: str, key: str, value: str) -> Config:
         file = None
         flags: list[str] = []
-        if way == "file":
+        if source == "file":
             file = tmp_path / "c.toml"
             file.write_text(f"[{section}]\n{key} = {value}\n")
-        elif way == "environment":
+        elif source == "environment":
             monkeypatch.setenv(f"MASKWIRE_{section}__{key}".upper(), value.strip('"'))
         else:
             flags = [f"{section}.{key}={value.strip(chr(34))}"]
         return options.loaded(file, None, None, flags)
 
-    return say
+    return configure
 
 
-def test_what_can_be_off_is_listed_by_name() -> None:
+def test_the_settings_that_can_be_off_are_listed() -> None:
     assert set(can_be_off()) == LIMITS_AND_INTERVALS
     assert len(NEVER) > 30
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("name", sorted(LIMITS_AND_INTERVALS))
-def test_a_limit_or_an_interval_is_turned_off(said: Any, way: str, name: str) -> None:
+def test_limits_and_intervals_can_be_off(configured: Any, source: str, name: str) -> None:
     section, _, key = name.partition(".")
-    config = said(way, section, key, '"off"')
+    config = configured(source, section, key, '"off"')
     assert getattr(getattr(config, section), key) is None
     assert config.canonical() == Config().canonical()
     recorded = config.model_dump(mode="json")
-    assert recorded[section].pop(key) is None, "recorded as what was never set was before"
+    assert recorded[section].pop(key) is None, "recorded like a setting that was never set"
     expected = Config().model_dump(mode="json")
     expected[section].pop(key)
     assert recorded == expected
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize(("section", "key"), NEVER)
-def test_another_number_is_never_off(
-    said: Any, way: str, section: str, key: str, capsys: pytest.CaptureFixture[str]
+def test_other_numbers_cannot_be_off(
+    configured: Any, source: str, section: str, key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(typer.Exit) as stopped:
-        said(way, section, key, '"off"')
+        configured(source, section, key, '"off"')
     assert stopped.value.exit_code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"maskwire-server: {section}.{key}: cannot be off: ")
-    assert "checkpoints.every_seconds" in line, "what can be"
+    assert "checkpoints.every_seconds" in line, "the line names what can be off"
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_0_keeps_its_meaning(said: Any, way: str) -> None:
-    assert said(way, "model", "pad_id", "0").model.pad_id == 0
-    assert said(way, "objective", "augment_prob", "0").objective.augment_prob == 0
-    assert said(way, "objective", "critic_loss_weight", "0").objective.critic_loss_weight == 0
+@pytest.mark.parametrize("source", SOURCES)
+def test_0_means_0(configured: Any, source: str) -> None:
+    assert configured(source, "model", "pad_id", "0").model.pad_id == 0
+    assert configured(source, "objective", "augment_prob", "0").objective.augment_prob == 0
+    assert configured(source, "objective", "critic_loss_weight", "0").objective.critic_loss_weight == 0
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("value", ['"none"', "0", '""', '"Off"'])
-def test_nothing_else_turns_a_limit_off(said: Any, way: str, value: str) -> None:
+def test_no_other_value_turns_a_limit_off(configured: Any, source: str, value: str) -> None:
     with pytest.raises(typer.Exit):
-        said(way, "optimizer", "clip_grad_norm", value)
+        configured(source, "optimizer", "clip_grad_norm", value)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("value", ['"none"', "0", '"OFF"'])
 @pytest.mark.parametrize("name", sorted(LIMITS_AND_INTERVALS))
-def test_what_others_take_for_off_is_answered_with_the_word_for_it(
-    said: Any, way: str, value: str, name: str, capsys: pytest.CaptureFixture[str]
+def test_values_that_mean_off_elsewhere_get_a_hint(
+    configured: Any, source: str, value: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     section, _, key = name.partition(".")
     with pytest.raises(typer.Exit):
-        said(way, section, key, value)
+        configured(source, section, key, value)
     line = capsys.readouterr().err
     assert line.startswith(f"maskwire-server: {name}: must be")
     assert '; "off" turns it off, got ' in line
 
 
-def test_the_word_is_not_offered_where_it_does_not_help(
-    said: Any, capsys: pytest.CaptureFixture[str]
+def test_the_hint_is_left_out_where_it_does_not_help(
+    configured: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in (("optimizer.clip_grad_norm", "-1"), ("model.dim", "0")):
         section, _, key = name.partition(".")
         with pytest.raises(typer.Exit):
-            said("flag", section, key, value)
+            configured("flag", section, key, value)
         assert "turns it off" not in capsys.readouterr().err
 
 
-def test_a_bare_off_in_a_file_is_told_its_quotes(said: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_off_without_quotes_gets_a_hint(configured: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit):
-        said("file", "optimizer", "clip_grad_norm", "off")
+        configured("file", "optimizer", "clip_grad_norm", "off")
     assert 'write clip_grad_norm = "off", with quotes' in capsys.readouterr().err
 
 
-def test_a_flag_turns_off_what_the_environment_or_the_file_turned_on(
+def test_off_in_a_flag_wins_over_the_environment_and_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "c.toml"
@@ -142,13 +141,13 @@ def test_a_flag_turns_off_what_the_environment_or_the_file_turned_on(
     assert config.optimizer.clip_grad_norm is None
 
 
-def test_a_cosine_needs_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cosine_schedule_needs_total_steps(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit):
         options.loaded(None, None, None, ["optimizer.schedule=cosine", "optimizer.total_steps=off"])
     assert "total_steps must be set with schedule = 'cosine'" in capsys.readouterr().err
 
 
-def test_what_is_off_is_off_in_a_file_that_was_written(tmp_path: Path) -> None:
+def test_a_written_file_keeps_what_is_off(tmp_path: Path) -> None:
     sections: dict[str, dict[str, Any]] = {}
     for name in LIMITS_AND_INTERVALS:
         section, _, key = name.partition(".")

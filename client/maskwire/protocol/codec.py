@@ -12,7 +12,7 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from maskwire import arguments, results
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire.v1.digest import payload_hash
+from maskwire.v1.digest import DigestVersion, narrowest_type, payload_hash
 
 _DTYPES: dict[np.dtype[Any], pb.DataType] = {
     np.dtype("<u1"): pb.DATA_TYPE_UINT8,
@@ -38,8 +38,10 @@ def _host(values: Any) -> npt.NDArray[Any]:
     return np.asarray(values)
 
 
-def encode_batch(tokens: Any, *, lengths: Any = None, prompt_mask: Any = None) -> pb.TokenBatch:
-    """A TokenBatch from rows of token ids.
+def encode_batch(
+    tokens: Any, num_tokens: int = 0, *, lengths: Any = None, prompt_mask: Any = None
+) -> pb.TokenBatch:
+    """A TokenBatch from rows of token ids; `num_tokens` is the size of the vocabulary, 0 if it is not known.
 
     `tokens` is an integer array [rows, columns], or a list of rows that may differ in length. With
     `lengths` [rows], what lies behind a row's length is padding and is not sent. `prompt_mask` is a
@@ -70,7 +72,7 @@ def encode_batch(tokens: Any, *, lengths: Any = None, prompt_mask: Any = None) -
             sizes = _lengths(lengths, shape)
             ids = ids[np.arange(shape[1]) < sizes[:, None]]
             shape = (shape[0], int(sizes.max(initial=0)))
-    data = _narrow(ids)
+    data = _narrow(ids, num_tokens)
     return pb.TokenBatch(
         data=data.tobytes(),
         shape=shape,
@@ -94,7 +96,18 @@ def _lengths(lengths: Any, shape: tuple[int, int]) -> npt.NDArray[np.int32]:
     return sizes.astype(np.int32)
 
 
-def _narrow(ids: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.integer[Any]]:
+def _narrow(ids: npt.NDArray[np.integer[Any]], num_tokens: int) -> npt.NDArray[np.integer[Any]]:
+    """The ids in the type in which they are sent.
+
+    That is the type in which they are hashed, so that neither side converts them, or a narrower one that
+    they have already. Ids outside the vocabulary are sent too: the server's refusal names their position.
+    """
+    if num_tokens:
+        id_type, own = narrowest_type(num_tokens), ids.dtype.newbyteorder("<")
+        if np.can_cast(own, id_type):
+            return ids.astype(own if own in _DTYPES else id_type, copy=False)
+        if int(ids.min()) >= 0 and int(ids.max()) < num_tokens:
+            return ids.astype(id_type)
     low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
     if low >= 0 and high < 2**16:
         return ids.astype("<u1" if high < 2**8 else "<u2", copy=False)
@@ -164,11 +177,18 @@ def _fill(kind: Any, **fields: Any) -> Any:
 
 
 def step_request(
-    request_id: str, tokens: Any, /, *, lengths: Any = None, prompt_mask: Any = None, **modes: Any
+    request_id: str,
+    tokens: Any,
+    num_tokens: int = 0,
+    /,
+    *,
+    lengths: Any = None,
+    prompt_mask: Any = None,
+    **modes: Any,
 ) -> pb.TrainStepRequest:
-    """One batch to train on; `modes` are fields of TrainStepRequest."""
+    """One batch to train on; `modes` are fields of TrainStepRequest, `num_tokens` as in `encode_batch`."""
     arguments.check_options("train_step", modes, STEP_OPTIONS)
-    batch = encode_batch(tokens, lengths=lengths, prompt_mask=prompt_mask)
+    batch = encode_batch(tokens, num_tokens, lengths=lengths, prompt_mask=prompt_mask)
     request: pb.TrainStepRequest = _fill(pb.TrainStepRequest, request_id=request_id, batch=batch, **modes)
     return request
 
@@ -249,12 +269,16 @@ def decode_batch(batch: pb.TokenBatch) -> npt.NDArray[np.int64] | list[npt.NDArr
     return ids.reshape(tuple(batch.shape))
 
 
-def hash_of(request: pb.TrainStepRequest) -> bytes:
-    """The payload hash of a step request."""
+def hash_of(request: pb.TrainStepRequest, version: DigestVersion) -> bytes:
+    """The payload hash of a step request. Raises ValueError for an id that the version cannot hash.
+
+    The server refuses such a request, so that hashing it can wait until the request is on its way.
+    """
     batch = request.batch
     dtype = next(dtype for dtype, number in _DTYPES.items() if number == batch.dtype)
     return payload_hash(
         np.frombuffer(batch.data, dtype=dtype),
+        version,
         rows=batch.shape[0],
         columns=batch.shape[1],
         lengths=list(batch.lengths),
@@ -450,4 +474,5 @@ def read_status(status: pb.GetStatusResponse) -> results.Status:
         limits=read_limits(status.limits),
         data=dict(status.data),
         inexact_replays=read_inexact_replays(status.inexact_replays),
+        digest_version=status.digest_version,
     )

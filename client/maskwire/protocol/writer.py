@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 from maskwire import results
 from maskwire.arguments import check_whole
@@ -22,7 +22,7 @@ from maskwire.protocol import codec
 from maskwire.protocol.calls import Asking, Pause, RetryPolicy, Talk, Until, new_id
 from maskwire.protocol.limits import too_long
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire.v1.digest import step_digest
+from maskwire.v1.digest import VERSIONS, DigestVersion, step_digest
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +38,15 @@ class Ledger:
     session: pb.SessionRef = field(default_factory=pb.SessionRef)
     step: int = 0
     digest: bytes = b""
+    digest_version: DigestVersion = field(default_factory=partial(DigestVersion, 1))
+    """How the session's payloads are hashed."""
 
     def open(self, response: pb.OpenSessionResponse) -> None:
         """Begin where the server is."""
         self.session = response.session
         self.step, self.digest = response.durable_step, response.digest
+        # A server of version 0.1 says 0.
+        self.digest_version = DigestVersion(response.digest_version or 1, response.model.num_tokens)
 
     def history(self) -> pb.History | None:
         """What the server must still have."""
@@ -77,7 +81,11 @@ class Pending:
         self._acknowledged = 0  # the last step that was, when it was sent
         self.sent = 0
         """The number under which it is on its way; 0: it is not."""
-        self.payload = codec.hash_of(request)
+
+    @cached_property
+    def payload(self) -> bytes:
+        """The payload hash."""
+        return codec.hash_of(self._request, self._writing.ledger.digest_version)
 
     def numbered(self) -> pb.TrainStepRequest:
         """The request with the number that its place gives it."""
@@ -206,6 +214,7 @@ class Writing(Asking):
             allow_changed_data=allow_changed_data,
             process=this_process(),
             evaluated_step=evaluated_step,
+            digest_versions=VERSIONS,
         )
         response = yield from self._open(request, began)
         if response.HasField("superseded"):

@@ -1,23 +1,53 @@
-"""The history digest of `maskwire.v1`, as `training_service.proto` writes it down.
+"""The history digest of `maskwire.v1`, as `training_service.proto` defines it.
 
-It is part of the wire contract, so the server and the client share this one implementation; the
-test vectors in the proto hold it to its description.
+It is part of the wire contract, so server and client share this implementation. The tests check it against
+the test vectors in the proto and against a second implementation of the proto's text.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+VERSIONS = (1, 2)
+"""The versions that this release computes, the newest last."""
+
 _ONLY_GENERATOR, _ONLY_CRITIC, _TEMPERATURE, _LEARNING_RATE = 1, 2, 4, 8
+
+
+@dataclass(frozen=True)
+class DigestVersion:
+    """How a run hashes its payloads. It is fixed by the run's first step."""
+
+    number: int
+    """One of `VERSIONS`."""
+    num_tokens: int = 0
+    """The size of the run's vocabulary; version 1 does not use it."""
+
+    @property
+    def id_type(self) -> np.dtype[np.integer]:
+        """The type in which token ids are hashed."""
+        return np.dtype("<i4") if self.number == 1 else narrowest_type(self.num_tokens)
+
+
+def narrowest_type(num_tokens: int) -> np.dtype[np.integer]:
+    """The narrowest of uint8, uint16 and int32 that holds the ids 0 to num_tokens - 1."""
+    return np.dtype("<u1" if num_tokens <= 2**8 else "<u2" if num_tokens <= 2**16 else "<i4")
+
+
+def newest_common(offered: Iterable[int]) -> int:
+    """The newest version among those offered that this release computes; 0: none."""
+    return max(set(offered) & set(VERSIONS), default=0)
 
 
 def payload_hash(
     ids: npt.NDArray[np.integer],
+    version: DigestVersion,
     *,
     rows: int,
     columns: int,
@@ -30,7 +60,9 @@ def payload_hash(
 ) -> bytes:
     """The hash of what a step trains on and how, 32 bytes.
 
-    `ids` are the ids as sent, in order, of any shape and integer type; `prompt` the packed bits.
+    `ids` are the ids as sent, in order, in an array of any shape and integer type; ids that already have the
+    type of the hash are not copied. `prompt` holds the packed bits. Raises ValueError for an id that the
+    type cannot hold.
     """
     modes = (
         _ONLY_GENERATOR * only_train_generator
@@ -38,15 +70,49 @@ def payload_hash(
         | _TEMPERATURE * (temperature is not None)
         | _LEARNING_RATE * (learning_rate is not None)
     )
-    sha = hashlib.sha256(b"maskwire.v1.payload\0")
-    sha.update(struct.pack("<qqq", rows, columns, len(lengths)))
-    sha.update(np.ascontiguousarray(lengths, dtype="<i4").data)
-    sha.update(struct.pack("<q", ids.size))
-    sha.update(np.ascontiguousarray(ids, dtype="<i4").data)
-    sha.update(struct.pack("<q", len(prompt)))
-    sha.update(prompt)
-    sha.update(struct.pack("<Bdd", modes, temperature or 0.0, learning_rate or 0.0))
+    id_type = version.id_type
+    if version.number == 1:
+        prefix, segments = b"maskwire.v1.payload\0", b""
+    else:
+        prefix = b"maskwire.v2.payload\0" + struct.pack("<B", id_type.itemsize)
+        segments = struct.pack("<q", 0)
+    sha = hashlib.sha256(
+        b"".join(
+            (
+                prefix,
+                struct.pack("<qqq", rows, columns, len(lengths)),
+                np.asarray(lengths, dtype="<i4").tobytes(),
+                struct.pack("<q", ids.size),
+            )
+        )
+    )
+    sha.update(narrowed(ids, id_type).data)
+    sha.update(
+        b"".join(
+            (
+                struct.pack("<q", len(prompt)),
+                prompt,
+                segments,
+                struct.pack("<Bdd", modes, temperature or 0.0, learning_rate or 0.0),
+            )
+        )
+    )
     return sha.digest()
+
+
+def narrowed(ids: npt.NDArray[np.integer], id_type: np.dtype[np.integer]) -> npt.NDArray[np.integer]:
+    """The ids in another type, contiguous; those of that type already are not copied.
+
+    Raises ValueError for an id that the type cannot hold.
+    """
+    if ids.size and not np.can_cast(ids.dtype, id_type):
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high > np.iinfo(id_type).max:
+            raise ValueError(
+                f"token ids must be 0 to {np.iinfo(id_type).max} to be hashed as {id_type.name}, got "
+                f"{low if low < 0 else high}"
+            )
+    return np.ascontiguousarray(ids, dtype=id_type)
 
 
 def initial_digest(canonical_configuration: bytes, seed: int) -> bytes:

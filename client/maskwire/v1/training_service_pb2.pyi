@@ -185,7 +185,7 @@ class SessionHolder(_message.Message):
     def __init__(self, client_name: _Optional[str] = ..., epoch: _Optional[int] = ..., process: _Optional[_Union[ClientProcess, _Mapping]] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("client_name", "nonce", "takeover", "held_epoch", "history", "tokenizer", "process", "gone_epoch", "evaluated_step", "data", "allow_changed_data")
+    __slots__ = ("client_name", "nonce", "takeover", "held_epoch", "history", "tokenizer", "process", "gone_epoch", "evaluated_step", "data", "allow_changed_data", "digest_versions")
     class DataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +204,7 @@ class OpenSessionRequest(_message.Message):
     EVALUATED_STEP_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     ALLOW_CHANGED_DATA_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_VERSIONS_FIELD_NUMBER: _ClassVar[int]
     client_name: str
     nonce: str
     takeover: bool
@@ -215,10 +216,11 @@ class OpenSessionRequest(_message.Message):
     evaluated_step: int
     data: _containers.ScalarMap[str, str]
     allow_changed_data: bool
-    def __init__(self, client_name: _Optional[str] = ..., nonce: _Optional[str] = ..., takeover: _Optional[bool] = ..., held_epoch: _Optional[int] = ..., history: _Optional[_Union[History, _Mapping]] = ..., tokenizer: _Optional[str] = ..., process: _Optional[_Union[ClientProcess, _Mapping]] = ..., gone_epoch: _Optional[int] = ..., evaluated_step: _Optional[int] = ..., data: _Optional[_Mapping[str, str]] = ..., allow_changed_data: _Optional[bool] = ...) -> None: ...
+    digest_versions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, client_name: _Optional[str] = ..., nonce: _Optional[str] = ..., takeover: _Optional[bool] = ..., held_epoch: _Optional[int] = ..., history: _Optional[_Union[History, _Mapping]] = ..., tokenizer: _Optional[str] = ..., process: _Optional[_Union[ClientProcess, _Mapping]] = ..., gone_epoch: _Optional[int] = ..., evaluated_step: _Optional[int] = ..., data: _Optional[_Mapping[str, str]] = ..., allow_changed_data: _Optional[bool] = ..., digest_versions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
-    __slots__ = ("session", "step", "durable_step", "digest", "model", "limits", "tokenizer", "inexact_replays", "superseded", "evaluated_lineage", "evaluated_step", "data")
+    __slots__ = ("session", "step", "durable_step", "digest", "model", "limits", "tokenizer", "inexact_replays", "superseded", "evaluated_lineage", "evaluated_step", "data", "digest_version")
     class DataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -238,6 +240,7 @@ class OpenSessionResponse(_message.Message):
     EVALUATED_LINEAGE_FIELD_NUMBER: _ClassVar[int]
     EVALUATED_STEP_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_VERSION_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     step: int
     durable_step: int
@@ -250,7 +253,8 @@ class OpenSessionResponse(_message.Message):
     evaluated_lineage: int
     evaluated_step: int
     data: _containers.ScalarMap[str, str]
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., tokenizer: _Optional[str] = ..., inexact_replays: _Optional[_Iterable[_Union[InexactReplay, _Mapping]]] = ..., superseded: _Optional[_Union[SessionHolder, _Mapping]] = ..., evaluated_lineage: _Optional[int] = ..., evaluated_step: _Optional[int] = ..., data: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    digest_version: int
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., tokenizer: _Optional[str] = ..., inexact_replays: _Optional[_Iterable[_Union[InexactReplay, _Mapping]]] = ..., superseded: _Optional[_Union[SessionHolder, _Mapping]] = ..., evaluated_lineage: _Optional[int] = ..., evaluated_step: _Optional[int] = ..., data: _Optional[_Mapping[str, str]] = ..., digest_version: _Optional[int] = ...) -> None: ...
 
 class InexactReplay(_message.Message):
     __slots__ = ("lineage", "first_step", "last_step", "accepted")
@@ -701,7 +705,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "state_time", "waiting_for", "run_id", "lineage", "step", "durable_step", "digest", "queue_length", "queue_limit", "steps_per_second", "tokens_per_second", "last_error", "writer", "epoch", "model", "limits", "newest_checkpoint", "versions", "uptime", "tokenizer", "inexact_replays", "data")
+    __slots__ = ("state", "state_time", "waiting_for", "run_id", "lineage", "step", "durable_step", "digest", "queue_length", "queue_limit", "steps_per_second", "tokens_per_second", "last_error", "writer", "epoch", "model", "limits", "newest_checkpoint", "versions", "uptime", "tokenizer", "inexact_replays", "data", "digest_version")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -739,6 +743,7 @@ class GetStatusResponse(_message.Message):
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     INEXACT_REPLAYS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_VERSION_FIELD_NUMBER: _ClassVar[int]
     state: RunState
     state_time: _timestamp_pb2.Timestamp
     waiting_for: str
@@ -762,4 +767,5 @@ class GetStatusResponse(_message.Message):
     tokenizer: str
     inexact_replays: _containers.RepeatedCompositeFieldContainer[InexactReplay]
     data: _containers.ScalarMap[str, str]
-    def __init__(self, state: _Optional[_Union[RunState, str]] = ..., state_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., waiting_for: _Optional[str] = ..., run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., queue_length: _Optional[int] = ..., queue_limit: _Optional[int] = ..., steps_per_second: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., last_error: _Optional[str] = ..., writer: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., newest_checkpoint: _Optional[_Union[CheckpointInfo, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tokenizer: _Optional[str] = ..., inexact_replays: _Optional[_Iterable[_Union[InexactReplay, _Mapping]]] = ..., data: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    digest_version: int
+    def __init__(self, state: _Optional[_Union[RunState, str]] = ..., state_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., waiting_for: _Optional[str] = ..., run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., queue_length: _Optional[int] = ..., queue_limit: _Optional[int] = ..., steps_per_second: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., last_error: _Optional[str] = ..., writer: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., newest_checkpoint: _Optional[_Union[CheckpointInfo, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tokenizer: _Optional[str] = ..., inexact_replays: _Optional[_Iterable[_Union[InexactReplay, _Mapping]]] = ..., data: _Optional[_Mapping[str, str]] = ..., digest_version: _Optional[int] = ...) -> None: ...

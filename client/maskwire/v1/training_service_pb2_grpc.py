@@ -112,6 +112,8 @@ class TrainingServiceServicer:
         client that finds this process gone can take over with gone_epoch.
         FAILED_PRECONDITION (WRONG_RUN): the history sent belongs to another run or lineage.
         FAILED_PRECONDITION (UNKNOWN_EPOCH): the nonce's session was closed; make a new nonce.
+        FAILED_PRECONDITION (DIGEST_VERSION): the client does not compute the version of the run's digest, which
+        metadata has as digest_version; use a newer client.
         FAILED_PRECONDITION (TOKENIZER_MISMATCH): the run was begun with ids of another tokenizer.
         FAILED_PRECONDITION (DATA_CHANGED): the run was trained on other data, and allow_changed_data is not set;
         metadata has the changed parts, separated by commas.
@@ -152,6 +154,8 @@ class TrainingServiceServicer:
         FAILED_PRECONDITION (WRONG_RUN, UNKNOWN_EPOCH, WRITER_PRESENT, HALTED): open a session; HALTED
         means three steps in a row were not finite, look at the data, then take over; WRONG_RUN without a
         session, that a restore went back behind the step that had this request id.
+        FAILED_PRECONDITION (DIGEST_VERSION): a bare call trained the run's first step while the session was idle,
+        and the session's client does not compute the version of the digest that the run has since then.
         ABORTED (FENCED): another writer took over; stop.
         RESOURCE_EXHAUSTED (QUEUE_FULL): ask again after RetryInfo. A message over the size limit also
         answers RESOURCE_EXHAUSTED, with the limit in its text.

@@ -1,1 +1,1 @@
-"""Checkpoints: store, saver, retention, membership and download."""
+"""Checkpoints of a run: store, catalogue, saver, retention, membership and downloads."""

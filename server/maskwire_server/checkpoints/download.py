@@ -1,11 +1,12 @@
-"""A checkpoint's files for whoever downloads them."""
+"""Downloads: the files of a checkpoint in chunks, checked against the manifest."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
 
-from maskwire_server.checkpoints.store import Checkpoints, describe
+from maskwire_server.checkpoints.files import describe
+from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import Refused, invalid_field, is_shortage
 from maskwire_server.manifest import MANIFEST, Manifest
 from maskwire_server.requests import DownloadRequest
@@ -15,7 +16,7 @@ CHUNK_BYTES = 2**20
 
 
 def read(checkpoints: Checkpoints, request: DownloadRequest) -> Iterator[Chunk]:
-    """The chunks that were asked for; the checkpoint is kept until the iterator ends or is closed.
+    """The requested chunks; the checkpoint is kept until the iterator ends or is closed.
 
     Raises Refused: CHECKPOINT_NOT_FOUND, CHECKPOINT_DAMAGED, INVALID_FIELD.
     """

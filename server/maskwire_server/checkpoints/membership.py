@@ -1,10 +1,10 @@
-"""Which checkpoints are of this run's history, and which were copied in from elsewhere.
+"""Whether a checkpoint belongs to this run's history or was copied in from elsewhere.
 
-A folder in `checkpoints/` can come from another run, or from another copy of this run that went its own way.
-Nothing may count on it: were it taken for one of the two that a start falls back on, the batches that
-the start really needs would be dropped. The digest tells copies apart that were trained on other batches;
-two that were trained on the same ones under other optimizer settings differ in their weights alone. So the
-journal records each save under an id before the checkpoint is written, and the manifest carries it.
+A folder in `checkpoints/` can come from another run, or from a copy of this run that diverged. If it were
+taken for one of the two checkpoints that a start falls back on, the batches that the start really needs
+would be dropped. The digest identifies copies that were trained on other batches. Copies that were trained
+on the same batches under other optimizer settings differ only in their weights; so the journal records each
+save under an id before the checkpoint is written, and the manifest contains that id.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal.journal import Journal
 from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
-from maskwire_server.recovery.replay import digest_at
 
 log = logging.getLogger(__name__)
 
@@ -26,43 +25,43 @@ SAVE = "save"
 
 
 def record_save(journal: Journal, position: HistoryPosition, save_id: str) -> None:
-    """Record, as a part of a transaction, that a checkpoint of a durable step is about to be written."""
+    """Record, within a transaction, that a checkpoint of a durable step is about to be written."""
     journal.add_event(SAVE, {"id": save_id, "lineage": position.lineage, "step": position.step})
 
 
 def new_save_id() -> str:
-    """An id for one save."""
+    """A new id for a save."""
     return uuid.uuid4().hex
 
 
 def recorded_saves(journal: Journal) -> set[str]:
-    """The ids of every save that the journal recorded."""
+    """The id of every save that the journal recorded."""
     return {body["id"] for _, body in journal.events(SAVE)}
 
 
 def foreign_save(manifest: Manifest, saves: set[str]) -> str | None:
-    """Why a checkpoint was not saved by this copy of the run; None when it was, or cannot be told."""
+    """Why a checkpoint was not saved by this copy of the run; None when it was, or when nothing shows it."""
     if manifest.save_id is None or manifest.save_id in saves:
         return None
     return "it was saved by another copy of the run, whose weights may differ"
 
 
 class Membership:
-    """The run's id, and the digest that its history has at each step with a checkpoint.
+    """The run's id, and the digest of its history at each step that has a checkpoint.
 
-    The journal's thread adds to it, any thread reads it. A checkpoint whose step was not looked up is not
-    a member: whatever appears meanwhile counts for nothing until the journal was asked.
+    The journal's thread adds to it and any thread reads it. A checkpoint whose step was not looked up in the
+    journal is not a member.
     """
 
     def __init__(self) -> None:
         self.run_id = ""
-        """Empty until the journal was read."""
+        """Empty until the first look-up."""
         self._digests: dict[tuple[int, int], bytes] = {}
         self._saves: set[str] = set()
-        self._absent: set[tuple[int, int]] = set()  # steps that the journal did not have when it was asked
+        self._absent: set[tuple[int, int]] = set()  # steps that the journal did not have
 
     def look_up(self, journal: Journal, manifests: Iterable[Manifest]) -> None:
-        """Ask the journal for the steps of checkpoints that are not known yet, absent ones again."""
+        """Look up the steps of checkpoints in the journal, unless they were found before."""
         if not self.run_id:
             self._saves |= recorded_saves(journal)
             self.run_id = journal.fact("run_id")
@@ -72,25 +71,25 @@ class Membership:
                 continue
             self._absent.add((info.lineage, info.step))
             try:
-                digest = digest_at(journal, info.lineage, info.step)
+                digest = journal.digest_at(info.lineage, info.step)
             except RunDirectoryError as error:  # a damaged record proves nothing
-                log.error("checkpoint %s does not count: %s", info.name, error)
+                log.error("checkpoint %s is not used: %s", info.name, error)
                 continue
             if digest is not None:
                 self._digests[info.lineage, info.step] = digest
 
     def expect(self, position: HistoryPosition, save_id: str) -> None:
-        """A checkpoint of this durable step is about to be written, and its save is recorded."""
+        """Note a durable position whose checkpoint is about to be written, and its recorded save."""
         self._digests[position.lineage, position.step] = position.digest
         self._saves.add(save_id)
 
     def unknown(self, manifest: Manifest) -> bool:
-        """Whether the journal was not asked yet."""
+        """Whether the checkpoint's step was not looked up yet."""
         place = manifest.info.lineage, manifest.info.step
         return manifest.run_id == self.run_id and place not in self._digests and place not in self._absent
 
     def problem(self, manifest: Manifest) -> str | None:
-        """Why a checkpoint is not of this run's history; None when it is."""
+        """Why a checkpoint is not of the run's history; None when it is."""
         info = manifest.info
         if manifest.run_id != self.run_id:
             return f"it belongs to run {manifest.run_id}, this is run {self.run_id}"

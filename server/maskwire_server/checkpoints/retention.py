@@ -1,34 +1,48 @@
-"""What may go: checkpoints that nothing needs, and the batches behind those that recovery falls back on.
+"""Retention: which checkpoints may be deleted, and which batches may be dropped from the journal.
 
-Only the ancestry of the present state counts. Its two newest checkpoints stay whatever the settings say:
-should one be damaged, recovery begins at the other and computes the steps behind it again, for which
-their batches are kept.
+Only the ancestry of the current state counts. Its two newest checkpoints are kept whatever the settings say:
+if one is damaged, recovery starts from the other and computes the steps after it again, for which their
+batches are kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from maskwire_server.config import CheckpointsConfig
-from maskwire_server.journal.ancestry import ancestry, on_path
+from maskwire_server.journal.lineage import Segment, ancestry
 from maskwire_server.journal.records import Lineage, Stretch
 from maskwire_server.manifest import Manifest
 
 FALLBACKS = 2
+"""How many of the newest checkpoints a start can rely on."""
+
+
+def on_path(manifests: Iterable[Manifest], segments: list[Segment]) -> list[Manifest]:
+    """The checkpoints of the ancestry, in the order given."""
+    through = {segment.lineage: segment.through for segment in segments}
+
+    def counts(lineage: int, step: int) -> bool:
+        last = through.get(lineage, -1)
+        return last is None or step <= last
+
+    return [manifest for manifest in manifests if counts(manifest.info.lineage, manifest.info.step)]
 
 
 def needed(manifests: list[Manifest], lineages: dict[int, Lineage], lineage: int) -> dict[str, str]:
-    """The checkpoints that must stay, and why. `manifests`: the run's own, newest first, here and below."""
+    """The checkpoints that must be kept, and why. `manifests` are the run's own, newest first."""
     path = on_path(manifests, ancestry(lineages, lineage))
     why = {manifest.info.name: "a start may need it" for manifest in path[:FALLBACKS]}
-    for line in lineages.values():
-        if line.checkpoint:
-            why[line.checkpoint] = f"lineage {line.lineage} began from it"
+    for other in lineages.values():
+        if other.checkpoint:
+            why[other.checkpoint] = f"lineage {other.lineage} began from it"
     return why
 
 
 def collectable(
     manifests: list[Manifest], lineages: dict[int, Lineage], lineage: int, settings: CheckpointsConfig
 ) -> list[str]:
-    """The server's own checkpoints that retention lets go; named ones and other branches stay."""
+    """The automatic checkpoints to delete; those that a client saved, and other branches, are kept."""
     own = [m.info for m in on_path(manifests, ancestry(lineages, lineage)) if m.automatic]
     scored = sorted((info for info in own if info.score is not None), key=lambda info: info.score or 0.0)
     plain = [info for info in own if info.score is None]
@@ -40,7 +54,7 @@ def collectable(
 
 
 def droppable(manifests: list[Manifest], lineages: dict[int, Lineage], lineage: int) -> list[Stretch]:
-    """The steps whose batches no recovery needs: all but those behind the second newest checkpoint."""
+    """The steps whose batches no recovery needs: all but those after the second-newest checkpoint."""
     segments = ancestry(lineages, lineage)
     path = on_path(manifests, segments)
     if len(path) < FALLBACKS:

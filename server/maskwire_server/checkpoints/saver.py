@@ -1,4 +1,4 @@
-"""Checkpoints of a run: named, written, collected by retention, deleted on request."""
+"""Saves of a run: checkpoints are named, written, collected by retention and deleted on request."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from dataclasses import replace
 from typing import Any
 
 from maskwire_server.checkpoints import retention
-from maskwire_server.checkpoints.store import Checkpoints, Snapshot
+from maskwire_server.checkpoints.catalogue import Catalogue
+from maskwire_server.checkpoints.files import Snapshot
+from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import CheckpointsConfig
 from maskwire_server.errors import Refused, is_shortage
-from maskwire_server.journal.ancestry import ancestry, on_path
+from maskwire_server.journal import inexact_replays
+from maskwire_server.journal.lineage import ancestry
 from maskwire_server.journal.records import Lineage, Stretch
 from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
-from maskwire_server.recovery import inexact
 from maskwire_server.requests import AUTOMATIC_NAME, SaveRequest
 from maskwire_server.results import CheckpointInfo, InexactReplay
 
@@ -26,17 +28,19 @@ KEPT_SECTIONS = ("model", "objective", "optimizer")
 
 
 class Saver:
-    """Names, writes, collects and deletes checkpoints; one call of `write`, `save` and `delete` at a time."""
+    """Names, writes, collects and deletes checkpoints. `write`, `collect` and `delete` run one at a time."""
 
     def __init__(
         self,
         checkpoints: Checkpoints,
+        catalogue: Catalogue,
         settings: CheckpointsConfig,
         configuration: dict[str, Any],
         versions: dict[str, str],
         clock: Callable[[], float],
     ) -> None:
         self._checkpoints = checkpoints
+        self._catalogue = catalogue
         self._settings = settings
         self._configuration = {
             section: configuration[section] for section in KEPT_SECTIONS if section in configuration
@@ -44,24 +48,21 @@ class Saver:
         self._versions = versions
         self._clock = clock
         self.inexact_replays: tuple[InexactReplay, ...] = ()
-        """What manifests tell of the history."""
+        """Written into manifests."""
         self.newest: CheckpointInfo | None = None
-        """The newest of the run's own; None until `refresh`."""
+        """The newest checkpoint of the run's own, as of the last `refresh`."""
 
     def refresh(self) -> None:
-        """Look which checkpoint of the run's own is the newest."""
-        try:
-            self.newest = next((manifest.info for manifest in self._checkpoints.own()), None)
-        except OSError as error:  # what was the newest may be so still
-            log.warning("the folder of checkpoints could not be read: %s", error)
+        """Look up the newest checkpoint."""
+        self.newest = next((manifest.info for manifest in self._checkpoints.own()), None)
 
     def find(self, request: SaveRequest) -> CheckpointInfo | None:
-        """The checkpoint that this request saved already; Refused when its name is taken."""
+        """The checkpoint that an earlier try of this request saved; Refused when its name is taken."""
         if request.request_id is not None:
             for manifest in self._checkpoints.own():
                 if manifest.request_id == request.request_id:
                     return _same(request, manifest.info)
-        if any(manifest.info.name == request.name for manifest in self._checkpoints.all()):
+        if request.name is not None and self._checkpoints.named(request.name):
             raise Refused(
                 "CHECKPOINT_EXISTS",
                 f"the name {request.name!r} is taken; choose another, or leave it empty for one of the "
@@ -79,11 +80,8 @@ class Saver:
         save_id: str,
         lineages: dict[int, Lineage],
     ) -> CheckpointInfo:
-        """Write the snapshot of a durable position, and collect what retention lets go.
-
-        The journal has recorded `save_id`. Raises Refused.
-        """
-        self._checkpoints.expect(position, save_id)
+        """Write the snapshot of a durable position, whose save the journal has recorded. Raises Refused."""
+        self._catalogue.expect(position, save_id)
         kind = "step" if request.score is None else "best"
         name = request.name or f"{kind}-{position.step:09d}" + (
             f"-lineage-{position.lineage}" if position.lineage > 1 else ""
@@ -99,48 +97,60 @@ class Saver:
             request.request_id,
             self._configuration,
             self._versions,
-            inexact.within(self.inexact_replays, ancestry(lineages, position.lineage)),
+            inexact_replays.within(self.inexact_replays, ancestry(lineages, position.lineage)),
             save_id,
         )
-        written = self._write(request, manifest, snapshot)
+        info = self._write(request, manifest, snapshot)
+        self.refresh()
+        return info
+
+    def collect(self, lineages: dict[int, Lineage], lineage: int) -> list[Stretch]:
+        """Delete the checkpoints that retention lets go, and return the steps whose batches nothing needs.
+
+        First the checkpoints that a start would fall back on are read again on disk. If one is damaged,
+        nothing is deleted: the next save, which then relies on others, checks again.
+        """
         try:
-            self._collect(lineages, position.lineage)
-        except OSError as error:  # what was saved is saved; the next save collects
-            log.error("checkpoints could not be collected: %s", error)
-        return written
+            own = self._checkpoints.own()
+            if not self._fallbacks_are_intact(own, lineages, lineage):
+                return []
+            for name in retention.collectable(own, lineages, lineage, self._settings):
+                self._collect(name)
+        except OSError as error:
+            log.error("checkpoints could not be collected (%s); the next save tries again", error)
+            return []
+        return retention.droppable(own, lineages, lineage)
 
-    def _collect(self, lineages: dict[int, Lineage], lineage: int) -> None:
-        """Delete what retention lets go, once those that stay for a start were found intact."""
-        self._verify(lineages, lineage)
-        for name in retention.collectable(self._checkpoints.own(), lineages, lineage, self._settings):
-            try:
-                if self._checkpoints.delete(name):
-                    log.info("checkpoint %s collected", name)
-            except OSError as error:  # the next start sweeps what is left of it
-                log.error("checkpoint %s could not be collected: %s", name, error)
+    def _fallbacks_are_intact(self, own: list[Manifest], lineages: dict[int, Lineage], lineage: int) -> bool:
+        intact = True
+        for manifest in retention.on_path(own, ancestry(lineages, lineage))[: retention.FALLBACKS]:
+            problem = self._checkpoints.damage(manifest)
+            if problem is not None:
+                log.error("no checkpoint is collected and no batch is dropped until the next save")
+                self._set_aside(manifest.info.name, problem)
+                intact = False
+        return intact
 
-    def _verify(self, lineages: dict[int, Lineage], lineage: int) -> None:
-        """Read those that a start may need, and set the damaged ones aside, until enough are intact."""
+    def _collect(self, name: str) -> None:
+        try:
+            if self._checkpoints.delete(name):
+                log.info("checkpoint %s collected", name)
+        except OSError as error:  # the next start sweeps what is left of it
+            log.error("checkpoint %s could not be collected: %s", name, error)
+
+    def _set_damaged_aside(self, lineages: dict[int, Lineage], lineage: int) -> None:
+        """Set damaged checkpoints aside, newest first, until a start has enough to fall back on."""
         whole = 0
-        for manifest in on_path(self._checkpoints.own(), ancestry(lineages, lineage)):
+        for manifest in retention.on_path(self._checkpoints.own(), ancestry(lineages, lineage)):
             if whole == retention.FALLBACKS:
                 break
             if self._checkpoints.verified(manifest):
                 whole += 1
             else:
-                self._set_aside(manifest.info.name)
-
-    def droppable(self, lineages: dict[int, Lineage], lineage: int) -> list[Stretch]:
-        """The steps whose batches are not needed: only the run's own checkpoints, found intact, count."""
-        try:
-            intact = [manifest for manifest in self._checkpoints.own() if self._checkpoints.intact(manifest)]
-        except OSError as error:  # the next save drops them
-            log.warning("the folder of checkpoints could not be read: %s", error)
-            return []
-        return retention.droppable(intact, lineages, lineage)
+                self._set_aside(manifest.info.name, "its files were changed")
 
     def _write(self, request: SaveRequest, manifest: Manifest, snapshot: Snapshot) -> CheckpointInfo:
-        saved = self.find(request)  # again: another save can have come first meanwhile
+        saved = self.find(request)  # again: another save may have come first
         if saved is not None:
             return saved
         if request.name is None:
@@ -149,7 +159,7 @@ class Saver:
                     continue
                 if self._checkpoints.verified(existing):
                     return existing.info
-                self._set_aside(existing.info.name)
+                self._set_aside(existing.info.name, "its files were changed")
             manifest = self._free_name(manifest)
         began = self._clock()
         info = self._checkpoints.write(snapshot, manifest).info
@@ -159,22 +169,25 @@ class Saver:
         return info
 
     def _free_name(self, manifest: Manifest) -> Manifest:
-        """The same under a name that is free: the state may be saved already, for somebody else."""
-        taken = {existing.info.name for existing in self._checkpoints.all()}
+        """The manifest with a free name: the same state may have been saved for another request."""
         name, number = manifest.info.name, 1
-        while name in taken or self._checkpoints.foreign(name):
+        while self._checkpoints.taken(name):
             number += 1
             name = f"{manifest.info.name}-{number}"
         return replace(manifest, info=replace(manifest.info, name=name))
 
-    def _set_aside(self, name: str) -> None:
-        aside = self._checkpoints.set_aside(name)
-        log.warning("checkpoint %s is damaged, and was moved to %s", name, aside)
+    def _set_aside(self, name: str, problem: str) -> None:
+        try:
+            aside = self._checkpoints.set_aside(name)
+        except FileNotFoundError:
+            log.error("checkpoint %s was removed from checkpoints/ while the server ran", name)
+        else:
+            log.error("checkpoint %s is damaged (%s) and was moved to %s", name, problem, aside)
 
     def delete(self, name: str, lineages: dict[int, Lineage], lineage: int) -> None:
         """Delete a checkpoint on request; Refused when something needs it."""
         self._checkpoints.get(name)
-        self._verify(lineages, lineage)  # one that is damaged is none of those that a start may need
+        self._set_damaged_aside(lineages, lineage)  # a start needs none of them
         why = retention.needed(self._checkpoints.own(), lineages, lineage).get(name)
         try:
             gone = why is not None or self._checkpoints.delete(name)
@@ -197,7 +210,7 @@ class Saver:
 
 
 def _is(saved: Manifest, wanted: Manifest) -> bool:
-    """Whether an unnamed save is of the state, and for the purpose, that one was made for."""
+    """Whether an unnamed checkpoint has the state and serves the request that another is wanted for."""
     one, other = saved.info, wanted.info
     return (
         (one.lineage, one.step, one.digest) == (other.lineage, other.step, other.digest)
@@ -208,7 +221,7 @@ def _is(saved: Manifest, wanted: Manifest) -> bool:
 
 
 def _same(request: SaveRequest, saved: CheckpointInfo) -> CheckpointInfo:
-    """What the request id saved; Refused when it came with other arguments then."""
+    """The checkpoint that this request id saved; Refused when it came with other arguments then."""
     generated = AUTOMATIC_NAME.fullmatch(saved.name) is not None
     name_fits = generated if request.name is None else request.name == saved.name
     if not name_fits or request.labels != saved.labels or request.score != saved.score:

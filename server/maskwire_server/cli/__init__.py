@@ -14,7 +14,7 @@ from maskwire_server.cli.weights import export, import_x_transformers
 
 app = typer.Typer(
     name="maskwire-server",
-    help="Serve one masked-prediction training run over gRPC.",
+    help="Train and serve a masked-token model over gRPC.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,7 +30,7 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Serve one masked-prediction training run over gRPC."""
+    """Train and serve a masked-token model over gRPC."""
     if version:
         typer.echo(__version__)
         raise typer.Exit
@@ -44,7 +44,7 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        code, words = streams.finish(end.code)
-        if words:
-            typer.echo(f"maskwire-server: {words}", err=True)
+        code, message = streams.finish(end.code)
+        if message:
+            typer.echo(f"maskwire-server: {message}", err=True)
         raise SystemExit(code) from None

@@ -1,4 +1,4 @@
-"""What the commands share: options, the configuration, and how they stop."""
+"""What the commands share: options, loading the configuration, and exiting with an error."""
 
 from __future__ import annotations
 
@@ -17,24 +17,27 @@ T = TypeVar("T")
 _NEEDS = ("torch", "einops", "safetensors", "pydantic_settings", "grpc_health", "grpc_reflection")
 
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="TOML file; `maskwire-server init` writes one.")
+    Path | None,
+    typer.Option("--config", help="Configuration file, as written by `maskwire-server init`."),
 ]
-RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Folder of the run, in place of run.dir.")]
-Address = Annotated[str | None, typer.Option("--address", help="HOST:PORT, in place of serve.address.")]
-Run = Annotated[Path, typer.Option("--run-dir", help="Folder of the run.")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run directory. Overrides run.dir.")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Address to listen on. Overrides serve.address.")
+]
+Run = Annotated[Path, typer.Option("--run-dir", help="Run directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any setting; may be repeated."),
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting. Can be repeated."),
 ]
 
 
-def of_run(look: Callable[[], T]) -> T:
-    """What is found in a run directory; one that cannot be read ends the command with code 3."""
+def read_run(read: Callable[[], T]) -> T:
+    """The result of reading a run directory. If it cannot be read, the command exits with code 3."""
     from maskwire_server.errors import RunDirectoryError
 
     try:
-        return look()
+        return read()
     except RunDirectoryError as error:
         for line in str(error).splitlines():
             typer.echo(f"maskwire-server: {line}", err=True)
@@ -42,7 +45,7 @@ def of_run(look: Callable[[], T]) -> T:
 
 
 def start_log(level_name: str) -> None:
-    """Log to stderr from this level on."""
+    """Log to stderr at this level and above."""
     level = logging.getLevelNamesMapping().get(level_name.upper())
     if level is None:
         stop(f"--log-level must be debug, info, warning or error, got {level_name!r}")
@@ -52,7 +55,7 @@ def start_log(level_name: str) -> None:
 
 
 def loaded(config: Path | None, run_dir: Path | None, address: str | None, settings: list[str] | None) -> Any:
-    """The configuration of file, environment and flags; a wrong one ends the command with code 2."""
+    """The configuration from file, environment and flags. If it is invalid, the command exits with code 2."""
     check_extra()
     from maskwire_server.config import load
     from maskwire_server.errors import ConfigError
@@ -75,7 +78,7 @@ def loaded(config: Path | None, run_dir: Path | None, address: str | None, setti
 
 
 def _list(value: str) -> Any:
-    """A list as TOML writes it; what is none is left to the setting's own check."""
+    """A TOML list. Any other text is returned as it is, so that the error names its key."""
     try:
         return tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -83,14 +86,14 @@ def _list(value: str) -> Any:
 
 
 def check_extra() -> None:
-    """End the command, naming the extra, where the server's packages are not installed."""
+    """Exit with the command that installs the server's packages, if they are missing."""
     missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
     if missing:
-        stop(f'the server needs {", ".join(missing)}: pip install "maskwire[server]"')
+        stop(f'the server needs {", ".join(missing)}; install with: pip install "maskwire[server]"')
 
 
 def stop(*lines: str) -> Any:
-    """Say why and end the command with code 2."""
+    """Print the lines as errors and exit with code 2."""
     for line in lines:
         typer.echo(f"maskwire-server: {line}", err=True)
     raise typer.Exit(2)

@@ -1,4 +1,4 @@
-"""`maskwire-server verify`, `inspect` and `replay`: a run directory without a server."""
+"""`maskwire-server verify`, `inspect` and `replay`: commands that read a run directory without a server."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from maskwire_server.cli.options import (
     Settings,
     check_extra,
     loaded,
-    of_run,
+    read_run,
     start_log,
     stop,
 )
 
 
 def verify(run_dir: Run, as_json: Json = False) -> None:
-    """Check a run directory: every record, digest, batch and checkpoint. Needs no device; no server
-    may run on it."""
+    """Check all records, digests, batches and checkpoints of a run directory. Needs no device. Stop the
+    server of the run first."""
     check_extra()
     from maskwire_server.recovery.verify import verify as audit
 
-    found = of_run(lambda: audit(run_dir, tell=lambda words: typer.echo(words, err=True)))
+    found = read_run(lambda: audit(run_dir, tell=lambda words: typer.echo(words, err=True)))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found)))
     else:
         typer.echo(
             f"run {found.run_id}, lineage {found.lineage}, step {found.step}, digest {found.digest}\n"
-            f"{found.steps} steps in {found.lineages} lineages, {found.batches} with their batches; whole "
+            f"{found.steps} steps in {found.lineages} lineages, {found.batches} with their batches; complete "
             f"checkpoints: {', '.join(found.checkpoints) or 'none'}"
         )
         for replay in found.inexact_replays:
             how = "accepted by an operator" if replay.accepted else "within the tolerance"
             typer.echo(
-                f"replayed, not to the same bytes ({how}): steps {replay.first_step} to {replay.last_step} "
+                f"replayed with other results ({how}): steps {replay.first_step} to {replay.last_step} "
                 f"of lineage {replay.lineage}"
             )
         for problem in found.problems:
@@ -54,19 +54,19 @@ def verify(run_dir: Run, as_json: Json = False) -> None:
 
 
 def inspect(
-    step: Annotated[int, typer.Argument(min=0, max=2**63 - 1, help="The step.")],
+    step: Annotated[int, typer.Argument(min=0, max=2**63 - 1, help="Number of the step.")],
     run_dir: Run,
     lineage: Annotated[
-        int | None, typer.Option(min=1, max=2**63 - 1, help="The lineage; the current history by default.")
+        int | None, typer.Option(min=1, max=2**63 - 1, help="Lineage of the step. Default: the current one.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the batch's ids there, a .npy file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the ids of the batch to this .npy file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a recorded step: its batch, outcome, losses and gradient norm. The batch behind a spike."""
+    """Show a recorded step: batch, outcome, losses and gradient norm."""
     check_extra()
     from maskwire_server.recovery.verify import inspect as look
 
-    found = of_run(lambda: look(run_dir, step, lineage))
+    found = read_run(lambda: look(run_dir, step, lineage))
     record, payload = found.record, found.payload
     shown: dict[str, Any] = {
         "step": record.step,
@@ -97,11 +97,9 @@ def inspect(
             try:
                 np.save(out, ids)
             except OSError as error:
-                stop(f"--out: {out} cannot be written ({error.strerror})")
+                stop(f"--out: {out} cannot be written ({error.strerror}); choose another file")
     elif out is not None:
-        stop(
-            f"the batch of step {step} was dropped behind checkpoints; serve.keep_payloads = 'all' keeps them"
-        )
+        stop(f"step {step}'s batch was deleted after a checkpoint; serve.keep_payloads = 'all' keeps batches")
     if as_json:
         typer.echo(
             json.dumps(
@@ -111,32 +109,34 @@ def inspect(
         return
     for key, value in shown.items():
         if key == "batch" and value is None:
-            value = "dropped behind checkpoints (serve.keep_payloads = 'all' keeps batches)"
+            value = "deleted after a checkpoint (serve.keep_payloads = 'all' keeps batches)"
         typer.echo(f"{key:15} {value}")
     if payload is not None:
         for number, row in enumerate(ids[:8]):
             text = " ".join(str(value) for value in row[:24])
             typer.echo(f"  row {number}: {text}{' …' if row.size > 24 else ''}")
         if ids.shape[0] > 8:
-            typer.echo(f"  … {ids.shape[0] - 8} more rows (--out FILE.npy has all)")
+            typer.echo(f"  … {ids.shape[0] - 8} more rows (write all with --out FILE.npy)")
 
 
 def replay(
-    to: Annotated[int, typer.Option("--to", min=0, max=2**63 - 1, help="The step.")],
+    to: Annotated[int, typer.Option("--to", min=0, max=2**63 - 1, help="Last step to compute.")],
     config: ConfigFile = None,
     run_dir: RunDir = None,
     settings: Settings = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write the state after that step there, a folder as a checkpoint's.")
+        Path | None,
+        typer.Option(help="Write the state after that step to this folder, as a checkpoint."),
     ] = None,
     accept_inexact_replay: Annotated[
-        bool, typer.Option(help="Go on although recomputed steps differ from the recorded ones.")
+        bool, typer.Option(help="Continue even if recomputed steps differ from the recorded ones.")
     ] = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
-    """Compute a run again up to a step; its losses must be the recorded ones. The run is not changed.
+    """Compute a run again up to a step and compare its losses with the recorded ones. Changes nothing.
 
-    Any step, with serve.keep_payloads = "all"; otherwise those behind the second-newest checkpoint.
+    With serve.keep_payloads = "all", any step can be computed. Otherwise only steps after the second-newest
+    checkpoint.
     """
     chosen = loaded(config, run_dir, None, settings)
     start_log(log_level)

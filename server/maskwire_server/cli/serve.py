@@ -30,20 +30,20 @@ def serve(
     address: Address = None,
     settings: Settings = None,
     accept_inexact_replay: Annotated[
-        bool, typer.Option(help="Go on once although recomputed steps differ from the recorded ones.")
+        bool, typer.Option(help="Start once, even if recomputed steps differ from the recorded ones.")
     ] = False,
     accept_lost_history: Annotated[
         int | None,
-        typer.Option(help="Go on from this step, the last that is left, on a new lineage."),
+        typer.Option(help="Continue from this step, the last one that is left, on a new lineage."),
     ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
-    """Serve a run, until SIGTERM or Ctrl-C. Started again on the same folder, it goes on."""
+    """Serve a run until SIGTERM or Ctrl-C. Starting it again on the same run directory resumes the run."""
     chosen = loaded(config, run_dir, address, settings)
     start_log(log_level)
     if config is None:
-        log.info("no configuration file (--config): built-in defaults, except for flags and the environment")
-    # Read when grpc is imported: its core logs every connection that fails to speak TLS.
+        log.info("no configuration file (--config): using the defaults, flags and the environment")
+    # Read when grpc is imported. Without it, grpc logs every connection that fails its TLS handshake.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from maskwire_server.app import serve as run
 
@@ -53,15 +53,15 @@ def serve(
 
 
 def init(
-    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("maskwire.toml"),
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("maskwire.toml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write a commented configuration with every setting and its default."""
+    """Write a commented configuration file with all settings and their defaults."""
     check_extra()
-    from maskwire_server.template import template
+    from maskwire_server.config.template import template
 
     if path.exists() and not force:
-        stop(f"{path} exists; choose another name, or --force to overwrite it")
+        stop(f"{path} exists; choose another name, or overwrite it with --force")
     path.write_text(template(), encoding="utf-8")
     typer.echo(f"wrote {path}; next: maskwire-server check --config {path}")
 
@@ -72,15 +72,15 @@ def check(
     address: Address = None,
     settings: Settings = None,
 ) -> None:
-    """Check a configuration: parameters, memory, and the batch that fits. Exit 1 when it does not fit."""
+    """Check a configuration and report its parameters and memory. Exits with 1 if it does not fit."""
     chosen = loaded(config, run_dir, address, settings)
     from maskwire_server.recovery import recorded_config
     from maskwire_server.training.footprint import footprint
 
     try:
         chosen = recorded_config.of_run(chosen, chosen.run.dir)
-    except RunDirectoryError as error:  # for example while a server uses the run
-        typer.echo(f"The run's own record is not looked at: {error}", err=True)
+    except RunDirectoryError as error:  # for example, while a server uses the run
+        typer.echo(f"maskwire-server: the settings that the run recorded are not checked: {error}", err=True)
     report = footprint(chosen.model, chosen.objective, chosen.optimizer, chosen.serve)
     for line in report.lines:
         typer.echo(line)

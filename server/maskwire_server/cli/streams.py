@@ -1,8 +1,8 @@
-"""Standard streams that never fail: whatever becomes of its output, a command ends as its work did.
+"""Standard streams that never fail, so that a command's exit code depends on its work, not on its output.
 
-A reader that has gone, a full disk, a closed descriptor or an encoding without a character must neither end
-a command half-way nor look like a mistake of its user. What cannot be encoded is replaced; after the first
-failure the rest is dropped, and `finish` says so.
+A reader that has gone, a full disk, a closed descriptor or a character that the encoding lacks must not stop
+a command halfway or look like a user error. Characters that cannot be encoded are replaced. After the first
+failed write the rest of the output is discarded, and `finish` reports it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import sys
 from typing import Any, TextIO
 
 OUTPUT = 7
-"""The exit code of a command that did its work and could not write what came of it."""
+"""Exit code of a command that did its work but could not write its output."""
 
 
 class _Sink(io.RawIOBase):
-    """Writes to a descriptor until that fails, and drops the rest."""
+    """Writes to a descriptor, and after the first failure discards everything."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _Sink(io.RawIOBase):
         while self.failure is None:
             try:
                 return os.write(self._descriptor, data)
-            except BlockingIOError:  # whoever else has the pipe made it non-blocking
+            except BlockingIOError:  # another process made the pipe non-blocking
                 select.select([], [self._descriptor], [])
             except OSError as error:
                 self.failure = error
@@ -48,12 +48,12 @@ class _Sink(io.RawIOBase):
 
 
 def protect() -> None:
-    """Make stdout and stderr streams that never fail. To be called before anything else is opened."""
+    """Replace stdout and stderr with streams that never fail. Call it before opening any file."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            # Or the next file that is opened gets this number, and with it what is written to the stream.
+            # Otherwise the next file opened would get this number, and the output of the stream.
             with contextlib.suppress(OSError):
                 os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = _stream(sys.stdout, "replace")
@@ -66,9 +66,9 @@ def _stream(old: Any, errors: str) -> TextIO:
     else:
         try:
             descriptor = old.fileno()
-        except (OSError, ValueError):  # somebody's own stream
+        except (OSError, ValueError):  # not a file, for example in a test
             return old  # type: ignore[no-any-return]
-        if os.name == "nt":  # whose consoles are no files
+        if os.name == "nt":  # Windows consoles are not files
             old.reconfigure(errors=errors)
             return old  # type: ignore[no-any-return]
         sink, encoding, line_buffering = _Sink(descriptor), old.encoding, old.line_buffering
@@ -78,19 +78,19 @@ def _stream(old: Any, errors: str) -> TextIO:
 
 
 def _failure() -> OSError | None:
-    """What ended the writing to stdout."""
+    """The error that stopped the output to stdout."""
     raw: Any = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return raw.failure if isinstance(raw, _Sink) else None
 
 
 def reader_gone() -> bool:
-    """Whether whoever read stdout has stopped: `maskwire status --watch | head`."""
+    """Whether the reader of stdout has gone, as in `maskwire status --watch | head`."""
     failure = _failure()
     return failure is not None and failure.errno == errno.EPIPE
 
 
 def finish(code: Any) -> tuple[Any, str]:
-    """The exit code of a command that ends with `code`, and what to say on stderr first if anything."""
+    """The exit code of a command that ends with `code`, and a message for stderr, empty if there is none."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
@@ -98,5 +98,5 @@ def finish(code: Any) -> tuple[Any, str]:
     if failure is None or code or reader_gone():
         return code, ""
     return OUTPUT, (
-        f"the result could not be written to stdout ({failure.strerror}); what the command did is done"
+        f"the command finished, but its output could not be written to stdout ({failure.strerror})"
     )

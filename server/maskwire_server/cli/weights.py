@@ -19,7 +19,8 @@ from maskwire_server.cli.options import (
 
 def import_x_transformers(
     state_dict: Annotated[
-        Path, typer.Argument(help="A .safetensors file, or what torch.save(model.state_dict(), …) wrote.")
+        Path,
+        typer.Argument(help="File written by safetensors or by torch.save(model.state_dict(), …)."),
     ],
     config: ConfigFile = None,
     run_dir: RunDir = None,
@@ -27,15 +28,16 @@ def import_x_transformers(
     gains: Annotated[
         Literal["auto", "offset", "plain"],
         typer.Option(
-            help="The norms' gains are gamma + 1 (offset, x-transformers' default) or gamma (plain, "
-            "norm_add_unit_offset=False); auto: offset, refused where it looks wrong."
+            help="Whether a norm's gain is gamma + 1 (offset, x-transformers' default) or gamma (plain, "
+            "norm_add_unit_offset=False). auto: offset, with an error if the values look like plain."
         ),
     ] = "auto",
 ) -> None:
-    """Begin a run at the weights of x-transformers' NonAutoregressiveWrapper or TransformerWrapper(Encoder).
+    """Start a run from the weights of a model trained with x-transformers.
 
-    The configuration needs model.mask_id; sizes, critic and self-conditioning come from the weights. The
-    run directory gets a maskwire.toml to serve it with.
+    The file holds a NonAutoregressiveWrapper or a TransformerWrapper(Encoder). Set model.mask_id; sizes,
+    critic and self-conditioning are read from the weights. The command also writes a maskwire.toml to the
+    run directory, with which you can serve the run.
     """
     chosen = loaded(config, run_dir, None, settings)
     from maskwire_server.import_export import import_x_transformers as run
@@ -44,22 +46,25 @@ def import_x_transformers(
 
 
 def export(
-    out: Annotated[Path, typer.Argument(help="Where to write: a folder, or for x-transformers a file.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, or file with --to x-transformers.")],
     run_dir: Run,
-    checkpoint: Annotated[str | None, typer.Option(help="Its name; the newest by default.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Name of the checkpoint. Default: newest.")] = None,
     to: Annotated[
         Literal["maskwire", "x-transformers"],
         typer.Option(
-            help="maskwire: a folder for maskwire_server.load; x-transformers: a NonAutoregressiveWrapper's "
-            "state dict (.safetensors), where the model is its default encoder."
+            help="maskwire: a folder for maskwire_server.load. x-transformers: the state dict of a "
+            "NonAutoregressiveWrapper (.safetensors), if the model is equal to its default encoder."
         ),
     ] = "maskwire",
     weights: Annotated[
         Literal["auto", "ema", "raw"],
-        typer.Option(help="For x-transformers: the moving average, the trained ones, or what is evaluated."),
+        typer.Option(
+            help="With --to x-transformers: the moving average (ema), the trained weights (raw), or those "
+            "used in evaluation (auto)."
+        ),
     ] = "auto",
 ) -> None:
-    """Write a checkpoint's weights for use without the server."""
+    """Export the weights of a checkpoint for use without the server."""
     check_extra()
     from maskwire_server.import_export import export as run
 

@@ -7,10 +7,11 @@ A decision is a value, or a `Refused` that is raised.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from maskwire.v1.digest import VERSIONS, newest_common
 from maskwire_server.errors import Refused
 from maskwire_server.holder import Holder
 from maskwire_server.position import HistoryPosition
@@ -57,6 +58,10 @@ class Situation:
     """The lowest step number that was refused and not taken by another step since."""
     holder: Holder | None = None
     """The client of the newest epoch, whether its session is open or not."""
+    digest_version: int = 0
+    """The version of the run's digest; 0 before the first step."""
+    digest_versions: tuple[int, ...] = VERSIONS
+    """The versions of the digest that the client of the newest epoch computes."""
 
     @property
     def holder_facts(self) -> dict[str, Any]:
@@ -140,6 +145,7 @@ def check_writer(session: SessionRef | None, at: Situation) -> None:
     """Raise Refused unless a step of this session, or of none, may be trained now."""
     if session is not None:
         check_session(session, at)
+        check_digest_version(at.digest_versions, at.digest_version)
     elif at.writer:
         raise Refused(
             "WRITER_PRESENT",
@@ -147,6 +153,28 @@ def check_writer(session: SessionRef | None, at: Situation) -> None:
             "idle",
             **at.holder_facts,
         )
+
+
+def check_digest_version(offered: Sequence[int], version: int) -> None:
+    """Raise DIGEST_VERSION unless a client that computes the versions `offered` can follow the run's digest.
+
+    `version` is that of the run; before the first step, 0, every version that the server computes will do.
+    """
+    if version not in offered and (version or not newest_common(offered)):
+        raise other_digest_version(offered, version)
+
+
+def other_digest_version(offered: Sequence[int], version: int) -> Refused:
+    """The refusal of a client that does not compute the version of the run's digest."""
+    wanted = str(version) if version else " or ".join(map(str, VERSIONS))
+    computed = ", ".join(map(str, offered))
+    return Refused(
+        "DIGEST_VERSION",
+        f"the run's digest needs version {wanted}, this client computes {computed}: use a client that "
+        f"computes version {wanted}",
+        digest_version=version,
+        client_digest_versions=computed,
+    )
 
 
 def repeats(request: StepRequest, payload_hash: bytes, known: Known) -> bool:
@@ -244,6 +272,7 @@ def admit_session(facts: SessionFacts, at: Situation) -> bool:
     request = facts.request
     if request.history is not None:
         _check_history(request.history, facts, at)
+    check_digest_version(request.digest_versions, at.digest_version)
     if request.tokenizer and facts.tokenizer and request.tokenizer != facts.tokenizer:
         raise Refused(
             "TOKENIZER_MISMATCH",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from maskwire_server import failpoints
 from maskwire_server.checkpoints import membership
-from maskwire_server.checkpoints.store import Snapshot
+from maskwire_server.checkpoints.catalogue import Catalogue
+from maskwire_server.checkpoints.files import Snapshot
 from maskwire_server.engine.entries import Save, Step
 from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
@@ -18,6 +19,7 @@ from maskwire_server.errors import Refused
 from maskwire_server.journal import reserve
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, SessionRecord, StepRecord, Stretch
+from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
 from maskwire_server.results import StepAnswer, StepResult
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DROPPED_AT_ONCE = 256
-"""Batches that one transaction deletes, so that the steps behind it do not wait long."""
+"""Batches that one transaction deletes at most, so that the steps after it do not wait long."""
 
 
 @dataclass(eq=False)
@@ -39,9 +41,13 @@ class StepCommit:
     record: StepRecord
     result: StepResult
     clock: Callable[[], float]
+    first_of_run: bool = False
+    """The run's first step: it fixes the version of the run's digest."""
 
     def write(self, journal: Journal) -> None:
         """Append record and batch."""
+        if self.first_of_run:
+            journal.fix_digest_version(self.step.digest_version)
         journal.add_step(self.record, self.step.encoded)
 
     def committed(self) -> None:
@@ -171,6 +177,22 @@ class SaveCommit:
             self.saves.give_up(self.save, Refused("CHECKPOINT_FAILED", full))
             return
         self.saves.start(self.save, self.snapshot, self.position, self.save_id)
+
+
+@dataclass(eq=False)
+class CatalogueCommit:
+    """The checkpoints that came and went, for the journal's table."""
+
+    catalogue: Catalogue
+    changes: dict[str, Manifest | None] = field(default_factory=dict)
+
+    def write(self, journal: Journal) -> None:
+        """Update the table."""
+        self.changes = self.catalogue.record(journal)
+
+    def committed(self) -> None:
+        """Tell the catalogue what the table holds."""
+        self.catalogue.recorded(self.changes)
 
 
 @dataclass(eq=False)

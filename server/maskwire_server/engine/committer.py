@@ -8,25 +8,25 @@ reads of the journal, also while the disk is full.
 from __future__ import annotations
 
 import logging
-import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 from maskwire_server.engine import admission
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.run import Run
 from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
 from maskwire_server.journal import reserve
-from maskwire_server.journal.journal import Journal, is_full
+from maskwire_server.journal.database import JournalError, is_full
+from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.reserve import Reserve
 from maskwire_server.results import RunState
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
+Ts = TypeVarTuple("Ts")
 RETRY_SECONDS = 1.0
 
 
@@ -38,13 +38,6 @@ class Commit(Protocol):
 
     def committed(self) -> None:
         """Called once it, and every commit before it, is durable."""
-
-
-class Read(Protocol[T_co]):
-    """A bounded read of the journal."""
-
-    def read(self, journal: Journal) -> T_co:
-        """Return the result. Raises Refused, or RunDirectoryError for a damaged record."""
 
 
 class Committer:
@@ -67,7 +60,7 @@ class Committer:
         self._idle = threading.Condition(run.mutex)
         self._commits: list[Commit] = []
         self._committing = 0  # taken by the thread, and not durable or not announced yet
-        self._reads: list[tuple[Read[Any], Future[Any]]] = []
+        self._reads: list[tuple[Callable[..., Any], tuple[Any, ...], Future[Any]]] = []
         self._retry_at: float | None = None
         self._failed = False  # the disk was full: the same commits are tried again
         self._fold_after = 0.0  # when to try folding the log again after it found no room
@@ -86,13 +79,20 @@ class Committer:
             self._commits.append(commit)
             self._wake.notify()
 
-    def read(self, question: Read[T]) -> Future[T]:
-        """Queue a read of the journal."""
+    def read(self, question: Callable[[Journal, *Ts], T], *arguments: *Ts) -> T:
+        """Return `question(journal, …)`, called between two transactions. It must be bounded.
+
+        Raises what it raises: Refused, or for a damaged record HISTORY_LOST.
+        """
+        return self.ask(question, *arguments).result()
+
+    def ask(self, question: Callable[[Journal, *Ts], T], *arguments: *Ts) -> Future[T]:
+        """Like `read`, without waiting for the result."""
         future: Future[T] = Future()
         with self._run.mutex:
             if self._stopped:
                 raise admission.shutting_down()
-            self._reads.append((question, future))
+            self._reads.append((question, arguments, future))
             self._wake.notify()
         return future
 
@@ -154,7 +154,7 @@ class Committer:
                 reads, self._reads = self._reads, []
                 self._idle.notify_all()
                 self._run.work.notify_all()
-            for _, future in reads:
+            for *_, future in reads:
                 refuse(future, admission.shutting_down())
 
     def _cycle(self) -> bool:
@@ -171,8 +171,8 @@ class Committer:
                 self._committing = len(commits)
             stopping = self._stopping
             room_due = self._retry_at is not None and self._clock() >= self._retry_at
-        for question, future in reads:
-            self._answer(question, future)
+        for read in reads:
+            self._answer(*read)
         if room_due:
             self._make_room()
         written = bool(commits) and self._write_all(commits)
@@ -199,11 +199,11 @@ class Committer:
         due = [at for at in (self._run.queue.expires_at(), self._retry_at) if at is not None]
         return max(0.0, min(due) - self._clock()) if due else None
 
-    def _answer(self, question: Read[Any], future: Future[Any]) -> None:
+    def _answer(self, question: Callable[..., Any], arguments: tuple[Any, ...], future: Future[Any]) -> None:
         if future.cancelled():
             return
         try:
-            answer(future, question.read(self._journal))
+            answer(future, question(self._journal, *arguments))
         except Refused as refusal:
             refuse(future, refusal)
         except RunDirectoryError as error:  # a damaged record
@@ -220,7 +220,7 @@ class Committer:
         """Write commits in one transaction; False if the disk is full: the commits stay queued."""
         try:
             self._journal.transaction(lambda: self._write(commits))
-        except sqlite3.Error as error:
+        except JournalError as error:
             if not is_full(error):
                 raise  # whether it was committed is unknown: the process must end
             log.error("the journal cannot be written: %s", error)

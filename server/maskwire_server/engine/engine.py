@@ -9,35 +9,31 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from pathlib import Path
-from typing import Any
 
 from maskwire_server import failpoints
 from maskwire_server.checkpoints import download
-from maskwire_server.checkpoints.membership import Membership
+from maskwire_server.checkpoints.catalogue import Catalogue
 from maskwire_server.checkpoints.saver import Saver
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.config import CheckpointsConfig, ServeConfig
 from maskwire_server.engine import admission, status
 from maskwire_server.engine.committer import Committer
-from maskwire_server.engine.device import Trainer
 from maskwire_server.engine.entries import Drain, Evaluation, Save
 from maskwire_server.engine.executor import Executor
 from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.engine.pending import Pending
-from maskwire_server.engine.reads import Recognition, StepsRead
 from maskwire_server.engine.restore import Restores
 from maskwire_server.engine.run import Run
 from maskwire_server.engine.saves import Saves
 from maskwire_server.engine.sessions import Sessions
+from maskwire_server.engine.setup import Setup
 from maskwire_server.engine.start import Ready, Start
 from maskwire_server.engine.steps import Steps
 from maskwire_server.errors import Refused
 from maskwire_server.history import StepsPage, StepsRequest
+from maskwire_server.journal import listing
 from maskwire_server.journal.reserve import Reserve
 from maskwire_server.manifest import Manifest
 from maskwire_server.requests import (
@@ -69,47 +65,25 @@ log = logging.getLogger(__name__)
 class Engine:
     """One run. Public methods may be called from any thread; their futures raise `Refused`."""
 
-    def __init__(
-        self,
-        factory: Callable[[], Trainer],
-        run_dir: Path,
-        *,
-        seed: int,
-        canonical: bytes,
-        configuration: dict[str, Any],
-        serve: ServeConfig,
-        checkpoints: CheckpointsConfig,
-        versions: dict[str, str],
-        on_fatal: Callable[[BaseException], None],
-        accept_inexact_replay: bool = False,
-        accept_lost_history: int | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._serve = serve
-        self._clock = clock
+    def __init__(self, setup: Setup, on_fatal: Callable[[BaseException], None]) -> None:
+        self._setup = setup
+        self._serve = setup.serve
         self._on_fatal = on_fatal
-        self._versions = dict(versions)
-        self._settings = checkpoints
-        self._run = Run(serve, clock)
-        self._membership = Membership()
-        self._checkpoints = Checkpoints(run_dir, membership=self._membership)
-        self._disk = Reserve(run_dir, serve.reserve_bytes)
-        self._saver = Saver(self._checkpoints, checkpoints, configuration, self._versions, clock)
-        self._start = Start(
-            self._run,
+        self._versions = dict(setup.versions)
+        self._run = Run(setup.serve, setup.clock)
+        self._catalogue = Catalogue()
+        self._checkpoints = Checkpoints(setup.run_dir, catalogue=self._catalogue)
+        self._disk = Reserve(setup.run_dir, setup.serve.reserve_bytes)
+        self._saver = Saver(
             self._checkpoints,
-            self._saver,
-            self._disk,
-            factory=factory,
-            run_dir=run_dir,
-            seed=seed,
-            canonical=canonical,
-            configuration=configuration,
-            serve=serve,
-            versions=self._versions,
-            accept_inexact_replay=accept_inexact_replay,
-            accept_lost_history=accept_lost_history,
-            clock=clock,
+            self._catalogue,
+            setup.checkpoints,
+            setup.configuration,
+            self._versions,
+            setup.clock,
+        )
+        self._start = Start(
+            self._run, self._checkpoints, self._catalogue, self._saver, self._disk, setup, self._versions
         )
         self._thread = threading.Thread(target=self._main, name="maskwire-executor", daemon=True)
         self._serving: Future[None] = Future()
@@ -226,27 +200,27 @@ class Engine:
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """The complete checkpoints of the run's own history, newest first."""
-        if not self._membership.run_id:
+        if not self._catalogue.run_id:
             raise Refused("RECOVERING", "the server is reading the run's journal; retry")
-        self._recognise(self._checkpoints.all())
-        return [manifest.info for manifest in self._checkpoints.own()]
+        self._recognise(self._checkpoints.compare())
+        return [manifest.info for manifest in self._catalogue.own()]
 
     def download(self, request: DownloadRequest) -> Iterator[Chunk]:
         """A checkpoint's files in chunks. It is not deleted until the iterator ends or is closed."""
-        if not self._membership.run_id:
+        if not self._catalogue.run_id:
             raise Refused("RECOVERING", "the server is reading the run's journal; retry")
         self._recognise(self._checkpoints.named(request.name))
         return download.read(self._checkpoints, request)
 
     def _recognise(self, manifests: Iterable[Manifest]) -> None:
         """Look up checkpoints that were copied into the directory while the server runs."""
-        if self._serving.done() and any(self._membership.unknown(manifest) for manifest in manifests):
-            self._committer.read(Recognition(self._checkpoints)).result()
+        if self._serving.done() and any(self._catalogue.unknown(manifest) for manifest in manifests):
+            self._committer.read(self._catalogue.look_up)
 
     def list_steps(self, request: StepsRequest) -> Future[StepsPage]:
         """A page of recorded steps of one lineage."""
         self._pending.require_serving()
-        return self._pending.add(self._committer.read(StepsRead(self._run.head.computed.run_id, request)))
+        return self._pending.add(self._committer.ask(listing.page, self._run.head.computed.run_id, request))
 
     def status(self) -> Status:
         """Show state, progress and what the run is waiting for. Never waits for the device or the disk."""
@@ -320,17 +294,19 @@ class Engine:
 
     def _build(self, ready: Ready) -> None:
         """Build the collaborators that serve the recovered run."""
-        run, serve, clock = self._run, self._serve, self._clock
+        run, serve, clock = self._run, self._serve, self._setup.clock
         journal, disk = ready.journal, self._disk
         self._committer = Committer(run, journal, disk, clock, self._journal_failed)
-        self._saves = Saves(run, self._committer, self._saver, self._settings, serve, clock)
+        self._saves = Saves(
+            run, self._committer, self._catalogue, self._saver, self._setup.checkpoints, serve, clock
+        )
         self._sessions = Sessions(run, self._committer)
-        self._restores = Restores(run, self._committer, self._checkpoints, ready.device)
+        self._restores = Restores(run, self._committer, self._checkpoints, ready.trainer)
         self._steps = Steps(run, self._committer, journal=journal, disk=disk, serve=serve, clock=clock)
         self._executor = Executor(
             run,
             self._committer,
-            ready.device,
+            ready.trainer,
             self._saves,
             self._sessions,
             self._restores,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from maskwire.v1.digest import DigestVersion
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.manifest import Manifest
 from maskwire_server.requests import EvalRequest, RestoreRequest, SaveRequest, SessionRequest, StepRequest
@@ -16,6 +17,8 @@ class Step:
     """A training step, from admission until it is durable."""
 
     request: StepRequest
+    digest_version: DigestVersion
+    """The version that `payload_hash` was computed with."""
     payload_hash: bytes
     encoded: bytes
     """The payload as the journal stores it."""
@@ -26,6 +29,11 @@ class Step:
     """The step's number; 0 until the executor takes it from the queue."""
     started: float = 0.0
     ended: float = 0.0
+
+    def use_version(self, version: DigestVersion) -> None:
+        """Hash the payload with a version of the digest, unless it was."""
+        if version != self.digest_version:
+            self.digest_version, self.payload_hash = version, self.request.payload.hash(version)
 
     @property
     def abandoned(self) -> bool:

@@ -13,7 +13,6 @@ from maskwire_server.config import ServeConfig
 from maskwire_server.engine import admission
 from maskwire_server.engine.commits import AnswerCommit, RevealCommit, SaveCommit, StepCommit
 from maskwire_server.engine.committer import Committer
-from maskwire_server.engine.device import Device
 from maskwire_server.engine.entries import Drain, Entry, Evaluation, Restore, Save, Step, Takeover
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.generation_stream import Generation
@@ -22,6 +21,7 @@ from maskwire_server.engine.restore import Restores
 from maskwire_server.engine.run import Run
 from maskwire_server.engine.saves import Saves
 from maskwire_server.engine.sessions import Sessions
+from maskwire_server.engine.trainer import Trainer, guarded, snapshot
 from maskwire_server.errors import DeviceLost, Refused, StateLost, Unwanted
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import StepRecord
@@ -43,7 +43,7 @@ class Executor:
         self,
         run: Run,
         committer: Committer,
-        device: Device,
+        trainer: Trainer,
         saves: Saves,
         sessions: Sessions,
         restores: Restores,
@@ -57,7 +57,7 @@ class Executor:
     ) -> None:
         self._run = run
         self._committer = committer
-        self._device = device
+        self._trainer = trainer
         self._saves = saves
         self._sessions = sessions
         self._restores = restores
@@ -132,6 +132,12 @@ class Executor:
             queue.pop()
             queue.refuse_step(step, admission.gap(step.request.step, number))
             return False
+        fixed = run.head.digest_version
+        if fixed is not None and step.digest_version.number != fixed.number:
+            queue.pop()  # an idle session's, hashed before a bare call fixed another version
+            queue.refuse_step(step, admission.other_digest_version(run.lease.digest_versions, fixed.number))
+            queue.refuse_number(number)
+            return False
         if run.uncommitted >= self._serve.window:
             run.work.wait()
             return False
@@ -170,8 +176,8 @@ class Executor:
             result = StepResult(Outcome.POISON, Losses(math.nan))
         else:
             payload = step.request.payload
-            with self._quarantine.watch(step.payload_hash):
-                result = self._device.train_step(
+            with self._quarantine.watch(step.payload_hash), guarded(self._trainer):
+                result = self._trainer.train_step(
                     self._run.head.computed.lineage, step.number, payload.batch, payload.modes
                 )
         try:
@@ -201,9 +207,10 @@ class Executor:
         with run.mutex:
             run.queue.computing = None
             head.computed = HistoryPosition(here.run_id, here.lineage, step.number, digest)
+            first, head.digest_version = head.digest_version is None, step.digest_version
             run.uncommitted += 1
             run.uncommitted_bytes += len(step.encoded)
-            self._committer.append(StepCommit(run, step, record, result, self._clock))
+            self._committer.append(StepCommit(run, step, record, result, self._clock, first_of_run=first))
             skipped = result.outcome is Outcome.SKIPPED_NON_FINITE
             head.non_finite = head.non_finite + 1 if skipped else 0
             if head.non_finite >= HALT_AFTER:
@@ -235,7 +242,8 @@ class Executor:
         try:
             if future.done():
                 return
-            result = self._device.eval_loss(request.batch, request.options, lambda: not future.done())
+            with guarded(self._trainer):
+                result = self._trainer.eval_loss(request.batch, request.options, lambda: not future.done())
         except Unwanted:
             return
         except DeviceLost:
@@ -258,9 +266,10 @@ class Executor:
         try:
             if not generation.over:
                 request = generation.request
-                for state in self._device.generate(request.prompts, request.options):
-                    if not generation.put(state):
-                        break
+                with guarded(self._trainer):
+                    for state in self._trainer.generate(request.prompts, request.options):
+                        if not generation.put(state):
+                            break
         except DeviceLost:
             raise
         except Exception as error:
@@ -277,7 +286,7 @@ class Executor:
         with self._run.mutex:
             self._saves.begin()
         try:
-            copy = self._device.snapshot()
+            copy = snapshot(self._trainer)
         except DeviceLost:
             raise
         except Exception as error:

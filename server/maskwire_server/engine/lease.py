@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from maskwire.v1.digest import VERSIONS
 from maskwire_server.holder import ClientProcess, Holder
 from maskwire_server.journal.records import SessionRecord
 
@@ -18,6 +19,8 @@ class Lease:
         self.epoch = 0
         self.client_name = ""
         self.process: ClientProcess | None = None
+        self.digest_versions: tuple[int, ...] = VERSIONS
+        """The versions of the digest that the client of the newest epoch computes."""
         self.closed = True
         self._opening = False
         self._ended = False  # expired once; steps in flight since then do not belong to the session
@@ -29,9 +32,15 @@ class Lease:
         """The client of the newest epoch; None before the first."""
         return Holder(self.client_name, self.epoch, self.process) if self.epoch else None
 
-    def resume(self, session: SessionRecord | None, process: ClientProcess | None = None) -> None:
-        """Continue with the newest recorded epoch after a restart; its idle time starts now."""
+    def resume(
+        self,
+        session: SessionRecord | None,
+        process: ClientProcess | None = None,
+        digest_versions: tuple[int, ...] = VERSIONS,
+    ) -> None:
+        """Continue with the newest recorded epoch after a restart or restore; its idle time starts now."""
         if session is not None:
+            self.digest_versions = digest_versions
             self.epoch, self.client_name, self.closed = session.epoch, session.client_name, session.closed
             self.process, self.superseded = process, None
         self.opened()
@@ -41,6 +50,7 @@ class Lease:
         epoch: int,
         client_name: str,
         process: ClientProcess | None = None,
+        digest_versions: tuple[int, ...] = VERSIONS,
         *,
         supersedes: bool = False,
     ) -> None:
@@ -50,6 +60,7 @@ class Lease:
         """
         self.superseded = self.holder if supersedes else None
         self.epoch, self.client_name, self.process, self.closed = epoch, client_name, process, False
+        self.digest_versions = digest_versions
         self._opening = True
         self.touch()
 

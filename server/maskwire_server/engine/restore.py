@@ -13,10 +13,10 @@ from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.engine import admission
 from maskwire_server.engine.commits import LineageCommit
 from maskwire_server.engine.committer import Committer
-from maskwire_server.engine.device import Device
 from maskwire_server.engine.entries import Restore, Save
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.run import Run
+from maskwire_server.engine.trainer import Trainer, guarded
 from maskwire_server.errors import Refused
 from maskwire_server.journal.records import Lineage, SessionRecord
 from maskwire_server.manifest import Manifest
@@ -34,7 +34,7 @@ class Restores:
     run: Run
     committer: Committer
     checkpoints: Checkpoints
-    device: Device
+    trainer: Trainer
 
     def begin(self, request: RestoreRequest, future: Future[RestoreAnswer]) -> None:
         """Have the checkpoint's files read, then queue the restore. A known request id gets its answer again.
@@ -57,7 +57,9 @@ class Restores:
             return
         manifest = self.checkpoints.pin(request.name)  # before it is read and found intact
         with self.run.mutex:
-            self.run.queue.interrupt(Refused("RESTORING", "a checkpoint is being restored; ask again"))
+            self.run.queue.interrupt(
+                Refused("RESTORING", "a checkpoint is being restored; retry with the same request id")
+            )
             self.run.conditions.set(RunState.RESTORING, waiting_for="the checkpoint's files to be read")
         threading.Thread(
             target=self._examine,
@@ -125,7 +127,8 @@ class Restores:
         # recovers the new lineage.
         with self.run.mutex:
             self._move(restore.manifest, lineage, session)
-        self.device.load(self.checkpoints.path(info.name))
+        with guarded(self.trainer):
+            self.trainer.load(self.checkpoints.path(info.name))
         failpoints.passing("restore.loaded")
         restored = RestoreAnswer(number, info.step, lineage.digest)
         log.info("restored checkpoint %s: lineage %d from step %d", info.name, number, info.step)

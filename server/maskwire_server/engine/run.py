@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from maskwire.v1.digest import VERSIONS, DigestVersion, newest_common
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.admission import Situation
 from maskwire_server.engine.lease import Lease
@@ -31,6 +32,8 @@ class Run:
         self.rate = Rate(60, clock)
         self.lineages: dict[int, Lineage] = {}
         """Every recorded lineage, by number."""
+        self.num_tokens = 0
+        """The size of the vocabulary, which payload hashes depend on."""
         self.uncommitted = 0
         """Computed steps that are not durable yet."""
         self.uncommitted_bytes = 0
@@ -42,9 +45,26 @@ class Run:
         """The number of the first step that is neither applied nor in flight."""
         return self.head.computed.step + self.queue.ahead + 1
 
+    @property
+    def digest_version(self) -> DigestVersion | None:
+        """The version of the run's digest; None before the first step.
+
+        A first step that is being computed counts: its version is the run's unless it fails.
+        """
+        computing = self.queue.computing
+        return self.head.digest_version or (computing.digest_version if computing else None)
+
+    def step_version(self, *, bare: bool) -> DigestVersion:
+        """The version to hash a step of the open session, or a bare call, with.
+
+        It is the run's version, or before the first step the one that the step would fix.
+        """
+        number = VERSIONS[-1] if bare else newest_common(self.lease.digest_versions)
+        return self.digest_version or DigestVersion(number, self.num_tokens)
+
     def situation(self) -> Situation:
         """The facts that admission decides on."""
-        here = self.head.computed
+        here, version = self.head.computed, self.digest_version
         return Situation(
             state=self.conditions.state,
             run_id=here.run_id,
@@ -56,6 +76,8 @@ class Run:
             window=self._window,
             refused_step=self.queue.refused_number,
             holder=self.lease.holder,
+            digest_version=version.number if version else 0,
+            digest_versions=self.lease.digest_versions,
         )
 
     def expire(self) -> None:

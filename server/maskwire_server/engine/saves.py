@@ -8,11 +8,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from maskwire_server.checkpoints.catalogue import Catalogue
+from maskwire_server.checkpoints.files import Snapshot
 from maskwire_server.checkpoints.saver import Saver
-from maskwire_server.checkpoints.store import Snapshot
 from maskwire_server.config import CheckpointsConfig, ServeConfig
 from maskwire_server.engine import admission
-from maskwire_server.engine.commits import DropBatches
+from maskwire_server.engine.commits import CatalogueCommit, DropBatches
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Save
 from maskwire_server.engine.futures import answer, refuse
@@ -39,6 +40,7 @@ class Saves:
         self,
         run: Run,
         committer: Committer,
+        catalogue: Catalogue,
         saver: Saver,
         settings: CheckpointsConfig,
         serve: ServeConfig,
@@ -46,6 +48,7 @@ class Saves:
     ) -> None:
         self._run = run
         self._committer = committer
+        self._catalogue = catalogue
         self._saver = saver
         self._settings = settings
         self._drops_batches = serve.keep_payloads == "recovery"
@@ -133,14 +136,27 @@ class Saves:
                 failed = self._run.conditions.failed("the checkpoint", error)
             self.give_up(save, failed)
             return
-        self._saver.refresh()
-        if self._drops_batches:
-            gone = self._saver.droppable(self._run.lineages, self._run.head.computed.lineage)
-            if gone:
-                self._committer.append(DropBatches(gone, self._committer.append))
+        try:
+            self._collect()
+        except Exception as error:  # the checkpoint is saved; the next save collects
+            with self._run.mutex:
+                self._run.conditions.failed("collecting checkpoints", error)
         self._end()
         for waiter in save.waiters:
             answer(waiter, info)
+
+    def _collect(self) -> None:
+        """Delete what is not needed any more, once what a start would rely on was verified on disk."""
+        with self._run.mutex:
+            lineages, lineage = self._run.lineages, self._run.head.computed.lineage
+        gone = self._saver.collect(lineages, lineage)
+        self._record_catalogue()
+        if gone and self._drops_batches:
+            self._committer.append(DropBatches(gone, self._committer.append))
+
+    def _record_catalogue(self) -> None:
+        if not self._catalogue.is_recorded:
+            self._committer.append(CatalogueCommit(self._catalogue))
 
     def _end(self) -> None:
         with self._run.mutex:
@@ -162,3 +178,4 @@ class Saves:
             answer(future, None)
         finally:
             self._saver.refresh()
+            self._record_catalogue()

@@ -19,7 +19,6 @@ from maskwire_server.errors import Refused, invalid_field
 from maskwire_server.holder import ClientProcess, Holder
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import SessionRecord
-from maskwire_server.recovery.replay import digest_at
 from maskwire_server.requests import SessionRef, SessionRequest
 from maskwire_server.results import RunState, SessionAnswer
 
@@ -27,31 +26,8 @@ CLIENT_PROCESS = "client_process"
 """The kind of event that records the process of a session's client."""
 EVALUATED = "evaluated"
 """The kind of event that records which step a writer has evaluated."""
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What the journal has about a request to open a session."""
-
-    epoch: int | None
-    """The epoch given to its nonce."""
-    digest: bytes | None
-    """The digest at the client's newest step."""
-
-
-@dataclass(frozen=True)
-class SessionRead:
-    """Reads what the journal has about a request to open a session."""
-
-    nonce: str
-    lineage: int
-    step: int | None
-
-    def read(self, journal: Journal) -> Recorded:
-        """Look up the nonce and the step."""
-        given = journal.session_of_nonce(self.nonce)
-        digest = None if self.step is None else digest_at(journal, self.lineage, self.step)
-        return Recorded(given.epoch if given else None, digest)
+DIGEST_VERSIONS = "digest_versions"
+"""The kind of event that records which versions of the digest a session's client computes."""
 
 
 @dataclass(eq=False)
@@ -93,16 +69,17 @@ class Sessions:
                 self._opening[request.nonce].append(future)
                 return
             self._opening[request.nonce] = [future]
-        step = None if request.history is None else request.history.step
+        history, digest = request.history, None
         try:
-            read = self._committer.read(SessionRead(request.nonce, run.head.computed.lineage, step))
-            recorded = read.result()
+            given = self._committer.read(Journal.session_of_nonce, request.nonce)
+            if history is not None:
+                digest = self._committer.read(Journal.digest_at, run.head.computed.lineage, history.step)
             with run.mutex:
-                self._admit(request, recorded)
+                self._admit(request, given.epoch if given else None, digest)
         except Refused as refusal:
             self._refuse(request.nonce, refusal)
 
-    def _admit(self, request: SessionRequest, recorded: Recorded) -> None:
+    def _admit(self, request: SessionRequest, nonce_epoch: int | None, digest: bytes | None) -> None:
         """Raise the epoch and queue its record, or return the nonce's own epoch. Under the mutex."""
         run, at = self._run, self._run.situation()
         durable = run.head.durable.step
@@ -110,9 +87,9 @@ class Sessions:
         trained = run.next_number > 1
         facts = SessionFacts(
             request,
-            recorded.epoch,
+            nonce_epoch,
             durable,
-            recorded.digest,
+            digest,
             run.head.tokenizer if trained else "",
             run.head.data if trained else {},
         )
@@ -132,7 +109,13 @@ class Sessions:
             self._committer.append(EventsCommit(futures[0], reply, events))
             return
         epoch = at.epoch + 1
-        run.lease.open(epoch, request.client_name, request.process, supersedes=bool(at.writer))
+        run.lease.open(
+            epoch,
+            request.client_name,
+            request.process,
+            request.digest_versions,
+            supersedes=bool(at.writer),
+        )
         run.queue.refuse_steps(partial(_fenced, Holder(request.client_name, epoch, request.process)))
         run.queue.push_first(Takeover(epoch, request))
         run.work.notify()
@@ -144,7 +127,10 @@ class Sessions:
         with run.mutex:
             superseded = epoch != run.lease.epoch
             here = run.head.computed
-            events = () if superseded else self._keep(request)
+            events: Events = ()
+            if not superseded:
+                versions = {"epoch": epoch, "versions": list(request.digest_versions)}
+                events = (*self._keep(request), (DIGEST_VERSIONS, versions))
             if request.takeover and not superseded:
                 run.head.non_finite = 0
                 run.conditions.set(RunState.HALTED, False)
@@ -226,6 +212,7 @@ class Sessions:
             evaluated_lineage=head.evaluated[0],
             evaluated_step=head.evaluated[1],
             inexact_replays=head.inexact_replays,
+            digest_version=self._run.step_version(bare=False).number,
         )
 
 
@@ -236,6 +223,13 @@ def recorded_process(journal: Journal, session: SessionRecord | None) -> ClientP
         return None
     known = {field.name for field in fields(ClientProcess)}  # a newer version may have recorded more
     return ClientProcess(**{name: value for name, value in found[1].items() if name in known})
+
+
+def recorded_digest_versions(journal: Journal, session: SessionRecord | None) -> tuple[int, ...]:
+    """The versions of the digest that a session's client computes; a session of version 0.1 has no record."""
+    found = journal.last_event(DIGEST_VERSIONS)
+    recorded = session is not None and found is not None and found[1]["epoch"] == session.epoch
+    return tuple(found[1]["versions"]) if recorded and found else (1,)
 
 
 def recorded_evaluation(journal: Journal) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable
 
+from maskwire.v1.digest import DigestVersion
 from maskwire_server.errors import Diverged, Refused, shortage
 from maskwire_server.position import HistoryPosition
 from maskwire_server.results import InexactReplay, RunState
@@ -100,6 +101,8 @@ class Head:
         """The newest computed step."""
         self.durable = self.computed
         """The newest durable step."""
+        self.digest_version: DigestVersion | None = None
+        """The version of the run's digest; None before the first step is computed."""
         self.non_finite = 0
         """Non-finite steps in a row, up to the newest computed step."""
         self.tokenizer = ""

@@ -54,4 +54,5 @@ def report(
         tokenizer=head.tokenizer,
         data=head.data,
         inexact_replays=head.inexact_replays,
+        digest_version=head.digest_version.number if head.digest_version else 0,
     )

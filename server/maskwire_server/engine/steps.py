@@ -12,12 +12,12 @@ from maskwire_server.engine.admission import Known, Verdict
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Step
 from maskwire_server.engine.futures import answer
-from maskwire_server.engine.reads import Room, StepOfNumber, StepOfRequest, require_in_history
 from maskwire_server.engine.run import Run
 from maskwire_server.errors import Refused
 from maskwire_server.journal.journal import Journal
-from maskwire_server.journal.records import StepRecord
-from maskwire_server.journal.reserve import WRITES_PER_BATCH, Reserve
+from maskwire_server.journal.lineage import ancestry
+from maskwire_server.journal.records import Lineage, StepRecord
+from maskwire_server.journal.reserve import WRITES_PER_BATCH, Reserve, make_room
 from maskwire_server.requests import SessionRef, StepRequest
 from maskwire_server.results import StepAnswer, StepResult
 
@@ -44,8 +44,8 @@ class Steps:
 
     def admit(self, request: StepRequest, future: Future[StepAnswer]) -> None:
         """Queue a step, or answer it from the journal. Raises Refused."""
-        payload = request.payload
-        step = Step(request, payload.hash(), payload.encode(), [future], self._clock())
+        payload, version = request.payload, self._run.step_version(bare=request.session is None)
+        step = Step(request, version, payload.hash(version), payload.encode(), [future], self._clock())
         failpoints.passing("step.admitted")
         no_room = self._no_room(len(step.encoded))
         by_id = request.request_id is not None and (request.session is None or request.step is None)
@@ -67,6 +67,7 @@ class Steps:
         run, queue, request = self._run, self._run.queue, step.request
         at = run.situation()
         admission.check_writer(request.session, at)
+        step.use_version(run.step_version(bare=request.session is None))  # `admit` read it without the mutex
         queue.forget_abandoned_early()
         other = queue.with_id(request.request_id)
         if other is None and request.session is not None:
@@ -96,6 +97,7 @@ class Steps:
             if other is not None and other.abandoned and queue.replace(other, step):
                 return
             raise admission.step_taken(number, at.next_step)
+        step.use_version(run.step_version(bare=step.request.session is None))  # fixed meanwhile, it may be
         verdict = admission.admit_step(number, len(queue), self._serve.queue_limit, at)
         if no_room is not None:
             raise no_room
@@ -113,12 +115,12 @@ class Steps:
         request = step.request
         record: StepRecord | None = None
         if by_id and request.request_id is not None:
-            record = self._committer.read(StepOfRequest(request.request_id)).result()
+            record = self._committer.read(Journal.step_of_request, request.request_id)
         with self._run.mutex:
             number = self._recorded(step)
             lineage = self._run.head.computed.lineage
         if record is None and number is not None:
-            record = self._committer.read(StepOfNumber(lineage, number)).result()
+            record = self._committer.read(Journal.step, lineage, number)
         with self._run.mutex:
             admission.check_writer(request.session, self._run.situation())
             if record is None:
@@ -127,7 +129,7 @@ class Steps:
             known = Known(record.step, record.request_id, record.payload_hash)
             if not admission.repeats(request, step.payload_hash, known):
                 raise admission.step_taken(record.step, self._run.next_number)
-            require_in_history(record, self._run.lineages, lineage)
+            _require_in_history(record, self._run.lineages, lineage)
             if request.session is not None:
                 self._run.lease.touch()
             self._run.queue.settle(step)
@@ -141,7 +143,7 @@ class Steps:
         # Written into the write-ahead log, and into the database when the log is folded.
         needed = WRITES_PER_BATCH * size
         left = self._disk.left(self._log_bytes())
-        if left < needed and self._committer.read(Room(self._disk)).result():
+        if left < needed and self._committer.read(make_room, self._disk):
             left = self._disk.left(self._log_bytes())
         if left < 0:
             with self._run.mutex:
@@ -159,3 +161,17 @@ class Steps:
                 return
             if number >= run.next_number and queue.with_number(number) is None:
                 queue.refuse_early(number)
+
+
+def _require_in_history(record: StepRecord, lineages: dict[int, Lineage], lineage: int) -> None:
+    """Raise WRONG_RUN for a recorded step that a restore removed from the history."""
+    through = {segment.lineage: segment.through for segment in ancestry(lineages, lineage)}
+    last = through.get(record.lineage, -1)
+    if last is not None and record.step > last:
+        raise Refused(
+            "WRONG_RUN",
+            f"this request id was step {record.step} of lineage {record.lineage}, which a restore removed "
+            "from the history; use a new id to train the batch again",
+            step=record.step,
+            lineage=lineage,
+        )

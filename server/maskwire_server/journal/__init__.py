@@ -1,1 +1,1 @@
-"""The journal of a run in SQLite: schema, records, lineages, disk space and fsync."""
+"""The journal of a run in SQLite: schema, records, lineages, transactions, disk space and fsync."""

@@ -1,4 +1,4 @@
-"""The disk under a run directory: whether it can be relied on, and how much room it has."""
+"""The disk of a run directory: its type of file system and its free space."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What a write says when the disk, or the quota of whoever writes, has no room left."""
+"""The errors of a write when the disk, or a quota on it, is full."""
 _PIECE = 2**20
 
 NETWORK = {
@@ -27,15 +27,15 @@ _OF_VOLUMES = {
 
 
 def of_volume(name: str) -> bool:
-    """Whether file systems and desktops put such a name into a volume's root by themselves."""
+    """Whether a file system or desktop creates files of this name in a volume's root."""
     return name in _OF_VOLUMES or name.startswith((".Trash-", "._"))
 
 
 def network_file_system(path: Path, mounts: str | None = None) -> str | None:
-    """The type of the network file system that holds `path`; None on a disk of this machine.
+    """The type of the network file system that holds `path`; None on a local disk.
 
-    Locks and flushes over a network are not what SQLite relies on. `mounts` is the text of
-    /proc/self/mountinfo; where there is none, nothing is known, and nothing said.
+    SQLite cannot rely on locks and flushes over a network. `mounts` is the text of /proc/self/mountinfo;
+    on a system without it the answer is None.
     """
     if mounts is None:
         try:
@@ -43,7 +43,7 @@ def network_file_system(path: Path, mounts: str | None = None) -> str | None:
         except OSError:
             return None
     place, found = path.absolute(), (0, "")
-    for line in filter(None, mounts.split("\n")):  # paths hold any other character
+    for line in filter(None, mounts.split("\n")):  # paths may contain any other character
         fields, _, tail = line.partition(" - ")
         point = Path(_ESCAPED.sub(lambda octal: chr(int(octal[1], 8)), fields.split(" ")[4]))
         if place.is_relative_to(point) and len(point.parts) >= found[0]:
@@ -52,15 +52,15 @@ def network_file_system(path: Path, mounts: str | None = None) -> str | None:
 
 
 def free_bytes(path: Path) -> int:
-    """What this process may still write to the disk of `path`."""
+    """How many bytes this process can still write to the disk of `path`."""
     found = os.statvfs(path)
     return found.f_bavail * found.f_frsize
 
 
 def has_room(folder: Path, size: int) -> bool:
-    """Whether `size` bytes can be written there now: they are written, to a file that nobody sees.
+    """Whether `size` bytes can be written there now, found out by writing them to an unnamed file.
 
-    A quota shows in no figure of the file system. False only when the write says that room is missing.
+    No figure of the file system shows a quota. False only when the write fails for lack of space.
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

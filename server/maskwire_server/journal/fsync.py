@@ -1,4 +1,4 @@
-"""Making a folder's entries durable: a new file's name is safe only once its folder was flushed."""
+"""fsync of folders: a new file's name is durable only after its folder was flushed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it that are missing, so that none of their names can be lost."""
+    """Create a folder and its missing parents durably."""
     folder = folder.absolute()
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Recorded steps, a page at a time: the journal is read on the run's thread, so a page is small."""
+"""Pages of recorded steps. Pages are small, because the thread that commits steps reads them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from maskwire_server.journal.records import StepRecord
 
 
 def page(journal: Journal, run_id: str, request: StepsRequest) -> StepsPage:
-    """The first steps of the range, all of them durable; raises Refused (WRONG_RUN)."""
+    """The first steps of the requested range; raises Refused (WRONG_RUN)."""
     lineages = journal.lineages()
     newest = max(lineages)
     lineage = lineages.get(newest if request.lineage is None else request.lineage)

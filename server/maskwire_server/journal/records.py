@@ -1,4 +1,4 @@
-"""The journal's rows: what is kept of a step, a line of history, and a writer's epoch."""
+"""The journal's records: steps, lineages and sessions, and the hashes that guard them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.results import Losses, Outcome
 
-_NUMBERS = struct.Struct("<Bdddd")  # which are present, loss, generator loss, critic loss, gradient norm
+_NUMBERS = struct.Struct("<Bdddd")  # bits of those present, loss, generator loss, critic loss, gradient norm
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One consumed step."""
+    """A consumed step."""
 
     lineage: int
     step: int
@@ -30,7 +30,7 @@ class StepRecord:
     digest: bytes
 
     def numbers(self) -> bytes:
-        """Losses and gradient norm as raw bytes: replay must find the very same."""
+        """Losses and gradient norm as raw bytes: a replay must reproduce them."""
         values = (self.losses.generator_loss, self.losses.critic_loss, self.gradient_norm)
         present = sum(1 << bit for bit, value in enumerate(values) if value is not None)
         return _NUMBERS.pack(
@@ -73,14 +73,14 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Lineage:
-    """One line of history: the first, or what a restore opened."""
+    """A lineage: the first one, or one that a restore started."""
 
     lineage: int
     parent: int | None
     step: int
-    """The step that it starts from."""
+    """The step that it starts after."""
     digest: bytes
-    """The digest that it starts from."""
+    """The digest that its chain starts with."""
     request_id: str | None
     checkpoint: str | None
 
@@ -99,7 +99,7 @@ class Lineage:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Steps of one lineage: those behind `after`, up to and with `through`."""
+    """The steps of one lineage after `after`, up to and including `through`."""
 
     lineage: int
     after: int
@@ -108,12 +108,12 @@ class Stretch:
 
 @dataclass(frozen=True)
 class SessionRecord:
-    """One writer's epoch."""
+    """A writer's session, one per epoch."""
 
     epoch: int
     client_name: str
     nonce: str | None
-    """None for the epoch that a restore used up."""
+    """None for an epoch that a restore used, so that no writer continues unaware."""
     takeover: bool
     lineage: int
     step: int
@@ -136,12 +136,23 @@ class SessionRecord:
 
 
 def seal(*values: object) -> bytes:
-    """SHA-256 over values in an encoding that tells every two apart."""
+    """SHA-256 over values, encoded so that different values give different bytes."""
     return hashlib.sha256(json.dumps(values, default=str).encode()).digest()
 
 
+def sealed_text(text: str) -> str:
+    """A text with its SHA-256 in front."""
+    return hashlib.sha256(text.encode()).hexdigest() + text
+
+
+def text_of(sealed: object) -> str | None:
+    """The text that `sealed_text` was given; None when it was changed."""
+    text = sealed if isinstance(sealed, str) else ""  # a changed byte can change a value's type
+    return text[64:] if text and sealed_text(text[64:]) == text else None
+
+
 def damaged(what: str) -> RunDirectoryError:
-    """What is raised for something that does not match its hash."""
+    """The error for something that does not match its hash."""
     return RunDirectoryError(
         f"journal: {what} does not match its hash: the file was damaged; restore the run directory from a "
         "copy"

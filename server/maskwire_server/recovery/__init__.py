@@ -1,1 +1,1 @@
-"""Recovery: boot, replay, environment fingerprint, point in time, verification."""
+"""Recovery of a run: boot, rebuilding the state, replay, fingerprint, point in time and verification."""

@@ -1,15 +1,9 @@
-"""From the files of a run directory to a running state.
-
-Recovery = the newest verified checkpoint on the current lineage's ancestry, and the journal's later
-steps computed again. The recomputed losses must equal the recorded bytes.
-"""
+"""How a run is opened, and recovered to its last durable step."""
 
 from __future__ import annotations
 
 import json
 import logging
-import sqlite3
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,28 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from maskwire.v1.digest import initial_digest, lineage_digest
-from maskwire_server import failpoints
-from maskwire_server.checkpoints.membership import foreign_save, recorded_saves
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.engine.device import Device
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.journal.ancestry import Segment, ancestry, on_path
+from maskwire_server.journal import inexact_replays
+from maskwire_server.journal.database import JournalError
 from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.lineage import ancestry
 from maskwire_server.journal.records import Lineage, SessionRecord
-from maskwire_server.manifest import Manifest
-from maskwire_server.recovery import inexact
-from maskwire_server.recovery.fingerprint import Following
-from maskwire_server.recovery.replay import digest_at, replay, steps_to_replay, told
+from maskwire_server.journal.run_directory import JOURNAL_FILE
+from maskwire_server.recovery.rebuild import rebuild
+from maskwire_server.recovery.trainer import ReplayTrainer
 from maskwire_server.results import Outcome
 
 log = logging.getLogger(__name__)
 
 
-BEGAN_FROM = "began_from"  # an event of runs whose first weights no seed makes
-
-
 def open_journal(run_dir: Path, *, seed: int, canonical: bytes, durable: bool = True) -> Journal:
-    """Open the run of a directory, or begin one in an empty directory.
+    """Open the run in a directory, or create one in an empty directory.
 
     Raises RunDirectoryError when the directory holds another run, or something else.
     """
@@ -50,7 +39,7 @@ def open_journal(run_dir: Path, *, seed: int, canonical: bytes, durable: bool = 
             journal.create(facts, initial_digest(canonical, seed))
         else:
             check_same_run(journal, run_dir, seed, canonical)
-    except sqlite3.Error as error:
+    except JournalError as error:
         journal.close()
         raise RunDirectoryError(
             f"{run_dir}: the journal cannot be written ({error}); make room on its disk, and start again"
@@ -59,6 +48,13 @@ def open_journal(run_dir: Path, *, seed: int, canonical: bytes, durable: bool = 
         journal.close()
         raise
     return journal
+
+
+def open_recorded(run_dir: Path) -> Journal:
+    """Open the run in a directory. Raises RunDirectoryError when there is none."""
+    if not (run_dir / JOURNAL_FILE).is_file():
+        raise RunDirectoryError(f"{run_dir}: there is no run here ({JOURNAL_FILE} is missing)")
+    return Journal(run_dir)
 
 
 def check_same_run(journal: Journal, run_dir: Path, seed: int, canonical: bytes) -> None:
@@ -81,81 +77,25 @@ def check_same_run(journal: Journal, run_dir: Path, seed: int, canonical: bytes)
         )
 
 
-def newest_verified(
-    checkpoints: Checkpoints, journal: Journal, segments: list[Segment], *, accept_lost: bool = False
-) -> tuple[Manifest | None, dict[str, str]]:
-    """The newest whole checkpoint of the ancestry with its files intact; what is wrong with others, by name.
-
-    Raises RunDirectoryError when a checkpoint holds a step that the journal lost, unless `accept_lost`.
-    """
-    run_id = journal.fact("run_id")
-    lineages, saves = journal.lineages(), recorded_saves(journal)
-    wrong = checkpoints.unreadable()
-    found = checkpoints.all()
-    for manifest in found:
-        info = manifest.info
-        if manifest.run_id != run_id:
-            wrong[info.name] = f"it belongs to run {manifest.run_id}"
-            continue
-        recorded = digest_at(journal, info.lineage, info.step) if info.lineage in lineages else None
-        if recorded == info.digest:
-            foreign = foreign_save(manifest, saves)
-            if foreign is not None:
-                wrong[info.name] = foreign
-            continue
-        if recorded is not None:  # the journal lost nothing: it holds this step with another history
-            wrong[info.name] = (
-                f"it comes from another copy of the run: its history up to step {info.step} (lineage "
-                f"{info.lineage}) is not this one"
-            )
-            continue
-        lost = f"it holds step {info.step} (lineage {info.lineage}), which the journal does not have"
-        if not accept_lost:
-            raise RunDirectoryError(
-                f"checkpoint {info.name!r}: {lost}. If it was copied here from another copy of the run, move "
-                "it out of checkpoints/. Otherwise the journal lost acknowledged steps: restore the run "
-                "directory from a copy, or continue without them, for good, with --accept-lost-history"
-            )
-        wrong[info.name] = lost
-    for manifest in on_path(found, segments):
-        if manifest.info.name in wrong:
-            continue
-        problem = checkpoints.damage(manifest)
-        if problem is None:
-            return manifest, wrong
-        wrong[manifest.info.name] = problem
-    return None, wrong
-
-
-def require_seed(journal: Journal) -> None:
-    """Raise RunDirectoryError when a run cannot begin from its seed, for want of any checkpoint."""
-    began = journal.last_event(BEGAN_FROM)
-    if began is not None:
-        raise RunDirectoryError(
-            f"the run began from checkpoint {began[1]['checkpoint']!r}, weights from elsewhere, and neither "
-            "it nor a later one is whole: restore the run directory from a copy, or import again"
-        )
-
-
 @dataclass(frozen=True)
 class Recovered:
-    """Where the run is after recovery."""
+    """The end of a run's history after recovery."""
 
     lineage: int
     step: int
     digest: bytes
     non_finite: int
-    """Steps in a row, up to the last and since the last takeover, that were not finite."""
+    """How many of the last steps were not finite, in a row and since the last takeover."""
     replayed_inexactly: bool
-    """The state is one that an inexact replay led to: it must be saved before anything follows from it."""
+    """An inexact replay led to the state: it must be saved before a step or an answer follows from it."""
     accepted: bool
-    """Something that no tolerance covers was accepted on the way."""
+    """Something that no tolerance covers was accepted."""
 
 
 def recover(
     journal: Journal,
     checkpoints: Checkpoints,
-    device: Device,
+    trainer: ReplayTrainer,
     settings: dict[str, Any],
     *,
     accept_inexact: bool = False,
@@ -163,10 +103,10 @@ def recover(
     tell: Callable[[str], None] = lambda _: None,
     with_room: Callable[[Callable[[], None]], None] = lambda write: write(),
 ) -> Recovered:
-    """Bring the device's trainer to the journal's last step; `tell` hears what takes its time.
+    """Bring the trainer to the journal's last step, and set unusable checkpoints aside.
 
-    `with_room` does what is written to the journal, and may wait until its disk has room for it.
-    Checkpoints that are damaged are set aside. Raises RunDirectoryError when it cannot be done exactly.
+    `tell` is called with the progress. `with_room` writes to the journal, and may wait until there is room.
+    Raises RunDirectoryError when the last step cannot be reached exactly.
     """
     lineages = journal.lineages()
     lineage = max(lineages)
@@ -174,57 +114,34 @@ def recover(
     journal.check_requests(lineage)
     for name in checkpoints.sweep():
         log.info("removed the unfinished checkpoint %s", name)
-    manifest, wrong = newest_verified(checkpoints, journal, segments, accept_lost=accept_lost)
-    failpoints.passing("recovery.chosen")
-    for name, problem in wrong.items():
+    lineage_start = lineages[lineage]
+    last = journal.last_step(lineage)
+    step, digest = (last.step, last.digest) if last else (lineage_start.step, lineage_start.digest)
+
+    def set_aside(name: str, problem: str) -> None:
         try:
             aside = f"moved to {checkpoints.set_aside(name)}"
         except OSError as error:
-            aside = f"left where it is ({error.strerror})"
-        log.warning("checkpoint %s passed over, and %s: %s", name, aside, problem)
-    start = (segments[0].lineage, 0)
-    if manifest is None:
-        require_seed(journal)
-    else:
-        info = manifest.info
-        start = (info.lineage, info.step)
-        tell(f"checkpoint {info.name}")
-        loading = time.monotonic()
-        try:
-            device.load(checkpoints.path(info.name))
-        except ValueError as error:
-            raise RunDirectoryError(
-                f"checkpoint {info.name!r} does not fit the configuration: {error}; start with it as it was"
-            ) from error
-        failpoints.passing("recovery.loaded")
-        took = time.monotonic() - loading
-        log.info("loaded checkpoint %s (step %d) in %.1f s", info.name, info.step, took)
-    last = journal.last_step(lineage)
-    step, digest = (last.step, last.digest) if last else (lineages[lineage].step, lineages[lineage].digest)
-    records = steps_to_replay(journal, segments, start)
-    following = Following(
+            aside = f"left in place ({error.strerror})"
+        log.warning("checkpoint %s cannot be used and was %s: %s", name, aside, problem)
+
+    rebuilt = rebuild(
         journal,
+        checkpoints,
+        trainer,
         settings,
-        device.configure,
-        strict=not accept_inexact,
-        inexact=inexact.ahead(inexact.recorded(journal), segments, start),
-    )
-    began = time.monotonic()
-    done = replay(
-        told(following.follow(records), step - start[1], tell),
-        device.train_step,
-        tolerance=following.tolerance,
+        segments,
+        step,
         accept_inexact=accept_inexact,
+        accept_lost=accept_lost,
+        pass_over=set_aside,
+        tell=tell,
     )
-    if done.count:
-        log.info("replayed %d steps in %.1f s", done.count, time.monotonic() - began)
-    following.end()
-    failpoints.passing("recovery.replayed")
-    found = done.inexact(accepted=following.accepted)
-    if found:
-        with_room(partial(inexact.record, journal, found, done.beyond))
-    accepted = following.accepted or bool(done.beyond)
-    return Recovered(lineage, step, digest, _non_finite(journal, lineage, step), bool(found), accepted)
+    inexact = rebuilt.inexact
+    if inexact:
+        with_room(partial(inexact_replays.record, journal, inexact, rebuilt.replayed.beyond))
+    non_finite = _non_finite(journal, lineage, step)
+    return Recovered(lineage, step, digest, non_finite, bool(inexact), rebuilt.accepted)
 
 
 def accept_lost_history(
@@ -234,15 +151,15 @@ def accept_lost_history(
     *,
     with_room: Callable[[Callable[[], None]], None] = lambda write: write(),
 ) -> Recovered:
-    """Go on from the last step that is left, on a new lineage, so that no client mistakes it for the old.
+    """Continue from the last step that is left, on a new lineage: no client may take it for the old history.
 
-    Raises RunDirectoryError unless that is `step`. Done once for a step, however often it is asked for.
+    Raises RunDirectoryError unless that step is `step`. A second call for the same step changes nothing.
     """
     current = journal.lineages()[recovered.lineage]
     if recovered.step != step:
         raise RunDirectoryError(
-            f"--accept-lost-history {step}: the run is at step {recovered.step}; name that one to go on from "
-            "it, or leave the option out"
+            f"--accept-lost-history {step}: the run is at step {recovered.step}; name that step to "
+            "continue from it, or leave the option out"
         )
     if current.parent is not None and current.checkpoint is None and current.step == step:
         return recovered
@@ -253,11 +170,11 @@ def accept_lost_history(
     def write() -> None:
         journal.add_lineage(Lineage(number, recovered.lineage, step, digest, None, None))
         journal.add_event("accepted_lost_history", {"lineage": number, "step": step})
-        epoch = (last.epoch if last else 0) + 1  # used up, so that no writer goes on unaware
+        epoch = (last.epoch if last else 0) + 1  # used, so that no writer continues unaware
         journal.add_session(SessionRecord(epoch, "lost history", None, False, number, step, True))
 
     with_room(partial(journal.transaction, write))
-    log.warning("lost history accepted: lineage %d goes on from step %d", number, step)
+    log.warning("lost history accepted: lineage %d continues from step %d", number, step)
     return Recovered(number, step, digest, 0, recovered.replayed_inexactly, recovered.accepted)
 
 

@@ -1,7 +1,7 @@
-"""A run that begins at weights from elsewhere: a whole run directory, or none.
+"""A run that starts from imported weights.
 
-It is made beside its place and renamed into it, so that a run which was cut off while it was made is never
-served: it would begin at other weights.
+Its directory is made under another name and then renamed, so that an import that was interrupted is never
+served: it would start from other weights.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 from maskwire_server.checkpoints import membership
 from maskwire_server.checkpoints.saver import KEPT_SECTIONS
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.engine.device import Trainer, build
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal.fsync import flush_folder, make_folder
 from maskwire_server.journal.journal import Journal
 from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
 from maskwire_server.recovery import boot
+from maskwire_server.recovery.base_checkpoint import STARTED_FROM
+from maskwire_server.recovery.trainer import ReplayTrainer
 from maskwire_server.results import CheckpointInfo
 
 NAME = "imported"
@@ -31,7 +32,7 @@ NAME = "imported"
 
 def begin(
     run_dir: Path,
-    factory: Callable[[], Trainer],
+    factory: Callable[[], ReplayTrainer],
     configuration: dict[str, Any],
     *,
     seed: int,
@@ -40,10 +41,10 @@ def begin(
     labels: dict[str, str],
     texts: dict[str, str],
 ) -> CheckpointInfo:
-    """Make a run at step 0 whose first checkpoint, `imported`, is the state of the factory's trainer.
+    """Create a run at step 0 whose first checkpoint, `imported`, is the state of the factory's trainer.
 
-    `texts` are files to lay beside it. Retention leaves the checkpoint alone: no seed makes these weights
-    again. Raises RunDirectoryError when the place is taken or cannot be written.
+    `texts` are files to write into the run directory. Retention never deletes the checkpoint: no seed makes
+    these weights again. Raises RunDirectoryError when the directory is not empty or cannot be written.
     """
     try:
         if run_dir.is_mount():  # nothing can be renamed into its place
@@ -79,7 +80,7 @@ def begin(
 
 def _write(
     folder: Path,
-    factory: Callable[[], Trainer],
+    factory: Callable[[], ReplayTrainer],
     configuration: dict[str, Any],
     seed: int,
     canonical: bytes,
@@ -88,7 +89,7 @@ def _write(
 ) -> CheckpointInfo:
     journal = boot.open_journal(folder, seed=seed, canonical=canonical)
     try:
-        device = build(factory)
+        trainer = factory()
         lineage = journal.lineages()[1]
         kept = {section: configuration[section] for section in KEPT_SECTIONS if section in configuration}
         manifest = Manifest(
@@ -97,11 +98,11 @@ def _write(
             False,
             None,
             kept,
-            versions | device.versions,
+            versions | trainer.versions,
             save_id=membership.new_save_id(),
         )
-        info = Checkpoints(folder).write(device.snapshot(), manifest).info
-        # No seed makes these weights: without this checkpoint the run must not begin.
+        info = Checkpoints(folder).write(trainer.snapshot(), manifest).info
+        # No seed makes these weights: the run must not start without this checkpoint.
         journal.transaction(partial(_record, journal, manifest))
         return info
     finally:
@@ -112,4 +113,4 @@ def _record(journal: Journal, manifest: Manifest) -> None:
     info = manifest.info
     place = HistoryPosition(manifest.run_id, info.lineage, info.step, info.digest)
     membership.record_save(journal, place, manifest.save_id or "")
-    journal.add_event(boot.BEGAN_FROM, {"checkpoint": NAME})
+    journal.add_event(STARTED_FROM, {"checkpoint": NAME})

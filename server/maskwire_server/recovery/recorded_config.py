@@ -1,4 +1,4 @@
-"""The one way in which a configuration meets a run that is there already."""
+"""The configuration of a run that exists already."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from pathlib import Path
 
 from maskwire_server.config import Config, NewerRunError
 from maskwire_server.errors import ConfigError, RunDirectoryError
-from maskwire_server.journal.journal import FILE_NAME, Journal, explained
+from maskwire_server.journal.database import explained
+from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.run_directory import JOURNAL_FILE
 
 
 def of_run(config: Config, run_dir: Path) -> Config:
-    """The configuration for the run of a directory, as it is where there is none yet.
+    """Complete a configuration from the run in a directory; it is unchanged when there is no run.
 
-    Options of [model] and [objective], and a seed, that are not set come from the run's record, so that
-    neither new options nor changed defaults and presets keep a newer version from opening an older run.
-    Raises RunDirectoryError that names each one which is set and differs.
+    Options of [model] and [objective] and the seed, if they are not set, come from the run's record: new
+    options, defaults and presets do not prevent a newer version from opening an older run. Raises
+    RunDirectoryError that names each option that is set and differs.
     """
-    if not (run_dir / FILE_NAME).is_file():
+    if not (run_dir / JOURNAL_FILE).is_file():
         return config
     journal = Journal(run_dir)
     try:

@@ -1,4 +1,4 @@
-"""Recorded steps computed again: read along the ancestry, checked on the way, held against the record."""
+"""Replay: recorded steps are read along the ancestry, computed again, and compared with their records."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from maskwire.v1.digest import step_digest
+from maskwire.v1.digest import VERSIONS, DigestVersion, step_digest
 from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.journal.ancestry import Segment
 from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.lineage import Segment
 from maskwire_server.journal.records import StepRecord, damaged
 from maskwire_server.recovery.tolerance import Tolerance, excess, outcome_differs
 from maskwire_server.results import InexactReplay, Outcome, StepResult
@@ -21,23 +21,19 @@ log = logging.getLogger(__name__)
 
 
 class InexactReplayError(RunDirectoryError):
-    """A step computed again gave another result than the one that was acknowledged."""
+    """A step that was computed again gave another result than the acknowledged one."""
 
 
-def digest_at(journal: Journal, lineage: int, step: int) -> bytes | None:
-    """The digest that a lineage had after `step`, by the journal; None when it never got there."""
-    start = journal.lineages().get(lineage)
-    if start is not None and step == start.step:
-        return start.digest
-    record = journal.step(lineage, step)
-    return None if record is None else record.digest
+def recorded_version(journal: Journal) -> DigestVersion:
+    """The version of the run's digest; for a run without steps, any version."""
+    return journal.digest_version() or DigestVersion(VERSIONS[0])
 
 
-def read_payload(record: StepRecord, encoded: bytes) -> Payload:
-    """A step's kept batch. Raises RunDirectoryError when it is not the one that the step hashed."""
+def read_payload(record: StepRecord, encoded: bytes, version: DigestVersion) -> Payload:
+    """Decode a step's batch. Raises RunDirectoryError when it does not match the step's payload hash."""
     try:
         payload = Payload.decode(encoded)
-        whole = payload.hash() == record.payload_hash
+        whole = payload.hash(version) == record.payload_hash
     except Exception:  # whatever damaged bytes make of it
         whole = False
     if not whole:
@@ -48,7 +44,7 @@ def read_payload(record: StepRecord, encoded: bytes) -> Payload:
 def steps_to_replay(
     journal: Journal, segments: list[Segment], start: tuple[int, int]
 ) -> Iterator[tuple[StepRecord, bytes | None]]:
-    """The records behind (lineage, step) along the ancestry; the digest chain is checked on the way."""
+    """The records after (lineage, step) along the ancestry; RunDirectoryError where the digests break."""
     lineages = journal.lineages()
     began = False
     for segment in segments:
@@ -56,7 +52,7 @@ def steps_to_replay(
         if not began:
             continue
         at = start[1] if segment.lineage == start[0] else lineages[segment.lineage].step
-        digest = digest_at(journal, segment.lineage, at)
+        digest = journal.digest_at(segment.lineage, at)
         for record, payload in journal.steps_after(segment.lineage, at):
             if segment.through is not None and record.step > segment.through:
                 break
@@ -76,10 +72,10 @@ def steps_to_replay(
             )
 
 
-def told(
+def with_progress(
     records: Iterator[tuple[StepRecord, bytes | None]], total: int, tell: Callable[[str], None]
 ) -> Iterator[tuple[StepRecord, bytes | None]]:
-    """Pass the records on, and tell twice a second, and the log every ten, how far it is."""
+    """Pass the records on; report progress to `tell` twice a second and to the log every ten seconds."""
     began = spoken = logged = time.monotonic()
     for count, item in enumerate(records):
         now = time.monotonic()
@@ -97,19 +93,19 @@ def told(
 
 @dataclass
 class Replayed:
-    """What came of computing steps again."""
+    """The outcome of a replay."""
 
     count: int = 0
-    """The steps, those that changed nothing included."""
+    """The steps, including those that changed nothing."""
     differing: int = 0
-    """Those whose results were not the recorded bytes."""
+    """How many results were not the recorded bytes."""
     beyond: list[int] = field(default_factory=list)
-    """Of these the steps that no tolerance covers, accepted."""
+    """The steps among these that no tolerance covers and that were accepted."""
     stretches: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """By lineage, the first and the last step whose weights are close to the run's and not the same bytes."""
+    """By lineage, the first and last step whose weights are close to the run's but not the same bytes."""
 
     def inexact(self, *, accepted: bool) -> list[InexactReplay]:
-        """The stretches as they are recorded."""
+        """The ranges of steps that were not exact, as the journal records them."""
         accepted = accepted or bool(self.beyond)
         return [InexactReplay(lineage, *steps, accepted) for lineage, steps in self.stretches.items()]
 
@@ -118,14 +114,15 @@ def replay(
     records: Iterator[tuple[StepRecord, bytes | None]],
     train: Callable[[int, int, Batch, Modes], StepResult],
     *,
+    version: DigestVersion,
     tolerance: Callable[[float | None], Tolerance | None] = lambda _: None,
     accept_inexact: bool = False,
 ) -> Replayed:
-    """Compute the records' steps again, and hold each result against its record.
+    """Compute recorded steps again, and compare each result with its record.
 
-    `tolerance` is asked for each, with the learning rate of its batch: None wants the recorded bytes.
-    Skipped and failed steps changed nothing and are not computed. Raises InexactReplayError at the first
-    step that differs by more, unless `accept_inexact`, and always at one with another outcome.
+    `tolerance` is called for each step with the learning rate of its batch; None requires the recorded bytes.
+    Skipped and failed steps changed nothing and are not computed. Raises InexactReplayError at the first step
+    that differs by more, unless `accept_inexact`, and always at one with another outcome.
     """
     done = Replayed()
     for record, payload in records:
@@ -139,7 +136,7 @@ def replay(
                 "checkpoint was damaged, restore the run directory from a copy"
             )
         failpoints.passing("recovery.replaying")
-        sent = read_payload(record, payload)
+        sent = read_payload(record, payload, version)
         result = train(record.lineage, record.step, sent.batch, sent.modes)
         if outcome_differs(record, result):
             raise InexactReplayError(

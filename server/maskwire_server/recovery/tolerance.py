@@ -1,4 +1,4 @@
-"""How far a step computed again may be from its record where results are not reproducible.
+"""Tolerances of replay, for environments where results are not reproducible.
 
 The tolerances are 1.3 to 4.6 times the largest drift measured over 3,000 replayed steps: a checkpoint
 interval of 300 seconds at 10 steps a second. docs/durability.md has the measurement, and the command
@@ -22,9 +22,9 @@ class Tolerance:
     gradient_norm: float
 
     def after(self, steps: float) -> Tolerance:
-        """The part of it that counts once so many `measured_steps` were computed again.
+        """The tolerance after this many `measured_steps` were computed again.
 
-        Drift grows with the steps, and what is wrong from the start (a checkpoint, a seed) shows at once.
+        Drift grows with the steps, while a wrong checkpoint or seed shows at once.
         """
         share = min(1.0, (_AT_ONCE + steps) / _REACHED)
         return Tolerance(share * self.generator_loss, share * self.critic_loss, share * self.gradient_norm)
@@ -35,9 +35,9 @@ _MEASURED_RATE = 1e-3  # the learning rate that the drift was measured at
 
 
 def measured_steps(learning_rate: float) -> float:
-    """The steps at the measured learning rate that drift as far as one at this rate, at least 1.
+    """How many steps at the measured learning rate drift as far as one step at this rate; at least 1.
 
-    A step moves the weights in proportion to its rate, and what rounding adds to the step with it.
+    A step moves the weights, and amplifies rounding, in proportion to its learning rate.
     """
     return max(1.0, learning_rate / _MEASURED_RATE)
 
@@ -56,12 +56,12 @@ _FLIP = 4.0
 
 
 def outcome_differs(record: StepRecord, result: StepResult) -> bool:
-    """Whether the step ended in another way: no tolerance covers that."""
+    """Whether the step had another outcome: no tolerance covers that."""
     return result.outcome is not record.outcome
 
 
 def excess(record: StepRecord, result: StepResult, tolerance: Tolerance, tokens: int) -> str | None:
-    """Which number is further from the record than the tolerance allows; None: none is.
+    """The first number that differs from the record by more than the tolerance; None: none does.
 
     A critic's inputs are sampled from the generator, and one that flips weighs more the smaller the batch:
     `tokens` is the number of positions of the batch.

@@ -1,11 +1,11 @@
-"""Looking at a run directory without a device: is it whole, and what happened at a step?
+"""Verification and inspection of a run directory, without a device.
 
     verify    every record's hash, the digest chain of every lineage, each batch that is kept, each
               checkpoint's files
     inspect   one step: its batch, outcome, losses and gradient norm
 
-Nothing is changed but that SQLite folds its write-ahead log away and an older format of the journal is
-brought up to date, as a server's start would.
+Nothing is changed, except that SQLite folds its write-ahead log and that an older format of the journal is
+migrated, as a server's start would do.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from typing import Any
 from maskwire.v1.digest import initial_digest, lineage_digest, step_digest
 from maskwire_server.batch import Payload
 from maskwire_server.checkpoints.membership import foreign_save, recorded_saves
-from maskwire_server.checkpoints.retention import FALLBACKS
+from maskwire_server.checkpoints.retention import FALLBACKS, on_path
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.journal.ancestry import ancestry, on_path
-from maskwire_server.journal.journal import FILE_NAME, Journal, explained
+from maskwire_server.journal import inexact_replays
+from maskwire_server.journal.database import explained
+from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.lineage import ancestry
 from maskwire_server.journal.records import Lineage, StepRecord
-from maskwire_server.recovery import inexact
-from maskwire_server.recovery.boot import require_seed
-from maskwire_server.recovery.replay import digest_at, read_payload, steps_to_replay
+from maskwire_server.recovery.base_checkpoint import require_seed
+from maskwire_server.recovery.boot import open_recorded
+from maskwire_server.recovery.replay import read_payload, recorded_version, steps_to_replay
 from maskwire_server.results import CheckpointInfo, InexactReplay, Outcome
 
 
@@ -45,22 +47,15 @@ class Audit:
     batches: int = 0
     """Steps whose batch is kept."""
     checkpoints: list[str] = field(default_factory=list)
-    """The whole ones, newest first."""
+    """The intact ones, newest first."""
     inexact_replays: list[InexactReplay] = field(default_factory=list)
-    """Steps that a start computed again, close to the recorded results and not the same bytes."""
+    """Steps that a start computed again, within a tolerance and not to the same bytes."""
     problems: list[str] = field(default_factory=list)
 
 
-def open_run(run_dir: Path) -> Journal:
-    """The journal of a run that is there. Raises RunDirectoryError."""
-    if not (run_dir / FILE_NAME).is_file():
-        raise RunDirectoryError(f"{run_dir}: there is no run here ({FILE_NAME} is missing)")
-    return Journal(run_dir)
-
-
 def verify(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -> Audit:
-    """Check everything that can be checked without computing. Raises RunDirectoryError for no run at all."""
-    journal = open_run(run_dir)
+    """Check everything that can be checked without computing. Raises RunDirectoryError if there is no run."""
+    journal = open_recorded(run_dir)
     try:
         with explained(run_dir):
             audit = Audit(run_id=journal.fact("run_id"))
@@ -78,7 +73,7 @@ def verify(run_dir: Path, tell: Callable[[str], None] = lambda _: None) -> Audit
         audit.lineages, audit.lineage = len(lineages), max(lineages)
         audit.step, audit.digest = at[audit.lineage]
         with _noted(audit, run_dir):
-            audit.inexact_replays += inexact.recorded(journal)
+            audit.inexact_replays += inexact_replays.recorded(journal)
         with _noted(audit, run_dir):
             audit.problems += journal.damage()
         with _noted(audit, run_dir):
@@ -94,7 +89,7 @@ def _verify_start(journal: Journal, lineage: Lineage, lineages: dict[int, Lineag
     if lineage.parent is None:
         expected: bytes | None = initial_digest(journal.fact("canonical"), journal.fact("seed"))
     elif lineage.parent in lineages:
-        parent = digest_at(journal, lineage.parent, lineage.step)
+        parent = journal.digest_at(lineage.parent, lineage.step)
         expected = None if parent is None else lineage_digest(parent, lineage.lineage)
     else:
         expected = None
@@ -104,7 +99,7 @@ def _verify_start(journal: Journal, lineage: Lineage, lineages: dict[int, Lineag
 
 @contextlib.contextmanager
 def _noted(audit: Audit, run_dir: Path) -> Iterator[None]:
-    """What cannot be read any further is a problem among others."""
+    """Report what cannot be read as a problem, and continue."""
     try:
         with explained(run_dir):
             yield
@@ -116,7 +111,7 @@ def _noted(audit: Audit, run_dir: Path) -> Iterator[None]:
 def _verified_steps(
     journal: Journal, lineage: Lineage, audit: Audit, tell: Callable[[str], None]
 ) -> Iterator[StepRecord]:
-    at, digest = lineage.step, lineage.digest
+    at, digest, version = lineage.step, lineage.digest, recorded_version(journal)
     for record, encoded in journal.steps_after(lineage.lineage, at):
         at += 1
         digest = step_digest(digest, lineage.lineage, at, record.payload_hash, record.outcome)
@@ -128,7 +123,7 @@ def _verified_steps(
         if encoded is not None:
             audit.batches += 1
             try:
-                read_payload(record, encoded)
+                read_payload(record, encoded, version)
             except RunDirectoryError as error:
                 audit.problems.append(str(error))
         audit.steps += 1
@@ -141,13 +136,14 @@ def _verify_checkpoints(
     journal: Journal, checkpoints: Checkpoints, audit: Audit, tell: Callable[[str], None]
 ) -> None:
     saves = recorded_saves(journal)
-    for manifest in checkpoints.all():
+    found = checkpoints.all()
+    for manifest in found:
         info = manifest.info
         tell(f"checkpoint {info.name}")
         problem = checkpoints.damage(manifest)
         if manifest.run_id != audit.run_id:
             problem = f"it belongs to run {manifest.run_id}"
-        elif digest_at(journal, info.lineage, info.step) != info.digest:
+        elif journal.digest_at(info.lineage, info.step) != info.digest:
             problem = f"it holds step {info.step} (lineage {info.lineage}), which the journal does not have"
         else:
             problem = problem or foreign_save(manifest, saves)
@@ -155,6 +151,9 @@ def _verify_checkpoints(
             audit.checkpoints.append(info.name)
         else:
             audit.problems.append(f"checkpoint {info.name}: {problem}")
+    gone = journal.checkpoints().keys() - {manifest.info.name for manifest in found}
+    for name in sorted(gone):
+        tell(f"checkpoint {name}: no longer in checkpoints/")
     for name, problem in checkpoints.unreadable().items():
         audit.problems.append(f"checkpoint {name}: {problem}")
     unfinished = checkpoints.unfinished()
@@ -165,13 +164,13 @@ def _verify_checkpoints(
 def _verify_recovery(
     journal: Journal, checkpoints: Checkpoints, lineages: dict[int, Lineage], audit: Audit
 ) -> None:
-    """Whether the steps behind the newest whole checkpoint of the ancestry have their batches."""
+    """Check that the steps after the newest intact checkpoints of the ancestry have their batches."""
     segments = ancestry(lineages, max(lineages))
     whole = set(audit.checkpoints)
     path = [m.info for m in on_path(checkpoints.all(), segments) if m.info.name in whole]
     if not path:
         require_seed(journal)
-    # From the newest it must start; from the one before it too, where there is one, should that be damaged.
+    # A start uses the newest, or the one before it if the newest is damaged.
     bases: list[CheckpointInfo | None] = [*path[:FALLBACKS]]
     for info in bases or [None]:
         start = (segments[0].lineage, 0) if info is None else (info.lineage, info.step)
@@ -187,18 +186,18 @@ def _verify_recovery(
 
 @dataclass(frozen=True)
 class Inspected:
-    """One recorded step."""
+    """A recorded step with its batch and settings."""
 
     record: StepRecord
     payload: Payload | None
-    """None when its batch was dropped behind checkpoints."""
+    """None when checkpoints cover the step and its batch was dropped."""
     settings: dict[str, Any]
     """What its result depends on beside model, objective and seed."""
 
 
 def inspect(run_dir: Path, step: int, lineage: int | None = None) -> Inspected:
-    """One step of a run, of the current history unless a lineage is named. Raises RunDirectoryError."""
-    journal = open_run(run_dir)
+    """A step of the current history, or of the given lineage. Raises RunDirectoryError."""
+    journal = open_recorded(run_dir)
     try:
         lineages = journal.lineages()
         if lineage is None:
@@ -214,7 +213,7 @@ def inspect(run_dir: Path, step: int, lineage: int | None = None) -> Inspected:
         payload = next((p for r, p in journal.steps_after(lineage, step - 1) if r.step == step), None)
         return Inspected(
             record,
-            None if payload is None else read_payload(record, payload),
+            None if payload is None else read_payload(record, payload, recorded_version(journal)),
             journal.event(record.configuration),
         )
     finally:

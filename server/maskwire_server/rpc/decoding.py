@@ -1,16 +1,13 @@
-"""Between the proto's messages and the engine's values: reading checks, writing copies.
+"""Requests: from the proto's messages to the engine's values.
 
-Everything a request can be wrong in is found here, on the CPU, before the device hears of it. A
-refusal names the field, the first offending position, the value, and what would be right.
+Every field is checked here, before the request reaches the engine. A refusal names the field, its value
+and what would be right.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-
-import numpy as np
-import numpy.typing as npt
 
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.batch import Batch, Modes, Payload
@@ -30,19 +27,13 @@ from maskwire_server.requests import (
 )
 from maskwire_server.results import EvalOptions, Limits, ModelInfo
 from maskwire_server.rpc import work_limits
+from maskwire_server.rpc.token_batch import read_batch
 
 DEFAULT_DRAWS = 16
 MAX_NAME = 128
 MAX_DATA_PARTS = 16
+MAX_DIGEST_VERSIONS = 16
 MAX_LABELS, MAX_LABEL = 32, 256
-
-_DTYPES: dict[int, np.dtype[np.integer]] = {
-    pb.DATA_TYPE_UINT8: np.dtype("<u1"),
-    pb.DATA_TYPE_UINT16: np.dtype("<u2"),
-    pb.DATA_TYPE_INT32: np.dtype("<i4"),
-    pb.DATA_TYPE_INT64: np.dtype("<i8"),
-}
-_DTYPE_NAMES = ", ".join(pb.DataType.Name(number) for number in _DTYPES)
 
 
 def read_step(request: pb.TrainStepRequest, info: ModelInfo, limits: Limits) -> StepRequest:
@@ -89,11 +80,12 @@ def read_eval(request: pb.EvalLossRequest, info: ModelInfo, limits: Limits) -> E
     batch = read_batch(request.batch, info, limits)
     if request.row_ids and len(request.row_ids) != batch.rows:
         raise invalid_field(
-            "row_ids", f"row_ids must be one a row, {batch.rows}, or none, got {len(request.row_ids)}"
+            "row_ids",
+            f"row_ids must have one id per row, {batch.rows}, or none, got {len(request.row_ids)}",
         )
     text_bytes = request.text_bytes if request.HasField("text_bytes") else None
     if text_bytes is not None and text_bytes < 1:
-        raise invalid_field("text_bytes", f"text_bytes must be at least 1 where given, got {text_bytes}")
+        raise invalid_field("text_bytes", f"text_bytes must be at least 1 if it is set, got {text_bytes}")
     chain_rule = request.estimator == pb.ESTIMATOR_CHAIN_RULE
     _check_chain(request, chain_rule=chain_rule)
     draws = request.draws or (1 if chain_rule else default_draws)
@@ -121,18 +113,20 @@ def _check_chain(request: pb.EvalLossRequest, *, chain_rule: bool) -> None:
         if order != pb.CHAIN_ORDER_UNSPECIFIED:
             raise invalid_field(
                 "chain_order",
-                f"chain_order must be left out without ESTIMATOR_CHAIN_RULE, got {pb.ChainOrder.Name(order)}",
+                f"chain_order needs ESTIMATOR_CHAIN_RULE, got {pb.ChainOrder.Name(order)} with another "
+                "estimator; leave chain_order out",
             )
         return
     if request.only_train_critic:
         raise invalid_field(
-            "only_train_critic", "only_train_critic must be left out of a chain rule, which has no critic"
+            "only_train_critic",
+            "only_train_critic does not apply to the chain rule, which has no critic; leave it out",
         )
     if order != pb.CHAIN_ORDER_RANDOM and request.draws > 1:
         raise invalid_field(
             "draws",
-            f"draws must be 0 or 1 from left to right, there is one such order, got {request.draws}; several "
-            "draws need CHAIN_ORDER_RANDOM",
+            f"draws must be 0 or 1 with CHAIN_ORDER_LEFT_TO_RIGHT, a single order, got {request.draws}; "
+            "use CHAIN_ORDER_RANDOM for several draws",
         )
 
 
@@ -164,7 +158,7 @@ def _check_work(
 
 
 def read_session(session: pb.SessionRef) -> SessionRef:
-    """A session, as the client sent it back."""
+    """The session that a request names."""
     return SessionRef(session.run_id, session.lineage, session.epoch)
 
 
@@ -194,7 +188,18 @@ def read_open(request: pb.OpenSessionRequest) -> SessionRequest:
         evaluated_step=request.evaluated_step,
         data=_read_fingerprint(request.data),
         allow_changed_data=request.allow_changed_data,
+        digest_versions=_digest_versions(request.digest_versions),
     )
+
+
+def _digest_versions(sent: Sequence[int]) -> tuple[int, ...]:
+    # Version 0.1 of the client sends none, and computes version 1 alone.
+    if len(sent) > MAX_DIGEST_VERSIONS:
+        raise invalid_field(
+            "digest_versions",
+            f"digest_versions must have at most {MAX_DIGEST_VERSIONS} entries, got {len(sent)}",
+        )
+    return tuple(sent) or (1,)
 
 
 def _process(sent: pb.ClientProcess) -> ClientProcess:
@@ -217,18 +222,22 @@ def _read_fingerprint(sent: Mapping[str, str]) -> dict[str, str]:
 def read_save(request: pb.CheckpointRequest) -> SaveRequest:
     """A Checkpoint request, checked."""
     if len(request.labels) > MAX_LABELS:
-        raise invalid_field("labels", f"labels must be at most {MAX_LABELS}, got {len(request.labels)}")
+        raise invalid_field(
+            "labels", f"labels must have at most {MAX_LABELS} entries, got {len(request.labels)}"
+        )
     for key, value in request.labels.items():
         if max(len(key), len(value)) > MAX_LABEL:
             raise invalid_field(
-                "labels", f"labels must have at most {MAX_LABEL} characters, {key[:32]!r} has more"
+                "labels",
+                f"keys and values of labels must have at most {MAX_LABEL} characters; "
+                f"label {key[:32]!r} is longer",
             )
     name = read_checkpoint_name(request.name) if request.name else None
     if name is not None and AUTOMATIC_NAME.fullmatch(name):
         raise invalid_field(
             "name",
-            "name: step-NUMBER and best-NUMBER are what the server calls its own, choose another than "
-            f"{name!r}",
+            f"name {name!r} is reserved: the server names its own checkpoints step-NUMBER and best-NUMBER; "
+            "choose another name",
         )
     if request.HasField("score") and not math.isfinite(request.score):
         raise invalid_field("score", f"score must be finite, got {request.score}")
@@ -267,187 +276,16 @@ def read_download(request: pb.DownloadCheckpointRequest) -> DownloadRequest:
     )
 
 
-def read_batch(batch: pb.TokenBatch, info: ModelInfo, limits: Limits) -> Batch:
-    """A TokenBatch, checked; `data` is viewed, not copied."""
-    ids, rows, columns, lengths = read_ids("batch", batch, info, limits)
-    check_ids("batch", ids, columns, lengths, info)
-    if lengths is None:
-        ids = ids.reshape(rows, columns)
-    read = Batch(ids, rows, columns, lengths, read_prompt_bits("batch", batch.prompt_mask, rows, columns))
-    _check_something_maskable(read, info)
-    return read
-
-
-def read_ids(
-    field: str, batch: pb.TokenBatch, info: ModelInfo, limits: Limits
-) -> tuple[npt.NDArray[np.integer], int, int, npt.NDArray[np.int32] | None]:
-    """A TokenBatch's flat ids as sent, its rows, columns and lengths; the ids themselves are not checked.
-
-    `field` is the batch's name in the request.
-    """
-    rows, columns = _shape(field, batch.shape, info, limits)
-    if batch.dtype not in _DTYPES:
-        raise invalid_field(
-            f"{field}.dtype",
-            f"{field}.dtype must be one of {_DTYPE_NAMES}, got {batch.dtype}",
-            value=batch.dtype,
-        )
-    lengths = _lengths(field, batch.lengths, rows, columns)
-    dtype = _DTYPES[batch.dtype]
-    count = rows * columns if lengths is None else int(lengths.sum())
-    if len(batch.data) != count * dtype.itemsize:
-        raise invalid_field(
-            f"{field}.data",
-            f"{field}.data must have {count * dtype.itemsize} bytes ({count} ids of {dtype.itemsize} bytes), "
-            f"got {len(batch.data)}",
-            expected_bytes=count * dtype.itemsize,
-            bytes=len(batch.data),
-        )
-    return np.frombuffer(batch.data, dtype=dtype), rows, columns, lengths
-
-
-def _shape(field: str, shape: Sequence[int], info: ModelInfo, limits: Limits) -> tuple[int, int]:
-    # Counted before it is looked at: a message can hold millions where there should be two.
-    if len(shape) != 2:
-        raise invalid_field(
-            f"{field}.shape", f"{field}.shape must be [rows, columns], got {len(shape)} dimensions"
-        )
-    sizes = list(shape)
-    for name, size in zip(("rows", "columns"), sizes, strict=True):
-        if size < 1:
-            raise invalid_field(f"{field}.shape", f"{field}.shape: {name} must be at least 1, got {size}")
-    rows, columns = sizes
-    if columns > info.max_seq_len:
-        raise invalid_field(
-            f"{field}.shape",
-            f"{field}.shape: a row must have at most {info.max_seq_len} tokens (max_seq_len), got {columns}",
-            columns=columns,
-            max_seq_len=info.max_seq_len,
-        )
-    if rows * columns > limits.max_batch_tokens:  # Python's integers do not overflow
-        raise invalid_field(
-            f"{field}.shape",
-            f"{field}.shape: rows times columns must be at most {limits.max_batch_tokens} "
-            f"(serve.max_batch_tokens), got {rows} x {columns}",
-            tokens=rows * columns,
-            max_batch_tokens=limits.max_batch_tokens,
-        )
-    return rows, columns
-
-
-def _lengths(field: str, sent: Sequence[int], rows: int, columns: int) -> npt.NDArray[np.int32] | None:
-    if not sent:
-        return None
-    if len(sent) != rows:
-        raise invalid_field(
-            f"{field}.lengths", f"{field}.lengths must be one a row, {rows}, or none, got {len(sent)}"
-        )
-    lengths = np.array(sent, dtype=np.int32)
-    wrong = (lengths < 1) | (lengths > columns)
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise invalid_field(
-            f"{field}.lengths",
-            f"{field}.lengths: row {row} must have 1 to {columns} tokens, got {lengths[row]}",
-            row=row,
-            value=int(lengths[row]),
-        )
-    if lengths.max() != columns:
-        raise invalid_field(
-            f"{field}.lengths",
-            f"{field}.lengths: the longest row must have {field}.shape's {columns} columns, "
-            f"got {lengths.max()}",
-            longest=int(lengths.max()),
-            columns=columns,
-        )
-    return lengths
-
-
-def check_ids(
-    field: str,
-    ids: npt.NDArray[np.integer],
-    columns: int,
-    lengths: npt.NDArray[np.int32] | None,
-    info: ModelInfo,
-) -> None:
-    """Raise Refused at the first id that is no datum; `ids` are flat, as sent."""
-    refused_pad = info.pad_id if lengths is not None else None
-    wrong = ids == info.mask_id
-    if refused_pad is not None:
-        wrong |= ids == refused_pad
-    if ids.min() < 0 or ids.max() >= info.num_tokens:
-        wrong |= (ids < 0) | (ids >= info.num_tokens)
-    elif not wrong.any():
-        return
-    at = int(wrong.argmax())
-    value = int(ids[at])
-    if lengths is None:
-        row, column = divmod(at, columns)
-    else:
-        ends = lengths.cumsum()
-        row = int(np.searchsorted(ends, at, side="right"))
-        column = at - int(ends[row] - lengths[row])
-    if value == info.mask_id:
-        right = "the mask id stands for masked positions: reserve an id for it that no data has"
-    elif value == refused_pad:
-        right = "the pad id is no datum: with lengths, leave padding out"
-    else:
-        right = (
-            f"ids must be 0 to {info.num_tokens - 1} (num_tokens is {info.num_tokens}), without the mask id"
-        )
-    raise invalid_field(
-        f"{field}.data",
-        f"{field}.data: row {row}, column {column} is {value}; {right}",
-        row=row,
-        column=column,
-        value=value,
-    )
-
-
-def read_prompt_bits(field: str, bits: bytes, rows: int, columns: int) -> bytes:
-    """The bits of a prompt mask as sent, empty for none; raises Refused if they do not fit."""
-    if not bits:
-        return b""
-    positions = rows * columns
-    size = (positions + 7) // 8
-    if len(bits) != size:
-        raise invalid_field(
-            f"{field}.prompt_mask",
-            f"{field}.prompt_mask must have {size} bytes (one bit for each of {rows} x {columns} positions), "
-            f"got {len(bits)}",
-            expected_bytes=size,
-            bytes=len(bits),
-        )
-    if positions % 8 and bits[-1] >> (positions % 8):
-        raise invalid_field(
-            f"{field}.prompt_mask",
-            f"{field}.prompt_mask: the last {8 - positions % 8} bits of its last byte must be 0, "
-            f"got {bits[-1]:#04x}",
-        )
-    return bits
-
-
-def _check_something_maskable(batch: Batch, info: ModelInfo) -> None:
-    if not batch.prompt_bits and (info.pad_id is None or batch.lengths is not None):
-        return
-    _, valid, prompt = batch.dense(info.pad_id)
-    if not (valid & ~prompt).any():
-        what = "batch.prompt_mask" if batch.prompt_bits else "batch.data"
-        raise invalid_field(
-            what,
-            f"{what}: every position of every row is prompt or padding; leave at least one to predict",
-        )
-
-
 def _check_modes(request: pb.TrainStepRequest | pb.EvalLossRequest, info: ModelInfo) -> None:
     if request.only_train_generator and request.only_train_critic:
         raise invalid_field(
-            "only_train_critic", "only_train_generator and only_train_critic exclude each other, got both"
+            "only_train_critic",
+            "only_train_generator and only_train_critic cannot both be set; set one of them",
         )
     if request.only_train_critic and not info.has_critic:
         raise invalid_field(
             "only_train_critic",
-            "only_train_critic needs a critic, this model has none: serve one with objective.critic",
+            "only_train_critic needs a critic, which this model lacks: start a run with objective.critic set",
         )
 
 
@@ -478,7 +316,7 @@ def read_checkpoint_name(value: str) -> str:
     if CHECKPOINT_NAME.fullmatch(value) is None:
         raise invalid_field(
             "name",
-            "name must be 1 to 64 lower-case letters, digits, - and _, the first a letter or a digit, "
+            "name must have 1 to 64 lower-case letters, digits, - and _, and start with a letter or a digit, "
             f"got {value[:80]!r}",
         )
     return value

@@ -105,6 +105,7 @@ def session(value: SessionAnswer, info: ModelInfo, bounds: Limits) -> pb.OpenSes
         evaluated_lineage=value.evaluated_lineage,
         evaluated_step=value.evaluated_step,
         inexact_replays=[_inexact_replay(replay) for replay in value.inexact_replays],
+        digest_version=value.digest_version,
     )
 
 
@@ -183,6 +184,7 @@ def status(value: Status, bounds: Limits, started: float) -> pb.GetStatusRespons
         tokenizer=value.tokenizer,
         data=value.data,
         inexact_replays=[_inexact_replay(replay) for replay in value.inexact_replays],
+        digest_version=value.digest_version,
     )
     answer.state_time.FromNanoseconds(int(value.state_since * 1e9))
     answer.uptime.FromNanoseconds(int((time.monotonic() - started) * 1e9))

@@ -15,7 +15,7 @@ from maskwire_server.batch import Prompts
 from maskwire_server.errors import invalid_field
 from maskwire_server.requests import GenerateRequest
 from maskwire_server.results import GenerateAnswer, GenerateOptions, Limits, ModelInfo, Order, SelfCondMode
-from maskwire_server.rpc import decoding, work_limits
+from maskwire_server.rpc import token_batch, work_limits
 
 _DTYPES = {1: pb.DATA_TYPE_UINT8, 2: pb.DATA_TYPE_UINT16, 4: pb.DATA_TYPE_INT32}
 
@@ -131,7 +131,7 @@ def _empty_prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits)
 def _read_prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) -> Prompts:
     """Rows in which some positions are given, and the others are sampled."""
     batch = request.prompts
-    flat, rows, columns, lengths = decoding.read_ids("prompts", batch, info, limits)
+    flat, rows, columns, lengths = token_batch.read_ids("prompts", batch, info, limits)
     if not 0 <= request.count <= rows:
         raise invalid_field(
             "count",
@@ -141,7 +141,7 @@ def _read_prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) 
     inside = (
         np.ones(shape, dtype=bool) if lengths is None else np.arange(columns) < np.asarray(lengths)[:, None]
     )
-    bits = decoding.read_prompt_bits("prompts", batch.prompt_mask, rows, columns)
+    bits = token_batch.read_prompt_bits("prompts", batch.prompt_mask, rows, columns)
     if bits:
         unpacked = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little")
         given = unpacked[: rows * columns].astype(bool).reshape(shape)[inside]
@@ -152,7 +152,7 @@ def _read_prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) 
         padding = flat == info.pad_id
     # The ids at unknown positions are not used, so any value is valid there: check an ordinary id instead.
     datum = next(id_ for id_ in range(3) if id_ not in (info.mask_id, info.pad_id))
-    decoding.check_ids("prompts", np.where(given, flat, datum), columns, lengths, info)
+    token_batch.check_ids("prompts", np.where(given, flat, datum), columns, lengths, info)
     known = np.zeros(shape, dtype=bool)
     ids = np.zeros(shape, dtype=np.int64)
     valid = inside.copy()

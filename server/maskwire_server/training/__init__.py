@@ -1,1 +1,1 @@
-"""All that knows torch: the model, the objective, the optimizer and the trainer."""
+"""Everything that uses torch: model, objective, optimizer and trainer."""

@@ -1,7 +1,7 @@
-"""What a container may use: memory and CPU limits of control groups, versions 1 and 2.
+"""The memory and CPU limits of a container, from Linux control groups of versions 1 and 2.
 
-A limit counts for every group below the one that it is set on, so that the smallest up the hierarchy holds.
-Everything is read below `root`, the machine's own by default.
+A limit also applies to all groups below its own, so the smallest limit up the hierarchy counts. All files are
+read below `root`, by default the root of the file system.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ _ROOT = Path("/")
 
 
 def free_memory(root: Path = _ROOT) -> int | None:
-    """Bytes that this process can still have, or None where nothing tells.
+    """The bytes that this process can still allocate, or None if the system does not say.
 
-    MemAvailable of the machine (MemFree leaves out the page cache, which gives way), and of each group the
-    limit less what is in use and cannot be reclaimed.
+    The smallest of the machine's MemAvailable (MemFree would leave out the page cache, although it can be
+    reclaimed) and, for each group, its limit minus the memory in use that cannot be reclaimed.
     """
     machine = _fields(root / "proc/meminfo").get("MemAvailable:")
     found = [] if machine is None else [1024 * machine]
@@ -25,7 +25,7 @@ def free_memory(root: Path = _ROOT) -> int | None:
         limits = [_number(group / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
         used = _number(group / "memory.current") or _number(group / "memory.usage_in_bytes") or 0
         state = _fields(group / "memory.stat")
-        # Of version 1: the smallest limit of the groups above, those too that a container cannot see.
+        # Version 1 reports the smallest limit of all groups above, even of those that a container cannot see.
         limits.append(state.get("hierarchical_memory_limit"))
         cache = state.get("total_inactive_file", state.get("inactive_file", 0))
         found += [max(0, limit - max(0, used - cache)) for limit in limits if limit is not None]
@@ -33,7 +33,7 @@ def free_memory(root: Path = _ROOT) -> int | None:
 
 
 def cpu_quota(root: Path = _ROOT) -> float | None:
-    """The CPUs' worth of time that this process may take, or None without a limit."""
+    """The CPU time that this process may use, in CPUs. None without a limit."""
     quotas = []
     for group in _groups(root, "cpu"):
         quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
@@ -45,14 +45,14 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
 
 
 def allowed_cores(cores: int, root: Path = _ROOT) -> int:
-    """Of so many cores, those that the quota pays for, a part of one counting as one."""
+    """The number of cores, limited by the CPU quota, which is rounded up."""
     quota = cpu_quota(root)
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of this process's groups that can limit `controller`, each before the one above it."""
-    # Of each line HIERARCHY:CONTROLLERS:PATH; version 2 has one hierarchy, 0, which names no controllers.
+    """The folders of this process's groups that can limit `controller`, from the innermost outwards."""
+    # Lines are HIERARCHY:CONTROLLERS:PATH. Version 2 has only hierarchy 0, without controllers.
     paths: dict[str, str] = {}
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, own = (*line.split(":", 2), "", "")[:3]
@@ -70,7 +70,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
             continue
         top = root / _unescaped(mounted[4]).lstrip("/")
         within, part = PurePosixPath(path), _unescaped(mounted[3])
-        # A container sees its own group as the mount's top, and may be told a path outside of it.
+        # A container sees its own group as the root of the mount, but its path may lie outside the mount.
         below = within.relative_to(part) if within.is_relative_to(part) else PurePosixPath()
         if ".." in below.parts:
             below = PurePosixPath()
@@ -89,11 +89,11 @@ def _lines(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return []
-    return [line for line in text.split("\n") if line]  # names hold any other character
+    return [line for line in text.split("\n") if line]  # names may contain any other character
 
 
 def _words(path: Path) -> list[int | None]:
-    """The numbers of a file's first line, None for each that is none (`max`)."""
+    """The numbers in the first line of a file, with None for other words (`max`)."""
     return [_integer(word) for word in next(iter(_lines(path)), "").split()]
 
 
@@ -102,7 +102,7 @@ def _number(path: Path) -> int | None:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """A number for each name, of lines like NAME NUMBER."""
+    """The numbers by name, from lines of the form NAME NUMBER."""
     fields = (line.split() for line in _lines(path))
     return {words[0]: int(words[1]) for words in fields if len(words) > 1 and words[1].isdigit()}
 

@@ -1,12 +1,12 @@
-"""The chain rule: the exact log-likelihood of a row under an order of its positions, a pass a position.
+"""The chain rule: the exact log-likelihood of a row in an order of its positions, with a pass per position.
 
     log p(x) = sum over i of log p(x_o(i) | x_o(1) ... x_o(i-1))        o an order of the maskable positions
 
-Pass i shows what was revealed before and the prompt, and masks the rest: n - i + 1 positions, of which
-o(i) is predicted. The order is fixed, or drawn without looking at the tokens, so that this is the
-likelihood of a procedure that can be run. Two orders agree only where the model's conditionals are those
-of one distribution. Over uniformly random orders the masked set of size k is uniformly random and o(i)
-uniform in it, so that the mean is sum over k of (1/k) E[CE sum at k masked]: the negative ELBO.
+In pass i the prompt and the i - 1 positions before o(i) are visible. The other n - i + 1 positions are
+masked, and o(i) is predicted. The order is fixed or random, but never depends on the tokens, so this is the
+likelihood of a real sampling procedure. Two orders give the same likelihood only if the model's conditionals
+belong to one distribution. Over uniformly random orders the masked set of size k is uniformly random and
+o(i) is uniform in it, so the mean is sum over k of (1/k) E[CE sum at k masked]: the negative ELBO.
 
 Letters: r rows, d draws (orders), b pseudo-rows (a row with one of its passes), n positions, v vocabulary.
 """
@@ -26,27 +26,27 @@ from maskwire_server.results import EvalOptions, EvalResult, LossSums
 from maskwire_server.training import draws, objective
 from maskwire_server.training.corruption import Corruption, Vocabulary, random_ranks
 from maskwire_server.training.draws import Purpose
-from maskwire_server.training.evaluation import Batch
-from maskwire_server.training.objective import Networks
+from maskwire_server.training.evaluation import TensorBatch
+from maskwire_server.training.objective import Model
 from maskwire_server.training.summary import Bins, combine, summarize
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassBatch:
     """Pseudo-rows that are computed together."""
 
     part: Corruption
     target_b: Tensor
-    """int64: the position that is predicted."""
+    """int64: the predicted position."""
     where_b: Tensor
-    """int64: row times draws plus draw."""
+    """int64: the index row * draws + draw."""
 
 
 def evaluate(
-    networks: Networks,
+    model: Model,
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
-    batch: Batch,
+    batch: TensorBatch,
     options: EvalOptions,
     *,
     budget: int,
@@ -56,16 +56,16 @@ def evaluate(
 ) -> EvalResult:
     """Evaluate a batch in parts of at most `budget` positions. Call it without gradients.
 
-    Each draw is one order. Logits are computed at the predicted positions alone. Raises Unwanted between
-    two parts once `wanted` says no.
+    Each draw is one order. Logits are computed only at the predicted positions. `wanted` is called before
+    each part. If it returns False, Unwanted is raised.
     """
     n_r = batch.maskable_rn.sum(-1)
     nats = torch.zeros(n_r.numel() * options.draws, dtype=torch.float64)
     k_parts, n_parts, ce_parts, right_parts = [], [], [], []
     for chunk in passes(batch, options, vocabulary, budget):
         if not wanted():
-            raise Unwanted("nobody waits for this evaluation")
-        ce_b, correct_b = _predict(networks, config, vocabulary, chunk.part.to(device), chunk.target_b)
+            raise Unwanted("the evaluation was cancelled: its client no longer waits for it")
+        ce_b, correct_b = _predict(model, config, vocabulary, chunk.part.to(device), chunk.target_b)
         nats.index_add_(0, chunk.where_b, ce_b)
         k_parts.append(chunk.part.k_b)
         n_parts.append(chunk.part.n_b)
@@ -86,11 +86,11 @@ def evaluate(
     )
 
 
-def ranks(batch: Batch, options: EvalOptions, row_b: Tensor, draw_b: Tensor) -> Tensor:
-    """The place of each position in its row's order, int64 [b, n]; n or more where it has none.
+def ranks(batch: TensorBatch, options: EvalOptions, row_b: Tensor, draw_b: Tensor) -> Tensor:
+    """The rank of each position in the order of its row, int64 [b, n]. It is n or more if it has none.
 
-    A random order depends on the seed, the row's id and the draw, and goes over the maskable positions,
-    so that padding, prompts and other rows do not change it.
+    A random order depends on the seed, the id of the row and the draw. It covers the maskable positions, so
+    that padding, prompts and other rows do not change it.
     """
     return _ranks(batch.maskable_rn[row_b], options, row_b, draw_b)
 
@@ -105,8 +105,10 @@ def _ranks(maskable_bn: Tensor, options: EvalOptions, row_b: Tensor, draw_b: Ten
     return rank_bn.masked_fill(~maskable_bn, maskable_bn.shape[1])
 
 
-def passes(batch: Batch, options: EvalOptions, vocabulary: Vocabulary, budget: int) -> Iterator[Pass]:
-    """All passes of all orders of all rows, a part at a time."""
+def passes(
+    batch: TensorBatch, options: EvalOptions, vocabulary: Vocabulary, budget: int
+) -> Iterator[PassBatch]:
+    """All passes of all orders of all rows, in parts."""
     n_r = batch.maskable_rn.sum(-1).tolist()
     length_r = [int(row.nonzero().max()) + 1 if bool(row.any()) else 1 for row in batch.valid_rn]
     waiting: list[tuple[int, int, int]] = []
@@ -124,15 +126,15 @@ def passes(batch: Batch, options: EvalOptions, vocabulary: Vocabulary, budget: i
 
 
 def _together(
-    batch: Batch,
+    batch: TensorBatch,
     options: EvalOptions,
     vocabulary: Vocabulary,
     waiting: list[tuple[int, int, int]],
     longest: int,
-) -> Pass:
+) -> PassBatch:
     row_b, draw_b, pass_b = torch.tensor(waiting).unbind(1)
     orders, of_b = torch.unique(torch.stack((row_b, draw_b)), dim=1, return_inverse=True)
-    # Cut first: as wide as the batch's longest row, many short ones would be far above the budget.
+    # Cut the columns first. Otherwise short rows, as wide as the longest one, would exceed the budget.
     ids_rn, valid_rn, maskable_rn = batch.columns(longest)
     rank_bn = _ranks(maskable_rn[orders[0]], options, *orders)[of_b]
     maskable_bn = maskable_rn[row_b]
@@ -148,20 +150,20 @@ def _together(
         mask_bn.sum(-1),
     )
     target_b = (rank_bn == pass_b[:, None]).long().argmax(-1)
-    return Pass(part.rows(slice(None)), target_b, row_b * options.draws + draw_b)
+    return PassBatch(part.rows(slice(None)), target_b, row_b * options.draws + draw_b)
 
 
 def _predict(
-    networks: Networks, config: ObjectiveConfig, vocabulary: Vocabulary, part: Corruption, target_b: Tensor
+    model: Model, config: ObjectiveConfig, vocabulary: Vocabulary, part: Corruption, target_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy at each pseudo-row's position, and whether its most probable id is right: fp64 [b]."""
+    """The cross-entropy at each predicted position, and 1 if the most probable id is right: fp64 [b] each."""
     valid = None if bool(part.valid_bn.all()) else part.valid_bn
     b, n = part.ids_bn.shape
     at_b = torch.arange(0, b * n, n, device=part.ids_bn.device) + target_b.to(part.ids_bn.device)
-    e_bd = objective.embeddings(networks, config, part.input_bn, valid, at_b, first_pass=config.self_cond)
+    e_bd = objective.embeddings(model, config, part.input_bn, valid, at_b, first_pass=config.self_cond)
     ids_b = part.ids_bn.flatten()[at_b]
     ce_b, right_b = torch.zeros(2, b, dtype=torch.float64)
-    for some, logits in objective.logits_in_chunks(networks, e_bd, vocabulary):
+    for some, logits in objective.logits_in_chunks(model, e_bd, vocabulary):
         ce_b[some] = F.cross_entropy(logits, ids_b[some], reduction="none").double().cpu()
         right_b[some] = (logits.argmax(-1) == ids_b[some]).double().cpu()
     return ce_b, right_b

@@ -1,6 +1,8 @@
-"""Which positions of a logical batch are masked, and what the model sees there.
+"""The masked positions of a logical batch, and the ids that the model sees there.
 
-All of it is drawn before the batch is split, from counted draws. Letters: b rows, n positions.
+They are drawn before the batch is split, so they do not depend on how it is split.
+
+Letters: b rows, n positions.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from maskwire_server.training.draws import Purpose
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which ids are data."""
+    """The ids of a model: those of data, and the special ones."""
 
     num_tokens: int
     mask_id: int
@@ -30,13 +32,13 @@ class Vocabulary:
 
     @property
     def special(self) -> list[int]:
-        """Ids that are no data, ascending: the mask id, and the pad id if there is one."""
+        """The ids that are not data, ascending: the mask id, and the pad id if there is one."""
         return sorted({self.mask_id} | ({self.pad_id} if self.pad_id is not None else set()))
 
 
 @dataclass(frozen=True)
-class Step:
-    """What every draw of a training step is keyed by."""
+class StepKey:
+    """Identifies a training step for its random draws."""
 
     seed: int
     lineage: int
@@ -45,14 +47,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Corruption:
-    """A logical batch, masked."""
+    """A masked logical batch."""
 
     ids_bn: Tensor
     """int64, 0 under padding."""
     valid_bn: Tensor
     """bool, False under padding."""
     maskable_bn: Tensor
-    """bool: valid and no prompt."""
+    """bool: valid and not part of a prompt."""
     mask_bn: Tensor
     """bool: the model must predict it."""
     input_bn: Tensor
@@ -63,11 +65,11 @@ class Corruption:
     """int64: masked positions."""
 
     def to(self, device: torch.device) -> Corruption:
-        """The same on a device."""
+        """The same batch on a device."""
         return Corruption(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
     def rows(self, part: slice) -> Corruption:
-        """Some rows, their columns trimmed to the longest."""
+        """Some of the rows, cut to the columns of the longest of them."""
         valid = self.valid_bn[part]
         columns = int(valid.any(0).nonzero().max()) + 1 if bool(valid.any()) else 1
         ids, valid, maskable, mask, seen = (
@@ -83,10 +85,10 @@ def corrupt(
     prompt_bn: Tensor,
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
-    step: Step,
+    step: StepKey,
     masking: schedule.Schedule | None = None,
 ) -> Corruption:
-    """Mask a logical batch for training; `masking` replaces the configured schedule by another."""
+    """Mask a logical batch for training. `masking` overrides the configured schedule."""
     at = (step.seed, step.lineage, step.number)
     rows = range(ids_bn.shape[0])
     chosen = masking or schedule.SCHEDULES[config.schedule]
@@ -108,16 +110,16 @@ def corrupt(
 
 
 def _by_order(keys_b: Tensor, maskable_bn: Tensor) -> Tensor:
-    """A uniform number for each position, fp64 [b, n]: the i-th of a row goes to its i-th maskable one.
+    """A uniform number for each position, fp64 [b, n]: a row's i-th number for its i-th maskable position.
 
-    So padding and prompts do not shift a row's draws.
+    So padding and prompts do not change the draws of a row.
     """
     order_bn = (maskable_bn.cumsum(-1) - 1).clamp(min=0)
     return draws.uniform(keys_b, maskable_bn.shape[1]).gather(1, order_bn)
 
 
 def random_ranks(keys_b: Tensor, maskable_bn: Tensor) -> Tensor:
-    """The place of each maskable position in a random order of them, int64 [b, n]; others come behind."""
+    """The rank of each maskable position in a random order, int64 [b, n]. Other positions rank last."""
     numbers_bn = _by_order(keys_b, maskable_bn).masked_fill(~maskable_bn, 2.0)
     order_bn = numbers_bn.argsort(-1)
     rank = torch.arange(numbers_bn.shape[1]).expand_as(order_bn)
@@ -129,8 +131,8 @@ def mask_exactly(keys_b: Tensor, maskable_bn: Tensor, k_b: Tensor) -> Tensor:
     return random_ranks(keys_b, maskable_bn) < k_b[:, None]
 
 
-def coin(step: Step, which: int, probability: float) -> bool:
-    """A coin for the whole logical batch: 0 keeps ids, 1 replaces ids, 2 conditions on a first pass."""
+def coin(step: StepKey, which: int, probability: float) -> bool:
+    """Toss a coin for the whole batch: 0 for kept ids, 1 for random ids, 2 for the first pass."""
     return draws.uniform_scalar(Purpose.COINS, step.seed, step.lineage, step.number, which) < probability
 
 
@@ -140,7 +142,7 @@ def _augment(
     mask_bn: Tensor,
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
-    step: Step,
+    step: StepKey,
 ) -> Tensor:
     at = (step.seed, step.lineage, step.number)
     b, n = ids_bn.shape
@@ -156,9 +158,9 @@ def _augment(
 
 
 def random_ids(u: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Ids of data, each equally likely, from uniform numbers in [0, 1); int64, u's shape."""
+    """Ids of data, all equally likely, from uniform numbers in [0, 1). int64, in the shape of u."""
     special = vocabulary.special
     ids = (u * (vocabulary.num_tokens - len(special))).to(torch.int64)
-    for skipped in special:  # ascending, so that each step over one can meet the next
+    for skipped in special:  # ascending, because skipping one id can lead to the next one
         ids = ids + (ids >= skipped)
     return ids

@@ -1,12 +1,12 @@
-"""Cross-entropy over a large vocabulary without its logits: a chunk of them at a time.
+"""Cross-entropy over a large vocabulary, with the logits computed in chunks.
 
 With logits z = x w^T, p = softmax(z), t the target and a weight c for each position,
 
     L = sum over m of c (log sum exp z - z_t),   dL/dz = c (p - onehot(t)),
     dL/dx = c (p - onehot(t)) w,                 dL/dw = sum over m of (p - onehot(t)) (c x)^T,
 
-so a chunk's gradients can be taken when its logits are there, and nothing of size [m, v] is kept for the
-backward pass (the idea of Hsu et al. 2024, Liger kernel, and Wijmans et al. 2024, Cut Cross-Entropy).
+so the gradients of a chunk are computed together with its logits, and no tensor of size [m, v] is kept for
+the backward pass (the idea of Hsu et al. 2024, Liger kernel, and Wijmans et al. 2024, Cut Cross-Entropy).
 
 Letters: m packed positions, d dim, v vocabulary.
 """
@@ -25,27 +25,27 @@ from maskwire_server.training.corruption import Vocabulary
 CHUNK = {"cpu": 2**22, "cuda": 2**28}  # logits at once: 16 MiB and 1 GiB in fp32
 
 Look = Callable[[slice, Tensor], None]
-"""Is shown each chunk's positions and logits, which it must not change."""
+"""Called with the positions and logits of each chunk. It must not change the logits."""
 
 
 def chunk_rows(v: int, device: torch.device) -> int:
-    """How many positions' logits are computed together."""
+    """The number of positions whose logits are computed together."""
     return max(1, CHUNK[device.type] // v)
 
 
 def chunks(m: int, v: int, device: torch.device) -> Iterator[slice]:
-    """Positions whose logits are computed together."""
+    """The chunks of positions whose logits are computed together."""
     size = chunk_rows(v, device)
     return (slice(start, min(start + size, m)) for start in range(0, m, size))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 for fp64: what softmax is computed in."""
+    """The type in which softmax is computed: fp64 for fp64, otherwise fp32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def forbid_special(logits_mv: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """fp32 (or wider) logits in which the mask and the pad id have probability 0; may be in place."""
+    """Logits in at least fp32, with probability 0 for the mask and the pad id. May change its argument."""
     logits_mv = logits_mv.to(wide(logits_mv.dtype))
     index = torch.tensor(vocabulary.special, device=logits_mv.device)
     return logits_mv.index_fill_(-1, index, float("-inf"))
@@ -54,7 +54,7 @@ def forbid_special(logits_mv: Tensor, vocabulary: Vocabulary) -> Tensor:
 def weighted_sum(
     x_md: Tensor, w_vd: Tensor, target_m: Tensor, weight_m: Tensor, vocabulary: Vocabulary, look: Look | None
 ) -> Tensor:
-    """sum of weight_m times the cross-entropy of the logits x w^T, a fp64 scalar with gradients of both."""
+    """The weighted sum of cross-entropies of the logits x w^T: an fp64 scalar with gradients for x and w."""
     learns = torch.is_grad_enabled() and (x_md.requires_grad or w_vd.requires_grad)
     total: Tensor = _WeightedSum.apply(  # type: ignore[no-untyped-call]
         x_md, w_vd, target_m, weight_m, vocabulary, look, learns
@@ -63,7 +63,7 @@ def weighted_sum(
 
 
 class _WeightedSum(torch.autograd.Function):
-    """The gradients are there when the sum is: the backward pass only hands them out, once."""
+    """Computes the gradients together with the sum. The backward pass returns them, once."""
 
     @staticmethod
     def forward(
@@ -84,7 +84,7 @@ class _WeightedSum(torch.autograd.Function):
         (m, _), v = x_md.shape, w_vd.shape[0]
         with torch.autocast(device.type, enabled=False):
             w = w_vd.to(dtype)
-            # Two buffers for all chunks: fresh pages would cost as much as the softmax.
+            # All chunks share two buffers: allocating new memory would take as long as the softmax.
             products, log_ps = (
                 torch.empty(min(m, chunk_rows(v, device)), v, dtype=kind, device=device)
                 for kind in (dtype, wide(dtype))
@@ -100,7 +100,7 @@ class _WeightedSum(torch.autograd.Function):
                 total -= (log_p.gather(1, target).double() * weight).sum()
                 if grad_x is None or grad_w is None:
                     continue
-                # p - onehot(t), where the log-probabilities were.
+                # p - onehot(t), computed in the memory of the log-probabilities.
                 off = log_p.exp_().scatter_add_(1, target, log_p.new_full((), -1.0).expand_as(target))
                 off = off.to(dtype)
                 share = weight.to(x.dtype)
@@ -117,7 +117,7 @@ class _WeightedSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the cross-entropy's gradients are handed out once: compute it again")
+            raise RuntimeError("backward() can run only once for a cross-entropy; compute the loss again")
         grad_x, grad_w = ctx.gradients
-        ctx.gradients = None  # so that the weight's gradient is taken over, not copied
+        ctx.gradients = None  # the only reference, so that autograd takes the gradients without a copy
         return grad_x.mul_(upstream), grad_w.mul_(upstream), None, None, None, None, None

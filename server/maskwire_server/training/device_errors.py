@@ -1,11 +1,11 @@
-"""Which errors a device comes back from, and which it does not.
+"""Which errors leave the device usable, and which do not.
 
-After an illegal memory access, a failed assertion in a kernel, or an uncorrectable memory error the process's
-context on the device is lost: every later call fails with the same error, until the process ends. Running
-out of memory, or a batch that a kernel refuses on the host, leaves the device as it was.
+After an illegal memory access, a failed assertion in a kernel, or an uncorrectable memory error, the process
+has lost its context on the device: every later call fails with the same error until the process ends.
+Running out of memory, or a batch that a kernel rejects on the host, leaves the device usable.
 
-Source of the words: cudaGetErrorString, as torch puts them behind "CUDA error: " (CUDA runtime API, section
-"Error handling": the codes whose description says that the process must be terminated).
+The texts in `_LOST` come from cudaGetErrorString, which torch prints after "CUDA error: ". They belong to
+the error codes for which the CUDA runtime API ("Error Handling") says that the process must be terminated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LOST = (
 
 
 def usable_after(error: BaseException, device: torch.device) -> bool:
-    """Whether the device still computes after an error; one that is not known is settled by a probe."""
+    """Whether the device can still compute after an error. For an unknown error, it is tried out."""
     if device.type == "cpu":
         return True
     if any(words in str(each) for each in _chain(error) for words in _LOST):
@@ -47,14 +47,21 @@ def usable_after(error: BaseException, device: torch.device) -> bool:
     return True
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device, or the host for the CPU, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 def probe(device: torch.device) -> None:
-    """Compute something small on the device, and wait for the result."""
+    """Compute 1 + 1 on the device and wait for the result."""
     if torch.ones(1, device=device).add_(1).item() != 2:
         raise RuntimeError(f"{device} computed 1 + 1 wrongly")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and those that it was raised while handling: the cause is often the first of them."""
+    """The error and the errors that led to it: torch's own error is often not the last one raised."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

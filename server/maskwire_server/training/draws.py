@@ -1,12 +1,12 @@
-"""Random numbers that are counted, not consumed: every draw is a function of what it is for.
+"""Counter-based random numbers: each draw is a function of its purpose, not of earlier draws.
 
-A key is a hash of (seed, lineage, step, row, purpose); the i-th number of a key is a hash of the key and
-i. So a step can be drawn again bit for bit, on any device and however its batch is split, and there is
-no generator whose state would need saving.
+A key is a hash of (purpose, seed, lineage, step, row), and the i-th number of a key is a hash of the key and
+i. So a step has the same draws to the bit on every device and however its batch is split, and there is no
+generator state to save.
 
 SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014): the i-th
 output is mix(key + i * golden), where mix is David Stafford's variant 13 of MurmurHash3's finaliser.
-torch's int64 multiplication wraps like uint64's; only the right shift needs a mask.
+torch's int64 multiplication wraps around like that of uint64. Only the right shift needs a mask.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 class Purpose(enum.IntEnum):
-    """What a draw is for: the same row's draws for two purposes are independent."""
+    """The purpose of a draw. Draws for different purposes are independent."""
 
     TIME = 1
     PERMUTATION = 2
@@ -45,13 +45,13 @@ class Purpose(enum.IntEnum):
 
 
 def key(purpose: Purpose, *parts: int) -> int:
-    """The 64-bit key of a purpose and any integers, as a signed integer."""
+    """The 64-bit key for a purpose and integers, as a signed integer."""
     data = struct.pack(f"<{1 + len(parts)}q", purpose, *parts)
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 def keys(purpose: Purpose, *parts: int, rows: range | list[int]) -> Tensor:
-    """One key a row, int64 [b]: H(purpose, parts…, row)."""
+    """One key per row, int64 [b]: H(purpose, parts…, row)."""
     return torch.tensor([key(purpose, *parts, row) for row in rows], dtype=torch.int64)
 
 
@@ -66,18 +66,18 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def bits(keys_b: Tensor, n: int) -> Tensor:
-    """The first n numbers of each key, int64 [b, n], all 64 bits random."""
+    """The first n numbers of each key, int64 [b, n], with 64 random bits."""
     counter_n = torch.arange(1, n + 1, dtype=torch.int64, device=keys_b.device) * _GOLDEN
     return _mix(keys_b[:, None] + counter_n)
 
 
 def nth(keys_b: Tensor, i: int) -> Tensor:
-    """The i-th number of each key, counted from 1, int64 [b]: a key of its own, as SplitMix64 splits."""
+    """The i-th number of each key, counted from 1, int64 [b]. It can serve as a new key, as in SplitMix64."""
     return _mix(keys_b + torch.tensor(i, dtype=torch.int64, device=keys_b.device) * _GOLDEN)
 
 
 def uniform(keys_b: Tensor, n: int) -> Tensor:
-    """The first n numbers of each key in [0, 1), fp64 [b, n]: the upper 53 bits."""
+    """The first n numbers of each key in [0, 1), fp64 [b, n], from the upper 53 bits."""
     return _shift_right(bits(keys_b, n), 11).to(torch.float64) * 2.0**-53
 
 

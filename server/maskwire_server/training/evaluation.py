@@ -1,12 +1,12 @@
-"""Evaluation: a low-variance estimate of the negative ELBO, and of the configured losses.
+"""Evaluation: a low-variance estimate of the negative ELBO, and the configured losses.
 
-Each row takes K draws. Their counts are systematic, k_j = floor(n (j + u)/K) + 1 for j = 0 ... K-1 with
-one uniform u: the points (j + u)/K fall into each of the n intervals [(k-1)/n, k/n) equally often on
-average, so over u every count is equally likely, for every n and K. With k uniform on 1 ... n,
+Each row has K draws. Their counts of masked positions are systematic: k_j = floor(n (j + u)/K) + 1 for
+j = 0 ... K-1, with one uniform u. On average over u, the points (j + u)/K fall equally often into each of the
+n intervals [(k-1)/n, k/n), so that each count is equally likely, for every n and K. With k uniform on 1 to n,
 
     negative ELBO of a row = sum over k of (1/k) E[CE sum at k masked] = E[(n/k) CE sum].
 
-The K draws are two independent systematic halves, whose difference tells the error of the draws.
+The K draws are two independent systematic halves, and their difference gives the Monte Carlo error.
 
 Letters: r rows, d draws, b pseudo-rows (a row with one of its draws), n positions, m masked positions.
 """
@@ -26,13 +26,13 @@ from maskwire_server.results import EvalOptions, EvalResult, LossSums
 from maskwire_server.training import draws, objective, schedule
 from maskwire_server.training.corruption import Corruption, Vocabulary, mask_exactly
 from maskwire_server.training.draws import Purpose
-from maskwire_server.training.objective import Networks
+from maskwire_server.training.objective import Model
 from maskwire_server.training.summary import Bins, combine, halves, summarize
 
 
 @dataclass(frozen=True)
-class Batch:
-    """A batch on the host: int64 and bool [r, n]."""
+class TensorBatch:
+    """A batch as tensors on the host: int64 and bool [r, n]."""
 
     ids_rn: Tensor
     valid_rn: Tensor
@@ -44,23 +44,23 @@ class Batch:
         return self.valid_rn & ~self.prompt_rn
 
     def columns(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The first columns of ids, valid and maskable positions."""
+        """The first columns of the ids, and of the masks of valid and maskable positions."""
         valid_rn = self.valid_rn[:, :count]
         return self.ids_rn[:, :count], valid_rn, valid_rn & ~self.prompt_rn[:, :count]
 
 
 @dataclass(frozen=True)
-class Sums:
-    """What each draw of each row found, fp64 [r, d]."""
+class DrawSums:
+    """The sums over each draw of each row, fp64 [r, d]."""
 
     ce: Tensor
     """Cross-entropy over masked positions, in nats."""
     correct: Tensor
-    """Masked positions whose most probable id was right."""
+    """Number of masked positions where the most probable id is right."""
     bce: Tensor
     """The critic's binary cross-entropy over maskable positions."""
     critic_correct: Tensor
-    """Maskable positions where the critic's sign was right."""
+    """Number of maskable positions where the sign of the critic's logit is right."""
 
 
 def systematic_counts(n_r: Tensor, u_r: Tensor, count: int) -> Tensor:
@@ -71,7 +71,7 @@ def systematic_counts(n_r: Tensor, u_r: Tensor, count: int) -> Tensor:
 
 
 def draw_counts(n_r: Tensor, row_ids: list[int], seed: int, count: int) -> Tensor:
-    """The counts of both halves, int64 [r, d]; a row's depend on the seed and its id alone."""
+    """The counts of both halves, int64 [r, d]. They depend only on the seed and the id of the row."""
     first, second = halves(count)
     offset = draws.uniform(draws.keys(Purpose.EVALUATION_OFFSET, seed, rows=row_ids), 1)[:, 0]
     again = draws.uniform(draws.keys(Purpose.EVALUATION_SECOND_OFFSET, seed, rows=row_ids), 1)[:, 0]
@@ -82,10 +82,10 @@ def draw_counts(n_r: Tensor, row_ids: list[int], seed: int, count: int) -> Tenso
 
 
 def evaluate(
-    networks: Networks,
+    model: Model,
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
-    batch: Batch,
+    batch: TensorBatch,
     options: EvalOptions,
     *,
     budget: int,
@@ -96,7 +96,7 @@ def evaluate(
 ) -> EvalResult:
     """Evaluate a batch in parts of at most `budget` positions. Call it without gradients.
 
-    Raises Unwanted between two parts once `wanted` says no.
+    `wanted` is called before each part. If it returns False, Unwanted is raised.
     """
     n_r = batch.maskable_rn.sum(-1)
     k_rd = draw_counts(n_r, list(options.row_ids), options.seed, options.draws)
@@ -104,18 +104,18 @@ def evaluate(
     flat = torch.zeros(4, k_rd.numel(), dtype=torch.float64)
     for where, part, keys_b, temperature_b in _parts(batch, k_rd, options, vocabulary, budget, critic):
         if not wanted():
-            raise Unwanted("nobody waits for this evaluation")
+            raise Unwanted("the evaluation was cancelled: its client no longer waits for it")
         flat[:, where] = _part_sums(
-            networks, config, vocabulary, part.to(device), keys_b, temperature_b, critic
+            model, config, vocabulary, part.to(device), keys_b, temperature_b, critic
         ).cpu()
-    sums = Sums(*flat.view(4, *k_rd.shape))
+    sums = DrawSums(*flat.view(4, *k_rd.shape))
     return figures(sums, config, n_r, k_rd, options, has_critic=critic, ema_weights=ema_weights)
 
 
 def _parts(
-    batch: Batch, k_rd: Tensor, options: EvalOptions, vocabulary: Vocabulary, budget: int, critic: bool
+    batch: TensorBatch, k_rd: Tensor, options: EvalOptions, vocabulary: Vocabulary, budget: int, critic: bool
 ) -> Iterator[tuple[slice, Corruption, Tensor, Tensor]]:
-    """Pseudo-rows in order, a part at a time, with the keys and temperatures of the critic's samples."""
+    """The parts of the pseudo-rows in order, with the keys and temperatures of the critic's samples."""
     r, d = k_rd.shape
     length_r = [int(row.nonzero().max()) + 1 if bool(row.any()) else 1 for row in batch.valid_rn]
     start = 0
@@ -134,7 +134,7 @@ def _parts(
         def keys(purpose: Purpose, who: list[tuple[int, int]] = who) -> Tensor:
             return torch.tensor([draws.key(purpose, options.seed, row, draw) for row, draw in who])
 
-        # Cut first: as wide as the batch's longest row, many short ones would be far above the budget.
+        # Cut the columns first. Otherwise short rows, as wide as the longest one, would exceed the budget.
         ids_rn, valid_rn, maskable_rn = batch.columns(longest)
         maskable_bn = maskable_rn[row_b]
         k_b = k_rd.flatten()[where]
@@ -160,7 +160,7 @@ def _parts(
 
 
 def _part_sums(
-    networks: Networks,
+    model: Model,
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
     part: Corruption,
@@ -176,10 +176,10 @@ def _part_sums(
     row_m, target_m = masked_m // n, part.ids_bn.flatten()[masked_m]
     u_m = draws.uniform(keys_b.to(device), n).flatten()[masked_m] if critic else None
     temperature_m = temperature_b.to(device)[row_m]
-    e_md = objective.embeddings(networks, config, part.input_bn, valid, masked_m, first_pass=config.self_cond)
+    e_md = objective.embeddings(model, config, part.input_bn, valid, masked_m, first_pass=config.self_cond)
     sums = torch.zeros(4, b, dtype=torch.float64, device=device)
     sampled_m = torch.zeros_like(target_m)
-    for some, logits in objective.logits_in_chunks(networks, e_md, vocabulary):
+    for some, logits in objective.logits_in_chunks(model, e_md, vocabulary):
         target = target_m[some]
         sums[0].index_add_(0, row_m[some], F.cross_entropy(logits, target, reduction="none").double())
         sums[1].index_add_(0, row_m[some], (logits.argmax(-1) == target).double())
@@ -187,7 +187,7 @@ def _part_sums(
             sampled_m[some] = objective.sample(logits, u_m[some], temperature_m[some])
     if critic:
         filled_bn = part.ids_bn.masked_scatter(part.mask_bn, sampled_m)
-        scores_bn = networks.criticize(filled_bn, valid, train_trunk=False)
+        scores_bn = model.criticize(filled_bn, valid, train_trunk=False)
         scores_bn = scores_bn if scores_bn.dtype == torch.float64 else scores_bn.float()
         labels_bn = objective.critic_labels(config, part, filled_bn)
         bce_bn = F.binary_cross_entropy_with_logits(
@@ -199,7 +199,7 @@ def _part_sums(
 
 
 def figures(
-    sums: Sums,
+    sums: DrawSums,
     config: ObjectiveConfig,
     n_r: Tensor,
     k_rd: Tensor,
@@ -208,12 +208,12 @@ def figures(
     has_critic: bool,
     ema_weights: bool,
 ) -> EvalResult:
-    """From the draws' sums to the figures."""
+    """The results of an evaluation, from the sums of its draws."""
     n = n_r.double()
     nats_rd = torch.where(k_rd > 0, n[:, None] / k_rd.clamp(min=1) * sums.ce, 0.0)
     nats, weight = float(nats_rd.mean(1).sum()), float(n.sum())
     masked_mean = config.weighting == "masked_mean"
-    # Draws of count k come with probability 1/n here and P(k) in training.
+    # A count k has probability 1/n in the evaluation and P(k) in training.
     ratio_rd = _importance(config, n_r, k_rd) if masked_mean or has_critic else torch.ones_like(nats_rd)
     if masked_mean:
         nats, weight = float((ratio_rd * sums.ce).sum()), float((ratio_rd * k_rd).sum())
@@ -237,7 +237,7 @@ def figures(
 
 
 def _importance(config: ObjectiveConfig, n_r: Tensor, k_rd: Tensor) -> Tensor:
-    """n P(k): how much more often training draws this count than evaluation does; 0 where n = 0."""
+    """n P(k): the probability of a count in training over that in evaluation, 0 where n = 0."""
     n_rd = n_r[:, None].expand_as(k_rd)
     probabilities = (
         schedule.exact_probabilities if config.masking == "exact" else schedule.bernoulli_probabilities

@@ -1,4 +1,4 @@
-"""What a configuration needs in memory, with the arithmetic, before anything is built."""
+"""The memory that a configuration needs, computed without building the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from maskwire_server.training.numerics import choose_device, default_budget
 
 @dataclass(frozen=True)
 class Footprint:
-    """A report for people, and its verdict."""
+    """A report in lines of text, and whether the configuration fits in memory."""
 
     lines: list[str]
     fits: bool
@@ -24,7 +24,7 @@ class Footprint:
 def footprint(
     model: ModelConfig, objective: ObjectiveConfig, optimizer: OptimizerConfig, serve: ServeConfig
 ) -> Footprint:
-    """Parameters, memory and the batch that fits; raises ConfigError for a device that is not there."""
+    """Report parameters, memory and micro-batches. Raises ConfigError if the device does not exist."""
     device = choose_device(serve.device)
     with torch.device("meta"):
         networks = Networks(model, objective)
@@ -32,8 +32,8 @@ def footprint(
     copies = 5 if optimizer.ema_decay else 4
     state = 4 * copies * parameters
     positions = serve.micro_batch_tokens or default_budget(device)
-    # A block keeps about 8 vectors of dim (norms, q, k, v, attention, residuals) and 2 of the
-    # feed-forward's width; logits are computed a chunk at a time: the product, fp32 logits, their log.
+    # Per position, a block keeps about 8 vectors of size dim (norms, q, k, v, attention, residuals) and 2 of
+    # the feed-forward's width. Logits are computed in chunks: the product, fp32 logits, their log softmax.
     widths = 8 * model.dim + 2 * int(model.dim * model.ff_mult) * (2 if model.feed_forward == "swiglu" else 1)
     passes = 2 if objective.critic != "none" else 1
     numbers = f"{widths:,} numbers x {model.depth} blocks"
@@ -45,7 +45,7 @@ def footprint(
     chunk = cross_entropy.chunk_rows(model.num_tokens, device)
     logits = 4 * 3 * chunk * model.num_tokens
     need = state + activations + logits
-    copy = 4 * (copies - 1) * parameters  # all but the gradients, kept in host memory from the first on
+    copy = 4 * (copies - 1) * parameters  # all but the gradients, in host memory from the first checkpoint on
     if device.type == "cpu":
         need += copy
     have = _available(device)
@@ -54,15 +54,15 @@ def footprint(
         f"parameters      {parameters:,}",
         f"weights, gradients, AdamW's two moments{' and the average' if copies == 5 else ''}: "
         f"{copies} x 4 bytes each = {_size(state)}",
-        f"activations     {positions:,} positions a part x {numbers} x {passes} passes x 4 bytes = "
+        f"activations     {positions:,} positions per micro-batch x {numbers} x {passes} passes x 4 bytes = "
         f"{_size(activations)}",
         f"logits          {chunk:,} masked positions at once x {model.num_tokens:,} ids x 3 copies x 4 "
         f"bytes = {_size(logits)}",
         f"checkpoint copy {copies - 1} x 4 bytes each, kept in host memory = {_size(copy)}",
         f"together        {_size(need)} of {_size(have)} available on {device}",
         (
-            f"fits; a larger batch is split into parts of {positions:,} positions, up to "
-            f"serve.max_batch_tokens = {serve.max_batch_tokens:,}"
+            f"fits; batches are split into micro-batches of {positions:,} positions, up to "
+            f"serve.max_batch_tokens = {serve.max_batch_tokens:,} in a batch"
             if fits
             else "does not fit: lower serve.micro_batch_tokens, set serve.activation_checkpointing, or "
             "lower model.dim, model.depth or model.num_tokens"
@@ -75,7 +75,7 @@ def _available(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = cgroup.free_memory()
-    if free is None:  # no Linux
+    if free is None:  # not on Linux
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return free
 

@@ -1,4 +1,4 @@
-"""Where and how to compute: the device, its precision and kernels, and how much at once."""
+"""The device, its precision and kernels, and how many positions are computed at once."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from maskwire_server.errors import ConfigError
 from maskwire_server.training import cgroup
 
 NUMERICS_VERSION = 2
-"""Counts changes of what the same settings compute, beyond rounding or not. A step that another version
-trained is computed again within a tolerance.
+"""Version of the numerics. It is increased whenever the same settings compute other results, even if only
+by rounding. A step trained by another version is replayed within a tolerance.
 
-2: `only_train_critic` minimises the critic's loss itself; weight decay reaches every linear map.
+2: `only_train_critic` minimises the critic's loss without its weight; every linear map has weight decay.
 """
 
 
 def cores() -> int:
-    """The CPU cores that this process may use, a container's quota counted."""
+    """The CPU cores that this process may use, within the quota of its container."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cgroup.allowed_cores(affinity)
 
 
 def processor() -> str:
-    """The CPU's model: another one may round differently."""
+    """The CPU's model name, because another model may round differently."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -36,7 +36,7 @@ def processor() -> str:
 
 
 def choose_device(wish: str) -> torch.device:
-    """The device of `serve.device`. Raises ConfigError when this machine does not have it."""
+    """The device of `serve.device`. Raises ConfigError if this machine does not have it."""
     if wish == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(wish)
@@ -49,12 +49,12 @@ def choose_device(wish: str) -> torch.device:
 
 
 def set_numerics(serve: ServeConfig, device: torch.device, *, bf16: bool) -> dict[str, str]:
-    """Say to torch how to compute, for the whole process; what a result depends on, in words."""
+    """Set precision and kernels in torch for the process. Returns the settings that results depend on."""
     tf32 = serve.precision == "tf32" and device.type == "cuda"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     deterministic = device.type == "cpu" or serve.deterministic
     if device.type == "cuda":
-        if deterministic:  # cuBLAS reads it when it is first used
+        if deterministic:  # cuBLAS reads this on its first use
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(deterministic)
     return {
@@ -66,27 +66,27 @@ def set_numerics(serve: ServeConfig, device: torch.device, *, bf16: bool) -> dic
 
 
 def choose_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to autocast to bfloat16: by itself only on a GPU that computes with it."""
+    """Whether to autocast to bfloat16. auto: only on GPUs that support it."""
     if precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return precision == "bf16"
 
 
 def default_budget(device: torch.device) -> int:
-    """Positions a part: where larger parts gain nothing."""
+    """Default positions per micro-batch. Larger ones are not faster."""
     return 2**17 if device.type == "cuda" else 2**14
 
 
 def read_tokens(device: torch.device) -> int:
-    """Positions of one evaluation or generation: minutes of work on a GPU, and on two cores of a CPU."""
+    """Default of `serve.max_read_tokens`: minutes of work, on a GPU or on two CPU cores."""
     return 2**22 if device.type == "cpu" else 2**26
 
 
 def sampled_budget(device: torch.device, num_tokens: int, sorts: bool) -> int:
-    """Positions of a generation computed at once: all may be masked at first, and have logits then.
+    """The positions of a generation to compute at once, so that their logits fit in memory.
 
-    5 copies of 4 bytes over the vocabulary, 10 if top_p sorts them, within 512 MiB on a CPU and 8 GiB on
-    a GPU.
+    Before the first pass all positions may be masked and need logits: 5 copies of 4 bytes per id, or 10 if
+    top_p sorts them. They may take 512 MiB on a CPU and 8 GiB on a GPU.
     """
     logits_bytes = 2**33 if device.type == "cuda" else 2**29
     return int(max(1, logits_bytes // (4 * (10 if sorts else 5) * num_tokens)))

@@ -1,9 +1,9 @@
 """The losses of a masked batch: cross-entropy at masked positions, and the critic's.
 
 Letters: b rows, n positions, v vocabulary, m packed masked positions, p packed maskable positions.
-Nothing here knows a model class: `Networks` says what is needed of one. Embeddings and the vocabulary
-projection are computed at masked positions only, the projection a chunk at a time: neither a [b, n, v]
-tensor exists nor a [m, v] one.
+This module knows no model class. `Model` is the interface that it needs. Embeddings and the vocabulary
+projection are computed at masked positions only, the projection in chunks, so that there is no tensor of
+shape [b, n, v] or [m, v].
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch import Tensor
 
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.training import cross_entropy, draws, schedule
-from maskwire_server.training.corruption import Corruption, Step, Vocabulary, coin
+from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, coin
 from maskwire_server.training.draws import Purpose
 
-_SAMPLE_CHUNK = 2**21  # fp64 probabilities held at once while sampling: 16 MiB
+_SAMPLE_CHUNK = 2**21  # fp64 probabilities in memory at once while sampling: 16 MiB
 
 
-class Networks(Protocol):
-    """A generator, and perhaps a critic."""
+class Model(Protocol):
+    """A generator and an optional critic."""
 
     def embed(
         self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None, read_m: Tensor | None = None
     ) -> Tensor:
-        """Embeddings, [b, n, d], or [m, d] at the positions `read_m`; `cond` as in `conditioning`.
+        """Embeddings, [b, n, d], or [m, d] at the positions `read_m`. `cond` comes from `conditioning`.
 
-        Positions are counted through the rows, each at most once.
+        `read_m` holds indices into the flattened [b, n] grid, each at most once.
         """
 
     def head(self, e_md: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,28 +42,29 @@ class Networks(Protocol):
         """Logits of packed positions, [m, v]."""
 
     def conditioning(self, e_bnd: Tensor | None) -> Tensor | None:
-        """What the generator is conditioned on: a first pass, the null embedding for None, or nothing."""
+        """The conditioning, with or without a first pass's embeddings. None without self-conditioning."""
 
     def criticize(self, ids_bn: Tensor, valid_bn: Tensor | None, *, train_trunk: bool) -> Tensor:
-        """The critic's logits, [b, n]; without `train_trunk` a self critic's trunk gets no gradient."""
+        """The critic's logits, [b, n]. Without `train_trunk`, the trunk of a self critic gets no gradient."""
 
 
 @dataclass(frozen=True)
-class Modes:
-    """What a step computes, and who learns from it."""
+class StepPlan:
+    """What a training step computes, and which networks it trains."""
 
     generator_learns: bool = True
+    """Train the generator."""
     critic: bool = False
-    """Compute the critic's loss."""
+    """Compute the critic's loss, and train the critic."""
     first_pass: bool = False
-    """Condition on a first pass."""
+    """Condition the generator on a first pass."""
     temperature: float = 1.0
-    """Of the critic's samples; 0 takes the most probable id."""
+    """Temperature of the samples for the critic. 0 takes the most probable id."""
 
 
 @dataclass(frozen=True)
-class Sums:
-    """A part's share of the logical batch's losses, fp64 scalars with gradients."""
+class PartLosses:
+    """What a micro-batch adds to the losses of the logical batch: fp64 scalars with gradients."""
 
     generator: Tensor
     critic: Tensor | None
@@ -72,9 +73,10 @@ class Sums:
 def position_weights(
     config: ObjectiveConfig, n_b: Tensor, k_b: Tensor, masking: schedule.Schedule | None = None
 ) -> Tensor:
-    """What each masked position's cross-entropy counts for, fp64 [b], over the whole logical batch.
+    """The weight of the cross-entropy at each masked position of a row, fp64 [b].
 
-    elbo: w_b / sum n_b, so that the sum estimates nats per maskable token. masked_mean: 1 / sum k_b.
+    elbo: w_b / sum n_b, so that the sum estimates nats per maskable token. masked_mean: 1 / sum k_b. The sums
+    are over the whole logical batch.
     """
     if config.weighting == "masked_mean":
         return torch.full_like(n_b, 1, dtype=torch.float64) / k_b.sum().clamp(min=1)
@@ -82,21 +84,19 @@ def position_weights(
     return schedule.elbo_weights(chosen, config.masking, k_b, n_b) / n_b.sum().clamp(min=1)
 
 
-def logits_in_chunks(
-    networks: Networks, e_md: Tensor, vocabulary: Vocabulary
-) -> Iterator[tuple[slice, Tensor]]:
-    """Some positions and their logits, [chunk, v], at a time: of all at once only generation has room."""
+def logits_in_chunks(model: Model, e_md: Tensor, vocabulary: Vocabulary) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of positions and their logits, [chunk, v]."""
     for some in cross_entropy.chunks(e_md.shape[0], vocabulary.num_tokens, e_md.device):
-        yield some, cross_entropy.forbid_special(networks.project(e_md[some]), vocabulary)
+        yield some, cross_entropy.forbid_special(model.project(e_md[some]), vocabulary)
 
 
-def step_modes(config: ObjectiveConfig, step: Step, *, has_critic: bool, train_generator: bool,
-               train_critic: bool, temperature: float | None) -> Modes:  # fmt: skip
-    """What a training step computes, its coins and its temperature drawn."""
+def plan_step(config: ObjectiveConfig, step: StepKey, *, has_critic: bool, train_generator: bool,
+               train_critic: bool, temperature: float | None) -> StepPlan:  # fmt: skip
+    """Plan a training step: toss its coins and draw its temperature."""
     at = (step.seed, step.lineage, step.number)
     if temperature is None:
         temperature = draws.uniform_scalar(Purpose.TEMPERATURE, *at)
-    return Modes(
+    return StepPlan(
         generator_learns=train_generator,
         critic=has_critic and train_critic,
         first_pass=config.self_cond and coin(step, 2, config.self_cond_prob),
@@ -105,7 +105,7 @@ def step_modes(config: ObjectiveConfig, step: Step, *, has_critic: bool, train_g
 
 
 def embeddings(
-    networks: Networks,
+    model: Model,
     config: ObjectiveConfig,
     input_bn: Tensor,
     valid_bn: Tensor | None,
@@ -113,38 +113,38 @@ def embeddings(
     *,
     first_pass: bool,
 ) -> Tensor:
-    """The generator's embeddings of what it sees, [m, d] at `read_m`, after a first pass if there is one.
+    """The generator's embeddings, [m, d] at the positions `read_m`, with a first pass if wanted.
 
-    `valid_bn` is None when nothing is padded.
+    `valid_bn` is None if there is no padding.
     """
     first = None
     if first_pass:
         with torch.no_grad():
-            start = networks.conditioning(None) if config.self_cond_start == "null" else None
-            first = networks.embed(input_bn, valid_bn, start)
-    cond = networks.conditioning(first) if config.self_cond else None
-    return networks.embed(input_bn, valid_bn, cond, read_m)
+            start = model.conditioning(None) if config.self_cond_start == "null" else None
+            first = model.embed(input_bn, valid_bn, start)
+    cond = model.conditioning(first) if config.self_cond else None
+    return model.embed(input_bn, valid_bn, cond, read_m)
 
 
 def positions(mask_bn: Tensor) -> Tensor:
-    """The positions of a mask, counted through the rows, int64 [m]."""
+    """The positions of a mask, as indices into the flattened grid, int64 [m]."""
     return mask_bn.flatten().nonzero()[:, 0]
 
 
 def losses(
-    networks: Networks,
+    model: Model,
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
     part: Corruption,
     weight_b: Tensor,
     maskable: int,
-    modes: Modes,
+    modes: StepPlan,
     sample_keys_b: Tensor,
-) -> Sums:
-    """One part's share of the losses of its logical batch.
+) -> PartLosses:
+    """What a micro-batch adds to the losses of its logical batch.
 
-    `weight_b` are the part's `position_weights`, `maskable` the logical batch's number of maskable
-    positions, which the critic's mean runs over.
+    `weight_b` are the `position_weights` of its rows. `maskable` is the number of maskable positions in the
+    logical batch, over which the critic's loss is averaged.
     """
     valid = None if bool(part.valid_bn.all()) else part.valid_bn
     masked_m = positions(part.mask_bn)
@@ -158,21 +158,21 @@ def losses(
             sampled_m[rows] = sample(logits, u_m[rows], modes.temperature)
 
     with torch.set_grad_enabled(modes.generator_learns and torch.is_grad_enabled()):
-        e_md = embeddings(networks, config, part.input_bn, valid, masked_m, first_pass=modes.first_pass)
+        e_md = embeddings(model, config, part.input_bn, valid, masked_m, first_pass=modes.first_pass)
         target_m, weight_m = part.ids_bn.flatten()[masked_m], weight_b[masked_m // n]
-        generator = cross_entropy.weighted_sum(*networks.head(e_md), target_m, weight_m, vocabulary, look)
+        generator = cross_entropy.weighted_sum(*model.head(e_md), target_m, weight_m, vocabulary, look)
     if not modes.critic:
-        return Sums(generator, None)
+        return PartLosses(generator, None)
     filled_bn = part.ids_bn.masked_scatter(part.mask_bn, sampled_m)
-    bce_p = critic_cross_entropy(networks, config, part, filled_bn, valid, modes.generator_learns)
-    return Sums(generator, bce_p.double().sum() / maskable)
+    bce_p = critic_cross_entropy(model, config, part, filled_bn, valid, modes.generator_learns)
+    return PartLosses(generator, bce_p.double().sum() / maskable)
 
 
-def minimized(sums: Sums, config: ObjectiveConfig, modes: Modes, numerics_version: int) -> Tensor:
-    """What a part adds to the step's `loss`, the number that is reported and the one whose gradient is taken.
+def minimized(sums: PartLosses, config: ObjectiveConfig, modes: StepPlan, numerics_version: int) -> Tensor:
+    """What a micro-batch adds to the step's `loss`, which is both reported and minimised.
 
-    The critic's weight balances it against the generator's loss: a critic that trains alone minimises its
-    plain loss. Numerics version 1 minimised the weighted one; its steps are computed again as they were.
+    The critic's weight applies only if the generator trains too. In numerics version 1 it applied always;
+    steps of that version are computed again as they were.
     """
     if sums.critic is None:
         return sums.generator
@@ -182,7 +182,7 @@ def minimized(sums: Sums, config: ObjectiveConfig, modes: Modes, numerics_versio
 
 
 def critic_cross_entropy(
-    networks: Networks,
+    model: Model,
     config: ObjectiveConfig,
     part: Corruption,
     filled_bn: Tensor,
@@ -190,7 +190,7 @@ def critic_cross_entropy(
     train_trunk: bool,
 ) -> Tensor:
     """The critic's binary cross-entropy at each maskable position, fp32 [p]."""
-    scores_bn = networks.criticize(filled_bn, valid, train_trunk=train_trunk)
+    scores_bn = model.criticize(filled_bn, valid, train_trunk=train_trunk)
     labels_bn = critic_labels(config, part, filled_bn)
     scores_p = scores_bn[part.maskable_bn].float()
     return F.binary_cross_entropy_with_logits(
@@ -199,16 +199,16 @@ def critic_cross_entropy(
 
 
 def critic_labels(config: ObjectiveConfig, part: Corruption, filled_bn: Tensor) -> Tensor:
-    """What the critic must find, bool [b, n]: ids that are wrong, or (Lezama et al. 2022) were masked."""
+    """What the critic must find, bool [b, n]: wrong ids, or masked positions (Lezama et al. 2022)."""
     return part.mask_bn if config.critic_labels == "token_critic" else filled_bn != part.ids_bn
 
 
 def sample(logits_mv: Tensor, u_m: Tensor, temperature: float | Tensor) -> Tensor:
-    """An id for each row of logits, int64 [m]: softmax(logits / temperature) by its inverse CDF.
+    """Sample an id for each row of logits, int64 [m], from softmax(logits / temperature) by its inverse CDF.
 
-    The same distribution as an argmax over logits / temperature + Gumbel noise, with one fp64 uniform
-    number a position; computed in fp64 a chunk at a time. Temperature 0 (or a fp64 [m] tensor with
-    zeros) takes the most probable id.
+    The distribution is that of an argmax over logits / temperature + Gumbel noise, but needs only one fp64
+    uniform number per position. Computed in fp64, in chunks. Temperature 0 takes the most probable id; the
+    temperature may also be an fp64 [m] tensor.
     """
     m, v = logits_mv.shape
     temperature_m = torch.as_tensor(temperature, dtype=torch.float64, device=logits_mv.device).expand(m)
@@ -217,15 +217,15 @@ def sample(logits_mv: Tensor, u_m: Tensor, temperature: float | Tensor) -> Tenso
     chunk = max(1, _SAMPLE_CHUNK // v)
     for rows in (slice(start, start + chunk) for start in range(0, m, chunk)):
         logits = logits_mv[rows].double()
-        # The largest logit goes to 0 before the division, so that a tiny temperature cannot overflow.
+        # Subtract the largest logit before dividing, so that a tiny temperature cannot overflow.
         logits = logits - logits.amax(-1, keepdim=True)
         cdf = (logits / temperature_m[rows, None].clamp(min=1e-300)).exp().cumsum(-1)
         target = u_m[rows, None] * cdf[:, -1:]
-        # right=True skips ids of probability 0 in front, also when u is 0.
+        # right=True skips leading ids of probability 0, even if u is 0.
         sampled.append(torch.searchsorted(cdf, target, right=True)[:, 0])
     if not sampled:
         return greedy_m
     sampled_m = torch.cat(sampled)
-    # Rounding can put u times the total on the total itself: then the last id that is possible.
+    # u times the total can round up to the total, which is beyond the last id: take the most probable one.
     sampled_m = torch.where(sampled_m >= v, greedy_m, sampled_m)
     return torch.where(temperature_m == 0, greedy_m, sampled_m)

@@ -1,7 +1,7 @@
-"""Optimizers, one for each group of weights, so that training one leaves the other bit-identical.
+"""Optimizers: one for the generator and one for the critic, so that training one never changes the other.
 
-A group's optimizer state and moving average advance only in the steps that train it; the learning
-rate follows the global step.
+The optimizer state and the moving average of a group change only in steps that train it. The learning rate
+depends on the step of the run.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from maskwire_server.training.numerics import NUMERICS_VERSION
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """The schedule's rate at a step, counted from 1.
+    """The learning rate at a step, counted from 1.
 
-    Linear warm-up reaches the peak at step `warmup_steps`; cosine: lr_min + (lr - lr_min)
-    (1 + cos(pi p))/2 with p the progress from there to `total_steps` (Loshchilov, Hutter 2017).
+    The linear warm-up reaches the peak at step `warmup_steps`. The cosine is lr_min + (lr - lr_min)
+    (1 + cos(pi p))/2, where p is the progress from there to `total_steps` (Loshchilov, Hutter 2017).
     """
     peak, low = config.learning_rate, config.min_learning_rate
     if step < config.warmup_steps:
@@ -33,9 +33,9 @@ def learning_rate(config: OptimizerConfig, step: int) -> float:
 
 
 def _decayed(module: nn.Module) -> set[Tensor]:
-    """The weights that decay, the matrices of linear maps: norms, biases and embeddings are spared.
+    """The weights with weight decay: the matrices of linear maps, not norms, biases or embeddings.
 
-    An embedding is told by its kind, not by a name: `project_emb` is a linear map.
+    Embeddings are recognised by their class, not by their name, because `project_emb` is a linear map.
     """
     embeddings = {child.weight for child in module.modules() if isinstance(child, nn.Embedding)}
     return {weight for weight in module.parameters() if weight.ndim >= 2 and weight not in embeddings}
@@ -51,7 +51,7 @@ class Group:
         decays = _decayed(module)
         since: dict[float, list[Tensor]] = {1: [], 2: [], math.inf: []}
         for name, weight in named.items():
-            # Numerics version 1 took `project_emb` for an embedding.
+            # Numerics version 1 treated `project_emb` as an embedding.
             since[math.inf if weight not in decays else 2 if "_emb." in name else 1].append(weight)
         groups = [{"params": weights, "decays_since": version} for version, weights in since.items()]
         self.optimizer = torch.optim.AdamW(
@@ -62,19 +62,19 @@ class Group:
             fused=fused,
         )
         self.configure(config)
-        for weight in self.weights:  # now, so that the first step cannot run out of memory half-way
+        for weight in self.weights:  # allocated now, so that the first update cannot run out of memory
             self.optimizer.state[weight] = {
                 "step": torch.zeros((), dtype=torch.float32, device=weight.device),
                 "exp_avg": torch.zeros_like(weight),
                 "exp_avg_sq": torch.zeros_like(weight),
             }
         self.updates = 0
-        """Steps that trained this group."""
+        """Number of steps that trained this group."""
         self.ema = copy.deepcopy(module).eval().requires_grad_(False) if config.ema_decay else None
-        """The module with the moving average's weights, if one is kept."""
+        """The module with the moving average of the weights, if the run keeps one."""
 
     def configure(self, config: OptimizerConfig, numerics_version: int = NUMERICS_VERSION) -> None:
-        """Go on under other settings; whether a moving average is kept cannot change."""
+        """Continue with other settings, except that a moving average can neither start nor end."""
         for group in self.optimizer.param_groups:
             group["betas"], group["eps"] = config.betas, config.eps
             decays = numerics_version >= group["decays_since"]
@@ -82,35 +82,36 @@ class Group:
         self._decay = config.ema_decay
 
     def gradients(self) -> list[Tensor]:
-        """The gradients there are."""
+        """The gradients of the weights that have one."""
         return [weight.grad for weight in self.weights if weight.grad is not None]
 
     def clear_gradients(self) -> None:
-        """Free the gradients."""
+        """Delete the gradients and free their memory."""
         for weight in self.weights:
             weight.grad = None
 
     def update(self, rate: float) -> None:
-        """Apply the gradients, then let the moving average follow."""
+        """Update the weights with their gradients, then the moving average."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.updates += 1
         if self.ema is not None:
-            # min(d, (1+s)/(10+s)): the average forgets its start quickly (Abadi et al., TensorFlow).
+            # min(d, (1+s)/(10+s)): a smaller decay at the start, so that the average follows quickly
+            # (tf.train.ExponentialMovingAverage in TensorFlow).
             decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
             averages: list[Tensor] = list(self.ema.parameters())
             torch._foreach_lerp_(averages, [weight.detach() for weight in self.weights], 1 - decay)
 
     def begin_average(self) -> None:
-        """Let the moving average, if one is kept, begin at the weights."""
+        """Set the moving average, if the run keeps one, to the weights."""
         if self.ema is not None:
             with torch.no_grad():
                 for average, weight in zip(self.ema.parameters(), self.weights, strict=True):
                     average.copy_(weight)
 
     def state(self) -> dict[str, Tensor]:
-        """AdamW's state and the count of updates, by weight name."""
+        """The state of AdamW and the number of updates, by name."""
         state = {"updates": torch.tensor(self.updates, dtype=torch.int64)}
         for name, weight in zip(self.names, self.weights, strict=True):
             for part, value in self.optimizer.state[weight].items():
@@ -119,10 +120,10 @@ class Group:
 
 
 def clip(groups: Iterable[Group], limit: float | None) -> Tensor:
-    """Scale the gradients of what learns to a global norm of at most `limit`; the norm before, fp32 []."""
+    """Scale the gradients to a global norm of at most `limit`. Returns the norm before, fp32 []."""
     gradients = [gradient for group in groups for gradient in group.gradients()]
     norm = torch.nn.utils.get_total_norm(gradients)
     if limit is not None and gradients:
-        # min(1, limit/norm), and gradients that are not finite stay so: the update is then skipped.
+        # min(1, limit/norm). Non-finite gradients stay non-finite, and the step is then skipped.
         torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -1,16 +1,16 @@
-"""Generation by iterative unmasking: all masked, then a pass at a time fewer, in a chosen order.
+"""Generation by iterative unmasking: all unknown positions are masked, and each pass reveals some of them.
 
-After pass s of S, min(floor(m(s/S) U), before - 1) of a row's U unknown positions stay masked (Chang et
-al. 2022, with the schedule m that the run was trained with). In random order, one position a pass and at
-temperature 1, the tokens have the distribution
+After pass s of S, min(floor(m(s/S) U), before - 1) of a row's U unknown positions are still masked (Chang
+et al. 2022, with the schedule m of the training). In random order, with one position per pass and temperature
+1, the tokens have the distribution
 
     p(x) = mean over orders o of prod over i of p(x_o(i) | x_o(1) ... x_o(i-1)),
 
-whose bound is what the evaluation estimates (Uria et al. 2014); every other setting samples something
-else. A row's draws follow from its seed, the pass and the position alone.
+whose bound the evaluation estimates (Uria et al. 2014). All other settings sample from other distributions.
+The draws of a row depend only on its seed, the pass and the position.
 
-Letters: b rows, n positions, v vocabulary, m packed positions, k ids that may be sampled. Nothing here
-knows a model class, and no [b, n, v] tensor exists: logits are computed where they are read.
+Letters: b rows, n positions, v vocabulary, m packed positions, k ids that may be sampled. This module knows
+no model class. Logits are computed only where they are needed, so that there is no tensor [b, n, v].
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ from maskwire_server.training import draws, objective, schedule
 from maskwire_server.training.corruption import Vocabulary
 from maskwire_server.training.cross_entropy import forbid_special
 from maskwire_server.training.draws import Purpose
-from maskwire_server.training.objective import Networks
+from maskwire_server.training.objective import Model
 
 MASKGIT_CHOICE_TEMPERATURE = 4.5  # Chang et al. 2022
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows on the device, between two passes."""
+    """The state of some rows on the device, between two passes."""
 
     ids_bn: Tensor
     """int64, the mask id where masked, 0 under padding."""
     valid_bn: Tensor
     """bool, False under padding."""
     unknown_bn: Tensor
-    """bool: neither padding nor given."""
+    """bool: neither padding nor part of the prompt."""
     mask_bn: Tensor
     """bool: still masked."""
     recorded_bn: Tensor
-    """fp64: the log-probability that a token had when it was revealed."""
+    """fp64: the log-probability of a token when it was revealed."""
     token_keys_b: Tensor
     order_keys_b: Tensor
     noise_keys_b: Tensor
-    """int64: of the rows' draws. The order's are the same in every pass, so that it is a permutation."""
+    """int64 each: keys of the draws. A row has the same order in every pass, so it is a permutation."""
     carried_bnd: Tensor | None
-    """The embeddings of the pass before; None before the first, or when nobody wants them."""
+    """The embeddings of the previous pass. None before the first pass, or if they are not used."""
 
     def take(self, which_b: Tensor) -> Rows:
-        """Rows by their indices."""
+        """Select rows by index."""
         carried_bnd = None if self.carried_bnd is None else self.carried_bnd[which_b]
         return Rows(
             self.ids_bn[which_b],
@@ -72,7 +72,7 @@ class Rows:
         )
 
     def put(self, which_b: Tensor, part: Rows) -> Rows:
-        """The same with some rows replaced, in place."""
+        """Replace some rows. Changes the tensors in place."""
         self.ids_bn[which_b] = part.ids_bn
         self.mask_bn[which_b] = part.mask_bn
         self.recorded_bn[which_b] = part.recorded_bn
@@ -86,23 +86,23 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What an unmasking pass is told about its rows."""
+class PassPlan:
+    """What an unmasking pass does to its rows."""
 
     step: int
-    """Counted from 1."""
+    """The number of the pass, counted from 1."""
     stay_b: Tensor
-    """int64: how many positions stay masked."""
+    """int64: the number of positions that stay masked."""
     noise_b: Tensor
-    """fp64: the scale of the noise on the order."""
+    """fp64: the scale of the noise that is added to the scores."""
 
-    def rows(self, which_b: Tensor, device: torch.device) -> Pass:
-        """Some of the rows, on a device."""
-        return Pass(self.step, self.stay_b[which_b].to(device), self.noise_b[which_b].to(device))
+    def rows(self, which_b: Tensor, device: torch.device) -> PassPlan:
+        """The plan for some of the rows, on a device."""
+        return PassPlan(self.step, self.stay_b[which_b].to(device), self.noise_b[which_b].to(device))
 
 
 def generate(
-    networks: Networks,
+    model: Model,
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
     prompts: Prompts,
@@ -112,13 +112,13 @@ def generate(
     device: torch.device,
     ema_weights: bool = False,
 ) -> Iterator[GenerationState]:
-    """Fill the prompts in, a pass between two states; run it without gradients.
+    """Fill in the prompts, and yield a state after each pass. Run it without gradients.
 
-    Rows that are finished take no part in further passes, and at most `budget` positions are computed at
-    once. Every pass has the batch's width, so that a row's arithmetic does not depend on its neighbours'
-    lengths. What a pass carries to the next is kept for at most `budget` positions too: with
-    SelfCondMode.CARRY the rows that fit are finished before the next ones begin, and count their passes
-    from 1. Raises Diverged if the model's output is not finite.
+    Finished rows are left out of later passes, and at most `budget` positions are computed at once. Each pass
+    has the width of the batch, so that a row's result does not depend on the lengths of other rows. With
+    SelfCondMode.CARRY, embeddings are kept for at most `budget` positions: the rows that fit are finished
+    before the next ones start, which count their passes from 1. Raises Diverged if the model's output is not
+    finite.
     """
     whole = begin(prompts, vocabulary, options.row_seeds, device)
     unknown_b = torch.from_numpy(prompts.unknown.sum(-1))
@@ -131,15 +131,15 @@ def generate(
         rows, step = whole.take(at_b), 0
         while bool((left_b[group_b] > 0).any()):
             step += 1
-            told = plan(config, options, unknown_b[group_b], left_b[group_b], step)
+            plan = plan_pass(config, options, unknown_b[group_b], left_b[group_b], step)
             for which_b in torch.split((left_b[group_b] > 0).nonzero()[:, 0], part_rows):
                 where_b = which_b.to(device)
                 part = advance(
-                    networks, config, vocabulary, rows.take(where_b), told.rows(which_b, device), options
+                    model, config, vocabulary, rows.take(where_b), plan.rows(which_b, device), options
                 )
                 rows = rows.put(where_b, part)
             whole.ids_bn[at_b] = rows.ids_bn
-            left_b[group_b] = told.stay_b
+            left_b[group_b] = plan.stay_b
             most = max(most, step)
             done = not bool((left_b > 0).any())
             ids_bn = whole.ids_bn.masked_fill(~whole.valid_bn, vocabulary.pad_id or 0)
@@ -148,7 +148,7 @@ def generate(
 
 
 def begin(prompts: Prompts, vocabulary: Vocabulary, row_seeds: Sequence[int], device: torch.device) -> Rows:
-    """The prompts, with everything unknown masked."""
+    """The prompts, with all unknown positions masked."""
     valid_bn, unknown_bn = torch.from_numpy(prompts.valid), torch.from_numpy(prompts.unknown)
     ids_bn = torch.from_numpy(prompts.ids).masked_fill(~valid_bn, 0)
     ids_bn = torch.where(unknown_bn, vocabulary.mask_id, ids_bn)
@@ -169,24 +169,21 @@ def begin(prompts: Prompts, vocabulary: Vocabulary, row_seeds: Sequence[int], de
 
 
 def narrowest(vocabulary: Vocabulary) -> np.dtype[np.integer]:
-    """The narrowest type that holds every id."""
+    """The narrowest integer type that holds every id."""
     if vocabulary.num_tokens <= 2**8:
         return np.dtype(np.uint8)
     return np.dtype(np.uint16 if vocabulary.num_tokens <= 2**16 else np.int32)
 
 
-# The schedule and the draws.
-
-
-def plan(
+def plan_pass(
     config: ObjectiveConfig, options: GenerateOptions, unknown_b: Tensor, left_b: Tensor, step: int
-) -> Pass:
-    """Pass number `step`, counted from 1, for every row."""
+) -> PassPlan:
+    """Plan pass number `step`, counted from 1, for all rows."""
     steps_b = torch.full_like(unknown_b, options.steps) if options.steps else unknown_b
     scale = options.choice_temperature
     if scale is None:
         scale = MASKGIT_CHOICE_TEMPERATURE if config.preset == "maskgit" else 0.0
-    return Pass(
+    return PassPlan(
         step,
         stay_masked(schedule.SCHEDULES[config.schedule], unknown_b, left_b, step, options.steps),
         scale * (1 - step / steps_b.clamp(min=1).double()).clamp(min=0),
@@ -196,66 +193,63 @@ def plan(
 def stay_masked(
     masking: schedule.Schedule, unknown_b: Tensor, before_b: Tensor, step: int, steps: int
 ) -> Tensor:
-    """How many positions stay masked after a pass, int64 [b]: min(floor(m(s/S) U), before - 1).
+    """The number of positions that stay masked after a pass, int64 [b]: min(floor(m(s/S) U), before - 1).
 
-    With `steps` 0 one position a pass is revealed, under every schedule: that is what the evaluated
-    model's distribution takes, and under `linear` the same as S = U.
+    With `steps` 0, each pass reveals one position, whatever the schedule. The distribution that is evaluated
+    requires that. With the linear schedule it is the same as S = U.
     """
     one_less_b = (before_b - 1).clamp(min=0)
     if not steps:
         return one_less_b
     fraction = masking.fraction(torch.tensor(min(1.0, step / steps), dtype=torch.float64))
-    # (1 - 1/3) * 3 can round to below 2, whose floor would be a token too many.
+    # (1 - 1/3) * 3 can round to just below 2, and its floor would reveal one position too many.
     return torch.minimum(torch.floor(fraction * unknown_b + 1e-9).to(torch.int64), one_less_b)
 
 
-# One pass.
-
-
 def advance(
-    networks: Networks,
+    model: Model,
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
     rows: Rows,
-    told: Pass,
+    plan: PassPlan,
     options: GenerateOptions,
 ) -> Rows:
-    """One pass over rows that have something masked."""
+    """Compute one pass over rows that still have masked positions."""
     valid = None if bool(rows.valid_bn.all()) else rows.valid_bn
     n = rows.ids_bn.shape[1]
     read_bn = rows.mask_bn
     if options.order is Order.RANDOM:
-        # The order does not hang on the tokens, so only what it reveals now needs logits.
-        stay_bn = lowest(draws.uniform(rows.order_keys_b, n), rows.mask_bn, told.stay_b)
+        # The order does not depend on the tokens, so logits are needed only where this pass reveals.
+        stay_bn = lowest(draws.uniform(rows.order_keys_b, n), rows.mask_bn, plan.stay_b)
         read_bn = rows.mask_bn & ~stay_bn
     read_m = objective.positions(read_bn)
     carried_bnd = None
     if config.self_cond and options.self_cond_mode is SelfCondMode.CARRY:
-        carried_bnd = networks.embed(rows.ids_bn, valid, networks.conditioning(rows.carried_bnd))
+        carried_bnd = model.embed(rows.ids_bn, valid, model.conditioning(rows.carried_bnd))
         e_md = carried_bnd.flatten(0, 1)[read_m]
     else:
-        e_md = objective.embeddings(networks, config, rows.ids_bn, valid, read_m, first_pass=config.self_cond)
-    logits_mv = forbid_special(networks.project(e_md), vocabulary)
-    total_m = check(logits_mv.logsumexp(-1))  # before anything is drawn or gathered by what it holds
-    u_m = draws.uniform(draws.nth(rows.token_keys_b, told.step), n).flatten()[read_m]
+        e_md = objective.embeddings(model, config, rows.ids_bn, valid, read_m, first_pass=config.self_cond)
+    logits_mv = forbid_special(model.project(e_md), vocabulary)
+    total_m = check(logits_mv.logsumexp(-1))  # before the logits are used to sample
+    u_m = draws.uniform(draws.nth(rows.token_keys_b, plan.step), n).flatten()[read_m]
     sampled_m = sample(logits_mv, u_m, options)
     confidence_m = (logits_mv.gather(1, sampled_m[:, None])[:, 0] - total_m).double()
     filled_bn = rows.ids_bn.masked_scatter(read_bn, sampled_m)
     recorded_bn = rows.recorded_bn
     if options.order is not Order.RANDOM:
         recorded_bn = recorded_bn.masked_scatter(rows.mask_bn, confidence_m)
-        if options.order is Order.CRITIC and bool(told.stay_b.any()):
-            scores_bn = -networks.criticize(filled_bn, valid, train_trunk=False).double()
+        if options.order is Order.CRITIC and bool(plan.stay_b.any()):
+            scores_bn = -model.criticize(filled_bn, valid, train_trunk=False).double()
             check(scores_bn[rows.valid_bn], "the critic's scores")
         elif options.order in (Order.MARGIN, Order.ENTROPY):
             scores_bn = recorded_bn.masked_scatter(rows.mask_bn, certainty(logits_mv, options.order))
         else:
             scores_bn = recorded_bn
-        if bool(told.noise_b.any()):
-            noise_bn = gumbel(draws.uniform(draws.nth(rows.noise_keys_b, told.step), n))
-            scores_bn = scores_bn + told.noise_b[:, None] * noise_bn
+        if bool(plan.noise_b.any()):
+            noise_bn = gumbel(draws.uniform(draws.nth(rows.noise_keys_b, plan.step), n))
+            scores_bn = scores_bn + plan.noise_b[:, None] * noise_bn
         candidates_bn = rows.unknown_bn if options.remasking else rows.mask_bn
-        stay_bn = lowest(scores_bn, candidates_bn, told.stay_b)
+        stay_bn = lowest(scores_bn, candidates_bn, plan.stay_b)
     return replace(
         rows,
         ids_bn=filled_bn.masked_fill(stay_bn, vocabulary.mask_id),
@@ -266,10 +260,10 @@ def advance(
 
 
 def sample(logits_mv: Tensor, u_m: Tensor, options: GenerateOptions) -> Tensor:
-    """An id for each row of logits, int64 [m], at the temperature and among the ids that may be sampled.
+    """Sample an id for each row of logits, int64 [m], with temperature, top_k and top_p.
 
-    top_k first, then top_p over what it left, both at the temperature: the ids in front of which, in
-    descending order, less than top_p of the probability lies (Holtzman et al. 2020).
+    top_k applies first. top_p then keeps the ids that, in descending order, have less than top_p of the
+    probability before them (Holtzman et al. 2020), at the temperature.
     """
     v = logits_mv.shape[1]
     kept_mk, ids_mk = logits_mv, None
@@ -288,32 +282,29 @@ def sample(logits_mv: Tensor, u_m: Tensor, options: GenerateOptions) -> Tensor:
 
 
 def check(values: Tensor, what: str = "the generator's logits") -> Tensor:
-    """The same values. Raises Diverged unless all are finite; logits are if the log of their sum is."""
+    """Return the values. Raises Diverged if one is not finite. For logits, pass their logsumexp."""
     if not bool(values.isfinite().all()):
         raise Diverged(f"the weights have diverged: {what} are not finite")
     return values
 
 
-# The order.
-
-
 def certainty(logits_mv: Tensor, order: Order) -> Tensor:
-    """How sure the generator is of each position whatever was sampled, fp64 [m]: margin or -entropy."""
+    """The certainty of the generator at each position, fp64 [m]: the margin, or the negative entropy."""
     if order is Order.MARGIN:
         two_m2 = (logits_mv.topk(2).values - logits_mv.logsumexp(-1, keepdim=True)).exp()
         return (two_m2[:, 0] - two_m2[:, 1]).double()
-    # entr(p) = -p ln p, and 0 where p is.
+    # entr(p) = -p ln p, and 0 for p = 0.
     entropy_m: Tensor = torch.special.entr(logits_mv.softmax(-1)).sum(-1)
     return -entropy_m.double()
 
 
 def gumbel(u: Tensor) -> Tensor:
-    """Standard Gumbel noise from uniform numbers in [0, 1), the same shape."""
+    """Standard Gumbel noise from uniform numbers in [0, 1), in the same shape."""
     return -(-u.clamp(min=2.0**-54).log()).log()
 
 
 def lowest(scores_bn: Tensor, candidates_bn: Tensor, k_b: Tensor) -> Tensor:
-    """The k candidates of each row with the lowest scores, bool [b, n]; of equal ones the last."""
+    """The k candidates of each row with the lowest scores, bool [b, n]. Ties: the later positions."""
     scores_bn = scores_bn.masked_fill(~candidates_bn, float("-inf"))
     order_bn = scores_bn.argsort(dim=-1, descending=True, stable=True)
     place = torch.arange(scores_bn.shape[1], device=scores_bn.device).expand_as(order_bn)

@@ -1,11 +1,11 @@
-"""Masking schedules, and how many positions of a row they mask.
+"""Masking schedules, and the number of positions of a row that they mask.
 
 m(t) is the masked fraction at time t in [0, 1): continuous, strictly decreasing, m(0) = 1, m(1) = 0.
-With *exact count*, a row of n positions masks k = ceil(m(t) n) of them, so that
+With *exact* masking, a row of n positions masks k = ceil(m(t) n) of them, so that
 
     P(k) = P(k-1 < m(t) n <= k) = m^-1((k-1)/n) - m^-1(k/n)         t uniform, m decreasing,
 
-and with *Bernoulli* masking k is binomial in m(t): P_B(k) = int_0^1 C(n,k) m^k (1-m)^(n-k) dt.
+and with *Bernoulli* masking k is binomial with probability m(t): P_B(k) = int_0^1 C(n,k) m^k (1-m)^(n-k) dt.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_QUADRATURE_POINTS = 4096
+from maskwire_server.training.quadrature import gauss_legendre
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ SCHEDULES = {schedule.name: schedule for schedule in (LINEAR, COSINE, QUADRATIC)
 
 
 def schedule_of(fraction: Callable[[Tensor], Tensor], name: str = "custom") -> Schedule:
-    """A schedule from m alone, its inverse found by bisection.
+    """A schedule from m alone. Its inverse is computed by bisection.
 
     Raises ValueError unless m(0) = 1, m(1) = 0 and m decreases strictly on a grid of 1,025 points.
     """
@@ -53,7 +52,7 @@ def schedule_of(fraction: Callable[[Tensor], Tensor], name: str = "custom") -> S
         raise ValueError(f"schedule {name} must have m(0) = 1 and m(1) = 0, got {m[0]:g} and {m[-1]:g}")
     if not bool((m.diff() < 0).all()):
         at = float(grid[int((m.diff() >= 0).nonzero()[0])])
-        raise ValueError(f"schedule {name} must decrease strictly, it does not at t = {at:g}")
+        raise ValueError(f"schedule {name} must decrease strictly, but it does not at t = {at:g}")
 
     def inverse(target: Tensor) -> Tensor:
         low, high = torch.zeros_like(target), torch.ones_like(target)
@@ -61,7 +60,7 @@ def schedule_of(fraction: Callable[[Tensor], Tensor], name: str = "custom") -> S
             middle = (low + high) / 2
             above = fraction(middle) > target
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-        # The ends are exact, so that the P(k) add up to 1.
+        # The inverse is exact at both ends, so that the P(k) add up to 1.
         return torch.where(target >= 1, 0.0, torch.where(target <= 0, 1.0, (low + high) / 2))
 
     return Schedule(name, fraction, inverse)
@@ -70,7 +69,7 @@ def schedule_of(fraction: Callable[[Tensor], Tensor], name: str = "custom") -> S
 def stratified_times(offset: float, permutation_b: Tensor) -> Tensor:
     """t_i = (u + pi(i)/B) mod 1, fp64 [b]: one time in each of B equal intervals, rows in random order."""
     rows = permutation_b.numel()
-    # u + pi(i)/B can round up to 1 exactly after the modulus; t = 1 would mask nothing.
+    # The result of the modulus can round up to exactly 1, where nothing would be masked.
     return ((offset + permutation_b.to(torch.float64) / rows) % 1.0).clamp(max=1 - 2.0**-53)
 
 
@@ -86,20 +85,14 @@ def exact_probabilities(schedule: Schedule, k_b: Tensor, n_b: Tensor) -> Tensor:
     return schedule.inverse((k_b - 1) / n) - schedule.inverse(k_b / n)
 
 
-@functools.lru_cache(maxsize=1)
-def _gauss_legendre() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    points, weights = np.polynomial.legendre.leggauss(_QUADRATURE_POINTS)
-    return (points + 1) / 2, weights / 2
-
-
 @functools.lru_cache(maxsize=4096)
 def _bernoulli_probability(schedule: Schedule, k: int, n: int) -> float:
-    """P_B(k) by Gauss-Legendre quadrature in a variable that is smooth at both ends.
+    """P_B(k) by Gauss-Legendre quadrature over s, with t = sin^2(pi s/2).
 
-    With t = sin^2(pi s/2) the derivative vanishes at both ends, which takes the sting out of a square
-    root in m; the integrand is a bump of width about n^(-1/2), resolved by thousands of points.
+    The derivative of t vanishes at both ends, which makes the integrand smooth even if m has a square root
+    there. The integrand is a peak of width about n^(-1/2), which thousands of points resolve.
     """
-    s, weights = _gauss_legendre()
+    s, weights = gauss_legendre()
     t = np.sin(np.pi / 2 * s) ** 2
     jacobian = np.pi / 2 * np.sin(np.pi * s)
     m = np.clip(schedule.fraction(torch.from_numpy(t)).numpy(), 1e-300, 1 - 1e-16)
@@ -119,9 +112,9 @@ def bernoulli_probabilities(schedule: Schedule, k_b: Tensor, n_b: Tensor) -> Ten
 def elbo_weights(schedule: Schedule, masking: str, k_b: Tensor, n_b: Tensor) -> Tensor:
     """w = 1/(k P(k)), fp64 [b], 0 where nothing is masked.
 
-    The negative ELBO of a row is sum over k of (1/k) E[sum of CE over a random set of k masked
-    positions]: the order-agnostic likelihood, each count k once (Uria et al. 2014, Hoogeboom et al. 2022).
-    Drawing k with probability P(k) and weighing by 1/(k P(k)) estimates it without bias.
+    The negative ELBO of a row is sum over k of (1/k) E[sum of CE over a random set of k masked positions]:
+    the order-agnostic likelihood (Uria et al. 2014, Hoogeboom et al. 2022). If k is drawn with probability
+    P(k), the weight 1/(k P(k)) makes the estimate unbiased.
     """
     masked = k_b > 0
     k, n = k_b.clamp(min=1), n_b.clamp(min=1)

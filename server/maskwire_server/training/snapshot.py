@@ -1,8 +1,8 @@
-"""The trainer's state to and from files: safetensors alone, so that a foreign file can run no code.
+"""The trainer's state in memory and in files. All files are safetensors, so a foreign file can run no code.
 
 model.safetensors       generator.* and critic.*
-ema.safetensors         the same names, if a moving average is kept
-optimizer.safetensors   generator.* and critic.*: AdamW's state and the count of updates
+ema.safetensors         the same names, if the run keeps a moving average
+optimizer.safetensors   generator.* and critic.*: AdamW's state and the number of updates
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,41 +20,52 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from maskwire_server.results import WEIGHT_FILES
+from maskwire_server.training.optim import Group
+
+MODEL_FILE, EMA_FILE = WEIGHT_FILES
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+Files = dict[str, dict[str, Tensor]]
+"""Tensors by file and name."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of the state in host memory: file name -> tensors."""
+    """A copy of the state in host memory."""
 
-    files: dict[str, dict[str, Tensor]]
+    files: Files
 
     def write(self, folder: Path) -> None:
-        """Write the files into `folder`. Raises OSError."""
+        """Write the files to `folder`. Raises OSError."""
         for file, tensors in self.files.items():
             try:
                 save_file(tensors, folder / file)
             except SafetensorError as error:
-                said = re.search(r"os error (\d+)", str(error))
-                number = int(said[1]) if said else errno.EIO
-                raise OSError(
-                    number, os.strerror(number) if said else str(error), str(folder / file)
-                ) from error
+                found = re.search(r"os error (\d+)", str(error))
+                number = int(found[1]) if found else errno.EIO
+                text = os.strerror(number) if found else str(error)
+                raise OSError(number, text, str(folder / file)) from error
 
 
 class Copier:
-    """Copies a trainer's state into host memory that is kept for the next copy.
+    """Copies the state to host memory, and uses the same memory for the next copy.
 
-    Fresh memory can take as long as the copy once more, while the system hands its pages out (P9 in
-    docs/benchmarks.md).
+    Copying to new memory takes up to twice as long, because the operating system has to provide the pages
+    (P9 in docs/benchmarks.md).
     """
 
     def __init__(self) -> None:
-        self._room: dict[tuple[str, str], Tensor] = {}
+        self._buffers: dict[tuple[str, str], Tensor] = {}
         self._last: weakref.ref[Snapshot] | None = None
 
-    def copy(self, files: dict[str, dict[str, Tensor]]) -> Snapshot:
-        """Copy live tensors; training may go on at once. A snapshot that is still held stays as it is."""
+    def copy(self, files: Files) -> Snapshot:
+        """Copy live tensors. Training may continue at once.
+
+        While an earlier snapshot is in use, its memory is left alone and the copy gets new memory.
+        """
         if self._last is not None and self._last() is not None:
-            self._room = {}
+            self._buffers = {}
         snapshot = Snapshot(
             {
                 file: {name: self._copied((file, name), tensor) for name, tensor in tensors.items()}
@@ -64,21 +76,43 @@ class Copier:
         return snapshot
 
     def _copied(self, key: tuple[str, str], live: Tensor) -> Tensor:
-        if key not in self._room:
-            self._room[key] = torch.empty(live.shape, dtype=live.dtype)
-        return self._room[key].copy_(live.detach())
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(live.shape, dtype=live.dtype)
+        return self._buffers[key].copy_(live.detach())
 
 
-def load(folder: Path, live: dict[str, dict[str, Tensor]]) -> None:
-    """Copy the files of `folder` into live tensors; nothing is copied unless everything fits.
+def live_tensors(groups: Mapping[str, Group]) -> Files:
+    """The tensors that make up the state: those in use, not copies."""
+    files: Files = {MODEL_FILE: {}, OPTIMIZER_FILE: {}}
+    for group_name, group in groups.items():
+        for name, weight in zip(group.names, group.weights, strict=True):
+            files[MODEL_FILE][f"{group_name}.{name}"] = weight
+        for name, value in group.state().items():
+            files[OPTIMIZER_FILE][f"{group_name}.{name}"] = value
+        if group.ema is not None:
+            averages = files.setdefault(EMA_FILE, {})
+            averages |= {f"{group_name}.{name}": w for name, w in group.ema.named_parameters()}
+    return files
 
-    Raises ValueError naming the first file or tensor that is missing, unknown or of another kind.
+
+def load(folder: Path, groups: Mapping[str, Group]) -> None:
+    """Load the files of a snapshot into the groups. Nothing changes unless all of it fits.
+
+    If the snapshot has no moving average, the average starts from the weights. Raises ValueError that names
+    the first file or tensor that is missing, unknown, or of another shape or type.
     """
+    live = live_tensors(groups)
+    if not (folder / EMA_FILE).exists():
+        live.pop(EMA_FILE, None)
     loaded = {file: _read(folder / file, tensors) for file, tensors in live.items()}
     with torch.no_grad():
         for file, tensors in live.items():
             for name, tensor in tensors.items():
                 tensor.copy_(loaded[file][name])
+    for name, group in groups.items():
+        if EMA_FILE not in live:
+            group.begin_average()
+        group.updates = int(live[OPTIMIZER_FILE][f"{name}.updates"])
 
 
 def _read(path: Path, live: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,7 +120,7 @@ def _read(path: Path, live: dict[str, Tensor]) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path.name}: cannot be read: {error}") from error
+        raise ValueError(f"{path.name}: cannot be read as safetensors: {error}") from error
     for name in sorted(live.keys() | tensors.keys()):
         if name not in tensors:
             raise ValueError(f"{path.name}: {name} is missing")

@@ -1,4 +1,4 @@
-"""From what an evaluation's passes found to its figures, all in fp64.
+"""The results of an evaluation, from the sums over its passes. All in fp64.
 
 Letters: r rows, d draws.
 """
@@ -19,18 +19,18 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Bins:
-    """Predicted positions by the share of their row that was masked, fp64 [BINS] each."""
+    """Predicted positions, grouped by the masked fraction of their row, fp64 [BINS] each."""
 
     predicted: Tensor
     ce: Tensor
     """Their cross-entropy, in nats."""
     correct: Tensor
-    """How many of them were the most probable id."""
+    """The number of them whose most probable id is right."""
 
     @staticmethod
     def collect(k: Tensor, n: Tensor, predicted: Tensor, ce: Tensor, correct: Tensor) -> Bins:
-        """From passes that masked k of n positions, all of one shape; k = 0 counts for nothing."""
-        # ceil(10 k/n) - 1 in integers: rounding must not move k/n = 0.3 into (0.3, 0.4].
+        """Sum over passes with k of n positions masked. All arguments have the same shape. Ignores k = 0."""
+        # ceil(10 k/n) - 1, computed in integers, so that rounding does not move k/n = 0.3 into (0.3, 0.4].
         index = ((k * BINS + n - 1) // n.clamp(min=1) - 1).clamp(min=0).flatten()
         here = (k > 0).flatten()
 
@@ -41,7 +41,7 @@ class Bins:
         return Bins(added(predicted), added(ce), added(correct))
 
     def results(self) -> tuple[FractionResult, ...]:
-        """A result for each interval, ascending."""
+        """The result of each interval, in ascending order."""
         found = []
         columns = zip(self.predicted.tolist(), self.ce.tolist(), self.correct.tolist(), strict=True)
         for index, (predicted, ce, correct) in enumerate(columns):
@@ -58,7 +58,7 @@ class Bins:
 
 
 def halves(count: int) -> tuple[int, int]:
-    """How many draws each half has; a single draw has no second half."""
+    """The number of draws in each half. A single draw has no second half."""
     return count - count // 2, count // 2
 
 
@@ -73,10 +73,10 @@ def summarize(
     critic_accuracy: float | None,
     ema_weights: bool,
 ) -> EvalResult:
-    """The figures of an evaluation.
+    """The results of an evaluation.
 
-    `nats_rd` holds each draw's estimate of each row's nats, fp64, and `n_r` the rows' maskable positions.
-    Raises Diverged unless the losses are finite.
+    `nats_rd` are the estimates of each row's nats by each draw, fp64, and `n_r` the numbers of maskable
+    positions. Raises Diverged if the losses are not finite.
     """
     if not (bool(nats_rd.isfinite().all()) and math.isfinite(losses.loss)):
         raise Diverged("the weights have diverged: the losses are not finite")
@@ -111,7 +111,7 @@ def summarize(
 
 
 def combine(generator: float, critic: float | None, weight: float, only_critic: bool) -> Losses:
-    """The losses as a client sees them: absent means absent."""
+    """The losses that are sent to the client. A loss that was not computed is None."""
     if critic is None:
         return Losses(generator, generator)
     if only_critic:
@@ -120,10 +120,11 @@ def combine(generator: float, critic: float | None, weight: float, only_critic: 
 
 
 def standard_error(nats_r: Tensor, n_r: Tensor, per_token: float) -> float | None:
-    """Of the ratio sum L / sum n over the population of rows (Cochran 1977, 6.4); None for one row.
+    """The standard error of the ratio sum L / sum n over rows (Cochran 1977, 6.4). None for a single row.
 
-    To first order r - R = sum (L - R n) / sum n, a sum of independent terms of mean 0; their variance is
-    estimated with r in place of R, and R/(R-1) makes up for that.
+    To first order, the estimate r and the true ratio R differ by r - R = sum (L - R n) / sum n, a sum of
+    independent terms with mean 0. Their variance is estimated with r instead of R, which the factor
+    rows/(rows - 1) corrects.
     """
     rows = int((n_r > 0).sum())
     if rows < 2:
@@ -133,11 +134,11 @@ def standard_error(nats_r: Tensor, n_r: Tensor, per_token: float) -> float | Non
 
 
 def half_differences(nats_rd: Tensor) -> Tensor | None:
-    """Mean over the first half of the draws less mean over the second, fp64 [r]; None for one draw.
+    """The mean of the first half of the draws minus that of the second, fp64 [r]. None for a single draw.
 
-    Scaled by 2 sqrt(ab)/K for halves of a and b of K draws (1 when they are equal), so that a quarter of
-    its square estimates the variance of the mean over all of them: with s² the variance of a draw, the
-    mean's is s²/K, and the difference's s²(1/a + 1/b) = s² K/(ab).
+    It is scaled by 2 sqrt(ab)/K for halves of a and b of K draws (1 if they are equal), so that a quarter of
+    its square estimates the variance of the mean over all draws. If s² is the variance of a draw, the mean
+    has the variance s²/K, and the difference has s²(1/a + 1/b) = s² K/(ab).
     """
     first, second = halves(nats_rd.shape[1])
     if not second:

@@ -167,7 +167,7 @@ def test_another_error_of_the_disk_fails_the_request_that_met_it(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "all", broken)
+        patch.setattr(Checkpoints, "named", broken)
         with pytest.raises(OSError, match="Input/output error"):
             engine.save(SaveRequest("a"))
     assert engine.train_step(bare(1)).result(WAIT).step == 1

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from counter import FAIL_ID, NAN_ID, CounterSnapshot, CounterTrainer
-from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, reason_of, wait_for
+from rig import DIGEST, WAIT, FullDisk, Rig, bare, open_session, payload, reason, reason_of, wait_for
 
 from maskwire.v1.digest import step_digest
 from maskwire_server import failpoints
@@ -48,7 +48,7 @@ def test_steps_are_applied_in_order_and_the_digest_is_that_of_the_protocol(rig: 
     answers = [future.result(WAIT) for future in [engine.train_step(bare(i)) for i in range(20)]]
     assert [answer.step for answer in answers] == list(range(1, 21))
     for seed, answer in enumerate(answers):
-        digest = step_digest(digest, 1, answer.step, payload(seed).hash(), Outcome.APPLIED)
+        digest = step_digest(digest, 1, answer.step, payload(seed).hash(DIGEST), Outcome.APPLIED)
         assert answer.digest == digest
     assert engine.status().durable_step == 20
     assert rig.trainer.trained == [(1, step) for step in range(1, 21)]
@@ -931,16 +931,12 @@ WORKER = """
 import sys, numpy as np
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from counter import CounterTrainer
+from rig import make_engine
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.requests import StepRequest
-from maskwire_server.engine.engine import Engine
 whole = config.load(None, checkpoints={"every_steps": 7, "keep_last": 2})
-engine = Engine(CounterTrainer, Path(sys.argv[1]), seed=0, canonical=whole.canonical(),
-    configuration=whole.model_dump(mode="json"), serve=whole.serve, checkpoints=whole.checkpoints,
-    versions={}, on_fatal=print)
-engine.start()
+engine = make_engine(Path(sys.argv[1]), whole, on_fatal=print)
 engine.wait_serving(30)
 while True:
     step = engine.status().step + 1

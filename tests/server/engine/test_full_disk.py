@@ -33,7 +33,7 @@ TESTS = Path(__file__).resolve().parents[2]
 
 def large(step: int) -> StepRequest:
     """A batch of 16 KiB."""
-    return StepRequest(Payload(Batch(np.full((32, 512), 20 + step % 200), 32, 512), Modes()))
+    return StepRequest(Payload(Batch(np.full((32, 512), 20 + step % 200, np.uint8), 32, 512), Modes()))
 
 
 @pytest.fixture
@@ -257,17 +257,17 @@ def test_a_write_that_fails_though_there_is_room_ends_the_process(rig: Rig) -> N
 def test_a_checkpoint_over_the_quota_fails_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = rig.start(checkpoints=LONG)
     engine.train_step(bare(0)).result(WAIT)
-    whole = store._flush
+    whole = store.flush
 
     def over(_: Path) -> Any:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-    monkeypatch.setattr(store, "_flush", over)
+    monkeypatch.setattr(store, "flush", over)
     failed = engine.save(SaveRequest("one"))
     assert reason(failed) == "CHECKPOINT_FAILED"
     assert "make room" in str(failed.exception())
     assert engine.train_step(bare(1)).result(WAIT).step == 2
-    monkeypatch.setattr(store, "_flush", whole)
+    monkeypatch.setattr(store, "flush", whole)
     assert engine.save(SaveRequest("one")).result(WAIT).step == 2
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from counter import CounterTrainer
+from rig import make_engine
 
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes, Payload, Prompts
@@ -63,12 +64,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
             built.append(kind())
             return built[0]
 
-        engine = Engine(
-            build, tmp_path, seed=0, canonical=whole.canonical(), configuration=whole.model_dump(mode="json"),
-            serve=whole.serve, checkpoints=whole.checkpoints, versions={}, on_fatal=lambda _: None,
-        )  # fmt: skip
+        engine = make_engine(tmp_path, whole, build)
         engines.append(engine)
-        engine.start()
         engine.wait_serving(WAIT)
         return engine, built[0]
 

@@ -15,13 +15,13 @@ from rig import WAIT, Rig, bare, open_session, payload
 from maskwire_server.engine.commits import StepCommit
 from maskwire_server.engine.engine import Engine
 from maskwire_server.engine.entries import Step
-from maskwire_server.engine.reads import StepOfNumber, StepOfRequest
 from maskwire_server.requests import StepRequest
 from maskwire_server.results import StepAnswer
 from maskwire_server.rpc import encoding
 
-HANDLED = StepRequest | Step | StepOfRequest | StepOfNumber | StepCommit | StepAnswer
-"""A step in each of its forms, and the questions that are asked about it."""
+HANDLED = StepRequest | Step | StepCommit | StepAnswer
+"""A step in each of its forms."""
+LOOK_UPS = {"Journal.step", "Journal.step_of_request"}
 EXECUTOR, COMMITTER = "maskwire-executor", "maskwire-committer"
 Call = tuple[str, str]  # thread, function
 
@@ -35,8 +35,9 @@ def traced(calls: list[Call]) -> Iterator[None]:
             return
         values = frame.f_locals
         arguments = [values.get(name) for name in frame.f_code.co_varnames[: frame.f_code.co_argcount]]
-        if any(isinstance(value, HANDLED) for value in arguments):
-            calls.append((threading.current_thread().name, frame.f_code.co_qualname))
+        name = frame.f_code.co_qualname
+        if name in LOOK_UPS or any(isinstance(value, HANDLED) for value in arguments):
+            calls.append((threading.current_thread().name, name))
 
     threading.setprofile(record)  # for the threads of the engine, which start within
     sys.setprofile(record)

@@ -16,7 +16,6 @@ from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, wait_f
 from maskwire.v1.digest import step_digest
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Takeover
-from maskwire_server.engine.reads import StepOfNumber, StepOfRequest
 from maskwire_server.errors import Refused
 from maskwire_server.journal import reserve
 from maskwire_server.journal.journal import Journal
@@ -30,10 +29,10 @@ def questions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     asked: list[Any] = []
     read = Committer.read
 
-    def noting(self: Committer, question: Any) -> Any:
-        if isinstance(question, StepOfNumber | StepOfRequest):
-            asked.append(question)
-        return read(self, question)
+    def noting(self: Committer, question: Any, *arguments: Any) -> Any:
+        if question in (Journal.step, Journal.step_of_request):
+            asked.append((question.__name__, *arguments))
+        return read(self, question, *arguments)
 
     monkeypatch.setattr(Committer, "read", noting)
     return asked
@@ -68,7 +67,7 @@ def test_a_request_without_a_step_is_looked_up_by_its_id(rig: Rig, questions: li
     session = open_session(engine)
     engine.train_step(StepRequest(payload(1), session, None, "one")).result(WAIT)
     assert engine.train_step(StepRequest(payload(1), session, None, "one")).result(WAIT).replayed
-    assert questions == [StepOfRequest("one"), StepOfRequest("one")]
+    assert questions == [("step_of_request", "one")] * 2
 
 
 def test_a_recorded_step_of_a_session_is_compared_by_id_and_then_by_hash(
@@ -87,7 +86,7 @@ def test_a_recorded_step_of_a_session_is_compared_by_id_and_then_by_hash(
     assert reason(again(2, "one")) == "PAYLOAD_MISMATCH"
     assert reason(again(1, "another")) == "STEP_TAKEN"
     assert reason(again(2, None)) == "STEP_TAKEN"
-    assert questions == [StepOfNumber(1, 1)] * 5
+    assert questions == [("step", 1, 1)] * 5
 
 
 def test_an_id_that_another_step_of_the_session_has_is_not_looked_up(rig: Rig) -> None:
@@ -104,14 +103,14 @@ def test_an_id_that_another_step_of_the_session_has_is_not_looked_up(rig: Rig) -
 def test_a_retry_joins_while_the_journal_is_asked(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = rig.start()
     asked, answered = threading.Event(), threading.Event()
-    read = StepOfRequest.read
+    look_up = Journal.step_of_request
 
-    def waiting(self: StepOfRequest, journal: Journal) -> Any:
+    def waiting(self: Journal, request_id: str) -> Any:
         asked.set()
         assert answered.wait(WAIT)
-        return read(self, journal)
+        return look_up(self, request_id)
 
-    monkeypatch.setattr(StepOfRequest, "read", waiting)
+    monkeypatch.setattr(Journal, "step_of_request", waiting)
     answers: list[Any] = []
     first = threading.Thread(target=lambda: answers.append(engine.train_step(bare(1, "one")).result(WAIT)))
     first.start()

@@ -9,7 +9,7 @@ import pytest
 from maskwire_server.engine.committer import Reserve
 from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.journal import disk, journal
+from maskwire_server.journal import database, disk
 from maskwire_server.journal.journal import Journal
 
 MOUNTS = """\
@@ -38,7 +38,7 @@ def test_a_network_file_system_is_known_by_its_mount(path: str, kind: str | None
 
 
 def test_a_run_on_a_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "network_file_system", lambda _: "nfs4")
+    monkeypatch.setattr(database, "network_file_system", lambda _: "nfs4")
     with pytest.raises(RunDirectoryError, match=r"network file system \(nfs4\)"):
         Journal(tmp_path / "run")
     assert not (tmp_path / "run").exists()

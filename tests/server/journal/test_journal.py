@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from maskwire.v1.digest import DigestVersion
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import fsync
-from maskwire_server.journal.journal import FILE_NAME, Journal
+from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, SessionRecord, StepRecord, Stretch
+from maskwire_server.journal.run_directory import JOURNAL_FILE
 from maskwire_server.results import Losses, Outcome
 
 Open = Callable[..., Journal]
@@ -113,13 +116,24 @@ def test_the_same_step_cannot_be_recorded_twice_and_a_request_id_finds_its_newes
     assert journal.step_of_request("r1") == again
 
 
-def test_batches_are_deleted_some_at_a_time(open_journal: Open) -> None:
+def test_one_transaction_deletes_a_bounded_number_of_batches(open_journal: Open) -> None:
     journal = open_journal()
     for step in range(1, 8):
         journal.transaction(partial(journal.add_step, record(step), b"p"))
     gone = [Stretch(1, -1, 3), Stretch(1, 4, 6)]
-    assert [journal.drop_payloads(gone, 2) for _ in range(3)] == [True, True, False]
-    assert [r.step for r, payload in journal.steps_after(1, 0) if payload is not None] == [4, 7]
+
+    def kept() -> list[int]:
+        return [r.step for r, payload in journal.steps_after(1, 0) if payload is not None]
+
+    left, more = [kept()], True
+    while more:
+        found: list[bool] = []
+        # Two saves in a row ask for the same batches.
+        journal.transaction(lambda found=found: found.extend(journal.drop_payloads(gone, 2) for _ in "12"))
+        left.append(kept())
+        more = found[-1]
+    assert [len(before) - len(after) for before, after in itertools.pairwise(left)] == [2, 2, 1]
+    assert kept() == [4, 7]
 
 
 @pytest.mark.parametrize("column", ["payload_hash", "numbers", "digest"])
@@ -127,7 +141,7 @@ def test_a_flipped_bit_in_a_record_is_found(open_journal: Open, tmp_path: Path, 
     journal = open_journal()
     journal.transaction(lambda: journal.add_step(record(1), b"p"))
     journal.close()
-    with sqlite3.connect(tmp_path / "run" / FILE_NAME) as database:
+    with sqlite3.connect(tmp_path / "run" / JOURNAL_FILE) as database:
         value = bytearray(database.execute(f"SELECT {column} FROM steps").fetchone()[0])
         value[-1] ^= 1
         database.execute(f"UPDATE steps SET {column} = ?", (bytes(value),))
@@ -160,7 +174,7 @@ def test_checkpoints_without_a_journal_are_a_lost_journal(tmp_path: Path) -> Non
 def test_what_is_no_journal_is_not_taken_for_one(open_journal: Open, tmp_path: Path) -> None:
     folder = tmp_path / "junk"
     folder.mkdir()
-    (folder / FILE_NAME).write_bytes(b"junk" * 2000)
+    (folder / JOURNAL_FILE).write_bytes(b"junk" * 2000)
     with pytest.raises(RunDirectoryError, match="not a readable journal"):
         Journal(folder)
     with pytest.raises(RunDirectoryError, match="not a readable journal"):
@@ -179,16 +193,66 @@ def test_a_journal_of_the_first_format_becomes_one_of_today(open_journal: Open, 
     lineages = journal.lineages()
     for statement in (  # as it was
         "ALTER TABLE lineages DROP COLUMN row_hash", "ALTER TABLE sessions DROP COLUMN row_hash",
-        "UPDATE events SET body = substr(body, 65)", "DELETE FROM run WHERE key = 'hash'",
+        "UPDATE events SET body = substr(body, 65)", "DROP TABLE checkpoints",
+        "DELETE FROM run WHERE key = 'hash'",
         "UPDATE run SET value = 1 WHERE key = 'format'",
     ):  # fmt: skip
         journal._db.execute(statement)
     journal.close()
     again = Journal(tmp_path / "run")
-    assert again.fact("format") == 3
+    assert again.fact("format") == 4
     assert (again.lineages(), again.last_session()) == (lineages, session)
     assert again.last_event("kind") == (1, {"a": 1})
     again.close()
+
+
+def as_format_3(journal: Journal) -> None:
+    """A journal as version 0.1 left it."""
+    journal._db.execute("UPDATE run SET value = 3 WHERE key = 'format'")
+    journal.close()
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_run_of_format_3_keeps_version_1_of_the_digest_if_it_has_steps(
+    open_journal: Open, tmp_path: Path, steps: int
+) -> None:
+    journal = open_journal()
+    for step in range(1, steps + 1):
+        journal.transaction(partial(journal.add_step, record(step), b"payload"))
+    as_format_3(journal)
+    for _ in range(2):
+        again = Journal(tmp_path / "run")
+        assert again.fact("format") == 4
+        assert again.digest_version() == (DigestVersion(1) if steps else None)
+        again.close()
+
+
+def test_a_migration_does_not_hide_that_the_facts_of_the_run_were_damaged(
+    open_journal: Open, tmp_path: Path
+) -> None:
+    journal = open_journal()
+    journal.transaction(partial(journal.add_step, record(1), b"payload"))
+    journal._db.execute("UPDATE run SET value = 2 WHERE key = 'seed'")
+    as_format_3(journal)
+    for _ in range(2):
+        with pytest.raises(RunDirectoryError, match="what the run is does not match its hash"):
+            Journal(tmp_path / "run")
+
+
+def test_the_version_of_the_digest_is_sealed_with_the_facts_of_the_run(
+    open_journal: Open, tmp_path: Path
+) -> None:
+    journal = open_journal()
+    assert journal.digest_version() is None
+    version = DigestVersion(2, 257)
+    journal.transaction(partial(journal.fix_digest_version, version))
+    journal.close()
+    again = Journal(tmp_path / "run")
+    assert again.digest_version() == version
+    again._db.execute("DELETE FROM run WHERE key = 'digest_version'")
+    again.close()
+    with pytest.raises(RunDirectoryError, match="what the run is does not match its hash"):
+        Journal(tmp_path / "run")
 
 
 def test_an_index_that_lost_a_request_is_built_anew(open_journal: Open, tmp_path: Path) -> None:
@@ -198,7 +262,7 @@ def test_an_index_that_lost_a_request_is_built_anew(open_journal: Open, tmp_path
     find = "SELECT rootpage FROM sqlite_master WHERE name = 'steps_by_request'"
     page = journal._db.execute(find).fetchone()[0]
     journal.close()
-    path = tmp_path / "run" / FILE_NAME
+    path = tmp_path / "run" / JOURNAL_FILE
     data = bytearray(path.read_bytes())
     name = str(record(7).request_id).encode()
     at = data.index(name, (page - 1) * 4096)
@@ -216,7 +280,7 @@ def test_an_index_that_lost_a_request_is_built_anew(open_journal: Open, tmp_path
 
 def test_the_write_ahead_log_is_folded_when_told(open_journal: Open, tmp_path: Path) -> None:
     journal = open_journal()
-    log = tmp_path / "run" / f"{FILE_NAME}-wal"
+    log = tmp_path / "run" / f"{JOURNAL_FILE}-wal"
     for step in range(1, 40):
         journal.transaction(lambda step=step: journal.add_step(record(step), bytes(20_000)))
     assert log.stat().st_size > 800_000

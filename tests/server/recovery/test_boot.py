@@ -137,7 +137,7 @@ def test_a_journal_that_lost_a_lineage_is_found_and_its_loss_can_be_accepted(
     shutil.copy(tmp_path / "older" / "journal.sqlite", rig.folder)
     with pytest.raises(RunDirectoryError, match=r"'lost': it holds step 4 \(lineage 2\), which the journal"):
         rig.start()
-    with pytest.raises(RunDirectoryError, match="the run is at step 3; name that one"):
+    with pytest.raises(RunDirectoryError, match="the run is at step 3; name that step"):
         rig.start(accept_lost_history=4)
     engine = rig.start(accept_lost_history=3)
     status = engine.status()

@@ -21,13 +21,14 @@ from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import Config
 from maskwire_server.engine.engine import Engine
 from maskwire_server.errors import RunDirectoryError
+from maskwire_server.journal import inexact_replays
 from maskwire_server.journal.records import StepRecord
-from maskwire_server.recovery import fingerprint, inexact, verify
+from maskwire_server.recovery import fingerprint, verify
 from maskwire_server.recovery.replay import InexactReplayError
 from maskwire_server.recovery.tolerance import TOLERANCES, excess, measured_steps
 from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRequest, StepRequest
 from maskwire_server.results import InexactReplay, Losses, Outcome, RunState, StepResult
-from maskwire_server.training.trainer import Trainer
+from maskwire_server.training.trainer import TorchTrainer
 
 LONG = {"every_seconds": 1e6}
 KEPT: dict[str, Any] = {"checkpoints": LONG, "serve": {"keep_payloads": "all"}}
@@ -162,7 +163,7 @@ def test_a_full_disk_lets_the_run_serve_only_once_the_state_is_saved(
 ) -> None:
     killed(rig, rounding(0))
 
-    target, name = {"state": (store, "_write_manifest"), "record": (inexact, "record")}[write]
+    target, name = {"state": (store, "write_manifest"), "record": (inexact_replays, "record")}[write]
     original, full = getattr(target, name), [True]
 
     def writing(*arguments: Any) -> Any:
@@ -188,7 +189,7 @@ def test_the_state_is_saved_or_the_run_does_not_serve(rig: Rig, monkeypatch: pyt
         raise OSError(errno.EROFS, "Read-only file system")
 
     with monkeypatch.context() as patch:
-        patch.setattr("maskwire_server.checkpoints.store._write_manifest", failing)
+        patch.setattr("maskwire_server.checkpoints.store.write_manifest", failing)
         with pytest.raises(RunDirectoryError, match=r"could not be written .*Read-only"):
             rig.start(rounding(1e-4))
     assert rig.start(rounding(-1e-4)).status().inexact_replays == (BY_TOLERANCE,), "once"
@@ -268,7 +269,7 @@ class OtherCheckpoint(Perturbed):
 def run(
     run_dir: Path,
     whole: Config,
-    build: Callable[[], Trainer],
+    build: Callable[[], TorchTrainer],
     steps: range = range(0),
     saved: int | None = None,
 ) -> Engine:
@@ -322,7 +323,7 @@ def test_weights_that_round_otherwise_come_back_over_200_steps(run_dir: Path) ->
     ],
     ids=["seed", "learning rate", "checkpoint"],
 )
-def test_a_wrong_seed_rate_or_checkpoint_is_refused(run_dir: Path, build: Callable[[], Trainer]) -> None:
+def test_a_wrong_seed_rate_or_checkpoint_is_refused(run_dir: Path, build: Callable[[], TorchTrainer]) -> None:
     with pytest.raises(InexactReplayError, match="beyond the tolerance"):
         run(run_dir, whole(), build).close()
 
@@ -335,7 +336,7 @@ def test_ten_times_the_learning_rate_drifts_no_further_than_the_tolerance(
 ) -> None:
     made = settings(critic, "bf16" if precision == "bf16" else "fp32", rate=1e-2)
     kind = type("Rounded", (PerturbedTrainer,), {"rounding": ROUNDING[precision]})
-    first, again = trainer(Trainer, made), trainer(kind, made)
+    first, again = trainer(TorchTrainer, made), trainer(kind, made)
     for step in range(1, 21):
         first.train_step(1, step, text(step, *size), Modes())
     first.snapshot().write(tmp_path)
@@ -358,7 +359,7 @@ def test_a_real_compiled_run_comes_back(tmp_path: Path) -> None:
     compiled = made.model_copy(update={"serve": made.serve.model_copy(update={"compile": "default"})})
     folder = tmp_path / "run"
     for steps in (range(1, 6), range(0)):
-        engine = run(folder, compiled, lambda: trainer(Trainer, compiled), steps)
+        engine = run(folder, compiled, lambda: trainer(TorchTrainer, compiled), steps)
         found = engine.status()
         engine.close()
     assert (found.step, found.inexact_replays) == (5, (InexactReplay(1, 1, 5, False),))

@@ -116,10 +116,10 @@ def test_a_torch_run_is_replayed_within_the_tolerance_and_trained_on(
 
 def test_a_numerics_version_is_what_makes_the_tolerance_apply(tmp_path: Path, engines: list[Engine]) -> None:
     from maskwire_server.training import numerics
-    from maskwire_server.training.trainer import Trainer
+    from maskwire_server.training.trainer import TorchTrainer
 
-    def other_losses(self: Trainer, *step: Any) -> Any:
-        result = Trainer.train_step(self, *step)
+    def other_losses(self: TorchTrainer, *step: Any) -> Any:
+        result = TorchTrainer.train_step(self, *step)
         losses = type(result.losses)(
             result.losses.loss, (result.losses.generator_loss or 0) * 1.0001, result.losses.critic_loss
         )

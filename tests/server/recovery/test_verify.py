@@ -14,7 +14,7 @@ import fork_server
 import numpy as np
 import pytest
 from counter import CounterTrainer
-from rig import make_engine
+from rig import DIGEST, make_engine
 
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes, Payload
@@ -112,10 +112,10 @@ def test_a_step_is_shown_as_it_was_recorded(run_dir: Path) -> None:
     found = verify.inspect(run_dir, 3)
     assert (found.record.lineage, found.record.request_id) == (1, "r2")
     assert found.payload is not None
-    assert found.payload.hash() == batch(2).hash()
+    assert found.payload.hash(DIGEST) == batch(2).hash(DIGEST)
     assert found.settings["optimizer.learning_rate"] == 1e-3
     assert verify.inspect(run_dir, 6).record.lineage == 2, "of the current history"
-    assert verify.inspect(run_dir, 6, lineage=1).record.payload_hash == batch(5).hash()
+    assert verify.inspect(run_dir, 6, lineage=1).record.payload_hash == batch(5).hash(DIGEST)
     with pytest.raises(RunDirectoryError, match=r"no step 99 .*the last is 9"):
         verify.inspect(run_dir, 99)
     with pytest.raises(RunDirectoryError, match="there is no run here"):

@@ -13,9 +13,9 @@ from maskwire_server.batch import Batch, Prompts
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.errors import Refused
 from maskwire_server.results import EvalOptions, GenerateOptions, Limits, ModelInfo, Order, SelfCondMode
-from maskwire_server.rpc import decoding, generate, status, work_limits
+from maskwire_server.rpc import decoding, generate, status, token_batch, work_limits
 from maskwire_server.training.models.networks import Networks
-from maskwire_server.training.trainer import Trainer
+from maskwire_server.training.trainer import TorchTrainer
 
 PLAIN = ModelInfo(257, 256, None, 8192, 1, "", True, False)
 BOTH = ModelInfo(257, 256, None, 8192, 1, "", True, True, self_cond=True)
@@ -28,10 +28,10 @@ def batch(rows: int, columns: int) -> pb.TokenBatch:
 
 
 @pytest.fixture(scope="module")
-def trainer() -> Trainer:
+def trainer() -> TorchTrainer:
     model = ModelConfig(num_tokens=17, mask_id=16, max_seq_len=COLUMNS, dim=16, depth=1, heads=1, dim_head=16)
     objective = ObjectiveConfig(self_cond=True, critic="token")
-    return Trainer(model, objective, OptimizerConfig(), ServeConfig(device="cpu", threads=1), 0)
+    return TorchTrainer(model, objective, OptimizerConfig(), ServeConfig(device="cpu", threads=1), 0)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     {}, {"only_train_generator": True}, {"chain_rule": True}, {"chain_rule": True, "random_order": True},
 ], ids=str)  # fmt: skip
 def test_the_work_of_an_evaluation_is_the_positions_that_the_model_computes(
-    trainer: Trainer, computed: list[int], changes: dict[str, Any]
+    trainer: TorchTrainer, computed: list[int], changes: dict[str, Any]
 ) -> None:
     ids = np.random.default_rng(0).integers(0, 16, (3, COLUMNS))
     draws = 1 if changes == {"chain_rule": True} else 2
@@ -73,7 +73,7 @@ def test_the_work_of_an_evaluation_is_the_positions_that_the_model_computes(
     {"order": Order.CONFIDENCE, "steps": 3},
 ], ids=str)  # fmt: skip
 def test_the_work_of_a_generation_is_the_positions_that_the_model_computes(
-    trainer: Trainer, computed: list[int], changes: dict[str, Any]
+    trainer: TorchTrainer, computed: list[int], changes: dict[str, Any]
 ) -> None:
     known = np.zeros((3, COLUMNS), dtype=bool)
     known[1, 3:] = True
@@ -85,7 +85,7 @@ def test_the_work_of_a_generation_is_the_positions_that_the_model_computes(
     assert sum(computed) == work_limits.generation_tokens(unknown, COLUMNS, options, trainer.info)
 
 
-def test_the_order_critic_adds_a_critic_pass_to_each_pass(trainer: Trainer, computed: list[int]) -> None:
+def test_the_order_critic_adds_a_critic_pass_to_each_pass(trainer: TorchTrainer, computed: list[int]) -> None:
     options = GenerateOptions((0, 1), steps=4, order=Order.CRITIC)
     list(trainer.generate(Prompts.nothing(2, COLUMNS), options))
     counted = work_limits.generation_tokens([COLUMNS] * 2, COLUMNS, options, trainer.info)
@@ -179,8 +179,8 @@ class HugeField:
 
 
 LISTS: dict[str, Callable[[], Any]] = {
-    "batch.shape": lambda: decoding._shape("batch", HugeField(), PLAIN, LIMITS),  # type: ignore[arg-type]
-    "batch.lengths": lambda: decoding._lengths("batch", HugeField(), 2, 3),  # type: ignore[arg-type]
+    "batch.shape": lambda: token_batch._shape("batch", HugeField(), PLAIN, LIMITS),  # type: ignore[arg-type]
+    "batch.lengths": lambda: token_batch._lengths("batch", HugeField(), 2, 3),  # type: ignore[arg-type]
     "row_ids": lambda: read(pb.EvalLossRequest(batch=batch(1, 4), row_ids=[1] * 10**7), PLAIN),
     "row_seeds": lambda: read(pb.GenerateRequest(count=2, length=4, row_seeds=[1] * 10**7), PLAIN),
 }

@@ -36,13 +36,13 @@ def network(**settings: Any) -> tuple[Networks, ObjectiveConfig]:
     return networks, objective
 
 
-def batch_of(rows: torch.Tensor, prompt: torch.Tensor | None = None) -> evaluation.Batch:
+def batch_of(rows: torch.Tensor, prompt: torch.Tensor | None = None) -> evaluation.TensorBatch:
     every = torch.ones(rows.shape, dtype=torch.bool)
-    return evaluation.Batch(rows, every, ~every if prompt is None else prompt)
+    return evaluation.TensorBatch(rows, every, ~every if prompt is None else prompt)
 
 
 def evaluate(
-    networks: Any, objective: ObjectiveConfig, batch: evaluation.Batch, **options: Any
+    networks: Any, objective: ObjectiveConfig, batch: evaluation.TensorBatch, **options: Any
 ) -> EvalResult:
     settings = EvalOptions(options.pop("row_ids", tuple(range(len(batch.ids_rn)))), **options)
     with torch.no_grad():
@@ -264,7 +264,7 @@ def test_the_standard_error_covers_the_truth_in_93_to_97_percent(source: str) ->
         oracle, vocabulary = tabulated(pairs_oracle(3), n, 4), Vocabulary(4, 3, None)
     valid = torch.from_numpy(np.arange(n) < lengths[:, None])
     # Behind a row's end are prompts: given, and to these oracles of no help.
-    batch = evaluation.Batch(torch.from_numpy(ids), torch.ones_like(valid), ~valid)
+    batch = evaluation.TensorBatch(torch.from_numpy(ids), torch.ones_like(valid), ~valid)
     found = evaluation.evaluate(
         oracle, ObjectiveConfig(), vocabulary, batch, EvalOptions(tuple(range(total)), 2, seed=4),
         budget=2**18, device=CPU, has_critic=False, ema_weights=False,

@@ -16,16 +16,16 @@ from maskwire_server import config
 from maskwire_server.batch import Batch, Modes, Prompts
 from maskwire_server.results import GenerateOptions, Order, SelfCondMode
 from maskwire_server.training import sampling
-from maskwire_server.training.trainer import Trainer
+from maskwire_server.training.trainer import TorchTrainer
 
 
-def trainer(**sections: dict[str, Any]) -> Trainer:
+def trainer(**sections: dict[str, Any]) -> TorchTrainer:
     model = {
         "num_tokens": 9, "mask_id": 4, "pad_id": 0, "max_seq_len": 12, "dim": 32, "depth": 2, "heads": 2,
         "dim_head": 16,
     }  # fmt: skip
     whole = config.load(None, **{"model": model, "serve": {"threads": 1}, **sections})
-    return Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, whole.run.seed)
+    return TorchTrainer(whole.model, whole.objective, whole.optimizer, whole.serve, whole.run.seed)
 
 
 EVERY = [
@@ -40,11 +40,11 @@ EVERY = [
 
 
 @pytest.fixture(scope="module")
-def whole() -> Trainer:
+def whole() -> TorchTrainer:
     return trainer(objective={"self_cond": True, "critic": "self"})
 
 
-def test_no_setting_lets_a_mask_or_pad_id_out_or_touches_a_prompt(whole: Trainer) -> None:
+def test_no_setting_lets_a_mask_or_pad_id_out_or_touches_a_prompt(whole: TorchTrainer) -> None:
     prompts = prompts_of(
         [[None] * 12, [1, None, None, 2, None], [None, 3], [7, 7, 7], [None, 8, None, None, None, 1, None]]
     )
@@ -59,7 +59,7 @@ def test_no_setting_lets_a_mask_or_pad_id_out_or_touches_a_prompt(whole: Trainer
         assert len(list(whole.generate(prompts, options))) == (options.steps or 12)
 
 
-def test_a_row_is_the_same_alone_among_others_in_parts_and_again(whole: Trainer) -> None:
+def test_a_row_is_the_same_alone_among_others_in_parts_and_again(whole: TorchTrainer) -> None:
     prompts = prompts_of([[1, *[None] * 11], [None] * 12, [None, 2, *[None] * 9, 3]])
     for options in EVERY:
         options = dataclasses.replace(options, row_seeds=(30, 31, 32))
@@ -78,7 +78,7 @@ def test_a_row_is_the_same_alone_among_others_in_parts_and_again(whole: Trainer)
 
 
 def test_what_passes_carry_on_is_kept_within_the_budget(
-    whole: Trainer, monkeypatch: pytest.MonkeyPatch
+    whole: TorchTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = GenerateOptions(tuple(range(10)), self_cond_mode=SelfCondMode.CARRY, steps=5)
     *_, expected = whole.generate(Prompts.nothing(10, 12), options)
@@ -102,14 +102,14 @@ def test_what_passes_carry_on_is_kept_within_the_budget(
         assert (state.ids == 4).sum(1).tolist() == list(state.still_masked)
 
 
-def test_seeds_are_of_rows(whole: Trainer) -> None:
+def test_seeds_are_of_rows(whole: TorchTrainer) -> None:
     options = GenerateOptions((5, 6, 5, 2**63 - 1, -(2**63)))
     *_, last = whole.generate(Prompts.nothing(5, 12), options)
     assert (last.ids[0] == last.ids[2]).all()
     assert len({tuple(row) for row in last.ids.tolist()}) == 4
 
 
-def test_sampling_changes_nothing_and_can_be_left_between_two_passes(whole: Trainer) -> None:
+def test_sampling_changes_nothing_and_can_be_left_between_two_passes(whole: TorchTrainer) -> None:
     ids = np.random.default_rng(0).integers(5, 9, (4, 12))
     before = {name: weight.clone() for name, weight in whole.networks.state_dict().items()}
     states = whole.generate(Prompts.nothing(4, 12), GenerateOptions((1, 2, 3, 4)))

@@ -21,7 +21,7 @@ from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from maskwire_server.results import EvalOptions
 from maskwire_server.training.models import state_dict, x_transformers
 from maskwire_server.training.models.networks import Networks
-from maskwire_server.training.trainer import Trainer
+from maskwire_server.training.trainer import TorchTrainer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -66,9 +66,9 @@ def brought(state: Any, **said: Any) -> tuple[x_transformers.Imported, Networks]
     return found, networks.eval()
 
 
-def trainer_of(found: x_transformers.Imported, **optimizer: Any) -> Trainer:
+def trainer_of(found: x_transformers.Imported, **optimizer: Any) -> TorchTrainer:
     serve = ServeConfig(device="cpu", threads=1)
-    trainer = Trainer(found.model, found.objective, OptimizerConfig(**optimizer), serve, seed=1)
+    trainer = TorchTrainer(found.model, found.objective, OptimizerConfig(**optimizer), serve, seed=1)
     trainer.adopt(found.weights)
     return trainer
 
@@ -132,7 +132,7 @@ def test_self_conditioning_comes_as_often_as_the_source_takes_it(
 def test_a_bare_transformer_and_a_plain_gain_come_along() -> None:
     torch.manual_seed(0)
     theirs = transformer(norm_add_unit_offset=False).eval()
-    with pytest.raises(ValueError, match="say which they are, --gains plain"):
+    with pytest.raises(ValueError, match="set --gains plain"):
         brought(theirs.state_dict())
     _, ours = brought(theirs.state_dict(), gains="plain")
     with torch.no_grad():
@@ -199,18 +199,18 @@ def broken(change: Any, kind: str = "none", **options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("state", "said", "words"), [
-    (lambda: broken(lambda s: s.update(extra=torch.zeros(1))), {}, "extra is no weight of a Non"),
-    (lambda: broken(lambda s: s.update({"net.extra": torch.zeros(1)})), {}, "net.extra is no weight of"),
+    (lambda: broken(lambda s: s.update(extra=torch.zeros(1))), {}, "extra is not a weight of a Non"),
+    (lambda: broken(lambda s: s.update({"net.extra": torch.zeros(1)})), {}, "net.extra is not a weight of"),
     (lambda: broken(lambda s: s.pop("net.attn_layers.layers.2.1.to_q.weight")), {}, r"2.1.to_q.weight"),
     (lambda: broken(lambda s: s.pop("null_embed"), self_cond=True), {}, "null_embed is missing"),
     (lambda: broken(lambda s: s["net.to_logits.weight"].fill_(math.nan)), {}, "not finite"),
     (lambda: broken(lambda s: s.update({"token_critic.net.to_logits.weight": torch.zeros(V, 16)}), "self"),
      {}, "differs from net.to_logits.weight"),
-    (lambda: {"layer.weight": torch.zeros(3)}, {}, "no weights of a TransformerWrapper"),
+    (lambda: {"layer.weight": torch.zeros(3)}, {}, "not the weights of a TransformerWrapper"),
     (lambda: wrapped(self_cond=True, wrapper={"emb_dim": 8}).state_dict(), {}, "emb_dim other than dim"),
     (lambda: wrapped().state_dict(), {"model": {"depth": 4}}, "depth is 4 in the configuration, 2 in"),
     (lambda: wrapped().state_dict(), {"model": {"qk_norm": True}}, "model.qk_norm is True"),
-    (lambda: wrapped().state_dict(), {"model": {"dim_head": 48}}, "no multiple of model.dim_head = 48"),
+    (lambda: wrapped().state_dict(), {"model": {"dim_head": 48}}, "not a multiple of model.dim_head = 48"),
     (lambda: wrapped("self").state_dict(), {"objective": {"critic": "token"}}, "objective.critic is 'token'"),
     (lambda: wrapped().state_dict(), {"objective": {"self_cond": True}}, "objective.self_cond is True"),
     (lambda: wrapped(self_cond=True).state_dict(), {"objective": {"self_cond_start": "null"}}, "_start"),
@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_refused_by_name(state: Any, said: dict[str, Any], 
 def test_a_critic_of_other_sizes_and_a_missing_mask_id_are_refused() -> None:
     other = transformer({"logits_dim": 1}, depth=3)
     model = xt.NonAutoregressiveWrapper(transformer(), mask_id=MASK_ID, token_critic=other)
-    with pytest.raises(ValueError, match="token_critic: depth is 3, the generator's 2"):
+    with pytest.raises(ValueError, match="token_critic: depth is 3, but the generator's is 2"):
         brought(model.state_dict())
     with pytest.raises(ValueError, match=r"model.mask_id must be set"):
         x_transformers.import_state_dict(model.state_dict(), ModelConfig(), ObjectiveConfig())
@@ -255,7 +255,7 @@ def test_files_are_read_without_running_what_is_in_them(tmp_path: Path) -> None:
     (tmp_path / "noise.safetensors").write_bytes(b"noise")
     for name, words in (
         ("evil.pt", "weights_only=True"),
-        ("nested.pt", "it holds 'model', 'step'"),
+        ("nested.pt", "got 'model', 'step'"),
         ("list.pt", "got list"),
         ("noise.pt", "cannot be read"),
         ("noise.safetensors", "cannot be read as safetensors"),
@@ -332,10 +332,10 @@ def test_the_prefixes_of_lightning_stay_where_the_names_would_not_fit(tmp_path: 
 def test_two_models_in_one_file_and_counters_without_an_average_are_refused(tmp_path: Path) -> None:
     state = wrapped().state_dict()
     torch.save({**state, **{f"module.{n}": t + 1 for n, t in state.items()}}, tmp_path / "two.pt")
-    with pytest.raises(ValueError, match="twice, with other values"):
+    with pytest.raises(ValueError, match="twice with different values"):
         state_dict.read(tmp_path / "two.pt")
     torch.save({**state, "step": torch.tensor(3.0)}, tmp_path / "step.pt")
-    with pytest.raises(ValueError, match="step is no weight"):
+    with pytest.raises(ValueError, match="step is not a weight"):
         brought(state_dict.read(tmp_path / "step.pt"))
 
 

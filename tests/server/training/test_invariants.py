@@ -15,9 +15,9 @@ from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.training import draws, objective, schedule
-from maskwire_server.training.corruption import Corruption, Step, Vocabulary, corrupt, random_ids
+from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, corrupt, random_ids
 from maskwire_server.training.schedule import SCHEDULES
-from maskwire_server.training.trainer import Trainer
+from maskwire_server.training.trainer import TorchTrainer
 
 SETTINGS = [
     ObjectiveConfig(schedule=name, masking=masking, weighting=weighting)
@@ -41,10 +41,10 @@ def grids(rows: int = 6, n: int = 9, seed: int = 0) -> tuple[torch.Tensor, torch
 
 
 def corrupted(settings: ObjectiveConfig, number: int = 1, **shape: int) -> Corruption:
-    return corrupt(*grids(**shape), settings, VOCABULARY, Step(5, 1, number))
+    return corrupt(*grids(**shape), settings, VOCABULARY, StepKey(5, 1, number))
 
 
-def small(objective_: dict[str, Any] | None = None, **serve: Any) -> Trainer:
+def small(objective_: dict[str, Any] | None = None, **serve: Any) -> TorchTrainer:
     whole = config.load(
         None,
         model={
@@ -59,11 +59,11 @@ def small(objective_: dict[str, Any] | None = None, **serve: Any) -> Trainer:
         objective=objective_ or {},
         serve={"threads": 2, **serve},
     )
-    return Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed=3)
+    return TorchTrainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed=3)
 
 
-def gradients(trainer: Trainer, batch: Batch, modes: Modes | None = None) -> dict[str, torch.Tensor]:
-    trainer._gradients(trainer._host(batch), modes or Modes(), Step(3, 1, 1))
+def gradients(trainer: TorchTrainer, batch: Batch, modes: Modes | None = None) -> dict[str, torch.Tensor]:
+    trainer._gradients(trainer._host(batch), modes or Modes(), StepKey(3, 1, 1))
     found = {name: w.grad.clone() for name, w in trainer.networks.named_parameters() if w.grad is not None}
     trainer._clear_gradients()
     return found
@@ -136,7 +136,7 @@ def test_with_a_cross_entropy_of_one_every_row_has_loss_one() -> None:
         whole = corrupted(settings, number)
         weight_b = objective.position_weights(settings, whole.n_b, whole.k_b)
         sums = objective.losses(
-            Oracle(10, log_probabilities), settings, VOCABULARY, whole, weight_b, 1, objective.Modes(),
+            Oracle(10, log_probabilities), settings, VOCABULARY, whole, weight_b, 1, objective.StepPlan(),
             torch.zeros(6),
         )  # fmt: skip
         assert float(sums.generator) == pytest.approx(1, abs=1e-9)
@@ -151,7 +151,7 @@ def test_what_stands_under_padding_changes_nothing() -> None:
     first = gradients(trainer, by_lengths)
     host = trainer._host(by_lengths)
     host.ids_rn[~torch.from_numpy(valid)] = 7
-    trainer._gradients(host, Modes(), Step(3, 1, 1))
+    trainer._gradients(host, Modes(), StepKey(3, 1, 1))
     for name, weight in trainer.networks.named_parameters():
         assert torch.equal(weight.grad, first[name]), name
 
@@ -232,7 +232,7 @@ def test_augmentation_keeps_and_replaces_as_often_as_told() -> None:
     ids, valid, prompt = grids(64, 64)
     kept = replaced = masked = 0
     for number in range(1, 60):
-        whole = corrupt(ids, valid, prompt, settings, VOCABULARY, Step(5, 1, number))
+        whole = corrupt(ids, valid, prompt, settings, VOCABULARY, StepKey(5, 1, number))
         seen, true = whole.input_bn[whole.mask_bn], whole.ids_bn[whole.mask_bn]
         assert not (seen == 9).any(), "never the pad id"
         masked += seen.numel()
@@ -249,7 +249,7 @@ def test_each_kind_of_augmentation_has_one_coin_a_batch() -> None:
     ids, valid, prompt = grids(8, 64)
     seen = set()
     for number in range(1, 80):
-        whole = corrupt(ids, valid, prompt, settings, VOCABULARY, Step(5, 1, number))
+        whole = corrupt(ids, valid, prompt, settings, VOCABULARY, StepKey(5, 1, number))
         shown, true = whole.input_bn[whole.mask_bn], whole.ids_bn[whole.mask_bn]
         if shown.numel() >= 40:
             seen.add(
@@ -292,7 +292,7 @@ def test_rows_are_not_tied_to_times() -> None:
     ids = torch.zeros(64, 16, dtype=torch.int64)
     every = torch.ones(ids.shape, dtype=torch.bool)
     counts = torch.stack(
-        [corrupt(ids, every, ~every, settings, VOCABULARY, Step(1, 1, s)).k_b for s in range(400)]
+        [corrupt(ids, every, ~every, settings, VOCABULARY, StepKey(1, 1, s)).k_b for s in range(400)]
     ).double()
     assert torch.allclose(counts.mean(1), torch.full((400,), 8.5, dtype=torch.float64), atol=0.51)
     # Each row's mean has standard error 4.6 / sqrt(400) = 0.23; four of them.

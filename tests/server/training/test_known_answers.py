@@ -15,8 +15,8 @@ from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.results import EvalOptions, EvalResult
 from maskwire_server.training import evaluation, objective, schedule
-from maskwire_server.training.corruption import Corruption, Step, Vocabulary, corrupt
-from maskwire_server.training.trainer import Trainer
+from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, corrupt
+from maskwire_server.training.trainer import TorchTrainer
 
 SCHEDULES = ("linear", "cosine", "quadratic")
 
@@ -29,10 +29,17 @@ def training_losses(
     every = torch.ones(ids.shape, dtype=torch.bool)
     vocabulary = Vocabulary(symbols + 1, symbols, None)
     for number in range(1, steps + 1):
-        whole = corrupt(torch.from_numpy(ids), every, ~every, settings, vocabulary, Step(1, 1, number))
+        whole = corrupt(torch.from_numpy(ids), every, ~every, settings, vocabulary, StepKey(1, 1, number))
         weight_b = objective.position_weights(settings, whole.n_b, whole.k_b)
         sums = objective.losses(
-            oracle, settings, vocabulary, whole, weight_b, ids.size, objective.Modes(), torch.zeros(len(ids))
+            oracle,
+            settings,
+            vocabulary,
+            whole,
+            weight_b,
+            ids.size,
+            objective.StepPlan(),
+            torch.zeros(len(ids)),
         )
         found.append(float(sums.generator))
     return np.array(found)
@@ -46,7 +53,7 @@ def evaluate(
         oracle,
         settings,
         Vocabulary(symbols + 1, symbols, None),
-        evaluation.Batch(torch.from_numpy(ids), every, ~every),
+        evaluation.TensorBatch(torch.from_numpy(ids), every, ~every),
         EvalOptions(tuple(range(len(ids))), draws, seed),
         budget=2**16,
         device=torch.device("cpu"),
@@ -123,11 +130,18 @@ def test_the_critic_of_one_pair_has_the_known_best_loss() -> None:
     every = torch.ones(ids.shape, dtype=torch.bool)
     found = []
     for number in range(1, 11):
-        whole = corrupt(ids, every, ~every, settings, vocabulary, Step(1, 1, number))
+        whole = corrupt(ids, every, ~every, settings, vocabulary, StepKey(1, 1, number))
         weight_b = objective.position_weights(settings, whole.n_b, whole.k_b)
         keys_b = torch.arange(len(ids)) * 7919 + number
         sums = objective.losses(
-            oracle, settings, vocabulary, whole, weight_b, ids.numel(), objective.Modes(critic=True), keys_b
+            oracle,
+            settings,
+            vocabulary,
+            whole,
+            weight_b,
+            ids.numel(),
+            objective.StepPlan(critic=True),
+            keys_b,
         )
         assert sums.critic is not None
         found.append(float(sums.critic))
@@ -161,7 +175,7 @@ def test_a_trained_model_comes_within_three_percent_on_pairs(settings: dict[str,
         optimizer={"learning_rate": 3e-3, "warmup_steps": 20, "ema_decay": 0.99},
         serve={"threads": 1},
     )
-    trainer = Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed=0)
+    trainer = TorchTrainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed=0)
     rng = np.random.default_rng(0)
     for step in range(1, 251):
         trainer.train_step(1, step, Batch(pairs(rng, 64, 8, 8), 64, 8), Modes())
@@ -186,8 +200,8 @@ def test_the_corruption_type_is_what_the_oracle_saw() -> None:
     ids = torch.from_numpy(pairs(np.random.default_rng(0), 8, 6, 4))
     every = torch.ones(ids.shape, dtype=torch.bool)
     settings, vocabulary = ObjectiveConfig(), Vocabulary(5, 4, None)
-    whole: Corruption = corrupt(ids, every, ~every, settings, vocabulary, Step(1, 1, 1))
+    whole: Corruption = corrupt(ids, every, ~every, settings, vocabulary, StepKey(1, 1, 1))
     weight_b = objective.position_weights(settings, whole.n_b, whole.k_b)
-    objective.losses(oracle, settings, vocabulary, whole, weight_b, 48, objective.Modes(), torch.zeros(8))
+    objective.losses(oracle, settings, vocabulary, whole, weight_b, 48, objective.StepPlan(), torch.zeros(8))
     assert torch.equal(oracle.seen[0] == 4, whole.mask_bn)
     assert torch.equal(oracle.seen[0][~whole.mask_bn], ids[~whole.mask_bn])

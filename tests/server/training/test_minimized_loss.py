@@ -10,7 +10,7 @@ import torch
 
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
-from maskwire_server.training.trainer import Trainer
+from maskwire_server.training.trainer import TorchTrainer
 
 BATCH = Batch(np.random.default_rng(0).integers(0, 8, (16, 6)), 16, 6)
 WEIGHTS = (0.0, 0.5, 2.0)
@@ -21,7 +21,7 @@ MODES = {
 }
 
 
-def make(weight: float, critic: str, **optimizer: Any) -> Trainer:
+def make(weight: float, critic: str, **optimizer: Any) -> TorchTrainer:
     whole = config.load(
         None,
         model={
@@ -31,10 +31,10 @@ def make(weight: float, critic: str, **optimizer: Any) -> Trainer:
         optimizer={"warmup_steps": 0, "clip_grad_norm": None, "weight_decay": 0, **optimizer},
         serve={"device": "cpu", "threads": 1, "micro_batch_tokens": 36},
     )  # fmt: skip
-    return Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed=0)
+    return TorchTrainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed=0)
 
 
-def gradients(trainer: Trainer, modes: Modes) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(trainer: TorchTrainer, modes: Modes) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss of step 1 and the gradients of what learns, the weights left as they are."""
     found: dict[str, torch.Tensor] = {}
 

@@ -17,9 +17,9 @@ from maskwire_server.batch import Batch, Modes, Prompts
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.errors import Refused
 from maskwire_server.results import GenerateOptions, Limits, Order, Outcome
-from maskwire_server.rpc import decoding
+from maskwire_server.rpc import token_batch
 from maskwire_server.training import objective, schedule
-from maskwire_server.training.corruption import Step, Vocabulary, corrupt
+from maskwire_server.training.corruption import StepKey, Vocabulary, corrupt
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -77,7 +77,7 @@ def test_critic_labels_say_nothing_of_positions_it_was_shown_the_truth_at() -> N
     settings, vocabulary = ObjectiveConfig(critic="self"), Vocabulary(17, 16, None)
     ids = torch.from_numpy(IDS)
     every = torch.ones(ids.shape, dtype=torch.bool)
-    whole = corrupt(ids, every, ~every, settings, vocabulary, Step(1, 1, 1))
+    whole = corrupt(ids, every, ~every, settings, vocabulary, StepKey(1, 1, 1))
     filled = torch.where(whole.mask_bn, (ids + 1) % 16, ids)
     labels = objective.critic_labels(settings, whole, filled)
     assert torch.equal(labels, whole.mask_bn), "wrong exactly where it was sampled wrongly"
@@ -99,7 +99,7 @@ def test_keeping_ids_does_not_leak_the_answer_of_a_single_masked_position() -> N
     ids = torch.from_numpy(np.random.default_rng(1).integers(0, 16, (64, 1)))
     every = torch.ones(ids.shape, dtype=torch.bool)
     kept = [
-        (corrupt(ids, every, ~every, settings, vocabulary, Step(1, 1, s)).input_bn == ids).float().mean()
+        (corrupt(ids, every, ~every, settings, vocabulary, StepKey(1, 1, s)).input_bn == ids).float().mean()
         for s in range(60)
     ]
     assert float(torch.stack(kept).mean()) == pytest.approx(0.15, abs=0.02)
@@ -131,7 +131,7 @@ def test_mask_ids_in_the_data_are_refused() -> None:
     info = make().info
     data = np.full((2, 12), 16, dtype=np.uint8)
     with pytest.raises(Refused, match="row 0, column 0 is 16"):
-        decoding.read_batch(
+        token_batch.read_batch(
             pb.TokenBatch(data=data.tobytes(), shape=[2, 12], dtype=pb.DATA_TYPE_UINT8),
             info,
             Limits(2**20, 2**26, 8, 1024),

@@ -292,14 +292,14 @@ def test_the_noise_on_the_order_is_gumbel_and_dies_out() -> None:
     for position, p in enumerate(scores.softmax(-1).tolist()):
         error = math.sqrt(p * (1 - p) / total)
         assert abs((first == position).mean() - p) < 4 * error
-    last = sampling.plan(ObjectiveConfig(), options, torch.full((count,), 4), torch.full((count,), 1), 4)
+    last = sampling.plan_pass(ObjectiveConfig(), options, torch.full((count,), 4), torch.full((count,), 1), 4)
     assert not bool(last.noise_b.any())
 
 
 def test_the_preset_maskgit_brings_its_choice_temperature() -> None:
     told = {
         (preset, given): float(
-            sampling.plan(
+            sampling.plan_pass(
                 ObjectiveConfig(preset=preset),
                 GenerateOptions((1,), choice_temperature=given, steps=4),
                 torch.tensor([8]),

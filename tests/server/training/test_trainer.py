@@ -17,9 +17,10 @@ from maskwire_server.batch import Batch, Modes
 from maskwire_server.errors import ConfigError, StateLost
 from maskwire_server.results import EvalOptions, Outcome
 from maskwire_server.training import optim
+from maskwire_server.training.micro_batches import split
 from maskwire_server.training.numerics import choose_device
-from maskwire_server.training.snapshot import Snapshot
-from maskwire_server.training.trainer import Trainer, split
+from maskwire_server.training.snapshot import Snapshot, live_tensors
+from maskwire_server.training.trainer import TorchTrainer
 
 IDS = np.random.default_rng(0).integers(0, 16, (6, 12))
 BATCH = Batch(IDS, 6, 12)
@@ -31,7 +32,7 @@ def make(
     optimizer: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
     **serve: Any,
-) -> Trainer:
+) -> TorchTrainer:
     size = {
         "num_tokens": 17,
         "mask_id": 16,
@@ -48,14 +49,14 @@ def make(
         optimizer=HEAVY if optimizer is None else optimizer,
         serve={"threads": 2, **serve},
     )
-    return Trainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed=0)
+    return TorchTrainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed=0)
 
 
-def state(trainer: Trainer, group: str = "") -> dict[str, torch.Tensor]:
+def state(trainer: TorchTrainer, group: str = "") -> dict[str, torch.Tensor]:
     """Every tensor of the trainer's state, or of one group's."""
     return {
         f"{file}/{name}": tensor.clone()
-        for file, tensors in trainer._state().items()
+        for file, tensors in live_tensors(trainer._groups()).items()
         for name, tensor in tensors.items()
         if name.startswith(group)
     }

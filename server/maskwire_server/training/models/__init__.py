@@ -1,1 +1,1 @@
-"""Models: the built-in encoder, its networks, and weights from and for elsewhere."""
+"""Models: the built-in encoder, the networks made of it, and the import and export of weights."""

@@ -1,13 +1,13 @@
 """The encoder: a pre-norm bidirectional transformer over token ids.
 
 Letters: b rows, n positions, d dim, e embedding width, h heads, v vocabulary, m packed positions.
-Outputs are computed where they are read: the last block's queries and everything behind them.
+Outputs are computed only where they are needed: the queries of the last block and everything after them.
 
-With learned positions, layernorm and gelu it computes what x-transformers'
-`TransformerWrapper(attn_layers=Encoder(...))` computes, so that its users can bring trained weights;
-`x_transformers_names` tells where each of them goes.
+With learned positions, layernorm and gelu it computes the same as x-transformers'
+`TransformerWrapper(attn_layers=Encoder(...))`, so that weights trained with it can be imported.
+`x_transformers_names` maps the names of the weights.
 
-Initialisation. Token embeddings N(0, 2/e) and positions N(0, 1), scaled by e^-1/2 where they are used
+Initialisation: token embeddings N(0, 2/e); positions N(0, 1), scaled by e^-1/2 where they are used
 (x-transformers); linear maps U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default, which is
 Kaiming-uniform with a = sqrt(5) (He et al. 2015); norm gains 1.
 """
@@ -57,8 +57,8 @@ class Attention(nn.Module):
     def forward(
         self, x_bnd: Tensor, keep: Tensor | None, rotation: Tensor | None, read_m: Tensor | None = None
     ) -> Tensor:
-        """`keep` is None or bool [b, 1, 1, n], True for keys to attend to; `read_m` as in `Encoder`."""
-        # Three products: attention over the slices of one fused product is 3% of a step slower on a CPU.
+        """`keep` is None or bool [b, 1, 1, n], True for keys to attend to. `read_m` is as in `Encoder`."""
+        # Three products, because attention on slices of one fused product makes a step 3% slower on a CPU.
         to_q, to_k, to_v = self.to_qkv.weight.chunk(3)
         products = (self._queries(x_bnd, to_q, read_m), F.linear(x_bnd, to_k), F.linear(x_bnd, to_v))
         q, k, v = (rearrange(each, "b n (h c) -> b h n c", h=self.heads) for each in products)
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         return F.dropout(out, self.dropout, self.training)
 
     def _queries(self, x_bnd: Tensor, to_q: Tensor, read_m: Tensor | None) -> Tensor:
-        """[b, n, h c], zeros where nothing is read."""
+        """[b, n, h c], zero outside of `read_m`."""
         if read_m is None:
             return F.linear(x_bnd, to_q)
         q_md = F.linear(packed(x_bnd, read_m), to_q)
@@ -125,9 +125,9 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeds ids and runs them through the blocks; `project` gives scores for chosen positions.
+    """Embeds ids and runs them through the blocks. `project` computes scores for chosen positions.
 
-    `outputs` is the number of scores a position: the vocabulary for a generator, 1 for a critic.
+    `outputs` is the number of scores per position: the vocabulary size for a generator, 1 for a critic.
     """
 
     def __init__(self, config: ModelConfig, outputs: int, *, self_cond: bool = False) -> None:
@@ -144,7 +144,7 @@ class Encoder(nn.Module):
         self.dropout = config.dropout
         self.dim_head = config.dim_head
         self.activation_checkpointing = False
-        """Keep only the blocks' inputs for the backward pass and compute the rest again there."""
+        """Keep only the inputs of the blocks for the backward pass, and compute the rest again."""
         nn.init.normal_(self.token_emb.weight, std=math.sqrt(2 / width))
         if self.pos_emb is not None:
             nn.init.normal_(self.pos_emb.weight)
@@ -158,10 +158,10 @@ class Encoder(nn.Module):
     ) -> Tensor:
         """Embeddings after the final norm, [b, n, d].
 
-        `valid_bn` is None when nothing is padded. `cond` is what `to_self_cond` maps and adds to the
-        embeddings: [b, n, d], or [d] for all positions; None adds nothing. `read_m` are the positions
-        that somebody reads, counted through the rows, each at most once: then [m, d] comes out, and the
-        last block computes queries, output and feed-forward there only.
+        `valid_bn` is None if there is no padding. `cond` is mapped by `to_self_cond` and added to the
+        embeddings: [b, n, d], or [d] for all positions, or None. `read_m` holds the positions whose outputs
+        are needed, as indices into the flattened [b, n] grid, each at most once. The result is then [m, d],
+        and the last block computes queries, output and feed-forward only there.
         """
         n = ids_bn.shape[1]
         x = self.token_emb(ids_bn)
@@ -174,8 +174,8 @@ class Encoder(nn.Module):
             x = self.project_emb(x)
         keep = None
         if valid_bn is not None:
-            # A row of padding alone attends to itself: a softmax over nothing would be NaN, and a NaN
-            # that nobody reads still spoils gradients.
+            # A row that is all padding attends to itself. A softmax over nothing would be NaN, which spoils
+            # the gradients even if its output is not used.
             keep = rearrange(valid_bn | ~valid_bn.any(-1, keepdim=True), "b n -> b 1 1 n")
         rotation = None if self.pos_emb is not None else _rotation(n, self.dim_head, x.device)
         for index, block in enumerate(self.blocks, 1):
@@ -188,7 +188,7 @@ class Encoder(nn.Module):
         return e
 
     def head(self, e_md: Tensor) -> tuple[Tensor, Tensor]:
-        """x [m, d] and w [v, d] of packed positions' scores x w^T; tied embeddings are scaled by d^-1/2."""
+        """x [m, d] and w [v, d], so that x w^T are the scores of packed positions. Scales tied embeddings."""
         if self.to_logits is not None:
             return e_md, self.to_logits.weight
         return e_md / math.sqrt(e_md.shape[-1]), self.token_emb.weight
@@ -199,12 +199,12 @@ class Encoder(nn.Module):
 
 
 def packed(x_bnd: Tensor, read_m: Tensor) -> Tensor:
-    """Some positions, [m, d]; indexing with a mask would be a tenth as fast in the backward pass."""
+    """Select positions, [m, d]. Indexing with a mask would be ten times slower in the backward pass."""
     return x_bnd.flatten(0, 1).index_select(0, read_m)
 
 
 def _rotation(n: int, dim_head: int, device: torch.device) -> Tensor:
-    """cos and sin of the rotary angles, fp32 [2, n, c]; Su et al. 2021, base 10,000, halves paired."""
+    """cos and sin of the rotary angles, fp32 [2, n, c] (Su et al. 2021; base 10,000, paired halves)."""
     inverse_wavelength = 10_000 ** (-torch.arange(0, dim_head, 2, device=device) / dim_head)
     angle_nc = torch.arange(n, device=device)[:, None] * inverse_wavelength
     angle_nc = torch.cat((angle_nc, angle_nc), dim=-1)
@@ -218,9 +218,9 @@ def _rotate(x_bhnc: Tensor, rotation: Tensor) -> Tensor:
 
 
 def x_transformers_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Where the weights of a `TransformerWrapper(Encoder)` go: our name -> theirs, several stacked.
+    """The names of our weights and those of a `TransformerWrapper(Encoder)`. Several of theirs are stacked.
 
-    For the combination that both know: learned positions, layernorm, gelu, no qk_norm.
+    For the options that both have: learned positions, layernorm, gelu, no qk_norm.
     """
     names: dict[str, tuple[str, ...]] = {
         "token_emb.weight": ("token_emb.emb.weight",),

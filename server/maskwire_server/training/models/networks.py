@@ -1,6 +1,8 @@
-"""The generator and its critic: the encoder, or two of them, as the objective wants to see them."""
+"""The generator and its critic, with the methods that the objective calls."""
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from maskwire_server.training.models.encoder import Encoder
 
 
 class Networks(nn.Module):
-    """A generator, and no critic, a head on its trunk (`self`), or an encoder of its own (`token`)."""
+    """A generator and its critic: none, a head on the generator's trunk (`self`), or an encoder (`token`)."""
 
     def __init__(self, model: ModelConfig, objective: ObjectiveConfig) -> None:
         super().__init__()
@@ -21,15 +23,26 @@ class Networks(nn.Module):
         elif objective.critic == "token":
             self.critic = Encoder(model.model_copy(update={"tied_embeddings": False}), 1)
 
+    def with_modules(self, generator: nn.Module, critic: nn.Module | None) -> Networks:
+        """The same with other modules, for example those that hold the moving averages."""
+        if not isinstance(generator, Encoder):
+            raise TypeError(f"generator must be an Encoder, got {type(generator).__name__}")
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.generator, other.critic = generator, critic
+        return other
+
     def checkpoint_activations(self, on: bool) -> None:
-        """Keep only the blocks' inputs for the backward pass, or everything."""
+        """Whether to keep only the blocks' inputs for the backward pass, and compute the rest again."""
         for encoder in (self.generator, self.critic):
             if isinstance(encoder, Encoder):
                 encoder.activation_checkpointing = on
 
     def compile_blocks(self, mode: str) -> None:
-        """torch.compile each block, for batches of any shape; the last one, which is read at another number
-        of positions in each step, never in a CUDA graph."""
+        """Compile each block with torch.compile, for batches of any shape.
+
+        The last block never runs in a CUDA graph: the number of its outputs changes from step to step.
+        """
         for encoder in (self.generator, self.critic):
             if isinstance(encoder, Encoder):
                 *others, last = encoder.blocks
@@ -45,7 +58,7 @@ class Networks(nn.Module):
         return e
 
     def head(self, e_md: Tensor) -> tuple[Tensor, Tensor]:
-        """x [m, d] and w [v, d] of packed positions' logits x w^T."""
+        """x [m, d] and w [v, d], so that x w^T are the logits of packed positions."""
         return self.generator.head(e_md)
 
     def project(self, e_md: Tensor) -> Tensor:
@@ -53,16 +66,19 @@ class Networks(nn.Module):
         return self.generator.project(e_md)
 
     def conditioning(self, e_bnd: Tensor | None) -> Tensor | None:
-        """A first pass's embeddings, or the null embedding, which is in the graph either way."""
+        """The embeddings of a first pass, or the null embedding without one.
+
+        The null embedding is part of the graph in both cases, so that it always has a gradient.
+        """
         null = self.generator.null_embed
         if null is None or e_bnd is None:
             return null
         return e_bnd.detach() + 0.0 * null
 
     def criticize(self, ids_bn: Tensor, valid_bn: Tensor | None, *, train_trunk: bool) -> Tensor:
-        """The critic's logits, [b, n]; critic passes are not conditioned."""
+        """The critic's logits, [b, n]. The critic's passes are never self-conditioned."""
         if self.critic is None:
-            raise ValueError("critic must be 'self' or 'token', this model has none")
+            raise ValueError("objective.critic must be 'self' or 'token' to score ids, got 'none'")
         if isinstance(self.critic, Encoder):
             scores_bn1 = self.critic.project(self.critic(ids_bn, valid_bn))
         else:

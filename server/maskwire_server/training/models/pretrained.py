@@ -1,4 +1,4 @@
-"""A trained model on its own: a checkpoint's weights as a plain torch module, without a server.
+"""Load a checkpoint as a plain torch module, without a server.
 
 Letters: b rows, n positions, v vocabulary.
 """
@@ -23,13 +23,13 @@ from maskwire_server.training.cross_entropy import forbid_special
 from maskwire_server.training.models.networks import Networks
 
 RAW, EMA = WEIGHT_FILES
-_INSTEAD = ", or take the trained weights with weights = 'raw'"
+_INSTEAD = ", or use the trained weights with weights = 'raw'"
 
 
 class MaskedModel(nn.Module):
-    """The generator as it is evaluated: ids with masks in, logits out.
+    """The generator, as it is used in evaluation. It maps ids with masks to logits.
 
-    `mask_id` stands for what is to be predicted. With self-conditioning it takes both passes.
+    Put `mask_id` at the positions to predict. With self-conditioning, `forward` computes both passes.
     """
 
     def __init__(self, model: ModelConfig, objective: ObjectiveConfig) -> None:
@@ -38,14 +38,14 @@ class MaskedModel(nn.Module):
         self.config = model
         """The model's configuration."""
         self.objective = objective
-        """What it was trained for."""
+        """The objective of its training."""
         self.mask_id = model.mask_id
         self._vocabulary = Vocabulary.of(model)
 
     def forward(self, ids_bn: Tensor, valid_bn: Tensor | None = None) -> Tensor:
-        """Logits, fp32 [b, n, v], of int64 [b, n]; the mask and the pad id have logit -inf.
+        """Logits, fp32 [b, n, v], for ids, int64 [b, n]. The mask id and the pad id have logit -inf.
 
-        `valid_bn` is False under padding; None: where ids equal the model's pad id, if it has one.
+        `valid_bn` is False at padding. By default, padding is where the ids equal the model's pad id, if any.
         """
         if valid_bn is None and self.config.pad_id is not None:
             valid_bn = ids_bn != self.config.pad_id
@@ -65,11 +65,11 @@ def load(
     weights: Literal["auto", "ema", "raw"] = "auto",
     device: str | torch.device = "cpu",
 ) -> MaskedModel:
-    """The model of a checkpoint's folder, downloaded or in a run directory, in evaluation mode.
+    """Load the model from the folder of a checkpoint, downloaded or in a run directory. In evaluation mode.
 
-    `weights` are the moving average's (ema), the trained ones (raw), or (auto) what the server
-    evaluates: the moving average's if one is kept. Nothing in the folder can run code. Raises
-    ValueError for files that are missing, damaged or do not fit the configuration beside them.
+    `weights` is "ema" for the moving average, "raw" for the trained weights, or "auto" for those that the
+    server evaluates: the moving average if the run keeps one. No file in the folder can run code. Raises
+    ValueError for files that are missing, damaged or do not fit the configuration in the folder.
     """
     folder = Path(path)
     manifest = _manifest(folder)
@@ -79,7 +79,7 @@ def load(
     hashes = {file.name: file.sha256 for file in manifest.info.files}
     name = next((name for name in names[weights] if name in hashes), None)
     if name is None:
-        raise ValueError(f"{folder}: the run keeps no moving average; take weights = 'raw'")
+        raise ValueError(f"{folder}: the run keeps no moving average; use weights = 'raw'")
     if not (folder / name).is_file():
         raise ValueError(
             f"{folder} has no {name}; download it" + _INSTEAD * (name == EMA and weights == "auto")
@@ -91,13 +91,13 @@ def load(
         model, objective = recorded_sections(manifest.configuration)
         tensors = load_file(folder / name)
     except (ConfigError, SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: this version cannot read it ({error})") from error
+        raise ValueError(f"{folder}: this version cannot read the checkpoint ({error})") from error
     with torch.device("meta"):
         module = MaskedModel(model, objective)
     try:
         module.networks.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{folder / name} does not fit the configuration beside it: {error}") from error
+        raise ValueError(f"{folder / name} does not fit the configuration in {MANIFEST}: {error}") from error
     return module.to(device).eval()
 
 
@@ -106,7 +106,7 @@ def _manifest(folder: Path) -> Manifest:
         return Manifest.from_json((folder / MANIFEST).read_bytes())
     except OSError as error:
         raise ValueError(
-            f"{folder} is no whole checkpoint: {MANIFEST} cannot be read ({error.strerror})"
+            f"{folder} is not a complete checkpoint: {MANIFEST} cannot be read ({error.strerror})"
         ) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{folder / MANIFEST} cannot be used: {error}") from error
+        raise ValueError(f"{folder / MANIFEST} is not a valid manifest: {error}") from error

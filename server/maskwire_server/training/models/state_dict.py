@@ -1,7 +1,7 @@
-"""A foreign state dict from a file: safetensors, or torch's format read without running its code.
+"""Read a state dict from a file, in the format of safetensors or torch.
 
-The one place that reads torch's own format, which is a pickle: with `weights_only` nothing but tensors and
-plain containers is built.
+No other module reads torch's format, which is a pickle. `weights_only` allows only tensors and plain
+containers, so that the file cannot run code.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-# What wrappers put into names, around the model or a part of it: DistributedDataParallel and AveragedModel,
+# Parts of names that wrappers of a model or a module add: DistributedDataParallel and AveragedModel,
 # torch.compile, activation checkpointing, FSDP.
 _INSIDE = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-# Lightning's module and its strategy, in names that a wrapper without them may have too.
+# Parts that Lightning adds. They can also be part of other names, so they are removed only if that helps.
 _LIGHTNING = {"_forward_module", "model"}
 _ROOTS = {
     "net", "token_critic", "null_embed", "to_self_cond", "token_emb", "pos_emb", "attn_layers", "to_logits"
 }  # fmt: skip
-_AVERAGE, _TRAINED = "ema_model", "online_model"  # of ema_pytorch, which may hold both
-_COUNTERS = {"initted", "step", "n_averaged"}  # beside an average
+_AVERAGE, _TRAINED = "ema_model", "online_model"  # of ema_pytorch, which can store both
+_COUNTERS = {"initted", "step", "n_averaged"}  # stored with an average
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors by name, on the CPU, without what wrappers put into names.
+    """The tensors by name, on the CPU. Removes the parts of names that wrappers add.
 
-    Of a moving average that is kept beside the trained weights (ema_pytorch) it is the average. Raises
-    ValueError for a file that is no state dict, OSError for one that cannot be read.
+    If the file holds the trained weights and their moving average (ema_pytorch), the average is read. Raises
+    ValueError if the file is not a state dict, and OSError if it cannot be read.
     """
     found = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
     strange = [
@@ -38,8 +38,8 @@ def read(path: Path) -> dict[str, Tensor]:
     if strange or not found:
         names = ", ".join(map(repr, strange[:5])) or "nothing"
         raise ValueError(
-            f"{path}: must hold tensors by name alone, as torch.save(model.state_dict(), …) writes them; it "
-            f"holds {names}"
+            f"{path}: must hold only tensors by name, as torch.save(model.state_dict(), …) writes them, got "
+            f"{names}"
         )
     return _unwrapped(path, found)
 
@@ -57,8 +57,8 @@ def _unwrapped(path: Path, found: dict[str, Tensor]) -> dict[str, Tensor]:
         plain = _without(each, added) or name
         if plain in unwrapped and not torch.equal(unwrapped[plain], found[name]):
             raise ValueError(
-                f"{path}: holds {plain} twice, with other values (the second is {name}); save the state dict "
-                "of one model"
+                f"{path}: holds {plain} twice with different values (the second is {name}); save the state "
+                "dict of one model"
             )
         unwrapped[plain] = found[name]
     return unwrapped
@@ -69,7 +69,7 @@ def _without(parts: list[str], added: set[str]) -> str:
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors, whole or not at all. Raises OSError."""
+    """Write tensors as safetensors, all or nothing. Raises OSError."""
     draft = path.with_name(f"{path.name}.part")
     try:
         save_file(tensors, draft)
@@ -86,13 +86,13 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _torch(path: Path) -> dict[str, Tensor]:
-    path.open("rb").close()  # what is no file is said as such
+    path.open("rb").close()  # raises OSError if it is not a readable file
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a foreign file: pickle's, zip's and torch's own
+    except Exception as error:  # a foreign file can cause errors of pickle, zip and torch
         raise ValueError(
             f"{path}: cannot be read with weights_only=True ({type(error).__name__}): it is damaged, or "
-            "holds more than tensors, and what else it holds is never run; write it anew with "
+            "holds more than tensors, which is never loaded because it could run code; write it again with "
             "torch.save(model.state_dict(), …), or as .safetensors"
         ) from error
     if not isinstance(found, dict):

@@ -1,7 +1,9 @@
-"""Weights of x-transformers' `NonAutoregressiveWrapper` or `TransformerWrapper(Encoder)`, brought along.
+"""Import and export of weights of x-transformers.
 
-What the state dict shows of the model (sizes, tied embeddings, critic, self-conditioning) is taken from it;
-what the configuration says otherwise is refused, and so is every option that maskwire does not have.
+They are those of a `NonAutoregressiveWrapper` or a `TransformerWrapper(Encoder)`.
+
+Sizes, tied embeddings, critic and self-conditioning are read from the state dict. Settings that contradict it
+are errors, and so are options that maskwire does not have.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from maskwire_server.training.models.networks import Networks
 Gains = Literal["auto", "offset", "plain"]
 Tensors = Mapping[str, Tensor]
 
-# These alone of [model] and [objective] are told by the state dict.
+# The settings of [model] and [objective] that the state dict determines.
 _SHOWN = {
     "model": (
         "num_tokens", "max_seq_len", "dim", "depth", "heads", "dim_head", "ff_mult", "emb_dim", "positions",
@@ -35,7 +37,7 @@ _SHOWN = {
 
 @dataclass(frozen=True)
 class Imported:
-    """A foreign model as maskwire has it."""
+    """An imported model."""
 
     model: ModelConfig
     objective: ObjectiveConfig
@@ -45,11 +47,11 @@ class Imported:
 
 @dataclass(frozen=True)
 class _Parts:
-    """A state dict taken apart."""
+    """The parts of a state dict."""
 
     net: dict[str, Tensor]
     where: str
-    """The prefix of its names in the file."""
+    """The prefix of the names of `net` in the file."""
     conditioning: dict[str, Tensor]
     critic: dict[str, Tensor]
     critic_kind: Literal["none", "self", "token"]
@@ -58,29 +60,29 @@ class _Parts:
 def import_state_dict(
     tensors: Tensors, model: ModelConfig, objective: ObjectiveConfig, *, gains: Gains = "auto"
 ) -> Imported:
-    """The model of a state dict; of the sections only what was set in them counts as said.
+    """Import a state dict. In `model` and `objective`, only settings that the user set are compared with it.
 
-    `gains` tells whether the norms' gains are gamma + 1 (offset: x-transformers' default) or gamma
-    (plain: norm_add_unit_offset=False and older versions). Raises ValueError with one line a problem.
+    `gains` says whether the gains of the norms are gamma + 1 (offset: the default of x-transformers) or gamma
+    (plain: norm_add_unit_offset=False and older versions). Raises ValueError with one line for each problem.
     """
     parts = _take_apart(tensors)
     shown_model = _sizes(parts.net, parts.where, model)
     shown_objective: dict[str, Any] = {"self_cond": bool(parts.conditioning), "critic": parts.critic_kind}
     unsaid: dict[str, Any] = {}
     if parts.conditioning:
-        shown_objective["self_cond_start"] = "none"  # the reference's first pass is not conditioned
-        # No weight tells how often it was taken: unless the user does, as often as the reference takes it.
+        shown_objective["self_cond_start"] = "none"  # x-transformers does not condition the first pass
+        # The weights do not show how often the first pass was taken. The default is that of x-transformers.
         unsaid["self_cond_prob"] = PRESETS["x-transformers"]["self_cond_prob"]
     problems = []
     if "mask_id" not in model.model_fields_set:
         problems.append(
-            "model.mask_id must be set, to the mask_id of the NonAutoregressiveWrapper: the state dict does "
-            "not hold it"
+            "model.mask_id must be set to the mask_id of the NonAutoregressiveWrapper: the state dict "
+            "does not contain it"
         )
     for name, section, shown in (("model", model, shown_model), ("objective", objective, shown_objective)):
         said = {key: getattr(section, key) for key in _SHOWN[name] if key in section.model_fields_set}
         problems += [
-            f"{name}.{key} is {value!r} in the configuration, {shown[key]!r} in the state dict: leave it out"
+            f"{name}.{key} is {value!r} in the configuration, {shown[key]!r} in the state dict; leave it out"
             for key, value in said.items()
             if key in shown and value != shown[key] and not (key == "emb_dim" and value == shown_model["dim"])
         ]
@@ -101,17 +103,18 @@ def import_state_dict(
 
 
 def export_state_dict(model: ModelConfig, objective: ObjectiveConfig, weights: Tensors) -> dict[str, Tensor]:
-    """The other way: the state dict of a `NonAutoregressiveWrapper`, without a self critic's duplicates.
+    """Export weights as the state dict of a `NonAutoregressiveWrapper`.
 
-    Raises ValueError naming what x-transformers' default encoder does not have.
+    A self critic is exported without its copy of the generator's trunk, which loads with strict=False.
+    Raises ValueError that names an option that x-transformers' default encoder does not have.
     """
     if model.heads == 1:
-        raise ValueError("model.heads is 1: x-transformers leaves the output projection of one head out")
+        raise ValueError("model.heads is 1, but x-transformers has no output projection for a single head")
     default = ModelConfig()
     for key in ("positions", "norm", "feed_forward", "qk_norm"):
         if getattr(model, key) != getattr(default, key):
             raise ValueError(
-                f"model.{key} is {getattr(model, key)!r}: x-transformers' default encoder has "
+                f"model.{key} is {getattr(model, key)!r}, but x-transformers' default encoder has "
                 f"{getattr(default, key)!r}"
             )
     found = _untranslate(weights, model, "generator.", "net.")
@@ -145,10 +148,12 @@ def _take_apart(tensors: Tensors) -> _Parts:
     if strange:
         found = tensors[strange[0]]
         what = f"{found.dtype} {tuple(found.shape)}"
-        raise ValueError(f"{strange[0]} must be real numbers of at least one dimension, got {what}")
+        raise ValueError(
+            f"{strange[0]} must be a dense floating-point tensor, embeddings not a scalar, got {what}"
+        )
     odd = [name for name, tensor in tensors.items() if not _finite(tensor.float())]
     if odd:
-        raise ValueError(f"{odd[0]} holds values that are not finite, and so do {len(odd) - 1} others")
+        raise ValueError(f"{odd[0]} has values that are not finite, and so have {len(odd) - 1} others")
     if not any(name.startswith("net.") for name in tensors):
         return _Parts(dict(tensors), "", {}, {}, "none")
     net = _under(tensors, "net.")
@@ -157,9 +162,12 @@ def _take_apart(tensors: Tensors) -> _Parts:
     known = {"null_embed", "to_self_cond.weight"}
     unknown = [n for n in tensors if not n.startswith(("net.", "token_critic.")) and n not in known]
     if unknown:
-        raise ValueError("\n".join(f"{name} is no weight of a NonAutoregressiveWrapper" for name in unknown))
+        raise ValueError(
+            "\n".join(f"{name} is not a weight of a NonAutoregressiveWrapper" for name in unknown)
+        )
     if len(conditioning) == 1:
-        raise ValueError(f"{(known - conditioning.keys()).pop()} is missing: self-conditioning needs both")
+        missing = (known - conditioning.keys()).pop()
+        raise ValueError(f"{missing} is missing; self-conditioning needs null_embed and to_self_cond")
     kind: Literal["none", "self", "token"] = "none"
     if critic:
         kind = "self" if critic.keys() & {"to_logits.bias"} else "token"
@@ -167,15 +175,13 @@ def _take_apart(tensors: Tensors) -> _Parts:
         for name, tensor in _under(critic, "net.").items():
             if name not in net or not torch.equal(net[name], tensor):
                 raise ValueError(
-                    f"token_critic.net.{name} differs from net.{name}: a self critic shares the generator's "
-                    "trunk"
+                    f"token_critic.net.{name} differs from net.{name}, but a self critic shares the trunk of "
+                    "the generator"
                 )
         critic = {name: tensor for name, tensor in critic.items() if not name.startswith("net.")}
         if critic.keys() != {"to_logits.weight", "to_logits.bias"}:
             names = ", ".join(f"token_critic.{name}" for name in sorted(critic))
-            raise ValueError(
-                f"a self critic must have to_logits.weight and to_logits.bias alone, got {names}"
-            )
+            raise ValueError(f"a self critic must have only to_logits.weight and to_logits.bias, got {names}")
     return _Parts(net, "net.", conditioning, critic, kind)
 
 
@@ -188,7 +194,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def _sizes(net: Tensors, where: str, said: ModelConfig) -> dict[str, Any]:
-    """What [model] must be for these weights. Raises ValueError for options that it cannot have."""
+    """The settings of [model] for these weights. Raises ValueError for unsupported options."""
     lines = x_transformers_options.named(net, where)
     if lines:
         raise ValueError("\n".join(lines))
@@ -203,7 +209,7 @@ def _sizes(net: Tensors, where: str, said: ModelConfig) -> dict[str, Any]:
     if len(absent) == len(needed):
         names = ", ".join(sorted(net)[:3])
         raise ValueError(
-            f"these are no weights of a TransformerWrapper(Encoder), whose names they lack: {names}"
+            f"these are not the weights of a TransformerWrapper(Encoder): none has its names, got {names}"
         )
     if absent:
         raise ValueError("\n".join(x_transformers_options.missing(absent, where)))
@@ -213,8 +219,8 @@ def _sizes(net: Tensors, where: str, said: ModelConfig) -> dict[str, Any]:
     dim_head = said.dim_head if "dim_head" in said.model_fields_set else 64
     if inner % dim_head:
         raise ValueError(
-            f"{where}attn_layers.layers.0.1.to_q.weight has {inner} rows, no multiple of model.dim_head = "
-            f"{dim_head}: set it to the model's attn_dim_head"
+            f"{where}attn_layers.layers.0.1.to_q.weight has {inner} rows, not a multiple of model.dim_head = "
+            f"{dim_head}; set it to the attn_dim_head of the model"
         )
     width = embedding.shape[1]
     return {
@@ -235,7 +241,7 @@ def _sizes(net: Tensors, where: str, said: ModelConfig) -> dict[str, Any]:
 
 
 def _multiple(inner: int, dim: int) -> float:
-    """The ff_mult of which int(dim * ff_mult) is `inner`."""
+    """An ff_mult for which int(dim * ff_mult) is `inner`."""
     mult = inner / dim
     return mult if int(dim * mult) == inner else (inner + 0.5) / dim
 
@@ -256,8 +262,8 @@ def _translate(parts: _Parts, found: Imported) -> dict[str, Tensor]:
         if apart:
             raise ValueError(
                 "\n".join(
-                    f"token_critic: {key} is {sizes[key]!r}, the generator's {getattr(found.model, key)!r}: "
-                    "a critic must have the generator's sizes"
+                    f"token_critic: {key} is {sizes[key]!r}, but the generator's is "
+                    f"{getattr(found.model, key)!r}; both must have the same sizes"
                     for key in apart
                 )
             )
@@ -273,9 +279,9 @@ def _translate(parts: _Parts, found: Imported) -> dict[str, Tensor]:
 
 
 def _reason(name: str) -> str:
-    """What a weight of another shape comes from."""
+    """The likely reason why a weight has another shape."""
     if name.startswith("critic."):
-        return "the critic must have the generator's sizes, and one score a position"
+        return "the critic must have the sizes of the generator, and one score per position"
     if "to_qkv" in name or "to_out" in name:
         return "attn_kv_heads, attn_one_kv_head and attn_value_dim_head are not supported"
     if "to_logits" in name:
@@ -286,7 +292,7 @@ def _reason(name: str) -> str:
 
 
 def _encoder(net: Tensors, model: ModelConfig, ours: str, where: str) -> dict[str, Tensor]:
-    """An encoder's weights by our names, those that are stacked in one."""
+    """The weights of an encoder by our names. Stacks those that we keep in one tensor."""
     names = x_transformers_names(model)
     theirs = {name for group in names.values() for name in group}
     absent = theirs - net.keys()
@@ -297,14 +303,14 @@ def _encoder(net: Tensors, model: ModelConfig, ours: str, where: str) -> dict[st
     lines = x_transformers_options.missing(absent, where)
     if not lines:
         lines = [
-            f"{where}{name} is no weight of a TransformerWrapper(Encoder) of {model.depth} layers"
+            f"{where}{name} is not a weight of a TransformerWrapper(Encoder) with {model.depth} layers"
             for name in sorted(net.keys() - theirs)
         ]
     if lines:
         raise ValueError("\n".join(lines))
     widths = {net[n].shape[1:] for group in names.values() if len(group) > 1 for n in group}
     if len(widths) > 1:
-        raise ValueError(f"{where}attn_layers: queries, keys and values must all read {model.dim} numbers")
+        raise ValueError(f"{where}attn_layers: queries, keys and values must all have {model.dim} inputs")
     return {f"{ours}{name}": torch.cat([net[n] for n in group]) for name, group in names.items()}
 
 
@@ -317,15 +323,15 @@ def _untranslate(weights: Tensors, model: ModelConfig, ours: str, where: str) ->
 
 
 def _shift_gains(weights: dict[str, Tensor], gains: Gains) -> None:
-    """Bring the norms' gains to gamma + 1, which is ours too."""
+    """Convert the gains of the norms to gamma + 1, as in our encoder."""
     names = [name for name in weights if name.endswith(".gamma")]
     mean = float(torch.cat([weights[name] for name in names]).mean())
     if gains == "auto" and mean > 0.5:
-        # An untrained offset gain is 0 and a plain one 1: in between lies what only the user knows.
+        # Untrained, gamma is 0 for offset and 1 for plain. Above 0.5 only the user can say which it is.
         raise ValueError(
-            f"the norms' gains average {mean:.2f}: say which they are, --gains plain (norm_add_unit_offset="
-            "False, or an older x-transformers: the gain is gamma) or --gains offset (the default of now: "
-            "gamma + 1)"
+            f"the gains of the norms have the mean {mean:.2f}, which fits either kind: set --gains plain "
+            "(norm_add_unit_offset=False, or an older x-transformers: the gain is gamma) or --gains offset "
+            "(the default of newer versions: gamma + 1)"
         )
     if gains == "plain":
         for name in names:

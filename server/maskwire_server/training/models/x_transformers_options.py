@@ -1,6 +1,6 @@
-"""Options of x-transformers that maskwire does not have, told by the names that they leave in a state dict.
+"""Options of x-transformers that maskwire does not have, recognised by their names in a state dict.
 
-Checked against x-transformers 2.31.10. What leaves no name is listed in docs/importing.md.
+Checked with x-transformers 2.31.10. docs/importing.md lists the options that leave no name.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 _LAYER = r"attn_layers\.layers\.\d+\."
 
-# What a name says -> the option, and what can be imported. The first that fits counts.
+# Pattern of a name, the option, and what can be imported. The first match counts.
 _BY_NAME: tuple[tuple[str, str, str], ...] = (
     (r"attn_layers\.rel_pos\.relative_attention_bias", "rel_pos_bias", "rel_pos_bias=False"),
     (r"attn_layers\.rel_pos\.", "dynamic_pos_bias", "dynamic_pos_bias=False"),
@@ -59,7 +59,7 @@ _BY_NAME: tuple[tuple[str, str, str], ...] = (
     (r"token_emb\.weight$", "token_emb", "the default token embedding"),
 )
 
-# What is missing says -> the option, and what can be imported.
+# Pattern of a missing name, the option, and what can be imported.
 _BY_ABSENCE: tuple[tuple[str, str, str], ...] = (
     (r"pos_emb\.emb\.weight$", "use_abs_pos_emb=False", "learned positions"),
     (rf"{_LAYER}1\.ff\.\S+\.bias$", "ff_no_bias", "ff_no_bias=False"),
@@ -71,7 +71,7 @@ _BY_ABSENCE: tuple[tuple[str, str, str], ...] = (
 
 
 def named(names: Iterable[str], where: str) -> list[str]:
-    """A line for each unsupported option that names tell of; `where` is their prefix in the file."""
+    """A line for each unsupported option that the names show. `where` is their prefix in the file."""
     first: dict[tuple[str, str], str] = {}
     for name in sorted(names):
         for pattern, option, right in _BY_NAME:
@@ -79,22 +79,22 @@ def named(names: Iterable[str], where: str) -> list[str]:
                 first.setdefault((option, right), name)
                 break
     return [
-        f"{option} is not supported ({where}{name}): what can be imported is {right}"
+        f"{option} is not supported ({where}{name}); the import supports {right}"
         for (option, right), name in first.items()
     ]
 
 
 def missing(names: Iterable[str], where: str) -> list[str]:
-    """A line for each option that the absence of names tells of, or for the name itself."""
+    """A line for each unsupported option that missing names show, or for the missing name itself."""
     lines: dict[str, str] = {}
     for name in sorted(names):
         for pattern, option, right in _BY_ABSENCE:
             if re.match(pattern, name):
                 lines.setdefault(
                     option,
-                    f"{option} is not supported ({where}{name} is missing): what can be imported is {right}",
+                    f"{option} is not supported ({where}{name} is missing); the import supports {right}",
                 )
                 break
         else:
-            lines[name] = f"{where}{name} is missing: the state dict is not whole"
+            lines[name] = f"{where}{name} is missing: the state dict is incomplete"
     return list(lines.values())

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from maskwire.errors import REASONS as CLIENT_REASONS
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire_server.batch import Batch
+from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import REASONS, Refused
 from maskwire_server.results import Limits, ModelInfo
-from maskwire_server.rpc import decoding
+from maskwire_server.rpc import token_batch
 from maskwire_server.rpc.status import to_status
 
 INFO = ModelInfo(17, 16, 15, 32, 1, "", True, False)
@@ -33,7 +33,7 @@ batches = st.builds(
 @given(batches)
 def test_an_arbitrary_batch_is_read_or_refused_by_field(batch: pb.TokenBatch) -> None:
     try:
-        read = decoding.read_batch(batch, INFO, LIMITS)
+        read = token_batch.read_batch(batch, INFO, LIMITS)
     except Refused as refusal:
         assert refusal.reason == "INVALID_FIELD"
         assert refusal.metadata["field"].startswith("batch.")
@@ -52,18 +52,63 @@ def test_a_good_batch_is_read_as_it_was_meant(rows: int, columns: int, data: st.
     name = data.draw(st.sampled_from(["<u1", "<u2", "<i4", "<i8"]))
     number = {"<u1": 1, "<u2": 2, "<i4": 3, "<i8": 4}[name]
     sent = pb.TokenBatch(data=ids.astype(name).tobytes(), shape=[rows, columns], dtype=number)
-    read: Batch = decoding.read_batch(sent, INFO, LIMITS)
+    read: Batch = token_batch.read_batch(sent, INFO, LIMITS)
     assert np.array_equal(read.ids, ids.reshape(rows, columns))
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_exactly_the_ids_that_a_batch_must_not_hold_are_refused_in_every_type(data: st.DataObject) -> None:
+    num_tokens = data.draw(st.sampled_from([200, 256, 257, 300, 65_536, 65_537, 70_000]))
+    mask_id = data.draw(st.sampled_from([0, 103, num_tokens - 1]))
+    pad_id = data.draw(st.sampled_from([None, 5, num_tokens - 2]))
+    info = ModelInfo(num_tokens, mask_id, pad_id, 32, 1, "", True, False)
+    dtype, number = data.draw(st.sampled_from([("<u1", 1), ("<u2", 2), ("<i4", 3), ("<i8", 4)]))
+    edges = [
+        0,
+        5,
+        103,
+        255,
+        256,
+        num_tokens - 2,
+        num_tokens - 1,
+        num_tokens,
+        65_535,
+        2**31 - 1,
+        2**40,
+        -1,
+        -(2**20),
+    ]
+    held = [edge for edge in edges if np.iinfo(dtype).min <= edge <= np.iinfo(dtype).max]
+    ids = data.draw(st.lists(st.sampled_from(held), min_size=1, max_size=6))
+    lengths = [len(ids)] if data.draw(st.booleans()) else []
+    sent = pb.TokenBatch(
+        data=np.array(ids, dtype).tobytes(), shape=[1, len(ids)], dtype=number, lengths=lengths
+    )
+    reserved = {mask_id} | ({pad_id} if lengths else set())
+    wrong = [column for column, value in enumerate(ids) if not 0 <= value < num_tokens or value in reserved]
+    if wrong:
+        with pytest.raises(Refused, match=rf"row 0, column {wrong[0]} is {ids[wrong[0]]};"):
+            token_batch.read_batch(sent, info, LIMITS)
+    elif all(value == pad_id for value in ids):
+        with pytest.raises(Refused, match="prompt or padding"):
+            token_batch.read_batch(sent, info, LIMITS)
+    else:
+        read = token_batch.read_batch(sent, info, LIMITS)
+        assert read.ids.ravel().tolist() == ids
+        assert Payload(read, Modes()).encode().endswith(sent.data), "the journal keeps the bytes as received"
 
 
 def test_the_pad_id_is_padding_without_lengths_and_refused_with_them() -> None:
     data = bytes([1, 15, 2, 3])
-    read = decoding.read_batch(pb.TokenBatch(data=data, shape=[2, 2], dtype=1), INFO, LIMITS)
+    read = token_batch.read_batch(pb.TokenBatch(data=data, shape=[2, 2], dtype=1), INFO, LIMITS)
     assert read.dense(15)[1].tolist() == [[True, False], [True, True]]
-    with pytest.raises(Refused, match="row 0, column 1 is 15; the pad id is no datum"):
-        decoding.read_batch(pb.TokenBatch(data=data, shape=[2, 2], dtype=1, lengths=[2, 2]), INFO, LIMITS)
+    with pytest.raises(
+        Refused, match="row 0, column 1 is 15; the pad id is not allowed in a batch with lengths"
+    ):
+        token_batch.read_batch(pb.TokenBatch(data=data, shape=[2, 2], dtype=1, lengths=[2, 2]), INFO, LIMITS)
     with pytest.raises(Refused, match="prompt or padding"):
-        decoding.read_batch(pb.TokenBatch(data=bytes([15] * 4), shape=[2, 2], dtype=1), INFO, LIMITS)
+        token_batch.read_batch(pb.TokenBatch(data=bytes([15] * 4), shape=[2, 2], dtype=1), INFO, LIMITS)
 
 
 def test_every_reason_of_the_server_is_one_that_the_client_knows() -> None:

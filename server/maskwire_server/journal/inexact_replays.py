@@ -1,24 +1,24 @@
-"""Replays that were not exact: recorded for ever, and shown to whoever relies on the weights."""
+"""Replays that did not give the recorded bytes: recorded permanently, shown to clients and in manifests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from maskwire_server.journal.ancestry import Segment
 from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.lineage import Segment
 from maskwire_server.results import InexactReplay
 
 EVENT = "inexact_replay"
 
 
 def record(journal: Journal, replays: Iterable[InexactReplay], beyond: list[int]) -> None:
-    """Record the stretches of one replay, and the steps in them that no tolerance covers."""
+    """Record the ranges of one replay, and the accepted steps that no tolerance covers."""
     body = {"steps": beyond, "replays": [vars(replay) for replay in replays]}
     journal.transaction(lambda: journal.add_event(EVENT, body))
 
 
 def recorded(journal: Journal) -> tuple[InexactReplay, ...]:
-    """Every inexact replay of the run, by lineage and step; those that overlap are one."""
+    """Every inexact replay of the run, by lineage and step; overlapping ones are merged."""
     found: list[InexactReplay] = []
     for at, body in journal.events(EVENT):
         if "replays" in body:
@@ -42,7 +42,7 @@ def recorded(journal: Journal) -> tuple[InexactReplay, ...]:
 
 
 def within(replays: Iterable[InexactReplay], segments: list[Segment]) -> tuple[InexactReplay, ...]:
-    """Those that the history of `segments` went through."""
+    """The inexact replays within an ancestry."""
     through = {segment.lineage: segment.through for segment in segments}
     return tuple(
         replay
@@ -55,5 +55,5 @@ def within(replays: Iterable[InexactReplay], segments: list[Segment]) -> tuple[I
 def ahead(
     replays: Iterable[InexactReplay], segments: list[Segment], start: tuple[int, int]
 ) -> tuple[InexactReplay, ...]:
-    """Those of the history that a computation from (lineage, step) on goes through or begins in."""
+    """The inexact replays of an ancestry that end after (lineage, step) `start`."""
     return tuple(replay for replay in within(replays, segments) if (replay.lineage, replay.last_step) > start)

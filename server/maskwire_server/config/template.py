@@ -1,4 +1,4 @@
-"""The configuration as a commented TOML file, made from the configuration's own fields."""
+"""The configuration as a TOML file, generated from the sections."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from maskwire_server.config import CAN_BE_OFF, OFF, Config
+from maskwire_server.config.base import CAN_BE_OFF, OFF
+from maskwire_server.config.config import Config
 
 _HEAD = """\
-# maskwire-server configuration. Every setting is here with its default, commented out.
-# Each can also be set in the environment, MASKWIRE_SECTION__KEY, which wins over this file,
-# and flags win over both.
+# maskwire-server configuration. All settings are listed with their defaults, commented out.
+# A setting can also be set in the environment as MASKWIRE_SECTION__KEY, which wins over this
+# file. Flags win over both.
 """
 
 
 def template() -> str:
-    """The file's text; as it stands it loads as the defaults."""
+    """A commented file with every setting. Loading it gives the defaults."""
     sections = [_HEAD]
     for name, field in Config.model_fields.items():
         section = field.default
@@ -25,18 +26,18 @@ def template() -> str:
         lines = [f"[{name}]", *_comment(doc[:1].upper() + doc[1:]), ""]
         for key, setting in type(section).model_fields.items():
             lines += _comment(setting.description or "")
-            value = _said(section, key)
+            value = _written_value(section, key)
             lines += [f"# {key} = {toml(value)}" if value is not None else f"# {key} =   (not set)", ""]
         sections.append("\n".join(lines))
     return "\n".join(sections)
 
 
 def written(config: Config) -> str:
-    """A configuration as a file that loads as it: the run's own sections whole, of the others what is set."""
+    """A file that loads as this configuration: [model] and [objective] in full, and other settings if set."""
     sections = []
     for name in type(config).model_fields:
         section = getattr(config, name)
-        values = {key: _said(section, key) for key in type(section).model_fields}
+        values = {key: _written_value(section, key) for key in type(section).model_fields}
         if name not in ("model", "objective"):
             values = {key: value for key, value in values.items() if key in section.model_fields_set}
         lines = [f"{key} = {toml(value)}" for key, value in values.items() if value is not None]
@@ -45,8 +46,8 @@ def written(config: Config) -> str:
     return "\n".join(sections)
 
 
-def _said(section: Any, key: str) -> Any:
-    """A setting's value as a file says it; None where it has to be left out."""
+def _written_value(section: Any, key: str) -> Any:
+    """The value of a setting as it is written in a file, or None if the setting must be left out."""
     value = getattr(section, key)
     return OFF if value is None and CAN_BE_OFF in type(section).model_fields[key].metadata else value
 
@@ -56,11 +57,11 @@ def _comment(text: str) -> list[str]:
 
 
 def toml(value: Any) -> str:
-    """A value as TOML writes it."""
+    """A value in TOML syntax."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str | Path):
-        # TOML's basic strings escape as JSON's do, and DEL too.
+        # Basic strings of TOML use the same escapes as JSON, and also escape DEL.
         return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return f"[{', '.join(toml(item) for item in value)}]"

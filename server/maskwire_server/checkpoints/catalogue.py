@@ -1,0 +1,120 @@
+"""The catalogue: which checkpoints a run has, without reading its folder.
+
+The folders are the truth. A start reads them, and from then on the catalogue follows every save, deletion and
+look at a folder. Threads read it from memory; the journal holds the same in a table, for whoever wants to
+know what a run had without its folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable
+
+from maskwire_server.checkpoints.membership import Membership
+from maskwire_server.journal.journal import Journal
+from maskwire_server.manifest import Manifest
+from maskwire_server.position import HistoryPosition
+
+log = logging.getLogger(__name__)
+
+
+class Catalogue:
+    """The whole checkpoints in the run's folder. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self._membership = Membership()
+        self._manifests: dict[str, Manifest] = {}
+        self._rebuild = False  # the table holds something else than the folder
+        self._unrecorded: dict[str, Manifest | None] = {}  # since the table was written; None: removed
+        self._lock = threading.Lock()
+
+    @property
+    def run_id(self) -> str:
+        """The run's id; empty until `load`."""
+        return self._membership.run_id
+
+    def load(self, journal: Journal, manifests: Iterable[Manifest]) -> None:
+        """Take over what the folder holds, and note where the journal's table differs from it."""
+        found = {manifest.info.name: manifest for manifest in manifests}
+        recorded = journal.checkpoints()
+        with self._lock:
+            self._manifests = found
+            if recorded != {name: manifest.to_json() for name, manifest in found.items()}:
+                self._rebuild, self._unrecorded = True, {**found}
+        for name in sorted(recorded.keys() - found.keys()):
+            log.warning("checkpoint %s is no longer in checkpoints/", name)
+        self.look_up(journal)
+
+    def look_up(self, journal: Journal) -> None:
+        """Ask the journal about checkpoints whose step it was not asked about yet."""
+        self._membership.look_up(journal, list(self._manifests.values()))
+
+    def expect(self, position: HistoryPosition, save_id: str) -> None:
+        """A checkpoint of this durable position, whose save is recorded, is about to be written."""
+        self._membership.expect(position, save_id)
+
+    def put(self, manifest: Manifest) -> None:
+        """A whole checkpoint is in the folder."""
+        name = manifest.info.name
+        with self._lock:
+            if self._manifests.get(name) != manifest:
+                self._manifests = {**self._manifests, name: manifest}
+                self._unrecorded[name] = manifest
+
+    def remove(self, name: str) -> None:
+        """No whole checkpoint has this name any more."""
+        with self._lock:
+            if name in self._manifests:
+                self._manifests = {key: value for key, value in self._manifests.items() if key != name}
+                self._unrecorded[name] = None
+
+    def names(self) -> set[str]:
+        """The names of all checkpoints in the folder, wherever they come from."""
+        return set(self._manifests)
+
+    def own(self) -> list[Manifest]:
+        """The checkpoints of the run's own history, newest first."""
+        own = [manifest for manifest in self._manifests.values() if self.problem(manifest) is None]
+        return newest_first(own)
+
+    def unknown(self, manifest: Manifest) -> bool:
+        """Whether the journal must be asked before it is known whose checkpoint this is."""
+        return self._membership.unknown(manifest)
+
+    def problem(self, manifest: Manifest) -> str | None:
+        """Why a checkpoint is not of the run's history; None when it is."""
+        return self._membership.problem(manifest)
+
+    # The journal's table.
+
+    def record(self, journal: Journal) -> dict[str, Manifest | None]:
+        """Write what changed to the journal, within a transaction; `recorded` takes what this returns."""
+        with self._lock:
+            rebuild, changes = self._rebuild, dict(self._unrecorded)
+        if rebuild:
+            journal.remove_checkpoints()
+        for name, manifest in changes.items():
+            if manifest is None:
+                journal.remove_checkpoint(name)
+            else:
+                journal.put_checkpoint(name, manifest.to_json())
+        return changes
+
+    def recorded(self, changes: dict[str, Manifest | None]) -> None:
+        """The transaction that wrote these changes is durable."""
+        with self._lock:
+            self._rebuild = False
+            for name, manifest in changes.items():
+                if name in self._unrecorded and self._unrecorded[name] is manifest:
+                    del self._unrecorded[name]
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the journal's table holds what the catalogue does."""
+        return not (self._rebuild or self._unrecorded)
+
+
+def newest_first(manifests: Iterable[Manifest]) -> list[Manifest]:
+    """By lineage, step and time of the save."""
+    return sorted(manifests, key=lambda m: (m.info.lineage, m.info.step, m.info.created), reverse=True)

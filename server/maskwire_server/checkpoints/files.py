@@ -1,0 +1,77 @@
+"""The files of one checkpoint: written and read back, described and checked by size and SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Protocol
+
+from maskwire_server import failpoints
+from maskwire_server.errors import is_shortage
+from maskwire_server.journal.fsync import flush_folder
+from maskwire_server.manifest import MANIFEST, Manifest
+from maskwire_server.requests import CHECKPOINT_NAME
+from maskwire_server.results import FileInfo
+
+NOT_A_MANIFEST = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a damaged manifest raises."""
+_SAVED = {".safetensors", ".json", ".draft"}
+_DRAFT = ".tmp"  # the prefix of the names that safetensors writes to before it renames the file
+
+
+class Snapshot(Protocol):
+    """A copy of the trainer's state in host memory."""
+
+    def write(self, folder: Path) -> None:
+        """Write its files into `folder`; the caller flushes them."""
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a manifest durably, whole or not at all."""
+    draft = folder / (MANIFEST + ".draft")
+    with draft.open("wb") as file:
+        file.write(manifest.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+    failpoints.passing("checkpoint.drafted")
+    draft.rename(folder / MANIFEST)
+    failpoints.passing("checkpoint.renamed")
+    flush_folder(folder)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a checkpoint's folder; None when there is none that is whole and of that name."""
+    try:
+        manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
+    except NOT_A_MANIFEST as error:
+        if is_shortage(error):  # the checkpoint may be whole
+            raise
+        return None
+    return manifest if manifest.info.name == folder.name else None
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a save started to write this folder and did not finish."""
+    if not CHECKPOINT_NAME.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+        return False
+    return not (folder / MANIFEST).exists() and all(
+        path.is_file() and (path.suffix in _SAVED or path.name.startswith(_DRAFT))
+        for path in folder.iterdir()
+    )
+
+
+def flush(path: Path) -> FileInfo:
+    """Make a file durable, and describe what the disk then holds."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    return describe(path, from_disk=True)
+
+
+def describe(path: Path, *, from_disk: bool = False) -> FileInfo:
+    """A file as a manifest lists it; `from_disk`: read it from the disk, not from the page cache."""
+    with path.open("rb") as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        digest = hashlib.file_digest(file, "sha256").digest()
+    return FileInfo(path.name, path.stat().st_size, digest)

@@ -1,0 +1,34 @@
+"""The configuration: one module for each section, frozen and checked where it is made.
+
+Flags win over the environment (`MASKWIRE_SECTION__KEY`), and the environment over the TOML file. Nothing
+reads more than its own section.
+"""
+
+from maskwire_server.config.base import CAN_BE_OFF, OFF
+from maskwire_server.config.checkpoints import CheckpointsConfig
+from maskwire_server.config.config import Config
+from maskwire_server.config.model import ModelConfig
+from maskwire_server.config.objective import PRESETS, ObjectiveConfig
+from maskwire_server.config.optimizer import OptimizerConfig
+from maskwire_server.config.record import NewerRunError, recorded_sections
+from maskwire_server.config.run import RunConfig
+from maskwire_server.config.sections import can_be_off
+from maskwire_server.config.serve import ServeConfig
+from maskwire_server.config.sources import load
+
+__all__ = [
+    "CAN_BE_OFF",
+    "OFF",
+    "PRESETS",
+    "CheckpointsConfig",
+    "Config",
+    "ModelConfig",
+    "NewerRunError",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "ServeConfig",
+    "can_be_off",
+    "load",
+    "recorded_sections",
+]

@@ -1,0 +1,77 @@
+"""The whole configuration."""
+
+from __future__ import annotations
+
+import json
+
+from pydantic import PrivateAttr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from maskwire_server.config.checkpoints import CheckpointsConfig
+from maskwire_server.config.model import ModelConfig
+from maskwire_server.config.objective import ObjectiveConfig
+from maskwire_server.config.optimizer import OptimizerConfig
+from maskwire_server.config.record import recorded_sections
+from maskwire_server.config.run import RunConfig
+from maskwire_server.config.serve import ServeConfig
+from maskwire_server.errors import ConfigError
+
+
+class Config(BaseSettings):
+    """The whole configuration."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix="MASKWIRE_",
+        env_nested_delimiter="__",
+        validate_default=True,
+    )
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    serve: ServeConfig = ServeConfig()
+
+    _recorded: bytes | None = PrivateAttr(None)
+
+    def canonical(self) -> bytes:
+        """The settings that are fixed once the run exists, as the bytes that its first digest covers.
+
+        For an existing run these are the recorded bytes, because another version may have other options.
+        """
+        if self._recorded is not None:
+            return self._recorded
+        fixed = {
+            "model": self.model.model_dump(mode="json"),
+            "objective": self.objective.model_dump(mode="json"),
+        }
+        return json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode()
+
+    def of_run(self, seed: int, canonical: bytes) -> Config:
+        """This configuration with the fixed settings of an existing run.
+
+        Settings that were not set here come from the run's record. Raises ConfigError that names each setting
+        whose value here differs from the record.
+        """
+        record = json.loads(canonical)
+        model, objective = recorded_sections(record)
+        differences = []
+        if "seed" in self.run.model_fields_set and self.run.seed != seed:
+            differences.append(f"run.seed is {seed} in the run, {self.run.seed} in the configuration")
+        for name, was in (("model", model), ("objective", objective)):
+            section = getattr(self, name)
+            recorded, configured = was.model_dump(mode="json"), section.model_dump(mode="json")
+            differences += [
+                f"{name}.{key} is {recorded[key]!r} in the run, {configured[key]!r} in the configuration"
+                for key in sorted(section.model_fields_set)
+                if recorded[key] != configured[key]
+            ]
+        if differences:
+            raise ConfigError("; ".join(differences))
+        run = self.run.model_copy(update={"seed": seed})
+        whole = self.model_copy(update={"run": run, "model": model, "objective": objective})
+        whole._recorded = canonical
+        return whole

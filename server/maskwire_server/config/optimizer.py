@@ -1,0 +1,48 @@
+"""The section [optimizer]."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from maskwire_server.config.base import Finite, Positive, Section, Steps
+
+
+class OptimizerConfig(Section):
+    """[optimizer]: the optimizer and its learning rate. May change between restarts."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    learning_rate: Finite = Field(1e-3, ge=0)
+    """Peak learning rate."""
+    warmup_steps: int = Field(100, ge=0)
+    """Number of steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or half a cosine down to min_learning_rate at total_steps."""
+    total_steps: Steps = None
+    """The step at which the cosine ends. After it the rate stays at min_learning_rate. off: no cosine."""
+    min_learning_rate: Finite = Field(0.0, ge=0)
+    """Learning rate at the end of the cosine."""
+    weight_decay: Finite = Field(0.01, ge=0)
+    """Decoupled weight decay of matrices. Norms, biases and embeddings do not decay."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
+    """AdamW's decay rates."""
+    eps: Finite = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    clip_grad_norm: Positive = 1.0
+    """Maximum global gradient norm. Larger gradients are scaled down. off: no clipping."""
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    """Decay of the moving average of the weights, which is then used in evaluation. 0: no average."""
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> OptimizerConfig:
+        if self.schedule != "cosine":
+            return self
+        if self.total_steps is None:
+            raise ValueError("total_steps must be set with schedule = 'cosine', got none")
+        if self.total_steps <= self.warmup_steps:
+            raise ValueError(
+                f"total_steps must be above warmup_steps = {self.warmup_steps}, got {self.total_steps}"
+            )
+        return self

@@ -1,0 +1,61 @@
+"""Load the configuration. Flags win over the environment, and the environment over the TOML file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    TomlConfigSettingsSource,
+)
+
+from maskwire_server.config.config import Config
+from maskwire_server.config.messages import message
+from maskwire_server.errors import ConfigError
+
+
+class _Environment(EnvSettingsSource):
+    """The environment. A value that is not a valid list is passed on, so that the error names its key."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError:
+            return value
+
+
+def load(file: Path | None = None, **flags: dict[str, Any]) -> Config:
+    """Load the configuration from `file`, the environment and `flags` (settings by section).
+
+    Raises ConfigError with one line for each problem: the key, what would be right, and the value.
+    """
+
+    class _Sourced(Config):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            toml = TomlConfigSettingsSource(settings_cls, toml_file=file)
+            return init_settings, _Environment(settings_cls), toml
+
+    if file is not None and not file.is_file():
+        raise ConfigError(f"{file}: no such file; `maskwire-server init` writes one")
+    try:
+        return _Sourced(**flags)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise ConfigError("\n".join(message(problem) for problem in error.errors())) from None
+    except ValueError as error:  # the file is not valid TOML
+        bare = file is not None and re.search(r"(?m)^\s*\w+\s*=\s*off\b", file.read_text(errors="replace"))
+        hint = f'; write {bare[0].split("=")[0].strip()} = "off", with quotes' if bare else ""
+        raise ConfigError(f"{file}: {error}{hint}") from None

@@ -1,0 +1,34 @@
+"""What an engine is started with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskwire_server.config import CheckpointsConfig, ServeConfig
+from maskwire_server.engine.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The run directory, how to build the trainer, and the settings of this start."""
+
+    factory: Callable[[], Trainer]
+    """Builds the trainer, on the executor's thread."""
+    run_dir: Path
+    seed: int
+    canonical: bytes
+    """The canonical configuration of model and objective: the history digest begins with it."""
+    configuration: dict[str, Any]
+    """The whole configuration, as JSON values."""
+    serve: ServeConfig
+    checkpoints: CheckpointsConfig
+    versions: dict[str, str]
+    """Names and versions of the software. The trainer adds its own when it is built."""
+    accept_inexact_replay: bool = False
+    accept_lost_history: int | None = None
+    """Continue from this step although acknowledged steps after it are lost."""
+    clock: Callable[[], float] = time.monotonic

@@ -1,0 +1,63 @@
+"""What the engine needs of a trainer, and the guard that detects a lost device."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from maskwire_server import failpoints
+from maskwire_server.batch import Batch, Prompts
+from maskwire_server.checkpoints.files import Snapshot
+from maskwire_server.errors import DeviceLost, MaskwireError
+from maskwire_server.recovery.trainer import ReplayTrainer
+from maskwire_server.results import EvalOptions, EvalResult, GenerateOptions, GenerationState, ModelInfo
+
+log = logging.getLogger(__name__)
+
+
+class Trainer(ReplayTrainer, Protocol):
+    """Built and used on the executor's thread."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model."""
+
+    def usable_after(self, error: BaseException) -> bool:
+        """Whether the device still works after an error that another method raised."""
+
+    def warm_up(self) -> None:
+        """Compute a step and discard it."""
+
+    def eval_loss(self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool]) -> EvalResult:
+        """Evaluate one batch. Raises Unwanted soon after `wanted` returns False."""
+
+    def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
+        """Sample unknown positions of prompts; yields a state after each pass, and may be abandoned then."""
+
+
+@contextlib.contextmanager
+def guarded(trainer: Trainer) -> Iterator[None]:
+    """Raise errors after which the device is unusable as DeviceLost. Every use of the device is guarded."""
+    try:
+        yield
+    except MaskwireError:
+        raise
+    except Exception as error:
+        if trainer.usable_after(error):
+            raise
+        log.critical(
+            "the device has failed (%s): the process ends, and a restart recovers the run",
+            str(error).partition("\n")[0] or type(error).__name__,
+        )
+        raise DeviceLost("the device has failed") from error
+
+
+def snapshot(trainer: Trainer) -> Snapshot:
+    """Copy the trainer's state to host memory."""
+    failpoints.passing("checkpoint.copying")
+    with guarded(trainer):
+        copy = trainer.snapshot()
+    failpoints.passing("checkpoint.copied")
+    return copy

@@ -1,0 +1,186 @@
+"""The journal's SQLite file: opened under the run directory's lock, written in durable transactions."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from maskwire_server import failpoints
+from maskwire_server.errors import RunDirectoryError
+from maskwire_server.journal.disk import FULL, has_room, network_file_system
+from maskwire_server.journal.fsync import make_folder
+from maskwire_server.journal.records import damaged
+from maskwire_server.journal.run_directory import JOURNAL_FILE, lock, refuse_leftovers
+from maskwire_server.journal.schema import FORMAT, MIGRATIONS, facts_hash
+
+log = logging.getLogger(__name__)
+
+JournalError = sqlite3.Error
+"""A read or write of the journal failed."""
+Row = tuple[Any, ...]
+
+_WRITE_FAILED = sqlite3.SQLITE_IOERR_WRITE
+_MARGIN = 2**20  # what a transaction writes beside its batches
+_UNREADABLE = (sqlite3.Error, UnicodeDecodeError)  # the second: a message that quotes damaged bytes
+
+
+class Database:
+    """One connection, used by one thread at a time. All writes happen within `transaction`."""
+
+    def __init__(self, run_dir: Path, *, durable: bool = True) -> None:
+        self._path = run_dir / JOURNAL_FILE
+        self._batch_bytes = self._dropped = 0  # batches that the current transaction wrote, and deleted
+        kind = network_file_system(run_dir.resolve())
+        if kind is not None:
+            raise RunDirectoryError(
+                f"{run_dir}: is on a network file system ({kind}), whose locks and flushes cannot be relied "
+                "on; choose a disk of this machine with --run-dir"
+            )
+        try:
+            make_folder(run_dir)
+            if not self._path.exists():
+                refuse_leftovers(run_dir)
+            self._lock = lock(run_dir)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{run_dir}: cannot be used as a run directory ({error.strerror}); choose another with "
+                "--run-dir"
+            ) from error
+        try:
+            # Absolute: builds of SQLite that read URIs everywhere take a relative `file:...` for one.
+            path = self._path.absolute()
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode=WAL")
+            # NORMAL flushes only in `tidy`: a power loss loses the last steps and corrupts nothing.
+            self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+            # SQLite's automatic WAL checkpoint would stall a step for 10 ms every 64 batches; `tidy` does it
+            # between transactions instead.
+            self._db.execute("PRAGMA wal_autocheckpoint=0")
+            tables = self._row("SELECT count(*) FROM sqlite_master WHERE name = 'run'")
+            self.is_new = tables is None or not tables[0]
+            if self.is_new:
+                refuse_leftovers(run_dir)
+            else:
+                self._check_format()
+        except _UNREADABLE as error:
+            self.close()
+            if is_full(error):
+                raise RunDirectoryError(f"{self._path}: no room on its disk ({error}); make room") from error
+            if "locked" in str(error):
+                raise RunDirectoryError(f"{self._path}: another process uses it; stop that one") from error
+            raise RunDirectoryError(
+                f"{self._path}: not a readable journal ({error}); restore the run directory from a copy"
+            ) from error
+        except RunDirectoryError:
+            self.close()
+            raise
+
+    def _check_format(self) -> None:
+        while self.fact("format") in MIGRATIONS:
+            migrate = MIGRATIONS[self.fact("format")]
+            log.info("%s: %s", self._path, migrate.__doc__)
+            self.transaction(partial(migrate, self._db))
+        if self.fact("format") != FORMAT:
+            raise RunDirectoryError(
+                f"{self._path}: format {self.fact('format')}, this version reads up to {FORMAT}; use the "
+                "version that wrote it"
+            )
+        if self.fact("hash") != facts_hash(self._db):
+            raise damaged("what the run is")
+
+    def fact(self, key: str) -> Any:
+        """A fact that the run was created with; None when there is none of that name."""
+        row = self._row("SELECT value FROM run WHERE key = ?", key)
+        return None if row is None else row[0]
+
+    def _row(self, statement: str, *values: object) -> Row | None:
+        """The first row that a query finds."""
+        row: Row | None = self._db.execute(statement, values).fetchone()
+        return row
+
+    def _rows(self, statement: str, *values: object) -> list[Row]:
+        """All rows that a query finds: a statement left unfinished would keep the file locked."""
+        return self._db.execute(statement, values).fetchall()
+
+    def transaction(self, write: Callable[[], object]) -> None:
+        """Run `write` in one durable transaction; it leaves no trace if it raises."""
+        failpoints.passing("journal.begin")
+        self._batch_bytes = self._dropped = 0
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            write()
+            failpoints.passing("journal.written")
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            self._raise_if_over_quota(error, self._batch_bytes + _MARGIN)
+            raise
+        failpoints.passing("journal.committed")
+
+    def _raise_if_over_quota(self, error: BaseException, size: int) -> None:
+        """Raise an error that `is_full` recognises when a write of about `size` bytes exceeded a quota.
+
+        SQLite tells a full disk from other errors, but reports an exceeded quota as an I/O error.
+        """
+        failed = getattr(error, "sqlite_errorcode", None) == _WRITE_FAILED
+        if failed and not has_room(self._path.parent, size):
+            full = sqlite3.OperationalError("the disk, or the quota on it, has no room")
+            full.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise full from error
+
+    def tidy(self) -> None:
+        """Fold the write-ahead log into the database file; afterwards everything is flushed."""
+        failpoints.passing("journal.tidying")
+        growth = self.growth()
+        try:
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        except sqlite3.Error as error:
+            self._raise_if_over_quota(error, growth + _MARGIN)
+            raise
+        failpoints.passing("journal.tidied")
+
+    def growth(self) -> int:
+        """The bytes that the database file grows by when the log is folded into it."""
+        pages = int(self._db.execute("PRAGMA page_count").fetchone()[0])
+        size = int(self._db.execute("PRAGMA page_size").fetchone()[0])
+        return max(0, pages * size - self._path.stat().st_size)
+
+    def log_bytes(self) -> int:
+        """The size of the write-ahead log."""
+        try:
+            return self._path.with_name(JOURNAL_FILE + "-wal").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def close(self) -> None:
+        """Close the file and release the run directory."""
+        if hasattr(self, "_db"):  # absent where it could not be opened
+            self._db.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a write failed for lack of space, so that the same bytes can be written again later."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+
+
+@contextlib.contextmanager
+def explained(run_dir: Path) -> Iterator[None]:
+    """Raise SQLite's errors as RunDirectoryError with what to do about them."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        cure = "make room" if is_full(error) else "look at the disk, or restore the run directory from a copy"
+        raise RunDirectoryError(f"{run_dir}: the journal cannot be used ({error}); {cure}") from error

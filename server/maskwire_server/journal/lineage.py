@@ -1,0 +1,32 @@
+"""The ancestry of the current state: which steps of which lineages led to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from maskwire_server.errors import RunDirectoryError
+from maskwire_server.journal.records import Lineage
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of a lineage that the current state descends from."""
+
+    lineage: int
+    through: int | None
+    """The last step of that part; None: all steps."""
+
+
+def ancestry(lineages: dict[int, Lineage], lineage: int) -> list[Segment]:
+    """The segments from the first lineage to `lineage`, oldest first. Raises RunDirectoryError."""
+    segments = [Segment(lineage, None)]
+    current = lineages[lineage]
+    while current.parent is not None:
+        if current.parent >= current.lineage or current.parent not in lineages:
+            raise RunDirectoryError(
+                f"journal: lineage {current.lineage} descends from lineage {current.parent}, which does not "
+                "precede it: the file was damaged; restore the run directory from a copy"
+            )
+        segments.append(Segment(current.parent, current.step))
+        current = lineages[current.parent]
+    return segments[::-1]

@@ -1,0 +1,103 @@
+"""The state of a run: its newest intact checkpoint is loaded, and the later steps are computed again.
+
+`serve` and `replay` both use this. The recomputed losses must equal the recorded bytes, or lie within the
+tolerance where results are not reproducible.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from maskwire_server import failpoints
+from maskwire_server.checkpoints.store import Checkpoints
+from maskwire_server.errors import RunDirectoryError
+from maskwire_server.journal import inexact_replays
+from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.lineage import Segment
+from maskwire_server.recovery.base_checkpoint import newest_verified, require_seed
+from maskwire_server.recovery.recorded_settings import RecordedSettings
+from maskwire_server.recovery.replay import Replayed, recorded_version, replay, steps_to_replay, with_progress
+from maskwire_server.recovery.trainer import ReplayTrainer
+from maskwire_server.results import InexactReplay
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What it took to rebuild the state."""
+
+    replayed: Replayed
+    accepted: bool
+    """Something that no tolerance covers was accepted."""
+
+    @property
+    def inexact(self) -> list[InexactReplay]:
+        """The steps whose weights are close to the recorded run's, and not the same bytes."""
+        return self.replayed.inexact(accepted=self.accepted)
+
+
+def rebuild(
+    journal: Journal,
+    checkpoints: Checkpoints,
+    trainer: ReplayTrainer,
+    settings: dict[str, Any],
+    segments: list[Segment],
+    last_step: int,
+    *,
+    accept_inexact: bool,
+    accept_lost: bool = False,
+    pass_over: Callable[[str, str], None],
+    tell: Callable[[str], None],
+) -> Rebuilt:
+    """Bring the trainer to `last_step`, where the ancestry `segments` ends.
+
+    `pass_over` is called with the name of each unusable checkpoint and what is wrong with it, `tell` with the
+    progress. Raises RunDirectoryError.
+    """
+    manifest, wrong = newest_verified(checkpoints, journal, segments, accept_lost=accept_lost)
+    failpoints.passing("recovery.chosen")
+    for name, problem in wrong.items():
+        pass_over(name, problem)
+    start = (segments[0].lineage, 0)
+    if manifest is None:
+        require_seed(journal)
+    else:
+        info = manifest.info
+        start = (info.lineage, info.step)
+        tell(f"checkpoint {info.name}")
+        began = time.monotonic()
+        try:
+            trainer.load(checkpoints.path(info.name))
+        except ValueError as error:
+            raise RunDirectoryError(
+                f"checkpoint {info.name!r} does not fit the configuration: {error}; start with the "
+                "configuration that it was saved with"
+            ) from error
+        failpoints.passing("recovery.loaded")
+        log.info("loaded checkpoint %s (step %d) in %.1f s", info.name, info.step, time.monotonic() - began)
+    recorded = RecordedSettings(
+        journal,
+        settings,
+        trainer.configure,
+        strict=not accept_inexact,
+        inexact=inexact_replays.ahead(inexact_replays.recorded(journal), segments, start),
+    )
+    records = recorded.apply(steps_to_replay(journal, segments, start))
+    began = time.monotonic()
+    replayed = replay(
+        with_progress(records, last_step - start[1], tell),
+        trainer.train_step,
+        version=recorded_version(journal),
+        tolerance=recorded.tolerance,
+        accept_inexact=accept_inexact,
+    )
+    if replayed.count:
+        log.info("replayed %d steps in %.1f s", replayed.count, time.monotonic() - began)
+    recorded.restore()
+    failpoints.passing("recovery.replayed")
+    return Rebuilt(replayed, recorded.accepted or bool(replayed.beyond))

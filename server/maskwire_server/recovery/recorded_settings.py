@@ -1,0 +1,112 @@
+"""The settings that steps were trained with, applied again for their replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from maskwire_server.errors import RunDirectoryError
+from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.records import StepRecord
+from maskwire_server.recovery.fingerprint import (
+    changed_fingerprints,
+    numerics_version,
+    reproducible,
+    trainer_settings,
+)
+from maskwire_server.recovery.tolerance import TOLERANCES, Tolerance, measured_steps
+from maskwire_server.results import InexactReplay, Outcome
+
+
+class RecordedSettings:
+    """Configures the trainer with the settings that each step was recorded with, before it is computed again.
+
+    It also decides which steps must give the same bytes, and which only close results: those of a
+    configuration that is not reproducible or of another numerics version, those from an inexact replay
+    in the history on, and all steps after any of these.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        settings: dict[str, Any],
+        configure: Callable[[dict[str, Any], int], None],
+        *,
+        strict: bool,
+        inexact: Iterable[InexactReplay] = (),
+    ) -> None:
+        self._strict = strict
+        self._inexact = tuple(inexact)
+        self._close = self._drifted = False
+        self._steps = 0.0  # `measured_steps` since results need only be close
+        self._rate = 0.0
+        self._precision = "fp32"
+        self._journal = journal
+        self._settings = settings
+        self._configure = configure
+        self._in_use = trainer_settings(settings)
+        self.accepted = False
+        """A changed fingerprint was accepted."""
+
+    def apply(
+        self, records: Iterator[tuple[StepRecord, bytes | None]]
+    ) -> Iterator[tuple[StepRecord, bytes | None]]:
+        """Pass the records on. Raises RunDirectoryError at one whose settings cannot be applied."""
+        for record, payload in records:
+            if record.outcome is Outcome.APPLIED:
+                self._configure_for(record, self._journal.event(record.configuration))
+            yield record, payload
+
+    def _configure_for(self, record: StepRecord, was: dict[str, Any]) -> None:
+        self._drifted = self._drifted or any(
+            replay.lineage == record.lineage and replay.first_step <= record.step for replay in self._inexact
+        )
+        self._close = (
+            self._close
+            or self._drifted
+            or not (reproducible(was) and reproducible(self._settings))
+            or numerics_version(was) != numerics_version(self._settings)
+        )
+        self._precision = was.get("fingerprint.precision", "fp32")
+        changed = [f"{key} was {was[key]!r}" for key in changed_fingerprints(was, self._settings)]
+        if changed and self._strict:
+            raise RunDirectoryError(
+                f"{_changed(record, ', '.join(changed))}; or accept a result that may differ, once, with "
+                "--accept-inexact-replay"
+            )
+        self.accepted = self.accepted or bool(changed)
+        self._close = self._close or self.accepted
+        self._rate = float(was.get("optimizer.learning_rate", 0.0))
+        try:
+            self._use(trainer_settings(was))
+        except ValueError as error:
+            raise RunDirectoryError(_changed(record, str(error))) from error
+
+    def tolerance(self, learning_rate: float | None) -> Tolerance | None:
+        """How far the result of the last record may be from it; None: not at all.
+
+        `learning_rate` is the step's own, if its batch came with one. Called once for each step.
+        """
+        if not self._close:
+            return None
+        whole = TOLERANCES.get(self._precision, TOLERANCES["fp32"])
+        allowed = whole if self._drifted else whole.after(self._steps)
+        rate = self._rate if learning_rate is None else learning_rate
+        self._steps += measured_steps(rate)
+        return allowed
+
+    def restore(self) -> None:
+        """Configure the trainer with today's settings."""
+        self._use(trainer_settings(self._settings))
+
+    def _use(self, wanted: tuple[dict[str, Any], int]) -> None:
+        if wanted != self._in_use:
+            self._configure(*wanted)
+            self._in_use = wanted
+
+
+def _changed(record: StepRecord, what: str) -> str:
+    return (
+        f"step {record.step} must be computed again, and what its result depends on has changed since it was "
+        f"trained ({what}): start once with the old settings, stop the server cleanly, then change them"
+    )

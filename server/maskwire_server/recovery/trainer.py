@@ -1,0 +1,33 @@
+"""What recovery needs of a trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from maskwire_server.batch import Batch, Modes
+from maskwire_server.checkpoints.files import Snapshot
+from maskwire_server.results import StepResult
+
+
+class ReplayTrainer(Protocol):
+    """A trainer that loads a checkpoint and computes recorded steps again."""
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Names and versions of what it runs on."""
+
+    def use_threads(self, count: int) -> None:
+        """Compute with this many threads."""
+
+    def configure(self, optimizer: dict[str, Any], numerics_version: int) -> None:
+        """Continue under another [optimizer] section and numerics version; ValueError if it cannot."""
+
+    def load(self, folder: Path) -> None:
+        """Load the state of a checkpoint; ValueError if it does not fit."""
+
+    def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
+        """Apply one step."""
+
+    def snapshot(self) -> Snapshot:
+        """Copy the state to host memory."""

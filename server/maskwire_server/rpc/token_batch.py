@@ -1,0 +1,215 @@
+"""Token batches: from the proto's TokenBatch to a checked `Batch`.
+
+Each function takes `field`, the name that the batch has in its request. A refusal names the field, the first
+offending position, the value and what would be right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from maskwire.v1 import training_service_pb2 as pb
+from maskwire_server.batch import Batch
+from maskwire_server.errors import Refused, invalid_field
+from maskwire_server.results import Limits, ModelInfo
+
+_DTYPES: dict[int, np.dtype[np.integer]] = {
+    pb.DATA_TYPE_UINT8: np.dtype("<u1"),
+    pb.DATA_TYPE_UINT16: np.dtype("<u2"),
+    pb.DATA_TYPE_INT32: np.dtype("<i4"),
+    pb.DATA_TYPE_INT64: np.dtype("<i8"),
+}
+_DTYPE_NAMES = ", ".join(pb.DataType.Name(number) for number in _DTYPES)
+
+
+def read_batch(batch: pb.TokenBatch, info: ModelInfo, limits: Limits) -> Batch:
+    """A TokenBatch, checked. The ids are a view of the bytes received."""
+    ids, rows, columns, lengths = read_ids("batch", batch, info, limits)
+    check_ids("batch", ids, columns, lengths, info)
+    if lengths is None:
+        ids = ids.reshape(rows, columns)
+    read = Batch(ids, rows, columns, lengths, read_prompt_bits("batch", batch.prompt_mask, rows, columns))
+    _check_something_maskable(read, info)
+    return read
+
+
+def read_ids(
+    field: str, batch: pb.TokenBatch, info: ModelInfo, limits: Limits
+) -> tuple[npt.NDArray[np.integer], int, int, npt.NDArray[np.int32] | None]:
+    """The flat ids as received, and rows, columns and lengths. The values of the ids are not checked."""
+    rows, columns = _shape(field, batch.shape, info, limits)
+    dtype = _DTYPES.get(batch.dtype)
+    if dtype is None:
+        raise invalid_field(
+            f"{field}.dtype",
+            f"{field}.dtype must be one of {_DTYPE_NAMES}, got {batch.dtype}",
+            value=batch.dtype,
+        )
+    lengths = _lengths(field, batch.lengths, rows, columns)
+    count = rows * columns if lengths is None else int(lengths.sum())
+    data = batch.data  # protobuf copies the bytes at each access
+    if len(data) != count * dtype.itemsize:
+        raise invalid_field(
+            f"{field}.data",
+            f"{field}.data must have {count * dtype.itemsize} bytes ({count} ids of {dtype.itemsize} bytes), "
+            f"got {len(data)}",
+            expected_bytes=count * dtype.itemsize,
+            bytes=len(data),
+        )
+    return np.frombuffer(data, dtype=dtype), rows, columns, lengths
+
+
+def _shape(field: str, shape: Sequence[int], info: ModelInfo, limits: Limits) -> tuple[int, int]:
+    # The length is checked before the values are read: a message can hold millions of dimensions.
+    if len(shape) != 2:
+        raise invalid_field(
+            f"{field}.shape", f"{field}.shape must be [rows, columns], got {len(shape)} dimensions"
+        )
+    sizes = list(shape)
+    for name, size in zip(("rows", "columns"), sizes, strict=True):
+        if size < 1:
+            raise invalid_field(f"{field}.shape", f"{field}.shape: {name} must be at least 1, got {size}")
+    rows, columns = sizes
+    if columns > info.max_seq_len:
+        raise invalid_field(
+            f"{field}.shape",
+            f"{field}.shape: a row must have at most {info.max_seq_len} tokens (max_seq_len), got {columns}",
+            columns=columns,
+            max_seq_len=info.max_seq_len,
+        )
+    if rows * columns > limits.max_batch_tokens:  # Python's integers do not overflow
+        raise invalid_field(
+            f"{field}.shape",
+            f"{field}.shape: rows times columns must be at most {limits.max_batch_tokens} "
+            f"(serve.max_batch_tokens), got {rows} x {columns}",
+            tokens=rows * columns,
+            max_batch_tokens=limits.max_batch_tokens,
+        )
+    return rows, columns
+
+
+def _lengths(field: str, sent: Sequence[int], rows: int, columns: int) -> npt.NDArray[np.int32] | None:
+    if not sent:
+        return None
+    if len(sent) != rows:
+        raise invalid_field(
+            f"{field}.lengths", f"{field}.lengths must have one length per row, {rows}, got {len(sent)}"
+        )
+    lengths = np.array(sent, dtype=np.int32)
+    wrong = (lengths < 1) | (lengths > columns)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise invalid_field(
+            f"{field}.lengths",
+            f"{field}.lengths: row {row} must have 1 to {columns} tokens, got {lengths[row]}",
+            row=row,
+            value=int(lengths[row]),
+        )
+    if lengths.max() != columns:
+        raise invalid_field(
+            f"{field}.lengths",
+            f"{field}.lengths: the longest row must have {columns} tokens, the columns of {field}.shape, "
+            f"got {lengths.max()}",
+            longest=int(lengths.max()),
+            columns=columns,
+        )
+    return lengths
+
+
+def check_ids(
+    field: str,
+    ids: npt.NDArray[np.integer],
+    columns: int,
+    lengths: npt.NDArray[np.int32] | None,
+    info: ModelInfo,
+) -> None:
+    """Raise Refused at the first of the flat `ids` that a batch must not hold.
+
+    That is an id outside the vocabulary, the mask id, and with `lengths` the pad id.
+    """
+    reserved = {info.mask_id} if lengths is None or info.pad_id is None else {info.mask_id, info.pad_id}
+    first_wrong = min(reserved)  # every smaller id is allowed
+    unsigned = ids.view(f"u{ids.itemsize}")  # a negative id becomes a large one
+    if first_wrong >= 2 ** (8 * ids.itemsize):  # the type holds no such id
+        return
+    top = int(unsigned.max())
+    if top < first_wrong:
+        return
+    wrong = unsigned >= info.num_tokens if top >= info.num_tokens else np.zeros(ids.shape, dtype=bool)
+    for value in reserved:
+        if value <= top:
+            wrong |= unsigned == value
+    if wrong.any():
+        raise _wrong_id(field, ids, int(wrong.argmax()), columns, lengths, info)
+
+
+def _wrong_id(
+    field: str,
+    ids: npt.NDArray[np.integer],
+    at: int,
+    columns: int,
+    lengths: npt.NDArray[np.int32] | None,
+    info: ModelInfo,
+) -> Refused:
+    value = int(ids[at])
+    if lengths is None:
+        row, column = divmod(at, columns)
+    else:
+        ends = lengths.cumsum()
+        row = int(np.searchsorted(ends, at, side="right"))
+        column = at - int(ends[row] - lengths[row])
+    if value == info.mask_id:
+        right = "the mask id stands for masked positions: reserve an id for it that no data has"
+    elif 0 <= value < info.num_tokens:
+        right = "the pad id is not allowed in a batch with lengths: leave padding out"
+    else:
+        right = (
+            f"ids must be 0 to {info.num_tokens - 1} (num_tokens is {info.num_tokens}), without the mask id"
+        )
+    return invalid_field(
+        f"{field}.data",
+        f"{field}.data: row {row}, column {column} is {value}; {right}",
+        row=row,
+        column=column,
+        value=value,
+    )
+
+
+def read_prompt_bits(field: str, bits: bytes, rows: int, columns: int) -> bytes:
+    """The bits of a prompt mask as received; empty for none. Raises Refused for a wrong size."""
+    if not bits:
+        return b""
+    positions = rows * columns
+    size = (positions + 7) // 8
+    if len(bits) != size:
+        raise invalid_field(
+            f"{field}.prompt_mask",
+            f"{field}.prompt_mask must have {size} bytes (one bit for each of {rows} x {columns} positions), "
+            f"got {len(bits)}",
+            expected_bytes=size,
+            bytes=len(bits),
+        )
+    if positions % 8 and bits[-1] >> (positions % 8):
+        raise invalid_field(
+            f"{field}.prompt_mask",
+            f"{field}.prompt_mask: the last {8 - positions % 8} bits of its last byte must be 0, "
+            f"got {bits[-1]:#04x}",
+        )
+    return bits
+
+
+def _check_something_maskable(batch: Batch, info: ModelInfo) -> None:
+    if batch.prompt_bits:
+        _, valid, prompt = batch.dense(info.pad_id)
+        some = bool((valid & ~prompt).any())
+    else:
+        some = batch.lengths is not None or info.pad_id is None or bool((batch.ids != info.pad_id).any())
+    if not some:
+        field = "batch.prompt_mask" if batch.prompt_bits else "batch.data"
+        raise invalid_field(
+            field,
+            f"{field}: every position of every row is prompt or padding; leave at least one to predict",
+        )

@@ -1,0 +1,48 @@
+"""Micro-batches: parts of a logical batch that fit the device, whose gradients are added up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from maskwire_server.training.objective import PartLosses
+
+
+def split(valid_bn: Tensor, budget: int) -> Iterator[slice]:
+    """Consecutive rows with at most `budget` positions together, padding included, and at least one row."""
+    length_b = [int(row.nonzero().max()) + 1 if bool(row.any()) else 1 for row in valid_bn]
+    start = 0
+    while start < len(length_b):
+        stop, longest = start, 0
+        while stop < len(length_b):
+            longest = max(longest, length_b[stop])
+            if stop > start and longest * (stop + 1 - start) > budget:
+                break
+            stop += 1
+        yield slice(start, stop)
+        start = stop
+
+
+class BatchLosses:
+    """The losses of a logical batch, summed over its micro-batches on the device."""
+
+    def __init__(self, masked: int, maskable: int, device: torch.device, *, critic: bool) -> None:
+        self.masked = masked
+        self.maskable = maskable
+        self._critic = critic
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, part: PartLosses) -> None:
+        """Add the losses of one micro-batch."""
+        critic = torch.zeros_like(part.generator) if part.critic is None else part.critic
+        self._sums += torch.stack((part.generator, critic)).detach()
+
+    def read(self, norm: Tensor) -> tuple[float, float | None, float]:
+        """Generator loss, critic loss (None if it was not computed) and gradient norm.
+
+        They are copied to the host together, because each copy waits for the device.
+        """
+        generator, critic, norm_value = torch.cat((self._sums, norm.double().view(1).to(self._sums))).tolist()
+        return generator, critic if self._critic else None, norm_value
