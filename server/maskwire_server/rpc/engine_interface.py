@@ -26,9 +26,9 @@ from maskwire_server.results import (
     ModelInfo,
     RestoreAnswer,
     SessionAnswer,
-    Status,
     StepAnswer,
 )
+from maskwire_server.run_status import RunStatus
 
 
 class GenerationInterface(Protocol):
@@ -88,5 +88,5 @@ class EngineInterface(Protocol):
     def list_steps(self, request: StepsRequest) -> Future[StepsPage]:
         """A page of recorded steps."""
 
-    def status(self) -> Status:
+    def status(self) -> RunStatus:
         """State, progress and what the run is waiting for."""
