@@ -192,7 +192,7 @@ async def fits_with_evaluations_and_metrics(server: ServerProcess, client: Any) 
         assert [found.step for found in result.evaluations] == [4, 8]
         assert (await trainer.fit(Numbered(), until_step=10, progress=False)).last is None, "nothing is left"
         assert (await trainer.status()).tokenizer == "bytes", "the data's tokenizer was kept with the run"
-        with pytest.raises(TokenizerError, match="the run's ids are of bytes, this client's of sha256:0"):
+        with pytest.raises(TokenizerError, match="the run uses tokenizer bytes, this client sha256:0"):
             await trainer.use_tokenizer("sha256:0")
         data = {"content": "sha256:0", "length": "16"}
         await trainer.use_data(data)

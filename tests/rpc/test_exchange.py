@@ -135,7 +135,7 @@ def test_a_failed_import_leaves_no_run_directory(tmp_path: Path) -> None:
     assert "post_emb_norm is not supported" in command(
         "import-x-transformers", tmp_path / "norm.pt", *options, code=2
     )
-    assert "no multiple of model.dim_head = 64" in command(
+    assert "not a multiple of model.dim_head = 64" in command(
         "import-x-transformers", tmp_path / "model.pt", *options, code=2
     )
     assert "model.mask_id must be set" in command(

@@ -203,10 +203,13 @@ def test_the_tokenizer_stays_with_the_run(serve: Serve, text: Path, tmp_path: Pa
     meta = json.loads((other / "maskwire-data.json").read_text())
     (other / "maskwire-data.json").write_text(json.dumps({**meta, "tokenizer": f"sha256:{'0' * 64}"}))
     for _ in range(2):
-        for command in (["train", other, "--until-step", 4], ["eval", other]):
+        for command, words in (
+            (["train", other, "--until-step", 4], "the run uses tokenizer bytes"),  # says the server
+            (["eval", other], "the run's ids are of bytes"),  # says the client
+        ):
             found = run(*command, "--length", 16, "--target", server.address)
             assert found.returncode == 1, found.stderr
-            assert "the run's ids are of bytes" in found.stderr
+            assert words in found.stderr
         server.kill()
         server.start()
     assert run("train", text, "--until-step", 4, "--length", 16, "--target", server.address).returncode == 0
