@@ -25,6 +25,7 @@ FOUNDATIONS = {
     "position",
     "requests",
     "results",
+    "run_status",
 }
 
 
