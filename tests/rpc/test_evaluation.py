@@ -154,7 +154,7 @@ def test_rows_that_are_prompts_throughout_are_passed_over(server: ServerProcess)
         whole = client.eval_loss(rows, prompt_mask=prompts, draws=3, text_bytes=30)
         assert [row.tokens for row in whole.rows] == [8, 0, 3, 8, 0, 8]
         same(client.evaluate(rows, prompt_mask=prompts, draws=3, batch_size=1, text_bytes=30), whole)
-        with pytest.raises(ValueError, match="prompt throughout"):
+        with pytest.raises(ValueError, match="prompts only"):
             client.evaluate(rows, prompt_mask=np.ones((6, 8), dtype=bool))
 
 
@@ -199,7 +199,7 @@ def test_the_client_names_what_it_cannot_send() -> None:
         for wrong, words in (
             ({"batch_size": 0}, "batch_size must be at least 1"),
             ({"rows": 3}, "rows goes with a maskwire.data.TokenData"),
-            ({"row_ids": [1]}, "row_ids must be one a row, 2"),
+            ({"row_ids": [1]}, "row_ids must be one per row, 2"),
             ({"estimator": "best"}, "estimator must be one of systematic, chain_rule, got 'best'"),
         ):
             with pytest.raises(ValueError, match=words):

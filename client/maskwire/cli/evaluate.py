@@ -13,7 +13,7 @@ from maskwire.client import Client
 from maskwire.data.token_data import TokenData, open_data
 from maskwire.errors import UnavailableError
 from maskwire.output import on_terminal, tell
-from maskwire.protocol.calls import EvalOptions
+from maskwire.protocol.options import EvalOptions
 from maskwire.results import EvalResult
 
 

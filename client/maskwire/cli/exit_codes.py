@@ -59,7 +59,6 @@ _CURES = {
     "RECOVERING": {
         "; retry with the same request id": "; run the command again",
         "; retry": "; run the command again",
-        "; ask again": "; run the command again",
     },
 }
 """By reason: the cure that an error names for Python code, and the one for the command line."""

@@ -15,7 +15,7 @@ import typer
 
 from maskwire.cli import exit_codes
 from maskwire.client import Client, Trainer, attach, connect
-from maskwire.credentials import DoorOptions
+from maskwire.credentials import CredentialOptions
 from maskwire.output import tell
 
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -114,7 +114,7 @@ class Server:
 
     target: str
     retry_for: float
-    door: DoorOptions
+    door: CredentialOptions
     as_json: bool
 
     def wait(self, words: str) -> None:
@@ -154,7 +154,9 @@ def with_server(retry_for: float) -> Callable[[Callable[..., None]], Callable[..
             target, wait = chosen.pop("target"), chosen.pop("retry_for")
             chosen["tls"] = chosen["tls"] or None
             with exit_codes.errors(given.get("as_json", False)):
-                server = Server(target, wait, typing.cast(DoorOptions, chosen), given.get("as_json", False))
+                server = Server(
+                    target, wait, typing.cast(CredentialOptions, chosen), given.get("as_json", False)
+                )
                 command(server=server, **given)
 
         hints = typing.get_type_hints(command, include_extras=True)

@@ -15,7 +15,7 @@ from maskwire.cli import exit_codes
 from maskwire.cli.display import seconds_left, show, status_table, to_json
 from maskwire.cli.options import Json, Server, with_server
 from maskwire.client import Client
-from maskwire.credentials import Door
+from maskwire.credentials import Endpoint
 from maskwire.errors import UnavailableError, read_failure
 
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
@@ -57,7 +57,7 @@ def health(
     as_json: Json = False,
 ) -> None:
     """Exit 0 when the server is serving, 1 when it is not, 3 when it does not answer in --retry-for."""
-    door = Door.of(server.target, **server.door)
+    door = Endpoint.of(server.target, **server.door)
     with door.channel() as channel:
         # grpc.health.v1 in its own two bytes, so that the client needs no further package: the
         # request's field 1 is the service, the answer's field 1 the status, 1 for SERVING.
@@ -83,7 +83,7 @@ def health(
         raise typer.Exit(exit_codes.REFUSED)
 
 
-def _check(call: Any, request: bytes, seconds: float, door: Door) -> bool:
+def _check(call: Any, request: bytes, seconds: float, door: Endpoint) -> bool:
     deadline = time.monotonic() + seconds
     while True:
         left = max(0.01, deadline - time.monotonic())
