@@ -58,7 +58,7 @@ def test_training_is_absolute_and_resumes(server: ServerProcess, texts: Path) ->
     assert (code, refused["reason"]) == (1, "DATA_CHANGED")
     assert "held_out was not set, is 0.3" in refused["error"]
     assert refused["error"].count("allow") == 1
-    assert "accept the change with --allow-changed-data" in refused["error"]
+    assert "continue with the changed data (--allow-changed-data)" in refused["error"]
     code, out, _ = run(*held_out, "--allow-changed-data")
     assert code == 0
     assert json.loads(out)["steps"] == 3

@@ -45,7 +45,7 @@ CODES = {
 
 DATA_IN_USE = "DATA_IN_USE"  # of an error without a reason
 _CURES = {
-    "DATA_CHANGED": {"with allow_changed_data": "with --allow-changed-data"},
+    "DATA_CHANGED": {"(allow_changed_data)": "(--allow-changed-data)"},
     DATA_IN_USE: {
         "or open the data again": "or run the command again; `maskwire train` then needs --allow-changed-data"
     },
