@@ -183,7 +183,7 @@ async def finds_that_it_is_too_old_for_the_digest(server: ServerProcess, client:
         await trainer.train_step(tokens(0))
         assert (await trainer.status()).digest_version == 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("maskwire.protocol.writer.VERSIONS", (1,))
+        patch.setattr("maskwire.protocol.session.VERSIONS", (1,))
         with pytest.raises(DigestVersionError, match="needs version 2, this client computes 1"):
             async with client.connect(server.address, name="old"):
                 pass
