@@ -59,7 +59,6 @@ _REMEDIES = {
     "RECOVERING": {
         "; retry with the same request id": "; run the command again",
         "; retry": "; run the command again",
-        "; ask again": "; run the command again",
     },
 }
 """By reason: the remedy for Python code that a message contains, and the one for the command line."""
