@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from demo.library import python_sources
-from maskwire.data.token_data import ByteData
+from maskwire.data.file_data import ByteData
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.results import EvalOptions

@@ -22,7 +22,7 @@ import maskwire
 from demo.generating import Writing
 from demo.library import python_sources
 from demo.server import ServerProcess
-from maskwire.data.token_data import ByteData
+from maskwire.data.file_data import ByteData
 from maskwire.results import EvalResult, StepResult
 
 FOLDER = Path("demo-run")

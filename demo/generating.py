@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import maskwire
 from demo.fourgram import FourGram
-from maskwire.data.token_data import ByteData
+from maskwire.data.file_data import ByteData
 
 SAMPLES, SHOWN = 16, 3
 GAP = 24  # bytes

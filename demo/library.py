@@ -5,7 +5,7 @@ from __future__ import annotations
 import sysconfig
 from pathlib import Path
 
-from maskwire.data.sources import find_files
+from maskwire.data.file_discovery import find_files
 
 LEFT_OUT = {"test", "tests", "site-packages", "idle_test", "lib2to3"}
 

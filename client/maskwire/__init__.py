@@ -16,7 +16,8 @@ from maskwire._version import __version__
 if TYPE_CHECKING:
     from maskwire import aio
     from maskwire.client import Client, Trainer, attach, connect
-    from maskwire.data.token_data import ByteData, FileTokens, TokenData, open_data
+    from maskwire.data.file_data import ByteData, FileTokens, open_data
+    from maskwire.data.token_data import TokenData
     from maskwire.errors import MaskwireError
     from maskwire.protocol.fit import StopTraining
 

@@ -20,7 +20,7 @@ from maskwire.cli import app, exit_codes
 from maskwire.client import Client
 from maskwire.errors import HaltedError
 
-NO_INTERVAL = "--save-best needs --eval-every, which says when to evaluate"
+NO_INTERVAL = "--save-best needs --eval-every, the number of steps between evaluations"
 COUNTING = [sys.executable, str(Path(__file__).resolve().parents[1] / "rpc" / "counting_server.py"), "0"]
 
 
@@ -45,7 +45,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
     return done.exit_code, done.stdout, done.stderr
 
 
-def test_training_is_absolute_and_resumes(server: ServerProcess, texts: Path) -> None:
+def test_until_step_is_absolute_and_training_resumes(server: ServerProcess, texts: Path) -> None:
     metrics = texts.parent / "metrics.jsonl"
     common = ["train", texts, "--target", server.address, "--length", 64, "--batch-size", 4, "--json"]
     code, out, err = run(*common, "--until-step", 5, "--metrics", metrics)
@@ -58,7 +58,7 @@ def test_training_is_absolute_and_resumes(server: ServerProcess, texts: Path) ->
     assert (code, refused["reason"]) == (1, "DATA_CHANGED")
     assert "held_out was not set, is 0.3" in refused["error"]
     assert refused["error"].count("allow") == 1
-    assert "continue with the changed data (--allow-changed-data)" in refused["error"]
+    assert "or continue with the changed data (--allow-changed-data)" in refused["error"]
     code, out, _ = run(*held_out, "--allow-changed-data")
     assert code == 0
     assert json.loads(out)["steps"] == 3
@@ -68,22 +68,22 @@ def test_training_is_absolute_and_resumes(server: ServerProcess, texts: Path) ->
         code, out, _ = run(*common[:-1], "--until-step", until)
         assert (code, out) == (
             0,
-            f"nothing to train: the run is at step 8 and --until-step {until} is absolute; give a larger one "
-            "to train on\n",
+            f"nothing to train: the run is at step 8 already, and --until-step {until} is an absolute "
+            "number; give a larger one to train further\n",
         )
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert all(line["tokens"] == 256 and len(line["digest"]) == 64 for line in lines)
 
 
-def test_status_health_and_evaluation(server: ServerProcess, texts: Path) -> None:
+def test_status_health_and_eval_print_text_and_json(server: ServerProcess, texts: Path) -> None:
     code, out, _ = run("status", "--target", server.address, "--json")
     assert (code, json.loads(out)["state"]) == (0, "SERVING")
     code, out, _ = run("status", "--target", server.address)
     assert code == 0
     assert "SERVING" in out
     code, out, _ = run("status", "--target", server.address, "--until-step", 10**6)
-    assert "to step 1000000" in out
+    assert "time to step 1000000" in out
     code, out, _ = run("status", "--target", server.address, "--until-step", 0, "--json")
     assert json.loads(out)["seconds_left"] == 0
     assert run("health", "--target", server.address)[:2] == (0, "serving\n")
@@ -95,7 +95,7 @@ def test_status_health_and_evaluation(server: ServerProcess, texts: Path) -> Non
     assert "bits per token" in out
 
 
-def test_an_evaluation_off_a_terminal_says_how_much_it_is_and_how_far(
+def test_eval_without_a_terminal_reports_the_rows_and_its_progress(
     server: ServerProcess, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("maskwire.progress.PLAIN_EVERY_SECONDS", 0)
@@ -103,14 +103,14 @@ def test_an_evaluation_off_a_terminal_says_how_much_it_is_and_how_far(
     code, _, err = run(*common)
     assert code == 0
     first, *lines = err.splitlines()
-    assert first == "evaluating 80 rows, all of the data; --rows takes fewer"
+    assert first == "evaluating 80 rows, all of the data; limit it with --rows"
     assert [line.partition("rows")[0] for line in lines] == ["evaluating: 40 of 80 ", "evaluating: 80 of 80 "]
     monkeypatch.setattr("maskwire.progress.PLAIN_EVERY_SECONDS", 1e9)
     assert run(*common, "--rows", 3)[2] == "evaluating 3 rows\n", "a line at most every so many seconds"
     assert run(*common, "--rows", 3, "--json")[2] == ""
 
 
-def test_ctrl_c_in_an_evaluation_says_where_it_ended(
+def test_ctrl_c_during_eval_reports_the_rows_done(
     server: ServerProcess, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def evaluate(client: Client, data: object, on_progress: Callable[..., None], **_: object) -> None:
@@ -120,10 +120,10 @@ def test_ctrl_c_in_an_evaluation_says_where_it_ended(
     monkeypatch.setattr(Client, "evaluate", evaluate)
     code, out, err = run("eval", texts, "--target", server.address, "--length", 400)
     assert (code, out) == (130, "")
-    assert err.splitlines()[-1] == "interrupted after 40 of 80 rows; nothing was changed"
+    assert err.splitlines()[-1] == "interrupted after 40 of 80 rows; the run was not changed"
 
 
-def test_rows_are_sampled_and_gaps_filled(server: ServerProcess) -> None:
+def test_generate_samples_rows_and_fills_gaps(server: ServerProcess) -> None:
     target = ["--target", server.address]
     code, out, err = run("generate", *target, "--count", 2, "--length", 3, "--seed", 97)
     assert (code, out) == (0, "abc\nbcd\n"), err
@@ -140,10 +140,10 @@ def test_rows_are_sampled_and_gaps_filled(server: ServerProcess) -> None:
         (["--order", "sideways"], 2, "must be one of random"),
         (["--count", 0], 2, "--count must be at least 1"),
         (["--prompt", ""], 2, "must not be empty"),
-        (["--prompt-ids", "1,x"], 2, "ids and gaps"),
+        (["--prompt-ids", "1,x"], 2, "comma-separated ids and gaps"),
         (["--prompt", "a~", "--gap", ""], 2, "--gap must not be empty"),
-        (["--prompt", "abc"], 1, "leave at least one"),
-        (["--row-seed", 1, "--row-seed", 2], 1, "one a row"),
+        (["--prompt", "abc"], 1, "at least one position to sample"),
+        (["--row-seed", 1, "--row-seed", 2], 1, "one seed per row"),
     ):
         found_code, _, err = run("generate", *target, *arguments)
         assert found_code == code, (arguments, err)
@@ -172,7 +172,7 @@ def test_checkpoints_are_saved_listed_and_restored(server: ServerProcess) -> Non
     assert run("checkpoint", "restore", "nothing", *target)[0] == 1
 
 
-def test_mistakes_have_their_exit_codes_and_no_traceback(server: ServerProcess, texts: Path) -> None:
+def test_each_mistake_has_its_exit_code_and_no_traceback(server: ServerProcess, texts: Path) -> None:
     nowhere = ["--target", "127.0.0.1:1", "--retry-for", "0.1"]
     for arguments, code, words in (
         (["status", *nowhere], 3, "is the server running"),
@@ -197,7 +197,11 @@ def test_mistakes_have_their_exit_codes_and_no_traceback(server: ServerProcess, 
         (["train", texts, "--target", server.address], 2, "--until-step"),
         (["train", texts, "--until-step", 99, "--save-best", "--target", server.address], 2, NO_INTERVAL),
         (["eval", texts, "--rows", 4, "--length", 9999, "--target", server.address], 1, "at most"),
-        (["health", "--service", "unknown", "--target", server.address], 2, "knows no service"),
+        (
+            ["health", "--service", "unknown", "--target", server.address],
+            2,
+            "--service must be empty or 'liveness', got 'unknown'",
+        ),
     ):
         found, _, err = run(*arguments)
         assert found == code, (arguments, err)
@@ -205,7 +209,7 @@ def test_mistakes_have_their_exit_codes_and_no_traceback(server: ServerProcess, 
         assert "Traceback" not in err
 
 
-def test_the_cure_is_the_option_of_the_command(server: ServerProcess, texts: Path) -> None:
+def test_errors_name_command_line_options_as_the_remedy(server: ServerProcess, texts: Path) -> None:
     with maskwire.connect(server.address, name="another"):
         code, _, err = run("train", texts, "--until-step", 99, "--target", server.address)
     assert code == 4
@@ -213,7 +217,7 @@ def test_the_cure_is_the_option_of_the_command(server: ServerProcess, texts: Pat
     assert "`maskwire status" not in run("status", "--target", "127.0.0.1:1", "--retry-for", "0.1")[2]
 
 
-def test_a_file_that_changes_under_a_command_says_what_to_run(
+def test_a_data_file_that_changes_during_a_command_names_the_option_to_continue(
     texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = maskwire.open_data(texts, length=8, batch_size=2)
@@ -226,7 +230,7 @@ def test_a_file_that_changes_under_a_command_says_what_to_run(
     assert capsys.readouterr().err.endswith(words)
 
 
-def test_a_halted_run_says_which_option_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_halted_run_names_the_option_that_resumes_it(capsys: pytest.CaptureFixture[str]) -> None:
     words = "three steps in a row were not finite; look at the data, then open a session with takeover"
     with pytest.raises(typer.Exit), exit_codes.errors(as_json=False):
         raise HaltedError(words, reason="HALTED")

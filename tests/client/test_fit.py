@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from maskwire.client import run_fit
-from maskwire.data.token_data import ByteData
+from maskwire.data.file_data import ByteData
 from maskwire.errors import DataMismatchError
 from maskwire.protocol.fit import FitResult
 from maskwire.protocol.fit import fit as training_loop

@@ -1,4 +1,4 @@
-"""Whatever becomes of its output, a command ends as its work did, and shows the result first."""
+"""A command whose output is lost still does its work and ends with the right exit code."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def text(tmp_path: Path) -> Path:
 def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     words = [str(BIN / str(arguments[0])), *map(str, arguments[1:])]
-    if {"env", "preexec_fn"} & options.keys():  # its streams are opened by the interpreter that starts
+    if {"env", "preexec_fn"} & options.keys():  # these need a fresh interpreter
         return subprocess.run(words, timeout=100, check=False, **options)
     return fork_server.run(words, **options)
 
@@ -89,7 +89,7 @@ ENCODINGS: dict[str, dict[str, str]] = {
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
-def test_results_are_shown_in_every_encoding(server: ServerProcess, text: Path, name: str) -> None:
+def test_results_are_printed_in_every_encoding(server: ServerProcess, text: Path, name: str) -> None:
     env = {**os.environ, **ENCODINGS[name]}
     for arguments, words in (
         (["maskwire", "eval", text, "--rows", 2, "--length", 16, "-t", server.address], b"bits per token"),
@@ -110,7 +110,7 @@ def test_samples_that_cannot_be_encoded_are_replaced(server: ServerProcess) -> N
 
 
 @pytest.mark.parametrize("closed", [(2,), (0, 1, 2)], ids=str)
-def test_closed_descriptors_cost_nothing(
+def test_closed_file_descriptors_do_not_affect_training(
     server: ServerProcess, text: Path, tmp_path: Path, closed: tuple[int, ...]
 ) -> None:
     until, metrics = step(server) + 2, tmp_path / "metrics.jsonl"
@@ -120,13 +120,11 @@ def test_closed_descriptors_cost_nothing(
         assert done.stdout.startswith(f"step {until}".encode())
         assert b"tokens/s  0 s left" not in done.stdout, "progress belongs on stderr"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert [line["step"] for line in lines if "outcome" in line] == [until - 1, until], (
-        "and nothing else in it"
-    )
+    assert [line["step"] for line in lines if "outcome" in line] == [until - 1, until], "and no other lines"
 
 
 @pytest.mark.parametrize("streams", [("stdout",), ("stdout", "stderr")], ids="+".join)
-def test_a_reader_that_has_gone_costs_nothing(
+def test_a_closed_pipe_does_not_affect_the_command(
     server: ServerProcess, text: Path, streams: tuple[str, ...]
 ) -> None:
     reading, writing = os.pipe()
@@ -145,13 +143,13 @@ def test_a_reader_that_has_gone_costs_nothing(
                 assert done.stderr == b"", arguments
         assert step(server) == until
         refused = command("maskwire", "status", "-t", "127.0.0.1:1", "--retry-for", 0.1, **pipes)
-        assert refused.returncode == 3, "a failure stays one"
+        assert refused.returncode == 3, "a failure keeps its exit code"
     finally:
         os.close(writing)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_under_stdout_is_not_wrong_usage(server: ServerProcess, text: Path) -> None:
+def test_a_full_disk_under_stdout_has_its_own_exit_code(server: ServerProcess, text: Path) -> None:
     until = step(server) + 1
     with Path("/dev/full").open("w") as full:
         for arguments in (
@@ -172,7 +170,7 @@ def test_a_full_disk_under_stdout_is_not_wrong_usage(server: ServerProcess, text
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_under_the_metrics_costs_no_step(server: ServerProcess, text: Path) -> None:
+def test_a_full_disk_under_the_metrics_loses_no_step(server: ServerProcess, text: Path) -> None:
     until = step(server) + 5
     done = command(*train(server, text, until, "--metrics", "/dev/full", "--json"))
     assert done.returncode == 7
@@ -181,11 +179,13 @@ def test_a_full_disk_under_the_metrics_costs_no_step(server: ServerProcess, text
     error = json.loads(done.stderr.splitlines()[-1])
     assert error["error"].startswith("/dev/full: no more lines are written (No space left on device)")
     done = command(*train(server, text, until + 1, "--metrics", text.parent / "none" / "metrics.jsonl"))
-    assert (done.returncode, step(server)) == (2, until), "a path that is not there is said before any step"
+    assert (done.returncode, step(server)) == (2, until), (
+        "a path that does not exist is refused before any step"
+    )
 
 
 class Answering:
-    """As much of a Trainer as `fit` needs for steps that are answered at once."""
+    """The part of a Trainer that `fit` needs; steps are answered at once."""
 
     def __init__(self) -> None:
         self.step, self.lineage, self.run_id, self.digest = 0, 1, "run", b"d" * 32
@@ -216,20 +216,20 @@ class Rows:
 
 
 class Failing(io.StringIO):
-    """A stream whose disk is full."""
+    """A stream on a full disk."""
 
     def write(self, text: str) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
 class Narrow(io.TextIOWrapper):
-    """A stream that takes ASCII alone."""
+    """A stream that accepts only ASCII."""
 
     def __init__(self) -> None:
         super().__init__(io.BytesIO(), encoding="ascii", errors="strict")
 
 
-def test_fit_without_stderr_and_with_a_broken_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_trains_without_stderr_and_with_a_broken_one(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = io.StringIO()
     closed.close()
     for stream in (None, closed, Failing(), Narrow()):
@@ -240,7 +240,7 @@ def test_fit_without_stderr_and_with_a_broken_one(monkeypatch: pytest.MonkeyPatc
     assert stream.buffer.getvalue().endswith(b"?" * len(DISPLAY) + b"\n")
 
 
-def test_metrics_are_not_written_into_the_data(text: Path) -> None:
+def test_a_metrics_file_among_the_data_is_refused(text: Path) -> None:
     before, data = text.read_bytes(), Rows()
     data.files = [text]
     with pytest.raises(ValueError, match=r"a\.txt is a file of the data; name another file"):
@@ -252,7 +252,7 @@ def test_metrics_are_not_written_into_the_data(text: Path) -> None:
     "error", [ValueError("bad"), KeyError("bad"), OSError("bad"), TypeError("bad")], ids=repr
 )
 @pytest.mark.parametrize("as_json", [True, False], ids=["json", "words"])
-def test_an_error_in_showing_a_result_is_not_wrong_usage(
+def test_an_error_while_showing_a_result_prints_it_in_plain_form(
     server: ServerProcess, monkeypatch: pytest.MonkeyPatch, error: Exception, as_json: bool
 ) -> None:
     def fail(*_: object, **__: object) -> Any:
@@ -263,18 +263,18 @@ def test_an_error_in_showing_a_result_is_not_wrong_usage(
         app, ["checkpoint", "list", "-t", server.address, *(["--json"] if as_json else [])]
     )
     assert done.exit_code == 7, done.output
-    assert "step-000000000" in done.stdout, "the result comes first, in whatever form"
-    assert "could not be shown as it should be" in done.stderr
+    assert "step-000000000" in done.stdout, "the result is printed in plain form"
+    assert "is printed in plain form, because formatting it failed" in done.stderr
 
 
-def test_sigterm_while_a_command_starts_has_the_exit_code_of_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_during_startup_has_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (None, 130)):
         monkeypatch.setattr(exit_codes, "_signal", number)
         assert exit_codes.by_signal(130) == code
         assert exit_codes.by_signal(3) == 3
 
 
-def test_the_server_commands_show_their_results_whatever_happens(tmp_path: Path) -> None:
+def test_server_commands_survive_closed_and_full_output(tmp_path: Path) -> None:
     server = ServerProcess(tmp_path / f"é {DISPLAY}", COUNTING, model__num_tokens="257", model__mask_id="256")
     server.start()
     assert server.stop() == 0
@@ -297,8 +297,8 @@ def test_the_server_commands_show_their_results_whatever_happens(tmp_path: Path)
     assert "\n" in config.read_text(encoding="utf-8")
 
 
-def test_a_server_keeps_serving_without_its_output(tmp_path: Path, text: Path) -> None:
-    """Neither a closed stderr nor a ready line that nobody reads ends it, and its files stay whole."""
+def test_a_server_keeps_serving_after_its_output_is_closed(tmp_path: Path, text: Path) -> None:
+    """A closed stderr and an unread ready line do not end the server, and its files stay intact."""
     flags = ["--set", "model.dim=32", "--set", "model.depth=1", "--set", "model.heads=1", "--set",
              "model.dim_head=32", "--set", "model.max_seq_len=16", "--set", "model.num_tokens=257",
              "--set", "model.mask_id=256", "--set", "serve.threads=1"]  # fmt: skip
@@ -319,6 +319,6 @@ def test_a_server_keeps_serving_without_its_output(tmp_path: Path, text: Path) -
     assert command("maskwire-server", "verify", "--run-dir", tmp_path / "run").returncode == 0
 
 
-def test_both_packages_protect_their_streams_alike() -> None:
+def test_both_packages_have_the_same_streams_module() -> None:
     client = ROOT / "client" / "maskwire" / "streams.py"
     assert client.read_text() == (ROOT / "server" / "maskwire_server" / "cli" / "streams.py").read_text()

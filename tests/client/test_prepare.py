@@ -1,4 +1,4 @@
-"""Text to packed ids, by bytes and by a real tokenizer."""
+"""Text becomes packed ids, as bytes and by a real tokenizer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from maskwire.data.file_data import open_data
 from maskwire.data.prepare import prepare
-from maskwire.data.token_data import Meta, open_data
+from maskwire.data.prepared_folder import PreparedMetadata
 
 TEXTS = {"b.txt": "the cat sat on the mat", "a.txt": "the dog sat on the log\n", "c/d.txt": "čeština, 日本語"}
 
@@ -43,19 +44,19 @@ def tokenizer(tmp_path: Path) -> Path:
     return path
 
 
-def test_bytes_become_one_packed_file_with_its_documents(texts: Path, tmp_path: Path) -> None:
+def test_bytes_are_packed_into_one_file_with_document_ends(texts: Path, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     meta = prepare(texts, tmp_path / "out", on_progress=lambda *place: told.append(place))
     total = sum(len(text.encode()) for text in TEXTS.values())
     assert (meta.num_tokens, meta.mask_id, meta.dtype, meta.tokenizer) == (257, 256, "uint8", "bytes")
     assert (meta.tokens, meta.text_bytes, meta.documents) == (total, total, 3)
     assert told[-1] == (total, total)
-    assert Meta.read(tmp_path / "out") == meta
+    assert PreparedMetadata.read(tmp_path / "out") == meta
     packed = (tmp_path / "out" / "tokens.bin").read_bytes()
     assert packed == b"".join(TEXTS[name].encode() for name in ("a.txt", "b.txt", "c/d.txt"))
 
 
-def test_a_tokenizers_file_gives_its_ids_and_keeps_its_hash(
+def test_a_tokenizer_encodes_each_document_and_its_hash_is_recorded(
     texts: Path, tmp_path: Path, tokenizer: Path
 ) -> None:
     from tokenizers import Tokenizer
@@ -93,13 +94,13 @@ def special(tokenizer: Path, template: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("<s> $A </s>", "each document starts with id {<s>} and ends with id {</s>}, as the tokenizer"),
-        ("$A <|endoftext|>", "each document ends with id {<|endoftext|>}, as the tokenizer"),
-        ("[CLS] <s> $A", "each document starts with id {[CLS]}, {<s>}, as the tokenizer"),
-        ("$A", "special tokens around each document: none, the tokenizer adds no BOS or EOS"),
+        ("<s> $A </s>", "each document starts with id {<s>} and ends with id {</s>}, added by the tokenizer"),
+        ("$A <|endoftext|>", "each document ends with id {<|endoftext|>}, added by the tokenizer"),
+        ("[CLS] <s> $A", "each document starts with id {[CLS]}, {<s>}, added by the tokenizer"),
+        ("$A", "special tokens around each document: none, because the tokenizer adds none"),
     ],
 )
-def test_the_special_tokens_of_the_tokenizer_are_kept_and_named(
+def test_special_tokens_are_added_and_reported(
     texts: Path, tmp_path: Path, tokenizer: Path, template: str, words: str
 ) -> None:
     from tokenizers import Tokenizer
@@ -115,7 +116,7 @@ def test_the_special_tokens_of_the_tokenizer_are_kept_and_named(
     for name, token in ids.items():
         words = words.replace(f"{{{name}}}", str(token))
     assert words in said.stdout
-    meta = Meta.read(tmp_path / "kept")
+    meta = PreparedMetadata.read(tmp_path / "kept")
     assert (meta.document_start, meta.document_end) == (before, after)
     loaded = Tokenizer.from_file(str(tokenizer))
     loaded.no_truncation()
@@ -131,7 +132,7 @@ def test_the_special_tokens_of_the_tokenizer_are_kept_and_named(
     said = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "bare"), "--no-special-tokens"])
     assert "none (--no-special-tokens)" in said.stdout
     assert documents(tmp_path / "bare") == bare
-    assert Meta.read(tmp_path / "bare").document_start == []
+    assert PreparedMetadata.read(tmp_path / "bare").document_start == []
 
 
 def digits(folder: Path, kind: str) -> Path:
@@ -157,7 +158,7 @@ def digits(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordlevel", "wordpiece", "unigram"])
-def test_the_special_tokens_are_learned_from_the_texts_themselves(tmp_path: Path, kind: str) -> None:
+def test_special_tokens_are_detected_from_encoded_texts(tmp_path: Path, kind: str) -> None:
     (tmp_path / "texts").mkdir()
     # The first text has no token of its own, the second begins and ends as the tokenizer's template does.
     for name, text in {"a": "\n", "b": "[BOS] 3 [EOS]", "c": "4 5"}.items():
@@ -169,7 +170,7 @@ def test_the_special_tokens_are_learned_from_the_texts_themselves(tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["wordlevel", "wordpiece", "unigram"])
-def test_a_text_that_cannot_be_encoded_is_named_with_the_cure(tmp_path: Path, kind: str) -> None:
+def test_a_text_that_cannot_be_encoded_is_an_error_with_a_remedy(tmp_path: Path, kind: str) -> None:
     from typer.testing import CliRunner
 
     from maskwire.cli import app
@@ -187,22 +188,22 @@ def test_a_text_that_cannot_be_encoded_is_named_with_the_cure(tmp_path: Path, ki
     assert not (tmp_path / "out").exists()
 
 
-def test_special_tokens_alone_are_nothing_to_train_on(tmp_path: Path) -> None:
+def test_texts_that_yield_only_special_tokens_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc")
-    with pytest.raises(ValueError, match="the tokenizer made no token of the text"):
+    with pytest.raises(ValueError, match="the tokenizer produced no tokens from the text"):
         prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer=digits(tmp_path, "bpe"))
 
 
-def test_folders_that_were_prepared_before_special_tokens_are_read(texts: Path, tmp_path: Path) -> None:
+def test_folders_prepared_by_older_versions_are_read(texts: Path, tmp_path: Path) -> None:
     meta = prepare(texts, tmp_path / "out")
     path = tmp_path / "out" / "maskwire-data.json"
     fields = json.loads(path.read_text())
     del fields["document_start"], fields["document_end"]
     path.write_text(json.dumps(fields))
-    assert Meta.read(tmp_path / "out") == meta
+    assert PreparedMetadata.read(tmp_path / "out") == meta
 
 
-def test_a_large_vocabulary_is_packed_in_four_bytes(texts: Path, tmp_path: Path) -> None:
+def test_a_large_vocabulary_is_packed_as_int32(texts: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {word for text in TEXTS.values() for word in text.split()}
@@ -217,31 +218,33 @@ def test_a_large_vocabulary_is_packed_in_four_bytes(texts: Path, tmp_path: Path)
     assert np.fromfile(tmp_path / "out" / "tokens.bin", dtype="<i4").max() < meta.mask_id
 
 
-def test_what_is_there_stays_unless_it_is_to_be_replaced(texts: Path, tmp_path: Path) -> None:
+def test_an_existing_folder_is_replaced_only_with_force(texts: Path, tmp_path: Path) -> None:
     first = prepare(texts, tmp_path / "out")
-    with pytest.raises(ValueError, match="replace it with --force"):
+    with pytest.raises(
+        ValueError, match="choose another folder, or replace the prepared data in it with --force"
+    ):
         prepare(texts, tmp_path / "out")
     assert prepare(texts, tmp_path / "out", force=True) == first
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="exists; name another"):
+    with pytest.raises(ValueError, match=r"already exists; choose another folder$"):
         prepare(texts, tmp_path / "mine", force=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def test_a_failure_names_the_file_and_leaves_nothing(texts: Path, tmp_path: Path, tokenizer: Path) -> None:
+def test_a_failure_names_the_file_and_leaves_no_output(texts: Path, tmp_path: Path, tokenizer: Path) -> None:
     (texts / "z.txt").write_bytes(b"abc\xff")
     with pytest.raises(ValueError, match=r"z\.txt: not UTF-8 at byte 3"):
         prepare(texts, tmp_path / "out", tokenizer=tokenizer)
     with pytest.raises(ValueError, match="there is no file"):
         prepare(texts, tmp_path / "out", tokenizer=tmp_path / "none.json")
     (tmp_path / "junk.json").write_text(json.dumps({"a": 1}))
-    with pytest.raises(ValueError, match="not a tokenizers file"):
+    with pytest.raises(ValueError, match=r"not a tokenizer\.json"):
         prepare(texts, tmp_path / "out", tokenizer=tmp_path / "junk.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["junk.json", "texts", "tokenizer.json"]
 
 
-def test_without_the_extra_it_says_what_to_install(
+def test_without_the_extra_the_error_says_what_to_install(
     texts: Path, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)

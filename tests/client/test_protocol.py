@@ -9,11 +9,12 @@ import pytest
 
 from maskwire.errors import ConflictError, DigestMismatchError, Failure, InvalidRequestError, UnavailableError
 from maskwire.protocol.calls import Calls
-from maskwire.protocol.codec import decode_batch, encode_batch, hash_of, step_request
+from maskwire.protocol.codec import hash_of, step_request
 from maskwire.protocol.effects import Call, Conversation, Emit, Pause, Receive, Until
 from maskwire.protocol.ledger import Ledger
 from maskwire.protocol.pending_step import PendingStep
 from maskwire.protocol.retry import RetryPolicy
+from maskwire.protocol.token_batch import decode_batch, encode_batch
 from maskwire.protocol.writer import Writer
 from maskwire.results import StepResult
 from maskwire.v1 import training_service_pb2 as pb
@@ -128,7 +129,7 @@ def test_prompts_are_packed_row_major_lowest_bit_first() -> None:
     [
         (lambda: encode_batch([1, 2]), "1 dimensions"),
         (lambda: encode_batch([[0.5]]), "must be integers, got float64"),
-        (lambda: encode_batch(IDS, lengths=[1]), "one a row, 2"),
+        (lambda: encode_batch(IDS, lengths=[1]), "one length per row, 2"),
         (lambda: encode_batch([[1], [2, 3]], lengths=[1, 2]), "left out"),
         (lambda: encode_batch(IDS, prompt_mask=np.ones((2, 3))), "must be bool"),
         (lambda: encode_batch(IDS, prompt_mask=np.ones((1, 3), dtype=bool)), "must be bool"),

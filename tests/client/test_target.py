@@ -202,7 +202,7 @@ def test_the_end_of_the_patience_says_what_was_asked_for_and_where_to_look() -> 
     assert ended.endswith("the address right? `maskwire status -t box:1` shows its state.")
 
 
-@pytest.mark.parametrize("advice", ["", "; ask again", "; ask again with the same request id"])
+@pytest.mark.parametrize("advice", ["", "; retry", "; retry with the same request id", "; ask again"])
 def test_who_waits_is_not_told_to_ask_again(advice: str) -> None:
     refused = Failure(UnavailableError(f"the server is recovering{advice}", reason="RECOVERING"), True)
     conversation = Conversation(retry_for=5)

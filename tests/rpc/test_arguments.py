@@ -1,4 +1,4 @@
-"""What people pass by mistake, and what they are told; both clients alike."""
+"""Wrong arguments are refused with advice, by both clients alike."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from serving import ServerProcess
 import maskwire
 import maskwire.aio
 from maskwire.protocol import codec
-from maskwire.protocol.codec import encode_batch
 from maskwire.protocol.evaluation import EvaluationPlan
 from maskwire.protocol.options import EvalOptions, GenerateOptions, StepOptions
+from maskwire.protocol.token_batch import encode_batch
 
 Serve = Callable[..., ServerProcess]
 TOKENS = np.arange(8).reshape(2, 4)
-# Smaller ids are faults to the counter trainer.
+# The counter trainer injects faults for smaller ids.
 DATA = maskwire.TokenData([np.arange(10, 16)], length=4, batch_size=2)
 
 
 class DataLoader:
-    """As much of torch's as there is to recognise it by."""
+    """The attributes by which a torch DataLoader is recognised."""
 
     batch_size = 2
 
@@ -40,7 +40,7 @@ class DataLoader:
         return 1
 
 
-def test_the_names_that_are_known_are_those_of_the_types() -> None:
+def test_the_known_options_are_those_of_the_typed_dicts() -> None:
     assert set(codec.STEP_OPTIONS) == set(StepOptions.__annotations__)
     assert set(codec.EVAL_OPTIONS) == set(EvalOptions.__annotations__)
     own = {"count", "order", "self_cond_mode"}
@@ -75,7 +75,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_argument_is_refused_with_the_right_one(shared: ServerProcess, case: str) -> None:
+def test_a_wrong_argument_is_refused_with_a_suggestion(shared: ServerProcess, case: str) -> None:
     call, words = WRONG[case]
     with maskwire.connect(shared.address) as trainer, pytest.raises(TypeError, match=words):
         call(trainer)
@@ -107,9 +107,7 @@ WRONG_NUMBERS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG_NUMBERS)
-def test_a_number_that_cannot_be_right_is_refused_with_what_would_be(
-    shared: ServerProcess, case: str
-) -> None:
+def test_a_number_out_of_range_is_refused_with_the_range(shared: ServerProcess, case: str) -> None:
     call, words = WRONG_NUMBERS[case]
     with maskwire.connect(shared.address) as trainer, pytest.raises(ValueError, match=words):
         call(trainer)
@@ -123,7 +121,7 @@ def test_a_number_that_cannot_be_right_is_refused_with_what_would_be(
 
 
 @pytest.mark.parametrize("name", ["name", "takeover", "window", "on_takeover"])
-def test_an_argument_of_connect_is_named_as_such_when_attach_gets_it(name: str) -> None:
+def test_attach_refuses_arguments_of_connect(name: str) -> None:
     for package in (maskwire, maskwire.aio):
         words = rf"attach\(\) has no argument '{name}', which is connect\(\)'s: attach opens no session"
         with pytest.raises(TypeError, match=words):
@@ -133,7 +131,7 @@ def test_an_argument_of_connect_is_named_as_such_when_attach_gets_it(name: str) 
 @pytest.mark.parametrize(
     ("tokens", "shape"), [([], r"\[0\]"), ([[]], r"\[1, 0\]"), (np.zeros((0, 4), int), r"\[0, 4\]")]
 )
-def test_an_empty_batch_is_called_one(tokens: Any, shape: str) -> None:
+def test_an_empty_batch_is_refused(tokens: Any, shape: str) -> None:
     for request in (lambda: codec.step_request("id", tokens), lambda: codec.eval_request(tokens)):
         with pytest.raises(ValueError, match=f"at least one row and one column, got an empty batch {shape}"):
             request()
@@ -148,13 +146,13 @@ def test_an_empty_batch_is_called_one(tokens: Any, shape: str) -> None:
         (np.ones((2, 4)), r"prompt_mask: row 0 must be bool \[4\].*got float64 \[4\]"),
     ],
 )
-def test_a_mask_of_a_whole_evaluation_is_named_by_its_row_of_all(mask: Any, words: str) -> None:
+def test_a_wrong_mask_is_named_by_its_row(mask: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         EvaluationPlan([[1, 2, 3, 4], [5, 6]], rows=None, batch_size=None, prompt_mask=mask)
 
 
 @pytest.mark.parametrize("window", [0, -1, 2.0, True])
-def test_a_window_that_is_no_number_of_steps_is_refused(window: Any) -> None:
+def test_a_window_that_is_not_a_positive_integer_is_refused(window: Any) -> None:
     with pytest.raises(ValueError, match=f"window must be .*at least 1, got {window}"):
         maskwire.connect("127.0.0.1:1", window=window)
     with pytest.raises(ValueError, match=f"window must be .*at least 1, got {window}"):
@@ -172,7 +170,7 @@ def test_a_window_that_is_no_number_of_steps_is_refused(window: Any) -> None:
         lambda: codec.step_request("id", TOKENS, learning_rate=True),
     ],
 )
-def test_a_value_that_is_not_the_number_asked_for_is_named(call: Callable[[], Any]) -> None:
+def test_a_value_of_the_wrong_type_is_refused_with_its_name(call: Callable[[], Any]) -> None:
     with pytest.raises(TypeError, match=r"(steps|count|temperature|draws|learning_rate) cannot be"):
         call()
 
@@ -198,15 +196,15 @@ def test_a_wrong_argument_of_connect_is_refused(option: str, words: str) -> None
         ([4, 0], "got 0 for row 1"),
         ([4, -1], "got -1 for row 1"),
         ([2**32 + 3, 1], "got 4294967299 for row 0"),
-        ([1, 2, 3], "one a row, 2"),
+        ([1, 2, 3], "one length per row, 2"),
     ],
 )
-def test_lengths_beyond_the_columns_are_refused(lengths: list[int], words: str) -> None:
+def test_lengths_outside_the_columns_are_refused(lengths: list[int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         encode_batch(TOKENS, lengths=lengths)
 
 
-def test_a_mask_of_rows_that_differ_in_length_is_that_of_padded_ones() -> None:
+def test_a_ragged_mask_encodes_like_a_padded_one() -> None:
     ragged = encode_batch([[1, 2, 3], [4]], prompt_mask=[[True, False, True], [False]])
     even = encode_batch([[1, 2, 3], [4]], prompt_mask=np.array([[1, 0, 1], [0, 0, 0]], dtype=bool))
     padded = encode_batch([[1, 2, 3], [4, 0, 0]], lengths=[3, 1], prompt_mask=[[True, False, True], [False]])
@@ -220,15 +218,15 @@ def test_a_mask_of_rows_that_differ_in_length_is_that_of_padded_ones() -> None:
         ([[True, False], [False]], r"row 0 must be bool \[3\], as long as its tokens, got bool \[2\]"),
         ([[True, False, True], [False, True]], r"row 1 must be bool \[1\]"),
         ([[1, 0, 1], [0]], r"row 0 must be bool \[3\].*got int64"),
-        ([[True, False, True], [False], [False]], "one row a row of tokens, 2, got 3"),
+        ([[True, False, True], [False], [False]], "as many rows as tokens, 2, got 3"),
     ],
 )
-def test_a_ragged_mask_that_does_not_fit_is_named_by_its_row(mask: Any, words: str) -> None:
+def test_a_ragged_mask_that_does_not_fit_is_refused_by_row(mask: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         encode_batch([[1, 2, 3], [4]], prompt_mask=mask)
 
 
-def test_a_ragged_mask_is_evaluated_and_filled(shared: ServerProcess) -> None:
+def test_ragged_masks_work_in_evaluation_and_generation(shared: ServerProcess) -> None:
     mask = [[True, False, False], [False]]
     with maskwire.attach(shared.address) as client:
         found = client.eval_loss([[1, 2, 3], [4]], prompt_mask=mask, draws=2)
@@ -255,7 +253,7 @@ BY_FIT: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", BY_FIT)
-def test_a_stop_iteration_from_a_callback_is_an_error_that_names_it(serve: Serve, name: str) -> None:
+def test_stop_iteration_from_a_callback_is_an_error_that_names_it(serve: Serve, name: str) -> None:
     address, call = serve().address, BY_FIT[name]
     words = f"{name} raised StopIteration.*maskwire.StopTraining"
     with maskwire.connect(address) as trainer, pytest.raises(RuntimeError, match=words):
@@ -269,7 +267,7 @@ def test_a_stop_iteration_from_a_callback_is_an_error_that_names_it(serve: Serve
     asyncio.run(main())
 
 
-def test_fit_ends_early_when_it_is_told_to(serve: Serve) -> None:
+def test_stop_training_ends_fit_early(serve: Serve) -> None:
     server = serve(seconds=0)
     seen: list[int] = []
 
@@ -286,7 +284,7 @@ def test_fit_ends_early_when_it_is_told_to(serve: Serve) -> None:
         assert found.stopped
         assert not found.interrupted
         assert seen == [1, 2, 3]
-        assert found.step == trainer.step < 3 + 4 + 1, "what was in flight was taken"
+        assert found.step == trainer.step < 3 + 4 + 1, "steps in flight were applied"
         assert not trainer.fit(DATA, until_step=trainer.step + 1, progress=False).stopped
 
     async def main() -> None:
@@ -304,7 +302,7 @@ def test_fit_ends_early_when_it_is_told_to(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("asyncio_too", [False, True])
-def test_a_learning_rate_that_has_reached_0_is_said_once(
+def test_a_learning_rate_of_zero_is_reported_once(
     serve: Serve, caplog: pytest.LogCaptureFixture, asyncio_too: bool
 ) -> None:
     address = serve(
@@ -327,7 +325,9 @@ def test_a_learning_rate_that_has_reached_0_is_said_once(
                 trainer.train_step(TOKENS)
                 trainer.train_step(TOKENS, learning_rate=0.0)
                 trainer.train_step(TOKENS)
-                assert not caplog.records, "the schedule's own last step, and one that was told so"
+                assert not caplog.records, (
+                    "not for the last step of the schedule, nor for an explicit learning rate"
+                )
                 for _ in range(3):
                     trainer.train_step(TOKENS)
     (record,) = caplog.records

@@ -23,6 +23,7 @@ import maskwire.aio
 from maskwire.errors import (
     CheckpointError,
     DataMismatchError,
+    DigestVersionError,
     FencedError,
     InvalidRequestError,
     MaskwireError,
@@ -177,6 +178,17 @@ async def refuses_with_the_same_errors(server: ServerProcess, client: Any) -> No
             await nowhere.status()
 
 
+async def finds_that_it_is_too_old_for_the_digest(server: ServerProcess, client: Any) -> None:
+    async with client.connect(server.address, name="new") as trainer:
+        await trainer.train_step(tokens(0))
+        assert (await trainer.status()).digest_version == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("maskwire.protocol.session.VERSIONS", (1,))
+        with pytest.raises(DigestVersionError, match="needs version 2, this client computes 1"):
+            async with client.connect(server.address, name="old"):
+                pass
+
+
 async def fits_with_evaluations_and_metrics(server: ServerProcess, client: Any) -> None:
     metrics = server.folder / "metrics.jsonl"
 
@@ -292,6 +304,7 @@ BODIES: list[Body] = [
     asks_for_a_generation_until_a_server_is_there,
     trains_evaluates_and_checkpoints,
     refuses_with_the_same_errors,
+    finds_that_it_is_too_old_for_the_digest,
     fits_with_evaluations_and_metrics,
     goes_on_after_a_kill,
     downloads_beside_the_writer,

@@ -188,7 +188,7 @@ def test_a_chain_rule_over_the_limit_is_refused_with_the_limit(serve: Callable[.
         # 2 rows of 16 columns take 16 passes each, and a pass counts at least 64 columns: 2 * 16 * 64.
         rows = np.arange(32).reshape(2, 16) % 16
         assert client.eval_loss(rows, estimator="chain_rule").tokens == 32
-        words = r"push 4096 positions through the model, at most 2048 \(serve.max_read_tokens\)"
+        words = r"at most 2048 positions through the model \(serve.max_read_tokens\), got 4096"
         with pytest.raises(InvalidRequestError, match=words) as raised:
             client.eval_loss(rows, estimator="chain_rule", chain_order="random", draws=2)
         assert raised.value.field == "batch.shape"

@@ -1,4 +1,4 @@
-"""The command `maskwire`. `maskwire.cli.exit_codes` has its exit codes."""
+"""The command `maskwire`. Its exit codes are in `maskwire.cli.exit_codes`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from maskwire.cli.train import train
 
 app = typer.Typer(
     name="maskwire",
-    help="Train a masked-token model on another machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,9 +37,18 @@ app.command()(health)
 @app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Train a masked-token model on another machine."""
+    """Train, evaluate and sample a masked-token model that a maskwire server holds.
+
+    Start a server first, on this machine or another:
+
+    maskwire-server init && maskwire-server serve --config maskwire.toml
+
+    Then train on a folder of text files:
+
+    maskwire train FOLDER --until-step 1000
+    """
     if version:
         typer.echo(__version__)
         raise typer.Exit

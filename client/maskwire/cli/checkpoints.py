@@ -23,15 +23,25 @@ checkpoint_app = typer.Typer(
 def save(
     server: Server,
     name: Annotated[
-        str, typer.Argument(help="Lower-case letters, digits, - and _; by default the server's choice.")
+        str,
+        typer.Argument(
+            show_default=False,
+            help="Lower-case letters, digits, - and _. By default the server chooses a name.",
+        ),
     ] = "",
-    label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE, kept with it; may be repeated.")] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Label to store with the checkpoint; may be repeated."),
+    ] = None,
     score: Annotated[
-        float | None, typer.Option(help="What the state is worth, lower is better; the best is kept.")
+        float | None,
+        typer.Option(
+            help="Score of this state, lower is better. The server keeps the best-scored checkpoints."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Save the run's state."""
+    """Save the run as a checkpoint, at the current step."""
     labels = dict(text.partition("=")[::2] for text in label or [])
     with server.attach() as client:
         info = client.checkpoint(name, labels=labels, score=score)
@@ -51,10 +61,10 @@ def list_checkpoints(server: Server, as_json: Json = False) -> None:
 @with_server(retry_for=60.0)
 def delete(
     server: Server,
-    name: Annotated[str, typer.Argument(help="The checkpoint to delete.")],
+    name: Annotated[str, typer.Argument(show_default=False, help="The checkpoint to delete.")],
     as_json: Json = False,
 ) -> None:
-    """Delete a checkpoint; refused while a start, a lineage or a download needs it."""
+    """Delete a checkpoint. Refused while a restart, a lineage or a download needs it."""
     with server.attach() as client:
         client.delete(name)
     show({"deleted": name}, as_json, lambda: f"{name} deleted")
@@ -64,45 +74,60 @@ def delete(
 @with_server(retry_for=60.0)
 def restore(
     server: Server,
-    name: Annotated[str, typer.Argument(help="The checkpoint to go back to.")],
-    expected_step: Annotated[int | None, typer.Option(help="Refuse unless the run is at this step.")] = None,
+    name: Annotated[str, typer.Argument(show_default=False, help="The checkpoint to restore.")],
+    expected_step: Annotated[
+        int | None, typer.Option(help="Restore only if the run is now at this step.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Go back to a checkpoint, on a new lineage; the run's writer must connect again."""
+    """Restore the run to a checkpoint. Training resumes there, on a new lineage.
+
+    A connected writer loses its session and must connect again.
+    """
     with server.attach() as client:
         answer = client.restore(name, expected_step=expected_step)
-    show(answer, as_json, lambda: f"lineage {answer.lineage} goes on from step {answer.step}")
+    show(
+        answer,
+        as_json,
+        lambda: f"restored {name}: training resumes from step {answer.step}, on lineage {answer.lineage}",
+    )
 
 
 @checkpoint_app.command()
 @with_server(retry_for=300.0)
 def download(
     server: Server,
-    name: Annotated[str, typer.Argument(help="The checkpoint; empty: the newest.")] = "",
+    name: Annotated[
+        str, typer.Argument(show_default=False, help="The checkpoint. By default the newest.")
+    ] = "",
     out: Annotated[
-        Path | None, typer.Option(help="The folder it comes to; by default one of its name.")
+        Path | None, typer.Option(help="The folder to write. By default it has the checkpoint's name.")
     ] = None,
     weights: Annotated[
         bool,
-        typer.Option("--weights", help="Only weights (and their moving average, if kept) and configuration."),
+        typer.Option(
+            "--weights",
+            help="Download only the weights, their moving average if there is one, and the configuration.",
+        ),
     ] = False,
     ema: Annotated[
-        bool, typer.Option("--ema", help="Only the weights' moving average and the configuration.")
+        bool,
+        typer.Option("--ema", help="Download only the moving average of the weights and the configuration."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Fetch a checkpoint. Run again after an interruption, it goes on where it was.
+    """Download a checkpoint. After an interruption, the same command resumes.
 
-    `maskwire_server.load(FOLDER)` makes a plain torch module of it.
+    In Python, `maskwire_server.load(FOLDER)` loads it as a plain torch module.
     """
     with server.attach() as client:
         if not name:
             found = client.checkpoints()
             if not found:
-                raise ValueError("the run has no checkpoint yet; `maskwire checkpoint save` makes one")
+                raise ValueError("the run has no checkpoint yet; save one with `maskwire checkpoint save`")
             name = found[0].name
-        with byte_progress(f"checkpoint {name}", shown=not as_json) as tell:
-            folder = client.download(name, out or Path(name), weights=weights, ema=ema, on_progress=tell)
+        with byte_progress(f"checkpoint {name}", shown=not as_json) as report:
+            folder = client.download(name, out or Path(name), weights=weights, ema=ema, on_progress=report)
     names = [*json.loads((folder / MANIFEST).read_bytes())["files"], MANIFEST]
     files = sorted(folder / name for name in names if (folder / name).exists())
     size = sum(path.stat().st_size for path in files)

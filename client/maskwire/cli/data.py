@@ -1,4 +1,4 @@
-"""`maskwire data`."""
+"""`maskwire data`: prepare text for training."""
 
 from __future__ import annotations
 
@@ -12,23 +12,29 @@ from maskwire.cli import exit_codes
 from maskwire.cli.display import show
 from maskwire.cli.options import AnyFormat, Json, Pattern
 from maskwire.data.prepare import prepare as prepare_data
-from maskwire.data.token_data import BYTES, Meta
+from maskwire.data.prepared_folder import BYTES, PreparedMetadata
 from maskwire.progress import byte_progress
 
-data_app = typer.Typer(help="Prepare data for training.", no_args_is_help=True)
+data_app = typer.Typer(no_args_is_help=True)
 
 
 @data_app.callback()
 def root() -> None:
-    """Prepare data for training."""
+    """Prepare data for training."""  # without this callback, typer drops `prepare` from the command line
 
 
 @data_app.command()
 def prepare(
-    paths: Annotated[list[Path], typer.Argument(help="Files or folders of text.")],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH", show_default=False, help="Text files, or folders of them."),
+    ],
+    out: Annotated[Path, typer.Option(show_default=False, help="The folder to create.")],
     tokenizer: Annotated[
-        str, typer.Option(help="'bytes', or a tokenizers file (tokenizer.json; extra maskwire[tokenizers]).")
+        str,
+        typer.Option(
+            help="'bytes', or the path of a tokenizer.json, which needs maskwire's extra `tokenizers`."
+        ),
     ] = "bytes",
     pattern: Pattern = "*",
     any_format: AnyFormat = False,
@@ -36,44 +42,51 @@ def prepare(
         bool,
         typer.Option(
             "--special-tokens/--no-special-tokens",
-            help="Put the tokenizer's own special tokens, such as BOS and EOS, around each document.",
+            help="Add the special tokens that the tokenizer puts around a text, such as BOS and EOS.",
         ),
     ] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier preparation.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace data prepared earlier in --out.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Tokenize text once, into packed ids that training maps; says which model they need."""
+    """Tokenize text once, and print the model settings for it.
+
+    Not needed for a model of bytes: `maskwire train` reads text files directly.
+    """
     with exit_codes.errors(as_json):
-        with byte_progress("preparing", shown=not as_json) as tell:
-            meta = prepare_data(
+        with byte_progress("preparing", shown=not as_json) as report:
+            metadata = prepare_data(
                 paths, out, tokenizer=tokenizer, pattern=pattern, any_format=any_format,
-                special_tokens=special_tokens, force=force, on_progress=tell,
+                special_tokens=special_tokens, force=force, on_progress=report,
             )  # fmt: skip
         show(
-            {"folder": out, **dataclasses.asdict(meta)},
+            {"folder": out, **dataclasses.asdict(metadata)},
             as_json,
             lambda: (
-                f"{out}: {meta.tokens:,} tokens ({meta.dtype}) of {meta.documents:,} documents, "
-                f"{meta.text_bytes / meta.tokens:.2f} bytes a token\n{_special_tokens(meta, special_tokens)}"
-                f"num_tokens = {meta.num_tokens}\nmask_id = {meta.mask_id}\n"
-                "Serve a model with these two in [model], then: maskwire train "
-                f"{out} --until-step N"
+                f"{out}: {metadata.tokens:,} tokens ({metadata.dtype}) in {metadata.documents:,} documents, "
+                f"{metadata.text_bytes / metadata.tokens:.2f} bytes per token\n"
+                f"{_special_tokens(metadata, special_tokens)}"
+                f"num_tokens = {metadata.num_tokens}\nmask_id = {metadata.mask_id}\n"
+                "Put these two settings into [model] of the server's configuration, start a new run, then: "
+                f"maskwire train {out} --until-step N"
             ),
         )
 
 
-def _special_tokens(meta: Meta, wanted: bool) -> str:
-    """A line about the special tokens around each document; none for bytes."""
-    if meta.tokenizer == BYTES:
+def _special_tokens(metadata: PreparedMetadata, wanted: bool) -> str:
+    """A line about the special tokens around each document; empty for bytes."""
+    if metadata.tokenizer == BYTES:
         return ""
     if not wanted:
         return "special tokens around each document: none (--no-special-tokens)\n"
     parts = [
         f"{where} {', '.join(map(str, ids))}"
-        for where, ids in (("starts with id", meta.document_start), ("ends with id", meta.document_end))
+        for where, ids in (
+            ("starts with id", metadata.document_start),
+            ("ends with id", metadata.document_end),
+        )
         if ids
     ]
     if not parts:
-        return "special tokens around each document: none, the tokenizer adds no BOS or EOS\n"
+        return "special tokens around each document: none, because the tokenizer adds none\n"
     words = " and ".join(parts)
-    return f"each document {words}, as the tokenizer adds them (--no-special-tokens leaves them out)\n"
+    return f"each document {words}, added by the tokenizer (--no-special-tokens leaves them out)\n"

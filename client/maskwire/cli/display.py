@@ -1,4 +1,4 @@
-"""What the command shows: tables for people, JSON for programs."""
+"""Show results: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from maskwire.results import CheckpointInfo, EvalResult, Status
 
 
 class OutputError(Exception):
-    """A result could not be shown in the form that was asked for."""
+    """A result could not be shown in the requested form."""
 
 
 def eval_table(found: EvalResult, chain_rule: str | None = None) -> Table:
-    """An evaluation; `chain_rule` says in words that it is an exact likelihood, and under which order."""
-    draws = f" x {found.draws} {'orders' if chain_rule else 'draws'}"
+    """The table of an evaluation. `chain_rule` describes the order if this is an exact likelihood."""
+    what = "order" if chain_rule else "draw"
+    draws = f" x {found.draws} {what}{'' if found.draws == 1 else 's'}"
     weights = ", moving average" if found.ema_weights else ""
     table = Table(
         title=f"step {found.step}{weights}: {len(found.rows):,} rows, {found.tokens:,} tokens{draws}",
@@ -35,26 +36,26 @@ def eval_table(found: EvalResult, chain_rule: str | None = None) -> Table:
     table.add_row("bits per token", f"{found.bits_per_token:.4f}{error} ({kind})")
     table.add_row("nats per token", f"{found.nats_per_token:.4f}")
     if found.monte_carlo_error is not None:
-        table.add_row("of it by the draws", f"± {found.monte_carlo_error / math.log(2):.4f} bits per token")
+        table.add_row("error from the draws", f"± {found.monte_carlo_error / math.log(2):.4f} bits per token")
     if found.bits_per_byte is not None:
         table.add_row("bits per byte", f"{found.bits_per_byte:.4f}")
     table.add_row("perplexity", f"{found.perplexity:.3f}")
     table.add_row("loss", f"{found.loss:.4f}")
-    table.add_row(f"accuracy where {'predicted' if chain_rule else 'masked'}", f"{found.accuracy:.1%}")
+    table.add_row("accuracy" if chain_rule else "accuracy at masked positions", f"{found.accuracy:.1%}")
     if found.losses.critic_loss is not None and found.critic_accuracy is not None:
-        table.add_row("critic", f"loss {found.losses.critic_loss:.4f}, right {found.critic_accuracy:.1%}")
+        table.add_row("critic", f"loss {found.losses.critic_loss:.4f}, {found.critic_accuracy:.1%} correct")
     for part in found.by_masked_fraction:
         if part.accuracy is not None and part.nats_per_masked_token is not None:
             table.add_row(
                 f"masked {part.low:.0%} – {part.high:.0%}",
-                f"{part.nats_per_masked_token / math.log(2):.3f} bits a masked token, "
-                f"{part.accuracy:.1%} right",
+                f"{part.nats_per_masked_token / math.log(2):.3f} bits per masked token, "
+                f"{part.accuracy:.1%} correct",
             )
     return table
 
 
 def checkpoint_table(found: list[CheckpointInfo]) -> Table:
-    """Checkpoints, one a row."""
+    """The table of checkpoints, one per row."""
     table = Table("name", "step", "lineage", "size", "saved (UTC)", "score")
     for info in found:
         size, saved = f"{info.size_bytes / 1e6:.1f} MB", f"{info.created:%Y-%m-%d %H:%M:%S}"
@@ -64,7 +65,7 @@ def checkpoint_table(found: list[CheckpointInfo]) -> Table:
 
 
 def seconds_left(found: Status, until_step: int | None) -> float | None:
-    """Seconds to a step at the speed of the last minute; None when there is no telling."""
+    """Seconds until a step at the speed of the last minute; None if nothing was trained in it."""
     if until_step is None:
         return None
     steps = max(0, until_step - found.step)
@@ -72,7 +73,7 @@ def seconds_left(found: Status, until_step: int | None) -> float | None:
 
 
 def status_table(found: Status, until_step: int | None = None) -> Table:
-    """Where the run stands; with `until_step` how long it takes from there."""
+    """The table of a run's status; with `until_step`, also the estimated time until that step."""
     table = Table(show_header=False)
     waiting = f", waiting for {found.waiting_for}" if found.waiting_for else ""
     table.add_row("state", f"{found.state.name} since {found.state_since:%Y-%m-%d %H:%M:%S} UTC{waiting}")
@@ -81,9 +82,9 @@ def status_table(found: Status, until_step: int | None = None) -> Table:
     table.add_row("speed", f"{found.steps_per_second:.2f} steps/s, {found.tokens_per_second:,.0f} tokens/s")
     if until_step is not None:
         left = seconds_left(found, until_step)
-        words = "no telling: nothing was trained in the last minute" if left is None else f"{left:,.0f} s"
-        table.add_row(f"to step {until_step}", words)
-    table.add_row("queue", f"{found.queue_length} of {found.queue_limit}")
+        words = "unknown: nothing was trained in the last minute" if left is None else f"{left:,.0f} s"
+        table.add_row(f"time to step {until_step}", words)
+    table.add_row("queue", f"{found.queue_length} of {found.queue_limit} requests")
     table.add_row("writer", f"{found.writer or 'none'} (epoch {found.epoch})")
     if found.model is not None:
         table.add_row("model", f"{found.model.parameters:,} parameters, {found.model.objective}")
@@ -114,17 +115,20 @@ def _inexact(found: Status) -> str:
 
 
 def show(value: Any, as_json: bool, words: Callable[[], str | Table]) -> None:
-    """Print a value as JSON, or what `words` makes of it. Raises OutputError after printing it plainly."""
+    """Print a value as JSON or as `words` renders it.
+
+    If that fails, prints it in plain form and raises OutputError.
+    """
     failure: Exception | None = None
     try:
         text = json.dumps(to_json(value)) if as_json else _text(words())
-    except Exception as error:  # whatever it is, the result is there and must be seen
+    except Exception as error:  # whatever failed, the result exists and must be printed
         text, failure = _plain(value), error
     print(text, flush=True)
     if failure is not None:
         raise OutputError(
-            f"the result above could not be shown as it should be ({type(failure).__name__}: {failure}); "
-            "please report this"
+            f"the result above is printed in plain form, because formatting it failed "
+            f"({type(failure).__name__}: {failure}); please report this"
         ) from failure
 
 
@@ -145,7 +149,7 @@ def _plain(value: Any) -> str:
 
 
 def to_json(value: Any) -> Any:
-    """A value as JSON can hold it: bytes in hex, enums by name, what is not finite as null."""
+    """Convert a value for JSON: bytes to hex, enums to names, non-finite numbers to null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):

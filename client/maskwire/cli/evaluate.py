@@ -1,4 +1,4 @@
-"""`maskwire eval`."""
+"""`maskwire eval`: evaluate the model on files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,21 @@ from typing import Annotated, Any, Literal
 import typer
 
 from maskwire.cli.display import eval_table, show
-from maskwire.cli.options import AnyFormat, Dtype, Json, Length, Paths, Pattern, Server, with_server
+from maskwire.cli.options import (
+    DATA_PANEL,
+    AnyFormat,
+    Dtype,
+    Json,
+    Length,
+    Paths,
+    Pattern,
+    Server,
+    with_server,
+)
 from maskwire.cli.train import check_tokenizer
 from maskwire.client import Client
-from maskwire.data.token_data import TokenData, open_data
+from maskwire.data.file_data import open_data
+from maskwire.data.token_data import TokenData
 from maskwire.errors import UnavailableError
 from maskwire.output import on_terminal, tell
 from maskwire.protocol.options import EvalOptions
@@ -23,39 +34,54 @@ def evaluate(
     paths: Paths,
     length: Length = None,
     rows: Annotated[
-        int | None, typer.Option(help="Only so many rows, evenly spread; all of the data by default.")
+        int | None,
+        typer.Option(
+            help="Evaluate only this many rows, evenly spread over the data. By default every token.",
+            rich_help_panel=DATA_PANEL,
+        ),
     ] = None,
     draws: Annotated[
         int,
         typer.Option(
-            help="Draws a row; 0: 16, or the most that the server takes; by the chain rule one order."
+            help="Random masks per row. 0 means 16, or fewer if the server limits them; with --chain-rule, "
+            "the number of orders, where 0 means 1."
         ),
     ] = 0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for the random masks and orders.")] = 0,
     chain_rule: Annotated[
         bool,
-        typer.Option("--chain-rule", help="The exact likelihood under an order, with a pass for each token."),
+        typer.Option(
+            "--chain-rule",
+            help="Compute the exact likelihood under an order of the tokens. Slow: one pass per token.",
+        ),
     ] = False,
     order: Annotated[
-        Literal["left_to_right", "random"] | None, typer.Option(help="Of --chain-rule; left to right.")
+        Literal["left_to_right", "random"] | None,
+        typer.Option(help="Order of the tokens for --chain-rule. By default left_to_right."),
     ] = None,
     raw_weights: Annotated[
-        bool, typer.Option("--raw-weights", help="The trained weights, not their moving average.")
+        bool,
+        typer.Option(
+            "--raw-weights", help="Evaluate the trained weights, even if the run keeps a moving average."
+        ),
     ] = False,
     batch_size: Annotated[
-        int | None, typer.Option(help="Rows a call; the result does not depend on it.")
+        int | None, typer.Option(help="Rows per call to the server. The result does not depend on it.")
     ] = None,
     pattern: Pattern = "*",
     dtype: Dtype = None,
     any_format: AnyFormat = False,
     as_json: Json = False,
 ) -> None:
-    """Evaluate data: the negative ELBO with its errors, or an exact likelihood. Changes nothing."""
+    """Evaluate the model on files: the negative ELBO with error bars, or an exact likelihood.
+
+    The run is not changed.
+    """
     for option, value in (("--rows", rows), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
     if order is not None and not chain_rule:
-        raise ValueError("--order needs --chain-rule: the bound is over all orders")
+        raise ValueError("--order needs --chain-rule: without it, the evaluation averages over all orders")
     data = open_data(
         paths, length=1 if length is None else length, batch_size=1, pattern=pattern, dtype=dtype,
         any_format=any_format,
@@ -67,8 +93,10 @@ def evaluate(
     with server.attach() as client:
         status = client.status()
         if status.model is None:
-            raise UnavailableError("the server is building the model; run the command again in a moment")
-        check_tokenizer(status.tokenizer, data.tokenizer, "the run's")
+            raise UnavailableError(
+                "the server is still building the model; run the command again in a moment"
+            )
+        check_tokenizer(status.tokenizer, data.tokenizer, "the run")
         data = data.cropped(length or status.model.max_seq_len)
         found = _evaluate(client, data, rows, shown=not as_json, batch_size=batch_size, **options)
     words = None if not chain_rule else f"chain rule, {(order or 'left_to_right').replace('_', ' ')}"
@@ -78,16 +106,14 @@ def evaluate(
 def _evaluate(
     client: Client, data: TokenData, rows: int | None, *, shown: bool, **options: Any
 ) -> EvalResult:
-    """Evaluate, and say on stderr how much there is, how far it is and where Ctrl-C ended it."""
+    """Evaluate, and report the progress on stderr, also when Ctrl-C ends it."""
     from maskwire.progress import row_progress
 
     done, total = 0, len(data.whole()) if rows is None else rows
-    if (
-        shown and not on_terminal()
-    ):  # the first call can take long, and until it is answered nothing else tells
+    if shown and not on_terminal():  # the first call can take long, and shows no progress
         tell(
             f"evaluating {total:,} rows"
-            + ("" if rows is not None else ", all of the data; --rows takes fewer")
+            + ("" if rows is not None else ", all of the data; limit it with --rows")
         )
     try:
         with row_progress("evaluating", shown=shown) as progress:
@@ -100,5 +126,5 @@ def _evaluate(
             return client.evaluate(data, rows=rows, on_progress=count, **options)
     except KeyboardInterrupt:
         if shown:
-            tell(f"interrupted after {done:,} of {total:,} rows; nothing was changed")
+            tell(f"interrupted after {done:,} of {total:,} rows; the run was not changed")
         raise

@@ -1,4 +1,4 @@
-"""How the command ends: its exit codes, and errors as people and programs can read them."""
+"""Exit codes of the command, and how it reports errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import typer
 
 from maskwire.cli.display import OutputError
-from maskwire.data.files import DataChangedError
+from maskwire.data.file_array import DataChangedError
 from maskwire.errors import (
     AccessError,
     HistoryError,
@@ -29,23 +29,23 @@ REFUSED, USAGE, UNAVAILABLE, SESSION, HISTORY, ACCESS = 1, 2, 3, 4, 5, 6
 INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT, 128 + SIGTERM
 
 CODES = {
-    0: "done, also if the reader of the output closes it early",
-    REFUSED: "refused: the message says why, nothing changed, also for a value that the server checks, such "
-    "as a checkpoint's name or --length; or the server is not healthy",
+    0: "success, also if the reader of the output closes it early",
+    REFUSED: "refused: the server rejected the request or one of its values, such as a checkpoint's name or "
+    "--length, and nothing changed; or the server is not healthy",
     USAGE: "wrong usage: an option, a path or data that cannot be used",
     UNAVAILABLE: "no answer from the server within --retry-for",
-    SESSION: "the run is not as expected: another writer has it or took it over, or it was restored",
-    HISTORY: "server and client disagree about what was trained: look at the server's storage",
+    SESSION: "session lost or refused: another writer has the run or took it over, or the run was restored",
+    HISTORY: "history mismatch: server and client disagree on what was trained; check the server's storage",
     ACCESS: "access denied: TLS or token rejected",
     OUTPUT: "output lost: the result, `--metrics` or another file could not be written, as on a full disk; "
     "what was trained is safe",
-    INTERRUPTED: "interrupted by Ctrl-C; the same command goes on",
-    TERMINATED: "ended by SIGTERM; the same command goes on",
+    INTERRUPTED: "interrupted by Ctrl-C; the same command resumes",
+    TERMINATED: "terminated by SIGTERM; the same command resumes",
 }
 
-DATA_IN_USE = "DATA_IN_USE"  # of an error without a reason
-_CURES = {
-    "DATA_CHANGED": {"(allow_changed_data)": "(--allow-changed-data)"},
+DATA_IN_USE = "DATA_IN_USE"  # only in this module: DataChangedError has no reason
+_REMEDIES = {
+    "DATA_CHANGED": {"allow_changed_data": "--allow-changed-data"},
     DATA_IN_USE: {
         "or open the data again": "or run the command again; `maskwire train` then needs --allow-changed-data"
     },
@@ -55,22 +55,26 @@ _CURES = {
         "one 'authorization: Bearer TOKEN' in the call's metadata": "a token: give the file that holds it "
         "(--token-file, or MASKWIRE_TOKEN_FILE)"
     },
-    "OUT_OF_RESOURCES": {"; ask again": "; run the command again"},
-    "RECOVERING": {"; ask again": "; run the command again"},
+    "OUT_OF_RESOURCES": {"; retry": "; run the command again"},
+    "RECOVERING": {
+        "; retry with the same request id": "; run the command again",
+        "; retry": "; run the command again",
+        "; ask again": "; run the command again",
+    },
 }
-"""By reason: the cure that an error names for Python code, and the one for the command line."""
+"""By reason: the remedy for Python code that a message contains, and the one for the command line."""
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-_signal: int | None = None  # that broke the command off
+_signal: int | None = None  # the signal that interrupted the command
 
 
 def on_signals() -> None:
-    """Let SIGTERM end a command as Ctrl-C does: cleanly at the first signal, at once at the second."""
+    """Handle SIGTERM like Ctrl-C: the first signal ends the command cleanly, the second at once."""
 
     def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         global _signal
         if _signal is not None:
-            os._exit(128 + number)  # whatever was acknowledged is safe
+            os._exit(128 + number)  # acknowledged steps are durable
         _signal = number
         raise KeyboardInterrupt
 
@@ -79,18 +83,18 @@ def on_signals() -> None:
 
 
 def interrupted() -> typer.Exit:
-    """The end of a command that a signal broke off."""
+    """The exit of a command that a signal interrupted."""
     return typer.Exit(TERMINATED if _signal == signal.SIGTERM else INTERRUPTED)
 
 
 def by_signal(code: Any) -> Any:
-    """The exit code of a command: outside of `errors`, typer takes SIGTERM for Ctrl-C."""
+    """Correct an exit code: outside `errors`, typer reports SIGTERM as Ctrl-C."""
     return TERMINATED if code == INTERRUPTED and _signal == signal.SIGTERM else code
 
 
 @contextmanager
 def errors(as_json: bool) -> Iterator[None]:
-    """Errors as words that say what to do, or as a JSON object, on stderr; and the exit code."""
+    """Report errors on stderr, as text or as a JSON object, and exit with the matching code."""
     try:
         yield
     except MaskwireError as error:
@@ -106,8 +110,8 @@ def errors(as_json: bool) -> Iterator[None]:
 
 
 def _for_command(words: str, reason: str) -> str:
-    """An error's words with its cure as an option: the server and the package speak of calls."""
-    for call, option in _CURES.get(reason, {}).items():
+    """Replace the remedies for Python code in a message by command-line options."""
+    for call, option in _REMEDIES.get(reason, {}).items():
         words = words.replace(call, option)
     return words
 
@@ -130,7 +134,7 @@ def _fail(words: str, code: int, reason: str, as_json: bool) -> None:
 
 
 def show_error(words: str, code: int, reason: str = "", *, as_json: bool) -> None:
-    """An error on stderr, in words or as a JSON object."""
+    """Print an error on stderr, as text or as a JSON object."""
     if as_json:
         tell(json.dumps({"error": words, "reason": reason, "exit_code": code}))
     else:

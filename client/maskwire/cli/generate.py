@@ -1,4 +1,4 @@
-"""`maskwire generate`."""
+"""`maskwire generate`: sample text, or fill gaps in a text."""
 
 from __future__ import annotations
 
@@ -12,68 +12,148 @@ from rich.console import Console
 from rich.live import Live
 
 from maskwire.cli.display import show, to_json
+from maskwire.cli.generation_text import Prompt, read_prompts, rows_of, text_of, to_display
 from maskwire.cli.options import Json, Server, with_server
-from maskwire.cli.prompts import Prompt, read_prompts, rows_of, text_of, to_display
 from maskwire.errors import UnavailableError
 from maskwire.output import tell
 from maskwire.results import GenerateResult, ModelInfo
 
-_FRAMES_A_SECOND = 12
+_FRAMES_PER_SECOND = 12
+
+
+_PROMPTS = "What to generate"
+_SAMPLING = "Sampling"
 
 
 @with_server(retry_for=60.0)
 def generate(
     server: Server,
-    count: Annotated[int, typer.Option(help="Rows; with prompts, rows of each.")] = 1,
+    count: Annotated[
+        int, typer.Option(help="Number of rows; with prompts, rows per prompt.", rich_help_panel=_PROMPTS)
+    ] = 1,
     length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens a row, the model's longest by default; a prompt that is shorter goes on in gaps."
+            help="Tokens per row. By default the longest row that the model takes, or the length of the "
+            "prompt. Shorter prompts are extended with gaps.",
+            rich_help_panel=_PROMPTS,
         ),
     ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text with gaps, for a model of bytes; give it again for more.", show_default=False
+            help="Text with gaps to fill, such as 'once upon a ~~~~'. For models of bytes. May be repeated.",
+            show_default=False,
+            rich_help_panel=_PROMPTS,
         ),
     ] = None,
     prompt_ids: Annotated[
         list[str] | None,
-        typer.Option(help="The same for any model: ids and gaps, with commas.", show_default=False),
+        typer.Option(
+            help="Comma-separated token ids and gaps, such as '7,~,9'. For any model. May be repeated.",
+            show_default=False,
+            rich_help_panel=_PROMPTS,
+        ),
     ] = None,
-    gap: Annotated[str, typer.Option(help="What stands for one unknown token in prompts.")] = "~",
-    steps: Annotated[int, typer.Option(help="Unmasking passes; 0 for one token a pass.")] = 0,
-    order: Annotated[str, typer.Option(help="random, confidence, margin, entropy or critic.")] = "random",
-    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample among so many most probable tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among those of this total probability.")] = 1.0,
+    gap: Annotated[
+        str,
+        typer.Option(
+            help="The character that marks one token to fill, in prompts.", rich_help_panel=_PROMPTS
+        ),
+    ] = "~",
+    steps: Annotated[
+        int,
+        typer.Option(
+            help="Number of unmasking passes. 0 unmasks one token per pass.", rich_help_panel=_SAMPLING
+        ),
+    ] = 0,
+    order: Annotated[
+        str,
+        typer.Option(
+            help="Order in which tokens are unmasked: random, confidence, margin, entropy or critic.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = "random",
+    temperature: Annotated[
+        float,
+        typer.Option(
+            help="Sampling temperature. 0 takes the most probable token.", rich_help_panel=_SAMPLING
+        ),
+    ] = 1.0,
+    top_k: Annotated[
+        int,
+        typer.Option(help="Sample from the k most probable tokens. 0 means all.", rich_help_panel=_SAMPLING),
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Sample from the most probable tokens that have this total probability.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 1.0,
     choice_temperature: Annotated[
-        float | None, typer.Option(help="Of the noise on the order; the preset's by default.")
+        float | None,
+        typer.Option(
+            help="Temperature of the noise on --order. By default the one of the objective's preset.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = None,
     remasking: Annotated[
-        bool, typer.Option("--remasking", help="Mask again what ranks lowest; with confidence or critic.")
+        bool,
+        typer.Option(
+            "--remasking",
+            help="Mask the lowest-ranked tokens again in each pass. Needs --order confidence or critic.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = False,
-    self_cond_mode: Annotated[str, typer.Option(help="two_pass, as evaluated, or carry.")] = "two_pass",
+    self_cond_mode: Annotated[
+        str,
+        typer.Option(
+            help="Self-conditioning: two_pass, as in training and evaluation, or carry, which reuses the "
+            "previous pass.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = "two_pass",
     raw_weights: Annotated[
-        bool, typer.Option("--raw-weights", help="Not the moving average's, if one is kept.")
+        bool,
+        typer.Option(
+            "--raw-weights",
+            help="Use the trained weights, even if the run keeps a moving average.",
+            rich_help_panel=_SAMPLING,
+        ),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the first row; the next has the next.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Seed of the first row; each further row uses the next number.", rich_help_panel=_SAMPLING
+        ),
+    ] = 0,
     row_seed: Annotated[
-        list[int] | None, typer.Option(help="One a row, in place of --seed.", show_default=False)
+        list[int] | None,
+        typer.Option(
+            help="Seed of a row, in place of --seed. Repeat it once per row.",
+            show_default=False,
+            rich_help_panel=_SAMPLING,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Sample rows, or fill gaps in; on a terminal the text fills in as it is unmasked. Changes nothing.
+    """Sample text from the model, or fill the gaps in a prompt.
 
-    Only the defaults of --order, --steps, --temperature, --top-k and --top-p sample the model that `eval`
-    evaluates; everything else is a heuristic.
+    The run is not changed. On a terminal, the text appears as it is unmasked.
+
+    The default sampling options sample the distribution that `maskwire eval`
+    evaluates. Other values of --order, --steps, --temperature, --top-k and
+    --top-p are heuristics.
     """
     if count < 1:
         raise ValueError(f"--count must be at least 1, got {count}")
     with server.attach() as client:
         status = client.status()
         if status.model is None:
-            raise UnavailableError("the server is building the model; run the command again in a moment")
+            raise UnavailableError(
+                "the server is still building the model; run the command again in a moment"
+            )
         model = status.model
         given = read_prompts(prompt or [], prompt_ids or [], gap=gap, length=length, model=model)
         rows = [each for each in given for _ in range(count)]
@@ -104,16 +184,16 @@ def generate(
 def _live(
     states: Iterator[GenerateResult], rows: list[Prompt], model: ModelInfo, console: Console
 ) -> tuple[GenerateResult, bool]:
-    """Show the rows filling in; the last state, and whether it was shown."""
+    """Show the rows as they are unmasked. Returns the last state, and whether it was shown."""
     shown, seen = 0.0, True
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         for found in states:
             now = time.monotonic()
-            if seen and (found.done or now - shown >= 1 / _FRAMES_A_SECOND):
+            if seen and (found.done or now - shown >= 1 / _FRAMES_PER_SECOND):
                 shown = now
                 try:
                     live.update(to_display(found, rows, model), refresh=True)
-                except Exception:  # the rows are sampled all the same, and then printed
+                except Exception:  # showing is optional: the rows are printed at the end instead
                     seen = False
     return found, seen
 

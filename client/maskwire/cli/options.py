@@ -1,4 +1,4 @@
-"""The options that every command which talks to a server has, said once."""
+"""Options that several commands share: data, output, and the connection to a server."""
 
 from __future__ import annotations
 
@@ -20,79 +20,111 @@ from maskwire.output import tell
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON; errors too, on stderr.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON on stdout, and errors as JSON on stderr.")
+]
 Paths = Annotated[
     list[Path],
     typer.Argument(
-        help="Files or folders, each byte a token; or one .npy file, one folder of `data prepare`, or with "
-        "--dtype one file of packed ids."
+        metavar="PATH",
+        show_default=False,
+        help="Text files or folders of them, each byte a token; or one .npy file of ids, one folder written "
+        "by `maskwire data prepare`, or with --dtype one file of packed ids.",
     ),
 ]
-Pattern = Annotated[str, typer.Option(help="Which files of a folder.")]
+DATA_PANEL = "Data"
+Pattern = Annotated[
+    str,
+    typer.Option(
+        help="Use only the files in folders whose names match, such as '*.txt'.", rich_help_panel=DATA_PANEL
+    ),
+]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="uint8, uint16 or int32 (also for uint32): the file holds packed ids of this type."),
+    typer.Option(
+        help="The path is one file of packed ids of this type: uint8, uint16 or int32 (also for uint32).",
+        rich_help_panel=DATA_PANEL,
+    ),
 ]
 AnyFormat = Annotated[
     bool,
     typer.Option(
-        "--any-format", help="Take files of every format as they are: archives, packed ids, JSON lines."
+        "--any-format",
+        help="Also read files that are not text (archives, arrays, JSON Lines) as bytes, instead of refusing "
+        "them.",
+        rich_help_panel=DATA_PANEL,
     ),
 ]
-Length = Annotated[int | None, typer.Option(help="Tokens a row; the model's longest by default.")]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens per row. By default the longest row that the model takes.", rich_help_panel=DATA_PANEL
+    ),
+]
 
-_DOOR = "TLS and token"
+_CONNECTION = "Connection"
+_SECURITY = "TLS and token"
 SHARED: dict[str, Any] = {
     "target": Annotated[
         str,
-        typer.Option("--target", "-t", envvar="MASKWIRE_TARGET", help="HOST:PORT, or unix:PATH."),
+        typer.Option(
+            "--target", "-t", envvar="MASKWIRE_TARGET", help="Address of the server: HOST:PORT or unix:PATH.",
+            rich_help_panel=_CONNECTION,
+        ),
     ],
     "tls": Annotated[
         bool,
         typer.Option(
-            "--tls", envvar="MASKWIRE_TLS", help="Speak TLS, by the system's authorities.",
-            rich_help_panel=_DOOR,
+            "--tls", envvar="MASKWIRE_TLS",
+            help="Use TLS, and trust the system's certificate authorities.",
+            rich_help_panel=_SECURITY,
         ),
     ],
     "ca": Annotated[
         Path | None,
-        typer.Option(envvar="MASKWIRE_CA", help="PEM file of the authority to trust.", rich_help_panel=_DOOR),
+        typer.Option(
+            envvar="MASKWIRE_CA", help="PEM file of the certificate authority to trust. Implies --tls.",
+            rich_help_panel=_SECURITY,
+        ),
     ],
     "cert": Annotated[
         Path | None,
         typer.Option(
-            envvar="MASKWIRE_CERT", help="PEM file of this client's certificate.", rich_help_panel=_DOOR
+            envvar="MASKWIRE_CERT", help="PEM file of the client certificate.", rich_help_panel=_SECURITY
         ),
     ],
     "key": Annotated[
         Path | None,
-        typer.Option(envvar="MASKWIRE_KEY", help="PEM file of its key.", rich_help_panel=_DOOR),
+        typer.Option(
+            envvar="MASKWIRE_KEY", help="PEM file of the private key of --cert.", rich_help_panel=_SECURITY
+        ),
     ],
     "server_name": Annotated[
         str | None,
         typer.Option(
-            envvar="MASKWIRE_SERVER_NAME", help="The name in the server's certificate, if it is not "
-            "the target's.", rich_help_panel=_DOOR,
+            envvar="MASKWIRE_SERVER_NAME", help="Name in the server's certificate, if it differs from "
+            "the host in --target.", rich_help_panel=_SECURITY,
         ),
     ],
     "token_file": Annotated[
         Path | None,
         typer.Option(
-            envvar="MASKWIRE_TOKEN_FILE", help="File that holds the bearer token.", rich_help_panel=_DOOR
+            envvar="MASKWIRE_TOKEN_FILE", help="File with the bearer token.", rich_help_panel=_SECURITY
         ),
     ],
     "allow_insecure": Annotated[
         bool,
         typer.Option(
             "--allow-insecure", envvar="MASKWIRE_ALLOW_INSECURE",
-            help="Send the token in plaintext beyond this machine.", rich_help_panel=_DOOR,
+            help="Allow sending the token to another machine without TLS.", rich_help_panel=_SECURITY,
         ),
     ],
     "retry_for": Annotated[
         float,
         typer.Option(
-            "--retry-for", help="Seconds to wait for a server that does not answer: 300 to train and "
-            "download, 5 for status and health, 60 otherwise.",
+            "--retry-for", help="Seconds to retry while the server does not answer: by default 300 for "
+            "train and download, 5 for status and health, otherwise 60.",
+            rich_help_panel=_CONNECTION,
         ),
     ],
 }  # fmt: skip
@@ -110,39 +142,39 @@ _DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Server:
-    """Where the server is and how to come in."""
+    """The server that a command talks to, and the credentials for it."""
 
     target: str
     retry_for: float
-    door: CredentialOptions
+    credentials: CredentialOptions
     as_json: bool
 
     def wait(self, words: str) -> None:
-        """Tell what is waited for."""
+        """Report what the command waits for."""
         tell(json.dumps({"waiting": words}) if self.as_json else words)
 
     def tell_takeover(self, words: str) -> None:
-        """Tell whose session was taken over."""
+        """Report whose session was taken over."""
         tell(json.dumps({"takeover": words}) if self.as_json else words)
 
     def attach(self) -> Client:
-        """A client without a session."""
+        """Connect without opening a session."""
         return attach(
-            self.target, retry_for=self.retry_for, on_wait=self.wait, **self.door
+            self.target, retry_for=self.retry_for, on_wait=self.wait, **self.credentials
         )  # fmt: skip
 
     def connect(self, **options: Any) -> Trainer:
-        """The run's writer."""
+        """Connect and open a session, as the run's writer."""
         return connect(
             self.target, retry_for=self.retry_for, on_wait=self.wait, on_takeover=self.tell_takeover,
-            **options, **self.door,
+            **options, **self.credentials,
         )  # fmt: skip
 
 
 def with_server(retry_for: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options above in place of its parameter `server`, and errors their exit codes.
+    """Replace a command's parameter `server` by the connection options, and map errors to exit codes.
 
-    `retry_for` is the default of --retry-for; the command's own `as_json` says how errors are shown.
+    `retry_for` is the default of --retry-for. Errors are shown as JSON if the command's own `as_json` is set.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:

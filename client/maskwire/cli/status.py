@@ -24,11 +24,13 @@ HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 @with_server(retry_for=5.0)
 def status(
     server: Server,
-    watch: Annotated[bool, typer.Option("--watch", help="Ask every second, until Ctrl-C.")] = False,
-    until_step: Annotated[int | None, typer.Option(min=0, help="Tell the time left to this step.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every second, until Ctrl-C.")] = False,
+    until_step: Annotated[
+        int | None, typer.Option(min=0, help="Also estimate the time left until this step.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Is the run stuck or working?"""
+    """Show the run's state, step and speed, its writer, and what it is waiting for."""
     with server.attach() as client:
         if not watch:
             _show_status(client, until_step, as_json)
@@ -53,28 +55,33 @@ def _show_status(client: Client, until_step: int | None, as_json: bool) -> None:
 @with_server(retry_for=5.0)
 def health(
     server: Server,
-    service: Annotated[str, typer.Option(help="'' for readiness, 'liveness' for liveness.")] = "",
+    service: Annotated[
+        str,
+        typer.Option(
+            help="Empty for readiness (training steps are accepted), or 'liveness' (the process responds)."
+        ),
+    ] = "",
     as_json: Json = False,
 ) -> None:
-    """Exit 0 when the server is serving, 1 when it is not, 3 when it does not answer in --retry-for."""
-    door = Endpoint.of(server.target, **server.door)
-    with door.channel() as channel:
-        # grpc.health.v1 in its own two bytes, so that the client needs no further package: the
-        # request's field 1 is the service, the answer's field 1 the status, 1 for SERVING.
+    """Check the server: exit code 0 if it is serving, 1 if not, 3 if there is no answer in --retry-for."""
+    endpoint = Endpoint.of(server.target, **server.credentials)
+    with endpoint.channel() as channel:
+        # The messages of grpc.health.v1 are encoded by hand, which saves the client a dependency: field 1 of
+        # the request is the service, field 1 of the response is the status, where 1 means SERVING.
         call: Any = channel.unary_unary(HEALTH_METHOD)
         name = service.encode()
-        if len(name) > 127:  # more would take a longer length
-            raise ValueError(f"--service must have at most 127 bytes, got {len(name)}")
+        if len(name) > 127:  # a longer name needs a length of two bytes
+            raise ValueError(f"--service must be at most 127 bytes long, got {len(name)}")
         request = b"\x0a" + bytes([len(name)]) + name if name else b""
         try:
-            serving = _check(call, request, server.retry_for, door)
+            serving = _check(call, request, server.retry_for, endpoint)
         except grpc.RpcError as error:
             failure = read_failure(error)
             if failure.error.reason == "NOT_FOUND":
-                raise ValueError(f"the server knows no service {service!r}: '' or 'liveness'") from None
+                raise ValueError(f"--service must be empty or 'liveness', got {service!r}") from None
             if failure.unreachable:
                 raise UnavailableError(
-                    f"{failure.error}; is the server running, and the address right?",
+                    f"{failure.error}; is the server running and the address right?",
                     reason=failure.error.reason,
                 ) from None
             raise failure.error from None
@@ -83,12 +90,12 @@ def health(
         raise typer.Exit(exit_codes.REFUSED)
 
 
-def _check(call: Any, request: bytes, seconds: float, door: Endpoint) -> bool:
+def _check(call: Any, request: bytes, seconds: float, endpoint: Endpoint) -> bool:
     deadline = time.monotonic() + seconds
     while True:
         left = max(0.01, deadline - time.monotonic())
         try:
-            answer: bytes = call(request, timeout=left, metadata=door.metadata)
+            answer: bytes = call(request, timeout=left, metadata=endpoint.metadata)
             return answer == b"\x08\x01"
         except grpc.RpcError as error:
             if not read_failure(error).unreachable or left <= 0.1:

@@ -1,4 +1,4 @@
-"""`maskwire train`."""
+"""`maskwire train`: train on files until the run has reached a step."""
 
 from __future__ import annotations
 
@@ -10,57 +10,116 @@ import typer
 
 from maskwire.cli import exit_codes
 from maskwire.cli.display import OutputError, show
-from maskwire.cli.options import AnyFormat, Dtype, Json, Length, Paths, Pattern, Server, with_server
+from maskwire.cli.options import (
+    DATA_PANEL,
+    AnyFormat,
+    Dtype,
+    Json,
+    Length,
+    Paths,
+    Pattern,
+    Server,
+    with_server,
+)
 from maskwire.client import Trainer
-from maskwire.data.token_data import TokenData, holds_tokens, open_data
+from maskwire.data.file_data import holds_tokens, open_data
+from maskwire.data.token_data import TokenData
 from maskwire.errors import TokenizerError
 from maskwire.results import EvalResult
+
+_EVALUATION = "Evaluation"
+_SAVING = "Checkpoints and metrics"
+_SESSION = "Session"
 
 
 @with_server(retry_for=300.0)
 def train(
     server: Server,
     paths: Paths,
-    until_step: Annotated[int, typer.Option(help="Train until the run is at this step; an absolute number.")],
+    until_step: Annotated[
+        int,
+        typer.Option(
+            show_default=False,
+            help="Train until the run has reached this step. An absolute number: a run at step 800 trains "
+            "200 steps for --until-step 1000.",
+        ),
+    ],
     length: Length = None,
-    batch_size: Annotated[int, typer.Option(help="Rows a batch.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of the data's order.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Rows per batch.", rich_help_panel=DATA_PANEL)] = 32,
+    seed: Annotated[
+        int, typer.Option(help="Seed for the selection of rows.", rich_help_panel=DATA_PANEL)
+    ] = 0,
     pattern: Pattern = "*",
     dtype: Dtype = None,
     any_format: AnyFormat = False,
-    held_out: Annotated[float, typer.Option(help="Share of the documents kept for evaluation.")] = 0.05,
+    held_out: Annotated[
+        float,
+        typer.Option(
+            help="Share of the documents (files) to hold out for --eval-every and never train on.",
+            rich_help_panel=_EVALUATION,
+        ),
+    ] = 0.05,
     eval_data: Annotated[
-        Path | None, typer.Option(help="Evaluate on this data instead of a share held out.")
+        Path | None,
+        typer.Option(help="Evaluate on this data, and train on all of PATH.", rich_help_panel=_EVALUATION),
     ] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Evaluate every so many steps.")] = None,
-    eval_rows: Annotated[int, typer.Option(help="Rows of an evaluation.")] = 64,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Save every so many steps.")] = None,
+    eval_every: Annotated[
+        int | None,
+        typer.Option(help="Evaluate every this many steps. By default never.", rich_help_panel=_EVALUATION),
+    ] = None,
+    eval_rows: Annotated[int, typer.Option(help="Rows per evaluation.", rich_help_panel=_EVALUATION)] = 64,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Also save a checkpoint every this many steps. By default the server alone decides when.",
+            rich_help_panel=_SAVING,
+        ),
+    ] = None,
     save_best: Annotated[
         bool,
         typer.Option(
-            "--save-best", help="Save each best evaluation, with --eval-every; the server keeps the best."
+            "--save-best",
+            help="Save a checkpoint after each evaluation that is the best so far. Needs --eval-every.",
+            rich_help_panel=_SAVING,
         ),
     ] = False,
-    metrics: Annotated[Path | None, typer.Option(help="A file for one JSON line a step.")] = None,
+    metrics: Annotated[
+        Path | None,
+        typer.Option(
+            help="Append one JSON line per step and per evaluation to this file.", rich_help_panel=_SAVING
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(
-            help="This job, under a scheduler: the same name takes its session over at once, from whichever "
-            "machine. By default the process's own."
+            help="Name of this job under a scheduler. A job restarted with the same name, on any machine, "
+            "takes over its previous session at once. By default a name of this process.",
+            rich_help_panel=_SESSION,
         ),
     ] = None,
     takeover: Annotated[
-        bool, typer.Option("--takeover", help="Take over from another writer, or from HALTED.")
+        bool,
+        typer.Option(
+            "--takeover",
+            help="Take the run over from another writer, or resume a run that is HALTED.",
+            rich_help_panel=_SESSION,
+        ),
     ] = False,
     allow_changed_data: Annotated[
         bool,
-        typer.Option("--allow-changed-data", help="Continue although the data is not what it was."),
+        typer.Option(
+            "--allow-changed-data",
+            help="Continue although the data differs from what the run was trained on so far.",
+            rich_help_panel=DATA_PANEL,
+        ),
     ] = False,
-    window: Annotated[int, typer.Option(help="Steps in flight.")] = 4,
+    window: Annotated[int, typer.Option(help="Maximum steps in flight.", rich_help_panel=_SESSION)] = 4,
     as_json: Json = False,
 ) -> None:
-    """Train until a step. Run again, the same command goes on where the run is, or finds nothing to do."""
+    """Train on files until the run has reached a step.
 
+    After an interruption, run the same command again: training resumes.
+    """
     if until_step < 0:
         raise ValueError(f"--until-step must be at least 0, got {until_step}")
     for option, value in (
@@ -69,9 +128,9 @@ def train(
         if value is not None and value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
     if eval_data is not None and not eval_every:
-        raise ValueError("--eval-data needs --eval-every, which says when to evaluate")
+        raise ValueError("--eval-data needs --eval-every, the number of steps between evaluations")
     if save_best and not eval_every:
-        raise ValueError("--save-best needs --eval-every, which says when to evaluate")
+        raise ValueError("--save-best needs --eval-every, the number of steps between evaluations")
     options: dict[str, Any] = {
         "length": 1 if length is None else length,
         "batch_size": batch_size,
@@ -79,11 +138,11 @@ def train(
         "pattern": pattern,
         "any_format": any_format,
     }
-    # What is wrong with the data is said before anything is waited for.
+    # Report bad data before waiting for the server.
     data, apart = open_data(paths, dtype=dtype, **options), None
     if eval_data is not None:
         apart = open_data(eval_data, dtype=None if holds_tokens(eval_data) else dtype, **options)
-        check_tokenizer(data.tokenizer, apart.tokenizer, "the training data's")
+        check_tokenizer(data.tokenizer, apart.tokenizer, "the training data")
     elif eval_every:
         data, apart = data.split(held_out)
     with server.connect(name=name, takeover=takeover, window=window) as trainer:
@@ -115,8 +174,8 @@ def train(
             summary,
             as_json,
             lambda: (
-                f"nothing to train: the run is at step {trainer.step} and --until-step {until_step} is "
-                "absolute; give a larger one to train on"
+                f"nothing to train: the run is at step {trainer.step} already, and --until-step {until_step} "
+                "is an absolute number; give a larger one to train further"
                 if trainer.step >= until_step and not steps
                 else f"step {trainer.step}"
                 + ("" if result.last is None else f"  loss {result.last.loss:.4f}")
@@ -131,10 +190,10 @@ def train(
 
 
 def check_tokenizer(ours: str, theirs: str, whose: str) -> None:
-    """Refuse ids that stand for something else, where both sides say what they stand for."""
+    """Raise TokenizerError if both tokenizers are known and differ: their ids mean different things."""
     if ours and theirs and ours != theirs:
         raise TokenizerError(
-            f"{whose} ids are of {ours}, the data's of {theirs}: prepare the data with the same tokenizer",
+            f"{whose} uses tokenizer {ours}, this data {theirs}: prepare the data with the same tokenizer",
             reason="TOKENIZER_MISMATCH",
         )
 

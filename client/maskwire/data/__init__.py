@@ -1,5 +1,6 @@
-"""Token data: documents, files and their formats, preparation, and batches as a function of the step."""
+"""Training data: find and read files, tokenize them, and compute batches as a function of the step."""
 
-from maskwire.data.token_data import ByteData, FileTokens, TokenData, open_data
+from maskwire.data.file_data import ByteData, FileTokens, open_data
+from maskwire.data.token_data import TokenData
 
 __all__ = ["ByteData", "FileTokens", "TokenData", "open_data"]

@@ -1,4 +1,4 @@
-"""Documents of token ids as parts of flat arrays, in files or held in memory."""
+"""Documents of token ids, as parts of flat arrays in files or in memory."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from maskwire.data.files import FileArray, Files, Ids
+from maskwire.data.file_array import FileArray, Files, Ids
 
 _HASH_RANGE = 2**32
 _MAGIC = b"\x93NUMPY"
-_CHUNK = 2**22  # ids read at a time where all of a document is needed
+_CHUNK = 2**22  # ids
 
 
 class Documents:
-    """Documents as parts of flat arrays, each a few bytes of memory here."""
+    """Documents as parts of flat arrays; each takes a few bytes of memory."""
 
     def __init__(
         self,
@@ -30,47 +30,49 @@ class Documents:
         self._arrays, self._which, self._starts, self.sizes = arrays, which, starts, sizes
 
     @staticmethod
-    def apart(arrays: Sequence[Ids]) -> Documents:
-        """Each array a document."""
+    def from_arrays(arrays: Sequence[Ids]) -> Documents:
+        """Each array is a document."""
         sizes = np.array([array.size for array in arrays], dtype=np.int64)
         which = np.arange(len(arrays), dtype=np.int32)
         return Documents(list(arrays), which, np.zeros_like(sizes), sizes)
 
     @staticmethod
-    def files(paths: Sequence[Path]) -> Documents:
-        """Each file's bytes a document; only the last few that were read are open."""
+    def from_files(paths: Sequence[Path]) -> Documents:
+        """The bytes of each file are a document; only the most recently read files are open."""
         files = Files(paths)
         which = np.arange(len(paths), dtype=np.int32)
         return Documents(files, which, np.zeros_like(files.sizes), files.sizes)
 
     @staticmethod
-    def packed(flat: Ids | FileArray, ends: npt.NDArray[np.int64]) -> Documents:
-        """One after another in `flat`, ending at `ends`."""
+    def from_packed(flat: Ids | FileArray, ends: npt.NDArray[np.int64]) -> Documents:
+        """The documents follow one another in `flat` and end at `ends`."""
         sizes = np.diff(ends, prepend=0)
         if ends.ndim != 1 or not ends.size or (sizes < 1).any() or ends[-1] != flat.size:
-            raise ValueError("the documents' ends do not fit the tokens; prepare the data again")
+            raise ValueError(
+                f"the ends of the documents do not fit the {flat.size:,} tokens; prepare the data again"
+            )
         return Documents([flat], np.zeros(ends.size, dtype=np.int32), ends - sizes, sizes)
 
     def choose(self, chosen: npt.NDArray[np.bool_]) -> Documents:
-        """Some of them."""
+        """Keep the documents for which `chosen` is true."""
         return Documents(self._arrays, self._which[chosen], self._starts[chosen], self.sizes[chosen])
 
     def __len__(self) -> int:
         return self.sizes.size
 
     def crop(self, index: int, start: int, length: int) -> Ids:
-        """At most `length` ids of a document from `start`."""
+        """Read at most `length` ids of a document, from `start` on."""
         begin = int(self._starts[index])
         end = begin + int(self.sizes[index])
         return np.asarray(self._arrays[self._which[index]][begin + start : min(end, begin + start + length)])
 
     def chunks(self, index: int) -> Iterator[Ids]:
-        """A document, a part at a time: it may be larger than memory."""
+        """Read a document in parts, because it may be larger than memory."""
         for start in range(0, int(self.sizes[index]), _CHUNK):
             yield self.crop(index, start, _CHUNK)
 
     def fraction(self, index: int) -> float:
-        """A number in [0, 1) from a document's ids, whatever type they are kept in."""
+        """Hash a document's ids to a number in [0, 1), independent of their integer type."""
         narrow = narrowest(max(int(ids.max()) for ids in self.chunks(index)))
         digest = hashlib.sha256()
         for ids in self.chunks(index):
@@ -79,12 +81,12 @@ class Documents:
 
 
 def narrowest(top: int) -> str:
-    """The narrowest type that holds ids up to `top`: what they are hashed as, however they are kept."""
+    """The narrowest type for ids up to `top`. Ids are hashed in it, whatever type they are stored in."""
     return "<u1" if top < 2**8 else "<u2" if top < 2**16 else "<i4" if top < 2**31 else "<i8"
 
 
 class Tiles(Sequence[Ids]):
-    """Documents cut into rows side by side, read when asked for."""
+    """Documents cut into adjacent rows, which are read on access."""
 
     def __init__(self, documents: Documents, length: int) -> None:
         self._documents, self._length = documents, length
@@ -92,7 +94,7 @@ class Tiles(Sequence[Ids]):
 
     @property
     def tokens(self) -> int:
-        """Tokens in all rows."""
+        """Number of tokens in all rows."""
         return int(self._documents.sizes.sum())
 
     def __len__(self) -> int:
@@ -110,22 +112,26 @@ class Tiles(Sequence[Ids]):
 
 
 def load_array(path: Path) -> tuple[FileArray, npt.NDArray[np.int64]]:
-    """A `.npy` file as flat ids and the documents' ends."""
+    """Open a `.npy` file as flat ids and the ends of its documents."""
     try:
         with path.open("rb") as file:
             magic = file.read(len(_MAGIC))
         if magic.startswith(b"PK"):
-            raise ValueError("it holds several arrays, .npz; save one as .npy")
+            raise ValueError("it is an .npz archive of several arrays; save one of them with np.save")
         if magic != _MAGIC:
-            raise ValueError("it does not begin as one")
-        # Mapped for a moment, which checks the header against the file's size.
+            raise ValueError("its first bytes are not those of a .npy file")
+        # Mapping it checks the header against the size of the file.
         array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read as a .npy file ({error})") from error
+        raise ValueError(f"{path}: cannot be read as a .npy file: {error}") from error
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or not array.size:
-        raise ValueError(f"{path} must hold integers [n] or [rows, n], got {array.dtype} {list(array.shape)}")
+        raise ValueError(
+            f"{path} must hold integers of shape [n] or [rows, n], got {array.dtype} {list(array.shape)}"
+        )
     if not array.flags.c_contiguous:
-        raise ValueError(f"{path} must be in C order; save np.ascontiguousarray(…) of it")
+        raise ValueError(
+            f"{path} must be in C order; save it again with np.save(FILE, np.ascontiguousarray(ARRAY))"
+        )
     ids = FileArray(path, array.dtype, array.offset, array.size)
     rows = array.shape[0] if array.ndim == 2 else 1
     return ids, np.arange(1, rows + 1) * (array.size // rows)

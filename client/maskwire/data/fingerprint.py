@@ -1,4 +1,4 @@
-"""A hash of what data holds, fast for data of any size and the same however the ids are kept."""
+"""Hash the content of data: fast at any size, and independent of how the ids are stored."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 
 from maskwire.data.documents import Documents, narrowest
 
-_ALL = 2**24  # ids; data that has more is sampled
-_BLOCKS, _BLOCK = 2**12, 2**12
+_MAX_HASHED = 2**24  # ids; larger data is sampled
+_BLOCKS, _BLOCK = 2**12, 2**12  # blocks, ids per block
 
 
-def content(documents: Documents) -> str:
-    """The hash of every document's size, and of all ids or of blocks spread evenly over them."""
+def content_hash(documents: Documents) -> str:
+    """Hash the size of every document, and all ids or evenly spread blocks of them."""
     digest = hashlib.sha256(documents.sizes.astype("<i8").tobytes())
     total = int(documents.sizes.sum())
-    if total <= _ALL:
+    if total <= _MAX_HASHED:
         for index in range(len(documents)):
             for ids in documents.chunks(index):
                 _add(digest, ids)
@@ -26,7 +26,7 @@ def content(documents: Documents) -> str:
         index = int(np.searchsorted(ends, place, side="right"))
         size = int(documents.sizes[index])
         start = int(place) - (int(ends[index]) - size)
-        # The last ids of a document count too.
+        # Shifted back where it would pass the end of the document.
         _add(digest, documents.crop(index, max(0, min(start, size - _BLOCK)), _BLOCK))
     return f"sha256:{digest.hexdigest()}"
 

@@ -1,9 +1,9 @@
-"""`maskwire data prepare`: text to packed token ids, once, so that training only maps them.
+"""Tokenize text once and store the ids, so that training only reads them (`maskwire data prepare`).
 
-OUT/maskwire-data.json   what the ids stand for, and how many there are
+OUT/maskwire-data.json   metadata: tokenizer, vocabulary, sizes
 OUT/tokens.bin           little-endian ids, one document after another
 OUT/documents.npy        where each document ends
-OUT/tokenizer.json       a copy of the tokenizer's file, if there is one
+OUT/tokenizer.json       a copy of the tokenizer file, if one was used
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from typing import IO, Any
 import numpy as np
 
 from maskwire.data.documents import Documents
-from maskwire.data.files import Ids
-from maskwire.data.formats import DOCUMENTS, META, TOKENS
-from maskwire.data.sources import find_files
-from maskwire.data.token_data import BYTES, Meta
+from maskwire.data.file_array import Ids
+from maskwire.data.file_discovery import find_files
+from maskwire.data.prepared_folder import BYTES, DOCUMENTS, METADATA, TOKENS, PreparedMetadata
 
-_BATCH_BYTES, _BATCH_FILES = 8 * 2**20, 64  # of text, tokenized on all cores at once
+_BATCH_BYTES, _BATCH_FILES = 8 * 2**20, 64  # tokenized in parallel on all cores
 
 Encode = Callable[[list[Path]], Iterable[Iterable[Ids]]]
-"""Makes of some files the ids of each, in one or several parts."""
+"""Tokenizes files; yields the ids of each file, in one part or several."""
 
 
 def prepare(
@@ -40,36 +39,33 @@ def prepare(
     special_tokens: bool = True,
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
-) -> Meta:
-    """Tokenize files and folders into the folder `out`, each file a document; which ones as in `ByteData`.
+) -> PreparedMetadata:
+    """Tokenize files and folders and write the ids to the folder `out`. Each file becomes a document.
 
-    `tokenizer` is "bytes", or a `tokenizers` file (tokenizer.json), which needs the extra
-    `maskwire[tokenizers]` and UTF-8 text. The mask id is one behind the tokenizer's ids. With
-    `special_tokens` each document gets what the tokenizer itself puts around a text, such as BOS and EOS;
-    the result's `document_start` and `document_end` say what that is.
-    `on_progress(done, total)` counts bytes of text. `out` appears when it is whole; one that is there
-    already is replaced only with `force`. Raises ValueError and OSError.
+    Files are selected as in `ByteData`. `tokenizer` is "bytes" or the path of a tokenizer.json, which needs
+    the extra `maskwire[tokenizers]` and UTF-8 text. The mask id follows the tokenizer's last id. With
+    `special_tokens`, each document gets the tokens that the tokenizer adds around a text, such as BOS and
+    EOS; `document_start` and `document_end` of the result list them.
+    `on_progress(done, total)` receives bytes of text. `out` is created only once it is complete; an existing
+    prepared folder is replaced only with `force`. Raises ValueError and OSError.
     """
     out = Path(out)
-    if out.exists() and not (force and (out / META).is_file()):
-        raise ValueError(
-            f"{out} exists"
-            + (
-                "; name another folder, or replace it with --force"
-                if (out / META).is_file()
-                else "; name another"
-            )
-        )
+    prepared = (out / METADATA).is_file()
+    if out.exists() and not (force and prepared):
+        advice = "choose another folder"
+        if prepared:
+            advice += ", or replace the prepared data in it with --force (force=True)"
+        raise ValueError(f"{out} already exists; {advice}")
     files = find_files(paths, pattern, any_format=any_format)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as room:
-        draft, old = Path(room) / "new", Path(room) / "old"
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        draft, old = Path(temporary) / "new", Path(temporary) / "old"
         draft.mkdir()
-        meta = _write(files, draft, tokenizer, special_tokens, on_progress or (lambda *_: None))
+        metadata = _write(files, draft, tokenizer, special_tokens, on_progress or (lambda *_: None))
         if out.exists():
             out.rename(old)
         draft.rename(out)
-    return meta
+    return metadata
 
 
 def _write(
@@ -77,8 +73,8 @@ def _write(
     folder: Path,
     tokenizer: str | Path,
     special_tokens: bool,
-    tell: Callable[[int, int], None],
-) -> Meta:
+    report: Callable[[int, int], None],
+) -> PreparedMetadata:
     total, done = sum(path.stat().st_size for path in files), 0
     encode: Encode = _bytes
     name, mask_id = BYTES, 256
@@ -97,20 +93,20 @@ def _write(
                     ids.astype(np.dtype(dtype).newbyteorder("<"), copy=False).tofile(file)
                     sizes[-1] += ids.size
             done += sum(path.stat().st_size for path in batch)
-            tell(done, total)
+            report(done, total)
         _flush(file)
     ends = np.cumsum([size for size in sizes if size], dtype=np.int64)
     around = ([], []) if loaded is None else loaded.around
     if not ends.size or around is None:  # special tokens alone are nothing to train on
-        raise ValueError("the tokenizer made no token of the text")
+        raise ValueError("the tokenizer produced no tokens from the text; check that it fits the text")
     with (folder / DOCUMENTS).open("wb") as file:
         np.save(file, ends)
         _flush(file)
-    meta = Meta(name, mask_id + 1, mask_id, dtype, int(ends[-1]), ends.size, total, *around)
-    with (folder / META).open("w") as text:
-        text.write(meta.to_json())
+    metadata = PreparedMetadata(name, mask_id + 1, mask_id, dtype, int(ends[-1]), ends.size, total, *around)
+    with (folder / METADATA).open("w") as text:
+        text.write(metadata.to_json())
         _flush(text)
-    return meta
+    return metadata
 
 
 def _flush(file: IO[Any]) -> None:
@@ -131,42 +127,44 @@ def _batches(files: list[Path]) -> Iterator[list[Path]]:
 
 
 def _bytes(files: list[Path]) -> Iterator[Iterator[Ids]]:
-    documents = Documents.files(files)
+    documents = Documents.from_files(files)
     return (documents.chunks(index) for index in range(len(documents)))
 
 
 class _Tokenizer:
-    """A tokenizer's file: encodes texts, and learns from them what it puts around each."""
+    """A tokenizer file: encodes texts, and records the special tokens that it adds around them."""
 
     def __init__(self, path: Path, special_tokens: bool) -> None:
-        """Raises ValueError for what is no tokenizer's file, or without the package."""
+        """Raises ValueError if the file is not a tokenizer, or the package `tokenizers` is missing."""
         try:
             from tokenizers import Tokenizer
         except ImportError:
             raise ValueError(
-                'a tokenizer file needs the package tokenizers: pip install "maskwire[tokenizers]"'
+                'a tokenizer file needs the package `tokenizers`: pip install "maskwire[tokenizers]"'
             ) from None
         if not path.is_file():
-            raise ValueError(f"tokenizer must be 'bytes' or a tokenizer.json, there is no file {path}")
+            raise ValueError(
+                f"tokenizer must be 'bytes' or the path of a tokenizer.json, but there is no file {path}"
+            )
         try:
             self._loaded: Any = Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises bare Exception
-            raise ValueError(f"{path}: not a tokenizers file ({error})") from error
+            raise ValueError(f"{path}: not a tokenizer.json of the package `tokenizers`: {error}") from error
         self._loaded.no_truncation()
         self._loaded.no_padding()
         self._path, self._special_tokens = path, special_tokens
         self.name = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
         self.mask_id = max(self._loaded.get_vocab(with_added_tokens=True).values()) + 1
-        """The id behind its own."""
+        """The id after the last one of the tokenizer."""
         self.around: tuple[list[int], list[int]] | None = None
-        """The special ids before and after each text; None until a text has tokens of its own."""
+        """The special ids before and after each text; None until a text has yielded other tokens."""
 
     def encode(self, files: list[Path]) -> Iterator[list[Ids]]:
-        """Each file's ids. Raises ValueError for one that cannot be encoded."""
+        """Yield the ids of each file. Raises ValueError for a file that cannot be encoded."""
         texts = [_text(file) for file in files]
         try:
             found = self._loaded.encode_batch(texts, add_special_tokens=self._special_tokens)
-        except Exception:  # which does not say of which text
+        except Exception:  # it does not name the text that failed
             for file, text in zip(files, texts, strict=True):
                 self._check(file, text)
             raise
@@ -180,13 +178,13 @@ class _Tokenizer:
             self._loaded.encode(text, add_special_tokens=self._special_tokens)
         except Exception as error:
             raise ValueError(
-                f"{file}: the tokenizer {self._path} cannot encode it ({error}); use a tokenizer with an "
-                "unknown token or of bytes, or leave the file out with --pattern"
+                f"{file}: the tokenizer {self._path} cannot encode it ({error}); use a byte-level tokenizer "
+                "or one with an unknown token, or exclude the file with --pattern"
             ) from error
 
 
 def _around(encoding: Any) -> tuple[list[int], list[int]] | None:
-    """The special ids before and after a text's own tokens; None for a text that has none."""
+    """The special ids before and after the other tokens; None if there are no other tokens."""
     ids, special = encoding.ids, encoding.special_tokens_mask
     own = [place for place, added in enumerate(special) if not added]
     return (ids[: own[0]], ids[own[-1] + 1 :]) if own else None
@@ -198,6 +196,6 @@ def _text(path: Path) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}: not UTF-8 at byte {error.start} ({data[error.start : error.end]!r}); convert it, leave "
-            "it out with --pattern, or prepare bytes"
+            f"{path}: not UTF-8 at byte {error.start} ({data[error.start : error.end]!r}); convert the file, "
+            "exclude it with --pattern, or use --tokenizer bytes"
         ) from None

@@ -20,7 +20,7 @@ import numpy as np
 from maskwire.arguments import check_whole
 from maskwire.data.token_data import TokenData
 from maskwire.errors import StepMovedError
-from maskwire.protocol import codec
+from maskwire.protocol import codec, token_batch
 from maskwire.protocol.limits import Bounds, too_long
 from maskwire.results import EvalResult, FractionResult, Losses, LossSums, RowResult
 from maskwire.v1 import training_service_pb2 as pb
@@ -66,7 +66,7 @@ class EvaluationPlan:
                 raise ValueError(f"{name} must be one per row, {self.rows}, got {len(values)}")
         if self._by_row["row_ids"] is None:
             self._by_row["row_ids"] = range(self.rows)
-        codec.to_array(self._by_row["row_ids"], "row_ids")
+        token_batch.to_array(self._by_row["row_ids"], "row_ids")
         codec.eval_request([[0]], **options)  # invalid options are reported before the first call
         self._options = options
         lengths = self._by_row["lengths"]

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maskwire.errors import StepMovedError
-from maskwire.protocol import codec
+from maskwire.protocol import token_batch
 from maskwire.protocol.limits import Bounds, too_long
 from maskwire.results import GenerateResult
 from maskwire.v1 import training_service_pb2 as pb
@@ -38,7 +38,7 @@ class GenerationPlan:
         model = bounds.model
         count = rows_of(request)
         if self._given:
-            self.rows = [np.array(row) for row in codec.decode_batch(request.prompts)][:count]
+            self.rows = [np.array(row) for row in token_batch.decode_batch(request.prompts)][:count]
             self._known = [self._given_of(index) for index in range(len(self.rows))]
         else:
             length = request.length or model.max_seq_len
@@ -131,10 +131,9 @@ class GenerationPlan:
             known[place, : len(chosen[place])] = self._known[row]
         part.count = 0
         part.length = self._columns if columns < self._columns else 0
-        batch = codec.encode_batch(chosen, prompt_mask=known if whole.prompts.prompt_mask else None)
-        if (
-            whole.prompts.lengths and not batch.lengths
-        ):  # without lengths, ids equal to the pad id are padding
+        batch = token_batch.encode_batch(chosen, prompt_mask=known if whole.prompts.prompt_mask else None)
+        # Without lengths, ids equal to the pad id are padding.
+        if whole.prompts.lengths and not batch.lengths:
             batch.lengths.extend(len(row) for row in chosen)
         part.prompts.CopyFrom(batch)
         return part

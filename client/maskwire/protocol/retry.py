@@ -13,7 +13,7 @@ _MAX_SECONDS = 1e7  # gRPC accepts no infinite deadline
 # The server restarts these from the beginning when a call is cut off, so their deadline is generous.
 _LONG_CALLS = {"EvalLoss", "Checkpoint", "RestoreCheckpoint"}
 _SHORT_CALLS = {"GetStatus", "ListCheckpoints", "ListSteps"}
-_RETRY_ADVICE = re.compile(r"; ask again(?: with the same request id)?$")
+_RETRY_ADVICE = re.compile(r"; (?:ask again|retry)(?: with the same request id)?$")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Text with gaps: prompts from what people type, and rows on their way as what a terminal shows."""
+"""Text for generation: parse prompts with gaps, and render sampled rows for a terminal."""
 
 from __future__ import annotations
 
@@ -18,58 +18,64 @@ _BYTES = 256
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row to fill in: its ids, with the mask id in the gaps."""
+    """A row to fill: its ids, with the mask id in the gaps."""
 
     ids: tuple[int, ...]
 
 
 def of_bytes(model: ModelInfo) -> bool:
-    """Whether the model's ids are bytes, as far as its vocabulary tells."""
+    """Whether the vocabulary is that of a model of bytes: 256 ids and the mask id."""
     return model.num_tokens == _BYTES + 1 and model.mask_id == _BYTES
 
 
 def read_prompts(
     texts: Sequence[str], lists: Sequence[str], *, gap: str, length: int | None, model: ModelInfo
 ) -> list[Prompt]:
-    """Prompts from texts and from lists of ids, each lengthened with gaps up to `length`.
+    """Parse texts and lists of ids as prompts, and extend each with gaps up to `length`.
 
-    Raises ValueError for a text to a model whose ids are not bytes, and for what is no list of ids.
+    Raises ValueError for a text if the model's ids are not bytes, and for a malformed list of ids.
     """
     if not gap:
-        raise ValueError("--gap must not be empty: it stands for one unknown token")
+        raise ValueError("--gap must not be empty: it is the character that marks one token to fill")
     if texts and not of_bytes(model):
         raise ValueError(
-            f"--prompt needs a model of bytes (257 ids, the mask id last), this one has {model.num_tokens}; "
-            "use --prompt-ids"
+            "--prompt needs a model of bytes (num_tokens 257, mask_id 256), but this one has num_tokens "
+            f"{model.num_tokens}, mask_id {model.mask_id}; give token ids with --prompt-ids"
         )
     if length is not None and not 1 <= length <= model.max_seq_len:
-        raise ValueError(f"--length must be 1 to {model.max_seq_len}, the model's longest, got {length}")
-    rows = [_of_text(text, gap, model.mask_id) for text in texts]
-    rows += [_of_list(words, gap, model.mask_id) for words in lists]
+        raise ValueError(
+            f"--length must be 1 to {model.max_seq_len}, the longest row of the model, got {length}"
+        )
+    rows = [_from_text(text, gap, model.mask_id) for text in texts]
+    rows += [_from_list(words, gap, model.mask_id) for words in lists]
     longest = max((len(row) for row in rows), default=0)
     if length is not None and longest > length:
-        raise ValueError(f"--length must be at least the longest prompt's {longest} tokens, got {length}")
+        raise ValueError(
+            f"--length must be at least {longest}, the length of the longest prompt, got {length}"
+        )
     return [Prompt((*row, *[model.mask_id] * ((length or 0) - len(row)))) for row in rows]
 
 
-def _of_text(text: str, gap: str, mask_id: int) -> list[int]:
+def _from_text(text: str, gap: str, mask_id: int) -> list[int]:
     ids: list[int] = []
     for place, part in enumerate(text.split(gap)):
         ids += [mask_id] * bool(place)
         ids += part.encode(errors="surrogateescape")
     if not ids:
-        raise ValueError("--prompt must not be empty")
+        raise ValueError("--prompt must not be empty; leave it out to sample without a prompt")
     return ids
 
 
-def _of_list(words: str, gap: str, mask_id: int) -> list[int]:
+def _from_list(words: str, gap: str, mask_id: int) -> list[int]:
     try:
         ids = [mask_id if word.strip() == gap else int(word) for word in words.split(",")]
         if max(map(abs, ids)) >= 2**63:
             raise ValueError
         return ids
     except ValueError:
-        raise ValueError(f"--prompt-ids must be ids and gaps ({gap}) with commas, got {words!r}") from None
+        raise ValueError(
+            f"--prompt-ids must be comma-separated ids and gaps ({gap}), such as '7,{gap},9', got {words!r}"
+        ) from None
 
 
 def rows_of(found: GenerateResult) -> list[npt.NDArray[np.int64]]:
@@ -78,7 +84,7 @@ def rows_of(found: GenerateResult) -> list[npt.NDArray[np.int64]]:
 
 
 def text_of(row: npt.NDArray[np.int64], model: ModelInfo) -> str | None:
-    """A row of bytes as text, what is no UTF-8 replaced; None for another model."""
+    """Decode a row of bytes, with invalid UTF-8 replaced; None if the model's ids are not bytes."""
     if not of_bytes(model):
         return None
     parts, start = [], 0
@@ -89,12 +95,12 @@ def text_of(row: npt.NDArray[np.int64], model: ModelInfo) -> str | None:
 
 
 def _printable(text: str) -> str:
-    """What a terminal can show: a sampled escape sequence must not reach it."""
+    """Replace what is not printable: a sampled escape sequence must not reach the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
 
 
 def to_display(found: GenerateResult, prompts: Sequence[Prompt], model: ModelInfo) -> Group:
-    """Rows on their way: what is masked dim, what was given plain, what was sampled bright."""
+    """Render unfinished rows: masked tokens dim, prompt tokens plain, sampled tokens bright."""
     lines = []
     for place, row in enumerate(rows_of(found)):
         given = np.zeros(len(row), dtype=bool)

@@ -1,4 +1,4 @@
-"""Text with gaps, and what a terminal shows of rows on their way."""
+"""Prompts with gaps, and sampled rows as a terminal shows them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from maskwire.cli.prompts import MASKED, read_prompts, text_of, to_display
+from maskwire.cli.generation_text import MASKED, read_prompts, text_of, to_display
 from maskwire.results import GenerateResult, ModelInfo
 
 BYTES = ModelInfo(257, 256, None, 64, 1, "", True, False)
 WORDS = ModelInfo(1000, 999, None, 64, 1, "", True, False)
 
 
-def test_a_gap_is_one_token_and_a_letter_its_bytes() -> None:
+def test_a_gap_is_one_token_and_text_becomes_its_bytes() -> None:
     (prompt,) = read_prompts(["é~a~~"], [], gap="~", length=8, model=BYTES)
     assert prompt.ids == (0xC3, 0xA9, 256, 97, 256, 256, 256, 256)
     for length, words in (
-        (2, "at least the longest prompt's 3 tokens, got 2"),
+        (2, "at least 3, the length of the longest prompt, got 2"),
         (65, "1 to 64"),
         (0, "1 to 64"),
     ):
@@ -27,10 +27,10 @@ def test_a_gap_is_one_token_and_a_letter_its_bytes() -> None:
             read_prompts(["abc"], [], gap="~", length=length, model=BYTES)
 
 
-def test_other_models_take_ids() -> None:
+def test_models_without_bytes_take_prompts_of_ids() -> None:
     (prompt,) = read_prompts([], ["1,~ , 7"], gap="~", length=None, model=WORDS)
     assert prompt.ids == (1, 999, 7)
-    with pytest.raises(ValueError, match="use --prompt-ids"):
+    with pytest.raises(ValueError, match="num_tokens 1000, mask_id 999; give token ids with --prompt-ids"):
         read_prompts(["a"], [], gap="~", length=None, model=WORDS)
     assert text_of(np.array([1]), WORDS) is None
 
@@ -48,7 +48,7 @@ def shown(rows: list[list[int]], model: ModelInfo) -> str:
     return out
 
 
-def test_what_is_masked_is_shown_as_that() -> None:
+def test_masked_tokens_are_shown_as_blocks() -> None:
     out = shown([[97, 256, 98, 256], [97, 99, 100, 101]], BYTES)
     assert out.splitlines() == [f"a{MASKED}b{MASKED}", "acde", "pass 2, 2 masked"]
     assert shown([[7, 999, 8]], WORDS).splitlines()[0].split() == ["7", MASKED, "8"]
@@ -60,5 +60,5 @@ def test_a_sampled_escape_sequence_does_not_reach_the_terminal() -> None:
     assert out.startswith("a·[H")
 
 
-def test_bytes_that_are_no_text_are_replaced() -> None:
+def test_bytes_that_are_not_utf8_are_replaced() -> None:
     assert text_of(np.array([97, 0xC3, 256, 0xA9]), BYTES) == f"a\ufffd{MASKED}\ufffd"

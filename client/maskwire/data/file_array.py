@@ -1,8 +1,8 @@
-"""Arrays of ids in files, read piece by piece.
+"""Arrays of integers in files, read slice by slice.
 
-Files are read and not mapped: a mapped file that somebody cuts short ends the process with SIGBUS, a read
-one is an error that names the file. And what is read needs only the file's path in another process, so
-that data can be pickled without its content.
+The files are read, not memory-mapped: truncating a mapped file kills the process with SIGBUS, whereas a
+failed read raises an error that names the file. Pickling keeps the path alone, so that another process
+reads the same file.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.integer[Any]]
-_OPEN = 128  # files that are kept open
+_MAX_OPEN = 128  # files
 _SEEK = threading.Lock()
 _UNKNOWN = -1
 
 
 class DataChangedError(ValueError):
-    """A file of the data was cut, changed, replaced or deleted since it was opened."""
+    """A data file was truncated, changed, replaced or deleted after it was opened."""
 
 
 class FileArray:
-    """One-dimensional integers in a file; a slice of it is read when asked for."""
+    """A one-dimensional array of integers in a file; slicing reads that part of the file."""
 
     def __init__(
         self,
@@ -38,11 +38,11 @@ class FileArray:
         size: int | None = None,
         stamp: tuple[int, int] | None = None,
     ) -> None:
-        """`size` integers from byte `offset` on; by default all.
+        """Describe `size` integers that start at byte `offset`; by default all that follow.
 
-        `stamp` is the file's size and modification time in nanoseconds, as they were found earlier.
+        `stamp` is the file's size in bytes and its modification time in nanoseconds, if known already.
         """
-        self._path = Path(path).absolute()  # a job may change its directory
+        self._path = Path(path).absolute()  # the process may change its working directory
         self._file: _File | None = None
         if stamp is None:
             found = self._path.stat()
@@ -58,7 +58,7 @@ class FileArray:
     def __getitem__(self, part: slice) -> Ids:
         start, stop, step = part.indices(self.size)
         if step != 1:
-            raise ValueError(f"a file is read in slices without a step, got {part}")
+            raise ValueError(f"a slice of a file must not have a step, got {part}")
         begin, width = self._offset + start * self.dtype.itemsize, self.dtype.itemsize
         wanted = max(0, stop - start) * width
         try:
@@ -68,7 +68,7 @@ class FileArray:
         except OSError as error:
             raise self._changed(error.strerror or str(error)) from error
         if found.st_size != self._bytes:
-            raise self._changed(f"it had {self._bytes:,} bytes and has {found.st_size:,}")
+            raise self._changed(f"it had {self._bytes:,} bytes and now has {found.st_size:,}")
         if found.st_mtime_ns != self._modified:
             raise self._changed("it was written to")
         if len(read) != wanted:
@@ -83,17 +83,17 @@ class FileArray:
 
     def _changed(self, why: str) -> DataChangedError:
         return DataChangedError(
-            f"{self._path}: the file changed while it was in use as data ({why}): put it back as it was, or "
-            "open the data again"
+            f"{self._path}: the file changed while it was in use as data ({why}); restore it, or open "
+            "the data again"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the file on another machine has its own modification time.
+        # A copy of the file on another machine has a modification time of its own.
         return {**self.__dict__, "_file": None, "_modified": _UNKNOWN}
 
 
 class Files(Sequence[FileArray]):
-    """Files as arrays of bytes; the last few that were read are kept open."""
+    """Files as arrays of bytes; only the most recently read ones are kept open."""
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
         self._paths = [Path(path).absolute() for path in paths]
@@ -103,9 +103,9 @@ class Files(Sequence[FileArray]):
         self._keep_open()
 
     def _keep_open(self) -> None:
-        # Of what it needs and not of `self`: the files are closed as soon as nobody uses these.
+        # The cache must not refer to `self`: the files are closed as soon as this object is released.
         array = functools.partial(_array, self._paths, self.sizes, self._modified)
-        self._arrays = functools.lru_cache(_OPEN)(array)
+        self._arrays = functools.lru_cache(_MAX_OPEN)(array)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -130,18 +130,18 @@ def _array(
 
 
 class _File:
-    """An open file, closed when nobody needs it any more."""
+    """An open file, closed when it is released."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = -1
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
 
     def read(self, size: int, offset: int) -> bytes:
-        """Bytes from `offset` on, fewer only at the file's end."""
+        """Read `size` bytes at `offset`; fewer only at the end of the file."""
         read = self._read(size, offset)
         if len(read) == size or not read:
             return read
-        parts = [read]  # the system reads at most 2 GiB at a time
+        parts = [read]  # the operating system reads at most 2 GiB per call
         while read and (left := size - sum(map(len, parts))):
             read = self._read(left, offset + size - left)
             parts.append(read)

@@ -1,22 +1,19 @@
-"""Data is a function of the seed and the step, and nothing else."""
+"""Batches depend on nothing but the data, the seed and the step."""
 
 from __future__ import annotations
 
-import os
 import pickle
-import subprocess
-import sys
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from maskwire.data.files import DataChangedError
+from maskwire.data.file_data import ByteData, FileTokens, open_data
+from maskwire.data.file_discovery import find_files
 from maskwire.data.prepare import prepare
-from maskwire.data.sources import find_files
-from maskwire.data.token_data import ByteData, FileTokens, TokenData, open_data
+from maskwire.data.token_data import TokenData
 
 
 @pytest.fixture
@@ -36,7 +33,7 @@ def same(a: object, b: object) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))  # type: ignore[call-overload]
 
 
-def test_a_batch_depends_on_the_seed_and_the_step_alone(folder: Path) -> None:
+def test_a_batch_depends_only_on_data_seed_and_step(folder: Path) -> None:
     first = ByteData(folder, length=16, batch_size=8, seed=1)
     for _ in range(3):
         first.batch(9)
@@ -63,43 +60,58 @@ def test_a_file_shorter_than_a_row_is_a_row_by_itself(tmp_path: Path) -> None:
     assert sizes == {3, 8}
 
 
-def test_every_place_is_drawn(tmp_path: Path) -> None:
+def test_every_position_is_sampled(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(range(10)))
     data = ByteData(tmp_path, length=4, batch_size=200)
     starts = {int(row[0]) for row in data.batch(1)}
     assert starts == set(range(7))
 
 
-def test_the_split_goes_by_content_and_is_disjoint(folder: Path) -> None:
+def test_split_is_disjoint_and_keeps_copies_together(folder: Path) -> None:
     copy = folder / "copy.txt"
     copy.write_bytes((folder / "0" / "00.txt").read_bytes())
     training, apart = ByteData(folder, length=16, batch_size=4).split(0.3)
     assert len(training.files) + len(apart.files) == 31
     assert not set(training.files) & set(apart.files)
     contents = [{path.read_bytes() for path in part.files} for part in (training, apart)]
-    assert not contents[0] & contents[1], "a copy goes where its twin goes"
+    assert not contents[0] & contents[1], "copies stay together"
     again, _ = ByteData(folder, length=16, batch_size=4).split(0.3)
     assert again.files == training.files
 
 
-def test_evaluation_rows_are_spread_and_always_the_same(folder: Path) -> None:
+def test_a_split_that_leaves_a_part_empty_names_the_smallest_share_that_works(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    data = ByteData(tmp_path, length=4, batch_size=1)
+    with pytest.raises(ValueError, match="holds out 0 of 3 documents") as refused:
+        data.split(0.001)
+    found = re.search(r"use --held-out (\S+) \(held_out=(\S+)\) to hold out (\d)", str(refused.value))
+    assert found is not None
+    assert found[1] == found[2]
+    training, apart = data.split(float(found[1]))
+    assert (apart.documents, training.documents) == (int(found[3]), 3 - int(found[3]))
+
+
+def test_evaluation_rows_are_the_same_on_every_call(folder: Path) -> None:
     data = ByteData(folder, length=16, batch_size=4)
     assert same(data.spread(12), data.spread(12))
     assert len(data.spread(12)) == 12
 
 
-def test_unigram_entropy_is_that_of_the_bytes(tmp_path: Path) -> None:
+def test_unigram_entropy_is_computed_from_byte_frequencies(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"aabb" * 10)
     (tmp_path / "b").write_bytes(b"cccc" * 10)
     assert ByteData(tmp_path, length=4, batch_size=1).unigram_bits() == pytest.approx(1.5)
 
 
-def test_hidden_and_empty_files_are_left_out_and_missing_ones_named(folder: Path) -> None:
+def test_hidden_and_empty_files_are_ignored_and_missing_ones_are_errors(folder: Path) -> None:
     assert len(find_files(folder)) == 30
     assert len(find_files([folder / "0", folder / "1" / "01.txt"])) == 11
     with pytest.raises(ValueError, match="nowhere: no such file"):
         find_files(folder / "nowhere")
-    with pytest.raises(ValueError, match="no file with anything"):
+    with pytest.raises(
+        ValueError, match="no data found in the given paths: there is no non-empty file that matches"
+    ):
         find_files(folder, "*.csv")
 
 
@@ -113,15 +125,17 @@ def test_hidden_and_empty_files_are_left_out_and_missing_ones_named(folder: Path
         ({"seed": 0.5}, "seed must be a whole number of at least 0, got 0.5"),
     ],
 )
-def test_sizes_that_make_no_sense_are_named(folder: Path, options: dict[str, int], words: str) -> None:
+def test_invalid_sizes_are_refused_with_their_value(
+    folder: Path, options: dict[str, int], words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         ByteData(folder, **{"length": 4, "batch_size": 4, **options})
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match=r"held_out \(--held-out\) must be above 0 and below 1.*, got 1.5"):
         ByteData(folder, length=4, batch_size=4).split(1.5)
 
 
 def variants(folder: Path) -> dict[str, TokenData]:
-    """The same bytes in every form that data can have, with the same documents."""
+    """The same bytes as the same documents, in every storage format."""
     single = folder / "one.txt"
     ids = np.frombuffer(single.read_bytes(), dtype=np.uint8)
     np.save(folder / "ids.npy", ids)
@@ -146,7 +160,7 @@ def variants(folder: Path) -> dict[str, TokenData]:
     }
 
 
-def test_the_same_ids_give_the_same_batches_in_every_form(tmp_path: Path) -> None:
+def test_the_same_ids_give_the_same_batches_in_every_storage_format(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_bytes(np.random.default_rng(0).integers(0, 256, 999, dtype=np.uint8))
     found = variants(tmp_path)
     for step in (1, 2, 77):
@@ -155,11 +169,11 @@ def test_the_same_ids_give_the_same_batches_in_every_form(tmp_path: Path) -> Non
             assert same(data.batch(step), expected), name
             assert same(data.spread(5), found["file"].spread(5)), name
     assert found["prepared"].tokenizer == found["file"].tokenizer == "bytes"
-    assert found["npy"].tokenizer == "", "whoever made the array did not say"
+    assert found["npy"].tokenizer == "", "an array does not record its tokenizer"
     assert {data.size for data in found.values()} == {999}
 
 
-def test_a_folder_and_what_was_prepared_of_it_split_alike(
+def test_a_folder_and_its_prepared_data_split_alike(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     out = tmp_path_factory.mktemp("out") / "prepared"
@@ -173,7 +187,7 @@ def test_a_folder_and_what_was_prepared_of_it_split_alike(
     assert direct[0].documents + direct[1].documents == 30
 
 
-def test_rows_of_an_array_are_documents_and_ragged_ones_stay_ragged(tmp_path: Path) -> None:
+def test_each_row_is_a_document_and_ragged_rows_stay_ragged(tmp_path: Path) -> None:
     grid = np.arange(60, dtype=np.int32).reshape(6, 10)
     np.save(tmp_path / "grid.npy", grid)
     data = FileTokens(tmp_path / "grid.npy", length=10, batch_size=50)
@@ -185,7 +199,7 @@ def test_rows_of_an_array_are_documents_and_ragged_ones_stay_ragged(tmp_path: Pa
     assert ragged.unigram_bits() == pytest.approx(np.log2(5))
 
 
-def test_token_files_that_do_not_do_are_named(tmp_path: Path) -> None:
+def test_invalid_token_files_are_refused_with_the_reason(tmp_path: Path) -> None:
     options: dict[str, Any] = {"length": 4, "batch_size": 2}
     np.save(tmp_path / "float.npy", np.zeros(4))
     np.save(tmp_path / "cube.npy", np.zeros((2, 2, 2), dtype=int))
@@ -195,92 +209,80 @@ def test_token_files_that_do_not_do_are_named(tmp_path: Path) -> None:
     (tmp_path / "odd.bin").write_bytes(b"123")
     (tmp_path / "text.npy").write_text("no array")
     for name, dtype, words in (
-        ("float.npy", None, r"must hold integers \[n\] or \[rows, n\], got float64 \[4\]"),
+        ("float.npy", None, r"must hold integers of shape \[n\] or \[rows, n\], got float64 \[4\]"),
         ("cube.npy", None, r"got int64 \[2, 2, 2\]"),
         ("fortran.npy", None, "must be in C order"),
         ("objects.npy", None, "cannot be read as a .npy file"),
         ("empty.npy", None, r"got int64 \[0\]"),
         ("text.npy", None, "cannot be read as a .npy file"),
-        ("odd.bin", "uint16", "must be whole uint16 ids, got 3 bytes"),
-        ("odd.bin", "float32", "dtype is 'float32', not one of uint8, uint16, int32"),
-        ("none.bin", "uint16", "none.bin"),
+        (
+            "odd.bin",
+            "uint16",
+            r"has 3 bytes, which is not a whole number of uint16 ids \(2 bytes\); check dtype",
+        ),
+        ("odd.bin", "float32", "dtype must be one of uint8, uint16, int32, got 'float32'"),
+        ("none.bin", "uint16", "none.bin: no such file or folder"),
     ):
         with pytest.raises(ValueError, match=words):
             open_data(tmp_path / name, dtype=dtype, **options)
     (tmp_path / "text.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"text\.txt holds no token ids: give a \.npy file"):
+        FileTokens(tmp_path / "text.txt", **options)
     for paths in (["a.npy", "b.npy"], ["text.txt", "a.npy"]):
-        with pytest.raises(ValueError, match="comes alone, got 2 paths"):
+        with pytest.raises(ValueError, match="must be the only path, got 2 paths"):
             open_data([tmp_path / name for name in paths], **options)
     np.save(tmp_path / "good.npy", np.arange(4))
-    with pytest.raises(ValueError, match=r"dtype must be left out for .*good\.npy, which says it itself"):
+    with pytest.raises(
+        ValueError, match=r"good\.npy records the type of its ids; leave out dtype .*got 'uint16'"
+    ):
         open_data(tmp_path / "good.npy", dtype="uint16", **options)
-    with pytest.raises(ValueError, match=r"a document must be integers \[n\], got float64"):
+    with pytest.raises(ValueError, match=r"a document must hold integers of shape \[n\], got float64"):
         TokenData([[0.5]], **options)
-    with pytest.raises(ValueError, match="nothing in the data"):
+    with pytest.raises(ValueError, match="the data is empty"):
         TokenData([[]], **options)
     with pytest.raises(ValueError, match="one document cannot be split"):
         TokenData([[1, 2, 3]], **options).split(0.5)
 
 
-def test_a_prepared_folder_that_was_cut_or_changed_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_or_changed_prepared_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(bytes(range(100)))
     prepare(tmp_path / "a.txt", tmp_path / "p")
     options: dict[str, Any] = {"length": 4, "batch_size": 2}
-    with pytest.raises(ValueError, match="dtype must be left out"):
+    with pytest.raises(ValueError, match="leave out dtype"):
         open_data(tmp_path / "p", dtype="uint8", **options)
     whole = (tmp_path / "p" / "tokens.bin").read_bytes()
     (tmp_path / "p" / "tokens.bin").write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match="has 99 bytes, not those of 100 tokens"):
+    with pytest.raises(ValueError, match="has 99 bytes, but 100 uint8 tokens take 100"):
         open_data(tmp_path / "p", **options)
     (tmp_path / "p" / "tokens.bin").write_bytes(whole)
     np.save(tmp_path / "p" / "documents.npy", np.array([50]))
-    with pytest.raises(ValueError, match="ends do not fit"):
+    with pytest.raises(ValueError, match="the ends of the documents do not fit the 100 tokens"):
         open_data(tmp_path / "p", **options)
     (tmp_path / "p" / "maskwire-data.json").write_text("{}")
     with pytest.raises(ValueError, match="prepare the data again"):
         open_data(tmp_path / "p", **options)
 
 
-def test_what_was_prepared_among_the_texts_is_no_text(tmp_path: Path) -> None:
+def test_a_prepared_folder_among_the_texts_is_not_read_as_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text")
     first = prepare(tmp_path, tmp_path / "out")
     assert prepare(tmp_path, tmp_path / "out", force=True) == first
     assert ByteData(tmp_path, length=4, batch_size=1).size == 9
-    with pytest.raises(ValueError, match="comes alone"):
+    with pytest.raises(ValueError, match="must be the only path"):
         open_data([tmp_path / "a.txt", tmp_path / "out"], length=4, batch_size=1)
 
 
-def test_more_files_than_may_be_open_at_once(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    import resource
-
-    for number in range(400):
-        (tmp_path / f"{number:03d}").write_bytes(bytes([number % 256]) * (40 + number))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    data = ByteData(tmp_path, length=8, batch_size=64)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (330, hard))
-    try:
-        for step in range(20):
-            data.batch(step)
-        training, apart = data.split(0.5)
-        assert training.documents + apart.documents == 400
-        prepare(tmp_path, tmp_path_factory.mktemp("many") / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04"], ids=["empty", "another format"])
-def test_files_of_another_kind_are_named(tmp_path: Path, content: bytes) -> None:
+def test_a_npy_file_with_other_content_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.npy").write_bytes(content)
     with pytest.raises(ValueError, match=r"cannot be read as a \.npy file"):
         open_data(tmp_path / "a.npy", length=4, batch_size=1)
 
 
-def test_what_makes_no_sense_is_named(tmp_path: Path) -> None:
+def test_archives_damaged_metadata_and_excessive_sizes_are_refused(tmp_path: Path) -> None:
     with (tmp_path / "several.npy").open("wb") as file:
         np.savez(file, a=np.arange(3))
-    with pytest.raises(ValueError, match="holds several arrays"):
+    with pytest.raises(ValueError, match="npz archive of several arrays"):
         open_data(tmp_path / "several.npy", length=4, batch_size=1)
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "maskwire-data.json").write_text("5")
@@ -296,92 +298,7 @@ def test_what_makes_no_sense_is_named(tmp_path: Path) -> None:
             TokenData([[1, 2]], **{"length": 4, "batch_size": 1, **options})
 
 
-def file_backed(folder: Path) -> dict[str, tuple[TokenData, Path]]:
-    """Data of every kind that stays in files, and the file that it is read from."""
-    rng = np.random.default_rng(1)
-    text = folder / "texts" / "a.txt"
-    text.parent.mkdir()
-    text.write_bytes(rng.integers(32, 127, 5000, dtype=np.uint8).tobytes())
-    np.save(folder / "ids.npy", rng.integers(0, 500, (20, 90)))
-    rng.integers(0, 500, 3000).astype("<u2").tofile(folder / "ids.u16")
-    prepare(text, folder / "prepared")
-    options: dict[str, Any] = {"length": 16, "batch_size": 4}
-    return {
-        "folder": (open_data(text.parent, **options), text),
-        "npy": (open_data(folder / "ids.npy", **options), folder / "ids.npy"),
-        "packed": (open_data(folder / "ids.u16", dtype="uint16", **options), folder / "ids.u16"),
-        "prepared": (open_data(folder / "prepared", **options), folder / "prepared" / "tokens.bin"),
-    }
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, 200)
-
-
-def rewrite(path: Path) -> None:
-    content, modified = path.read_bytes(), path.stat().st_mtime_ns
-    path.write_bytes(content[::-1])
-    os.utime(path, ns=(modified, modified + 10**9))
-
-
-def replace(path: Path) -> None:
-    other = path.with_name("other")
-    other.write_bytes(path.read_bytes()[:-8])
-    other.replace(path)
-
-
-@pytest.mark.parametrize("change", [cut, rewrite, replace, Path.unlink], ids=lambda change: change.__name__)
-@pytest.mark.parametrize("read", [True, False], ids=["in use", "opened"])
-def test_a_data_file_that_changes_in_use_is_a_message(
-    tmp_path: Path, change: Callable[[Path], None], read: bool
-) -> None:
-    for name, (data, path) in file_backed(tmp_path).items():
-        before = data.batch(1) if read else None
-        change(path)
-        if read and change in (replace, Path.unlink):
-            assert same(data.batch(1), before), f"{name}: the file that was opened is still there"
-            continue
-        with pytest.raises(DataChangedError, match="changed while it was in use as data") as raised:
-            data.batch(2)
-        assert str(path) in str(raised.value), name
-        with pytest.raises(DataChangedError):
-            data.whole()[3]
-
-
-def test_data_is_pickled_without_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    found = {name: data for name, (data, _) in file_backed(Path()).items()}
-    found["files"] = ByteData("texts/a.txt", length=16, batch_size=4)
-    for name, data in found.items():
-        expected = data.batch(7)
-        pickled = pickle.dumps((data, data.whole()))
-        assert len(pickled) < 3000, name
-        (tmp_path / f"{name}.pickle").write_bytes(pickled)
-        np.save(tmp_path / f"{name}.expected.npy", np.stack(expected))
-    (tmp_path / "elsewhere").mkdir()
-    code = (
-        "import pathlib, pickle, numpy as np\n"
-        f"for name in {list(found)}:\n"
-        f"    folder = pathlib.Path({str(tmp_path)!r})\n"
-        "    data, whole = pickle.loads((folder / f'{name}.pickle').read_bytes())\n"
-        "    assert (data.batch(7) == np.load(folder / f'{name}.expected.npy')).all(), name\n"
-        "    assert sum(map(len, whole)) == data.size\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path / "elsewhere")
-
-
-def test_pickled_data_is_refused_where_its_file_has_another_size(tmp_path: Path) -> None:
-    for name, (data, path) in file_backed(tmp_path).items():
-        pickled, expected = pickle.dumps(data), data.batch(1)
-        os.utime(path, ns=(1, 1))  # as a copy on another machine may have it
-        assert same(pickle.loads(pickled).batch(1), expected), name
-        with path.open("ab") as file:
-            file.write(b"more")
-        with pytest.raises(DataChangedError, match="bytes and has"):
-            pickle.loads(pickled).batch(1)
-
-
-def test_the_fingerprint_is_that_of_the_ids_in_every_form_and_place(tmp_path: Path) -> None:
+def test_the_fingerprint_is_the_same_in_every_storage_format(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_bytes(np.random.default_rng(0).integers(0, 256, 999, dtype=np.uint8))
     found = variants(tmp_path)
     fingerprints = {name: data.fingerprint() for name, data in found.items()}
@@ -393,7 +310,7 @@ def test_the_fingerprint_is_that_of_the_ids_in_every_form_and_place(tmp_path: Pa
     }  # fmt: skip
 
 
-def test_the_fingerprint_changes_with_whatever_changes_batches(folder: Path) -> None:
+def test_the_fingerprint_changes_whenever_batches_change(folder: Path) -> None:
     options: dict[str, Any] = {"length": 16, "batch_size": 4, "seed": 1}
 
     def changed(data: TokenData) -> set[str]:
@@ -414,25 +331,25 @@ def test_the_fingerprint_changes_with_whatever_changes_batches(folder: Path) -> 
     assert training.cropped(16).fingerprint() == training.fingerprint()
     moved = folder.with_name("moved")
     folder.rename(moved)
-    assert changed(ByteData(moved, **options)) == set(), "where it is does not matter"
+    assert changed(ByteData(moved, **options)) == set(), "the location does not matter"
     text = moved / "0" / "00.txt"
     content = text.read_bytes()
     text.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert changed(ByteData(moved, **options)) == {"content"}
     text.write_bytes(content)
     text.rename(moved / "2" / "zz.txt")
-    assert changed(ByteData(moved, **options)) == {"content"}, "the documents' order makes the batches"
+    assert changed(ByteData(moved, **options)) == {"content"}, "the order of documents determines the batches"
     (moved / "2" / "zz.txt").rename(text)
     (moved / "new.txt").write_text("more")
     assert changed(ByteData(moved, **options)) == {"content", "tokens", "documents"}
 
 
-def test_the_fingerprint_of_large_data_reads_a_sample_of_it(
+def test_the_fingerprint_of_large_data_hashes_a_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from maskwire.data import fingerprint
 
-    monkeypatch.setattr(fingerprint, "_ALL", 1000)
+    monkeypatch.setattr(fingerprint, "_MAX_HASHED", 1000)
     monkeypatch.setattr(fingerprint, "_BLOCKS", 10)
     monkeypatch.setattr(fingerprint, "_BLOCK", 20)
     ids = np.random.default_rng(0).integers(0, 256, 5000)

@@ -1,0 +1,88 @@
+"""Find the files to train on: expand folders, leave out maskwire's own files, refuse what is not text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from maskwire.data.file_types import FileType, detect, read_head, unsupported
+from maskwire.data.own_files import OwnFiles
+from maskwire.data.prepared_folder import METADATA, refuse_part
+
+log = logging.getLogger(__name__)
+
+
+def find_files(
+    paths: str | Path | Iterable[str | Path], pattern: str = "*", *, any_format: bool = False
+) -> list[Path]:
+    """Return the non-empty data files, sorted by path, without files that maskwire itself wrote.
+
+    Raises ValueError for a path that does not exist and, unless `any_format`, for files that are not text.
+    """
+    if isinstance(paths, str | Path):
+        paths = [paths]
+    found: set[Path] = set()
+    for path in map(Path, paths):
+        if path.is_dir():
+            prepared = {metadata.parent for metadata in path.rglob(METADATA)}
+            visible = (p for p in path.rglob(pattern) if not _hidden(p.relative_to(path)))
+            found |= {
+                p for p in visible if p.is_file() and p.stat().st_size and prepared.isdisjoint(p.parents)
+            }
+        elif path.is_file():
+            refuse_part(path)
+            found |= {path} if path.stat().st_size else set()
+        else:
+            raise ValueError(f"{path}: no such file or folder")
+    return _select_text(sorted(found), any_format)
+
+
+def _select_text(files: list[Path], any_format: bool) -> list[Path]:
+    own_files = OwnFiles()
+    data: list[Path] = []
+    skipped: list[Path] = []
+    refused: dict[Path, FileType] = {}
+    binary: list[Path] = []
+    for path in files:
+        head = read_head(path)
+        if own_files.includes(path, head):
+            skipped.append(path)
+            continue
+        data.append(path)
+        if not any_format:
+            file_type = detect(path, head)
+            if file_type is not None:
+                refused[path] = file_type
+            elif b"\0" in head:
+                binary.append(path)
+    if refused:
+        raise unsupported(refused)
+    own = "written by maskwire itself (run directory, metrics, configuration, log or printed result)"
+    if not data:
+        raise ValueError(
+            "no data found in the given paths: "
+            + (
+                f"{_names(skipped)} skipped, {own}"
+                if skipped
+                else "there is no non-empty file that matches the pattern"
+            )
+        )
+    if skipped:
+        log.warning("skipped %s: %s", _names(skipped), own)
+    if binary:
+        log.warning(
+            "%s: not text (it contains zero bytes); each byte becomes a token. If it holds packed ids, give "
+            "it alone, with --dtype",
+            _names(binary),
+        )
+    return data
+
+
+def _names(paths: list[Path]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(map(str, paths[:3])) + more
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

@@ -1,0 +1,223 @@
+"""Recognise maskwire's own files: runs, checkpoints, metrics, configurations, logs and printed results.
+
+They end up beside the texts when somebody works in that folder. A run must never train on its own output:
+its batches would change while it trains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from maskwire.data.file_types import HEAD_BYTES
+
+JOURNAL, CHECKPOINTS, LOCK, MANIFEST = "journal.sqlite", "checkpoints", "lock", "manifest.json"
+_RUN_FILES = {LOCK, "computing"}
+_RUN_SUFFIXES = {".toml", ".log"}
+_PARTIAL = re.compile(r"\.[0-9a-f]{12}\.part$|^manifest\.json\.part$")  # of a download
+_TENSORS = ".safetensors"
+
+SETTINGS = {
+    "run": "dir seed",
+    "model": "num_tokens mask_id pad_id max_seq_len dim depth heads dim_head ff_mult emb_dim dropout "
+    "positions norm feed_forward qk_norm tied_embeddings",
+    "objective": "preset schedule masking weighting no_replace_prob random_token_prob augment_prob "
+    "self_cond self_cond_prob self_cond_start critic critic_loss_weight critic_labels",
+    "optimizer": "name learning_rate warmup_steps schedule total_steps min_learning_rate weight_decay betas "
+    "eps clip_grad_norm ema_decay",
+    "checkpoints": "every_steps every_seconds keep_last keep_every keep_best",
+    "serve": "address socket allow_insecure tls_certificate tls_key tls_client_ca token_read_file "
+    "token_train_file token_admin_file download_role reflection device precision compile deterministic "
+    "threads durability keep_payloads reserve_bytes poison_after max_batch_tokens micro_batch_tokens "
+    "activation_checkpointing max_message_bytes queue_limit window max_draws max_generation_steps "
+    "max_read_tokens session_idle_seconds gap_seconds drain_seconds",
+}
+"""The sections of the server's configuration and the keys of each."""
+
+_TITLE = "# maskwire-server configuration."
+_SECTION = re.compile(r"\[(\w+)\]\s*(#.*)?")
+_SETTING = re.compile(r"(#\s*)?(\w+)\s*=")
+
+_SERVER_LINE = re.compile(r"\d\d:\d\d:\d\d (DEBUG  |INFO   |WARNING|ERROR  |CRITICAL) (?P<message>.*)")
+_SERVER_MESSAGE = re.compile(
+    r"imported torch in [\d.]+ s|trainer built on |warmed up in |ready after [\d.]+ s|state [A-Z]+"
+    r"|run [0-9a-f]{32} is at step |replayed \d+ steps in |restored checkpoint "
+    r"|(loaded )?checkpoint \S+ (\(step \d+\)|saved: |collected|deleted on request)"
+    r"|.*: stopping; what was acknowledged is safe"
+    r"|run directory: |no configuration file \(--config\)"
+)
+# Lines that commands print, in this version and earlier ones.
+_PRINTED_LINE = re.compile(
+    r"maskwire-server listening on \S+$"
+    r"|step \d+/\d+  loss \S+  [\d,]+ tokens/s  -?\d+ s left"
+    r"|step \d+(  loss \S+)?  [\d,]+ tokens/s  digest [0-9a-f]{16}"
+    r"|step \d+: held out \S+ (± \S+ )?bits per token"
+    r"|step \d+: checkpoint \S+$"
+    r"|interrupted at step \d+; "
+    r"|step \d+ \([\w ]+\), \d+ passes, digest [0-9a-f]{16}"
+    r"|\s*step \d+: \d+ rows, \d+ tokens"
+    r"|not taken as data: .*, which maskwire wrote|skipped .*: written by maskwire itself"
+    r"|waiting for \S+: (UNAVAILABLE|DEADLINE_EXCEEDED|[A-Z_]+): "
+    r"|nothing to train: the run is at step \d+"
+    r"|restored \S+: training resumes from step \d+"
+    r"|evaluating [\d,]+ rows|evaluating: \d+ of \d+ rows"
+    r"|interrupted after [\d,]+ of [\d,]+ rows; "
+    r"|│ state +│ [A-Z_]+ since |┃ name +┃ step +┃ lineage "
+)
+_ERROR_LINE = re.compile(r"maskwire: |\{\"(error|waiting)\": \"")
+
+_RESULTS = (
+    {"step", "digest", "loss", "tokens_per_second", "interrupted"},  # train
+    {"losses", "nats_per_token", "by_masked_fraction"},  # eval
+    {"tokens", "unmasking_step", "still_masked"},  # generate
+    {"state", "run_id", "durable_step", "digest"},  # status
+    {"name", "lineage", "step", "digest", "files"},  # checkpoint save, list
+    {"lineage", "step", "digest"},  # checkpoint restore
+    {"folder", "tokenizer", "num_tokens", "mask_id", "text_bytes"},  # data prepare
+    {"error", "reason", "exit_code"},
+)
+_LARGEST_RESULT = 2**26  # bytes
+_METRICS_KEYS = (
+    {"run_id", "lineage", "step"},
+    {"step", "outcome", "digest"},
+    {"step", "eval_bits_per_token"},
+)
+_METRICS_LINE = re.compile(
+    rb'\{"(step|run|run_id|lineage)": ("[^"]*"|\d+), "(loss|lineage|step|eval_bits_per_token)": '
+)
+
+
+class OwnFiles:
+    """Tells maskwire's own files from data; remembers the folders that it has looked at."""
+
+    def __init__(self) -> None:
+        self._runs: dict[Path, bool] = {}
+        self._checkpoints: dict[Path, bool] = {}
+        self._downloads: dict[Path, bool] = {}
+        self._outputs = set(_outputs())
+
+    def includes(self, path: Path, head: bytes) -> bool:
+        """Whether maskwire wrote the file at `path`, which begins with `head`."""
+        path = path.absolute()
+        if path.name.startswith(JOURNAL) or self._is_checkpoint(path.parent) or self._in_run(path):
+            return True
+        if _PARTIAL.search(path.name) or (path.suffix == _TENSORS and self._is_download(path.parent)):
+            return True
+        found = path.stat()
+        if (found.st_dev, found.st_ino) in self._outputs or is_metrics(head):
+            return True
+        text = head.decode(errors="replace")
+        return is_configuration(text) or _is_log(text) or _is_result(path, text)
+
+    def _in_run(self, path: Path) -> bool:
+        if self._is_run(path.parent):
+            return path.name in _RUN_FILES or path.suffix in _RUN_SUFFIXES
+        inner = path
+        for folder in path.parents:
+            if inner.name == CHECKPOINTS and self._is_run(folder):
+                return True
+            inner = folder
+        return False
+
+    def _is_run(self, folder: Path) -> bool:
+        if folder not in self._runs:
+            without_journal = (folder / LOCK).is_file() and (folder / CHECKPOINTS).is_dir()
+            self._runs[folder] = without_journal or (folder / JOURNAL).is_file()
+        return self._runs[folder]
+
+    def _is_download(self, folder: Path) -> bool:
+        """Whether a folder holds an unfinished download of a checkpoint."""
+        if folder not in self._downloads:
+            self._downloads[folder] = any(_PARTIAL.search(path.name) for path in folder.glob("*.part"))
+        return self._downloads[folder]
+
+    def _is_checkpoint(self, folder: Path) -> bool:
+        if folder not in self._checkpoints:
+            self._checkpoints[folder] = _holds_manifest(folder / MANIFEST)
+        return self._checkpoints[folder]
+
+
+def _holds_manifest(path: Path) -> bool:
+    try:
+        return b'"manifest_sha256"' in path.read_bytes()
+    except OSError:
+        return False
+
+
+def _outputs() -> Iterator[tuple[int, int]]:
+    """Device and inode of the files that this process writes to, as in `maskwire train . > log.txt`."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            found = os.fstat(descriptor)
+            yield found.st_dev, found.st_ino
+
+
+def is_metrics(head: bytes) -> bool:
+    """Whether a file begins with lines that `fit` writes to its `metrics` file."""
+    if b'"step"' not in head:
+        return False
+    lines = head.splitlines()[:3]  # the first may be truncated by log rotation
+    if any(_is_metrics_line(line) for line in lines):
+        return True
+    whole_file = len(head) < HEAD_BYTES  # then a full disk truncated the line
+    return whole_file and len(lines) == 1 and not _parsed(lines[0]) and bool(_METRICS_LINE.match(lines[0]))
+
+
+def _is_metrics_line(line: bytes) -> bool:
+    found = _parsed(line)
+    return isinstance(found, dict) and any(keys <= set(found) for keys in _METRICS_KEYS)
+
+
+def _parsed(line: bytes) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def is_configuration(head: str) -> bool:
+    """Whether a text is a server configuration: it has the title, or consists of known settings only."""
+    if head.startswith(_TITLE):
+        return True
+    section, settings = "", 0
+    for line in head.splitlines()[: None if head.endswith("\n") else -1]:  # the last may be truncated
+        if found := _SECTION.fullmatch(line):
+            section = found[1]
+            if section not in SETTINGS:
+                return False
+        elif (found := _SETTING.match(line)) and found[2] in SETTINGS.get(section, "").split():
+            settings += 1
+        elif line.strip() and line[0] not in '# \t"]':  # a quote or a bracket: a list over several lines
+            return False
+    return settings > 0
+
+
+def _is_log(head: str) -> bool:
+    """Whether a text begins like the server's log or like the messages of a command."""
+    lines = [line for line in head.splitlines() if line.strip()]
+    found = [_SERVER_LINE.fullmatch(line) for line in lines]
+    if any(found[:3]) and any(one and _SERVER_MESSAGE.match(one["message"]) for one in found):
+        return True
+    if any(_PRINTED_LINE.match(line) for line in lines[:3]):
+        return True
+    return bool(lines) and all(_ERROR_LINE.match(line) for line in lines)
+
+
+def _is_result(path: Path, head: str) -> bool:
+    """Whether the first line is a result that a command printed as JSON; it may be longer than `head`."""
+    if not head.startswith(('{"', '[{"')) or path.stat().st_size > _LARGEST_RESULT:
+        return False
+    with path.open("rb") as file:
+        line = file.readline()
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    one = found[0] if isinstance(found, list) else found
+    return isinstance(one, dict) and any(
+        keys == set(one) if len(keys) == 3 and "digest" in keys else keys <= set(one) for keys in _RESULTS
+    )

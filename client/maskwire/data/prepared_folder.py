@@ -1,0 +1,65 @@
+"""The folder that `maskwire data prepare` writes: the names of its files, and its metadata."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+METADATA, TOKENS, DOCUMENTS = "maskwire-data.json", "tokens.bin", "documents.npy"
+BYTES = "bytes"
+"""The `tokenizer` of data whose ids are bytes."""
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PreparedMetadata:
+    """The content of `maskwire-data.json`."""
+
+    tokenizer: str
+    """"bytes", or "sha256:" and the hash of the tokenizer's file."""
+    num_tokens: int
+    """The size of the vocabulary, including the mask id."""
+    mask_id: int
+    dtype: str
+    tokens: int
+    documents: int
+    text_bytes: int
+    """Size of the text that was tokenized, in bytes."""
+    document_start: list[int] = field(default_factory=list)
+    """The special ids that each document begins with, such as BOS."""
+    document_end: list[int] = field(default_factory=list)
+    """The special ids that each document ends with, such as EOS."""
+
+    def to_json(self) -> str:
+        """The text of `maskwire-data.json`."""
+        return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
+
+    @staticmethod
+    def read(folder: Path) -> PreparedMetadata:
+        """Read the metadata of a folder. Raises ValueError if it is damaged or does not fit the tokens."""
+        path = folder / METADATA
+        try:
+            fields = json.loads(path.read_text())
+            if (version := fields.pop("format")) != _FORMAT:
+                raise ValueError(f"format {version!r}, expected {_FORMAT}")
+            metadata = PreparedMetadata(**fields)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: cannot be read ({error}); prepare the data again") from error
+        size = (folder / TOKENS).stat().st_size
+        expected = metadata.tokens * np.dtype(metadata.dtype).itemsize
+        if size != expected:
+            raise ValueError(
+                f"{folder / TOKENS} has {size:,} bytes, but {metadata.tokens:,} {metadata.dtype} tokens take "
+                f"{expected:,}; prepare the data again"
+            )
+        return metadata
+
+
+def refuse_part(path: Path) -> None:
+    """Raise ValueError for a single file of a prepared folder, which can only be opened as a whole."""
+    if path.name in (METADATA, TOKENS, DOCUMENTS) and (path.parent / METADATA).is_file():
+        raise ValueError(f"{path} is part of prepared data; give the whole folder instead: {path.parent}")
