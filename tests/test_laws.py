@@ -157,9 +157,24 @@ def module_graph(folder: Path) -> dict[str, set[str]]:
         ".".join(path.relative_to(folder.parent).with_suffix("").parts): path for path in sources(folder)
     }
     modules = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    graph = {}
+    for module, path in modules.items():
+        found = imports(path)
+        # `from package import module` imports the module; of the package itself it needs nothing.
+        found -= {name.rpartition(".")[0] for name in found if name in modules} - _imported_for_names(
+            path, modules
+        )
+        graph[module] = {name for name in found if name in modules and name != module}
+    return graph
+
+
+def _imported_for_names(path: Path, modules: dict[str, Path]) -> set[str]:
+    """The modules from which a file imports a name that is no module."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
     return {
-        module: {name for name in imports(path) if name in modules and name != module}
-        for module, path in modules.items()
+        node.module or ""
+        for node in nodes
+        if any(f"{node.module}.{alias.name}" not in modules for alias in node.names)
     }
 
 

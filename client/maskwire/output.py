@@ -10,6 +10,9 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+PLAIN_EVERY_SECONDS = 10.0
+"""How often progress that is not shown as a bar prints a line."""
+
 
 def tell(text: str) -> None:
     """Print a line on stderr, if it exists and accepts it."""

@@ -20,8 +20,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from maskwire.loggers.progress import PLAIN_EVERY_SECONDS
-from maskwire.output import on_terminal
+from maskwire.output import PLAIN_EVERY_SECONDS, on_terminal
 from maskwire.output import tell as tell_line
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from maskwire.output import on_terminal, tell
-
-PLAIN_EVERY_SECONDS = 10.0
+from maskwire.output import PLAIN_EVERY_SECONDS, on_terminal, tell
 
 
 class TrainingProgress(Protocol):
