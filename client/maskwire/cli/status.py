@@ -13,7 +13,7 @@ from rich.live import Live
 from maskwire import streams
 from maskwire.cli import exit_codes
 from maskwire.cli.display import seconds_left, show, status_table, to_json
-from maskwire.cli.options import Json, Server, with_server
+from maskwire.cli.options import Json, ServerConnection, with_server
 from maskwire.client import Client
 from maskwire.credentials import Door
 from maskwire.errors import UnavailableError, read_failure
@@ -23,7 +23,7 @@ HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 
 @with_server(retry_for=5.0)
 def status(
-    server: Server,
+    server: ServerConnection,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh every second, until Ctrl-C.")] = False,
     until_step: Annotated[
         int | None, typer.Option(min=0, help="Also estimate the time left until this step.")
@@ -54,7 +54,7 @@ def _show_status(client: Client, until_step: int | None, as_json: bool) -> None:
 
 @with_server(retry_for=5.0)
 def health(
-    server: Server,
+    server: ServerConnection,
     service: Annotated[
         str,
         typer.Option(
