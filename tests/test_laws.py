@@ -25,6 +25,7 @@ FOUNDATIONS = {
     "position",
     "requests",
     "results",
+    "run_status",
 }
 
 
@@ -148,3 +149,39 @@ def test_importing_stays_light(statement: str, absent: list[str]) -> None:
     code = f"{statement}\nimport sys\nprint([name for name in {absent!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def module_graph(folder: Path) -> dict[str, set[str]]:
+    """The imports between the modules of a package, type-checking imports included."""
+    files = {
+        ".".join(path.relative_to(folder.parent).with_suffix("").parts): path for path in sources(folder)
+    }
+    modules = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    return {
+        module: {name for name in imports(path) if name in modules and name != module}
+        for module, path in modules.items()
+    }
+
+
+def cycles(graph: dict[str, set[str]]) -> set[str]:
+    """The modules that import one another in a circle."""
+    left = {module: set(imported) for module, imported in graph.items()}
+    while True:
+        ends = {module for module, imported in left.items() if not imported & left.keys()}
+        if not ends:
+            break
+        left = {module: imported for module, imported in left.items() if module not in ends}
+    while True:  # and those that nothing of the rest imports
+        used = set().union(*left.values()) if left else set()
+        if left.keys() <= used:
+            return set(left)
+        left = {module: imported for module, imported in left.items() if module in used}
+
+
+def test_a_cycle_is_found() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == {"b", "c"}
+
+
+@pytest.mark.parametrize("folder", [SERVER, CLIENT], ids=["server", "client"])
+def test_modules_import_one_another_in_one_direction(folder: Path) -> None:
+    assert cycles(module_graph(folder)) == set()

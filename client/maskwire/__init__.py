@@ -5,8 +5,8 @@
     with maskwire.connect("127.0.0.1:50051") as trainer:
         result = trainer.train_step(tokens)
 
-The client needs no torch. `maskwire.aio` has the same for asyncio, `maskwire.data` data, and
-`maskwire.errors` what is raised.
+The client does not need torch. `maskwire.aio` is the asyncio client, `maskwire.data` reads and prepares data,
+and `maskwire.errors` has the errors.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Looked up at first use, so that importing `maskwire.v1` alone stays light.
+    # Imported at first use, so that importing `maskwire.v1` alone stays fast.
     import importlib
 
     if name in ("aio", "data", "errors", "results"):

@@ -11,10 +11,10 @@ from maskwire import streams
 
 def main() -> None:
     """Entry point."""
-    # Until the command is there to end cleanly, which takes it half a second.
+    # Until the command has been imported, which takes half a second, and handles signals itself.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number))
-    # Read when grpc is imported: what its core would log, our errors say.
+    # Read when grpc is imported. Our errors say what its core would log.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     streams.protect()
     from maskwire.cli import exit_codes

@@ -1,4 +1,4 @@
-"""What people pass by another name, or in another shape: an error that says what would be right."""
+"""Checks of arguments: errors that name the argument that was probably meant."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 T = TypeVar("T")
 
 _PADDING = (
-    "padding at the end of rows is told by lengths=[...] or by rows that differ in length, and positions "
-    "that are given by prompt_mask= (bool, True where given)"
+    "mark padding at the end of rows with lengths=[...], or pass rows that differ in length; mark given "
+    "positions with prompt_mask= (bool, True where given)"
 )
-# What other libraries call it, and what it is here, if the call has it.
+# Names in other libraries, and their names here, if the call has such an argument.
 _OTHER_NAMES = {
     "lr": "learning_rate",
     "max_length": "length",
@@ -40,16 +40,16 @@ _ADVICE = {
     "attention_mask": _PADDING,
     "padding_mask": _PADDING,
     "key_padding_mask": _PADDING,
-    "mask": _PADDING + "; the server draws what is masked",
-    "labels": "the server masks the tokens itself, and the labels are the tokens",
-    "input_ids": "the token ids are the first argument",
+    "mask": _PADDING + "; the server draws which tokens are masked",
+    "labels": "leave it out: the server masks the tokens itself, and the labels are the tokens",
+    "input_ids": "pass the token ids as the first argument",
 }
 
 
 def check_options(call: str, given: Iterable[str], known: Iterable[str], also: Iterable[str] = ()) -> None:
-    """Raise TypeError for the first keyword that is not known, with the one that was meant.
+    """Raise TypeError for the first unknown keyword, with the one that was probably meant.
 
-    `also` are the call's other arguments, which may be what was meant.
+    `also` are the call's other arguments, which may have been meant.
     """
     known = list(known)
     for name in given:
@@ -67,7 +67,7 @@ def _meant(name: str, known: list[str]) -> str:
 
 
 def check_whole(name: str, value: Any, least: int, most: int | None = None, *, cure: str = "") -> None:
-    """Raise ValueError unless a value is a whole number in the range; True, False and 8.0 are none."""
+    """Raise ValueError unless a value is a whole number in the range. True, False and 8.0 are not."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise ValueError(f"{name} must be a whole number of at least {least}{cure}, got {value!r}")
     if value < least:
@@ -77,7 +77,7 @@ def check_whole(name: str, value: Any, least: int, most: int | None = None, *, c
 
 
 def check_rows(tokens: Any, name: str = "tokens") -> None:
-    """Raise TypeError for what holds rows, or makes them, but is none."""
+    """Raise TypeError for objects that contain or produce rows but are not rows themselves."""
     if isinstance(tokens, Mapping) or hasattr(tokens, "input_ids"):
         raise TypeError(
             f"{name} must be rows of token ids, got {type(tokens).__name__}: pass its 'input_ids', with "
@@ -85,8 +85,8 @@ def check_rows(tokens: Any, name: str = "tokens") -> None:
         )
     if isinstance(tokens, str | bytes):
         raise TypeError(
-            f"{name} must be rows of token ids, got {type(tokens).__name__}: encode it, for a model of bytes "
-            "with [list(text.encode())]"
+            f"{name} must be rows of token ids, got {type(tokens).__name__}: encode it; for a model of bytes "
+            "pass [list(text.encode())]"
         )
     if not any(hasattr(tokens, name) for name in ("__getitem__", "__array__", "detach")):
         raise TypeError(
@@ -96,7 +96,7 @@ def check_rows(tokens: Any, name: str = "tokens") -> None:
 
 
 def check_data(call: str, data: Any) -> None:
-    """Raise TypeError for what has no `batch(step)`."""
+    """Raise TypeError for an object without `batch(step)`."""
     if callable(getattr(data, "batch", None)):
         return
     kind = type(data).__name__
@@ -104,17 +104,17 @@ def check_data(call: str, data: Any) -> None:
         cure = f"open it with maskwire.open_data({str(data)!r}, length=..., batch_size=...)"
     elif hasattr(data, "__next__") or hasattr(data, "batch_size"):
         cure = (
-            "an iterator cannot go on where a run is. Give its documents to maskwire.TokenData(documents, "
-            "length=..., batch_size=...), or write a class whose batch(step) gives the rows of a step; to "
-            "train on what it yields, call train_step for each batch"
+            "an iterator cannot go on where a run stopped. Pass its documents to "
+            "maskwire.TokenData(documents, length=..., batch_size=...), or write a class whose batch(step) "
+            "returns the rows of a step; to train on what it yields, call train_step for each batch"
         )
     else:
-        cure = "give its documents to maskwire.TokenData(documents, length=..., batch_size=...)"
-    raise TypeError(f"{call} needs data whose batch(step) gives the rows of a step, got {kind}: {cure}")
+        cure = "pass its documents to maskwire.TokenData(documents, length=..., batch_size=...)"
+    raise TypeError(f"{call} needs data whose batch(step) returns the rows of a step, got {kind}: {cure}")
 
 
 def call_back(name: str, function: Callable[..., T], *arguments: Any) -> T:
-    """Call what the user gave; its StopIteration must not pass for the end of a generator of ours."""
+    """Call a user's function. Its StopIteration must not end one of our generators."""
     try:
         return function(*arguments)
     except StopIteration as error:

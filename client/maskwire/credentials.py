@@ -1,4 +1,4 @@
-"""How a client comes in: TLS or plaintext, and the token it shows."""
+"""Credentials: TLS or plaintext, and the bearer token."""
 
 from __future__ import annotations
 
@@ -23,41 +23,34 @@ _CHANNEL_OPTIONS = [
 ]
 
 
-_CONNECT = (
-    "name",
-    "takeover",
-    "retry_for",
-    "timeout",
-    "window",
-    "on_wait",
-    "on_takeover",
-)  # what else connect is told
+# The other arguments of `connect`.
+_CONNECT = ("name", "takeover", "retry_for", "timeout", "window", "on_wait", "on_takeover")
 
 
-class DoorOptions(TypedDict, total=False):
-    """What `connect` and `attach` may be told about the server's door."""
+class CredentialOptions(TypedDict, total=False):
+    """Credentials of `connect` and `attach`."""
 
     tls: bool | None
-    """Speak TLS; None: when `ca`, `cert` or `server_name` is given."""
+    """Use TLS; None: if `ca`, `cert` or `server_name` is given."""
     ca: str | Path | None
-    """The file (PEM) of the authorities to trust; None: the system's."""
+    """PEM file of the certificate authorities to trust; None: the system's."""
     cert: str | Path | None
-    """The file (PEM) of this client's certificate, for a server that asks for one; with `key`."""
+    """PEM file of this client's certificate, for a server that requires one; needs `key`."""
     key: str | Path | None
-    """The file (PEM) of its private key."""
+    """PEM file of the certificate's private key."""
     server_name: str | None
-    """The name that the server's certificate must have, when it is not the target's."""
+    """The name in the server's certificate, if it differs from the target's host name."""
     token: str | None
-    """The bearer token, for a server that asks for one."""
+    """Bearer token, for a server that requires one."""
     token_file: str | Path | None
-    """A file that holds it."""
+    """File with the bearer token on its first line that is not a comment."""
     allow_insecure: bool
-    """Send the token in plaintext beyond this machine: whoever listens can read it."""
+    """Send the token in plaintext to another machine. Anyone on the network can read it."""
 
 
 @dataclass(frozen=True)
-class Door:
-    """Credentials, read and checked."""
+class Endpoint:
+    """A server's address and the credentials for it, read and checked."""
 
     target: str
     credentials: grpc.ChannelCredentials | None = field(repr=False)
@@ -67,24 +60,24 @@ class Door:
     """Sent with every call."""
 
     @staticmethod
-    def of(target: str, **options: Unpack[DoorOptions]) -> Door:
-        """Read the files. Raises ValueError for a wrong target or options, OSError for a missing file."""
+    def of(target: str, **options: Unpack[CredentialOptions]) -> Endpoint:
+        """Read the files. Raises ValueError for a wrong target or option, OSError for an unreadable file."""
         check_target(target)
         for name in options:
-            if name in _CONNECT:  # which connect itself takes, so that it never comes here with it
+            if name in _CONNECT:  # connect takes it as its own argument, so the caller is attach
                 raise TypeError(
                     f"attach() has no argument {name!r}, which is connect()'s: attach opens no session"
                 )
-        check_options("connect", options, DoorOptions.__annotations__, also=_CONNECT)
+        check_options("connect", options, CredentialOptions.__annotations__, also=_CONNECT)
         ca, cert, key = options.get("ca"), options.get("cert"), options.get("key")
         server_name = options.get("server_name")
         if (cert is None) != (key is None):
-            raise ValueError("cert and key must be given together, got only one of them")
+            raise ValueError(f"cert and key must be given together, got only {'cert' if cert else 'key'}")
         tls = options.get("tls")
         if tls is None:
             tls = bool(ca or cert or server_name)
         elif not tls and (ca or cert or server_name):
-            raise ValueError("tls = False excludes ca, cert, key and server_name")
+            raise ValueError("tls=False excludes ca, cert, key and server_name: leave them out, or tls")
         credentials = None
         if tls:
             credentials = grpc.ssl_channel_credentials(*(_pem(name, path) for name, path in (
@@ -96,12 +89,12 @@ class Door:
                 "machine, or allow_insecure"
             )
         metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        return Door(target, credentials, server_name, metadata)
+        return Endpoint(target, credentials, server_name, metadata)
 
     def channel(self, module: ModuleType = grpc) -> Any:
-        """A channel of `grpc` or of `grpc.aio`."""
+        """Open a channel of `grpc` or `grpc.aio`."""
         if self.credentials is None:
-            # A proxy of the environment would see a token that stays on this machine without it.
+            # Through the environment's HTTP proxy a token for this machine would leave it.
             plain = [*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)]
             return module.insecure_channel(self.target, options=plain)
         options: list[tuple[str, Any]] = list(_CHANNEL_OPTIONS)
@@ -111,7 +104,7 @@ class Door:
 
 
 def is_local(target: str) -> bool:
-    """Whether what is sent to `target` stays on this machine."""
+    """Whether data sent to `target` stays on this machine."""
     if target.startswith("unix:"):
         return True
     host = target.rpartition("/")[2].rpartition(":")[0].strip("[]")
@@ -126,19 +119,19 @@ def _pem(name: str, path: str | Path | None) -> bytes | None:
         return None
     data = Path(path).read_bytes()
     if b"-----BEGIN " not in data:
-        raise ValueError(f"{name} must be a PEM file, {path} is none")
+        raise ValueError(f"{name} must be a PEM file, but {path} has no line with '-----BEGIN'")
     return data
 
 
 def _token(token: str | None, file: str | Path | None) -> str:
     if token is not None and file is not None:
-        raise ValueError("token and token_file exclude each other, got both")
+        raise ValueError("token and token_file exclude each other, got both; give one")
     if file is not None:
         text = Path(file).read_text(errors="replace")
         lines = [line.split("#")[0].split() for line in text.splitlines()]
         token = next((words[0] for words in lines if words), "")
         if not token:
-            raise ValueError(f"token_file {file} holds no token")
+            raise ValueError(f"token_file {file} contains no token: write it on a line of its own")
     token = (token or "").strip()
     if not token.isascii() or any(character.isspace() for character in token):
         where = "token" if file is None else f"the token in {file}"

@@ -1,17 +1,17 @@
-"""Everything the client raises.
+"""The errors that the client raises.
 
     MaskwireError
-    ├── RequestError             the server refused the request, nothing changed
+    ├── RequestError             the server refused the request; nothing changed
     │   ├── InvalidRequestError      a field is wrong; `.field` names it
-    │   ├── ConflictError            the step or request id was used otherwise
+    │   ├── ConflictError            the step or request id is already used
     │   ├── HaltedError              three steps in a row were not finite
     │   ├── DivergedError            the weights give losses or logits that are not finite
     │   ├── CheckpointError          not found, taken, needed, damaged, or not written
-    │   ├── TokenizerError           the run's ids stand for something else
+    │   ├── TokenizerError           the run was started with another tokenizer
     │   ├── DataMismatchError        the run was trained on other data
     │   ├── DigestVersionError       this client is too old for the run's digest
-    │   └── UnimplementedError       this server does not serve it
-    ├── SessionError             this client may not write
+    │   └── UnimplementedError       this server does not support the call
+    ├── SessionError             this client may not train the run
     │   ├── FencedError              another writer took over: stop
     │   ├── WriterPresentError       another client's session is open
     │   └── WrongRunError            the session is of another run, lineage or epoch
@@ -19,17 +19,17 @@
     │   ├── HistoryLostError         the server lacks steps that it acknowledged
     │   └── DigestMismatchError      the digests differ
     ├── AccessError              access denied: TLS or token rejected
-    │   ├── UnauthenticatedError     no token, or one that it does not know
-    │   ├── PermissionDeniedError    the token's role may not do this
-    │   └── TlsError                 the certificates do not fit
+    │   ├── UnauthenticatedError     the token is missing, unknown or expired
+    │   ├── PermissionDeniedError    the token's role does not permit the call
+    │   └── TlsError                 the TLS handshake failed
     ├── ForkError                the client was made before this process was forked
     ├── EventLoopError           the asyncio client belongs to another event loop
-    ├── StepMovedError           the run was trained on while it was evaluated over several calls
+    ├── StepMovedError           the run was trained on between the calls of one evaluation
     ├── UnavailableError         no answer, or not yet: the outcome is unknown
     │   └── UnresolvedError          the target's host name does not exist
     └── ServerError              the server failed; its log explains `.error_id`
 
-`REASONS` is the one table from the wire's reasons to these classes.
+`REASONS` maps the reasons on the wire to these classes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from grpc_status import rpc_status
 
 
 class MaskwireError(Exception):
-    """`reason` is the wire's name of it, `metadata` every dynamic value of the message."""
+    """Base class. `reason` is the error's name on the wire; `metadata` has the values in its message."""
 
     def __init__(self, message: str, *, reason: str = "", metadata: dict[str, str] | None = None) -> None:
         super().__init__(message)
@@ -65,31 +65,31 @@ class InvalidRequestError(RequestError):
 
 
 class ConflictError(RequestError):
-    """The step or the request id was used for something else."""
+    """The step or the request id is already used for something else."""
 
 
 class HaltedError(RequestError):
-    """Three steps in a row were not finite; look at the data, then connect with takeover=True."""
+    """Three steps in a row were not finite. Check the data, then connect with takeover=True."""
 
 
 class DivergedError(RequestError):
-    """The weights give losses or logits that are not finite; restore a checkpoint from before."""
+    """The weights give losses or logits that are not finite. Restore an earlier checkpoint."""
 
 
 class CheckpointError(RequestError):
-    """The checkpoint was not found, is taken, needed or damaged, or could not be written."""
+    """The checkpoint does not exist, its name is taken, it is needed or damaged, or writing it failed."""
 
 
 class UnimplementedError(RequestError):
-    """This server does not serve the request."""
+    """This server does not support the call."""
 
 
 class SessionError(MaskwireError):
-    """This client may not write."""
+    """This client may not train the run."""
 
 
 class FencedError(SessionError):
-    """Another writer took over, named in the message; this client must stop."""
+    """Another writer, named in the message, took over. This client must stop."""
 
 
 class WriterPresentError(SessionError):
@@ -97,75 +97,75 @@ class WriterPresentError(SessionError):
 
 
 class WrongRunError(SessionError):
-    """The session is of another run, lineage or epoch: connect again; or a save expected another step."""
+    """The session is of another run, lineage or epoch: connect again. Or a save expected another step."""
 
 
 class TokenizerError(RequestError):
-    """The run was begun with another tokenizer: the same ids stand for something else."""
+    """The run was started with another tokenizer, so the same ids mean something else."""
 
 
 class DataMismatchError(RequestError):
-    """The run was trained on other data; `fit` continues with the changed data if `allow_changed_data`."""
+    """The run was trained on other data. `fit(allow_changed_data=True)` continues with the changed data."""
 
 
 class DigestVersionError(RequestError):
-    """This client does not compute the version of the run's digest: use a newer client."""
+    """This client cannot compute the run's version of the digest. Use a newer client."""
 
 
 class AccessError(MaskwireError):
-    """The server does not let this client in."""
+    """The server denied access."""
 
 
 class UnauthenticatedError(AccessError):
-    """No token came with the request, or one that the server does not know or that has expired."""
+    """The token is missing, unknown to the server, or expired."""
 
 
 class PermissionDeniedError(AccessError):
-    """The token's role may not do this; the message names the one that may."""
+    """The token's role does not permit the call. The message names a role that does."""
 
 
 class TlsError(AccessError):
-    """The connection could not be secured: the message says which certificate does not fit."""
+    """The TLS handshake failed. The message says which certificate is wrong."""
 
 
 class ForkError(MaskwireError, RuntimeError):
-    """The client was made in another process, of which this one is a fork: make one here."""
+    """The client was made before this process was forked. Make a client in this process."""
 
 
 class EventLoopError(MaskwireError, RuntimeError):
-    """The asyncio client was first used in another event loop: make one for each loop."""
+    """The asyncio client was first used in another event loop. Make a client for each loop."""
 
 
 class StepMovedError(MaskwireError):
-    """The run was trained on, or restored, during an evaluation that takes several calls."""
+    """The run was trained on, or restored, between the calls of one evaluation or generation."""
 
 
 class HistoryError(MaskwireError):
-    """Server and client disagree about what was trained; stop and look at the server's storage."""
+    """Server and client disagree about what was trained. Stop, and check the server's storage."""
 
 
 class HistoryLostError(HistoryError):
-    """The server lacks steps that it acknowledged to this client."""
+    """The server lost steps that it acknowledged to this client."""
 
 
 class DigestMismatchError(HistoryError):
-    """The server's digest is not the one of what this client sent."""
+    """The server's digest does not match what this client sent."""
 
 
 class UnavailableError(MaskwireError):
-    """No answer came, or the server asks to wait: whether a step was applied is unknown."""
+    """No answer came, or the server asks to retry later. Whether a step was applied is unknown."""
 
 
 class UnresolvedError(UnavailableError):
-    """The target's host name does not exist: nothing was sent."""
+    """The target's host name does not exist. Nothing was sent."""
 
 
 class ServerError(MaskwireError):
-    """The server failed unexpectedly; nothing changed, and its log explains `error_id`."""
+    """The server failed unexpectedly. Nothing changed; its log explains `error_id`."""
 
     @property
     def error_id(self) -> str:
-        """What to look for in the server's log."""
+        """The id to search for in the server's log."""
         return self.metadata.get("error_id", "")
 
 
@@ -215,46 +215,47 @@ _BY_STATUS: dict[grpc.StatusCode, type[MaskwireError]] = {
 }
 
 
-# What gRPC says when a secure connection fails, and what to do about it.
+# Messages of gRPC when a TLS connection fails, and the cure for each.
 _TLS: dict[str, str] = {
-    "certificate has expired": "the server's certificate has expired: have it renewed",
-    "certificate is not yet valid": "the server's certificate is not valid yet: look at both clocks",
-    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not signed by an authority that this client "
-    "trusts: give its file as ca (--ca)",
+    "certificate has expired": "the server's certificate has expired: renew it",
+    "certificate is not yet valid": "the server's certificate is not valid yet: check both machines' clocks",
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not signed by an authority that this "
+    "client trusts: pass the authority's file as ca (--ca)",
     "Hostname Verification Check failed": "the server's certificate is for another name: connect by a name "
-    "that it lists, or give that as server_name (--server-name)",
-    "WRONG_VERSION_NUMBER": "the server speaks plaintext there: leave TLS out, or reach its TLS port",
+    "in the certificate, or pass one as server_name (--server-name)",
+    "WRONG_VERSION_NUMBER": "the server speaks plaintext on this port: connect without TLS, or to its "
+    "TLS port",
 }
 _TOO_LONG = "larger than max"
 _TOO_LONG_HINT = ": send fewer rows in one call, or raise the server's serve.max_message_bytes"
-# What gRPC's resolvers say of a name that does not exist. Not one of these: a name without an address (a
-# headless service whose pods are not ready yet), and a DNS server that fails or is silent.
+# Messages of gRPC's resolvers for a name that does not exist. Not included are a name without an address (a
+# headless service whose pods are not ready yet), and a DNS server that fails or does not answer.
 _NO_SUCH_NAME = ("Domain name not found", "Misformatted domain name", "Name or service not known")
 _CLOSED = "Socket closed"
 _CLOSED_HINT = (
-    "; if the server wants TLS, give its authority's file (ca=, --ca) or speak TLS by the system's "
-    "authorities (tls=True, --tls); if it wants a client certificate, give cert and key"
+    "; if the server wants TLS, pass its authority's file (ca=, --ca) or use the system's authorities "
+    "(tls=True, --tls); if it wants a client certificate, pass cert and key"
 )
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One failed attempt: the error it would be, and whether another attempt can help."""
+    """A failed attempt: its error, and whether another attempt can help."""
 
     error: MaskwireError
     retryable: bool
-    """The outcome is unknown, or the server says when to ask again."""
+    """The outcome is unknown, or the server said when to retry."""
     unreachable: bool = False
-    """No answer came: the server may have been restarted meanwhile."""
+    """No answer came; the server may have been restarted meanwhile."""
     unresolved: bool = False
-    """The target's name does not exist: nothing there can start, unless it existed before."""
+    """The target's host name does not exist. Retrying helps only if it existed before."""
     retry_after: float | None = field(default=None)
-    """Seconds, where the server said."""
+    """Seconds, if the server said."""
 
 
 def read_failure(error: grpc.RpcError) -> Failure:
-    """What a failed RPC means."""
-    call: Any = error  # what a stub raises is a grpc.Call too
+    """Interpret a failed RPC."""
+    call: Any = error  # the errors that a stub raises are also a grpc.Call
     code, text = call.code(), call.details() or str(error)
     info, retry_after = _details(call)
     unknown = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -270,8 +271,8 @@ def read_failure(error: grpc.RpcError) -> Failure:
     for sign in _NO_SUCH_NAME:
         if unknown and sign in text:
             unresolved = UnresolvedError(
-                f"the target's host name does not resolve: is it spelled right, and does the DNS of this "
-                f"machine, container or cluster know it? ({text})",
+                f"the target's host name does not resolve: check its spelling, and the DNS of this machine, "
+                f"container or cluster ({text})",
                 reason="UNRESOLVED",
             )
             return Failure(unresolved, retryable=True, unreachable=True, unresolved=True)
@@ -282,7 +283,7 @@ def read_failure(error: grpc.RpcError) -> Failure:
 
 
 def _last(text: str) -> str:
-    """gRPC's text without the list of what it tried."""
+    """gRPC's message without the list of addresses it tried."""
     return text.rpartition("last error: ")[2]
 
 

@@ -1,4 +1,4 @@
-"""Lines for people on stderr, and lines of a file: neither may end the training that they tell of."""
+"""Lines on stderr and in files. A failure to write them must not end the training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def tell(text: str) -> None:
-    """Print a line on stderr, if there is one and it can be written to."""
+    """Print a line on stderr, if it exists and accepts it."""
     stream = sys.stderr
     if stream is None:
         return
@@ -32,20 +32,20 @@ def on_terminal() -> bool:
 
 
 class LineFile:
-    """A file that lines are appended to. When that fails, it says so once and drops later ones.
+    """A file to append lines to. After the first failure it logs a warning and drops all later lines.
 
-    It does not try again: a file with a gap would look whole.
+    It does not retry, since a file with a gap would look complete.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Raises OSError if it cannot be opened."""
+        """Raises OSError if the file cannot be opened."""
         self._path = path
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
         self.failure = ""
-        """Why lines are missing; empty: none is."""
+        """Why lines are missing; empty: none is missing."""
 
     def write(self, line: bytes) -> None:
-        """Append a line, which has its end."""
+        """Append a line that ends with a newline."""
         left = memoryview(line)
         while left and not self.failure:
             try:
@@ -57,7 +57,7 @@ class LineFile:
         """Close the file."""
         try:
             os.close(self._file)
-        except OSError as error:  # some file systems write only now
+        except OSError as error:  # some file systems report failed writes only here
             if not self.failure:
                 self._fail(error)
 

@@ -1,8 +1,8 @@
-"""Which process this is, and whether another one of the same machine has ended.
+"""Identity of this process, and whether another process on this machine has ended.
 
-On Linux a process is told from a later one with the same id by its start time, from one of an earlier boot
-by the boot id, and from one of another container by its namespace of process ids. Elsewhere nothing is
-known, and no process counts as gone.
+On Linux a process is distinguished from a later one with the same id by its start time, from one of an
+earlier boot by the boot id, and from one in another container by its namespace of process ids. On other
+systems nothing is known, and no process counts as ended.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from pathlib import Path
 
 from maskwire.v1 import training_service_pb2 as pb
 
-_TEXT = 128  # characters of a text on the wire
+_TEXT = 128  # the most characters of a text in a request
 _TASK = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID")
 _RESTARTS = "SLURM_RESTART_COUNT"
-"""Slurm's names of a task, the same when its job is requeued, and of how often that has happened."""
+"""Slurm's variables: a task, which stays the same when its job is requeued, and how often that happened."""
 
 
 def this_process() -> pb.ClientProcess:
-    """This process, as far as the system tells."""
+    """Describe this process, as far as the system allows."""
     return pb.ClientProcess(
         host=_text(socket.gethostname()),
         process_id=os.getpid(),
@@ -34,7 +34,7 @@ def this_process() -> pb.ClientProcess:
 
 
 def default_name() -> str:
-    """A name that no other process has, wherever it runs, and that this one keeps."""
+    """Return a name unique to this process, which stays the same while it runs."""
     process = this_process()
     process.job = ""
     unique = hashlib.sha256(process.SerializeToString(deterministic=True)).hexdigest()[:6]
@@ -42,11 +42,11 @@ def default_name() -> str:
 
 
 def is_gone(holder: pb.ClientProcess) -> bool:
-    """Whether the process has surely ended: one of this machine that is no more, or this task's before its
-    job was requeued.
+    """Whether a process has certainly ended: it ran on this machine and is gone, or it was this Slurm task
+    before its job was requeued.
 
-    Slurm requeues a job only after it has ended, on whichever machine. Other schedulers do not say whether
-    a process was started again or beside another of its job.
+    Slurm requeues a job only after it has ended, on any machine. Other schedulers do not say whether a
+    process replaces another one of its job or runs beside it.
     """
     here = this_process()
     same_boot = holder.boot_id and holder.boot_id == here.boot_id and holder.host == here.host
@@ -59,7 +59,7 @@ def is_gone(holder: pb.ClientProcess) -> bool:
 
 
 def holder_of(metadata: Mapping[str, str]) -> pb.ClientProcess:
-    """The process that holds the session, of a WRITER_PRESENT error's metadata."""
+    """Read the process that holds the session from the metadata of a WRITER_PRESENT error."""
 
     def number(name: str) -> int:
         value = metadata.get(f"writer_{name}", "")
@@ -76,11 +76,11 @@ def holder_of(metadata: Mapping[str, str]) -> pb.ClientProcess:
 
 
 def _lives(process_id: int, start_time: int) -> bool:
-    """Whether the process may still run; what cannot be seen may."""
+    """Whether a process may still be running. If it cannot be seen, it may."""
     if process_id <= 0 or not start_time:
         return True
     try:
-        os.kill(process_id, 0)  # sends nothing
+        os.kill(process_id, 0)  # signal 0 only checks
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
@@ -90,9 +90,10 @@ def _lives(process_id: int, start_time: int) -> bool:
 
 
 def _start_time(process: str) -> int | None:
-    """When a process was started, in clock ticks since the machine was; 0 when it has ended but its parent
-    has not heard of it yet, None when the system does not say."""
-    # The command's name, in parentheses, may hold anything.
+    """Start time of a process in clock ticks since boot; 0 if it is a zombie, None if the system does not
+    say.
+    """
+    # The command's name, in parentheses, may contain anything.
     fields = _read(f"/proc/{process}/stat").rpartition(")")[2].split()
     if len(fields) < 20:
         return None

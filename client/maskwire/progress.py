@@ -20,9 +20,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from maskwire.loggers.progress import PLAIN_EVERY_SECONDS
 from maskwire.output import on_terminal
 from maskwire.output import tell as tell_line
-from maskwire.protocol.fit import PLAIN_EVERY_SECONDS
 
 
 class Bar:
@@ -46,7 +46,7 @@ class Bar:
         self._progress.start()
 
     def update(self, step: int, loss: float, tokens: int, note: str = "") -> None:
-        """A step was trained."""
+        """Show that a step was trained."""
         self._tokens += tokens
         task = self._progress.tasks[self._task]
         elapsed = task.elapsed or 0.0
@@ -54,19 +54,19 @@ class Bar:
         self._progress.update(self._task, completed=step, loss=f"{loss:.4f}", rate=rate, note=note)
 
     def say(self, text: str) -> None:
-        """A line that stays above the bar."""
-        with contextlib.suppress(OSError):  # the terminal is gone
+        """Show a line that stays above the bar."""
+        with contextlib.suppress(OSError):  # the terminal was closed
             self._progress.console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Stop updating the bar."""
         with contextlib.suppress(OSError):
             self._progress.stop()
 
 
 @contextmanager
 def row_progress(what: str, *, shown: bool) -> Iterator[Callable[[int, int, float], None]]:
-    """To be called with (rows done, rows in all, nats a token so far): a bar, or a line now and then."""
+    """Yield a function of (rows done, all rows, nats per token) that shows a bar, or lines in a log."""
     columns = (MofNCompleteColumn(), TextColumn("[bold]{task.description}[/bold]"))
     began = time.monotonic()
 
@@ -75,12 +75,12 @@ def row_progress(what: str, *, shown: bool) -> Iterator[Callable[[int, int, floa
         return f"{what}: {done} of {rows} rows  {bits}  {left:.0f} s left"
 
     with _progress(what, columns, words, shown) as tell:
-        yield lambda done, rows, nats: tell(done, rows, f"{nats / math.log(2):.4f} bits a token")
+        yield lambda done, rows, nats: tell(done, rows, f"{nats / math.log(2):.4f} bits per token")
 
 
 @contextmanager
 def byte_progress(what: str, *, shown: bool) -> Iterator[Callable[[int, int], None]]:
-    """To be called with (bytes done, bytes in all): a bar on a terminal, a line now and then elsewhere."""
+    """Yield a function of (bytes done, all bytes) that shows a bar, or lines in a log."""
 
     def words(done: int, total: int, _: str) -> str:
         return f"{what}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
@@ -93,7 +93,7 @@ def byte_progress(what: str, *, shown: bool) -> Iterator[Callable[[int, int], No
 def _progress(
     what: str, columns: Sequence[ProgressColumn], words: Callable[[int, int, str], str], shown: bool
 ) -> Iterator[Callable[[int, int, str], None]]:
-    """Tells (done, total, a remark): a bar with these columns on a terminal, else `words` now and then."""
+    """Yield a function of (done, total, remark): a bar with these columns on a terminal, else `words`."""
     if not shown:
         yield lambda *_: None
     elif on_terminal():

@@ -1,4 +1,4 @@
-"""What calls return: frozen values; losses in nats, times in seconds. None means absent, never 0."""
+"""The results of calls: frozen values. Losses are in nats, times in seconds; None means absent, never 0."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 
 class _Known(enum.IntEnum):
-    """Numbers of the wire; what a newer server sends is UNKNOWN."""
+    """An enum of the wire. Values of a newer server become UNKNOWN."""
 
     @classmethod
     def _missing_(cls, value: object) -> _Known | None:  # noqa: ARG003
@@ -19,7 +19,7 @@ class _Known(enum.IntEnum):
 
 
 class Outcome(_Known):
-    """What became of a consumed step."""
+    """Outcome of a consumed step."""
 
     UNKNOWN = 0
     APPLIED = 1
@@ -29,7 +29,7 @@ class Outcome(_Known):
 
 
 class RunState(_Known):
-    """What the run is doing."""
+    """State of the run."""
 
     UNKNOWN = 0
     RECOVERING = 1
@@ -43,7 +43,7 @@ class RunState(_Known):
 
 @dataclass(frozen=True)
 class Losses:
-    """`loss` is what was minimised."""
+    """Losses of a step or an evaluation. `loss` is the one that training minimises."""
 
     loss: float
     generator_loss: float | None
@@ -52,7 +52,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Measured on the way."""
+    """Measurements of a step."""
 
     gradient_norm: float | None
     learning_rate: float
@@ -71,13 +71,13 @@ class StepResult:
     losses: Losses
     outcome: Outcome
     replayed: bool
-    """The recorded answer of an earlier attempt."""
+    """The answer was recorded by an earlier attempt."""
     digest: bytes
     metrics: StepMetrics
 
     @property
     def loss(self) -> float:
-        """What was minimised."""
+        """The loss that was minimised."""
         return self.losses.loss
 
     @property
@@ -93,7 +93,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """What the server keeps of a consumed step for ever."""
+    """The permanent record of a consumed step."""
 
     lineage: int
     step: int
@@ -105,16 +105,16 @@ class RecordedStep:
 
 @dataclass(frozen=True)
 class StepsPage:
-    """Some recorded steps of one lineage, in order, and where the lineage began."""
+    """A page of recorded steps of one lineage, in order, and where the lineage started."""
 
     run_id: str
     lineage: int
     parent_lineage: int
     """0 for the first lineage."""
     start_step: int
-    """The step that the lineage began from; its own steps come behind."""
+    """The step that the lineage started from; its own steps come after it."""
     checkpoint: str
-    """What was restored to begin it; empty for the first."""
+    """The checkpoint that was restored to start it; empty for the first lineage."""
     steps: tuple[RecordedStep, ...]
     next_page_token: str
     """Empty on the last page."""
@@ -128,12 +128,12 @@ class RowResult:
     nats: float
     tokens: int
     half_difference: float | None = None
-    """Nats: the first half of the draws less the second, which the error of the draws is made of."""
+    """First half of the draws minus the second half, in nats; it gives the error of the draws."""
 
 
 @dataclass(frozen=True)
 class LossSums:
-    """What an evaluation's losses are ratios of: over several calls these add up."""
+    """Numerators and denominators of an evaluation's losses, which add up over several calls."""
 
     generator_nats: float
     generator_weight: float
@@ -145,7 +145,7 @@ class LossSums:
 
 @dataclass(frozen=True)
 class FractionResult:
-    """The part of an evaluation with masked fractions in (low, high]."""
+    """The part of an evaluation whose masked fraction is in (low, high]."""
 
     low: float
     high: float
@@ -156,9 +156,9 @@ class FractionResult:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """An evaluation; `nats_per_token` is the negative ELBO whatever the objective.
+    """Result of an evaluation. `nats_per_token` is the negative ELBO, whatever the objective.
 
-    By the chain rule it is the negative log-likelihood under the order asked for.
+    With the chain rule it is the negative log-likelihood under the requested order.
     """
 
     losses: Losses
@@ -197,15 +197,15 @@ class EvalResult:
 
 @dataclass(frozen=True, eq=False)
 class GenerateResult:
-    """Sampled rows, finished or on the way."""
+    """Sampled rows, finished or after an unmasking pass."""
 
     tokens: npt.NDArray[np.int64] | list[npt.NDArray[np.int64]]
     """[rows, columns], or a list of rows that differ in length; the mask id where still masked."""
     unmasking_step: int
-    """Counted from 1."""
+    """Number of the unmasking pass, from 1."""
     done: bool
     still_masked: tuple[int, ...]
-    """Positions still masked, one a row."""
+    """Number of positions still masked, one per row."""
     step: int
     """The training step whose weights were sampled."""
     digest: bytes
@@ -222,7 +222,7 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A whole checkpoint."""
+    """A complete checkpoint."""
 
     name: str
     lineage: int
@@ -233,12 +233,12 @@ class CheckpointInfo:
     created: datetime
     labels: dict[str, str]
     score: float | None = None
-    """What whoever saved it said it is worth, lower is better."""
+    """The rating given when it was saved, lower is better."""
 
 
 @dataclass(frozen=True)
 class RestoreResult:
-    """Where the run is after a restore."""
+    """Position of the run after a restore."""
 
     lineage: int
     step: int
@@ -247,7 +247,7 @@ class RestoreResult:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is served."""
+    """The served model."""
 
     num_tokens: int
     mask_id: int
@@ -258,12 +258,12 @@ class ModelInfo:
     loss_is_bound: bool
     has_critic: bool
     self_cond: bool = False
-    """Each pass of an evaluation or generation takes two."""
+    """Self-conditioning: each pass of an evaluation or generation runs the model twice."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The server's bounds on one request."""
+    """The server's limits on one request."""
 
     max_batch_tokens: int
     max_message_bytes: int
@@ -271,23 +271,23 @@ class Limits:
     max_draws: int
     max_generation_steps: int
     max_read_tokens: int = 0
-    """Positions that one evaluation or generation may push through the model; 0: the server does not say."""
+    """The most positions that one evaluation or generation may compute; 0: the server does not say."""
 
 
 @dataclass(frozen=True)
 class InexactReplay:
-    """Steps that a start of the server computed again, close to the recorded results, not the same bytes."""
+    """Steps that recovery recomputed with results that were close to the recorded ones but not equal."""
 
     lineage: int
     first_step: int
     last_step: int
     accepted: bool
-    """An operator accepted it; otherwise it was within the tolerance for rounding."""
+    """An operator accepted the difference; otherwise it was within the tolerance for rounding."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """Is it stuck or working?"""
+    """The run's state, its progress and what it is waiting for."""
 
     state: RunState
     state_since: datetime
@@ -309,11 +309,11 @@ class Status:
     versions: dict[str, str]
     uptime_seconds: float
     tokenizer: str
-    """What the run's ids stand for: "bytes", or the SHA-256 of a tokenizer's file; empty: not said."""
+    """Tokenizer of the run's ids: "bytes", or the SHA-256 of a tokenizer file; empty: not recorded."""
     limits: Limits
-    """The server's bounds on one request."""
+    """The server's limits on one request."""
     data: dict[str, str] = field(default_factory=dict)
-    """The fingerprint of the data that the run is trained on, in named parts; empty: not said."""
+    """Fingerprint of the training data, in named parts; empty: not recorded."""
     inexact_replays: tuple[InexactReplay, ...] = ()
     digest_version: int = 0
     """The version of the run's digest; 0 before the first step, and of a server of version 0.1."""

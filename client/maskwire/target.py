@@ -1,4 +1,4 @@
-"""A server's address, checked before anything is sent: what gRPC would misread or ask for in vain."""
+"""Checks of a server's address: gRPC would misread a wrong one, or retry it in vain."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import os
 import re
 
 _EXAMPLE_HOST, _EXAMPLE_PORT = "127.0.0.1", 50051
-_UNIX_PATH_BYTES = 107  # what a socket's address holds
+_UNIX_PATH_BYTES = 107  # the most that fit in a socket's address
 _RESOLVERS = {"unix", "unix-abstract", "ipv4", "ipv6", "dns", "vsock", "xds"}  # gRPC's own schemes
 _XDS = ("GRPC_XDS_BOOTSTRAP", "GRPC_XDS_BOOTSTRAP_CONFIG")
 _SECURE = {"https", "grpcs"}
 
 
 def check_target(target: str) -> None:
-    """Raise ValueError, with what would be right, for an address that cannot be one.
+    """Raise ValueError for an invalid address, with the one that was probably meant.
 
-    HOST:PORT and unix:PATH are; gRPC's own names (`unix-abstract:`, `ipv4:`, `ipv6:`, `dns:///`) are too.
+    Valid are HOST:PORT, unix:PATH, and gRPC's own names (`unix-abstract:`, `ipv4:`, `ipv6:`, `dns:///`).
     """
     if not isinstance(target, str):
         raise TypeError(f"target must be a str, HOST:PORT or unix:PATH, got {type(target).__name__}")
@@ -37,7 +37,7 @@ def _problem(target: str) -> str:
         tls = ", with TLS (tls=True, --tls, or ca)" if scheme.lower() in _SECURE else ""
         return f"leave {scheme}:// out: {_right(rest.lstrip('/'))}{tls}"
     if re.search(r"[/?#\\]", target):
-        return f"leave out what is behind the port: {_right(target)}"
+        return f"leave out everything behind the port: {_right(target)}"
     return _host_port(target)
 
 
@@ -51,7 +51,7 @@ def _own(scheme: str, rest: str) -> str:
             return f"a Unix socket's path has at most {_UNIX_PATH_BYTES} bytes, this one {size}"
         if path != rest and not path.startswith("/"):
             return (
-                f"gRPC takes what is between unix:// and the next / for a host: unix:/{path} or unix:{path}"
+                f"gRPC takes the text between unix:// and the next / for a host: unix:/{path} or unix:{path}"
             )
     if scheme == "unix-abstract" and not rest:
         return "the name is missing: unix-abstract:NAME"
@@ -69,7 +69,7 @@ def _own(scheme: str, rest: str) -> str:
 
 
 def _literal(scheme: str, address: str) -> str:
-    """What is wrong with an address that must be in numbers."""
+    """The problem of an address that must be numeric."""
     if problem := _host_port(address):
         return problem
     host = address.rpartition(":")[0]
@@ -82,13 +82,13 @@ def _literal(scheme: str, address: str) -> str:
 
 
 def _right(rest: str) -> str:
-    """The address in what was written around it."""
+    """The address within a URL."""
     place = re.split(r"[/?#\\]", rest, maxsplit=1)[0].rpartition("@")[2]
     host, _, port = place.rpartition(":")
     if place and not _host_port(place):
         return place
     if host and not _host_port(f"{host}:{_EXAMPLE_PORT}"):
-        place = host  # the port is wrong
+        place = host  # only the port is wrong
     if place and not _host_port(f"{place}:{_EXAMPLE_PORT}"):
         return f"{place}:{_EXAMPLE_PORT}, or its port"
     return f"{_EXAMPLE_HOST}:{port or _EXAMPLE_PORT}" if not _port(port) else "HOST:PORT"
@@ -110,9 +110,9 @@ def _host_port(text: str) -> str:
     if not host:
         return f"the host is missing: {_EXAMPLE_HOST}:{port or _EXAMPLE_PORT}"
     if _is_ipv6(text):
-        return f"the port is missing, and an IPv6 address stands in brackets: [{text}]:{_EXAMPLE_PORT}"
+        return f"the port is missing, and an IPv6 address must be in brackets: [{text}]:{_EXAMPLE_PORT}"
     if _is_ipv6(host):
-        return f"an IPv6 address stands in brackets: [{host}]:{port}"
+        return f"an IPv6 address must be in brackets: [{host}]:{port}"
     if ":" in host:
         return "it has more than one port"
     return _port(port)

@@ -52,7 +52,7 @@ class Batch:
     def dense(
         self, pad_id: int | None
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """(ids int64 [b, n], valid bool [b, n], prompt bool [b, n]); ids under padding are 0."""
+        """(ids int64 [b, n], valid bool [b, n], prompt bool [b, n]); ids at padding are 0."""
         shape = (self.rows, self.columns)
         if self.lengths is None:
             ids = self.ids.reshape(shape).astype(np.int64)
@@ -71,44 +71,44 @@ class Batch:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Rows to fill in: what is given, and where nothing is."""
+    """Rows to sample: the given ids, and the positions that are unknown."""
 
     ids: npt.NDArray[np.int64]
-    """int64 [b, n], 0 where nothing is given."""
+    """int64 [b, n], 0 where no id is given."""
     valid: npt.NDArray[np.bool_]
-    """bool [b, n], False under padding."""
+    """bool [b, n], False at padding."""
     known: npt.NDArray[np.bool_]
     """bool [b, n]: valid and given."""
     lengths: npt.NDArray[np.int32] | None = None
-    """int32 [b], as the sender gave them."""
+    """int32 [b], as received; None: not given."""
 
     @staticmethod
     def nothing(rows: int, columns: int) -> Prompts:
-        """Rows of which nothing is given."""
+        """Rows in which no position is given."""
         none = np.zeros((rows, columns), dtype=bool)
         return Prompts(none.astype(np.int64), ~none, none)
 
     @property
     def unknown(self) -> npt.NDArray[np.bool_]:
-        """bool [b, n]: what is to be sampled."""
+        """bool [b, n]: the positions to sample."""
         return self.valid & ~self.known
 
 
 @dataclass(frozen=True)
 class Modes:
-    """Who learns from a step, and how."""
+    """Which networks a step trains, and its options."""
 
     only_train_generator: bool = False
     only_train_critic: bool = False
     generator_sample_temperature: float | None = None
-    """None: drawn from U[0, 1) by the step's generator."""
+    """None: drawn from U[0, 1) with the step's random generator."""
     learning_rate: float | None = None
-    """This step's, in place of the schedule's."""
+    """Of this step; None: the schedule's."""
 
 
 @dataclass(frozen=True)
 class Payload:
-    """Everything that decides a step's outcome besides the run's state: it is hashed and kept."""
+    """The inputs of a step, which with the run's state determine its outcome. It is hashed and journalled."""
 
     batch: Batch
     modes: Modes

@@ -1,11 +1,15 @@
-"""Every error the server answers with, as values in one table.
+"""The errors of the server, and one table of the reasons for which it refuses a call.
 
     MaskwireError
-    ├── Refused          an RPC is refused; `reason` is a row of REASONS
-    ├── ConfigError      the configuration cannot be used; one line a problem
-    └── RunDirectoryError  the run directory cannot be used; the server does not start
+    ├── Refused            a call is refused; `reason` is a key of REASONS
+    ├── ConfigError        the configuration is invalid; one line per problem
+    ├── RunDirectoryError  the run directory cannot be used; the server does not start
+    ├── Unwanted           the caller has left, so that the computation stopped
+    ├── Diverged           the weights give results that are not finite
+    ├── DeviceLost         the device failed; the process must restart
+    └── StateLost          an update failed half-way; the process must restart
 
-The status is a name of `grpc.StatusCode`, kept as a string so that nothing here needs gRPC.
+A status is the name of a `grpc.StatusCode`, as a string, so that this module does not import gRPC.
 """
 
 from __future__ import annotations
@@ -16,12 +20,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Reason:
-    """How one refusal travels."""
+    """How a refusal is sent."""
 
     status: str
     """The name of the `grpc.StatusCode`."""
     retry_after_seconds: float | None = None
-    """Sent as RetryInfo when waiting helps."""
+    """Sent as RetryInfo; None if waiting does not help."""
 
 
 REASONS: dict[str, Reason] = {
@@ -60,14 +64,14 @@ REASONS: dict[str, Reason] = {
 
 
 class MaskwireError(Exception):
-    """Everything that maskwire's server raises on purpose."""
+    """An error that the server raises on purpose."""
 
 
 class Refused(MaskwireError):
-    """An RPC is refused and nothing changed.
+    """A call is refused, and nothing has changed.
 
-    `metadata` holds every dynamic value of the message, `fields` the offending fields with what would
-    be right (BadRequest).
+    `metadata` holds each value that the message contains, `fields` the invalid fields and what would be
+    valid (BadRequest).
     """
 
     def __init__(
@@ -86,12 +90,12 @@ class Refused(MaskwireError):
 
     @property
     def kind(self) -> Reason:
-        """The row of the table."""
+        """The entry of REASONS."""
         return REASONS[self.reason]
 
 
 def invalid_field(field: str, message: str, **metadata: object) -> Refused:
-    """An INVALID_FIELD refusal; `message` begins with the field's name and tells what would be right."""
+    """A refusal with INVALID_FIELD; `message` begins with the field's name and says what would be valid."""
     return Refused("INVALID_FIELD", message, fields={field: message}, field=field, **metadata)
 
 
@@ -99,48 +103,48 @@ _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAG
 
 
 def is_shortage(error: BaseException | None) -> bool:
-    """Whether the process, or the machine, was out of open files or memory: it says nothing of any file."""
+    """Whether the process or machine ran out of open files or memory, which does not mean a damaged file."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SHORTAGES)
 
 
 def shortage(error: BaseException) -> Refused | None:
-    """The refusal of a request that failed for such a want; None for any other error."""
+    """The refusal of a request that failed for lack of open files or memory; None for any other error."""
     if not is_shortage(error):
         return None
     what = (error.strerror if isinstance(error, OSError) else None) or "out of memory"
     return Refused(
         "OUT_OF_RESOURCES",
-        f"the server is short of what the request takes ({what}), and nothing changed; ask again, and if it "
-        "stays so, raise the server's limit of open files (ulimit -n) or of memory",
+        f"the server ran out of open files or memory ({what}), and nothing changed; retry, and if the error "
+        "persists, raise the server's limit of open files (ulimit -n) or of memory",
         error=what,
     )
 
 
 class ConfigError(MaskwireError):
-    """The configuration cannot be used; the message names the key, the value and the range."""
+    """The configuration is invalid. The message names the key, the value and what would be valid."""
 
 
 class RunDirectoryError(MaskwireError):
-    """The run directory cannot be used; the message says why and what to do."""
+    """The run directory cannot be used. The message says why, and what to do."""
 
 
 class Unwanted(MaskwireError):
-    """Whoever asked has gone: there is no more to compute."""
+    """The caller has left, so that the computation stopped: its result would reach nobody."""
 
 
 class DeviceLost(MaskwireError):
-    """The device computes nothing more in this process.
+    """The device cannot be used any more in this process.
 
-    The process ends; a restart recovers the last durable step.
+    The process ends, and a restart recovers the last durable step.
     """
 
 
 class Diverged(MaskwireError):
-    """What the weights compute is not finite: there is nothing to evaluate or to sample from."""
+    """The weights give results that are not finite, so that they cannot be evaluated or sampled from."""
 
 
 class StateLost(MaskwireError):
     """An update failed half-way: the state in memory is neither the old one nor the new one.
 
-    The process ends; a restart recovers the last durable step.
+    The process ends, and a restart recovers the last durable step.
     """

@@ -1,6 +1,7 @@
-"""Named places in the code where a test can stop, delay or fail the process; otherwise they do nothing.
+"""Failpoints: named places at which a test can stop, delay or fail the process.
 
-The idea is from etcd's gofail. Only a test's own server process calls `install`; no setting does.
+After etcd's gofail. Only a test's own server process calls `install`: no setting or environment variable
+does, so that failpoints do nothing in production.
 """
 
 from __future__ import annotations
@@ -44,16 +45,16 @@ NAMES = (
     "drain.begun",
 )
 
-_act: Callable[[str], None] | None = None
+_action: Callable[[str], None] | None = None
 
 
-def install(act: Callable[[str], None] | None) -> None:
-    """Call `act` with the name of each failpoint that is passed; None: call nothing."""
-    global _act
-    _act = act
+def install(action: Callable[[str], None] | None) -> None:
+    """Call `action` with the name of each failpoint that the process passes; None removes it."""
+    global _action
+    _action = action
 
 
 def passing(name: str) -> None:
-    """Pass the failpoint of that name, one of NAMES."""
-    if _act is not None:
-        _act(name)
+    """Run the installed action, if any, for a failpoint of NAMES."""
+    if _action is not None:
+        _action(name)

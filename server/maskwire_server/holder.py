@@ -1,4 +1,4 @@
-"""Who holds the writer's session."""
+"""The holder of the writer's session: a client and its process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ClientProcess:
-    """A client's process, as the client described it; see the proto."""
+    """A client's process, as the client reported it; see the proto."""
 
     host: str
     process_id: int
@@ -20,16 +20,16 @@ class ClientProcess:
 
 @dataclass(frozen=True)
 class Holder:
-    """The client of an epoch."""
+    """The client that holds, or held, an epoch."""
 
     client_name: str
     epoch: int
     process: ClientProcess | None = None
-    """None: the client did not say."""
+    """None: not reported."""
 
     @property
     def where(self) -> str:
-        """Its host and process, for people, with a space before; empty when they are not known."""
+        """Its host and process for a message, with a leading space; empty if they are not known."""
         process = self.process
         return f" (host {process.host}, process {process.process_id})" if process else ""
 
@@ -37,7 +37,7 @@ class Holder:
         return f"{self.client_name!r}{self.where}"
 
     def metadata(self) -> dict[str, Any]:
-        """What an error says of it: `epoch`, `writer`, and each field of its process as `writer_…`."""
+        """Error metadata: `epoch`, `writer`, and each field of its process as `writer_…`."""
         fields = asdict(self.process) if self.process else {}
         named = {f"writer_{name}": value for name, value in fields.items()}
         return {"epoch": self.epoch, "writer": self.client_name, **named}

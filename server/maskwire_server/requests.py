@@ -1,4 +1,4 @@
-"""What the service asks of the engine: validated values, free of gRPC."""
+"""Requests to the engine: validated values without gRPC types."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from maskwire_server.results import EvalOptions, GenerateOptions
 
 CHECKPOINT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 AUTOMATIC_NAME = re.compile(r"(step|best)-\d+(-lineage-\d+)?(-\d+)?")
-"""What the server names its own after; nobody else's, so that it never meets a name that is taken."""
+"""Names of checkpoints that the server saves by itself; clients cannot use them, so they are always free."""
 
 
 @dataclass(frozen=True)
 class SessionRef:
-    """The writer's session that a request names."""
+    """The session that a request belongs to."""
 
     run_id: str
     lineage: int
@@ -27,33 +27,33 @@ class SessionRef:
 
 @dataclass(frozen=True)
 class SessionRequest:
-    """A client asks to be the run's writer."""
+    """Make the client the run's writer."""
 
     client_name: str
     nonce: str
     takeover: bool = False
     held_epoch: int | None = None
     history: HistoryPosition | None = None
-    """The last acknowledged step that the client holds."""
+    """The last acknowledged step that the client knows."""
     tokenizer: str = ""
-    """What the client's ids stand for; empty: not said."""
+    """The tokenizer of the client's ids; empty: not given."""
     data: dict[str, str] = field(default_factory=dict)
-    """The fingerprint of the client's data, in named parts; empty: not said."""
+    """The fingerprint of the client's data, in named parts; empty: not given."""
     allow_changed_data: bool = False
-    """Keep it in place of another one."""
+    """Accept `data` although it differs from the run's, and keep it."""
     process: ClientProcess | None = None
-    """The client's process; None: not said."""
+    """The client's process; None: not given."""
     gone_epoch: int | None = None
-    """Take over from this epoch, whose process the client found gone."""
+    """Take over from this epoch, because the client found that its process has ended."""
     evaluated_step: int = 0
-    """The writer has evaluated this step; 0: not said."""
+    """The last step that the writer has evaluated; 0: not given."""
     digest_versions: tuple[int, ...] = VERSIONS
     """The versions of the digest that the client computes."""
 
 
 @dataclass(frozen=True)
 class StepRequest:
-    """A client asks for one training step; only the payload is needed."""
+    """Train one step. Only the payload is required."""
 
     payload: Payload
     session: SessionRef | None = None
@@ -63,7 +63,7 @@ class StepRequest:
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """A client asks for an evaluation, which changes nothing."""
+    """Evaluate a batch, without changing the run."""
 
     batch: Batch
     options: EvalOptions
@@ -71,17 +71,17 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """A client asks for samples, which changes nothing."""
+    """Sample rows, without changing the run."""
 
     prompts: Prompts
     options: GenerateOptions
     every_step: bool = False
-    """Answer with each unmasking pass, not the last alone."""
+    """Answer after each unmasking pass, not only after the last."""
 
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """A client asks for a checkpoint."""
+    """Save a checkpoint."""
 
     name: str | None = None
     request_id: str | None = None
@@ -93,7 +93,7 @@ class SaveRequest:
 
 @dataclass(frozen=True)
 class RestoreRequest:
-    """A client asks to go back to a checkpoint."""
+    """Return the run to a checkpoint."""
 
     name: str
     request_id: str | None = None
@@ -103,11 +103,11 @@ class RestoreRequest:
 
 @dataclass(frozen=True)
 class DownloadRequest:
-    """A client asks for a checkpoint's files."""
+    """Download the files of a checkpoint."""
 
     name: str
     weights_only: bool = False
     file: str | None = None
-    """Only this one; None: all."""
+    """Only this file; None: all files."""
     offset: int = 0
-    """Where in `file` to begin, in bytes."""
+    """Where to start in `file`, in bytes."""

@@ -1,4 +1,4 @@
-"""What the trainer and the engine answer: values that travel between the wings, in nats and seconds."""
+"""Results of the trainer and answers of the engine. Losses are in nats, times in seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from maskwire_server.holder import Holder
 
 
 class Outcome(enum.IntEnum):
-    """What became of a consumed step; the numbers are `maskwire.v1.StepOutcome`'s."""
+    """The outcome of a consumed step, numbered as in `maskwire.v1.StepOutcome`."""
 
     APPLIED = 1
     SKIPPED_NON_FINITE = 2
@@ -22,7 +22,7 @@ class Outcome(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Losses:
-    """None means absent, never 0."""
+    """The losses of a step or evaluation. None: not computed, which is not 0."""
 
     loss: float
     generator_loss: float | None = None
@@ -31,7 +31,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One computed training step."""
+    """The result of a training step."""
 
     outcome: Outcome
     losses: Losses
@@ -47,7 +47,7 @@ class EvalOptions:
     """How to evaluate a batch."""
 
     row_ids: tuple[int, ...]
-    """One global id a row: it seeds the row's draws."""
+    """One global id per row, which seeds the row's draws."""
     draws: int = 16
     seed: int = 0
     only_train_generator: bool = False
@@ -56,25 +56,25 @@ class EvalOptions:
     raw_weights: bool = False
     text_bytes: int | None = None
     chain_rule: bool = False
-    """The exact likelihood under an order of the positions, in place of the bound; draws are orders then."""
+    """Compute the exact likelihood under an order of the positions, not the bound; `draws` counts orders."""
     random_order: bool = False
-    """By the chain rule: random orders, not from left to right."""
+    """With `chain_rule`: random orders, not left to right."""
 
 
 @dataclass(frozen=True)
 class RowResult:
-    """One row's part of an evaluation."""
+    """The result of one row in an evaluation."""
 
     row_id: int
     nats: float
     tokens: int
     half_difference: float | None = None
-    """Nats: the mean over the first half of the draws less that over the second; None for one draw."""
+    """Mean nats of the first half of the draws minus that of the second; None for one draw."""
 
 
 @dataclass(frozen=True)
 class FractionResult:
-    """The part of an evaluation with masked fractions in (low, high]."""
+    """The result of an evaluation at masked fractions in (low, high]."""
 
     low: float
     high: float
@@ -85,7 +85,7 @@ class FractionResult:
 
 @dataclass(frozen=True)
 class LossSums:
-    """What `losses` are ratios of: over several calls, sums add up where ratios would not."""
+    """Numerators and denominators of `losses`: the sums of several calls can be added, the ratios cannot."""
 
     generator_nats: float = 0.0
     generator_weight: float = 0.0
@@ -96,7 +96,7 @@ class LossSums:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """One evaluation; see `EvalLossResponse` in the proto for the meaning of each field."""
+    """The result of an evaluation; `EvalLossResponse` in the proto describes each field."""
 
     losses: Losses
     nats_per_token: float
@@ -116,7 +116,7 @@ class EvalResult:
 
 
 class Order(enum.IntEnum):
-    """The order in which positions are revealed; the numbers are `maskwire.v1.GenerationOrder`'s."""
+    """The order in which positions are revealed, numbered as in `maskwire.v1.GenerationOrder`."""
 
     RANDOM = 1
     CONFIDENCE = 2
@@ -126,7 +126,7 @@ class Order(enum.IntEnum):
 
 
 class SelfCondMode(enum.IntEnum):
-    """What conditions an unmasking pass; the numbers are `maskwire.v1.SelfCondMode`'s."""
+    """The self-conditioning of an unmasking pass, numbered as in `maskwire.v1.SelfCondMode`."""
 
     TWO_PASS = 1
     CARRY = 2
@@ -137,16 +137,16 @@ class GenerateOptions:
     """How to sample rows."""
 
     row_seeds: tuple[int, ...]
-    """One a row."""
+    """One per row."""
     steps: int = 0
-    """Unmasking passes; 0: one position a pass."""
+    """Unmasking passes; 0: one position per pass."""
     order: Order = Order.RANDOM
     temperature: float = 1.0
     top_k: int = 0
-    """0: all."""
+    """0: no limit."""
     top_p: float = 1.0
     choice_temperature: float | None = None
-    """Of the noise on the order; None: the preset's."""
+    """Temperature of the noise on the order; None: the default of the order."""
     remasking: bool = False
     self_cond_mode: SelfCondMode = SelfCondMode.TWO_PASS
     raw_weights: bool = False
@@ -157,22 +157,22 @@ class GenerationState:
     """Rows after an unmasking pass."""
 
     ids: npt.NDArray[np.integer]
-    """[b, n] in the narrowest type: the mask id where still masked, the pad id or 0 under padding."""
+    """[b, n] in the narrowest type: the mask id where still masked, the pad id or 0 at padding."""
     still_masked: tuple[int, ...]
-    """Positions still masked, one a row."""
+    """Positions still masked, per row."""
     unmasking_step: int
     """Counted from 1."""
     ema_weights: bool = False
 
     @property
     def done(self) -> bool:
-        """Nothing is masked any more."""
+        """Whether no position is masked any more."""
         return not any(self.still_masked)
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is served."""
+    """The model that is served."""
 
     num_tokens: int
     mask_id: int
@@ -184,11 +184,11 @@ class ModelInfo:
     has_critic: bool
     self_cond: bool = False
     read_tokens: int = 2**26
-    """Positions that one evaluation or generation may push through the model where no setting says."""
+    """The default of `Limits.max_read_tokens` for this model and device."""
 
 
 class RunState(enum.IntEnum):
-    """What the run is doing; the numbers are `maskwire.v1.RunState`'s."""
+    """The state of the run, numbered as in `maskwire.v1.RunState`."""
 
     RECOVERING = 1
     SERVING = 2
@@ -209,14 +209,14 @@ class Limits:
     max_draws: int
     max_generation_steps: int = 1024
     max_read_tokens: int = 2**26
-    """Positions that one evaluation or generation pushes through the model, as `rpc.work` counts them."""
+    """Positions that one evaluation or generation may send through the model; see `rpc.work_limits`."""
 
 
 @dataclass(frozen=True)
 class InexactReplay:
-    """Steps that a start computed again, whose results are close to the recorded ones and not the same bytes.
+    """Steps that a start computed again with results close to the recorded ones, but not identical.
 
-    The weights behind them, and all that was trained on those, follow from this computation.
+    The weights after these steps, and all later training, follow from the new computation.
     """
 
     lineage: int
@@ -228,7 +228,7 @@ class InexactReplay:
 
 @dataclass(frozen=True)
 class SessionAnswer:
-    """The writer's session, and what the server holds."""
+    """The opened session, and the state of the run."""
 
     run_id: str
     lineage: int
@@ -237,14 +237,14 @@ class SessionAnswer:
     durable_step: int
     digest: bytes
     tokenizer: str
-    """What the run's ids stand for; empty: nobody said."""
+    """The tokenizer of the run's ids; empty: not known."""
     data: dict[str, str] = field(default_factory=dict)
-    """The fingerprint of the run's data; empty: nobody said."""
+    """The fingerprint of the run's data; empty: not known."""
     superseded: Holder | None = None
-    """Whose session it took over; None: nobody's."""
+    """The holder of the session that it took over, if any."""
     evaluated_lineage: int = 0
     evaluated_step: int = 0
-    """The last step that a writer said it had evaluated; 0: none."""
+    """The last step that a writer reported as evaluated; 0: none."""
     inexact_replays: tuple[InexactReplay, ...] = ()
     digest_version: int = 0
     """The version of the digest that the session's steps are hashed with."""
@@ -252,7 +252,7 @@ class SessionAnswer:
 
 @dataclass(frozen=True)
 class StepAnswer:
-    """A consumed, durable step."""
+    """A consumed and durable step."""
 
     step: int
     result: StepResult
@@ -265,7 +265,7 @@ class StepAnswer:
 
 @dataclass(frozen=True)
 class EvalAnswer:
-    """An evaluation, with the step and digest it saw."""
+    """An evaluation, with the step and digest of the weights that were evaluated."""
 
     result: EvalResult
     step: int
@@ -274,7 +274,7 @@ class EvalAnswer:
 
 @dataclass(frozen=True, eq=False)
 class GenerateAnswer:
-    """Rows after an unmasking pass, with the step and digest whose weights were sampled."""
+    """Rows after an unmasking pass, with the step and digest of the weights that were sampled."""
 
     state: GenerationState
     step: int
@@ -282,12 +282,12 @@ class GenerateAnswer:
 
 
 WEIGHT_FILES = ("model.safetensors", "ema.safetensors")
-"""The files of a checkpoint that hold weights: as trained, and their moving average if one is kept."""
+"""The weight files of a checkpoint: as trained, and their moving average if there is one."""
 
 
 @dataclass(frozen=True)
 class FileInfo:
-    """One file of a checkpoint."""
+    """A file of a checkpoint."""
 
     name: str
     size_bytes: int
@@ -296,7 +296,7 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A whole checkpoint."""
+    """A complete checkpoint."""
 
     name: str
     lineage: int
@@ -307,17 +307,17 @@ class CheckpointInfo:
     """Seconds since the epoch."""
     labels: dict[str, str] = field(default_factory=dict)
     score: float | None = None
-    """What the state is worth, lower is better; None: nobody said."""
+    """The client's score, lower is better; None: not given."""
 
     @property
     def size_bytes(self) -> int:
-        """The size of its files together."""
+        """The total size of its files."""
         return sum(file.size_bytes for file in self.files)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a checkpoint's file."""
+    """A part of a file of a checkpoint."""
 
     file: FileInfo
     offset: int
@@ -326,40 +326,8 @@ class Chunk:
 
 @dataclass(frozen=True)
 class RestoreAnswer:
-    """Where the run is after a restore."""
+    """The position of the run after a restore."""
 
     lineage: int
     step: int
     digest: bytes
-
-
-@dataclass(frozen=True)
-class Status:
-    """Is it stuck or working?"""
-
-    state: RunState
-    state_since: float
-    """Seconds since the epoch."""
-    waiting_for: str
-    run_id: str
-    lineage: int
-    step: int
-    durable_step: int
-    digest: bytes
-    queue_length: int
-    queue_limit: int
-    steps_per_second: float
-    tokens_per_second: float
-    last_error: str
-    writer: str
-    epoch: int
-    model: ModelInfo | None
-    """None until the model is built."""
-    newest_checkpoint: CheckpointInfo | None
-    versions: dict[str, str]
-    tokenizer: str
-    data: dict[str, str]
-    """The fingerprint of the run's data; empty: nobody said."""
-    inexact_replays: tuple[InexactReplay, ...] = ()
-    digest_version: int = 0
-    """The version of the run's digest; 0 before the first step."""

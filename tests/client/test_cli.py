@@ -58,7 +58,7 @@ def test_until_step_is_absolute_and_training_resumes(server: ServerProcess, text
     assert (code, refused["reason"]) == (1, "DATA_CHANGED")
     assert "held_out was not set, is 0.3" in refused["error"]
     assert refused["error"].count("allow") == 1
-    assert "or accept the change with --allow-changed-data" in refused["error"]
+    assert "or continue with the changed data (--allow-changed-data)" in refused["error"]
     code, out, _ = run(*held_out, "--allow-changed-data")
     assert code == 0
     assert json.loads(out)["steps"] == 3
@@ -142,8 +142,8 @@ def test_generate_samples_rows_and_fills_gaps(server: ServerProcess) -> None:
         (["--prompt", ""], 2, "must not be empty"),
         (["--prompt-ids", "1,x"], 2, "comma-separated ids and gaps"),
         (["--prompt", "a~", "--gap", ""], 2, "--gap must not be empty"),
-        (["--prompt", "abc"], 1, "leave at least one"),
-        (["--row-seed", 1, "--row-seed", 2], 1, "one a row"),
+        (["--prompt", "abc"], 1, "at least one position to sample"),
+        (["--row-seed", 1, "--row-seed", 2], 1, "one seed per row"),
     ):
         found_code, _, err = run("generate", *target, *arguments)
         assert found_code == code, (arguments, err)

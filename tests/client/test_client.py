@@ -1,18 +1,14 @@
-"""The client against a scripted server: what it sends again, and when it stops."""
+"""The client against a scripted server: what it retries, and when it gives up."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent import futures
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
-from google.rpc import code_pb2, error_details_pb2, status_pb2
-from grpc_status import rpc_status
+from scripted_server import TOKENS, Script, connect, lost, refuse
 
 import maskwire
 from maskwire.errors import (
@@ -23,96 +19,7 @@ from maskwire.errors import (
     ServerError,
     UnavailableError,
 )
-from maskwire.protocol.codec import hash_of
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire.v1 import training_service_pb2_grpc as pb_grpc
-from maskwire.v1.digest import DigestVersion, step_digest
-
-TOKENS = np.arange(8).reshape(2, 4)
-Fault = Callable[[pb.TrainStepRequest, grpc.ServicerContext], None]
-
-
-def refuse(
-    context: grpc.ServicerContext, code: str, reason: str, retry: float | None = None, **metadata: str
-) -> None:
-    status = status_pb2.Status(code=code_pb2.Code.Value(code), message=f"{reason} said the script")
-    info = error_details_pb2.ErrorInfo(reason=reason, domain="maskwire", metadata=metadata)
-    status.details.add().Pack(info)
-    if retry is not None:
-        wait = error_details_pb2.RetryInfo()
-        wait.retry_delay.FromMilliseconds(int(retry * 1000))
-        status.details.add().Pack(wait)
-    context.abort_with_status(rpc_status.to_status(status))
-
-
-class Script(pb_grpc.TrainingServiceServicer):
-    """Applies steps as the protocol says, but for the faults that a test puts in their way."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.digest, self.step = b"0" * 32, 0
-        self.answers: dict[str, pb.TrainStepResponse] = {}
-        self.before: list[Fault] = []
-        self.after: list[Fault] = []
-        self.requests: list[pb.TrainStepRequest] = []
-        self.opened: list[pb.OpenSessionRequest] = []
-        self.on_open: list[Callable[[grpc.ServicerContext], None]] = []
-        self.restored_at: list[int] = []
-
-    def OpenSession(self, request: pb.OpenSessionRequest, context: Any) -> pb.OpenSessionResponse:  # noqa: N802
-        self.opened.append(request)
-        if self.on_open:
-            self.on_open.pop(0)(context)
-        return pb.OpenSessionResponse(
-            session=pb.SessionRef(run_id="run", lineage=1, epoch=1),
-            step=self.step, durable_step=self.step, digest=self.digest,
-            model=pb.ModelInfo(num_tokens=17, mask_id=16, max_seq_len=32), limits=pb.Limits(window=8),
-        )  # fmt: skip
-
-    def CloseSession(self, request: pb.CloseSessionRequest, context: Any) -> pb.CloseSessionResponse:  # noqa: N802
-        return pb.CloseSessionResponse()
-
-    def RestoreCheckpoint(self, request: pb.RestoreCheckpointRequest, context: Any) -> Any:  # noqa: N802
-        self.restored_at.append(self.step)
-        self.step, self.digest = 0, b"1" * 32
-        return pb.RestoreCheckpointResponse(lineage=1, step=0, digest=self.digest)
-
-    def TrainStep(self, request: pb.TrainStepRequest, context: Any) -> pb.TrainStepResponse:  # noqa: N802
-        with self.lock:
-            self.requests.append(request)
-            if self.before:
-                self.before.pop(0)(request, context)
-            if request.request_id not in self.answers:
-                if request.step != self.step + 1:
-                    refuse(context, "OUT_OF_RANGE", "GAP", expected_step=str(self.step + 1))
-                self.step += 1
-                self.digest = step_digest(self.digest, 1, self.step, hash_of(request, DigestVersion(1)), 1)
-                self.answers[request.request_id] = pb.TrainStepResponse(
-                    step=self.step, digest=self.digest, outcome=pb.STEP_OUTCOME_APPLIED,
-                    losses=pb.Losses(loss=1.0, generator_loss=1.0),
-                )  # fmt: skip
-            if self.after:
-                self.after.pop(0)(request, context)
-            return self.answers[request.request_id]
-
-
-@pytest.fixture
-def script() -> Iterator[Script]:
-    servicer = Script()
-    server = grpc.server(futures.ThreadPoolExecutor(8))
-    pb_grpc.add_TrainingServiceServicer_to_server(servicer, server)
-    servicer.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"  # type: ignore[attr-defined]
-    server.start()
-    yield servicer
-    server.stop(0).wait()
-
-
-def connect(script: Script, **options: Any) -> maskwire.Trainer:
-    return maskwire.connect(script.target, on_wait=lambda _: None, **options)  # type: ignore[attr-defined]
-
-
-def lost(request: pb.TrainStepRequest, context: grpc.ServicerContext) -> None:
-    context.abort(grpc.StatusCode.UNAVAILABLE, "the connection broke")
 
 
 def test_a_retry_after_a_lost_reply_has_the_same_id_and_applies_the_step_once(script: Script) -> None:
@@ -173,7 +80,7 @@ def test_a_window_keeps_its_order_and_its_bound(script: Script) -> None:
     with connect(script, window=3) as trainer:
         results = [trainer.submit(TOKENS + i) for i in range(12)]
         assert [result.result(timeout=20).step for result in results] == list(range(1, 13))
-    assert trainer._writing.in_flight == 0
+    assert trainer._writer.in_flight == 0
     assert trainer.step == 12
 
 
@@ -272,7 +179,7 @@ def test_a_restore_waits_for_the_steps_in_flight_and_later_ones_wait_for_it(scri
         before = [trainer.submit(TOKENS) for _ in range(2)]
         restoring = threading.Thread(target=trainer.restore, args=("a",))
         restoring.start()
-        while not trainer._writing._restoring:
+        while not trainer._writer._restoring:
             time.sleep(0.001)
         handing_in = threading.Thread(target=lambda: after.append(trainer.submit(TOKENS)))
         handing_in.start()

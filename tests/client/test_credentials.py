@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from maskwire.credentials import Door, is_local
+from maskwire.credentials import Endpoint, is_local
 
 TOKEN = "secret-token-0123456789"
 
@@ -30,20 +30,20 @@ def test_what_stays_on_this_machine(target: str, local: bool) -> None:
 
 def test_a_token_goes_nowhere_in_plaintext_unless_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"would travel to box\.example:1 in plaintext"):
-        Door.of("box.example:1", token=TOKEN)
-    assert Door.of("box.example:1", token=TOKEN, allow_insecure=True).metadata
-    assert Door.of("127.0.0.1:1", token=TOKEN).metadata == (("authorization", f"Bearer {TOKEN}"),)
+        Endpoint.of("box.example:1", token=TOKEN)
+    assert Endpoint.of("box.example:1", token=TOKEN, allow_insecure=True).metadata
+    assert Endpoint.of("127.0.0.1:1", token=TOKEN).metadata == (("authorization", f"Bearer {TOKEN}"),)
     (tmp_path / "t").write_text(f"# ours\n\n{TOKEN} 2031-01-01T00:00:00Z\n")
-    door = Door.of("127.0.0.1:1", token_file=tmp_path / "t")
-    assert door.metadata == (("authorization", f"Bearer {TOKEN}"),)
-    assert TOKEN not in repr(door)
+    endpoint = Endpoint.of("127.0.0.1:1", token_file=tmp_path / "t")
+    assert endpoint.metadata == (("authorization", f"Bearer {TOKEN}"),)
+    assert TOKEN not in repr(endpoint)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"cert": "a"}, "cert and key must be given together"),
-        ({"tls": False, "ca": "a"}, "tls = False excludes"),
+        ({"tls": False, "ca": "a"}, "tls=False excludes"),
         ({"token": "a", "token_file": "b"}, "exclude each other"),
         ({"token": "two words"}, "without spaces"),
         ({"ca": __file__}, "must be a PEM file"),
@@ -51,7 +51,7 @@ def test_a_token_goes_nowhere_in_plaintext_unless_told(tmp_path: Path) -> None:
 )
 def test_options_that_do_not_fit_together_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Door.of("127.0.0.1:1", **options)
+        Endpoint.of("127.0.0.1:1", **options)
 
 
 def test_a_proxy_of_the_environment_sees_nothing_of_a_local_connection(
@@ -74,7 +74,7 @@ def test_a_proxy_of_the_environment_sees_nothing_of_a_local_connection(
             monkeypatch.setenv(name, proxy)
         thread = threading.Thread(target=listen)
         thread.start()
-        with Door.of("localhost:1", token=TOKEN).channel() as channel, pytest.raises(grpc.RpcError):
+        with Endpoint.of("localhost:1", token=TOKEN).channel() as channel, pytest.raises(grpc.RpcError):
             channel.unary_unary("/a/b")(b"", timeout=0.7)
         thread.join()
     assert heard == []

@@ -13,10 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from maskwire.client import run_fit
 from maskwire.data.file_data import ByteData
 from maskwire.errors import DataMismatchError
-from maskwire.protocol.fit import fit
+from maskwire.protocol.fit import FitResult
+from maskwire.protocol.fit import fit as training_loop
 from maskwire.results import Losses, Outcome, RecordedStep, StepMetrics, StepResult, StepsPage
+
+
+def fit(trainer: Any, data: Any, **options: Any) -> FitResult:
+    return run_fit(trainer, training_loop(trainer, data, **options))
 
 
 class Counting:
@@ -189,7 +195,7 @@ def test_ctrl_c_finishes_what_is_in_flight_and_says_so(capsys: pytest.CaptureFix
     assert result.interrupted
     assert result.step == trainer.handed_in < 1000
     assert trainer.in_flight == 0
-    assert "goes on from there" in capsys.readouterr().err
+    assert "run the same command to resume" in capsys.readouterr().err
 
 
 def test_an_error_of_a_step_comes_out() -> None:
@@ -242,7 +248,7 @@ def test_changed_data_is_refused_with_the_files_that_were_written_last(tmp_path:
     trainer.use_data = refuse  # type: ignore[attr-defined]
     trainer.use_tokenizer = lambda _: None  # type: ignore[attr-defined]
     words = (
-        rf"of 5 files now; written last: {tmp_path}/1\.txt \(1970-01-02 00:00:00 UTC\), {tmp_path}/4\.txt "
+        rf"of 5 files; written last: {tmp_path}/1\.txt \(1970-01-02 00:00:00 UTC\), {tmp_path}/4\.txt "
         rf"\(1970-01-01 04:00:00 UTC\), {tmp_path}/3\.txt .*--pattern"
     )
     with pytest.raises(DataMismatchError, match=words) as found:

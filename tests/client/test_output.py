@@ -23,13 +23,19 @@ from serving import ServerProcess
 
 import maskwire.cli.display
 from maskwire.cli import app, exit_codes
+from maskwire.client import run_fit
 from maskwire.output import tell
-from maskwire.protocol.fit import fit
+from maskwire.protocol.fit import FitResult
+from maskwire.protocol.fit import fit as training_loop
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 COUNTING = [sys.executable, str(ROOT / "tests" / "rpc" / "counting_server.py"), "0"]
 DISPLAY = "±…─é"
+
+
+def fit(trainer: Any, data: Any, **options: Any) -> FitResult:
+    return run_fit(trainer, training_loop(trainer, data, **options))
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 
 from maskwire.errors import ConflictError, DigestMismatchError, Failure, InvalidRequestError, UnavailableError
-from maskwire.protocol.calls import Asking, Call, Give, Next, Pause, RetryPolicy, Until, wait_before_retry
-from maskwire.protocol.codec import decode_batch, encode_batch, hash_of, step_request
-from maskwire.protocol.writer import Ledger, Writing
+from maskwire.protocol.calls import Calls
+from maskwire.protocol.codec import hash_of, step_request
+from maskwire.protocol.effects import Call, Conversation, Emit, Pause, Receive, Until
+from maskwire.protocol.ledger import Ledger
+from maskwire.protocol.pending_step import PendingStep
+from maskwire.protocol.retry import RetryPolicy
+from maskwire.protocol.token_batch import decode_batch, encode_batch
+from maskwire.protocol.writer import Writer
+from maskwire.results import StepResult
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import DigestVersion, step_digest
 
@@ -123,7 +129,7 @@ def test_prompts_are_packed_row_major_lowest_bit_first() -> None:
     [
         (lambda: encode_batch([1, 2]), "1 dimensions"),
         (lambda: encode_batch([[0.5]]), "must be integers, got float64"),
-        (lambda: encode_batch(IDS, lengths=[1]), "one a row, 2"),
+        (lambda: encode_batch(IDS, lengths=[1]), "one length per row, 2"),
         (lambda: encode_batch([[1], [2, 3]], lengths=[1, 2]), "left out"),
         (lambda: encode_batch(IDS, prompt_mask=np.ones((2, 3))), "must be bool"),
         (lambda: encode_batch(IDS, prompt_mask=np.ones((1, 3), dtype=bool)), "must be bool"),
@@ -140,13 +146,13 @@ def failing(**changes: Any) -> Failure:
 
 def test_waits_grow_to_a_cap_with_jitter_and_end() -> None:
     policy = RetryPolicy(retry_for=10)
-    waits = [wait_before_retry(failing(), attempt, 0, policy, jitter=lambda: 1.0) for attempt in range(10)]
+    waits = [policy.wait(failing(), attempt, 0, jitter=lambda: 1.0) for attempt in range(10)]
     assert waits == [0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0, 1.0, 1.0]
-    assert wait_before_retry(failing(), 9, 0, policy, jitter=lambda: 0.0) == 0.5
-    assert wait_before_retry(failing(retry_after=0.7), 0, 0, policy, jitter=lambda: 1.0) == 0.7
-    assert wait_before_retry(failing(), 0, 10, policy) is None
-    assert wait_before_retry(failing(retryable=False), 0, 0, policy) is None
-    assert wait_before_retry(failing(), 5000, 0, policy, jitter=lambda: 1.0) == 1.0
+    assert policy.wait(failing(), 9, 0, jitter=lambda: 0.0) == 0.5
+    assert policy.wait(failing(retry_after=0.7), 0, 0, jitter=lambda: 1.0) == 0.7
+    assert policy.wait(failing(), 0, 10) is None
+    assert policy.wait(failing(retryable=False), 0, 0) is None
+    assert policy.wait(failing(), 5000, 0, jitter=lambda: 1.0) == 1.0
 
 
 def answer(ledger: Ledger, request: pb.TrainStepRequest, step: int) -> pb.TrainStepResponse:
@@ -161,14 +167,14 @@ def test_the_ledger_follows_the_chain_and_finds_a_difference() -> None:
     ledger.open(pb.OpenSessionResponse(session=session, step=4, durable_step=3, digest=b"d" * 32))
     request = pb.TrainStepRequest(batch=encode_batch(IDS), learning_rate=0.5)
     first = answer(ledger, request, 4)
-    ledger.acknowledge(first, hash_of(request, DigestVersion(1)))
+    ledger.position = ledger.next_position(first, hash_of(request, DigestVersion(1)))
     assert (ledger.step, ledger.digest) == (4, first.digest)
     assert ledger.history() == pb.History(run_id="r", lineage=1, step=4, digest=first.digest)
     other = pb.TrainStepRequest(batch=encode_batch(IDS))
     with pytest.raises(DigestMismatchError, match="after step 5"):
-        ledger.acknowledge(answer(ledger, other, 5), hash_of(request, DigestVersion(1)))
+        ledger.next_position(answer(ledger, other, 5), hash_of(request, DigestVersion(1)))
     with pytest.raises(DigestMismatchError, match="step 7, expected was 5"):
-        ledger.acknowledge(answer(ledger, request, 7), hash_of(request, DigestVersion(1)))
+        ledger.next_position(answer(ledger, request, 7), hash_of(request, DigestVersion(1)))
     assert ledger.step == 4
 
 
@@ -183,7 +189,7 @@ def state(step: int, *, done: bool = False) -> pb.GenerateResponse:
 
 def conversation(*replies: Any) -> tuple[list[Any], Any]:
     """What a generation does and gives when it meets these replies, and the error that ends it."""
-    asking = Asking("there", RetryPolicy(), lambda _: None, lambda: 0.0)
+    asking = Calls("there", RetryPolicy(), lambda _: None, lambda: 0.0)
     talk = asking.generate_steps(None, count=1)
     found: list[Any] = []
     left = list(replies)
@@ -191,8 +197,8 @@ def conversation(*replies: Any) -> tuple[list[Any], Any]:
     try:
         while True:
             effect = talk.send(reply)
-            found.append(effect.value.unmasking_step if isinstance(effect, Give) else type(effect))
-            reply = left.pop(0) if isinstance(effect, Next) else None
+            found.append(effect.value.unmasking_step if isinstance(effect, Emit) else type(effect))
+            reply = left.pop(0) if isinstance(effect, Receive) else None
     except StopIteration:
         return found, None
     except UnavailableError as error:
@@ -202,22 +208,28 @@ def conversation(*replies: Any) -> tuple[list[Any], Any]:
 def test_a_generation_is_asked_for_again_only_while_nothing_came() -> None:
     lost = failing()
     assert conversation(lost, lost, state(1), state(2, done=True)) == (
-        [Next, Pause, Next, Pause, Next, 1, Next, 2],
+        [Receive, Pause, Receive, Pause, Receive, 1, Receive, 2],
         None,
     )
     found, error = conversation(state(1), lost)
-    assert (found, error) == ([Next, 1, Next], "no")
+    assert (found, error) == ([Receive, 1, Receive], "no")
     found, error = conversation(state(1), None)
-    assert found == [Next, 1, Next]
+    assert found == [Receive, 1, Receive]
     assert "ended the generation" in error
+
+
+def train(writer: Writer, pending: PendingStep) -> Conversation[StepResult]:
+    """What a client does with a step."""
+    yield from writer.enter(pending)
+    return (yield from writer.finish(pending))
 
 
 class Window:
     """A writer's steps in flight, whose answers come in the order in which a test gives them."""
 
     def __init__(self) -> None:
-        self.writing = Writing("there", RetryPolicy(), lambda _: None, lambda: 0.0, "me", 8)
-        opening = self.writing.open()
+        self.writer = Writer("there", RetryPolicy(), lambda _: None, lambda: 0.0, "me", 8)
+        opening = self.writer.open()
         next(opening)
         session = pb.SessionRef(run_id="r", lineage=1, epoch=1)
         limits = pb.Limits(window=8)
@@ -229,8 +241,7 @@ class Window:
 
     def hand_in(self, count: int) -> None:
         for _ in range(count):
-            request = step_request(f"r{len(self.talks)}", IDS)
-            self.talks.append(self.writing.train(request))
+            self.talks.append(train(self.writer, self.writer.new_step(IDS)))
             self.effects.append(None)
             self.ended.append(None)
             self._go_on(len(self.talks) - 1, None)
@@ -268,7 +279,7 @@ class Window:
 
     def applied(self, index: int) -> pb.TrainStepResponse:
         request = self.effects[index].request
-        return answer(self.writing.ledger, request, request.step)
+        return answer(self.writer.ledger, request, request.step)
 
 
 REFUSED = Failure(InvalidRequestError("the mask id", reason="INVALID_FIELD"), retryable=False)

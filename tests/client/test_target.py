@@ -12,7 +12,9 @@ import pytest
 import maskwire
 import maskwire.aio
 from maskwire.errors import Failure, MaskwireError, UnavailableError, UnresolvedError, read_failure
-from maskwire.protocol.calls import Asking, Call, Pause, RetryPolicy
+from maskwire.protocol.calls import Calls
+from maskwire.protocol.effects import Call, Pause
+from maskwire.protocol.retry import RetryPolicy
 from maskwire.target import check_target
 from maskwire.v1 import training_service_pb2 as pb
 
@@ -136,7 +138,7 @@ class Conversation:
         self.now = 0.0
         policy = RetryPolicy(retry_for, 1.0)
         self.waits: list[str] = []
-        self.asking = Asking("box:1", policy, self.waits.append, lambda: self.now)
+        self.asking = Calls("box:1", policy, self.waits.append, lambda: self.now)
 
     def ask(self, *answers: Any, seconds: float = 1.0, call: str = "status") -> str:
         """Give one answer after another, `seconds` apart; how the call ends."""
@@ -185,7 +187,7 @@ def test_the_end_of_the_patience_names_the_last_answer(reason: str) -> None:
     ended = Conversation(retry_for=5).ask(*[answer(reason)] * 5)
     assert ended == (
         f"UnavailableError {reason}: box:1 still answers {reason} after 5 s: {reason} said the server; "
-        "`maskwire status -t box:1` shows what it waits for"
+        "`maskwire status -t box:1` shows what it is waiting for"
     )
     ended = Conversation(retry_for=5).ask(answer(reason), *[REFUSED] * 4)
     assert "did not answer within 5 s (UNAVAILABLE" in ended
@@ -197,10 +199,10 @@ def test_the_end_of_the_patience_says_what_was_asked_for_and_where_to_look() -> 
     assert "box:1 did not answer within 3 s (" in ended, "not the 4.2 s that it took"
     assert ended.endswith("is the server running and the address right?"), "the status was what was asked"
     ended = Conversation(retry_for=3).ask(*[REFUSED] * 3, seconds=1.4, call="checkpoints")
-    assert ended.endswith("the address right? `maskwire status -t box:1` tells")
+    assert ended.endswith("the address right? `maskwire status -t box:1` shows its state.")
 
 
-@pytest.mark.parametrize("advice", ["", "; ask again", "; ask again with the same request id"])
+@pytest.mark.parametrize("advice", ["", "; retry", "; retry with the same request id", "; ask again"])
 def test_who_waits_is_not_told_to_ask_again(advice: str) -> None:
     refused = Failure(UnavailableError(f"the server is recovering{advice}", reason="RECOVERING"), True)
     conversation = Conversation(retry_for=5)

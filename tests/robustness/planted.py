@@ -31,6 +31,7 @@ from maskwire_server.engine import (
     committer,
     executor,
     queue,
+    saves,
     sessions,
     start,
     steps,
@@ -486,7 +487,7 @@ def _checkpoint_before_the_flush() -> list[Patch]:
     appended = committer.Committer.append
 
     def at_once(self: Any, commit: Any) -> None:
-        if isinstance(commit, commits.SaveCommit):
+        if isinstance(commit, saves.SaveCommit):
             commit.committed()
             commit.committed = lambda: None  # type: ignore[method-assign]
         appended(self, commit)

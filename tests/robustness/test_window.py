@@ -21,9 +21,11 @@ import numpy as np
 import pytest
 
 from maskwire.errors import REASONS, Failure, MaskwireError, UnavailableError
-from maskwire.protocol.calls import Call, Pause, RetryPolicy, Until
-from maskwire.protocol.codec import hash_of, step_request
-from maskwire.protocol.writer import Writing
+from maskwire.protocol.codec import hash_of
+from maskwire.protocol.effects import Call, Conversation, Pause, Until
+from maskwire.protocol.pending_step import PendingStep
+from maskwire.protocol.retry import RetryPolicy
+from maskwire.protocol.writer import Writer
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import DigestVersion
 from maskwire_server.batch import Batch, Modes, Payload
@@ -134,8 +136,8 @@ class World:
             self.later(self.draw.uniform(0.01, 0.4), self.kill)
         # The client.
         policy = RetryPolicy(300, weather.timeout)
-        self.writing = Writing("there", policy, lambda _: None, lambda: self.now, "me", WINDOW)
-        opening = self.writing.open()
+        self.writer = Writer("there", policy, lambda _: None, lambda: self.now, "me", WINDOW)
+        opening = self.writer.open()
         next(opening)
         with pytest.raises(StopIteration):
             opening.send(self.opened())
@@ -293,11 +295,18 @@ class World:
 
     # The client.
 
+    def train(self, pending: PendingStep) -> Conversation[Any]:
+        """What a client does with a step."""
+        yield from self.writer.enter(pending)
+        return (yield from self.writer.finish(pending))
+
     def hand_in(self) -> None:
         """As a caller does: the next batch once the one before it has its place."""
         while len(self.talks) < len(self.kinds) and not (self.talks and isinstance(self.effects[-1], Until)):
             index = len(self.talks)
-            self.talks.append(self.writing.train(step_request(str(index), [[index % 250, index // 250]])))
+            pending = self.writer.new_step([[index % 250, index // 250]])
+            pending.request.request_id = str(index)
+            self.talks.append(self.train(pending))
             self.effects.append(None)
             self.ended.append(None)
             self.go_on(index, None)

@@ -271,11 +271,10 @@ def test_a_step_beyond_the_window_is_a_gap_at_once(serve: Serve, stub: Stub) -> 
 def test_a_full_queue(serve: Serve, stub: Stub) -> None:
     server = serve(held=True, serve__queue_limit="1")
     service = stub(server)
-    calls = []
-    for i in range(2):  # one at the device, one waits
-        calls.append(service.TrainStep.future(request(10 + i)))
-        server.wait_for_arrivals(i + 1)
-        wait_until(lambda waiting=i: queue_length(service) == waiting, "the queue's length")
+    calls = [service.TrainStep.future(request(10))]
+    server.wait_for_step()
+    calls.append(service.TrainStep.future(request(11)))
+    wait_until(lambda: queue_length(service) == 1, "the queue's length")
     failure = refused(lambda: service.TrainStep(request(20)), Code.RESOURCE_EXHAUSTED, "QUEUE_FULL")
     server.release()
     assert failure.retryable

@@ -15,9 +15,9 @@ from serving import ServerProcess
 import maskwire
 import maskwire.aio
 from maskwire.protocol import codec
-from maskwire.protocol.calls import EvalOptions, GenerateOptions, StepOptions
-from maskwire.protocol.codec import encode_batch
-from maskwire.protocol.evaluation import Plan
+from maskwire.protocol.evaluation import EvaluationPlan
+from maskwire.protocol.options import EvalOptions, GenerateOptions, StepOptions
+from maskwire.protocol.token_batch import encode_batch
 
 Serve = Callable[..., ServerProcess]
 TOKENS = np.arange(8).reshape(2, 4)
@@ -65,7 +65,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an iterator": (lambda t: t.fit(iter([TOKENS]), until_step=1), "an iterator cannot go on"),
     "a path": (lambda t: t.fit("data/", until_step=1), r"maskwire\.open_data\('data/'"),
     "a Path": (lambda t: t.fit(Path("data"), until_step=1), r"maskwire\.open_data\('data'"),
-    "an array": (lambda t: t.fit(TOKENS, until_step=1), "got ndarray: give its documents"),
+    "an array": (lambda t: t.fit(TOKENS, until_step=1), "got ndarray: pass its documents"),
     "evaluate a DataLoader": (lambda t: t.evaluate(DataLoader()), "data must be rows.*got DataLoader"),
     "train on a DataLoader": (lambda t: t.train_step(DataLoader()), "tokens must be rows.*got DataLoader"),
     "a tokenizer's dict": (lambda t: t.train_step({"input_ids": TOKENS}), "pass its 'input_ids'"),
@@ -148,7 +148,7 @@ def test_an_empty_batch_is_refused(tokens: Any, shape: str) -> None:
 )
 def test_a_wrong_mask_is_named_by_its_row(mask: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        Plan([[1, 2, 3, 4], [5, 6]], rows=None, batch_size=None, prompt_mask=mask)
+        EvaluationPlan([[1, 2, 3, 4], [5, 6]], rows=None, batch_size=None, prompt_mask=mask)
 
 
 @pytest.mark.parametrize("window", [0, -1, 2.0, True])
@@ -196,7 +196,7 @@ def test_a_wrong_argument_of_connect_is_refused(option: str, words: str) -> None
         ([4, 0], "got 0 for row 1"),
         ([4, -1], "got -1 for row 1"),
         ([2**32 + 3, 1], "got 4294967299 for row 0"),
-        ([1, 2, 3], "one a row, 2"),
+        ([1, 2, 3], "one length per row, 2"),
     ],
 )
 def test_lengths_outside_the_columns_are_refused(lengths: list[int], words: str) -> None:
@@ -218,7 +218,7 @@ def test_a_ragged_mask_encodes_like_a_padded_one() -> None:
         ([[True, False], [False]], r"row 0 must be bool \[3\], as long as its tokens, got bool \[2\]"),
         ([[True, False, True], [False, True]], r"row 1 must be bool \[1\]"),
         ([[1, 0, 1], [0]], r"row 0 must be bool \[3\].*got int64"),
-        ([[True, False, True], [False], [False]], "one row a row of tokens, 2, got 3"),
+        ([[True, False, True], [False], [False]], "as many rows as tokens, 2, got 3"),
     ],
 )
 def test_a_ragged_mask_that_does_not_fit_is_refused_by_row(mask: Any, words: str) -> None:

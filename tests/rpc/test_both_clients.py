@@ -23,6 +23,7 @@ import maskwire.aio
 from maskwire.errors import (
     CheckpointError,
     DataMismatchError,
+    DigestVersionError,
     FencedError,
     InvalidRequestError,
     MaskwireError,
@@ -177,6 +178,17 @@ async def refuses_with_the_same_errors(server: ServerProcess, client: Any) -> No
             await nowhere.status()
 
 
+async def finds_that_it_is_too_old_for_the_digest(server: ServerProcess, client: Any) -> None:
+    async with client.connect(server.address, name="new") as trainer:
+        await trainer.train_step(tokens(0))
+        assert (await trainer.status()).digest_version == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("maskwire.protocol.session.VERSIONS", (1,))
+        with pytest.raises(DigestVersionError, match="needs version 2, this client computes 1"):
+            async with client.connect(server.address, name="old"):
+                pass
+
+
 async def fits_with_evaluations_and_metrics(server: ServerProcess, client: Any) -> None:
     metrics = server.folder / "metrics.jsonl"
 
@@ -192,7 +204,7 @@ async def fits_with_evaluations_and_metrics(server: ServerProcess, client: Any) 
         assert [found.step for found in result.evaluations] == [4, 8]
         assert (await trainer.fit(Numbered(), until_step=10, progress=False)).last is None, "nothing is left"
         assert (await trainer.status()).tokenizer == "bytes", "the data's tokenizer was kept with the run"
-        with pytest.raises(TokenizerError, match="the run's ids are of bytes, this client's of sha256:0"):
+        with pytest.raises(TokenizerError, match="the run uses tokenizer bytes, this client sha256:0"):
             await trainer.use_tokenizer("sha256:0")
         data = {"content": "sha256:0", "length": "16"}
         await trainer.use_data(data)
@@ -292,6 +304,7 @@ BODIES: list[Body] = [
     asks_for_a_generation_until_a_server_is_there,
     trains_evaluates_and_checkpoints,
     refuses_with_the_same_errors,
+    finds_that_it_is_too_old_for_the_digest,
     fits_with_evaluations_and_metrics,
     goes_on_after_a_kill,
     downloads_beside_the_writer,
@@ -347,26 +360,6 @@ def test_a_batch_over_the_size_limit_is_not_sent_and_those_behind_it_are_trained
             assert [(await asyncio.wait_for(future, 30)).step for future in (first, *behind)] == [1, 2, 3]
 
     asyncio.run(body())
-
-
-def test_both_clients_have_the_same_methods_and_arguments() -> None:
-    import maskwire.client
-
-    for name in ("connect", "attach"):
-        blocking, awaited = getattr(maskwire.client, name), getattr(maskwire.aio, name)
-        assert inspect.signature(blocking).parameters.keys() == inspect.signature(awaited).parameters.keys()
-    for blocking, awaited in (
-        (maskwire.client.Client, maskwire.aio.Client),
-        (maskwire.client.Trainer, maskwire.aio.Trainer),
-    ):
-        public = {name for name in dir(blocking) if not name.startswith("_")}
-        assert public == {name for name in dir(awaited) if not name.startswith("_")}
-        for name in public:
-            ours, theirs = getattr(blocking, name), getattr(awaited, name)
-            if callable(ours):
-                assert (
-                    inspect.signature(ours).parameters.keys() == inspect.signature(theirs).parameters.keys()
-                )
 
 
 def test_a_cancelled_step_stays_in_flight_and_the_next_has_the_next_number(serve: Serve) -> None:

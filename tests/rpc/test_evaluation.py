@@ -154,7 +154,7 @@ def test_rows_that_are_prompts_throughout_are_passed_over(server: ServerProcess)
         whole = client.eval_loss(rows, prompt_mask=prompts, draws=3, text_bytes=30)
         assert [row.tokens for row in whole.rows] == [8, 0, 3, 8, 0, 8]
         same(client.evaluate(rows, prompt_mask=prompts, draws=3, batch_size=1, text_bytes=30), whole)
-        with pytest.raises(ValueError, match="prompt throughout"):
+        with pytest.raises(ValueError, match="prompts only"):
             client.evaluate(rows, prompt_mask=np.ones((6, 8), dtype=bool))
 
 
@@ -188,7 +188,7 @@ def test_a_chain_rule_over_the_limit_is_refused_with_the_limit(serve: Callable[.
         # 2 rows of 16 columns take 16 passes each, and a pass counts at least 64 columns: 2 * 16 * 64.
         rows = np.arange(32).reshape(2, 16) % 16
         assert client.eval_loss(rows, estimator="chain_rule").tokens == 32
-        words = r"push 4096 positions through the model, at most 2048 \(serve.max_read_tokens\)"
+        words = r"at most 2048 positions through the model \(serve.max_read_tokens\), got 4096"
         with pytest.raises(InvalidRequestError, match=words) as raised:
             client.eval_loss(rows, estimator="chain_rule", chain_order="random", draws=2)
         assert raised.value.field == "batch.shape"
@@ -199,7 +199,7 @@ def test_the_client_names_what_it_cannot_send() -> None:
         for wrong, words in (
             ({"batch_size": 0}, "batch_size must be at least 1"),
             ({"rows": 3}, "rows goes with a maskwire.data.TokenData"),
-            ({"row_ids": [1]}, "row_ids must be one a row, 2"),
+            ({"row_ids": [1]}, "row_ids must be one per row, 2"),
             ({"estimator": "best"}, "estimator must be one of systematic, chain_rule, got 'best'"),
         ):
             with pytest.raises(ValueError, match=words):

@@ -1,4 +1,4 @@
-"""A model of x-transformers' own library becomes a run, trains on, and goes back."""
+"""A model of x-transformers is imported as a run, served, trained and exported again."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def command(*arguments: object, code: int = 0) -> str:
     return done.stdout if code == 0 else done.stderr
 
 
-def test_an_imported_model_is_served_trains_on_and_goes_back(
+def test_an_imported_model_is_served_trained_and_exported_again(
     serve: Callable[..., ServerProcess], tmp_path: Path
 ) -> None:
     theirs = model()
@@ -53,7 +53,7 @@ def test_an_imported_model_is_served_trains_on_and_goes_back(
         "ema_decay = 0.9\n[serve]\nthreads = 1\n"
     )
     run_dir = tmp_path / "a" / "run"
-    said = command(
+    output = command(
         "import-x-transformers",
         tmp_path / "model.pt",
         "--config",
@@ -61,8 +61,8 @@ def test_an_imported_model_is_served_trains_on_and_goes_back(
         "--run-dir",
         run_dir,
     )
-    assert "self-conditioning, a self critic" in said
-    assert f"serve --config {run_dir}/maskwire.toml --run-dir {run_dir}" in said
+    assert "self-conditioning, a self critic" in output
+    assert f"serve --config {run_dir}/maskwire.toml --run-dir {run_dir}" in output
     assert "nothing is damaged" in command("verify", "--run-dir", run_dir)
     loaded = maskwire_server.load(run_dir / "checkpoints" / "imported")
     ids = torch.randint(0, 16, (3, 20))
@@ -101,9 +101,9 @@ def test_an_imported_model_is_served_trains_on_and_goes_back(
             "--to", "x-transformers", "--weights", "raw")  # fmt: skip
     back = model()
     state = load_file(tmp_path / "back.safetensors")
-    lacks = back.load_state_dict(state, strict=False)
-    assert not lacks.unexpected_keys
-    assert all(name.startswith("token_critic.net.") for name in lacks.missing_keys)
+    keys = back.load_state_dict(state, strict=False)
+    assert not keys.unexpected_keys
+    assert all(name.startswith("token_critic.net.") for name in keys.missing_keys)
     back.token_critic.net = back.net
     with torch.no_grad():
         row = torch.from_numpy(rows[:1])
@@ -126,7 +126,7 @@ def test_an_imported_model_is_served_trains_on_and_goes_back(
     )
 
 
-def test_what_cannot_be_imported_leaves_no_run_behind(tmp_path: Path) -> None:
+def test_a_failed_import_leaves_no_run_directory(tmp_path: Path) -> None:
     state = model().state_dict()
     torch.save(state, tmp_path / "model.pt")
     torch.save({**state, "net.post_emb_norm.gamma": torch.zeros(32)}, tmp_path / "norm.pt")
@@ -135,7 +135,7 @@ def test_what_cannot_be_imported_leaves_no_run_behind(tmp_path: Path) -> None:
     assert "post_emb_norm is not supported" in command(
         "import-x-transformers", tmp_path / "norm.pt", *options, code=2
     )
-    assert "no multiple of model.dim_head = 64" in command(
+    assert "not a multiple of model.dim_head = 64" in command(
         "import-x-transformers", tmp_path / "model.pt", *options, code=2
     )
     assert "model.mask_id must be set" in command(

@@ -165,18 +165,18 @@ def test_every_failure_has_its_exit_code_and_json(serve: Serve, text: Path, tmp_
         **token_files(tmp_path / "tokens"),
     )
     token = ["--token-file", tmp_path / "tokens" / "train"]
-    door = ["--target", server.address, "--ca", authority.ca, *token, "--json"]
+    access = ["--target", server.address, "--ca", authority.ca, *token, "--json"]
     cases: list[tuple[list[object], int, str]] = [
         (["status", "--target", server.address, "--ca", authority.ca], 6, "UNAUTHENTICATED"),
-        (["checkpoint", "restore", "a", *door], 6, "PERMISSION_DENIED"),
+        (["checkpoint", "restore", "a", *access], 6, "PERMISSION_DENIED"),
         (["health", "--target", server.address, "--ca", Authority(tmp_path / "b").ca], 6, "TLS"),
-        (["checkpoint", "save", "Not-A-Name", *door], 1, "INVALID_FIELD"),
-        (["train", text, "--until-step", -1, *door], 2, ""),
-        (["train", text, "--until-step", 1, "--eval-every", 0, *door], 2, ""),
-        (["train", text, "--until-step", 1, "--dtype", "int7", *door], 2, ""),
-        (["eval", text, "--rows", 0, *door], 2, ""),
+        (["checkpoint", "save", "Not-A-Name", *access], 1, "INVALID_FIELD"),
+        (["train", text, "--until-step", -1, *access], 2, ""),
+        (["train", text, "--until-step", 1, "--eval-every", 0, *access], 2, ""),
+        (["train", text, "--until-step", 1, "--dtype", "int7", *access], 2, ""),
+        (["eval", text, "--rows", 0, *access], 2, ""),
         (["status", "--target", "127.0.0.1:1", "--retry-for", 0.1], 3, "UNAVAILABLE"),
-        (["status", *door[:-1], "--cert", pair.cert], 2, ""),
+        (["status", *access[:-1], "--cert", pair.cert], 2, ""),
         (["status", "--target", "192.0.2.1:1", *token], 2, ""),
         (["data", "prepare", tmp_path / "none", "--out", tmp_path / "out"], 2, ""),
     ]
@@ -188,8 +188,8 @@ def test_every_failure_has_its_exit_code_and_json(serve: Serve, text: Path, tmp_
         assert found.stdout == ""
         assert "Traceback" not in found.stderr
         assert not any(secret in found.stderr for secret in TOKENS.values())
-    assert run("train", text, "--until-step", 3, "--length", 16, *door).returncode == 0
-    words = run("status", *door[:-1])
+    assert run("train", text, "--until-step", 3, "--length", 16, *access).returncode == 0
+    words = run("status", *access[:-1])
     assert words.returncode == 0
     assert "bytes" in words.stdout, "the run's tokenizer"
     assert "in plaintext" in run("status", "--target", "192.0.2.1:1", *token).stderr

@@ -208,7 +208,7 @@ def test_messages_stay_within_the_servers(serve: Callable[..., ServerProcess], a
 @BOTH_CLIENTS
 @pytest.mark.parametrize(("method", "arguments", "options", "words"), [
     ("evaluate", [[0] * 64] * 2, {"estimator": "chain_rule", "chain_order": "random", "draws": 4},
-     r"push 32768 positions .* at most 24576 \(serve.max_read_tokens\)"),
+     r"at most 24576 positions .*\(serve.max_read_tokens\), got 32768"),
     ("evaluate", [[0] * 64] * 2, {"draws": 5},
      r"draws must be 1 to 4 \(serve.max_draws\), or 0 for 4, got 5"),
     ("generate", [[16] * 65, [16] * 3, [16] * 64], {}, r"at most 64 tokens \(max_seq_len\), got 65"),
@@ -229,12 +229,12 @@ def test_a_row_of_more_passes_than_a_generation_may_have_is_told_so_first(
 ) -> None:
     server = serve(serve__max_generation_steps="8", serve__max_read_tokens="1024")
     words = (
-        r"steps must be 1 to 8 \(serve.max_generation_steps\): one position a step would take 32; give steps"
+        r"steps must be 1 to 8 \(serve.max_generation_steps\): one position per step would take 32; set steps"
     )
     with pytest.raises(InvalidRequestError, match=words):
         ask(server, "generate", count=3)
     words = (
-        r"count: 1 x 32 tokens with 20 unmasking passes push 1280 .* at most 1024 \(serve.max_read_tokens\)"
+        r"count: .* at most 1024 .*\(serve.max_read_tokens\), got 1280 for 1 x 32 tokens with 20 unmasking"
     )
     server = serve("b", serve__max_read_tokens="1024")
     seen: list[Any] = []
@@ -246,7 +246,7 @@ def test_a_row_of_more_passes_than_a_generation_may_have_is_told_so_first(
 @BOTH_CLIENTS
 def test_seeds_that_do_not_fit_the_rows_are_refused_before_any_call(small: ServerProcess, ask: Any) -> None:
     for options, words in (
-        ({"row_seeds": [1]}, "one a row, 9"),
+        ({"row_seeds": [1]}, "one per row, 9"),
         ({"seed": 2**63 - 3}, "leave room for 9 rows"),
     ):
         with pytest.raises((ValueError, MaskwireError), match=words):

@@ -1,4 +1,4 @@
-"""The door over a real port: every RPC of the descriptor, and everyone who must stay outside."""
+"""Access over a real port: each method of the service, with valid, invalid and missing credentials."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from serving import COUNTING, ServerProcess
 import maskwire
 from maskwire.errors import PermissionDeniedError, TlsError, UnauthenticatedError, UnavailableError
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire_server.rpc.auth import NEEDS
+from maskwire_server.rpc.auth import REQUIRED_ROLES
 
 Serve = Callable[..., ServerProcess]
 METHODS = [method.name for method in pb.DESCRIPTOR.services_by_name["TrainingService"].methods]
@@ -39,7 +39,7 @@ def path_of(method: str) -> str:
 
 
 def ask(channel: grpc.Channel, method: str, metadata: Any = (), body: bytes = b"") -> grpc.RpcError | None:
-    """Call a method of any kind; the error, or None."""
+    """Call a method of any kind, and return its error or None."""
     call = channel.stream_stream(path_of(method))
     try:
         list(call(iter([body]), metadata=metadata, timeout=20))
@@ -79,7 +79,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, secrets: Path, authority: A
         serve__tls_certificate=pair.cert, serve__tls_key=pair.key, **token_files(secrets / "tokens"),
     )  # fmt: skip
     made.forked = False  # the variable below is read when a process starts
-    made.environment["MALLOC_ARENA_MAX"] = "1"  # not one pool of freed memory for each thread that had a turn
+    made.environment["MALLOC_ARENA_MAX"] = "1"  # otherwise each thread keeps a pool of freed memory
     made.start()
     yield made
     assert made.stop() == 0
@@ -90,8 +90,8 @@ def secure_channel(server: ServerProcess, authority: Authority) -> grpc.Channel:
     return grpc.secure_channel(server.address, credentials)
 
 
-def test_every_rpc_of_the_descriptor_has_a_role() -> None:
-    assert set(NEEDS) == set(METHODS)
+def test_every_method_has_a_required_role() -> None:
+    assert set(REQUIRED_ROLES) == set(METHODS)
 
 
 @pytest.mark.parametrize("method", [*METHODS, REFLECTION, HEALTH, "Unheard"])
@@ -104,7 +104,7 @@ def test_every_rpc_of_the_descriptor_has_a_role() -> None:
     ],
     ids=["none", "wrong", "expired", "empty", "cut", "no scheme", "another scheme", "twice"],
 )  # fmt: skip
-def test_without_a_good_token_every_rpc_is_unauthenticated(
+def test_every_method_rejects_a_call_without_a_valid_token(
     server: ServerProcess, authority: Authority, method: str, metadata: Any
 ) -> None:
     with secure_channel(server, authority) as channel:
@@ -117,28 +117,28 @@ def test_without_a_good_token_every_rpc_is_unauthenticated(
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("role", ROLES)
-def test_each_role_may_do_what_its_name_says(
+def test_each_role_may_call_the_methods_that_require_it_or_a_lower_one(
     server: ServerProcess, authority: Authority, method: str, role: str
 ) -> None:
-    allowed = ROLES.index(role) >= NEEDS[method] - 1
+    allowed = ROLES.index(role) >= REQUIRED_ROLES[method] - 1
     with secure_channel(server, authority) as channel:
         error: Any = ask(channel, method, bearer(TOKENS[role]))
     denied = error is not None and error.code() is grpc.StatusCode.PERMISSION_DENIED
     assert denied is not allowed
     if denied:
         assert reason_of(error) == "PERMISSION_DENIED"
-        assert f"this one has {role}" in error.details()
+        assert f"this one has role {role}" in error.details()
     elif error is not None:
         assert error.code() is not grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_health_and_reflection_take_the_role_read(server: ServerProcess, authority: Authority) -> None:
+def test_health_and_reflection_require_the_role_read(server: ServerProcess, authority: Authority) -> None:
     with secure_channel(server, authority) as channel:
         for method in (HEALTH, REFLECTION):
             assert ask(channel, method, bearer(TOKENS["read"])) is None
 
 
-def test_reflection_streams_hold_nobody_elses_threads(server: ServerProcess, authority: Authority) -> None:
+def test_open_reflection_streams_block_no_other_method(server: ServerProcess, authority: Authority) -> None:
     with secure_channel(server, authority) as channel:
         stream = channel.stream_stream(REFLECTION)
         idle = [stream(never(), metadata=bearer(TOKENS["read"])) for _ in range(120)]
@@ -151,7 +151,7 @@ def test_reflection_streams_hold_nobody_elses_threads(server: ServerProcess, aut
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("fault", ["plaintext", "another authority", "no authority"])
-def test_without_trust_no_rpc_gets_through(
+def test_no_method_is_reachable_without_tls_that_both_sides_trust(
     server: ServerProcess, secrets: Path, method: str, fault: str
 ) -> None:
     if fault == "plaintext":
@@ -165,7 +165,7 @@ def test_without_trust_no_rpc_gets_through(
     assert error.code() is grpc.StatusCode.UNAVAILABLE
 
 
-def test_the_client_says_which_certificate_does_not_fit_at_once(
+def test_the_client_reports_the_reason_of_a_tls_failure_without_retries(
     server: ServerProcess, secrets: Path, authority: Authority
 ) -> None:
     other = Authority(secrets / "other")
@@ -186,7 +186,7 @@ def test_the_client_says_which_certificate_does_not_fit_at_once(
     )  # fmt: skip
     assert done.returncode == 6
     assert "give the file that holds it (--token-file, or MASKWIRE_TOKEN_FILE)" in done.stderr
-    with pytest.raises(PermissionDeniedError, match="takes a token of role train"):
+    with pytest.raises(PermissionDeniedError, match="requires a token of role train"):
         maskwire.connect(server.address, ca=authority.ca, token=TOKENS["read"])
     with maskwire.attach(server.address, ca=authority.ca, token=TOKENS["read"]) as client:
         assert client.status().state.name == "SERVING"
@@ -194,7 +194,7 @@ def test_the_client_says_which_certificate_does_not_fit_at_once(
         assert trainer.train_step(np.ones((2, 4), dtype=int)).step == trainer.step
 
 
-def test_an_expired_certificate_and_a_wrong_name_are_told_apart(
+def test_an_expired_certificate_and_one_for_another_name_give_different_errors(
     serve: Serve, authority: Authority, tmp_path: Path
 ) -> None:
     for pair, words in (
@@ -214,7 +214,7 @@ def test_an_expired_certificate_and_a_wrong_name_are_told_apart(
         assert trainer.step == 0
 
 
-def test_client_certificates_are_asked_for_when_configured(
+def test_client_certificates_are_required_when_configured(
     serve: Serve, secrets: Path, authority: Authority
 ) -> None:
     pair = authority.issue("mutual", "127.0.0.1")
@@ -242,7 +242,7 @@ def test_client_certificates_are_asked_for_when_configured(
         assert trainer.train_step(np.ones((2, 4), dtype=int)).step == 1
 
 
-def test_bodies_of_64_mib_are_refused_unread(server: ServerProcess, authority: Authority) -> None:
+def test_bodies_of_64_mib_are_rejected_unread(server: ServerProcess, authority: Authority) -> None:
     process = psutil.Process(server.process.pid)
     body = bytes(64 * 2**20 - 2**16)
     grown = []
@@ -258,13 +258,13 @@ def test_bodies_of_64_mib_are_refused_unread(server: ServerProcess, authority: A
                 call(body, timeout=30)
             assert raised.value.code() is grpc.StatusCode.UNAUTHENTICATED
             grown.append((process.memory_info().rss - before) / 2**20)
-            # The allocator keeps what was in flight once: sooner or later that is all.
+            # The allocator keeps the memory of bodies that were in flight, up to a limit.
             level = attempt >= 35 and statistics.median(grown[-12:]) - statistics.median(grown[-24:-12]) < 16
             if level:
                 break
-    # One body that is read takes 3.5 times its size, 224 MiB; what is in flight of one, at most its size.
+    # A body that is read takes 3.5 times its size, 224 MiB; one in flight takes at most its size.
     assert max(grown) < 192, f"the server grew by {max(grown):.0f} MiB"
-    assert level, f"and goes on growing: {grown}"
+    assert level, f"the server keeps growing: {grown}"
 
 
 def test_tokens_are_never_logged(server: ServerProcess) -> None:
@@ -272,7 +272,7 @@ def test_tokens_are_never_logged(server: ServerProcess) -> None:
     assert not any(token in text for token in [*TOKENS.values(), EXPIRED])
 
 
-def test_a_unix_socket_is_its_owners_alone_and_needs_no_token(
+def test_only_the_owner_can_open_a_unix_socket_and_it_requires_no_token(
     serve: Serve, tmp_path: Path, secrets: Path
 ) -> None:
     path = tmp_path / "maskwire.sock"
@@ -285,7 +285,7 @@ def test_a_unix_socket_is_its_owners_alone_and_needs_no_token(
     command = [str(Path(server._command[0]).with_name("maskwire")), "health", "--target", f"unix:{path}"]
     assert fork_server.run(command).returncode == 0
     server.kill()
-    assert path.exists(), "what a killed server leaves"
+    assert path.exists(), "a killed server leaves its socket"
     server.start()
     with maskwire.attach(f"unix:{path}") as client:
         assert client.status().step == 1
@@ -293,7 +293,7 @@ def test_a_unix_socket_is_its_owners_alone_and_needs_no_token(
     assert not path.exists()
 
 
-def test_a_unix_socket_can_be_the_only_door(serve: Serve, tmp_path: Path) -> None:
+def test_a_server_can_listen_on_a_unix_socket_alone(serve: Serve, tmp_path: Path) -> None:
     path = tmp_path / "only.sock"
     server = serve(seconds=0, serve__address=f"unix:{path}")
     assert server.address == f"unix:{path}"
@@ -308,7 +308,9 @@ def test_a_unix_socket_can_be_the_only_door(serve: Serve, tmp_path: Path) -> Non
     assert server.stop() == 0
 
 
-def test_a_trainer_over_tls_goes_on_after_a_kill(serve: Serve, authority: Authority, secrets: Path) -> None:
+def test_a_trainer_over_tls_resumes_after_the_server_is_killed(
+    serve: Serve, authority: Authority, secrets: Path
+) -> None:
     pair = authority.issue("killed", "127.0.0.1")
     server = serve(
         seconds=0,

@@ -24,7 +24,7 @@ from maskwire.data.file_data import open_data
 from maskwire.data.token_data import TokenData
 from maskwire.errors import UnavailableError
 from maskwire.output import on_terminal, tell
-from maskwire.protocol.calls import EvalOptions
+from maskwire.protocol.options import EvalOptions
 from maskwire.results import EvalResult
 
 

@@ -55,10 +55,7 @@ _REMEDIES = {
         "one 'authorization: Bearer TOKEN' in the call's metadata": "a token: give the file that holds it "
         "(--token-file, or MASKWIRE_TOKEN_FILE)"
     },
-    "OUT_OF_RESOURCES": {
-        "; retry": "; run the command again",
-        "; ask again": "; run the command again",
-    },
+    "OUT_OF_RESOURCES": {"; retry": "; run the command again"},
     "RECOVERING": {
         "; retry with the same request id": "; run the command again",
         "; retry": "; run the command again",

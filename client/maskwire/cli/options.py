@@ -15,7 +15,7 @@ import typer
 
 from maskwire.cli import exit_codes
 from maskwire.client import Client, Trainer, attach, connect
-from maskwire.credentials import DoorOptions
+from maskwire.credentials import CredentialOptions
 from maskwire.output import tell
 
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -146,7 +146,7 @@ class ServerConnection:
 
     target: str
     retry_for: float
-    credentials: DoorOptions
+    credentials: CredentialOptions
     as_json: bool
 
     def wait(self, words: str) -> None:
@@ -187,7 +187,7 @@ def with_server(retry_for: float) -> Callable[[Callable[..., None]], Callable[..
             chosen["tls"] = chosen["tls"] or None
             with exit_codes.errors(given.get("as_json", False)):
                 server = ServerConnection(
-                    target, wait, typing.cast(DoorOptions, chosen), given.get("as_json", False)
+                    target, wait, typing.cast(CredentialOptions, chosen), given.get("as_json", False)
                 )
                 command(server=server, **given)
 

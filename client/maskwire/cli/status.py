@@ -15,7 +15,7 @@ from maskwire.cli import exit_codes
 from maskwire.cli.display import seconds_left, show, status_table, to_json
 from maskwire.cli.options import Json, ServerConnection, with_server
 from maskwire.client import Client
-from maskwire.credentials import Door
+from maskwire.credentials import Endpoint
 from maskwire.errors import UnavailableError, read_failure
 
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
@@ -64,8 +64,8 @@ def health(
     as_json: Json = False,
 ) -> None:
     """Check the server: exit code 0 if it is serving, 1 if not, 3 if there is no answer in --retry-for."""
-    door = Door.of(server.target, **server.credentials)
-    with door.channel() as channel:
+    endpoint = Endpoint.of(server.target, **server.credentials)
+    with endpoint.channel() as channel:
         # The messages of grpc.health.v1 are encoded by hand, which saves the client a dependency: field 1 of
         # the request is the service, field 1 of the response is the status, where 1 means SERVING.
         call: Any = channel.unary_unary(HEALTH_METHOD)
@@ -74,7 +74,7 @@ def health(
             raise ValueError(f"--service must be at most 127 bytes long, got {len(name)}")
         request = b"\x0a" + bytes([len(name)]) + name if name else b""
         try:
-            serving = _check(call, request, server.retry_for, door)
+            serving = _check(call, request, server.retry_for, endpoint)
         except grpc.RpcError as error:
             failure = read_failure(error)
             if failure.error.reason == "NOT_FOUND":
@@ -90,12 +90,12 @@ def health(
         raise typer.Exit(exit_codes.REFUSED)
 
 
-def _check(call: Any, request: bytes, seconds: float, door: Door) -> bool:
+def _check(call: Any, request: bytes, seconds: float, endpoint: Endpoint) -> bool:
     deadline = time.monotonic() + seconds
     while True:
         left = max(0.01, deadline - time.monotonic())
         try:
-            answer: bytes = call(request, timeout=left, metadata=door.metadata)
+            answer: bytes = call(request, timeout=left, metadata=endpoint.metadata)
             return answer == b"\x08\x01"
         except grpc.RpcError as error:
             if not read_failure(error).unreachable or left <= 0.1:

@@ -1,1 +1,1 @@
-"""What training writes beside the run: the metrics file."""
+"""Reports of training: the metrics file and progress."""

@@ -1,7 +1,7 @@
-"""The file of metrics: one JSON object a line, each with the run, lineage and step that it is of.
+"""The metrics file: one JSON object per line, each with its run, lineage and step.
 
-A job that is killed can leave a line half-written, and steps that were applied but whose answers it never
-saw. The next job that writes the file repairs the line, and gets those steps from the server.
+A job that is killed can leave a partial line, and steps that were applied but whose answers it never saw. The
+next job that writes the file repairs the line and fetches those steps from the server.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from maskwire.errors import UnimplementedError
 from maskwire.output import LineFile
 from maskwire.results import EvalResult, Losses, RecordedStep, StepResult, StepsPage
 
-_BLOCK = 2**20  # bytes before the end in which the last step is looked for
+_BLOCK = 2**20  # bytes at the end of the file that are searched for the last step
 _LONGEST_LINE = 4096  # bytes
-_PAGE = 250  # the most that a server gives
-_FIRST = (1, 0)  # lineage and step that a run begins with
+_PAGE = 250  # the most steps that a server returns
+_FIRST = (1, 0)  # lineage and step at which a run starts
 
 
 @dataclass(frozen=True)
 class Place:
-    """A step of a run's history."""
+    """A position in a run's history."""
 
     run_id: str
     lineage: int
@@ -37,7 +37,7 @@ class Place:
 
 
 class Metrics:
-    """A file of metrics, open for appending. Raises ValueError for a file that holds something else."""
+    """A metrics file, open for appending. Raises ValueError if the file contains something else."""
 
     def __init__(self, path: str | Path) -> None:
         self._last: dict[str, Any] = {}
@@ -52,15 +52,15 @@ class Metrics:
 
     @property
     def failure(self) -> str:
-        """Why lines are missing; empty: none is."""
+        """Why lines are missing; empty: none is missing."""
         return self._file.failure
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line, whole."""
+        """Append a line."""
         self._file.write(json.dumps(line).encode() + b"\n")
 
     def write_evaluation(self, line: dict[str, Any]) -> None:
-        """Append an evaluation, unless the file ended with it: its job was stopped behind this line."""
+        """Append an evaluation, unless the file ends with it: its job was stopped just after writing it."""
         if any(self._last.get(key) != line[key] for key in ("run_id", "lineage", "step")) or (
             "eval_bits_per_token" not in self._last
         ):
@@ -71,10 +71,10 @@ class Metrics:
         self._file.close()
 
     def catch_up(self, trainer: Any) -> Generator[Callable[[], Any], Any, None]:
-        """Fill in what is missing up to the trainer's step; asks for it as `fit` does.
+        """Append the lines missing up to the trainer's step. Yields calls of the trainer, as `fit` does.
 
-        Lines with an `event` say where the file's steps begin ("started") and where those of a new lineage
-        do ("restored").
+        Lines with an `event` mark the step at which the file starts ("started") and those at which a new
+        lineage starts ("restored").
         """
         here = Place(trainer.run_id, trainer.lineage, trainer.step)
         try:
@@ -83,23 +83,23 @@ class Metrics:
                 yield from self._fill(trainer, last, here)
                 return
         except UnimplementedError:
-            pass  # an older server has no list of steps
-        if self._last or _order(here) != _FIRST:  # without a word a file begins where the run does
+            pass  # an older server does not list steps
+        if self._last or _order(here) != _FIRST:  # a file without this line starts where the run does
             self.write(
                 {**vars(here), "event": "started", "digest": trainer.digest.hex(), "time": time.time()}
             )
 
     def _last_place(self, trainer: Any) -> Generator[Callable[[], Any], StepsPage, Place | None]:
-        """The last step that the file has; None: none of a run that it names."""
+        """The file's last step; None if the file does not say."""
         line = self._last
-        if self._emptied:  # a job that was to begin with the run was stopped before its first line
+        if self._emptied:  # a job that started with the run was stopped before its first line
             return Place(trainer.run_id, *_FIRST)
         if {"run_id", "lineage"} <= line.keys():
             return Place(str(line["run_id"]), int(line["lineage"]), int(line["step"]))
         step = int(line.get("step", 0))
         if not step:
             return None
-        # Lines of older versions do not name the run; the digest tells whether they are of this one.
+        # Lines of older versions do not name the run; the digest tells whether it is this one.
         page = yield partial(trainer.steps_page, first_step=step, last_step=step)
         known = [recorded.digest.hex() for recorded in page.steps]
         return Place(page.run_id, page.lineage, step) if known == [line["digest"]] else None
@@ -126,7 +126,7 @@ class Metrics:
 
 
 def step_line(run_id: str, lineage: int, answer: StepResult, tokens: int) -> dict[str, Any]:
-    """A step's line; numbers that are not finite become null."""
+    """Return the line of a step. Numbers that are not finite become null."""
     return {
         "run_id": run_id,
         "lineage": lineage,
@@ -145,7 +145,7 @@ def step_line(run_id: str, lineage: int, answer: StepResult, tokens: int) -> dic
 
 
 def evaluation_line(run_id: str, lineage: int, found: EvalResult) -> dict[str, Any]:
-    """An evaluation's line."""
+    """Return the line of an evaluation."""
     error = found.standard_error
     return {
         "run_id": run_id,
@@ -158,7 +158,7 @@ def evaluation_line(run_id: str, lineage: int, found: EvalResult) -> dict[str, A
 
 
 def _recorded_line(run_id: str, step: RecordedStep) -> dict[str, Any]:
-    """The line of a step whose answer was not seen: what the server does not keep is null."""
+    """The line of a step whose answer was never seen. What the server does not record is null."""
     return {
         "run_id": run_id,
         "lineage": step.lineage,
@@ -174,7 +174,7 @@ def _recorded_line(run_id: str, step: RecordedStep) -> dict[str, Any]:
 
 
 def _restored_line(page: StepsPage) -> dict[str, Any]:
-    """Where a lineage begins."""
+    """The line that marks the start of a lineage."""
     return {
         "run_id": page.run_id,
         "lineage": page.lineage,
@@ -199,9 +199,9 @@ def _order(place: Place) -> tuple[int, int]:
 
 
 def _repair(file: IO[bytes], path: str | Path) -> tuple[dict[str, Any], bool]:
-    """Cut a line off that was not written whole; a file that holds something else is left as it is.
+    """Remove a partial last line. A file that contains something else is left unchanged.
 
-    Returns the last line that tells a step, or {}, and whether the last line lacks only its end.
+    Returns the last line with a step, or {}, and whether the last line lacks only its newline.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _BLOCK))
@@ -213,8 +213,8 @@ def _repair(file: IO[bytes], path: str | Path) -> tuple[dict[str, Any], bool]:
     if lines:
         _require("step" in (_object(lines[-1]) or {}), path, lines[-1])
     if torn and not unended:
-        # What a full disk or a power loss leaves: the beginning of a line, or zeros. Alone in a file it has
-        # to be the beginning of ours, or as short as one.
+        # A full disk or a power loss leaves the beginning of a line, or zeros. If it is all that the file
+        # has, it must be the beginning of one of our lines, or as short as one.
         ours = torn.startswith((b'{"run_id": ', b'{"step": ')) or b'{"run_id": '.startswith(torn)
         zeros = not torn.strip(b"\0")
         known = torn.startswith(b"{") or zeros if lines else ours or (zeros and size < _LONGEST_LINE)

@@ -1,1 +1,1 @@
-"""The protocol without I/O: calls, the writer's session, evaluation, generation, download, fit, messages."""
+"""The client's protocol, without I/O: conversations, which the blocking and the asyncio driver perform."""

@@ -1,145 +1,18 @@
-"""The messages of `maskwire.v1`, from and to what Python holds: arrays in, frozen results out."""
+"""Requests and answers: between Python values and the messages of `maskwire.v1`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from google.protobuf.descriptor import FieldDescriptor
 
 from maskwire import arguments, results
+from maskwire.protocol.token_batch import decode_batch, encode_batch, ids_of
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire.v1.digest import DigestVersion, narrowest_type, payload_hash
-
-_DTYPES: dict[np.dtype[Any], pb.DataType] = {
-    np.dtype("<u1"): pb.DATA_TYPE_UINT8,
-    np.dtype("<u2"): pb.DATA_TYPE_UINT16,
-    np.dtype("<i4"): pb.DATA_TYPE_INT32,
-    np.dtype("<i8"): pb.DATA_TYPE_INT64,
-}
-
-
-def to_array(tokens: Any, name: str = "tokens") -> npt.NDArray[np.integer[Any]]:
-    """A numpy array of integers from an array, a list or a torch tensor (torch is not imported)."""
-    array = _host(tokens)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integers, got {array.dtype}")
-    if array.dtype == np.uint64 and array.size and int(array.max()) >= 2**63:
-        raise ValueError(f"{name} must be below 2^63, got {int(array.max())}")
-    return array
-
-
-def _host(values: Any) -> npt.NDArray[Any]:
-    if hasattr(values, "detach") and hasattr(values, "cpu"):
-        values = values.detach().cpu().numpy()
-    return np.asarray(values)
-
-
-def encode_batch(
-    tokens: Any, num_tokens: int = 0, *, lengths: Any = None, prompt_mask: Any = None
-) -> pb.TokenBatch:
-    """A TokenBatch from rows of token ids; `num_tokens` is the size of the vocabulary, 0 if it is not known.
-
-    `tokens` is an integer array [rows, columns], or a list of rows that may differ in length. With
-    `lengths` [rows], what lies behind a row's length is padding and is not sent. `prompt_mask` is a
-    bool array [rows, columns], True for positions that are given and never masked; of rows that differ in
-    length it may be a list of rows too.
-    """
-    arguments.check_rows(tokens)
-    if isinstance(tokens, Sequence) and len({np.shape(row) for row in tokens}) > 1:
-        if lengths is not None:
-            raise ValueError("lengths must be left out when rows differ in length")
-        empty = next((number for number, row in enumerate(tokens) if not len(row)), None)
-        if empty is not None:
-            raise ValueError(f"tokens: row {empty} is empty; leave it out")
-        rows = [to_array(row) for row in tokens]
-        sizes = np.array([row.size for row in rows], dtype=np.int32)
-        ids, shape = np.concatenate(rows), (len(rows), int(sizes.max()))
-    else:
-        ids = _host(tokens)
-        if not ids.size:  # of no type then
-            raise ValueError(
-                f"tokens must have at least one row and one column, got an empty batch {list(ids.shape)}"
-            )
-        ids = to_array(ids)
-        if ids.ndim != 2:
-            raise ValueError(f"tokens must be [rows, columns], got {ids.ndim} dimensions")
-        shape, sizes = (ids.shape[0], ids.shape[1]), np.zeros(0, dtype=np.int32)
-        if lengths is not None:
-            sizes = _lengths(lengths, shape)
-            ids = ids[np.arange(shape[1]) < sizes[:, None]]
-            shape = (shape[0], int(sizes.max(initial=0)))
-    data = _narrow(ids, num_tokens)
-    return pb.TokenBatch(
-        data=data.tobytes(),
-        shape=shape,
-        dtype=_DTYPES[data.dtype],
-        lengths=sizes.tolist(),
-        prompt_mask=_pack(prompt_mask, shape, sizes),
-    )
-
-
-def _lengths(lengths: Any, shape: tuple[int, int]) -> npt.NDArray[np.int32]:
-    rows, columns = shape
-    sizes = to_array(lengths, "lengths")
-    if sizes.shape != (rows,):
-        raise ValueError(f"lengths must be one a row, {rows}, got shape {sizes.shape}")
-    wrong = np.flatnonzero((sizes < 1) | (sizes > columns))
-    if wrong.size:
-        raise ValueError(
-            f"lengths must be 1 to {columns}, the columns of tokens, got {int(sizes[wrong[0]])} for row "
-            f"{int(wrong[0])}"
-        )
-    return sizes.astype(np.int32)
-
-
-def _narrow(ids: npt.NDArray[np.integer[Any]], num_tokens: int) -> npt.NDArray[np.integer[Any]]:
-    """The ids in the type in which they are sent.
-
-    That is the type in which they are hashed, so that neither side converts them, or a narrower one that
-    they have already. Ids outside the vocabulary are sent too: the server's refusal names their position.
-    """
-    if num_tokens:
-        id_type, own = narrowest_type(num_tokens), ids.dtype.newbyteorder("<")
-        if np.can_cast(own, id_type):
-            return ids.astype(own if own in _DTYPES else id_type, copy=False)
-        if int(ids.min()) >= 0 and int(ids.max()) < num_tokens:
-            return ids.astype(id_type)
-    low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
-    if low >= 0 and high < 2**16:
-        return ids.astype("<u1" if high < 2**8 else "<u2", copy=False)
-    return ids.astype("<i4" if low >= -(2**31) and high < 2**31 else "<i8", copy=False)
-
-
-def _pack(prompt_mask: Any, shape: tuple[int, int], sizes: npt.NDArray[np.int32]) -> bytes:
-    if prompt_mask is None:
-        return b""
-    if isinstance(prompt_mask, Sequence) and len({np.shape(row) for row in prompt_mask}) > 1:
-        mask = _even(prompt_mask, shape, sizes)
-    else:
-        mask = _host(prompt_mask)
-    if mask.dtype != np.bool_ or mask.ndim != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
-        raise ValueError(f"prompt_mask must be bool [{shape[0]}, {shape[1]}], got {mask.dtype} {mask.shape}")
-    return np.packbits(mask[:, : shape[1]], bitorder="little").tobytes()
-
-
-def _even(prompt_mask: Sequence[Any], shape: tuple[int, int], sizes: npt.NDArray[np.int32]) -> Any:
-    """The mask of rows that differ in length, [rows, columns]."""
-    if len(prompt_mask) != shape[0]:
-        raise ValueError(f"prompt_mask must have one row a row of tokens, {shape[0]}, got {len(prompt_mask)}")
-    even = np.zeros(shape, dtype=bool)
-    for number, values in enumerate(prompt_mask):
-        row, size = _host(values), int(sizes[number]) if sizes.size else shape[1]
-        if row.dtype != np.bool_ or row.shape != (size,):
-            raise ValueError(
-                f"prompt_mask: row {number} must be bool [{size}], as long as its tokens, got {row.dtype} "
-                f"{list(row.shape)}"
-            )
-        even[number, :size] = row
-    return even
+from maskwire.v1.digest import DigestVersion, payload_hash
 
 
 def _names(kind: Any, *own: str) -> list[str]:
@@ -188,8 +61,8 @@ def step_request(
 ) -> pb.TrainStepRequest:
     """One batch to train on; `modes` are fields of TrainStepRequest, `num_tokens` as in `encode_batch`."""
     arguments.check_options("train_step", modes, STEP_OPTIONS)
-    batch = encode_batch(tokens, num_tokens, lengths=lengths, prompt_mask=prompt_mask)
-    request: pb.TrainStepRequest = _fill(pb.TrainStepRequest, request_id=request_id, batch=batch, **modes)
+    request: pb.TrainStepRequest = _fill(pb.TrainStepRequest, request_id=request_id, **modes)
+    encode_batch(tokens, num_tokens, lengths=lengths, prompt_mask=prompt_mask, into=request.batch)
     return request
 
 
@@ -260,24 +133,14 @@ def _number(name: str, value: str, enum: Any) -> Any:
     return enum.Value(prefix + value.upper())
 
 
-def decode_batch(batch: pb.TokenBatch) -> npt.NDArray[np.int64] | list[npt.NDArray[np.int64]]:
-    """The rows of a TokenBatch: int64 [rows, columns], or a list of rows where they differ in length."""
-    dtype = next(dtype for dtype, number in _DTYPES.items() if number == batch.dtype)
-    ids = np.frombuffer(batch.data, dtype=dtype).astype(np.int64)
-    if len(set(batch.lengths)) > 1:
-        return np.split(ids, np.cumsum(batch.lengths)[:-1])
-    return ids.reshape(tuple(batch.shape))
-
-
 def hash_of(request: pb.TrainStepRequest, version: DigestVersion) -> bytes:
     """The payload hash of a step request. Raises ValueError for an id that the version cannot hash.
 
     The server refuses such a request, so that hashing it can wait until the request is on its way.
     """
     batch = request.batch
-    dtype = next(dtype for dtype, number in _DTYPES.items() if number == batch.dtype)
     return payload_hash(
-        np.frombuffer(batch.data, dtype=dtype),
+        ids_of(batch),
         version,
         rows=batch.shape[0],
         columns=batch.shape[1],

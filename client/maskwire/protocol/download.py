@@ -1,7 +1,7 @@
-"""A checkpoint's files on their way here: checked, and gone on with where an earlier attempt ended.
+"""Downloads of checkpoints: verified, and resumed where an earlier attempt stopped.
 
-Each file grows under a name of its own (`FILE.HASH.part`) and gets its name once its SHA-256 is right; the
-manifest comes last, so that a folder with a manifest is whole.
+Each file is written as `FILE.HASH.part` and renamed once its SHA-256 is right. The manifest comes last, so a
+folder with a manifest is complete.
 """
 
 from __future__ import annotations
@@ -30,74 +30,82 @@ WEIGHTS, EMA = "model.safetensors", "ema.safetensors"
 _BLOCK = 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
-Progress = Callable[[int, int], None]
-"""Called with the bytes that are here and the bytes of all files."""
+DownloadProgress = Callable[[int, int], None]
+"""Called with the bytes downloaded so far and the bytes of all files."""
 
 
-class Target:
-    """The folder that a checkpoint comes to."""
+class Download:
+    """A checkpoint's download into a folder, which it locks against other downloads."""
 
     def __init__(
-        self, info: CheckpointInfo, folder: Path, *, weights: bool, ema: bool, on_progress: Progress | None
+        self,
+        info: CheckpointInfo,
+        folder: Path,
+        *,
+        weights: bool,
+        ema: bool,
+        on_progress: DownloadProgress | None,
     ) -> None:
         self.folder = folder
         self._info = info
         self._on_progress = on_progress or (lambda *_: None)
         names = set(info.files)
-        for name in names:  # they become paths here
+        for name in names:  # they become paths on this machine
             if not _NAME.fullmatch(name):
-                raise CheckpointError(f"checkpoint {info.name!r} has a file of an unsafe name: {name!r}")
+                raise CheckpointError(f"checkpoint {info.name!r} has a file with an unsafe name: {name!r}")
         if weights or ema:
-            average = {EMA} if ema else names & {EMA}  # asked for, or what belongs to the weights
+            average = {EMA} if ema else names & {EMA}  # the weights include it if there is one
             names = average | ({WEIGHTS} if weights else set())
         for name in sorted(names - set(info.files)):
             raise CheckpointError(
                 f"checkpoint {info.name!r} has no {name}"
                 + ("; the run keeps no moving average: leave ema out" if name == EMA else "")
             )
-        self._parts = [Part(info.name, folder, name, info.files[name], self._moved) for name in sorted(names)]
-        self._total = sum(part.total for part in self._parts)
-        self._manifest = Part(info.name, folder, MANIFEST, None, lambda: None)
+        self._files = [
+            PartialFile(info.name, folder, name, info.files[name], self._report) for name in sorted(names)
+        ]
+        self._total = sum(file.total for file in self._files)
+        self._manifest = PartialFile(info.name, folder, MANIFEST, None, lambda: None)
         folder.mkdir(parents=True, exist_ok=True)
         self._lock, self._process = _lock(folder), os.getpid()
         try:
-            self._ours = self._refuse_another()
+            self._resuming = self._check_folder()
         except BaseException:
             self._unlock()
             raise
 
-    def _refuse_another(self) -> bool:
-        """A folder that holds another checkpoint is left alone; True for one that holds this one."""
+    def _check_folder(self) -> bool:
+        """Whether the folder holds this checkpoint. Raises CheckpointError if it holds another one."""
         path = self.folder / MANIFEST
         if not path.exists():
             return False
         try:
-            there = json.loads(path.read_bytes())
-            same = there["name"] == self._info.name and there["digest"] == self._info.digest.hex()
+            found = json.loads(path.read_bytes())
+            same = found["name"] == self._info.name and found["digest"] == self._info.digest.hex()
         except (ValueError, KeyError, TypeError):
             same = False
         if not same:
             raise CheckpointError(f"{self.folder} holds another checkpoint; name another folder")
         return True
 
-    def missing(self) -> list[Part]:
-        """The files that are not here yet, the manifest last; what is here is read and hashed."""
-        for part in self._parts:
-            part.open()
-            if part.taken and not self._ours:
+    def missing(self) -> list[PartialFile]:
+        """Read and hash the files that are already here; return the missing ones, the manifest last."""
+        for file in self._files:
+            file.open()
+            if file.name_taken and not self._resuming:
                 raise CheckpointError(
-                    f"{self.folder / part.name} exists and is not this checkpoint's; name another folder"
+                    f"{self.folder / file.name} exists and is not this checkpoint's; name another folder"
                 )
-        missing = [part for part in self._parts if not part.whole]
-        self._moved()
+        missing = [file for file in self._files if not file.complete]
+        self._report()
         if missing or not (self.folder / MANIFEST).exists():
-            (self.folder / MANIFEST).unlink(missing_ok=True)  # until what was asked for is whole
+            (self.folder / MANIFEST).unlink(missing_ok=True)  # until the files are complete
             self._manifest.open()
             missing.append(self._manifest)
         return missing
 
     def finish(self) -> None:
-        """Make the files' names durable, and let others write here."""
+        """Make the files' names durable, and unlock the folder."""
         self._unlock()
         descriptor = os.open(self.folder, os.O_RDONLY)
         try:
@@ -106,16 +114,16 @@ class Target:
             os.close(descriptor)
 
     def _unlock(self) -> None:
-        if os.getpid() == self._process:  # a forked child has a copy of this; the parent is still writing
+        if os.getpid() == self._process:  # in a forked child: the parent is still writing
             (self.folder / LOCK).unlink(missing_ok=True)
         os.close(self._lock)
 
-    def _moved(self) -> None:
-        self._on_progress(sum(part.size for part in self._parts), self._total)
+    def _report(self) -> None:
+        self._on_progress(sum(file.size for file in self._files), self._total)
 
 
 def _lock(folder: Path) -> int:
-    """Keep a second download out of the folder; the descriptor holds the lock."""
+    """Lock the folder against a second download; the descriptor holds the lock."""
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         if fcntl is not None:
@@ -130,52 +138,53 @@ def _lock(folder: Path) -> int:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Say of which file a failed write was, which the system does not, and how to go on."""
+    """Name the file and the cure in the error of a failed write; the system's error has neither."""
     try:
         yield
     except OSError as error:
-        words = f"{error.strerror}; fix that, then run the same download again: it resumes from what is here"
-        raise OSError(error.errno, words, str(path)) from error
+        text = f"{error.strerror}; fix that, then run the same download again: it resumes"
+        raise OSError(error.errno, text, str(path)) from error
 
 
-class Part:
-    """One file, growing."""
+class PartialFile:
+    """One file of a download."""
 
     def __init__(
         self,
         checkpoint: str,
         folder: Path,
         name: str,
-        file: FileInfo | None,
-        moved: Callable[[], None],
+        expected: FileInfo | None,
+        on_change: Callable[[], None],
     ) -> None:
-        self._checkpoint, self.name, self._moved = checkpoint, name, moved
+        """`expected` is None for the manifest: its size and hash come with its first chunk."""
+        self._checkpoint, self.name, self._on_change = checkpoint, name, on_change
         self._path = folder / name
-        self._expected = file
-        self._draft = folder / (f"{name}.{file.sha256.hex()[:12]}.part" if file else f"{name}.part")
+        self._expected = expected
+        self._draft = folder / (f"{name}.{expected.sha256.hex()[:12]}.part" if expected else f"{name}.part")
         self._sha = hashlib.sha256()
         self.size = 0
-        """Bytes that are here."""
-        self.whole = False
-        """Here, checked, and under its own name."""
+        """Bytes downloaded so far."""
+        self.complete = False
+        """Downloaded, verified and renamed."""
 
     @property
     def total(self) -> int:
-        """Bytes of the file."""
+        """Bytes of the complete file."""
         return self._expected.size_bytes if self._expected else 0
 
     @property
-    def taken(self) -> bool:
-        """Something else has the file's name."""
-        return not self.whole and self._path.exists()
+    def name_taken(self) -> bool:
+        """Whether another file has this file's name."""
+        return not self.complete and self._path.exists()
 
     def open(self) -> None:
-        """Look at what is here already."""
+        """Read and hash what an earlier attempt downloaded."""
         self._read(self._path)
         if self._expected is not None and FileInfo(self.size, self._sha.digest()) == self._expected:
-            self.whole = True
+            self.complete = True
             return
-        if self._expected is None:  # the manifest is small, and its hash not known beforehand
+        if self._expected is None:  # the manifest is small, and nothing could verify an old part of it
             self._draft.unlink(missing_ok=True)
         self._read(self._draft)
         if self._expected is not None and self.size >= self.total:
@@ -189,27 +198,23 @@ class Part:
                     self._sha.update(block)
                     self.size += len(block)
 
-    def here(self) -> int:
-        """`size`, to be asked again."""
-        return self.size
-
     def request(self) -> pb.DownloadCheckpointRequest:
-        """What asks for the rest."""
+        """Return the request for the rest of the file."""
         return pb.DownloadCheckpointRequest(name=self._checkpoint, file=self.name, offset_bytes=self.size)
 
-    def take(self, chunk: pb.DownloadCheckpointResponse) -> None:
-        """Append a chunk; raises CheckpointError for one that is not the next or was damaged on the way."""
+    def append(self, chunk: pb.DownloadCheckpointResponse) -> None:
+        """Append a chunk. Raises CheckpointError if it is damaged or is not the next one."""
         if self._expected is None:
             self._expected = FileInfo(chunk.file.size_bytes, chunk.file.sha256)
         if FileInfo(chunk.file.size_bytes, chunk.file.sha256) != self._expected:
             raise CheckpointError(
-                f"{self.name} of checkpoint {self._checkpoint!r} changed on the server meanwhile; download "
-                "again"
+                f"{self.name} of checkpoint {self._checkpoint!r} changed on the server during the download; "
+                "download again"
             )
         if chunk.offset_bytes != self.size or zlib.crc32(chunk.data) != chunk.crc32:
             raise CheckpointError(
-                f"{self.name}: the chunk at byte {chunk.offset_bytes} arrived damaged or out of order; the "
-                "same call goes on from there"
+                f"{self.name}: the chunk at byte {chunk.offset_bytes} arrived damaged or out of order; "
+                "repeat the call to resume from there"
             )
         with _naming(self._draft), self._draft.open("ab") as file:
             file.write(chunk.data)
@@ -217,16 +222,16 @@ class Part:
         self.size += len(chunk.data)
         if self.size >= self.total:
             self._close()
-        self._moved()
+        self._on_change()
 
     def _close(self) -> None:
         if FileInfo(self.size, self._sha.digest()) != self._expected:
             self._draft.unlink(missing_ok=True)
             raise CheckpointError(
                 f"{self.name} of checkpoint {self._checkpoint!r} does not match its SHA-256; it was deleted "
-                "here: download again, and if that fails too the server's copy is damaged"
+                "here. Download again; if that fails too, the server's copy is damaged"
             )
         with _naming(self._draft), self._draft.open("rb+") as file:
             os.fsync(file.fileno())
         self._draft.rename(self._path)
-        self.whole = True
+        self.complete = True

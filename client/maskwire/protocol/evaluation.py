@@ -1,7 +1,8 @@
-"""A whole data set's evaluation over many calls: which rows go into which call, and how answers add up.
+"""Evaluations that need several calls: which rows go into which call, and how results add up.
 
-A row's result depends on the row, its id, the seed and the draws alone, and each call answers with sums, so
-that nothing depends on how rows are batched. With L a row's nats and n its maskable tokens, over all rows,
+A row's result depends only on the row, its id, the seed and the draws, and each call answers with sums, so
+the result does not depend on how rows are batched. With a row's nats L and its number of maskable tokens n,
+over all rows:
 
     nats per token   r = sum L / sum n
     standard error   sqrt(R/(R-1) sum (L - r n)^2) / sum n              R rows with n > 0
@@ -19,21 +20,21 @@ import numpy as np
 from maskwire.arguments import check_whole
 from maskwire.data.token_data import TokenData
 from maskwire.errors import StepMovedError
-from maskwire.protocol import codec
+from maskwire.protocol import codec, token_batch
 from maskwire.protocol.limits import Bounds, too_long
 from maskwire.results import EvalResult, FractionResult, Losses, LossSums, RowResult
 from maskwire.v1 import training_service_pb2 as pb
 
-Progress = Callable[[int, int, float], None]
+EvaluationProgress = Callable[[int, int, float], None]
 
-_POSITIONS = 2**18  # that a call computes: seconds on a CPU, so that progress is seen and Ctrl-C is quick
+_POSITIONS = 2**18  # computed per call: seconds on a CPU, so that progress shows and Ctrl-C is quick
 _MOST_ROWS = 4096
 
 
-class Plan:
+class EvaluationPlan:
     """The calls that evaluate all rows.
 
-    Raises ValueError for options that do not fit the rows.
+    Raises ValueError for options that do not match the rows.
     """
 
     def __init__(self, data: Any, *, rows: int | None, batch_size: int | None, **options: Any) -> None:
@@ -50,21 +51,23 @@ class Plan:
             longest = data.length
         else:
             if rows is not None:
-                raise ValueError("rows goes with a maskwire.data.TokenData; slice what is rows already")
+                raise ValueError(
+                    "rows goes with a maskwire.data.TokenData; to evaluate fewer rows, slice them"
+                )
             self._rows = data
             longest = max((len(row) for row in data), default=1)
         self.rows = len(self._rows)
-        """How many there are."""
+        """Number of rows."""
         if not self.rows:
-            raise ValueError("there is nothing to evaluate: no rows")
+            raise ValueError("there is nothing to evaluate: the data has no rows")
         self._by_row = {name: options.pop(name, None) for name in ("row_ids", "lengths", "prompt_mask")}
         for name, values in self._by_row.items():
             if values is not None and len(values) != self.rows:
-                raise ValueError(f"{name} must be one a row, {self.rows}, got {len(values)}")
+                raise ValueError(f"{name} must be one per row, {self.rows}, got {len(values)}")
         if self._by_row["row_ids"] is None:
             self._by_row["row_ids"] = range(self.rows)
-        codec.to_array(self._by_row["row_ids"], "row_ids")
-        codec.eval_request([[0]], **options)  # what cannot be sent is said before anything is asked
+        token_batch.to_array(self._by_row["row_ids"], "row_ids")
+        codec.eval_request([[0]], **options)  # invalid options are reported before the first call
         self._options = options
         lengths = self._by_row["lengths"]
         self._batch_size = batch_size
@@ -72,14 +75,14 @@ class Plan:
         covered = self._covered()
         self._evaluated = [row for row in range(self.rows) if row not in covered]
         self.passed_over = [RowResult(int(self._by_row["row_ids"][row]), 0.0, 0) for row in sorted(covered)]
-        """Rows that are prompts throughout: they have nothing to predict."""
+        """Rows that consist of prompts only, and have nothing to predict."""
 
     def _covered(self) -> set[int]:
         prompts, lengths = self._by_row["prompt_mask"], self._by_row["lengths"]
         if prompts is None:
             return set()
         ends = [len(row) for row in self._rows] if lengths is None else lengths
-        for row, end in enumerate(ends):  # each call has only some rows, and cannot say which of all
+        for row, end in enumerate(ends):  # a call has some of the rows, and could not name the right one
             mask = _host(prompts[row])
             if mask.dtype != np.bool_ or mask.ndim != 1 or mask.size < end:
                 raise ValueError(
@@ -89,9 +92,9 @@ class Plan:
         return {row for row in range(self.rows) if bool(np.all(_host(prompts[row])[: int(ends[row])]))}
 
     def calls(self, bounds: Bounds) -> Iterator[pb.EvalLossRequest]:
-        """Each call, in order: so many rows as make it short, and as the server takes.
+        """Make the requests, in order, each with as many rows as keep it short and within the limits.
 
-        Raises RequestError for a row that makes too long a message.
+        Raises RequestError if a row's message is too long.
         """
         size = self._batch_size or self._rows_a_call(bounds)
         most = bounds.rows(self._longest, bounds.evaluation_work(self._longest, self._options))
@@ -125,7 +128,7 @@ class Plan:
 
 def _take(values: Any, chosen: list[int]) -> Any:
     taken = [values[row] for row in chosen]
-    # An array stays one: a list of its rows would be sent as ragged.
+    # An array stays an array: a list would count as rows that differ in length.
     return taken if isinstance(values, Sequence) else np.stack([_host(value) for value in taken])
 
 
@@ -133,24 +136,24 @@ def _host(values: Any) -> Any:
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
-class Sum:
-    """Adds evaluations up."""
+class EvaluationSum:
+    """The sum of several evaluations."""
 
     def __init__(self, passed_over: Sequence[RowResult] = ()) -> None:
         self._found: list[EvalResult] = []
         self._passed_over = list(passed_over)
         self._nats, self._tokens = 0.0, 0
         self.rows = len(self._passed_over)
-        """Rows so far."""
+        """Rows evaluated so far."""
 
     def add(self, found: EvalResult) -> None:
-        """Add a call's answer. Raises StepMovedError when it saw another state than those before it."""
+        """Add the result of a call. Raises StepMovedError if it is of another step than those before it."""
         if self._found:
             first = self._found[0]
             if (found.step, found.digest) != (first.step, first.digest):
                 raise StepMovedError(
                     f"the run went from step {first.step} to step {found.step} during the evaluation: "
-                    "evaluate when nothing trains, from the training loop (fit's evaluate), or fewer rows"
+                    "evaluate while nothing trains, from the training loop (fit's evaluate), or fewer rows"
                 )
             for name in ("draws", "ema_weights"):
                 if getattr(found, name) != getattr(first, name):
@@ -162,23 +165,23 @@ class Sum:
 
     @property
     def nats_per_token(self) -> float:
-        """So far."""
+        """Nats per token of the rows evaluated so far."""
         return self._nats / max(1, self._tokens)
 
     def result(self, text_bytes: int | None = None) -> EvalResult:
-        """The evaluation of all rows; with the `text_bytes` that they encode also bits per byte.
+        """Return the evaluation of all rows, with bits per byte if given the `text_bytes` they encode.
 
-        Raises ValueError when nothing was added.
+        Raises ValueError if nothing was added.
         """
         if not self._found:
-            raise ValueError("there is nothing to evaluate: every row is a prompt throughout")
+            raise ValueError("there is nothing to evaluate: every row consists of prompts only")
         first = self._found[0]
         rows = sorted(
             [*self._passed_over, *(row for found in self._found for row in found.rows)],
             key=lambda row: row.row_id,
         )
         tokens = sum(row.tokens for row in rows)
-        # Exactly rounded sums, so that the order of the calls cannot show.
+        # Exactly rounded sums, so that the order of the calls does not matter.
         nats = math.fsum(row.nats for row in rows)
         per_token = nats / tokens
         fractions = tuple(
@@ -215,18 +218,18 @@ class Sum:
 
 
 def combine(found: Sequence[EvalResult], text_bytes: int | None = None) -> EvalResult:
-    """One evaluation of the rows of several, whose row ids should differ.
+    """Combine evaluations of different rows into one.
 
-    Raises StepMovedError when they are of different steps, ValueError when they do not add up.
+    Raises StepMovedError if they are of different steps, ValueError if they do not add up.
     """
-    total = Sum()
+    total = EvaluationSum()
     for one in found:
         total.add(one)
     return total.result(text_bytes)
 
 
 def _count(share: float | None, of: int) -> int:
-    """The whole number that a share was made of."""
+    """The count that a share was computed from."""
     return 0 if share is None else round(share * of)
 
 
@@ -255,7 +258,7 @@ def _add_sums(parts: Sequence[LossSums]) -> LossSums:
 
 
 def _losses(sums: LossSums, shown: Losses) -> Losses:
-    """The sums' ratios; absent what is absent in each call."""
+    """The ratios of the sums. What is absent in each call stays absent."""
     generator = sums.generator_nats / sums.generator_weight if sums.generator_weight else 0.0
     if sums.critic_nats is None or not sums.critic_weight:
         return Losses(generator, generator, None)

@@ -1,7 +1,7 @@
-"""A generation over several calls, where one is more than the server takes: which rows go into which.
+"""Generations that need several calls: which rows go into which call, and how results are merged.
 
-A row's sample depends on its seed, its prompt and the width at which it is computed, so each call says the
-seeds of its rows and the width of all. The rows of every call must be sampled from the same weights.
+A row's sample depends on its seed, its prompt and the width at which it is computed, so each call names the
+seeds of its rows and the width of all rows. All calls must sample from the same weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maskwire.errors import StepMovedError
-from maskwire.protocol import codec
+from maskwire.protocol import token_batch
 from maskwire.protocol.limits import Bounds, too_long
 from maskwire.results import GenerateResult
 from maskwire.v1 import training_service_pb2 as pb
@@ -22,14 +22,14 @@ Row = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Part:
-    """One call: its request, and the rows of the whole that it samples."""
+class GenerationCall:
+    """One call: its request, and the indices of its rows."""
 
     request: pb.GenerateRequest
     rows: list[int]
 
 
-class Plan:
+class GenerationPlan:
     """The calls that sample all rows of a request."""
 
     def __init__(self, request: pb.GenerateRequest, bounds: Bounds) -> None:
@@ -38,7 +38,7 @@ class Plan:
         model = bounds.model
         count = rows_of(request)
         if self._given:
-            self.rows = [np.array(row) for row in codec.decode_batch(request.prompts)][:count]
+            self.rows = [np.array(row) for row in token_batch.decode_batch(request.prompts)][:count]
             self._known = [self._given_of(index) for index in range(len(self.rows))]
         else:
             length = request.length or model.max_seq_len
@@ -60,7 +60,7 @@ class Plan:
         ]
 
     def _given_of(self, index: int) -> npt.NDArray[np.bool_]:
-        """Where a row has nothing to sample: its prompt, and its padding."""
+        """Which positions of a row need no sampling: the given ones and the padding."""
         batch, row = self._request.prompts, self.rows[index]
         known: npt.NDArray[np.bool_] = row != self._bounds.model.mask_id
         if batch.prompt_mask:
@@ -73,10 +73,10 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether one call samples all rows, or nothing does."""
+        """Whether one call is enough, or the request is invalid anyway."""
         everything = list(range(len(self.rows)))
         if not any(self.unknown) or self._columns > self._bounds.model.max_seq_len:
-            return True  # the server says what is wrong with it
+            return True  # the server rejects it with the reason
         return self._within(everything) and self._bounds.takes(self._request)
 
     def _within(self, rows: list[int]) -> bool:
@@ -84,15 +84,14 @@ class Plan:
         tokens, work = len(rows) * self._columns, sum(self._work[row] for row in rows)
         return tokens <= (limits.max_batch_tokens or tokens) and work <= (limits.max_read_tokens or work)
 
-    def parts(self) -> list[Part]:
-        """The calls; a row that is too much by itself comes first, so that the server says so at once.
+    def parts(self) -> list[GenerationCall]:
+        """Return the calls. A row that exceeds the limits by itself comes first, to be refused at once.
 
-        Raises ValueError for seeds that do not fit the rows, RequestError for a row that makes too long a
-        message.
+        Raises ValueError if the seeds do not match the rows, RequestError if a row's message is too long.
         """
         count, seeds, seed = len(self.rows), len(self._request.row_seeds), self._request.seed
         if seeds not in (0, count):
-            raise ValueError(f"row_seeds must be one a row, {count}, or none, got {seeds}")
+            raise ValueError(f"row_seeds must be one per row, {count}, or none, got {seeds}")
         if not seeds and seed > 2**63 - count:
             raise ValueError(f"seed must leave room for {count} rows below 2^63, got {seed}")
         groups: list[list[int]] = []
@@ -105,10 +104,10 @@ class Plan:
         groups.sort(key=self._within)
         return [part for group in groups for part in self._sendable(group)]
 
-    def _sendable(self, rows: list[int]) -> Iterator[Part]:
+    def _sendable(self, rows: list[int]) -> Iterator[GenerationCall]:
         request = self._part(rows)
         if self._bounds.takes(request):
-            yield Part(request, rows)
+            yield GenerationCall(request, rows)
         elif len(rows) > 1:
             yield from self._sendable(rows[: len(rows) // 2])
             yield from self._sendable(rows[len(rows) // 2 :])
@@ -132,41 +131,42 @@ class Plan:
             known[place, : len(chosen[place])] = self._known[row]
         part.count = 0
         part.length = self._columns if columns < self._columns else 0
-        batch = codec.encode_batch(chosen, prompt_mask=known if whole.prompts.prompt_mask else None)
-        if whole.prompts.lengths and not batch.lengths:  # without, ids equal to the pad id are padding
+        batch = token_batch.encode_batch(chosen, prompt_mask=known if whole.prompts.prompt_mask else None)
+        # Without lengths, ids equal to the pad id are padding.
+        if whole.prompts.lengths and not batch.lengths:
             batch.lengths.extend(len(row) for row in chosen)
         part.prompts.CopyFrom(batch)
         return part
 
 
 def rows_of(request: pb.GenerateRequest) -> int:
-    """How many rows a request asks for."""
+    """Return how many rows a request samples."""
     if not request.HasField("prompts"):
         return request.count
     rows = request.prompts.shape[0]
     return request.count if 0 < request.count <= rows else rows
 
 
-class Rows:
-    """All rows, as far as the calls have come."""
+class GeneratedRows:
+    """All rows, with the results that have arrived."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: GenerationPlan) -> None:
         self._rows = list(plan.rows)
         self._left = list(plan.unknown)
         self._steps: list[int] = []
         self._first: GenerateResult | None = None
 
-    def take(self, part: Part, found: GenerateResult) -> GenerateResult:
-        """What a call found, among the rows of all.
+    def take(self, part: GenerationCall, found: GenerateResult) -> GenerateResult:
+        """Merge the result of a call into the rows of all calls.
 
-        Raises StepMovedError when it sampled other weights than the calls before it.
+        Raises StepMovedError if the call sampled from other weights than the calls before it.
         """
         first = self._first or found
         if (found.step, found.digest) != (first.step, first.digest):
             raise StepMovedError(
                 f"the run went from step {first.step} to step {found.step} during a generation that takes "
-                "several calls: generate when nothing trains, or fewer rows at once (what one call takes is "
-                "bounded by serve.max_batch_tokens, serve.max_read_tokens and serve.max_message_bytes)"
+                "several calls: generate while nothing trains, or fewer rows (one call is limited by "
+                "serve.max_batch_tokens, serve.max_read_tokens and serve.max_message_bytes)"
             )
         self._first = first
         for row, ids, left in zip(part.rows, found.tokens, found.still_masked, strict=True):

@@ -1,145 +1,42 @@
-"""The run's writer, as conversations: a session, steps in order, and the proof of what was trained."""
+"""The run's writer: a window of steps in flight, sent and acknowledged in order."""
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Unpack
 
 from maskwire import results
 from maskwire.arguments import check_whole
-from maskwire.errors import (
-    ConflictError,
-    DigestMismatchError,
-    FencedError,
-    MaskwireError,
-    WriterPresentError,
-)
-from maskwire.process import default_name, holder_of, is_gone, this_process
+from maskwire.errors import ConflictError, MaskwireError
 from maskwire.protocol import codec
-from maskwire.protocol.calls import Asking, Pause, RetryPolicy, Talk, Until, new_id
+from maskwire.protocol.calls import new_id
+from maskwire.protocol.effects import Conversation, Pause, Until
 from maskwire.protocol.limits import too_long
+from maskwire.protocol.options import StepOptions
+from maskwire.protocol.pending_step import PendingStep
+from maskwire.protocol.retry import RetryPolicy
+from maskwire.protocol.session import Session
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire.v1.digest import VERSIONS, DigestVersion, step_digest
 
 log = logging.getLogger(__name__)
 
-_RENUMBER_WAIT = 0.02
-_NUMBER = 12  # bytes that a step's number takes at most
-_OTHER_HISTORY = {"GAP", "UNKNOWN_EPOCH", "WRONG_RUN"}  # a server of another history says so too
+_RENUMBER_WAIT = 0.02  # seconds
+_NUMBER_BYTES = 12  # the most that a step's number adds to a request
+_MAX_ID_BYTES = 11  # of a token id or a row's length in a request, with its bit of the prompt mask
+_MAX_OTHER_BYTES = 4096  # of everything else in a request
+_FOREIGN_HISTORY = {"GAP", "UNKNOWN_EPOCH", "WRONG_RUN"}  # also reported by a server with another history
 
 
-@dataclass
-class Ledger:
-    """What was acknowledged: the session, the last step, and the digest chain that proves it."""
+class Writer(Session):
+    """Conversations of a client with a session.
 
-    session: pb.SessionRef = field(default_factory=pb.SessionRef)
-    step: int = 0
-    digest: bytes = b""
-    digest_version: DigestVersion = field(default_factory=partial(DigestVersion, 1))
-    """How the session's payloads are hashed."""
-
-    def open(self, response: pb.OpenSessionResponse) -> None:
-        """Begin where the server is."""
-        self.session = response.session
-        self.step, self.digest = response.durable_step, response.digest
-        # A server of version 0.1 says 0.
-        self.digest_version = DigestVersion(response.digest_version or 1, response.model.num_tokens)
-
-    def history(self) -> pb.History | None:
-        """What the server must still have."""
-        if not self.digest:
-            return None
-        return pb.History(
-            run_id=self.session.run_id, lineage=self.session.lineage, step=self.step, digest=self.digest
-        )
-
-    def acknowledge(self, response: pb.TrainStepResponse, payload: bytes) -> None:
-        """Extend the chain by an answer; raises DigestMismatchError if it is not of what was sent."""
-        if response.step != self.step + 1:
-            raise DigestMismatchError(
-                f"the server answered with step {response.step}, expected was {self.step + 1}; stop"
-            )
-        expected = step_digest(self.digest, self.session.lineage, response.step, payload, response.outcome)
-        if response.digest != expected:
-            raise DigestMismatchError(
-                f"the server's digest after step {response.step} is {response.digest.hex()[:16]}…, what this "
-                f"client sent gives {expected.hex()[:16]}…: their histories differ; stop"
-            )
-        self.step, self.digest = response.step, response.digest
-
-
-class Pending:
-    """A step that was handed in and not acknowledged yet: its turn in the order."""
-
-    def __init__(self, writing: Writing, request: pb.TrainStepRequest, step: int | None) -> None:
-        self._writing = writing
-        self._request = request
-        self._step = step  # the number that it must have; None: the one that its place gives it
-        self._acknowledged = 0  # the last step that was, when it was sent
-        self.sent = 0
-        """The number under which it is on its way; 0: it is not."""
-
-    @cached_property
-    def payload(self) -> bytes:
-        """The payload hash."""
-        return codec.hash_of(self._request, self._writing.ledger.digest_version)
-
-    def numbered(self) -> pb.TrainStepRequest:
-        """The request with the number that its place gives it."""
-        number = self._writing.number_of(self)
-        if self._step not in (None, number):
-            raise ConflictError(
-                f"this is the batch of step {self._step}, and the run's next is step {number}: a step "
-                "before it was refused",
-                reason="GAP",
-                metadata={"step": str(self._step), "expected_step": str(number)},
-            )
-        self._request.session.CopyFrom(self._writing.ledger.session)
-        self._request.step = number
-        return self._request
-
-    def send(self) -> pb.TrainStepRequest:
-        """The request, on its way from here on."""
-        request = self.numbered()
-        self.sent, self._acknowledged = request.step, self._writing.step
-        return request
-
-    def before(self, began: float) -> Talk[None]:
-        """The server must still have what it acknowledged, and what was refused must be made good."""
-        ready = partial(self._writing.ready, self)
-        while True:
-            yield from self._writing.confirm(began)
-            if ready():
-                return
-            yield Until(ready)
-
-    def answered(self) -> None:
-        """It is on its way no longer."""
-        self.sent = 0
-
-    def again(self, error: MaskwireError) -> Talk[bool]:
-        """Whether it can be numbered again.
-
-        So it can if the server expects one of the steps before it that were in flight when it was sent.
-        One that expects a step which was acknowledged has another history, or says GAP to a step that
-        must not be there: OpenSession tells.
-        """
-        writing = self._writing
-        if error.reason == "GAP":
-            yield Pause(_RENUMBER_WAIT)  # the refusal of the step before may still be on its way to us
-            expected = int(error.metadata.get("expected_step", 0))
-            if self._acknowledged < expected < self._request.step:
-                return True
-        if error.reason in _OTHER_HISTORY:
-            yield from writing.open()
-        return False
-
-
-class Writing(Asking):
-    """The run's writer: a session, steps in flight in order, and the proof of what was trained."""
+    Steps are sent in the order of their submission and acknowledged in that order, because each digest builds
+    on the one before. Interrupting a conversation leaves the writer consistent: state changes after the
+    answer are single assignments, and an interrupted step can be finished by another conversation.
+    """
 
     def __init__(
         self,
@@ -150,158 +47,168 @@ class Writing(Asking):
         name: str | None,
         window: int,
     ) -> None:
-        super().__init__(target, policy, on_wait, clock)
+        super().__init__(target, policy, on_wait, clock, name)
         check_whole("window", window, 1)
-        self.name = name or default_name()
-        self.took_over = ""
-        """Whose open session this one took over, in words; empty: nobody's."""
-        self.ledger = Ledger()
-        self.model: results.ModelInfo
-        self.limits: results.Limits
-        self.tokenizer = ""
-        self.inexact_replays: tuple[results.InexactReplay, ...] = ()
-        self.data: dict[str, str] = {}
-        self.evaluated = (0, 0)
         self.closed = False
         self._window = window
-        self._nonce = new_id()
-        self._pending: deque[Pending] = deque()  # in order; the first is step ledger.step + 1
-        self._refused = 0  # the first number that a refused step left and no acknowledged one has
+        self._pending: deque[PendingStep] = deque()  # in order; the first is step ledger.step + 1
+        self._refused = 0  # the lowest number that a refused step left and no acknowledged step has taken
         self._restoring = False
-        self._stale = False  # the server may have been restarted since the session was confirmed
-        self._reopening = False
         self._steps_at_rate_0 = 0
 
     @property
-    def step(self) -> int:
-        """The last acknowledged step."""
-        return self.ledger.step
-
-    @property
     def in_flight(self) -> int:
-        """Steps that were handed in and are not acknowledged."""
+        """Number of steps submitted and not acknowledged."""
         return len(self._pending)
 
     @property
-    def out_of_reach(self) -> bool:
-        """The last attempt got no answer, and the session was not confirmed since."""
-        return self._stale
+    def _limit(self) -> int:
+        """The most steps in flight."""
+        return min(self._window, self.limits.window)
 
-    def open(
-        self,
-        *,
-        takeover: bool = False,
-        tokenizer: str = "",
-        evaluated_step: int = 0,
-        anew: bool = False,
-        began: float | None = None,
-        data: Mapping[str, str] | None = None,
-        allow_changed_data: bool = False,
-    ) -> Talk[None]:
-        """Become the run's writer, or confirm that this is it, and that the server has our history.
+    def restore(self, name: str, *, expected_step: int | None = None) -> Conversation[results.RestoreResult]:
+        """Restore a checkpoint as the start of a new lineage, and continue from there as its writer.
 
-        `anew`: another session than before, of a client that holds nothing.
+        Waits for the steps in flight first. With `expected_step` the call is refused if the run is at another
+        step.
         """
-        nonce = new_id() if anew else self._nonce
-        request = pb.OpenSessionRequest(
-            client_name=self.name,
-            nonce=nonce,
-            takeover=takeover,
-            held_epoch=None if anew else self.ledger.session.epoch or None,
-            history=None if anew else self.ledger.history(),
-            tokenizer=tokenizer,
-            data=data,
-            allow_changed_data=allow_changed_data,
-            process=this_process(),
-            evaluated_step=evaluated_step,
-            digest_versions=VERSIONS,
-        )
-        response = yield from self._open(request, began)
-        if response.HasField("superseded"):
-            self.took_over = _took_over(response.superseded, request)
-        if anew or not self.ledger.digest:
-            self._nonce = nonce
-            self._refused = 0
-            self.ledger = Ledger()
-            self.ledger.open(response)
-        elif response.session.epoch != self.ledger.session.epoch:
-            raise FencedError(
-                f"the session's epoch {self.ledger.session.epoch} was replaced by "
-                f"{response.session.epoch}; connect again",
-                reason="FENCED",
+        yield Until(lambda: not self._restoring)
+        self._restoring = True  # later steps wait
+        try:
+            yield Until(lambda: not self._pending)  # earlier steps belong to the old lineage
+            request = pb.RestoreCheckpointRequest(
+                request_id=new_id(),
+                name=name,
+                expected_lineage=self.ledger.session.lineage,
+                expected_step=expected_step,
             )
-        self.model = codec.read_model(response.model)
-        self.limits = codec.read_limits(response.limits)
-        self.tokenizer = response.tokenizer
-        self.inexact_replays = codec.read_inexact_replays(response.inexact_replays)
-        self.data = dict(response.data)
-        self.evaluated = (response.evaluated_lineage, response.evaluated_step)
-        self._window = min(self._window, self.limits.window)
+            response = yield from self._ask("RestoreCheckpoint", lambda: request)
+            yield from self.open(replace=True)  # the restore ended the old epoch
+            self._refused = 0
+        finally:
+            self._restoring = False
+        return results.RestoreResult(response.lineage, response.step, response.digest)
 
-    def _open(self, request: pb.OpenSessionRequest, began: float | None) -> Talk[pb.OpenSessionResponse]:
-        """Ask for the session, also for that of another process which is gone."""
-        while True:
-            try:
-                response: pb.OpenSessionResponse = yield from self._ask(
-                    "OpenSession", lambda: request, began=began
-                )
-                return response
-            except WriterPresentError as error:
-                epoch = int(error.metadata.get("epoch", 0))
-                if epoch <= request.gone_epoch or not is_gone(holder_of(error.metadata)):
-                    raise
-                request.gone_epoch = epoch
-
-    def use_tokenizer(self, tokenizer: str) -> Talk[None]:
-        """Keep with the run what its ids stand for."""
-        if tokenizer and tokenizer != self.tokenizer:
-            yield from self.open(tokenizer=tokenizer)
-
-    def use_data(self, fingerprint: Mapping[str, str], *, allow_changed: bool) -> Talk[None]:
-        """Keep with the run what it is trained on."""
-        if fingerprint and dict(fingerprint) != self.data:
-            yield from self.open(data=fingerprint, allow_changed_data=allow_changed)
-
-    def mark_evaluated(self) -> Talk[None]:
-        """Keep with the run that the last acknowledged step is evaluated."""
-        yield from self.open(evaluated_step=self.step)
-
-    def settle(self) -> Talk[None]:
-        """Wait until no step is in flight."""
+    def settle(self) -> Conversation[None]:
+        """Wait until no step is in flight. Their futures have their results or errors."""
         yield Until(lambda: not self._pending)
 
-    def train(self, request: pb.TrainStepRequest, step: int | None = None) -> Talk[results.StepResult]:
-        """Have a step trained in its turn; its result once it is durable.
-
-        The step has its place in the order once the conversation yields what is no `Until`. With `step` it
-        is trained as that one or not at all: ConflictError if its place has another number.
-        """
+    def new_step(
+        self, tokens: Any, step: int | None = None, /, **options: Unpack[StepOptions]
+    ) -> PendingStep:
+        """Make a step from a batch; it has no place in the order yet."""
         if step is not None:
             check_whole("step", step, 1)
-        self._check_size(request)
-        pending = Pending(self, request, step)
-        yield Until(lambda: self.closed or (len(self._pending) < self._window and not self._restoring))
+        request = codec.step_request(new_id(), tokens, self.model.num_tokens, **options)
+        pending = PendingStep(request, step)
+        self._check_size(pending.request)
+        return pending
+
+    def enter(self, pending: PendingStep) -> Conversation[None]:
+        """Wait for room in the window, give the step its place in the order, and wait until it can be sent.
+
+        Raises ConflictError if the step must have a number that its place does not give it.
+        """
+        if not self._has_room():
+            yield Until(self._has_room)
         if self.closed:
             raise MaskwireError("this trainer is closed; connect again")
+        self._check_number(pending, self.ledger.step + 1 + len(self._pending))
+        pending.digest_version = self.ledger.digest_version
         self._pending.append(pending)
-        try:
-            pending.numbered()  # what cannot be trained in its place is refused before anything is asked
-            response = yield from self._ask("TrainStep", pending.send, turn=pending)
-            # Answers are checked in order: each digest builds on the one before.
-            yield Until(lambda: self._pending[0] is pending)
-            self.ledger.acknowledge(response, pending.payload)
-            self._tell_rate(request, response)
-            return codec.read_step(response)
-        except BaseException:
-            # It leaves its number to the one behind it.
-            number = self.number_of(pending)
-            self._refused = min(number, self._refused) if self._refused > self.step else number
-            raise
-        finally:
-            self._pending.remove(pending)
+        if not self._sendable(pending):
+            yield Until(partial(self._sendable, pending))
 
-    def _tell_rate(self, request: pb.TrainStepRequest, response: pb.TrainStepResponse) -> None:
-        """Say once that the schedule has ended: every step behind its last costs time for nothing."""
+    def finish(self, pending: PendingStep) -> Conversation[results.StepResult]:
+        """Send a step that has its place, and return its result once it is durable and acknowledged."""
+        if pending not in self._pending:
+            raise MaskwireError("the step was interrupted before it was sent; submit it again")
+        pending.started = True
+        try:
+            if pending.answer is None:
+                pending.answer = yield from self._ask(
+                    "TrainStep", partial(self._send, pending), order=_Order(self, pending)
+                )
+            if self._pending[0] is not pending:
+                yield Until(lambda: self._pending[0] is pending)
+            answer = pending.answer
+            position = self.ledger.next_position(answer, pending.payload_hash())
+            self.ledger.position = position
+            self._pending.popleft()  # CPython delivers no signal between this line and the one before
+        except Exception:
+            self._leave(pending)
+            raise
+        self._warn_at_rate_0(pending.request, answer)
+        return codec.read_step(answer)
+
+    def withdraw(self, pending: PendingStep) -> bool:
+        """Take a step out of the order if it was not sent. False: it may have been sent, so it must be
+        finished.
+        """
+        if pending not in self._pending:
+            return True
+        if pending.started:
+            return False
+        self._leave(pending)
+        return True
+
+    def _leave(self, pending: PendingStep) -> None:
+        """Take a step out of the order; the next one gets its number."""
+        number = self._number_of(pending)
+        self._refused = min(number, self._refused) if self._refused > self.ledger.step else number
+        self._pending.remove(pending)
+
+    def _send(self, pending: PendingStep) -> pb.TrainStepRequest:
+        """Return the step's request under its current number, in flight from here on."""
+        number = self._number_of(pending)
+        self._check_number(pending, number)
+        pending.request.session.CopyFrom(self.ledger.session)
+        pending.request.step = number
+        pending.sent_number, pending.acknowledged_when_sent = number, self.ledger.step
+        return pending.request
+
+    def _check_number(self, pending: PendingStep, number: int) -> None:
+        if pending.required_number not in (None, number):
+            raise ConflictError(
+                f"this is the batch of step {pending.required_number}, but the run's next step is {number}: "
+                "a step before it was refused",
+                reason="GAP",
+                metadata={"step": str(pending.required_number), "expected_step": str(number)},
+            )
+
+    def _has_room(self) -> bool:
+        """Whether another step may enter the window. Also true once closed: the wait ends with an error."""
+        return self.closed or (len(self._pending) < self._limit and not self._restoring)
+
+    def _number_of(self, pending: PendingStep) -> int:
+        """The number that follows from a step's place."""
+        return self.ledger.step + 1 + self._pending.index(pending)
+
+    def _sendable(self, pending: PendingStep) -> bool:
+        """Whether a step can be sent.
+
+        After a refusal, the server must first have answered every step that is in flight under a number that
+        is no longer its own, or two steps could arrive under one number. And the step that takes the refused
+        number must be acknowledged before later steps are sent, since the server remembers one missing
+        number.
+        """
+        for number, other in enumerate(self._pending, self.ledger.step + 1):
+            if other.sent_number not in (0, number):
+                return False
+        return not self.ledger.step < self._refused < self._number_of(pending)
+
+    def _check_size(self, request: pb.TrainStepRequest) -> None:
+        # Only the client can name the cure: the transport would reject the message without one.
+        limit = self.limits.max_message_bytes
+        rows, columns = request.batch.shape
+        if not limit or rows * (columns + 1) * _MAX_ID_BYTES + _MAX_OTHER_BYTES <= limit:
+            return  # the exact size takes as long as sending: it encodes the message
+        request.session.CopyFrom(self.ledger.session)
+        if (size := request.ByteSize() + _NUMBER_BYTES) > limit:
+            raise too_long("the batch", size, limit, "send fewer rows")
+
+    def _warn_at_rate_0(self, request: pb.TrainStepRequest, response: pb.TrainStepResponse) -> None:
+        """Warn once that the learning-rate schedule has ended: later steps change nothing."""
         applied = response.outcome == pb.STEP_OUTCOME_APPLIED and response.HasField("metrics")
         if not applied or response.replayed or response.metrics.learning_rate:
             return
@@ -316,120 +223,39 @@ class Writing(Asking):
                 response.step,
             )
 
-    def _check_size(self, request: pb.TrainStepRequest) -> None:
-        # The transport would refuse it before the server could tell what is behind it.
-        request.session.CopyFrom(self.ledger.session)
-        size, limit = request.ByteSize() + _NUMBER, self.limits.max_message_bytes
-        if limit and size > limit:
-            raise too_long("the batch", size, limit, "send fewer rows")
 
-    def number_of(self, pending: Pending) -> int:
-        """The number that its place gives a step."""
-        return self.ledger.step + 1 + self._pending.index(pending)
+class _Order:
+    """The attempts of one step, which may be sent only in order."""
 
-    def ready(self, pending: Pending) -> bool:
-        """Whether a step can be sent.
+    def __init__(self, writer: Writer, pending: PendingStep) -> None:
+        self._writer, self._pending = writer, pending
+        self.compute_hash = pending.payload_hash
 
-        After a refusal the server must have answered whatever is on its way under a number that is no
-        longer its own, or two steps could meet there under one; and what takes the refused one's place
-        must be acknowledged before what is behind it is sent: the server remembers one missing number.
+    def before_attempt(self, began: float) -> Conversation[None]:
+        """Confirm the session if need be, and wait until the step can be sent."""
+        while True:
+            yield from self._writer._confirm(began)
+            if self._writer._sendable(self._pending):
+                return
+            yield Until(partial(self._writer._sendable, self._pending))
+
+    def after_attempt(self) -> None:
+        """The step is no longer in flight."""
+        self._pending.sent_number = 0
+
+    def retry_at_once(self, error: MaskwireError) -> Conversation[bool]:
+        """Whether the step can be sent under another number.
+
+        It can if the server expects one of the steps before it that were in flight when it was sent. A server
+        that expects an acknowledged step, or reports GAP to a step that nothing precedes, has another
+        history: OpenSession decides.
         """
-        if any(other.sent not in (0, number) for number, other in enumerate(self._pending, self.step + 1)):
-            return False
-        return not self.step < self._refused < self.number_of(pending)
-
-    def restore(self, name: str, expected_step: int | None) -> Talk[results.RestoreResult]:
-        """Go back to a checkpoint, and go on from there as the new lineage's writer."""
-        yield Until(lambda: not self._restoring)
-        self._restoring = True  # later steps wait
-        try:
-            yield Until(lambda: not self._pending)  # earlier ones belong to the old lineage
-            request = pb.RestoreCheckpointRequest(
-                request_id=new_id(),
-                name=name,
-                expected_lineage=self.ledger.session.lineage,
-                expected_step=expected_step,
-            )
-            response = yield from self._ask("RestoreCheckpoint", lambda: request)
-            yield from self.open(anew=True)  # the restore used the old epoch up
-        finally:
-            self._restoring = False
-        return results.RestoreResult(response.lineage, response.step, response.digest)
-
-    def farewell(self) -> pb.CloseSessionRequest | None:
-        """What ends the session, if there is one."""
-        return pb.CloseSessionRequest(session=self.ledger.session) if self.ledger.digest else None
-
-    def confirm(self, began: float) -> Talk[None]:
-        """After the server was out of reach: it must still have what it acknowledged."""
-        if not self._stale:
-            return
-        yield Until(lambda: not self._reopening)
-        if self._stale:
-            self._reopening = True
-            try:
-                yield from self.open(began=began)
-                self._stale = False
-            finally:
-                self._reopening = False
-
-    def _lost(self) -> None:
-        self._stale = True
-
-
-def _took_over(holder: pb.SessionHolder, request: pb.OpenSessionRequest) -> str:
-    process = holder.process
-    where = f" (host {process.host}, process {process.process_id})" if holder.HasField("process") else ""
-    gone = ", a process that is gone" if holder.epoch == request.gone_epoch else ""
-    return f"took over the session of {holder.client_name!r}{where}{gone}"
-
-
-class Position:
-    """What a trainer knows of its run."""
-
-    _writing: Writing
-
-    @property
-    def name(self) -> str:
-        """This job's name."""
-        return self._writing.name
-
-    @property
-    def model(self) -> results.ModelInfo:
-        """What is served."""
-        return self._writing.model
-
-    @property
-    def inexact_replays(self) -> tuple[results.InexactReplay, ...]:
-        """Steps that a start of the server computed again with results that were only close."""
-        return self._writing.inexact_replays
-
-    @property
-    def limits(self) -> results.Limits:
-        """The server's bounds on one request."""
-        return self._writing.limits
-
-    @property
-    def run_id(self) -> str:
-        """The run."""
-        return self._writing.ledger.session.run_id
-
-    @property
-    def lineage(self) -> int:
-        """One more after each restore."""
-        return self._writing.ledger.session.lineage
-
-    @property
-    def step(self) -> int:
-        """The last acknowledged step."""
-        return self._writing.ledger.step
-
-    @property
-    def evaluated(self) -> tuple[int, int]:
-        """Lineage and number of the last step that a writer marked as evaluated; zeros: none."""
-        return self._writing.evaluated
-
-    @property
-    def digest(self) -> bytes:
-        """The digest after it: the same on both sides."""
-        return self._writing.ledger.digest
+        pending, writer = self._pending, self._writer
+        if error.reason == "GAP":
+            yield Pause(_RENUMBER_WAIT)  # the answer that refused the earlier step may not have arrived yet
+            expected = int(error.metadata.get("expected_step", 0))
+            if pending.acknowledged_when_sent < expected < pending.request.step:
+                return True
+        if error.reason in _FOREIGN_HISTORY:
+            yield from writer.open()
+        return False

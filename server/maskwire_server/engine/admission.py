@@ -331,7 +331,7 @@ def _check_data(sent: Mapping[str, str], kept: Mapping[str, str]) -> None:
     raise Refused(
         "DATA_CHANGED",
         f"the data differs from what the run was trained on: {'; '.join(words)}. Restore the original data, "
-        "or accept the change with allow_changed_data",
+        "or continue with the changed data (allow_changed_data)",
         changed=",".join(changed),
     )
 

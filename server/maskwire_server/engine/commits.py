@@ -5,26 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from maskwire_server import failpoints
-from maskwire_server.checkpoints import membership
 from maskwire_server.checkpoints.catalogue import Catalogue
-from maskwire_server.checkpoints.files import Snapshot
-from maskwire_server.engine.entries import Save, Step
+from maskwire_server.engine.entries import Step
 from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.engine.run import Run
-from maskwire_server.errors import Refused
-from maskwire_server.journal import reserve
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, SessionRecord, StepRecord, Stretch
 from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
 from maskwire_server.results import StepAnswer, StepResult
-
-if TYPE_CHECKING:
-    from maskwire_server.engine.saves import Saves
 
 T = TypeVar("T")
 
@@ -151,32 +144,6 @@ class LineageCommit(AnswerCommit[None]):
         """Record both."""
         journal.add_lineage(self.lineage)
         journal.add_session(self.session)
-
-
-@dataclass(eq=False)
-class SaveCommit:
-    """A snapshot of a computed step: it is written as a checkpoint once that step is durable."""
-
-    saves: Saves
-    journal: Journal
-    save: Save
-    snapshot: Snapshot
-    position: HistoryPosition
-    save_id: str
-    flush: bool
-    """The steps before it are committed and not flushed: `durability = "off"`."""
-
-    def write(self, journal: Journal) -> None:
-        """Record the save."""
-        membership.record_save(journal, self.position, self.save_id)
-
-    def committed(self) -> None:
-        """Let it be written: a checkpoint must not be ahead of the journal after a power loss."""
-        if self.flush and not reserve.fold(self.journal):
-            full = "the journal's disk is full; make room, and save again"
-            self.saves.give_up(self.save, Refused("CHECKPOINT_FAILED", full))
-            return
-        self.saves.start(self.save, self.snapshot, self.position, self.save_id)
 
 
 @dataclass(eq=False)

@@ -55,9 +55,9 @@ from maskwire_server.results import (
     RestoreAnswer,
     RunState,
     SessionAnswer,
-    Status,
     StepAnswer,
 )
+from maskwire_server.run_status import RunStatus
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ class Engine:
         self._pending.require_serving()
         return self._pending.add(self._committer.ask(listing.page, self._run.head.computed.run_id, request))
 
-    def status(self) -> Status:
+    def status(self) -> RunStatus:
         """Show state, progress and what the run is waiting for. Never waits for the device or the disk."""
         return status.report(self._run, self._serve, self.info, self._saver.newest, self._versions)
 

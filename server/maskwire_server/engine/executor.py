@@ -11,7 +11,7 @@ from maskwire_server import failpoints
 from maskwire_server.checkpoints import membership
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine import admission
-from maskwire_server.engine.commits import AnswerCommit, RevealCommit, SaveCommit, StepCommit
+from maskwire_server.engine.commits import AnswerCommit, RevealCommit, StepCommit
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Drain, Entry, Evaluation, Restore, Save, Step, Takeover
 from maskwire_server.engine.futures import answer, refuse
@@ -19,7 +19,7 @@ from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.engine.restore import Restores
 from maskwire_server.engine.run import Run
-from maskwire_server.engine.saves import Saves
+from maskwire_server.engine.saves import SaveCommit, Saves
 from maskwire_server.engine.sessions import Sessions
 from maskwire_server.engine.trainer import Trainer, guarded, snapshot
 from maskwire_server.errors import DeviceLost, Refused, StateLost, Unwanted

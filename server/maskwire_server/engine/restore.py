@@ -57,7 +57,9 @@ class Restores:
             return
         manifest = self.checkpoints.pin(request.name)  # before it is read and found intact
         with self.run.mutex:
-            self.run.queue.interrupt(Refused("RESTORING", "a checkpoint is being restored; ask again"))
+            self.run.queue.interrupt(
+                Refused("RESTORING", "a checkpoint is being restored; retry with the same request id")
+            )
             self.run.conditions.set(RunState.RESTORING, waiting_for="the checkpoint's files to be read")
         threading.Thread(
             target=self._examine,

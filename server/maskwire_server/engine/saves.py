@@ -6,8 +6,10 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
+from maskwire_server.checkpoints import membership
 from maskwire_server.checkpoints.catalogue import Catalogue
 from maskwire_server.checkpoints.files import Snapshot
 from maskwire_server.checkpoints.saver import Saver
@@ -19,6 +21,8 @@ from maskwire_server.engine.entries import Save
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.run import Run
 from maskwire_server.errors import Refused
+from maskwire_server.journal import reserve
+from maskwire_server.journal.journal import Journal
 from maskwire_server.position import HistoryPosition
 from maskwire_server.results import CheckpointInfo
 
@@ -179,3 +183,29 @@ class Saves:
         finally:
             self._saver.refresh()
             self._record_catalogue()
+
+
+@dataclass(eq=False)
+class SaveCommit:
+    """A snapshot of a computed step: it is written as a checkpoint once that step is durable."""
+
+    saves: Saves
+    journal: Journal
+    save: Save
+    snapshot: Snapshot
+    position: HistoryPosition
+    save_id: str
+    flush: bool
+    """The steps before it are committed and not flushed: `durability = "off"`."""
+
+    def write(self, journal: Journal) -> None:
+        """Record the save."""
+        membership.record_save(journal, self.position, self.save_id)
+
+    def committed(self) -> None:
+        """Let it be written: a checkpoint must not be ahead of the journal after a power loss."""
+        if self.flush and not reserve.fold(self.journal):
+            full = "the journal's disk is full; make room, and save again"
+            self.saves.give_up(self.save, Refused("CHECKPOINT_FAILED", full))
+            return
+        self.saves.start(self.save, self.snapshot, self.position, self.save_id)

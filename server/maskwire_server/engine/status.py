@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.run import Run
-from maskwire_server.results import CheckpointInfo, Limits, ModelInfo, Status
+from maskwire_server.results import CheckpointInfo, Limits, ModelInfo
+from maskwire_server.run_status import RunStatus
 
 
 def limits(serve: ServeConfig, model: ModelInfo | None) -> Limits:
@@ -28,11 +29,11 @@ def report(
     model: ModelInfo | None,
     newest_checkpoint: CheckpointInfo | None,
     versions: dict[str, str],
-) -> Status:
+) -> RunStatus:
     """State, progress and what the run is waiting for. Takes no lock: it answers whatever is stuck."""
     head, durable = run.head, run.head.durable
     steps_per_second, tokens_per_second = run.rate.per_second()
-    return Status(
+    return RunStatus(
         state=run.conditions.state,
         state_since=run.conditions.since,
         waiting_for=run.conditions.waiting_for,

@@ -1,1 +1,1 @@
-"""All that knows gRPC: the wire format, the service and its security."""
+"""The gRPC service: server, access control, requests, answers and errors on the wire."""

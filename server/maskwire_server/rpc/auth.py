@@ -1,4 +1,4 @@
-"""The door: certificates, and tokens with roles, checked before a request's body is read."""
+"""Access: TLS certificates, and bearer tokens with roles, checked before a request's body is read."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError, Refused
 from maskwire_server.rpc.status import abort
 
-SHORTEST_TOKEN = 16
+MIN_TOKEN_LENGTH = 16
 _HEALTH = "/grpc.health.v1.Health/"
 _REFLECTION = "/grpc.reflection."
 _SERVICE = "/maskwire.v1.TrainingService/"
 
 
 class Role(enum.IntEnum):
-    """What a token may do; each may do what the ones before it may."""
+    """What a token permits. Each role permits what the roles before it permit."""
 
     READ = 1
     TRAIN = 2
     ADMIN = 3
 
 
-NEEDS: dict[str, Role] = {
+REQUIRED_ROLES: dict[str, Role] = {
     "GetStatus": Role.READ,
     "EvalLoss": Role.READ,
     "Generate": Role.READ,
@@ -45,32 +45,34 @@ NEEDS: dict[str, Role] = {
     "Checkpoint": Role.TRAIN,
     "RestoreCheckpoint": Role.ADMIN,
     "DeleteCheckpoint": Role.ADMIN,
-    "DownloadCheckpoint": Role.ADMIN,  # unless serve.download_role says otherwise
+    "DownloadCheckpoint": Role.ADMIN,  # the default of serve.download_role
 }
+"""The least role that may call each method. A method that is not listed requires the role admin."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token by its hash: the token itself is not kept."""
+    """The hash of a token, and what the token permits. The token itself is not kept in memory."""
 
     digest: bytes
+    """The SHA-256 of the token."""
     role: Role
     expires: float | None
     """Seconds since the epoch; None: never."""
 
 
-class Gate(grpc.ServerInterceptor):
-    """Lets a call in by its token: health and reflection too, which would read a body of any size.
+class TokenInterceptor(grpc.ServerInterceptor):
+    """Rejects calls without a valid token, health and reflection included: they too accept large bodies.
 
-    The refusing handler takes a stream, so that the body is never read: refusing 64 MiB in a unary
-    handler costs 227 MiB, here 38 MiB.
+    A rejected call is handled as a stream, whose body is never read: rejecting 64 MiB in a unary handler
+    takes 227 MiB of memory, here 38 MiB.
     """
 
     def __init__(
         self, tokens: list[Token], download_role: Role, clock: Callable[[], float] = time.time
     ) -> None:
         self._tokens = tokens
-        self._needs = {**NEEDS, "DownloadCheckpoint": download_role}
+        self._required_roles = {**REQUIRED_ROLES, "DownloadCheckpoint": download_role}
         self._clock = clock
 
     def intercept_service(
@@ -82,52 +84,52 @@ class Gate(grpc.ServerInterceptor):
         try:
             self._check(handler_call_details.method, handler_call_details.invocation_metadata)
         except Refused as refusal:
-            return _refusing(refusal)
+            return _rejecting_handler(refusal)
         return continuation(handler_call_details)
 
     def _check(self, method: str, metadata: Any) -> None:
-        needed = Role.READ
+        required = Role.READ
         if not method.startswith((_HEALTH, _REFLECTION)):
-            needed = self._needs.get(method.removeprefix(_SERVICE), Role.ADMIN)
-        sent = [value for key, value in metadata or () if key == "authorization"]
-        scheme, _, token = (sent[0] if len(sent) == 1 else "").partition(" ")
+            required = self._required_roles.get(method.removeprefix(_SERVICE), Role.ADMIN)
+        headers = [value for key, value in metadata or () if key == "authorization"]
+        scheme, _, token = (headers[0] if len(headers) == 1 else "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             raise Refused(
                 "UNAUTHENTICATED",
-                "this server wants one 'authorization: Bearer TOKEN' in the call's metadata",
+                "this server requires one 'authorization: Bearer TOKEN' in the call's metadata",
             )
         found = self._find(token.strip())
         if found is None:
-            raise Refused("UNAUTHENTICATED", "the token is unknown to this server")
+            raise Refused("UNAUTHENTICATED", "this server does not know the token; check it, or use another")
         if found.expires is not None and self._clock() >= found.expires:
-            raise Refused("UNAUTHENTICATED", "the token has expired; ask for a new one")
-        if found.role < needed:
+            raise Refused("UNAUTHENTICATED", "the token has expired; use a new one")
+        if found.role < required:
             raise Refused(
                 "PERMISSION_DENIED",
-                f"{method.rpartition('/')[2]} takes a token of role {needed.name.lower()}, this one has "
-                f"{found.role.name.lower()}",
+                f"{method.rpartition('/')[2]} requires a token of role {required.name.lower()}, this one has "
+                f"role {found.role.name.lower()}; use another token",
                 role=found.role.name.lower(),
-                needed_role=needed.name.lower(),
+                needed_role=required.name.lower(),
             )
 
     def _find(self, token: str) -> Token | None:
         digest = hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
         found = None
-        for known in self._tokens:  # all of them, so that the time tells nothing
+        for known in self._tokens:  # no early exit: the time taken must not reveal which token matched
             if hmac.compare_digest(known.digest, digest):
                 found = known
         return found
 
 
-def _refusing(refusal: Refused) -> grpc.RpcMethodHandler[Any, Any]:
-    def behave(_: object, context: grpc.ServicerContext) -> object:
+def _rejecting_handler(refusal: Refused) -> grpc.RpcMethodHandler[Any, Any]:
+    def reject(_: object, context: grpc.ServicerContext) -> object:
         abort(context, refusal)
 
-    return grpc.stream_stream_rpc_method_handler(behave)
+    return grpc.stream_stream_rpc_method_handler(reject)
 
 
-def gate(config: ServeConfig) -> Gate | None:
-    """The gate of a configuration; None when it names no token file. Raises ConfigError."""
+def token_interceptor(config: ServeConfig) -> TokenInterceptor | None:
+    """The interceptor for the configured token files; None without any. Raises ConfigError."""
     tokens: dict[bytes, Token] = {}
     for role in Role:
         name = f"token_{role.name.lower()}_file"
@@ -137,55 +139,59 @@ def gate(config: ServeConfig) -> Gate | None:
         for token in _read_tokens(f"serve.{name}", path, role):
             if token.digest in tokens:
                 raise ConfigError(
-                    f"serve.{name}: a token in {path} is in another place too; each has one role"
+                    f"serve.{name}: a token in {path} is listed twice, in this or another file; list each "
+                    "token once"
                 )
             tokens[token.digest] = token
-    return Gate(list(tokens.values()), Role[config.download_role.upper()]) if tokens else None
+    if not tokens:
+        return None
+    return TokenInterceptor(list(tokens.values()), Role[config.download_role.upper()])
 
 
 def _read_tokens(name: str, path: Path, role: Role) -> list[Token]:
-    """The tokens of a file, one per line, each optionally followed by its expiry time; # begins a comment."""
+    """The tokens of a file: one per line, optionally followed by an expiry time; # starts a comment."""
     tokens = []
     for number, line in enumerate(_read(name, path).decode("ascii", "replace").splitlines(), 1):
         words = line.partition("#")[0].split()
         if not words:
             continue
         where = f"{name}: {path}, line {number}"
-        if len(words[0]) < SHORTEST_TOKEN or not words[0].isascii():
+        if len(words[0]) < MIN_TOKEN_LENGTH or not words[0].isascii():
             raise ConfigError(
-                f"{where}: a token must have at least {SHORTEST_TOKEN} ASCII characters, it has "
-                f"{len(words[0])}; make one with `openssl rand -hex 32`"
+                f"{where}: a token must have at least {MIN_TOKEN_LENGTH} characters, all of them ASCII, got "
+                f"{len(words[0])} characters; create one with `openssl rand -hex 32`"
             )
         expires = None
         if len(words) > 1:
-            try:
-                moment = datetime.fromisoformat(words[1] if len(words) == 2 else "")
+            try:  # the message does not quote the words, which may be another token
+                expiry = datetime.fromisoformat(words[1] if len(words) == 2 else "")
             except ValueError:
                 raise ConfigError(
-                    f"{where}: behind the token comes nothing, or when it expires (2027-01-31T00:00:00Z)"
+                    f"{where}: only an expiry time, such as 2027-01-31T00:00:00Z, may follow the token; "
+                    "correct or delete the rest of the line"
                 ) from None
-            expires = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+            expires = expiry.replace(tzinfo=expiry.tzinfo or UTC).timestamp()
         tokens.append(Token(hashlib.sha256(words[0].encode()).digest(), role, expires))
     if not tokens:
-        raise ConfigError(f"{name}: {path} holds no token")
+        raise ConfigError(f"{name}: {path} contains no token; write one per line, or leave the setting out")
     return tokens
 
 
 def server_credentials(config: ServeConfig) -> grpc.ServerCredentials | None:
-    """TLS as configured; None for plaintext. Raises ConfigError for files that do not do."""
+    """The configured TLS credentials; None for plaintext. Raises ConfigError for invalid files."""
     if config.tls_certificate is None or config.tls_key is None:
         return None
     certificate = _read("serve.tls_certificate", config.tls_certificate)
     key = _read("serve.tls_key", config.tls_key)
     authority = None
-    # OpenSSL says what is wrong with a file; gRPC would only fail to listen.
+    # Load the files with OpenSSL first, which says what is wrong with one; gRPC would only fail to listen.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(config.tls_certificate, config.tls_key, password="")
     except (ssl.SSLError, ValueError, OSError) as error:
         raise ConfigError(
             f"serve.tls_certificate, serve.tls_key: {config.tls_certificate} and {config.tls_key} must be a "
-            f"certificate chain and its private key, PEM, not encrypted ({error})"
+            f"certificate chain and its private key, in PEM format and not encrypted ({error})"
         ) from None
     if config.tls_client_ca is not None:
         authority = _read("serve.tls_client_ca", config.tls_client_ca)
@@ -193,7 +199,8 @@ def server_credentials(config: ServeConfig) -> grpc.ServerCredentials | None:
             context.load_verify_locations(config.tls_client_ca)
         except (ssl.SSLError, OSError) as error:
             raise ConfigError(
-                f"serve.tls_client_ca: {config.tls_client_ca} must hold certificates, PEM ({error})"
+                f"serve.tls_client_ca: {config.tls_client_ca} must contain certificates in PEM format "
+                f"({error})"
             ) from None
     return grpc.ssl_server_credentials([(key, certificate)], authority, authority is not None)
 

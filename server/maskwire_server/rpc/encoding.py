@@ -18,9 +18,9 @@ from maskwire_server.results import (
     ModelInfo,
     RestoreAnswer,
     SessionAnswer,
-    Status,
     StepAnswer,
 )
+from maskwire_server.run_status import RunStatus
 
 
 def losses(value: Losses) -> pb.Losses:
@@ -160,7 +160,7 @@ def restore(value: RestoreAnswer) -> pb.RestoreCheckpointResponse:
     return pb.RestoreCheckpointResponse(lineage=value.lineage, step=value.step, digest=value.digest)
 
 
-def status(value: Status, bounds: Limits, started: float) -> pb.GetStatusResponse:
+def status(value: RunStatus, bounds: Limits, started: float) -> pb.GetStatusResponse:
     """Is it stuck or working? `started` is the process's monotonic start."""
     answer = pb.GetStatusResponse(
         state=pb.RunState.Name(value.state),

@@ -1,4 +1,4 @@
-"""Generate on the wire: a request checked, and states as answers.
+"""Generate: decode and check the request, encode the answers.
 
 Letters: b rows, n columns.
 """
@@ -21,23 +21,32 @@ _DTYPES = {1: pb.DATA_TYPE_UINT8, 2: pb.DATA_TYPE_UINT16, 4: pb.DATA_TYPE_INT32}
 
 
 def read_generate(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) -> GenerateRequest:
-    """A Generate request, checked."""
+    """Decode and check a Generate request. Raises Refused."""
     order = _order(request, info)
-    prompts = _prompts(request, info, limits) if request.HasField("prompts") else _rows(request, info, limits)
+    prompts = (
+        _read_prompts(request, info, limits)
+        if request.HasField("prompts")
+        else _empty_prompts(request, info, limits)
+    )
     rows = prompts.ids.shape[0]
     if request.row_seeds and len(request.row_seeds) != rows:
         raise invalid_field(
-            "row_seeds", f"row_seeds must be one a row, {rows}, or none, got {len(request.row_seeds)}"
+            "row_seeds",
+            f"row_seeds must have one seed per row, {rows}, or none, got {len(request.row_seeds)}",
         )
     if not request.row_seeds and request.seed > 2**63 - rows:
-        raise invalid_field("seed", f"seed must leave room for {rows} rows below 2^63, got {request.seed}")
+        raise invalid_field(
+            "seed",
+            f"seed must be at most 2^63 - {rows}, so that each of the {rows} rows has a seed below 2^63, got "
+            f"{request.seed}",
+        )
     options = GenerateOptions(
         row_seeds=tuple(request.row_seeds) or tuple(range(request.seed, request.seed + rows)),
         steps=_steps(request.steps, prompts, limits),
         order=order,
-        temperature=_at_least_0("temperature", request.temperature)
-        if request.HasField("temperature")
-        else 1.0,
+        temperature=(
+            _at_least_0("temperature", request.temperature) if request.HasField("temperature") else 1.0
+        ),
         top_k=_top_k(request.top_k),
         top_p=_top_p(request.top_p) if request.HasField("top_p") else 1.0,
         choice_temperature=(
@@ -63,7 +72,7 @@ def _check_work(prompts: Prompts, options: GenerateOptions, info: ModelInfo, lim
         f"{rows} x {columns} tokens with {passes} unmasking passes",
         work_limits.generation_tokens(unknown.tolist(), columns, options, info),
         limits,
-        "ask for fewer rows, shorter ones or fewer steps",
+        "request fewer rows, shorter ones or fewer steps",
     )
 
 
@@ -76,13 +85,15 @@ def _order(request: pb.GenerateRequest, info: ModelInfo) -> Order:
         raise invalid_field("order", f"order must be one of GenerationOrder, got {request.order}")
     if order is Order.CRITIC and not info.has_critic:
         raise invalid_field(
-            "order", "order critic needs a critic, this model has none: serve one with objective.critic"
+            "order",
+            "order critic needs a critic, and this model has none: choose another order, or serve a model "
+            "with objective.critic",
         )
     if request.remasking and order not in (Order.CONFIDENCE, Order.CRITIC):
         raise invalid_field(
             "remasking",
-            "remasking ranks what was revealed by its probability or by the critic: order must be "
-            f"confidence or critic with it, got {order.name.lower()}",
+            f"remasking requires order confidence or critic, got {order.name.lower()}: it ranks the revealed "
+            "positions by probability or by the critic",
         )
     return order
 
@@ -95,14 +106,15 @@ def _self_cond_mode(sent: int) -> SelfCondMode:
     return SelfCondMode(sent)
 
 
-def _rows(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) -> Prompts:
-    """Rows of which nothing is given."""
+def _empty_prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) -> Prompts:
+    """Rows in which no position is given."""
     if request.count < 1:
         raise invalid_field("count", f"count must be at least 1 without prompts, got {request.count}")
     if not 0 <= request.length <= info.max_seq_len:
         raise invalid_field(
             "length",
-            f"length must be 1 to {info.max_seq_len} (max_seq_len), or 0 for that, got {request.length}",
+            f"length must be 1 to {info.max_seq_len} (max_seq_len), or 0 for the maximum, got "
+            f"{request.length}",
         )
     length = request.length or info.max_seq_len
     if request.count * length > limits.max_batch_tokens:
@@ -116,13 +128,14 @@ def _rows(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) -> Promp
     return Prompts.nothing(request.count, length)
 
 
-def _prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) -> Prompts:
-    """Rows with gaps."""
+def _read_prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) -> Prompts:
+    """Rows in which some positions are given, and the others are sampled."""
     batch = request.prompts
     flat, rows, columns, lengths = token_batch.read_ids("prompts", batch, info, limits)
     if not 0 <= request.count <= rows:
         raise invalid_field(
-            "count", f"count must be 1 to {rows}, the prompts' rows, or 0 for all, got {request.count}"
+            "count",
+            f"count must be 1 to {rows}, the number of prompts, or 0 for all of them, got {request.count}",
         )
     shape = (rows, columns)
     inside = (
@@ -137,7 +150,7 @@ def _prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) -> Pr
     padding = np.zeros(flat.shape, dtype=bool)
     if lengths is None and info.pad_id is not None:
         padding = flat == info.pad_id
-    # Whatever id a gap holds is accepted: it is checked as a valid id and then generated.
+    # The ids at unknown positions are not used, so any value is valid there: check an ordinary id instead.
     datum = next(id_ for id_ in range(3) if id_ not in (info.mask_id, info.pad_id))
     token_batch.check_ids("prompts", np.where(given, flat, datum), columns, lengths, info)
     known = np.zeros(shape, dtype=bool)
@@ -147,37 +160,38 @@ def _prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) -> Pr
     known[inside] = given & ~padding
     ids[inside] = np.where(given & ~padding, flat, 0)
     count = request.count or rows
-    prompts = _first(Prompts(ids, valid, known, lengths), count)
+    prompts = _first_rows(Prompts(ids, valid, known, lengths), count)
     if request.length:
-        prompts = _widened(prompts, request.length, info, limits)
+        prompts = _pad_columns(prompts, request.length, info, limits)
     if not prompts.unknown.any():
         raise invalid_field(
-            "prompts", "prompts: every position is given or padding; leave at least one to sample"
+            "prompts",
+            "prompts must have at least one position to sample, got none: every position is given or padding",
         )
     return prompts
 
 
-def _first(prompts: Prompts, count: int) -> Prompts:
-    """Some rows, their columns trimmed to the longest."""
+def _first_rows(prompts: Prompts, count: int) -> Prompts:
+    """The first rows, with as many columns as the longest of them."""
     lengths = None if prompts.lengths is None else prompts.lengths[:count]
     columns = prompts.ids.shape[1] if lengths is None else int(lengths.max())
     part = (slice(count), slice(columns))
     return Prompts(prompts.ids[part], prompts.valid[part], prompts.known[part], lengths)
 
 
-def _widened(prompts: Prompts, width: int, info: ModelInfo, limits: Limits) -> Prompts:
-    """The same rows, padded to a width."""
+def _pad_columns(prompts: Prompts, width: int, info: ModelInfo, limits: Limits) -> Prompts:
+    """The same rows, padded to `width` columns."""
     rows, columns = prompts.ids.shape
     if not columns <= width <= info.max_seq_len:
         raise invalid_field(
             "length",
-            f"length must be {columns}, the prompts' columns, to {info.max_seq_len} (max_seq_len), or 0 for "
-            f"the columns, got {width}",
+            f"length must be {columns} (the length of the prompts) to {info.max_seq_len} (max_seq_len), or 0 "
+            f"for the length of the prompts, got {width}",
         )
     if rows * width > limits.max_batch_tokens:
         raise invalid_field(
             "length",
-            f"length times the prompts' rows must be at most {limits.max_batch_tokens} "
+            f"length times the number of prompts must be at most {limits.max_batch_tokens} "
             f"(serve.max_batch_tokens), got {width} x {rows}",
             tokens=rows * width,
             max_batch_tokens=limits.max_batch_tokens,
@@ -192,21 +206,21 @@ def _widened(prompts: Prompts, width: int, info: ModelInfo, limits: Limits) -> P
 
 
 def _steps(sent: int, prompts: Prompts, limits: Limits) -> int:
-    most = limits.max_generation_steps
-    if not 0 <= sent <= most:
+    max_steps = limits.max_generation_steps
+    if not 0 <= sent <= max_steps:
         raise invalid_field(
             "steps",
-            f"steps must be 1 to {most} (serve.max_generation_steps), or 0 for one position a step, "
+            f"steps must be 1 to {max_steps} (serve.max_generation_steps), or 0 for one position per step, "
             f"got {sent}",
         )
     longest = int(prompts.unknown.sum(-1).max())
-    if not sent and longest > most:
+    if not sent and longest > max_steps:
         raise invalid_field(
             "steps",
-            f"steps must be 1 to {most} (serve.max_generation_steps): one position a step would take "
-            f"{longest}; give steps, which samples several positions at once, or ask for shorter rows",
+            f"steps must be 1 to {max_steps} (serve.max_generation_steps): one position per step would take "
+            f"{longest}; set steps, which samples several positions per step, or request shorter rows",
             unknown=longest,
-            max_generation_steps=most,
+            max_generation_steps=max_steps,
         )
     return sent
 
@@ -219,7 +233,7 @@ def _at_least_0(field: str, value: float) -> float:
 
 def _top_k(value: int) -> int:
     if value < 0:
-        raise invalid_field("top_k", f"top_k must be at least 1, or 0 for all ids, got {value}")
+        raise invalid_field("top_k", f"top_k must be at least 1, or 0 for no limit, got {value}")
     return value
 
 
@@ -230,7 +244,7 @@ def _top_p(value: float) -> float:
 
 
 def answer(value: GenerateAnswer, lengths: npt.NDArray[np.int32] | None) -> pb.GenerateResponse:
-    """Rows after a pass; `lengths` as in the request."""
+    """Encode the rows after a pass; `lengths` as in the request."""
     state = value.state
     ids, columns = state.ids, state.ids.shape[1]
     if lengths is not None:

@@ -1,4 +1,4 @@
-"""ListSteps: from the proto's request to the engine's, and back."""
+"""ListSteps: decode the request, encode a page of recorded steps."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from maskwire_server.errors import invalid_field
 from maskwire_server.history import StepsPage, StepsRequest
 from maskwire_server.rpc import encoding
 
-MOST_LISTS = 2  # at once: the run's thread reads them
-_DEFAULT_PAGE, _LARGEST_PAGE = 100, 250
+_DEFAULT_PAGE_SIZE, _MAX_PAGE_SIZE = 100, 250
 
 
 def read_list(request: pb.ListStepsRequest) -> StepsRequest:
-    """A ListSteps request, checked."""
+    """Decode and check a ListSteps request. Raises Refused."""
     for field in ("lineage", "first_step", "last_step", "page_size"):
         if getattr(request, field) < 0:
             raise invalid_field(field, f"{field} must be at least 0, got {getattr(request, field)}")
     if request.last_step and request.last_step < request.first_step:
         raise invalid_field(
             "last_step",
-            f"last_step must be at least first_step, {request.first_step}, or 0 for the last; got "
+            f"last_step must be at least first_step, {request.first_step}, or 0 for no limit, got "
             f"{request.last_step}",
         )
     lineage, first = request.lineage, request.first_step
     if request.page_token:
         lineage, first = _read_token(request)
     return StepsRequest(
-        size=min(request.page_size or _DEFAULT_PAGE, _LARGEST_PAGE),
+        size=min(request.page_size or _DEFAULT_PAGE_SIZE, _MAX_PAGE_SIZE),
         first_step=first,
         last_step=request.last_step or None,
         lineage=lineage or None,
@@ -37,7 +36,7 @@ def read_list(request: pb.ListStepsRequest) -> StepsRequest:
 
 
 def answer(page: StepsPage) -> pb.ListStepsResponse:
-    """One page."""
+    """Encode a page."""
     return pb.ListStepsResponse(
         steps=[
             pb.RecordedStep(
@@ -59,7 +58,7 @@ def answer(page: StepsPage) -> pb.ListStepsResponse:
 
 
 def _token(lineage: int, step: int) -> str:
-    """The lineage is in it: the newest one may be another when the next page is asked for."""
+    """The token of the page from `step` on; with the lineage, because a restore may start a new one."""
     return base64.urlsafe_b64encode(f"{lineage} {step}".encode()).decode()
 
 
@@ -67,13 +66,16 @@ def _read_token(request: pb.ListStepsRequest) -> tuple[int, int]:
     try:
         text = base64.b64decode(request.page_token, altchars=b"-_", validate=True).decode("ascii")
         lineage, step = (int(number) for number in text.split(" "))
-        whole = _token(lineage, step) == request.page_token and lineage > 0
-        asked = request.lineage in (0, lineage) and request.first_step <= step <= (request.last_step or step)
+        valid = _token(lineage, step) == request.page_token and lineage > 0
+        matches = request.lineage in (0, lineage) and request.first_step <= step <= (
+            request.last_step or step
+        )
     except ValueError:
-        whole = asked = False
-    if not (whole and asked):
+        valid = matches = False
+    if not (valid and matches):
         raise invalid_field(
             "page_token",
-            f"page_token {request.page_token!r} is not of this list; ask for the first page without one",
+            "page_token must come from an earlier page of the same list, got "
+            f"{request.page_token!r}; request the first page, without a token",
         )
     return lineage, step

@@ -1,18 +1,38 @@
-"""A refusal on the wire: google.rpc.Status with its details."""
+"""Errors on the wire: google.rpc.Status with its details."""
 
 from __future__ import annotations
 
+import logging
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import grpc
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from maskwire_server.errors import Refused
+from maskwire_server.errors import Refused, shortage
+
+log = logging.getLogger(__name__)
 
 DOMAIN = "maskwire"
-_LONGEST = 1000
-"""Characters of a message or value: what a client sent and reads back must fit into an HTTP/2 header."""
+_MAX_CHARACTERS = 1000
+"""Of a message or value, which may quote what a client sent: the status must fit into an HTTP/2 header."""
+
+
+@contextmanager
+def abort_on_error(context: grpc.ServicerContext) -> Iterator[None]:
+    """End the call with a status when the body raises an error, whichever it is."""
+    try:
+        yield
+    except Refused as refusal:
+        abort(context, refusal)
+    except CancelledError:
+        abort(context, _cancelled(context))
+    except Exception as error:
+        abort(context, shortage(error) or _internal())
 
 
 def abort(context: grpc.ServicerContext, refusal: Refused) -> NoReturn:
@@ -24,14 +44,14 @@ def abort(context: grpc.ServicerContext, refusal: Refused) -> NoReturn:
 def to_status(refusal: Refused) -> Any:
     """A refusal as google.rpc.Status: ErrorInfo always, BadRequest and RetryInfo where they apply."""
     kind = refusal.kind
-    status = status_pb2.Status(code=code_pb2.Code.Value(kind.status), message=_short(refusal.message))
-    metadata = {name: _short(value) for name, value in refusal.metadata.items()}
+    status = status_pb2.Status(code=code_pb2.Code.Value(kind.status), message=_shorten(refusal.message))
+    metadata = {name: _shorten(value) for name, value in refusal.metadata.items()}
     info = error_details_pb2.ErrorInfo(reason=refusal.reason, domain=DOMAIN, metadata=metadata)
     status.details.add().Pack(info)
     if refusal.fields:
         bad = error_details_pb2.BadRequest()
         for field, description in refusal.fields.items():
-            bad.field_violations.add(field=field, description=_short(description))
+            bad.field_violations.add(field=field, description=_shorten(description))
         status.details.add().Pack(bad)
     if kind.retry_after_seconds is not None:
         retry = error_details_pb2.RetryInfo()
@@ -40,5 +60,26 @@ def to_status(refusal: Refused) -> Any:
     return status
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MAX_CHARACTERS else text[: _MAX_CHARACTERS - 1] + "…"
+
+
+def _cancelled(context: grpc.ServicerContext) -> Refused:
+    """The refusal of a call that was cancelled, by its deadline or its client."""
+    seconds_left = context.time_remaining()
+    if seconds_left is not None and seconds_left <= 0:
+        return Refused(
+            "DEADLINE_EXCEEDED",
+            "the call's deadline passed before the answer; whether a step was applied is unknown: retry with "
+            "the same request id",
+        )
+    return Refused("CANCELLED", "the client cancelled the call or disconnected")
+
+
+def _internal() -> Refused:
+    """Log the error that is being handled, and refer to the log: its text may hold anything."""
+    error_id = uuid.uuid4().hex[:12]
+    log.exception("unexpected error %s", error_id)
+    return Refused(
+        "INTERNAL", f"unexpected error; the server's log explains error {error_id}", error_id=error_id
+    )

@@ -1,8 +1,8 @@
-"""How many positions one evaluation or generation pushes through the model, and the bound on them.
+"""The work of an evaluation or generation, in positions sent through the model, and the limit on it.
 
-The device does one thing after another, so that a read that takes an hour holds training up for an hour.
-Work is counted before the device hears of a request, by a formula that clients know too (Limits in the
-proto): the sum over rows of passes times columns, times the model's passes for one.
+The device executes one request at a time: while an evaluation runs for an hour, no step is trained. The
+work is therefore computed before a request is queued, with a formula that clients know too (Limits in the
+proto): the sum over rows of passes times columns, times the forward passes of the networks in one pass.
 """
 
 from __future__ import annotations
@@ -10,34 +10,34 @@ from __future__ import annotations
 from maskwire_server.errors import invalid_field
 from maskwire_server.results import GenerateOptions, Limits, ModelInfo, Order, SelfCondMode
 
-LEAST_COLUMNS = 64
-"""A pass over a row counts at least so many: it has costs, in time and memory, however short the row is."""
+MIN_COLUMNS = 64
+"""A pass over a shorter row counts as this many columns, because each pass has a fixed cost."""
 
 
 def evaluation_tokens(
     rows: int, columns: int, draws: int, info: ModelInfo, *, chain_rule: bool, only_train_generator: bool
 ) -> int:
-    """The positions of an evaluation."""
+    """The positions that an evaluation sends through the model."""
     passes = rows * draws * (columns if chain_rule else 1)
     critic = info.has_critic and not (chain_rule or only_train_generator)
-    return passes * max(columns, LEAST_COLUMNS) * (1 + info.self_cond + critic)
+    return passes * max(columns, MIN_COLUMNS) * (1 + info.self_cond + critic)
 
 
 def generation_tokens(unknown: list[int], columns: int, options: GenerateOptions, info: ModelInfo) -> int:
-    """The positions of a generation of rows with so many unknown positions."""
+    """The positions that a generation sends through the model; `unknown` has each row's unknown positions."""
     passes = sum(min(options.steps or count, count) for count in unknown)
     first_pass = info.self_cond and options.self_cond_mode is SelfCondMode.TWO_PASS
-    return passes * max(columns, LEAST_COLUMNS) * (1 + first_pass + (options.order is Order.CRITIC))
+    return passes * max(columns, MIN_COLUMNS) * (1 + first_pass + (options.order is Order.CRITIC))
 
 
-def check(field: str, what: str, tokens: int, limits: Limits, cure: str) -> None:
-    """Raise Refused for more positions than one call may have; `what` says in words what takes them."""
+def check(field: str, what: str, tokens: int, limits: Limits, remedy: str) -> None:
+    """Raise Refused if `tokens` positions exceed the limit. `what` describes the work that they come from."""
     if tokens <= limits.max_read_tokens:
         return
     raise invalid_field(
         field,
-        f"{field}: {what} push {tokens} positions through the model, at most {limits.max_read_tokens} "
-        f"(serve.max_read_tokens) in one call: {cure}, or raise the setting",
+        f"{field}: one call may send at most {limits.max_read_tokens} positions through the model "
+        f"(serve.max_read_tokens), got {tokens} for {what}; {remedy}, or raise the setting",
         positions=tokens,
         max_read_tokens=limits.max_read_tokens,
     )

@@ -14,6 +14,7 @@ from maskwire_server import failpoints
 from maskwire_server.checkpoints import store
 from maskwire_server.engine.engine import Engine
 from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.schema import facts_hash
 from maskwire_server.manifest import Manifest
 from maskwire_server.requests import RestoreRequest, SaveRequest
 
@@ -115,6 +116,8 @@ def damage_a_name(journal: Journal) -> None:
 
 def back_to_format_2(journal: Journal) -> None:
     journal._db.execute("DROP TABLE checkpoints")
+    journal._db.execute("DELETE FROM run WHERE key IN ('digest_version', 'num_tokens')")
+    journal._db.execute("UPDATE run SET value = ? WHERE key = 'hash'", (facts_hash(journal._db),))
     journal._db.execute("UPDATE run SET value = 2 WHERE key = 'format'")
 
 

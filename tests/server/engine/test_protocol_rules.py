@@ -13,7 +13,7 @@ import pytest
 from counter import NAN_ID
 from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, wait_for
 
-from maskwire.v1.digest import step_digest
+from maskwire.v1.digest import DigestVersion, step_digest
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Takeover
 from maskwire_server.errors import Refused
@@ -226,5 +226,6 @@ def test_the_digest_follows_the_outcome(rig: Rig) -> None:
     before = engine.status().digest
     request = bare(1, first=NAN_ID)
     answer = engine.train_step(request).result(WAIT)
-    assert answer.digest == step_digest(before, 1, 1, request.payload.hash(), int(answer.result.outcome))
+    payload_hash = request.payload.hash(DigestVersion(2, 257))
+    assert answer.digest == step_digest(before, 1, 1, payload_hash, int(answer.result.outcome))
     assert np.isnan(answer.result.losses.loss)

@@ -200,29 +200,30 @@ def test_a_journal_of_the_first_format_becomes_one_of_today(open_journal: Open, 
         journal._db.execute(statement)
     journal.close()
     again = Journal(tmp_path / "run")
-    assert again.fact("format") == 4
+    assert again.fact("format") == 3
     assert (again.lineages(), again.last_session()) == (lineages, session)
     assert again.last_event("kind") == (1, {"a": 1})
     again.close()
 
 
-def as_format_3(journal: Journal) -> None:
+def as_format_2(journal: Journal) -> None:
     """A journal as version 0.1 left it."""
-    journal._db.execute("UPDATE run SET value = 3 WHERE key = 'format'")
+    journal._db.execute("DROP TABLE checkpoints")
+    journal._db.execute("UPDATE run SET value = 2 WHERE key = 'format'")
     journal.close()
 
 
 @pytest.mark.parametrize("steps", [0, 1])
-def test_a_run_of_format_3_keeps_version_1_of_the_digest_if_it_has_steps(
+def test_a_run_of_format_2_keeps_version_1_of_the_digest_if_it_has_steps(
     open_journal: Open, tmp_path: Path, steps: int
 ) -> None:
     journal = open_journal()
     for step in range(1, steps + 1):
         journal.transaction(partial(journal.add_step, record(step), b"payload"))
-    as_format_3(journal)
+    as_format_2(journal)
     for _ in range(2):
         again = Journal(tmp_path / "run")
-        assert again.fact("format") == 4
+        assert again.fact("format") == 3
         assert again.digest_version() == (DigestVersion(1) if steps else None)
         again.close()
 
@@ -233,7 +234,7 @@ def test_a_migration_does_not_hide_that_the_facts_of_the_run_were_damaged(
     journal = open_journal()
     journal.transaction(partial(journal.add_step, record(1), b"payload"))
     journal._db.execute("UPDATE run SET value = 2 WHERE key = 'seed'")
-    as_format_3(journal)
+    as_format_2(journal)
     for _ in range(2):
         with pytest.raises(RunDirectoryError, match="what the run is does not match its hash"):
             Journal(tmp_path / "run")

@@ -370,6 +370,7 @@ def test_a_superseded_nonce_never_opens_a_session(rig: Rig) -> None:
     engine = rig.start()
     rig.trainer.gate.clear()
     engine.train_step(bare(0))
+    assert rig.trainer.entered.acquire(timeout=WAIT)
     first = engine.open_session(SessionRequest("a", "first"))
     second = engine.open_session(SessionRequest("a", "second"))
     rig.trainer.gate.set()
@@ -383,6 +384,7 @@ def test_openings_at_once_get_an_epoch_each_and_the_same_nonce_the_same(rig: Rig
     engine = rig.start()
     rig.trainer.gate.clear()
     engine.train_step(bare(0))
+    assert rig.trainer.entered.acquire(timeout=WAIT)
     futures = [
         engine.open_session(SessionRequest(name, nonce, takeover=True))
         for name, nonce in (("a", "1"), ("a", "1"), ("b", "2"), ("c", "3"), ("c", "3"), ("a", "1"))

@@ -26,7 +26,7 @@ import maskwire_server
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.engine.engine import Engine
-from maskwire_server.errors import RunDirectoryError
+from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal.journal import Journal
 from maskwire_server.recovery import recorded_config, verify
 from maskwire_server.recovery.point_in_time import rewind
@@ -80,6 +80,9 @@ def test_a_counter_run_is_replayed_to_the_same_bytes(tmp_path: Path, engines: li
     assert engine.status().step == last_step("counter")
     assert [step for _, step in made[0].trained] == [6, 7, 8, 9, 10, 11, 12]
     assert engine.status().inexact_replays == ()
+    assert engine.status().digest_version == 1, "it had steps"
+    with pytest.raises(Refused, match="the run's digest needs version 1, this client computes 2"):
+        open_session(engine, "a client of the future", "nonce", takeover=True, digest_versions=(2,))
     before = engine.status().digest
     train(engine, 13, first_id=20)
     engine.close()

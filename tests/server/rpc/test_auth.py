@@ -1,4 +1,4 @@
-"""What the door's files may hold."""
+"""Token files and certificates, and the role that each method requires."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError, Refused
 from maskwire_server.rpc import auth
-from maskwire_server.rpc.auth import Gate, Role
+from maskwire_server.rpc.auth import Role, TokenInterceptor
 
 GOOD = "0123456789abcdef-good"
+OTHER = "fedcba9876543210-other"
 
 
 def config(**files: Path) -> ServeConfig:
@@ -27,86 +28,88 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_without_token_files_there_is_no_gate() -> None:
-    assert auth.gate(ServeConfig()) is None
+def test_without_token_files_no_token_is_required() -> None:
+    assert auth.token_interceptor(ServeConfig()) is None
 
 
-def test_a_file_holds_tokens_comments_and_dates(tmp_path: Path) -> None:
+def test_a_token_file_contains_tokens_expiry_times_and_comments(tmp_path: Path) -> None:
     text = f"# first\n{GOOD}   # of the trainer\n\nanother-0123456789 2031-01-01T00:00:00+01:00\n"
-    gate = auth.gate(config(token_train_file=write(tmp_path / "t", text)))
-    assert gate is not None
-    first, second = gate._tokens
+    interceptor = auth.token_interceptor(config(token_train_file=write(tmp_path / "t", text)))
+    assert interceptor is not None
+    first, second = interceptor._tokens
     assert (first.role, first.expires) == (Role.TRAIN, None)
     assert second.expires == 1924988400.0  # 2030-12-31T23:00:00Z
 
 
-def test_a_token_expires_at_its_moment(tmp_path: Path) -> None:
+def test_a_token_is_rejected_from_its_expiry_time_on(tmp_path: Path) -> None:
     path = write(tmp_path / "t", f"{GOOD} 2031-01-01T00:00:00Z\n")
     tokens = auth._read_tokens("serve.token_read_file", path, Role.READ)
     now = 1924991999.0  # a second before
-    gate = Gate(tokens, Role.ADMIN, clock=lambda: now)
+    interceptor = TokenInterceptor(tokens, Role.ADMIN, clock=lambda: now)
     details: Any = SimpleNamespace(
         method="/maskwire.v1.TrainingService/GetStatus",
         invocation_metadata=[("authorization", f"bearer {GOOD}")],
     )
-    assert gate.intercept_service(lambda _: None, details) is None, "let through"
+    assert interceptor.intercept_service(lambda _: None, details) is None, "let through"
     now += 1
     with pytest.raises(Refused, match="expired"):
-        gate._check(details.method, details.invocation_metadata)
+        interceptor._check(details.method, details.invocation_metadata)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "holds no token"),
-        ("# nothing\n", "holds no token"),
-        ("short\n", "line 1: a token must have at least 16 ASCII characters, it has 5"),
-        (f"\n{GOOD} tomorrow\n", "line 2: behind the token comes nothing, or when it expires"),
-        (f"{GOOD}\n{GOOD}\n", "is in another place too"),
+        ("", "contains no token"),
+        ("# nothing\n", "contains no token"),
+        ("short\n", "line 1: a token must have at least 16 characters, all of them ASCII, got 5 characters"),
+        (f"\n{GOOD} tomorrow\n", "line 2: only an expiry time, such as 2027-01-31T00:00:00Z, may follow"),
+        (f"{GOOD} {OTHER}\n", "line 1: only an expiry time"),
+        (f"{GOOD}\n{GOOD}\n", "is listed twice"),
     ],
 )
-def test_files_that_do_not_do_are_named_without_their_tokens(tmp_path: Path, text: str, words: str) -> None:
+def test_an_invalid_token_file_is_named_and_none_of_its_tokens(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as raised:
-        auth.gate(config(token_read_file=write(tmp_path / "tokens", text)))
+        auth.token_interceptor(config(token_read_file=write(tmp_path / "tokens", text)))
     assert "serve.token_read_file" in str(raised.value)
     assert GOOD not in str(raised.value)
+    assert OTHER not in str(raised.value)
     assert "short" not in str(raised.value)
 
 
-def test_one_token_has_one_role_and_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_token_in_two_files_and_a_missing_file_are_rejected(tmp_path: Path) -> None:
     path = write(tmp_path / "t", GOOD)
-    with pytest.raises(ConfigError, match="each has one role"):
-        auth.gate(config(token_read_file=path, token_admin_file=path))
+    with pytest.raises(ConfigError, match="is listed twice, in this or another file"):
+        auth.token_interceptor(config(token_read_file=path, token_admin_file=path))
     with pytest.raises(ConfigError, match="cannot be read"):
-        auth.gate(config(token_read_file=tmp_path / "none"))
+        auth.token_interceptor(config(token_read_file=tmp_path / "none"))
 
 
-def test_downloads_have_a_role_of_their_own(tmp_path: Path) -> None:
+def test_the_role_for_downloads_is_configurable(tmp_path: Path) -> None:
     path = write(tmp_path / "t", GOOD)
     settings = ServeConfig(token_read_file=path, download_role="read")
-    gate = auth.gate(settings)
-    assert gate is not None
+    interceptor = auth.token_interceptor(settings)
+    assert interceptor is not None
     sent = [("authorization", f"Bearer {GOOD}")]
-    gate._check("/maskwire.v1.TrainingService/DownloadCheckpoint", sent)
-    with pytest.raises(Refused, match="takes a token of role admin"):
-        gate._check("/maskwire.v1.TrainingService/RestoreCheckpoint", sent)
+    interceptor._check("/maskwire.v1.TrainingService/DownloadCheckpoint", sent)
+    with pytest.raises(Refused, match="requires a token of role admin, this one has role read"):
+        interceptor._check("/maskwire.v1.TrainingService/RestoreCheckpoint", sent)
 
 
-def test_the_page_gives_every_rpc_the_role_that_it_takes() -> None:
+def test_the_deployment_page_lists_the_required_role_of_every_method() -> None:
     page = (Path(__file__).resolve().parents[3] / "docs" / "deployment.md").read_text()
     table = re.findall(r"^\| (read|train|admin) \| [^|]+ \| ([^|]+) \|$", page, re.MULTILINE)
     documented = [(rpc, role) for role, rpcs in table for rpc in rpcs.strip().split(", ")]
     rpcs = [method.name for method in pb.DESCRIPTOR.services_by_name["TrainingService"].methods]
     assert sorted(rpc for rpc, _ in documented) == sorted(rpcs), "each in one place"
-    assert set(auth.NEEDS) == set(rpcs), "an RPC without a role takes admin"
-    assert {rpc: auth.NEEDS[rpc].name.lower() for rpc in rpcs} == dict(documented)
+    assert set(auth.REQUIRED_ROLES) == set(rpcs), "a method that is not listed would require the role admin"
+    assert {rpc: auth.REQUIRED_ROLES[rpc].name.lower() for rpc in rpcs} == dict(documented)
     assert (
         "`serve.download_role`" in dict(re.findall(r"^\| (\w+) \| ([^|]+) \|", page, re.MULTILINE))["admin"]
     )
     assert ServeConfig().download_role == dict(documented)["DownloadCheckpoint"]
 
 
-def test_certificates_that_do_not_do_are_named(tmp_path: Path) -> None:
+def test_invalid_certificates_are_named(tmp_path: Path) -> None:
     import trustme
 
     authority = trustme.CA()

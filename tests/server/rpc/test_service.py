@@ -1,10 +1,11 @@
-"""The service's own part of a step, around an engine that notes what it is told."""
+"""The service with an engine that records its calls: cancelled calls, unexpected errors, limits."""
 
 from __future__ import annotations
 
 import errno
 import os
-from concurrent.futures import CancelledError, Future
+import threading
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -13,11 +14,11 @@ from google.rpc import error_details_pb2, status_pb2
 
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.results import Limits
-from maskwire_server.rpc.service import TrainingService
+from maskwire_server.rpc.service import MAX_LISTS, TrainingService
 
 
-class Noting:
-    """An engine that takes every step and answers none."""
+class RecordingEngine:
+    """An engine that admits every step and answers none."""
 
     limits = Limits(1024, 2**20, 8, 16, 16)
 
@@ -25,6 +26,8 @@ class Noting:
         self._info = info
         self.future: Future[Any] = Future()
         self.refused: list[int | None] = []
+        self.listing = threading.Semaphore(0)
+        """Released for each list of steps that is requested."""
 
     @property
     def info(self) -> Any:
@@ -35,28 +38,32 @@ class Noting:
     def train_step(self, request: Any) -> Future[Any]:
         return self.future
 
+    def list_steps(self, request: Any) -> Future[Any]:
+        self.listing.release()
+        return self.future
+
     def step_refused(self, session: Any, step: int | None) -> None:
         self.refused.append(step)
 
 
 class Context:
-    """A call whose client has gone, or is told its end."""
+    """A call, ended already or not, that raises the status that it is aborted with."""
 
-    def __init__(self, *, gone: bool, left: float | None = None) -> None:
-        self._gone, self._left = gone, left
+    def __init__(self, *, ended: bool, seconds_left: float | None = None) -> None:
+        self._ended, self._seconds_left = ended, seconds_left
 
     def add_callback(self, callback: Any) -> bool:
-        return not self._gone
+        return not self._ended
 
     def time_remaining(self) -> float | None:
-        return self._left
+        return self._seconds_left
 
     def abort_with_status(self, status: Any) -> None:
         raise grpc.RpcError(status.details)
 
 
-class Said(Context):
-    """Keeps the reason that the call ended with."""
+class RecordingContext(Context):
+    """Records the reason that the call is aborted with."""
 
     reason = ""
 
@@ -75,42 +82,63 @@ REQUEST = pb.TrainStepRequest(
 )
 
 
-def test_the_engine_is_told_of_a_step_that_fails_before_it_comes_whatever_the_reason() -> None:
-    engine = Noting(RuntimeError("nobody thought of it"))
+def test_the_engine_is_told_of_a_step_that_the_service_refuses_for_any_error() -> None:
+    engine = RecordingEngine(RuntimeError("unforeseen"))
     with pytest.raises(grpc.RpcError, match="unexpected"):
-        TrainingService(engine).TrainStep(REQUEST, Context(gone=False))  # type: ignore[arg-type]
+        TrainingService(engine).TrainStep(REQUEST, Context(ended=False))  # type: ignore[arg-type]
     assert engine.refused == [4]
 
 
-def test_a_step_whose_client_has_gone_already_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Noting(object())
+def test_a_step_whose_call_has_already_ended_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = RecordingEngine(object())
     monkeypatch.setattr("maskwire_server.rpc.decoding.read_step", lambda *_: object())
     with pytest.raises(grpc.RpcError):
-        TrainingService(engine).TrainStep(REQUEST, Context(gone=True))  # type: ignore[arg-type]
+        TrainingService(engine).TrainStep(REQUEST, Context(ended=True))  # type: ignore[arg-type]
     assert engine.future.cancelled()
     with pytest.raises(CancelledError):
         engine.future.result()
 
 
 @pytest.mark.parametrize(
-    ("left", "reason"), [(0.0, "DEADLINE_EXCEEDED"), (12.0, "CANCELLED"), (None, "CANCELLED")]
+    ("seconds_left", "reason"), [(0.0, "DEADLINE_EXCEEDED"), (12.0, "CANCELLED"), (None, "CANCELLED")]
 )
-def test_a_call_that_its_client_gave_up_is_not_said_to_meet_a_recovery(
-    left: float | None, reason: str, monkeypatch: pytest.MonkeyPatch
+def test_a_cancelled_call_ends_with_deadline_exceeded_or_cancelled(
+    seconds_left: float | None, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Noting(object())
+    engine = RecordingEngine(object())
     engine.future.cancel()
     monkeypatch.setattr("maskwire_server.rpc.decoding.read_step", lambda *_: object())
-    for gone in (True, False):
-        said = Said(gone=gone, left=left)
+    for ended in (True, False):
+        aborted = RecordingContext(ended=ended, seconds_left=seconds_left)
         with pytest.raises(grpc.RpcError):
-            TrainingService(engine).TrainStep(REQUEST, said)  # type: ignore[arg-type]
-        assert said.reason == reason
+            TrainingService(engine).TrainStep(REQUEST, aborted)  # type: ignore[arg-type]
+        assert aborted.reason == reason
 
 
-def test_a_want_of_open_files_refuses_the_call_that_met_it() -> None:
-    engine = Noting(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
-    said = Said(gone=False)
+def test_a_call_that_runs_out_of_open_files_is_refused_with_out_of_resources() -> None:
+    engine = RecordingEngine(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+    aborted = RecordingContext(ended=False)
     with pytest.raises(grpc.RpcError, match="Too many open files"):
-        TrainingService(engine).TrainStep(REQUEST, said)  # type: ignore[arg-type]
-    assert said.reason == "OUT_OF_RESOURCES"
+        TrainingService(engine).TrainStep(REQUEST, aborted)  # type: ignore[arg-type]
+    assert aborted.reason == "OUT_OF_RESOURCES"
+
+
+def test_a_list_of_steps_keeps_its_slot_until_it_is_answered_or_cancelled() -> None:
+    engine = RecordingEngine(object())
+    service = TrainingService(engine)  # type: ignore[arg-type]
+    with ThreadPoolExecutor(MAX_LISTS) as pool:
+        lists = [
+            pool.submit(service.ListSteps, pb.ListStepsRequest(), Context(ended=False))  # type: ignore[arg-type]
+            for _ in range(MAX_LISTS)
+        ]
+        for _ in lists:
+            engine.listing.acquire()
+        refused = RecordingContext(ended=False)
+        with pytest.raises(grpc.RpcError, match="2 lists of steps are in progress"):
+            service.ListSteps(pb.ListStepsRequest(), refused)  # type: ignore[arg-type]
+        assert refused.reason == "QUEUE_FULL"
+        engine.future.cancel()
+    after = RecordingContext(ended=False)
+    with pytest.raises(grpc.RpcError):
+        service.ListSteps(pb.ListStepsRequest(), after)  # type: ignore[arg-type]
+    assert after.reason == "CANCELLED", "admitted, and answered by the cancelled future"

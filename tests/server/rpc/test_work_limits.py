@@ -1,4 +1,4 @@
-"""How much one read may ask for: the count is what the model computes, and the bound holds before it does."""
+"""The work limit of evaluations and generations: it counts what the model computes, before it computes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def trainer() -> TorchTrainer:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The positions of each pass through the generator or the critic."""
+    """The number of positions in each pass through the generator or the critic."""
     seen: list[int] = []
 
     def counting(name: str) -> None:
@@ -56,7 +56,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("changes", [
     {}, {"only_train_generator": True}, {"chain_rule": True}, {"chain_rule": True, "random_order": True},
 ], ids=str)  # fmt: skip
-def test_the_count_of_an_evaluation_is_what_the_model_computes(
+def test_the_work_of_an_evaluation_is_the_positions_that_the_model_computes(
     trainer: TorchTrainer, computed: list[int], changes: dict[str, Any]
 ) -> None:
     ids = np.random.default_rng(0).integers(0, 16, (3, COLUMNS))
@@ -72,7 +72,7 @@ def test_the_count_of_an_evaluation_is_what_the_model_computes(
     {}, {"steps": 4}, {"self_cond_mode": SelfCondMode.CARRY, "steps": 5},
     {"order": Order.CONFIDENCE, "steps": 3},
 ], ids=str)  # fmt: skip
-def test_the_count_of_a_generation_is_what_the_model_computes(
+def test_the_work_of_a_generation_is_the_positions_that_the_model_computes(
     trainer: TorchTrainer, computed: list[int], changes: dict[str, Any]
 ) -> None:
     known = np.zeros((3, COLUMNS), dtype=bool)
@@ -85,45 +85,45 @@ def test_the_count_of_a_generation_is_what_the_model_computes(
     assert sum(computed) == work_limits.generation_tokens(unknown, COLUMNS, options, trainer.info)
 
 
-def test_the_critics_pass_counts_in_the_order_critic(trainer: TorchTrainer, computed: list[int]) -> None:
+def test_the_order_critic_adds_a_critic_pass_to_each_pass(trainer: TorchTrainer, computed: list[int]) -> None:
     options = GenerateOptions((0, 1), steps=4, order=Order.CRITIC)
     list(trainer.generate(Prompts.nothing(2, COLUMNS), options))
     counted = work_limits.generation_tokens([COLUMNS] * 2, COLUMNS, options, trainer.info)
-    assert sum(computed) == counted - 2 * COLUMNS, "the last pass asks nobody what stays masked"
+    assert sum(computed) == counted - 2 * COLUMNS, "the last pass needs no critic: nothing stays masked"
 
 
 TOO_MUCH: dict[str, tuple[str, Any, str]] = {
     "a chain rule of one column": (
         "batch.shape",
         pb.EvalLossRequest(batch=batch(2**20, 1), draws=1024, estimator=2, chain_order=2),
-        "1048576 x 1 tokens with 1024 draws by the chain rule push 68719476736 positions",
+        "got 68719476736 for 1048576 x 1 tokens with 1024 draws by the chain rule",
     ),
     "draws of one column": (
         "batch.shape",
         pb.EvalLossRequest(batch=batch(2**20, 1), draws=2),
-        "1048576 x 1 tokens with 2 draws push 134217728 positions",
+        "got 134217728 for 1048576 x 1 tokens with 2 draws",
     ),
     "rows, columns and draws that are each allowed": (
         "batch.shape",
         pb.EvalLossRequest(batch=batch(2**10, 2**10), draws=1024),
-        "1024 x 1024 tokens with 1024 draws push 1073741824 positions",
+        "got 1073741824 for 1024 x 1024 tokens with 1024 draws",
     ),
     "a chain rule over long rows": (
         "batch.shape",
         pb.EvalLossRequest(batch=batch(2, 8192), estimator=2),
-        "2 x 8192 tokens with 1 draws by the chain rule push 134217728 positions",
+        "got 134217728 for 2 x 8192 tokens with 1 draws by the chain rule",
     ),
     "a generation": (
         "count",
         pb.GenerateRequest(count=128, length=8192, steps=8192),
-        "128 x 8192 tokens with 8192 unmasking passes push 8589934592 positions",
+        "got 8589934592 for 128 x 8192 tokens with 8192 unmasking passes",
     ),
     "prompts": (
         "count",
         pb.GenerateRequest(
             prompts=pb.TokenBatch(data=b"\0\1" * 2**18, shape=[32, 8192], dtype=pb.DATA_TYPE_UINT16)
         ),
-        "32 x 8192 tokens with 8192 unmasking passes push 2147483648 positions",
+        "got 2147483648 for 32 x 8192 tokens with 8192 unmasking passes",
     ),
 }  # fmt: skip
 
@@ -134,25 +134,25 @@ def read(request: Any, info: ModelInfo) -> Any:
 
 
 @pytest.mark.parametrize("case", TOO_MUCH, ids=str)
-def test_more_work_than_one_call_may_take_is_refused_with_both_numbers(case: str) -> None:
+def test_a_call_over_the_work_limit_is_refused_with_its_work_and_the_limit(case: str) -> None:
     field, request, words = TOO_MUCH[case]
     with pytest.raises(Refused) as raised:
         read(request, PLAIN)
     assert raised.value.metadata["field"] == field
     assert raised.value.metadata["max_read_tokens"] == "67108864"
     assert words in raised.value.message
-    assert "at most 67108864 (serve.max_read_tokens) in one call: " in raised.value.message
+    assert "at most 67108864 positions through the model (serve.max_read_tokens)" in raised.value.message
     assert "fewer rows, shorter ones or fewer" in raised.value.message
 
 
 def test_a_pass_over_a_short_row_counts_64_columns() -> None:
     request = pb.GenerateRequest(count=2**20, length=1)
     read(request, PLAIN)
-    with pytest.raises(Refused, match="1048576 x 1 tokens with 1 unmasking passes push 134217728 positions"):
+    with pytest.raises(Refused, match="got 134217728 for 1048576 x 1 tokens with 1 unmasking passes"):
         read(request, BOTH)
 
 
-def test_the_default_permits_what_the_pages_show() -> None:
+def test_the_default_limit_permits_the_calls_in_the_documentation() -> None:
     for request in (
         pb.EvalLossRequest(batch=batch(2**10, 2**10)),  # the largest batch, with the default draws
         pb.EvalLossRequest(batch=batch(1, 4096), estimator=2),
@@ -163,7 +163,7 @@ def test_the_default_permits_what_the_pages_show() -> None:
     read(pb.EvalLossRequest(batch=batch(1, 8192), estimator=2), PLAIN)
 
 
-def test_the_default_draws_are_as_many_as_the_server_takes() -> None:
+def test_the_default_draws_are_lowered_to_the_servers_maximum() -> None:
     few = Limits(2**20, 2**26, 8, 4)
     assert decoding.read_eval(pb.EvalLossRequest(batch=batch(1, 4)), PLAIN, few).options.draws == 4
     assert decoding.read_eval(pb.EvalLossRequest(batch=batch(1, 4)), PLAIN, LIMITS).options.draws == 16
@@ -171,28 +171,28 @@ def test_the_default_draws_are_as_many_as_the_server_takes() -> None:
         decoding.read_eval(pb.EvalLossRequest(batch=batch(1, 4), draws=5), PLAIN, few)
 
 
-class Counted:
-    """A field of very many numbers, of which nobody makes a copy."""
+class HugeField:
+    """A repeated field with very many numbers, which must not be copied."""
 
     def __len__(self) -> int:
         return 10**7
 
 
 LISTS: dict[str, Callable[[], Any]] = {
-    "batch.shape": lambda: token_batch._shape("batch", Counted(), PLAIN, LIMITS),  # type: ignore[arg-type]
-    "batch.lengths": lambda: token_batch._lengths("batch", Counted(), 2, 3),  # type: ignore[arg-type]
+    "batch.shape": lambda: token_batch._shape("batch", HugeField(), PLAIN, LIMITS),  # type: ignore[arg-type]
+    "batch.lengths": lambda: token_batch._lengths("batch", HugeField(), 2, 3),  # type: ignore[arg-type]
     "row_ids": lambda: read(pb.EvalLossRequest(batch=batch(1, 4), row_ids=[1] * 10**7), PLAIN),
     "row_seeds": lambda: read(pb.GenerateRequest(count=2, length=4, row_seeds=[1] * 10**7), PLAIN),
 }
 
 
 @pytest.mark.parametrize("field", LISTS)
-def test_lists_are_counted_before_they_are_copied(field: str) -> None:
+def test_the_length_of_a_list_is_checked_before_it_is_copied(field: str) -> None:
     with pytest.raises(Refused, match=rf"{field} must .* got 10000000"):
         LISTS[field]()
 
 
-def test_what_a_client_sent_comes_back_shortened() -> None:
+def test_quoted_client_input_is_shortened_in_a_refusal() -> None:
     with pytest.raises(Refused) as raised:
         decoding.read_save(pb.CheckpointRequest(name="step-" + "1" * 10**6))
     for refused in (

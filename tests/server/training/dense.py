@@ -1,4 +1,4 @@
-"""The evaluation as slow, obvious code: one row, one mask and one order at a time, all of them.
+"""The evaluation as slow, simple code that enumerates rows, masks and orders one at a time.
 
 `Predict` is log-probabilities [n, v] of a row's input ids [n], whose masked positions hold the mask id.
 """

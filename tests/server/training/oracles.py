@@ -1,4 +1,4 @@
-"""Models that know their source: what the objective must find is then known too.
+"""Models that know the distribution of the data, so that the right value of the loss is known.
 
 `embed` turns the input into one-hot "embeddings" of the source's exact conditionals, which `project`
 passes through as log-probabilities.

@@ -1,4 +1,4 @@
-"""Generation the slow way: one row, plain Python, and distributions by enumeration (n <= 6)."""
+"""Generation as slow, simple code: one row at a time, and distributions by enumeration (n <= 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a container may use is read from control groups: made-up trees, and real groups where possible."""
+"""The limits of a container are read from control groups: synthetic trees, and real groups if possible."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ V1_PATHS = "4:cpuset:/\n3:memory:/a/b\n2:cpu,cpuacct:/a/b\n1:name=systemd:/a/b\n
 FS = "sys/fs/cgroup"
 
 
-def test_without_groups_the_machine_counts(tmp_path: Path) -> None:
+def test_without_groups_the_limits_are_those_of_the_machine(tmp_path: Path) -> None:
     tree(tmp_path, "0::/", [], {})
     assert container.free_memory(tmp_path) == 64 * GIB, "MemAvailable, not MemFree"
     assert container.allowed_cores(8, tmp_path) == 8
@@ -59,7 +59,7 @@ def test_without_groups_the_machine_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("limited", "expected"), [("a/b", 3), ("a", 3), ("", 3)])
-def test_v2_takes_the_smallest_limit_up_the_hierarchy(tmp_path: Path, limited: str, expected: int) -> None:
+def test_v2_uses_the_smallest_limit_up_the_hierarchy(tmp_path: Path, limited: str, expected: int) -> None:
     files: dict[str, object] = {}
     for group in ("a/b", "a"):
         files[f"{FS}/{group}/memory.max"] = "max"
@@ -73,7 +73,7 @@ def test_v2_takes_the_smallest_limit_up_the_hierarchy(tmp_path: Path, limited: s
     assert [container.allowed_cores(n, tmp_path) for n in (1, 2, 3, 64)] == [1, 2, 3, 3]
 
 
-def test_v2_the_tighter_of_two_nested_groups_counts(tmp_path: Path) -> None:
+def test_v2_uses_the_smaller_limit_of_two_nested_groups(tmp_path: Path) -> None:
     tree(tmp_path, "0::/pod/app", V2, {
         f"{FS}/pod/memory.max": 8 * GIB, f"{FS}/pod/memory.current": 7 * GIB,
         f"{FS}/pod/app/memory.max": 4 * GIB, f"{FS}/pod/app/memory.current": GIB,
@@ -83,14 +83,14 @@ def test_v2_the_tighter_of_two_nested_groups_counts(tmp_path: Path) -> None:
     assert container.allowed_cores(8, tmp_path) == 1
 
 
-def test_v2_memory_high_and_a_machine_with_less_than_the_limit(tmp_path: Path) -> None:
+def test_v2_respects_memory_high_and_the_free_memory_of_the_machine(tmp_path: Path) -> None:
     files: dict[str, object] = {f"{FS}/memory.max": "max", f"{FS}/memory.high": 2 * GIB}
     assert container.free_memory(tree(tmp_path / "high", "0::/", V2, files)) == 2 * GIB
     assert container.free_memory(tree(tmp_path / "small", "0::/", V2, files, available=GIB)) == GIB
 
 
 @pytest.mark.parametrize("limited", ["a/b", "a"])
-def test_v1_takes_the_smallest_limit_up_the_hierarchy(tmp_path: Path, limited: str) -> None:
+def test_v1_uses_the_smallest_limit_up_the_hierarchy(tmp_path: Path, limited: str) -> None:
     files: dict[str, object] = {}
     for group in ("a/b", "a"):
         files[f"{FS}/memory/{group}/memory.limit_in_bytes"] = UNLIMITED_V1
@@ -107,7 +107,7 @@ def test_v1_takes_the_smallest_limit_up_the_hierarchy(tmp_path: Path, limited: s
     assert container.allowed_cores(8, tmp_path) == 2
 
 
-def test_v1_a_limit_above_what_a_container_sees(tmp_path: Path) -> None:
+def test_v1_respects_limits_of_groups_that_a_container_cannot_see(tmp_path: Path) -> None:
     # The container's group is mounted as the top, its path is the machine's.
     mounts = [
         "/docker/1 /sys/fs/cgroup/memory cgroup rw,memory",
@@ -124,14 +124,14 @@ def test_v1_a_limit_above_what_a_container_sees(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/../other", "/docker/1", "/elsewhere"])
-def test_v2_inside_a_namespace_the_mounts_top_is_the_own_group(tmp_path: Path, path: str) -> None:
+def test_v2_in_a_namespace_the_root_of_the_mount_is_the_groups_own_folder(tmp_path: Path, path: str) -> None:
     mounts = ["/docker/1 /sys/fs/cgroup cgroup2 rw"] if path != "/" else V2
     tree(tmp_path, f"0::{path}", mounts, {f"{FS}/memory.max": GIB, f"{FS}/cpu.max": "100000 100000"})
     assert container.free_memory(tmp_path) == GIB
     assert container.allowed_cores(8, tmp_path) == 1
 
 
-def test_both_versions_at_once_and_a_mount_point_with_a_space(tmp_path: Path) -> None:
+def test_mixed_versions_and_a_mount_point_with_a_space_are_read(tmp_path: Path) -> None:
     mounts = ["/ /a\\040b/unified cgroup2 rw", "/ /a\\040b/memory cgroup rw,memory"]
     tree(tmp_path, "3:memory:/x\n0::/y", mounts, {
         "a b/memory/x/memory.limit_in_bytes": GIB, "a b/unified/y/cpu.max": "200000 100000",
@@ -143,7 +143,7 @@ def test_both_versions_at_once_and_a_mount_point_with_a_space(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "text", ["", "max", "max 100000", "garbage 100000", "100000", "100000 0", "-1 100000"]
 )
-def test_what_cannot_be_read_limits_nothing(tmp_path: Path, text: str) -> None:
+def test_unreadable_files_set_no_limit(tmp_path: Path, text: str) -> None:
     tree(tmp_path, "0::/", V2, {f"{FS}/cpu.max": text, f"{FS}/memory.max": "max", f"{FS}/memory.stat": "odd"})
     assert container.cpu_quota(tmp_path) is None
     assert container.free_memory(tmp_path) == 64 * GIB
@@ -185,7 +185,7 @@ def inside(procs: Path, code: str) -> str:
     return done.stdout.strip()
 
 
-def test_cores_in_a_real_group() -> None:
+def test_the_cpu_quota_of_a_real_group_is_found() -> None:
     half = [
         ("v1", "cpu.cfs_period_us", "100000"),
         ("v1", "cpu.cfs_quota_us", "100000"),
@@ -196,14 +196,14 @@ def test_cores_in_a_real_group() -> None:
         assert inside(procs, code) == "1"
 
 
-def test_check_counts_a_real_groups_memory() -> None:
+def test_check_reports_the_memory_limit_of_a_real_group() -> None:
     limit = [("v1", "memory.limit_in_bytes", str(GIB)), ("v2", "memory.max", str(GIB))]
     with real_group("memory", limit) as procs:
         code = "from maskwire_server.training import cgroup; print(cgroup.free_memory())"
         assert 0 < int(inside(procs, code)) <= GIB
 
 
-def test_the_trainer_and_check_ask_for_what_a_container_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trainer_and_check_use_the_limits_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
     from maskwire_server import config
     from maskwire_server.training import numerics
     from maskwire_server.training.footprint import footprint

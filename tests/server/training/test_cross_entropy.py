@@ -1,4 +1,4 @@
-"""The chunked cross-entropy, and a last block that computes what is read, agree with the whole."""
+"""The chunked cross-entropy and a last block at chosen positions agree with the full computation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def dense(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor, weight: torch.
 
 @pytest.mark.parametrize("m", [0, 1, 4, 9])
 @pytest.mark.parametrize("chunk", [1, 22, 33, 10**6])
-def test_the_sum_and_its_gradients_are_those_of_all_logits_at_once(
+def test_the_chunked_sum_and_its_gradients_equal_those_of_all_logits(
     m: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(cross_entropy.CHUNK, "cpu", chunk)
@@ -62,7 +62,7 @@ def test_fp32_gradients_are_within_rounding_of_the_exact_ones() -> None:
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
 
 
-def test_under_bf16_autocast_gradients_stay_fp32_and_near() -> None:
+def test_under_bf16_autocast_gradients_are_fp32_and_close() -> None:
     x, w, target, weight = positions(50, torch.float32)
     exact = torch.autograd.grad(dense(x, w, target, weight), (x, w))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -86,7 +86,7 @@ def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) ->
     assert total.item() == pytest.approx(dense(x, w, target, weight).item())
 
 
-def test_the_gradients_are_handed_out_once() -> None:
+def test_a_second_backward_pass_is_an_error() -> None:
     x, w, target, weight = positions(5)
     total = cross_entropy.weighted_sum(x, w, target, weight, VOCABULARY, None)
     total.backward(retain_graph=True)  # type: ignore[no-untyped-call]
@@ -109,7 +109,7 @@ def networks(**model: Any) -> Networks:
 )
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_what_is_read_is_what_the_whole_would_be_there_gradients_too(
+def test_outputs_and_gradients_at_chosen_positions_equal_those_of_all_positions(
     model: dict[str, Any], padded: bool, activation_checkpointing: bool
 ) -> None:
     nets = networks(**model)

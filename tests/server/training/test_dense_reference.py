@@ -91,7 +91,7 @@ def offsets(n: int, draws: int) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("settings", [{}, {"self_cond": True}, {"schedule": "cosine"}], ids=str)
-def test_over_all_offsets_and_masks_the_estimator_is_exact_enumeration(
+def test_the_mean_over_all_offsets_and_masks_equals_enumeration(
     n: int, settings: dict[str, Any], every_mask: Any
 ) -> None:
     networks, objective = network(**settings)
@@ -114,9 +114,7 @@ def test_over_all_offsets_and_masks_the_estimator_is_exact_enumeration(
 
 @pytest.mark.parametrize("labels", ["mismatch", "token_critic"])
 @pytest.mark.parametrize("critic", ["self", "token"])
-def test_the_critics_loss_and_accuracy_are_those_of_enumeration(
-    critic: str, labels: str, every_mask: Any
-) -> None:
+def test_the_critics_loss_and_accuracy_equal_enumeration(critic: str, labels: str, every_mask: Any) -> None:
     n = 4
     networks, objective = network(critic=critic, critic_labels=labels)
     ids = torch.tensor([0, 3, 1, 1])
@@ -150,7 +148,7 @@ def test_the_estimator_is_unbiased_at_odd_short_lengths(n: int, draws: int) -> N
     assert abs(nats.mean() - exact) < 4 * nats.std(ddof=1) / math.sqrt(nats.size) + 1e-9
 
 
-def test_prompts_are_given_and_never_summed() -> None:
+def test_prompts_are_visible_and_not_part_of_the_loss() -> None:
     networks, objective = network()
     ids = torch.tensor([[0, 3, 1, 1, 2], [2, 2, 0, 3, 1]])
     prompt = torch.tensor([[True, False, False, True, False], [False, False, True, False, False]])
@@ -192,7 +190,9 @@ def test_the_chain_rule_is_the_product_of_its_passes() -> None:
         assert found.rows[row].half_difference == pytest.approx(apart, rel=1e-9)
 
 
-def test_over_all_orders_the_chain_rule_is_the_negative_elbo(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mean_of_the_chain_rule_over_orders_is_the_negative_elbo(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     networks, objective = network()
     ids = torch.tensor([[1, 3, 0, 0, 2]])
     orders = torch.tensor(list(itertools.permutations(range(5))))
@@ -220,7 +220,7 @@ def test_over_all_orders_the_chain_rule_is_the_negative_elbo(monkeypatch: pytest
     assert np.std(by_order) > 0.1, "a network's conditionals are not those of one distribution"
 
 
-def test_where_the_conditionals_are_consistent_every_order_is_the_likelihood() -> None:
+def test_with_consistent_conditionals_every_order_gives_the_likelihood() -> None:
     # Binary symbols 0 and 1; the oracle's mask id is 2.
     oracle = flip_chain_oracle(0.1)
     ids = torch.from_numpy(flip_chain(np.random.default_rng(1), 5)[:, :6])

@@ -1,4 +1,4 @@
-"""Errors that a device comes back from, and those that it does not."""
+"""Errors that leave a device usable, and errors that do not."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def never(_: torch.device) -> None:
         "NCCL error: unhandled cuda error: the launch timed out and was terminated",
     ],
 )
-def test_a_lost_context_is_known_by_its_words(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_context_is_recognised_by_its_message(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_errors, "probe", never)
     assert not usable_after(RuntimeError(text), CUDA)
 
 
-def test_the_first_error_counts_whatever_was_raised_while_it_was_handled(
+def test_the_original_error_counts_if_another_one_follows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(device_errors, "probe", never)
@@ -71,7 +71,7 @@ def test_the_first_error_counts_whatever_was_raised_while_it_was_handled(
         (RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED"), passes, True),
     ],
 )
-def test_an_error_that_is_not_known_is_settled_by_a_probe(
+def test_an_unknown_error_is_decided_by_a_probe(
     error: Exception,
     after: Callable[[torch.device], None],
     usable: bool,
@@ -81,7 +81,7 @@ def test_an_error_that_is_not_known_is_settled_by_a_probe(
     assert usable_after(error, CUDA) is usable
 
 
-def test_the_cpu_always_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_is_always_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_errors, "probe", never)
     assert usable_after(RuntimeError("an illegal memory access"), torch.device("cpu"))
 

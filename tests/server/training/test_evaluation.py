@@ -1,4 +1,4 @@
-"""The evaluation is unbiased, knows its error, and does not depend on how rows are batched."""
+"""The evaluation is unbiased, estimates its error, and does not depend on how rows are batched."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def exact_nelbo(n: int, cost: dict[tuple[int, ...], float]) -> float:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 6])
 @pytest.mark.parametrize("draws", [1, 2, 3, 4, 7])
-def test_the_systematic_estimator_is_exact_enumeration_on_average(n: int, draws: int) -> None:
+def test_the_systematic_estimator_equals_enumeration_on_average(n: int, draws: int) -> None:
     # A made-up model: the cross-entropy of a mask is a random function of the whole mask.
     generator = np.random.default_rng(n)
     cost = {
@@ -56,7 +56,7 @@ def test_the_systematic_estimator_is_exact_enumeration_on_average(n: int, draws:
     assert average == pytest.approx(exact_nelbo(n, cost), rel=1e-10)
 
 
-def test_counts_of_both_halves_depend_on_the_seed_and_the_row_alone() -> None:
+def test_the_counts_depend_only_on_the_seed_and_the_row() -> None:
     n = torch.tensor([9, 9, 9])
     counts = evaluation.draw_counts(n, [4, 8, 4], seed=1, count=5)
     assert counts.shape == (3, 5)
@@ -100,7 +100,7 @@ def test_the_monte_carlo_error_is_the_spread_over_seeds() -> None:
     {"schedule": "linear", "masking": "bernoulli", "weighting": "masked_mean"},
     {"schedule": "quadratic", "critic": "self"},
 ], ids=str)  # fmt: skip
-def test_losses_are_what_training_reports_without_augmentation(settings: dict[str, object]) -> None:
+def test_the_losses_equal_those_of_training_without_augmentation(settings: dict[str, object]) -> None:
     trainer = make(settings, {"learning_rate": 1e-2, "warmup_steps": 0})
     for step in range(1, 30):
         trainer.train_step(1, step, Batch(IDS, 6, 12), Modes())
@@ -127,7 +127,7 @@ def test_modes_choose_the_losses_and_nothing_else() -> None:
     assert (critic.losses.generator_loss, critic.losses.loss) == (None, both.losses.critic_loss)
 
 
-def test_the_breakdown_adds_up() -> None:
+def test_the_results_by_masked_fraction_add_up() -> None:
     found = make().eval_loss(Batch(IDS, 6, 12), EvalOptions(tuple(range(6)), 8, text_bytes=144))
     parts = found.by_masked_fraction
     assert [part.low for part in parts] == pytest.approx([i / 10 for i in range(10)])
@@ -139,7 +139,7 @@ def test_the_breakdown_adds_up() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
-def test_samples_have_the_probabilities_asked_for(temperature: float) -> None:
+def test_samples_have_the_probabilities_of_the_softmax(temperature: float) -> None:
     logits = torch.tensor([[0.0, 1.0, float("-inf"), 2.0]]).expand(40_000, 4)
     u = torch.rand(40_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     counts = torch.bincount(objective.sample(logits, u, temperature), minlength=4) / 40_000
@@ -154,7 +154,7 @@ def test_samples_have_the_probabilities_asked_for(temperature: float) -> None:
 
 @pytest.mark.parametrize("chain_rule", [False, True])
 @pytest.mark.parametrize("longest", [0, 11])
-def test_short_rows_beside_a_long_one_take_no_more_memory_than_the_budget(
+def test_short_rows_in_a_batch_with_a_long_one_stay_within_the_budget(
     monkeypatch: pytest.MonkeyPatch, chain_rule: bool, longest: int
 ) -> None:
     columns, budget = 12, 24

@@ -1,4 +1,4 @@
-"""The trainer generates: mask ids, prompts, seeds, batches, weights, and a source that is known."""
+"""Generation by the trainer: special ids, prompts, seeds, batches, weights, and a known source."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def whole() -> TorchTrainer:
     return trainer(objective={"self_cond": True, "critic": "self"})
 
 
-def test_no_setting_lets_a_mask_or_pad_id_out_or_touches_a_prompt(whole: TorchTrainer) -> None:
+def test_no_setting_generates_special_ids_or_changes_a_prompt(whole: TorchTrainer) -> None:
     prompts = prompts_of(
         [[None] * 12, [1, None, None, 2, None], [None, 3], [7, 7, 7], [None, 8, None, None, None, 1, None]]
     )
@@ -59,7 +59,7 @@ def test_no_setting_lets_a_mask_or_pad_id_out_or_touches_a_prompt(whole: TorchTr
         assert len(list(whole.generate(prompts, options))) == (options.steps or 12)
 
 
-def test_a_row_is_the_same_alone_among_others_in_parts_and_again(whole: TorchTrainer) -> None:
+def test_a_row_does_not_depend_on_other_rows_or_on_how_the_batch_is_split(whole: TorchTrainer) -> None:
     prompts = prompts_of([[1, *[None] * 11], [None] * 12, [None, 2, *[None] * 9, 3]])
     for options in EVERY:
         options = dataclasses.replace(options, row_seeds=(30, 31, 32))
@@ -77,7 +77,7 @@ def test_a_row_is_the_same_alone_among_others_in_parts_and_again(whole: TorchTra
         assert (last.ids == together[-1]).all(), options
 
 
-def test_what_passes_carry_on_is_kept_within_the_budget(
+def test_carried_embeddings_stay_within_the_budget(
     whole: TorchTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = GenerateOptions(tuple(range(10)), self_cond_mode=SelfCondMode.CARRY, steps=5)
@@ -102,14 +102,14 @@ def test_what_passes_carry_on_is_kept_within_the_budget(
         assert (state.ids == 4).sum(1).tolist() == list(state.still_masked)
 
 
-def test_seeds_are_of_rows(whole: TorchTrainer) -> None:
+def test_each_row_has_its_own_seed(whole: TorchTrainer) -> None:
     options = GenerateOptions((5, 6, 5, 2**63 - 1, -(2**63)))
     *_, last = whole.generate(Prompts.nothing(5, 12), options)
     assert (last.ids[0] == last.ids[2]).all()
     assert len({tuple(row) for row in last.ids.tolist()}) == 4
 
 
-def test_sampling_changes_nothing_and_can_be_left_between_two_passes(whole: TorchTrainer) -> None:
+def test_sampling_changes_nothing_and_can_stop_between_two_passes(whole: TorchTrainer) -> None:
     ids = np.random.default_rng(0).integers(5, 9, (4, 12))
     before = {name: weight.clone() for name, weight in whole.networks.state_dict().items()}
     states = whole.generate(Prompts.nothing(4, 12), GenerateOptions((1, 2, 3, 4)))
@@ -125,7 +125,7 @@ def test_sampling_changes_nothing_and_can_be_left_between_two_passes(whole: Torc
     )
 
 
-def test_the_moving_average_is_sampled_where_one_is_kept() -> None:
+def test_the_moving_average_is_sampled_if_the_run_keeps_one() -> None:
     kept = trainer(optimizer={"ema_decay": 0.9999, "learning_rate": 0.1})
     ids = np.random.default_rng(0).integers(5, 9, (8, 12))
     for step in range(1, 20):

@@ -1,4 +1,4 @@
-"""x-transformers' models come along: logits, critics and evaluations are theirs, and what cannot is named."""
+"""Importing x-transformers models keeps logits, critics and evaluations; unsupported options are named."""
 
 from __future__ import annotations
 
@@ -82,9 +82,7 @@ MASKED = torch.where(torch.rand(IDS.shape, generator=torch.Generator().manual_se
     {"ff_mult": 2.6},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("kind", ["none", "self", "token"])
-def test_raw_logits_and_the_critics_scores_are_those_of_the_source(
-    kind: str, options: dict[str, Any]
-) -> None:
+def test_logits_and_critic_scores_equal_those_of_the_source(kind: str, options: dict[str, Any]) -> None:
     theirs = wrapped(kind, **options)
     said = {"dim_head": options["attn_dim_head"]} if "attn_dim_head" in options else {}
     found, ours = brought(theirs.state_dict(), model=said)
@@ -96,7 +94,7 @@ def test_raw_logits_and_the_critics_scores_are_those_of_the_source(
             assert (ours.criticize(IDS, None, train_trunk=False) - expected).abs().max() < 1e-5
 
 
-def test_self_conditioning_comes_along_both_passes() -> None:
+def test_both_passes_of_self_conditioning_equal_those_of_the_source() -> None:
     theirs = wrapped("self", self_cond=True)
     found, ours = brought(theirs.state_dict())
     assert (found.objective.self_cond, found.objective.self_cond_start) == (True, "none")
@@ -121,15 +119,13 @@ def test_self_conditioning_comes_along_both_passes() -> None:
     ],
     ids=str,
 )
-def test_self_conditioning_comes_as_often_as_the_source_takes_it(
-    said: dict[str, Any], expected: float
-) -> None:
+def test_self_conditioning_gets_the_probability_of_the_source(said: dict[str, Any], expected: float) -> None:
     found, _ = brought(wrapped(self_cond=True).state_dict(), objective=said)
     assert (found.objective.self_cond_prob, found.objective.self_cond_start) == (expected, "none")
     assert found.objective.augments == (said.get("preset") == "x-transformers")
 
 
-def test_a_bare_transformer_and_a_plain_gain_come_along() -> None:
+def test_a_bare_transformer_and_plain_gains_are_imported() -> None:
     torch.manual_seed(0)
     theirs = transformer(norm_add_unit_offset=False).eval()
     with pytest.raises(ValueError, match="set --gains plain"):
@@ -140,7 +136,7 @@ def test_a_bare_transformer_and_a_plain_gain_come_along() -> None:
 
 
 @pytest.mark.parametrize("kind", ["none", "self", "token"])
-def test_what_came_goes_back(kind: str) -> None:
+def test_an_imported_model_is_exported_unchanged(kind: str) -> None:
     theirs = wrapped(kind, self_cond=True)
     found, _ = brought(theirs.state_dict())
     back = x_transformers.export_state_dict(found.model, found.objective, found.weights)
@@ -185,7 +181,7 @@ UNSUPPORTED: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("option", "settings"), UNSUPPORTED, ids=[name for name, _ in UNSUPPORTED])
-def test_an_unsupported_option_is_refused_by_its_name(option: str, settings: dict[str, Any]) -> None:
+def test_an_unsupported_option_is_rejected_by_name(option: str, settings: dict[str, Any]) -> None:
     state = {f"net.{name}": tensor for name, tensor in transformer(**settings).state_dict().items()}
     with pytest.raises(ValueError, match=rf"\b{option}\b.*(not supported)") as raised:
         brought(state)
@@ -215,12 +211,12 @@ def broken(change: Any, kind: str = "none", **options: Any) -> dict[str, Any]:
     (lambda: wrapped().state_dict(), {"objective": {"self_cond": True}}, "objective.self_cond is True"),
     (lambda: wrapped(self_cond=True).state_dict(), {"objective": {"self_cond_start": "null"}}, "_start"),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
-def test_what_does_not_fit_is_refused_by_name(state: Any, said: dict[str, Any], words: str) -> None:
+def test_weights_that_do_not_fit_are_rejected_by_name(state: Any, said: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         brought(state(), **said)
 
 
-def test_a_critic_of_other_sizes_and_a_missing_mask_id_are_refused() -> None:
+def test_a_critic_of_other_sizes_and_a_missing_mask_id_are_rejected() -> None:
     other = transformer({"logits_dim": 1}, depth=3)
     model = xt.NonAutoregressiveWrapper(transformer(), mask_id=MASK_ID, token_critic=other)
     with pytest.raises(ValueError, match="token_critic: depth is 3, but the generator's is 2"):
@@ -231,7 +227,7 @@ def test_a_critic_of_other_sizes_and_a_missing_mask_id_are_refused() -> None:
         x_transformers.import_state_dict(wrapped().state_dict(), ModelConfig(mask_id=99), ObjectiveConfig())
 
 
-def test_files_are_read_without_running_what_is_in_them(tmp_path: Path) -> None:
+def test_files_are_read_without_running_their_code(tmp_path: Path) -> None:
     state = wrapped("self", self_cond=True).state_dict()
     torch.save(state, tmp_path / "model.pt")
     torch.save({f"module._orig_mod.{name}": t for name, t in state.items()}, tmp_path / "parallel.pt")
@@ -301,7 +297,7 @@ WRAPPED = {
 
 @pytest.mark.parametrize("how", WRAPPED)
 @pytest.mark.parametrize("kind", ["none", "self", "token"])
-def test_what_wrappers_put_into_names_is_taken_away_wherever_it_stands(
+def test_the_parts_of_names_that_wrappers_add_are_removed_anywhere(
     how: str, kind: str, tmp_path: Path
 ) -> None:
     state = wrapped(kind, self_cond=True).state_dict()
@@ -313,7 +309,7 @@ def test_what_wrappers_put_into_names_is_taken_away_wherever_it_stands(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
-def test_real_wrappers_put_into_names_what_is_taken_away(tmp_path: Path) -> None:
+def test_real_wrappers_add_the_parts_of_names_that_are_removed(tmp_path: Path) -> None:
     model = wrapped()
     expected = model.state_dict()
     model.net = torch.compile(model.net)
@@ -323,13 +319,13 @@ def test_real_wrappers_put_into_names_what_is_taken_away(tmp_path: Path) -> None
         assert state_dict.read(tmp_path / name).keys() == expected.keys()
 
 
-def test_the_prefixes_of_lightning_stay_where_the_names_would_not_fit(tmp_path: Path) -> None:
+def test_the_prefixes_of_lightning_stay_if_removing_them_does_not_help(tmp_path: Path) -> None:
     state = renamed(wrapped().state_dict(), "^", "model.") | {"criterion.weight": torch.ones(2)}
     torch.save(state, tmp_path / "more.pt")
     assert state_dict.read(tmp_path / "more.pt").keys() == state.keys()
 
 
-def test_two_models_in_one_file_and_counters_without_an_average_are_refused(tmp_path: Path) -> None:
+def test_two_models_in_one_file_and_counters_without_an_average_are_rejected(tmp_path: Path) -> None:
     state = wrapped().state_dict()
     torch.save({**state, **{f"module.{n}": t + 1 for n, t in state.items()}}, tmp_path / "two.pt")
     with pytest.raises(ValueError, match="twice with different values"):
@@ -375,7 +371,7 @@ def theirs_predict(model: Any) -> dense.Predict:
     return predict
 
 
-def test_a_trained_model_gives_its_own_evaluation_and_trains_on(trained: Any) -> None:
+def test_an_imported_model_has_the_same_evaluation_and_trains_on(trained: Any) -> None:
     found, _ = brought(trained.state_dict())
     trainer = trainer_of(found, learning_rate=3e-3, warmup_steps=0, ema_decay=0.9)
     rng = np.random.default_rng(0)

@@ -70,7 +70,7 @@ def gradients(trainer: TorchTrainer, batch: Batch, modes: Modes | None = None) -
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=NAMES)
-def test_masks_fall_on_maskable_positions_alone_and_counts_are_in_range(settings: ObjectiveConfig) -> None:
+def test_only_maskable_positions_are_masked_and_counts_are_in_range(settings: ObjectiveConfig) -> None:
     for number in range(1, 30):
         whole = corrupted(settings, number)
         assert not (whole.mask_bn & ~whole.maskable_bn).any()
@@ -96,7 +96,7 @@ def test_weights_are_finite_and_positive_where_something_is_masked(settings: Obj
 @pytest.mark.parametrize("masking", ["exact", "bernoulli"])
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 32])
-def test_every_count_is_worth_the_same(name: str, masking: str, n: int) -> None:
+def test_every_count_has_the_same_expected_weight(name: str, masking: str, n: int) -> None:
     # E[w 1[k = kappa] kappa / n] = P(kappa) (1 / (kappa P(kappa))) kappa / n = 1/n.
     k_b, n_b = torch.arange(1, n + 1), torch.full((n,), n)
     chosen = SCHEDULES[name]
@@ -112,7 +112,7 @@ def test_every_count_is_worth_the_same(name: str, masking: str, n: int) -> None:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_counts_come_as_often_as_their_probability_says(name: str) -> None:
+def test_counts_occur_with_their_probability(name: str) -> None:
     rows, n = 4000, 5
     t_b = schedule.stratified_times(0.37, torch.arange(rows))
     k_b = schedule.exact_counts(SCHEDULES[name], t_b, torch.full((rows,), n))
@@ -122,7 +122,7 @@ def test_counts_come_as_often_as_their_probability_says(name: str) -> None:
     assert torch.allclose(found.double(), expected, atol=2 / rows), "stratified: at most one row off an edge"
 
 
-def test_with_a_cross_entropy_of_one_every_row_has_loss_one() -> None:
+def test_if_every_cross_entropy_is_one_the_loss_is_one() -> None:
     # Linear, exact count: w k / n = 1. An oracle that always gives probability 1/e.
     logits = torch.full((11,), -30.0, dtype=torch.float64)
     logits[:9] = math.log((1 - math.exp(-1)) / 8)
@@ -142,7 +142,7 @@ def test_with_a_cross_entropy_of_one_every_row_has_loss_one() -> None:
         assert float(sums.generator) == pytest.approx(1, abs=1e-9)
 
 
-def test_what_stands_under_padding_changes_nothing() -> None:
+def test_ids_under_padding_change_nothing() -> None:
     ids = np.random.default_rng(0).integers(0, 9, (3, 10))
     lengths = np.array([10, 4, 7], dtype=np.int32)
     valid = np.arange(10) < lengths[:, None]
@@ -201,7 +201,7 @@ def test_micro_batches_have_the_loss_and_gradient_of_the_whole(settings: dict[st
     assert (first.masked_tokens, first.maskable_tokens) == (second.masked_tokens, second.maskable_tokens)
 
 
-def test_the_same_step_has_the_same_loss_bitwise_whatever_came_before() -> None:
+def test_a_step_has_the_same_loss_to_the_bit_whatever_came_before() -> None:
     ids = np.random.default_rng(4).integers(0, 9, (8, 12))
     batch = Batch(ids, 8, 12)
     frozen = Modes(learning_rate=0.0)
@@ -227,7 +227,7 @@ def test_every_trained_weight_has_a_gradient(first_pass: float, precision: str) 
     assert set(found) == {name for name, _ in trainer.networks.named_parameters()}
 
 
-def test_augmentation_keeps_and_replaces_as_often_as_told() -> None:
+def test_augmentation_keeps_and_replaces_at_the_configured_rates() -> None:
     settings = ObjectiveConfig(no_replace_prob=0.15, random_token_prob=0.1)
     ids, valid, prompt = grids(64, 64)
     kept = replaced = masked = 0
@@ -244,7 +244,7 @@ def test_augmentation_keeps_and_replaces_as_often_as_told() -> None:
     assert replaced / masked == pytest.approx(0.1 * 8 / 9, abs=0.005)
 
 
-def test_each_kind_of_augmentation_has_one_coin_a_batch() -> None:
+def test_each_kind_of_augmentation_has_one_coin_per_batch() -> None:
     settings = ObjectiveConfig(no_replace_prob=0.5, random_token_prob=0.5, augment_prob=0.5)
     ids, valid, prompt = grids(8, 64)
     seen = set()
@@ -286,7 +286,7 @@ def test_a_step_in_which_chance_masks_nothing_changes_nothing() -> None:
     assert all(torch.equal(w, before[name]) for name, w in trainer.networks.state_dict().items())
 
 
-def test_rows_are_not_tied_to_times() -> None:
+def test_the_time_of_a_row_is_random() -> None:
     # Stratified times go to rows in random order: row 0's mean count must not differ from row 63's.
     settings = ObjectiveConfig()
     ids = torch.zeros(64, 16, dtype=torch.int64)
@@ -299,7 +299,7 @@ def test_rows_are_not_tied_to_times() -> None:
     assert (counts.mean(0) - 8.5).abs().max() < 0.95
 
 
-def test_draws_are_the_published_generator() -> None:
+def test_the_draws_are_those_of_the_published_splitmix64() -> None:
     # SplitMix64 from seed 0, as in the reference implementation by Vigna.
     first = draws.bits(torch.tensor([0]), 3)[0].tolist()
     assert [value % 2**64 for value in first] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]

@@ -1,4 +1,4 @@
-"""Sources whose best loss can be computed by hand, met by an oracle and by a trained model."""
+"""Data whose best loss can be computed by hand. An oracle and a trained model reach it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def evaluate(
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("masking", ["exact", "bernoulli"])
-def test_the_training_loss_of_pairs_is_half_a_symbol_under_every_schedule(name: str, masking: str) -> None:
+def test_the_training_loss_of_pairs_is_half_a_symbol_for_every_schedule(name: str, masking: str) -> None:
     # In a random order the first of each pair costs ln V and the second nothing: ln(V)/2 a token.
     settings = ObjectiveConfig(schedule=name, masking=masking)
     ids = pairs(np.random.default_rng(0), 256, 12, 4)
@@ -83,14 +83,14 @@ def test_the_training_loss_of_pairs_is_half_a_symbol_under_every_schedule(name: 
         ("cosine", math.pi / 4),
     ],
 )
-def test_masked_mean_shows_its_signature_on_pairs(name: str, signature: float) -> None:
+def test_the_masked_mean_on_pairs_has_the_value_computed_by_hand(name: str, signature: float) -> None:
     settings = ObjectiveConfig(schedule=name, weighting="masked_mean")
     ids = pairs(np.random.default_rng(0), 512, 128, 4)
     losses = training_losses(pairs_oracle(4), settings, ids, 4, 12)
     assert losses.mean() == pytest.approx(signature * math.log(4), rel=0.01)
 
 
-def test_the_flip_chain_is_met_by_the_evaluation() -> None:
+def test_the_evaluation_gives_the_entropy_of_the_flip_chain() -> None:
     # (ln 2 + 15 h(0.1)) / 16 with h(0.1) = -0.1 ln 0.1 - 0.9 ln 0.9 = 0.325083.
     best = (math.log(2) + 15 * -(0.1 * math.log(0.1) + 0.9 * math.log(0.9))) / 16
     assert best == pytest.approx(0.348087, abs=1e-6)
@@ -183,7 +183,7 @@ def test_a_trained_model_comes_within_three_percent_on_pairs(settings: dict[str,
     assert found.nats_per_token == pytest.approx(math.log(8) / 2, rel=0.03)
 
 
-def test_an_own_schedule_is_as_good_as_the_named_ones() -> None:
+def test_a_custom_schedule_gives_the_same_loss() -> None:
     cubic = schedule.schedule_of(lambda t: (1 - t) ** 3, "cubic")
     n = torch.full((7,), 7)
     k = torch.arange(1, 8)
@@ -195,7 +195,7 @@ def test_an_own_schedule_is_as_good_as_the_named_ones() -> None:
         schedule.schedule_of(lambda t: 1 - t / 2, "half")
 
 
-def test_the_corruption_type_is_what_the_oracle_saw() -> None:
+def test_the_oracle_sees_the_corrupted_batch() -> None:
     oracle = pairs_oracle(4)
     ids = torch.from_numpy(pairs(np.random.default_rng(0), 8, 6, 4))
     every = torch.ones(ids.shape, dtype=torch.bool)

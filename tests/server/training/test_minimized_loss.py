@@ -1,4 +1,4 @@
-"""What a step reports as its loss is what it minimises, whoever learns and whatever the critic's weight."""
+"""A step minimises the loss that it reports, for every mode and critic weight."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def gradients(trainer: TorchTrainer, modes: Modes) -> tuple[float, dict[str, tor
 @pytest.mark.parametrize("critic", ["self", "token"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_the_gradient_is_that_of_the_reported_loss(weight: float, mode: str, critic: str) -> None:
+def test_the_gradient_belongs_to_the_reported_loss(weight: float, mode: str, critic: str) -> None:
     trainer = make(weight, critic)
     _, found = gradients(trainer, MODES[mode])
     norm = float(torch.nn.utils.get_total_norm(list(found.values())))

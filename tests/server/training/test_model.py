@@ -39,7 +39,7 @@ def both(**options: Any) -> tuple[Encoder, Any]:
 
 
 @pytest.mark.parametrize("options", [{}, {"emb_dim": 48}, {"tied_embeddings": True}], ids=str)
-def test_logits_equal_those_of_x_transformers_padding_too(options: dict[str, Any]) -> None:
+def test_logits_equal_those_of_x_transformers_with_and_without_padding(options: dict[str, Any]) -> None:
     ours, theirs = both(**options)
     ids = torch.randint(0, 99, (4, 20))
     valid = torch.arange(20) < torch.tensor([20, 12, 1, 7])[:, None]
@@ -65,7 +65,7 @@ def test_gradients_equal_those_of_x_transformers() -> None:
         assert torch.allclose(ours.get_parameter(name).grad, expected, rtol=1e-4, atol=1e-6), name
 
 
-def test_what_is_under_padding_is_not_seen() -> None:
+def test_padding_does_not_change_the_outputs() -> None:
     ours, _ = both()
     ids = torch.randint(0, 99, (2, 20))
     valid = torch.arange(20) < torch.tensor([20, 9])[:, None]
@@ -74,7 +74,7 @@ def test_what_is_under_padding_is_not_seen() -> None:
         assert torch.equal(ours(ids, valid)[valid], ours(other, valid)[valid])
 
 
-def test_initial_scales_are_those_written_down() -> None:
+def test_initial_weights_have_the_documented_scales() -> None:
     torch.manual_seed(0)
     model = Encoder(
         ModelConfig(num_tokens=4000, mask_id=0, max_seq_len=2000, dim=128, depth=1, heads=2), 4000
@@ -88,7 +88,7 @@ def test_initial_scales_are_those_written_down() -> None:
     assert all(float(p.detach().abs().max()) == 0 for n, p in model.named_parameters() if "gamma" in n)
 
 
-def test_rotary_positions_depend_on_distance_alone() -> None:
+def test_rotary_positions_depend_only_on_distance() -> None:
     config = ModelConfig(
         num_tokens=9, mask_id=8, max_seq_len=64, dim=32, depth=2, heads=2, dim_head=16, positions="rotary"
     )

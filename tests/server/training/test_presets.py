@@ -1,4 +1,4 @@
-"""Every value of a preset is its source's."""
+"""Every value of a preset is that of its source."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ def values(preset: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("preset", PAPERS)
-def test_a_preset_has_its_papers_values(preset: str) -> None:
+def test_a_preset_has_the_values_of_its_paper(preset: str) -> None:
     assert values(preset) == PLAIN | PAPERS[preset]
 
 
-def test_maskgit_samples_at_its_papers_choice_temperature() -> None:
+def test_maskgit_samples_at_the_choice_temperature_of_its_paper() -> None:
     assert sampling.MASKGIT_CHOICE_TEMPERATURE == 4.5
 
 
-def test_x_transformers_has_the_wrappers_defaults() -> None:
+def test_the_x_transformers_preset_has_the_defaults_of_the_wrapper() -> None:
     parameters = inspect.signature(xt.NonAutoregressiveWrapper.__init__).parameters
     theirs = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
     # Of generation: requests say these.

@@ -1,4 +1,4 @@
-"""Where the public reference, x-transformers 2.31.10, goes wrong in training, and this objective does not."""
+"""Defects in the training of x-transformers 2.31.10, which this objective does not have."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def reference(**options: Any) -> Any:
     return NonAutoregressiveWrapper(net, mask_id=16, **options)
 
 
-def test_the_elbo_weight_is_positive_so_the_loss_is() -> None:
+def test_the_elbo_weight_and_the_loss_are_positive() -> None:
     with torch.no_grad():
         theirs = [float(reference()(torch.from_numpy(IDS)).loss) for _ in range(3)]
     assert min(theirs) < 0, "the reference's weight m'/(1-m) is negative"
@@ -65,7 +65,7 @@ def test_the_weight_is_finite_at_both_ends_of_time() -> None:
         assert torch.isfinite(schedule.elbo_weights(chosen, "exact", k, n)).all()
 
 
-def test_critic_training_without_a_critic_is_refused_and_so_are_both_flags() -> None:
+def test_critic_training_without_a_critic_and_both_flags_are_rejected() -> None:
     theirs = reference()(torch.from_numpy(IDS), only_train_critic=True)
     assert not theirs.loss.requires_grad if theirs.loss is not None else True
     for flags in ({"only_train_critic": True}, {"only_train_critic": True, "only_train_generator": True}):
@@ -73,7 +73,7 @@ def test_critic_training_without_a_critic_is_refused_and_so_are_both_flags() -> 
             make().train_step(1, 1, Batch(IDS, 8, 12), Modes(**flags))
 
 
-def test_critic_labels_say_nothing_of_positions_it_was_shown_the_truth_at() -> None:
+def test_critic_labels_are_false_at_positions_that_show_the_truth() -> None:
     settings, vocabulary = ObjectiveConfig(critic="self"), Vocabulary(17, 16, None)
     ids = torch.from_numpy(IDS)
     every = torch.ones(ids.shape, dtype=torch.bool)
@@ -105,7 +105,7 @@ def test_keeping_ids_does_not_leak_the_answer_of_a_single_masked_position() -> N
     assert float(torch.stack(kept).mean()) == pytest.approx(0.15, abs=0.02)
 
 
-def test_no_coin_comes_from_a_generator_outside() -> None:
+def test_no_draw_comes_from_a_global_generator() -> None:
     settings = {"self_cond": True, "random_token_prob": 0.3, "augment_prob": 0.5, "critic": "token"}
     results = []
     for seed in (1, 2):
@@ -125,7 +125,7 @@ def test_rows_may_be_shorter_and_padded() -> None:
     assert result.maskable_tokens == 22
 
 
-def test_mask_ids_in_the_data_are_refused() -> None:
+def test_mask_ids_in_the_data_are_rejected() -> None:
     with torch.no_grad():
         assert math.isfinite(reference(use_simple_mdlm_loss_weight=False)(torch.full((2, 12), 16)).loss)
     info = make().info
@@ -138,7 +138,7 @@ def test_mask_ids_in_the_data_are_refused() -> None:
         )
 
 
-def test_self_conditioning_works_with_embeddings_of_another_width() -> None:
+def test_self_conditioning_works_with_another_embedding_width() -> None:
     trainer = make({"self_cond": True, "self_cond_prob": 1.0}, model={"emb_dim": 24})
     assert trainer.train_step(1, 1, Batch(IDS, 8, 12), Modes()).outcome is Outcome.APPLIED
 

@@ -1,4 +1,4 @@
-"""Iterative unmasking against a slow reference, an oracle, and a trained model."""
+"""Iterative unmasking, compared with a slow reference, an oracle and a trained model."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def run(
 @pytest.mark.parametrize(
     ("n", "symbols", "prompt"), [(3, 3, []), (4, 2, []), (6, 2, [(1, 0), (4, 1), (5, 0)])], ids=str
 )
-def test_the_default_samples_exactly_the_any_order_distribution(
+def test_the_defaults_sample_from_the_any_order_distribution(
     n: int, symbols: int, prompt: list[tuple[int, int]]
 ) -> None:
     oracle = table_oracle(n, symbols)
@@ -112,7 +112,7 @@ def test_another_order_samples_another_distribution() -> None:
 
 @pytest.mark.parametrize("name", FRACTIONS)
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 5, 7, 12, 100])
-def test_the_counts_follow_the_schedule_and_always_fall(name: str, steps: int) -> None:
+def test_the_masked_counts_follow_the_schedule_and_always_fall(name: str, steps: int) -> None:
     for unknown in range(1, 13):
         expected = counts(FRACTIONS[name], unknown, steps)
         left, found = torch.tensor([unknown]), []
@@ -135,7 +135,7 @@ def test_with_as_many_steps_as_unknowns_a_linear_pass_reveals_one() -> None:
             assert int(before) == unknown - step
 
 
-def test_no_pass_is_wasted() -> None:
+def test_every_pass_reveals_a_position() -> None:
     oracle = table_oracle(5, 2)
     prompts = prompts_of([[None] * 5, [0, 1, None], [1, 1, 0, 0], [None, None]])
     for steps, passes in ((0, 5), (100, 5), (2, 2), (1, 1)):
@@ -151,7 +151,7 @@ def test_no_pass_is_wasted() -> None:
         assert not bool((torch.cat([s[:, 2:] for s in oracle.seen]) < 0).any())
 
 
-def test_logits_are_computed_only_where_they_are_read() -> None:
+def test_logits_are_computed_only_where_they_are_needed() -> None:
     oracle = table_oracle(6, 2)
     projected: list[int] = []
 
@@ -175,7 +175,7 @@ def test_logits_are_computed_only_where_they_are_read() -> None:
     [(1.0, 0, 1.0), (1.0, 3, 1.0), (1.0, 0, 0.6), (0.5, 0, 0.8), (2.0, 5, 0.7), (1.0, 1, 1.0),
      (1.0, 0, 1e-9)],
 )  # fmt: skip
-def test_what_is_sampled_is_what_the_naive_filters_leave(
+def test_top_k_and_top_p_sample_what_the_naive_filters_keep(
     temperature: float, top_k: int, top_p: float
 ) -> None:
     logits = torch.randn(7, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 1.5
@@ -187,7 +187,7 @@ def test_what_is_sampled_is_what_the_naive_filters_leave(
     assert found.tolist() == pytest.approx(expected, abs=2 / count)
 
 
-def test_temperature_0_takes_the_most_probable_and_a_tiny_one_nearly_does() -> None:
+def test_temperature_0_takes_the_most_probable_id() -> None:
     logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(2)) * 3
     u = torch.rand(50, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     for temperature, top_k, top_p in itertools.product((0.0, 1e-30, 1e-6), (0, 4), (1.0, 0.5)):
@@ -199,7 +199,7 @@ def test_temperature_0_takes_the_most_probable_and_a_tiny_one_nearly_does() -> N
 
 
 @pytest.mark.parametrize("order", [Order.CONFIDENCE, Order.MARGIN, Order.ENTROPY])
-def test_each_order_reveals_what_the_naive_one_would(order: Order) -> None:
+def test_each_order_reveals_the_same_positions_as_the_naive_one(order: Order) -> None:
     n, symbols = 6, 3
     oracle = table_oracle(n, symbols, seed=5)
     conditional = conditional_of(oracle, symbols)
@@ -235,7 +235,7 @@ def full_sample(oracle: Oracle, row: list[int], seed: int, step: int, options: G
     return sampled
 
 
-def test_the_critic_order_reveals_what_the_critic_trusts_and_spares_it_the_last_pass() -> None:
+def test_the_critic_order_follows_the_critic_and_skips_it_in_the_last_pass() -> None:
     n, symbols = 5, 3
     oracle = table_oracle(n, symbols, seed=6)
     seen: list[Tensor] = []
@@ -263,7 +263,7 @@ def test_the_critic_order_reveals_what_the_critic_trusts_and_spares_it_the_last_
         before = state.ids
 
 
-def test_the_noise_on_the_order_is_gumbel_and_dies_out() -> None:
+def test_the_noise_on_the_order_is_gumbel_and_falls_to_zero() -> None:
     # Scores s + g with standard Gumbel noise: the first revealed is i with probability softmax(s)_i.
     scores = torch.tensor([0.5, -1.0, 1.0, 0.0], dtype=torch.float64)
     symbols = 1
@@ -296,7 +296,7 @@ def test_the_noise_on_the_order_is_gumbel_and_dies_out() -> None:
     assert not bool(last.noise_b.any())
 
 
-def test_the_preset_maskgit_brings_its_choice_temperature() -> None:
+def test_the_preset_maskgit_sets_the_choice_temperature() -> None:
     told = {
         (preset, given): float(
             sampling.plan_pass(
@@ -339,7 +339,7 @@ def test_remasking_ranks_by_the_probability_recorded_when_a_token_was_revealed()
 
 
 @pytest.mark.parametrize("remasking", [False, True])
-def test_without_remasking_what_was_revealed_stays_and_with_it_prompts_do(remasking: bool) -> None:
+def test_revealed_positions_stay_without_remasking_and_prompts_always_stay(remasking: bool) -> None:
     oracle = table_oracle(6, 3, seed=8)
     prompts = prompts_of([[None, 2, None, None, 0, None]] * 30)
     options = GenerateOptions(tuple(range(30)), order=Order.CONFIDENCE, remasking=remasking)
@@ -355,9 +355,7 @@ def test_without_remasking_what_was_revealed_stays_and_with_it_prompts_do(remask
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("order", [Order.RANDOM, Order.CONFIDENCE, Order.MARGIN, Order.ENTROPY])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.5}])
-def test_logits_that_are_not_finite_are_no_sample(
-    value: float, order: Order, options: dict[str, Any]
-) -> None:
+def test_non_finite_logits_are_not_sampled(value: float, order: Order, options: dict[str, Any]) -> None:
     oracle = Oracle(2, lambda ids, _: torch.full((*ids.shape, 3), value))
     with pytest.raises(Diverged, match="the generator's logits are not finite"):
         run(oracle, Prompts.nothing(1, 4), GenerateOptions((1,), order=order, **options), 2)
@@ -383,7 +381,7 @@ class Recording(Oracle):
         return torch.tensor(-1.0) if e_bnd is None else e_bnd
 
 
-def test_two_pass_conditions_on_the_same_input_and_carry_on_the_pass_before() -> None:
+def test_two_pass_conditions_on_the_same_input_and_carry_on_the_previous_pass() -> None:
     settings = ObjectiveConfig(self_cond=True)
 
     def seen(mode: SelfCondMode) -> list[float]:
@@ -395,7 +393,7 @@ def test_two_pass_conditions_on_the_same_input_and_carry_on_the_pass_before() ->
     assert seen(SelfCondMode.CARRY) == [-1, 1, 2]
 
 
-def test_what_is_carried_stays_with_its_row() -> None:
+def test_carried_embeddings_stay_with_their_row() -> None:
     networks = Recording()
     prompts = prompts_of([[0, None, 0], [None, None, None]])
     options = GenerateOptions((1, 2), self_cond_mode=SelfCondMode.CARRY)
@@ -409,7 +407,7 @@ def test_what_is_carried_stays_with_its_row() -> None:
 # Sources.
 
 
-def test_an_oracle_of_pairs_in_confidence_order_makes_only_pairs() -> None:
+def test_an_oracle_of_pairs_generates_only_pairs_in_confidence_order() -> None:
     options = GenerateOptions(tuple(range(50)), order=Order.CONFIDENCE)
     last = run(pairs_oracle(4), Prompts.nothing(50, 12), options, 4)[-1]
     assert (last.ids[:, ::2] == last.ids[:, 1::2]).all()

@@ -1,4 +1,4 @@
-"""Who learns in which mode, what a step leaves untouched, and the state's way to files and back."""
+"""The trainer: which networks each mode trains, what a step never changes, and saving and loading."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.parametrize("critic", ["self", "token"])
 @pytest.mark.parametrize("self_cond", [False, True])
-def test_training_the_critic_leaves_every_bit_of_the_generator(critic: str, self_cond: bool) -> None:
+def test_training_the_critic_changes_no_bit_of_the_generator(critic: str, self_cond: bool) -> None:
     trainer = make({"critic": critic, "self_cond": self_cond})
     for step in range(1, 4):
         trainer.train_step(1, step, BATCH, Modes())  # so that there is momentum
@@ -90,7 +90,7 @@ def test_training_the_critic_leaves_every_bit_of_the_generator(critic: str, self
 
 
 @pytest.mark.parametrize("critic", ["self", "token"])
-def test_training_the_generator_leaves_every_bit_of_the_critic(critic: str) -> None:
+def test_training_the_generator_changes_no_bit_of_the_critic(critic: str) -> None:
     trainer = make({"critic": critic})
     for step in range(1, 4):
         trainer.train_step(1, step, BATCH, Modes())
@@ -114,7 +114,7 @@ def test_both_learn_from_the_weighted_sum_when_no_flag_is_set() -> None:
     assert any("/critic." in name for name in changed(before, state(trainer)))
 
 
-def test_flags_that_exclude_each_other_are_refused() -> None:
+def test_flags_that_exclude_each_other_are_rejected() -> None:
     with pytest.raises(ValueError, match="exclude"):
         make({"critic": "self"}).train_step(1, 1, BATCH, Modes(True, True))
     with pytest.raises(ValueError, match="needs a critic"):
@@ -122,7 +122,7 @@ def test_flags_that_exclude_each_other_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_leaves_every_bit(kind: str) -> None:
+def test_a_non_finite_step_changes_no_bit(kind: str) -> None:
     trainer = make({"critic": "token"})
     trainer.train_step(1, 1, BATCH, Modes())
     weight = trainer.networks.generator.blocks[0].feed_forward.up.weight
@@ -159,7 +159,7 @@ def test_running_out_of_memory_before_the_update_is_an_outcome(monkeypatch: pyte
     assert not changed(before, state(trainer))
 
 
-def test_an_update_that_fails_half_way_says_that_the_state_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_that_fails_halfway_raises_state_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make()
 
     def broken(rate: float) -> None:
@@ -179,7 +179,7 @@ def test_the_warm_up_changes_nothing() -> None:
     assert torch.equal(random_state, torch.get_rng_state())
 
 
-def test_dropout_is_drawn_from_the_step_alone() -> None:
+def test_dropout_depends_only_on_the_step() -> None:
     model = {"dropout": 0.2}
     first = [make(model=model).train_step(1, step, BATCH, Modes()) for step in (1, 2)]
     torch.manual_seed(99)
@@ -188,14 +188,14 @@ def test_dropout_is_drawn_from_the_step_alone() -> None:
     assert first[0].losses != make().train_step(1, 1, BATCH, Modes()).losses
 
 
-def test_weights_depend_on_the_seed_and_nothing_else() -> None:
+def test_initial_weights_depend_only_on_the_seed() -> None:
     torch.manual_seed(1)
     first = state(make())
     torch.manual_seed(2)
     assert not changed(first, state(make()))
 
 
-def test_the_state_goes_to_files_and_back_bit_for_bit(tmp_path: Path) -> None:
+def test_the_state_is_saved_and_loaded_to_the_bit(tmp_path: Path) -> None:
     trainer = make({"critic": "token", "self_cond": True})
     for step in range(1, 4):
         trainer.train_step(1, step, BATCH, Modes())
@@ -212,7 +212,7 @@ def test_the_state_goes_to_files_and_back_bit_for_bit(tmp_path: Path) -> None:
     assert [other.train_step(1, step, BATCH, Modes()) for step in range(4, 7)] == following
 
 
-def test_a_copys_memory_is_kept_for_the_next_one_unless_somebody_holds_it() -> None:
+def test_a_snapshot_reuses_memory_unless_the_last_one_is_in_use() -> None:
     def memory(copy: Snapshot) -> set[int]:
         return {tensor.data_ptr() for tensors in copy.files.values() for tensor in tensors.values()}
 
@@ -226,7 +226,7 @@ def test_a_copys_memory_is_kept_for_the_next_one_unless_somebody_holds_it() -> N
     assert all(map(torch.equal, held.files["model.safetensors"].values(), before))
 
 
-def test_files_that_do_not_fit_are_refused_by_name_and_change_nothing(tmp_path: Path) -> None:
+def test_files_that_do_not_fit_are_rejected_by_name_and_change_nothing(tmp_path: Path) -> None:
     make().snapshot().write(tmp_path)
     other = make(model={"depth": 1})
     before = state(other)
@@ -243,7 +243,7 @@ def test_files_that_do_not_fit_are_refused_by_name_and_change_nothing(tmp_path: 
     assert not changed(before, state(other))
 
 
-def test_the_average_is_evaluated_unless_raw_weights_are_asked_for() -> None:
+def test_the_average_is_evaluated_unless_raw_weights_are_requested() -> None:
     trainer = make()
     for step in range(1, 6):
         trainer.train_step(1, step, BATCH, Modes())
@@ -254,7 +254,7 @@ def test_the_average_is_evaluated_unless_raw_weights_are_asked_for() -> None:
     assert averaged.nats_per_token != raw.nats_per_token
 
 
-def test_the_average_follows_by_its_warm_up() -> None:
+def test_the_average_warms_up() -> None:
     trainer = make(optimizer={**HEAVY, "ema_decay": 0.5})
     weight = trainer.networks.generator.final_norm.gamma
     assert trainer.generator.ema is not None
@@ -282,7 +282,7 @@ def test_the_learning_rate_warms_up_and_falls_as_configured() -> None:
     assert optim.learning_rate(constant, 1) == optim.learning_rate(constant, 9999) == 0.5
 
 
-def test_a_step_uses_its_own_learning_rate() -> None:
+def test_a_step_can_set_its_learning_rate() -> None:
     trainer = make()
     before = state(trainer, "generator")
     result = trainer.train_step(1, 1, BATCH, Modes(learning_rate=0.0))
@@ -306,7 +306,7 @@ def decaying(group: optim.Group) -> set[str]:
 @pytest.mark.parametrize(
     "model", [{}, {"emb_dim": 24}, {"tied_embeddings": True}, {"qk_norm": True}], ids=str
 )
-def test_weight_decay_is_for_linear_maps_alone(model: dict[str, Any]) -> None:
+def test_only_linear_maps_have_weight_decay(model: dict[str, Any]) -> None:
     trainer = make({"self_cond": True, "critic": "token"}, model=model)
     for group, network in (
         (trainer.generator, trainer.networks.generator),
@@ -322,7 +322,7 @@ def test_weight_decay_is_for_linear_maps_alone(model: dict[str, Any]) -> None:
     assert decaying(head) == {"weight"}
 
 
-def test_a_checkpoint_from_when_other_weights_decayed_loads_bit_for_bit(
+def test_a_checkpoint_of_numerics_version_1_loads_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"objective": {"critic": "token"}, "model": {"emb_dim": 24}}
@@ -366,7 +366,7 @@ def test_gradients_are_clipped_to_the_configured_norm() -> None:
     assert seen == [pytest.approx(0.01, rel=1e-3)]
 
 
-def test_parts_hold_whole_rows_within_the_budget() -> None:
+def test_micro_batches_hold_whole_rows_within_the_budget() -> None:
     valid = torch.arange(10) < torch.tensor([10, 3, 3, 3, 9, 1])[:, None]
     parts = list(split(valid, 20))
     assert [(part.start, part.stop) for part in parts] == [(0, 2), (2, 4), (4, 6)]
@@ -391,7 +391,7 @@ def test_every_option_of_the_encoder_trains(model: dict[str, Any]) -> None:
     assert last < first
 
 
-def test_rows_of_padding_alone_spoil_nothing() -> None:
+def test_rows_that_are_all_padding_change_nothing() -> None:
     ids = IDS.copy()
     ids[2] = 15
     trainer = make(model={"pad_id": 15})
@@ -402,7 +402,7 @@ def test_rows_of_padding_alone_spoil_nothing() -> None:
     assert result.maskable_tokens == 60
 
 
-def test_a_device_that_is_not_there_is_named() -> None:
+def test_a_missing_device_is_named() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(ConfigError, match="has 0 CUDA devices, got 'cuda:1'"):
@@ -424,7 +424,7 @@ def test_compiled_blocks_are_warm_before_the_first_step_and_compute_the_same() -
     assert compiled.versions["compile"] == "default"
 
 
-def test_dropout_is_where_its_description_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_applies_where_it_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
     F = torch.nn.functional
     found: list[str] = []
     dropout, attend = F.dropout, F.scaled_dot_product_attention
@@ -451,7 +451,7 @@ def test_dropout_is_where_its_description_says(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_how_a_batch_is_split_changes_its_loss_with_dropout_alone(dropout: float) -> None:
+def test_only_with_dropout_does_the_loss_depend_on_the_split(dropout: float) -> None:
     def loss(**serve: Any) -> float:
         return make(model={"dropout": dropout}, **serve).train_step(1, 1, BATCH, Modes()).losses.loss
 
@@ -472,7 +472,7 @@ def test_activation_checkpointing_changes_no_bit(critic: str) -> None:
     assert not changed(state(plain), state(sparing))
 
 
-def test_deterministic_and_tf32_are_words_that_a_cpu_takes_too() -> None:
+def test_a_cpu_accepts_deterministic_and_tf32() -> None:
     versions = make(precision="tf32", deterministic=True).versions
     assert (versions["precision"], versions["deterministic"]) == ("fp32", "yes")
     assert not torch.are_deterministic_algorithms_enabled(), "it costs a CPU, and gains nothing"

@@ -1,4 +1,4 @@
-"""What ties a client to the process that made it: a fork copies the object, but not its connection."""
+"""Binds a client to the process that made it: a fork copies the object, but not its connection."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from maskwire.errors import ForkError
 
 
 class ProcessBound:
-    """Base of both clients: works in the process that made it, and nowhere else.
+    """Base of both clients: usable only in the process that made it.
 
-    After a fork the child holds a copy whose threads do not exist, whose locks may be held for ever, and
-    whose socket is the parent's.
+    After a fork the child has a copy whose threads do not exist, whose locks may be held forever, and whose
+    socket belongs to the parent.
     """
 
     target: str
@@ -22,15 +22,15 @@ class ProcessBound:
 
     @property
     def _inherited(self) -> bool:
-        """Whether this is the copy of a forked child. Nothing of it may be used or closed there."""
+        """Whether this is the copy in a forked child, which must neither use nor close it."""
         return os.getpid() != self._process
 
     def _check_process(self) -> None:
         if self._inherited:
             raise ForkError(
                 f"this {type(self).__name__} was made in process {self._process} and is used in process "
-                f"{os.getpid()}, a fork of it: a connection does not survive a fork. Make one there with "
-                f"maskwire.attach({self.target!r}), in a process that was started by spawn or forkserver "
+                f"{os.getpid()}, a fork of it: a connection does not survive a fork. Make a client "
+                f"there with maskwire.attach({self.target!r}), in a process started by spawn or forkserver "
                 "(multiprocessing.get_context('spawn')), or send the work back to the parent",
                 reason="FORKED",
             )
@@ -39,5 +39,5 @@ class ProcessBound:
         raise TypeError(
             f"a maskwire {type(self).__name__} cannot be pickled or copied: it holds a connection. Send the "
             f"target ({self.target!r}) and make a client there: maskwire.attach(target), or maskwire.connect "
-            "for the run's one trainer"
+            "for the run's trainer"
         )

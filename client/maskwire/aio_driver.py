@@ -1,0 +1,212 @@
+"""The asyncio driver: performs the effects of conversations in an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import grpc
+import grpc.aio
+
+from maskwire.arguments import call_back
+from maskwire.credentials import Endpoint
+from maskwire.errors import EventLoopError, MaskwireError, read_failure
+from maskwire.process_bound import ProcessBound
+from maskwire.protocol.calls import Calls
+from maskwire.protocol.effects import (
+    Call,
+    Conversation,
+    Effect,
+    Emit,
+    Pause,
+    Receive,
+    Stream,
+    Until,
+    Work,
+    end_conversation,
+)
+from maskwire.signatures import keep_signature
+from maskwire.v1 import training_service_pb2_grpc as pb_grpc
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Driver(ProcessBound):
+    """A connection, and what drives conversations over it. Belongs to the first event loop that uses it."""
+
+    def __init__(self, endpoint: Endpoint, calls: Calls) -> None:
+        super().__init__()
+        self.target = endpoint.target
+        self._calls = calls
+        self._endpoint = endpoint
+        self._metadata = endpoint.metadata
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._channel: Any = None  # made in the loop, since gRPC binds it to the loop
+        self._stub: Any = None
+        self._closed = False
+        self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+
+    def _enter(self) -> None:
+        """Connect in the first event loop that gets here, and refuse any other."""
+        self._check_process()
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+            self._channel = self._endpoint.channel(grpc.aio)
+            self._stub = pb_grpc.TrainingServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        elif loop is not self._loop:
+            state = "which has ended" if self._loop.is_closed() else "which still runs"
+            raise EventLoopError(
+                f"this {type(self).__name__} belongs to the event loop that used it first, {state}, and "
+                "gRPC cannot move it to another: make a client in each loop (maskwire.aio.attach or "
+                "connect), or do everything in one asyncio.run",
+                reason="OTHER_EVENT_LOOP",
+            )
+
+    async def _drive(self, conversation: Conversation[T]) -> T:
+        """Perform a conversation's effects until it returns."""
+        self._enter()
+        effect: Effect | None = None
+        try:
+            while True:
+                reply = None if effect is None else await self._perform(effect)
+                try:
+                    effect = self._advance(conversation, reply)
+                except StopIteration as done:
+                    value: T = done.value
+                    return value
+        except Exception as error:
+            self._end(conversation, effect, error)
+            raise
+        except BaseException:
+            self._end(conversation, effect)
+            raise
+
+    async def _iterate(self, conversation: Conversation[Any]) -> AsyncIterator[Any]:
+        """Yield what a conversation emits."""
+        self._enter()
+        effect: Effect | None = None
+        stream: Receive | None = None
+        try:
+            while True:
+                reply = None if effect is None else await self._perform(effect)
+                try:
+                    effect = self._advance(conversation, reply)
+                except StopIteration:
+                    return
+                if isinstance(effect, Receive):
+                    stream = effect
+                elif isinstance(effect, Emit):
+                    yield effect.value
+        finally:
+            self._end(conversation, stream)
+
+    def _advance(self, conversation: Conversation[Any], reply: Any) -> Effect:
+        """Run a conversation up to its next effect."""
+        self._check_process()  # a callback, or the reader of an iterator, may have forked
+        try:
+            return conversation.send(reply)
+        finally:
+            self._wake()
+
+    async def _wait(self, holds: Callable[[], bool]) -> None:
+        """Wait until a condition holds."""
+        while not holds():
+            waiter = holds, asyncio.get_running_loop().create_future()
+            self._waiting.append(waiter)
+            try:
+                await waiter[1]
+            finally:
+                self._waiting.remove(waiter)
+
+    def _wake(self) -> None:
+        """Wake the tasks whose condition now holds, and no others."""
+        for holds, future in self._waiting:
+            if not future.done() and holds():
+                future.set_result(None)
+
+    def _end(
+        self, conversation: Conversation[Any], effect: Effect | None = None, error: Exception | None = None
+    ) -> None:
+        """End a conversation early: by the error that its last effect raised, or because its caller left.
+
+        Does nothing in a forked child: the conversation belongs to the parent.
+        """
+        if self._inherited:
+            return
+        end_conversation(conversation, error)
+        self._wake()
+        if isinstance(effect, Receive):
+            effect.stream.cancel()
+
+    async def _perform(self, effect: Effect) -> Any:
+        if isinstance(effect, Call):
+            return await self._call(effect)
+        if isinstance(effect, Until):
+            return await self._wait(effect.holds)
+        if isinstance(effect, Pause):
+            return await asyncio.sleep(effect.seconds)
+        if isinstance(effect, Work):
+            return await asyncio.to_thread(call_back, "a callback", effect.function)
+        if isinstance(effect, Receive):
+            return await self._receive(effect.stream)
+        return None  # Emit is handled by _iterate
+
+    async def _call(self, call: Call) -> Any:
+        self._check_open()
+        try:
+            answer = getattr(self._stub, call.method)(
+                call.request, timeout=call.timeout, metadata=self._metadata
+            )
+            if call.meanwhile is not None:
+                asyncio.get_running_loop().call_soon(
+                    call.meanwhile
+                )  # runs after gRPC's task has sent the call
+            if call.on_message is None:
+                return await answer
+            async for message in answer:
+                await asyncio.to_thread(call_back, "a callback", call.on_message, message)
+        except grpc.RpcError as error:
+            return read_failure(error)
+        return None
+
+    async def _receive(self, stream: Stream) -> Any:
+        self._check_open()
+        try:
+            if stream.call is None:
+                method = getattr(self._stub, stream.method)
+                stream.call = method(stream.request, timeout=stream.timeout, metadata=self._metadata)
+            message = await stream.call.read()
+        except grpc.RpcError as error:
+            return read_failure(error)
+        return None if message is grpc.aio.EOF else message
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise MaskwireError("this client is closed; make another one")
+
+
+def awaited(
+    method: Callable[Concatenate[Any, P], Conversation[T]],
+) -> Callable[Concatenate[Driver, P], Coroutine[Any, Any, T]]:
+    """Make a conversation a coroutine method, with its signature and docstring."""
+
+    @keep_signature(method)
+    async def call(self: Driver, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._drive(method(self._calls, *args, **kwargs))
+
+    return call
+
+
+def iterating(
+    method: Callable[Concatenate[Any, P], Generator[Effect, Any, T | None]],
+) -> Callable[Concatenate[Driver, P], AsyncIterator[T]]:
+    """Make a conversation that emits values a method whose result `async for` iterates over."""
+
+    @keep_signature(method)
+    def call(self: Driver, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
+        return self._iterate(method(self._calls, *args, **kwargs))
+
+    return call

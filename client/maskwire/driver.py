@@ -1,0 +1,250 @@
+"""The blocking driver: performs the effects of conversations on the caller's thread."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, wait
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import grpc
+
+from maskwire.arguments import call_back
+from maskwire.credentials import Endpoint
+from maskwire.errors import MaskwireError, UnavailableError, read_failure
+from maskwire.process_bound import ProcessBound
+from maskwire.protocol.calls import Calls
+from maskwire.protocol.effects import (
+    Call,
+    Conversation,
+    Effect,
+    Emit,
+    Pause,
+    Receive,
+    Stream,
+    Until,
+    Work,
+    end_conversation,
+)
+from maskwire.signatures import keep_signature
+from maskwire.v1 import training_service_pb2_grpc as pb_grpc
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# The system may deliver a signal to another thread. The main thread, which runs Python's signal handlers,
+# would sleep on, so it wakes this often.
+_SIGNAL_SECONDS = 0.5
+
+
+def result_of(future: Future[T], timeout: float | None = None) -> T:
+    """Wait for a future's result, so that Ctrl-C interrupts."""
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    while True:
+        left = min(_SIGNAL_SECONDS, deadline - time.monotonic())
+        if future.done() or left <= 0:
+            return future.result(0)
+        wait([future], left)
+
+
+class Driver(ProcessBound):
+    """A connection, and what drives conversations over it. Safe to use from several threads."""
+
+    def __init__(self, endpoint: Endpoint, calls: Calls) -> None:
+        super().__init__()
+        self.target = endpoint.target
+        self._calls = calls
+        self._metadata = endpoint.metadata
+        self._channel = endpoint.channel()
+        self._stub = pb_grpc.TrainingServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._lock = threading.Lock()  # held while a conversation runs between two effects
+        self._waiting: list[tuple[Callable[[], bool], threading.Condition]] = []
+        self._closed = threading.Event()
+        self._background: Background | None = None  # runs `Call.meanwhile`
+
+    def _drive(self, conversation: Conversation[T]) -> T:
+        """Perform a conversation's effects until it returns."""
+        effect: Effect | None = None
+        try:
+            while True:
+                reply = None if effect is None else self._perform(effect)
+                try:
+                    effect = self._advance(conversation, effect, reply)
+                except StopIteration as done:
+                    value: T = done.value
+                    return value
+        except Exception as error:
+            self._end(conversation, effect, error)
+            raise
+        except BaseException:
+            self._end(conversation, effect)
+            raise
+
+    def _iterate(self, conversation: Conversation[Any]) -> Iterator[Any]:
+        """Yield what a conversation emits."""
+        effect: Effect | None = None
+        stream: Receive | None = None
+        try:
+            while True:
+                reply = None if effect is None else self._perform(effect)
+                try:
+                    effect = self._advance(conversation, effect, reply)
+                except StopIteration:
+                    return
+                if isinstance(effect, Receive):
+                    stream = effect
+                elif isinstance(effect, Emit):
+                    yield effect.value
+        finally:
+            self._end(conversation, stream)
+
+    def _advance(self, conversation: Conversation[Any], effect: Effect | None, reply: Any) -> Effect:
+        """Run a conversation up to its next effect. `effect` is the one whose outcome is `reply`."""
+        self._check_process()  # a callback, or the reader of an iterator, may have forked
+        with self._lock:
+            if isinstance(effect, Until):
+                self._wait(effect.holds)
+            try:
+                return conversation.send(reply)
+            finally:
+                self._wake()
+
+    def _wait(self, holds: Callable[[], bool], timeout: float | None = None) -> None:
+        """With the lock held, wait until a condition holds, or for at most `timeout` seconds."""
+        if holds():
+            return
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        waiter = holds, threading.Condition(self._lock)
+        self._waiting.append(waiter)
+        try:
+            while not holds():
+                left = min(_SIGNAL_SECONDS, deadline - time.monotonic())
+                if left <= 0:
+                    return
+                waiter[1].wait(left)
+        finally:
+            self._waiting.remove(waiter)
+
+    def _wake(self) -> None:
+        """With the lock held, wake the threads whose condition now holds, and no others."""
+        for holds, condition in self._waiting:
+            if holds():
+                condition.notify()
+
+    def _end(
+        self, conversation: Conversation[Any], effect: Effect | None = None, error: Exception | None = None
+    ) -> None:
+        """End a conversation early: by the error that its last effect raised, or because its caller left.
+
+        Does nothing in a forked child: the conversation belongs to the parent.
+        """
+        if self._inherited:
+            return
+        with self._lock:
+            end_conversation(conversation, error)
+            self._wake()
+        if isinstance(effect, Receive):
+            effect.stream.cancel()
+
+    def _perform(self, effect: Effect) -> Any:
+        if isinstance(effect, Call):
+            return self._call(effect)
+        if isinstance(effect, Pause):
+            return self._pause(effect.seconds)
+        if isinstance(effect, Work):
+            return call_back("a callback", effect.function)
+        if isinstance(effect, Receive):
+            return self._receive(effect.stream)
+        return None  # Emit is handled by _iterate, Until by _advance
+
+    def _call(self, call: Call) -> Any:
+        self._check_open()
+        if call.meanwhile is not None and self._background is not None:
+            self._background.run(call.meanwhile)
+        try:
+            answer = getattr(self._stub, call.method)(
+                call.request, timeout=call.timeout, metadata=self._metadata
+            )
+            if call.on_message is None:
+                return answer
+            for message in answer:
+                call_back("a callback", call.on_message, message)
+        except grpc.RpcError as error:
+            return read_failure(error)
+        return None
+
+    def _receive(self, stream: Stream) -> Any:
+        self._check_open()
+        try:
+            if stream.call is None:
+                method = getattr(self._stub, stream.method)
+                stream.call = method(stream.request, timeout=stream.timeout, metadata=self._metadata)
+            return next(stream.call, None)
+        except grpc.RpcError as error:
+            return read_failure(error)
+
+    def _pause(self, seconds: float) -> None:
+        if self._closed.wait(seconds):
+            raise UnavailableError(
+                f"the client was closed while {self.target} did not answer: the outcome is unknown",
+                reason="CANCELLED",
+            )
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise MaskwireError("this client is closed; make another one")
+
+    def _disconnect(self) -> None:
+        """End the connection, and with it the calls in progress."""
+        self._closed.set()
+        self._channel.close()
+
+
+class Background:
+    """A thread for short work that nobody has to wait for."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        # The thread holds the queue and not this object, so that it ends with an unclosed client.
+        threading.Thread(
+            target=self._run, args=(self._queue,), name="maskwire-background", daemon=True
+        ).start()
+
+    def run(self, function: Callable[[], object]) -> None:
+        """Run a function soon; its result is ignored."""
+        self._queue.put(function)
+
+    def __del__(self) -> None:
+        self._queue.put(None)
+
+    @staticmethod
+    def _run(work: queue.SimpleQueue[Callable[[], object] | None]) -> None:
+        while (function := work.get()) is not None:
+            function()
+
+
+def blocking(
+    method: Callable[Concatenate[Any, P], Conversation[T]],
+) -> Callable[Concatenate[Driver, P], T]:
+    """Make a conversation a blocking method, with its signature and docstring."""
+
+    @keep_signature(method)
+    def call(self: Driver, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._drive(method(self._calls, *args, **kwargs))
+
+    return call
+
+
+def iterating(
+    method: Callable[Concatenate[Any, P], Generator[Effect, Any, T | None]],
+) -> Callable[Concatenate[Driver, P], Iterator[T]]:
+    """Make a conversation that emits values a method that iterates over them."""
+
+    @keep_signature(method)
+    def call(self: Driver, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        return self._iterate(method(self._calls, *args, **kwargs))
+
+    return call

@@ -1,0 +1,80 @@
+"""Progress of training, as lines for logs. The live bar for terminals is `maskwire.progress`."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from maskwire.output import on_terminal, tell
+
+PLAIN_EVERY_SECONDS = 10.0
+
+
+class TrainingProgress(Protocol):
+    """Shows the progress of training."""
+
+    def update(self, step: int, loss: float, tokens: int, note: str = "") -> None:
+        """Show that a step was trained."""
+
+    def say(self, text: str) -> None:
+        """Show a line that stays."""
+
+    def close(self) -> None:
+        """Stop: training has ended."""
+
+
+def training_progress(wanted: bool, step: int, until_step: int) -> TrainingProgress:
+    """Return a live bar on a terminal and lines elsewhere, or no progress at all."""
+    if not wanted:
+        return NoProgress()
+    if on_terminal():
+        from maskwire.progress import Bar  # imports rich, which takes a while
+
+        return Bar(step, until_step)
+    return ProgressLines(step, until_step)
+
+
+class NoProgress:
+    """Shows nothing."""
+
+    def update(self, step: int, loss: float, tokens: int, note: str = "") -> None:
+        """Do nothing."""
+
+    def say(self, text: str) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class ProgressLines:
+    """Prints a line on stderr every few seconds."""
+
+    def __init__(self, step: int, until_step: int) -> None:
+        self._first_step, self._until_step = step, until_step
+        self._began = self._printed = time.monotonic()
+        self._tokens = 0
+        self._unprinted = ""
+
+    def update(self, step: int, loss: float, tokens: int, note: str = "") -> None:
+        """Print a line if the last one is old enough."""
+        self._tokens += tokens
+        now = time.monotonic()
+        elapsed = max(now - self._began, 1e-9)
+        left = elapsed / max(1, step - self._first_step) * (self._until_step - step)
+        self._unprinted = (
+            f"step {step}/{self._until_step}  loss {loss:.4f}  {self._tokens / elapsed:,.0f} tokens/s  "
+            f"{left:.0f} s left  {note}".rstrip()
+        )
+        if now - self._printed >= PLAIN_EVERY_SECONDS:
+            self._printed, line, self._unprinted = now, self._unprinted, ""
+            tell(line)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        tell(text)
+
+    def close(self) -> None:
+        """Print the last line if it was not printed."""
+        if self._unprinted:
+            tell(self._unprinted)

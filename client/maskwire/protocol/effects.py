@@ -1,0 +1,93 @@
+"""Effects: what the protocol asks its driver to do.
+
+The protocol does no I/O. Each call of the client is a conversation: a generator that yields effects, is sent
+the outcome of each, and returns the call's result. The blocking and the asyncio client differ only in how
+their drivers perform effects. A driver runs one conversation at a time between two effects, so the protocol
+needs no locks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Call:
+    """Call a method of the service. The outcome is the response, or a `Failure`."""
+
+    method: str
+    request: Any
+    timeout: float
+    on_message: Callable[[Any], None] | None = None
+    """For a streaming method: called with each message; the outcome is then None."""
+    meanwhile: Callable[[], object] | None = None
+    """Work that needs no answer, to be done while the request is on its way."""
+
+
+@dataclass(eq=False)
+class Stream:
+    """A streaming call whose messages are read one at a time with `Receive`."""
+
+    method: str
+    request: Any
+    timeout: float
+    call: Any = None
+    """The driver's gRPC call; None until the first `Receive` starts it."""
+
+    def cancel(self) -> None:
+        """Tell the server that no further message is wanted."""
+        if self.call is not None:
+            self.call.cancel()
+
+
+@dataclass(frozen=True)
+class Receive:
+    """Read a stream's next message. The outcome is the message, None at the end, or a `Failure`."""
+
+    stream: Stream
+
+
+@dataclass(frozen=True)
+class Emit:
+    """Hand a value to the caller, who iterates over the conversation."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Wait this many seconds."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Until:
+    """Wait until a condition holds. Other conversations make it true."""
+
+    holds: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Run a function that takes time, while other conversations continue. The outcome is its result."""
+
+    function: Callable[[], Any]
+
+
+Effect = Call | Receive | Emit | Pause | Work | Until
+Conversation = Generator[Effect, Any, T]
+
+
+def end_conversation(conversation: Conversation[object], error: Exception | None) -> None:
+    """End a conversation early: by the error that its last effect raised, or None if its caller left."""
+    if error is not None and inspect.getgeneratorstate(conversation) == inspect.GEN_SUSPENDED:
+        with contextlib.suppress(Exception):  # the driver raises it
+            conversation.throw(error)
+    conversation.close()

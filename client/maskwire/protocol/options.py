@@ -1,0 +1,106 @@
+"""Keyword arguments of the calls, typed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict
+
+
+class StepOptions(TypedDict, total=False):
+    """Options of a training step."""
+
+    lengths: Any
+    """Integers [rows]: tokens after a row's length are padding."""
+    prompt_mask: Any
+    """bool [rows, columns]: True at positions that are given and never masked."""
+    only_train_generator: bool
+    """Compute and train the generator alone."""
+    only_train_critic: bool
+    """Train the critic alone."""
+    generator_sample_temperature: float | None
+    """Temperature of the critic's input, 0 for the most probable token; None: drawn from [0, 1) for each
+    step.
+    """
+    learning_rate: float | None
+    """Learning rate of this step alone, instead of the schedule's."""
+
+
+class EvalOptions(TypedDict, total=False):
+    """Options of an evaluation."""
+
+    lengths: Any
+    """Integers [rows]: tokens after a row's length are padding."""
+    prompt_mask: Any
+    """bool [rows, columns]: True at positions that are given and never masked."""
+    row_ids: Sequence[int]
+    """Seeds of the rows' draws: the same id, seed and draws give the same result in any batch."""
+    draws: int
+    """Draws per row; 0: 16, or the server's maximum if lower. With the chain rule: orders per row; 0: 1."""
+    seed: int
+    """Seed of the draws."""
+    only_train_generator: bool
+    """Compute the losses that training with this flag would give."""
+    only_train_critic: bool
+    """Compute the losses that training with this flag would give."""
+    generator_sample_temperature: float | None
+    """As in training; None: drawn from the evaluation's seed."""
+    raw_weights: bool
+    """Evaluate the trained weights even if the run keeps a moving average."""
+    text_bytes: int | None
+    """Bytes of text that the batch encodes; needed for bits per byte."""
+    estimator: Literal["systematic", "chain_rule"]
+    """systematic: the negative ELBO from systematic draws; chain_rule: the exact likelihood, one pass per
+    token.
+    """
+    chain_order: Literal["left_to_right", "random"]
+    """Order of the chain rule; random: each draw has an order of its own."""
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options of a generation."""
+
+    lengths: Any
+    """Integers [rows]: tokens after a prompt's length are padding."""
+    prompt_mask: Any
+    """bool [rows, columns]: True where the prompt's token is given; None: wherever it is not the mask id."""
+    count: int | None
+    """Rows to sample, 1 by default; with prompts: only the first `count` of them, by default all."""
+    length: int
+    """Tokens per row, 0 for the model's maximum; with prompts: the width to compute at, 0 for the prompts'
+    own.
+    """
+    steps: int
+    """Unmasking passes; 0: one position per pass."""
+    order: str
+    """random, confidence, margin, entropy or critic."""
+    temperature: float | None
+    """Sampling temperature, 0 for the most probable token; None: 1."""
+    top_k: int
+    """Sample from the `top_k` most probable tokens; 0: from all."""
+    top_p: float | None
+    """Sample from the most probable tokens whose total probability is `top_p`; None: 1."""
+    choice_temperature: float | None
+    """Temperature of the noise on the order; None: the preset's."""
+    remasking: bool
+    """Mask the lowest-ranked revealed positions again; with order confidence or critic."""
+    self_cond_mode: str
+    """two_pass (the model that `eval_loss` evaluates) or carry."""
+    raw_weights: bool
+    """Sample from the trained weights even if the run keeps a moving average."""
+    row_seeds: Sequence[int]
+    """One seed per row: a row depends on its own seed, not on its neighbours."""
+    seed: int
+    """Seed of the first row if there are no row_seeds; each further row has the next number."""
+
+
+class ListOptions(TypedDict, total=False):
+    """Range of recorded steps."""
+
+    run_id: str
+    """Raise WrongRunError unless this is the run; empty: any run."""
+    lineage: int
+    """The lineage; 0: the newest. A lineage's steps come after the step that it started from."""
+    first_step: int
+    """First step; 0: the lineage's first."""
+    last_step: int
+    """Last step, inclusive; 0: the lineage's last."""

@@ -1,0 +1,91 @@
+"""Retries: when a failed attempt is repeated, after how long, and what is raised in the end."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from maskwire.errors import Failure, MaskwireError, UnavailableError
+
+_MAX_SECONDS = 1e7  # gRPC accepts no infinite deadline
+# The server restarts these from the beginning when a call is cut off, so their deadline is generous.
+_LONG_CALLS = {"EvalLoss", "Checkpoint", "RestoreCheckpoint"}
+_SHORT_CALLS = {"GetStatus", "ListCheckpoints", "ListSteps"}
+_RETRY_ADVICE = re.compile(r"; (?:ask again|retry)(?: with the same request id)?$")
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long and how often a call is repeated."""
+
+    retry_for: float = 300.0
+    """Seconds for which calls to a server that does not answer are repeated."""
+    attempt_timeout: float = 60.0
+    """Deadline of one attempt, in seconds."""
+    first_wait: float = 0.05
+    longest_wait: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("retry_for", 0.0), ("attempt_timeout", 1e-3)):
+            value = getattr(self, name)
+            if not lowest <= value <= _MAX_SECONDS:
+                raise ValueError(
+                    f"{name.removeprefix('attempt_')} must be {lowest:g} to {_MAX_SECONDS:g} s, got {value}"
+                )
+
+    def timeout(self, method: str) -> float:
+        """The deadline of one attempt of a method, in seconds."""
+        if method == "Generate":  # may take thousands of passes; keepalive detects a dead server
+            return _MAX_SECONDS
+        if method in _LONG_CALLS:
+            return max(self.attempt_timeout, self.retry_for)
+        if method in _SHORT_CALLS:
+            return min(self.attempt_timeout, max(1.0, self.retry_for))
+        return self.attempt_timeout
+
+    def wait(
+        self, failure: Failure, attempt: int, elapsed: float, jitter: Callable[[], float] = random.random
+    ) -> float | None:
+        """Seconds to wait before attempt number `attempt` + 1; None: give up.
+
+        The wait grows exponentially up to `longest_wait`. A random factor in [0.5, 1) spreads the retries of
+        many clients of a server that has just come back.
+        """
+        if not failure.retryable or elapsed >= self.retry_for:
+            return None
+        wait = max(self.first_wait * 2.0 ** min(attempt, 30), failure.retry_after or 0.0)
+        return min(self.longest_wait, wait) * (0.5 + jitter() / 2)
+
+
+def without_advice(error: MaskwireError) -> str:
+    """The server's message without its advice to retry: this client retries by itself."""
+    return _RETRY_ADVICE.sub("", str(error))
+
+
+def given_up(
+    target: str, method: str, last: Failure, retry_for: float, answered: tuple[MaskwireError, float] | None
+) -> UnavailableError:
+    """The error that ends the retries.
+
+    `answered` is the last error that the server itself answered with, and how many seconds ago. A server that
+    keeps answering HELD is reachable, and the message says so.
+    """
+    error = last.error
+    if not last.unreachable:
+        text = (
+            f"{target} still answers {error.reason} after {retry_for:g} s: {without_advice(error)}; "
+            f"`maskwire status -t {target}` shows what it is waiting for"
+        )
+    else:
+        text = (
+            f"{target} did not answer within {retry_for:g} s ({error}); is the server running and the "
+            "address right?"
+        )
+        if method != "GetStatus":  # which is what the command itself calls
+            text += f" `maskwire status -t {target}` shows its state."
+        if answered is not None:
+            answer, ago = answered
+            text += f" Its last answer, {ago:.0f} s ago, was {answer.reason}: {without_advice(answer)}"
+    return UnavailableError(text, reason=error.reason, metadata=error.metadata)

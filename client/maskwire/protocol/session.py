@@ -1,0 +1,161 @@
+"""The session of the run's writer: opened, confirmed after an outage, closed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from maskwire import results
+from maskwire.errors import FencedError, WriterPresentError
+from maskwire.process import default_name, holder_of, is_gone, this_process
+from maskwire.protocol import codec
+from maskwire.protocol.calls import Calls, new_id
+from maskwire.protocol.effects import Conversation, Until
+from maskwire.protocol.ledger import Ledger
+from maskwire.protocol.retry import RetryPolicy
+from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.digest import VERSIONS
+
+
+class Session(Calls):
+    """Conversations about the session, and what the server said about the run when it was last opened."""
+
+    def __init__(
+        self,
+        target: str,
+        policy: RetryPolicy,
+        on_wait: Callable[[str], None],
+        clock: Callable[[], float],
+        name: str | None,
+    ) -> None:
+        super().__init__(target, policy, on_wait, clock)
+        self.name = name or default_name()
+        self.took_over = ""
+        """A message about the open session that this one took over; empty: there was none."""
+        self.ledger = Ledger()
+        self.model: results.ModelInfo
+        self.limits: results.Limits
+        self.tokenizer = ""
+        self.inexact_replays: tuple[results.InexactReplay, ...] = ()
+        self.data: dict[str, str] = {}
+        self.evaluated = (0, 0)
+        self._nonce = new_id()
+        self._stale = False  # the server may have been restarted since the session was last confirmed
+        self._reopening = False
+
+    @property
+    def unreachable(self) -> bool:
+        """Whether the last attempt got no answer and the session was not confirmed since."""
+        return self._stale
+
+    def open(
+        self,
+        *,
+        takeover: bool = False,
+        tokenizer: str = "",
+        evaluated_step: int = 0,
+        replace: bool = False,
+        began: float | None = None,
+        data: Mapping[str, str] | None = None,
+        allow_changed_data: bool = False,
+    ) -> Conversation[None]:
+        """Open the session, or confirm it and that the server has this client's history.
+
+        `replace`: open another session, as a client that holds no history.
+        """
+        nonce = new_id() if replace else self._nonce
+        request = pb.OpenSessionRequest(
+            client_name=self.name,
+            nonce=nonce,
+            takeover=takeover,
+            held_epoch=None if replace else self.ledger.session.epoch or None,
+            history=None if replace else self.ledger.history(),
+            tokenizer=tokenizer,
+            data=data,
+            allow_changed_data=allow_changed_data,
+            process=this_process(),
+            evaluated_step=evaluated_step,
+            digest_versions=VERSIONS,
+        )
+        response = yield from self._open(request, began)
+        if response.HasField("superseded"):
+            self.took_over = _took_over(response.superseded, request)
+        if replace or not self.ledger.digest:
+            self._nonce = nonce
+            self.ledger = Ledger()
+            self.ledger.open(response)
+        elif response.session.epoch != self.ledger.session.epoch:
+            raise FencedError(
+                f"the session's epoch {self.ledger.session.epoch} was replaced by "
+                f"{response.session.epoch}; connect again",
+                reason="FENCED",
+            )
+        self.model = codec.read_model(response.model)
+        self.limits = codec.read_limits(response.limits)
+        self.tokenizer = response.tokenizer
+        self.inexact_replays = codec.read_inexact_replays(response.inexact_replays)
+        self.data = dict(response.data)
+        self.evaluated = (response.evaluated_lineage, response.evaluated_step)
+
+    def _open(
+        self, request: pb.OpenSessionRequest, began: float | None
+    ) -> Conversation[pb.OpenSessionResponse]:
+        """Ask for the session, also for one whose process has ended."""
+        while True:
+            try:
+                response: pb.OpenSessionResponse = yield from self._ask(
+                    "OpenSession", lambda: request, began=began
+                )
+                return response
+            except WriterPresentError as error:
+                epoch = int(error.metadata.get("epoch", 0))
+                if epoch <= request.gone_epoch or not is_gone(holder_of(error.metadata)):
+                    raise
+                request.gone_epoch = epoch
+
+    def close_request(self) -> pb.CloseSessionRequest | None:
+        """Return the request that ends the session; None if none is open."""
+        return pb.CloseSessionRequest(session=self.ledger.session) if self.ledger.digest else None
+
+    def use_tokenizer(self, tokenizer: str) -> Conversation[None]:
+        """Record with the run which tokenizer its ids belong to; TokenizerError if it has another one.
+
+        `fit` does this for data with a `tokenizer`.
+        """
+        if tokenizer and tokenizer != self.tokenizer:
+            yield from self.open(tokenizer=tokenizer)
+
+    def use_data(self, fingerprint: Mapping[str, str], *, allow_changed: bool = False) -> Conversation[None]:
+        """Record the fingerprint of the run's training data; DataMismatchError if it has another one.
+
+        With `allow_changed` the new fingerprint replaces the recorded one. `fit` does this for data with a
+        `fingerprint()`.
+        """
+        if fingerprint and dict(fingerprint) != self.data:
+            yield from self.open(data=fingerprint, allow_changed_data=allow_changed)
+
+    def mark_evaluated(self) -> Conversation[None]:
+        """Record that the current step was evaluated and the result was seen; `fit` does this."""
+        yield from self.open(evaluated_step=self.ledger.step)
+
+    def _unreachable(self) -> None:
+        self._stale = True
+
+    def _confirm(self, began: float) -> Conversation[None]:
+        """After the server was unreachable: check that it still has what it acknowledged."""
+        if not self._stale:
+            return
+        yield Until(lambda: not self._reopening)
+        if self._stale:
+            self._reopening = True
+            try:
+                yield from self.open(began=began)
+                self._stale = False
+            finally:
+                self._reopening = False
+
+
+def _took_over(holder: pb.SessionHolder, request: pb.OpenSessionRequest) -> str:
+    process = holder.process
+    where = f" (host {process.host}, process {process.process_id})" if holder.HasField("process") else ""
+    gone = ", a process that is gone" if holder.epoch == request.gone_epoch else ""
+    return f"took over the session of {holder.client_name!r}{where}{gone}"

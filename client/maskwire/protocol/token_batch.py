@@ -1,0 +1,159 @@
+"""Token batches: from arrays and lists of token ids to the proto's TokenBatch, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from maskwire import arguments
+from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.digest import narrowest_type
+
+_DTYPES: dict[np.dtype[Any], pb.DataType] = {
+    np.dtype("<u1"): pb.DATA_TYPE_UINT8,
+    np.dtype("<u2"): pb.DATA_TYPE_UINT16,
+    np.dtype("<i4"): pb.DATA_TYPE_INT32,
+    np.dtype("<i8"): pb.DATA_TYPE_INT64,
+}
+
+
+def to_array(tokens: Any, name: str = "tokens") -> npt.NDArray[np.integer[Any]]:
+    """A numpy array of integers from an array, a list or a torch tensor, without importing torch."""
+    array = _host(tokens)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got {array.dtype}")
+    if array.dtype == np.uint64 and array.size and int(array.max()) >= 2**63:
+        raise ValueError(f"{name} must be below 2^63, got {int(array.max())}")
+    return array
+
+
+def _host(values: Any) -> npt.NDArray[Any]:
+    if hasattr(values, "detach") and hasattr(values, "cpu"):
+        values = values.detach().cpu().numpy()
+    return np.asarray(values)
+
+
+def encode_batch(
+    tokens: Any,
+    num_tokens: int = 0,
+    *,
+    lengths: Any = None,
+    prompt_mask: Any = None,
+    into: pb.TokenBatch | None = None,
+) -> pb.TokenBatch:
+    """A TokenBatch from rows of token ids; `num_tokens` is the size of the vocabulary, 0 if it is not known.
+
+    `tokens` is an integer array [rows, columns], or a list of rows that may differ in length. With
+    `lengths` [rows], the positions after a row's length are padding and are not sent. `prompt_mask` is a bool
+    array [rows, columns], True for positions that are given and never masked. For rows that differ in length
+    it may also be a list of rows. `into` is an empty batch to fill: filling that of a request saves a copy of
+    the ids.
+    """
+    arguments.check_rows(tokens)
+    if isinstance(tokens, Sequence) and len({np.shape(row) for row in tokens}) > 1:
+        if lengths is not None:
+            raise ValueError("lengths must be left out when rows differ in length")
+        empty = next((number for number, row in enumerate(tokens) if not len(row)), None)
+        if empty is not None:
+            raise ValueError(f"tokens: row {empty} is empty; leave it out")
+        rows = [to_array(row) for row in tokens]
+        sizes = np.array([row.size for row in rows], dtype=np.int32)
+        ids, shape = np.concatenate(rows), (len(rows), int(sizes.max()))
+    else:
+        ids = _host(tokens)
+        if not ids.size:  # an empty list has no integer type
+            raise ValueError(
+                f"tokens must have at least one row and one column, got an empty batch {list(ids.shape)}"
+            )
+        ids = to_array(ids)
+        if ids.ndim != 2:
+            raise ValueError(f"tokens must be [rows, columns], got {ids.ndim} dimensions")
+        shape, sizes = (ids.shape[0], ids.shape[1]), np.zeros(0, dtype=np.int32)
+        if lengths is not None:
+            sizes = _lengths(lengths, shape)
+            ids = ids[np.arange(shape[1]) < sizes[:, None]]
+            shape = (shape[0], int(sizes.max(initial=0)))
+    data = _narrow(ids, num_tokens)
+    prompt = _pack(prompt_mask, shape, sizes)
+    batch = pb.TokenBatch() if into is None else into
+    batch.data, batch.dtype, batch.prompt_mask = data.tobytes(), _DTYPES[data.dtype], prompt
+    batch.shape.extend(shape)
+    batch.lengths.extend(sizes.tolist())
+    return batch
+
+
+def _lengths(lengths: Any, shape: tuple[int, int]) -> npt.NDArray[np.int32]:
+    rows, columns = shape
+    sizes = to_array(lengths, "lengths")
+    if sizes.shape != (rows,):
+        raise ValueError(f"lengths must have one length per row, {rows}, got shape {sizes.shape}")
+    wrong = np.flatnonzero((sizes < 1) | (sizes > columns))
+    if wrong.size:
+        raise ValueError(
+            f"lengths must be 1 to {columns}, the columns of tokens, got {int(sizes[wrong[0]])} for row "
+            f"{int(wrong[0])}"
+        )
+    return sizes.astype(np.int32)
+
+
+def _narrow(ids: npt.NDArray[np.integer[Any]], num_tokens: int) -> npt.NDArray[np.integer[Any]]:
+    """The ids in the type in which they are sent.
+
+    That is the type in which they are hashed, so that neither side converts them, or a narrower one that
+    they have already. Ids outside the vocabulary are sent too: the server's refusal names their position.
+    """
+    if num_tokens:
+        id_type, own = narrowest_type(num_tokens), ids.dtype.newbyteorder("<")
+        if np.can_cast(own, id_type):
+            return ids.astype(own if own in _DTYPES else id_type, copy=False)
+        if int(ids.min()) >= 0 and int(ids.max()) < num_tokens:
+            return ids.astype(id_type)
+    low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
+    if low >= 0 and high < 2**16:
+        return ids.astype("<u1" if high < 2**8 else "<u2", copy=False)
+    return ids.astype("<i4" if low >= -(2**31) and high < 2**31 else "<i8", copy=False)
+
+
+def _pack(prompt_mask: Any, shape: tuple[int, int], sizes: npt.NDArray[np.int32]) -> bytes:
+    if prompt_mask is None:
+        return b""
+    if isinstance(prompt_mask, Sequence) and len({np.shape(row) for row in prompt_mask}) > 1:
+        mask = _padded(prompt_mask, shape, sizes)
+    else:
+        mask = _host(prompt_mask)
+    if mask.dtype != np.bool_ or mask.ndim != 2 or mask.shape[0] != shape[0] or mask.shape[1] < shape[1]:
+        raise ValueError(f"prompt_mask must be bool [{shape[0]}, {shape[1]}], got {mask.dtype} {mask.shape}")
+    return np.packbits(mask[:, : shape[1]], bitorder="little").tobytes()
+
+
+def _padded(prompt_mask: Sequence[Any], shape: tuple[int, int], sizes: npt.NDArray[np.int32]) -> Any:
+    """The mask of rows that differ in length, as [rows, columns]."""
+    if len(prompt_mask) != shape[0]:
+        raise ValueError(f"prompt_mask must have as many rows as tokens, {shape[0]}, got {len(prompt_mask)}")
+    padded = np.zeros(shape, dtype=bool)
+    for number, values in enumerate(prompt_mask):
+        row, size = _host(values), int(sizes[number]) if sizes.size else shape[1]
+        if row.dtype != np.bool_ or row.shape != (size,):
+            raise ValueError(
+                f"prompt_mask: row {number} must be bool [{size}], as long as its tokens, got {row.dtype} "
+                f"{list(row.shape)}"
+            )
+        padded[number, :size] = row
+    return padded
+
+
+def decode_batch(batch: pb.TokenBatch) -> npt.NDArray[np.int64] | list[npt.NDArray[np.int64]]:
+    """The rows of a TokenBatch: int64 [rows, columns], or a list of rows where they differ in length."""
+    ids = ids_of(batch).astype(np.int64)
+    if len(set(batch.lengths)) > 1:
+        return np.split(ids, np.cumsum(batch.lengths)[:-1])
+    return ids.reshape(tuple(batch.shape))
+
+
+def ids_of(batch: pb.TokenBatch) -> npt.NDArray[np.integer[Any]]:
+    """The ids of a TokenBatch, flat, in the type in which they travel."""
+    dtype = next(dtype for dtype, number in _DTYPES.items() if number == batch.dtype)
+    return np.frombuffer(batch.data, dtype=dtype)

@@ -1,0 +1,30 @@
+"""A bound on how many calls of one kind run at the same time."""
+
+from __future__ import annotations
+
+import threading
+
+from maskwire_server.errors import Refused
+
+
+class ConcurrencyLimit:
+    """A context manager for a call that keeps a worker for long; a call over the limit is refused."""
+
+    def __init__(self, limit: int, calls: str) -> None:
+        """`calls` is the plural that the refusal names them by."""
+        self._limit = limit
+        self._calls = calls
+        self._slots = threading.Semaphore(limit)
+
+    def __enter__(self) -> None:
+        """Take a slot. Raises Refused with QUEUE_FULL if all are taken."""
+        if not self._slots.acquire(blocking=False):
+            raise Refused(
+                "QUEUE_FULL",
+                f"{self._limit} {self._calls} are in progress, which is the limit; retry",
+                queue_limit=self._limit,
+            )
+
+    def __exit__(self, *_: object) -> None:
+        """Release the slot."""
+        self._slots.release()

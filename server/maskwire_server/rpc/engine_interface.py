@@ -1,0 +1,92 @@
+"""The methods that the service calls on the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Protocol
+
+from maskwire_server.history import StepsPage, StepsRequest
+from maskwire_server.requests import (
+    DownloadRequest,
+    EvalRequest,
+    GenerateRequest,
+    RestoreRequest,
+    SaveRequest,
+    SessionRef,
+    SessionRequest,
+    StepRequest,
+)
+from maskwire_server.results import (
+    CheckpointInfo,
+    Chunk,
+    EvalAnswer,
+    GenerateAnswer,
+    Limits,
+    ModelInfo,
+    RestoreAnswer,
+    SessionAnswer,
+    StepAnswer,
+)
+from maskwire_server.run_status import RunStatus
+
+
+class GenerationInterface(Protocol):
+    """A running generation; iterate over it for the answers."""
+
+    def __iter__(self) -> Iterator[GenerateAnswer]:
+        """Answers until the last. Raises Refused, or CancelledError after `cancel`."""
+
+    def cancel(self) -> None:
+        """Stop the generation: the client has left."""
+
+
+class EngineInterface(Protocol):
+    """The engine, as the service sees it. Each method, or the future that it returns, may raise Refused."""
+
+    @property
+    def info(self) -> ModelInfo | None:
+        """The model that is served; None until it is built."""
+
+    @property
+    def limits(self) -> Limits:
+        """Bounds on one request."""
+
+    def train_step(self, request: StepRequest) -> Future[StepAnswer]:
+        """Train on one batch."""
+
+    def step_refused(self, session: SessionRef | None, step: int | None) -> None:
+        """Report a step that the service refused, so that the steps after it are not kept waiting."""
+
+    def eval_loss(self, request: EvalRequest) -> Future[EvalAnswer]:
+        """Evaluate one batch."""
+
+    def generate(self, request: GenerateRequest) -> GenerationInterface:
+        """Sample rows."""
+
+    def open_session(self, request: SessionRequest) -> Future[SessionAnswer]:
+        """Make the caller the run's writer."""
+
+    def close_session(self, session: SessionRef) -> Future[None]:
+        """End the caller's session."""
+
+    def save(self, request: SaveRequest) -> Future[CheckpointInfo]:
+        """Save a checkpoint."""
+
+    def restore(self, request: RestoreRequest) -> Future[RestoreAnswer]:
+        """Return the run to a checkpoint."""
+
+    def delete(self, name: str) -> Future[None]:
+        """Delete a checkpoint."""
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """The complete checkpoints, newest first."""
+
+    def download(self, request: DownloadRequest) -> Iterator[Chunk]:
+        """The files of a checkpoint, in chunks."""
+
+    def list_steps(self, request: StepsRequest) -> Future[StepsPage]:
+        """A page of recorded steps."""
+
+    def status(self) -> RunStatus:
+        """State, progress and what the run is waiting for."""

@@ -1,0 +1,154 @@
+"""How the blocking client drives its calls: on which thread, whom it wakes, and what Ctrl-C leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import dis
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_server import TOKENS, Script, connect
+
+import maskwire
+import maskwire.aio
+from maskwire.protocol.pending_step import PendingStep
+
+SOURCES = str(Path(maskwire.__file__).parent)
+
+
+def test_a_blocking_step_is_sent_from_its_callers_thread(script: Script) -> None:
+    senders: list[int] = []
+    with connect(script) as trainer:
+        send = trainer._stub.TrainStep
+
+        def record(*arguments: Any, **options: Any) -> Any:
+            senders.append(threading.get_ident())
+            return send(*arguments, **options)
+
+        trainer._stub.TrainStep = record
+        trainer.train_step(TOKENS)
+        assert senders == [threading.get_ident()]
+        trainer.submit(TOKENS).result(timeout=20)
+        assert senders[1] != threading.get_ident()
+
+
+def test_only_the_thread_whose_condition_holds_is_woken() -> None:
+    holds = [False, False]
+    woken: list[int] = []
+    with maskwire.attach("127.0.0.1:1") as client:
+
+        def wait(index: int) -> None:
+            with client._lock:
+                client._wait(lambda: holds[index])
+
+        threads = [threading.Thread(target=wait, args=(index,)) for index in range(2)]
+        for index, thread in enumerate(threads):
+            thread.start()
+            while len(client._waiting) <= index:
+                pass
+            condition = client._waiting[index][1]
+            notify = condition.notify
+            condition.notify = lambda i=index, notify=notify: (woken.append(i), notify())  # type: ignore[method-assign, misc]
+        for index in (1, 0):
+            with client._lock:
+                holds[index] = True
+                client._wake()
+            threads[index].join()
+        assert woken == [1, 0]
+
+
+def answer_after_the_hash(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the server answer only once the client has hashed the payload."""
+    hashed = threading.Event()
+    compute = PendingStep.payload_hash
+
+    def payload_hash(self: PendingStep) -> bytes:
+        found = compute(self)
+        hashed.set()
+        return found
+
+    def wait(request: Any, context: Any) -> None:
+        assert hashed.wait(20), "the client hashes only once it has the answer"
+
+    monkeypatch.setattr(PendingStep, "payload_hash", payload_hash)
+    script.before = [wait]
+
+
+@pytest.mark.parametrize("call", ["train_step", "submit"])
+def test_the_payload_is_hashed_while_the_request_is_on_its_way(
+    script: Script, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    answer_after_the_hash(script, monkeypatch)
+    with connect(script) as trainer:
+        if call == "train_step":
+            assert trainer.train_step(TOKENS).step == 1
+        else:
+            assert trainer.submit(TOKENS).result(timeout=30).step == 1
+
+
+def test_the_asyncio_client_hashes_while_the_request_is_on_its_way(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer_after_the_hash(script, monkeypatch)
+
+    async def main() -> None:
+        async with await maskwire.aio.connect(script.target) as trainer:  # type: ignore[attr-defined]
+            assert (await trainer.train_step(TOKENS)).step == 1
+
+    asyncio.run(main())
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at the nth place where CPython could deliver a signal to the client's code.
+
+    CPython checks for signals when a function begins, after a call and at the end of a loop's body.
+    """
+
+    CHECKED = frozenset({"RESUME", "CALL", "CALL_KW", "CALL_FUNCTION_EX", "JUMP_BACKWARD"})
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+        self.last: dict[Any, str] = {}
+        self.before = sys.gettrace()
+
+    def __enter__(self) -> Interrupt:
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.before)
+
+    def trace(self, frame: Any, event: str, _: object) -> Any:
+        if not frame.f_code.co_filename.startswith(SOURCES):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            checked = self.last.get(frame) in self.CHECKED
+            self.last[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            self.left -= checked
+            if checked and self.left == 0:
+                sys.settrace(self.before)
+                raise KeyboardInterrupt
+        return self.trace
+
+
+def test_an_interrupt_anywhere_in_a_step_leaves_the_trainer_in_order(script: Script) -> None:
+    interrupted = 0
+    with connect(script) as trainer:
+        for place in range(1, 1000):
+            try:
+                with Interrupt(place) as interrupt:
+                    trainer.train_step(TOKENS)
+            except KeyboardInterrupt:
+                interrupted += 1
+            trainer.settle()
+            assert (trainer.step, trainer.digest) == (script.step, script.digest), f"place {place}"
+            assert trainer.train_step(TOKENS).step == script.step, f"place {place}"
+            if interrupt.left > 0:
+                break
+        else:
+            pytest.fail("a step has more places than are tried")
+    assert interrupted > 50, "the places of a step were interrupted"
