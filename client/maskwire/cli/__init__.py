@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from maskwire import __version__
+from maskwire._version import __version__
 from maskwire.cli import exit_codes
 from maskwire.cli.checkpoints import checkpoint_app
 from maskwire.cli.data import data_app
