@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from maskwire.cli.generation_text import MASKED, read_prompts, text_of, to_display
+from maskwire.cli.generation_text import MASKED, decode_row, read_prompts, render_rows
 from maskwire.results import GenerateResult, ModelInfo
 
 BYTES = ModelInfo(257, 256, None, 64, 1, "", True, False)
@@ -32,7 +32,7 @@ def test_models_without_bytes_take_prompts_of_ids() -> None:
     assert prompt.ids == (1, 999, 7)
     with pytest.raises(ValueError, match="num_tokens 1000, mask_id 999; give token ids with --prompt-ids"):
         read_prompts(["a"], [], gap="~", length=None, model=WORDS)
-    assert text_of(np.array([1]), WORDS) is None
+    assert decode_row(np.array([1]), WORDS) is None
 
 
 def shown(rows: list[list[int]], model: ModelInfo) -> str:
@@ -43,7 +43,7 @@ def shown(rows: list[list[int]], model: ModelInfo) -> str:
     prompts = read_prompts(
         ["a~~~"] * len(rows) if model is BYTES else [], [], gap="~", length=None, model=model
     )
-    console.print(to_display(found, prompts, model))
+    console.print(render_rows(found, prompts, model))
     out: str = console.file.getvalue()  # type: ignore[attr-defined]
     return out
 
@@ -61,4 +61,4 @@ def test_a_sampled_escape_sequence_does_not_reach_the_terminal() -> None:
 
 
 def test_bytes_that_are_not_utf8_are_replaced() -> None:
-    assert text_of(np.array([97, 0xC3, 256, 0xA9]), BYTES) == f"a\ufffd{MASKED}\ufffd"
+    assert decode_row(np.array([97, 0xC3, 256, 0xA9]), BYTES) == f"a\ufffd{MASKED}\ufffd"

@@ -270,8 +270,8 @@ def test_an_error_while_showing_a_result_prints_it_in_plain_form(
 def test_sigterm_during_startup_has_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (None, 130)):
         monkeypatch.setattr(exit_codes, "_signal", number)
-        assert exit_codes.by_signal(130) == code
-        assert exit_codes.by_signal(3) == 3
+        assert exit_codes.correct_exit_code(130) == code
+        assert exit_codes.correct_exit_code(3) == 3
 
 
 def test_server_commands_survive_closed_and_full_output(tmp_path: Path) -> None:

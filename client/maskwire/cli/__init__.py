@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from maskwire import __version__
+from maskwire._version import __version__
 from maskwire.cli import exit_codes
 from maskwire.cli.checkpoints import checkpoint_app
 from maskwire.cli.data import data_app
@@ -58,8 +58,8 @@ def root(
 
 def main() -> None:
     """Entry point."""
-    exit_codes.on_signals()
+    exit_codes.handle_signals()
     try:
         app()
     except SystemExit as end:
-        raise SystemExit(exit_codes.by_signal(end.code)) from None
+        raise SystemExit(exit_codes.correct_exit_code(end.code)) from None

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from maskwire.cli.display import checkpoint_table, show
-from maskwire.cli.options import Json, Server, with_server
+from maskwire.cli.options import Json, ServerConnection, with_server
 from maskwire.progress import byte_progress
 from maskwire.protocol.download import MANIFEST
 
@@ -21,7 +21,7 @@ checkpoint_app = typer.Typer(
 @checkpoint_app.command()
 @with_server(retry_for=60.0)
 def save(
-    server: Server,
+    server: ServerConnection,
     name: Annotated[
         str,
         typer.Argument(
@@ -50,7 +50,7 @@ def save(
 
 @checkpoint_app.command(name="list")
 @with_server(retry_for=60.0)
-def list_checkpoints(server: Server, as_json: Json = False) -> None:
+def list_checkpoints(server: ServerConnection, as_json: Json = False) -> None:
     """List the run's checkpoints, newest first."""
     with server.attach() as client:
         found = client.checkpoints()
@@ -60,7 +60,7 @@ def list_checkpoints(server: Server, as_json: Json = False) -> None:
 @checkpoint_app.command()
 @with_server(retry_for=60.0)
 def delete(
-    server: Server,
+    server: ServerConnection,
     name: Annotated[str, typer.Argument(show_default=False, help="The checkpoint to delete.")],
     as_json: Json = False,
 ) -> None:
@@ -73,7 +73,7 @@ def delete(
 @checkpoint_app.command()
 @with_server(retry_for=60.0)
 def restore(
-    server: Server,
+    server: ServerConnection,
     name: Annotated[str, typer.Argument(show_default=False, help="The checkpoint to restore.")],
     expected_step: Annotated[
         int | None, typer.Option(help="Restore only if the run is now at this step.")
@@ -96,7 +96,7 @@ def restore(
 @checkpoint_app.command()
 @with_server(retry_for=300.0)
 def download(
-    server: Server,
+    server: ServerConnection,
     name: Annotated[
         str, typer.Argument(show_default=False, help="The checkpoint. By default the newest.")
     ] = "",

@@ -15,7 +15,7 @@ from maskwire.cli.options import (
     Length,
     Paths,
     Pattern,
-    Server,
+    ServerConnection,
     with_server,
 )
 from maskwire.cli.train import check_tokenizer
@@ -30,7 +30,7 @@ from maskwire.results import EvalResult
 
 @with_server(retry_for=60.0)
 def evaluate(
-    server: Server,
+    server: ServerConnection,
     paths: Paths,
     length: Length = None,
     rows: Annotated[

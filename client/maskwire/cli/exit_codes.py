@@ -67,7 +67,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _signal: int | None = None  # the signal that interrupted the command
 
 
-def on_signals() -> None:
+def handle_signals() -> None:
     """Handle SIGTERM like Ctrl-C: the first signal ends the command cleanly, the second at once."""
 
     def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
@@ -86,7 +86,7 @@ def interrupted() -> typer.Exit:
     return typer.Exit(TERMINATED if _signal == signal.SIGTERM else INTERRUPTED)
 
 
-def by_signal(code: Any) -> Any:
+def correct_exit_code(code: Any) -> Any:
     """Correct an exit code: outside `errors`, typer reports SIGTERM as Ctrl-C."""
     return TERMINATED if code == INTERRUPTED and _signal == signal.SIGTERM else code
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.live import Live
 
 from maskwire.cli.display import show, to_json
-from maskwire.cli.generation_text import Prompt, read_prompts, rows_of, text_of, to_display
-from maskwire.cli.options import Json, Server, with_server
+from maskwire.cli.generation_text import Prompt, decode_row, read_prompts, render_rows
+from maskwire.cli.options import Json, ServerConnection, with_server
 from maskwire.errors import UnavailableError
 from maskwire.output import tell
 from maskwire.results import GenerateResult, ModelInfo
@@ -27,7 +27,7 @@ _SAMPLING = "Sampling"
 
 @with_server(retry_for=60.0)
 def generate(
-    server: Server,
+    server: ServerConnection,
     count: Annotated[
         int, typer.Option(help="Number of rows; with prompts, rows per prompt.", rich_help_panel=_PROMPTS)
     ] = 1,
@@ -192,7 +192,7 @@ def _live(
             if seen and (found.done or now - shown >= 1 / _FRAMES_PER_SECOND):
                 shown = now
                 try:
-                    live.update(to_display(found, rows, model), refresh=True)
+                    live.update(render_rows(found, rows, model), refresh=True)
                 except Exception:  # showing is optional: the rows are printed at the end instead
                     seen = False
     return found, seen
@@ -200,12 +200,12 @@ def _live(
 
 def _show(found: GenerateResult, model: ModelInfo, as_json: bool, *, seen: bool) -> None:
     def texts() -> list[str | None]:
-        return [text_of(row, model) for row in rows_of(found)]
+        return [decode_row(row, model) for row in found.tokens]
 
     def words() -> str:
         return "\n".join(
             " ".join(map(str, row)) if text is None else text
-            for row, text in zip(rows_of(found), texts(), strict=True)
+            for row, text in zip(found.tokens, texts(), strict=True)
         )
 
     if as_json:

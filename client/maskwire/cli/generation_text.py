@@ -23,7 +23,7 @@ class Prompt:
     ids: tuple[int, ...]
 
 
-def of_bytes(model: ModelInfo) -> bool:
+def is_byte_model(model: ModelInfo) -> bool:
     """Whether the vocabulary is that of a model of bytes: 256 ids and the mask id."""
     return model.num_tokens == _BYTES + 1 and model.mask_id == _BYTES
 
@@ -37,7 +37,7 @@ def read_prompts(
     """
     if not gap:
         raise ValueError("--gap must not be empty: it is the character that marks one token to fill")
-    if texts and not of_bytes(model):
+    if texts and not is_byte_model(model):
         raise ValueError(
             "--prompt needs a model of bytes (num_tokens 257, mask_id 256), but this one has num_tokens "
             f"{model.num_tokens}, mask_id {model.mask_id}; give token ids with --prompt-ids"
@@ -78,14 +78,9 @@ def _from_list(words: str, gap: str, mask_id: int) -> list[int]:
         ) from None
 
 
-def rows_of(found: GenerateResult) -> list[npt.NDArray[np.int64]]:
-    """The rows, one array each."""
-    return list(found.tokens)
-
-
-def text_of(row: npt.NDArray[np.int64], model: ModelInfo) -> str | None:
+def decode_row(row: npt.NDArray[np.int64], model: ModelInfo) -> str | None:
     """Decode a row of bytes, with invalid UTF-8 replaced; None if the model's ids are not bytes."""
-    if not of_bytes(model):
+    if not is_byte_model(model):
         return None
     parts, start = [], 0
     for place in [*np.flatnonzero(row == model.mask_id), len(row)]:
@@ -99,10 +94,10 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
 
 
-def to_display(found: GenerateResult, prompts: Sequence[Prompt], model: ModelInfo) -> Group:
+def render_rows(found: GenerateResult, prompts: Sequence[Prompt], model: ModelInfo) -> Group:
     """Render unfinished rows: masked tokens dim, prompt tokens plain, sampled tokens bright."""
     lines = []
-    for place, row in enumerate(rows_of(found)):
+    for place, row in enumerate(found.tokens):
         given = np.zeros(len(row), dtype=bool)
         if prompts:
             given = np.array(prompts[place].ids) != model.mask_id
@@ -114,9 +109,9 @@ def to_display(found: GenerateResult, prompts: Sequence[Prompt], model: ModelInf
         for end in ends:
             part = row[start:end]
             if style[start] == 0:
-                words = MASKED * len(part) if of_bytes(model) else f"{MASKED} " * len(part)
+                words = MASKED * len(part) if is_byte_model(model) else f"{MASKED} " * len(part)
             else:
-                text = text_of(part, model)
+                text = decode_row(part, model)
                 words = "".join(f"{id_} " for id_ in part) if text is None else _printable(text)
             line.append(words, style=("dim", "", "bold green")[style[start]])
             start = end

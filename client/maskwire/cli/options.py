@@ -141,7 +141,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Server:
+class ServerConnection:
     """The server that a command talks to, and the credentials for it."""
 
     target: str
@@ -186,7 +186,7 @@ def with_server(retry_for: float) -> Callable[[Callable[..., None]], Callable[..
             target, wait = chosen.pop("target"), chosen.pop("retry_for")
             chosen["tls"] = chosen["tls"] or None
             with exit_codes.errors(given.get("as_json", False)):
-                server = Server(
+                server = ServerConnection(
                     target, wait, typing.cast(CredentialOptions, chosen), given.get("as_json", False)
                 )
                 command(server=server, **given)

@@ -10,20 +10,20 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from maskwire import streams
 from maskwire.cli import exit_codes
 from maskwire.cli.display import seconds_left, show, status_table, to_json
-from maskwire.cli.options import Json, Server, with_server
+from maskwire.cli.options import Json, ServerConnection, with_server
 from maskwire.client import Client
 from maskwire.credentials import Endpoint
 from maskwire.errors import UnavailableError, read_failure
+from maskwire.streams import reader_gone
 
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 
 
 @with_server(retry_for=5.0)
 def status(
-    server: Server,
+    server: ServerConnection,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh every second, until Ctrl-C.")] = False,
     until_step: Annotated[
         int | None, typer.Option(min=0, help="Also estimate the time left until this step.")
@@ -39,7 +39,7 @@ def status(
             while True:
                 if as_json or not live.console.is_terminal:
                     _show_status(client, until_step, as_json)
-                    if streams.reader_gone():
+                    if reader_gone():
                         return
                 else:
                     live.update(status_table(client.status(), until_step), refresh=True)
@@ -54,7 +54,7 @@ def _show_status(client: Client, until_step: int | None, as_json: bool) -> None:
 
 @with_server(retry_for=5.0)
 def health(
-    server: Server,
+    server: ServerConnection,
     service: Annotated[
         str,
         typer.Option(

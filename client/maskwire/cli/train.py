@@ -18,7 +18,7 @@ from maskwire.cli.options import (
     Length,
     Paths,
     Pattern,
-    Server,
+    ServerConnection,
     with_server,
 )
 from maskwire.client import Trainer
@@ -34,7 +34,7 @@ _SESSION = "Session"
 
 @with_server(retry_for=300.0)
 def train(
-    server: Server,
+    server: ServerConnection,
     paths: Paths,
     until_step: Annotated[
         int,

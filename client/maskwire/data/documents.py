@@ -85,7 +85,7 @@ def narrowest(top: int) -> str:
     return "<u1" if top < 2**8 else "<u2" if top < 2**16 else "<i4" if top < 2**31 else "<i8"
 
 
-class Tiles(Sequence[Ids]):
+class DocumentRows(Sequence[Ids]):
     """Documents cut into adjacent rows, which are read on access."""
 
     def __init__(self, documents: Documents, length: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maskwire.arguments import check_whole
-from maskwire.data.documents import Documents, Tiles
+from maskwire.data.documents import DocumentRows, Documents
 from maskwire.data.file_array import Ids
 from maskwire.data.fingerprint import content_hash
 
@@ -124,9 +124,9 @@ class TokenData:
         check_whole("rows", rows, 1, _MAX_TOKENS)
         return self._crops((np.arange(rows) + 0.5) / rows * self._ends[-1])
 
-    def whole(self) -> Tiles:
+    def whole(self) -> DocumentRows:
         """Every token once: documents in order, cut into rows of `length`; last rows may be shorter."""
-        return Tiles(self._documents, self.length)
+        return DocumentRows(self._documents, self.length)
 
     def text_bytes(self, rows: Rows) -> int | None:
         """Estimate the bytes of text that rows encode, from the average of all data; None if unknown."""
@@ -164,18 +164,18 @@ class TokenData:
                 f"need one: use {_working_share(fractions)}other data for the evaluation (--eval-data), or "
                 "more files"
             )
-        training, evaluation = self._of(~apart), self._of(apart)
+        training, evaluation = self._subset(~apart), self._subset(apart)
         training._held_out = held_out
         return training, evaluation
 
     def cropped(self, length: int) -> Self:
         """The same documents, cropped to rows of another length."""
         every = np.ones(len(self._documents), dtype=bool)
-        same = self._of(every, length)
+        same = self._subset(every, length)
         same._content, same._held_out = self._content, self._held_out
         return same
 
-    def _of(self, chosen: npt.NDArray[np.bool_], length: int | None = None) -> Self:
+    def _subset(self, chosen: npt.NDArray[np.bool_], length: int | None = None) -> Self:
         part = object.__new__(type(self))
         part.files = [file for file, here in zip(self.files, chosen, strict=False) if here]
         part._initialize(
