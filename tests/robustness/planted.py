@@ -26,7 +26,7 @@ from maskwire.loggers import metrics
 from maskwire.protocol import fit
 from maskwire_server.checkpoints import membership, retention, saver, store
 from maskwire_server.engine import (
-    admission,
+    admission_rules,
     commits,
     committer,
     executor,
@@ -551,13 +551,13 @@ def _two_committers() -> list[Patch]:
 
 
 def _no_epoch_check() -> list[Patch]:
-    check = admission.check_session
+    check = admission_rules.check_session
 
     def lenient(session: Any, at: Any) -> None:
         with contextlib.suppress(Refused):
             check(session, at)
 
-    return [(admission, "check_session", lenient)]
+    return [(admission_rules, "check_session", lenient)]
 
 
 def _journal_without_flushes() -> list[Patch]:
@@ -629,7 +629,7 @@ def _checkpoint_files_not_verified() -> list[Patch]:
 
 
 def _another_payload_under_one_id() -> list[Patch]:
-    return [(admission, "repeats", lambda request, _, known: request.request_id == known.request_id)]
+    return [(admission_rules, "repeats", lambda request, _, known: request.request_id == known.request_id)]
 
 
 def _non_finite_steps_forgotten() -> list[Patch]:

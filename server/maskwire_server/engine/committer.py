@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
-from maskwire_server.engine import admission
+from maskwire_server.engine import admission_rules
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.run import Run
 from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
@@ -91,7 +91,7 @@ class Committer:
         future: Future[T] = Future()
         with self._run.mutex:
             if self._stopped:
-                raise admission.shutting_down()
+                raise admission_rules.shutting_down()
             self._reads.append((question, arguments, future))
             self._wake.notify()
         return future
@@ -155,7 +155,7 @@ class Committer:
                 self._idle.notify_all()
                 self._run.work.notify_all()
             for *_, future in reads:
-                refuse(future, admission.shutting_down())
+                refuse(future, admission_rules.shutting_down())
 
     def _cycle(self) -> bool:
         """Wait for work and do it; False when the thread ends."""

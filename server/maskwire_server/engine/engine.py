@@ -17,7 +17,7 @@ from maskwire_server.checkpoints import download
 from maskwire_server.checkpoints.catalogue import Catalogue
 from maskwire_server.checkpoints.saver import Saver
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.engine import admission, status
+from maskwire_server.engine import admission_rules, status
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Drain, Evaluation, Save
 from maskwire_server.engine.executor import Executor
@@ -162,7 +162,7 @@ class Engine:
                 return future
             here = self._run.head.computed
             if request.expected_step is not None and request.expected_step < here.step:
-                admission.refuse_unexpected(request, here)  # refuse now: the step cannot come back
+                admission_rules.refuse_unexpected(request, here)  # refuse now: the step cannot come back
             self._push(Save(request, [future]))
         return future
 
@@ -170,7 +170,7 @@ class Engine:
         """Restore a checkpoint, on a new lineage."""
         future: Future[RestoreAnswer] = Future()
         with self._pending.answering(future):
-            admission.refuse_unavailable(self._run.conditions.state)
+            admission_rules.refuse_unavailable(self._run.conditions.state)
             self._recognise(self._checkpoints.named(request.name))
             self._restores.begin(request, future)
         return future
@@ -179,7 +179,7 @@ class Engine:
         """Delete a checkpoint that recovery does not need."""
         future: Future[None] = Future()
         with self._pending.answering(future):
-            admission.refuse_unavailable(self._run.conditions.state)
+            admission_rules.refuse_unavailable(self._run.conditions.state)
             self._recognise(self._checkpoints.named(name))
             self._saves.delete(name, future)
         return future
@@ -236,7 +236,7 @@ class Engine:
                 RunState.DRAINING, waiting_for="the running step and the last checkpoint"
             )
             failpoints.passing("drain.begun")
-            self._run.queue.refuse_all(admission.shutting_down())
+            self._run.queue.refuse_all(admission_rules.shutting_down())
             self._run.queue.push(Drain(done))
             self._run.work.notify_all()
         try:
@@ -260,8 +260,8 @@ class Engine:
 
     def _push(self, entry: Evaluation | Generation | Save) -> None:
         with self._run.mutex:
-            admission.refuse_unavailable(self._run.conditions.state)
-            admission.refuse_full(len(self._run.queue), self._serve.queue_limit)
+            admission_rules.refuse_unavailable(self._run.conditions.state)
+            admission_rules.refuse_full(len(self._run.queue), self._serve.queue_limit)
             self._run.queue.push(entry)
             self._run.work.notify()
 
@@ -334,5 +334,5 @@ class Engine:
     def _refuse_everything(self) -> None:
         with self._run.mutex:
             self._pending.end()
-            self._run.queue.refuse_all(admission.shutting_down())
+            self._run.queue.refuse_all(admission_rules.shutting_down())
         self._pending.refuse_all()

@@ -10,7 +10,7 @@ from maskwire.v1.digest import step_digest
 from maskwire_server import failpoints
 from maskwire_server.checkpoints import membership
 from maskwire_server.config import ServeConfig
-from maskwire_server.engine import admission
+from maskwire_server.engine import admission_rules
 from maskwire_server.engine.commits import AnswerCommit, RevealCommit, StepCommit
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Drain, Entry, Evaluation, Restore, Save, Step, Takeover
@@ -130,12 +130,14 @@ class Executor:
             return False
         if step.request.step not in (None, number):
             queue.pop()
-            queue.refuse_step(step, admission.gap(step.request.step, number))
+            queue.refuse_step(step, admission_rules.gap(step.request.step, number))
             return False
         fixed = run.head.digest_version
         if fixed is not None and step.digest_version.number != fixed.number:
             queue.pop()  # an idle session's, hashed before a bare call fixed another version
-            queue.refuse_step(step, admission.other_digest_version(run.lease.digest_versions, fixed.number))
+            queue.refuse_step(
+                step, admission_rules.other_digest_version(run.lease.digest_versions, fixed.number)
+            )
             queue.refuse_number(number)
             return False
         if run.uncommitted >= self._serve.window:
@@ -147,7 +149,7 @@ class Executor:
                 run.work.wait()
             else:
                 queue.pop()
-                queue.refuse_step(step, admission.no_room(len(step.encoded)))
+                queue.refuse_step(step, admission_rules.no_room(len(step.encoded)))
                 queue.refuse_number(number)
             return False
         queue.pop()
@@ -296,7 +298,7 @@ class Executor:
             return
         here = self._run.head.computed
         try:
-            admission.refuse_unexpected(save.request, here)
+            admission_rules.refuse_unexpected(save.request, here)
         except Refused as refusal:
             self._saves.give_up(save, refusal)
             return

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from maskwire_server.engine import admission
+from maskwire_server.engine import admission_rules
 from maskwire_server.engine.futures import refuse
 from maskwire_server.engine.run import Run
 from maskwire_server.errors import Refused, is_shortage
@@ -39,8 +39,8 @@ class Pending:
     def require_serving(self) -> None:
         """Raise Refused unless requests are taken."""
         if not self.serving:
-            admission.refuse_unavailable(self._run.conditions.state)
-            raise admission.shutting_down()
+            admission_rules.refuse_unavailable(self._run.conditions.state)
+            raise admission_rules.shutting_down()
 
     def add(self, future: Future[T]) -> Future[T]:
         """Refuse `future` when the process ends before it is answered."""
@@ -72,4 +72,4 @@ class Pending:
             while True:
                 future = self._futures.pop()
                 if not future.done():
-                    refuse(future, admission.shutting_down())
+                    refuse(future, admission_rules.shutting_down())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from maskwire_server.engine.admission import gap
+from maskwire_server.engine.admission_rules import gap
 from maskwire_server.engine.entries import Drain, Entry, Evaluation, Restore, Save, Step, Takeover
 from maskwire_server.engine.futures import refuse
 from maskwire_server.engine.generation_stream import Generation

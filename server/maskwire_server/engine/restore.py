@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from maskwire.v1.digest import lineage_digest
 from maskwire_server import failpoints
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.engine import admission
+from maskwire_server.engine import admission_rules
 from maskwire_server.engine.commits import LineageCommit
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Restore, Save
@@ -94,7 +94,7 @@ class Restores:
                 self.run.queue.push_first(restore)
                 self.run.work.notify()
         if draining:
-            self._give_up(restore, admission.shutting_down())
+            self._give_up(restore, admission_rules.shutting_down())
 
     def _give_up(self, restore: Restore, refusal: Refused) -> None:
         self.checkpoints.unpin(restore.manifest.info.name)
@@ -106,9 +106,9 @@ class Restores:
         """Record the new lineage once all that was computed is durable, then load the checkpoint."""
         info, here = restore.manifest.info, self.run.head.computed
         try:
-            admission.refuse_unexpected(restore.request, here)
+            admission_rules.refuse_unexpected(restore.request, here)
             if not self.committer.wait_durable() or self.run.conditions.holds(RunState.HELD):
-                admission.refuse_unavailable(RunState.HELD)
+                admission_rules.refuse_unavailable(RunState.HELD)
             number = here.lineage + 1
             lineage = Lineage(
                 number,
@@ -148,7 +148,7 @@ class Restores:
         commit = LineageCommit(recorded, None, lineage, session)
         self.committer.append(commit)
         if not self.committer.wait_durable() and self.committer.withdraw(commit):
-            admission.refuse_unavailable(RunState.HELD)
+            admission_rules.refuse_unavailable(RunState.HELD)
         recorded.result()
         return session
 

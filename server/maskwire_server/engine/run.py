@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from maskwire.v1.digest import VERSIONS, DigestVersion, newest_common
 from maskwire_server.config import ServeConfig
-from maskwire_server.engine.admission import Situation
+from maskwire_server.engine.admission_rules import Situation
 from maskwire_server.engine.lease import Lease
 from maskwire_server.engine.queue import Queue
 from maskwire_server.engine.state import Conditions, Head

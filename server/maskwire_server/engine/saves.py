@@ -14,7 +14,7 @@ from maskwire_server.checkpoints.catalogue import Catalogue
 from maskwire_server.checkpoints.files import Snapshot
 from maskwire_server.checkpoints.saver import Saver
 from maskwire_server.config import CheckpointsConfig, ServeConfig
-from maskwire_server.engine import admission
+from maskwire_server.engine import admission_rules
 from maskwire_server.engine.commits import CatalogueCommit, DropBatches
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Save
@@ -93,7 +93,7 @@ class Saves:
     def start(self, save: Save, snapshot: Snapshot, position: HistoryPosition, save_id: str) -> None:
         """Write a snapshot whose step is durable, and whose save is recorded."""
         if self._closing:
-            self.give_up(save, admission.shutting_down())
+            self.give_up(save, admission_rules.shutting_down())
         else:
             self._thread.submit(self._write, save, snapshot, position, save_id)
 

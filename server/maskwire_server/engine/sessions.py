@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from maskwire_server import failpoints
-from maskwire_server.engine import admission
-from maskwire_server.engine.admission import SessionFacts
+from maskwire_server.engine import admission_rules
+from maskwire_server.engine.admission_rules import SessionFacts
 from maskwire_server.engine.commits import Events, EventsCommit, SessionEnd
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Step, Takeover
@@ -93,7 +93,7 @@ class Sessions:
             run.head.tokenizer if trained else "",
             run.head.data if trained else {},
         )
-        new = admission.admit_session(facts, at)
+        new = admission_rules.admit_session(facts, at)
         if request.evaluated_step > durable:
             raise invalid_field(
                 "evaluated_step",
@@ -192,7 +192,7 @@ class Sessions:
             if at.closed and (session.run_id, session.epoch) == (at.run_id, at.epoch):
                 answer(future, None)
                 return
-            admission.check_session(session, at)
+            admission_rules.check_session(session, at)
             self._run.lease.closed = True
             self._committer.append(SessionEnd(future, None, session.epoch))
 

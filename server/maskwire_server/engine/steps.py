@@ -7,8 +7,8 @@ from concurrent.futures import Future
 
 from maskwire_server import failpoints
 from maskwire_server.config import ServeConfig
-from maskwire_server.engine import admission
-from maskwire_server.engine.admission import Known, Verdict
+from maskwire_server.engine import admission_rules
+from maskwire_server.engine.admission_rules import Known, Verdict
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Step
 from maskwire_server.engine.futures import answer
@@ -66,7 +66,7 @@ class Steps:
         """Join the step in flight that this one repeats, if any. Under the mutex; raises Refused."""
         run, queue, request = self._run, self._run.queue, step.request
         at = run.situation()
-        admission.check_writer(request.session, at)
+        admission_rules.check_writer(request.session, at)
         step.use_version(run.step_version(bare=request.session is None))  # `admit` read it without the mutex
         queue.forget_abandoned_early()
         other = queue.with_id(request.request_id)
@@ -75,7 +75,7 @@ class Steps:
         if other is None:
             return False
         known = Known(other.number or other.request.step, other.request.request_id, other.payload_hash)
-        if admission.repeats(request, step.payload_hash, known):
+        if admission_rules.repeats(request, step.payload_hash, known):
             other.waiters += step.waiters
             if request.session is not None:
                 run.lease.touch()
@@ -96,9 +96,9 @@ class Steps:
         if number is not None and (number < at.next_step or other is not None):
             if other is not None and other.abandoned and queue.replace(other, step):
                 return
-            raise admission.step_taken(number, at.next_step)
+            raise admission_rules.step_taken(number, at.next_step)
         step.use_version(run.step_version(bare=step.request.session is None))  # fixed meanwhile, it may be
-        verdict = admission.admit_step(number, len(queue), self._serve.queue_limit, at)
+        verdict = admission_rules.admit_step(number, len(queue), self._serve.queue_limit, at)
         if no_room is not None:
             raise no_room
         if step.request.session is not None:
@@ -122,13 +122,13 @@ class Steps:
         if record is None and number is not None:
             record = self._committer.read(Journal.step, lineage, number)
         with self._run.mutex:
-            admission.check_writer(request.session, self._run.situation())
+            admission_rules.check_writer(request.session, self._run.situation())
             if record is None:
                 self._queue(step, no_room)
                 return
             known = Known(record.step, record.request_id, record.payload_hash)
-            if not admission.repeats(request, step.payload_hash, known):
-                raise admission.step_taken(record.step, self._run.next_number)
+            if not admission_rules.repeats(request, step.payload_hash, known):
+                raise admission_rules.step_taken(record.step, self._run.next_number)
             _require_in_history(record, self._run.lineages, lineage)
             if request.session is not None:
                 self._run.lease.touch()
@@ -149,14 +149,14 @@ class Steps:
             with self._run.mutex:
                 self._committer.hold()
             return None  # the state HELD refuses the step
-        return admission.no_room(size) if left < needed else None
+        return admission_rules.no_room(size) if left < needed else None
 
     def refused(self, session: SessionRef, number: int) -> None:
         """Refuse the steps that wait for `number`, which was refused before it was admitted."""
         run, queue = self._run, self._run.queue
         with run.mutex:
             try:
-                admission.check_session(session, run.situation())
+                admission_rules.check_session(session, run.situation())
             except Refused:
                 return
             if number >= run.next_number and queue.with_number(number) is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from maskwire_server.engine.admission import (
+from maskwire_server.engine.admission_rules import (
     Known,
     SessionFacts,
     Situation,
