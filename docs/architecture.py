@@ -17,7 +17,7 @@ PATH = (
         (
             ("rpc/service.py", "TrainingService.TrainStep", "decode and check the request"),
             ("engine/engine.py", "Engine.train_step", "hand it in, return a future"),
-            ("engine/steps.py", "Steps.admit", "join a retry, or answer it, or queue"),
+            ("engine/admission.py", "StepAdmission.admit", "join a retry, or answer it, or queue"),
         ),
     ),
     (

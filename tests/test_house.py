@@ -59,8 +59,8 @@ def test_the_architecture_page_names_only_what_the_sources_define(monkeypatch: p
     from structure import missing
 
     assert missing((ROOT / "docs" / "architecture.md").read_text()) == []
-    gone = "`engine/gone.py`, `engine/steps.py` (`Steps.gone`, `Steps.admit`), `Gone.method`"
-    assert missing(gone) == ["engine/gone.py", "engine/steps.py: Steps.gone", "Steps.gone", "Gone.method"]
+    gone = "`engine/gone.py`, `engine/queue.py` (`Queue.gone`, `Queue.pop`), `Gone.method`"
+    assert missing(gone) == ["engine/gone.py", "engine/queue.py: Queue.gone", "Queue.gone", "Gone.method"]
 
 
 def test_every_reason_has_an_entry_with_its_cure() -> None:

@@ -20,8 +20,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from maskwire.output import PLAIN_EVERY_SECONDS, on_terminal
-from maskwire.output import tell as tell_line
+from maskwire.safe_output import PLAIN_EVERY_SECONDS, on_terminal
+from maskwire.safe_output import tell as tell_line
 
 
 class Bar:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from maskwire.v1.digest import VERSIONS
 from maskwire_server.batch import Batch, Payload, Prompts
-from maskwire_server.holder import ClientProcess
 from maskwire_server.position import HistoryPosition
 from maskwire_server.results import EvalOptions, GenerateOptions
+from maskwire_server.session_holder import ClientProcess
 
 CHECKPOINT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 AUTOMATIC_NAME = re.compile(r"(step|best)-\d+(-lineage-\d+)?(-\d+)?")

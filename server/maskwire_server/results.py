@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from maskwire_server.holder import Holder
+from maskwire_server.session_holder import Holder
 
 
 class Outcome(enum.IntEnum):

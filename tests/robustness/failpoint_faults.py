@@ -28,7 +28,7 @@ SAVING = tuple(
 
 
 def run(folder: Path, place: str, kind: str, seed: int) -> bool:
-    """Steps, saves, a kill, a restore and a clean stop, with one fault; whether it was reached.
+    """StepAdmission, saves, a kill, a restore and a clean stop, with one fault; whether it was reached.
 
     Raises AssertionError when a step that was acknowledged is missing, or differs.
     """

@@ -25,6 +25,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from maskwire.loggers import metrics
 from maskwire.protocol import fit
 from maskwire_server.checkpoints import membership, retention, saver, store
+from maskwire_server.engine import admission as steps
 from maskwire_server.engine import (
     admission_rules,
     commits,
@@ -34,7 +35,6 @@ from maskwire_server.engine import (
     saves,
     sessions,
     start,
-    steps,
 )
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal import database, fsync, inexact_replays, journal, reserve

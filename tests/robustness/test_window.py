@@ -30,12 +30,12 @@ from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import DigestVersion
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.config import ServeConfig
+from maskwire_server.engine.admission import StepAdmission
 from maskwire_server.engine.commits import StepCommit
 from maskwire_server.engine.entries import Step
 from maskwire_server.engine.executor import Executor
 from maskwire_server.engine.quarantine import Quarantine
-from maskwire_server.engine.run import Run
-from maskwire_server.engine.steps import Steps
+from maskwire_server.engine.shared_state import Run
 from maskwire_server.errors import REASONS as SERVER_REASONS
 from maskwire_server.errors import Refused
 from maskwire_server.journal.journal import Journal
@@ -164,7 +164,9 @@ class World:
         self.run.head.move(HistoryPosition("run", 1, len(self.applied), self.digest))
         self.run.lease.open(1, "me")
         self.run.lineages = {1: Lineage(1, None, 0, bytes(32), None, None)}
-        self.steps = Steps(self.run, disk, journal=disk, disk=disk, serve=serve, clock=lambda: self.now)
+        self.steps = StepAdmission(
+            self.run, disk, journal=disk, disk=disk, serve=serve, clock=lambda: self.now
+        )
         device: Any = self
         self.executor = Executor(
             self.run, disk, device, idle, idle, idle, journal=disk, disk=disk,

@@ -33,7 +33,6 @@ from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.engine.committer import RETRY_SECONDS
 from maskwire_server.engine.engine import Engine
 from maskwire_server.errors import Refused
-from maskwire_server.history import StepsRequest
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import (
     RestoreRequest,
@@ -42,6 +41,7 @@ from maskwire_server.requests import (
     SessionRequest,
     StepRequest,
 )
+from maskwire_server.step_listing import StepsRequest
 
 PLACES = (  # where the run directory is copied; nothing but the journal's log grows meanwhile
     "step.admitted",

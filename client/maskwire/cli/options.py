@@ -16,7 +16,7 @@ import typer
 from maskwire.cli import exit_codes
 from maskwire.client import Client, Trainer, attach, connect
 from maskwire.credentials import CredentialOptions
-from maskwire.output import tell
+from maskwire.safe_output import tell
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from maskwire.output import PLAIN_EVERY_SECONDS, on_terminal, tell
+from maskwire.safe_output import PLAIN_EVERY_SECONDS, on_terminal, tell
 
 
 class TrainingProgress(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from maskwire import results
 from maskwire.errors import FencedError, WriterPresentError
-from maskwire.process import default_name, holder_of, is_gone, this_process
+from maskwire.process_identity import default_name, holder_of, is_gone, this_process
 from maskwire.protocol import codec
 from maskwire.protocol.calls import Calls, new_id
 from maskwire.protocol.effects import Conversation, Until

@@ -12,7 +12,7 @@ from maskwire_server.checkpoints.catalogue import Catalogue
 from maskwire_server.engine.entries import Step
 from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
-from maskwire_server.engine.run import Run
+from maskwire_server.engine.shared_state import Run
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, SessionRecord, StepRecord, Stretch
 from maskwire_server.manifest import Manifest

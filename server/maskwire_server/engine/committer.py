@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 from maskwire_server.engine import admission_rules
 from maskwire_server.engine.futures import answer, refuse
-from maskwire_server.engine.run import Run
+from maskwire_server.engine.shared_state import Run
 from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
 from maskwire_server.journal import reserve
 from maskwire_server.journal.database import JournalError, is_full

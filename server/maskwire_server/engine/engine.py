@@ -18,6 +18,7 @@ from maskwire_server.checkpoints.catalogue import Catalogue
 from maskwire_server.checkpoints.saver import Saver
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.engine import admission_rules, status
+from maskwire_server.engine.admission import StepAdmission
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Drain, Evaluation, Save
 from maskwire_server.engine.executor import Executor
@@ -25,14 +26,12 @@ from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.engine.pending import Pending
 from maskwire_server.engine.restore import Restores
-from maskwire_server.engine.run import Run
 from maskwire_server.engine.saves import Saves
 from maskwire_server.engine.sessions import Sessions
 from maskwire_server.engine.setup import Setup
+from maskwire_server.engine.shared_state import Run
 from maskwire_server.engine.start import Ready, Start
-from maskwire_server.engine.steps import Steps
 from maskwire_server.errors import Refused
-from maskwire_server.history import StepsPage, StepsRequest
 from maskwire_server.journal import listing
 from maskwire_server.journal.reserve import Reserve
 from maskwire_server.manifest import Manifest
@@ -58,6 +57,7 @@ from maskwire_server.results import (
     StepAnswer,
 )
 from maskwire_server.run_status import RunStatus
+from maskwire_server.step_listing import StepsPage, StepsRequest
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Engine:
         self._committer: Committer
         self._executor: Executor
         self._saves: Saves
-        self._steps: Steps
+        self._steps: StepAdmission
         self._sessions: Sessions
         self._restores: Restores
 
@@ -302,7 +302,9 @@ class Engine:
         )
         self._sessions = Sessions(run, self._committer)
         self._restores = Restores(run, self._committer, self._checkpoints, ready.trainer)
-        self._steps = Steps(run, self._committer, journal=journal, disk=disk, serve=serve, clock=clock)
+        self._steps = StepAdmission(
+            run, self._committer, journal=journal, disk=disk, serve=serve, clock=clock
+        )
         self._executor = Executor(
             run,
             self._committer,

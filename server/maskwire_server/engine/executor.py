@@ -18,9 +18,9 @@ from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.engine.restore import Restores
-from maskwire_server.engine.run import Run
 from maskwire_server.engine.saves import SaveCommit, Saves
 from maskwire_server.engine.sessions import Sessions
+from maskwire_server.engine.shared_state import Run
 from maskwire_server.engine.trainer import Trainer, guarded, snapshot
 from maskwire_server.errors import DeviceLost, Refused, StateLost, Unwanted
 from maskwire_server.journal.journal import Journal
@@ -135,9 +135,8 @@ class Executor:
         fixed = run.head.digest_version
         if fixed is not None and step.digest_version.number != fixed.number:
             queue.pop()  # an idle session's, hashed before a bare call fixed another version
-            queue.refuse_step(
-                step, admission_rules.other_digest_version(run.lease.digest_versions, fixed.number)
-            )
+            offered = run.lease.digest_versions
+            queue.refuse_step(step, admission_rules.other_digest_version(offered, fixed.number))
             queue.refuse_number(number)
             return False
         if run.uncommitted >= self._serve.window:

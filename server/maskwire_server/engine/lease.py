@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from maskwire.v1.digest import VERSIONS
-from maskwire_server.holder import ClientProcess, Holder
 from maskwire_server.journal.records import SessionRecord
+from maskwire_server.session_holder import ClientProcess, Holder
 
 
 class Lease:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from maskwire_server.engine import admission_rules
 from maskwire_server.engine.futures import refuse
-from maskwire_server.engine.run import Run
+from maskwire_server.engine.shared_state import Run
 from maskwire_server.errors import Refused, is_shortage
 
 T = TypeVar("T")

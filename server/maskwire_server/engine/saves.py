@@ -19,7 +19,7 @@ from maskwire_server.engine.commits import CatalogueCommit, DropBatches
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Save
 from maskwire_server.engine.futures import answer, refuse
-from maskwire_server.engine.run import Run
+from maskwire_server.engine.shared_state import Run
 from maskwire_server.errors import Refused
 from maskwire_server.journal import reserve
 from maskwire_server.journal.journal import Journal

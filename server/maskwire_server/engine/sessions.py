@@ -9,18 +9,18 @@ from typing import Any
 
 from maskwire_server import failpoints
 from maskwire_server.engine import admission_rules
-from maskwire_server.engine.admission_rules import SessionFacts
 from maskwire_server.engine.commits import Events, EventsCommit, SessionEnd
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Step, Takeover
 from maskwire_server.engine.futures import answer, refuse
-from maskwire_server.engine.run import Run
+from maskwire_server.engine.session_rules import SessionFacts, admit_session
+from maskwire_server.engine.shared_state import Run
 from maskwire_server.errors import Refused, invalid_field
-from maskwire_server.holder import ClientProcess, Holder
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import SessionRecord
 from maskwire_server.requests import SessionRef, SessionRequest
 from maskwire_server.results import RunState, SessionAnswer
+from maskwire_server.session_holder import ClientProcess, Holder
 
 CLIENT_PROCESS = "client_process"
 """The kind of event that records the process of a session's client."""
@@ -93,7 +93,7 @@ class Sessions:
             run.head.tokenizer if trained else "",
             run.head.data if trained else {},
         )
-        new = admission_rules.admit_session(facts, at)
+        new = admit_session(facts, at)
         if request.evaluated_step > durable:
             raise invalid_field(
                 "evaluated_step",

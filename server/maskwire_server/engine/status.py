@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from maskwire_server.config import ServeConfig
-from maskwire_server.engine.run import Run
+from maskwire_server.engine.shared_state import Run
 from maskwire_server.results import CheckpointInfo, Limits, ModelInfo
 from maskwire_server.run_status import RunStatus
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from maskwire_server.errors import Refused
-from maskwire_server.history import RecordedStep, StepsPage, StepsRequest
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import StepRecord
+from maskwire_server.step_listing import RecordedStep, StepsPage, StepsRequest
 
 
 def page(journal: Journal, run_id: str, request: StepsRequest) -> StepsPage:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import invalid_field
-from maskwire_server.holder import ClientProcess
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import (
     AUTOMATIC_NAME,
@@ -28,6 +27,7 @@ from maskwire_server.requests import (
 from maskwire_server.results import EvalOptions, Limits, ModelInfo
 from maskwire_server.rpc import work_limits
 from maskwire_server.rpc.token_batch import read_batch
+from maskwire_server.session_holder import ClientProcess
 
 DEFAULT_DRAWS = 16
 MAX_NAME = 128

@@ -6,7 +6,6 @@ import time
 import zlib
 
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire_server.holder import Holder
 from maskwire_server.results import (
     CheckpointInfo,
     Chunk,
@@ -21,6 +20,7 @@ from maskwire_server.results import (
     StepAnswer,
 )
 from maskwire_server.run_status import RunStatus
+from maskwire_server.session_holder import Holder
 
 
 def losses(value: Losses) -> pb.Losses:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Protocol
 
-from maskwire_server.history import StepsPage, StepsRequest
 from maskwire_server.requests import (
     DownloadRequest,
     EvalRequest,
@@ -29,6 +28,7 @@ from maskwire_server.results import (
     StepAnswer,
 )
 from maskwire_server.run_status import RunStatus
+from maskwire_server.step_listing import StepsPage, StepsRequest
 
 
 class GenerationInterface(Protocol):

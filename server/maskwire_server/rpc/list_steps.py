@@ -6,8 +6,8 @@ import base64
 
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.errors import invalid_field
-from maskwire_server.history import StepsPage, StepsRequest
 from maskwire_server.rpc import encoding
+from maskwire_server.step_listing import StepsPage, StepsRequest
 
 _DEFAULT_PAGE_SIZE, _MAX_PAGE_SIZE = 100, 250
 

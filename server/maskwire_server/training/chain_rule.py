@@ -27,8 +27,8 @@ from maskwire_server.training import draws, objective
 from maskwire_server.training.corruption import Corruption, Vocabulary, random_ranks
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.evaluation import TensorBatch
+from maskwire_server.training.evaluation_figures import Bins, combine, summarize
 from maskwire_server.training.objective import Model
-from maskwire_server.training.summary import Bins, combine, summarize
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from maskwire_server.results import EvalOptions, EvalResult, LossSums
 from maskwire_server.training import draws, objective, schedule
 from maskwire_server.training.corruption import Corruption, Vocabulary, mask_exactly
 from maskwire_server.training.draws import Purpose
+from maskwire_server.training.evaluation_figures import Bins, combine, halves, summarize
 from maskwire_server.training.objective import Model
-from maskwire_server.training.summary import Bins, combine, halves, summarize
 
 
 @dataclass(frozen=True)

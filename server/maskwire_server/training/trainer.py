@@ -36,11 +36,11 @@ from maskwire_server.training import (
     device_errors,
     draws,
     evaluation,
+    evaluation_figures,
     objective,
     optim,
     sampling,
     snapshot,
-    summary,
 )
 from maskwire_server.training.corruption import StepKey, Vocabulary, corrupt, random_ids
 from maskwire_server.training.draws import Purpose
@@ -193,7 +193,7 @@ class TorchTrainer:
             if not device_errors.out_of_memory(error):
                 raise
             return StepResult(Outcome.OUT_OF_MEMORY, Losses(math.nan), learning_rate=rate)
-        losses = summary.combine(
+        losses = evaluation_figures.combine(
             generator, critic, self._objective.critic_loss_weight, modes.only_train_critic
         )
         finite = math.isfinite(losses.loss) and math.isfinite(gradient_norm)

@@ -11,7 +11,7 @@ import pytest
 
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.committer import Committer
-from maskwire_server.engine.run import Run
+from maskwire_server.engine.shared_state import Run
 from maskwire_server.journal.reserve import Reserve
 from maskwire_server.results import RunState
 

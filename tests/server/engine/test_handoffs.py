@@ -58,7 +58,7 @@ def handoffs(rig: Rig, make: Callable[[Engine], StepRequest]) -> list[tuple[str,
         reply = encoding.step(engine.train_step(request).result(WAIT))
     assert reply.step == 1
     functions = {function for _, function in calls}
-    assert {"Steps.admit", "Executor._train", "StepCommit.write", "StepCommit.committed"} <= functions
+    assert {"StepAdmission.admit", "Executor._train", "StepCommit.write", "StepCommit.committed"} <= functions
     caller = threading.current_thread().name
     threads = ["worker" if thread == caller else thread for thread, _ in calls]
     return [(one, other) for one, other in pairwise(threads) if one != other]

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from rig import WAIT, Rig, bare, reason, wait_for
 
-from maskwire_server.history import StepsRequest
 from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRequest
+from maskwire_server.step_listing import StepsRequest
 
 
 def test_each_page_goes_on_where_the_one_before_ended(rig: Rig) -> None:

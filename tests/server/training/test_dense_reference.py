@@ -15,7 +15,7 @@ from oracles import Oracle, flip_chain_oracle, pairs_oracle
 from bench.sources import flip_chain, pairs
 from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.results import EvalOptions, EvalResult
-from maskwire_server.training import chain_rule, evaluation, summary
+from maskwire_server.training import chain_rule, evaluation, evaluation_figures
 from maskwire_server.training.corruption import Vocabulary
 from maskwire_server.training.models.networks import Networks
 
@@ -274,7 +274,7 @@ def test_the_standard_error_covers_the_truth_in_93_to_97_percent(source: str) ->
     covered = 0
     for nats_r, of_r in zip(nats, n_r, strict=True):
         estimate = float(nats_r.sum() / of_r.sum())
-        error = summary.standard_error(nats_r, of_r, estimate)
+        error = evaluation_figures.standard_error(nats_r, of_r, estimate)
         assert error is not None
         covered += abs(estimate - truth) < 1.96 * error
     assert 0.93 <= covered / repetitions <= 0.97, covered / repetitions

@@ -12,7 +12,7 @@ from maskwire_server.engine.admission_rules import Known, Verdict
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Step
 from maskwire_server.engine.futures import answer
-from maskwire_server.engine.run import Run
+from maskwire_server.engine.shared_state import Run
 from maskwire_server.errors import Refused
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.lineage import ancestry
@@ -22,7 +22,7 @@ from maskwire_server.requests import SessionRef, StepRequest
 from maskwire_server.results import StepAnswer, StepResult
 
 
-class Steps:
+class StepAdmission:
     """Queues new steps, joins retries to the step in flight, and answers repeated steps from the journal."""
 
     def __init__(
