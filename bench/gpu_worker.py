@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from maskwire.v1.values import Outcome
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
-from maskwire_server.results import Outcome
 from maskwire_server.training.trainer import TorchTrainer
 
 REPLY = "bench: "

@@ -8,19 +8,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from maskwire.v1.values import Losses, ModelInfo, Outcome
 from maskwire_server import config
 from maskwire_server.app import serve
 from maskwire_server.batch import Batch, Modes, Prompts
-from maskwire_server.results import (
-    EvalOptions,
-    EvalResult,
-    GenerateOptions,
-    GenerationState,
-    Losses,
-    ModelInfo,
-    Outcome,
-    StepResult,
-)
+from maskwire_server.results import EvalOptions, EvalResult, GenerateOptions, GenerationState, StepResult
 
 
 class NullSnapshot:
@@ -32,6 +24,8 @@ class NullSnapshot:
 
 class NullTrainer:
     """Consumes steps and keeps nothing."""
+
+    read_tokens = 2**26
 
     @property
     def info(self) -> ModelInfo:

@@ -13,18 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from maskwire.v1.values import Losses, ModelInfo, Outcome, RowResult
 from maskwire_server.batch import Batch, Modes, Prompts
-from maskwire_server.results import (
-    EvalOptions,
-    EvalResult,
-    GenerateOptions,
-    GenerationState,
-    Losses,
-    ModelInfo,
-    Outcome,
-    RowResult,
-    StepResult,
-)
+from maskwire_server.results import EvalOptions, EvalResult, GenerateOptions, GenerationState, StepResult
 
 NAN_ID = 7
 """A batch that begins with this id is not finite."""
@@ -46,6 +37,7 @@ class CounterTrainer:
     """The trainer that the engine's tests use; `gate` lets a test hold it in the middle of a step."""
 
     threads = 1
+    read_tokens = 2**26
 
     def __init__(self) -> None:
         self.state = hashlib.sha256(b"start").hexdigest()

@@ -8,7 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from maskwire_server.results import CheckpointInfo, FileInfo, InexactReplay
+from maskwire.v1.values import InexactReplay
+from maskwire_server.results import CheckpointInfo, FileInfo
 
 FORMAT = 2
 MANIFEST = "manifest.json"

@@ -8,25 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from maskwire.v1.values import FractionResult, InexactReplay, Losses, LossSums, Outcome, RowResult
 from maskwire_server.session_holder import Holder
-
-
-class Outcome(enum.IntEnum):
-    """The outcome of a consumed step, numbered as in `maskwire.v1.StepOutcome`."""
-
-    APPLIED = 1
-    SKIPPED_NON_FINITE = 2
-    OUT_OF_MEMORY = 3
-    POISON = 4
-
-
-@dataclass(frozen=True)
-class Losses:
-    """The losses of a step or evaluation. None: not computed, which is not 0."""
-
-    loss: float
-    generator_loss: float | None = None
-    critic_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -62,39 +45,6 @@ class EvalOptions:
 
 
 @dataclass(frozen=True)
-class RowResult:
-    """The result of one row in an evaluation."""
-
-    row_id: int
-    nats: float
-    tokens: int
-    half_difference: float | None = None
-    """Mean nats of the first half of the draws minus that of the second; None for one draw."""
-
-
-@dataclass(frozen=True)
-class FractionResult:
-    """The result of an evaluation at masked fractions in (low, high]."""
-
-    low: float
-    high: float
-    nats_per_masked_token: float | None
-    accuracy: float | None
-    masked_tokens: int
-
-
-@dataclass(frozen=True)
-class LossSums:
-    """Numerators and denominators of `losses`: the sums of several calls can be added, the ratios cannot."""
-
-    generator_nats: float = 0.0
-    generator_weight: float = 0.0
-    critic_nats: float | None = None
-    critic_weight: float | None = None
-    critic_loss_weight: float = 1.0
-
-
-@dataclass(frozen=True)
 class EvalResult:
     """The result of an evaluation; `EvalLossResponse` in the proto describes each field."""
 
@@ -112,7 +62,7 @@ class EvalResult:
     bits_per_byte: float | None = None
     by_masked_fraction: tuple[FractionResult, ...] = field(default=())
     rows: tuple[RowResult, ...] = field(default=())
-    sums: LossSums = LossSums()
+    sums: LossSums = field(default_factory=LossSums)
 
 
 class Order(enum.IntEnum):
@@ -168,62 +118,6 @@ class GenerationState:
     def done(self) -> bool:
         """Whether no position is masked any more."""
         return not any(self.still_masked)
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """The model that is served."""
-
-    num_tokens: int
-    mask_id: int
-    pad_id: int | None
-    max_seq_len: int
-    parameters: int
-    objective: str
-    loss_is_bound: bool
-    has_critic: bool
-    self_cond: bool = False
-    read_tokens: int = 2**26
-    """The default of `Limits.max_read_tokens` for this model and device."""
-
-
-class RunState(enum.IntEnum):
-    """The state of the run, numbered as in `maskwire.v1.RunState`."""
-
-    RECOVERING = 1
-    SERVING = 2
-    RESTORING = 3
-    HELD = 4
-    HALTED = 5
-    DRAINING = 6
-    RECOVERY_FAILED = 7
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds on one request."""
-
-    max_batch_tokens: int
-    max_message_bytes: int
-    window: int
-    max_draws: int
-    max_generation_steps: int = 1024
-    max_read_tokens: int = 2**26
-    """Positions that one evaluation or generation may send through the model; see `rpc.work_limits`."""
-
-
-@dataclass(frozen=True)
-class InexactReplay:
-    """Steps that a start computed again with results close to the recorded ones, but not identical.
-
-    The weights after these steps, and all later training, follow from the new computation.
-    """
-
-    lineage: int
-    first_step: int
-    last_step: int
-    accepted: bool
-    """An operator accepted it with --accept-inexact-replay; otherwise it was within the tolerance."""
 
 
 @dataclass(frozen=True)
@@ -322,12 +216,3 @@ class Chunk:
     file: FileInfo
     offset: int
     data: bytes
-
-
-@dataclass(frozen=True)
-class RestoreAnswer:
-    """The position of the run after a restore."""
-
-    lineage: int
-    step: int
-    digest: bytes

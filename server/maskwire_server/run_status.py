@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maskwire_server.results import CheckpointInfo, InexactReplay, ModelInfo, RunState
+from maskwire.v1.values import InexactReplay, ModelInfo, RunState
+from maskwire_server.results import CheckpointInfo
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maskwire_server.results import Losses, Outcome
+from maskwire.v1.values import Losses, Outcome
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import psutil
 from robustness.processes import Server
 
 from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.values import Limits, ModelInfo
 from maskwire_server.errors import Refused
 from maskwire_server.requests import EvalRequest, GenerateRequest
-from maskwire_server.results import Limits, ModelInfo
 from maskwire_server.rpc import decoding, generate
 
 INFO = ModelInfo(257, 256, None, 64, 1, "counting", True, True)

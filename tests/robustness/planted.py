@@ -24,6 +24,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from maskwire.loggers import metrics
 from maskwire.protocol import fit
+from maskwire.v1.values import InexactReplay, Losses, Outcome
 from maskwire_server.checkpoints import membership, retention, saver, store
 from maskwire_server.engine import admission as steps
 from maskwire_server.engine import (
@@ -40,7 +41,7 @@ from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal import database, fsync, inexact_replays, journal, reserve
 from maskwire_server.recovery import boot, rebuild, recorded_settings, replay
 from maskwire_server.requests import EvalRequest, SaveRequest, StepRequest
-from maskwire_server.results import EvalOptions, InexactReplay, Losses, Outcome, StepResult
+from maskwire_server.results import EvalOptions, StepResult
 
 Patch = tuple[Any, str, Any]
 

@@ -28,6 +28,7 @@ from maskwire.protocol.retry import RetryPolicy
 from maskwire.protocol.writer import Writer
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import DigestVersion
+from maskwire.v1.values import Losses, Outcome, RunState
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.admission import StepAdmission
@@ -42,7 +43,7 @@ from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, StepRecord
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import SessionRef, StepRequest
-from maskwire_server.results import Losses, Outcome, RunState, StepAnswer, StepResult
+from maskwire_server.results import StepAnswer, StepResult
 
 RUNS = int(os.environ.get("MASKWIRE_WINDOW_RUNS", "40"))
 GAP_SECONDS, WINDOW = 1000.0, 6

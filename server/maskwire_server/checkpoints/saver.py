@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from maskwire.v1.values import InexactReplay
 from maskwire_server.checkpoints import retention
 from maskwire_server.checkpoints.catalogue import Catalogue
 from maskwire_server.checkpoints.files import Snapshot
@@ -20,7 +21,7 @@ from maskwire_server.journal.records import Lineage, Stretch
 from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import AUTOMATIC_NAME, SaveRequest
-from maskwire_server.results import CheckpointInfo, InexactReplay
+from maskwire_server.results import CheckpointInfo
 
 log = logging.getLogger(__name__)
 

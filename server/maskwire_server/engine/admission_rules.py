@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from maskwire.v1.digest import VERSIONS, newest_common
+from maskwire.v1.values import RunState
 from maskwire_server.errors import Refused
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRef, StepRequest
-from maskwire_server.results import RunState
 from maskwire_server.session_holder import Holder
 
 

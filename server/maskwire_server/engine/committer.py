@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
+from maskwire.v1.values import RunState
 from maskwire_server.engine import admission_rules
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.shared_state import Run
@@ -21,7 +22,6 @@ from maskwire_server.journal import reserve
 from maskwire_server.journal.database import JournalError, is_full
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.reserve import Reserve
-from maskwire_server.results import RunState
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 
+from maskwire.v1.values import Limits, ModelInfo, RestoreResult, RunState
 from maskwire_server import failpoints
 from maskwire_server.checkpoints import download
 from maskwire_server.checkpoints.catalogue import Catalogue
@@ -45,17 +46,7 @@ from maskwire_server.requests import (
     SessionRequest,
     StepRequest,
 )
-from maskwire_server.results import (
-    CheckpointInfo,
-    Chunk,
-    EvalAnswer,
-    Limits,
-    ModelInfo,
-    RestoreAnswer,
-    RunState,
-    SessionAnswer,
-    StepAnswer,
-)
+from maskwire_server.results import CheckpointInfo, Chunk, EvalAnswer, SessionAnswer, StepAnswer
 from maskwire_server.run_status import RunStatus
 from maskwire_server.step_listing import StepsPage, StepsRequest
 
@@ -118,7 +109,7 @@ class Engine:
     @property
     def limits(self) -> Limits:
         """Bounds on one request."""
-        return status.limits(self._serve, self.info)
+        return status.limits(self._serve, self._start.read_tokens)
 
     def train_step(self, request: StepRequest) -> Future[StepAnswer]:
         """Train on one batch; answered when the step is durable.
@@ -166,9 +157,9 @@ class Engine:
             self._push(Save(request, [future]))
         return future
 
-    def restore(self, request: RestoreRequest) -> Future[RestoreAnswer]:
+    def restore(self, request: RestoreRequest) -> Future[RestoreResult]:
         """Restore a checkpoint, on a new lineage."""
-        future: Future[RestoreAnswer] = Future()
+        future: Future[RestoreResult] = Future()
         with self._pending.answering(future):
             admission_rules.refuse_unavailable(self._run.conditions.state)
             self._recognise(self._checkpoints.named(request.name))

@@ -6,10 +6,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from maskwire.v1.digest import DigestVersion
+from maskwire.v1.values import RestoreResult
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.manifest import Manifest
 from maskwire_server.requests import EvalRequest, RestoreRequest, SaveRequest, SessionRequest, StepRequest
-from maskwire_server.results import CheckpointInfo, EvalAnswer, RestoreAnswer, StepAnswer
+from maskwire_server.results import CheckpointInfo, EvalAnswer, StepAnswer
 
 
 @dataclass(eq=False)
@@ -72,7 +73,7 @@ class Restore:
 
     request: RestoreRequest
     manifest: Manifest
-    future: Future[RestoreAnswer]
+    future: Future[RestoreResult]
 
 
 @dataclass(eq=False)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 from maskwire.v1.digest import step_digest
+from maskwire.v1.values import Losses, Outcome, RunState
 from maskwire_server import failpoints
 from maskwire_server.checkpoints import membership
 from maskwire_server.config import ServeConfig
@@ -28,7 +29,7 @@ from maskwire_server.journal.records import StepRecord
 from maskwire_server.journal.reserve import WRITES_PER_BATCH, Reserve
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import SaveRequest
-from maskwire_server.results import EvalAnswer, Losses, Outcome, RunState, StepResult
+from maskwire_server.results import EvalAnswer, StepResult
 
 log = logging.getLogger(__name__)
 

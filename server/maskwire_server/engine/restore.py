@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from maskwire.v1.digest import lineage_digest
+from maskwire.v1.values import RestoreResult, RunState
 from maskwire_server import failpoints
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.engine import admission_rules
@@ -22,7 +23,6 @@ from maskwire_server.journal.records import Lineage, SessionRecord
 from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import RestoreRequest, SaveRequest
-from maskwire_server.results import RestoreAnswer, RunState
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Restores:
     checkpoints: Checkpoints
     trainer: Trainer
 
-    def begin(self, request: RestoreRequest, future: Future[RestoreAnswer]) -> None:
+    def begin(self, request: RestoreRequest, future: Future[RestoreResult]) -> None:
         """Have the checkpoint's files read, then queue the restore. A known request id gets its answer again.
 
         Raises Refused.
@@ -53,7 +53,7 @@ class Restores:
                     f"this request id restored {lineage.checkpoint!r}; make a new id for a new request",
                     name=lineage.checkpoint,
                 )
-            answer(future, RestoreAnswer(lineage.lineage, lineage.step, lineage.digest))
+            answer(future, RestoreResult(lineage.lineage, lineage.step, lineage.digest))
             return
         manifest = self.checkpoints.pin(request.name)  # before it is read and found intact
         with self.run.mutex:
@@ -130,7 +130,7 @@ class Restores:
         with guarded(self.trainer):
             self.trainer.load(self.checkpoints.path(info.name))
         failpoints.passing("restore.loaded")
-        restored = RestoreAnswer(number, info.step, lineage.digest)
+        restored = RestoreResult(number, info.step, lineage.digest)
         log.info("restored checkpoint %s: lineage %d from step %d", info.name, number, info.step)
         with self.run.mutex:
             # The batches behind it may be gone: a second copy, so that damage to one does not end the run.

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
+from maskwire.v1.values import RunState
 from maskwire_server import failpoints
 from maskwire_server.engine import admission_rules
 from maskwire_server.engine.commits import Events, EventsCommit, SessionEnd
@@ -19,7 +20,7 @@ from maskwire_server.errors import Refused, invalid_field
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import SessionRecord
 from maskwire_server.requests import SessionRef, SessionRequest
-from maskwire_server.results import RunState, SessionAnswer
+from maskwire_server.results import SessionAnswer
 from maskwire_server.session_holder import ClientProcess, Holder
 
 CLIENT_PROCESS = "client_process"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from maskwire.v1.values import ModelInfo, RunState
 from maskwire_server.checkpoints import membership
 from maskwire_server.checkpoints.catalogue import Catalogue
 from maskwire_server.checkpoints.saver import Saver
@@ -29,7 +30,6 @@ from maskwire_server.journal.reserve import Reserve, make_room
 from maskwire_server.position import HistoryPosition
 from maskwire_server.recovery import boot, fingerprint
 from maskwire_server.requests import SaveRequest
-from maskwire_server.results import ModelInfo, RunState
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,8 @@ class Start:
         self._versions = versions
         self._stopping = False
         self._journal: Journal | None = None
+        self.read_tokens: int | None = None
+        """Default of `Limits.max_read_tokens`; None until the model is built."""
         self.info: ModelInfo | None = None
         """What is served; None until the model is built."""
 
@@ -112,7 +114,7 @@ class Start:
         threads = None if self._setup.serve.threads else fingerprint.pinned_threads(journal)
         if threads is not None:
             trainer.use_threads(threads)
-        self.info = trainer.info
+        self.info, self.read_tokens = trainer.info, trainer.read_tokens
         run.num_tokens = trainer.info.num_tokens
         self._versions.update(trainer.versions)
         where = self._versions.get("device", "?")

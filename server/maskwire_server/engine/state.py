@@ -8,9 +8,9 @@ import uuid
 from collections.abc import Callable
 
 from maskwire.v1.digest import DigestVersion
+from maskwire.v1.values import InexactReplay, RunState
 from maskwire_server.errors import Diverged, Refused, shortage
 from maskwire_server.position import HistoryPosition
-from maskwire_server.results import InexactReplay, RunState
 
 log = logging.getLogger(__name__)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from maskwire.v1.values import Limits, ModelInfo
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.shared_state import Run
-from maskwire_server.results import CheckpointInfo, Limits, ModelInfo
+from maskwire_server.results import CheckpointInfo
 from maskwire_server.run_status import RunStatus
 
 
-def limits(serve: ServeConfig, model: ModelInfo | None) -> Limits:
+def limits(serve: ServeConfig, default_read_tokens: int | None) -> Limits:
     """Bounds on one request."""
     configured = Limits(
         serve.max_batch_tokens,
@@ -19,7 +20,7 @@ def limits(serve: ServeConfig, model: ModelInfo | None) -> Limits:
         serve.max_draws,
         serve.max_generation_steps,
     )
-    read_tokens = serve.max_read_tokens or (model.read_tokens if model else None)
+    read_tokens = serve.max_read_tokens or default_read_tokens
     return configured if read_tokens is None else replace(configured, max_read_tokens=read_tokens)
 
 

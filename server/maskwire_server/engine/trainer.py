@@ -7,12 +7,13 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from maskwire.v1.values import ModelInfo
 from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Prompts
 from maskwire_server.checkpoints.files import Snapshot
 from maskwire_server.errors import DeviceLost, MaskwireError
 from maskwire_server.recovery.trainer import ReplayTrainer
-from maskwire_server.results import EvalOptions, EvalResult, GenerateOptions, GenerationState, ModelInfo
+from maskwire_server.results import EvalOptions, EvalResult, GenerateOptions, GenerationState
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,10 @@ class Trainer(ReplayTrainer, Protocol):
     @property
     def info(self) -> ModelInfo:
         """The model."""
+
+    @property
+    def read_tokens(self) -> int:
+        """Default of `Limits.max_read_tokens` for this model and device."""
 
     def usable_after(self, error: BaseException) -> bool:
         """Whether the device still works after an error that another method raised."""

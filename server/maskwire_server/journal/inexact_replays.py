@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from maskwire.v1.values import InexactReplay
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.lineage import Segment
-from maskwire_server.results import InexactReplay
 
 EVENT = "inexact_replay"
 

@@ -8,8 +8,8 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
+from maskwire.v1.values import Losses, Outcome
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.results import Losses, Outcome
 
 _NUMBERS = struct.Struct("<Bdddd")  # bits of those present, loss, generator loss, critic loss, gradient norm
 

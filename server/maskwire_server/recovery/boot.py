@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from maskwire.v1.digest import initial_digest, lineage_digest
+from maskwire.v1.values import Outcome
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import inexact_replays
@@ -22,7 +23,6 @@ from maskwire_server.journal.records import Lineage, SessionRecord
 from maskwire_server.journal.run_directory import JOURNAL_FILE
 from maskwire_server.recovery.rebuild import rebuild
 from maskwire_server.recovery.trainer import ReplayTrainer
-from maskwire_server.results import Outcome
 
 log = logging.getLogger(__name__)
 

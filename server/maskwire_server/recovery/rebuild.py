@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from maskwire.v1.values import InexactReplay
 from maskwire_server import failpoints
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
@@ -22,7 +23,6 @@ from maskwire_server.recovery.base_checkpoint import newest_verified, require_se
 from maskwire_server.recovery.recorded_settings import RecordedSettings
 from maskwire_server.recovery.replay import Replayed, recorded_version, replay, steps_to_replay, with_progress
 from maskwire_server.recovery.trainer import ReplayTrainer
-from maskwire_server.results import InexactReplay
 
 log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from maskwire.v1.values import InexactReplay, Outcome
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import StepRecord
@@ -15,7 +16,6 @@ from maskwire_server.recovery.fingerprint import (
     trainer_settings,
 )
 from maskwire_server.recovery.tolerance import TOLERANCES, Tolerance, measured_steps
-from maskwire_server.results import InexactReplay, Outcome
 
 
 class RecordedSettings:

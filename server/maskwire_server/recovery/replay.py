@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from maskwire.v1.digest import VERSIONS, DigestVersion, step_digest
+from maskwire.v1.values import InexactReplay, Outcome
 from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import RunDirectoryError
@@ -15,7 +16,7 @@ from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.lineage import Segment
 from maskwire_server.journal.records import StepRecord, damaged
 from maskwire_server.recovery.tolerance import Tolerance, excess, outcome_differs
-from maskwire_server.results import InexactReplay, Outcome, StepResult
+from maskwire_server.results import StepResult
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from maskwire.v1.digest import initial_digest, lineage_digest, step_digest
+from maskwire.v1.values import InexactReplay, Outcome
 from maskwire_server.batch import Payload
 from maskwire_server.checkpoints.membership import foreign_save, recorded_saves
 from maskwire_server.checkpoints.retention import FALLBACKS, on_path
@@ -30,7 +31,7 @@ from maskwire_server.journal.records import Lineage, StepRecord
 from maskwire_server.recovery.base_checkpoint import require_seed
 from maskwire_server.recovery.boot import open_recorded
 from maskwire_server.recovery.replay import read_payload, recorded_version, steps_to_replay
-from maskwire_server.results import CheckpointInfo, InexactReplay, Outcome
+from maskwire_server.results import CheckpointInfo
 
 
 @dataclass

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.values import Limits, ModelInfo
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import invalid_field
 from maskwire_server.position import HistoryPosition
@@ -24,7 +25,7 @@ from maskwire_server.requests import (
     SessionRequest,
     StepRequest,
 )
-from maskwire_server.results import EvalOptions, Limits, ModelInfo
+from maskwire_server.results import EvalOptions
 from maskwire_server.rpc import work_limits
 from maskwire_server.rpc.token_batch import read_batch
 from maskwire_server.session_holder import ClientProcess

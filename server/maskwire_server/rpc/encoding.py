@@ -6,19 +6,8 @@ import time
 import zlib
 
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire_server.results import (
-    CheckpointInfo,
-    Chunk,
-    EvalAnswer,
-    FileInfo,
-    InexactReplay,
-    Limits,
-    Losses,
-    ModelInfo,
-    RestoreAnswer,
-    SessionAnswer,
-    StepAnswer,
-)
+from maskwire.v1.values import InexactReplay, Limits, Losses, ModelInfo, RestoreResult
+from maskwire_server.results import CheckpointInfo, Chunk, EvalAnswer, FileInfo, SessionAnswer, StepAnswer
 from maskwire_server.run_status import RunStatus
 from maskwire_server.session_holder import Holder
 
@@ -120,7 +109,7 @@ def _inexact_replay(replay: InexactReplay) -> pb.InexactReplay:
 
 def model(info: ModelInfo) -> pb.ModelInfo:
     """What is served; the bound on reads is one of the limits."""
-    return pb.ModelInfo(**{name: value for name, value in vars(info).items() if name != "read_tokens"})
+    return pb.ModelInfo(**vars(info))
 
 
 def limits(bounds: Limits) -> pb.Limits:
@@ -155,7 +144,7 @@ def chunk(value: Chunk) -> pb.DownloadCheckpointResponse:
     )
 
 
-def restore(value: RestoreAnswer) -> pb.RestoreCheckpointResponse:
+def restore(value: RestoreResult) -> pb.RestoreCheckpointResponse:
     """Where the run is now."""
     return pb.RestoreCheckpointResponse(lineage=value.lineage, step=value.step, digest=value.digest)
 

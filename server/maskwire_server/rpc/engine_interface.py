@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Protocol
 
+from maskwire.v1.values import Limits, ModelInfo, RestoreResult
 from maskwire_server.requests import (
     DownloadRequest,
     EvalRequest,
@@ -21,9 +22,6 @@ from maskwire_server.results import (
     Chunk,
     EvalAnswer,
     GenerateAnswer,
-    Limits,
-    ModelInfo,
-    RestoreAnswer,
     SessionAnswer,
     StepAnswer,
 )
@@ -73,7 +71,7 @@ class EngineInterface(Protocol):
     def save(self, request: SaveRequest) -> Future[CheckpointInfo]:
         """Save a checkpoint."""
 
-    def restore(self, request: RestoreRequest) -> Future[RestoreAnswer]:
+    def restore(self, request: RestoreRequest) -> Future[RestoreResult]:
         """Return the run to a checkpoint."""
 
     def delete(self, name: str) -> Future[None]:

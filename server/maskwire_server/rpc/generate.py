@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.values import Limits, ModelInfo
 from maskwire_server.batch import Prompts
 from maskwire_server.errors import invalid_field
 from maskwire_server.requests import GenerateRequest
-from maskwire_server.results import GenerateAnswer, GenerateOptions, Limits, ModelInfo, Order, SelfCondMode
+from maskwire_server.results import GenerateAnswer, GenerateOptions, Order, SelfCondMode
 from maskwire_server.rpc import token_batch, work_limits
 
 _DTYPES = {1: pb.DATA_TYPE_UINT8, 2: pb.DATA_TYPE_UINT16, 4: pb.DATA_TYPE_INT32}

@@ -12,9 +12,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.values import RunState
 from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError
-from maskwire_server.results import RunState
 from maskwire_server.rpc import auth, handlers, unix_socket
 from maskwire_server.rpc.engine_interface import EngineInterface
 from maskwire_server.rpc.service import TrainingService

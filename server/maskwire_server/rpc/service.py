@@ -11,8 +11,9 @@ import grpc
 
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
+from maskwire.v1.values import ModelInfo
 from maskwire_server.errors import Refused
-from maskwire_server.results import ModelInfo, StepAnswer
+from maskwire_server.results import StepAnswer
 from maskwire_server.rpc import decoding, encoding, generate, list_checkpoints, list_steps
 from maskwire_server.rpc.concurrency_limit import ConcurrencyLimit
 from maskwire_server.rpc.engine_interface import EngineInterface

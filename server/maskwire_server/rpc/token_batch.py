@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.values import Limits, ModelInfo
 from maskwire_server.batch import Batch
 from maskwire_server.errors import Refused, invalid_field
-from maskwire_server.results import Limits, ModelInfo
 
 _DTYPES: dict[int, np.dtype[np.integer]] = {
     pb.DATA_TYPE_UINT8: np.dtype("<u1"),

@@ -7,8 +7,9 @@ proto): the sum over rows of passes times columns, times the forward passes of t
 
 from __future__ import annotations
 
+from maskwire.v1.values import Limits, ModelInfo
 from maskwire_server.errors import invalid_field
-from maskwire_server.results import GenerateOptions, Limits, ModelInfo, Order, SelfCondMode
+from maskwire_server.results import GenerateOptions, Order, SelfCondMode
 
 MIN_COLUMNS = 64
 """A pass over a shorter row counts as this many columns, because each pass has a fixed cost."""

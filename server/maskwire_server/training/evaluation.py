@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskwire.v1.values import LossSums
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.errors import Unwanted
-from maskwire_server.results import EvalOptions, EvalResult, LossSums
+from maskwire_server.results import EvalOptions, EvalResult
 from maskwire_server.training import draws, objective, schedule
 from maskwire_server.training.corruption import Corruption, Vocabulary, mask_exactly
 from maskwire_server.training.draws import Purpose

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from maskwire.v1.values import FractionResult, Losses, LossSums, RowResult
 from maskwire_server.errors import Diverged
-from maskwire_server.results import EvalOptions, EvalResult, FractionResult, Losses, LossSums, RowResult
+from maskwire_server.results import EvalOptions, EvalResult
 
 BINS = 10
 

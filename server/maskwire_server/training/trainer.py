@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskwire.v1.values import Losses, ModelInfo, Outcome
 from maskwire_server.batch import Batch, Modes, Prompts
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.errors import StateLost
@@ -25,10 +26,7 @@ from maskwire_server.results import (
     EvalResult,
     GenerateOptions,
     GenerationState,
-    Losses,
-    ModelInfo,
     Order,
-    Outcome,
     StepResult,
 )
 from maskwire_server.training import (
@@ -121,8 +119,12 @@ class TorchTrainer:
             loss_is_bound=config.loss_is_bound,
             has_critic=self.critic is not None,
             self_cond=config.self_cond,
-            read_tokens=read_tokens(self._device),
         )
+
+    @property
+    def read_tokens(self) -> int:
+        """Default of `serve.max_read_tokens` on this device."""
+        return read_tokens(self._device)
 
     @property
     def versions(self) -> dict[str, str]:

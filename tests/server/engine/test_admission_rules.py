@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from maskwire.v1.values import RunState
 from maskwire_server.engine.admission_rules import (
     Known,
     Situation,
@@ -17,7 +18,6 @@ from maskwire_server.engine.admission_rules import (
 )
 from maskwire_server.errors import Refused
 from maskwire_server.requests import SessionRef, StepRequest
-from maskwire_server.results import RunState
 from maskwire_server.session_holder import ClientProcess, Holder
 
 HASH, OTHER = b"a" * 32, b"b" * 32

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from maskwire.v1.values import RunState
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.journal.reserve import Reserve
-from maskwire_server.results import RunState
 
 
 class FakeJournal:

@@ -16,6 +16,7 @@ import pytest
 from counter import FAIL_ID, CounterTrainer
 from rig import WAIT, Rig, bare, open_session, payload, reason, reason_of, wait_for
 
+from maskwire.v1.values import RunState
 from maskwire_server import failpoints
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.engine.engine import Engine
@@ -28,7 +29,7 @@ from maskwire_server.requests import (
     SessionRequest,
     StepRequest,
 )
-from maskwire_server.results import EvalOptions, RunState, SessionAnswer
+from maskwire_server.results import EvalOptions, SessionAnswer
 
 LONG = {"every_seconds": 1e9, "keep_last": 3}
 

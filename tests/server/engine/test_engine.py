@@ -24,6 +24,7 @@ from counter import FAIL_ID, NAN_ID, CounterSnapshot, CounterTrainer
 from rig import DIGEST, WAIT, FullDisk, Rig, bare, open_session, payload, reason, reason_of, wait_for
 
 from maskwire.v1.digest import step_digest
+from maskwire.v1.values import Outcome, RunState
 from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.engine.engine import Engine
@@ -39,7 +40,7 @@ from maskwire_server.requests import (
     SessionRequest,
     StepRequest,
 )
-from maskwire_server.results import EvalOptions, Outcome, RunState, StepAnswer, StepResult
+from maskwire_server.results import EvalOptions, StepAnswer, StepResult
 
 
 def test_steps_are_applied_in_order_and_the_digest_is_that_of_the_protocol(rig: Rig) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from rig import WAIT, Rig, bare, make_engine, payload, reason, wait_for
 
+from maskwire.v1.values import RunState
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.checkpoints import store
 from maskwire_server.engine.engine import Engine
@@ -25,7 +26,6 @@ from maskwire_server.journal import disk, reserve
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.reserve import Reserve, make_room
 from maskwire_server.requests import SaveRequest, StepRequest
-from maskwire_server.results import RunState
 
 LONG = {"every_seconds": 1e9, "keep_last": 2}
 TESTS = Path(__file__).resolve().parents[2]

@@ -14,13 +14,14 @@ from counter import NAN_ID
 from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, wait_for
 
 from maskwire.v1.digest import DigestVersion, step_digest
+from maskwire.v1.values import RunState
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Takeover
 from maskwire_server.errors import Refused
 from maskwire_server.journal import reserve
 from maskwire_server.journal.journal import Journal
 from maskwire_server.requests import EvalRequest, SessionRequest, StepRequest
-from maskwire_server.results import EvalOptions, RunState
+from maskwire_server.results import EvalOptions
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from maskwire.v1.values import RunState
 from maskwire_server.engine.admission_rules import Situation
 from maskwire_server.engine.session_rules import SessionFacts, admit_session
 from maskwire_server.errors import Refused
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import SessionRequest
-from maskwire_server.results import RunState
 
 HASH, OTHER = b"a" * 32, b"b" * 32
 AT = Situation(RunState.SERVING, "run", 2, 5, "me", closed=False, next_step=10, window=4)

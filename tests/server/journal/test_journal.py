@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from maskwire.v1.digest import DigestVersion
+from maskwire.v1.values import Losses, Outcome
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import fsync
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, SessionRecord, StepRecord, Stretch
 from maskwire_server.journal.run_directory import JOURNAL_FILE
-from maskwire_server.results import Losses, Outcome
 
 Open = Callable[..., Journal]
 

@@ -15,6 +15,7 @@ import pytest
 from counter import NAN_ID, CounterTrainer
 from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, wait_for
 
+from maskwire.v1.values import RunState
 from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.checkpoints.store import Checkpoints
@@ -25,7 +26,7 @@ from maskwire_server.journal import reserve
 from maskwire_server.journal.journal import Journal
 from maskwire_server.recovery import verify
 from maskwire_server.requests import EvalRequest, RestoreRequest, SaveRequest, SessionRequest, StepRequest
-from maskwire_server.results import EvalOptions, RunState
+from maskwire_server.results import EvalOptions
 
 LONG = {"every_seconds": 1e6}
 

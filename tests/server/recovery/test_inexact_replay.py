@@ -14,6 +14,7 @@ from counter import NAN_ID, CounterTrainer
 from rig import WAIT, FullDisk, Rig, bare, make_engine, wait_for
 from robustness.drift import ROUNDING, PerturbedTrainer, settings, text, trainer
 
+from maskwire.v1.values import InexactReplay, Losses, Outcome, RunState
 from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.checkpoints import store
@@ -27,7 +28,7 @@ from maskwire_server.recovery import fingerprint, verify
 from maskwire_server.recovery.replay import InexactReplayError
 from maskwire_server.recovery.tolerance import TOLERANCES, excess, measured_steps
 from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRequest, StepRequest
-from maskwire_server.results import InexactReplay, Losses, Outcome, RunState, StepResult
+from maskwire_server.results import StepResult
 from maskwire_server.training.trainer import TorchTrainer
 
 LONG = {"every_seconds": 1e6}

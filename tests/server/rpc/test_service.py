@@ -13,7 +13,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire_server.results import Limits
+from maskwire.v1.values import Limits
 from maskwire_server.rpc.service import MAX_LISTS, TrainingService
 
 

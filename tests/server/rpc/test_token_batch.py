@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from maskwire.errors import REASONS as CLIENT_REASONS
 from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.values import Limits, ModelInfo
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import REASONS, Refused
-from maskwire_server.results import Limits, ModelInfo
 from maskwire_server.rpc import token_batch
 from maskwire_server.rpc.status import to_status
 

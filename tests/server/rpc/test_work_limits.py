@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.values import Limits, ModelInfo
 from maskwire_server.batch import Batch, Prompts
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.errors import Refused
-from maskwire_server.results import EvalOptions, GenerateOptions, Limits, ModelInfo, Order, SelfCondMode
+from maskwire_server.results import EvalOptions, GenerateOptions, Order, SelfCondMode
 from maskwire_server.rpc import decoding, generate, status, token_batch, work_limits
 from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.trainer import TorchTrainer

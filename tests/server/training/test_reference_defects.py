@@ -13,10 +13,11 @@ import torch
 from test_trainer import HEAVY, changed, make, state
 
 from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.values import Limits, Outcome
 from maskwire_server.batch import Batch, Modes, Prompts
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.errors import Refused
-from maskwire_server.results import GenerateOptions, Limits, Order, Outcome
+from maskwire_server.results import GenerateOptions, Order
 from maskwire_server.rpc import token_batch
 from maskwire_server.training import objective, schedule
 from maskwire_server.training.corruption import StepKey, Vocabulary, corrupt

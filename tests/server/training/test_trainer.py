@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from maskwire.v1.values import Outcome
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.errors import ConfigError, StateLost
-from maskwire_server.results import EvalOptions, Outcome
+from maskwire_server.results import EvalOptions
 from maskwire_server.training import optim
 from maskwire_server.training.micro_batches import split
 from maskwire_server.training.numerics import choose_device

@@ -1,0 +1,129 @@
+"""Values that server and client share. Losses are in nats; None means absent, never 0."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class _Known(enum.IntEnum):
+    """An enum of the wire. Values of a newer server become UNKNOWN."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> _Known | None:  # noqa: ARG003
+        return cls(0)
+
+
+class Outcome(_Known):
+    """Outcome of a consumed step."""
+
+    UNKNOWN = 0
+    APPLIED = 1
+    SKIPPED_NON_FINITE = 2
+    OUT_OF_MEMORY = 3
+    POISON = 4
+
+
+class RunState(_Known):
+    """State of the run."""
+
+    UNKNOWN = 0
+    RECOVERING = 1
+    SERVING = 2
+    RESTORING = 3
+    HELD = 4
+    HALTED = 5
+    DRAINING = 6
+    RECOVERY_FAILED = 7
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses of a step or an evaluation. `loss` is the one that training minimises."""
+
+    loss: float
+    generator_loss: float | None = None
+    critic_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """One row's sum, so that evaluations combine exactly."""
+
+    row_id: int
+    nats: float
+    tokens: int
+    half_difference: float | None = None
+    """First half of the draws minus the second half, in nats; it gives the error of the draws."""
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Numerators and denominators of an evaluation's losses, which add up over several calls."""
+
+    generator_nats: float = 0.0
+    generator_weight: float = 0.0
+    critic_nats: float | None = None
+    critic_weight: float | None = None
+    critic_loss_weight: float = 1.0
+    """The critic's share of the total loss."""
+
+
+@dataclass(frozen=True)
+class FractionResult:
+    """The part of an evaluation whose masked fraction is in (low, high]."""
+
+    low: float
+    high: float
+    nats_per_masked_token: float | None
+    accuracy: float | None
+    masked_tokens: int
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The served model."""
+
+    num_tokens: int
+    mask_id: int
+    pad_id: int | None
+    max_seq_len: int
+    parameters: int
+    objective: str
+    loss_is_bound: bool
+    has_critic: bool
+    self_cond: bool = False
+    """Self-conditioning: each pass of an evaluation or generation runs the model twice."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The server's limits on one request."""
+
+    max_batch_tokens: int
+    max_message_bytes: int
+    window: int
+    max_draws: int
+    max_generation_steps: int = 1024
+    max_read_tokens: int = 2**26
+    """The most positions that one evaluation or generation may compute; 0: the server does not say."""
+
+
+@dataclass(frozen=True)
+class InexactReplay:
+    """Steps that recovery recomputed with results that were close to the recorded ones but not equal."""
+
+    lineage: int
+    first_step: int
+    last_step: int
+    accepted: bool
+    """An operator accepted the difference; otherwise it was within the tolerance for rounding."""
+
+
+@dataclass(frozen=True)
+class RestoreResult:
+    """Position of the run after a restore."""
+
+    lineage: int
+    step: int
+    digest: bytes
