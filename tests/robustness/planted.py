@@ -26,8 +26,8 @@ from maskwire.loggers import metrics
 from maskwire.protocol import fit
 from maskwire.v1.values import InexactReplay, Losses, Outcome
 from maskwire_server.checkpoints import membership, retention, saver, store
-from maskwire_server.engine import admission as steps
 from maskwire_server.engine import (
+    admission,
     admission_rules,
     commits,
     committer,
@@ -699,7 +699,7 @@ def _epochs_in_memory_only() -> list[Patch]:
 
 
 def _restored_steps_answered() -> list[Patch]:
-    return [(steps, "require_in_history", lambda *_: None)]
+    return [(admission, "_require_in_history", lambda *_: None)]
 
 
 def _skipped_steps_said_applied() -> list[Patch]:
@@ -716,7 +716,7 @@ def _fallbacks_not_read_again() -> list[Patch]:
 
 
 def _the_log_stays_while_held() -> list[Patch]:
-    return [(committer.Committer, "_make_room", lambda _: False), (steps, "make_room", lambda *_: False)]
+    return [(committer.Committer, "_make_room", lambda _: False), (admission, "make_room", lambda *_: False)]
 
 
 def _owed_evaluations_left_out() -> list[Patch]:
