@@ -175,9 +175,9 @@ def test_a_socket_of_any_printable_name_is_listened_on(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        (b"a\nb", b"printable UTF-8"), (b"caf\xe9", b"printable UTF-8"), (b"a?b", b"must not contain ?, # or %"),
-        (b"a#b", b"must not contain ?, # or %"), (b"a%20b", b"without ?, # and %"),
-        (b"x" * 101, b"at most 100 bytes"),
+        (b"a\nb", b"printable UTF-8"), (b"caf\xe9", b"printable UTF-8"),
+        (b"a?b", b"must not contain ?, # or %"), (b"a#b", b"must not contain ?, # or %"),
+        (b"a%20b", b"must not contain ?, # or %"), (b"x" * 101, b"at most 100 bytes"),
     ],
     ids=repr,
 )  # fmt: skip
