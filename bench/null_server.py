@@ -1,4 +1,4 @@
-"""A maskwire server whose trainer does nothing: python -m bench.null_server RUN_DIR."""
+"""A maskwire server whose trainer does nothing: python -m bench.null_server RUN_DIR [STRETCHES_FILE]."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from bench.stretches import Stretches
 from maskwire.v1.values import Losses, ModelInfo, Outcome
 from maskwire_server import config
 from maskwire_server.app import serve
@@ -65,8 +66,12 @@ class NullTrainer:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    sys.exit(
-        serve(
-            config.load(None, run={"dir": sys.argv[1]}, serve={"address": "127.0.0.1:0"}), factory=NullTrainer
-        )
+    stretches = Stretches()
+    if len(sys.argv) > 2:
+        stretches.install()
+    code = serve(
+        config.load(None, run={"dir": sys.argv[1]}, serve={"address": "127.0.0.1:0"}), factory=NullTrainer
     )
+    if len(sys.argv) > 2:
+        stretches.write(Path(sys.argv[2]))
+    sys.exit(code)

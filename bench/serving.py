@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sqlite3
 import tempfile
@@ -16,6 +17,9 @@ import numpy as np
 
 import maskwire
 from bench.harness import Row, in_turn, module, process, ratio, seconds_of
+from bench.stretches import SKIPPED
+from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 
 BATCH = np.random.default_rng(0).integers(0, 256, (128, 512)).astype(np.uint8)  # 64 KiB
 PAYLOAD = BATCH.tobytes()
@@ -50,6 +54,7 @@ def measure(quick: bool) -> list[Row]:
             in_turn(1, *measures)  # warm
             step, bare, disk, windowed, bare_windowed, *actor = in_turn(rounds, *measures)
             ray.close()
+        traced = where_time_goes(room, count)
     floor = [b + d for b, d in zip(bare, disk, strict=True)]
     what = "a durable step that computes nothing, 64 KiB"
     parts = {
@@ -61,6 +66,9 @@ def measure(quick: bool) -> list[Row]:
               step, floor, at_most=1.3),
         ratio(Row("P3", "steps per second, 8 in flight ÷ echoes per second, 8 in flight", "≥ 0.5", None),
               bare_windowed, windowed, at_least=0.5),
+        Row("P2", f"CPU of the server for {what}, ms", "≤ 0.9", traced["cpu_ms"],
+            met=traced["cpu_ms"] <= 0.9, parts={"a bare call from start to end, ms": traced["call_ms"]} | {
+                f"{words}, ms": ms for words, ms in traced["ms"].items()}),
     ]  # fmt: skip
     latency = Row("P2", "latency ÷ a Ray actor's call, which makes nothing durable", "≤ 1.1", None)
     speed = Row("P3", "steps per second ÷ a Ray actor's calls per second", "≥ 1.0", None)
@@ -74,6 +82,21 @@ def measure(quick: bool) -> list[Row]:
         ratio(latency, step, actor[0], at_most=1.1),
         ratio(speed, actor[1], windowed, at_least=1.0),
     ]
+
+
+def where_time_goes(room: Path, count: int) -> dict[str, Any]:
+    """The server's CPU per step, and where the latency of a bare call goes, in milliseconds."""
+    found = room / "stretches.json"
+    with (
+        process(*module("null_server", room / "traced", found), log=room / "traced.log") as target,
+        grpc.insecure_channel(target) as channel,
+    ):
+        stub = pb_grpc.TrainingServiceStub(channel)
+        batch = pb.TokenBatch(data=PAYLOAD, shape=BATCH.shape, dtype=pb.DATA_TYPE_UINT8)
+        request = pb.TrainStepRequest(batch=batch)
+        seconds_of(lambda: stub.TrainStep(request), SKIPPED)
+        call = seconds_of(lambda: stub.TrainStep(request), 4 * count)
+    return {**json.loads(found.read_text()), "call_ms": 1e3 * call}
 
 
 def in_flight(submit: Callable[[], Any], count: int, window: int = 8) -> float:
