@@ -91,7 +91,7 @@ def where_time_goes(room: Path, count: int) -> dict[str, Any]:
         process(*module("null_server", room / "traced", found), log=room / "traced.log") as target,
         grpc.insecure_channel(target) as channel,
     ):
-        stub = pb_grpc.TrainingServiceStub(channel)
+        stub = pb_grpc.TrainingServiceStub(channel)  # type: ignore[no-untyped-call]
         batch = pb.TokenBatch(data=PAYLOAD, shape=BATCH.shape, dtype=pb.DATA_TYPE_UINT8)
         request = pb.TrainStepRequest(batch=batch)
         seconds_of(lambda: stub.TrainStep(request), SKIPPED)

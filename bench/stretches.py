@@ -43,7 +43,7 @@ class Stretches:
             self._cpu.append(time.process_time())
             return response
 
-        TrainingService.TrainStep = watched  # type: ignore[method-assign]
+        TrainingService.TrainStep = watched  # type: ignore[assignment,method-assign]
         failpoints.install(self._note)
 
     def _note(self, place: str) -> None:

@@ -45,10 +45,21 @@ class StepAdmission:
     def admit(self, request: StepRequest, future: Future[StepAnswer]) -> None:
         """Queue a step, or answer it from the journal. Raises Refused."""
         payload, version = request.payload, self._run.step_version(bare=request.session is None)
-        step = Step(request, version, payload.hash(version), payload.encode(), [future], self._clock())
+        step = Step(request, version, payload.encode(), [future], self._clock())
         failpoints.passing("step.admitted")
         no_room = self._no_room(len(step.encoded))
         by_id = request.request_id is not None and (request.session is None or request.step is None)
+        with self._run.mutex:
+            other = self._in_flight(step)
+            new = other is None and not by_id and self._recorded(step) is None
+            if new:
+                self._queue(step, no_room)
+        # The hashes are computed without the mutex; that of a new step while the executor takes it.
+        _ = step.payload_hash
+        if new:
+            return
+        if other is not None:
+            _ = other.payload_hash
         with self._run.mutex:
             if self._join(step):
                 return
@@ -62,16 +73,20 @@ class StepAdmission:
             with self._run.mutex:
                 self._run.queue.refuse_step(step, refusal)
 
-    def _join(self, step: Step) -> bool:
-        """Join the step in flight that this one repeats, if any. Under the mutex; raises Refused."""
+    def _in_flight(self, step: Step) -> Step | None:
+        """The step in flight that this one may repeat, if any. Under the mutex; raises Refused."""
         run, queue, request = self._run, self._run.queue, step.request
-        at = run.situation()
-        admission_rules.check_writer(request.session, at)
+        admission_rules.check_writer(request.session, run.situation())
         step.use_version(run.step_version(bare=request.session is None))  # `admit` read it without the mutex
         queue.forget_abandoned_early()
         other = queue.with_id(request.request_id)
         if other is None and request.session is not None:
             other = queue.with_number(request.step)
+        return other
+
+    def _join(self, step: Step) -> bool:
+        """Join the step in flight that this one repeats, if any. Under the mutex; raises Refused."""
+        run, request, other = self._run, step.request, self._in_flight(step)
         if other is None:
             return False
         known = Known(other.number or other.request.step, other.request.request_id, other.payload_hash)

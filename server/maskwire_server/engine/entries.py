@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -19,8 +20,7 @@ class Step:
 
     request: StepRequest
     digest_version: DigestVersion
-    """The version that `payload_hash` was computed with."""
-    payload_hash: bytes
+    """The version of the digest that `payload_hash` is computed with."""
     encoded: bytes
     """The payload as the journal stores it."""
     waiters: list[Future[StepAnswer]]
@@ -31,10 +31,22 @@ class Step:
     started: float = 0.0
     ended: float = 0.0
 
+    _hash: bytes | None = None
+    _hashing: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def payload_hash(self) -> bytes:
+        """The payload hash. Computed when it is first needed, by whichever thread needs it."""
+        with self._hashing:
+            if self._hash is None:
+                self._hash = self.request.payload.hash(self.digest_version)
+            return self._hash
+
     def use_version(self, version: DigestVersion) -> None:
-        """Hash the payload with a version of the digest, unless it was."""
-        if version != self.digest_version:
-            self.digest_version, self.payload_hash = version, self.request.payload.hash(version)
+        """Hash the payload with another version of the digest."""
+        with self._hashing:
+            if version != self.digest_version:
+                self.digest_version, self._hash = version, None
 
     @property
     def abandoned(self) -> bool:

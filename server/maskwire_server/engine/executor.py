@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from maskwire.v1.digest import step_digest
 from maskwire.v1.values import Losses, Outcome, RunState
@@ -174,11 +175,12 @@ class Executor:
     def _compute(self, step: Step) -> StepResult:
         failpoints.passing("step.computing")
         step.started = self._clock()
-        if self._quarantine.holds(step.payload_hash):
+        if self._serve.poison_after and self._quarantine.holds(step.payload_hash):
             result = StepResult(Outcome.POISON, Losses(math.nan))
         else:
             payload = step.request.payload
-            with self._quarantine.watch(step.payload_hash), guarded(self._trainer):
+            watch = self._quarantine.watch(step.payload_hash) if self._serve.poison_after else nullcontext()
+            with watch, guarded(self._trainer):
                 result = self._trainer.train_step(
                     self._run.head.computed.lineage, step.number, payload.batch, payload.modes
                 )
