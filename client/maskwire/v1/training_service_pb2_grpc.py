@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class TrainingServiceStub:
-    """TrainingService owns one run: a model, its optimizer and the device they live on.
+    """TrainingService owns one run: a model and its optimizer, on one device.
     """
 
     def __init__(self, channel):
@@ -98,12 +98,12 @@ class TrainingServiceStub:
 
 
 class TrainingServiceServicer:
-    """TrainingService owns one run: a model, its optimizer and the device they live on.
+    """TrainingService owns one run: a model and its optimizer, on one device.
     """
 
     def OpenSession(self, request, context):
-        """OpenSession makes the caller the run's writer. It waits for the running commit, fences the writer
-        before it, and answers with a new epoch and with what the server holds.
+        """OpenSession makes the caller the run's writer. It waits for the running commit, fences the previous
+        writer, and answers with a new epoch and the server's position in the history.
 
         OK: a session; the same nonce gets the same session again.
         INVALID_ARGUMENT (INVALID_FIELD): a name or nonce that is empty, too long or not printable.
@@ -111,23 +111,23 @@ class TrainingServiceServicer:
         has its epoch and, where its client said so, its process (writer_ and the fields of ClientProcess): a
         client that finds this process gone can take over with gone_epoch.
         FAILED_PRECONDITION (WRONG_RUN): the history sent belongs to another run or lineage.
-        FAILED_PRECONDITION (UNKNOWN_EPOCH): the nonce's session was closed; make a new nonce.
+        FAILED_PRECONDITION (UNKNOWN_EPOCH): the nonce's session was closed; use a new nonce.
         FAILED_PRECONDITION (DIGEST_VERSION): the client does not compute the version of the run's digest, which
         metadata has as digest_version; use a newer client.
-        FAILED_PRECONDITION (TOKENIZER_MISMATCH): the run was begun with ids of another tokenizer.
+        FAILED_PRECONDITION (TOKENIZER_MISMATCH): the run was started with ids of another tokenizer.
         FAILED_PRECONDITION (DATA_CHANGED): the run was trained on other data, and allow_changed_data is not set;
         metadata has the changed parts, separated by commas.
         ABORTED (FENCED): this process held a session that was taken over, or a nonce that was superseded.
-        DATA_LOSS (HISTORY_LOST): the server is behind the history sent, or differs from it; stop, and look
-        at the server's storage.
-        UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again after RetryInfo.
+        DATA_LOSS (HISTORY_LOST): the server is behind the history sent, or differs from it; stop, and check
+        the server's storage.
+        UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): retry after RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CloseSession(self, request, context):
-        """CloseSession ends the caller's session, so that the next writer need not wait for it to expire.
+        """CloseSession ends the caller's session, so that the next writer does not have to wait for it to expire.
 
         OK: closed, or it was closed already.
         FAILED_PRECONDITION (WRONG_RUN, UNKNOWN_EPOCH): the session is not of this run.
@@ -147,20 +147,20 @@ class TrainingServiceServicer:
         right.
         INVALID_ARGUMENT (PAYLOAD_MISMATCH): the request id was used with another payload or step.
         ALREADY_EXISTS (STEP_TAKEN): the step was applied, or is in flight, under another request id.
-        OUT_OF_RANGE (GAP): the step is not the next, and a step before it was refused or has not come;
-        metadata has the expected step. If your own request for that one was not answered, ask again, with its
-        id. If it was refused, number the window again from there: when every step behind it is answered,
-        send the one that takes its number, and the others once that is answered OK.
-        FAILED_PRECONDITION (WRONG_RUN, UNKNOWN_EPOCH, WRITER_PRESENT, HALTED): open a session; HALTED
-        means three steps in a row were not finite, look at the data, then take over; WRONG_RUN without a
-        session, that a restore went back behind the step that had this request id.
+        OUT_OF_RANGE (GAP): the step is not the next one, and a step before it was refused or has not
+        arrived; metadata has the expected step. If your own request for that step was not answered, retry it with
+        its id. If it was refused, renumber the window from there: wait until every later step is answered, send
+        the step that takes the number, and the others once that one is answered OK.
+        FAILED_PRECONDITION (WRONG_RUN, UNKNOWN_EPOCH, WRITER_PRESENT, HALTED): open a session. HALTED
+        means that three steps in a row were not finite: check the data, then take over. WRONG_RUN without a
+        session means that a restore removed the step with this request id from the history.
         FAILED_PRECONDITION (DIGEST_VERSION): a bare call trained the run's first step while the session was idle,
         and the session's client does not compute the version of the digest that the run has since then.
         ABORTED (FENCED): another writer took over; stop.
-        RESOURCE_EXHAUSTED (QUEUE_FULL): ask again after RetryInfo. A message over the size limit also
+        RESOURCE_EXHAUSTED (QUEUE_FULL): retry after RetryInfo. A message over the size limit also
         answers RESOURCE_EXHAUSTED, with the limit in its text.
-        UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again, same request id, after RetryInfo.
-        DEADLINE_EXCEEDED: unknown; ask again with the same request id.
+        UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): retry with the same request id after RetryInfo.
+        DEADLINE_EXCEEDED: unknown; retry with the same request id.
         INTERNAL (INTERNAL): not consumed; the server's log explains the error id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -172,9 +172,9 @@ class TrainingServiceServicer:
         at the same step has the same answer.
 
         OK: the evaluation, with the step and digest it saw.
-        INVALID_ARGUMENT (INVALID_FIELD): as TrainStep; and an evaluation that pushes more positions through
-        the model than Limits.max_read_tokens: send fewer rows, shorter ones, or fewer draws.
-        RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again
+        INVALID_ARGUMENT (INVALID_FIELD): as TrainStep; and an evaluation that needs more positions than
+        Limits.max_read_tokens: send fewer rows, shorter ones, or fewer draws.
+        RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): retry
         after RetryInfo.
         FAILED_PRECONDITION (DIVERGED): the weights give losses that are not finite; restore a checkpoint.
         INTERNAL (INTERNAL): the server's log explains the error id.
@@ -185,14 +185,14 @@ class TrainingServiceServicer:
 
     def Generate(self, request, context):
         """Generate samples sequences by iterative unmasking, and streams them: the finished rows, and with
-        stream_steps each pass on the way. It changes nothing, and sees the weights of one step throughout.
+        stream_steps the state after each pass. It changes nothing, and uses the weights of one step throughout.
         Cancelling the call frees the device within one pass.
 
         OK: the last message has done set, for all rows.
         INVALID_ARGUMENT (INVALID_FIELD): names the field and what would be right; also for an order that
         needs a critic which the model lacks, and for more work than Limits.max_read_tokens: ask for fewer
         rows, shorter ones, or fewer steps.
-        RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again
+        RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): retry
         after RetryInfo; DRAINING can also end a stream that has begun.
         FAILED_PRECONDITION (DIVERGED): the weights give logits that are not finite; restore a checkpoint.
         INTERNAL (INTERNAL): the server's log explains the error id.
@@ -211,14 +211,14 @@ class TrainingServiceServicer:
         FAILED_PRECONDITION (WRONG_RUN): the lineage or step expected is not that of the state, or it waited
         and another checkpoint was restored meanwhile; nothing was saved.
         RESOURCE_EXHAUSTED (CHECKPOINT_FAILED): it could not be written; training is not affected.
-        UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again after RetryInfo.
+        UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): retry after RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListCheckpoints(self, request, context):
-        """ListCheckpoints lists the run's whole checkpoints, newest first.
+        """ListCheckpoints lists the run's complete checkpoints, newest first.
 
         OK: one page.
         INVALID_ARGUMENT (INVALID_FIELD): a page size below 0, or a page token that this server did not
@@ -229,69 +229,68 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RestoreCheckpoint(self, request, context):
-        """RestoreCheckpoint puts the run back to a checkpoint, on a new lineage. Steps and saves that
-        have not begun are answered WRONG_RUN; evaluations and generations that wait are of the state
-        restored, and say so.
+        """RestoreCheckpoint returns the run to a checkpoint, on a new lineage. Steps and saves that have not
+        begun are answered WRONG_RUN. Queued evaluations and generations use the restored state, and name its step.
 
         OK: the new lineage and its digest; the same request id gets the same answer again.
         INVALID_ARGUMENT (INVALID_FIELD): a malformed name or request id.
         INVALID_ARGUMENT (PAYLOAD_MISMATCH): the request id restored another checkpoint.
-        NOT_FOUND (CHECKPOINT_NOT_FOUND): no whole checkpoint has this name.
+        NOT_FOUND (CHECKPOINT_NOT_FOUND): no complete checkpoint has this name.
         DATA_LOSS (CHECKPOINT_DAMAGED): its files do not match its manifest; nothing changed.
         FAILED_PRECONDITION (WRONG_RUN): the lineage or step expected is not the server's.
-        UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again after RetryInfo.
+        UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): retry after RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteCheckpoint(self, request, context):
-        """DeleteCheckpoint deletes a checkpoint that nothing needs.
+        """DeleteCheckpoint deletes a checkpoint that recovery does not need.
 
         OK: deleted.
         INVALID_ARGUMENT (INVALID_FIELD): a malformed name.
-        NOT_FOUND (CHECKPOINT_NOT_FOUND): no whole checkpoint has this name; a retry finds that too.
+        NOT_FOUND (CHECKPOINT_NOT_FOUND): no complete checkpoint has this name; a retry finds that too.
         FAILED_PRECONDITION (CHECKPOINT_NEEDED): it is one of the two that a start may need, a lineage began
         from it, or it is being downloaded; metadata says which.
-        UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): ask again after RetryInfo.
+        UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): retry after RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DownloadCheckpoint(self, request, context):
-        """DownloadCheckpoint streams a checkpoint's files in checked chunks, from any offset. The manifest
-        comes last, so that what has a manifest is whole. The checkpoint is kept while it is read.
+        """DownloadCheckpoint streams a checkpoint's files in chunks with checksums, from any offset. The manifest
+        comes last, so that a folder with a manifest is complete. The checkpoint is not deleted while it is read.
 
-        OK: the chunks in order; hold the whole file against its sha256.
-        INVALID_ARGUMENT (INVALID_FIELD): an offset without a file, below 0, or behind the file's end.
+        OK: the chunks in order; compare the whole file with its sha256.
+        INVALID_ARGUMENT (INVALID_FIELD): an offset without a file, below 0, or beyond the file's end.
         NOT_FOUND (CHECKPOINT_NOT_FOUND): no checkpoint has this name, or it has no such file.
         DATA_LOSS (CHECKPOINT_DAMAGED): a file does not match the manifest.
-        RESOURCE_EXHAUSTED (QUEUE_FULL): too many downloads at once; ask again after RetryInfo.
+        RESOURCE_EXHAUSTED (QUEUE_FULL): too many downloads at once; retry after RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSteps(self, request, context):
-        """ListSteps lists the recorded steps of one lineage in order: those behind the step that the lineage began
-        from. The steps before that one are its parent lineage's. It answers while a step runs.
+        """ListSteps lists the recorded steps of one lineage in order: those after the step that the lineage
+        started from. The steps up to that one belong to its parent lineage. It answers while a step runs.
 
         OK: one page; empty when no step is recorded in the range.
         INVALID_ARGUMENT (INVALID_FIELD): a number below 0, a last step before the first, or a page token that
         this server did not make for this request.
         FAILED_PRECONDITION (WRONG_RUN): the run is another one, or has no such lineage; metadata has its id and
         its newest lineage.
-        RESOURCE_EXHAUSTED (QUEUE_FULL): too many lists at once; ask again after RetryInfo.
-        DATA_LOSS (HISTORY_LOST): a record does not match its hash; look at the server's storage.
-        UNAVAILABLE (RECOVERING, DRAINING): ask again after RetryInfo.
+        RESOURCE_EXHAUSTED (QUEUE_FULL): too many lists at once; retry after RetryInfo.
+        DATA_LOSS (HISTORY_LOST): a record does not match its hash; check the server's storage.
+        UNAVAILABLE (RECOVERING, DRAINING): retry after RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetStatus(self, request, context):
-        """GetStatus tells whether the run is stuck or working. It answers while a step runs.
+        """GetStatus shows state, progress and what the run is waiting for. It answers while a step runs.
 
         OK: always, as long as the process lives.
         """
@@ -371,7 +370,7 @@ def add_TrainingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TrainingService:
-    """TrainingService owns one run: a model, its optimizer and the device they live on.
+    """TrainingService owns one run: a model and its optimizer, on one device.
     """
 
     @staticmethod
