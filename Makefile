@@ -5,23 +5,23 @@ WORKERS ?= 2
 SOURCES := client server demo deploy proto tests
 
 .PHONY: help venv demo test lint proto docs image bench model robustness
-help: ## What there is
+help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 venv: ## Set up .venv with everything (TORCH_INDEX=URL takes torch from another index)
 	@$(PYTHON) deploy/venv.py
 
-demo: venv ## Train on real text through a real server, kill it, go on; about 3 minutes
+demo: venv ## Train on real text through a real server, kill it, resume; about 3 minutes
 	@$(BIN)/python -m demo
 
-# A test that meets its time limit fails and the run goes on. One that cannot even be interrupted ends its
+# A test that exceeds its time limit fails and the run continues. One that cannot even be interrupted ends its
 # worker after ten minutes, and another takes its place. Two workers share the cores: nobody may spin on one,
 # and each computes in one thread unless a test says otherwise. tests/conftest.py says which files come first.
-test: venv ## The whole test suite, by two processes (WORKERS=N)
+test: venv ## The whole test suite, in two processes (WORKERS=N)
 	@OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
 	  --no-loadscope-reorder -o faulthandler_exit_on_timeout=true
 
-lint: venv ## Style, types, and stubs that are not stale
+lint: venv ## Check style, types, and that generated files are current
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -30,13 +30,13 @@ lint: venv ## Style, types, and stubs that are not stale
 	@if command -v buf >/dev/null; then cd proto && buf lint && buf format --diff --exit-code; \
 	else echo "buf is not installed: the proto was not linted (npm install -g @bufbuild/buf)"; fi
 
-bench: venv ## The tables of docs/benchmarks.md; about half an hour (QUICK=1: 5 minutes, writes nothing)
+bench: venv ## The tables of docs/benchmarks.md; about half an hour (QUICK=1: 5 minutes, writes no file)
 	@$(BIN)/python -m bench $(if $(QUICK),--quick)
 
-model: venv ## Engine and journal against a model that counts: 10,000 runs of 50 operations
+model: venv ## Compare engine and journal with a small model: 10,000 random runs of 50 operations
 	@MASKWIRE_MODEL_RUNS=10000 MASKWIRE_MODEL_STEPS=50 $(BIN)/python -m pytest tests/robustness --timeout 0 -o faulthandler_timeout=0
 
-robustness: venv ## Attack servers on purpose, docs/robustness.md (FULL=1, ONLY="R1 R4"); goes on where it was
+robustness: venv ## Inject faults, write docs/robustness.md (FULL=1, ONLY="R1 R4"); resumes where it stopped
 	@PYTHONPATH=tests:. $(BIN)/python -m robustness $(ONLY) $(if $(FULL),--full)
 
 docs: venv ## Generate the reference pages from the code
@@ -45,5 +45,5 @@ docs: venv ## Generate the reference pages from the code
 proto: venv ## Generate the stubs from the proto files
 	$(BIN)/python proto/generate.py
 
-image: venv ## Build the image and check it as it would run: read-only, TLS, a token, a kill (needs Docker)
+image: venv ## Build the image and test it: read-only, TLS, a token, a kill (needs Docker)
 	@deploy/image.sh

@@ -1,6 +1,6 @@
 """`python -m bench`: measure, print, and write docs/benchmarks.md and .json.
 
---quick takes about 5 minutes and writes nothing; --only P2,P3 measures some, and writes their rows anew.
+--quick takes about 5 minutes and writes nothing; --only P2,P3 measures some, and replaces their rows.
 L1 and L3, what is learned, are measured by --only L1,L3 alone. P10 and R11 need a GPU: --gpu --out DIR
 takes at most 6 minutes, prints their table last and writes gpu.json and gpu.png into DIR.
 """
