@@ -79,6 +79,9 @@ class StepAdmission:
         admission_rules.check_writer(request.session, run.situation())
         step.use_version(run.step_version(bare=request.session is None))  # `admit` read it without the mutex
         queue.forget_abandoned_early()
+        trained = None if request.request_id is None else run.trained_ids.get(request.request_id)
+        if trained is not None and request.step not in (None, trained):
+            raise admission_rules.other_step(trained)
         other = queue.with_id(request.request_id)
         if other is None and request.session is not None:
             other = queue.with_number(request.step)
@@ -108,9 +111,8 @@ class StepAdmission:
         run, queue, number = self._run, self._run.queue, step.request.step
         at = run.situation()
         other = queue.with_number(number)
-        if number is not None and (number < at.next_step or other is not None):
-            if other is not None and other.abandoned and queue.replace(other, step):
-                return
+        taken = number is not None and (number < at.next_step or other is not None)
+        if number is not None and taken and (other is None or not other.abandoned):
             raise admission_rules.step_taken(number, at.next_step)
         step.use_version(run.step_version(bare=step.request.session is None))  # fixed meanwhile, it may be
         verdict = admission_rules.admit_step(number, len(queue), self._serve.queue_limit, at)
@@ -118,6 +120,10 @@ class StepAdmission:
             raise no_room
         if step.request.session is not None:
             run.lease.touch()
+        if number is not None and other is not None:
+            if not queue.replace(other, step):  # it is being computed
+                raise admission_rules.step_taken(number, at.next_step)
+            return
         if verdict is Verdict.RUN:
             queue.push_step(step, at.next_step)
             run.work.notify()

@@ -186,13 +186,17 @@ def repeats(request: StepRequest, payload_hash: bytes, known: Known) -> bool:
         same_step = request.step is None or known.step is None or request.step == known.step
         if same_hash and same_step:
             return True
-        what = "another step" if same_hash else "another payload"
-        raise Refused(
-            "PAYLOAD_MISMATCH",
-            f"this request id was used with {what} (step {known.step}); use a new id for a new request",
-            step=known.step,
-        )
+        raise other_step(known.step, "another step" if same_hash else "another payload")
     return request.request_id is None and request.session is not None and same_hash
+
+
+def other_step(step: int | None, what: str = "another step") -> Refused:
+    """The refusal of a request whose id another step or payload has."""
+    return Refused(
+        "PAYLOAD_MISMATCH",
+        f"this request id was used with {what} (step {step}); use a new id for a new request",
+        step=step,
+    )
 
 
 def step_taken(step: int, next_step: int) -> Refused:

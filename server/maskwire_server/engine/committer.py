@@ -19,7 +19,7 @@ from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
 from maskwire_server.journal import reserve
-from maskwire_server.journal.database import JournalError, is_full
+from maskwire_server.journal.database import JournalError, is_damaged, is_full
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.reserve import Reserve
 
@@ -103,9 +103,10 @@ class Committer:
 
     def hold(self) -> None:
         """Enter HELD until there is room on the journal's disk. Called under the mutex."""
-        if self._retry_at is None:
+        if not self._run.conditions.holds(RunState.HELD):
             log.error("no room on the journal's disk: training pauses until space is freed")
-        self._retry_at = self._clock() + RETRY_SECONDS
+        if self._retry_at is None:  # requests that are refused must not postpone the next try
+            self._retry_at = self._clock() + RETRY_SECONDS
         self._run.conditions.set(RunState.HELD, waiting_for="room on the journal's disk")
         self._run.work.notify_all()
         self._idle.notify_all()
@@ -209,6 +210,11 @@ class Committer:
         except RunDirectoryError as error:  # a damaged record
             log.error("%s", error)
             refuse(future, Refused("HISTORY_LOST", str(error)))
+        except JournalError as error:
+            if not is_damaged(error):
+                raise
+            log.error("the journal is damaged: %s", error)
+            refuse(future, Refused("HISTORY_LOST", f"the journal is damaged ({error}); check the disk"))
         except (OSError, MemoryError) as error:
             if not is_shortage(error):
                 raise
@@ -228,6 +234,7 @@ class Committer:
                 self._failed = True
                 self._commits = commits + self._commits
                 self._committing = 0
+                self._retry_at = None
                 self.hold()
             return False
         self._failed = False

@@ -123,7 +123,7 @@ class Engine:
 
     def step_refused(self, session: SessionRef | None, step: int | None) -> None:
         """Refuse the steps that wait for `step`, which was refused before it reached the engine."""
-        if session is not None and step is not None and self._serving.done():
+        if session is not None and step is not None and self._pending.serving:
             self._steps.refused(session, step)
 
     def eval_loss(self, request: EvalRequest) -> Future[EvalAnswer]:
@@ -230,6 +230,7 @@ class Engine:
             self._run.queue.refuse_all(admission_rules.shutting_down())
             self._run.queue.push(Drain(done))
             self._run.work.notify_all()
+        self._sessions.refuse_all(admission_rules.shutting_down())
         try:
             done.result(timeout)
         except TimeoutError:
@@ -272,6 +273,7 @@ class Engine:
         self._build(recovered)
         self._committer.start()
         with self._run.mutex:
+            self._run.lease.opened()  # its idle time starts now, however long the start took
             self._run.conditions.set(RunState.RECOVERING, False)
         self._pending.begin()
         self._serving.set_result(None)

@@ -210,6 +210,7 @@ class Executor:
         failpoints.passing("step.consumed")
         with run.mutex:
             run.queue.computing = None
+            run.remember(step.request.request_id, step.number)
             head.computed = HistoryPosition(here.run_id, here.lineage, step.number, digest)
             first, head.digest_version = head.digest_version is None, step.digest_version
             run.uncommitted += 1
@@ -220,7 +221,7 @@ class Executor:
             if head.non_finite >= HALT_AFTER:
                 self.halt_if_due()
                 run.queue.refuse_steps(lambda _: self._halted())
-            if self._saves.due(step.number):
+            if self._saves.due(step.number) and not run.conditions.holds(RunState.DRAINING):  # which saves
                 run.queue.push_first(Save(SaveRequest(), automatic=True))
 
     def halt_if_due(self) -> None:

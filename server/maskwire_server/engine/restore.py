@@ -41,51 +41,56 @@ class Restores:
 
         Raises Refused.
         """
-        recorded = [
-            lineage
-            for lineage in self.run.lineages.values()
-            if request.request_id is not None and lineage.request_id == request.request_id
-        ]
-        for lineage in recorded:
-            if lineage.checkpoint != request.name:
-                raise Refused(
-                    "PAYLOAD_MISMATCH",
-                    f"this request id restored {lineage.checkpoint!r}; make a new id for a new request",
-                    name=lineage.checkpoint,
-                )
-            answer(future, RestoreResult(lineage.lineage, lineage.step, lineage.digest))
-            return
-        manifest = self.checkpoints.pin(request.name)  # before it is read and found intact
+        with self.run.mutex:
+            admission_rules.refuse_unavailable(self.run.conditions.state)
+            if self._answer_again(request, future):
+                return
+            self.run.conditions.set(RunState.RESTORING, waiting_for="the checkpoint's files to be read")
+        try:
+            restore = Restore(request, self.checkpoints.pin(request.name), future)  # before it is read
+        except BaseException:
+            with self.run.mutex:
+                self.run.conditions.set(RunState.RESTORING, False)
+            raise
         with self.run.mutex:
             self.run.queue.interrupt(
                 Refused("RESTORING", "a checkpoint is being restored; retry with the same request id")
             )
-            self.run.conditions.set(RunState.RESTORING, waiting_for="the checkpoint's files to be read")
-        threading.Thread(
-            target=self._examine,
-            args=(Restore(request, manifest, future),),
-            name="maskwire-restore",
-            daemon=True,
-        ).start()
+        thread = threading.Thread(target=self._examine, args=(restore,), name="maskwire-restore", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the machine has no thread left
+            with self.run.mutex:
+                refusal = self.run.conditions.failed("the restore", error)
+            self._give_up(restore, refusal)
+
+    def _answer_again(self, request: RestoreRequest, future: Future[RestoreResult]) -> bool:
+        """Answer a request whose id has restored a checkpoint before. Under the mutex; raises Refused."""
+        for lineage in self.run.lineages.values():
+            if request.request_id is None or lineage.request_id != request.request_id:
+                continue
+            if lineage.checkpoint != request.name:
+                raise Refused(
+                    "PAYLOAD_MISMATCH",
+                    f"this request id restored {lineage.checkpoint!r}; use a new id for a new request",
+                    name=lineage.checkpoint,
+                )
+            answer(future, RestoreResult(lineage.lineage, lineage.step, lineage.digest))
+            return True
+        return False
 
     def _examine(self, restore: Restore) -> None:
         """On a thread of its own: read and hash the files, and queue the restore unless they are damaged."""
         name = restore.manifest.info.name
         try:
-            problem = self.checkpoints.damage(restore.manifest)
-        except Exception as error:
-            with self.run.mutex:
-                refusal = self.run.conditions.failed(f"reading checkpoint {name!r}", error)
+            self._require_intact(restore)
+        except Refused as refusal:
             self._give_up(restore, refusal)
             return
-        if problem is not None:
-            damaged = Refused(
-                "CHECKPOINT_DAMAGED",
-                f"checkpoint {name!r} cannot be restored: {problem}; restore another",
-                name=name,
-                problem=problem,
-            )
-            self._give_up(restore, damaged)
+        except Exception as error:
+            with self.run.mutex:
+                failed = self.run.conditions.failed(f"reading checkpoint {name!r}", error)
+            self._give_up(restore, failed)
             return
         with self.run.mutex:
             draining = self.run.conditions.holds(RunState.DRAINING)
@@ -95,6 +100,18 @@ class Restores:
                 self.run.work.notify()
         if draining:
             self._give_up(restore, admission_rules.shutting_down())
+
+    def _require_intact(self, restore: Restore) -> None:
+        """Read and hash the checkpoint's files. Raises Refused if they were changed or removed."""
+        name = restore.manifest.info.name
+        problem = self.checkpoints.damage(restore.manifest)
+        if problem is not None:
+            raise Refused(
+                "CHECKPOINT_DAMAGED",
+                f"checkpoint {name!r} cannot be restored: {problem}; restore another",
+                name=name,
+                problem=problem,
+            )
 
     def _give_up(self, restore: Restore, refusal: Refused) -> None:
         self.checkpoints.unpin(restore.manifest.info.name)
@@ -109,6 +126,7 @@ class Restores:
             admission_rules.refuse_unexpected(restore.request, here)
             if not self.committer.wait_durable() or self.run.conditions.holds(RunState.HELD):
                 admission_rules.refuse_unavailable(RunState.HELD)
+            self._require_intact(restore)  # again: it may have waited long for the running step
             number = here.lineage + 1
             lineage = Lineage(
                 number,
@@ -134,7 +152,8 @@ class Restores:
         log.info("restored checkpoint %s: lineage %d from step %d", info.name, number, info.step)
         with self.run.mutex:
             # The batches behind it may be gone: a second copy, so that damage to one does not end the run.
-            self.run.queue.push_first(Save(SaveRequest(), automatic=True))
+            if not self.run.conditions.holds(RunState.DRAINING):  # which saves
+                self.run.queue.push_first(Save(SaveRequest(), automatic=True))
             self.run.conditions.set(RunState.RESTORING, False)
         answer(restore.future, restored)
 

@@ -103,11 +103,12 @@ class Sessions:
         if not new:
             run.lease.touch()
             events = self._keep(request)
-            futures = self._opening.pop(request.nonce)
+            futures = self._opening.pop(request.nonce, [])
             reply = self._answer(at.epoch)
             for future in futures[1:]:
                 self._committer.append(EventsCommit(future, reply))
-            self._committer.append(EventsCommit(futures[0], reply, events))
+            if futures:  # none: refused by a drain
+                self._committer.append(EventsCommit(futures[0], reply, events))
             return
         epoch = at.epoch + 1
         run.lease.open(
@@ -171,13 +172,13 @@ class Sessions:
             if record.epoch == self._run.lease.epoch:
                 self._run.lease.opened()
             reply = self._answer(record.epoch)
-            futures = self._opening.pop(record.nonce or "")
+            futures = self._opening.pop(record.nonce or "", [])  # none: refused by a drain
         for future in futures:
             answer(future, reply)
 
     def _refuse(self, nonce: str, refusal: Refused) -> None:
         with self._run.mutex:
-            futures = self._opening.pop(nonce)
+            futures = self._opening.pop(nonce, [])
         for future in futures:
             refuse(future, refusal)
 
@@ -191,7 +192,7 @@ class Sessions:
         with self._run.mutex:
             at = self._run.situation()
             if at.closed and (session.run_id, session.epoch) == (at.run_id, at.epoch):
-                answer(future, None)
+                self._committer.append(EventsCommit(future, None))  # the end itself may not be durable yet
                 return
             admission_rules.check_session(session, at)
             self._run.lease.closed = True

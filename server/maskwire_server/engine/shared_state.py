@@ -14,6 +14,8 @@ from maskwire_server.engine.state import Conditions, Head
 from maskwire_server.engine.throughput import Rate
 from maskwire_server.journal.records import Lineage
 
+REMEMBERED_IDS = 10_000
+
 
 class Run:
     """The run's conditions, the head of its history, its writer lease, and the executor's queue.
@@ -34,11 +36,24 @@ class Run:
         """Every recorded lineage, by number."""
         self.num_tokens = 0
         """The size of the vocabulary, which payload hashes depend on."""
+        self.trained_ids: dict[str, int] = {}
+        """The numbers of the newest REMEMBERED_IDS steps that had a request id, while the process lives.
+
+        A client may renumber a step and keep its id: a delayed request under the old number must not train
+        the batch again.
+        """
         self.uncommitted = 0
         """Computed steps that are not durable yet."""
         self.uncommitted_bytes = 0
         """The encoded size of their batches."""
         self._window = serve.window
+
+    def remember(self, request_id: str | None, number: int) -> None:
+        """Note that a step with this request id was computed."""
+        if request_id is not None:
+            self.trained_ids[request_id] = number
+            if len(self.trained_ids) > REMEMBERED_IDS:
+                del self.trained_ids[next(iter(self.trained_ids))]
 
     @property
     def next_number(self) -> int:

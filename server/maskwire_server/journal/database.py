@@ -176,6 +176,14 @@ def is_full(error: BaseException | None) -> bool:
     return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
 
 
+def is_damaged(error: BaseException) -> bool:
+    """Whether SQLite found a page that is not what it wrote."""
+    code = (
+        getattr(error, "sqlite_errorcode", 0) & 0xFF
+    )  # an extended code has the primary one in its low byte
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
 @contextlib.contextmanager
 def explained(run_dir: Path) -> Iterator[None]:
     """Raise SQLite's errors as RunDirectoryError with what to do about them."""

@@ -1,0 +1,154 @@
+"""Schedules that once broke a promise of the protocol."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from counter import FAIL_ID, CounterTrainer
+from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, wait_for
+
+from maskwire.v1.values import RunState
+from maskwire_server.errors import Refused
+from maskwire_server.journal.database import Database
+from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRequest, StepRequest
+
+NO_AUTOMATIC = {"every_seconds": 1e9}
+
+
+def test_a_delayed_attempt_under_the_old_number_does_not_train_again(rig: Rig) -> None:
+    engine = rig.start(checkpoints=NO_AUTOMATIC, serve={"gap_seconds": 0.05})
+    session = open_session(engine)
+    renumbered = payload(2)
+    assert reason(engine.train_step(StepRequest(payload(1, FAIL_ID), session, 1, "a"))) == "INTERNAL"
+    assert reason(engine.train_step(StepRequest(renumbered, session, 2, "b"))) == "GAP"
+    assert engine.train_step(StepRequest(renumbered, session, 1, "b")).result(WAIT).step == 1
+    assert reason(engine.train_step(StepRequest(renumbered, session, 2, "b"))) == "PAYLOAD_MISMATCH"
+    assert engine.train_step(StepRequest(payload(3), session, 2, "c")).result(WAIT).step == 2
+
+
+def test_two_restores_with_one_id_at_the_same_moment_restore_once(rig: Rig) -> None:
+    engine = rig.start(checkpoints=NO_AUTOMATIC)
+    engine.save(SaveRequest("a")).result(WAIT)
+    engine.train_step(bare(1)).result(WAIT)
+    for attempt in range(20):
+        together, answers = threading.Barrier(2), list[Any]()
+
+        def call(together: threading.Barrier, answers: list[Any], request_id: str) -> None:
+            together.wait(WAIT)
+            answers.append(engine.restore(RestoreRequest("a", request_id)).exception(WAIT))
+
+        arguments = (together, answers, f"id {attempt}")
+        threads = [threading.Thread(target=call, args=arguments) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT)
+        refusals = [error.reason for error in answers if isinstance(error, Refused)]
+        assert set(refusals) <= {"RESTORING"}
+        assert len(refusals) <= 1
+        wait_for(lambda: engine.status().state is RunState.SERVING)
+        assert not rig.fatal
+        assert engine.status().lineage == attempt + 2
+
+
+def test_a_drain_on_a_full_disk_ends_though_a_checkpoint_is_due(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = rig.start(checkpoints={"every_steps": 2})
+    engine.train_step(bare(1)).result(WAIT)
+
+    def full(self: Database, write: Callable[[], object]) -> None:
+        raise FullDisk("database or disk is full")
+
+    rig.trainer.gate.clear()
+    rig.trainer.entered = threading.Semaphore(0)
+    engine.train_step(bare(2))
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    monkeypatch.setattr(Database, "transaction", full)
+    drained: list[bool] = []
+    thread = threading.Thread(target=lambda: drained.append(engine.drain(WAIT)))
+    thread.start()
+    wait_for(lambda: engine.status().state is RunState.DRAINING)
+    rig.trainer.gate.set()
+    thread.join(WAIT)
+    assert drained == [True]
+
+
+def test_refused_requests_do_not_postpone_the_next_try_on_a_full_disk(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = rig.start(checkpoints=NO_AUTOMATIC)
+    engine.train_step(bare(1)).result(WAIT)
+    tries: list[float] = []
+    transaction = Database.transaction
+
+    def full_once(self: Database, write: Callable[[], object]) -> None:
+        tries.append(time.monotonic())
+        if len(tries) == 1:
+            raise FullDisk("database or disk is full")
+        transaction(self, write)
+
+    monkeypatch.setattr(Database, "transaction", full_once)
+    step = engine.train_step(bare(2))
+    wait_for(lambda: len(tries) == 1)
+    monkeypatch.setattr(engine._disk, "left", lambda _: -1)  # the reserve is not whole yet
+    deadline = time.monotonic() + WAIT
+    while not step.done() and time.monotonic() < deadline:
+        assert reason(engine.train_step(bare(3))) == "HELD"
+        time.sleep(0.1)
+    assert step.result(0).step == 2
+
+
+def test_files_that_change_while_a_restore_waits_are_not_loaded(rig: Rig) -> None:
+    engine = rig.start(checkpoints=NO_AUTOMATIC)
+    engine.train_step(bare(1)).result(WAIT)
+    engine.save(SaveRequest("a")).result(WAIT)
+    rig.trainer.gate.clear()
+    rig.trainer.entered = threading.Semaphore(0)
+    running = engine.train_step(bare(2))
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    restored = engine.restore(RestoreRequest("a", "r"))
+    wait_for(lambda: engine.status().waiting_for == "the running step")
+    shutil.move(rig.folder / "checkpoints" / "a", rig.folder.parent / "a")
+    rig.trainer.gate.set()
+    assert reason(restored) in ("CHECKPOINT_DAMAGED", "CHECKPOINT_NOT_FOUND")
+    assert running.result(WAIT).step == 2
+    assert not rig.fatal
+    assert (engine.status().lineage, engine.train_step(bare(3)).result(WAIT).step) == (1, 3)
+
+
+def test_a_session_is_not_idle_while_the_server_starts(rig: Rig) -> None:
+    now = [1000.0]
+    engine = rig.start(checkpoints=NO_AUTOMATIC, clock=lambda: now[0])
+    session = open_session(engine, "me")
+    engine.train_step(StepRequest(payload(1), session, 1, "one")).result(WAIT)
+    engine.close()
+    shutil.rmtree(rig.folder / "checkpoints")
+
+    class Slow(CounterTrainer):
+        def snapshot(self) -> Any:
+            now[0] += 61
+            return super().snapshot()
+
+    engine = rig.start(Slow, checkpoints=NO_AUTOMATIC, clock=lambda: now[0])
+    assert engine.status().writer == "me"
+    assert reason(engine.open_session(SessionRequest("other", "n2"))) == "WRITER_PRESENT"
+
+
+def test_a_session_that_waits_for_the_running_step_is_refused_by_a_drain(rig: Rig) -> None:
+    engine = rig.start(checkpoints=NO_AUTOMATIC)
+    rig.trainer.gate.clear()
+    engine.train_step(bare(1))
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    opening = engine.open_session(SessionRequest("me", "n"))
+    thread = threading.Thread(target=engine.drain, args=(WAIT,))
+    thread.start()
+    assert reason(opening) == "DRAINING"
+    rig.trainer.gate.set()
+    thread.join(WAIT)
+    assert not rig.fatal
