@@ -61,7 +61,7 @@ class Saver:
         """The checkpoint that an earlier try of this request saved; Refused when its name is taken."""
         if request.request_id is not None:
             for manifest in self._checkpoints.own():
-                if manifest.request_id == request.request_id:
+                if manifest.request_id == request.request_id and self._checkpoints.named(manifest.info.name):
                     return _same(request, manifest.info)
         if request.name is not None and self._checkpoints.named(request.name):
             raise Refused(
@@ -158,9 +158,10 @@ class Saver:
             for existing in self._checkpoints.own():
                 if not _is(existing, manifest):
                     continue
-                if self._checkpoints.verified(existing):
+                problem = self._checkpoints.damage(existing)
+                if problem is None:
                     return existing.info
-                self._set_aside(existing.info.name, "its files were changed")
+                self._set_aside(existing.info.name, problem)
             manifest = self._free_name(manifest)
         began = self._clock()
         info = self._checkpoints.write(snapshot, manifest).info

@@ -15,7 +15,7 @@ from maskwire_server.engine.futures import answer
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.errors import Refused
 from maskwire_server.journal.journal import Journal
-from maskwire_server.journal.lineage import ancestry
+from maskwire_server.journal.lineage import ancestry, lineage_of
 from maskwire_server.journal.records import Lineage, StepRecord
 from maskwire_server.journal.reserve import WRITES_PER_BATCH, Reserve, make_room
 from maskwire_server.requests import SessionRef, StepRequest
@@ -139,9 +139,10 @@ class StepAdmission:
             record = self._committer.read(Journal.step_of_request, request.request_id)
         with self._run.mutex:
             number = self._recorded(step)
-            lineage = self._run.head.computed.lineage
+            lineages, lineage = self._run.lineages, self._run.head.computed.lineage
         if record is None and number is not None:
-            record = self._committer.read(Journal.step, lineage, number)
+            holder = lineage_of(ancestry(lineages, lineage), number)  # a restore's ancestry has earlier steps
+            record = self._committer.read(Journal.step, holder, number)
         with self._run.mutex:
             admission_rules.check_writer(request.session, self._run.situation())
             if record is None:

@@ -199,6 +199,16 @@ def other_step(step: int | None, what: str = "another step") -> Refused:
     )
 
 
+def other_save(request: SaveRequest) -> Refused:
+    """The refusal of a save whose id another save has."""
+    name = request.name or "without a name"
+    return Refused(
+        "PAYLOAD_MISMATCH",
+        f"this request id saves a checkpoint with other arguments ({name}); use a new id for a new request",
+        name=name,
+    )
+
+
 def step_taken(step: int, next_step: int) -> Refused:
     """The refusal of a step whose number another request has taken."""
     return Refused(

@@ -151,6 +151,13 @@ class Engine:
             if saved is not None:
                 answer(future, saved)
                 return future
+            with self._run.mutex:
+                twin = self._saves.with_id(request.request_id)
+                if twin is not None:  # a retry
+                    if twin.request != request:
+                        raise admission_rules.other_save(twin.request)
+                    twin.waiters.append(future)
+                    return future
             here = self._run.head.computed
             if request.expected_step is not None and request.expected_step < here.step:
                 admission_rules.refuse_unexpected(request, here)  # refuse now: the step cannot come back

@@ -289,7 +289,7 @@ class Executor:
 
     def _save(self, save: Save) -> None:
         with self._run.mutex:
-            self._saves.begin()
+            self._saves.begin(save)
         try:
             copy = snapshot(self._trainer)
         except DeviceLost:

@@ -49,6 +49,10 @@ class Queue:
         """The number of steps that will be numbered before one that is queued now."""
         return self._steps + (self.computing is not None)
 
+    def saves(self) -> list[Save]:
+        """The saves that wait."""
+        return [entry for entry in [*self._entries, *self._parked] if isinstance(entry, Save)]
+
     # Finding a step.
 
     def with_id(self, request_id: str | None) -> Step | None:
@@ -207,7 +211,7 @@ class Queue:
 
     def refuse_saves(self, refusal: Refused) -> None:
         """Refuse every save that has not begun: the state it would have saved is gone."""
-        waiting = [entry for entry in [*self._entries, *self._parked] if isinstance(entry, Save)]
+        waiting = self.saves()
         self._entries = deque(entry for entry in self._entries if not isinstance(entry, Save))
         self._parked.clear()
         for save in waiting:

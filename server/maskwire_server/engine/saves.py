@@ -63,8 +63,13 @@ class Saves:
         self._written = threading.Condition(run.mutex)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="maskwire-saver")
         self._closing = False
-        self.busy = False
+        self.current: Save | None = None
+        """The save whose snapshot is made or written."""
+
+    @property
+    def busy(self) -> bool:
         """Whether a snapshot is made or written."""
+        return self.current is not None
 
     @property
     def newest(self) -> CheckpointInfo | None:
@@ -82,11 +87,16 @@ class Saves:
             self._overdue = True
         return self._overdue and not self.busy
 
-    def begin(self) -> None:
+    def begin(self, save: Save) -> None:
         """A snapshot is made now. Should that fail, an automatic one is tried again when the next is due."""
-        self.busy = True
+        self.current = save
         self._before = self._saved_at, self._overdue
         self._saved_at, self._overdue = self._clock(), False
+
+    def with_id(self, request_id: str | None) -> Save | None:
+        """The save of a request id that is queued, made or written."""
+        known = [*self._run.queue.saves(), *([self.current] if self.current else [])]
+        return next((save for save in known if request_id and save.request.request_id == request_id), None)
 
     # Any thread.
 
@@ -164,7 +174,7 @@ class Saves:
 
     def _end(self) -> None:
         with self._run.mutex:
-            self.busy = False
+            self.current = None
             self._run.queue.unpark()
             self._run.work.notify()
             self._written.notify_all()

@@ -17,6 +17,11 @@ class Segment:
     """The last step of that part; None: all steps."""
 
 
+def lineage_of(segments: list[Segment], step: int) -> int:
+    """The lineage that has a step of the ancestry `segments`."""
+    return next(part.lineage for part in segments if part.through is None or step <= part.through)
+
+
 def ancestry(lineages: dict[int, Lineage], lineage: int) -> list[Segment]:
     """The segments from the first lineage to `lineage`, oldest first. Raises RunDirectoryError."""
     segments = [Segment(lineage, None)]

@@ -152,3 +152,44 @@ def test_a_session_that_waits_for_the_running_step_is_refused_by_a_drain(rig: Ri
     rig.trainer.gate.set()
     thread.join(WAIT)
     assert not rig.fatal
+
+
+def test_a_retry_joins_the_save_that_is_being_made(rig: Rig) -> None:
+    engine = rig.start(checkpoints=NO_AUTOMATIC)
+    engine.train_step(bare(1)).result(WAIT)
+    rig.trainer.gate.clear()
+    rig.trainer.entered = threading.Semaphore(0)
+    running = engine.train_step(bare(2))
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    request = SaveRequest("mine", "id", expected_step=2)
+    first = engine.save(request)
+    again = engine.save(request)
+    assert reason(engine.save(SaveRequest("another", "id"))) == "PAYLOAD_MISMATCH"
+    rig.trainer.gate.set()
+    assert running.result(WAIT).step == 2
+    assert first.result(WAIT) == again.result(WAIT)
+    assert [info.name for info in engine.checkpoints()] == ["mine", "step-000000000"]
+
+
+def test_a_checkpoint_that_was_removed_is_not_the_answer_to_a_save(rig: Rig) -> None:
+    engine = rig.start(checkpoints=NO_AUTOMATIC)
+    engine.train_step(bare(1)).result(WAIT)
+    first = engine.save(SaveRequest()).result(WAIT)
+    shutil.rmtree(rig.folder / "checkpoints" / first.name)
+    again = engine.save(SaveRequest()).result(WAIT)
+    assert (rig.folder / "checkpoints" / again.name).exists()
+    engine.save(SaveRequest("x", "id")).result(WAIT)
+    shutil.rmtree(rig.folder / "checkpoints" / "x")
+    assert engine.save(SaveRequest("x", "id")).result(WAIT).name == "x"
+    assert (rig.folder / "checkpoints" / "x").exists()
+
+
+def test_a_step_of_the_ancestry_is_answered_after_a_restore(rig: Rig) -> None:
+    engine = rig.start(checkpoints=NO_AUTOMATIC)
+    session = open_session(engine)
+    first = engine.train_step(StepRequest(payload(1), session, 1, "one")).result(WAIT)
+    engine.save(SaveRequest("a")).result(WAIT)
+    engine.restore(RestoreRequest("a")).result(WAIT)
+    session = open_session(engine, nonce="after")
+    again = engine.train_step(StepRequest(payload(1), session, 1, "one")).result(WAIT)
+    assert (again.replayed, again.digest) == (True, first.digest)
