@@ -6,19 +6,17 @@ import itertools
 
 import pytest
 
-from maskwire import results as client_results
 from maskwire.protocol.limits import Bounds
-from maskwire_server import results
+from maskwire.v1.values import Limits, ModelInfo
 from maskwire_server.results import GenerateOptions, Order, SelfCondMode
 from maskwire_server.rpc import decoding, work_limits
 
 SHAPES = list(itertools.product((1, 3), (1, 63, 64, 65, 512)))
 
 
-def bounds(*, critic: bool, self_cond: bool, max_draws: int) -> tuple[Bounds, results.ModelInfo]:
-    model = (300, 299, None, 512, 1000, "mdlm", True, critic, self_cond)
-    limits = client_results.Limits(2**20, 2**26, 8, max_draws, 1024, 2**26)
-    return Bounds(limits, client_results.ModelInfo(*model)), results.ModelInfo(*model)
+def bounds(*, critic: bool, self_cond: bool, max_draws: int) -> tuple[Bounds, ModelInfo]:
+    model = ModelInfo(300, 299, None, 512, 1000, "mdlm", True, critic, self_cond)
+    return Bounds(Limits(2**20, 2**26, 8, max_draws, 1024, 2**26), model), model
 
 
 @pytest.mark.parametrize("estimator", ["systematic", "chain_rule"])
