@@ -98,14 +98,14 @@ def test_status_health_and_eval_print_text_and_json(server: ServerProcess, texts
 def test_eval_without_a_terminal_reports_the_rows_and_its_progress(
     server: ServerProcess, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("maskwire.progress.PLAIN_EVERY_SECONDS", 0)
+    monkeypatch.setattr("maskwire.progress_bar.PLAIN_EVERY_SECONDS", 0)
     common = ["eval", texts, "--target", server.address, "--length", 400, "--batch-size", 40]
     code, _, err = run(*common)
     assert code == 0
     first, *lines = err.splitlines()
     assert first == "evaluating 80 rows, all of the data; limit it with --rows"
     assert [line.partition("rows")[0] for line in lines] == ["evaluating: 40 of 80 ", "evaluating: 80 of 80 "]
-    monkeypatch.setattr("maskwire.progress.PLAIN_EVERY_SECONDS", 1e9)
+    monkeypatch.setattr("maskwire.progress_bar.PLAIN_EVERY_SECONDS", 1e9)
     assert run(*common, "--rows", 3)[2] == "evaluating 3 rows\n", "a line at most every so many seconds"
     assert run(*common, "--rows", 3, "--json")[2] == ""
 

@@ -10,7 +10,7 @@ import typer
 
 from maskwire.cli.display import checkpoint_table, show
 from maskwire.cli.options import Json, ServerConnection, with_server
-from maskwire.progress import byte_progress
+from maskwire.progress_bar import byte_progress
 from maskwire.protocol.download import MANIFEST
 
 checkpoint_app = typer.Typer(

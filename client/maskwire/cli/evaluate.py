@@ -23,7 +23,7 @@ from maskwire.client import Client
 from maskwire.data.file_data import open_data
 from maskwire.data.token_data import TokenData
 from maskwire.errors import UnavailableError
-from maskwire.protocol.options import EvalOptions
+from maskwire.protocol.call_options import EvalOptions
 from maskwire.results import EvalResult
 from maskwire.safe_output import on_terminal, tell
 
@@ -107,7 +107,7 @@ def _evaluate(
     client: Client, data: TokenData, rows: int | None, *, shown: bool, **options: Any
 ) -> EvalResult:
     """Evaluate, and report the progress on stderr, also when Ctrl-C ends it."""
-    from maskwire.progress import row_progress
+    from maskwire.progress_bar import row_progress
 
     done, total = 0, len(data.whole()) if rows is None else rows
     if shown and not on_terminal():  # the first call can take long, and shows no progress

@@ -23,7 +23,7 @@ from maskwire.errors import (
     UnavailableError,
 )
 from maskwire.safe_output import tell
-from maskwire.streams import OUTPUT
+from maskwire.standard_streams import OUTPUT
 
 REFUSED, USAGE, UNAVAILABLE, SESSION, HISTORY, ACCESS = 1, 2, 3, 4, 5, 6
 INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT, 128 + SIGTERM

@@ -16,7 +16,7 @@ from maskwire.cli.options import Json, ServerConnection, with_server
 from maskwire.client import Client
 from maskwire.credentials import Endpoint
 from maskwire.errors import UnavailableError, read_failure
-from maskwire.streams import reader_gone
+from maskwire.standard_streams import reader_gone
 
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 

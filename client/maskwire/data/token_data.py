@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from maskwire.arguments import check_whole
-from maskwire.data.documents import DocumentRows, Documents
 from maskwire.data.file_array import Ids
 from maskwire.data.fingerprint import content_hash
+from maskwire.data.token_documents import DocumentRows, Documents
 
 Rows = Ids | list[Ids]
 

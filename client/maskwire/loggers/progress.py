@@ -1,4 +1,4 @@
-"""Progress of training, as lines for logs. The live bar for terminals is `maskwire.progress`."""
+"""Progress of training, as lines for logs. The live bar for terminals is `maskwire.progress_bar`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def training_progress(wanted: bool, step: int, until_step: int) -> TrainingProgr
     if not wanted:
         return NoProgress()
     if on_terminal():
-        from maskwire.progress import Bar  # imports rich, which takes a while
+        from maskwire.progress_bar import Bar  # imports rich, which takes a while
 
         return Bar(step, until_step)
     return ProgressLines(step, until_step)
