@@ -187,8 +187,9 @@ class Trainer(RunView, Client):
         if kind is None:
             await self.close()
         else:
-            # The traceback must not wait for a server that may be down. Ctrl-C and timeouts cancel the task,
-            # and `fit` leaves its steps to this method, so they get longer while the server answers.
+            # After an exception, wait only briefly: the server may be down. Ctrl-C and timeouts cancel
+            # the task, and `fit` leaves its steps to this method: wait longer for those while the server
+            # answers.
             await self._close(EXIT_GRACE if issubclass(kind, Exception) else CANCEL_GRACE, patient=False)
 
     async def _close(self, grace: float | None, *, patient: bool) -> None:

@@ -237,7 +237,7 @@ class Trainer(RunView, Client):
         if kind is None:
             self.close()
         else:
-            # The traceback must not wait for a server that may be down, and an interrupt waits for nothing.
+            # After an exception, wait only briefly: the server may be down. After Ctrl-C, do not wait.
             interrupted = issubclass(kind, KeyboardInterrupt | SystemExit)
             self._close(0 if interrupted else EXIT_GRACE, patient=False)
 

@@ -190,6 +190,7 @@ class Answering:
     def __init__(self) -> None:
         self.step, self.lineage, self.run_id, self.digest = 0, 1, "run", b"d" * 32
         self.evaluated = (0, 0)
+        self.seconds_waited = 0.0
 
     def settle(self) -> None: ...
 

@@ -16,6 +16,7 @@ from maskwire.cli.options import (
     Paths,
     Pattern,
     ServerConnection,
+    row_length,
     with_server,
 )
 from maskwire.cli.train import check_tokenizer
@@ -93,11 +94,9 @@ def evaluate(
     with server.attach() as client:
         status = client.status()
         if status.model is None:
-            raise UnavailableError(
-                "the server is still building the model; run the command again in a moment"
-            )
+            raise UnavailableError("the server is still building the model; run the command again")
         check_tokenizer(status.tokenizer, data.tokenizer, "the run")
-        data = data.cropped(length or status.model.max_seq_len)
+        data = data.cropped(row_length(length, status.model))
         found = _evaluate(client, data, rows, shown=not as_json, batch_size=batch_size, **options)
     words = None if not chain_rule else f"chain rule, {(order or 'left_to_right').replace('_', ' ')}"
     show(found, as_json, lambda: eval_table(found, words))

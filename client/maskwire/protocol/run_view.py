@@ -47,6 +47,16 @@ class RunView:
         return self._writer.acknowledged.step
 
     @property
+    def data(self) -> dict[str, str]:
+        """The recorded fingerprint of the run's training data; empty: not recorded."""
+        return self._writer.data
+
+    @property
+    def seconds_waited(self) -> float:
+        """Seconds for which this client has waited for the server to answer again."""
+        return self._writer.seconds_waited
+
+    @property
     def evaluated(self) -> tuple[int, int]:
         """Lineage and number of the step last marked as evaluated; (0, 0) if none is."""
         return self._writer.evaluated

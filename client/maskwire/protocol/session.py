@@ -60,7 +60,7 @@ class Session(Calls):
     ) -> Operation[None]:
         """Open the session, or confirm it and that the server has this client's history.
 
-        `replace`: open another session, as a client that holds no history.
+        `replace`: open a new session without claiming any history.
         """
         nonce = new_id() if replace else self._nonce
         request = pb.OpenSessionRequest(
@@ -97,7 +97,7 @@ class Session(Calls):
         self.evaluated = (response.evaluated_lineage, response.evaluated_step)
 
     def _open(self, request: pb.OpenSessionRequest, began: float | None) -> Operation[pb.OpenSessionResponse]:
-        """Ask for the session, also for one whose process has ended."""
+        """Open the session. If its holder's process has ended, take it over."""
         while True:
             try:
                 response: pb.OpenSessionResponse = yield from self._ask(

@@ -5,6 +5,7 @@ Both clients take the signature and docstring of each of their methods from here
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -27,7 +28,7 @@ T = TypeVar("T")
 
 
 class OrderedCall(Protocol):
-    """A call whose place in an order constrains each attempt."""
+    """A call whose position in an order constrains each attempt."""
 
     def before_attempt(self, began: float) -> Operation[None]:
         """Wait until the call may be sent. `began`: when the call was first tried."""
@@ -62,6 +63,9 @@ class Calls:
         self._on_wait = on_wait
         self._clock = clock
         self._reached = False  # the server has answered this client at least once
+        self.seconds_waited = 0.0
+        """Seconds of all reported waits that have ended; calls that wait at the same time count once."""
+        self._wait_ended = -math.inf
 
     def eval_loss(self, tokens: Any, **options: Unpack[EvalOptions]) -> Operation[results.EvalResult]:
         """Evaluate one batch. Changes nothing. `tokens` are as in `Trainer.train_step`."""
@@ -278,10 +282,13 @@ class Calls:
             if found.model is not None:
                 return Bounds(found.limits, found.model)
             if self._clock() - began >= self._policy.retry_for:
-                raise UnavailableError(
-                    f"{self.target} is building the model; try again in a moment", reason="RECOVERING"
-                )
+                raise UnavailableError(f"{self.target} is building the model; retry", reason="RECOVERING")
             yield Pause(self._policy.longest_wait)
+
+    def _count_wait(self, began: float) -> None:
+        now = self._clock()
+        self.seconds_waited += now - max(began, self._wait_ended)
+        self._wait_ended = now
 
     def _unreachable(self) -> None:
         """The server could not be reached; it may have been restarted."""
@@ -300,7 +307,7 @@ class Calls:
         """Call a method until there is an answer, or an error that a retry cannot cure.
 
         With `stream` the outcome is a `Stream` and its first message. `order` constrains the attempts of a
-        call that has its place in an order. `progress` says how much of a download has arrived: an attempt
+        call that has a position in an order. `progress` says how much of a download has arrived: an attempt
         that makes progress restarts the retry time. `began` is when the operation that includes this call
         began.
         """
@@ -320,6 +327,8 @@ class Calls:
                 order.after_attempt()
             if not isinstance(reply, Failure):
                 self._reached = True
+                if reported:
+                    self._count_wait(began)
                 return reply if opened is None else (opened, reply)
             error = reply.error
             if not reply.unreachable:

@@ -96,7 +96,7 @@ class Writer(Session):
     def new_step(
         self, tokens: Any, step: int | None = None, /, **options: Unpack[StepOptions]
     ) -> PendingStep:
-        """Make a step from a batch; it has no place in the order yet."""
+        """Make a step from a batch; it has no position in the submission order yet."""
         if step is not None:
             check_whole("step", step, 1)
         request = codec.step_request(new_id(), tokens, self.model.num_tokens, **options)
@@ -105,9 +105,10 @@ class Writer(Session):
         return pending
 
     def enter(self, pending: PendingStep) -> Operation[None]:
-        """Wait for room in the window, give the step its place in the order, and wait until it can be sent.
+        """Wait for room in the window, append the step to the submission order, and wait until it may be
+        sent.
 
-        Raises ConflictError if the step must have a number that its place does not give it.
+        Raises ConflictError if the step must have a number that its position does not give it.
         """
         if not self._has_room():
             yield Until(self._has_room)
@@ -120,7 +121,7 @@ class Writer(Session):
             yield Until(partial(self._sendable, pending))
 
     def finish(self, pending: PendingStep) -> Operation[results.StepResult]:
-        """Send a step that has its place, and return its result once it is durable and acknowledged."""
+        """Send a step that was entered, and return its result once it is durable and acknowledged."""
         if pending not in self._pending:
             raise MaskwireError("the step was interrupted before it was sent; submit it again")
         pending.started = True
@@ -181,7 +182,7 @@ class Writer(Session):
         return self.closed or (len(self._pending) < self._limit and not self._restoring)
 
     def _number_of(self, pending: PendingStep) -> int:
-        """The number that follows from a step's place."""
+        """The number that follows from a step's position in the submission order."""
         return self.acknowledged.step + 1 + self._pending.index(pending)
 
     def _sendable(self, pending: PendingStep) -> bool:
