@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-from maskwire import streams
+from maskwire import standard_streams
 
 
 def main() -> None:
@@ -16,14 +16,14 @@ def main() -> None:
         signal.signal(number, lambda number, _: os._exit(128 + number))
     # Read when grpc is imported. Our errors say what its core would log.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    streams.protect()
+    standard_streams.protect()
     from maskwire.cli import exit_codes
     from maskwire.cli import main as run
 
     try:
         run()
     except SystemExit as end:
-        code, words = streams.finish(end.code)
+        code, words = standard_streams.finish(end.code)
         if words:
             exit_codes.show_error(words, code, as_json="--json" in sys.argv)
         raise SystemExit(code) from None

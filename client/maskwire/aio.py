@@ -21,13 +21,13 @@ from maskwire import client, results
 from maskwire.aio_driver import Driver, awaited, iterating
 from maskwire.client import CLOSE_TIMEOUT, EXIT_GRACE
 from maskwire.credentials import CredentialOptions, Endpoint
-from maskwire.protocol.calls import Calls
-from maskwire.protocol.effects import Conversation, Work
+from maskwire.protocol.call_options import StepOptions
+from maskwire.protocol.effects import Operation, Work
 from maskwire.protocol.fit import Fitting, ResultOf
 from maskwire.protocol.fit import fit as training_loop
-from maskwire.protocol.options import StepOptions
 from maskwire.protocol.retry import RetryPolicy
 from maskwire.protocol.run_view import RunView
+from maskwire.protocol.sessionless_calls import Calls
 from maskwire.protocol.writer import Writer
 from maskwire.signatures import keep_signature
 
@@ -118,9 +118,9 @@ class Client(Driver):
 
 
 def _shielded(
-    method: Callable[Concatenate[Any, P], Conversation[T]],
+    method: Callable[Concatenate[Any, P], Operation[T]],
 ) -> Callable[Concatenate[Trainer, P], Coroutine[Any, Any, T]]:
-    """Make a conversation a coroutine method that continues when the caller is cancelled."""
+    """Make an operation a coroutine method that continues when the caller is cancelled."""
 
     @keep_signature(method)
     async def call(self: Trainer, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -187,8 +187,9 @@ class Trainer(RunView, Client):
         if kind is None:
             await self.close()
         else:
-            # The traceback must not wait for a server that may be down. Ctrl-C and timeouts cancel the task,
-            # and `fit` leaves its steps to this method, so they get longer while the server answers.
+            # After an exception, wait only briefly: the server may be down. Ctrl-C and timeouts cancel
+            # the task, and `fit` leaves its steps to this method: wait longer for those while the server
+            # answers.
             await self._close(EXIT_GRACE if issubclass(kind, Exception) else CANCEL_GRACE, patient=False)
 
     async def _close(self, grace: float | None, *, patient: bool) -> None:
@@ -217,9 +218,9 @@ class Trainer(RunView, Client):
         if self._running and (patient or not writer.unreachable):
             await asyncio.wait(self._running)
 
-    def _start(self, conversation: Conversation[T]) -> asyncio.Future[T]:
-        """Drive a conversation in a task that continues when the caller is cancelled."""
-        task = asyncio.create_task(self._drive(conversation))
+    def _start(self, operation: Operation[T]) -> asyncio.Future[T]:
+        """Drive an operation in a task that continues when the caller is cancelled."""
+        task = asyncio.create_task(self._drive(operation))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return asyncio.shield(task)

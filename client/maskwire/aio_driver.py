@@ -1,4 +1,4 @@
-"""The asyncio driver: performs the effects of conversations in an event loop."""
+"""The asyncio driver: performs the effects of operations in an event loop."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from maskwire.arguments import call_back
 from maskwire.credentials import Endpoint
 from maskwire.errors import EventLoopError, MaskwireError, read_failure
 from maskwire.process_bound import ProcessBound
-from maskwire.protocol.calls import Calls
 from maskwire.protocol.effects import (
     Call,
-    Conversation,
     Effect,
     Emit,
+    Operation,
     Pause,
     Receive,
     Stream,
     Until,
     Work,
-    end_conversation,
+    end_operation,
 )
+from maskwire.protocol.sessionless_calls import Calls
 from maskwire.signatures import keep_signature
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class Driver(ProcessBound):
-    """A connection, and what drives conversations over it. Belongs to the first event loop that uses it."""
+    """A connection, and what drives operations over it. Belongs to the first event loop that uses it."""
 
     def __init__(self, endpoint: Endpoint, calls: Calls) -> None:
         super().__init__()
@@ -65,27 +65,27 @@ class Driver(ProcessBound):
                 reason="OTHER_EVENT_LOOP",
             )
 
-    async def _drive(self, conversation: Conversation[T]) -> T:
-        """Perform a conversation's effects until it returns."""
+    async def _drive(self, operation: Operation[T]) -> T:
+        """Perform an operation's effects until it returns."""
         self._enter()
         effect: Effect | None = None
         try:
             while True:
                 reply = None if effect is None else await self._perform(effect)
                 try:
-                    effect = self._advance(conversation, reply)
+                    effect = self._advance(operation, reply)
                 except StopIteration as done:
                     value: T = done.value
                     return value
         except Exception as error:
-            self._end(conversation, effect, error)
+            self._end(operation, effect, error)
             raise
         except BaseException:
-            self._end(conversation, effect)
+            self._end(operation, effect)
             raise
 
-    async def _iterate(self, conversation: Conversation[Any]) -> AsyncIterator[Any]:
-        """Yield what a conversation emits."""
+    async def _iterate(self, operation: Operation[Any]) -> AsyncIterator[Any]:
+        """Yield what an operation emits."""
         self._enter()
         effect: Effect | None = None
         stream: Receive | None = None
@@ -93,7 +93,7 @@ class Driver(ProcessBound):
             while True:
                 reply = None if effect is None else await self._perform(effect)
                 try:
-                    effect = self._advance(conversation, reply)
+                    effect = self._advance(operation, reply)
                 except StopIteration:
                     return
                 if isinstance(effect, Receive):
@@ -101,13 +101,13 @@ class Driver(ProcessBound):
                 elif isinstance(effect, Emit):
                     yield effect.value
         finally:
-            self._end(conversation, stream)
+            self._end(operation, stream)
 
-    def _advance(self, conversation: Conversation[Any], reply: Any) -> Effect:
-        """Run a conversation up to its next effect."""
+    def _advance(self, operation: Operation[Any], reply: Any) -> Effect:
+        """Run an operation up to its next effect."""
         self._check_process()  # a callback, or the reader of an iterator, may have forked
         try:
-            return conversation.send(reply)
+            return operation.send(reply)
         finally:
             self._wake()
 
@@ -128,15 +128,15 @@ class Driver(ProcessBound):
                 future.set_result(None)
 
     def _end(
-        self, conversation: Conversation[Any], effect: Effect | None = None, error: Exception | None = None
+        self, operation: Operation[Any], effect: Effect | None = None, error: Exception | None = None
     ) -> None:
-        """End a conversation early: by the error that its last effect raised, or because its caller left.
+        """End an operation early: by the error that its last effect raised, or because its caller left.
 
-        Does nothing in a forked child: the conversation belongs to the parent.
+        Does nothing in a forked child: the operation belongs to the parent.
         """
         if self._inherited:
             return
-        end_conversation(conversation, error)
+        end_operation(operation, error)
         self._wake()
         if isinstance(effect, Receive):
             effect.stream.cancel()
@@ -189,9 +189,9 @@ class Driver(ProcessBound):
 
 
 def awaited(
-    method: Callable[Concatenate[Any, P], Conversation[T]],
+    method: Callable[Concatenate[Any, P], Operation[T]],
 ) -> Callable[Concatenate[Driver, P], Coroutine[Any, Any, T]]:
-    """Make a conversation a coroutine method, with its signature and docstring."""
+    """Make an operation a coroutine method, with its signature and docstring."""
 
     @keep_signature(method)
     async def call(self: Driver, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -203,7 +203,7 @@ def awaited(
 def iterating(
     method: Callable[Concatenate[Any, P], Generator[Effect, Any, T | None]],
 ) -> Callable[Concatenate[Driver, P], AsyncIterator[T]]:
-    """Make a conversation that emits values a method whose result `async for` iterates over."""
+    """Make an operation that emits values a method whose result `async for` iterates over."""
 
     @keep_signature(method)
     def call(self: Driver, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:

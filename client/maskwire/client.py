@@ -15,13 +15,13 @@ from maskwire import results
 from maskwire.credentials import CredentialOptions, Endpoint
 from maskwire.driver import Background, Driver, blocking, iterating, result_of
 from maskwire.errors import UnavailableError
-from maskwire.protocol.calls import Calls
-from maskwire.protocol.effects import Conversation, Work
+from maskwire.protocol.call_options import StepOptions
+from maskwire.protocol.effects import Operation, Work
 from maskwire.protocol.fit import Fitting, ResultOf
 from maskwire.protocol.fit import fit as training_loop
-from maskwire.protocol.options import StepOptions
 from maskwire.protocol.retry import RetryPolicy
 from maskwire.protocol.run_view import RunView
+from maskwire.protocol.sessionless_calls import Calls
 from maskwire.protocol.writer import Writer
 from maskwire.signatures import keep_signature
 
@@ -125,9 +125,9 @@ class Client(Driver):
 
 
 def _in_background(
-    method: Callable[Concatenate[Any, P], Conversation[T]],
+    method: Callable[Concatenate[Any, P], Operation[T]],
 ) -> Callable[Concatenate[Trainer, P], T]:
-    """Make a conversation a blocking method that continues in the background when it is interrupted."""
+    """Make an operation a blocking method that continues in the background when it is interrupted."""
 
     @keep_signature(method)
     def call(self: Trainer, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -237,7 +237,7 @@ class Trainer(RunView, Client):
         if kind is None:
             self.close()
         else:
-            # The traceback must not wait for a server that may be down, and an interrupt waits for nothing.
+            # After an exception, wait only briefly: the server may be down. After Ctrl-C, do not wait.
             interrupted = issubclass(kind, KeyboardInterrupt | SystemExit)
             self._close(0 if interrupted else EXIT_GRACE, patient=False)
 
@@ -259,17 +259,17 @@ class Trainer(RunView, Client):
             self._disconnect()
             self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _start(self, conversation: Conversation[T]) -> Future[T]:
-        """Drive a conversation in the background."""
+    def _start(self, operation: Operation[T]) -> Future[T]:
+        """Drive an operation in the background."""
         self._check_process()
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()  # so that nobody can cancel it
-        self._threads.submit(self._finish, conversation, future)
+        self._threads.submit(self._finish, operation, future)
         return future
 
-    def _finish(self, conversation: Conversation[T], future: Future[T]) -> None:
+    def _finish(self, operation: Operation[T], future: Future[T]) -> None:
         try:
-            future.set_result(self._drive(conversation))
+            future.set_result(self._drive(operation))
         except BaseException as error:
             future.set_exception(error)
 

@@ -77,7 +77,9 @@ class Endpoint:
         if tls is None:
             tls = bool(ca or cert or server_name)
         elif not tls and (ca or cert or server_name):
-            raise ValueError("tls=False excludes ca, cert, key and server_name: leave them out, or tls")
+            raise ValueError(
+                "tls=False excludes ca, cert, key and server_name: leave them out, or leave out tls=False"
+            )
         credentials = None
         if tls:
             credentials = grpc.ssl_channel_credentials(*(_pem(name, path) for name, path in (
@@ -125,7 +127,7 @@ def _pem(name: str, path: str | Path | None) -> bytes | None:
 
 def _token(token: str | None, file: str | Path | None) -> str:
     if token is not None and file is not None:
-        raise ValueError("token and token_file exclude each other, got both; give one")
+        raise ValueError("set token or token_file, not both")
     if file is not None:
         text = Path(file).read_text(errors="replace")
         lines = [line.split("#")[0].split() for line in text.splitlines()]

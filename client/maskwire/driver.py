@@ -1,4 +1,4 @@
-"""The blocking driver: performs the effects of conversations on the caller's thread."""
+"""The blocking driver: performs the effects of operations on the caller's thread."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from maskwire.arguments import call_back
 from maskwire.credentials import Endpoint
 from maskwire.errors import MaskwireError, UnavailableError, read_failure
 from maskwire.process_bound import ProcessBound
-from maskwire.protocol.calls import Calls
 from maskwire.protocol.effects import (
     Call,
-    Conversation,
     Effect,
     Emit,
+    Operation,
     Pause,
     Receive,
     Stream,
     Until,
     Work,
-    end_conversation,
+    end_operation,
 )
+from maskwire.protocol.sessionless_calls import Calls
 from maskwire.signatures import keep_signature
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 
@@ -51,7 +51,7 @@ def result_of(future: Future[T], timeout: float | None = None) -> T:
 
 
 class Driver(ProcessBound):
-    """A connection, and what drives conversations over it. Safe to use from several threads."""
+    """A connection, and what drives operations over it. Safe to use from several threads."""
 
     def __init__(self, endpoint: Endpoint, calls: Calls) -> None:
         super().__init__()
@@ -60,38 +60,38 @@ class Driver(ProcessBound):
         self._metadata = endpoint.metadata
         self._channel = endpoint.channel()
         self._stub = pb_grpc.TrainingServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._lock = threading.Lock()  # held while a conversation runs between two effects
+        self._lock = threading.Lock()  # held while an operation runs between two effects
         self._waiting: list[tuple[Callable[[], bool], threading.Condition]] = []
         self._closed = threading.Event()
         self._background: Background | None = None  # runs `Call.meanwhile`
 
-    def _drive(self, conversation: Conversation[T]) -> T:
-        """Perform a conversation's effects until it returns."""
+    def _drive(self, operation: Operation[T]) -> T:
+        """Perform an operation's effects until it returns."""
         effect: Effect | None = None
         try:
             while True:
                 reply = None if effect is None else self._perform(effect)
                 try:
-                    effect = self._advance(conversation, effect, reply)
+                    effect = self._advance(operation, effect, reply)
                 except StopIteration as done:
                     value: T = done.value
                     return value
         except Exception as error:
-            self._end(conversation, effect, error)
+            self._end(operation, effect, error)
             raise
         except BaseException:
-            self._end(conversation, effect)
+            self._end(operation, effect)
             raise
 
-    def _iterate(self, conversation: Conversation[Any]) -> Iterator[Any]:
-        """Yield what a conversation emits."""
+    def _iterate(self, operation: Operation[Any]) -> Iterator[Any]:
+        """Yield what an operation emits."""
         effect: Effect | None = None
         stream: Receive | None = None
         try:
             while True:
                 reply = None if effect is None else self._perform(effect)
                 try:
-                    effect = self._advance(conversation, effect, reply)
+                    effect = self._advance(operation, effect, reply)
                 except StopIteration:
                     return
                 if isinstance(effect, Receive):
@@ -99,16 +99,16 @@ class Driver(ProcessBound):
                 elif isinstance(effect, Emit):
                     yield effect.value
         finally:
-            self._end(conversation, stream)
+            self._end(operation, stream)
 
-    def _advance(self, conversation: Conversation[Any], effect: Effect | None, reply: Any) -> Effect:
-        """Run a conversation up to its next effect. `effect` is the one whose outcome is `reply`."""
+    def _advance(self, operation: Operation[Any], effect: Effect | None, reply: Any) -> Effect:
+        """Run an operation up to its next effect. `effect` is the one whose outcome is `reply`."""
         self._check_process()  # a callback, or the reader of an iterator, may have forked
         with self._lock:
             if isinstance(effect, Until):
                 self._wait(effect.holds)
             try:
-                return conversation.send(reply)
+                return operation.send(reply)
             finally:
                 self._wake()
 
@@ -135,16 +135,16 @@ class Driver(ProcessBound):
                 condition.notify()
 
     def _end(
-        self, conversation: Conversation[Any], effect: Effect | None = None, error: Exception | None = None
+        self, operation: Operation[Any], effect: Effect | None = None, error: Exception | None = None
     ) -> None:
-        """End a conversation early: by the error that its last effect raised, or because its caller left.
+        """End an operation early: by the error that its last effect raised, or because its caller left.
 
-        Does nothing in a forked child: the conversation belongs to the parent.
+        Does nothing in a forked child: the operation belongs to the parent.
         """
         if self._inherited:
             return
         with self._lock:
-            end_conversation(conversation, error)
+            end_operation(operation, error)
             self._wake()
         if isinstance(effect, Receive):
             effect.stream.cancel()
@@ -227,9 +227,9 @@ class Background:
 
 
 def blocking(
-    method: Callable[Concatenate[Any, P], Conversation[T]],
+    method: Callable[Concatenate[Any, P], Operation[T]],
 ) -> Callable[Concatenate[Driver, P], T]:
-    """Make a conversation a blocking method, with its signature and docstring."""
+    """Make an operation a blocking method, with its signature and docstring."""
 
     @keep_signature(method)
     def call(self: Driver, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -241,7 +241,7 @@ def blocking(
 def iterating(
     method: Callable[Concatenate[Any, P], Generator[Effect, Any, T | None]],
 ) -> Callable[Concatenate[Driver, P], Iterator[T]]:
-    """Make a conversation that emits values a method that iterates over them."""
+    """Make an operation that emits values a method that iterates over them."""
 
     @keep_signature(method)
     def call(self: Driver, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:

@@ -34,6 +34,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +98,9 @@ class WriterPresentError(SessionError):
 
 
 class WrongRunError(SessionError):
-    """The session is of another run, lineage or epoch: connect again. Or a save expected another step."""
+    """The session belongs to another run, lineage or epoch (connect again), or a request expected the run at
+    another step.
+    """
 
 
 class TokenizerError(RequestError):
@@ -232,6 +235,10 @@ _TOO_LONG_HINT = ": send fewer rows in one call, or raise the server's serve.max
 # headless service whose pods are not ready yet), and a DNS server that fails or does not answer.
 _NO_SUCH_NAME = ("Domain name not found", "Misformatted domain name", "Name or service not known")
 _CLOSED = "Socket closed"
+# What gRPC writes before the cause, as in "UNKNOWN: ipv4:127.0.0.1:1: Failed to connect to remote host: ".
+_BEFORE_CAUSE = re.compile(
+    r"^(?:[A-Z_]+: )?(?:(?:ipv4|ipv6|unix|unix-abstract|vsock):\S+: )?(?:Failed to connect to remote host: )?"
+)
 _CLOSED_HINT = (
     "; if the server wants TLS, pass its authority's file (ca=, --ca) or use the system's authorities "
     "(tls=True, --tls); if it wants a client certificate, pass cert and key"
@@ -276,15 +283,26 @@ def read_failure(error: grpc.RpcError) -> Failure:
                 reason="UNRESOLVED",
             )
             return Failure(unresolved, retryable=True, unreachable=True, unresolved=True)
-    if unknown and _CLOSED in text:
-        text = _last(text).removeprefix(f"{code.name}: ") + _CLOSED_HINT
     kind = _BY_STATUS.get(code, ServerError)
-    return Failure(kind(f"{code.name}: {text}", reason=code.name), unknown, unreachable=unknown)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        text = _cause(text) + (_CLOSED_HINT if _CLOSED in text else "")
+    else:
+        text = f"{code.name}: {text}"
+    return Failure(kind(text, reason=code.name), unknown, unreachable=unknown)
 
 
 def _last(text: str) -> str:
     """gRPC's message without the list of addresses it tried."""
     return text.rpartition("last error: ")[2]
+
+
+def _cause(text: str) -> str:
+    """The last cause in gRPC's message that nothing answers, without status names and addresses."""
+    cause = _last(text)
+    if cause != text or _CLOSED in text:
+        cause = _BEFORE_CAUSE.sub("", cause)
+        cause = cause[:1].lower() + cause[1:]
+    return cause
 
 
 def _details(call: Any) -> tuple[error_details_pb2.ErrorInfo | None, float | None]:

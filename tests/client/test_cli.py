@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from maskwire.cli import app, exit_codes
 from maskwire.client import Client
 from maskwire.errors import HaltedError
 
-NO_INTERVAL = "--save-best needs --eval-every, the number of steps between evaluations"
+NO_INTERVAL = "needs --eval-every, the number of steps between evaluations"
 COUNTING = [sys.executable, str(Path(__file__).resolve().parents[1] / "rpc" / "counting_server.py"), "0"]
 
 
@@ -52,23 +53,31 @@ def test_until_step_is_absolute_and_training_resumes(server: ServerProcess, text
     assert code == 0, err
     first = json.loads(out)
     assert (first["step"], first["steps"], first["interrupted"]) == (5, 5, False)
-    held_out = [*common, "--until-step", 8, "--eval-every", 4, "--held-out", 0.3, "--checkpoint-every", 4]
+    code, _, err = run(*common[:-1], "--until-step", 6)
+    assert code == 0
+    assert err.startswith("training from step 5 to 6: 4 rows of 64 tokens per step\n")
+    held_out = [*common, "--until-step", 9, "--eval-every", 4, "--held-out", 0.3, "--checkpoint-every", 4]
     code, out, err = run(*held_out)
     refused = json.loads(err.splitlines()[-1])
     assert (code, refused["reason"]) == (1, "DATA_CHANGED")
-    assert "held_out was not set, is 0.3" in refused["error"]
+    assert refused["error"].startswith(
+        "held_out was not set and is 0.3: leave out --eval-every, or give --eval-data too. The data differs "
+    )
     assert refused["error"].count("allow") == 1
     assert "or continue with the changed data (--allow-changed-data)" in refused["error"]
     code, out, _ = run(*held_out, "--allow-changed-data")
     assert code == 0
     assert json.loads(out)["steps"] == 3
-    code, out, _ = run(*common, "--until-step", 8)
+    code, _, err = run(*common, "--until-step", 10)
+    undone = "held_out was 0.3 and is not set: repeat --eval-every and --held-out 0.3. The data differs "
+    assert (code, json.loads(err)["error"].startswith(undone)) == (1, True)
+    code, out, _ = run(*common, "--until-step", 9)
     assert (code, json.loads(out)["steps"]) == (0, 0), "nothing left to do"
-    for until in (8, 3):
+    for until in (9, 3):
         code, out, _ = run(*common[:-1], "--until-step", until)
         assert (code, out) == (
             0,
-            f"nothing to train: the run is at step 8 already, and --until-step {until} is an absolute "
+            f"nothing to train: the run is at step 9 already, and --until-step {until} is an absolute "
             "number; give a larger one to train further\n",
         )
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -82,6 +91,8 @@ def test_status_health_and_eval_print_text_and_json(server: ServerProcess, texts
     code, out, _ = run("status", "--target", server.address)
     assert code == 0
     assert "SERVING" in out
+    assert "speed (last minute)" in out
+    assert re.search(r"none \(\d+ sessions? so far\)", out)
     code, out, _ = run("status", "--target", server.address, "--until-step", 10**6)
     assert "time to step 1000000" in out
     code, out, _ = run("status", "--target", server.address, "--until-step", 0, "--json")
@@ -98,14 +109,14 @@ def test_status_health_and_eval_print_text_and_json(server: ServerProcess, texts
 def test_eval_without_a_terminal_reports_the_rows_and_its_progress(
     server: ServerProcess, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("maskwire.progress.PLAIN_EVERY_SECONDS", 0)
+    monkeypatch.setattr("maskwire.progress_bar.PLAIN_EVERY_SECONDS", 0)
     common = ["eval", texts, "--target", server.address, "--length", 400, "--batch-size", 40]
     code, _, err = run(*common)
     assert code == 0
     first, *lines = err.splitlines()
     assert first == "evaluating 80 rows, all of the data; limit it with --rows"
     assert [line.partition("rows")[0] for line in lines] == ["evaluating: 40 of 80 ", "evaluating: 80 of 80 "]
-    monkeypatch.setattr("maskwire.progress.PLAIN_EVERY_SECONDS", 1e9)
+    monkeypatch.setattr("maskwire.progress_bar.PLAIN_EVERY_SECONDS", 1e9)
     assert run(*common, "--rows", 3)[2] == "evaluating 3 rows\n", "a line at most every so many seconds"
     assert run(*common, "--rows", 3, "--json")[2] == ""
 
@@ -174,10 +185,11 @@ def test_checkpoints_are_saved_listed_and_restored(server: ServerProcess) -> Non
 
 def test_each_mistake_has_its_exit_code_and_no_traceback(server: ServerProcess, texts: Path) -> None:
     nowhere = ["--target", "127.0.0.1:1", "--retry-for", "0.1"]
+    refused = "127.0.0.1:1 did not answer (connection refused); is the server running"
     for arguments, code, words in (
         (["status", *nowhere], 3, "is the server running"),
         (["train", texts, "--until-step", 1, *nowhere], 3, "is the server running"),
-        (["health", "--target", "127.0.0.1:1", "--retry-for", "0.2"], 3, "is the server running"),
+        (["health", "--target", "127.0.0.1:1", "--retry-for", "0.2"], 3, refused),
         (["train", texts / "none", "--until-step", 99, "--target", server.address], 2, "no such file"),
         (
             [
@@ -191,12 +203,29 @@ def test_each_mistake_has_its_exit_code_and_no_traceback(server: ServerProcess, 
                 "--target",
                 server.address,
             ],
-            1,
-            "at most",
+            2,
+            "--length must be 1 to 512, the longest row of the model, got 9999",
         ),
         (["train", texts, "--target", server.address], 2, "--until-step"),
         (["train", texts, "--until-step", 99, "--save-best", "--target", server.address], 2, NO_INTERVAL),
-        (["eval", texts, "--rows", 4, "--length", 9999, "--target", server.address], 1, "at most"),
+        (["train", texts, "--until-step", 99, "--held-out", 0.05], 2, f"--held-out {NO_INTERVAL}"),
+        (["train", texts / "0.txt", "--until-step", 99, "--eval-every", 9], 2, "or give --eval-data"),
+        (
+            ["train", texts, "--until-step", 99, "--eval-every", 9, "--held-out", 0.001],
+            2,
+            "--held-out 0.001 selected none of the 40 documents (each is selected by a hash of its content). "
+            "Set --held-out 0.0",
+        ),
+        (
+            ["eval", texts, "--rows", 4, "--length", 9999, "--target", server.address],
+            2,
+            "--length must be 1 to 512, the longest row of the model, got 9999",
+        ),
+        (
+            ["checkpoint", "save", "--label", "foo", "--target", server.address],
+            2,
+            "--label must be KEY=VALUE, got foo\n",
+        ),
         (
             ["health", "--service", "unknown", "--target", server.address],
             2,

@@ -44,7 +44,7 @@ def test_a_token_goes_nowhere_in_plaintext_unless_told(tmp_path: Path) -> None:
     [
         ({"cert": "a"}, "cert and key must be given together"),
         ({"tls": False, "ca": "a"}, "tls=False excludes"),
-        ({"token": "a", "token_file": "b"}, "exclude each other"),
+        ({"token": "a", "token_file": "b"}, "not both"),
         ({"token": "two words"}, "without spaces"),
         ({"ca": __file__}, "must be a PEM file"),
     ],

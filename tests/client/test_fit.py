@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,9 @@ import pytest
 
 from maskwire.client import run_fit
 from maskwire.data.file_data import ByteData
+from maskwire.data.token_data import TokenData
 from maskwire.errors import DataMismatchError
+from maskwire.loggers.progress import training_progress
 from maskwire.protocol.fit import FitResult
 from maskwire.protocol.fit import fit as training_loop
 from maskwire.results import Losses, Outcome, RecordedStep, StepMetrics, StepResult, StepsPage
@@ -30,6 +33,8 @@ class Counting:
 
     def __init__(self, step: int = 0, fail_at: int | None = None) -> None:
         self.run_id = "run"
+        self.data: dict[str, str] = {}
+        self.seconds_waited = 0.0
         self.lineage = 1
         self.step = step
         self.evaluated = (0, 0)
@@ -258,6 +263,43 @@ def test_changed_data_is_refused_with_the_files_that_were_written_last(tmp_path:
     with pytest.raises(DataMismatchError) as found:
         fit(trainer, ByteData(tmp_path, length=5, batch_size=1), until_step=4, progress=False)
     assert "written last" not in str(found.value), "the files are what they were"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "held_out", "words"),
+    [
+        (
+            {"held_out": "0.07"},
+            0,
+            "held_out was 0.07 and is not set: train on the data split with held_out=0.07",
+        ),
+        ({}, 0.5, "held_out was not set and is 0.5: train on the data without a split"),
+    ],
+)
+def test_another_held_out_share_is_named_first_as_the_cause(
+    recorded: dict[str, str], held_out: float, words: str
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise DataMismatchError("the data differs", metadata={"changed": "content,documents,held_out"})
+
+    trainer = Counting()
+    trainer.data = recorded
+    trainer.use_data = refuse  # type: ignore[attr-defined]
+    data = TokenData([[number] * 8 for number in range(40)], length=4, batch_size=1)
+    with pytest.raises(DataMismatchError) as found:
+        fit(trainer, data.split(held_out)[0] if held_out else data, until_step=4, progress=False)
+    assert str(found.value) == f"{words}. The data differs"
+
+
+def test_waits_for_the_server_do_not_count_for_the_speed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = waited = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    lines = training_progress(True, 0, 100, lambda: waited)
+    now, waited = 310.0, 300.0
+    lines.update(10, 1.0, 500)
+    assert capsys.readouterr().err == "step 10/100  loss 1.0000  50 tokens/s  90 s left\n"
 
 
 def test_a_tokenizer_is_said_only_when_something_is_trained() -> None:

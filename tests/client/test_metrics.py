@@ -189,7 +189,7 @@ OTHERS = [
 def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path, text: str) -> None:
     path = tmp_path / "data.csv"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"data\.csv is not a file of metrics"):
+    with pytest.raises(ValueError, match=r"data\.csv is not a metrics file: its last line is b"):
         Metrics(path)
     assert path.read_text() == text
 

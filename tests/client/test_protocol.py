@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from maskwire.errors import ConflictError, DigestMismatchError, Failure, InvalidRequestError, UnavailableError
-from maskwire.protocol.calls import Calls
+from maskwire.protocol.acknowledged import AcknowledgedHistory
 from maskwire.protocol.codec import hash_of, step_request
-from maskwire.protocol.effects import Call, Conversation, Emit, Pause, Receive, Until
-from maskwire.protocol.ledger import Ledger
+from maskwire.protocol.effects import Call, Emit, Operation, Pause, Receive, Until
 from maskwire.protocol.pending_step import PendingStep
 from maskwire.protocol.retry import RetryPolicy
+from maskwire.protocol.sessionless_calls import Calls
 from maskwire.protocol.token_batch import decode_batch, encode_batch
 from maskwire.protocol.writer import Writer
 from maskwire.results import StepResult
@@ -105,9 +105,9 @@ def test_an_id_outside_the_vocabulary_is_sent_as_it_is_and_not_narrowed(wrong: i
 def test_payloads_are_hashed_with_the_version_that_the_session_was_answered(
     answered: int, version: DigestVersion
 ) -> None:
-    ledger = Ledger()
-    ledger.open(pb.OpenSessionResponse(model=pb.ModelInfo(num_tokens=257), digest_version=answered))
-    assert ledger.digest_version == version
+    acknowledged = AcknowledgedHistory()
+    acknowledged.open(pb.OpenSessionResponse(model=pb.ModelInfo(num_tokens=257), digest_version=answered))
+    assert acknowledged.digest_version == version
     assert hash_of(step_request("r", IDS), version) == hash_of(step_request("r", IDS, 257), version)
 
 
@@ -155,27 +155,27 @@ def test_waits_grow_to_a_cap_with_jitter_and_end() -> None:
     assert policy.wait(failing(), 5000, 0, jitter=lambda: 1.0) == 1.0
 
 
-def answer(ledger: Ledger, request: pb.TrainStepRequest, step: int) -> pb.TrainStepResponse:
-    digest = step_digest(ledger.digest, 1, step, hash_of(request, DigestVersion(1)), pb.STEP_OUTCOME_APPLIED)
+def answer(history: AcknowledgedHistory, request: pb.TrainStepRequest, step: int) -> pb.TrainStepResponse:
+    digest = step_digest(history.digest, 1, step, hash_of(request, DigestVersion(1)), pb.STEP_OUTCOME_APPLIED)
     return pb.TrainStepResponse(step=step, digest=digest, outcome=pb.STEP_OUTCOME_APPLIED)
 
 
-def test_the_ledger_follows_the_chain_and_finds_a_difference() -> None:
-    ledger = Ledger()
-    assert ledger.history() is None
+def test_the_acknowledged_history_follows_the_digest_chain_and_detects_a_difference() -> None:
+    history = AcknowledgedHistory()
+    assert history.history() is None
     session = pb.SessionRef(run_id="r", lineage=1, epoch=1)
-    ledger.open(pb.OpenSessionResponse(session=session, step=4, durable_step=3, digest=b"d" * 32))
+    history.open(pb.OpenSessionResponse(session=session, step=4, durable_step=3, digest=b"d" * 32))
     request = pb.TrainStepRequest(batch=encode_batch(IDS), learning_rate=0.5)
-    first = answer(ledger, request, 4)
-    ledger.position = ledger.next_position(first, hash_of(request, DigestVersion(1)))
-    assert (ledger.step, ledger.digest) == (4, first.digest)
-    assert ledger.history() == pb.History(run_id="r", lineage=1, step=4, digest=first.digest)
+    first = answer(history, request, 4)
+    history.position = history.next_position(first, hash_of(request, DigestVersion(1)))
+    assert (history.step, history.digest) == (4, first.digest)
+    assert history.history() == pb.History(run_id="r", lineage=1, step=4, digest=first.digest)
     other = pb.TrainStepRequest(batch=encode_batch(IDS))
     with pytest.raises(DigestMismatchError, match="after step 5"):
-        ledger.next_position(answer(ledger, other, 5), hash_of(request, DigestVersion(1)))
-    with pytest.raises(DigestMismatchError, match="step 7, expected was 5"):
-        ledger.next_position(answer(ledger, request, 7), hash_of(request, DigestVersion(1)))
-    assert ledger.step == 4
+        history.next_position(answer(history, other, 5), hash_of(request, DigestVersion(1)))
+    with pytest.raises(DigestMismatchError, match="step 7; expected step 5"):
+        history.next_position(answer(history, request, 7), hash_of(request, DigestVersion(1)))
+    assert history.step == 4
 
 
 @pytest.mark.parametrize("rows", [[[1, 2], [3, 70_000]], [[1], [2, 3], [4]]])
@@ -187,16 +187,16 @@ def state(step: int, *, done: bool = False) -> pb.GenerateResponse:
     return pb.GenerateResponse(tokens=encode_batch([[step]]), unmasking_step=step, done=done)
 
 
-def conversation(*replies: Any) -> tuple[list[Any], Any]:
+def operation(*replies: Any) -> tuple[list[Any], Any]:
     """What a generation does and gives when it meets these replies, and the error that ends it."""
     asking = Calls("there", RetryPolicy(), lambda _: None, lambda: 0.0)
-    talk = asking.generate_steps(None, count=1)
+    asked = asking.generate_steps(None, count=1)
     found: list[Any] = []
     left = list(replies)
     reply: Any = None
     try:
         while True:
-            effect = talk.send(reply)
+            effect = asked.send(reply)
             found.append(effect.value.unmasking_step if isinstance(effect, Emit) else type(effect))
             reply = left.pop(0) if isinstance(effect, Receive) else None
     except StopIteration:
@@ -207,18 +207,18 @@ def conversation(*replies: Any) -> tuple[list[Any], Any]:
 
 def test_a_generation_is_asked_for_again_only_while_nothing_came() -> None:
     lost = failing()
-    assert conversation(lost, lost, state(1), state(2, done=True)) == (
+    assert operation(lost, lost, state(1), state(2, done=True)) == (
         [Receive, Pause, Receive, Pause, Receive, 1, Receive, 2],
         None,
     )
-    found, error = conversation(state(1), lost)
+    found, error = operation(state(1), lost)
     assert (found, error) == ([Receive, 1, Receive], "no")
-    found, error = conversation(state(1), None)
+    found, error = operation(state(1), None)
     assert found == [Receive, 1, Receive]
     assert "ended the generation" in error
 
 
-def train(writer: Writer, pending: PendingStep) -> Conversation[StepResult]:
+def train(writer: Writer, pending: PendingStep) -> Operation[StepResult]:
     """What a client does with a step."""
     yield from writer.enter(pending)
     return (yield from writer.finish(pending))
@@ -279,7 +279,7 @@ class Window:
 
     def applied(self, index: int) -> pb.TrainStepResponse:
         request = self.effects[index].request
-        return answer(self.writer.ledger, request, request.step)
+        return answer(self.writer.acknowledged, request, request.step)
 
 
 REFUSED = Failure(InvalidRequestError("the mask id", reason="INVALID_FIELD"), retryable=False)

@@ -190,6 +190,7 @@ class Answering:
     def __init__(self) -> None:
         self.step, self.lineage, self.run_id, self.digest = 0, 1, "run", b"d" * 32
         self.evaluated = (0, 0)
+        self.seconds_waited = 0.0
 
     def settle(self) -> None: ...
 
@@ -320,5 +321,5 @@ def test_a_server_keeps_serving_after_its_output_is_closed(tmp_path: Path, text:
 
 
 def test_both_packages_have_the_same_streams_module() -> None:
-    client = ROOT / "client" / "maskwire" / "streams.py"
+    client = ROOT / "client" / "maskwire" / "standard_streams.py"
     assert client.read_text() == (ROOT / "server" / "maskwire_server" / "cli" / "streams.py").read_text()

@@ -9,8 +9,8 @@ import pytest
 
 import maskwire.aio
 import maskwire.client
-from maskwire.protocol.calls import Calls
 from maskwire.protocol.fit import fit
+from maskwire.protocol.sessionless_calls import Calls
 from maskwire.protocol.writer import Writer
 from maskwire.signatures import keep_signature
 
@@ -66,7 +66,7 @@ def test_a_method_written_in_both_clients_declares_the_same_parameters(name: str
 
 
 @pytest.mark.parametrize("trainer", [maskwire.client.Trainer, maskwire.aio.Trainer])
-def test_a_call_has_the_arguments_and_docstring_of_its_conversation(trainer: Any) -> None:
+def test_a_call_has_the_arguments_and_docstring_of_its_operation(trainer: Any) -> None:
     for name in public(Writer):
         source, made = getattr(Writer, name), getattr(trainer, name, None)
         if inspect.isfunction(source) and inspect.isfunction(made):

@@ -12,9 +12,9 @@ import pytest
 import maskwire
 import maskwire.aio
 from maskwire.errors import Failure, MaskwireError, UnavailableError, UnresolvedError, read_failure
-from maskwire.protocol.calls import Calls
 from maskwire.protocol.effects import Call, Pause
 from maskwire.protocol.retry import RetryPolicy
+from maskwire.protocol.sessionless_calls import Calls
 from maskwire.target import check_target
 from maskwire.v1 import training_service_pb2 as pb
 
@@ -131,7 +131,7 @@ MAY_START = [
 ]
 
 
-class Conversation:
+class Operation:
     """A status call, answer by answer, in a time of its own."""
 
     def __init__(self, retry_for: float = 60.0) -> None:
@@ -142,15 +142,15 @@ class Conversation:
 
     def ask(self, *answers: Any, seconds: float = 1.0, call: str = "status") -> str:
         """Give one answer after another, `seconds` apart; how the call ends."""
-        talk = getattr(self.asking, call)()
+        asked = getattr(self.asking, call)()
         try:
-            effect = talk.send(None)
+            effect = asked.send(None)
             for answer in answers:
                 assert isinstance(effect, Call)
                 self.now += seconds
-                effect = talk.send(answer)
+                effect = asked.send(answer)
                 if isinstance(effect, Pause):
-                    effect = talk.send(None)
+                    effect = asked.send(None)
         except StopIteration:
             return "answered"
         except MaskwireError as error:
@@ -163,51 +163,85 @@ def answer(reason: str) -> Failure:
 
 
 def test_a_name_that_does_not_exist_is_refused_at_once() -> None:
-    ended = Conversation().ask(NO_NAME)
+    ended = Operation().ask(NO_NAME)
     assert ended.startswith("UnresolvedError UNRESOLVED: the target's host name does not resolve")
     assert "Domain name not found" in ended
 
 
 @pytest.mark.parametrize("failure", MAY_START, ids=["refused", "no data", "timeout", "temporary"])
 def test_a_server_that_may_start_is_waited_for(failure: Failure) -> None:
-    assert Conversation().ask(*[failure] * 50) == "asks again"
-    assert Conversation().ask(*[failure] * 50, pb.GetStatusResponse()) == "answered"
+    assert Operation().ask(*[failure] * 50) == "asks again"
+    assert Operation().ask(*[failure] * 50, pb.GetStatusResponse()) == "answered"
 
 
 def test_a_name_that_was_reached_before_is_waited_for() -> None:
-    conversation = Conversation()
-    assert conversation.ask(pb.GetStatusResponse()) == "answered"
-    assert conversation.ask(*[NO_NAME] * 50) == "asks again"
-    conversation = Conversation()
-    assert conversation.ask(answer("RECOVERING"), *[NO_NAME] * 50) == "asks again"
+    operation = Operation()
+    assert operation.ask(pb.GetStatusResponse()) == "answered"
+    assert operation.ask(*[NO_NAME] * 50) == "asks again"
+    operation = Operation()
+    assert operation.ask(answer("RECOVERING"), *[NO_NAME] * 50) == "asks again"
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (
+            "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: Failed to connect to "
+            "remote host: Connection refused",
+            "connection refused",
+        ),
+        (
+            "connections to all backends failing; last error: UNAVAILABLE: ipv6:%5B::1%5D:1: connection "
+            "attempt timed out before receiving SETTINGS frame",
+            "connection attempt timed out before receiving SETTINGS frame",
+        ),
+        ("the server said: wait", "the server said: wait"),
+    ],
+)
+def test_a_server_that_does_not_answer_is_reported_with_the_last_cause_alone(text: str, cause: str) -> None:
+    operation = Operation(retry_for=5)
+    ended = operation.ask(*[read_failure(Unreached(text))] * 5)
+    assert operation.waits == [f"waiting for box:1: {cause}"]
+    assert f"did not answer within 5 s ({cause}); is" in ended
+
+
+def test_waits_that_overlap_count_once() -> None:
+    operation = Operation()
+    calls = operation.asking
+    operation.ask(*[REFUSED] * 4, pb.GetStatusResponse())
+    assert calls.seconds_waited == 5
+    calls._count_wait(began=2.0)
+    assert calls.seconds_waited == 5
+    operation.ask(pb.GetStatusResponse())
+    assert calls.seconds_waited == 5, "an answer at once is no wait"
 
 
 @pytest.mark.parametrize("reason", ["HELD", "QUEUE_FULL", "RECOVERING"])
 def test_the_end_of_the_patience_names_the_last_answer(reason: str) -> None:
-    ended = Conversation(retry_for=5).ask(*[answer(reason)] * 5)
+    ended = Operation(retry_for=5).ask(*[answer(reason)] * 5)
     assert ended == (
         f"UnavailableError {reason}: box:1 still answers {reason} after 5 s: {reason} said the server; "
         "`maskwire status -t box:1` shows what it is waiting for"
     )
-    ended = Conversation(retry_for=5).ask(answer(reason), *[REFUSED] * 4)
-    assert "did not answer within 5 s (UNAVAILABLE" in ended
+    ended = Operation(retry_for=5).ask(answer(reason), *[REFUSED] * 4)
+    assert "did not answer within 5 s (connection refused)" in ended
     assert ended.endswith(f"address right? Its last answer, 4 s ago, was {reason}: {reason} said the server")
 
 
 def test_the_end_of_the_patience_says_what_was_asked_for_and_where_to_look() -> None:
-    ended = Conversation(retry_for=3).ask(*[REFUSED] * 3, seconds=1.4)
+    ended = Operation(retry_for=3).ask(*[REFUSED] * 3, seconds=1.4)
     assert "box:1 did not answer within 3 s (" in ended, "not the 4.2 s that it took"
     assert ended.endswith("is the server running and the address right?"), "the status was what was asked"
-    ended = Conversation(retry_for=3).ask(*[REFUSED] * 3, seconds=1.4, call="checkpoints")
+    ended = Operation(retry_for=3).ask(*[REFUSED] * 3, seconds=1.4, call="checkpoints")
     assert ended.endswith("the address right? `maskwire status -t box:1` shows its state.")
 
 
 @pytest.mark.parametrize("advice", ["", "; retry", "; retry with the same request id"])
 def test_a_waiting_client_leaves_out_the_advice_to_retry(advice: str) -> None:
     refused = Failure(UnavailableError(f"the server is recovering{advice}", reason="RECOVERING"), True)
-    conversation = Conversation(retry_for=5)
-    ended = conversation.ask(*[refused] * 5)
-    assert conversation.waits == ["waiting for box:1: the server is recovering"]
+    operation = Operation(retry_for=5)
+    ended = operation.ask(*[refused] * 5)
+    assert operation.waits == ["waiting for box:1: the server is recovering"]
     assert "after 5 s: the server is recovering; `maskwire status" in ended
 
 

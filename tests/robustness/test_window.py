@@ -1,4 +1,4 @@
-"""Steps in flight in virtual time: the client's conversations against the server's admission and queue.
+"""Steps in flight in virtual time: the client's operations against the server's admission and queue.
 
 Each request and each answer takes a time of its own, attempts are cut off by deadlines and resets, and the
 server is killed and comes back with what it had answered. The good batches must be applied once each, in
@@ -22,7 +22,7 @@ import pytest
 
 from maskwire.errors import REASONS, Failure, MaskwireError, UnavailableError
 from maskwire.protocol.codec import hash_of
-from maskwire.protocol.effects import Call, Conversation, Pause, Until
+from maskwire.protocol.effects import Call, Operation, Pause, Until
 from maskwire.protocol.pending_step import PendingStep
 from maskwire.protocol.retry import RetryPolicy
 from maskwire.protocol.writer import Writer
@@ -298,7 +298,7 @@ class World:
 
     # The client.
 
-    def train(self, pending: PendingStep) -> Conversation[Any]:
+    def train(self, pending: PendingStep) -> Operation[Any]:
         """What a client does with a step."""
         yield from self.writer.enter(pending)
         return (yield from self.writer.finish(pending))

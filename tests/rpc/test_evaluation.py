@@ -19,7 +19,7 @@ import maskwire
 import maskwire.aio
 from maskwire.data.token_data import TokenData
 from maskwire.errors import InvalidRequestError, StepMovedError
-from maskwire.protocol.evaluation import combine
+from maskwire.protocol.evaluation_plan import combine
 from maskwire.results import EvalResult
 
 

@@ -452,6 +452,6 @@ def test_conflicts_reach_the_client_as_its_errors(serve: Serve, stub: Stub) -> N
     server = serve(seconds=0)
     with maskwire.connect(server.address) as trainer:
         trainer.train_step(tokens(0))
-        trainer._writer.ledger.position = 0, b"\0" * 32  # as after an answer that was lost for good
+        trainer._writer.acknowledged.position = 0, b"\0" * 32  # as after an answer that was lost for good
         with pytest.raises(ConflictError, match="step 1 was applied"):
             trainer.train_step(tokens(1))

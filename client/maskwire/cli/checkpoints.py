@@ -10,7 +10,7 @@ import typer
 
 from maskwire.cli.display import checkpoint_table, show
 from maskwire.cli.options import Json, ServerConnection, with_server
-from maskwire.progress import byte_progress
+from maskwire.progress_bar import byte_progress
 from maskwire.protocol.download import MANIFEST
 
 checkpoint_app = typer.Typer(
@@ -42,7 +42,12 @@ def save(
     as_json: Json = False,
 ) -> None:
     """Save the run as a checkpoint, at the current step."""
-    labels = dict(text.partition("=")[::2] for text in label or [])
+    labels = {}
+    for text in label or []:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--label must be KEY=VALUE, got {text}")
+        labels[key] = value
     with server.attach() as client:
         info = client.checkpoint(name, labels=labels, score=score)
     show(info, as_json, lambda: f"{info.name}  step {info.step}  {info.size_bytes / 1e6:.1f} MB")

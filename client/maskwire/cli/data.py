@@ -13,7 +13,7 @@ from maskwire.cli.display import show
 from maskwire.cli.options import AnyFormat, Json, Pattern
 from maskwire.data.prepare import prepare as prepare_data
 from maskwire.data.prepared_folder import BYTES, PreparedMetadata
-from maskwire.progress import byte_progress
+from maskwire.progress_bar import byte_progress
 
 data_app = typer.Typer(no_args_is_help=True)
 

@@ -32,15 +32,16 @@ def eval_table(found: EvalResult, chain_rule: str | None = None) -> Table:
         show_header=False,
     )
     error = "" if found.standard_error is None else f" ± {found.standard_error / math.log(2):.4f}"
-    kind = chain_rule or "negative ELBO"
+    kind = (chain_rule or "negative ELBO") + (", ± standard error over rows" if error else "")
     table.add_row("bits per token", f"{found.bits_per_token:.4f}{error} ({kind})")
     table.add_row("nats per token", f"{found.nats_per_token:.4f}")
     if found.monte_carlo_error is not None:
-        table.add_row("error from the draws", f"± {found.monte_carlo_error / math.log(2):.4f} bits per token")
+        source = "± from the random orders" if chain_rule else "± from the random masks"
+        table.add_row(source, f"{found.monte_carlo_error / math.log(2):.4f} bits per token")
     if found.bits_per_byte is not None:
         table.add_row("bits per byte", f"{found.bits_per_byte:.4f}")
     table.add_row("perplexity", f"{found.perplexity:.3f}")
-    table.add_row("loss", f"{found.loss:.4f}")
+    table.add_row("training loss", f"{found.loss:.4f}")
     table.add_row("accuracy" if chain_rule else "accuracy at masked positions", f"{found.accuracy:.1%}")
     if found.losses.critic_loss is not None and found.critic_accuracy is not None:
         table.add_row("critic", f"loss {found.losses.critic_loss:.4f}, {found.critic_accuracy:.1%} correct")
@@ -79,13 +80,15 @@ def status_table(found: Status, until_step: int | None = None) -> Table:
     table.add_row("state", f"{found.state.name} since {found.state_since:%Y-%m-%d %H:%M:%S} UTC{waiting}")
     table.add_row("run", f"{found.run_id}, lineage {found.lineage}")
     table.add_row("step", f"{found.step} ({found.durable_step} durable), digest {found.digest.hex()[:16]}")
-    table.add_row("speed", f"{found.steps_per_second:.2f} steps/s, {found.tokens_per_second:,.0f} tokens/s")
+    speed = f"{found.steps_per_second:.2f} steps/s, {found.tokens_per_second:,.0f} tokens/s"
+    table.add_row("speed (last minute)", speed)
     if until_step is not None:
         left = seconds_left(found, until_step)
         words = "unknown: nothing was trained in the last minute" if left is None else f"{left:,.0f} s"
         table.add_row(f"time to step {until_step}", words)
     table.add_row("queue", f"{found.queue_length} of {found.queue_limit} requests")
-    table.add_row("writer", f"{found.writer or 'none'} (epoch {found.epoch})")
+    sessions = f"{found.epoch} session{'' if found.epoch == 1 else 's'} so far"
+    table.add_row("writer", f"{found.writer} (epoch {found.epoch})" if found.writer else f"none ({sessions})")
     if found.model is not None:
         table.add_row("model", f"{found.model.parameters:,} parameters, {found.model.objective}")
     if found.tokenizer:

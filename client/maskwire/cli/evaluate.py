@@ -16,6 +16,7 @@ from maskwire.cli.options import (
     Paths,
     Pattern,
     ServerConnection,
+    row_length,
     with_server,
 )
 from maskwire.cli.train import check_tokenizer
@@ -23,7 +24,7 @@ from maskwire.client import Client
 from maskwire.data.file_data import open_data
 from maskwire.data.token_data import TokenData
 from maskwire.errors import UnavailableError
-from maskwire.protocol.options import EvalOptions
+from maskwire.protocol.call_options import EvalOptions
 from maskwire.results import EvalResult
 from maskwire.safe_output import on_terminal, tell
 
@@ -93,11 +94,9 @@ def evaluate(
     with server.attach() as client:
         status = client.status()
         if status.model is None:
-            raise UnavailableError(
-                "the server is still building the model; run the command again in a moment"
-            )
+            raise UnavailableError("the server is still building the model; run the command again")
         check_tokenizer(status.tokenizer, data.tokenizer, "the run")
-        data = data.cropped(length or status.model.max_seq_len)
+        data = data.cropped(row_length(length, status.model))
         found = _evaluate(client, data, rows, shown=not as_json, batch_size=batch_size, **options)
     words = None if not chain_rule else f"chain rule, {(order or 'left_to_right').replace('_', ' ')}"
     show(found, as_json, lambda: eval_table(found, words))
@@ -107,7 +106,7 @@ def _evaluate(
     client: Client, data: TokenData, rows: int | None, *, shown: bool, **options: Any
 ) -> EvalResult:
     """Evaluate, and report the progress on stderr, also when Ctrl-C ends it."""
-    from maskwire.progress import row_progress
+    from maskwire.progress_bar import row_progress
 
     done, total = 0, len(data.whole()) if rows is None else rows
     if shown and not on_terminal():  # the first call can take long, and shows no progress

@@ -23,7 +23,7 @@ from maskwire.errors import (
     UnavailableError,
 )
 from maskwire.safe_output import tell
-from maskwire.streams import OUTPUT
+from maskwire.standard_streams import OUTPUT
 
 REFUSED, USAGE, UNAVAILABLE, SESSION, HISTORY, ACCESS = 1, 2, 3, 4, 5, 6
 INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT, 128 + SIGTERM
@@ -31,7 +31,7 @@ INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT, 128 + SIGTERM
 CODES = {
     0: "success, also if the reader of the output closes it early",
     REFUSED: "refused: the server rejected the request or one of its values, such as a checkpoint's name or "
-    "--length, and nothing changed; or the server is not healthy",
+    "--draws, and nothing changed; or the server is not healthy",
     USAGE: "wrong usage: an option, a path or data that cannot be used",
     UNAVAILABLE: "no answer from the server within --retry-for",
     SESSION: "session lost or refused: another writer has the run or took it over, or the run was restored",
@@ -45,7 +45,11 @@ CODES = {
 
 DATA_IN_USE = "DATA_IN_USE"  # only in this module: DataChangedError has no reason
 _REMEDIES = {
-    "DATA_CHANGED": {"allow_changed_data": "--allow-changed-data"},
+    "DATA_CHANGED": {
+        "allow_changed_data": "--allow-changed-data",
+        "train on the data split with held_out=": "repeat --eval-every and --held-out ",
+        "train on the data without a split": "leave out --eval-every, or give --eval-data too",
+    },
     DATA_IN_USE: {
         "or open the data again": "or run the command again; `maskwire train` then needs --allow-changed-data"
     },

@@ -151,9 +151,7 @@ def generate(
     with server.attach() as client:
         status = client.status()
         if status.model is None:
-            raise UnavailableError(
-                "the server is still building the model; run the command again in a moment"
-            )
+            raise UnavailableError("the server is still building the model; run the command again")
         model = status.model
         given = read_prompts(prompt or [], prompt_ids or [], gap=gap, length=length, model=model)
         rows = [each for each in given for _ in range(count)]

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from rich.console import Group
 from rich.text import Text
 
+from maskwire.cli.options import row_length
 from maskwire.results import GenerateResult, ModelInfo
 
 MASKED = "░"
@@ -33,7 +34,8 @@ def read_prompts(
 ) -> list[Prompt]:
     """Parse texts and lists of ids as prompts, and extend each with gaps up to `length`.
 
-    Raises ValueError for a text if the model's ids are not bytes, and for a malformed list of ids.
+    Raises ValueError for a text if the model's ids are not bytes, for a length that the model does not take,
+    and for a malformed list of ids.
     """
     if not gap:
         raise ValueError("--gap must not be empty: it is the character that marks one token to fill")
@@ -42,10 +44,7 @@ def read_prompts(
             "--prompt needs a model of bytes (num_tokens 257, mask_id 256), but this one has num_tokens "
             f"{model.num_tokens}, mask_id {model.mask_id}; give token ids with --prompt-ids"
         )
-    if length is not None and not 1 <= length <= model.max_seq_len:
-        raise ValueError(
-            f"--length must be 1 to {model.max_seq_len}, the longest row of the model, got {length}"
-        )
+    row_length(length, model)
     rows = [_from_text(text, gap, model.mask_id) for text in texts]
     rows += [_from_list(words, gap, model.mask_id) for words in lists]
     longest = max((len(row) for row in rows), default=0)

@@ -16,6 +16,7 @@ import typer
 from maskwire.cli import exit_codes
 from maskwire.client import Client, Trainer, attach, connect
 from maskwire.credentials import CredentialOptions
+from maskwire.results import ModelInfo
 from maskwire.safe_output import tell
 
 DEFAULT_TARGET = "127.0.0.1:50051"
@@ -61,6 +62,16 @@ Length = Annotated[
         help="Tokens per row. By default the longest row that the model takes.", rich_help_panel=DATA_PANEL
     ),
 ]
+
+
+def row_length(length: int | None, model: ModelInfo) -> int:
+    """Tokens per row: --length, or the longest row of the model. Raises ValueError if it is too long."""
+    if length is not None and not 1 <= length <= model.max_seq_len:
+        raise ValueError(
+            f"--length must be 1 to {model.max_seq_len}, the longest row of the model, got {length}"
+        )
+    return model.max_seq_len if length is None else length
+
 
 _CONNECTION = "Connection"
 _SECURITY = "TLS and token"

@@ -16,7 +16,7 @@ from maskwire.cli.options import Json, ServerConnection, with_server
 from maskwire.client import Client
 from maskwire.credentials import Endpoint
 from maskwire.errors import UnavailableError, read_failure
-from maskwire.streams import reader_gone
+from maskwire.standard_streams import reader_gone
 
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 
@@ -63,7 +63,9 @@ def health(
     ] = "",
     as_json: Json = False,
 ) -> None:
-    """Check the server: exit code 0 if it is serving, 1 if not, 3 if there is no answer in --retry-for."""
+    """Check the server: exit code 0 if it is serving, 1 if not, 3 if there is no answer within
+    --retry-for seconds.
+    """
     endpoint = Endpoint.of(server.target, **server.credentials)
     with endpoint.channel() as channel:
         # The messages of grpc.health.v1 are encoded by hand, which saves the client a dependency: field 1 of
@@ -81,7 +83,8 @@ def health(
                 raise ValueError(f"--service must be empty or 'liveness', got {service!r}") from None
             if failure.unreachable:
                 raise UnavailableError(
-                    f"{failure.error}; is the server running and the address right?",
+                    f"{server.target} did not answer ({failure.error}); is the server running and the "
+                    "address right?",
                     reason=failure.error.reason,
                 ) from None
             raise failure.error from None

@@ -19,6 +19,7 @@ from maskwire.cli.options import (
     Paths,
     Pattern,
     ServerConnection,
+    row_length,
     with_server,
 )
 from maskwire.client import Trainer
@@ -26,10 +27,12 @@ from maskwire.data.file_data import holds_tokens, open_data
 from maskwire.data.token_data import TokenData
 from maskwire.errors import TokenizerError
 from maskwire.results import EvalResult
+from maskwire.safe_output import tell
 
 _EVALUATION = "Evaluation"
 _SAVING = "Checkpoints and metrics"
 _SESSION = "Session"
+_HELD_OUT = 0.05
 
 
 @with_server(retry_for=300.0)
@@ -53,12 +56,13 @@ def train(
     dtype: Dtype = None,
     any_format: AnyFormat = False,
     held_out: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Share of the documents (files) to hold out for --eval-every and never train on.",
+            help="Share of the documents (files) to hold out for --eval-every and never train on. By default "
+            f"{_HELD_OUT}.",
             rich_help_panel=_EVALUATION,
         ),
-    ] = 0.05,
+    ] = None,
     eval_data: Annotated[
         Path | None,
         typer.Option(help="Evaluate on this data, and train on all of PATH.", rich_help_panel=_EVALUATION),
@@ -113,7 +117,13 @@ def train(
             rich_help_panel=DATA_PANEL,
         ),
     ] = False,
-    window: Annotated[int, typer.Option(help="Maximum steps in flight.", rich_help_panel=_SESSION)] = 4,
+    window: Annotated[
+        int,
+        typer.Option(
+            help="Steps sent before the first answer arrives (hides network latency).",
+            rich_help_panel=_SESSION,
+        ),
+    ] = 4,
     as_json: Json = False,
 ) -> None:
     """Train on files until the run has reached a step.
@@ -127,10 +137,13 @@ def train(
     ):  # fmt: skip
         if value is not None and value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
-    if eval_data is not None and not eval_every:
-        raise ValueError("--eval-data needs --eval-every, the number of steps between evaluations")
-    if save_best and not eval_every:
-        raise ValueError("--save-best needs --eval-every, the number of steps between evaluations")
+    for option, wanted in (
+        ("--eval-data", eval_data is not None),
+        ("--held-out", held_out is not None),
+        ("--save-best", save_best),
+    ):
+        if wanted and not eval_every:
+            raise ValueError(f"{option} needs --eval-every, the number of steps between evaluations")
     options: dict[str, Any] = {
         "length": 1 if length is None else length,
         "batch_size": batch_size,
@@ -144,11 +157,16 @@ def train(
         apart = open_data(eval_data, dtype=None if holds_tokens(eval_data) else dtype, **options)
         check_tokenizer(data.tokenizer, apart.tokenizer, "the training data")
     elif eval_every:
-        data, apart = data.split(held_out)
+        data, apart = _split(data, _HELD_OUT if held_out is None else held_out)
     with server.connect(name=name, takeover=takeover, window=window) as trainer:
-        rows = length or trainer.model.max_seq_len
-        data = data.cropped(rows)
-        evaluate = None if apart is None else _evaluation(apart.cropped(rows), eval_rows)
+        columns = row_length(length, trainer.model)
+        data = data.cropped(columns)
+        evaluate = None if apart is None else _evaluation(apart.cropped(columns), eval_rows)
+        if trainer.step < until_step and not as_json:
+            tell(
+                f"training from step {trainer.step} to {until_step}: {batch_size} rows of {columns} tokens "
+                "per step"
+            )
         result = trainer.fit(
             data,
             until_step=until_step,
@@ -196,6 +214,15 @@ def check_tokenizer(ours: str, theirs: str, whose: str) -> None:
             f"{whose} uses tokenizer {ours}, this data {theirs}: prepare the data with the same tokenizer",
             reason="TOKENIZER_MISMATCH",
         )
+
+
+def _split(data: TokenData, held_out: float) -> tuple[TokenData, TokenData]:
+    """Split into (training, held out). The message of an error names the options."""
+    try:
+        return data.split(held_out)
+    except ValueError as error:
+        words = str(error).replace("held_out=", "--held-out ")
+        raise ValueError(words.replace("evaluate on other data", "give --eval-data")) from None
 
 
 def _evaluation(data: TokenData, rows: int) -> Callable[[Trainer], EvalResult]:

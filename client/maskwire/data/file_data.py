@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from maskwire.data.documents import Documents, load_array
 from maskwire.data.file_array import FileArray
 from maskwire.data.file_discovery import find_files
 from maskwire.data.file_types import refuse_other_than_packed
@@ -21,6 +20,7 @@ from maskwire.data.prepared_folder import (
     refuse_part,
 )
 from maskwire.data.token_data import TokenData
+from maskwire.data.token_documents import Documents, load_array
 
 PACKED_TYPES = ("uint8", "uint16", "int32")
 _OTHER_TYPES = {

@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from maskwire.data.documents import Documents, narrowest
+from maskwire.data.token_documents import Documents, narrowest
 
 _MAX_HASHED = 2**24  # ids; larger data is sampled
 _BLOCKS, _BLOCK = 2**12, 2**12  # blocks, ids per block

@@ -18,10 +18,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from maskwire.data.documents import Documents
 from maskwire.data.file_array import Ids
 from maskwire.data.file_discovery import find_files
 from maskwire.data.prepared_folder import BYTES, DOCUMENTS, METADATA, TOKENS, PreparedMetadata
+from maskwire.data.token_documents import Documents
 
 _BATCH_BYTES, _BATCH_FILES = 8 * 2**20, 64  # tokenized in parallel on all cores
 

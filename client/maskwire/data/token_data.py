@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from maskwire.arguments import check_whole
-from maskwire.data.documents import DocumentRows, Documents
 from maskwire.data.file_array import Ids
 from maskwire.data.fingerprint import content_hash
+from maskwire.data.token_documents import DocumentRows, Documents
 
 Rows = Ids | list[Ids]
 
@@ -153,16 +153,15 @@ class TokenData:
             )
         if len(self._documents) < 2:
             raise ValueError(
-                "one document cannot be split into training and held-out data: use other data for the "
-                "evaluation (--eval-data), or several files"
+                "one document cannot be split into training and held-out data: give several files, or "
+                "evaluate on other data"
             )
         fractions = np.array([self._documents.fraction(i) for i in range(len(self._documents))])
         apart = fractions < held_out
         if apart.all() or not apart.any():
             raise ValueError(
-                f"held_out = {held_out} holds out {apart.sum()} of {apart.size} documents, but both parts "
-                f"need one: use {_working_share(fractions)}other data for the evaluation (--eval-data), or "
-                "more files"
+                f"held_out={held_out} selected {'all' if apart.all() else 'none'} of the {apart.size} "
+                f"documents (each is selected by a hash of its content). {_working_share(fractions)}"
             )
         training, evaluation = self._subset(~apart), self._subset(apart)
         training._held_out = held_out
@@ -197,8 +196,8 @@ class TokenData:
 
 
 def _working_share(fractions: npt.NDArray[np.float64]) -> str:
-    """Advice on the smallest share, in whole percent, that holds out some of these documents but not all."""
+    """Advice on the smallest share, in whole percent, that selects some of these documents but not all."""
     share = (int(fractions.min() * 100) + 1) / 100
     if share >= 1 or (fractions < share).all():
-        return ""
-    return f"--held-out {share:g} (held_out={share:g}) to hold out {(fractions < share).sum()}, "
+        return "Give more files, or evaluate on other data."
+    return f"Set held_out={share:g}, which selects {(fractions < share).sum()}, or evaluate on other data."

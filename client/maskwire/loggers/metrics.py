@@ -240,7 +240,4 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 def _require(holds: bool, path: str | Path, line: bytes) -> None:
     if not holds:
-        raise ValueError(
-            f"{path} is not a file of metrics: it ends with {line[:40]!r}, which is no line of metrics; name "
-            "another file"
-        )
+        raise ValueError(f"{path} is not a metrics file: its last line is {line[:40]!r}; choose another file")

@@ -1,8 +1,9 @@
-"""Progress of training, as lines for logs. The live bar for terminals is `maskwire.progress`."""
+"""Progress of training, as lines for logs. The live bar for terminals is `maskwire.progress_bar`."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from maskwire.safe_output import PLAIN_EVERY_SECONDS, on_terminal, tell
@@ -21,15 +22,26 @@ class TrainingProgress(Protocol):
         """Stop: training has ended."""
 
 
-def training_progress(wanted: bool, step: int, until_step: int) -> TrainingProgress:
-    """Return a live bar on a terminal and lines elsewhere, or no progress at all."""
+def training_progress(
+    wanted: bool, step: int, until_step: int, waited: Callable[[], float] = lambda: 0.0
+) -> TrainingProgress:
+    """Return a live bar on a terminal and lines elsewhere, or no progress at all.
+
+    `waited()` returns the seconds for which the client has waited for the server. They do not count for the
+    rate and the time left.
+    """
     if not wanted:
         return NoProgress()
-    if on_terminal():
-        from maskwire.progress import Bar  # imports rich, which takes a while
+    start = time.monotonic() - waited()
 
-        return Bar(step, until_step)
-    return ProgressLines(step, until_step)
+    def elapsed() -> float:
+        return max(time.monotonic() - waited() - start, 1e-9)
+
+    if on_terminal():
+        from maskwire.progress_bar import Bar  # imports rich, which takes a while
+
+        return Bar(step, until_step, elapsed)
+    return ProgressLines(step, until_step, elapsed)
 
 
 class NoProgress:
@@ -48,9 +60,9 @@ class NoProgress:
 class ProgressLines:
     """Prints a line on stderr every few seconds."""
 
-    def __init__(self, step: int, until_step: int) -> None:
-        self._first_step, self._until_step = step, until_step
-        self._began = self._printed = time.monotonic()
+    def __init__(self, step: int, until_step: int, elapsed: Callable[[], float]) -> None:
+        self._first_step, self._until_step, self._elapsed = step, until_step, elapsed
+        self._printed = time.monotonic()
         self._tokens = 0
         self._unprinted = ""
 
@@ -58,7 +70,7 @@ class ProgressLines:
         """Print a line if the last one is old enough."""
         self._tokens += tokens
         now = time.monotonic()
-        elapsed = max(now - self._began, 1e-9)
+        elapsed = self._elapsed()
         left = elapsed / max(1, step - self._first_step) * (self._until_step - step)
         self._unprinted = (
             f"step {step}/{self._until_step}  loss {loss:.4f}  {self._tokens / elapsed:,.0f} tokens/s  "

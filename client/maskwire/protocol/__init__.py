@@ -1,1 +1,1 @@
-"""The client's protocol, without I/O: conversations, which the blocking and the asyncio driver perform."""
+"""The client's protocol, without I/O: operations, which the blocking and the asyncio driver perform."""

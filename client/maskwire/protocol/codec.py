@@ -16,7 +16,7 @@ from maskwire.v1.digest import DigestVersion, payload_hash
 
 
 def _names(kind: Any, *own: str) -> list[str]:
-    """What a call may be told: its message's fields but those that the client fills in itself."""
+    """The options of a call: its message's fields, except those that the client sets itself."""
     return ["lengths", "prompt_mask", *(name for name in kind.DESCRIPTOR.fields_by_name if name not in own)]
 
 
@@ -158,7 +158,7 @@ def _given(message: Any, name: str) -> Any:
 
 
 def read_losses(losses: pb.Losses) -> results.Losses:
-    """Absent stays absent."""
+    """Unset losses stay None."""
     return results.Losses(losses.loss, _given(losses, "generator_loss"), _given(losses, "critic_loss"))
 
 
@@ -261,7 +261,7 @@ def read_generation(response: pb.GenerateResponse) -> results.GenerateResult:
 
 
 def read_model(model: pb.ModelInfo) -> results.ModelInfo:
-    """What is served."""
+    """The served model."""
     return results.ModelInfo(
         model.num_tokens,
         model.mask_id,
@@ -288,7 +288,7 @@ def read_limits(limits: pb.Limits) -> results.Limits:
 
 
 def read_checkpoint(info: pb.CheckpointInfo) -> results.CheckpointInfo:
-    """A whole checkpoint."""
+    """A complete checkpoint."""
     return results.CheckpointInfo(
         name=info.name,
         lineage=info.lineage,
@@ -311,7 +311,7 @@ def read_inexact_replays(replays: Iterable[pb.InexactReplay]) -> tuple[results.I
 
 
 def read_status(status: pb.GetStatusResponse) -> results.Status:
-    """Is it stuck or working?"""
+    """Decode state, progress and what the run is waiting for."""
     newest = status.newest_checkpoint if status.HasField("newest_checkpoint") else None
     return results.Status(
         state=results.RunState(status.state),

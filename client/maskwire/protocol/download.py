@@ -175,7 +175,7 @@ class PartialFile:
 
     @property
     def name_taken(self) -> bool:
-        """Whether another file has this file's name."""
+        """Whether a different file already exists under this name."""
         return not self.complete and self._path.exists()
 
     def open(self) -> None:

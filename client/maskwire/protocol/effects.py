@@ -1,8 +1,8 @@
 """Effects: what the protocol asks its driver to do.
 
-The protocol does no I/O. Each call of the client is a conversation: a generator that yields effects, is sent
+The protocol does no I/O. Each call of the client is an operation: a generator that yields effects, is sent
 the outcome of each, and returns the call's result. The blocking and the asyncio client differ only in how
-their drivers perform effects. A driver runs one conversation at a time between two effects, so the protocol
+their drivers perform effects. A driver runs one operation at a time between two effects, so the protocol
 needs no locks.
 """
 
@@ -55,7 +55,7 @@ class Receive:
 
 @dataclass(frozen=True)
 class Emit:
-    """Hand a value to the caller, who iterates over the conversation."""
+    """Hand a value to the caller, who iterates over the operation."""
 
     value: Any
 
@@ -69,25 +69,26 @@ class Pause:
 
 @dataclass(frozen=True)
 class Until:
-    """Wait until a condition holds. Other conversations make it true."""
+    """Wait until a condition holds. Other operations make it true."""
 
     holds: Callable[[], bool]
 
 
 @dataclass(frozen=True)
 class Work:
-    """Run a function that takes time, while other conversations continue. The outcome is its result."""
+    """Run a function that takes time, while other operations continue. The outcome is its result."""
 
     function: Callable[[], Any]
 
 
 Effect = Call | Receive | Emit | Pause | Work | Until
-Conversation = Generator[Effect, Any, T]
+Operation = Generator[Effect, Any, T]
+"""A generator of effects that returns a call's result."""
 
 
-def end_conversation(conversation: Conversation[object], error: Exception | None) -> None:
-    """End a conversation early: by the error that its last effect raised, or None if its caller left."""
-    if error is not None and inspect.getgeneratorstate(conversation) == inspect.GEN_SUSPENDED:
+def end_operation(operation: Operation[object], error: Exception | None) -> None:
+    """End an operation early: by the error that its last effect raised, or None if its caller left."""
+    if error is not None and inspect.getgeneratorstate(operation) == inspect.GEN_SUSPENDED:
         with contextlib.suppress(Exception):  # the driver raises it
-            conversation.throw(error)
-    conversation.close()
+            operation.throw(error)
+    operation.close()

@@ -20,9 +20,9 @@ from maskwire.errors import DataMismatchError, UnimplementedError
 from maskwire.loggers.metrics import Metrics, evaluation_line
 from maskwire.loggers.progress import TrainingProgress, training_progress
 from maskwire.protocol import codec
+from maskwire.protocol.call_options import StepOptions
 from maskwire.protocol.effects import Work
 from maskwire.protocol.fit_window import Data, FitResult, Fitting, FitWindow, ResultOf
-from maskwire.protocol.options import StepOptions
 from maskwire.results import EvalResult, StepResult
 
 __all__ = ["Data", "FitResult", "Fitting", "ResultOf", "StopTraining", "fit"]
@@ -94,7 +94,7 @@ def fit(
     if save_best and not (evaluate and eval_every):
         raise ValueError("save_best needs evaluate and eval_every, which say what to save the best of")
     if isinstance(progress, bool):
-        progress = training_progress(progress, trainer.step, until_step)
+        progress = training_progress(progress, trainer.step, until_step, lambda: trainer.seconds_waited)
     window = FitWindow(trainer, data, result, progress, on_step, dict(options))
     milestones = _Milestones(
         trainer,
@@ -162,7 +162,7 @@ class _Milestones:
         return min([until_step, *((self._result.step // every + 1) * every for every in intervals)])
 
     def make_up(self) -> Fitting[None]:
-        """Do what an earlier call was stopped before, at the run's current step."""
+        """Run the evaluation or checkpoint of the current step that an interrupted call did not finish."""
         trainer, step = self._trainer, self._result.step
         if self._save_best:
             saved = yield trainer.checkpoints
@@ -175,7 +175,7 @@ class _Milestones:
                 yield from self._save()
 
     def reach(self) -> Fitting[None]:
-        """Do what is due at the current step."""
+        """Run the evaluation and the checkpoint that are due at the current step."""
         if self._due(self._eval_every):
             yield from self._run_evaluation()
         if self._due(self._checkpoint_every):
@@ -185,8 +185,8 @@ class _Milestones:
         return bool(every) and self._result.step % (every or 1) == 0
 
     def _save(self, score: float | None = None) -> Fitting[None]:
-        place = {"expected_lineage": self._trainer.lineage, "expected_step": self._result.step}
-        saved = yield partial(self._trainer.checkpoint, score=score, **place)
+        position = {"expected_lineage": self._trainer.lineage, "expected_step": self._result.step}
+        saved = yield partial(self._trainer.checkpoint, score=score, **position)
         self._progress.say(f"step {self._result.step}: checkpoint {saved.name}")
 
     def _run_evaluation(self) -> Fitting[None]:
@@ -232,7 +232,7 @@ def _record_data(trainer: Any, data: Any, allow_changed: bool) -> Fitting[None]:
         try:
             yield partial(trainer.use_data, fingerprint, allow_changed=allow_changed)
         except DataMismatchError as error:
-            raise _with_newest_files(error, _files_of(data)) from None
+            raise _with_cause(error, trainer.data, fingerprint, _files_of(data)) from None
 
 
 def _files_of(data: Any) -> list[Path]:
@@ -241,9 +241,25 @@ def _files_of(data: Any) -> list[Path]:
     return files
 
 
-def _with_newest_files(error: DataMismatchError, files: list[Path]) -> DataMismatchError:
-    """Add the files written last to the error: the run records a hash of the data, no file names."""
-    if "content" not in error.metadata.get("changed", "").split(","):
+def _with_cause(
+    error: DataMismatchError, recorded: dict[str, str], given: dict[str, str], files: list[Path]
+) -> DataMismatchError:
+    """Add the probable cause to the error: another split, or else the files that were written last.
+
+    The run records a hash of the data, no file names.
+    """
+    changed = error.metadata.get("changed", "").split(",")
+    if "held_out" in changed:
+        share = recorded.get("held_out")
+        cure = f"the data split with held_out={share}" if share else "the data without a split"
+        text = str(error)
+        return type(error)(
+            f"held_out was {share or 'not set'} and is {given.get('held_out', 'not set')}: train on {cure}. "
+            f"{text[:1].upper()}{text[1:]}",
+            reason=error.reason,
+            metadata=error.metadata,
+        )
+    if "content" not in changed:
         return error
     times = {path: path.stat().st_mtime for path in files if path.exists()}
     newest = sorted(times, key=lambda path: times[path], reverse=True)[:_FILES_SHOWN]

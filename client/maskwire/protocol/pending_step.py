@@ -19,7 +19,9 @@ class PendingStep:
     def __init__(self, request: pb.TrainStepRequest, step: int | None) -> None:
         self.request = request
         self.required_number = step
-        """The number that the step must have; None: the one that follows from its place."""
+        """The number that the step must have; None: the one that follows from its position in the submission
+        order.
+        """
         self.started = False
         """It may have been sent."""
         self.sent_number = 0
@@ -29,7 +31,7 @@ class PendingStep:
         self.answer: pb.TrainStepResponse | None = None
         """The server's answer, while the answers of earlier steps are outstanding."""
         self.digest_version = DigestVersion(1)
-        """How to hash the payload; set when the step gets its place."""
+        """How to hash the payload; set when the step gets its position in the submission order."""
         self._hash: bytes | None = None
         self._hashing = threading.Lock()
 

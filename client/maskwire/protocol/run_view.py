@@ -34,17 +34,27 @@ class RunView:
     @property
     def run_id(self) -> str:
         """Id of the run."""
-        return self._writer.ledger.session.run_id
+        return self._writer.acknowledged.session.run_id
 
     @property
     def lineage(self) -> int:
         """Number of the current lineage; each restore starts the next one."""
-        return self._writer.ledger.session.lineage
+        return self._writer.acknowledged.session.lineage
 
     @property
     def step(self) -> int:
         """The last acknowledged step."""
-        return self._writer.ledger.step
+        return self._writer.acknowledged.step
+
+    @property
+    def data(self) -> dict[str, str]:
+        """The recorded fingerprint of the run's training data; empty: not recorded."""
+        return self._writer.data
+
+    @property
+    def seconds_waited(self) -> float:
+        """Seconds for which this client has waited for the server to answer again."""
+        return self._writer.seconds_waited
 
     @property
     def evaluated(self) -> tuple[int, int]:
@@ -54,4 +64,4 @@ class RunView:
     @property
     def digest(self) -> bytes:
         """The digest after the last acknowledged step; the server has the same."""
-        return self._writer.ledger.digest
+        return self._writer.acknowledged.digest

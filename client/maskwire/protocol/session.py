@@ -8,16 +8,16 @@ from maskwire import results
 from maskwire.errors import FencedError, WriterPresentError
 from maskwire.process_identity import default_name, holder_of, is_gone, this_process
 from maskwire.protocol import codec
-from maskwire.protocol.calls import Calls, new_id
-from maskwire.protocol.effects import Conversation, Until
-from maskwire.protocol.ledger import Ledger
+from maskwire.protocol.acknowledged import AcknowledgedHistory
+from maskwire.protocol.effects import Operation, Until
 from maskwire.protocol.retry import RetryPolicy
+from maskwire.protocol.sessionless_calls import Calls, new_id
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import VERSIONS
 
 
 class Session(Calls):
-    """Conversations about the session, and what the server said about the run when it was last opened."""
+    """Operations about the session, and what the server said about the run when it was last opened."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Session(Calls):
         self.name = name or default_name()
         self.took_over = ""
         """A message about the open session that this one took over; empty: there was none."""
-        self.ledger = Ledger()
+        self.acknowledged = AcknowledgedHistory()
         self.model: results.ModelInfo
         self.limits: results.Limits
         self.tokenizer = ""
@@ -57,18 +57,18 @@ class Session(Calls):
         began: float | None = None,
         data: Mapping[str, str] | None = None,
         allow_changed_data: bool = False,
-    ) -> Conversation[None]:
+    ) -> Operation[None]:
         """Open the session, or confirm it and that the server has this client's history.
 
-        `replace`: open another session, as a client that holds no history.
+        `replace`: open a new session without claiming any history.
         """
         nonce = new_id() if replace else self._nonce
         request = pb.OpenSessionRequest(
             client_name=self.name,
             nonce=nonce,
             takeover=takeover,
-            held_epoch=None if replace else self.ledger.session.epoch or None,
-            history=None if replace else self.ledger.history(),
+            held_epoch=None if replace else self.acknowledged.session.epoch or None,
+            history=None if replace else self.acknowledged.history(),
             tokenizer=tokenizer,
             data=data,
             allow_changed_data=allow_changed_data,
@@ -79,13 +79,13 @@ class Session(Calls):
         response = yield from self._open(request, began)
         if response.HasField("superseded"):
             self.took_over = _took_over(response.superseded, request)
-        if replace or not self.ledger.digest:
+        if replace or not self.acknowledged.digest:
             self._nonce = nonce
-            self.ledger = Ledger()
-            self.ledger.open(response)
-        elif response.session.epoch != self.ledger.session.epoch:
+            self.acknowledged = AcknowledgedHistory()
+            self.acknowledged.open(response)
+        elif response.session.epoch != self.acknowledged.session.epoch:
             raise FencedError(
-                f"the session's epoch {self.ledger.session.epoch} was replaced by "
+                f"the session's epoch {self.acknowledged.session.epoch} was replaced by "
                 f"{response.session.epoch}; connect again",
                 reason="FENCED",
             )
@@ -96,10 +96,8 @@ class Session(Calls):
         self.data = dict(response.data)
         self.evaluated = (response.evaluated_lineage, response.evaluated_step)
 
-    def _open(
-        self, request: pb.OpenSessionRequest, began: float | None
-    ) -> Conversation[pb.OpenSessionResponse]:
-        """Ask for the session, also for one whose process has ended."""
+    def _open(self, request: pb.OpenSessionRequest, began: float | None) -> Operation[pb.OpenSessionResponse]:
+        """Open the session. If its holder's process has ended, take it over."""
         while True:
             try:
                 response: pb.OpenSessionResponse = yield from self._ask(
@@ -114,9 +112,9 @@ class Session(Calls):
 
     def close_request(self) -> pb.CloseSessionRequest | None:
         """Return the request that ends the session; None if none is open."""
-        return pb.CloseSessionRequest(session=self.ledger.session) if self.ledger.digest else None
+        return pb.CloseSessionRequest(session=self.acknowledged.session) if self.acknowledged.digest else None
 
-    def use_tokenizer(self, tokenizer: str) -> Conversation[None]:
+    def use_tokenizer(self, tokenizer: str) -> Operation[None]:
         """Record with the run which tokenizer its ids belong to; TokenizerError if it has another one.
 
         `fit` does this for data with a `tokenizer`.
@@ -124,7 +122,7 @@ class Session(Calls):
         if tokenizer and tokenizer != self.tokenizer:
             yield from self.open(tokenizer=tokenizer)
 
-    def use_data(self, fingerprint: Mapping[str, str], *, allow_changed: bool = False) -> Conversation[None]:
+    def use_data(self, fingerprint: Mapping[str, str], *, allow_changed: bool = False) -> Operation[None]:
         """Record the fingerprint of the run's training data; DataMismatchError if it has another one.
 
         With `allow_changed` the new fingerprint replaces the recorded one. `fit` does this for data with a
@@ -133,14 +131,14 @@ class Session(Calls):
         if fingerprint and dict(fingerprint) != self.data:
             yield from self.open(data=fingerprint, allow_changed_data=allow_changed)
 
-    def mark_evaluated(self) -> Conversation[None]:
+    def mark_evaluated(self) -> Operation[None]:
         """Record that the current step was evaluated and the result was seen; `fit` does this."""
-        yield from self.open(evaluated_step=self.ledger.step)
+        yield from self.open(evaluated_step=self.acknowledged.step)
 
     def _unreachable(self) -> None:
         self._stale = True
 
-    def _confirm(self, began: float) -> Conversation[None]:
+    def _confirm(self, began: float) -> Operation[None]:
         """After the server was unreachable: check that it still has what it acknowledged."""
         if not self._stale:
             return

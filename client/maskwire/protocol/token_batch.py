@@ -49,8 +49,8 @@ def encode_batch(
     `tokens` is an integer array [rows, columns], or a list of rows that may differ in length. With
     `lengths` [rows], the positions after a row's length are padding and are not sent. `prompt_mask` is a bool
     array [rows, columns], True for positions that are given and never masked. For rows that differ in length
-    it may also be a list of rows. `into` is an empty batch to fill: filling that of a request saves a copy of
-    the ids.
+    it may also be a list of rows. `into`: an empty TokenBatch to fill. Pass a request's own batch field to
+    avoid copying the ids.
     """
     arguments.check_rows(tokens)
     if isinstance(tokens, Sequence) and len({np.shape(row) for row in tokens}) > 1:
@@ -102,8 +102,8 @@ def _lengths(lengths: Any, shape: tuple[int, int]) -> npt.NDArray[np.int32]:
 def _narrow(ids: npt.NDArray[np.integer[Any]], num_tokens: int) -> npt.NDArray[np.integer[Any]]:
     """The ids in the type in which they are sent.
 
-    That is the type in which they are hashed, so that neither side converts them, or a narrower one that
-    they have already. Ids outside the vocabulary are sent too: the server's refusal names their position.
+    The type used for hashing, so neither side converts. Ids already in a narrower type keep it. Ids outside
+    the vocabulary are sent too: the server's refusal names their position.
     """
     if num_tokens:
         id_type, own = narrowest_type(num_tokens), ids.dtype.newbyteorder("<")

@@ -12,13 +12,13 @@ from maskwire import results
 from maskwire.arguments import check_whole
 from maskwire.errors import ConflictError, MaskwireError
 from maskwire.protocol import codec
-from maskwire.protocol.calls import new_id
-from maskwire.protocol.effects import Conversation, Pause, Until
+from maskwire.protocol.call_options import StepOptions
+from maskwire.protocol.effects import Operation, Pause, Until
 from maskwire.protocol.limits import too_long
-from maskwire.protocol.options import StepOptions
 from maskwire.protocol.pending_step import PendingStep
 from maskwire.protocol.retry import RetryPolicy
 from maskwire.protocol.session import Session
+from maskwire.protocol.sessionless_calls import new_id
 from maskwire.v1 import training_service_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -31,11 +31,11 @@ _FOREIGN_HISTORY = {"GAP", "UNKNOWN_EPOCH", "WRONG_RUN"}  # also reported by a s
 
 
 class Writer(Session):
-    """Conversations of a client with a session.
+    """Operations of a client with a session.
 
     Steps are sent in the order of their submission and acknowledged in that order, because each digest builds
-    on the one before. Interrupting a conversation leaves the writer consistent: state changes after the
-    answer are single assignments, and an interrupted step can be finished by another conversation.
+    on the one before. Interrupting an operation leaves the writer consistent: state changes after the
+    answer are single assignments, and an interrupted step can be finished by another operation.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Writer(Session):
         check_whole("window", window, 1)
         self.closed = False
         self._window = window
-        self._pending: deque[PendingStep] = deque()  # in order; the first is step ledger.step + 1
+        self._pending: deque[PendingStep] = deque()  # in order; the first is step acknowledged.step + 1
         self._refused = 0  # the lowest number that a refused step left and no acknowledged step has taken
         self._restoring = False
         self._steps_at_rate_0 = 0
@@ -66,7 +66,7 @@ class Writer(Session):
         """The most steps in flight."""
         return min(self._window, self.limits.window)
 
-    def restore(self, name: str, *, expected_step: int | None = None) -> Conversation[results.RestoreResult]:
+    def restore(self, name: str, *, expected_step: int | None = None) -> Operation[results.RestoreResult]:
         """Restore a checkpoint as the start of a new lineage, and continue from there as its writer.
 
         Waits for the steps in flight first. With `expected_step` the call is refused if the run is at another
@@ -79,7 +79,7 @@ class Writer(Session):
             request = pb.RestoreCheckpointRequest(
                 request_id=new_id(),
                 name=name,
-                expected_lineage=self.ledger.session.lineage,
+                expected_lineage=self.acknowledged.session.lineage,
                 expected_step=expected_step,
             )
             response = yield from self._ask("RestoreCheckpoint", lambda: request)
@@ -89,14 +89,14 @@ class Writer(Session):
             self._restoring = False
         return results.RestoreResult(response.lineage, response.step, response.digest)
 
-    def settle(self) -> Conversation[None]:
+    def settle(self) -> Operation[None]:
         """Wait until no step is in flight. Their futures have their results or errors."""
         yield Until(lambda: not self._pending)
 
     def new_step(
         self, tokens: Any, step: int | None = None, /, **options: Unpack[StepOptions]
     ) -> PendingStep:
-        """Make a step from a batch; it has no place in the order yet."""
+        """Make a step from a batch; it has no position in the submission order yet."""
         if step is not None:
             check_whole("step", step, 1)
         request = codec.step_request(new_id(), tokens, self.model.num_tokens, **options)
@@ -104,23 +104,24 @@ class Writer(Session):
         self._check_size(pending.request)
         return pending
 
-    def enter(self, pending: PendingStep) -> Conversation[None]:
-        """Wait for room in the window, give the step its place in the order, and wait until it can be sent.
+    def enter(self, pending: PendingStep) -> Operation[None]:
+        """Wait for room in the window, append the step to the submission order, and wait until it may be
+        sent.
 
-        Raises ConflictError if the step must have a number that its place does not give it.
+        Raises ConflictError if the step must have a number that its position does not give it.
         """
         if not self._has_room():
             yield Until(self._has_room)
         if self.closed:
             raise MaskwireError("this trainer is closed; connect again")
-        self._check_number(pending, self.ledger.step + 1 + len(self._pending))
-        pending.digest_version = self.ledger.digest_version
+        self._check_number(pending, self.acknowledged.step + 1 + len(self._pending))
+        pending.digest_version = self.acknowledged.digest_version
         self._pending.append(pending)
         if not self._sendable(pending):
             yield Until(partial(self._sendable, pending))
 
-    def finish(self, pending: PendingStep) -> Conversation[results.StepResult]:
-        """Send a step that has its place, and return its result once it is durable and acknowledged."""
+    def finish(self, pending: PendingStep) -> Operation[results.StepResult]:
+        """Send a step that was entered, and return its result once it is durable and acknowledged."""
         if pending not in self._pending:
             raise MaskwireError("the step was interrupted before it was sent; submit it again")
         pending.started = True
@@ -132,8 +133,8 @@ class Writer(Session):
             if self._pending[0] is not pending:
                 yield Until(lambda: self._pending[0] is pending)
             answer = pending.answer
-            position = self.ledger.next_position(answer, pending.payload_hash())
-            self.ledger.position = position
+            position = self.acknowledged.next_position(answer, pending.payload_hash())
+            self.acknowledged.position = position
             self._pending.popleft()  # CPython delivers no signal between this line and the one before
         except Exception:
             self._leave(pending)
@@ -155,16 +156,16 @@ class Writer(Session):
     def _leave(self, pending: PendingStep) -> None:
         """Take a step out of the order; the next one gets its number."""
         number = self._number_of(pending)
-        self._refused = min(number, self._refused) if self._refused > self.ledger.step else number
+        self._refused = min(number, self._refused) if self._refused > self.acknowledged.step else number
         self._pending.remove(pending)
 
     def _send(self, pending: PendingStep) -> pb.TrainStepRequest:
         """Return the step's request under its current number, in flight from here on."""
         number = self._number_of(pending)
         self._check_number(pending, number)
-        pending.request.session.CopyFrom(self.ledger.session)
+        pending.request.session.CopyFrom(self.acknowledged.session)
         pending.request.step = number
-        pending.sent_number, pending.acknowledged_when_sent = number, self.ledger.step
+        pending.sent_number, pending.acknowledged_when_sent = number, self.acknowledged.step
         return pending.request
 
     def _check_number(self, pending: PendingStep, number: int) -> None:
@@ -181,8 +182,8 @@ class Writer(Session):
         return self.closed or (len(self._pending) < self._limit and not self._restoring)
 
     def _number_of(self, pending: PendingStep) -> int:
-        """The number that follows from a step's place."""
-        return self.ledger.step + 1 + self._pending.index(pending)
+        """The number that follows from a step's position in the submission order."""
+        return self.acknowledged.step + 1 + self._pending.index(pending)
 
     def _sendable(self, pending: PendingStep) -> bool:
         """Whether a step can be sent.
@@ -192,10 +193,10 @@ class Writer(Session):
         number must be acknowledged before later steps are sent, since the server remembers one missing
         number.
         """
-        for number, other in enumerate(self._pending, self.ledger.step + 1):
+        for number, other in enumerate(self._pending, self.acknowledged.step + 1):
             if other.sent_number not in (0, number):
                 return False
-        return not self.ledger.step < self._refused < self._number_of(pending)
+        return not self.acknowledged.step < self._refused < self._number_of(pending)
 
     def _check_size(self, request: pb.TrainStepRequest) -> None:
         # Only the client can name the cure: the transport would reject the message without one.
@@ -203,7 +204,7 @@ class Writer(Session):
         rows, columns = request.batch.shape
         if not limit or rows * (columns + 1) * _MAX_ID_BYTES + _MAX_OTHER_BYTES <= limit:
             return  # the exact size takes as long as sending: it encodes the message
-        request.session.CopyFrom(self.ledger.session)
+        request.session.CopyFrom(self.acknowledged.session)
         if (size := request.ByteSize() + _NUMBER_BYTES) > limit:
             raise too_long("the batch", size, limit, "send fewer rows")
 
@@ -231,7 +232,7 @@ class _Order:
         self._writer, self._pending = writer, pending
         self.compute_hash = pending.payload_hash
 
-    def before_attempt(self, began: float) -> Conversation[None]:
+    def before_attempt(self, began: float) -> Operation[None]:
         """Confirm the session if need be, and wait until the step can be sent."""
         while True:
             yield from self._writer._confirm(began)
@@ -243,7 +244,7 @@ class _Order:
         """The step is no longer in flight."""
         self._pending.sent_number = 0
 
-    def retry_at_once(self, error: MaskwireError) -> Conversation[bool]:
+    def retry_at_once(self, error: MaskwireError) -> Operation[bool]:
         """Whether the step can be sent under another number.
 
         It can if the server expects one of the steps before it that were in flight when it was sent. A server

@@ -1,10 +1,11 @@
-"""The calls that need no session, as conversations.
+"""The calls that need no session, as operations.
 
 Both clients take the signature and docstring of each of their methods from here.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,12 +15,12 @@ from typing import Any, Protocol, TypeVar, Unpack
 from maskwire import arguments, results
 from maskwire.errors import CheckpointError, Failure, MaskwireError, UnavailableError
 from maskwire.protocol import codec
+from maskwire.protocol.call_options import EvalOptions, GenerateOptions, ListOptions
 from maskwire.protocol.download import Download, DownloadProgress
-from maskwire.protocol.effects import Call, Conversation, Emit, Pause, Receive, Stream, Work
-from maskwire.protocol.evaluation import EvaluationPlan, EvaluationProgress, EvaluationSum
-from maskwire.protocol.generation import GeneratedRows, GenerationPlan, rows_of
+from maskwire.protocol.effects import Call, Emit, Operation, Pause, Receive, Stream, Work
+from maskwire.protocol.evaluation_plan import EvaluationPlan, EvaluationProgress, EvaluationSum
+from maskwire.protocol.generation_plan import GeneratedRows, GenerationPlan, rows_of
 from maskwire.protocol.limits import Bounds
-from maskwire.protocol.options import EvalOptions, GenerateOptions, ListOptions
 from maskwire.protocol.retry import RetryPolicy, given_up, without_advice
 from maskwire.v1 import training_service_pb2 as pb
 
@@ -27,15 +28,15 @@ T = TypeVar("T")
 
 
 class OrderedCall(Protocol):
-    """A call whose place in an order constrains each attempt."""
+    """A call whose position in an order constrains each attempt."""
 
-    def before_attempt(self, began: float) -> Conversation[None]:
+    def before_attempt(self, began: float) -> Operation[None]:
         """Wait until the call may be sent. `began`: when the call was first tried."""
 
     def after_attempt(self) -> None:
         """The attempt has ended, with or without an answer."""
 
-    def retry_at_once(self, error: MaskwireError) -> Conversation[bool]:
+    def retry_at_once(self, error: MaskwireError) -> Operation[bool]:
         """Whether to send the refused call again without waiting."""
 
     def compute_hash(self) -> object:
@@ -52,7 +53,7 @@ def _same(value: T) -> T:
 
 
 class Calls:
-    """Conversations of a client without a session. Each is retried until there is an answer."""
+    """Operations of a client without a session. Each is retried until there is an answer."""
 
     def __init__(
         self, target: str, policy: RetryPolicy, on_wait: Callable[[str], None], clock: Callable[[], float]
@@ -62,8 +63,11 @@ class Calls:
         self._on_wait = on_wait
         self._clock = clock
         self._reached = False  # the server has answered this client at least once
+        self.seconds_waited = 0.0
+        """Seconds of all reported waits that have ended; calls that wait at the same time count once."""
+        self._wait_ended = -math.inf
 
-    def eval_loss(self, tokens: Any, **options: Unpack[EvalOptions]) -> Conversation[results.EvalResult]:
+    def eval_loss(self, tokens: Any, **options: Unpack[EvalOptions]) -> Operation[results.EvalResult]:
         """Evaluate one batch. Changes nothing. `tokens` are as in `Trainer.train_step`."""
         request = codec.eval_request(tokens, **options)
         return codec.read_eval((yield from self._ask("EvalLoss", lambda: request)))
@@ -76,7 +80,7 @@ class Calls:
         batch_size: int | None = None,
         on_progress: EvaluationProgress | None = None,
         **options: Unpack[EvalOptions],
-    ) -> Conversation[results.EvalResult]:
+    ) -> Operation[results.EvalResult]:
         """Evaluate a whole data set with as many calls as it takes. Changes nothing.
 
         `data` is a `maskwire.data.TokenData`, or rows as in `eval_loss`. Of a TokenData every token is
@@ -101,7 +105,7 @@ class Calls:
 
     def generate(
         self, prompts: Any = None, **options: Unpack[GenerateOptions]
-    ) -> Conversation[results.GenerateResult]:
+    ) -> Operation[results.GenerateResult]:
         """Sample rows, or fill the gaps in prompts. Changes nothing.
 
         `prompts` are integers [rows, columns] or a list of rows, with the mask id at the positions to fill or
@@ -113,7 +117,7 @@ class Calls:
 
     def generate_steps(
         self, prompts: Any = None, **options: Unpack[GenerateOptions]
-    ) -> Conversation[results.GenerateResult]:
+    ) -> Operation[results.GenerateResult]:
         """Iterate over the unmasking passes of a `generate` call; the last result is `done`.
 
         A reader that is slower than the device can miss passes, but never the last one. Closing the iterator,
@@ -121,7 +125,7 @@ class Calls:
         """
         return (yield from self._sample(codec.generate_request(prompts, stream_steps=True, **options)))
 
-    def _sample(self, request: pb.GenerateRequest) -> Conversation[results.GenerateResult]:
+    def _sample(self, request: pb.GenerateRequest) -> Operation[results.GenerateResult]:
         """Sample with as many calls as the server's limits require."""
         plan = None
         if rows_of(request) > 1:
@@ -139,7 +143,7 @@ class Calls:
         self,
         request: pb.GenerateRequest,
         merge: Callable[[results.GenerateResult], results.GenerateResult],
-    ) -> Conversation[results.GenerateResult]:
+    ) -> Operation[results.GenerateResult]:
         """Make one call. `merge` adds its rows to those of other calls."""
         # Only the first message may be retried: later the weights may have changed.
         stream, response = yield from self._ask("Generate", lambda: request, stream=True)
@@ -162,7 +166,7 @@ class Calls:
         score: float | None = None,
         expected_lineage: int | None = None,
         expected_step: int | None = None,
-    ) -> Conversation[results.CheckpointInfo]:
+    ) -> Operation[results.CheckpointInfo]:
         """Save the run's state. Returns once the checkpoint is durable and verified.
 
         `score` rates the state, lower is better; of the scored checkpoints without a name the server keeps
@@ -180,7 +184,7 @@ class Calls:
         response = yield from self._ask("Checkpoint", lambda: request)
         return codec.read_checkpoint(response.checkpoint)
 
-    def checkpoints(self) -> Conversation[list[results.CheckpointInfo]]:
+    def checkpoints(self) -> Operation[list[results.CheckpointInfo]]:
         """List the run's complete checkpoints, newest first."""
         found: list[results.CheckpointInfo] = []
         request = pb.ListCheckpointsRequest()
@@ -191,7 +195,7 @@ class Calls:
                 return found
             request.page_token = response.next_page_token
 
-    def list_steps(self, **options: Unpack[ListOptions]) -> Conversation[results.RecordedStep | None]:
+    def list_steps(self, **options: Unpack[ListOptions]) -> Operation[results.RecordedStep | None]:
         """Iterate over the recorded steps of one lineage, in order, requesting one page at a time.
 
         `lineage` defaults to the newest; `first_step` and `last_step` limit the range.
@@ -207,16 +211,16 @@ class Calls:
 
     def steps_page(
         self, *, page_size: int = 0, page_token: str = "", **options: Unpack[ListOptions]
-    ) -> Conversation[results.StepsPage]:
+    ) -> Operation[results.StepsPage]:
         """Return one page of `list_steps`, with the step that the lineage started from."""
         request = pb.ListStepsRequest(page_size=page_size, page_token=page_token, **options)
         return codec.read_steps((yield from self._ask("ListSteps", lambda: request)))
 
-    def delete(self, name: str) -> Conversation[None]:
+    def delete(self, name: str) -> Operation[None]:
         """Delete a checkpoint. Refused while recovery, a lineage or a download needs it."""
         yield from self._ask("DeleteCheckpoint", lambda: pb.DeleteCheckpointRequest(name=name))
 
-    def restore(self, name: str, *, expected_step: int | None = None) -> Conversation[results.RestoreResult]:
+    def restore(self, name: str, *, expected_step: int | None = None) -> Operation[results.RestoreResult]:
         """Restore a checkpoint as the start of a new lineage. The run's writer must connect again.
 
         With `expected_step` the call is refused if the run is at another step.
@@ -233,7 +237,7 @@ class Calls:
         weights: bool = False,
         ema: bool = False,
         on_progress: DownloadProgress | None = None,
-    ) -> Conversation[Path]:
+    ) -> Operation[Path]:
         """Download a checkpoint into `folder`, which `maskwire_server.load` can read.
 
         `weights`: only the weights, with their moving average if the run keeps one. `ema`: only the moving
@@ -266,11 +270,11 @@ class Calls:
             download.finish()
         return download.folder
 
-    def status(self) -> Conversation[results.Status]:
+    def status(self) -> Operation[results.Status]:
         """Return the run's state, its progress and what it is waiting for."""
         return codec.read_status((yield from self._ask("GetStatus", pb.GetStatusRequest)))
 
-    def _bounds(self) -> Conversation[Bounds]:
+    def _bounds(self) -> Operation[Bounds]:
         """The server's limits on one call, once it has built its model."""
         began = self._clock()
         while True:
@@ -278,10 +282,13 @@ class Calls:
             if found.model is not None:
                 return Bounds(found.limits, found.model)
             if self._clock() - began >= self._policy.retry_for:
-                raise UnavailableError(
-                    f"{self.target} is building the model; try again in a moment", reason="RECOVERING"
-                )
+                raise UnavailableError(f"{self.target} is building the model; retry", reason="RECOVERING")
             yield Pause(self._policy.longest_wait)
+
+    def _count_wait(self, began: float) -> None:
+        now = self._clock()
+        self.seconds_waited += now - max(began, self._wait_ended)
+        self._wait_ended = now
 
     def _unreachable(self) -> None:
         """The server could not be reached; it may have been restarted."""
@@ -296,11 +303,11 @@ class Calls:
         progress: Callable[[], int] = lambda: 0,
         began: float | None = None,
         stream: bool = False,
-    ) -> Conversation[Any]:
+    ) -> Operation[Any]:
         """Call a method until there is an answer, or an error that a retry cannot cure.
 
         With `stream` the outcome is a `Stream` and its first message. `order` constrains the attempts of a
-        call that has its place in an order. `progress` says how much of a download has arrived: an attempt
+        call that has a position in an order. `progress` says how much of a download has arrived: an attempt
         that makes progress restarts the retry time. `began` is when the operation that includes this call
         began.
         """
@@ -320,6 +327,8 @@ class Calls:
                 order.after_attempt()
             if not isinstance(reply, Failure):
                 self._reached = True
+                if reported:
+                    self._count_wait(began)
                 return reply if opened is None else (opened, reply)
             error = reply.error
             if not reply.unreachable:

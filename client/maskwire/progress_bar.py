@@ -27,8 +27,11 @@ from maskwire.safe_output import tell as tell_line
 class Bar:
     """Steps, loss, tokens per second and the time left, in one line on stderr."""
 
-    def __init__(self, step: int, until_step: int, console: Console | None = None) -> None:
-        self._tokens = 0
+    def __init__(
+        self, step: int, until_step: int, elapsed: Callable[[], float], console: Console | None = None
+    ) -> None:
+        """`elapsed()` returns the seconds of training so far, without waits for the server."""
+        self._tokens, self._elapsed = 0, elapsed
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -47,9 +50,7 @@ class Bar:
     def update(self, step: int, loss: float, tokens: int, note: str = "") -> None:
         """Show that a step was trained."""
         self._tokens += tokens
-        task = self._progress.tasks[self._task]
-        elapsed = task.elapsed or 0.0
-        rate = f"{self._tokens / elapsed:,.0f}" if elapsed else "…"
+        rate = f"{self._tokens / self._elapsed():,.0f}"
         self._progress.update(self._task, completed=step, loss=f"{loss:.4f}", rate=rate, note=note)
 
     def say(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The ledger: what the server acknowledged, and the digest chain that proves it."""
+"""What the server has acknowledged, and the digest chain that proves it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import DigestVersion, step_digest
 
 
-class Ledger:
+class AcknowledgedHistory:
     """A session, its last acknowledged step, and the digest after that step."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Ledger:
         """Return the position after an answer; DigestMismatchError if it does not match what was sent."""
         if response.step != self.step + 1:
             raise DigestMismatchError(
-                f"the server answered with step {response.step}, expected was {self.step + 1}; stop, and "
+                f"the server answered with step {response.step}; expected step {self.step + 1}; stop, and "
                 "check the server's storage"
             )
         expected = step_digest(
