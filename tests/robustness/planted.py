@@ -542,13 +542,23 @@ def _a_missed_number() -> list[Patch]:
 
 
 def _two_committers() -> list[Patch]:
-    wait = committer.Committer.start
+    start, close = committer.Committer.start, committer.Committer.close
+    second: list[threading.Thread] = []
 
     def twice(self: Any) -> None:
-        wait(self)
-        threading.Thread(target=self._main, name="maskwire-committer-2", daemon=True).start()
+        start(self)
+        second.append(threading.Thread(target=self._main, name="maskwire-committer-2", daemon=True))
+        second[-1].start()
 
-    return [(committer.Committer, "start", twice)]
+    def both(self: Any) -> None:  # a connection that is closed while a thread uses it ends the process
+        with self._run.mutex:
+            self._stopping = True
+            self._wake.notify_all()
+        close(self)
+        for thread in second:
+            thread.join()
+
+    return [(committer.Committer, "start", twice), (committer.Committer, "close", both)]
 
 
 def _no_epoch_check() -> list[Patch]:
