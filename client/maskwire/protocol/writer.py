@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -230,7 +231,11 @@ class _Order:
 
     def __init__(self, writer: Writer, pending: PendingStep) -> None:
         self._writer, self._pending = writer, pending
-        self.compute_hash = pending.payload_hash
+
+    def compute_hash(self) -> None:
+        """Hash the payload beforehand; ids that cannot be hashed are refused by the server."""
+        with contextlib.suppress(ValueError):
+            self._pending.payload_hash()
 
     def before_attempt(self, began: float) -> Operation[None]:
         """Confirm the session if need be, and wait until the step can be sent."""
