@@ -250,7 +250,9 @@ class Trainer(RunView, Client):
             with self._lock:
                 writer.closed = True
                 self._wake()
-                self._wait(lambda: not writer.in_flight or (writer.unreachable and not patient), grace)
+            self._when(
+                lambda: not writer.in_flight or (writer.unreachable and not patient), lambda: None, grace
+            )
             if (request := writer.close_request()) is not None:
                 self._stub.CloseSession(request, timeout=CLOSE_TIMEOUT, metadata=self._metadata)
         except grpc.RpcError:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, wait
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import grpc
 
@@ -50,18 +51,27 @@ def result_of(future: Future[T], timeout: float | None = None) -> T:
         wait([future], left)
 
 
+_abandoned: list[grpc.Channel] = []
+"""Channels that an interrupt may have left locked. They are never closed, nor collected before the end."""
+
+
 class Driver(ProcessBound):
-    """A connection, and what drives operations over it. Safe to use from several threads."""
+    """A connection, and what drives operations over it. Safe to use from several threads.
+
+    Python runs signal handlers on the main thread, and an exception from one, such as KeyboardInterrupt, can
+    leave a lock of gRPC's channel held for ever. The main thread therefore has a channel of its own, which it
+    gives up when a call ends that way. Channels to one target share a connection.
+    """
 
     def __init__(self, endpoint: Endpoint, calls: Calls) -> None:
         super().__init__()
         self.target = endpoint.target
         self._calls = calls
         self._metadata = endpoint.metadata
-        self._channel = endpoint.channel()
-        self._stub = pb_grpc.TrainingServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._endpoint = endpoint
+        self._connections: dict[bool, tuple[grpc.Channel, Any]] = {}  # by whether it is the main thread's
         self._lock = threading.Lock()  # held while an operation runs between two effects
-        self._waiting: list[tuple[Callable[[], bool], threading.Condition]] = []
+        self._waiting: dict[queue.SimpleQueue[None], Callable[[], bool]] = {}
         self._closed = threading.Event()
         self._background: Background | None = None  # runs `Call.meanwhile`
 
@@ -104,35 +114,61 @@ class Driver(ProcessBound):
     def _advance(self, operation: Operation[Any], effect: Effect | None, reply: Any) -> Effect:
         """Run an operation up to its next effect. `effect` is the one whose outcome is `reply`."""
         self._check_process()  # a callback, or the reader of an iterator, may have forked
+        if isinstance(effect, Until):
+            return cast(Effect, self._when(effect.holds, lambda: operation.send(reply)))
         with self._lock:
-            if isinstance(effect, Until):
-                self._wait(effect.holds)
             try:
                 return operation.send(reply)
             finally:
                 self._wake()
 
-    def _wait(self, holds: Callable[[], bool], timeout: float | None = None) -> None:
-        """With the lock held, wait until a condition holds, or for at most `timeout` seconds."""
-        if holds():
-            return
+    def _when(
+        self, holds: Callable[[], bool], act: Callable[[], T], timeout: float | None = None
+    ) -> T | None:
+        """Wait until a condition holds, and act with the lock held; None after `timeout` seconds.
+
+        The lock is not held while waiting, so that an interrupt cannot leave it in the wrong state.
+        """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        waiter = holds, threading.Condition(self._lock)
-        self._waiting.append(waiter)
+        woken: queue.SimpleQueue[None] = queue.SimpleQueue()
         try:
-            while not holds():
+            while True:
+                with self._lock:
+                    if holds():
+                        self._waiting.pop(woken, None)
+                        try:
+                            return act()
+                        finally:
+                            self._wake()
+                    self._waiting[woken] = holds
                 left = min(_SIGNAL_SECONDS, deadline - time.monotonic())
                 if left <= 0:
-                    return
-                waiter[1].wait(left)
+                    return None
+                with contextlib.suppress(queue.Empty):
+                    woken.get(timeout=left)
         finally:
-            self._waiting.remove(waiter)
+            self._waiting.pop(woken, None)
 
     def _wake(self) -> None:
         """With the lock held, wake the threads whose condition now holds, and no others."""
-        for holds, condition in self._waiting:
+        for woken, holds in list(self._waiting.items()):
             if holds():
-                condition.notify()
+                woken.put(None)
+
+    @property
+    def _stub(self) -> Any:
+        """The stub for calls from this thread."""
+        main = threading.current_thread() is threading.main_thread()
+        if main not in self._connections:
+            channel = self._endpoint.channel()
+            stub = pb_grpc.TrainingServiceStub(channel)  # type: ignore[no-untyped-call]
+            self._connections.setdefault(main, (channel, stub))
+        return self._connections[main][1]
+
+    def _abandon_channel(self) -> None:
+        """Give the main thread's channel up: a call on it was interrupted."""
+        if threading.current_thread() is threading.main_thread() and True in self._connections:
+            _abandoned.append(self._connections.pop(True)[0])
 
     def _end(
         self, operation: Operation[Any], effect: Effect | None = None, error: Exception | None = None
@@ -174,6 +210,11 @@ class Driver(ProcessBound):
                 call_back("a callback", call.on_message, message)
         except grpc.RpcError as error:
             return read_failure(error)
+        except Exception:
+            raise
+        except BaseException:
+            self._abandon_channel()
+            raise
         return None
 
     def _receive(self, stream: Stream) -> Any:
@@ -185,6 +226,11 @@ class Driver(ProcessBound):
             return next(stream.call, None)
         except grpc.RpcError as error:
             return read_failure(error)
+        except Exception:
+            raise
+        except BaseException:
+            self._abandon_channel()
+            raise
 
     def _pause(self, seconds: float) -> None:
         if self._closed.wait(seconds):
@@ -200,7 +246,8 @@ class Driver(ProcessBound):
     def _disconnect(self) -> None:
         """End the connection, and with it the calls in progress."""
         self._closed.set()
-        self._channel.close()
+        for channel, _ in list(self._connections.values()):
+            channel.close()
 
 
 class Background:

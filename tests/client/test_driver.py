@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dis
+import queue
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -22,42 +24,53 @@ SOURCES = str(Path(maskwire.__file__).parent)
 def test_a_blocking_step_is_sent_from_its_callers_thread(script: Script) -> None:
     senders: list[int] = []
     with connect(script) as trainer:
-        send = trainer._stub.TrainStep
+        stubs: list[Any] = [trainer._stub]
+        other = threading.Thread(target=lambda: stubs.append(trainer._stub))
+        other.start()
+        other.join()
+        assert stubs[0] is not stubs[1], "the main thread has a channel of its own"
+        for stub in stubs:
 
-        def record(*arguments: Any, **options: Any) -> Any:
-            senders.append(threading.get_ident())
-            return send(*arguments, **options)
+            def record(*arguments: Any, send: Any = stub.TrainStep, **options: Any) -> Any:
+                senders.append(threading.get_ident())
+                return send(*arguments, **options)
 
-        trainer._stub.TrainStep = record
+            stub.TrainStep = record
         trainer.train_step(TOKENS)
         assert senders == [threading.get_ident()]
         trainer.submit(TOKENS).result(timeout=20)
         assert senders[1] != threading.get_ident()
 
 
-def test_only_the_thread_whose_condition_holds_is_woken() -> None:
+def test_only_the_thread_whose_condition_holds_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
     holds = [False, False]
-    woken: list[int] = []
+    woken: list[object] = []
+    acted: list[int] = []
+
+    class Recorded(queue.SimpleQueue[None]):
+        def put(self, *arguments: Any, **options: Any) -> None:
+            woken.append(self)
+            super().put(*arguments, **options)
+
     with maskwire.attach("127.0.0.1:1") as client:
+        monkeypatch.setattr(queue, "SimpleQueue", Recorded)
 
         def wait(index: int) -> None:
-            with client._lock:
-                client._wait(lambda: holds[index])
+            client._when(lambda: holds[index], lambda: acted.append(index))
 
         threads = [threading.Thread(target=wait, args=(index,)) for index in range(2)]
         for index, thread in enumerate(threads):
             thread.start()
             while len(client._waiting) <= index:
                 pass
-            condition = client._waiting[index][1]
-            notify = condition.notify
-            condition.notify = lambda i=index, notify=notify: (woken.append(i), notify())  # type: ignore[method-assign, misc]
+        waiters = list(client._waiting)
         for index in (1, 0):
             with client._lock:
                 holds[index] = True
                 client._wake()
             threads[index].join()
-        assert woken == [1, 0]
+        assert acted == [1, 0]
+        assert woken == [waiters[1], waiters[0]]
 
 
 def answer_after_the_hash(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,3 +165,58 @@ def test_an_interrupt_anywhere_in_a_step_leaves_the_trainer_in_order(script: Scr
         else:
             pytest.fail("a step has more places than are tried")
     assert interrupted > 50, "the places of a step were interrupted"
+
+
+INTERRUPTED = """
+import random, signal, sys, time, maskwire
+
+class Interrupted(BaseException):
+    pass
+
+armed = False
+
+def handler(*_):
+    global armed
+    if armed:
+        armed = False
+        raise Interrupted
+
+signal.signal(signal.SIGALRM, handler)
+random.seed(int(sys.argv[2]))
+interrupts = 0
+with maskwire.connect(sys.argv[1], on_wait=lambda _: None) as trainer:
+    for _ in range(20):
+        trainer.train_step([[1, 2, 3, 4]])
+    began = time.monotonic()
+    for _ in range(50):
+        trainer.train_step([[1, 2, 3, 4]])
+    step_seconds = (time.monotonic() - began) / 50
+    for _ in range(200):
+        try:
+            armed = True
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-5, step_seconds))
+            trainer.train_step([[1, 2, 3, 4]])
+            armed = False
+        except Interrupted:
+            interrupts += 1
+        armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        trainer.settle()
+    print(interrupts, trainer.step)
+"""
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_signals_at_random_moments_of_a_step_leave_the_connection_usable(script: Script, seed: int) -> None:
+    """A lock of gRPC that an interrupted call keeps would block every later call, and the process's end."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, script.target, str(seed)],  # type: ignore[attr-defined]
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    interrupts, step = map(int, done.stdout.split())
+    assert interrupts > 50
+    assert step == script.step

@@ -87,6 +87,10 @@ class Blocking:
         with maskwire.attach(target, on_wait=lambda _: None, **options) as client:
             yield Awaited(client)
 
+    async def stub_of(self, trainer: Any) -> Any:
+        """The stub that sends submitted steps, on threads of their own."""
+        return await asyncio.to_thread(lambda: trainer._stub)
+
 
 class Asyncio:
     @contextlib.asynccontextmanager
@@ -98,6 +102,10 @@ class Asyncio:
     async def attach(self, target: str, **options: Any) -> AsyncIterator[Any]:
         async with maskwire.aio.attach(target, on_wait=lambda _: None, **options) as client:
             yield client
+
+    async def stub_of(self, trainer: Any) -> Any:
+        """The stub that sends steps."""
+        return trainer._stub
 
 
 def late(call: Callable[..., Any], seconds: Callable[[], float]) -> Callable[..., Any]:
@@ -325,7 +333,7 @@ def test_refused_steps_leave_the_others_in_order_however_long_each_travels(serve
 
     async def body() -> None:
         async with client.connect(server.address, window=6) as trainer:
-            stub = trainer._stub
+            stub = await client.stub_of(trainer)
             stub.TrainStep = late(stub.TrainStep, lambda: rng.choice((0, 0, 0.005, 0.02, 0.06)))
             step = 0
             for _ in range(25):
