@@ -18,7 +18,7 @@ from maskwire._version import __version__
 from maskwire_server.config import Config
 from maskwire_server.engine.engine import Engine
 from maskwire_server.engine.setup import Setup
-from maskwire_server.engine.trainer import Trainer
+from maskwire_server.engine.trainer_interface import Trainer
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
 from maskwire_server.recovery import point_in_time, recorded_config
 from maskwire_server.recovery.replay import InexactReplayError

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from maskwire_server.config import CheckpointsConfig
-from maskwire_server.journal.lineage import Segment, ancestry
+from maskwire_server.journal.ancestry import Segment, ancestry
 from maskwire_server.journal.records import Lineage, Stretch
 from maskwire_server.manifest import Manifest
 

@@ -16,7 +16,7 @@ from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import CheckpointsConfig
 from maskwire_server.errors import Refused, is_shortage
 from maskwire_server.journal import inexact_replays
-from maskwire_server.journal.lineage import ancestry
+from maskwire_server.journal.ancestry import ancestry
 from maskwire_server.journal.records import Lineage, Stretch
 from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition

@@ -14,8 +14,8 @@ from maskwire_server.engine.entries import Step
 from maskwire_server.engine.futures import answer
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.errors import Refused
+from maskwire_server.journal.ancestry import ancestry
 from maskwire_server.journal.journal import Journal
-from maskwire_server.journal.lineage import ancestry
 from maskwire_server.journal.records import Lineage, StepRecord
 from maskwire_server.journal.reserve import WRITES_PER_BATCH, Reserve, make_room
 from maskwire_server.requests import SessionRef, StepRequest

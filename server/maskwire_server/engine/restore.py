@@ -17,7 +17,7 @@ from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Restore, Save
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.shared_state import Run
-from maskwire_server.engine.trainer import Trainer, guarded
+from maskwire_server.engine.trainer_interface import Trainer, guarded
 from maskwire_server.errors import Refused
 from maskwire_server.journal.records import Lineage, SessionRecord
 from maskwire_server.manifest import Manifest

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maskwire_server.config import CheckpointsConfig, ServeConfig
-from maskwire_server.engine.trainer import Trainer
+from maskwire_server.engine.trainer_interface import Trainer
 
 
 @dataclass(frozen=True)

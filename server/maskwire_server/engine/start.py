@@ -21,7 +21,7 @@ from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.engine.sessions import recorded_digest_versions, recorded_evaluation, recorded_process
 from maskwire_server.engine.setup import Setup
 from maskwire_server.engine.shared_state import Run
-from maskwire_server.engine.trainer import Trainer, guarded, snapshot
+from maskwire_server.engine.trainer_interface import Trainer, guarded, snapshot
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal import inexact_replays, reserve
 from maskwire_server.journal.database import JournalError, explained, is_full

@@ -6,8 +6,8 @@ from maskwire_server.checkpoints.membership import foreign_save, recorded_saves
 from maskwire_server.checkpoints.retention import on_path
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
+from maskwire_server.journal.ancestry import Segment
 from maskwire_server.journal.journal import Journal
-from maskwire_server.journal.lineage import Segment
 from maskwire_server.manifest import Manifest
 
 STARTED_FROM = "began_from"

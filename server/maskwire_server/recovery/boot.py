@@ -16,13 +16,13 @@ from maskwire.v1.values import Outcome
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import inexact_replays
+from maskwire_server.journal.ancestry import ancestry
 from maskwire_server.journal.database import JournalError
 from maskwire_server.journal.journal import Journal
-from maskwire_server.journal.lineage import ancestry
 from maskwire_server.journal.records import Lineage, SessionRecord
 from maskwire_server.journal.run_directory import JOURNAL_FILE
 from maskwire_server.recovery.rebuild import rebuild
-from maskwire_server.recovery.trainer import ReplayTrainer
+from maskwire_server.recovery.trainer_interface import ReplayTrainer
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from maskwire_server.checkpoints.saver import KEPT_SECTIONS
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import inexact_replays
-from maskwire_server.journal.lineage import Segment, ancestry
+from maskwire_server.journal.ancestry import Segment, ancestry
 from maskwire_server.manifest import Manifest
 from maskwire_server.recovery import boot, fingerprint
 from maskwire_server.recovery.rebuild import rebuild
-from maskwire_server.recovery.trainer import ReplayTrainer
+from maskwire_server.recovery.trainer_interface import ReplayTrainer
 from maskwire_server.results import CheckpointInfo
 
 log = logging.getLogger(__name__)

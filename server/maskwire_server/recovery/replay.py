@@ -12,8 +12,8 @@ from maskwire.v1.values import InexactReplay, Outcome
 from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import RunDirectoryError
+from maskwire_server.journal.ancestry import Segment
 from maskwire_server.journal.journal import Journal
-from maskwire_server.journal.lineage import Segment
 from maskwire_server.journal.records import StepRecord, damaged
 from maskwire_server.recovery.tolerance import Tolerance, excess, outcome_differs
 from maskwire_server.results import StepResult

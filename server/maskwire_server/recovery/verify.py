@@ -24,9 +24,9 @@ from maskwire_server.checkpoints.retention import FALLBACKS, on_path
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import inexact_replays
+from maskwire_server.journal.ancestry import ancestry
 from maskwire_server.journal.database import explained
 from maskwire_server.journal.journal import Journal
-from maskwire_server.journal.lineage import ancestry
 from maskwire_server.journal.records import Lineage, StepRecord
 from maskwire_server.recovery.base_checkpoint import require_seed
 from maskwire_server.recovery.boot import open_recorded

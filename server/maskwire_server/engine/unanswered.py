@@ -15,7 +15,7 @@ from maskwire_server.errors import Refused, is_shortage
 T = TypeVar("T")
 
 
-class Pending:
+class Unanswered:
     """Futures that are not answered yet. Any thread."""
 
     def __init__(self, run: Run) -> None:

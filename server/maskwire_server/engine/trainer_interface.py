@@ -12,7 +12,7 @@ from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Prompts
 from maskwire_server.checkpoints.files import Snapshot
 from maskwire_server.errors import DeviceLost, MaskwireError
-from maskwire_server.recovery.trainer import ReplayTrainer
+from maskwire_server.recovery.trainer_interface import ReplayTrainer
 from maskwire_server.results import EvalOptions, EvalResult, GenerateOptions, GenerationState
 
 log = logging.getLogger(__name__)
