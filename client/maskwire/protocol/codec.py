@@ -288,7 +288,7 @@ def read_limits(limits: pb.Limits) -> results.Limits:
 
 
 def read_checkpoint(info: pb.CheckpointInfo) -> results.CheckpointInfo:
-    """A whole checkpoint."""
+    """A complete checkpoint."""
     return results.CheckpointInfo(
         name=info.name,
         lineage=info.lineage,
@@ -311,7 +311,7 @@ def read_inexact_replays(replays: Iterable[pb.InexactReplay]) -> tuple[results.I
 
 
 def read_status(status: pb.GetStatusResponse) -> results.Status:
-    """Is it stuck or working?"""
+    """Decode state, progress and what the run is waiting for."""
     newest = status.newest_checkpoint if status.HasField("newest_checkpoint") else None
     return results.Status(
         state=results.RunState(status.state),

@@ -66,8 +66,8 @@ class Saver:
         if request.name is not None and self._checkpoints.named(request.name):
             raise Refused(
                 "CHECKPOINT_EXISTS",
-                f"the name {request.name!r} is taken; choose another, or leave it empty for one of the "
-                "server's",
+                f"the name {request.name!r} is taken; choose another, or give none and the server "
+                "chooses one",
                 name=request.name,
             )
         return None
@@ -127,7 +127,7 @@ class Saver:
         for manifest in retention.on_path(own, ancestry(lineages, lineage))[: retention.FALLBACKS]:
             problem = self._checkpoints.damage(manifest)
             if problem is not None:
-                log.error("no checkpoint is collected and no batch is dropped until the next save")
+                log.error("no old checkpoint or batch is deleted until the next save")
                 self._set_aside(manifest.info.name, problem)
                 intact = False
         return intact
@@ -141,12 +141,12 @@ class Saver:
 
     def _set_damaged_aside(self, lineages: dict[int, Lineage], lineage: int) -> None:
         """Set damaged checkpoints aside, newest first, until a start has enough to fall back on."""
-        whole = 0
+        intact = 0
         for manifest in retention.on_path(self._checkpoints.own(), ancestry(lineages, lineage)):
-            if whole == retention.FALLBACKS:
+            if intact == retention.FALLBACKS:
                 break
             if self._checkpoints.verified(manifest):
-                whole += 1
+                intact += 1
             else:
                 self._set_aside(manifest.info.name, "its files were changed")
 
@@ -212,7 +212,7 @@ class Saver:
 
 
 def _is(saved: Manifest, wanted: Manifest) -> bool:
-    """Whether an unnamed checkpoint has the state and serves the request that another is wanted for."""
+    """Whether an existing unnamed checkpoint already satisfies this request."""
     one, other = saved.info, wanted.info
     return (
         (one.lineage, one.step, one.digest) == (other.lineage, other.step, other.digest)

@@ -104,7 +104,7 @@ class StepAdmission:
         return number if recorded and step.request.session is not None else None
 
     def _queue(self, step: Step, no_room: Refused | None) -> None:
-        """Queue a step that repeats nothing. Under the mutex; raises Refused."""
+        """Queue a step that is not a retry. Under the mutex; raises Refused."""
         run, queue, number = self._run, self._run.queue, step.request.step
         at = run.situation()
         other = queue.with_number(number)
@@ -112,7 +112,9 @@ class StepAdmission:
             if other is not None and other.abandoned and queue.replace(other, step):
                 return
             raise admission_rules.step_taken(number, at.next_step)
-        step.use_version(run.step_version(bare=step.request.session is None))  # fixed meanwhile, it may be
+        step.use_version(
+            run.step_version(bare=step.request.session is None)
+        )  # it may have been fixed since the step was created
         verdict = admission_rules.admit_step(number, len(queue), self._serve.queue_limit, at)
         if no_room is not None:
             raise no_room
@@ -155,7 +157,7 @@ class StepAdmission:
 
     def _no_room(self, size: int) -> Refused | None:
         """The refusal when the disk has no room for a batch, after trying to make some; None: it fits."""
-        # Written into the write-ahead log, and into the database when the log is folded.
+        # Written into the write-ahead log, and into the database when the log is merged.
         needed = WRITES_PER_BATCH * size
         left = self._disk.left(self._log_bytes())
         if left < needed and self._committer.read(make_room, self._disk):

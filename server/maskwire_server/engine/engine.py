@@ -280,7 +280,7 @@ class Engine:
         try:
             self._executor.serve()
         except BaseException as error:
-            log.critical("the engine failed; the process ends, and a restart recovers the run", exc_info=True)
+            log.critical("the engine failed: the server exits; restart it to recover the run", exc_info=True)
             self._on_fatal(error)
         finally:
             self._shut_down()

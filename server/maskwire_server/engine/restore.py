@@ -37,9 +37,9 @@ class Restores:
     trainer: Trainer
 
     def begin(self, request: RestoreRequest, future: Future[RestoreResult]) -> None:
-        """Have the checkpoint's files read, then queue the restore. A known request id gets its answer again.
+        """Verify the checkpoint on another thread, then queue the restore. Raises Refused.
 
-        Raises Refused.
+        A repeated request id gets the earlier answer.
         """
         recorded = [
             lineage
@@ -133,14 +133,14 @@ class Restores:
         restored = RestoreResult(number, info.step, lineage.digest)
         log.info("restored checkpoint %s: lineage %d from step %d", info.name, number, info.step)
         with self.run.mutex:
-            # The batches behind it may be gone: a second copy, so that damage to one does not end the run.
+            # Its batches may have been dropped. Save a second checkpoint, so that the run survives damage to one.
             self.run.queue.push_first(Save(SaveRequest(), automatic=True))
             self.run.conditions.set(RunState.RESTORING, False)
         answer(restore.future, restored)
 
     def _record(self, lineage: Lineage) -> SessionRecord:
         """Make the lineage durable. Refused when the disk is full: nothing has changed then."""
-        # The epoch is used up, so that no writer of the old lineage continues unaware.
+        # Advance the epoch, which fences the writer of the old lineage.
         session = SessionRecord(
             self.run.lease.epoch + 1, "restore", None, False, lineage.lineage, lineage.step, True
         )
@@ -165,8 +165,8 @@ class Restores:
         run.queue.refuse_saves(
             Refused(
                 "WRONG_RUN",
-                f"checkpoint {info.name!r} was restored before this one could be saved; save again to keep "
-                "the state of now",
+                f"checkpoint {info.name!r} was restored before this one could be saved; save again to save "
+                "the current state",
                 lineage=number,
             )
         )

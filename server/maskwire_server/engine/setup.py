@@ -1,4 +1,4 @@
-"""What an engine is started with."""
+"""The parameters of an engine."""
 
 from __future__ import annotations
 

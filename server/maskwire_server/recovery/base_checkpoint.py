@@ -11,7 +11,7 @@ from maskwire_server.journal.journal import Journal
 from maskwire_server.manifest import Manifest
 
 STARTED_FROM = "began_from"
-"""The kind of event that names the first checkpoint of a run whose first weights no seed makes."""
+"""The kind of event that names the first checkpoint of a run whose initial weights were imported."""
 
 
 def newest_verified(

@@ -97,7 +97,8 @@ def rebuild(
         accept_inexact=accept_inexact,
     )
     if replayed.count:
-        log.info("replayed %d steps in %.1f s", replayed.count, time.monotonic() - began)
+        word = "step" if replayed.count == 1 else "steps"
+        log.info("replayed %d %s in %.1f s", replayed.count, word, time.monotonic() - began)
     recorded.restore()
     failpoints.passing("recovery.replayed")
     return Rebuilt(replayed, recorded.accepted or bool(replayed.beyond))

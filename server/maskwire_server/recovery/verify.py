@@ -4,7 +4,7 @@
               checkpoint's files
     inspect   one step: its batch, outcome, losses and gradient norm
 
-Nothing is changed, except that SQLite folds its write-ahead log and that an older format of the journal is
+Nothing is changed, except that SQLite merges its write-ahead log into the database and that an older format of the journal is
 migrated, as a server's start would do.
 """
 
@@ -159,7 +159,7 @@ def _verify_checkpoints(
         audit.problems.append(f"checkpoint {name}: {problem}")
     unfinished = checkpoints.unfinished()
     if unfinished:
-        tell(f"left unfinished, and swept at the next start: {', '.join(unfinished)}")
+        tell(f"unfinished checkpoints, deleted at the next start: {', '.join(unfinished)}")
 
 
 def _verify_recovery(
@@ -175,7 +175,7 @@ def _verify_recovery(
     bases: list[CheckpointInfo | None] = [*path[:FALLBACKS]]
     for info in bases or [None]:
         start = (segments[0].lineage, 0) if info is None else (info.lineage, info.step)
-        behind = f"checkpoint {info.name}" if info else "the run's beginning (no whole checkpoint is left)"
+        behind = f"checkpoint {info.name}" if info else "the run's beginning (no complete checkpoint is left)"
         for record, encoded in steps_to_replay(journal, segments, start):
             if encoded is None and record.outcome is Outcome.APPLIED:
                 audit.problems.append(

@@ -171,8 +171,8 @@ def losses(
 def minimized(sums: PartLosses, config: ObjectiveConfig, modes: StepPlan, numerics_version: int) -> Tensor:
     """What a micro-batch adds to the step's `loss`, which is both reported and minimised.
 
-    The critic's weight applies only if the generator trains too. In numerics version 1 it applied always;
-    steps of that version are computed again as they were.
+    The critic's weight applies only if the generator trains too. Numerics version 1 always applied it, and
+    replay still does for steps of that version.
     """
     if sums.critic is None:
         return sums.generator

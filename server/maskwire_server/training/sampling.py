@@ -114,7 +114,7 @@ def generate(
 ) -> Iterator[GenerationState]:
     """Fill in the prompts, and yield a state after each pass. Run it without gradients.
 
-    Finished rows are left out of later passes, and at most `budget` positions are computed at once. Each pass
+    Finished rows are left out of later passes, and at most `budget` positions are computed together. Each pass
     has the width of the batch, so that a row's result does not depend on the lengths of other rows. With
     SelfCondMode.CARRY, embeddings are kept for at most `budget` positions: the rows that fit are finished
     before the next ones start, which count their passes from 1. Raises Diverged if the model's output is not
