@@ -191,6 +191,7 @@ class Saver:
         self._checkpoints.get(name)
         self._set_damaged_aside(lineages, lineage)  # a start needs none of them
         why = retention.needed(self._checkpoints.own(), lineages, lineage).get(name)
+        cure = "save another checkpoint first"
         try:
             gone = why is not None or self._checkpoints.delete(name)
         except OSError as error:
@@ -203,9 +204,10 @@ class Saver:
             ) from error
         if not gone:
             why = "it is being downloaded, or was a minute ago, or the run was restored to it"
+            cure = "wait, or save another checkpoint first"
         if why is not None:
             raise Refused(
-                "CHECKPOINT_NEEDED", f"checkpoint {name!r} stays: {why}; save another first, or wait",
+                "CHECKPOINT_NEEDED", f"checkpoint {name!r} cannot be deleted: {why}; {cure}",
                 name=name, why=why,
             )  # fmt: skip
         log.info("checkpoint %s deleted on request", name)

@@ -69,7 +69,7 @@ class Conditions:
             log.warning("%s", self.last_error)
             return Refused(
                 "DIVERGED",
-                f"{what} was refused: {error}; restore a checkpoint from before they did (`maskwire "
+                f"{what} was refused: {error}; restore a checkpoint from before the weights diverged (`maskwire "
                 "checkpoint list`, `maskwire checkpoint restore NAME`) and continue with a lower learning "
                 "rate",
             )

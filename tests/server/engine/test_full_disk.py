@@ -143,11 +143,11 @@ def test_the_log_is_folded_by_its_bytes_not_by_the_number_of_commits(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folds: list[int] = []
-    tidy = Journal.merge_log
+    merge_log = Journal.merge_log
 
     def counted(self: Journal) -> None:
         folds.append(self.log_bytes())
-        tidy(self)
+        merge_log(self)
 
     monkeypatch.setattr(Journal, "merge_log", counted)
     monkeypatch.setattr(reserve, "MERGE_BYTES", 2**20)

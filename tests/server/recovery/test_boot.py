@@ -300,13 +300,13 @@ def test_the_second_newest_is_read_again_before_batches_go(rig: Rig) -> None:
 
 def test_the_log_is_folded_again_when_there_is_room(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = rig.start()
-    tidy, calls = Journal.merge_log, [0]
+    merge_log, calls = Journal.merge_log, [0]
 
     def failing(self: Journal) -> None:
         calls[0] += 1
         if calls[0] == 1:
             raise FullDisk("database or disk is full")
-        tidy(self)
+        merge_log(self)
 
     monkeypatch.setattr(Journal, "merge_log", failing)
     monkeypatch.setattr(reserve, "MERGE_BYTES", 2**18)
