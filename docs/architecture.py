@@ -23,7 +23,7 @@ PATH = (
     (
         "maskwire-executor",
         (
-            ("engine/executor.py", "Executor._has_its_turn", "take the step, number it"),
+            ("engine/executor.py", "Executor._try_take", "take the step, number it"),
             ("engine/executor.py", "Executor._compute", "train, on the device"),
             ("engine/executor.py", "Executor._consume", "extend the digest"),
         ),

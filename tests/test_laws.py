@@ -109,9 +109,8 @@ def test_the_client_never_imports_the_server_nor_torch() -> None:
 def test_the_objective_knows_no_model_and_the_model_no_objective() -> None:
     training = SERVER / "training"
     names = (
-        "objective", "evaluation", "chain_rule", "evaluation_figures", "sampling", "corruption", "schedule",
-        "draws",
-        "cross_entropy", "quadrature", "micro_batches",
+        "objective", "evaluation", "chain_rule", "evaluation_figures", "sampling", "corruption",
+        "masking_schedule", "draws", "cross_entropy", "quadrature", "micro_batches",
     )  # fmt: skip
     for name in names:
         for other in ("models", "optim", "trainer"):

@@ -18,7 +18,7 @@ from maskwire._version import __version__
 from maskwire_server.config import Config
 from maskwire_server.engine.engine import Engine
 from maskwire_server.engine.setup import Setup
-from maskwire_server.engine.trainer import Trainer
+from maskwire_server.engine.trainer_interface import Trainer
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
 from maskwire_server.recovery import point_in_time, recorded_config
 from maskwire_server.recovery.replay import InexactReplayError
@@ -33,7 +33,7 @@ EXIT_CODES = {  # acknowledged steps are safe in each case
     EXIT_CONFIG: "the configuration, a certificate or a token file is invalid; stderr says what is wrong",
     EXIT_RUN_DIRECTORY: "the run directory cannot be used: another server uses it, it is damaged, or the run "
     "has another model, objective or seed than the configuration",
-    EXIT_INEXACT: "a step that was computed again gave another result than the recorded one",
+    EXIT_INEXACT: "a recomputed step gave another result than the recorded one",
     EXIT_SLOW: "stopped, but the running step took longer than `serve.drain_seconds`; start the server again",
     EXIT_OUTPUT: "the command finished, but its output could not be written to stdout (a full disk?)",
     EXIT_FAILURE: "an unexpected error, which the log describes; start the server again",
@@ -130,7 +130,9 @@ def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_rep
         say(error)
         return EXIT_RUN_DIRECTORY
     where = f"; its state is in {out}" if out is not None else ""
-    exact = f"{inexact} steps gave other losses than recorded" if inexact else "as recorded"
+    exact = (
+        f"{inexact} step{'s' * (inexact != 1)} gave other losses than recorded" if inexact else "as recorded"
+    )
     print(f"step {info.step}, digest {info.digest.hex()}: {exact}{where}", flush=True)
     return 0
 
@@ -154,10 +156,10 @@ def _on_signals(stop: threading.Event) -> None:
     def handle(number: int, _: FrameType | None) -> None:
         if stop.is_set():
             log.warning(
-                "second %s: exiting at once; what was acknowledged is safe", signal.Signals(number).name
+                "second %s: exiting at once; acknowledged steps are durable", signal.Signals(number).name
             )
             _leave(EXIT_SLOW)
-        log.info("%s: stopping; what was acknowledged is safe", signal.Signals(number).name)
+        log.info("%s: stopping; acknowledged steps are durable", signal.Signals(number).name)
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):

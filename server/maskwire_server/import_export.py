@@ -16,7 +16,7 @@ from maskwire_server.app import EXIT_CONFIG, EXIT_RUN_DIRECTORY, say, trainer_fa
 from maskwire_server.checkpoints.membership import Membership
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import Config, template
-from maskwire_server.engine.trainer import Trainer
+from maskwire_server.engine.trainer_interface import Trainer
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
 from maskwire_server.manifest import MANIFEST, Manifest
 from maskwire_server.recovery import boot, imported_run

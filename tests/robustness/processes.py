@@ -41,7 +41,7 @@ def _serve(folder: str, settings: dict[str, str], fault: str, seconds: float) ->
     from maskwire_server.app import serve
     from maskwire_server.journal import reserve
 
-    reserve.FOLD_BYTES = 64 * 2**10  # so that the log is folded in a short run too
+    reserve.MERGE_BYTES = 64 * 2**10  # so that the log is merged in a short run too
 
     class Served(CounterTrainer):
         def train_step(self, *arguments: object) -> object:  # type: ignore[override]

@@ -226,7 +226,7 @@ class World:
         queue = self.run.queue
         while self.computing is None and (step := queue.first()) is not None:
             assert isinstance(step, Step)
-            if self.executor._has_its_turn(step):
+            if self.executor._try_take(step):
                 self.computing, life = step, self.life
                 self.later(self.weather.computing, lambda life=life: self.computed(life))
 

@@ -29,7 +29,7 @@ def main() -> None:
         from robustness.planted import BUGS
 
         BUGS[sys.argv[2]].plant()
-    reserve.FOLD_BYTES = 40 * 2**10
+    reserve.MERGE_BYTES = 40 * 2**10
     engine = make_engine(folder / "run", CONFIG, on_fatal=lambda _: os._exit(70))
     engine.wait_serving(WAIT)
     acknowledged = os.open(folder / "acknowledged", os.O_WRONLY | os.O_CREAT)

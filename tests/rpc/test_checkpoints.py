@@ -39,7 +39,7 @@ def test_a_checkpoint_is_deleted_unless_something_needs_it(serve: Serve) -> None
                 trainer.delete(name)
             assert raised.value.reason == "CHECKPOINT_NEEDED"
         trainer.restore("two")
-        with pytest.raises(CheckpointError, match="lineage 2 began from it"):
+        with pytest.raises(CheckpointError, match="lineage 2 started from it"):
             trainer.delete("two")
         trainer.train_step(tokens(9))
         trainer.checkpoint("five")

@@ -171,7 +171,7 @@ def test_training_in_the_middle_of_an_evaluation_is_found(serve: Callable[..., S
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ({"estimator": "chain_rule", "draws": 2}, "a single order"),
+    ({"estimator": "chain_rule", "draws": 2}, "there is only one such order"),
     ({"estimator": "chain_rule", "only_train_critic": True}, "has no critic"),
     ({"chain_order": "random"}, "chain_order needs ESTIMATOR_CHAIN_RULE"),
 ], ids=str)  # fmt: skip

@@ -212,4 +212,6 @@ def _show(found: GenerateResult, model: ModelInfo, as_json: bool, *, seen: bool)
     if not seen:
         show(found, False, words)
     weights = "moving average" if found.ema_weights else "trained weights"
-    tell(f"step {found.step} ({weights}), {found.unmasking_step} passes, digest {found.digest.hex()[:16]}")
+    passes = "pass" if found.unmasking_step == 1 else "passes"
+    digest = found.digest.hex()[:16]
+    tell(f"step {found.step} ({weights}), {found.unmasking_step} {passes}, digest {digest}")

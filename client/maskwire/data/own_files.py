@@ -45,9 +45,9 @@ _SETTING = re.compile(r"(#\s*)?(\w+)\s*=")
 _SERVER_LINE = re.compile(r"\d\d:\d\d:\d\d (DEBUG  |INFO   |WARNING|ERROR  |CRITICAL) (?P<message>.*)")
 _SERVER_MESSAGE = re.compile(
     r"imported torch in [\d.]+ s|trainer built on |warmed up in |ready after [\d.]+ s|state [A-Z]+"
-    r"|run [0-9a-f]{32} is at step |replayed \d+ steps in |restored checkpoint "
+    r"|run [0-9a-f]{32} is at step |replayed \d+ steps? in |restored checkpoint "
     r"|(loaded )?checkpoint \S+ (\(step \d+\)|saved: |collected|deleted on request)"
-    r"|.*: stopping; what was acknowledged is safe"
+    r"|.*: stopping; (acknowledged steps are durable|what was acknowledged is safe)"
     r"|run directory: |no configuration file \(--config\)"
 )
 # Lines that commands print, in this version and earlier ones.
@@ -58,7 +58,7 @@ _PRINTED_LINE = re.compile(
     r"|step \d+: held out \S+ (± \S+ )?bits per token"
     r"|step \d+: checkpoint \S+$"
     r"|interrupted at step \d+; "
-    r"|step \d+ \([\w ]+\), \d+ passes, digest [0-9a-f]{16}"
+    r"|step \d+ \([\w ]+\), \d+ pass(es)?, digest [0-9a-f]{16}"
     r"|\s*step \d+: \d+ rows, \d+ tokens"
     r"|not taken as data: .*, which maskwire wrote|skipped .*: written by maskwire itself"
     r"|waiting for \S+: (UNAVAILABLE|DEADLINE_EXCEEDED|[A-Z_]+): "

@@ -1,8 +1,8 @@
 """The catalogue: which checkpoints a run has, without reading its folder.
 
-The folders are the truth. A start reads them, and from then on the catalogue follows every save, deletion and
-look at a folder. Threads read it from memory; the journal holds the same in a table, for whoever wants to
-know what a run had without its folder.
+The folders are the truth. A start reads them. From then on the catalogue is updated on every save, deletion
+and re-read of a folder. Threads read it from memory; the journal holds the same in a table, so that the
+checkpoints of a run are known even if its folder is lost.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Catalogue:
-    """The whole checkpoints in the run's folder. Safe from any thread."""
+    """The complete checkpoints in the run's folder. Safe from any thread."""
 
     def __init__(self) -> None:
         self._membership = Membership()
@@ -47,7 +47,7 @@ class Catalogue:
         self.look_up(journal)
 
     def look_up(self, journal: Journal) -> None:
-        """Ask the journal about checkpoints whose step it was not asked about yet."""
+        """Look up in the journal the steps of checkpoints not looked up before."""
         self._membership.look_up(journal, list(self._manifests.values()))
 
     def expect(self, position: HistoryPosition, save_id: str) -> None:
@@ -55,7 +55,7 @@ class Catalogue:
         self._membership.expect(position, save_id)
 
     def put(self, manifest: Manifest) -> None:
-        """A whole checkpoint is in the folder."""
+        """A complete checkpoint is in the folder."""
         name = manifest.info.name
         with self._lock:
             if self._manifests.get(name) != manifest:
@@ -63,7 +63,7 @@ class Catalogue:
                 self._unrecorded[name] = manifest
 
     def remove(self, name: str) -> None:
-        """No whole checkpoint has this name any more."""
+        """No complete checkpoint has this name any more."""
         with self._lock:
             if name in self._manifests:
                 self._manifests = {key: value for key, value in self._manifests.items() if key != name}
@@ -79,7 +79,7 @@ class Catalogue:
         return newest_first(own)
 
     def unknown(self, manifest: Manifest) -> bool:
-        """Whether the journal must be asked before it is known whose checkpoint this is."""
+        """Whether the journal must be read to decide whether the checkpoint belongs to the run."""
         return self._membership.unknown(manifest)
 
     def problem(self, manifest: Manifest) -> str | None:

@@ -40,7 +40,7 @@ def recorded_saves(journal: Journal) -> set[str]:
 
 
 def foreign_save(manifest: Manifest, saves: set[str]) -> str | None:
-    """Why a checkpoint was not saved by this copy of the run; None when it was, or when nothing shows it."""
+    """Why a checkpoint was not saved by this copy of the run; None if it was, or if there is no evidence."""
     if manifest.save_id is None or manifest.save_id in saves:
         return None
     return "it was saved by another copy of the run, whose weights may differ"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from maskwire_server.config import CheckpointsConfig
-from maskwire_server.journal.lineage import Segment, ancestry
+from maskwire_server.journal.ancestry import Segment, ancestry
 from maskwire_server.journal.records import Lineage, Stretch
 from maskwire_server.manifest import Manifest
 
@@ -35,7 +35,7 @@ def needed(manifests: list[Manifest], lineages: dict[int, Lineage], lineage: int
     why = {manifest.info.name: "a start may need it" for manifest in path[:FALLBACKS]}
     for other in lineages.values():
         if other.checkpoint:
-            why[other.checkpoint] = f"lineage {other.lineage} began from it"
+            why[other.checkpoint] = f"lineage {other.lineage} started from it"
     return why
 
 

@@ -16,7 +16,7 @@ from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import CheckpointsConfig
 from maskwire_server.errors import Refused, is_shortage
 from maskwire_server.journal import inexact_replays
-from maskwire_server.journal.lineage import ancestry
+from maskwire_server.journal.ancestry import ancestry
 from maskwire_server.journal.records import Lineage, Stretch
 from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
@@ -66,8 +66,8 @@ class Saver:
         if request.name is not None and self._checkpoints.named(request.name):
             raise Refused(
                 "CHECKPOINT_EXISTS",
-                f"the name {request.name!r} is taken; choose another, or leave it empty for one of the "
-                "server's",
+                f"the name {request.name!r} is taken; choose another, or give none and the server "
+                "chooses one",
                 name=request.name,
             )
         return None
@@ -127,7 +127,7 @@ class Saver:
         for manifest in retention.on_path(own, ancestry(lineages, lineage))[: retention.FALLBACKS]:
             problem = self._checkpoints.damage(manifest)
             if problem is not None:
-                log.error("no checkpoint is collected and no batch is dropped until the next save")
+                log.error("no old checkpoint or batch is deleted until the next save")
                 self._set_aside(manifest.info.name, problem)
                 intact = False
         return intact
@@ -141,12 +141,12 @@ class Saver:
 
     def _set_damaged_aside(self, lineages: dict[int, Lineage], lineage: int) -> None:
         """Set damaged checkpoints aside, newest first, until a start has enough to fall back on."""
-        whole = 0
+        intact = 0
         for manifest in retention.on_path(self._checkpoints.own(), ancestry(lineages, lineage)):
-            if whole == retention.FALLBACKS:
+            if intact == retention.FALLBACKS:
                 break
             if self._checkpoints.verified(manifest):
-                whole += 1
+                intact += 1
             else:
                 self._set_aside(manifest.info.name, "its files were changed")
 
@@ -192,6 +192,7 @@ class Saver:
         self._checkpoints.get(name)
         self._set_damaged_aside(lineages, lineage)  # a start needs none of them
         why = retention.needed(self._checkpoints.own(), lineages, lineage).get(name)
+        cure = "save another checkpoint first"
         try:
             gone = why is not None or self._checkpoints.delete(name)
         except OSError as error:
@@ -204,16 +205,17 @@ class Saver:
             ) from error
         if not gone:
             why = "it is being downloaded, or was a minute ago, or the run was restored to it"
+            cure = "wait, or save another checkpoint first"
         if why is not None:
             raise Refused(
-                "CHECKPOINT_NEEDED", f"checkpoint {name!r} stays: {why}; save another first, or wait",
+                "CHECKPOINT_NEEDED", f"checkpoint {name!r} cannot be deleted: {why}; {cure}",
                 name=name, why=why,
             )  # fmt: skip
         log.info("checkpoint %s deleted on request", name)
 
 
 def _is(saved: Manifest, wanted: Manifest) -> bool:
-    """Whether an unnamed checkpoint has the state and serves the request that another is wanted for."""
+    """Whether an existing unnamed checkpoint already satisfies this request."""
     one, other = saved.info, wanted.info
     return (
         (one.lineage, one.step, one.digest) == (other.lineage, other.step, other.digest)

@@ -3,7 +3,7 @@
     checkpoints/NAME/  *.safetensors  *.json  manifest.json
 
 Each file is written and flushed, then read back and hashed; the manifest comes last, with each file's size
-and SHA-256 and a hash of itself. Without a whole manifest a checkpoint does not exist.
+and SHA-256 and a hash of itself. Without an intact manifest a checkpoint does not exist.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Checkpoints:
         self._catalogue = catalogue
         self._clock = clock
         self._readers: Counter[str] = Counter()
-        self._read_until: dict[str, float] = {}  # a reader may come back for the next file
+        self._read_until: dict[str, float] = {}  # a client may request another file
         self._verified: set[str] = set()
         self._pins: Counter[str] = Counter()
         self._changing: set[str] = set()  # being written or deleted
@@ -80,13 +80,13 @@ class Checkpoints:
         if self.foreign(name):
             raise Refused(
                 "CHECKPOINT_EXISTS",
-                f"checkpoints/{name} exists and is no checkpoint's; choose another name",
+                f"checkpoints/{name} exists but is not a checkpoint; choose another name",
                 name=name,
             )
         begun = False
         self._changing.add(name)
         try:
-            if (folder / MANIFEST).exists():  # damaged or renamed: somebody may still want it
+            if (folder / MANIFEST).exists():  # damaged or renamed: kept for the operator
                 self.set_aside(name)
             elif folder.exists():  # left by a save that was interrupted
                 shutil.rmtree(folder)
@@ -133,7 +133,7 @@ class Checkpoints:
         return read_manifest(self.path(name)) is not None or self.foreign(name)
 
     def all(self) -> list[Manifest]:
-        """Read every whole checkpoint's manifest, wherever it comes from, newest first; no other file."""
+        """Read every complete checkpoint's manifest, wherever it comes from, newest first; no other file."""
         folders = list(self.folder.iterdir()) if self.folder.is_dir() else []
         return newest_first(manifest for manifest in map(read_manifest, folders) if manifest is not None)
 
@@ -142,7 +142,7 @@ class Checkpoints:
         return self.all() if self._catalogue is None else self._catalogue.own()
 
     def named(self, name: str) -> list[Manifest]:
-        """Read the manifest of one checkpoint, if there is one, and let the catalogue follow."""
+        """Read the manifest of one checkpoint, if there is one, and update the catalogue."""
         if not CHECKPOINT_NAME.fullmatch(name):
             return []
         with self._lock:
@@ -186,7 +186,7 @@ class Checkpoints:
         return problems
 
     def get(self, name: str) -> Manifest:
-        """A whole checkpoint of the run by name; Refused CHECKPOINT_NOT_FOUND, CHECKPOINT_DAMAGED."""
+        """A complete checkpoint of the run by name; Refused CHECKPOINT_NOT_FOUND, CHECKPOINT_DAMAGED."""
         manifest = next(iter(self.named(name)), None)
         if manifest is None:
             names = ", ".join(m.info.name for m in self.own()[:3]) or "none"
@@ -207,7 +207,7 @@ class Checkpoints:
         return manifest
 
     def damage(self, manifest: Manifest) -> str | None:
-        """What is wrong with a checkpoint, all its files read from the disk and hashed; None: nothing."""
+        """Read and hash every file of a checkpoint. Return the damage in words, or None."""
         folder = self.path(manifest.info.name)
         self._verified.discard(manifest.info.name)
         found_manifest = read_manifest(folder)
@@ -217,7 +217,7 @@ class Checkpoints:
             try:
                 found = describe(folder / file.name, from_disk=True)
             except OSError as error:
-                if is_shortage(error):  # the file may be whole
+                if is_shortage(error):  # the file may be intact
                     raise
                 return f"{file.name}: {error.strerror}"
             if found != file:
@@ -235,7 +235,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[Manifest]:
-        """Keep a whole checkpoint while it is read; Refused CHECKPOINT_NOT_FOUND, CHECKPOINT_DAMAGED."""
+        """Protect a checkpoint from deletion while it is read; Refused as `get`."""
         with self._lock:
             manifest = self.get(name)
             self._readers[name] += 1
@@ -247,7 +247,7 @@ class Checkpoints:
                 self._read_until[name] = self._clock() + LEASE_SECONDS
 
     def pin(self, name: str) -> Manifest:
-        """Keep a whole checkpoint for a restore; Refused CHECKPOINT_NOT_FOUND, CHECKPOINT_DAMAGED."""
+        """Protect a checkpoint from deletion for a restore; Refused as `get`."""
         with self._lock:
             manifest = self.get(name)
             self._pins[name] += 1
@@ -259,7 +259,7 @@ class Checkpoints:
             self._pins[name] -= 1
 
     def delete(self, name: str) -> bool:
-        """Delete a checkpoint, its manifest first, so that part of one is never taken for a whole one.
+        """Delete a checkpoint, its manifest first, so that part of one is never taken for a complete one.
 
         Returns False, and deletes nothing, while it is pinned or read and for a minute after it was read.
         """
@@ -285,7 +285,7 @@ class Checkpoints:
             failpoints.passing("checkpoint.collected")
         finally:
             self._changing.discard(name)
-            self.named(name)  # it may be whole still
+            self.named(name)  # it may still be complete
         return True
 
     def set_aside(self, name: str) -> str:

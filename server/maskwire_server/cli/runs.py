@@ -35,15 +35,16 @@ def verify(run_dir: Run, as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found)))
     else:
+        lineages = "lineage" if found.lineages == 1 else "lineages"
         typer.echo(
             f"run {found.run_id}, lineage {found.lineage}, step {found.step}, digest {found.digest}\n"
-            f"{found.steps} steps in {found.lineages} lineages, {found.batches} with their batches; complete "
-            f"checkpoints: {', '.join(found.checkpoints) or 'none'}"
+            f"{found.steps} steps in {found.lineages} {lineages}, {found.batches} with their batches; "
+            f"complete checkpoints: {', '.join(found.checkpoints) or 'none'}"
         )
         for replay in found.inexact_replays:
             how = "accepted by an operator" if replay.accepted else "within the tolerance"
             typer.echo(
-                f"replayed with other results ({how}): steps {replay.first_step} to {replay.last_step} "
+                f"replay gave different results ({how}): steps {replay.first_step} to {replay.last_step} "
                 f"of lineage {replay.lineage}"
             )
         for problem in found.problems:
@@ -62,7 +63,7 @@ def inspect(
     out: Annotated[Path | None, typer.Option(help="Write the ids of the batch to this .npy file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a recorded step: batch, outcome, losses and gradient norm."""
+    """Show a recorded step: batch, outcome, losses and gradient norm. Stop the server of the run first."""
     check_extra()
     from maskwire_server.recovery.verify import inspect as look
 

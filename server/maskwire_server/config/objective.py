@@ -41,7 +41,7 @@ class ObjectiveConfig(Section):
     random_token_prob: Probability = 0.0
     """Fraction of masked positions that get a random id."""
     augment_prob: Probability = 1.0
-    """Probability that a batch uses no_replace_prob, and likewise random_token_prob, at all."""
+    """Probability that no_replace_prob is applied to a batch; drawn separately for random_token_prob."""
     self_cond: bool = False
     """Self-conditioning: feed the embeddings of a first pass into a second one."""
     self_cond_prob: Probability = 0.5

@@ -36,7 +36,7 @@ class ServeConfig(Section):
     """File with the bearer tokens of role admin: restore, delete, download, and everything that train
     allows."""
     download_role: Literal["read", "train", "admin"] = "admin"
-    """The least role that may download checkpoints."""
+    """The lowest role that may download checkpoints."""
     reflection: bool = True
     """Offer gRPC reflection, so that tools such as grpcurl work without the proto file."""
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -50,7 +50,7 @@ class ServeConfig(Section):
     bit instead of within a tolerance. On a CPU it always is."""
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads for computing. Default: the cores that this process may use, within the CPU quota of its
-    container."""
+    container. OMP_NUM_THREADS is not used."""
     durability: Literal["full", "off"] = "full"
     """full: a step is on disk before it is acknowledged. off: a power failure or crash of the machine can
     lose the steps since the last checkpoint."""

@@ -53,7 +53,7 @@ def _written_value(section: Any, key: str) -> Any:
 
 
 def _comment(text: str) -> list[str]:
-    return [f"# {line}" for line in textwrap.wrap(" ".join(text.split()), 96)]
+    return [f"# {line}" for line in textwrap.wrap(" ".join(text.split()), 96, break_on_hyphens=False)]
 
 
 def toml(value: Any) -> str:

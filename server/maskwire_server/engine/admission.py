@@ -14,8 +14,8 @@ from maskwire_server.engine.entries import Step
 from maskwire_server.engine.futures import answer
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.errors import Refused
+from maskwire_server.journal.ancestry import ancestry, lineage_of
 from maskwire_server.journal.journal import Journal
-from maskwire_server.journal.lineage import ancestry, lineage_of
 from maskwire_server.journal.records import Lineage, StepRecord
 from maskwire_server.journal.reserve import WRITES_PER_BATCH, Reserve, make_room
 from maskwire_server.requests import SessionRef, StepRequest
@@ -107,14 +107,15 @@ class StepAdmission:
         return number if recorded and step.request.session is not None else None
 
     def _queue(self, step: Step, no_room: Refused | None) -> None:
-        """Queue a step that repeats nothing. Under the mutex; raises Refused."""
+        """Queue a step that is not a retry. Under the mutex; raises Refused."""
         run, queue, number = self._run, self._run.queue, step.request.step
         at = run.situation()
         other = queue.with_number(number)
         taken = number is not None and (number < at.next_step or other is not None)
         if number is not None and taken and (other is None or not other.abandoned):
             raise admission_rules.step_taken(number, at.next_step)
-        step.use_version(run.step_version(bare=step.request.session is None))  # fixed meanwhile, it may be
+        # The run's first step may have fixed the version since this step was created.
+        step.use_version(run.step_version(bare=step.request.session is None))
         verdict = admission_rules.admit_step(number, len(queue), self._serve.queue_limit, at)
         if no_room is not None:
             raise no_room
@@ -162,7 +163,7 @@ class StepAdmission:
 
     def _no_room(self, size: int) -> Refused | None:
         """The refusal when the disk has no room for a batch, after trying to make some; None: it fits."""
-        # Written into the write-ahead log, and into the database when the log is folded.
+        # Written into the write-ahead log, and into the database when the log is merged.
         needed = WRITES_PER_BATCH * size
         left = self._disk.left(self._log_bytes())
         if left < needed and self._committer.read(make_room, self._disk):

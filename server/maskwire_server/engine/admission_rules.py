@@ -20,7 +20,7 @@ from maskwire_server.session_holder import Holder
 
 
 class Verdict(enum.Enum):
-    """The decision on a step that repeats nothing."""
+    """The decision on a new step, which is not a retry."""
 
     RUN = "run"
     """It is the next step."""
@@ -30,7 +30,7 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True)
 class Known:
-    """A step, in flight or recorded, that a request may repeat."""
+    """A step, in flight or recorded, that a request may be a retry of."""
 
     step: int | None
     """None: in flight, not numbered yet."""
@@ -61,7 +61,7 @@ class Situation:
     digest_version: int = 0
     """The version of the run's digest; 0 before the first step."""
     digest_versions: tuple[int, ...] = VERSIONS
-    """The versions of the digest that the client of the newest epoch computes."""
+    """The digest versions that the client of the newest epoch supports."""
 
     @property
     def holder_facts(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def refuse_unavailable(state: RunState) -> None:
 
 
 def shutting_down() -> Refused:
-    """The refusal of a request that the end of the process overtook."""
+    """The refusal of a request during shutdown."""
     return Refused("DRAINING", "the server is shutting down; retry with the same request id")
 
 
@@ -126,7 +126,7 @@ def check_session(session: SessionRef, at: Situation) -> None:
     if session.epoch < at.epoch:
         raise Refused(
             "FENCED",
-            f"epoch {session.epoch} was superseded by epoch {at.epoch}: {who(at)} took over, stop this one",
+            f"epoch {session.epoch} was superseded: {who(at)} took over (epoch {at.epoch}); stop this client",
             session_epoch=session.epoch,
             **at.holder_facts,
         )
@@ -155,29 +155,29 @@ def check_writer(session: SessionRef | None, at: Situation) -> None:
 
 
 def check_digest_version(offered: Sequence[int], version: int) -> None:
-    """Raise DIGEST_VERSION unless a client that computes the versions `offered` can follow the run's digest.
+    """Raise DIGEST_VERSION unless `offered` includes the run's version.
 
-    `version` is that of the run; before the first step, 0, every version that the server computes will do.
+    `version` is 0 before the first step: then any version that this server supports will do.
     """
     if version not in offered and (version or not newest_common(offered)):
         raise other_digest_version(offered, version)
 
 
 def other_digest_version(offered: Sequence[int], version: int) -> Refused:
-    """The refusal of a client that does not compute the version of the run's digest."""
+    """The refusal of a client that does not support the run's digest version."""
     wanted = str(version) if version else " or ".join(map(str, VERSIONS))
     computed = ", ".join(map(str, offered))
     return Refused(
         "DIGEST_VERSION",
-        f"the run's digest needs version {wanted}, this client computes {computed}: use a client that "
-        f"computes version {wanted}",
+        f"the run uses digest version {wanted}, which this client does not support (it supports {computed}); "
+        "use a client that does",
         digest_version=version,
         client_digest_versions=computed,
     )
 
 
 def repeats(request: StepRequest, payload_hash: bytes, known: Known) -> bool:
-    """Whether a request repeats a known step. Raises PAYLOAD_MISMATCH if only the request id is the same.
+    """Whether a request is a retry of a known step. Raises PAYLOAD_MISMATCH if only the id is the same.
 
     Steps are compared by request id, then by payload hash; a session's request without an id by hash alone.
     """
@@ -220,7 +220,7 @@ def step_taken(step: int, next_step: int) -> Refused:
 
 
 def admit_step(step: int | None, queue_length: int, queue_limit: int, at: Situation) -> Verdict:
-    """Decide on a step that repeats nothing, and asks for number `step`, in the protocol's order."""
+    """Decide on a new step (not a retry) that requests number `step`; checks in the order of the protocol."""
     if at.refused_step is not None and step is not None and step > at.refused_step:
         raise gap(step, at.refused_step)
     ahead = 0 if step is None else step - at.next_step

@@ -1,4 +1,4 @@
-"""What the committer makes durable, and what follows from it."""
+"""The commits of the committer: what each writes, and what it does once that is durable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from maskwire_server.results import StepAnswer, StepResult
 T = TypeVar("T")
 
 DROPPED_AT_ONCE = 256
-"""Batches that one transaction deletes at most, so that the steps after it do not wait long."""
+"""The most batches that one transaction deletes, so that later steps do not wait long."""
 
 
 @dataclass(eq=False)
@@ -35,7 +35,7 @@ class StepCommit:
     result: StepResult
     clock: Callable[[], float]
     first_of_run: bool = False
-    """The run's first step: it fixes the version of the run's digest."""
+    """Whether it is the run's first step, which fixes the run's digest version."""
 
     def write(self, journal: Journal) -> None:
         """Append record and batch."""
@@ -44,7 +44,7 @@ class StepCommit:
         journal.add_step(self.record, self.step.encoded)
 
     def committed(self) -> None:
-        """Answer everybody who waits for the step."""
+        """Answer every caller that waits for the step."""
         failpoints.passing("step.durable")
         run, step, record = self.run, self.step, self.record
         with run.mutex:
@@ -74,13 +74,13 @@ class StepCommit:
 
 @dataclass(eq=False)
 class AnswerCommit(Generic[T]):
-    """An answer that tells of a step: it waits until that is durable."""
+    """An answer that names a step, sent once that step is durable."""
 
     future: Future[T]
     value: T
 
     def write(self, journal: Journal) -> None:
-        """Nothing."""
+        """Write nothing."""
 
     def committed(self) -> None:
         """Answer."""
@@ -89,17 +89,17 @@ class AnswerCommit(Generic[T]):
 
 @dataclass(eq=False)
 class RevealCommit:
-    """The step whose weights a generation samples: its reader may see what there is once it is durable."""
+    """Makes a generation's buffered states visible once the step it samples from is durable."""
 
     generation: Generation
     seen: HistoryPosition
     last: bool = False
 
     def write(self, journal: Journal) -> None:
-        """Nothing."""
+        """Write nothing."""
 
     def committed(self) -> None:
-        """Let the reader see it, or the end."""
+        """Reveal the states, or end the stream."""
         if self.last:
             self.generation.finish()
         else:
@@ -124,18 +124,18 @@ class EventsCommit(AnswerCommit[T]):
 
 @dataclass(eq=False)
 class SessionEnd(AnswerCommit[None]):
-    """The end of a session, said by its client."""
+    """The end of a session, requested by its client."""
 
     epoch: int = 0
 
     def write(self, journal: Journal) -> None:
-        """Mark it."""
+        """Record that the session was closed."""
         journal.close_session(self.epoch)
 
 
 @dataclass(eq=False)
 class LineageCommit(AnswerCommit[None]):
-    """A lineage that a restore opens, and the epoch that it uses up."""
+    """A lineage that a restore opens, and the new epoch, which fences the writer of the old lineage."""
 
     lineage: Lineage
     session: SessionRecord
@@ -148,7 +148,7 @@ class LineageCommit(AnswerCommit[None]):
 
 @dataclass(eq=False)
 class CatalogueCommit:
-    """The checkpoints that came and went, for the journal's table."""
+    """The checkpoints added and deleted since the journal's table was last updated."""
 
     catalogue: Catalogue
     changes: dict[str, Manifest | None] = field(default_factory=dict)
@@ -158,23 +158,23 @@ class CatalogueCommit:
         self.changes = self.catalogue.record(journal)
 
     def committed(self) -> None:
-        """Tell the catalogue what the table holds."""
+        """Tell the catalogue that its changes are recorded."""
         self.catalogue.recorded(self.changes)
 
 
 @dataclass(eq=False)
 class DropBatches:
-    """Batches that no recovery needs any more, deleted some at a time."""
+    """Batches that no recovery needs any more, deleted in several transactions."""
 
     stretches: list[Stretch]
     append: Callable[[DropBatches], None]
     more: bool = False
 
     def write(self, journal: Journal) -> None:
-        """Delete a few."""
+        """Delete at most DROPPED_AT_ONCE batches."""
         self.more = journal.drop_payloads(self.stretches, DROPPED_AT_ONCE)
 
     def committed(self) -> None:
-        """Come again for the rest."""
+        """Queue the remaining deletions."""
         if self.more:
             self.append(self)

@@ -59,11 +59,11 @@ class Committer:
         self._wake = threading.Condition(run.mutex)
         self._idle = threading.Condition(run.mutex)
         self._commits: list[Commit] = []
-        self._committing = 0  # taken by the thread, and not durable or not announced yet
+        self._committing = 0  # commits taken from the queue whose callers are not answered yet
         self._reads: list[tuple[Callable[..., Any], tuple[Any, ...], Future[Any]]] = []
         self._retry_at: float | None = None
         self._failed = False  # the disk was full: the same commits are tried again
-        self._fold_after = 0.0  # when to try folding the log again after it found no room
+        self._merge_after = 0.0  # earliest time to retry merging the log after the disk was full
         self._stopping = self._stopped = False
         self._thread = threading.Thread(target=self._main, name="maskwire-committer", daemon=True)
 
@@ -80,9 +80,9 @@ class Committer:
             self._wake.notify()
 
     def read(self, question: Callable[[Journal, *Ts], T], *arguments: *Ts) -> T:
-        """Return `question(journal, …)`, called between two transactions. It must be bounded.
+        """Return `question(journal, …)`, called between two transactions. `question` must be short.
 
-        Raises what it raises: Refused, or for a damaged record HISTORY_LOST.
+        Its errors are passed on: Refused, HISTORY_LOST for a damaged record.
         """
         return self.ask(question, *arguments).result()
 
@@ -113,7 +113,7 @@ class Committer:
         self._wake.notify()
 
     def wait_durable(self) -> bool:
-        """Wait until every queued commit is durable; False if the disk is full or the process ends."""
+        """Wait until every queued commit is durable; False if the disk is full or at shutdown."""
         with self._run.mutex:
             while self._commits or self._committing:
                 if self._failed or self._stopped:
@@ -145,9 +145,7 @@ class Committer:
             while self._cycle():
                 pass
         except BaseException as error:
-            log.critical(
-                "the journal failed; the process ends, and a restart recovers the run", exc_info=True
-            )
+            log.critical("the journal failed: the server exits; restart it to recover the run", exc_info=True)
             self._on_fatal(error)
         finally:
             with self._run.mutex:
@@ -182,10 +180,12 @@ class Committer:
         if written:
             self._announce(commits)
         due = (
-            written and self._journal.log_bytes() >= reserve.FOLD_BYTES and self._clock() >= self._fold_after
+            written
+            and self._journal.log_bytes() >= reserve.MERGE_BYTES
+            and self._clock() >= self._merge_after
         )
-        if due and not reserve.fold(self._journal):
-            self._fold_after = self._clock() + RETRY_SECONDS
+        if due and not reserve.merge_log(self._journal):
+            self._merge_after = self._clock() + RETRY_SECONDS
         return not stopping or (written and bool(self._commits))
 
     def _ready(self) -> bool:

@@ -25,13 +25,13 @@ from maskwire_server.engine.entries import Drain, Evaluation, Save
 from maskwire_server.engine.executor import Executor
 from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
-from maskwire_server.engine.pending import Pending
 from maskwire_server.engine.restore import Restores
 from maskwire_server.engine.saves import Saves
 from maskwire_server.engine.sessions import Sessions
 from maskwire_server.engine.setup import Setup
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.engine.start import Ready, Start
+from maskwire_server.engine.unanswered import Unanswered
 from maskwire_server.errors import Refused
 from maskwire_server.journal import listing
 from maskwire_server.journal.reserve import Reserve
@@ -78,7 +78,7 @@ class Engine:
         )
         self._thread = threading.Thread(target=self._main, name="maskwire-executor", daemon=True)
         self._serving: Future[None] = Future()
-        self._pending = Pending(self._run)
+        self._unanswered = Unanswered(self._run)
         # Set when the run has recovered:
         self._committer: Committer
         self._executor: Executor
@@ -117,19 +117,19 @@ class Engine:
         Cancelling the future abandons the step if it has not begun.
         """
         future: Future[StepAnswer] = Future()
-        with self._pending.answering(future):
+        with self._unanswered.answering(future):
             self._steps.admit(request, future)
         return future
 
     def step_refused(self, session: SessionRef | None, step: int | None) -> None:
         """Refuse the steps that wait for `step`, which was refused before it reached the engine."""
-        if session is not None and step is not None and self._pending.serving:
+        if session is not None and step is not None and self._unanswered.serving:
             self._steps.refused(session, step)
 
     def eval_loss(self, request: EvalRequest) -> Future[EvalAnswer]:
         """Evaluate one batch; answered when the step it saw is durable."""
         future: Future[EvalAnswer] = Future()
-        with self._pending.answering(future):
+        with self._unanswered.answering(future):
             self._push(Evaluation(request, future))
         return future
 
@@ -139,14 +139,14 @@ class Engine:
         Answers come once the step whose weights are sampled is durable.
         """
         generation = Generation(request)
-        with self._pending.answering(generation.future):
+        with self._unanswered.answering(generation.future):
             self._push(generation)
         return generation
 
     def save(self, request: SaveRequest) -> Future[CheckpointInfo]:
         """Save a checkpoint; answered when it is durable and verified."""
         future: Future[CheckpointInfo] = Future()
-        with self._pending.answering(future):
+        with self._unanswered.answering(future):
             saved = self._saver.find(request)
             if saved is not None:
                 answer(future, saved)
@@ -167,7 +167,7 @@ class Engine:
     def restore(self, request: RestoreRequest) -> Future[RestoreResult]:
         """Restore a checkpoint, on a new lineage."""
         future: Future[RestoreResult] = Future()
-        with self._pending.answering(future):
+        with self._unanswered.answering(future):
             admission_rules.refuse_unavailable(self._run.conditions.state)
             self._recognise(self._checkpoints.named(request.name))
             self._restores.begin(request, future)
@@ -176,7 +176,7 @@ class Engine:
     def delete(self, name: str) -> Future[None]:
         """Delete a checkpoint that recovery does not need."""
         future: Future[None] = Future()
-        with self._pending.answering(future):
+        with self._unanswered.answering(future):
             admission_rules.refuse_unavailable(self._run.conditions.state)
             self._recognise(self._checkpoints.named(name))
             self._saves.delete(name, future)
@@ -185,14 +185,14 @@ class Engine:
     def open_session(self, request: SessionRequest) -> Future[SessionAnswer]:
         """Make the caller the run's writer."""
         future: Future[SessionAnswer] = Future()
-        with self._pending.answering(future):
+        with self._unanswered.answering(future):
             self._sessions.open(request, future)
         return future
 
     def close_session(self, session: SessionRef) -> Future[None]:
         """End the caller's session."""
         future: Future[None] = Future()
-        with self._pending.answering(future):
+        with self._unanswered.answering(future):
             self._sessions.close(session, future)
         return future
 
@@ -217,8 +217,10 @@ class Engine:
 
     def list_steps(self, request: StepsRequest) -> Future[StepsPage]:
         """A page of recorded steps of one lineage."""
-        self._pending.require_serving()
-        return self._pending.add(self._committer.ask(listing.page, self._run.head.computed.run_id, request))
+        self._unanswered.require_serving()
+        return self._unanswered.add(
+            self._committer.ask(listing.page, self._run.head.computed.run_id, request)
+        )
 
     def status(self) -> RunStatus:
         """Show state, progress and what the run is waiting for. Never waits for the device or the disk."""
@@ -273,7 +275,7 @@ class Engine:
             with self._run.mutex:
                 self._run.conditions.last_error = f"recovery failed: {type(error).__name__}"
                 self._run.conditions.set(RunState.RECOVERY_FAILED)
-            self._pending.end()
+            self._unanswered.end()
             self._start.close()
             self._serving.set_exception(error)
             return
@@ -282,12 +284,12 @@ class Engine:
         with self._run.mutex:
             self._run.lease.opened()  # its idle time starts now, however long the start took
             self._run.conditions.set(RunState.RECOVERING, False)
-        self._pending.begin()
+        self._unanswered.begin()
         self._serving.set_result(None)
         try:
             self._executor.serve()
         except BaseException as error:
-            log.critical("the engine failed; the process ends, and a restart recovers the run", exc_info=True)
+            log.critical("the engine failed: the server exits; restart it to recover the run", exc_info=True)
             self._on_fatal(error)
         finally:
             self._shut_down()
@@ -335,6 +337,6 @@ class Engine:
 
     def _refuse_everything(self) -> None:
         with self._run.mutex:
-            self._pending.end()
+            self._unanswered.end()
             self._run.queue.refuse_all(admission_rules.shutting_down())
-        self._pending.refuse_all()
+        self._unanswered.refuse_all()

@@ -23,7 +23,7 @@ from maskwire_server.engine.restore import Restores
 from maskwire_server.engine.saves import SaveCommit, Saves
 from maskwire_server.engine.sessions import Sessions
 from maskwire_server.engine.shared_state import Run
-from maskwire_server.engine.trainer import Trainer, guarded, snapshot
+from maskwire_server.engine.trainer_interface import Trainer, guarded, snapshot
 from maskwire_server.errors import DeviceLost, Refused, StateLost, Unwanted
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import StepRecord
@@ -105,11 +105,11 @@ class Executor:
                 if isinstance(entry, Drain) and (held or not run.uncommitted):
                     return run.queue.pop()  # in HELD too: every acknowledged step is durable
                 if isinstance(entry, Restore) and held:
-                    return run.queue.pop()  # it is refused
+                    return run.queue.pop()  # the restore will be refused
                 if entry is None or held or isinstance(entry, Drain):
                     run.work.wait()
                 elif isinstance(entry, Step):
-                    if self._has_its_turn(entry):
+                    if self._try_take(entry):
                         return entry
                 elif isinstance(entry, Save) and self._saves.busy:
                     run.queue.pop()
@@ -121,7 +121,7 @@ class Executor:
                     return entry
             return None
 
-    def _has_its_turn(self, step: Step) -> bool:
+    def _try_take(self, step: Step) -> bool:
         """Number the first entry and pop it; False if it was refused or has to wait."""
         run, queue = self._run, self._run.queue
         number = run.head.computed.step + 1
@@ -136,7 +136,7 @@ class Executor:
             return False
         fixed = run.head.digest_version
         if fixed is not None and step.digest_version.number != fixed.number:
-            queue.pop()  # an idle session's, hashed before a bare call fixed another version
+            queue.pop()  # hashed before a call without a session fixed the run's digest version
             offered = run.lease.digest_versions
             queue.refuse_step(step, admission_rules.other_digest_version(offered, fixed.number))
             queue.refuse_number(number)
@@ -188,7 +188,7 @@ class Executor:
             step.ended = self._clock()
             failpoints.passing("step.computed")
         except BaseException as error:  # the weights have changed, so the step cannot be refused
-            raise StateLost(f"step {step.number} was computed, and then: {error}") from error
+            raise StateLost(f"step {step.number} was computed but could not be recorded: {error}") from error
         return result
 
     def _consume(self, step: Step, result: StepResult) -> None:

@@ -23,7 +23,7 @@ class Lease:
         """The versions of the digest that the client of the newest epoch computes."""
         self.closed = True
         self._opening = False
-        self._ended = False  # expired once; steps in flight since then do not belong to the session
+        self._ended = False  # the session has expired; steps in flight do not renew it, only `touch` does
         self.superseded: Holder | None = None
         """The client whose open session the newest epoch took over."""
 

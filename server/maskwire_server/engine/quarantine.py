@@ -1,7 +1,7 @@
 """Quarantine of batches that crash the process.
 
-The batch that is being computed is noted in a small file. The file is not flushed: it must survive a crash of
-the process, not of the machine. A note found at start names the batch that the last process crashed on.
+The batch that is being computed is noted in a small file. Not fsynced: surviving a process crash
+is enough. A note found at start names the batch that the last process crashed on.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ class Quarantine:
     def __init__(self, run_dir: Path, after: int) -> None:
         self._path = run_dir / FILE_NAME
         self._after = after
-        self._hash, self._deaths = b"", 0
+        self._hash, self._crashes = b"", 0
         if after and self._path.exists() and self._path.stat().st_size == _NOTE.size:
             self._hash, before = _NOTE.unpack(self._path.read_bytes())
-            self._deaths = before + 1
+            self._crashes = before + 1
             log.warning(
                 "the process crashed %d times while computing the batch %s",
-                self._deaths,
+                self._crashes,
                 self._hash.hex()[:16],
             )
 
     def holds(self, payload_hash: bytes) -> bool:
         """Whether a batch has crashed the process too often to be computed again."""
-        return bool(self._after) and payload_hash == self._hash and self._deaths >= self._after
+        return bool(self._after) and payload_hash == self._hash and self._crashes >= self._after
 
     @contextlib.contextmanager
     def watch(self, payload_hash: bytes) -> Iterator[None]:
@@ -44,9 +44,9 @@ class Quarantine:
         if not self._after:
             yield
             return
-        deaths = self._deaths if payload_hash == self._hash else 0
+        crashes = self._crashes if payload_hash == self._hash else 0
         with _best_effort():
-            self._path.write_bytes(_NOTE.pack(payload_hash, deaths))
+            self._path.write_bytes(_NOTE.pack(payload_hash, crashes))
         try:
             yield
         finally:

@@ -17,7 +17,7 @@ from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Restore, Save
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.shared_state import Run
-from maskwire_server.engine.trainer import Trainer, guarded
+from maskwire_server.engine.trainer_interface import Trainer, guarded
 from maskwire_server.errors import Refused
 from maskwire_server.journal.records import Lineage, SessionRecord
 from maskwire_server.manifest import Manifest
@@ -37,9 +37,9 @@ class Restores:
     trainer: Trainer
 
     def begin(self, request: RestoreRequest, future: Future[RestoreResult]) -> None:
-        """Have the checkpoint's files read, then queue the restore. A known request id gets its answer again.
+        """Verify the checkpoint on another thread, then queue the restore. Raises Refused.
 
-        Raises Refused.
+        A repeated request id gets the earlier answer.
         """
         with self.run.mutex:
             admission_rules.refuse_unavailable(self.run.conditions.state)
@@ -151,15 +151,15 @@ class Restores:
         restored = RestoreResult(number, info.step, lineage.digest)
         log.info("restored checkpoint %s: lineage %d from step %d", info.name, number, info.step)
         with self.run.mutex:
-            # The batches behind it may be gone: a second copy, so that damage to one does not end the run.
-            if not self.run.conditions.holds(RunState.DRAINING):  # which saves
+            # Its batches may have been dropped: save it again, so that the run survives damage to one copy.
+            if not self.run.conditions.holds(RunState.DRAINING):  # the drain saves
                 self.run.queue.push_first(Save(SaveRequest(), automatic=True))
             self.run.conditions.set(RunState.RESTORING, False)
         answer(restore.future, restored)
 
     def _record(self, lineage: Lineage) -> SessionRecord:
         """Make the lineage durable. Refused when the disk is full: nothing has changed then."""
-        # The epoch is used up, so that no writer of the old lineage continues unaware.
+        # Advance the epoch, which fences the writer of the old lineage.
         session = SessionRecord(
             self.run.lease.epoch + 1, "restore", None, False, lineage.lineage, lineage.step, True
         )
@@ -184,8 +184,8 @@ class Restores:
         run.queue.refuse_saves(
             Refused(
                 "WRONG_RUN",
-                f"checkpoint {info.name!r} was restored before this one could be saved; save again to keep "
-                "the state of now",
+                f"checkpoint {info.name!r} was restored before this one could be saved; save again to save "
+                "the current state",
                 lineage=number,
             )
         )

@@ -32,7 +32,7 @@ E = TypeVar("E", bound=BaseException)
 
 
 def _bare(error: E) -> E:
-    """The error without its frames, which hold the copy of the state: whoever waits may keep it for long."""
+    """The error without its traceback: its frames refer to the snapshot and would keep it in memory."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
     return error
 
@@ -64,16 +64,16 @@ class Saves:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="maskwire-saver")
         self._closing = False
         self.current: Save | None = None
-        """The save whose snapshot is made or written."""
+        """The save whose snapshot is being made or written."""
 
     @property
     def busy(self) -> bool:
-        """Whether a snapshot is made or written."""
+        """Whether a snapshot is being made or written."""
         return self.current is not None
 
     @property
     def newest(self) -> CheckpointInfo | None:
-        """The newest checkpoint of the run's own."""
+        """The newest checkpoint of the run's own history."""
         return self._saver.newest
 
     # Under the mutex.
@@ -88,7 +88,7 @@ class Saves:
         return self._overdue and not self.busy
 
     def begin(self, save: Save) -> None:
-        """A snapshot is made now. Should that fail, an automatic one is tried again when the next is due."""
+        """Note that a snapshot is being made. If it fails, the next automatic save tries again."""
         self.current = save
         self._before = self._saved_at, self._overdue
         self._saved_at, self._overdue = self._clock(), False
@@ -109,7 +109,7 @@ class Saves:
 
     def give_up(self, save: Save, refusal: Refused) -> None:
         """A snapshot or its write failed; training continues."""
-        if not save.automatic:  # what was due before it is due still
+        if not save.automatic:  # a save that was due before is still due
             saved_at, overdue = self._before
             self._saved_at, self._overdue = saved_at, overdue or self._overdue
         log.log(logging.INFO if refusal.reason == "WRONG_RUN" else logging.ERROR, "%s", refusal)
@@ -124,15 +124,15 @@ class Saves:
         return True
 
     def delete(self, name: str, future: Future[None]) -> None:
-        """Delete a checkpoint that nothing needs."""
+        """Delete a checkpoint, unless something needs it."""
         self._thread.submit(self._delete, name, future)
 
     def end(self) -> None:
-        """Write no snapshot that is not being written."""
+        """Drop snapshots whose writing has not started."""
         self._closing = True
 
     def close(self) -> None:
-        """Finish what is being written."""
+        """Finish the checkpoint that is being written, and end the thread."""
         self._thread.shutdown(wait=True)
 
     # The saver's thread.
@@ -160,7 +160,7 @@ class Saves:
             answer(waiter, info)
 
     def _collect(self) -> None:
-        """Delete what is not needed any more, once what a start would rely on was verified on disk."""
+        """Delete what is not needed, after verifying on disk the checkpoints that a restart relies on."""
         with self._run.mutex:
             lineages, lineage = self._run.lineages, self._run.head.computed.lineage
         gone = self._saver.collect(lineages, lineage)
@@ -214,8 +214,8 @@ class SaveCommit:
 
     def committed(self) -> None:
         """Write the checkpoint, which must not be ahead of the journal after a power loss."""
-        if self.flush and not reserve.fold(self.journal):
-            full = "the journal's disk is full; make room, and save again"
+        if self.flush and not reserve.merge_log(self.journal):
+            full = "the journal's disk is full; free some space, and save again"
             self.saves.give_up(self.save, Refused("CHECKPOINT_FAILED", full))
             return
         self.saves.start(self.save, self.snapshot, self.position, self.save_id)

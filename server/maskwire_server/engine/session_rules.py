@@ -57,7 +57,7 @@ def admit_session(facts: SessionFacts, at: Situation) -> bool:
             raise Refused(
                 "FENCED",
                 f"this session (epoch {facts.nonce_epoch}) was superseded by epoch {at.epoch}: {who(at)} "
-                "took over, stop this one",
+                "took over (epoch {at.epoch}); stop this client",
                 session_epoch=facts.nonce_epoch,
                 **at.holder_facts,
             )
@@ -73,7 +73,7 @@ def admit_session(facts: SessionFacts, at: Situation) -> bool:
         raise Refused(
             "FENCED",
             f"this process held epoch {request.held_epoch}, which epoch {at.epoch} superseded: {who(at)} "
-            "took over, stop this one",
+            "took over (epoch {at.epoch}); stop this client",
             session_epoch=request.held_epoch,
             **at.holder_facts,
         )

@@ -28,7 +28,7 @@ CLIENT_PROCESS = "client_process"
 EVALUATED = "evaluated"
 """The kind of event that records which step a writer has evaluated."""
 DIGEST_VERSIONS = "digest_versions"
-"""The kind of event that records which versions of the digest a session's client computes."""
+"""The kind of event that records which digest versions a session's client supports."""
 
 
 @dataclass(eq=False)
@@ -183,7 +183,7 @@ class Sessions:
             refuse(future, refusal)
 
     def refuse_all(self, refusal: Refused) -> None:
-        """Refuse every session that is being opened: the process ends."""
+        """Refuse every session that is being opened: the process is shutting down."""
         for nonce in list(self._opening):
             self._refuse(nonce, refusal)
 
@@ -199,7 +199,7 @@ class Sessions:
             self._committer.append(SessionEnd(future, None, session.epoch))
 
     def _answer(self, epoch: int) -> SessionAnswer:
-        """The answer with an epoch of the caller's own, even if another epoch has superseded it meanwhile."""
+        """Answer with the caller's epoch, even if a newer one has superseded it."""
         head, lease = self._run.head, self._run.lease
         return SessionAnswer(
             head.computed.run_id,
@@ -228,7 +228,7 @@ def recorded_process(journal: Journal, session: SessionRecord | None) -> ClientP
 
 
 def recorded_digest_versions(journal: Journal, session: SessionRecord | None) -> tuple[int, ...]:
-    """The versions of the digest that a session's client computes; a session of version 0.1 has no record."""
+    """The digest versions that the session's client supports. Clients of version 0.1 report none."""
     found = journal.last_event(DIGEST_VERSIONS)
     recorded = session is not None and found is not None and found[1]["epoch"] == session.epoch
     return tuple(found[1]["versions"]) if recorded and found else (1,)
@@ -246,5 +246,5 @@ def _fenced(holder: Holder, step: Step) -> Refused:
             "WRITER_PRESENT", f"{holder} opened a session; wait until it is closed", **holder.metadata()
         )
     return Refused(
-        "FENCED", f"{holder} took over with epoch {holder.epoch}; stop this one", **holder.metadata()
+        "FENCED", f"{holder} took over (epoch {holder.epoch}); stop this client", **holder.metadata()
     )

@@ -1,4 +1,4 @@
-"""What an engine is started with."""
+"""The parameters of an engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maskwire_server.config import CheckpointsConfig, ServeConfig
-from maskwire_server.engine.trainer import Trainer
+from maskwire_server.engine.trainer_interface import Trainer
 
 
 @dataclass(frozen=True)

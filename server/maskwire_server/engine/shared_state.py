@@ -70,9 +70,9 @@ class Run:
         return self.head.digest_version or (computing.digest_version if computing else None)
 
     def step_version(self, *, bare: bool) -> DigestVersion:
-        """The version to hash a step of the open session, or a bare call, with.
+        """The digest version for hashing a new step. `bare`: the call has no session.
 
-        It is the run's version, or before the first step the one that the step would fix.
+        It is the run's version, or before the first step the newest that the caller supports.
         """
         number = VERSIONS[-1] if bare else newest_common(self.lease.digest_versions)
         return self.digest_version or DigestVersion(number, self.num_tokens)

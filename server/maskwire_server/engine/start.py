@@ -1,4 +1,4 @@
-"""How a run starts to serve: its journal is opened, its trainer built, its history recovered."""
+"""Startup of a run: open the journal, build the trainer, recover the history."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.engine.sessions import recorded_digest_versions, recorded_evaluation, recorded_process
 from maskwire_server.engine.setup import Setup
 from maskwire_server.engine.shared_state import Run
-from maskwire_server.engine.trainer import Trainer, guarded, snapshot
+from maskwire_server.engine.trainer_interface import Trainer, guarded, snapshot
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal import inexact_replays, reserve
 from maskwire_server.journal.database import JournalError, explained, is_full
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ready:
-    """What serving the recovered run needs."""
+    """The parts that serve the recovered run."""
 
     journal: Journal
     trainer: Trainer
@@ -71,10 +71,10 @@ class Start:
         self.read_tokens: int | None = None
         """Default of `Limits.max_read_tokens`; None until the model is built."""
         self.info: ModelInfo | None = None
-        """What is served; None until the model is built."""
+        """The served model; None until the model is built."""
 
     def stop(self) -> None:
-        """Give up waiting for room on the disk; from any thread."""
+        """Stop waiting for disk space. Any thread."""
         self._stopping = True
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ class Start:
         )
         run_id = journal.fact("run_id")
         head.move(HistoryPosition(run_id, 1, 0, b""))
-        if journal.log_bytes() >= reserve.FOLD_BYTES:  # of a process that was killed
+        if journal.log_bytes() >= reserve.MERGE_BYTES:  # of a process that was killed
             make_room(journal, self._disk)
         self._catalogue.load(journal, self._checkpoints.all())
         self._saver.refresh()
@@ -133,7 +133,7 @@ class Start:
                 tell=self._wait_for,
                 with_room=self._when_there_is_room,
             )
-        self._saver.refresh()  # some may have been set aside
+        self._saver.refresh()  # recovery may have renamed damaged checkpoints
         self._wait_for("the warm-up")
         warming = self._setup.clock()
         with guarded(trainer):
@@ -166,7 +166,7 @@ class Start:
     def _save_where_needed(
         self, journal: Journal, trainer: Trainer, recovered: boot.Recovered, numerics: dict[str, Any]
     ) -> None:
-        """Save what must be durable before a step follows from it.
+        """Save the state that must be saved before any step is trained or answer sent.
 
         Checkpoint 0 comes before the first step, and so does a state that an inexact replay led to: another
         replay would lead to another state.
@@ -180,11 +180,11 @@ class Start:
             except Refused as refused:
                 raise RunDirectoryError(f"{self._setup.run_dir}: {refused.message}") from refused
         elif not self._has_two_bases(journal, trainer, numerics):
-            with contextlib.suppress(Refused):  # the run is no worse off than it was
+            with contextlib.suppress(Refused):  # best effort: without it the run still serves
                 self._save(journal, trainer, "changed")
 
     def _record(self, journal: Journal, numerics: dict[str, Any]) -> int:
-        """Record this start and the catalogue in one transaction; the id of the start's configuration."""
+        """Record start and catalogue in one transaction. Return the id of the recorded configuration."""
         configuration_id, changes = 0, {}
 
         def write() -> None:
@@ -197,7 +197,7 @@ class Start:
         return configuration_id
 
     def _has_two_bases(self, journal: Journal, trainer: Trainer, numerics: dict[str, Any]) -> bool:
-        """Whether one damaged checkpoint is not the end: another, or steps that can be computed again."""
+        """Whether the run could recover if its newest checkpoint were damaged."""
         here = self._run.head.computed
         if not here.step or fingerprint.replayable(journal, numerics, trainer.configure):
             return True
@@ -222,7 +222,7 @@ class Start:
             raise self._run.conditions.failed("the checkpoint", error) from error
 
     def _when_there_is_room(self, act: Callable[[], T]) -> T:
-        """Do something that writes to the disk; while that is full, wait, as HELD would, and try again."""
+        """Call `act`, which writes to disk. While the disk is full, wait and retry, as in state HELD."""
         waits = False
         while True:
             try:
@@ -231,7 +231,7 @@ class Start:
                 if self._stopping or not (is_full(error) or is_full(error.__cause__)):
                     raise
                 if not waits:
-                    log.error("no room on the disk, the start waits until there is: %s", error)
+                    log.error("disk full: startup waits until space is freed: %s", error)
                 waits = True
             self._wait_for("room on the disk")
             until = time.monotonic() + RETRY_SECONDS

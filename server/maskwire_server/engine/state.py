@@ -69,9 +69,9 @@ class Conditions:
             log.warning("%s", self.last_error)
             return Refused(
                 "DIVERGED",
-                f"{what} was refused: {error}; restore a checkpoint from before they did (`maskwire "
-                "checkpoint list`, `maskwire checkpoint restore NAME`) and continue with a lower learning "
-                "rate",
+                f"{what} was refused: {error}; restore a checkpoint from before the weights diverged "
+                "(`maskwire checkpoint list`, `maskwire checkpoint restore NAME`) and continue with a lower "
+                "learning rate",
             )
         error_id = uuid.uuid4().hex[:12]
         self.last_error = f"{what} failed, error id {error_id}"

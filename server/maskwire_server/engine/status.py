@@ -1,4 +1,4 @@
-"""What a run says of itself."""
+"""The run's status report."""
 
 from __future__ import annotations
 

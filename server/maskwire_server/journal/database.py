@@ -27,7 +27,7 @@ Row = tuple[Any, ...]
 
 _WRITE_FAILED = sqlite3.SQLITE_IOERR_WRITE
 _MARGIN = 2**20  # what a transaction writes beside its batches
-_UNREADABLE = (sqlite3.Error, UnicodeDecodeError)  # the second: a message that quotes damaged bytes
+_UNREADABLE = (sqlite3.Error, UnicodeDecodeError)  # SQLite's message may quote damaged bytes
 
 
 class Database:
@@ -53,15 +53,15 @@ class Database:
                 "--run-dir"
             ) from error
         try:
-            # Absolute: builds of SQLite that read URIs everywhere take a relative `file:...` for one.
+            # Absolute, because some builds would parse a relative path that starts with `file:` as a URI.
             path = self._path.absolute()
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode=WAL")
-            # NORMAL flushes only in `tidy`: a power loss loses the last steps and corrupts nothing.
+            # NORMAL flushes only in `merge_log`: a power loss loses the last steps and corrupts nothing.
             self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-            # SQLite's automatic WAL checkpoint would stall a step for 10 ms every 64 batches; `tidy` does it
-            # between transactions instead.
+            # SQLite's automatic WAL checkpoint would stall a step for 10 ms every 64 batches; `merge_log`
+            # does it between transactions instead.
             self._db.execute("PRAGMA wal_autocheckpoint=0")
             tables = self._row("SELECT count(*) FROM sqlite_master WHERE name = 'run'")
             self.is_new = tables is None or not tables[0]
@@ -136,8 +136,8 @@ class Database:
             full.sqlite_errorcode = sqlite3.SQLITE_FULL
             raise full from error
 
-    def tidy(self) -> None:
-        """Fold the write-ahead log into the database file; afterwards everything is flushed."""
+    def merge_log(self) -> None:
+        """Merge the write-ahead log into the database file; afterwards everything is flushed."""
         failpoints.passing("journal.tidying")
         growth = self.growth()
         try:
@@ -148,7 +148,7 @@ class Database:
         failpoints.passing("journal.tidied")
 
     def growth(self) -> int:
-        """The bytes that the database file grows by when the log is folded into it."""
+        """The bytes that the database file grows by when the log is merged into it."""
         pages = int(self._db.execute("PRAGMA page_count").fetchone()[0])
         size = int(self._db.execute("PRAGMA page_size").fetchone()[0])
         return max(0, pages * size - self._path.stat().st_size)

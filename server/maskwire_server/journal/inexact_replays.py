@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from maskwire.v1.values import InexactReplay
+from maskwire_server.journal.ancestry import Segment
 from maskwire_server.journal.journal import Journal
-from maskwire_server.journal.lineage import Segment
 
 EVENT = "inexact_replay"
 

@@ -96,7 +96,7 @@ class Journal(Database):
     # Steps.
 
     def add_step(self, record: StepRecord, payload: bytes) -> None:
-        """Append a step, with the batch that computes it again."""
+        """Append a step with its batch, from which the step can be recomputed."""
         self._batch_bytes += len(payload)
         self._db.execute(
             "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -136,7 +136,7 @@ class Journal(Database):
         return [StepRecord.read(row) for row in rows]
 
     def step_of_request(self, request_id: str) -> StepRecord | None:
-        """The newest record of a request id: a session that names its steps may use an id more than once."""
+        """The newest record of a request id: a session that numbers its steps may reuse an id."""
         row = self._row(
             "SELECT * FROM steps WHERE request_id = ? ORDER BY lineage DESC, step DESC LIMIT 1", request_id
         )

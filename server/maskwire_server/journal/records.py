@@ -64,7 +64,12 @@ class StepRecord:
                 digest,
             )
             whole = record.row_hash() == row_hash
-        except (ValueError, TypeError, AttributeError, struct.error):  # whatever damaged columns make of it
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            struct.error,
+        ):  # decoding damaged data can raise any of these
             whole = False
         if not whole:
             raise damaged(f"the record of step {step} (lineage {lineage})")
@@ -113,7 +118,7 @@ class SessionRecord:
     epoch: int
     client_name: str
     nonce: str | None
-    """None for an epoch that a restore used, so that no writer continues unaware."""
+    """None for an epoch that a restore opened to fence the writer of the old lineage."""
     takeover: bool
     lineage: int
     step: int

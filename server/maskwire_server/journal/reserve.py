@@ -1,4 +1,4 @@
-"""Space on the journal's disk: the reserve that is kept free, and folding the log to free more."""
+"""Space on the journal's disk: the reserve, and merging the write-ahead log into the database."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from maskwire_server.journal.journal import Journal
 
 log = logging.getLogger(__name__)
 
-FOLD_BYTES = 16 * 2**20
-"""The write-ahead log is folded into the database when it reaches this size."""
+MERGE_BYTES = 16 * 2**20
+"""The write-ahead log is merged into the database when it reaches this size."""
 WRITES_PER_BATCH = 2
 """A batch is written to the write-ahead log, and later to the database file."""
 
@@ -33,24 +33,25 @@ class Reserve:
         return size <= free_bytes(self._run_dir)
 
 
-def fold(journal: Journal) -> bool:
-    """Fold the journal's log into the database; False when there is no room, and nothing changed."""
+def merge_log(journal: Journal) -> bool:
+    """Merge the write-ahead log into the database; False when there is no room, and nothing changed."""
     try:
-        journal.tidy()
+        journal.merge_log()
     except JournalError as error:
         if not is_full(error):
             raise
         log.warning(
-            "no room to fold the journal's log; its contents are safe, and folding is tried again later"
+            "not enough disk space to merge the write-ahead log into the database; nothing is lost, and the "
+            "server tries again later"
         )
         return False
     return True
 
 
 def make_room(journal: Journal, reserve: Reserve) -> bool:
-    """Fold the journal's log if that frees space; False when it was not folded.
+    """Merge the write-ahead log into the database if that frees space; False when it was not merged.
 
     The database file grows first, by less than the log's size, and may use the reserve meanwhile: no step is
     committed at the same time.
     """
-    return bool(journal.log_bytes()) and reserve.fits(journal.growth()) and fold(journal)
+    return bool(journal.log_bytes()) and reserve.fits(journal.growth()) and merge_log(journal)

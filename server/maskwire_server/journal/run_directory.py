@@ -39,7 +39,7 @@ def lock(run_dir: Path) -> int:
 
 
 def refuse_leftovers(run_dir: Path) -> None:
-    """Raise RunDirectoryError when a directory without a journal holds anything that a run did not expect."""
+    """Raise RunDirectoryError when a directory without a journal holds unexpected files."""
     unexpected = sorted(
         path.name
         for path in run_dir.iterdir()

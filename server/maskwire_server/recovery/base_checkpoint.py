@@ -6,12 +6,12 @@ from maskwire_server.checkpoints.membership import foreign_save, recorded_saves
 from maskwire_server.checkpoints.retention import on_path
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
+from maskwire_server.journal.ancestry import Segment
 from maskwire_server.journal.journal import Journal
-from maskwire_server.journal.lineage import Segment
 from maskwire_server.manifest import Manifest
 
 STARTED_FROM = "began_from"
-"""The kind of event that names the first checkpoint of a run whose first weights no seed makes."""
+"""The kind of event that names the first checkpoint of a run whose initial weights were imported."""
 
 
 def newest_verified(

@@ -16,13 +16,13 @@ from maskwire.v1.values import Outcome
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import inexact_replays
+from maskwire_server.journal.ancestry import ancestry
 from maskwire_server.journal.database import JournalError
 from maskwire_server.journal.journal import Journal
-from maskwire_server.journal.lineage import ancestry
 from maskwire_server.journal.records import Lineage, SessionRecord
 from maskwire_server.journal.run_directory import JOURNAL_FILE
 from maskwire_server.recovery.rebuild import rebuild
-from maskwire_server.recovery.trainer import ReplayTrainer
+from maskwire_server.recovery.trainer_interface import ReplayTrainer
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +87,9 @@ class Recovered:
     non_finite: int
     """How many of the last steps were not finite, in a row and since the last takeover."""
     replayed_inexactly: bool
-    """An inexact replay led to the state: it must be saved before a step or an answer follows from it."""
+    """An inexact replay led to the state: it must be saved before any step is trained or answer sent."""
     accepted: bool
-    """Something that no tolerance covers was accepted."""
+    """A difference beyond the tolerance was accepted."""
 
 
 def recover(
@@ -151,7 +151,7 @@ def accept_lost_history(
     *,
     with_room: Callable[[Callable[[], None]], None] = lambda write: write(),
 ) -> Recovered:
-    """Continue from the last step that is left, on a new lineage: no client may take it for the old history.
+    """Continue from the last surviving step on a new lineage, so that clients notice the loss.
 
     Raises RunDirectoryError unless that step is `step`. A second call for the same step changes nothing.
     """
@@ -170,7 +170,7 @@ def accept_lost_history(
     def write() -> None:
         journal.add_lineage(Lineage(number, recovered.lineage, step, digest, None, None))
         journal.add_event("accepted_lost_history", {"lineage": number, "step": step})
-        epoch = (last.epoch if last else 0) + 1  # used, so that no writer continues unaware
+        epoch = (last.epoch if last else 0) + 1  # advanced, which fences the writer of the old lineage
         journal.add_session(SessionRecord(epoch, "lost history", None, False, number, step, True))
 
     with_room(partial(journal.transaction, write))

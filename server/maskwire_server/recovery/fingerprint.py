@@ -20,7 +20,7 @@ def fingerprint(versions: dict[str, str]) -> dict[str, Any]:
 
 
 def reproducible(settings: dict[str, Any]) -> bool:
-    """Whether the same steps give the same bytes again; assumed where nothing was recorded."""
+    """Whether the same steps give the same bytes again. True if nothing was recorded."""
     deterministic = settings.get("fingerprint.deterministic", "yes") == "yes"
     return bool(deterministic and settings.get("fingerprint.compile", "off") == "off")
 
@@ -31,7 +31,7 @@ def numerics_version(settings: dict[str, Any]) -> int:
 
 
 def numerics(configuration: dict[str, Any], versions: dict[str, str]) -> dict[str, Any]:
-    """What results depend on: the [optimizer] section and the fingerprint, which is what is really in use."""
+    """The [optimizer] section and the fingerprint of the actual environment."""
     optimizer = {f"optimizer.{key}": value for key, value in configuration.get("optimizer", {}).items()}
     return optimizer | fingerprint(versions)
 
@@ -70,7 +70,7 @@ def replayable(
 
 
 def changed_fingerprints(was: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    """The parts of the fingerprint that both record and that differ."""
+    """Keys that both fingerprints contain with different values."""
     return [
         key
         for key in sorted(was.keys() & settings.keys())  # an older version recorded less

@@ -24,7 +24,7 @@ from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
 from maskwire_server.recovery import boot
 from maskwire_server.recovery.base_checkpoint import STARTED_FROM
-from maskwire_server.recovery.trainer import ReplayTrainer
+from maskwire_server.recovery.trainer_interface import ReplayTrainer
 from maskwire_server.results import CheckpointInfo
 
 NAME = "imported"
@@ -43,8 +43,9 @@ def begin(
 ) -> CheckpointInfo:
     """Create a run at step 0 whose first checkpoint, `imported`, is the state of the factory's trainer.
 
-    `texts` are files to write into the run directory. Retention never deletes the checkpoint: no seed makes
-    these weights again. Raises RunDirectoryError when the directory is not empty or cannot be written.
+    `texts` are files to write into the run directory. Retention never deletes the checkpoint: its weights
+    cannot be recreated from the seed. Raises RunDirectoryError when the directory is not empty
+    or cannot be written.
     """
     try:
         if run_dir.is_mount():  # nothing can be renamed into its place
@@ -102,7 +103,7 @@ def _write(
             save_id=membership.new_save_id(),
         )
         info = Checkpoints(folder).write(trainer.snapshot(), manifest).info
-        # No seed makes these weights: the run must not start without this checkpoint.
+        # These weights cannot be recreated from the seed: the run must not start without this checkpoint.
         journal.transaction(partial(_record, journal, manifest))
         return info
     finally:

@@ -1,4 +1,4 @@
-"""The state of a run at an earlier step, computed again without changing the run."""
+"""The state of a run at an earlier step, recomputed without changing the run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from maskwire_server.checkpoints.saver import KEPT_SECTIONS
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import inexact_replays
-from maskwire_server.journal.lineage import Segment, ancestry
+from maskwire_server.journal.ancestry import Segment, ancestry
 from maskwire_server.manifest import Manifest
 from maskwire_server.recovery import boot, fingerprint
 from maskwire_server.recovery.rebuild import rebuild
-from maskwire_server.recovery.trainer import ReplayTrainer
+from maskwire_server.recovery.trainer_interface import ReplayTrainer
 from maskwire_server.results import CheckpointInfo
 
 log = logging.getLogger(__name__)
@@ -34,10 +34,10 @@ def rewind(
     accept_inexact: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[CheckpointInfo, int]:
-    """Compute the current history up to a step, and write the state as a checkpoint's folder `out`.
+    """Compute the current history up to a step, and write the state as a checkpoint in the folder `out`.
 
     Starts from the newest intact checkpoint at or before the step, or from the seed; the losses must equal
-    the recorded ones. Returns the state's checkpoint, and how many steps were not exact. Raises
+    the recorded ones. Returns the state's checkpoint, and how many recomputed steps differed. Raises
     RunDirectoryError.
     """
     journal = boot.open_recorded(run_dir)
@@ -69,7 +69,10 @@ def rewind(
             tell=tell,
         )
         done = rebuilt.replayed
-        tell(f"computed {done.count} steps again, {done.differing} of them not exactly")
+        tell(
+            f"recomputed {done.count} step{'s' * (done.count != 1)}; "
+            f"{done.differing} differed from the record"
+        )
         name = out.name if out is not None else f"step-{to_step:09d}"
         info = CheckpointInfo(name, last.lineage, to_step, digest, (), time.time())
         if out is None:

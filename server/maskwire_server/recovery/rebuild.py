@@ -17,12 +17,12 @@ from maskwire_server import failpoints
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import inexact_replays
+from maskwire_server.journal.ancestry import Segment
 from maskwire_server.journal.journal import Journal
-from maskwire_server.journal.lineage import Segment
 from maskwire_server.recovery.base_checkpoint import newest_verified, require_seed
 from maskwire_server.recovery.recorded_settings import RecordedSettings
 from maskwire_server.recovery.replay import Replayed, recorded_version, replay, steps_to_replay, with_progress
-from maskwire_server.recovery.trainer import ReplayTrainer
+from maskwire_server.recovery.trainer_interface import ReplayTrainer
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,8 @@ def rebuild(
         accept_inexact=accept_inexact,
     )
     if replayed.count:
-        log.info("replayed %d steps in %.1f s", replayed.count, time.monotonic() - began)
+        word = "step" if replayed.count == 1 else "steps"
+        log.info("replayed %d %s in %.1f s", replayed.count, word, time.monotonic() - began)
     recorded.restore()
     failpoints.passing("recovery.replayed")
     return Rebuilt(replayed, recorded.accepted or bool(replayed.beyond))

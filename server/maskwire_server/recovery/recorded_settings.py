@@ -1,4 +1,4 @@
-"""The settings that steps were trained with, applied again for their replay."""
+"""The settings that steps were trained with, which their replay applies."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from maskwire_server.recovery.tolerance import TOLERANCES, Tolerance, measured_s
 
 
 class RecordedSettings:
-    """Configures the trainer with the settings that each step was recorded with, before it is computed again.
+    """Configures the trainer with each step's recorded settings before the step is recomputed.
 
-    It also decides which steps must give the same bytes, and which only close results: those of a
-    configuration that is not reproducible or of another numerics version, those from an inexact replay
-    in the history on, and all steps after any of these.
+    It also decides which steps must give the same bytes. Results may differ from the first step that (a) ran
+    in a non-reproducible configuration, (b) used another numerics version, or (c) was part of an inexact
+    replay. All later steps may differ too.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class RecordedSettings:
         self._strict = strict
         self._inexact = tuple(inexact)
         self._close = self._drifted = False
-        self._steps = 0.0  # `measured_steps` since results need only be close
+        self._steps = 0.0  # steps since exact equality stopped being required, in `measured_steps`
         self._rate = 0.0
         self._precision = "fp32"
         self._journal = journal
@@ -51,7 +51,7 @@ class RecordedSettings:
     def apply(
         self, records: Iterator[tuple[StepRecord, bytes | None]]
     ) -> Iterator[tuple[StepRecord, bytes | None]]:
-        """Pass the records on. Raises RunDirectoryError at one whose settings cannot be applied."""
+        """Yield each record after configuring the trainer for it. Raises RunDirectoryError if that fails."""
         for record, payload in records:
             if record.outcome is Outcome.APPLIED:
                 self._configure_for(record, self._journal.event(record.configuration))
@@ -83,7 +83,7 @@ class RecordedSettings:
             raise RunDirectoryError(_changed(record, str(error))) from error
 
     def tolerance(self, learning_rate: float | None) -> Tolerance | None:
-        """How far the result of the last record may be from it; None: not at all.
+        """The tolerance for the last record; None: must be equal.
 
         `learning_rate` is the step's own, if its batch came with one. Called once for each step.
         """
@@ -96,7 +96,7 @@ class RecordedSettings:
         return allowed
 
     def restore(self) -> None:
-        """Configure the trainer with today's settings."""
+        """Configure the trainer with the current settings."""
         self._use(trainer_settings(self._settings))
 
     def _use(self, wanted: tuple[dict[str, Any], int]) -> None:
@@ -107,6 +107,7 @@ class RecordedSettings:
 
 def _changed(record: StepRecord, what: str) -> str:
     return (
-        f"step {record.step} must be computed again, and what its result depends on has changed since it was "
-        f"trained ({what}): start once with the old settings, stop the server cleanly, then change them"
+        f"step {record.step} must be recomputed, but settings that its result depends on have changed since "
+        f"it was trained ({what}): start once with the old settings, stop the server cleanly, then change "
+        "them"
     )

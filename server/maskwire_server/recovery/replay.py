@@ -12,8 +12,8 @@ from maskwire.v1.values import InexactReplay, Outcome
 from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import RunDirectoryError
+from maskwire_server.journal.ancestry import Segment
 from maskwire_server.journal.journal import Journal
-from maskwire_server.journal.lineage import Segment
 from maskwire_server.journal.records import StepRecord, damaged
 from maskwire_server.recovery.tolerance import Tolerance, excess, outcome_differs
 from maskwire_server.results import StepResult
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class InexactReplayError(RunDirectoryError):
-    """A step that was computed again gave another result than the acknowledged one."""
+    """A recomputed step gave another result than the acknowledged one."""
 
 
 def recorded_version(journal: Journal) -> DigestVersion:
@@ -35,7 +35,7 @@ def read_payload(record: StepRecord, encoded: bytes, version: DigestVersion) -> 
     try:
         payload = Payload.decode(encoded)
         whole = payload.hash(version) == record.payload_hash
-    except Exception:  # whatever damaged bytes make of it
+    except Exception:  # decoding damaged data can raise any of these
         whole = False
     if not whole:
         raise damaged(f"the batch of step {record.step} (lineage {record.lineage})")
@@ -106,7 +106,7 @@ class Replayed:
     """By lineage, the first and last step whose weights are close to the run's but not the same bytes."""
 
     def inexact(self, *, accepted: bool) -> list[InexactReplay]:
-        """The ranges of steps that were not exact, as the journal records them."""
+        """Ranges of steps whose recomputed results differ from the record."""
         accepted = accepted or bool(self.beyond)
         return [InexactReplay(lineage, *steps, accepted) for lineage, steps in self.stretches.items()]
 
@@ -132,8 +132,8 @@ def replay(
             continue
         if payload is None:
             raise RunDirectoryError(
-                f"journal: the batch of step {record.step} is not kept, and no whole checkpoint lies between "
-                'it and the step asked for: serve.keep_payloads = "all" keeps every batch; where a '
+                f"journal: the batch of step {record.step} is not kept, and no complete checkpoint lies "
+                'between it and the step asked for: serve.keep_payloads = "all" keeps every batch; where a '
                 "checkpoint was damaged, restore the run directory from a copy"
             )
         failpoints.passing("recovery.replaying")
@@ -141,9 +141,9 @@ def replay(
         result = train(record.lineage, record.step, sent.batch, sent.modes)
         if outcome_differs(record, result):
             raise InexactReplayError(
-                f"step {record.step} computed again ended as {result.outcome.name}, acknowledged was "
-                f"{record.outcome.name}: the weights would lack the step; start on the software, hardware "
-                "and settings that it was trained with"
+                f"step {record.step} was acknowledged as {record.outcome.name}, but recomputing it gave "
+                f"{result.outcome.name}. Start the server with the software, hardware and settings that "
+                "trained it"
             )
         again = StepRecord(**{**vars(record), "losses": result.losses, "gradient_norm": result.gradient_norm})
         same, allowed = again.numbers() == record.numbers(), tolerance(sent.modes.learning_rate)
@@ -169,7 +169,10 @@ def replay(
         done.beyond.append(record.step)
         log.warning("%s; accepted", message)
     if done.differing > len(done.beyond):
-        log.info("%d steps computed again differ within the tolerance", done.differing - len(done.beyond))
+        log.info(
+            "recomputed steps that differ from the record, within the tolerance: %d",
+            done.differing - len(done.beyond),
+        )
     return done
 
 

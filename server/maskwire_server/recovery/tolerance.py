@@ -50,9 +50,9 @@ TOLERANCES = {
 """By the precision of the fingerprint."""
 
 SMALL = 0.1
-"""Below this value differences count against it: near zero the rounding of a loss is absolute."""
+"""Losses below this are compared absolutely."""
 _FLIP = 4.0
-"""Nats by which one sampled token that rounding flips can change the critic's loss at its positions."""
+"""The most that one sampled token, changed by rounding, can change the critic's loss, in nats."""
 
 
 def outcome_differs(record: StepRecord, result: StepResult) -> bool:

@@ -4,8 +4,8 @@
               checkpoint's files
     inspect   one step: its batch, outcome, losses and gradient norm
 
-Nothing is changed, except that SQLite folds its write-ahead log and that an older format of the journal is
-migrated, as a server's start would do.
+Nothing is changed, except that SQLite merges its write-ahead log into the database and that a journal of
+an older format is migrated, as a server's start would do.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from maskwire_server.checkpoints.retention import FALLBACKS, on_path
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import inexact_replays
+from maskwire_server.journal.ancestry import ancestry
 from maskwire_server.journal.database import explained
 from maskwire_server.journal.journal import Journal
-from maskwire_server.journal.lineage import ancestry
 from maskwire_server.journal.records import Lineage, StepRecord
 from maskwire_server.recovery.base_checkpoint import require_seed
 from maskwire_server.recovery.boot import open_recorded
@@ -159,7 +159,7 @@ def _verify_checkpoints(
         audit.problems.append(f"checkpoint {name}: {problem}")
     unfinished = checkpoints.unfinished()
     if unfinished:
-        tell(f"left unfinished, and swept at the next start: {', '.join(unfinished)}")
+        tell(f"unfinished checkpoints, deleted at the next start: {', '.join(unfinished)}")
 
 
 def _verify_recovery(
@@ -175,7 +175,7 @@ def _verify_recovery(
     bases: list[CheckpointInfo | None] = [*path[:FALLBACKS]]
     for info in bases or [None]:
         start = (segments[0].lineage, 0) if info is None else (info.lineage, info.step)
-        behind = f"checkpoint {info.name}" if info else "the run's beginning (no whole checkpoint is left)"
+        behind = f"checkpoint {info.name}" if info else "the run's beginning (no complete checkpoint is left)"
         for record, encoded in steps_to_replay(journal, segments, start):
             if encoded is None and record.outcome is Outcome.APPLIED:
                 audit.problems.append(

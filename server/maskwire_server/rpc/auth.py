@@ -17,7 +17,7 @@ import grpc
 
 from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError, Refused
-from maskwire_server.rpc.status import abort
+from maskwire_server.rpc.error_status import abort
 
 MIN_TOKEN_LENGTH = 16
 _HEALTH = "/grpc.health.v1.Health/"

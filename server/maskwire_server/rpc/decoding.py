@@ -126,8 +126,8 @@ def _check_chain(request: pb.EvalLossRequest, *, chain_rule: bool) -> None:
     if order != pb.CHAIN_ORDER_RANDOM and request.draws > 1:
         raise invalid_field(
             "draws",
-            f"draws must be 0 or 1 with CHAIN_ORDER_LEFT_TO_RIGHT, a single order, got {request.draws}; "
-            "use CHAIN_ORDER_RANDOM for several draws",
+            f"draws must be 0 or 1 with CHAIN_ORDER_LEFT_TO_RIGHT (there is only one such order), got "
+            f"{request.draws}; use CHAIN_ORDER_RANDOM for several draws",
         )
 
 

@@ -13,7 +13,7 @@ from maskwire_server.session_holder import Holder
 
 
 def losses(value: Losses) -> pb.Losses:
-    """Absent stays absent."""
+    """Unset losses stay None."""
     return pb.Losses(loss=value.loss, generator_loss=value.generator_loss, critic_loss=value.critic_loss)
 
 
@@ -108,7 +108,7 @@ def _inexact_replay(replay: InexactReplay) -> pb.InexactReplay:
 
 
 def model(info: ModelInfo) -> pb.ModelInfo:
-    """What is served; the bound on reads is one of the limits."""
+    """The served model; the bound on reads is one of the limits."""
     return pb.ModelInfo(**vars(info))
 
 
@@ -118,7 +118,7 @@ def limits(bounds: Limits) -> pb.Limits:
 
 
 def checkpoint(info: CheckpointInfo) -> pb.CheckpointInfo:
-    """A whole checkpoint."""
+    """A complete checkpoint."""
     answer = pb.CheckpointInfo(
         name=info.name,
         lineage=info.lineage,
@@ -145,12 +145,12 @@ def chunk(value: Chunk) -> pb.DownloadCheckpointResponse:
 
 
 def restore(value: RestoreResult) -> pb.RestoreCheckpointResponse:
-    """Where the run is now."""
+    """The run's current position."""
     return pb.RestoreCheckpointResponse(lineage=value.lineage, step=value.step, digest=value.digest)
 
 
 def status(value: RunStatus, bounds: Limits, started: float) -> pb.GetStatusResponse:
-    """Is it stuck or working? `started` is the process's monotonic start."""
+    """Encode state, progress and what the run is waiting for. `started` is the process's monotonic start."""
     answer = pb.GetStatusResponse(
         state=pb.RunState.Name(value.state),
         waiting_for=value.waiting_for,

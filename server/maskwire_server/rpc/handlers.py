@@ -15,7 +15,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.errors import Refused
-from maskwire_server.rpc.status import abort
+from maskwire_server.rpc.error_status import abort
 
 _UNREADABLE = b"unreadable"  # not None, which gRPC treats as a failed deserializer
 _SERVICE = pb.DESCRIPTOR.services_by_name["TrainingService"]

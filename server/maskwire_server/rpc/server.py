@@ -21,7 +21,7 @@ from maskwire_server.rpc.service import TrainingService
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TrainingService"].full_name
 LIVENESS = "liveness"
-_EXTRA_WORKERS = 16  # in addition to one per request that may wait: a full queue must still be able to refuse
+_EXTRA_WORKERS = 16  # so that a worker is free to refuse calls when the queue is full
 
 
 class Server:
@@ -71,7 +71,7 @@ class Server:
         if self._config.reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             servicer = reflection.ReflectionServicer(names)
-            # A client may keep a reflection stream open for as long as it likes: no worker must serve it.
+            # A client may keep a reflection stream open for as long as it likes: it must not occupy a worker.
             self._assign_pool(servicer, "ServerReflectionInfo", self._reflection_pool)
             add = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
             add(servicer, server)  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ from maskwire_server.results import StepAnswer
 from maskwire_server.rpc import decoding, encoding, generate, list_checkpoints, list_steps
 from maskwire_server.rpc.concurrency_limit import ConcurrencyLimit
 from maskwire_server.rpc.engine_interface import EngineInterface
-from maskwire_server.rpc.status import abort_on_error
+from maskwire_server.rpc.error_status import abort_on_error
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig
-from maskwire_server.training import draws, schedule
+from maskwire_server.training import draws, masking_schedule
 from maskwire_server.training.draws import Purpose
 
 
@@ -86,19 +86,19 @@ def corrupt(
     config: ObjectiveConfig,
     vocabulary: Vocabulary,
     step: StepKey,
-    masking: schedule.Schedule | None = None,
+    masking: masking_schedule.Schedule | None = None,
 ) -> Corruption:
     """Mask a logical batch for training. `masking` overrides the configured schedule."""
     at = (step.seed, step.lineage, step.number)
     rows = range(ids_bn.shape[0])
-    chosen = masking or schedule.SCHEDULES[config.schedule]
+    chosen = masking or masking_schedule.SCHEDULES[config.schedule]
     maskable_bn = valid_bn & ~prompt_bn
     n_b = maskable_bn.sum(-1)
     permutation_b = draws.uniform(draws.keys(Purpose.PERMUTATION, *at, rows=rows), 1)[:, 0].argsort()
-    t_b = schedule.stratified_times(draws.uniform_scalar(Purpose.TIME, *at), permutation_b)
+    t_b = masking_schedule.stratified_times(draws.uniform_scalar(Purpose.TIME, *at), permutation_b)
     keys_b = draws.keys(Purpose.MASK, *at, rows=rows)
     if config.masking == "exact":
-        k_b = schedule.exact_counts(chosen, t_b, n_b)
+        k_b = masking_schedule.exact_counts(chosen, t_b, n_b)
         mask_bn = mask_exactly(keys_b, maskable_bn, k_b)
     else:
         mask_bn = maskable_bn & (_by_order(keys_b, maskable_bn) < chosen.fraction(t_b)[:, None])

@@ -31,7 +31,7 @@ _LOST = (
 
 
 def usable_after(error: BaseException, device: torch.device) -> bool:
-    """Whether the device can still compute after an error. For an unknown error, it is tried out."""
+    """Whether the device still computes after an error. An unknown error is tested by a small computation."""
     if device.type == "cpu":
         return True
     if any(words in str(each) for each in _chain(error) for words in _LOST):

@@ -24,7 +24,7 @@ from maskwire.v1.values import LossSums
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.errors import Unwanted
 from maskwire_server.results import EvalOptions, EvalResult
-from maskwire_server.training import draws, objective, schedule
+from maskwire_server.training import draws, masking_schedule, objective
 from maskwire_server.training.corruption import Corruption, Vocabulary, mask_exactly
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.evaluation_figures import Bins, combine, halves, summarize
@@ -241,10 +241,12 @@ def _importance(config: ObjectiveConfig, n_r: Tensor, k_rd: Tensor) -> Tensor:
     """n P(k): the probability of a count in training over that in evaluation, 0 where n = 0."""
     n_rd = n_r[:, None].expand_as(k_rd)
     probabilities = (
-        schedule.exact_probabilities if config.masking == "exact" else schedule.bernoulli_probabilities
+        masking_schedule.exact_probabilities
+        if config.masking == "exact"
+        else masking_schedule.bernoulli_probabilities
     )
     p_rd = probabilities(
-        schedule.SCHEDULES[config.schedule],
+        masking_schedule.SCHEDULES[config.schedule],
         k_rd.flatten().clamp(min=1),
         n_rd.flatten().clamp(min=1),
     ).view_as(k_rd)

@@ -54,10 +54,10 @@ def footprint(
         f"parameters      {parameters:,}",
         f"weights, gradients, AdamW's two moments{' and the average' if copies == 5 else ''}: "
         f"{copies} x 4 bytes each = {_size(state)}",
-        f"activations     {positions:,} positions per micro-batch x {numbers} x {passes} passes x 4 bytes = "
-        f"{_size(activations)}",
-        f"logits          {chunk:,} masked positions at once x {model.num_tokens:,} ids x 3 copies x 4 "
-        f"bytes = {_size(logits)}",
+        f"activations     {positions:,} positions per micro-batch x {numbers} x {passes} "
+        f"pass{'es' * (passes != 1)} x 4 bytes = {_size(activations)}",
+        f"logits          {chunk:,} masked positions computed together x {model.num_tokens:,} ids x 3 copies "
+        f"x 4 bytes = {_size(logits)}",
         f"checkpoint copy {copies - 1} x 4 bytes each, kept in host memory = {_size(copy)}",
         f"together        {_size(need)} of {_size(have)} available on {device}",
         (

@@ -1,4 +1,4 @@
-"""The device, its precision and kernels, and how many positions are computed at once."""
+"""The device, its precision and kernels, and how many positions are computed together."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def read_tokens(device: torch.device) -> int:
 
 
 def sampled_budget(device: torch.device, num_tokens: int, sorts: bool) -> int:
-    """The positions of a generation to compute at once, so that their logits fit in memory.
+    """The positions of a generation to compute together, so that their logits fit in memory.
 
     Before the first pass all positions may be masked and need logits: 5 copies of 4 bytes per id, or 10 if
     top_p sorts them. They may take 512 MiB on a CPU and 8 GiB on a GPU.

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskwire_server.config import ObjectiveConfig
-from maskwire_server.training import cross_entropy, draws, schedule
+from maskwire_server.training import cross_entropy, draws, masking_schedule
 from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, coin
 from maskwire_server.training.draws import Purpose
 
@@ -71,7 +71,7 @@ class PartLosses:
 
 
 def position_weights(
-    config: ObjectiveConfig, n_b: Tensor, k_b: Tensor, masking: schedule.Schedule | None = None
+    config: ObjectiveConfig, n_b: Tensor, k_b: Tensor, masking: masking_schedule.Schedule | None = None
 ) -> Tensor:
     """The weight of the cross-entropy at each masked position of a row, fp64 [b].
 
@@ -80,8 +80,8 @@ def position_weights(
     """
     if config.weighting == "masked_mean":
         return torch.full_like(n_b, 1, dtype=torch.float64) / k_b.sum().clamp(min=1)
-    chosen = masking or schedule.SCHEDULES[config.schedule]
-    return schedule.elbo_weights(chosen, config.masking, k_b, n_b) / n_b.sum().clamp(min=1)
+    chosen = masking or masking_schedule.SCHEDULES[config.schedule]
+    return masking_schedule.elbo_weights(chosen, config.masking, k_b, n_b) / n_b.sum().clamp(min=1)
 
 
 def logits_in_chunks(model: Model, e_md: Tensor, vocabulary: Vocabulary) -> Iterator[tuple[slice, Tensor]]:
@@ -171,8 +171,8 @@ def losses(
 def minimized(sums: PartLosses, config: ObjectiveConfig, modes: StepPlan, numerics_version: int) -> Tensor:
     """What a micro-batch adds to the step's `loss`, which is both reported and minimised.
 
-    The critic's weight applies only if the generator trains too. In numerics version 1 it applied always;
-    steps of that version are computed again as they were.
+    The critic's weight applies only if the generator trains too. Numerics version 1 always applied it, and
+    replay still does for steps of that version.
     """
     if sums.critic is None:
         return sums.generator

@@ -74,7 +74,7 @@ class Group:
         """The module with the moving average of the weights, if the run keeps one."""
 
     def configure(self, config: OptimizerConfig, numerics_version: int = NUMERICS_VERSION) -> None:
-        """Continue with other settings, except that a moving average can neither start nor end."""
+        """Apply new settings. A moving average cannot be added or removed."""
         for group in self.optimizer.param_groups:
             group["betas"], group["eps"] = config.betas, config.eps
             decays = numerics_version >= group["decays_since"]

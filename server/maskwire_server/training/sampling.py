@@ -26,7 +26,7 @@ from maskwire_server.batch import Prompts
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.errors import Diverged
 from maskwire_server.results import GenerateOptions, GenerationState, Order, SelfCondMode
-from maskwire_server.training import draws, objective, schedule
+from maskwire_server.training import draws, masking_schedule, objective
 from maskwire_server.training.corruption import Vocabulary
 from maskwire_server.training.cross_entropy import forbid_special
 from maskwire_server.training.draws import Purpose
@@ -114,8 +114,8 @@ def generate(
 ) -> Iterator[GenerationState]:
     """Fill in the prompts, and yield a state after each pass. Run it without gradients.
 
-    Finished rows are left out of later passes, and at most `budget` positions are computed at once. Each pass
-    has the width of the batch, so that a row's result does not depend on the lengths of other rows. With
+    Finished rows are left out of later passes, and at most `budget` positions are computed together. Each
+    pass has the width of the batch, so that a row's result does not depend on the lengths of other rows. With
     SelfCondMode.CARRY, embeddings are kept for at most `budget` positions: the rows that fit are finished
     before the next ones start, which count their passes from 1. Raises Diverged if the model's output is not
     finite.
@@ -185,13 +185,13 @@ def plan_pass(
         scale = MASKGIT_CHOICE_TEMPERATURE if config.preset == "maskgit" else 0.0
     return PassPlan(
         step,
-        stay_masked(schedule.SCHEDULES[config.schedule], unknown_b, left_b, step, options.steps),
+        stay_masked(masking_schedule.SCHEDULES[config.schedule], unknown_b, left_b, step, options.steps),
         scale * (1 - step / steps_b.clamp(min=1).double()).clamp(min=0),
     )
 
 
 def stay_masked(
-    masking: schedule.Schedule, unknown_b: Tensor, before_b: Tensor, step: int, steps: int
+    masking: masking_schedule.Schedule, unknown_b: Tensor, before_b: Tensor, step: int, steps: int
 ) -> Tensor:
     """The number of positions that stay masked after a pass, int64 [b]: min(floor(m(s/S) U), before - 1).
 

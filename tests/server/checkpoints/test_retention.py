@@ -52,7 +52,7 @@ def test_only_the_ancestry_counts_and_a_lineages_parent_stays() -> None:
     gone = collectable([*after, *before], RESTORED, 2, settings(keep_last=2))
     assert gone == ["t7", "s4", "s2"], "steps 8 and 9 of lineage 1 are another branch, s6 began lineage 2"
     assert needed([*after, *before], RESTORED, 2) == {
-        "t10": "a start may need it", "t8": "a start may need it", "s6": "lineage 2 began from it",
+        "t10": "a start may need it", "t8": "a start may need it", "s6": "lineage 2 started from it",
     }  # fmt: skip
 
 

@@ -149,7 +149,7 @@ def test_what_is_not_a_checkpoints_is_left_alone(tmp_path: Path, content: str) -
     place.parent.mkdir(parents=True)
     place.write_text("keep")
     assert checkpoints.sweep() == []
-    with pytest.raises(Refused, match="is no checkpoint's; choose another name"):
+    with pytest.raises(Refused, match="exists but is not a checkpoint; choose another name"):
         checkpoints.write(Files(), manifest("mine"))
     assert place.read_text() == "keep"
 

@@ -809,7 +809,7 @@ def test_steps_are_computed_again_under_the_optimizer_section_they_were_trained_
     engine = rig.start(optimizer={"learning_rate": 0.3, "ema_decay": 0.9})
     engine.train_step(bare(9)).result(WAIT)
     engine.close()
-    with pytest.raises(RunDirectoryError, match=r"step 7 must be computed again.*ema_decay was 0.9, is 0.0"):
+    with pytest.raises(RunDirectoryError, match=r"step 7 must be recomputed.*ema_decay was 0.9, is 0.0"):
         rig.start(Following, optimizer={"learning_rate": 0.3})
 
 

@@ -87,7 +87,7 @@ def test_an_error_that_the_device_does_not_come_back_from_ends_the_process(
     wait_for(lambda: bool(rig.fatal))
     assert [type(error) for error in rig.fatal] == [DeviceLost]
     lines = [record.getMessage() for record in caplog.records if "the device has failed" in record.message]
-    assert lines[0].endswith("the process ends, and a restart recovers the run")
+    assert lines[0].endswith("the server exits; restart it to recover the run")
     assert "illegal memory access" in lines[0]
     engine.close()
     again = rig.start()

@@ -73,7 +73,7 @@ def test_a_large_log_is_folded_and_training_goes_on_though_the_disk_is_full(
     rig = Rig(small_disk / "run")
     grow_a_log_over_dropped_batches(rig.start(checkpoints=LONG, serve={"reserve_bytes": 0}), 100)
     rig.engines.pop().close()  # folds
-    monkeypatch.setattr(reserve, "FOLD_BYTES", 2**40)
+    monkeypatch.setattr(reserve, "MERGE_BYTES", 2**40)
     engine = rig.start(checkpoints=LONG, serve={"reserve_bytes": 0})
     for step in range(60):
         engine.train_step(large(step)).result(WAIT)
@@ -94,7 +94,7 @@ def test_what_was_computed_when_the_disk_filled_up_is_committed_by_folding(
     rig = Rig(small_disk / "run")
     grow_a_log_over_dropped_batches(rig.start(checkpoints=LONG, serve={"reserve_bytes": 0}), 100)
     rig.engines.pop().close()
-    monkeypatch.setattr(reserve, "FOLD_BYTES", 2**40)
+    monkeypatch.setattr(reserve, "MERGE_BYTES", 2**40)
     engine = rig.start(checkpoints=LONG, serve={"reserve_bytes": 0})
     for step in range(60):
         engine.train_step(large(step)).result(WAIT)
@@ -143,14 +143,14 @@ def test_the_log_is_folded_by_its_bytes_not_by_the_number_of_commits(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folds: list[int] = []
-    tidy = Journal.tidy
+    merge_log = Journal.merge_log
 
     def counted(self: Journal) -> None:
         folds.append(self.log_bytes())
-        tidy(self)
+        merge_log(self)
 
-    monkeypatch.setattr(Journal, "tidy", counted)
-    monkeypatch.setattr(reserve, "FOLD_BYTES", 2**20)
+    monkeypatch.setattr(Journal, "merge_log", counted)
+    monkeypatch.setattr(reserve, "MERGE_BYTES", 2**20)
     engine = rig.start()
     for step in range(200):
         engine.train_step(large(step)).result(WAIT)

@@ -285,7 +285,7 @@ def test_the_write_ahead_log_is_folded_when_told(open_journal: Open, tmp_path: P
     for step in range(1, 40):
         journal.transaction(lambda step=step: journal.add_step(record(step), bytes(20_000)))
     assert log.stat().st_size > 800_000
-    journal.tidy()
+    journal.merge_log()
     assert log.stat().st_size == 0
     assert len(list(journal.steps_after(1, 0))) == 39
 

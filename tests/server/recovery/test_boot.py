@@ -300,16 +300,16 @@ def test_the_second_newest_is_read_again_before_batches_go(rig: Rig) -> None:
 
 def test_the_log_is_folded_again_when_there_is_room(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = rig.start()
-    tidy, calls = Journal.tidy, [0]
+    merge_log, calls = Journal.merge_log, [0]
 
     def failing(self: Journal) -> None:
         calls[0] += 1
         if calls[0] == 1:
             raise FullDisk("database or disk is full")
-        tidy(self)
+        merge_log(self)
 
-    monkeypatch.setattr(Journal, "tidy", failing)
-    monkeypatch.setattr(reserve, "FOLD_BYTES", 2**18)
+    monkeypatch.setattr(Journal, "merge_log", failing)
+    monkeypatch.setattr(reserve, "MERGE_BYTES", 2**18)
     monkeypatch.setattr(committer, "RETRY_SECONDS", 0.0)
     for seed in range(60):
         engine.train_step(bare(seed)).result(WAIT)

@@ -143,7 +143,7 @@ def test_a_changed_outcome_stops_whatever_is_accepted(rig: Rig, outcome: Outcome
 
     killed(rig, rounding(0))
     for accept in (False, True):
-        with pytest.raises(InexactReplayError, match=f"step 2 computed again ended as {outcome.name}"):
+        with pytest.raises(InexactReplayError, match=f"recomputing it gave {outcome.name}"):
             rig.start(rounding(0, train_step=ends_otherwise), accept_inexact_replay=accept)
 
 

@@ -13,7 +13,7 @@ from maskwire.v1.values import Limits, ModelInfo
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import REASONS, Refused
 from maskwire_server.rpc import token_batch
-from maskwire_server.rpc.status import to_status
+from maskwire_server.rpc.error_status import to_status
 
 INFO = ModelInfo(17, 16, 15, 32, 1, "", True, False)
 LIMITS = Limits(4096, 2**20, 8, 64)

@@ -14,7 +14,7 @@ from maskwire_server.batch import Batch, Prompts
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.errors import Refused
 from maskwire_server.results import EvalOptions, GenerateOptions, Order, SelfCondMode
-from maskwire_server.rpc import decoding, generate, status, token_batch, work_limits
+from maskwire_server.rpc import decoding, error_status, generate, token_batch, work_limits
 from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.trainer import TorchTrainer
 
@@ -200,4 +200,4 @@ def test_quoted_client_input_is_shortened_in_a_refusal() -> None:
         raised.value,
         Refused("WRONG_RUN", "ä" * 10**6, fields={"name": "b" * 10**6}, c="c" * 10**6),
     ):
-        assert status.to_status(refused).ByteSize() < 5000
+        assert error_status.to_status(refused).ByteSize() < 5000

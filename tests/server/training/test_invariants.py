@@ -14,9 +14,9 @@ from oracles import Oracle
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ObjectiveConfig
-from maskwire_server.training import draws, objective, schedule
+from maskwire_server.training import draws, masking_schedule, objective
 from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, corrupt, random_ids
-from maskwire_server.training.schedule import SCHEDULES
+from maskwire_server.training.masking_schedule import SCHEDULES
 from maskwire_server.training.trainer import TorchTrainer
 
 SETTINGS = [
@@ -100,10 +100,12 @@ def test_every_count_has_the_same_expected_weight(name: str, masking: str, n: in
     # E[w 1[k = kappa] kappa / n] = P(kappa) (1 / (kappa P(kappa))) kappa / n = 1/n.
     k_b, n_b = torch.arange(1, n + 1), torch.full((n,), n)
     chosen = SCHEDULES[name]
-    p_b = (schedule.exact_probabilities if masking == "exact" else schedule.bernoulli_probabilities)(
-        chosen, k_b, n_b
-    )
-    w_b = schedule.elbo_weights(chosen, masking, k_b, n_b)
+    p_b = (
+        masking_schedule.exact_probabilities
+        if masking == "exact"
+        else masking_schedule.bernoulli_probabilities
+    )(chosen, k_b, n_b)
+    w_b = masking_schedule.elbo_weights(chosen, masking, k_b, n_b)
     assert torch.allclose(p_b * w_b * k_b / n, torch.full((n,), 1 / n, dtype=torch.float64), rtol=1e-9)
     if masking == "exact":
         assert float(p_b.sum()) == pytest.approx(1, abs=1e-12)
@@ -114,10 +116,10 @@ def test_every_count_has_the_same_expected_weight(name: str, masking: str, n: in
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_counts_occur_with_their_probability(name: str) -> None:
     rows, n = 4000, 5
-    t_b = schedule.stratified_times(0.37, torch.arange(rows))
-    k_b = schedule.exact_counts(SCHEDULES[name], t_b, torch.full((rows,), n))
+    t_b = masking_schedule.stratified_times(0.37, torch.arange(rows))
+    k_b = masking_schedule.exact_counts(SCHEDULES[name], t_b, torch.full((rows,), n))
     k = torch.arange(1, n + 1)
-    expected = schedule.exact_probabilities(SCHEDULES[name], k, torch.full((n,), n))
+    expected = masking_schedule.exact_probabilities(SCHEDULES[name], k, torch.full((n,), n))
     found = torch.bincount(k_b, minlength=n + 1)[1:] / rows
     assert torch.allclose(found.double(), expected, atol=2 / rows), "stratified: at most one row off an edge"
 

@@ -19,7 +19,7 @@ from maskwire_server.config import ObjectiveConfig
 from maskwire_server.errors import Refused
 from maskwire_server.results import GenerateOptions, Order
 from maskwire_server.rpc import token_batch
-from maskwire_server.training import objective, schedule
+from maskwire_server.training import masking_schedule, objective
 from maskwire_server.training.corruption import StepKey, Vocabulary, corrupt
 
 with warnings.catch_warnings():
@@ -59,11 +59,11 @@ def test_training_lowers_the_true_cross_entropy() -> None:
 
 def test_the_weight_is_finite_at_both_ends_of_time() -> None:
     n = torch.full((2,), 5)
-    for name in schedule.SCHEDULES:
-        chosen = schedule.SCHEDULES[name]
-        k = schedule.exact_counts(chosen, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64), n)
+    for name in masking_schedule.SCHEDULES:
+        chosen = masking_schedule.SCHEDULES[name]
+        k = masking_schedule.exact_counts(chosen, torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64), n)
         assert k.tolist() == [5, 1]
-        assert torch.isfinite(schedule.elbo_weights(chosen, "exact", k, n)).all()
+        assert torch.isfinite(masking_schedule.elbo_weights(chosen, "exact", k, n)).all()
 
 
 def test_critic_training_without_a_critic_and_both_flags_are_rejected() -> None:

@@ -18,7 +18,7 @@ from maskwire_server.batch import Prompts
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.errors import Diverged
 from maskwire_server.results import GenerateOptions, GenerationState, Order, SelfCondMode
-from maskwire_server.training import draws, sampling, schedule
+from maskwire_server.training import draws, masking_schedule, sampling
 from maskwire_server.training.corruption import Vocabulary
 from maskwire_server.training.cross_entropy import forbid_special
 from maskwire_server.training.draws import Purpose
@@ -118,7 +118,7 @@ def test_the_masked_counts_follow_the_schedule_and_always_fall(name: str, steps:
         left, found = torch.tensor([unknown]), []
         while int(left):
             left = sampling.stay_masked(
-                schedule.SCHEDULES[name], torch.tensor([unknown]), left, len(found) + 1, steps
+                masking_schedule.SCHEDULES[name], torch.tensor([unknown]), left, len(found) + 1, steps
             )
             found.append(int(left))
         assert found == expected
@@ -131,7 +131,7 @@ def test_with_as_many_steps_as_unknowns_a_linear_pass_reveals_one() -> None:
         u = torch.tensor([unknown])
         before = u
         for step in range(1, unknown + 1):
-            before = sampling.stay_masked(schedule.LINEAR, u, before, step, unknown)
+            before = sampling.stay_masked(masking_schedule.LINEAR, u, before, step, unknown)
             assert int(before) == unknown - step
 
 

@@ -153,7 +153,9 @@ def _take_apart(tensors: Tensors) -> _Parts:
         )
     odd = [name for name, tensor in tensors.items() if not _finite(tensor.float())]
     if odd:
-        raise ValueError(f"{odd[0]} has values that are not finite, and so have {len(odd) - 1} others")
+        others = len(odd) - 1
+        words = f" and {others} other tensor{'s' * (others != 1)} contain" if others else " contains"
+        raise ValueError(f"{odd[0]}{words} non-finite values")
     if not any(name.startswith("net.") for name in tensors):
         return _Parts(dict(tensors), "", {}, {}, "none")
     net = _under(tensors, "net.")

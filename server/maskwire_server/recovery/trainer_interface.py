@@ -1,4 +1,4 @@
-"""What recovery needs of a trainer."""
+"""The trainer interface that recovery needs."""
 
 from __future__ import annotations
 

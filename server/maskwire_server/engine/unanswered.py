@@ -1,4 +1,4 @@
-"""The answers that callers wait for, so that each of them gets one even when the process ends."""
+"""The answers that callers wait for: each caller gets one, even if the process is shutting down."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from maskwire_server.errors import Refused, is_shortage
 T = TypeVar("T")
 
 
-class Pending:
+class Unanswered:
     """Futures that are not answered yet. Any thread."""
 
     def __init__(self, run: Run) -> None:
@@ -25,7 +25,7 @@ class Pending:
 
     @property
     def serving(self) -> bool:
-        """Whether the run has recovered and the process does not end."""
+        """Whether the run has recovered and the process is not shutting down."""
         return self._serving and not self._stopped
 
     def begin(self) -> None:
@@ -33,7 +33,7 @@ class Pending:
         self._serving = True
 
     def end(self) -> None:
-        """The process ends: take no more requests."""
+        """The process is shutting down: take no more requests."""
         self._stopped = True
 
     def require_serving(self) -> None:
@@ -43,7 +43,7 @@ class Pending:
             raise admission_rules.shutting_down()
 
     def add(self, future: Future[T]) -> Future[T]:
-        """Refuse `future` when the process ends before it is answered."""
+        """Register `future`: it is refused if the process shuts down before it is answered."""
         self._futures.add(future)
         future.add_done_callback(self._futures.discard)
         if self._stopped:  # perhaps since `refuse_all` ran
@@ -52,7 +52,7 @@ class Pending:
 
     @contextlib.contextmanager
     def answering(self, future: Future[Any]) -> Iterator[None]:
-        """Take a request: what is refused within is the answer in `future`."""
+        """Register `future`. A Refused raised in the block becomes its result."""
         self.require_serving()
         self.add(future)
         try:
@@ -67,7 +67,7 @@ class Pending:
             refuse(future, refused)
 
     def refuse_all(self) -> None:
-        """Refuse what nobody will answer any more; two threads that do so share the work."""
+        """Refuse every unanswered future. Two threads may call this at once."""
         with contextlib.suppress(KeyError):
             while True:
                 future = self._futures.pop()

@@ -1,4 +1,4 @@
-"""What the engine needs of a trainer, and the guard that detects a lost device."""
+"""The trainer interface that the engine needs, and the guard that detects a lost device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Prompts
 from maskwire_server.checkpoints.files import Snapshot
 from maskwire_server.errors import DeviceLost, MaskwireError
-from maskwire_server.recovery.trainer import ReplayTrainer
+from maskwire_server.recovery.trainer_interface import ReplayTrainer
 from maskwire_server.results import EvalOptions, EvalResult, GenerateOptions, GenerationState
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def guarded(trainer: Trainer) -> Iterator[None]:
         if trainer.usable_after(error):
             raise
         log.critical(
-            "the device has failed (%s): the process ends, and a restart recovers the run",
+            "the device has failed (%s): the server exits; restart it to recover the run",
             str(error).partition("\n")[0] or type(error).__name__,
         )
         raise DeviceLost("the device has failed") from error
