@@ -227,7 +227,7 @@ class Trainer(RunView, Client):
     def close(self, grace: float | None = None) -> None:
         """End the session and the connection, after the steps in flight.
 
-        With `grace`, waits at most so many seconds; a step that is left then may or may not be applied.
+        With `grace`, waits at most that many seconds. Steps still in flight then may or may not be applied.
         """
         self._close(grace, patient=True)
 
@@ -265,7 +265,7 @@ class Trainer(RunView, Client):
         """Drive an operation in the background."""
         self._check_process()
         future: Future[T] = Future()
-        future.set_running_or_notify_cancel()  # so that nobody can cancel it
+        future.set_running_or_notify_cancel()  # from now on it cannot be cancelled
         self._threads.submit(self._finish, operation, future)
         return future
 

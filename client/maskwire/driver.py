@@ -59,7 +59,7 @@ class Driver(ProcessBound):
     """A connection, and what drives operations over it. Safe to use from several threads.
 
     Python runs signal handlers on the main thread, and an exception from one, such as KeyboardInterrupt, can
-    leave a lock of gRPC's channel held for ever. The main thread therefore has a channel of its own, which it
+    leave a lock of gRPC's channel held permanently. The main thread therefore has its own channel, which it
     gives up when a call ends that way. Channels to one target share a connection.
     """
 
@@ -251,7 +251,7 @@ class Driver(ProcessBound):
 
 
 class Background:
-    """A thread for short work that nobody has to wait for."""
+    """A thread that runs short functions, whose results are not needed."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()

@@ -59,8 +59,8 @@ def fit(
     until_step: An absolute step. If the run is there already, nothing is trained.
     evaluate, eval_every: `evaluate(trainer)` is called every `eval_every` steps and returns an EvalResult.
         With `maskwire.aio` it may be a coroutine function.
-    checkpoint_every: Save a checkpoint every so many steps, kept until it is deleted. The server deletes old
-        checkpoints of its own (`checkpoints.every_steps`) by itself.
+    checkpoint_every: Number of steps between checkpoints, which are kept until they are deleted. The server
+        deletes only old checkpoints of its own (`checkpoints.every_steps`).
     save_best: Save the state of each best evaluation so far, with its `nats_per_token` as the score. The
         server keeps the best.
     metrics: A file for one JSON line per step (`maskwire.loggers.metrics`). Missing earlier steps are filled

@@ -10,8 +10,9 @@ from maskwire.process_identity import default_name, holder_of, is_gone, this_pro
 from maskwire.protocol import codec
 from maskwire.protocol.acknowledged import AcknowledgedHistory
 from maskwire.protocol.effects import Operation, Until
+from maskwire.protocol.retried_calls import new_id
 from maskwire.protocol.retry import RetryPolicy
-from maskwire.protocol.sessionless_calls import Calls, new_id
+from maskwire.protocol.sessionless_calls import Calls
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import VERSIONS
 

@@ -17,9 +17,9 @@ from maskwire.protocol.call_options import StepOptions
 from maskwire.protocol.effects import Operation, Pause, Until
 from maskwire.protocol.limits import too_long
 from maskwire.protocol.pending_step import PendingStep
+from maskwire.protocol.retried_calls import new_id
 from maskwire.protocol.retry import RetryPolicy
 from maskwire.protocol.session import Session
-from maskwire.protocol.sessionless_calls import new_id
 from maskwire.v1 import training_service_pb2 as pb
 
 log = logging.getLogger(__name__)

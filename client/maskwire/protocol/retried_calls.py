@@ -1,0 +1,120 @@
+"""Calls that are retried until there is an answer, or an error that a retry cannot cure."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from maskwire.errors import Failure, MaskwireError
+from maskwire.protocol.effects import Call, Operation, Pause, Receive, Stream
+from maskwire.protocol.retry import RetryPolicy, given_up, without_advice
+
+
+class OrderedCall(Protocol):
+    """A call whose position in an order constrains each attempt."""
+
+    def before_attempt(self, began: float) -> Operation[None]:
+        """Wait until the call may be sent. `began`: when the call was first tried."""
+
+    def after_attempt(self) -> None:
+        """The attempt has ended, with or without an answer."""
+
+    def retry_at_once(self, error: MaskwireError) -> Operation[bool]:
+        """Whether to send the refused call again without waiting."""
+
+    def compute_hash(self) -> object:
+        """Do what needs no answer, while the request is on its way."""
+
+
+def new_id() -> str:
+    """A request id or nonce."""
+    return secrets.token_hex(16)
+
+
+class RetriedCalls:
+    """Makes calls to one server, and reports what it waits for."""
+
+    def __init__(
+        self, target: str, policy: RetryPolicy, on_wait: Callable[[str], None], clock: Callable[[], float]
+    ) -> None:
+        self.target = target
+        self._policy = policy
+        self._on_wait = on_wait
+        self._clock = clock
+        self._reached = False  # the server has answered this client at least once
+        self.seconds_waited = 0.0
+        """Seconds of all reported waits that have ended; calls that wait at the same time count once."""
+        self._wait_ended = -math.inf
+
+    def _count_wait(self, began: float) -> None:
+        now = self._clock()
+        self.seconds_waited += now - max(began, self._wait_ended)
+        self._wait_ended = now
+
+    def _unreachable(self) -> None:
+        """The server could not be reached; it may have been restarted."""
+
+    def _ask(
+        self,
+        method: str,
+        make_request: Callable[[], Any],
+        *,
+        order: OrderedCall | None = None,
+        on_message: Callable[[Any], None] | None = None,
+        progress: Callable[[], int] = lambda: 0,
+        began: float | None = None,
+        stream: bool = False,
+    ) -> Operation[Any]:
+        """Call a method until there is an answer, or an error that a retry cannot cure.
+
+        With `stream` the outcome is a `Stream` and its first message. `order` constrains the attempts of a
+        call that has a position in an order. `progress` says how much of a download has arrived: an attempt
+        that makes progress restarts the retry time. `began` is when the operation that includes this call
+        began.
+        """
+        began, attempt, reported = self._clock() if began is None else began, 0, ""
+        answered: tuple[MaskwireError, float] | None = None  # the server's own last error, and when it came
+        while True:
+            if order:
+                yield from order.before_attempt(began)
+            before, timeout = progress(), self._policy.timeout(method)
+            opened = Stream(method, make_request(), timeout) if stream else None
+            reply = yield (
+                Receive(opened)
+                if opened is not None
+                else Call(method, make_request(), timeout, on_message, order.compute_hash if order else None)
+            )
+            if order:
+                order.after_attempt()
+            if not isinstance(reply, Failure):
+                self._reached = True
+                if reported:
+                    self._count_wait(began)
+                return reply if opened is None else (opened, reply)
+            error = reply.error
+            if not reply.unreachable:
+                self._reached = True
+                answered = error, self._clock()
+            if reply.unresolved and not self._reached:
+                raise error
+            if progress() != before:
+                began, attempt = self._clock(), 0
+            elapsed = self._clock() - began
+            if order and elapsed < self._policy.retry_for and (yield from order.retry_at_once(error)):
+                continue
+            wait = self._policy.wait(reply, attempt, elapsed)
+            if wait is None:
+                if not reply.retryable:
+                    raise error
+                last = answered and (answered[0], self._clock() - answered[1])
+                raise given_up(self.target, method, reply, self._policy.retry_for, last)
+            if reply.unreachable:
+                self._unreachable()
+            message = f"waiting for {self.target}: {without_advice(error)}"
+            if attempt and message != reported:  # the first failure is often the only one
+                self._on_wait(message)
+                reported = message
+            attempt += 1
+            yield Pause(wait)
