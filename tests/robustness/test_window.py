@@ -84,7 +84,7 @@ class Disk:
     def __init__(self) -> None:
         self.records: list[StepRecord] = []
 
-    def append(self, commit: StepCommit) -> None:
+    def enqueue(self, commit: StepCommit) -> None:
         self.records.append(commit.record)
         commit.committed()
 
@@ -223,12 +223,10 @@ class World:
 
     def feed(self) -> None:
         """As the executor does, but that the time of a step passes before it is computed."""
-        queue = self.run.queue
-        while self.computing is None and (step := queue.first()) is not None:
+        while self.computing is None and (step := self.executor._next()) is not None:
             assert isinstance(step, Step)
-            if self.executor._try_take(step):
-                self.computing, life = step, self.life
-                self.later(self.weather.computing, lambda life=life: self.computed(life))
+            self.computing, life = step, self.life
+            self.later(self.weather.computing, lambda life=life: self.computed(life))
 
     def computed(self, life: int) -> None:
         if life != self.life or not self.alive:

@@ -54,6 +54,8 @@ class StepAdmission:
             new = other is None and not by_id and self._recorded(step) is None
             if new:
                 self._queue(step, no_room)
+        if new:
+            self._run.work.set()
         # The hashes are computed without the mutex; that of a new step while the executor takes it.
         _ = step.payload_hash
         if new:
@@ -65,6 +67,7 @@ class StepAdmission:
                 return
             if not by_id and self._recorded(step) is None:
                 self._queue(step, no_room)
+                self._run.work.set()
                 return
             self._run.queue.reserve_id(step)  # so that retries join it while the journal is read
         try:
@@ -107,7 +110,7 @@ class StepAdmission:
         return number if recorded and step.request.session is not None else None
 
     def _queue(self, step: Step, no_room: Refused | None) -> None:
-        """Queue a step that is not a retry. Under the mutex; raises Refused."""
+        """Queue a step that is not a retry; the caller wakes the executor. Under the mutex."""
         run, queue, number = self._run, self._run.queue, step.request.step
         at = run.situation()
         other = queue.with_number(number)
@@ -127,7 +130,6 @@ class StepAdmission:
             return
         if verdict is Verdict.RUN:
             queue.push_step(step, at.next_step)
-            run.work.notify()
         elif number is not None:
             queue.keep_early(step, number)
             self._committer.wake()  # it refuses the step when `gap_seconds` have passed
@@ -148,6 +150,7 @@ class StepAdmission:
             admission_rules.check_writer(request.session, self._run.situation())
             if record is None:
                 self._queue(step, no_room)
+                self._run.work.set()
                 return
             known = Known(record.step, record.request_id, record.payload_hash)
             if not admission_rules.repeats(request, step.payload_hash, known):

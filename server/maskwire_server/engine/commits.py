@@ -58,7 +58,9 @@ class StepCommit:
             if step.request.session is not None:
                 run.lease.touch()
             waiters = list(step.waiters)
-            run.work.notify()
+            waiting = run.queue.first() is not None
+        if waiting:  # perhaps for this commit
+            run.work.set()
         reply = StepAnswer(
             record.step,
             self.result,

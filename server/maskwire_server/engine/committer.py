@@ -17,6 +17,7 @@ from maskwire.v1.values import RunState
 from maskwire_server.engine import admission_rules
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.shared_state import Run
+from maskwire_server.engine.wakeup import Wakeup
 from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
 from maskwire_server.journal import reserve
 from maskwire_server.journal.database import JournalError, is_damaged, is_full
@@ -56,7 +57,7 @@ class Committer:
         self._disk = disk
         self._clock = clock
         self._on_fatal = on_fatal
-        self._wake = threading.Condition(run.mutex)
+        self._work = Wakeup()
         self._idle = threading.Condition(run.mutex)
         self._commits: list[Commit] = []
         self._committing = 0  # commits taken from the queue whose callers are not answered yet
@@ -74,10 +75,14 @@ class Committer:
     # For other threads.
 
     def append(self, commit: Commit) -> None:
-        """Queue a commit."""
+        """Queue a commit, and wake the thread."""
+        self.enqueue(commit)
+        self.wake()
+
+    def enqueue(self, commit: Commit) -> None:
+        """Queue a commit. `wake` follows when the caller has left the mutex."""
         with self._run.mutex:
             self._commits.append(commit)
-            self._wake.notify()
 
     def read(self, question: Callable[[Journal, *Ts], T], *arguments: *Ts) -> T:
         """Return `question(journal, …)`, called between two transactions. `question` must be short.
@@ -93,13 +98,12 @@ class Committer:
             if self._stopped:
                 raise admission_rules.shutting_down()
             self._reads.append((question, arguments, future))
-            self._wake.notify()
+        self.wake()
         return future
 
     def wake(self) -> None:
-        """Make the thread check for expired steps."""
-        with self._run.mutex:
-            self._wake.notify()
+        """Make the thread look for commits, reads and expired steps."""
+        self._work.set()
 
     def hold(self) -> None:
         """Enter HELD until there is room on the journal's disk. Called under the mutex."""
@@ -108,9 +112,9 @@ class Committer:
         if self._retry_at is None:  # requests that are refused must not postpone the next try
             self._retry_at = self._clock() + RETRY_SECONDS
         self._run.conditions.set(RunState.HELD, waiting_for="room on the journal's disk")
-        self._run.work.notify_all()
+        self._run.work.set()
         self._idle.notify_all()
-        self._wake.notify()
+        self.wake()
 
     def wait_durable(self) -> bool:
         """Wait until every queued commit is durable; False if the disk is full or at shutdown."""
@@ -134,7 +138,7 @@ class Committer:
         """Commit what is queued, unless the disk is full, and end the thread."""
         with self._run.mutex:
             self._stopping = True
-            self._wake.notify()
+        self.wake()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -152,17 +156,14 @@ class Committer:
                 self._stopped = True
                 reads, self._reads = self._reads, []
                 self._idle.notify_all()
-                self._run.work.notify_all()
+            self._run.work.set()
             for *_, future in reads:
                 refuse(future, admission_rules.shutting_down())
 
     def _cycle(self) -> bool:
-        """Wait for work and do it; False when the thread ends."""
+        """Do what is due, or wait for work; False when the thread ends."""
         with self._run.mutex:
             self._run.expire()
-            if not (self._reads or self._ready() or self._stopping):
-                self._wake.wait(self._timeout())
-                self._run.expire()
             reads, self._reads = self._reads, []
             commits: list[Commit] = []
             if self._ready():
@@ -170,6 +171,10 @@ class Committer:
                 self._committing = len(commits)
             stopping = self._stopping
             room_due = self._retry_at is not None and self._clock() >= self._retry_at
+            timeout = self._timeout()
+        if not (reads or commits or stopping or room_due):
+            self._work.wait(timeout)
+            return True
         for read in reads:
             self._answer(*read)
         if room_due:
@@ -262,4 +267,4 @@ class Committer:
             log.warning("the journal's disk has room again: training resumes, nothing was lost")
             self._retry_at = None
             self._run.conditions.set(RunState.HELD, False)
-            self._run.work.notify_all()
+            self._run.work.set()

@@ -238,7 +238,7 @@ class Engine:
             failpoints.passing("drain.begun")
             self._run.queue.refuse_all(admission_rules.shutting_down())
             self._run.queue.push(Drain(done))
-            self._run.work.notify_all()
+            self._run.work.set()
         self._sessions.refuse_all(admission_rules.shutting_down())
         try:
             done.result(timeout)
@@ -264,7 +264,7 @@ class Engine:
             admission_rules.refuse_unavailable(self._run.conditions.state)
             admission_rules.refuse_full(len(self._run.queue), self._serve.queue_limit)
             self._run.queue.push(entry)
-            self._run.work.notify()
+            self._run.work.set()
 
     # The executor's thread.
 

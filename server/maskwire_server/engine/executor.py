@@ -73,9 +73,8 @@ class Executor:
 
     def stop(self) -> None:
         """Make `serve` return after the current entry. Any thread."""
-        with self._run.mutex:
-            self._stopping = True
-            self._run.work.notify_all()
+        self._stopping = True
+        self._run.work.set()
 
     def serve(self) -> None:
         """Execute entries until `stop`. Raises StateLost or DeviceLost: the process must restart."""
@@ -97,65 +96,79 @@ class Executor:
 
     def _take(self) -> Entry | None:
         """Wait for an entry that can be executed now, and number it if it is a step. None: stop."""
-        run = self._run
-        with run.mutex:
-            while not self._stopping:
-                entry = run.queue.first()
-                held = run.conditions.holds(RunState.HELD)
-                if isinstance(entry, Drain) and (held or not run.uncommitted):
-                    return run.queue.pop()  # in HELD too: every acknowledged step is durable
-                if isinstance(entry, Restore) and held:
-                    return run.queue.pop()  # the restore will be refused
-                if entry is None or held or isinstance(entry, Drain):
-                    run.work.wait()
-                elif isinstance(entry, Step):
-                    if self._try_take(entry):
-                        return entry
-                elif isinstance(entry, Save) and self._saves.busy:
-                    run.queue.pop()
-                    run.queue.park(entry)
-                else:
-                    run.queue.pop()
-                    if isinstance(entry, Evaluation | Generation):
-                        run.queue.reading = entry
-                    return entry
-            return None
+        while not self._stopping:
+            with self._run.mutex:
+                entry = self._next()
+            if entry is not None:
+                return entry
+            self._run.work.wait()
+        return None
 
-    def _try_take(self, step: Step) -> bool:
-        """Number the first entry and pop it; False if it was refused or has to wait."""
+    def _next(self) -> Entry | None:
+        """Pop the first entry that can be executed now; None: wait. Under the mutex."""
+        run, queue = self._run, self._run.queue
+        while (entry := queue.first()) is not None:
+            held = run.conditions.holds(RunState.HELD)
+            if isinstance(entry, Drain):  # in HELD too: every acknowledged step is durable
+                return queue.pop() if held or not run.uncommitted else None
+            if held:
+                return queue.pop() if isinstance(entry, Restore) else None  # the restore will be refused
+            if isinstance(entry, Step):
+                if self._refuse_invalid(entry):
+                    continue
+                if self._waits_for_commits(entry):
+                    return None
+                if self._number(entry):
+                    return entry
+            elif isinstance(entry, Save) and self._saves.busy:
+                queue.pop()
+                queue.park(entry)
+            else:
+                if isinstance(entry, Evaluation | Generation):
+                    queue.reading = entry
+                return queue.pop()
+        return None
+
+    def _refuse_invalid(self, step: Step) -> bool:
+        """Pop the first step if it cannot be trained: abandoned, out of order, or hashed otherwise."""
         run, queue = self._run, self._run.queue
         number = run.head.computed.step + 1
+        fixed = run.head.digest_version
         if step.abandoned:
             queue.pop()
             queue.settle(step)
             queue.refuse_behind(number)
-            return False
-        if step.request.step not in (None, number):
+        elif step.request.step not in (None, number):
             queue.pop()
             queue.refuse_step(step, admission_rules.gap(step.request.step, number))
-            return False
-        fixed = run.head.digest_version
-        if fixed is not None and step.digest_version.number != fixed.number:
+        elif fixed is not None and step.digest_version.number != fixed.number:
             queue.pop()  # hashed before a call without a session fixed the run's digest version
             offered = run.lease.digest_versions
             queue.refuse_step(step, admission_rules.other_digest_version(offered, fixed.number))
             queue.refuse_number(number)
+        else:
             return False
-        if run.uncommitted >= self._serve.window:
-            run.work.wait()
-            return False
-        needed = WRITES_PER_BATCH * (run.uncommitted_bytes + len(step.encoded))
-        if self._disk.left(self._journal.log_bytes()) < needed:
-            if run.uncommitted:
-                run.work.wait()
-            else:
-                queue.pop()
-                queue.refuse_step(step, admission_rules.no_room(len(step.encoded)))
-                queue.refuse_number(number)
-            return False
-        queue.pop()
-        queue.start(step, number)
         return True
+
+    def _has_room(self, step: Step) -> bool:
+        needed = WRITES_PER_BATCH * (self._run.uncommitted_bytes + len(step.encoded))
+        return self._disk.left(self._journal.log_bytes()) >= needed
+
+    def _waits_for_commits(self, step: Step) -> bool:
+        """Whether a step must wait until computed steps are durable: for the window, or for room."""
+        uncommitted = self._run.uncommitted
+        return uncommitted >= self._serve.window or (uncommitted > 0 and not self._has_room(step))
+
+    def _number(self, step: Step) -> bool:
+        """Pop the first step and number it; False if the disk has no room for its batch."""
+        queue, number = self._run.queue, self._run.head.computed.step + 1
+        queue.pop()
+        if self._run.uncommitted or self._has_room(step):
+            queue.start(step, number)
+            return True
+        queue.refuse_step(step, admission_rules.no_room(len(step.encoded)))
+        queue.refuse_number(number)
+        return False
 
     # Steps.
 
@@ -215,7 +228,7 @@ class Executor:
             first, head.digest_version = head.digest_version is None, step.digest_version
             run.uncommitted += 1
             run.uncommitted_bytes += len(step.encoded)
-            self._committer.append(StepCommit(run, step, record, result, self._clock, first_of_run=first))
+            self._committer.enqueue(StepCommit(run, step, record, result, self._clock, first_of_run=first))
             skipped = result.outcome is Outcome.SKIPPED_NON_FINITE
             head.non_finite = head.non_finite + 1 if skipped else 0
             if head.non_finite >= HALT_AFTER:
@@ -223,6 +236,7 @@ class Executor:
                 run.queue.refuse_steps(lambda _: self._halted())
             if self._saves.due(step.number) and not run.conditions.holds(RunState.DRAINING):  # which saves
                 run.queue.push_first(Save(SaveRequest(), automatic=True))
+        self._committer.wake()
 
     def halt_if_due(self) -> None:
         """Enter HALTED if the last HALT_AFTER steps were not finite; a session with takeover ends it."""

@@ -97,7 +97,7 @@ class Restores:
             if not draining:
                 self.run.conditions.set(RunState.RESTORING, waiting_for="the running step")
                 self.run.queue.push_first(restore)
-                self.run.work.notify()
+                self.run.work.set()
         if draining:
             self._give_up(restore, admission_rules.shutting_down())
 

@@ -176,7 +176,7 @@ class Saves:
         with self._run.mutex:
             self.current = None
             self._run.queue.unpark()
-            self._run.work.notify()
+            self._run.work.set()
             self._written.notify_all()
 
     def _delete(self, name: str, future: Future[None]) -> None:

@@ -120,7 +120,7 @@ class Sessions:
         )
         run.queue.refuse_steps(partial(_fenced, Holder(request.client_name, epoch, request.process)))
         run.queue.push_first(Takeover(epoch, request))
-        run.work.notify()
+        run.work.set()
 
     def record(self, takeover: Takeover) -> None:
         """Hand an epoch to the committer, between two steps. On the executor's thread."""

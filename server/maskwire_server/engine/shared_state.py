@@ -12,6 +12,7 @@ from maskwire_server.engine.lease import Lease
 from maskwire_server.engine.queue import Queue
 from maskwire_server.engine.state import Conditions, Head
 from maskwire_server.engine.throughput import Rate
+from maskwire_server.engine.wakeup import Wakeup
 from maskwire_server.journal.records import Lineage
 
 REMEMBERED_IDS = 10_000
@@ -25,8 +26,8 @@ class Run:
 
     def __init__(self, serve: ServeConfig, clock: Callable[[], float]) -> None:
         self.mutex = threading.RLock()
-        self.work = threading.Condition(self.mutex)
-        """Notified when the executor may have work."""
+        self.work = Wakeup()
+        """Set when the executor may have work."""
         self.conditions = Conditions()
         self.head = Head()
         self.lease = Lease(serve.session_idle_seconds, clock)

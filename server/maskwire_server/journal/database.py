@@ -35,6 +35,8 @@ class Database:
 
     def __init__(self, run_dir: Path, *, durable: bool = True) -> None:
         self._path = run_dir / JOURNAL_FILE
+        self._log_path = str(run_dir / f"{JOURNAL_FILE}-wal")
+        self._log_bytes = 0
         self._batch_bytes = self._dropped = 0  # batches that the current transaction wrote, and deleted
         kind = network_file_system(run_dir.resolve())
         if kind is not None:
@@ -69,6 +71,7 @@ class Database:
                 refuse_leftovers(run_dir)
             else:
                 self._check_format()
+            self._measure_log()
         except _UNREADABLE as error:
             self.close()
             if is_full(error):
@@ -123,6 +126,8 @@ class Database:
                 self._db.execute("ROLLBACK")
             self._raise_if_over_quota(error, self._batch_bytes + _MARGIN)
             raise
+        finally:
+            self._measure_log()
         failpoints.passing("journal.committed")
 
     def _raise_if_over_quota(self, error: BaseException, size: int) -> None:
@@ -145,6 +150,8 @@ class Database:
         except sqlite3.Error as error:
             self._raise_if_over_quota(error, growth + _MARGIN)
             raise
+        finally:
+            self._measure_log()
         failpoints.passing("journal.tidied")
 
     def growth(self) -> int:
@@ -154,11 +161,14 @@ class Database:
         return max(0, pages * size - self._path.stat().st_size)
 
     def log_bytes(self) -> int:
-        """The size of the write-ahead log."""
+        """The size of the write-ahead log after the last transaction. Any thread; no system call."""
+        return self._log_bytes
+
+    def _measure_log(self) -> None:
         try:
-            return self._path.with_name(JOURNAL_FILE + "-wal").stat().st_size
+            self._log_bytes = os.stat(self._log_path).st_size  # noqa: PTH116 - once for each transaction
         except FileNotFoundError:
-            return 0
+            self._log_bytes = 0
 
     def close(self) -> None:
         """Close the file and release the run directory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
@@ -158,4 +159,9 @@ def _wait(future: Future[T], context: grpc.ServicerContext) -> T:
     if not context.add_callback(future.cancel):  # type: ignore[arg-type]  # gRPC ignores what it returns
         future.cancel()
         raise CancelledError
+    # A lock of its own: waiting in the future, this thread would wake while its lock is still held.
+    done = threading.Lock()
+    done.acquire()
+    future.add_done_callback(lambda _: done.release())
+    done.acquire()
     return future.result()
