@@ -163,7 +163,7 @@ def test_no_batch_is_dropped_while_a_checkpoint_that_a_start_relies_on_is_damage
     with caplog.at_level(logging.ERROR):
         engine.save(SaveRequest("four")).result(WAIT)
     assert "checkpoint two" in caplog.text
-    assert "no batch is dropped until the next save" in caplog.text
+    assert "no old checkpoint or batch is deleted until the next save" in caplog.text
     digest, state = engine.status().digest, rig.trainer.state
     stop(rig)
     assert batches(rig.folder) == [1, 2, 3, 4]

@@ -199,7 +199,7 @@ def broken(change: Any, kind: str = "none", **options: Any) -> dict[str, Any]:
     (lambda: broken(lambda s: s.update({"net.extra": torch.zeros(1)})), {}, "net.extra is not a weight of"),
     (lambda: broken(lambda s: s.pop("net.attn_layers.layers.2.1.to_q.weight")), {}, r"2.1.to_q.weight"),
     (lambda: broken(lambda s: s.pop("null_embed"), self_cond=True), {}, "null_embed is missing"),
-    (lambda: broken(lambda s: s["net.to_logits.weight"].fill_(math.nan)), {}, "not finite"),
+    (lambda: broken(lambda s: s["net.to_logits.weight"].fill_(math.nan)), {}, "non-finite"),
     (lambda: broken(lambda s: s.update({"token_critic.net.to_logits.weight": torch.zeros(V, 16)}), "self"),
      {}, "differs from net.to_logits.weight"),
     (lambda: {"layer.weight": torch.zeros(3)}, {}, "not the weights of a TransformerWrapper"),
