@@ -75,8 +75,6 @@ def test_a_client_that_shares_no_version_with_the_server_is_refused_before_the_f
     future = engine.open_session(SessionRequest("a", "n", digest_versions=(3,)))
     assert reason(future) == "DIGEST_VERSION"
     assert "uses digest version 1 or 2, which this client does not support" in str(future.exception())
-        future.exception()
-    )
 
 
 @pytest.mark.parametrize("restarted", [False, True])
