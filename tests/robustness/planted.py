@@ -551,12 +551,12 @@ def _two_committers() -> list[Patch]:
         second[-1].start()
 
     def both(self: Any) -> None:  # a connection that is closed while a thread uses it ends the process
-        with self._run.mutex:
-            self._stopping = True
-            self._wake.notify_all()
+        self._stopping = True
+        for thread in (self._thread, *second):
+            while thread.is_alive():
+                self.wake()
+                thread.join(0.01)
         close(self)
-        for thread in second:
-            thread.join()
 
     return [(committer.Committer, "start", twice), (committer.Committer, "close", both)]
 
@@ -726,7 +726,7 @@ def _fallbacks_not_read_again() -> list[Patch]:
 
 
 def _the_log_stays_while_held() -> list[Patch]:
-    return [(committer.Committer, "_make_room", lambda _: False), (admission, "make_room", lambda *_: False)]
+    return [(committer.Committer, "_make_room", lambda _: False)]
 
 
 def _owed_evaluations_left_out() -> list[Patch]:

@@ -165,9 +165,7 @@ class World:
         self.run.head.move(HistoryPosition("run", 1, len(self.applied), self.digest))
         self.run.lease.open(1, "me")
         self.run.lineages = {1: Lineage(1, None, 0, bytes(32), None, None)}
-        self.steps = StepAdmission(
-            self.run, disk, journal=disk, disk=disk, serve=serve, clock=lambda: self.now
-        )
+        self.steps = StepAdmission(self.run, disk, serve, lambda: self.now)
         device: Any = self
         self.executor = Executor(
             self.run, disk, device, idle, idle, idle, journal=disk, disk=disk,

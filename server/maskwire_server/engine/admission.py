@@ -17,7 +17,6 @@ from maskwire_server.errors import Refused
 from maskwire_server.journal.ancestry import ancestry, lineage_of
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, StepRecord
-from maskwire_server.journal.reserve import WRITES_PER_BATCH, Reserve, make_room
 from maskwire_server.requests import SessionRef, StepRequest
 from maskwire_server.results import StepAnswer, StepResult
 
@@ -26,19 +25,10 @@ class StepAdmission:
     """Queues new steps, joins retries to the step in flight, and answers repeated steps from the journal."""
 
     def __init__(
-        self,
-        run: Run,
-        committer: Committer,
-        *,
-        journal: Journal,
-        disk: Reserve,
-        serve: ServeConfig,
-        clock: Callable[[], float],
+        self, run: Run, committer: Committer, serve: ServeConfig, clock: Callable[[], float]
     ) -> None:
         self._run = run
         self._committer = committer
-        self._log_bytes = journal.log_bytes
-        self._disk = disk
         self._serve = serve
         self._clock = clock
 
@@ -47,13 +37,12 @@ class StepAdmission:
         payload, version = request.payload, self._run.step_version(bare=request.session is None)
         step = Step(request, version, payload.encode(), [future], self._clock())
         failpoints.passing("step.admitted")
-        no_room = self._no_room(len(step.encoded))
         by_id = request.request_id is not None and (request.session is None or request.step is None)
         with self._run.mutex:
             other = self._in_flight(step)
             new = other is None and not by_id and self._recorded(step) is None
             if new:
-                self._queue(step, no_room)
+                self._queue(step)
         if new:
             self._run.work.set()
         # The hashes are computed without the mutex; that of a new step while the executor takes it.
@@ -66,12 +55,12 @@ class StepAdmission:
             if self._join(step):
                 return
             if not by_id and self._recorded(step) is None:
-                self._queue(step, no_room)
+                self._queue(step)
                 self._run.work.set()
                 return
             self._run.queue.reserve_id(step)  # so that retries join it while the journal is read
         try:
-            self._look_up(step, by_id, no_room)
+            self._look_up(step, by_id)
         except Refused as refusal:
             with self._run.mutex:
                 self._run.queue.refuse_step(step, refusal)
@@ -109,7 +98,7 @@ class StepAdmission:
         recorded = number is not None and number <= self._run.head.computed.step
         return number if recorded and step.request.session is not None else None
 
-    def _queue(self, step: Step, no_room: Refused | None) -> None:
+    def _queue(self, step: Step) -> None:
         """Queue a step that is not a retry; the caller wakes the executor. Under the mutex."""
         run, queue, number = self._run, self._run.queue, step.request.step
         at = run.situation()
@@ -120,8 +109,6 @@ class StepAdmission:
         # The run's first step may have fixed the version since this step was created.
         step.use_version(run.step_version(bare=step.request.session is None))
         verdict = admission_rules.admit_step(number, len(queue), self._serve.queue_limit, at)
-        if no_room is not None:
-            raise no_room
         if step.request.session is not None:
             run.lease.touch()
         if number is not None and other is not None:
@@ -134,7 +121,7 @@ class StepAdmission:
             queue.keep_early(step, number)
             self._committer.wake()  # it refuses the step when `gap_seconds` have passed
 
-    def _look_up(self, step: Step, by_id: bool, no_room: Refused | None) -> None:
+    def _look_up(self, step: Step, by_id: bool) -> None:
         """Read the step that this request may repeat from the journal; queue the request if there is none."""
         request = step.request
         record: StepRecord | None = None
@@ -149,7 +136,7 @@ class StepAdmission:
         with self._run.mutex:
             admission_rules.check_writer(request.session, self._run.situation())
             if record is None:
-                self._queue(step, no_room)
+                self._queue(step)
                 self._run.work.set()
                 return
             known = Known(record.step, record.request_id, record.payload_hash)
@@ -163,19 +150,6 @@ class StepAdmission:
         result = StepResult(record.outcome, record.losses, record.gradient_norm)
         for waiter in waiters:
             answer(waiter, StepAnswer(record.step, result, record.digest, replayed=True))
-
-    def _no_room(self, size: int) -> Refused | None:
-        """The refusal when the disk has no room for a batch, after trying to make some; None: it fits."""
-        # Written into the write-ahead log, and into the database when the log is merged.
-        needed = WRITES_PER_BATCH * size
-        left = self._disk.left(self._log_bytes())
-        if left < needed and self._committer.read(make_room, self._disk):
-            left = self._disk.left(self._log_bytes())
-        if left < 0:
-            with self._run.mutex:
-                self._committer.hold()
-            return None  # the state HELD refuses the step
-        return admission_rules.no_room(size) if left < needed else None
 
     def refused(self, session: SessionRef, number: int) -> None:
         """Refuse the steps that wait for `number`, which was refused before it was admitted."""

@@ -63,6 +63,7 @@ class Committer:
         self._committing = 0  # commits taken from the queue whose callers are not answered yet
         self._reads: list[tuple[Callable[..., Any], tuple[Any, ...], Future[Any]]] = []
         self._retry_at: float | None = None
+        self._room_requested = False
         self._failed = False  # the disk was full: the same commits are tried again
         self._merge_after = 0.0  # earliest time to retry merging the log after the disk was full
         self._stopping = self._stopped = False
@@ -104,6 +105,11 @@ class Committer:
     def wake(self) -> None:
         """Make the thread look for commits, reads and expired steps."""
         self._work.set()
+
+    def request_room(self) -> None:
+        """Let the thread merge the log if that frees space, and wake the executor then."""
+        self._room_requested = True
+        self.wake()
 
     def hold(self) -> None:
         """Enter HELD until there is room on the journal's disk. Called under the mutex."""
@@ -171,14 +177,17 @@ class Committer:
                 self._committing = len(commits)
             stopping = self._stopping
             room_due = self._retry_at is not None and self._clock() >= self._retry_at
+            requested, self._room_requested = self._room_requested, False
             timeout = self._timeout()
-        if not (reads or commits or stopping or room_due):
+        if not (reads or commits or stopping or room_due or requested):
             self._work.wait(timeout)
             return True
         for read in reads:
             self._answer(*read)
-        if room_due:
+        if room_due or requested:
             self._make_room()
+        if requested:
+            self._run.work.set()
         written = bool(commits) and self._write_all(commits)
         if room_due and not self._failed:
             self._look_for_room()

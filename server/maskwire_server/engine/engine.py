@@ -304,9 +304,7 @@ class Engine:
         )
         self._sessions = Sessions(run, self._committer)
         self._restores = Restores(run, self._committer, self._checkpoints, ready.trainer)
-        self._steps = StepAdmission(
-            run, self._committer, journal=journal, disk=disk, serve=serve, clock=clock
-        )
+        self._steps = StepAdmission(run, self._committer, serve, clock)
         self._executor = Executor(
             run,
             self._committer,

@@ -31,6 +31,8 @@ class Step:
     started: float = 0.0
     ended: float = 0.0
 
+    room_requested: bool = False
+    """Whether the committer has tried to make room for its batch."""
     _hash: bytes | None = None
     _hashing: threading.Lock = field(default_factory=threading.Lock)
 

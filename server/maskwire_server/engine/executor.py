@@ -116,10 +116,13 @@ class Executor:
             if isinstance(entry, Step):
                 if self._refuse_invalid(entry):
                     continue
-                if self._waits_for_commits(entry):
+                if run.uncommitted >= self._serve.window:
                     return None
-                if self._number(entry):
-                    return entry
+                if self._has_room(entry):
+                    queue.start(entry, run.head.computed.step + 1)
+                    return queue.pop()
+                if not self._refuse_without_room(entry):
+                    return None
             elif isinstance(entry, Save) and self._saves.busy:
                 queue.pop()
                 queue.park(entry)
@@ -154,21 +157,21 @@ class Executor:
         needed = WRITES_PER_BATCH * (self._run.uncommitted_bytes + len(step.encoded))
         return self._disk.left(self._journal.log_bytes()) >= needed
 
-    def _waits_for_commits(self, step: Step) -> bool:
-        """Whether a step must wait until computed steps are durable: for the window, or for room."""
-        uncommitted = self._run.uncommitted
-        return uncommitted >= self._serve.window or (uncommitted > 0 and not self._has_room(step))
-
-    def _number(self, step: Step) -> bool:
-        """Pop the first step and number it; False if the disk has no room for its batch."""
+    def _refuse_without_room(self, step: Step) -> bool:
+        """Pop the first step, for which the disk has no room; False while that may still change."""
         queue, number = self._run.queue, self._run.head.computed.step + 1
+        if self._run.uncommitted:
+            return False
+        if not step.room_requested:
+            step.room_requested = True
+            self._committer.request_room()  # and wakes this thread
+            return False
+        if self._disk.left(self._journal.log_bytes()) < 0:
+            self._committer.hold()
         queue.pop()
-        if self._run.uncommitted or self._has_room(step):
-            queue.start(step, number)
-            return True
         queue.refuse_step(step, admission_rules.no_room(len(step.encoded)))
         queue.refuse_number(number)
-        return False
+        return True
 
     # Steps.
 
