@@ -45,9 +45,12 @@ def newest_common(offered: Iterable[int]) -> int:
     return max(set(offered) & set(VERSIONS), default=0)
 
 
+VERSION_1 = DigestVersion(1)
+
+
 def payload_hash(
     ids: npt.NDArray[np.integer],
-    version: DigestVersion,
+    version: DigestVersion = VERSION_1,
     *,
     rows: int,
     columns: int,
