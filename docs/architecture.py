@@ -23,7 +23,7 @@ PATH = (
     (
         "maskwire-executor",
         (
-            ("engine/executor.py", "Executor._try_take", "take the step, number it"),
+            ("engine/executor.py", "Executor._next", "take the step, number it"),
             ("engine/executor.py", "Executor._compute", "train, on the device"),
             ("engine/executor.py", "Executor._consume", "extend the digest"),
         ),
