@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import socket
 import subprocess
@@ -16,6 +18,7 @@ import pytest
 import maskwire
 from maskwire_server import config
 from maskwire_server.config import Config, ObjectiveConfig, load
+from maskwire_server.config.record import ALWAYS_RECORDED
 from maskwire_server.config.sections import SECTIONS
 from maskwire_server.config.template import template
 from maskwire_server.errors import ConfigError
@@ -201,3 +204,19 @@ def test_a_path_that_the_locale_cannot_decode_names_the_locale() -> None:
     assert "set LC_ALL=C.UTF-8 or PYTHONUTF8=1, got '/tmp/\xfcn'" in str(found.value)
     with pytest.raises(ConfigError, match=r"the path must be UTF-8, got b'/tmp/\\xfcn'"):
         load(None, run={"dir": "/tmp/\udcfcn"})
+
+
+def test_a_later_option_is_recorded_only_if_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As if the option `norm` were newer than the first format of the record.
+    before = Config().canonical()
+    monkeypatch.setitem(ALWAYS_RECORDED, "model", ALWAYS_RECORDED["model"] - {"norm"})
+    record = json.loads(Config().canonical())
+    assert record["model"] == {k: v for k, v in json.loads(before)["model"].items() if k != "norm"}
+    changed = load(None, model={"norm": "rmsnorm"})
+    assert json.loads(changed.canonical())["model"]["norm"] == "rmsnorm"
+    assert Config().of_run(0, Config().canonical()).model.norm == "layernorm"
+
+
+def test_the_first_record_stays_the_same_bytes() -> None:
+    sha = hashlib.sha256(Config().canonical()).hexdigest()
+    assert sha == "e03aac0fa7439ba71e50b214b45c76e52addae1220109f637872d52a05422ba0"

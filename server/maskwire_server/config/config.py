@@ -11,7 +11,7 @@ from maskwire_server.config.checkpoints import CheckpointsConfig
 from maskwire_server.config.model import ModelConfig
 from maskwire_server.config.objective import ObjectiveConfig
 from maskwire_server.config.optimizer import OptimizerConfig
-from maskwire_server.config.record import recorded_sections
+from maskwire_server.config.record import canonical, recorded_sections
 from maskwire_server.config.run import RunConfig
 from maskwire_server.config.serve import ServeConfig
 from maskwire_server.errors import ConfigError
@@ -44,11 +44,7 @@ class Config(BaseSettings):
         """
         if self._recorded is not None:
             return self._recorded
-        fixed = {
-            "model": self.model.model_dump(mode="json"),
-            "objective": self.objective.model_dump(mode="json"),
-        }
-        return json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode()
+        return canonical(self.model, self.objective)
 
     def of_run(self, seed: int, canonical: bytes) -> Config:
         """This configuration with the fixed settings of an existing run.

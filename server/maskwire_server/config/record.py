@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from pydantic import ValidationError
 
+from maskwire_server.config.base import Section
 from maskwire_server.config.messages import message
 from maskwire_server.config.model import ModelConfig
 from maskwire_server.config.objective import ObjectiveConfig
 from maskwire_server.errors import ConfigError
+
+ALWAYS_RECORDED = {
+    "model": {
+        "num_tokens", "mask_id", "pad_id", "max_seq_len", "dim", "depth", "heads", "dim_head", "ff_mult",
+        "emb_dim", "dropout", "positions", "norm", "feed_forward", "qk_norm", "tied_embeddings",
+    },
+    "objective": {
+        "preset", "schedule", "masking", "weighting", "no_replace_prob", "random_token_prob", "augment_prob",
+        "self_cond", "self_cond_prob", "self_cond_start", "critic", "critic_loss_weight", "critic_labels",
+    },
+}  # fmt: skip
+"""The options of the first format. Every run records them; a later option only if it is not at its default.
+
+A new option therefore changes neither the first digest nor the recorded configuration of runs that do not use
+it. Do not add options here."""
+
+
+def canonical(model: ModelConfig, objective: ObjectiveConfig) -> bytes:
+    """[model] and [objective] as a new run records them: the bytes that its first digest covers."""
+    fixed = {"model": _recorded("model", model), "objective": _recorded("objective", objective)}
+    return json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _recorded(name: str, section: Section) -> dict[str, Any]:
+    fields = type(section).model_fields
+    return {
+        key: value
+        for key, value in section.model_dump(mode="json").items()
+        if key in ALWAYS_RECORDED[name]
+        or getattr(section, key) != fields[key].get_default(call_default_factory=True)
+    }
 
 
 class NewerRunError(ConfigError):
@@ -31,7 +64,10 @@ def recorded_sections(record: dict[str, Any]) -> tuple[ModelConfig, ObjectiveCon
             "created the run; use that version"
         )
     whole = {
-        name: {**{key: field.default for key, field in fields[name].items()}, **record[name]}
+        name: {
+            **{key: field.get_default(call_default_factory=True) for key, field in fields[name].items()},
+            **record[name],
+        }
         for name in fields
     }
     try:
