@@ -27,7 +27,7 @@ from maskwire_server.batch import Batch, Modes
 from maskwire_server.results import EvalOptions
 from maskwire_server.training import evaluation, optim
 from maskwire_server.training.corruption import Vocabulary
-from maskwire_server.training.models.backbone import Head
+from maskwire_server.training.head import Head
 from maskwire_server.training.models.x_transformers import import_state_dict
 from maskwire_server.training.trainer import TorchTrainer
 

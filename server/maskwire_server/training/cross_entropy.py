@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from maskwire_server.training.corruption import Vocabulary
-from maskwire_server.training.models.backbone import Head
+from maskwire_server.training.head import Head
 
 CHUNK = {"cpu": 2**22, "cuda": 2**28}  # logits at once: 16 MiB and 1 GiB in fp32
 

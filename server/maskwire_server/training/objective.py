@@ -20,7 +20,7 @@ from maskwire_server.config import ObjectiveConfig
 from maskwire_server.training import cross_entropy, draws, masking_schedule
 from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, coin
 from maskwire_server.training.draws import Purpose
-from maskwire_server.training.models.backbone import Head
+from maskwire_server.training.head import Head
 
 _SAMPLE_CHUNK = 2**21  # fp64 probabilities in memory at once while sampling: 16 MiB
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from maskwire_server.training.models.backbone import Head
+from maskwire_server.training.head import Head
 
 
 class Oracle:

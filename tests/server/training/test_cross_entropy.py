@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.training import cross_entropy, objective
 from maskwire_server.training.corruption import Vocabulary
-from maskwire_server.training.models.backbone import Head
+from maskwire_server.training.head import Head
 from maskwire_server.training.models.networks import Networks
 
 VOCABULARY = Vocabulary(11, 10, 4)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from maskwire_server.config import ModelConfig
-from maskwire_server.training.models.backbone import Backbone, Head, packed
+from maskwire_server.training.head import Head
+from maskwire_server.training.models.backbone import Backbone, packed
 
 
 class Norm(nn.Module):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig
-from maskwire_server.training.models.backbone import Backbone, Head
+from maskwire_server.training.head import Head
+from maskwire_server.training.models.backbone import Backbone
 from maskwire_server.training.models.encoder import Encoder
 
 
