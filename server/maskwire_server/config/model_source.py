@@ -34,7 +34,7 @@ class LoraConfig(Section):
 
     rank: int = Field(8, ge=1)
     """Rank of each adapter."""
-    alpha: float = Field(16, gt=0)
+    alpha: int = Field(16, ge=1)
     """The adapters' product is scaled by alpha / rank."""
     dropout: float = Field(0, ge=0, lt=1)
     """Dropout rate of the adapters' inputs in training."""

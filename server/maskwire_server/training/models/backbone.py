@@ -69,3 +69,8 @@ class Backbone(nn.Module):
 def packed(x_bnd: Tensor, read_m: Tensor) -> Tensor:
     """Select positions, [m, d]. Indexing with a mask would be ten times slower in the backward pass."""
     return x_bnd.flatten(0, 1).index_select(0, read_m)
+
+
+def attended(valid_bn: Tensor | None) -> Tensor | None:
+    """The keys to attend to. A row that is all padding attends to itself: a softmax over nothing is NaN."""
+    return None if valid_bn is None else valid_bn | ~valid_bn.any(-1, keepdim=True)

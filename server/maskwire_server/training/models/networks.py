@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.training.head import Head
+from maskwire_server.training.models import sources
 from maskwire_server.training.models.backbone import Backbone
-from maskwire_server.training.models.encoder import Encoder
 
 
 class Networks(nn.Module):
@@ -18,12 +18,12 @@ class Networks(nn.Module):
 
     def __init__(self, model: ModelConfig, objective: ObjectiveConfig) -> None:
         super().__init__()
-        self.generator: Backbone = Encoder(model, model.num_tokens, self_cond=objective.self_cond)
+        self.generator = sources.generator(model, self_cond=objective.self_cond)
         self.critic: nn.Module | None = None
         if objective.critic == "self":
-            self.critic = nn.Linear(model.dim, 1)
+            self.critic = nn.Linear(self.generator.dim, 1)
         elif objective.critic == "token":
-            self.critic = Encoder(model.model_copy(update={"tied_embeddings": False}), 1)
+            self.critic = sources.critic(model)
 
     def with_modules(self, generator: nn.Module, critic: nn.Module | None) -> Networks:
         """The same with other modules, for example those that hold the moving averages."""
@@ -36,7 +36,7 @@ class Networks(nn.Module):
 
     def checkpoint_activations(self, on: bool) -> None:
         """Whether to keep only the blocks' inputs for the backward pass, and compute the rest again."""
-        for backbone in self._backbones():
+        for backbone in self.backbones:
             backbone.checkpoint_activations(on)
 
     def compile_blocks(self, mode: str) -> None:
@@ -44,13 +44,15 @@ class Networks(nn.Module):
 
         The last block never runs in a CUDA graph: the number of its outputs changes from step to step.
         """
-        for backbone in self._backbones():
+        for backbone in self.backbones:
             *others, last = backbone.blocks
             for block in others:
                 block.compile(mode=mode, dynamic=True)
             last.compile(mode="default", dynamic=True)
 
-    def _backbones(self) -> list[Backbone]:
+    @property
+    def backbones(self) -> list[Backbone]:
+        """The models within."""
         return [each for each in (self.generator, self.critic) if isinstance(each, Backbone)]
 
     def embed(
