@@ -63,7 +63,7 @@ def check(
         if changed is not None:
             raise ConfigError(
                 f"model: its forward pass must not change its state, got a change of {changed}; only the "
-                "optimizer may change weights, and buffers that change must be registered with persistent=False"
+                "optimizer may change weights, and a buffer that changes must be persistent=False"
             )
         for name, gradient in first.items():
             other = second.get(name)

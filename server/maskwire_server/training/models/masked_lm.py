@@ -27,9 +27,12 @@ class MaskedLM(Backbone):
 
     `outputs` is None for a generator, whose scores are the module's logits, or the number of scores per
     position of a critic. `fill_id` replaces ids at padding: the module's own padding id.
+    `mask_id` is the id at masked positions.
     """
 
-    def __init__(self, module: nn.Module, outputs: int | None, *, self_cond: bool, fill_id: int = 0) -> None:
+    def __init__(
+        self, module: nn.Module, outputs: int | None, *, self_cond: bool, mask_id: int, fill_id: int
+    ) -> None:
         super().__init__()
         self.model = module
         output = self._output_layer()
@@ -40,7 +43,7 @@ class MaskedLM(Backbone):
             )
         self.dim = output.weight.shape[1]
         self.blocks = _layers(module)
-        self._fill_id = fill_id
+        self._mask_id, self._fill_id = mask_id, fill_id
         self._captures = False
         self._captured: Tensor | None = None
         self._linear: bool | None = None
@@ -130,11 +133,11 @@ class MaskedLM(Backbone):
         training = self.model.training
         self.model.eval()
         try:
-            rows = slice(0, 4)
-            valid = None if valid_bn is None else valid_bn[rows]
-            own = self._logits(ids_bn[rows], valid, None)
+            ids = torch.cat((ids_bn[:3], torch.full_like(ids_bn[:1], self._mask_id)))
+            valid = None if valid_bn is None else torch.cat((valid_bn[:3], torch.ones_like(valid_bn[:1])))
+            own = self._logits(ids, valid, None)
             layer = self._output_layer()
-            product = Head(self._embeddings(ids_bn[rows], valid, None), layer.weight, layer.bias).logits()
+            product = Head(self._embeddings(ids, valid, None), layer.weight, layer.bias).logits()
         finally:
             self.model.train(training)
         if not bool(torch.isfinite(own).all()):

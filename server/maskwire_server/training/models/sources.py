@@ -38,7 +38,8 @@ def _backbone(model: ModelConfig, outputs: int | None, *, self_cond: bool) -> Ba
         module = hugging_face.architecture(model)
         if model.lora is not None and outputs is None:
             module = hugging_face.with_adapters(module, model.lora)
-        return MaskedLM(module, outputs, self_cond=self_cond, fill_id=hugging_face.fill_id(model))
+        fill_id = hugging_face.fill_id(model)
+        return MaskedLM(module, outputs, self_cond=self_cond, mask_id=model.mask_id, fill_id=fill_id)
     return _of_factory(model, outputs, self_cond=self_cond)
 
 
@@ -62,7 +63,7 @@ def _of_factory(model: ModelConfig, outputs: int | None, *, self_cond: bool) -> 
             f"model.python.factory: {name} must return a Backbone or a torch module with "
             f"get_output_embeddings(), got {type(found).__name__}"
         )
-    return MaskedLM(found, outputs, self_cond=self_cond, fill_id=model.pad_id or 0)
+    return MaskedLM(found, outputs, self_cond=self_cond, mask_id=model.mask_id, fill_id=model.pad_id or 0)
 
 
 def load_initial_weights(model: ModelConfig, backbones: Iterable[Backbone]) -> None:
