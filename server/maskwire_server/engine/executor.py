@@ -112,7 +112,7 @@ class Executor:
             if isinstance(entry, Drain):  # in HELD too: every acknowledged step is durable
                 return queue.pop() if held or not run.uncommitted else None
             if held:
-                return queue.pop() if isinstance(entry, Restore) else None  # the restore will be refused
+                return queue.pop_restore()  # it will be refused
             if isinstance(entry, Step):
                 if self._refuse_invalid(entry):
                     continue

@@ -113,9 +113,14 @@ class Queue:
         """Queue an entry that is not a step."""
         self._entries.append(entry)
 
-    def push_first(self, entry: Save | Takeover | Restore) -> None:
+    def push_first(self, entry: Save | Takeover) -> None:
         """Queue an entry before all others."""
         self._entries.appendleft(entry)
+
+    def push_restore(self, restore: Restore) -> None:
+        """Queue a restore before all others but the sessions that were admitted before it."""
+        sessions = [at for at, entry in enumerate(self._entries) if isinstance(entry, Takeover)]
+        self._entries.insert(sessions[-1] + 1 if sessions else 0, restore)
 
     def _arrived(self, number: int) -> None:
         if number == self.refused_number:
@@ -133,6 +138,13 @@ class Queue:
         if isinstance(entry, Step):
             self._steps -= 1
         return entry
+
+    def pop_restore(self) -> Restore | None:
+        """Take the restore that waits, if any."""
+        restore = next((entry for entry in self._entries if isinstance(entry, Restore)), None)
+        if restore is not None:
+            self._entries.remove(restore)
+        return restore
 
     def start(self, step: Step, number: int) -> None:
         """Number a step that was popped, and mark it as being computed."""

@@ -15,7 +15,7 @@ from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, wait_f
 from maskwire.v1.values import RunState
 from maskwire_server.errors import Refused
 from maskwire_server.journal.database import Database
-from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRequest, StepRequest
+from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRef, SessionRequest, StepRequest
 
 NO_AUTOMATIC = {"every_seconds": 1e9}
 
@@ -193,3 +193,41 @@ def test_a_step_of_the_ancestry_is_answered_after_a_restore(rig: Rig) -> None:
     session = open_session(engine, nonce="after")
     again = engine.train_step(StepRequest(payload(1), session, 1, "one")).result(WAIT)
     assert (again.replayed, again.digest) == (True, first.digest)
+
+
+def test_a_session_admitted_before_a_restore_is_opened_before_it(rig: Rig) -> None:
+    engine = rig.start(checkpoints=NO_AUTOMATIC)
+    engine.save(SaveRequest("a")).result(WAIT)
+    rig.trainer.gate.clear()
+    running = engine.train_step(bare(1))
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    opening = engine.open_session(SessionRequest("me", "n"))
+    restored = engine.restore(RestoreRequest("a"))
+    wait_for(lambda: engine.status().waiting_for == "the running step")
+    rig.trainer.gate.set()
+    assert running.result(WAIT).step == 1
+    opened = opening.result(WAIT)
+    assert (opened.lineage, restored.result(WAIT).lineage) == (1, 2)
+    session = SessionRef(opened.run_id, opened.lineage, opened.epoch)
+    assert reason(engine.train_step(StepRequest(payload(2), session, 2))) == "WRONG_RUN"
+
+
+def test_a_full_disk_refuses_a_restore_that_waits_behind_a_session(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = rig.start(checkpoints=NO_AUTOMATIC)
+    engine.save(SaveRequest("a")).result(WAIT)
+    rig.trainer.gate.clear()
+    running = engine.train_step(bare(1))
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    opening = engine.open_session(SessionRequest("me", "n"))
+    restored = engine.restore(RestoreRequest("a"))
+    wait_for(lambda: engine.status().waiting_for == "the running step")
+    with monkeypatch.context() as full:
+        full.setattr(engine._disk, "left", lambda _: -1)
+        with engine._run.mutex:
+            engine._committer.hold()
+        rig.trainer.gate.set()
+        assert reason(restored) == "HELD"
+    assert running.result(WAIT).step == 1
+    assert opening.result(WAIT).lineage == 1
