@@ -159,8 +159,9 @@ class StepAdmission:
                 admission_rules.check_session(session, run.situation())
             except Refused:
                 return
-            if number >= run.next_number and queue.with_number(number) is None:
-                queue.refuse_early(number)
+            within = run.next_number <= number < run.next_number + self._serve.window
+            if within and queue.with_number(number) is None:
+                queue.refuse_number(number)
 
 
 def _require_in_history(record: StepRecord, lineages: dict[int, Lineage], lineage: int) -> None:

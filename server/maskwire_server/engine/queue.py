@@ -32,8 +32,7 @@ class Queue:
         """The step that the executor is computing."""
         self.reading: Evaluation | Generation | None = None
         """The evaluation or generation that the executor is running."""
-        self.refused_number: int | None = None
-        """The lowest number whose step was refused and that no other step has taken since."""
+        self._refused: set[int] = set()  # numbers whose step was refused, until another step takes them
 
     def __len__(self) -> int:
         """Entries that wait. Early steps do not count: they must not keep their predecessor out."""
@@ -48,6 +47,11 @@ class Queue:
     def ahead(self) -> int:
         """The number of steps that will be numbered before one that is queued now."""
         return self._steps + (self.computing is not None)
+
+    @property
+    def refused_number(self) -> int | None:
+        """The lowest number whose step was refused and that no other step has taken since."""
+        return min(self._refused, default=None)
 
     def saves(self) -> list[Save]:
         """The saves that wait."""
@@ -123,8 +127,7 @@ class Queue:
         self._entries.insert(sessions[-1] + 1 if sessions else 0, restore)
 
     def _arrived(self, number: int) -> None:
-        if number == self.refused_number:
-            self.refused_number = None
+        self._refused.discard(number)
 
     # Out of the queue.
 
@@ -172,8 +175,7 @@ class Queue:
 
     def refuse_number(self, number: int) -> None:
         """Refuse every step behind a number whose step was refused, until another step takes that number."""
-        if self.refused_number is None or number < self.refused_number:
-            self.refused_number = number
+        self._refused.add(number)
         self.refuse_behind(number)
 
     def refuse_behind(self, number: int) -> None:
@@ -182,12 +184,6 @@ class Queue:
             if entry.request.step is not None and entry.request.step > number:
                 self._remove(entry)
                 self.refuse_step(entry, gap(entry.request.step, number))
-        self._refuse_early(number + 1, number)
-
-    def refuse_early(self, number: int) -> None:
-        """Refuse early steps behind a number whose step was refused before it was admitted."""
-        if self.refused_number is None or number < self.refused_number:
-            self.refused_number = number
         self._refuse_early(number + 1, number)
 
     def _refuse_early(self, first: int, expected: int) -> None:
@@ -219,7 +215,7 @@ class Queue:
         for step in [*waiting, *self._early.values()]:
             self.refuse_step(step, why(step))
         self._early.clear()
-        self.refused_number = None
+        self._refused.clear()
 
     def refuse_saves(self, refusal: Refused) -> None:
         """Refuse every save that has not begun: the state it would have saved is gone."""

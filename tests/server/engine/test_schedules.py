@@ -231,3 +231,17 @@ def test_a_full_disk_refuses_a_restore_that_waits_behind_a_session(
         assert reason(restored) == "HELD"
     assert running.result(WAIT).step == 1
     assert opening.result(WAIT).lineage == 1
+
+
+def test_every_refused_number_is_remembered_until_it_is_taken(rig: Rig) -> None:
+    engine = rig.start(checkpoints=NO_AUTOMATIC, serve={"gap_seconds": 1e9})
+    session = open_session(engine)
+    engine.step_refused(session, 3)
+    engine.step_refused(session, 1)
+    assert reason(engine.train_step(StepRequest(payload(2), session, 2))) == "GAP"
+    for number in (1, 2):
+        engine.train_step(StepRequest(payload(number), session, number)).result(WAIT)
+    assert reason(engine.train_step(StepRequest(payload(4), session, 4))) == "GAP"
+    third = StepRequest(payload(3), session, 3)
+    assert engine.train_step(third).result(WAIT).step == 3
+    assert engine.train_step(StepRequest(payload(4), session, 4)).result(WAIT).step == 4
