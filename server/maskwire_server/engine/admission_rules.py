@@ -60,6 +60,8 @@ class Situation:
     """The client of the newest epoch, whether its session is open or not."""
     digest_version: int = 0
     """The version of the run's digest; 0 before the first step."""
+    digest_version_provisional: bool = False
+    """The run's first step is being computed: if it fails, it fixes no version."""
     digest_versions: tuple[int, ...] = VERSIONS
     """The digest versions that the client of the newest epoch supports."""
 
@@ -144,7 +146,7 @@ def check_writer(session: SessionRef | None, at: Situation) -> None:
     """Raise Refused unless a step of this session, or of none, may be trained now."""
     if session is not None:
         check_session(session, at)
-        check_digest_version(at.digest_versions, at.digest_version)
+        check_digest_version(at.digest_versions, at)
     elif at.writer:
         raise Refused(
             "WRITER_PRESENT",
@@ -154,13 +156,17 @@ def check_writer(session: SessionRef | None, at: Situation) -> None:
         )
 
 
-def check_digest_version(offered: Sequence[int], version: int) -> None:
-    """Raise DIGEST_VERSION unless `offered` includes the run's version.
+def check_digest_version(offered: Sequence[int], at: Situation) -> None:
+    """Raise DIGEST_VERSION unless `offered` includes the run's version, or before the first step any of ours.
 
-    `version` is 0 before the first step: then any version that this server supports will do.
+    While the first step is being computed, the client is asked to retry.
     """
+    version = at.digest_version
     if version not in offered and (version or not newest_common(offered)):
-        raise other_digest_version(offered, version)
+        refusal = other_digest_version(offered, version)
+        if at.digest_version_provisional:
+            refusal.retry_after_seconds = 0.5
+        raise refusal
 
 
 def other_digest_version(offered: Sequence[int], version: int) -> Refused:

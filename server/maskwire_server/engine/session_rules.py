@@ -41,7 +41,7 @@ def admit_session(facts: SessionFacts, at: Situation) -> bool:
     request = facts.request
     if request.history is not None:
         _check_history(request.history, facts, at)
-    check_digest_version(request.digest_versions, at.digest_version)
+    check_digest_version(request.digest_versions, at)
     if request.tokenizer and facts.tokenizer and request.tokenizer != facts.tokenizer:
         raise Refused(
             "TOKENIZER_MISMATCH",

@@ -93,6 +93,7 @@ class Run:
             refused_step=self.queue.refused_number,
             holder=self.lease.holder,
             digest_version=version.number if version else 0,
+            digest_version_provisional=version is not self.head.digest_version,
             digest_versions=self.lease.digest_versions,
         )
 
