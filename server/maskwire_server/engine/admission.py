@@ -75,6 +75,9 @@ class StepAdmission:
         if trained is not None and request.step not in (None, trained):
             raise admission_rules.other_step(trained)
         other = queue.with_id(request.request_id)
+        if other is not None and other.abandoned and request.step not in (None, other.request.step):
+            # The client renumbered it, and sends it again.
+            other = None if queue.withdraw(other, run.next_number) else other
         if other is None and request.session is not None:
             other = queue.with_number(request.step)
         return other
@@ -87,6 +90,8 @@ class StepAdmission:
         known = Known(other.number or other.request.step, other.request.request_id, other.payload_hash)
         if admission_rules.repeats(request, step.payload_hash, known):
             other.waiters += step.waiters
+            if known.step is None and request.step is not None:
+                other.expecting += [(request.step, waiter) for waiter in step.waiters]
             if request.session is not None:
                 run.lease.touch()
             return True
@@ -146,6 +151,7 @@ class StepAdmission:
             if request.session is not None:
                 self._run.lease.touch()
             self._run.queue.settle(step)
+            step.refuse_other_numbers(record.step)
             waiters = list(step.waiters)
         result = StepResult(record.outcome, record.losses, record.gradient_norm)
         for waiter in waiters:

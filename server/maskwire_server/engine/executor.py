@@ -137,6 +137,7 @@ class Executor:
         run, queue = self._run, self._run.queue
         number = run.head.computed.step + 1
         fixed = run.head.digest_version
+        step.refuse_other_numbers(number)
         if step.abandoned:
             queue.pop()
             queue.settle(step)

@@ -196,6 +196,16 @@ class Queue:
             if step.abandoned:
                 self.settle(self._early.pop(number))
 
+    def withdraw(self, step: Step, next_number: int) -> bool:
+        """Remove an abandoned step and refuse those behind it; False if it is not queued, or not any more."""
+        steps = [entry for entry in self._entries if isinstance(entry, Step)]
+        if step not in steps:
+            return False
+        self._remove(step)
+        self.settle(step)
+        self.refuse_behind(next_number - len(steps) + steps.index(step))
+        return True
+
     def expire(self, next_number: int) -> None:
         """Refuse early steps that waited `gap_seconds` for their predecessor, and the steps behind them."""
         limit = self._clock() - self._gap_seconds
