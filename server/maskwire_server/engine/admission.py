@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from maskwire_server import failpoints
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine import admission_rules
-from maskwire_server.engine.admission_rules import Known, Verdict
+from maskwire_server.engine.admission_rules import Known
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Step
 from maskwire_server.engine.futures import answer
@@ -113,14 +113,14 @@ class StepAdmission:
             raise admission_rules.step_taken(number, at.next_step)
         # The run's first step may have fixed the version since this step was created.
         step.use_version(run.step_version(bare=step.request.session is None))
-        verdict = admission_rules.admit_step(number, len(queue), self._serve.queue_limit, at)
+        is_next = admission_rules.admit_step(number, len(queue), self._serve.queue_limit, at)
         if step.request.session is not None:
             run.lease.touch()
         if number is not None and other is not None:
             if not queue.replace(other, step):  # it is being computed
                 raise admission_rules.step_taken(number, at.next_step)
             return
-        if verdict is Verdict.RUN:
+        if is_next:
             queue.push_step(step, at.next_step)
         elif number is not None:
             queue.keep_early(step, number)

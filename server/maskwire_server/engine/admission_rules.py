@@ -6,7 +6,6 @@ A decision is a value, or a `Refused` that is raised.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +16,6 @@ from maskwire_server.errors import Refused
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRef, StepRequest
 from maskwire_server.session_holder import Holder
-
-
-class Verdict(enum.Enum):
-    """The decision on a new step, which is not a retry."""
-
-    RUN = "run"
-    """It is the next step."""
-    WAIT = "wait"
-    """It is ahead of its predecessor, within the window."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +116,7 @@ def check_session(session: SessionRef, at: Situation) -> None:
             session_lineage=session.lineage,
         )
     if session.epoch < at.epoch:
-        raise Refused(
-            "FENCED",
-            f"epoch {session.epoch} was superseded: {who(at)} took over (epoch {at.epoch}); stop this client",
-            session_epoch=session.epoch,
-            **at.holder_facts,
-        )
+        raise fenced(session.epoch, at)
     if session.epoch > at.epoch or session.epoch < 1 or at.closed:
         why = "was closed" if session.epoch == at.epoch and at.closed else "was never given here"
         raise Refused(
@@ -140,6 +125,16 @@ def check_session(session: SessionRef, at: Situation) -> None:
             epoch=at.epoch,
             session_epoch=session.epoch,
         )
+
+
+def fenced(epoch: int, at: Situation) -> Refused:
+    """The refusal of a client whose epoch is not the newest."""
+    return Refused(
+        "FENCED",
+        f"epoch {epoch} was superseded: {who(at)} took over (epoch {at.epoch}); stop this client",
+        session_epoch=epoch,
+        **at.holder_facts,
+    )
 
 
 def check_writer(session: SessionRef | None, at: Situation) -> None:
@@ -225,8 +220,11 @@ def step_taken(step: int, next_step: int) -> Refused:
     )
 
 
-def admit_step(step: int | None, queue_length: int, queue_limit: int, at: Situation) -> Verdict:
-    """Decide on a new step (not a retry) that requests number `step`; checks in the order of the protocol."""
+def admit_step(step: int | None, queue_length: int, queue_limit: int, at: Situation) -> bool:
+    """Whether a new step (not a retry) that requests number `step` is next; False: it waits for another.
+
+    Checks in the order of the protocol. Raises Refused.
+    """
     if at.refused_step is not None and step is not None and step > at.refused_step:
         raise gap(step, at.refused_step)
     ahead = 0 if step is None else step - at.next_step
@@ -240,7 +238,7 @@ def admit_step(step: int | None, queue_length: int, queue_limit: int, at: Situat
             "three steps in a row were not finite; check the data and the learning rate, then open a "
             "session with takeover",
         )
-    return Verdict.WAIT if ahead > 0 else Verdict.RUN
+    return ahead <= 0
 
 
 def refuse_unexpected(request: SaveRequest | RestoreRequest, position: HistoryPosition) -> None:

@@ -74,15 +74,22 @@ class StepCommit:
         failpoints.passing("step.answered")
 
 
+Events = tuple[tuple[str, dict[str, Any]], ...]
+"""Kinds and bodies."""
+
+
 @dataclass(eq=False)
 class AnswerCommit(Generic[T]):
-    """An answer that names a step, sent once that step is durable."""
+    """An answer, sent once every step before it and its events are durable."""
 
     future: Future[T]
     value: T
+    events: Events = field(default=(), kw_only=True)
 
     def write(self, journal: Journal) -> None:
-        """Write nothing."""
+        """Record the events."""
+        for kind, body in self.events:
+            journal.add_event(kind, body)
 
     def committed(self) -> None:
         """Answer."""
@@ -108,27 +115,11 @@ class RevealCommit:
             self.generation.reveal(self.seen.step, self.seen.digest)
 
 
-Events = tuple[tuple[str, dict[str, Any]], ...]
-"""Kinds and bodies."""
-
-
-@dataclass(eq=False)
-class EventsCommit(AnswerCommit[T]):
-    """Events, and an answer that waits for them."""
-
-    events: Events = ()
-
-    def write(self, journal: Journal) -> None:
-        """Record the events."""
-        for kind, body in self.events:
-            journal.add_event(kind, body)
-
-
 @dataclass(eq=False)
 class SessionEnd(AnswerCommit[None]):
     """The end of a session, requested by its client."""
 
-    epoch: int = 0
+    epoch: int
 
     def write(self, journal: Journal) -> None:
         """Record that the session was closed."""

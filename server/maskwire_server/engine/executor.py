@@ -52,7 +52,7 @@ class Executor:
         *,
         journal: Journal,
         disk: Reserve,
-        quarantine: Quarantine,
+        quarantine: Quarantine | None,
         serve: ServeConfig,
         configuration_id: int,
         clock: Callable[[], float],
@@ -192,11 +192,11 @@ class Executor:
     def _compute(self, step: Step) -> StepResult:
         failpoints.passing("step.computing")
         step.started = self._clock()
-        if self._serve.poison_after and self._quarantine.holds(step.payload_hash):
+        if self._quarantine is not None and self._quarantine.holds(step.payload_hash):
             result = StepResult(Outcome.POISON, Losses(math.nan))
         else:
             payload = step.request.payload
-            watch = self._quarantine.watch(step.payload_hash) if self._serve.poison_after else nullcontext()
+            watch = self._quarantine.watch(step.payload_hash) if self._quarantine else nullcontext()
             with watch, guarded(self._trainer):
                 result = self._trainer.train_step(
                     self._run.head.computed.lineage, step.number, payload.batch, payload.modes
@@ -273,9 +273,7 @@ class Executor:
             raise
         except Exception as error:
             with self._run.mutex:
-                refusal = self._run.conditions.failed("the evaluation", error)
-            if not future.done():
-                refuse(future, refusal)
+                refuse(future, self._run.conditions.failed("the evaluation", error))
             return
         finally:
             self._run.queue.reading = None
@@ -337,7 +335,8 @@ class Executor:
 
     def _drain(self, drain: Drain) -> None:
         """Save if steps were trained since the newest checkpoint and the disk is not full, then answer."""
-        if self._committer.wait_durable() and self._saves.wait_written():
+        if self._committer.wait_durable():
+            self._saves.wait_written()
             newest, here = self._saves.newest, self._run.head.computed
             if newest is None or (newest.lineage, newest.step) != (here.lineage, here.step):
                 self._save(Save(SaveRequest(), automatic=True))

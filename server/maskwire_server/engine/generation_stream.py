@@ -58,13 +58,11 @@ class Generation:
 
     def finish(self) -> None:
         """End the iteration: the last state is in the buffer."""
-        if not self.over:
-            answer(self.future, None)
+        answer(self.future, None)
 
     def refuse(self, error: BaseException) -> None:
         """End the iteration with an error."""
-        if not self.over:
-            refuse(self.future, error)
+        refuse(self.future, error)
 
     def cancel(self) -> None:
         """Stop the generation: the reader has left."""

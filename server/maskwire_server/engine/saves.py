@@ -117,11 +117,10 @@ class Saves:
         for waiter in save.waiters:
             refuse(waiter, refusal)
 
-    def wait_written(self) -> bool:
+    def wait_written(self) -> None:
         """Wait until no checkpoint is being written."""
         with self._run.mutex:
             self._written.wait_for(lambda: not self.busy)
-        return True
 
     def delete(self, name: str, future: Future[None]) -> None:
         """Delete a checkpoint, unless something needs it."""

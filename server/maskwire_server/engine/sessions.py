@@ -10,7 +10,7 @@ from typing import Any
 from maskwire.v1.values import RunState
 from maskwire_server import failpoints
 from maskwire_server.engine import admission_rules
-from maskwire_server.engine.commits import Events, EventsCommit, SessionEnd
+from maskwire_server.engine.commits import AnswerCommit, Events, SessionEnd
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Step, Takeover
 from maskwire_server.engine.futures import answer, refuse
@@ -105,10 +105,9 @@ class Sessions:
             events = self._keep(request)
             futures = self._opening.pop(request.nonce, [])
             reply = self._answer(at.epoch)
-            for future in futures[1:]:
-                self._committer.append(EventsCommit(future, reply))
-            if futures:  # none: refused by a drain
-                self._committer.append(EventsCommit(futures[0], reply, events))
+            for future in futures:  # none: refused by a drain
+                self._committer.append(AnswerCommit(future, reply, events=events))
+                events = ()
             return
         epoch = at.epoch + 1
         run.lease.open(
@@ -192,7 +191,7 @@ class Sessions:
         with self._run.mutex:
             at = self._run.situation()
             if at.closed and (session.run_id, session.epoch) == (at.run_id, at.epoch):
-                self._committer.append(EventsCommit(future, None))  # the end itself may not be durable yet
+                self._committer.append(AnswerCommit(future, None))  # the end itself may not be durable yet
                 return
             admission_rules.check_session(session, at)
             self._run.lease.closed = True

@@ -96,7 +96,3 @@ class Run:
             digest_version_provisional=version is not self.head.digest_version,
             digest_versions=self.lease.digest_versions,
         )
-
-    def expire(self) -> None:
-        """Refuse early steps whose predecessor did not arrive within `gap_seconds`."""
-        self.queue.expire(self.next_number)
