@@ -14,7 +14,7 @@ from maskwire_server.engine.entries import Step
 from maskwire_server.engine.futures import answer
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.errors import Refused
-from maskwire_server.journal.ancestry import ancestry, lineage_of
+from maskwire_server.journal.ancestry import ancestry, includes, lineage_of
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, StepRecord
 from maskwire_server.requests import SessionRef, StepRequest
@@ -172,9 +172,7 @@ class StepAdmission:
 
 def _require_in_history(record: StepRecord, lineages: dict[int, Lineage], lineage: int) -> None:
     """Raise WRONG_RUN for a recorded step that a restore removed from the history."""
-    through = {segment.lineage: segment.through for segment in ancestry(lineages, lineage)}
-    last = through.get(record.lineage, -1)
-    if last is not None and record.step > last:
+    if not includes(ancestry(lineages, lineage), record.lineage, record.step):
         raise Refused(
             "WRONG_RUN",
             f"this request id was step {record.step} of lineage {record.lineage}, which a restore removed "

@@ -24,7 +24,7 @@ from maskwire_server.checkpoints.retention import FALLBACKS, on_path
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import inexact_replays
-from maskwire_server.journal.ancestry import ancestry
+from maskwire_server.journal.ancestry import ancestry, lineage_of
 from maskwire_server.journal.database import explained
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, StepRecord
@@ -202,8 +202,7 @@ def inspect(run_dir: Path, step: int, lineage: int | None = None) -> Inspected:
     try:
         lineages = journal.lineages()
         if lineage is None:
-            segments = ancestry(lineages, max(lineages))
-            lineage = next(s.lineage for s in segments if s.through is None or step <= s.through)
+            lineage = lineage_of(ancestry(lineages, max(lineages)), step)
         record = journal.step(lineage, step)
         if record is None:
             last = journal.last_step(max(lineages))
