@@ -93,6 +93,15 @@ def refuse_full(queue_length: int, queue_limit: int) -> None:
         )
 
 
+def halted() -> Refused:
+    """The refusal of a step after steps that were not finite."""
+    return Refused(
+        "HALTED",
+        "three steps in a row were not finite; check the data and the learning rate, then open a session "
+        "with takeover",
+    )
+
+
 def no_room(size: int) -> Refused:
     """The refusal of a batch that the journal's disk has no room for; a smaller one may fit."""
     return Refused(
@@ -233,11 +242,7 @@ def admit_step(step: int | None, queue_length: int, queue_limit: int, at: Situat
     refuse_full(queue_length, queue_limit)
     refuse_unavailable(at.state)
     if at.state is RunState.HALTED:
-        raise Refused(
-            "HALTED",
-            "three steps in a row were not finite; check the data and the learning rate, then open a "
-            "session with takeover",
-        )
+        raise halted()
     return ahead <= 0
 
 

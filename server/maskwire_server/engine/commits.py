@@ -102,17 +102,13 @@ class RevealCommit:
 
     generation: Generation
     seen: HistoryPosition
-    last: bool = False
 
     def write(self, journal: Journal) -> None:
         """Write nothing."""
 
     def committed(self) -> None:
-        """Reveal the states, or end the stream."""
-        if self.last:
-            self.generation.finish()
-        else:
-            self.generation.reveal(self.seen.step, self.seen.digest)
+        """Reveal the states."""
+        self.generation.reveal(self.seen.step, self.seen.digest)
 
 
 @dataclass(eq=False)

@@ -24,7 +24,7 @@ from maskwire_server.engine.saves import SaveCommit, Saves
 from maskwire_server.engine.sessions import Sessions
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.engine.trainer_interface import Trainer, guarded, snapshot
-from maskwire_server.errors import DeviceLost, Refused, StateLost, Unwanted
+from maskwire_server.errors import DeviceLost, StateLost, Unwanted
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import StepRecord
 from maskwire_server.journal.reserve import WRITES_PER_BATCH, Reserve
@@ -237,7 +237,7 @@ class Executor:
             head.non_finite = head.non_finite + 1 if skipped else 0
             if head.non_finite >= HALT_AFTER:
                 self.halt_if_due()
-                run.queue.refuse_steps(lambda _: self._halted())
+                run.queue.refuse_steps(lambda _: admission_rules.halted())
             if self._saves.due(step.number) and not run.conditions.holds(RunState.DRAINING):  # which saves
                 run.queue.push_first(Save(SaveRequest(), automatic=True))
         self._committer.wake()
@@ -249,14 +249,6 @@ class Executor:
         step = self._run.head.computed.step
         self._run.conditions.last_error = f"steps {step - HALT_AFTER + 1} to {step} were not finite"
         self._run.conditions.set(RunState.HALTED, waiting_for="a session with takeover")
-
-    def _halted(self) -> Refused:
-        step = self._run.head.computed.step
-        return Refused(
-            "HALTED",
-            f"steps {step - HALT_AFTER + 1} to {step} were not finite; check the data and the learning rate, "
-            "then open a session with takeover",
-        )
 
     # Evaluations and generations.
 
@@ -295,30 +287,26 @@ class Executor:
             raise
         except Exception as error:
             with self._run.mutex:
-                generation.refuse(self._run.conditions.failed("the generation", error))
+                refuse(generation.future, self._run.conditions.failed("the generation", error))
         else:
-            self._committer.append(RevealCommit(generation, here, last=True))
+            self._committer.append(AnswerCommit(generation.future, None))
         finally:
             self._run.queue.reading = None
 
     # Checkpoints and shutdown.
 
     def _save(self, save: Save) -> None:
+        here = self._run.head.computed
         with self._run.mutex:
             self._saves.begin(save)
         try:
             copy = snapshot(self._trainer)
+            admission_rules.refuse_unexpected(save.request, here)
         except DeviceLost:
             raise
         except Exception as error:
             with self._run.mutex:
                 refusal = self._run.conditions.failed("the copy for a checkpoint", error)
-            self._saves.give_up(save, refusal)
-            return
-        here = self._run.head.computed
-        try:
-            admission_rules.refuse_unexpected(save.request, here)
-        except Refused as refusal:
             self._saves.give_up(save, refusal)
             return
         self._committer.append(

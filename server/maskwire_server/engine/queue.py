@@ -238,10 +238,8 @@ class Queue:
 
     def interrupt(self, refusal: Refused) -> None:
         """End the running evaluation or generation; the client can safely repeat it."""
-        if isinstance(self.reading, Evaluation):
+        if self.reading is not None:
             refuse(self.reading.future, refusal)
-        elif self.reading is not None:
-            self.reading.refuse(refusal)
         self.reading = None  # refused once
 
     def refuse_all(self, refusal: Refused) -> None:
@@ -250,9 +248,7 @@ class Queue:
         self.refuse_saves(refusal)
         self.interrupt(refusal)
         for entry in self._entries:
-            if isinstance(entry, Generation):
-                entry.refuse(refusal)
-            elif isinstance(entry, Evaluation | Restore | Drain):
+            if isinstance(entry, Evaluation | Generation | Restore | Drain):
                 refuse(entry.future, refusal)
         self._entries.clear()
 

@@ -84,13 +84,10 @@ class Restores:
         name = restore.manifest.info.name
         try:
             self._require_intact(restore)
-        except Refused as refusal:
-            self._give_up(restore, refusal)
-            return
         except Exception as error:
             with self.run.mutex:
-                failed = self.run.conditions.failed(f"reading checkpoint {name!r}", error)
-            self._give_up(restore, failed)
+                refusal = self.run.conditions.failed(f"reading checkpoint {name!r}", error)
+            self._give_up(restore, refusal)
             return
         with self.run.mutex:
             draining = self.run.conditions.holds(RunState.DRAINING)
