@@ -146,18 +146,19 @@ def fenced(epoch: int, at: Situation) -> Refused:
     )
 
 
+def writer_present(at: Situation, cure: str) -> Refused:
+    """The refusal of a client while another one's session is open."""
+    where = at.holder.where if at.holder else ""
+    return Refused("WRITER_PRESENT", f"{at.writer!r} has a session open{where}; {cure}", **at.holder_facts)
+
+
 def check_writer(session: SessionRef | None, at: Situation) -> None:
     """Raise Refused unless a step of this session, or of none, may be trained now."""
     if session is not None:
         check_session(session, at)
         check_digest_version(at.digest_versions, at)
     elif at.writer:
-        raise Refused(
-            "WRITER_PRESENT",
-            f"{at.writer!r} has a session open{where(at)}; send its session, or wait until it is closed or "
-            "idle",
-            **at.holder_facts,
-        )
+        raise writer_present(at, "send its session, or wait until it is closed or idle")
 
 
 def check_digest_version(offered: Sequence[int], at: Situation) -> None:
@@ -270,11 +271,6 @@ def gap(step: int | None, expected: int) -> Refused:
         step=step,
         expected_step=expected,
     )
-
-
-def where(at: Situation) -> str:
-    """Where the newest epoch's client runs, in words."""
-    return at.holder.where if at.holder else ""
 
 
 def who(at: Situation) -> str:

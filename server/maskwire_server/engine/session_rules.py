@@ -10,7 +10,7 @@ from maskwire_server.engine.admission_rules import (
     check_digest_version,
     fenced,
     refuse_unavailable,
-    where,
+    writer_present,
 )
 from maskwire_server.errors import Refused
 from maskwire_server.position import HistoryPosition
@@ -67,11 +67,7 @@ def admit_session(facts: SessionFacts, at: Situation) -> bool:
         raise fenced(request.held_epoch, at)
     unasked = at.writer == request.client_name or request.gone_epoch == at.epoch
     if at.writer and not unasked and not request.takeover:
-        raise Refused(
-            "WRITER_PRESENT",
-            f"{at.writer!r} has a session open{where(at)}; wait until it is closed or idle, or take over",
-            **at.holder_facts,
-        )
+        raise writer_present(at, "wait until it is closed or idle, or take over")
     return True
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from maskwire.v1.values import RunState
 from maskwire_server import failpoints
 from maskwire_server.engine import admission_rules
+from maskwire_server.engine.admission_rules import Situation
 from maskwire_server.engine.commits import AnswerCommit, Events, SessionEnd
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Step, Takeover
@@ -21,7 +22,7 @@ from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import SessionRecord
 from maskwire_server.requests import SessionRef, SessionRequest
 from maskwire_server.results import SessionAnswer
-from maskwire_server.session_holder import ClientProcess, Holder
+from maskwire_server.session_holder import ClientProcess
 
 CLIENT_PROCESS = "client_process"
 """The kind of event that records the process of a session's client."""
@@ -117,7 +118,7 @@ class Sessions:
             request.digest_versions,
             supersedes=bool(at.writer),
         )
-        run.queue.refuse_steps(partial(_fenced, Holder(request.client_name, epoch, request.process)))
+        run.queue.refuse_steps(partial(_superseded, at=run.situation()))
         run.queue.push_first(Takeover(epoch, request))
         run.work.set()
 
@@ -239,11 +240,8 @@ def recorded_evaluation(journal: Journal) -> tuple[int, int]:
     return (found[1]["lineage"], found[1]["step"]) if found else (0, 0)
 
 
-def _fenced(holder: Holder, step: Step) -> Refused:
-    if step.request.session is None:
-        return Refused(
-            "WRITER_PRESENT", f"{holder} opened a session; wait until it is closed", **holder.metadata()
-        )
-    return Refused(
-        "FENCED", f"{holder} took over (epoch {holder.epoch}); stop this client", **holder.metadata()
-    )
+def _superseded(step: Step, at: Situation) -> Refused:
+    session = step.request.session
+    if session is None:
+        return admission_rules.writer_present(at, "wait until it is closed or idle")
+    return admission_rules.fenced(session.epoch, at)
