@@ -19,7 +19,7 @@ from typing import Any
 from maskwire.v1.digest import initial_digest, lineage_digest, step_digest
 from maskwire.v1.values import InexactReplay, Outcome
 from maskwire_server.batch import Payload
-from maskwire_server.checkpoints.membership import foreign_save, recorded_saves
+from maskwire_server.checkpoints.membership import Membership
 from maskwire_server.checkpoints.retention import FALLBACKS, on_path
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
@@ -136,18 +136,13 @@ def _verified_steps(
 def _verify_checkpoints(
     journal: Journal, checkpoints: Checkpoints, audit: Audit, tell: Callable[[str], None]
 ) -> None:
-    saves = recorded_saves(journal)
     found = checkpoints.all()
+    membership = Membership()
+    membership.look_up(journal, found)
     for manifest in found:
         info = manifest.info
         tell(f"checkpoint {info.name}")
-        problem = checkpoints.damage(manifest)
-        if manifest.run_id != audit.run_id:
-            problem = f"it belongs to run {manifest.run_id}"
-        elif journal.digest_at(info.lineage, info.step) != info.digest:
-            problem = f"it holds step {info.step} (lineage {info.lineage}), which the journal does not have"
-        else:
-            problem = problem or foreign_save(manifest, saves)
+        problem = membership.problem(manifest) or checkpoints.damage(manifest)
         if problem is None:
             audit.checkpoints.append(info.name)
         else:
