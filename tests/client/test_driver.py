@@ -90,7 +90,7 @@ def test_the_wait_for_a_future_holds_no_condition_that_an_interrupt_could_leave_
         add(function)
         waiting.put(None)
 
-    thread = threading.Thread(target=finish)
+    thread = threading.Thread(target=finish, daemon=True)
     thread.start()
     with pytest.raises(TimeoutError):
         result_of(future, 0.01)
