@@ -43,7 +43,7 @@ from maskwire_server.training import (
 )
 from maskwire_server.training.corruption import StepKey, Vocabulary, corrupt, random_ids
 from maskwire_server.training.draws import Purpose
-from maskwire_server.training.micro_batches import BatchLosses, split
+from maskwire_server.training.micro_batches import BatchLosses, row_lengths, split
 from maskwire_server.training.models import sources
 from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.numerics import (
@@ -341,7 +341,7 @@ class TorchTrainer:
         rows = range(batch.ids_rn.shape[0])
         keys_b = draws.keys(Purpose.CRITIC_SAMPLE, at.seed, at.lineage, at.number, rows=rows)
         with self._seeded_dropout(at):
-            for part in split(corrupted.valid_bn, self._budget):
+            for part, _ in split(row_lengths(corrupted.valid_bn), self._budget):
                 with self._autocast():
                     losses = objective.losses(
                         self.networks,
