@@ -22,6 +22,9 @@ class Setup:
     seed: int
     canonical: bytes
     """The canonical configuration of model and objective: the history digest begins with it."""
+    identity: Callable[[str], bytes] | None
+    """For a new run whose initial weights the seed does not make: the canonical configuration that covers
+    the SHA-256 of these weights. None: `canonical` is the run's."""
     configuration: dict[str, Any]
     """The whole configuration, as JSON values."""
     serve: ServeConfig
