@@ -185,7 +185,7 @@ def plan_pass(
         scale = MASKGIT_CHOICE_TEMPERATURE if config.preset == "maskgit" else 0.0
     return PassPlan(
         step,
-        stay_masked(masking_schedule.SCHEDULES[config.schedule], unknown_b, left_b, step, options.steps),
+        stay_masked(masking_schedule.named(config.schedule), unknown_b, left_b, step, options.steps),
         scale * (1 - step / steps_b.clamp(min=1).double()).clamp(min=0),
     )
 
