@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from maskwire._version import __version__
-from maskwire_server.app import EXIT_CONFIG, EXIT_RUN_DIRECTORY, say, trainer_factory
+from maskwire_server.app import EXIT_CONFIG, EXIT_RUN_DIRECTORY, say, trainer_factory, with_schedule
 from maskwire_server.checkpoints.membership import Membership
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import Config, template
@@ -37,7 +37,12 @@ def import_x_transformers(config: Config, source: Path, *, gains: Literal["auto"
     except (ValueError, OSError) as error:
         say(error)
         return EXIT_CONFIG
-    config = config.model_copy(update={"model": found.model, "objective": found.objective})
+    imported = config.model_copy(update={"model": found.model, "objective": found.objective})
+    try:
+        config = with_schedule(imported, config)
+    except (ConfigError, RunDirectoryError) as error:
+        say(error)
+        return EXIT_CONFIG
 
     def build() -> Trainer:
         trainer = trainer_factory(config)()

@@ -92,6 +92,9 @@ class GenerateOptions:
     """Unmasking passes; 0: one position per pass."""
     order: Order = Order.RANDOM
     temperature: float = 1.0
+    """Of each pass, unless there is a start_temperature."""
+    start_temperature: float | None = None
+    """Falls to 0 over the passes; None: the temperature is constant."""
     top_k: int = 0
     """0: no limit."""
     top_p: float = 1.0

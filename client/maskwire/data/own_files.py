@@ -25,8 +25,8 @@ SETTINGS = {
     "run": "dir seed",
     "model": "num_tokens mask_id pad_id max_seq_len dim depth heads dim_head ff_mult emb_dim dropout "
     "positions norm feed_forward qk_norm tied_embeddings",
-    "objective": "preset schedule masking weighting no_replace_prob random_token_prob augment_prob "
-    "self_cond self_cond_prob self_cond_start critic critic_loss_weight critic_labels",
+    "objective": "preset schedule schedule_sha256 masking weighting no_replace_prob random_token_prob "
+    "augment_prob self_cond self_cond_prob self_cond_start critic critic_loss_weight critic_labels",
     "optimizer": "name learning_rate warmup_steps schedule total_steps min_learning_rate weight_decay betas "
     "eps clip_grad_norm ema_decay",
     "checkpoints": "every_steps every_seconds keep_last keep_every keep_best",
