@@ -336,7 +336,7 @@ class TorchTrainer:
 
     @contextlib.contextmanager
     def _seeded_dropout(self, at: StepKey) -> Iterator[None]:
-        if not self._model.dropout:
+        if not any(self._model.dropouts):
             yield
             return
         devices = [self._device] if self._device.type == "cuda" else []
