@@ -109,7 +109,7 @@ def export(
                 module.config, module.objective, module.networks.state_dict()
             )
             state_dict.write(out, state)
-            fits = f"\nfits NonAutoregressiveWrapper({x_transformers_export.constructor(module.config)})"
+            fits = f"\nthe network that it fits: {x_transformers_export.constructor(module.config)}"
         else:
             draft = out.with_name(f"{out.name}.part")
             draft.mkdir(parents=True)

@@ -247,6 +247,18 @@ def test_the_base_of_rotary_positions_is_recognised_in_half_precision(dtype: tor
     assert torch.equal(found.weights["generator.blocks.0.attention.q_norm.gamma"], gain)
 
 
+def test_the_constructor_of_an_exported_model_has_the_dropout_rates() -> None:
+    rates = {"dropout": 0.1, "emb_dropout": 0.2, "ff_dropout": 0.0}
+    constructor = x_transformers_export.constructor(ModelConfig(num_tokens=V, **MODEL, **rates))
+    net = eval(constructor, vars(xt))
+    assert net.emb_dropout.p == 0.2
+    for attention, feed_forward in zip(
+        net.attn_layers.layers[::2], net.attn_layers.layers[1::2], strict=True
+    ):
+        assert (attention[1].attend.dropout, attention[1].sublayer_dropout.p) == (0.1, 0.1)
+        assert all(part.p == 0 for part in feed_forward[1].ff if isinstance(part, nn.Dropout))
+
+
 def test_a_single_head_is_not_exported() -> None:
     config = ModelConfig(num_tokens=V, heads=1, **MODEL)
     with pytest.raises(ValueError, match=r"model\.heads is 1"):
