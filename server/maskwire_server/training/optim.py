@@ -41,11 +41,22 @@ def _decayed(module: nn.Module) -> set[Tensor]:
     return {weight for weight in module.parameters() if weight.ndim >= 2 and weight not in embeddings}
 
 
+def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    weights = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    state = module.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if name not in weights}
+
+
 class Group:
     """The weights of the generator or of the critic, their AdamW and their moving average."""
 
     def __init__(self, module: nn.Module, config: OptimizerConfig, *, fused: bool) -> None:
-        named = dict(module.named_parameters())
+        parameters = dict(module.named_parameters())
+        named = {name: weight for name, weight in parameters.items() if weight.requires_grad}
+        self.frozen = {name: weight for name, weight in parameters.items() if name not in named}
+        """Weights that are never trained, by name: those under low-rank adapters."""
+        self.buffers = _persistent_buffers(module)
+        """Tensors of the module's state that are not weights, by name. No step changes them."""
         self.names = list(named)
         self.weights = list(named.values())
         decays = _decayed(module)
@@ -70,7 +81,7 @@ class Group:
             }
         self.updates = 0
         """Number of steps that trained this group."""
-        self.ema = copy.deepcopy(module).eval().requires_grad_(False) if config.ema_decay else None
+        self.ema = self._copy(module) if config.ema_decay else None
         """The module with the moving average of the weights, if the run keeps one."""
 
     def configure(self, config: OptimizerConfig, numerics_version: int = NUMERICS_VERSION) -> None:
@@ -100,15 +111,29 @@ class Group:
             # min(d, (1+s)/(10+s)): a smaller decay at the start, so that the average follows quickly
             # (tf.train.ExponentialMovingAverage in TensorFlow).
             decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
-            averages: list[Tensor] = list(self.ema.parameters())
+            averages = list(self.averages().values())
             torch._foreach_lerp_(averages, [weight.detach() for weight in self.weights], 1 - decay)
+
+    def averages(self) -> dict[str, Tensor]:
+        """The moving averages of the weights, by name. Empty if the run keeps none."""
+        if self.ema is None:
+            return {}
+        found = dict(self.ema.named_parameters())
+        return {name: found[name] for name in self.names}
 
     def begin_average(self) -> None:
         """Set the moving average, if the run keeps one, to the weights."""
         if self.ema is not None:
             with torch.no_grad():
-                for average, weight in zip(self.ema.parameters(), self.weights, strict=True):
+                for average, weight in zip(self.averages().values(), self.weights, strict=True):
                     average.copy_(weight)
+                for name, buffer in _persistent_buffers(self.ema).items():
+                    buffer.copy_(self.buffers[name])
+
+    def _copy(self, module: nn.Module) -> nn.Module:
+        """A copy of the module that shares the weights which are never trained."""
+        memo = {id(weight): weight for weight in self.frozen.values()}
+        return copy.deepcopy(module, memo).eval().requires_grad_(False)
 
     def state(self) -> dict[str, Tensor]:
         """The state of AdamW and the number of updates, by name."""

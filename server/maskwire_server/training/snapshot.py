@@ -1,6 +1,7 @@
 """The trainer's state in memory and in files. All files are safetensors, so a foreign file can run no code.
 
-model.safetensors       generator.* and critic.*
+model.safetensors       generator.* and critic.*: weights, and buffers that belong to the state
+frozen.safetensors      the same for weights that are never trained; the same file in each checkpoint
 ema.safetensors         the same names, if the run keeps a moving average
 optimizer.safetensors   generator.* and critic.*: AdamW's state and the number of updates
 """
@@ -25,6 +26,7 @@ from maskwire_server.training.optim import Group
 
 MODEL_FILE, EMA_FILE = WEIGHT_FILES
 OPTIMIZER_FILE = "optimizer.safetensors"
+FROZEN_FILE = "frozen.safetensors"
 
 Files = dict[str, dict[str, Tensor]]
 """Tensors by file and name."""
@@ -87,11 +89,15 @@ def live_tensors(groups: Mapping[str, Group]) -> Files:
     for group_name, group in groups.items():
         for name, weight in zip(group.names, group.weights, strict=True):
             files[MODEL_FILE][f"{group_name}.{name}"] = weight
+        for name, buffer in group.buffers.items():
+            files[MODEL_FILE][f"{group_name}.{name}"] = buffer
+        for name, weight in group.frozen.items():
+            files.setdefault(FROZEN_FILE, {})[f"{group_name}.{name}"] = weight
         for name, value in group.state().items():
             files[OPTIMIZER_FILE][f"{group_name}.{name}"] = value
         if group.ema is not None:
             averages = files.setdefault(EMA_FILE, {})
-            averages |= {f"{group_name}.{name}": w for name, w in group.ema.named_parameters()}
+            averages |= {f"{group_name}.{name}": weight for name, weight in group.averages().items()}
     return files
 
 
