@@ -95,7 +95,7 @@ def export(
 
     `to` is the format: a folder for `maskwire_server.load`, or an x-transformers state dict in safetensors.
     """
-    from maskwire_server.training.models import pretrained, state_dict, x_transformers
+    from maskwire_server.training.models import pretrained, state_dict, x_transformers_export
 
     checkpoints = Checkpoints(run_dir)
     try:
@@ -108,11 +108,13 @@ def export(
         if out.exists():
             raise ValueError(f"{out} exists; choose another name")
         module = pretrained.load(folder, weights=weights)  # checks the SHA-256 hashes
+        fits = ""
         if to == "x-transformers":
-            state = x_transformers.export_state_dict(
+            state = x_transformers_export.export_state_dict(
                 module.config, module.objective, module.networks.state_dict()
             )
             state_dict.write(out, state)
+            fits = f"\nthe network that it fits: {x_transformers_export.constructor(module.config)}"
         else:
             draft = out.with_name(f"{out.name}.part")
             draft.mkdir(parents=True)
@@ -123,7 +125,7 @@ def export(
     except (ValueError, OSError) as error:
         say(error)
         return EXIT_CONFIG
-    print(f"{out}: checkpoint {manifest.info.name!r}, step {manifest.info.step}, for {to}", flush=True)
+    print(f"{out}: checkpoint {manifest.info.name!r}, step {manifest.info.step}, for {to}{fits}", flush=True)
     return 0
 
 

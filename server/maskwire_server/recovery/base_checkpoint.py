@@ -10,6 +10,7 @@ from maskwire_server.journal.ancestry import Segment
 from maskwire_server.journal.journal import Journal
 from maskwire_server.manifest import Manifest
 
+
 def newest_verified(
     checkpoints: Checkpoints, journal: Journal, segments: list[Segment], *, accept_lost: bool = False
 ) -> tuple[Manifest | None, dict[str, str]]:

@@ -367,7 +367,7 @@ class TorchTrainer:
 
     @contextlib.contextmanager
     def _seeded_dropout(self, at: StepKey) -> Iterator[None]:
-        if self._model.source == "encoder" and not self._model.dropout:
+        if self._model.source == "encoder" and not any(self._model.dropouts):
             yield
             return
         devices = [self._device] if self._device.type == "cuda" else []

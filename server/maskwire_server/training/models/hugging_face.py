@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from maskwire_server.config import HuggingFaceConfig, LoraConfig, ModelConfig
+from maskwire_server.config import LoraConfig, ModelConfig
 from maskwire_server.errors import ConfigError
 
 log = logging.getLogger(__name__)
