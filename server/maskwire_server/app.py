@@ -15,12 +15,13 @@ from types import FrameType
 from typing import NoReturn
 
 from maskwire._version import __version__
+from maskwire_server import completion
 from maskwire_server.config import Config
 from maskwire_server.engine.engine import Engine
 from maskwire_server.engine.setup import Setup
 from maskwire_server.engine.trainer_interface import Trainer
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
-from maskwire_server.recovery import point_in_time, recorded_config
+from maskwire_server.recovery import point_in_time
 from maskwire_server.recovery.replay import InexactReplayError
 from maskwire_server.rpc.server import Server
 
@@ -55,7 +56,7 @@ def serve(
     stop = threading.Event()
     _on_signals(stop)
     try:
-        config = with_schedule(recorded_config.of_run(config, config.run.dir), config)
+        config = completion.completed(config)
     except RunDirectoryError as error:
         say(error)
         return EXIT_RUN_DIRECTORY
@@ -74,6 +75,7 @@ def serve(
         versions={"maskwire": __version__, "python": platform.python_version()},
         accept_inexact_replay=accept_inexact_replay,
         accept_lost_history=accept_lost_history,
+        identity=completion.identity(config),
     )
     engine = Engine(setup, _die)
     try:
@@ -114,7 +116,7 @@ def serve(
 def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_replay: bool = False) -> int:
     """Compute a run again up to a step, and return the exit code."""
     try:
-        config = with_schedule(recorded_config.of_run(config, config.run.dir), config)
+        config = completion.completed(config)
         info, inexact = point_in_time.rewind(
             config.run.dir,
             trainer_factory(config),
@@ -141,33 +143,6 @@ def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_rep
     )
     print(f"step {info.step}, digest {info.digest.hex()}: {exact}{where}", flush=True)
     return 0
-
-
-def with_schedule(config: Config, operators: Config) -> Config:
-    """The configuration of a run with the fingerprint of its schedule, if that is the user's function.
-
-    Imports and checks the function. `operators` is the configuration before it was completed from the run's
-    record: the server imports no code that only a run directory names. Raises ConfigError, and
-    RunDirectoryError if the function is not the one that the run was created with.
-    """
-    objective = config.objective
-    if not objective.has_schedule_function:
-        return config
-    if "schedule" not in operators.objective.model_fields_set:
-        raise ConfigError(
-            f"objective.schedule: the run in {config.run.dir} uses the function {objective.schedule!r}, but "
-            "the server imports code only if its own configuration names it: set objective.schedule to it"
-        )
-    from maskwire_server.training import masking_schedule  # imports torch
-
-    found = masking_schedule.fingerprint(objective, config.model.max_seq_len)
-    if objective.schedule_sha256 not in (None, found):
-        raise RunDirectoryError(
-            f"objective.schedule: the function {objective.schedule!r} is not the one that the run in "
-            f"{config.run.dir} was created with: the SHA-256 of its values is {found}, recorded is "
-            f"{objective.schedule_sha256}; put the function back, or start a new run in an empty directory"
-        )
-    return config.model_copy(update={"objective": objective.model_copy(update={"schedule_sha256": found})})
 
 
 def trainer_factory(config: Config) -> Callable[[], Trainer]:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from maskwire._version import __version__
-from maskwire_server.app import EXIT_CONFIG, EXIT_RUN_DIRECTORY, say, trainer_factory, with_schedule
+from maskwire_server.app import EXIT_CONFIG, EXIT_RUN_DIRECTORY, say, trainer_factory
 from maskwire_server.checkpoints.membership import Membership
 from maskwire_server.checkpoints.store import Checkpoints
+from maskwire_server.completion import with_schedule
 from maskwire_server.config import Config, template
 from maskwire_server.engine.trainer_interface import Trainer
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError

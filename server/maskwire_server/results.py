@@ -178,6 +178,8 @@ class GenerateAnswer:
     digest: bytes
 
 
+FROZEN_FILE = "frozen.safetensors"
+"""The file of weights that are never trained. All checkpoints of a run have the same one, stored once."""
 WEIGHT_FILES = ("model.safetensors", "ema.safetensors")
 """The weight files of a checkpoint: as trained, and their moving average if there is one."""
 

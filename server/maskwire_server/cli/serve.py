@@ -75,7 +75,7 @@ def check(
 ) -> None:
     """Check a configuration and report its parameters and memory. Exits with 1 if it does not fit."""
     chosen = loaded(config, run_dir, address, settings)
-    from maskwire_server.app import with_schedule
+    from maskwire_server.completion import with_model, with_schedule
     from maskwire_server.recovery import recorded_config
     from maskwire_server.training.footprint import footprint
 
@@ -85,7 +85,7 @@ def check(
     except RunDirectoryError as error:  # for example, while a server uses the run
         typer.echo(f"maskwire-server: the settings that the run recorded are not checked: {error}", err=True)
     try:
-        chosen = read_run(lambda: with_schedule(chosen, operators))
+        chosen = read_run(lambda: with_schedule(with_model(chosen, operators), operators))
     except ConfigError as error:
         stop(*str(error).splitlines())
     report = footprint(chosen.model, chosen.objective, chosen.optimizer, chosen.serve)

@@ -18,14 +18,19 @@ def recorded(journal: Journal) -> str | None:
     return sha256 or None
 
 
-def restore(journal: Journal, trainer: ReplayTrainer) -> None:
-    """Bring a new trainer to the run's initial weights. Raises RunDirectoryError if they cannot be had."""
+def require_source(journal: Journal) -> None:
+    """Raise RunDirectoryError if a run without an intact checkpoint cannot be computed from its beginning."""
     started = journal.last_event(STARTED_FROM)
     if started is not None:
         raise RunDirectoryError(
             f"the run began from checkpoint {started[1]['checkpoint']!r}, imported weights, and neither it "
             "nor a later checkpoint is intact: restore the run directory from a copy, or import again"
         )
+
+
+def restore(journal: Journal, trainer: ReplayTrainer) -> None:
+    """Bring a new trainer to the run's initial weights. Raises RunDirectoryError if they cannot be had."""
+    require_source(journal)
     sha256 = recorded(journal)
     if sha256 is None:
         return
@@ -33,6 +38,6 @@ def restore(journal: Journal, trainer: ReplayTrainer) -> None:
     if found != sha256:
         raise RunDirectoryError(
             "no checkpoint is intact, and the model's source no longer gives the weights that the run began "
-            f"from: their SHA-256 is {found}, recorded is {sha256}; put the source back as it was, or restore "
-            "the run directory from a copy"
+            f"from: their SHA-256 is {found}, recorded is {sha256}; put the source back as it was, or "
+            "restore the run directory from a copy"
         )

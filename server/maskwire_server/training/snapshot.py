@@ -21,12 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskwire_server.results import WEIGHT_FILES
+from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES
 from maskwire_server.training.optim import Group
 
 MODEL_FILE, EMA_FILE = WEIGHT_FILES
 OPTIMIZER_FILE = "optimizer.safetensors"
-FROZEN_FILE = "frozen.safetensors"
 
 Files = dict[str, dict[str, Tensor]]
 """Tensors by file and name."""
@@ -39,8 +38,10 @@ class Snapshot:
     files: Files
 
     def write(self, folder: Path) -> None:
-        """Write the files to `folder`. Raises OSError."""
+        """Write the files to `folder`, but those that are there already. Raises OSError."""
         for file, tensors in self.files.items():
+            if (folder / file).exists():
+                continue
             try:
                 save_file(tensors, folder / file)
             except SafetensorError as error:
@@ -70,7 +71,9 @@ class Copier:
             self._buffers = {}
         snapshot = Snapshot(
             {
-                file: {name: self._copied((file, name), tensor) for name, tensor in tensors.items()}
+                file: tensors
+                if file == FROZEN_FILE  # these never change
+                else {name: self._copied((file, name), tensor) for name, tensor in tensors.items()}
                 for file, tensors in files.items()
             }
         )

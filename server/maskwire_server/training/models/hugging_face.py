@@ -13,6 +13,7 @@ from maskwire_server.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+
 def architecture(model: ModelConfig) -> nn.Module:
     """The model with random weights."""
     source = model.huggingface
