@@ -63,10 +63,15 @@ def loaded(config: Path | None, run_dir: Path | None, address: str | None, setti
     flags: dict[str, dict[str, Any]] = {}
     for setting in settings or []:
         key, equals, value = setting.partition("=")
-        section, dot, name = key.partition(".")
-        if not equals or not dot:
+        *tables, name = key.split(".")
+        if not equals or not tables:
             stop(f"--set must be SECTION.KEY=VALUE, got {setting!r}")
-        flags.setdefault(section, {})[name] = _list(value) if value.startswith("[") else value
+        table: Any = flags
+        for part in tables:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                stop(f"--set {key}: {part} was set to a value before, and cannot have keys")
+        table[name] = _parsed(value) if value.startswith(("[", "{")) else value
     if run_dir is not None:
         flags.setdefault("run", {})["dir"] = run_dir
     if address is not None:
@@ -77,8 +82,8 @@ def loaded(config: Path | None, run_dir: Path | None, address: str | None, setti
         stop(*str(error).splitlines())
 
 
-def _list(value: str) -> Any:
-    """A TOML list. Any other text is returned as it is, so that the error names its key."""
+def _parsed(value: str) -> Any:
+    """A TOML list or inline table. Any other text is returned as it is, so that the error names its key."""
     try:
         return tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:

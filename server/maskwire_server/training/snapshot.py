@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES
+from maskwire_server.training import module_state
 from maskwire_server.training.optim import Group
 
 MODEL_FILE, EMA_FILE = WEIGHT_FILES
@@ -101,6 +102,7 @@ def live_tensors(groups: Mapping[str, Group]) -> Files:
         if group.ema is not None:
             averages = files.setdefault(EMA_FILE, {})
             averages |= {f"{group_name}.{name}": weight for name, weight in group.averages().items()}
+            averages |= {f"{group_name}.{name}": b for name, b in module_state.buffers(group.ema).items()}
     return files
 
 
