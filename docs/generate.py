@@ -19,6 +19,7 @@ from maskwire.cli import exit_codes, options
 from maskwire_server.app import EXIT_CODES
 from maskwire_server.cli import app as server_app
 from maskwire_server.config import CAN_BE_OFF, OFF, PRESETS, Config, can_be_off
+from maskwire_server.config.sections import ENTRIES
 from maskwire_server.config.template import toml
 
 DOCS = Path(__file__).resolve().parent
@@ -69,6 +70,9 @@ def configuration() -> str:
             default = "" if value is None else f"`{toml(value)}`"
             words = " ".join((setting.description or "").split()).replace("|", "\\|")
             lines.append(f"| `{key}` | {default} | {values} | {words} |")
+            entry = ENTRIES.get(f"{name}.{key}")
+            if entry is not None:
+                lines += _entry_rows(key, entry, definitions[entry.__name__]["properties"])
         lines.append("")
     lines += ["## Presets\n", "| `objective.preset` | sets |", "|---|---|"]
     lines += [
@@ -76,6 +80,16 @@ def configuration() -> str:
         for name, keys in PRESETS.items()
     ]
     return "\n".join(lines) + "\n"
+
+
+def _entry_rows(key: str, entry: Any, properties: dict[str, Any]) -> list[str]:
+    """The rows for the settings of each table of a list."""
+    rows = []
+    for name, setting in entry.model_fields.items():
+        default = "" if setting.is_required() or setting.default is None else f"`{toml(setting.default)}`"
+        words = " ".join((setting.description or "").split())
+        rows.append(f"| `{key}[].{name}` | {default} | {_values(properties[name])} | {words} |")
+    return rows
 
 
 def _values(schema: dict[str, Any]) -> str:
@@ -91,7 +105,7 @@ def _one(schema: dict[str, Any]) -> str:
         "integer": "integer",
         "number": "number",
         "boolean": "`true`, `false`",
-        "array": "two numbers",
+        "array": "list of tables" if "$ref" in schema.get("items", {}) else "two numbers",
     }.get(schema.get("type", ""), "path" if schema.get("format") == "path" else "text")
     bounds = [
         f"{words} {schema[key]:,}" if isinstance(schema[key], int) else f"{words} {schema[key]:g}"

@@ -163,7 +163,12 @@ def test_init_does_not_overwrite_and_check_reports_memory(tmp_path: Path) -> Non
     assert small.returncode == 0
     assert "parameters" in small.stdout
     assert "fits" in small.stdout
-    assert "checkpoint copy 3 x 4 bytes each" in small.stdout, "weights and AdamW's two moments"
+    parameters = int(re.findall(r"parameters +([\d,]+)", small.stdout)[0].replace(",", ""))
+    assert (
+        f"weights {parameters:,} + gradients {parameters:,} + AdamW's two moments {2 * parameters:,})"
+        in small.stdout
+    )
+    assert f"checkpoint copy {3 * parameters:,} numbers x 4 bytes" in small.stdout, "all but the gradients"
     huge = run("check", "--config", str(file), "--set", "model.dim=65536", "--set", "model.depth=99")
     assert huge.returncode == 1
     assert "does not fit" in huge.stdout

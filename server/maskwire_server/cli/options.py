@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -58,6 +57,7 @@ def loaded(config: Path | None, run_dir: Path | None, address: str | None, setti
     """The configuration from file, environment and flags. If it is invalid, the command exits with code 2."""
     check_extra()
     from maskwire_server.config import load
+    from maskwire_server.config.sources import decoded
     from maskwire_server.errors import ConfigError
 
     flags: dict[str, dict[str, Any]] = {}
@@ -66,7 +66,7 @@ def loaded(config: Path | None, run_dir: Path | None, address: str | None, setti
         section, dot, name = key.partition(".")
         if not equals or not dot:
             stop(f"--set must be SECTION.KEY=VALUE, got {setting!r}")
-        flags.setdefault(section, {})[name] = _list(value) if value.startswith("[") else value
+        flags.setdefault(section, {})[name] = decoded(value) if value.startswith("[") else value
     if run_dir is not None:
         flags.setdefault("run", {})["dir"] = run_dir
     if address is not None:
@@ -75,14 +75,6 @@ def loaded(config: Path | None, run_dir: Path | None, address: str | None, setti
         return load(config, **flags)
     except ConfigError as error:
         stop(*str(error).splitlines())
-
-
-def _list(value: str) -> Any:
-    """A TOML list. Any other text is returned as it is, so that the error names its key."""
-    try:
-        return tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return value
 
 
 def check_extra() -> None:

@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from maskwire_server.config.base import CAN_BE_OFF, OFF
+from maskwire_server.config.base import CAN_BE_OFF, OFF, Section
 from maskwire_server.config.config import Config
 
 _HEAD = """\
@@ -65,4 +65,9 @@ def toml(value: Any) -> str:
         return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return f"[{', '.join(toml(item) for item in value)}]"
+    if isinstance(value, Section):  # an entry of a list of tables: what was set
+        entries = ((key, getattr(value, key)) for key in type(value).model_fields)
+        keys = value.model_fields_set
+        pairs = [f"{key} = {toml(entry)}" for key, entry in entries if key in keys and entry is not None]
+        return f"{{{', '.join(pairs)}}}"
     return str(value)

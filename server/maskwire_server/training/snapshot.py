@@ -2,7 +2,7 @@
 
 model.safetensors       generator.* and critic.*
 ema.safetensors         the same names, if the run keeps a moving average
-optimizer.safetensors   generator.* and critic.*: AdamW's state and the number of updates
+optimizer.safetensors   generator.* and critic.*: the optimizer's state and the number of updates
 """
 
 from __future__ import annotations
@@ -121,11 +121,13 @@ def _read(path: Path, live: dict[str, Tensor]) -> dict[str, Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path.name}: cannot be read as safetensors: {error}") from error
+    fixed = "; optimizer.name and what optimizer.groups freezes must be as when it was saved"
+    hint = fixed if path.name == OPTIMIZER_FILE else ""
     for name in sorted(live.keys() | tensors.keys()):
         if name not in tensors:
-            raise ValueError(f"{path.name}: {name} is missing")
+            raise ValueError(f"{path.name}: {name} is missing{hint}")
         if name not in live:
-            raise ValueError(f"{path.name}: {name} is not part of this model")
+            raise ValueError(f"{path.name}: {name} is not part of this model{hint}")
         found, wanted = tensors[name], live[name]
         if found.shape != wanted.shape or found.dtype != wanted.dtype:
             raise ValueError(

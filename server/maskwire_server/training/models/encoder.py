@@ -50,6 +50,8 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.dropout = config.dropout
         self.to_qkv = nn.Linear(config.dim, 3 * inner, bias=False)
+        self.stacked_rows = {"to_qkv": (inner, inner, inner)}
+        """The rows of the matrices that a linear map stacks: Muon updates each by itself."""
         self.to_out = nn.Linear(inner, config.dim, bias=False)
         self.q_norm = Norm(config.dim_head, "rmsnorm") if config.qk_norm else None
         self.k_norm = Norm(config.dim_head, "rmsnorm") if config.qk_norm else None
@@ -90,6 +92,7 @@ class FeedForward(nn.Module):
         self.gated = config.feed_forward == "swiglu"
         self.dropout = config.dropout
         self.up = nn.Linear(config.dim, inner * (2 if self.gated else 1))
+        self.stacked_rows = {"up": (inner, inner)} if self.gated else {}
         self.down = nn.Linear(inner, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
