@@ -39,8 +39,9 @@ def configuration() -> str:
         "`[model]`, `[objective]` and `run.seed` are fixed once the run exists. If you leave them out, the values "
         "come from the run's record, even if defaults or presets have changed since. All other settings may change "
         "between restarts. You can change the learning rate, its schedule and `total_steps` at any time, even after "
-        "a crash: steps that are computed again use the settings with which they were trained. Change `device`, "
-        "`precision`, `threads` and `micro_batch_tokens` only after a clean stop.\n",
+        "a crash: steps that are computed again use the settings with which they were trained. "
+        "`optimizer.name` and the frozen parameters are fixed from the first step on. Change `device`, `precision`, "
+        "`threads` and `micro_batch_tokens` only after a clean stop.\n",
     ]
     lines.append(
         f'`"{OFF}"` turns off a limit or an interval: {", ".join(f"`{key}`" for key in can_be_off())}. Write '

@@ -230,7 +230,7 @@ REFUSED = {
     "optimizer.ema_decay": ("0.5", "ema_decay"),
     "optimizer.name": (
         "muon",
-        "optimizer.name and what optimizer.groups freezes must be as when it was saved",
+        "optimizer.name was 'adamw', is 'muon'",
     ),
     "serve.threads": ("2", "fingerprint.threads was '1'"),
     "serve.micro_batch_tokens": ("16", "fingerprint.micro_batch_tokens was"),

@@ -59,6 +59,21 @@ def test_a_kill_changes_no_bit_of_muons_state_though_the_groups_change(serve: Se
     assert states[0] == states[1]
 
 
+def test_the_optimizer_may_change_until_the_first_step(serve: Serve, tmp_path: Path) -> None:
+    settings = {key: value for key, value in MUON.items() if key != "optimizer__name"}
+    changed = serve("changed", **settings)
+    assert changed.stop() == 0
+    changed._command += ["--set=optimizer.name=muon", f"--set=optimizer.groups={FIRST}"]
+    same = serve("same", **MUON, optimizer__groups=FIRST)
+    changed.start()
+    for server in (changed, same):
+        train(server, 1, 2)
+    changed.kill()
+    changed.start()
+    assert "replayed 2 steps" in changed.log.read_text()
+    assert state_of(changed, tmp_path / "changed-end") == state_of(same, tmp_path / "same-end")
+
+
 def test_what_the_state_does_not_fit_is_refused_and_nothing_is_lost(serve: Serve, tmp_path: Path) -> None:
     server = serve(**MUON, optimizer__groups=FIRST)
     train(server, 1, 3)

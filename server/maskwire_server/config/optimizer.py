@@ -20,16 +20,16 @@ class ParameterGroup(Section):
     weight_decay: Annotated[Finite, Field(ge=0)] | None = None
     """Weight decay of the matrices that match. Default: optimizer.weight_decay."""
     train: bool = True
-    """false: freeze the parameters: no gradient, no optimizer state, no average of their own. Cannot change
-    once the run has state."""
+    """false: freeze the parameters: no gradient, no optimizer state, no average of their own. Fixed from the
+    first step on."""
 
 
 class OptimizerConfig(Section):
     """[optimizer]: the optimizer and its learning rate. May change between restarts."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """adamw, or muon: Muon for the matrices in the blocks and AdamW for everything else. Cannot change once
-    the run has state."""
+    """adamw, or muon: Muon for the matrices in the blocks and AdamW for everything else. Fixed from the first
+    step on."""
     learning_rate: Finite = Field(1e-3, ge=0)
     """Peak learning rate."""
     warmup_steps: int = Field(100, ge=0)

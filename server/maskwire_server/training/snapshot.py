@@ -98,13 +98,15 @@ def live_tensors(groups: Mapping[str, Group]) -> Files:
 def load(folder: Path, groups: Mapping[str, Group]) -> None:
     """Load the files of a snapshot into the groups. Nothing changes unless all of it fits.
 
-    If the snapshot has no moving average, the average starts from the weights. Raises ValueError that names
-    the first file or tensor that is missing, unknown, or of another shape or type.
+    If the snapshot has no moving average, the average starts from the weights. A snapshot from before the
+    first update fits every optimizer. Raises ValueError that names the first file or tensor that is missing,
+    unknown, or of another shape or type.
     """
     live = live_tensors(groups)
     if not (folder / EMA_FILE).exists():
         live.pop(EMA_FILE, None)
-    loaded = {file: _read(folder / file, tensors) for file, tensors in live.items()}
+    reads = {OPTIMIZER_FILE: _read_optimizer}
+    loaded = {file: reads.get(file, _read)(folder / file, tensors) for file, tensors in live.items()}
     with torch.no_grad():
         for file, tensors in live.items():
             for name, tensor in tensors.items():
@@ -115,19 +117,38 @@ def load(folder: Path, groups: Mapping[str, Group]) -> None:
         group.updates = int(live[OPTIMIZER_FILE][f"{name}.updates"])
 
 
-def _read(path: Path, live: dict[str, Tensor]) -> dict[str, Tensor]:
+def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path.name}: cannot be read as safetensors: {error}") from error
-    fixed = "; optimizer.name and what optimizer.groups freezes must be as when it was saved"
-    hint = fixed if path.name == OPTIMIZER_FILE else ""
+
+
+def _read_optimizer(path: Path, live: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The optimizer's state: zeros before the first update, whichever optimizer it was saved with."""
+    tensors = _tensors(path)
+    counts = [int(tensor) for name, tensor in tensors.items() if name.endswith(".updates")]
+    if counts and not any(counts):
+        return {name: torch.zeros_like(tensor) for name, tensor in live.items()}
+    try:
+        return _fitting(path, tensors, live)
+    except ValueError as error:
+        hint = "optimizer.name and what optimizer.groups freezes must be as when it was saved"
+        raise ValueError(f"{error}; {hint}") from error
+
+
+def _read(path: Path, live: dict[str, Tensor]) -> dict[str, Tensor]:
+    return _fitting(path, _tensors(path), live)
+
+
+def _fitting(path: Path, tensors: dict[str, Tensor], live: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, if they have the names, shapes and types of the live ones; otherwise ValueError."""
     for name in sorted(live.keys() | tensors.keys()):
         if name not in tensors:
-            raise ValueError(f"{path.name}: {name} is missing{hint}")
+            raise ValueError(f"{path.name}: {name} is missing")
         if name not in live:
-            raise ValueError(f"{path.name}: {name} is not part of this model{hint}")
+            raise ValueError(f"{path.name}: {name} is not part of this model")
         found, wanted = tensors[name], live[name]
         if found.shape != wanted.shape or found.dtype != wanted.dtype:
             raise ValueError(

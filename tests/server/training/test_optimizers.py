@@ -331,6 +331,15 @@ def test_what_is_frozen_and_the_name_cannot_change_with_the_state(tmp_path: Path
     make(groups=FROZEN).load(tmp_path)
 
 
+def test_a_snapshot_from_before_the_first_update_fits_every_optimizer(tmp_path: Path) -> None:
+    make().snapshot().write(tmp_path)
+    fresh, trained = make(name="muon", groups=FROZEN), make(name="muon", groups=FROZEN)
+    train(trained, 1, 2)
+    trained.load(tmp_path)
+    assert not different(state(fresh), state(trained))
+    assert train(trained, 1, 3) == train(fresh, 1, 3)
+
+
 @pytest.mark.parametrize(
     ("groups", "words"),
     [
