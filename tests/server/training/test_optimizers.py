@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -251,14 +253,19 @@ def test_a_frozen_generator_lets_the_critic_train_alone() -> None:
     assert (result.outcome, result.gradient_norm) == (Outcome.APPLIED, 0.0)
 
 
-def test_frozen_output_weights_get_no_gradient_and_change_no_other_one() -> None:
+def test_frozen_output_weights_get_no_gradient_and_change_no_other_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     draw = torch.Generator().manual_seed(0)
     x_md, w_vd = torch.randn(5, 8, generator=draw), torch.randn(17, 8, generator=draw)
     vocabulary = Vocabulary.of(whole_config().model)
     found = []
     for learns in (True, False):
         x, w = x_md.clone().requires_grad_(), w_vd.clone().requires_grad_(learns)
-        total = cross_entropy.weighted_sum(x, w, torch.arange(5), torch.ones(5), vocabulary, None)
+        with monkeypatch.context() as patch:
+            if not learns:
+                patch.delattr(torch, "zeros_like")  # which the gradient of the weights starts from
+            total = cross_entropy.weighted_sum(x, w, torch.arange(5), torch.ones(5), vocabulary, None)
         total.backward()  # type: ignore[no-untyped-call]
         assert (w.grad is not None) == learns
         found.append(x.grad)
@@ -356,6 +363,15 @@ def test_a_pattern_without_a_parameter_is_refused_with_a_near_name(groups: list[
     for build in (make, check):
         with pytest.raises(ConfigError, match=words):
             build(groups=[{"match": pattern} for pattern in groups])
+
+
+def test_the_groups_of_the_documentation_fit_the_built_in_model() -> None:
+    page = Path(__file__).resolve().parents[3] / "docs" / "optimizers.md"
+    section = tomllib.loads(re.findall(r"```toml\n(.+?)```", page.read_text(), re.DOTALL)[0])["optimizer"]
+    trainer = make({"critic": "token"}, **section)
+    found = {name for name, rule in trainer.generator.rules.items() if rule == "frozen"}
+    assert found == {"token_emb.weight", "pos_emb.weight"}
+    assert {part["lr_scale"] for part in trainer.generator.optimizer.param_groups} == {0.1, 0.5, 1.0}
 
 
 def test_freezing_everything_is_refused() -> None:
