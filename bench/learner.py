@@ -27,6 +27,7 @@ from maskwire_server.batch import Batch, Modes
 from maskwire_server.results import EvalOptions
 from maskwire_server.training import evaluation, optim
 from maskwire_server.training.corruption import Vocabulary
+from maskwire_server.training.head import Head
 from maskwire_server.training.models.x_transformers import import_state_dict
 from maskwire_server.training.trainer import TorchTrainer
 
@@ -101,9 +102,9 @@ class Foreign:
         e_bnd: Tensor = self._net(ids_bn, mask=valid_bn, return_embeddings=True)
         return e_bnd if read_m is None else e_bnd.flatten(0, 1)[read_m]
 
-    def head(self, e_md: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits as a product."""
-        return e_md, self._net.to_logits.weight
+    def head(self, e_md: Tensor) -> Head:
+        """The output layer."""
+        return Head(e_md, self._net.to_logits.weight)
 
     def project(self, e_md: Tensor) -> Tensor:
         """Logits."""

@@ -19,7 +19,7 @@ from maskwire.cli import exit_codes, options
 from maskwire_server.app import EXIT_CODES
 from maskwire_server.cli import app as server_app
 from maskwire_server.config import CAN_BE_OFF, OFF, PRESETS, Config, can_be_off
-from maskwire_server.config.sections import ENTRIES
+from maskwire_server.config.base import Section
 from maskwire_server.config.template import toml
 
 DOCS = Path(__file__).resolve().parent
@@ -54,27 +54,13 @@ def configuration() -> str:
     for name, field in Config.model_fields.items():
         section: Any = field.default
         kind = type(section)
-        about = (kind.__doc__ or "").strip().partition(": ")[2]
+        lines += _section(f"## `[{name}]`", section, definitions)
         lines += [
-            f"## `[{name}]`\n",
-            f"{about[:1].upper()}{about[1:]}\n",
-            "| key | default | values | |",
-            "|---|---|---|---|",
+            line
+            for key, setting in kind.model_fields.items()
+            for inner in _tables(setting.annotation)
+            for line in _section(_title(name, key, setting), inner.model_construct(), definitions)
         ]
-        properties = definitions[kind.__name__]["properties"]
-        for key, setting in kind.model_fields.items():
-            value = getattr(section, key)
-            values = _values(properties[key])
-            if CAN_BE_OFF in setting.metadata:
-                value = OFF if value is None else value
-                values += f', or `"{OFF}"`'
-            default = "" if value is None else f"`{toml(value)}`"
-            words = " ".join((setting.description or "").split()).replace("|", "\\|")
-            lines.append(f"| `{key}` | {default} | {values} | {words} |")
-            entry = ENTRIES.get(f"{name}.{key}")
-            if entry is not None:
-                lines += _entry_rows(key, entry, definitions[entry.__name__]["properties"])
-        lines.append("")
     lines += ["## Presets\n", "| `objective.preset` | sets |", "|---|---|"]
     lines += [
         f"| `{name}` | {', '.join(f'`{key} = {toml(value)}`' for key, value in keys.items())} |"
@@ -83,14 +69,39 @@ def configuration() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _entry_rows(key: str, entry: Any, properties: dict[str, Any]) -> list[str]:
-    """The rows for the settings of each table of a list."""
-    rows = []
-    for name, setting in entry.model_fields.items():
-        default = "" if setting.is_required() or setting.default is None else f"`{toml(setting.default)}`"
-        words = " ".join((setting.description or "").split())
-        rows.append(f"| `{key}[].{name}` | {default} | {_values(properties[name])} | {words} |")
-    return rows
+def _tables(annotation: Any) -> list[Any]:
+    """The sections that a setting holds, for example those of `HuggingFaceConfig | None`."""
+    kinds = [annotation, *getattr(annotation, "__args__", ())]
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+
+
+def _title(section: str, key: str, setting: Any) -> str:
+    whole = f"[{section}.{key}]"
+    return (
+        f"### `[{whole}]`" if getattr(setting.annotation, "__origin__", None) is tuple else f"### `{whole}`"
+    )
+
+
+def _section(title: str, section: Any, definitions: dict[str, Any]) -> list[str]:
+    kind = type(section)
+    about = (kind.__doc__ or "").strip().partition(": ")[2]
+    lines = [
+        f"{title}\n",
+        f"{about[:1].upper()}{about[1:]}\n",
+        "| key | default | values | |",
+        "|---|---|---|---|",
+    ]
+    properties = definitions[kind.__name__]["properties"]
+    for key, setting in kind.model_fields.items():
+        value = getattr(section, key, None)  # a table of a list has settings without a default
+        values = _values(properties[key])
+        if CAN_BE_OFF in setting.metadata:
+            value = OFF if value is None else value
+            values += f', or `"{OFF}"`'
+        default = "" if value is None else f"`{toml(value)}`"
+        words = " ".join((setting.description or "").split()).replace("|", "\\|")
+        lines.append(f"| `{key}` | {default} | {values} | {words} |")
+    return [*lines, ""]
 
 
 def _values(schema: dict[str, Any]) -> str:
@@ -100,6 +111,10 @@ def _values(schema: dict[str, Any]) -> str:
 
 
 def _one(schema: dict[str, Any]) -> str:
+    if "$ref" in schema or schema.get("type") == "object":
+        return "table"
+    if schema.get("type") == "array" and schema.get("items", {}).get("type") == "string":
+        return "list of texts"
     if "enum" in schema or "const" in schema:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     kind = {

@@ -117,18 +117,6 @@ class Client(Driver):
         await self.close()
 
 
-def _shielded(
-    method: Callable[Concatenate[Any, P], Operation[T]],
-) -> Callable[Concatenate[Trainer, P], Coroutine[Any, Any, T]]:
-    """Make an operation a coroutine method that continues when the caller is cancelled."""
-
-    @keep_signature(method)
-    async def call(self: Trainer, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._start(method(self._calls, *args, **kwargs))
-
-    return call
-
-
 def _fitting(
     method: Callable[Concatenate[Any, P], Fitting[T]],
 ) -> Callable[Concatenate[Trainer, P], Coroutine[Any, Any, T]]:
@@ -152,12 +140,16 @@ class Trainer(RunView, Client):
         self._writer: Writer = writer
         self._running: set[asyncio.Task[Any]] = set()
 
-    restore = _shielded(Writer.restore)  # a cancelled one must not leave a trainer without a session
     settle = awaited(Writer.settle)
     use_tokenizer = awaited(Writer.use_tokenizer)
     use_data = awaited(Writer.use_data)
     mark_evaluated = awaited(Writer.mark_evaluated)
     fit = _fitting(training_loop)
+
+    @keep_signature(Writer.restore)
+    async def restore(self, name: str, *, expected_step: int | None = None) -> results.RestoreResult:
+        # A cancelled one must not leave a trainer without a session.
+        return await self._start(self._writer.restore(name, expected_step=expected_step))
 
     @keep_signature(client.Trainer.train_step)
     async def train_step(self, tokens: Any, **options: Unpack[StepOptions]) -> results.StepResult:

@@ -17,6 +17,7 @@ from maskwire.protocol.effects import (
     Call,
     Effect,
     Emit,
+    Notify,
     Operation,
     Pause,
     Receive,
@@ -150,6 +151,8 @@ class Driver(ProcessBound):
             return await asyncio.sleep(effect.seconds)
         if isinstance(effect, Work):
             return await asyncio.to_thread(call_back, "a callback", effect.function)
+        if isinstance(effect, Notify):
+            return call_back("a callback", effect.function)
         if isinstance(effect, Receive):
             return await self._receive(effect.stream)
         return None  # Emit is handled by _iterate

@@ -124,18 +124,6 @@ class Client(Driver):
         self.close()
 
 
-def _in_background(
-    method: Callable[Concatenate[Any, P], Operation[T]],
-) -> Callable[Concatenate[Trainer, P], T]:
-    """Make an operation a blocking method that continues in the background when it is interrupted."""
-
-    @keep_signature(method)
-    def call(self: Trainer, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return result_of(self._start(method(self._calls, *args, **kwargs)))
-
-    return call
-
-
 def _fitting(method: Callable[Concatenate[Any, P], Fitting[T]]) -> Callable[Concatenate[Trainer, P], T]:
     """Make a training loop a blocking method."""
 
@@ -181,12 +169,16 @@ class Trainer(RunView, Client):
         self._background = Background()
         self._threads = ThreadPoolExecutor(threads + 1, thread_name_prefix="maskwire-step")
 
-    restore = _in_background(Writer.restore)  # an interrupted one must not leave a trainer without a session
     settle = blocking(Writer.settle)
     use_tokenizer = blocking(Writer.use_tokenizer)
     use_data = blocking(Writer.use_data)
     mark_evaluated = blocking(Writer.mark_evaluated)
     fit = _fitting(training_loop)
+
+    @keep_signature(Writer.restore)
+    def restore(self, name: str, *, expected_step: int | None = None) -> results.RestoreResult:
+        # In the background: an interrupted one must not leave a trainer without a session.
+        return result_of(self._start(self._writer.restore(name, expected_step=expected_step)))
 
     def train_step(self, tokens: Any, **options: Unpack[StepOptions]) -> results.StepResult:
         """Train on one batch. Returns once the step is durable.

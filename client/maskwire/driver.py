@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import grpc
@@ -21,6 +21,7 @@ from maskwire.protocol.effects import (
     Call,
     Effect,
     Emit,
+    Notify,
     Operation,
     Pause,
     Receive,
@@ -42,13 +43,21 @@ _SIGNAL_SECONDS = 0.5
 
 
 def result_of(future: Future[T], timeout: float | None = None) -> T:
-    """Wait for a future's result, so that Ctrl-C interrupts."""
+    """Wait for a future's result, so that Ctrl-C interrupts; TimeoutError after `timeout` seconds.
+
+    A queue can be interrupted safely. A wait on the future's Condition cannot: it may stay locked, and the
+    thread that sets the result would hang.
+    """
     deadline = math.inf if timeout is None else time.monotonic() + timeout
+    done: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()
+    future.add_done_callback(done.put)
     while True:
-        left = min(_SIGNAL_SECONDS, deadline - time.monotonic())
-        if future.done() or left <= 0:
-            return future.result(0)
-        wait([future], left)
+        left = max(0.0, deadline - time.monotonic())
+        try:
+            return done.get(timeout=min(_SIGNAL_SECONDS, left)).result()
+        except queue.Empty:
+            if not left:
+                raise TimeoutError from None
 
 
 _abandoned: list[grpc.Channel] = []
@@ -190,7 +199,7 @@ class Driver(ProcessBound):
             return self._call(effect)
         if isinstance(effect, Pause):
             return self._pause(effect.seconds)
-        if isinstance(effect, Work):
+        if isinstance(effect, Work | Notify):
             return call_back("a callback", effect.function)
         if isinstance(effect, Receive):
             return self._receive(effect.stream)

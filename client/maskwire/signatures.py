@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,13 +12,25 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def keep_signature(source: Callable[..., Any]) -> Callable[[F], F]:
-    """Give a function the name, docstring and parameters of another one."""
+    """Give a function the name, docstring and parameters of another one.
+
+    The function keeps its own return annotation, in which `T` stands for what the operation `source` returns.
+    """
 
     def decorate(function: F) -> F:
-        functools.update_wrapper(function, source)
+        returns = function.__annotations__["return"]
+        if inspect.isgeneratorfunction(source):
+            returns = re.sub(r"\bT\b", _result(source), returns)
+        functools.update_wrapper(function, source, assigned=("__name__", "__qualname__", "__doc__"))
         del function.__wrapped__  # type: ignore[attr-defined]
-        signature = inspect.signature(source)
-        function.__signature__ = signature.replace(return_annotation=inspect.Signature.empty)  # type: ignore[attr-defined]
+        function.__annotations__ = {**source.__annotations__, "return": returns}
+        function.__signature__ = inspect.signature(source).replace(return_annotation=returns)  # type: ignore[attr-defined]
         return function
 
     return decorate
+
+
+def _result(operation: Callable[..., Any]) -> str:
+    """X of an operation whose annotation is `Operation[X]`; an iterator ends with None in place of an X."""
+    annotation: str = operation.__annotations__["return"]
+    return annotation.partition("[")[2].removesuffix("]").removesuffix(" | None")

@@ -84,14 +84,10 @@ class Refused(MaskwireError):
     ) -> None:
         super().__init__(message)
         self.reason = reason
+        self.retry_after_seconds = REASONS[reason].retry_after_seconds
         self.message = message
         self.fields = fields or {}
         self.metadata = {name: str(value) for name, value in metadata.items()}
-
-    @property
-    def kind(self) -> Reason:
-        """The entry of REASONS."""
-        return REASONS[self.reason]
 
 
 def invalid_field(field: str, message: str, **metadata: object) -> Refused:

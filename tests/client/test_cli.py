@@ -211,6 +211,11 @@ def test_each_mistake_has_its_exit_code_and_no_traceback(server: ServerProcess, 
         (["train", texts, "--until-step", 99, "--held-out", 0.05], 2, f"--held-out {NO_INTERVAL}"),
         (["train", texts / "0.txt", "--until-step", 99, "--eval-every", 9], 2, "or give --eval-data"),
         (
+            ["train", texts, "--until-step", 99, "--eval-every", 9, "--held-out", 0.1, "--eval-data", texts],
+            2,
+            "and --held-out 0.1 exclude each other",
+        ),
+        (
             ["train", texts, "--until-step", 99, "--eval-every", 9, "--held-out", 0.001],
             2,
             "--held-out 0.001 selected none of the 40 documents (each is selected by a hash of its content). "

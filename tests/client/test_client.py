@@ -125,6 +125,19 @@ def test_a_server_that_stays_away_is_given_up_with_what_to_do(script: Script) ->
     assert len({request.request_id for request in script.requests}) == 1
 
 
+def test_a_wait_is_reported_without_the_lock_so_that_the_callback_may_use_the_trainer(script: Script) -> None:
+    script.before = [lost, lost]
+    submitted: list[Any] = []
+
+    def on_wait(message: str) -> None:
+        assert not trainer._lock.locked(), "the callback could not use the trainer"
+        submitted.append(trainer.submit(TOKENS))
+
+    with maskwire.connect(script.target, on_wait=on_wait) as trainer:  # type: ignore[attr-defined]
+        assert trainer.train_step(TOKENS).step == 1
+        assert [future.result(20).step for future in submitted] == [2]
+
+
 def test_every_call_has_a_deadline(script: Script) -> None:
     seen: list[float] = []
 

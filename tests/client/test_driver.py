@@ -8,6 +8,7 @@ import queue
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from scripted_server import TOKENS, Script, connect
 
 import maskwire
 import maskwire.aio
+from maskwire.driver import result_of
 from maskwire.protocol.pending_step import PendingStep
 
 SOURCES = str(Path(maskwire.__file__).parent)
@@ -71,6 +73,36 @@ def test_only_the_thread_whose_condition_holds_is_woken(monkeypatch: pytest.Monk
             threads[index].join()
         assert acted == [1, 0]
         assert woken == [waiters[1], waiters[0]]
+
+
+@pytest.mark.parametrize("error", [None, ValueError("bad batch")])
+def test_the_wait_for_a_future_holds_no_condition_that_an_interrupt_could_leave_locked(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    future: Future[int] = Future()
+    waiting: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def finish() -> None:
+        waiting.get()
+        future.set_result(7) if error is None else future.set_exception(error)
+
+    def add_done_callback(function: Any, add: Any = future.add_done_callback) -> None:
+        add(function)
+        waiting.put(None)
+
+    thread = threading.Thread(target=finish, daemon=True)
+    thread.start()
+    with pytest.raises(TimeoutError):
+        result_of(future, 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(future, "add_done_callback", add_done_callback)
+        patch.setattr(threading.Condition, "wait", lambda *_: pytest.fail("it waits on a Condition"))
+        if error is None:
+            assert result_of(future) == result_of(future, 0.0) == 7
+        else:
+            with pytest.raises(ValueError, match="bad batch"):
+                result_of(future)
+    thread.join()
 
 
 def answer_after_the_hash(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,6 +302,21 @@ def test_waits_for_the_server_do_not_count_for_the_speed(
     assert capsys.readouterr().err == "step 10/100  loss 1.0000  50 tokens/s  90 s left\n"
 
 
+def test_the_result_counts_no_wait_for_the_server_as_training() -> None:
+    trainer = Counting()
+    trainer.seconds_waited = 5.0  # before this call
+    began = time.monotonic()
+
+    def wait(found: StepResult) -> None:
+        trainer.seconds_waited += (time.monotonic() - began) / 2
+
+    result = fit(trainer, Numbered(), until_step=1, progress=False, on_step=wait)
+    assert 0 < result.seconds_waited < result.seconds
+    assert result.tokens_per_second == 10 / (result.seconds - result.seconds_waited)
+    assert FitResult(1, 1, seconds=3.0, tokens=10).tokens_per_second == 10 / 3
+    assert FitResult(1, 0).tokens_per_second == 0
+
+
 def test_a_tokenizer_is_said_only_when_something_is_trained() -> None:
     class Knowing(Numbered):
         tokenizer = "bytes"

@@ -10,7 +10,7 @@ import pytest
 from maskwire.errors import ConflictError, DigestMismatchError, Failure, InvalidRequestError, UnavailableError
 from maskwire.protocol.acknowledged import AcknowledgedHistory
 from maskwire.protocol.codec import hash_of, step_request
-from maskwire.protocol.effects import Call, Emit, Operation, Pause, Receive, Until
+from maskwire.protocol.effects import Call, Emit, Notify, Operation, Pause, Receive, Until
 from maskwire.protocol.pending_step import PendingStep
 from maskwire.protocol.retry import RetryPolicy
 from maskwire.protocol.sessionless_calls import Calls
@@ -197,7 +197,8 @@ def operation(*replies: Any) -> tuple[list[Any], Any]:
     try:
         while True:
             effect = asked.send(reply)
-            found.append(effect.value.unmasking_step if isinstance(effect, Emit) else type(effect))
+            if not isinstance(effect, Notify):
+                found.append(effect.value.unmasking_step if isinstance(effect, Emit) else type(effect))
             reply = left.pop(0) if isinstance(effect, Receive) else None
     except StopIteration:
         return found, None
@@ -256,7 +257,7 @@ class Window:
         while moved:
             moved = False
             for index, effect in enumerate(self.effects):
-                if isinstance(effect, Pause) or (isinstance(effect, Until) and effect.holds()):
+                if isinstance(effect, Pause | Notify) or (isinstance(effect, Until) and effect.holds()):
                     self._go_on(index, None)
                     moved = True
 

@@ -77,6 +77,35 @@ def test_a_call_has_the_arguments_and_docstring_of_its_operation(trainer: Any) -
     assert names_of(trainer.fit) == names_of(fit)
 
 
+@pytest.mark.parametrize(
+    ("name", "blocking", "awaited"),
+    [
+        ("train_step", "results.StepResult", "results.StepResult"),
+        ("submit", "Future[results.StepResult]", "asyncio.Future[results.StepResult]"),
+        ("eval_loss", "results.EvalResult", "results.EvalResult"),
+        ("checkpoints", "list[results.CheckpointInfo]", "list[results.CheckpointInfo]"),
+        ("list_steps", "Iterator[results.RecordedStep]", "AsyncIterator[results.RecordedStep]"),
+        ("generate_steps", "Iterator[results.GenerateResult]", "AsyncIterator[results.GenerateResult]"),
+        ("restore", "results.RestoreResult", "results.RestoreResult"),
+        ("fit", "FitResult", "FitResult"),
+        ("settle", "None", "None"),
+        ("close", "None", "None"),
+    ],
+)
+def test_a_signature_says_what_the_call_returns(name: str, blocking: str, awaited: str) -> None:
+    for trainer, returned in ((maskwire.client.Trainer, blocking), (maskwire.aio.Trainer, awaited)):
+        assert inspect.signature(getattr(trainer, name)).return_annotation == returned
+        assert getattr(trainer, name).__annotations__["return"] == returned
+
+
+@pytest.mark.parametrize("name", ["attach", "connect"])
+def test_functions_of_the_asyncio_client_belong_to_its_module(name: str) -> None:
+    function = getattr(maskwire.aio, name)
+    assert (function.__module__, function.__qualname__) == ("maskwire.aio", name)
+    returned = inspect.signature(function).return_annotation
+    assert getattr(maskwire.aio, returned) in (maskwire.aio.Client, maskwire.aio.Trainer)
+
+
 def test_parameters_that_drift_apart_are_found() -> None:
     def source(name: str, *, score: float = 0.0) -> None:
         """Save."""

@@ -12,7 +12,7 @@ import pytest
 import maskwire
 import maskwire.aio
 from maskwire.errors import Failure, MaskwireError, UnavailableError, UnresolvedError, read_failure
-from maskwire.protocol.effects import Call, Pause
+from maskwire.protocol.effects import Call, Notify, Pause
 from maskwire.protocol.retry import RetryPolicy
 from maskwire.protocol.sessionless_calls import Calls
 from maskwire.target import check_target
@@ -149,6 +149,9 @@ class Operation:
                 assert isinstance(effect, Call)
                 self.now += seconds
                 effect = asked.send(answer)
+                if isinstance(effect, Notify):
+                    effect.function()
+                    effect = asked.send(None)
                 if isinstance(effect, Pause):
                     effect = asked.send(None)
         except StopIteration:

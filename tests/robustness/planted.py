@@ -769,7 +769,7 @@ def _changed_outcome_accepted() -> list[Patch]:
 
 
 def _inexact_state_not_saved() -> list[Patch]:
-    return [(replay.Replayed, "inexact", lambda *_, **__: [])]
+    return [(replay.Replayed, "inexact", property(lambda _: []))]
 
 
 def _inexact_replays_not_recorded() -> list[Patch]:

@@ -14,7 +14,6 @@ import random
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,6 @@ from maskwire_server.engine.admission import StepAdmission
 from maskwire_server.engine.commits import StepCommit
 from maskwire_server.engine.entries import Step
 from maskwire_server.engine.executor import Executor
-from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.errors import REASONS as SERVER_REASONS
 from maskwire_server.errors import Refused
@@ -169,7 +167,7 @@ class World:
         device: Any = self
         self.executor = Executor(
             self.run, disk, device, idle, idle, idle, journal=disk, disk=disk,
-            quarantine=Quarantine(Path(), 0), serve=serve, configuration_id=1, clock=lambda: self.now,
+            quarantine=None, serve=serve, configuration_id=1, clock=lambda: self.now,
         )  # fmt: skip
         self.computing: Step | None = None
         self.calls: list[Attempt] = []

@@ -128,7 +128,7 @@ def test_parameter_groups_are_read_from_every_source(
         value = IN_TOML if source == "environment" else json.dumps(GROUPS)
         monkeypatch.setenv("MASKWIRE_OPTIMIZER__GROUPS", value)
     groups = options.loaded(file, None, None, flags).optimizer.groups
-    assert [group.model_dump(exclude_unset=True) for group in groups] == GROUPS
+    assert groups == tuple(config.ParameterGroup(**group) for group in GROUPS)  # type: ignore[arg-type]
     recorded = json.loads(
         json.dumps(load(None, optimizer={"groups": GROUPS}).optimizer.model_dump(mode="json"))
     )

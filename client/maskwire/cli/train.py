@@ -144,6 +144,11 @@ def train(
     ):
         if wanted and not eval_every:
             raise ValueError(f"{option} needs --eval-every, the number of steps between evaluations")
+    if eval_data is not None and held_out is not None:
+        raise ValueError(
+            f"--eval-data {eval_data} and --held-out {held_out:g} exclude each other: the first evaluates on "
+            "other data and trains on all of PATH; leave one of them out"
+        )
     options: dict[str, Any] = {
         "length": 1 if length is None else length,
         "batch_size": batch_size,

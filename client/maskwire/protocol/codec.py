@@ -69,7 +69,7 @@ def step_request(
 def eval_request(
     tokens: Any, *, lengths: Any = None, prompt_mask: Any = None, **options: Any
 ) -> pb.EvalLossRequest:
-    """One batch to evaluate; `options` are those of `maskwire.protocol.EvalOptions`."""
+    """One batch to evaluate; `options` are those of `maskwire.Client.eval_loss`."""
     arguments.check_options("eval_loss", options, EVAL_OPTIONS)
     chosen: dict[str, Any] = {}
     for name, enum in (("estimator", pb.Estimator), ("chain_order", pb.ChainOrder)):

@@ -41,7 +41,7 @@ class Stream:
     """The driver's gRPC call; None until the first `Receive` starts it."""
 
     def cancel(self) -> None:
-        """Tell the server that no further message is wanted."""
+        """Notify the server that no further message is wanted."""
         if self.call is not None:
             self.call.cancel()
 
@@ -81,7 +81,14 @@ class Work:
     function: Callable[[], Any]
 
 
-Effect = Call | Receive | Emit | Pause | Work | Until
+@dataclass(frozen=True)
+class Notify:
+    """Call a short function of the user's, which may use the client."""
+
+    function: Callable[[], object]
+
+
+Effect = Call | Receive | Emit | Pause | Work | Notify | Until
 Operation = Generator[Effect, Any, T]
 """A generator of effects that returns a call's result."""
 

@@ -105,7 +105,7 @@ def fit(
         checkpoint_every=checkpoint_every,
         save_best=save_best,
     )
-    began = time.monotonic()
+    began, waited = time.monotonic(), trainer.seconds_waited
     try:
         if result.step < until_step:
             yield from _record_data(trainer, data, allow_changed_data)
@@ -129,6 +129,7 @@ def fit(
     finally:
         window.forget()
         result.seconds = time.monotonic() - began
+        result.seconds_waited = trainer.seconds_waited - waited
         progress.close()
         if window.metrics is not None:
             window.metrics.close()

@@ -36,7 +36,11 @@ class FitResult:
     step: int
     """The last step trained."""
     seconds: float = 0.0
+    """Duration of the call, with evaluations, checkpoints and waits."""
+    seconds_waited: float = 0.0
+    """Seconds of it for which the server did not answer or refused to work, each reported by `on_wait`."""
     tokens: int = 0
+    """Tokens sent, prompts included and padding excluded."""
     interrupted: bool = False
     """Ctrl-C ended it."""
     stopped: bool = False
@@ -48,8 +52,9 @@ class FitResult:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens sent per second, prompts included and padding excluded."""
-        return self.tokens / self.seconds if self.seconds else 0.0
+        """Tokens sent per second of the call, evaluations and checkpoints included, waits excluded."""
+        seconds = self.seconds - self.seconds_waited
+        return self.tokens / seconds if seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)

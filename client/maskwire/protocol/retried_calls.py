@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from maskwire.errors import Failure, MaskwireError
-from maskwire.protocol.effects import Call, Operation, Pause, Receive, Stream
+from maskwire.protocol.effects import Call, Notify, Operation, Pause, Receive, Stream
 from maskwire.protocol.retry import RetryPolicy, given_up, without_advice
 
 
@@ -114,7 +115,7 @@ class RetriedCalls:
                 self._unreachable()
             message = f"waiting for {self.target}: {without_advice(error)}"
             if attempt and message != reported:  # the first failure is often the only one
-                self._on_wait(message)
+                yield Notify(partial(self._on_wait, message))
                 reported = message
             attempt += 1
             yield Pause(wait)

@@ -64,8 +64,8 @@ def payload_hash(
     """The hash of what a step trains on and how, 32 bytes.
 
     `ids` are the ids as sent, in order, in an array of any shape and integer type; ids that already have the
-    type of the hash are not copied. `prompt` holds the packed bits. Raises ValueError for an id that the
-    type cannot hold.
+    type of the hash are not copied. `prompt` holds the packed bits. A temperature or
+    learning rate of -0.0 is hashed as 0.0. Raises ValueError for an id that the type cannot hold.
     """
     modes = (
         _ONLY_GENERATOR * only_train_generator

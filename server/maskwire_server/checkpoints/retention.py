@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from maskwire_server.config import CheckpointsConfig
-from maskwire_server.journal.ancestry import Segment, ancestry
+from maskwire_server.journal.ancestry import Segment, ancestry, includes
 from maskwire_server.journal.records import Lineage, Stretch
 from maskwire_server.manifest import Manifest
 
@@ -20,13 +20,9 @@ FALLBACKS = 2
 
 def on_path(manifests: Iterable[Manifest], segments: list[Segment]) -> list[Manifest]:
     """The checkpoints of the ancestry, in the order given."""
-    through = {segment.lineage: segment.through for segment in segments}
-
-    def counts(lineage: int, step: int) -> bool:
-        last = through.get(lineage, -1)
-        return last is None or step <= last
-
-    return [manifest for manifest in manifests if counts(manifest.info.lineage, manifest.info.step)]
+    return [
+        manifest for manifest in manifests if includes(segments, manifest.info.lineage, manifest.info.step)
+    ]
 
 
 def needed(manifests: list[Manifest], lineages: dict[int, Lineage], lineage: int) -> dict[str, str]:

@@ -25,7 +25,11 @@ from maskwire_server.results import CheckpointInfo
 
 log = logging.getLogger(__name__)
 
-KEPT_SECTIONS = ("model", "objective", "optimizer")
+
+def kept_sections(configuration: dict[str, Any]) -> dict[str, Any]:
+    """The sections of a configuration that a manifest contains."""
+    kept = ("model", "objective", "optimizer")
+    return {section: configuration[section] for section in kept if section in configuration}
 
 
 class Saver:
@@ -43,9 +47,7 @@ class Saver:
         self._checkpoints = checkpoints
         self._catalogue = catalogue
         self._settings = settings
-        self._configuration = {
-            section: configuration[section] for section in KEPT_SECTIONS if section in configuration
-        }
+        self._configuration = kept_sections(configuration)
         self._versions = versions
         self._clock = clock
         self.inexact_replays: tuple[InexactReplay, ...] = ()

@@ -8,6 +8,7 @@ from maskwire_server.config.base import CAN_BE_OFF, OFF
 from maskwire_server.config.checkpoints import CheckpointsConfig
 from maskwire_server.config.config import Config
 from maskwire_server.config.model import ModelConfig
+from maskwire_server.config.model_source import FactoryConfig, HuggingFaceConfig, LoraConfig
 from maskwire_server.config.objective import PRESETS, ObjectiveConfig
 from maskwire_server.config.optimizer import OptimizerConfig, ParameterGroup
 from maskwire_server.config.record import NewerRunError, recorded_sections
@@ -22,6 +23,9 @@ __all__ = [
     "PRESETS",
     "CheckpointsConfig",
     "Config",
+    "FactoryConfig",
+    "HuggingFaceConfig",
+    "LoraConfig",
     "ModelConfig",
     "NewerRunError",
     "ObjectiveConfig",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from pydantic import PrivateAttr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from maskwire_server.config.base import Section
 from maskwire_server.config.checkpoints import CheckpointsConfig
 from maskwire_server.config.model import ModelConfig
 from maskwire_server.config.objective import ObjectiveConfig
@@ -63,7 +65,7 @@ class Config(BaseSettings):
             differences += [
                 f"{name}.{key} is {recorded[key]!r} in the run, {configured[key]!r} in the configuration"
                 for key in sorted(section.model_fields_set)
-                if recorded[key] != configured[key]
+                if not _same(recorded[key], configured[key], getattr(section, key))
             ]
         if differences:
             raise ConfigError("; ".join(differences))
@@ -71,3 +73,12 @@ class Config(BaseSettings):
         whole = self.model_copy(update={"run": run, "model": model, "objective": objective})
         whole._recorded = canonical
         return whole
+
+
+def _same(recorded: Any, configured: Any, setting: Any) -> bool:
+    """Whether a setting has its recorded value. Of a table only the keys that are set here count."""
+    if isinstance(setting, Section) and isinstance(recorded, dict):
+        return all(
+            _same(recorded[key], configured[key], getattr(setting, key)) for key in setting.model_fields_set
+        )
+    return bool(recorded == configured)

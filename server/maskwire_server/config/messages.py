@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from pydantic_core import ErrorDetails
 
-from maskwire_server.config.base import OFF
-from maskwire_server.config.sections import ENTRIES, SECTIONS, can_be_off
+from maskwire_server.config.base import OFF, Section
+from maskwire_server.config.sections import SECTIONS, can_be_off
 
 _OFF_ELSEWHERE = ("0", "0.0", "off", "none", "null", "false", "")
 """What other programs accept for "off"."""
@@ -32,9 +34,18 @@ def message(problem: ErrorDetails) -> str:
 
 
 def _is_optional(where: tuple[int | str, ...]) -> bool:
-    """Whether a setting can be left out. An entry of a list is followed by its own settings."""
-    section, *names = where
-    fields = SECTIONS[str(section)].model_fields if section in SECTIONS else {}
-    if names[1:]:
-        fields = ENTRIES[f"{section}.{names[0]}"].model_fields
-    return bool(names) and names[-1] in fields and fields[str(names[-1])].default is None
+    """Whether a setting can be left out. It may be within a table, or within a table of a list."""
+    kind = SECTIONS.get(str(where[0]))
+    for name in where[1:-1]:
+        if isinstance(name, str) and kind is not None:
+            kind = _inner(kind, name)
+    field = None if kind is None else kind.model_fields.get(str(where[-1]))
+    return field is not None and field.default is None
+
+
+def _inner(kind: type[Section], name: str) -> type[Section] | None:
+    """The section of a setting that holds tables."""
+    field = kind.model_fields.get(name)
+    annotation = None if field is None else field.annotation
+    found = (annotation, *get_args(annotation))
+    return next((each for each in found if isinstance(each, type) and issubclass(each, Section)), None)

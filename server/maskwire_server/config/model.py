@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from maskwire_server.config.base import Section
+from maskwire_server.config.model_source import FactoryConfig, HuggingFaceConfig, LoraConfig
+
+Source = Literal["encoder", "x-transformers", "huggingface", "python"]
+
+TABLES: dict[str, str] = {"x_transformers": "x-transformers", "huggingface": "huggingface",
+                          "lora": "huggingface", "python": "python"}  # fmt: skip
+"""The tables within [model], and the source that each belongs to."""
+SHARED = {"source", "num_tokens", "mask_id", "pad_id", "max_seq_len", "weights_sha256"}
+"""The settings of [model] that every source has. All others but the tables belong to the built-in encoder."""
 
 
 class ModelConfig(Section):
-    """[model]: the encoder. Fixed once the run exists."""
+    """[model]: the model. Fixed once the run exists."""
 
+    source: Source = "encoder"
+    """encoder: the built-in encoder, described by the settings below. x-transformers: a TransformerWrapper.
+    huggingface: a masked language model of the transformers library. python: your own factory."""
     num_tokens: int = Field(257, ge=2, le=2**24)
     """Vocabulary size, including the mask id. The default is 256 byte values and a mask id."""
     mask_id: int = Field(256, ge=0)
@@ -45,6 +57,38 @@ class ModelConfig(Section):
     """Apply RMS normalisation with a learned gain to queries and keys."""
     tied_embeddings: bool = False
     """Use the token embeddings, scaled by dim^-1/2, as the output projection."""
+    x_transformers: dict[str, Any] = Field(default_factory=dict)
+    """Keywords of x-transformers' TransformerWrapper and Encoder, for source = "x-transformers"."""
+    huggingface: HuggingFaceConfig | None = None
+    """The model, for source = "huggingface"."""
+    lora: LoraConfig | None = None
+    """Train adapters only, for source = "huggingface"."""
+    python: FactoryConfig | None = None
+    """The factory, for source = "python"."""
+    weights_sha256: str = ""
+    """SHA-256 of the initial weights, if run.seed does not make them. The server sets it."""
+
+    @model_validator(mode="after")
+    def _fits_the_source(self) -> ModelConfig:
+        for table, source in TABLES.items():
+            if getattr(self, table) and source != self.source:
+                raise ValueError(f'{table} is for source = "{source}", got source = "{self.source}"')
+        if self.source == "encoder":
+            return self
+        own = sorted(self.model_fields_set - SHARED - TABLES.keys())
+        defaults = type(self).model_fields
+        own = [key for key in own if getattr(self, key) != defaults[key].default]
+        if own:
+            table = self.source.replace("-", "_")
+            raise ValueError(
+                f'{own[0]} is a setting of source = "encoder"; set the sizes of this model in '
+                f"[model.{table}], got {getattr(self, own[0])!r}"
+            )
+        if self.source == "huggingface" and not (self.huggingface and self.huggingface.path):
+            raise ValueError('huggingface.path must be set with source = "huggingface", got none')
+        if self.source == "python" and not (self.python and self.python.factory):
+            raise ValueError('python.factory must be set with source = "python", got none')
+        return self
 
     @model_validator(mode="after")
     def _ids_fit(self) -> ModelConfig:

@@ -6,7 +6,7 @@ from maskwire_server.config.base import CAN_BE_OFF, Section
 from maskwire_server.config.checkpoints import CheckpointsConfig
 from maskwire_server.config.model import ModelConfig
 from maskwire_server.config.objective import ObjectiveConfig
-from maskwire_server.config.optimizer import OptimizerConfig, ParameterGroup
+from maskwire_server.config.optimizer import OptimizerConfig
 from maskwire_server.config.run import RunConfig
 from maskwire_server.config.serve import ServeConfig
 
@@ -19,9 +19,6 @@ SECTIONS: dict[str, type[Section]] = {
     "serve": ServeConfig,
 }
 """In the order of the generated file and pages."""
-
-ENTRIES: dict[str, type[Section]] = {"optimizer.groups": ParameterGroup}
-"""The settings that are lists of tables, and the settings of each table."""
 
 
 def can_be_off() -> list[str]:

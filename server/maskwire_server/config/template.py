@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,15 @@ def toml(value: Any) -> str:
     if isinstance(value, str | Path):
         # Basic strings of TOML use the same escapes as JSON, and also escape DEL.
         return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return f"[{', '.join(toml(item) for item in value)}]"
-    if isinstance(value, Section):  # an entry of a list of tables: what was set
-        entries = ((key, getattr(value, key)) for key in type(value).model_fields)
-        keys = value.model_fields_set
-        pairs = [f"{key} = {toml(entry)}" for key, entry in entries if key in keys and entry is not None]
-        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, Section):
+        value = {key: _written_value(value, key) for key in type(value).model_fields}
+    if isinstance(value, dict):
+        items = (f"{_key(key)} = {toml(item)}" for key, item in value.items() if item is not None)
+        return f"{{{', '.join(items)}}}"
     return str(value)
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml(key)

@@ -8,13 +8,13 @@ from concurrent.futures import Future
 from maskwire_server import failpoints
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine import admission_rules
-from maskwire_server.engine.admission_rules import Known, Verdict
+from maskwire_server.engine.admission_rules import Known
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Step
 from maskwire_server.engine.futures import answer
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.errors import Refused
-from maskwire_server.journal.ancestry import ancestry, lineage_of
+from maskwire_server.journal.ancestry import ancestry, includes, lineage_of
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, StepRecord
 from maskwire_server.requests import SessionRef, StepRequest
@@ -75,6 +75,9 @@ class StepAdmission:
         if trained is not None and request.step not in (None, trained):
             raise admission_rules.other_step(trained)
         other = queue.with_id(request.request_id)
+        if other is not None and other.abandoned and request.step not in (None, other.request.step):
+            # The client renumbered it, and sends it again.
+            other = None if queue.withdraw(other, run.next_number) else other
         if other is None and request.session is not None:
             other = queue.with_number(request.step)
         return other
@@ -87,6 +90,8 @@ class StepAdmission:
         known = Known(other.number or other.request.step, other.request.request_id, other.payload_hash)
         if admission_rules.repeats(request, step.payload_hash, known):
             other.waiters += step.waiters
+            if known.step is None and request.step is not None:
+                other.expecting += [(request.step, waiter) for waiter in step.waiters]
             if request.session is not None:
                 run.lease.touch()
             return True
@@ -108,14 +113,14 @@ class StepAdmission:
             raise admission_rules.step_taken(number, at.next_step)
         # The run's first step may have fixed the version since this step was created.
         step.use_version(run.step_version(bare=step.request.session is None))
-        verdict = admission_rules.admit_step(number, len(queue), self._serve.queue_limit, at)
+        is_next = admission_rules.admit_step(number, len(queue), self._serve.queue_limit, at)
         if step.request.session is not None:
             run.lease.touch()
         if number is not None and other is not None:
             if not queue.replace(other, step):  # it is being computed
                 raise admission_rules.step_taken(number, at.next_step)
             return
-        if verdict is Verdict.RUN:
+        if is_next:
             queue.push_step(step, at.next_step)
         elif number is not None:
             queue.keep_early(step, number)
@@ -146,6 +151,7 @@ class StepAdmission:
             if request.session is not None:
                 self._run.lease.touch()
             self._run.queue.settle(step)
+            step.refuse_other_numbers(record.step)
             waiters = list(step.waiters)
         result = StepResult(record.outcome, record.losses, record.gradient_norm)
         for waiter in waiters:
@@ -159,15 +165,14 @@ class StepAdmission:
                 admission_rules.check_session(session, run.situation())
             except Refused:
                 return
-            if number >= run.next_number and queue.with_number(number) is None:
-                queue.refuse_early(number)
+            within = run.next_number <= number < run.next_number + self._serve.window
+            if within and queue.with_number(number) is None:
+                queue.refuse_number(number)
 
 
 def _require_in_history(record: StepRecord, lineages: dict[int, Lineage], lineage: int) -> None:
     """Raise WRONG_RUN for a recorded step that a restore removed from the history."""
-    through = {segment.lineage: segment.through for segment in ancestry(lineages, lineage)}
-    last = through.get(record.lineage, -1)
-    if last is not None and record.step > last:
+    if not includes(ancestry(lineages, lineage), record.lineage, record.step):
         raise Refused(
             "WRONG_RUN",
             f"this request id was step {record.step} of lineage {record.lineage}, which a restore removed "

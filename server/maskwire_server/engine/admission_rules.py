@@ -6,7 +6,6 @@ A decision is a value, or a `Refused` that is raised.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +16,6 @@ from maskwire_server.errors import Refused
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRef, StepRequest
 from maskwire_server.session_holder import Holder
-
-
-class Verdict(enum.Enum):
-    """The decision on a new step, which is not a retry."""
-
-    RUN = "run"
-    """It is the next step."""
-    WAIT = "wait"
-    """It is ahead of its predecessor, within the window."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +50,8 @@ class Situation:
     """The client of the newest epoch, whether its session is open or not."""
     digest_version: int = 0
     """The version of the run's digest; 0 before the first step."""
+    digest_version_provisional: bool = False
+    """The run's first step is being computed: if it fails, it fixes no version."""
     digest_versions: tuple[int, ...] = VERSIONS
     """The digest versions that the client of the newest epoch supports."""
 
@@ -101,6 +93,15 @@ def refuse_full(queue_length: int, queue_limit: int) -> None:
         )
 
 
+def halted() -> Refused:
+    """The refusal of a step after steps that were not finite."""
+    return Refused(
+        "HALTED",
+        "three steps in a row were not finite; check the data and the learning rate, then open a session "
+        "with takeover",
+    )
+
+
 def no_room(size: int) -> Refused:
     """The refusal of a batch that the journal's disk has no room for; a smaller one may fit."""
     return Refused(
@@ -124,12 +125,7 @@ def check_session(session: SessionRef, at: Situation) -> None:
             session_lineage=session.lineage,
         )
     if session.epoch < at.epoch:
-        raise Refused(
-            "FENCED",
-            f"epoch {session.epoch} was superseded: {who(at)} took over (epoch {at.epoch}); stop this client",
-            session_epoch=session.epoch,
-            **at.holder_facts,
-        )
+        raise fenced(session.epoch, at)
     if session.epoch > at.epoch or session.epoch < 1 or at.closed:
         why = "was closed" if session.epoch == at.epoch and at.closed else "was never given here"
         raise Refused(
@@ -140,27 +136,42 @@ def check_session(session: SessionRef, at: Situation) -> None:
         )
 
 
+def fenced(epoch: int, at: Situation) -> Refused:
+    """The refusal of a client whose epoch is not the newest."""
+    return Refused(
+        "FENCED",
+        f"epoch {epoch} was superseded: {who(at)} took over (epoch {at.epoch}); stop this client",
+        session_epoch=epoch,
+        **at.holder_facts,
+    )
+
+
+def writer_present(at: Situation, cure: str) -> Refused:
+    """The refusal of a client while another one's session is open."""
+    where = at.holder.where if at.holder else ""
+    return Refused("WRITER_PRESENT", f"{at.writer!r} has a session open{where}; {cure}", **at.holder_facts)
+
+
 def check_writer(session: SessionRef | None, at: Situation) -> None:
     """Raise Refused unless a step of this session, or of none, may be trained now."""
     if session is not None:
         check_session(session, at)
-        check_digest_version(at.digest_versions, at.digest_version)
+        check_digest_version(at.digest_versions, at)
     elif at.writer:
-        raise Refused(
-            "WRITER_PRESENT",
-            f"{at.writer!r} has a session open{where(at)}; send its session, or wait until it is closed or "
-            "idle",
-            **at.holder_facts,
-        )
+        raise writer_present(at, "send its session, or wait until it is closed or idle")
 
 
-def check_digest_version(offered: Sequence[int], version: int) -> None:
-    """Raise DIGEST_VERSION unless `offered` includes the run's version.
+def check_digest_version(offered: Sequence[int], at: Situation) -> None:
+    """Raise DIGEST_VERSION unless `offered` includes the run's version, or before the first step any of ours.
 
-    `version` is 0 before the first step: then any version that this server supports will do.
+    While the first step is being computed, the client is asked to retry.
     """
+    version = at.digest_version
     if version not in offered and (version or not newest_common(offered)):
-        raise other_digest_version(offered, version)
+        refusal = other_digest_version(offered, version)
+        if at.digest_version_provisional:
+            refusal.retry_after_seconds = 0.5
+        raise refusal
 
 
 def other_digest_version(offered: Sequence[int], version: int) -> Refused:
@@ -219,8 +230,11 @@ def step_taken(step: int, next_step: int) -> Refused:
     )
 
 
-def admit_step(step: int | None, queue_length: int, queue_limit: int, at: Situation) -> Verdict:
-    """Decide on a new step (not a retry) that requests number `step`; checks in the order of the protocol."""
+def admit_step(step: int | None, queue_length: int, queue_limit: int, at: Situation) -> bool:
+    """Whether a new step (not a retry) that requests number `step` is next; False: it waits for another.
+
+    Checks in the order of the protocol. Raises Refused.
+    """
     if at.refused_step is not None and step is not None and step > at.refused_step:
         raise gap(step, at.refused_step)
     ahead = 0 if step is None else step - at.next_step
@@ -229,12 +243,8 @@ def admit_step(step: int | None, queue_length: int, queue_limit: int, at: Situat
     refuse_full(queue_length, queue_limit)
     refuse_unavailable(at.state)
     if at.state is RunState.HALTED:
-        raise Refused(
-            "HALTED",
-            "three steps in a row were not finite; check the data and the learning rate, then open a "
-            "session with takeover",
-        )
-    return Verdict.WAIT if ahead > 0 else Verdict.RUN
+        raise halted()
+    return ahead <= 0
 
 
 def refuse_unexpected(request: SaveRequest | RestoreRequest, position: HistoryPosition) -> None:
@@ -261,11 +271,6 @@ def gap(step: int | None, expected: int) -> Refused:
         step=step,
         expected_step=expected,
     )
-
-
-def where(at: Situation) -> str:
-    """Where the newest epoch's client runs, in words."""
-    return at.holder.where if at.holder else ""
 
 
 def who(at: Situation) -> str:

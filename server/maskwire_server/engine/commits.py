@@ -74,15 +74,22 @@ class StepCommit:
         failpoints.passing("step.answered")
 
 
+Events = tuple[tuple[str, dict[str, Any]], ...]
+"""Kinds and bodies."""
+
+
 @dataclass(eq=False)
 class AnswerCommit(Generic[T]):
-    """An answer that names a step, sent once that step is durable."""
+    """An answer, sent once every step before it and its events are durable."""
 
     future: Future[T]
     value: T
+    events: Events = field(default=(), kw_only=True)
 
     def write(self, journal: Journal) -> None:
-        """Write nothing."""
+        """Record the events."""
+        for kind, body in self.events:
+            journal.add_event(kind, body)
 
     def committed(self) -> None:
         """Answer."""
@@ -95,40 +102,20 @@ class RevealCommit:
 
     generation: Generation
     seen: HistoryPosition
-    last: bool = False
 
     def write(self, journal: Journal) -> None:
         """Write nothing."""
 
     def committed(self) -> None:
-        """Reveal the states, or end the stream."""
-        if self.last:
-            self.generation.finish()
-        else:
-            self.generation.reveal(self.seen.step, self.seen.digest)
-
-
-Events = tuple[tuple[str, dict[str, Any]], ...]
-"""Kinds and bodies."""
-
-
-@dataclass(eq=False)
-class EventsCommit(AnswerCommit[T]):
-    """Events, and an answer that waits for them."""
-
-    events: Events = ()
-
-    def write(self, journal: Journal) -> None:
-        """Record the events."""
-        for kind, body in self.events:
-            journal.add_event(kind, body)
+        """Reveal the states."""
+        self.generation.reveal(self.seen.step, self.seen.digest)
 
 
 @dataclass(eq=False)
 class SessionEnd(AnswerCommit[None]):
     """The end of a session, requested by its client."""
 
-    epoch: int = 0
+    epoch: int
 
     def write(self, journal: Journal) -> None:
         """Record that the session was closed."""

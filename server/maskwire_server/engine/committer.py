@@ -169,7 +169,7 @@ class Committer:
     def _cycle(self) -> bool:
         """Do what is due, or wait for work; False when the thread ends."""
         with self._run.mutex:
-            self._run.expire()
+            self._run.queue.expire(self._run.next_number)
             reads, self._reads = self._reads, []
             commits: list[Commit] = []
             if self._ready():

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from maskwire.v1.digest import DigestVersion
 from maskwire.v1.values import RestoreResult
+from maskwire_server.engine.admission_rules import other_step
+from maskwire_server.engine.futures import refuse
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.manifest import Manifest
 from maskwire_server.requests import EvalRequest, RestoreRequest, SaveRequest, SessionRequest, StepRequest
@@ -26,6 +28,8 @@ class Step:
     waiters: list[Future[StepAnswer]]
     """One future for the request, and one for each retry that joined it."""
     arrived: float
+    expecting: list[tuple[int, Future[StepAnswer]]] = field(default_factory=list)
+    """Retries that named a number and joined before the step had one."""
     number: int = 0
     """The step's number; 0 until the executor takes it from the queue."""
     started: float = 0.0
@@ -50,10 +54,16 @@ class Step:
             if version != self.digest_version:
                 self.digest_version, self._hash = version, None
 
+    def refuse_other_numbers(self, number: int) -> None:
+        """Refuse the retries that named another number than the step gets."""
+        for expected, waiter in self.expecting:
+            if expected != number:
+                refuse(waiter, other_step(number))
+
     @property
     def abandoned(self) -> bool:
-        """Whether every caller has cancelled."""
-        return all(waiter.cancelled() for waiter in self.waiters)
+        """Whether no caller waits: each has cancelled, or was refused."""
+        return all(waiter.done() for waiter in self.waiters)
 
 
 @dataclass(eq=False)

@@ -24,7 +24,7 @@ from maskwire_server.engine.saves import SaveCommit, Saves
 from maskwire_server.engine.sessions import Sessions
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.engine.trainer_interface import Trainer, guarded, snapshot
-from maskwire_server.errors import DeviceLost, Refused, StateLost, Unwanted
+from maskwire_server.errors import DeviceLost, StateLost, Unwanted
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import StepRecord
 from maskwire_server.journal.reserve import WRITES_PER_BATCH, Reserve
@@ -52,7 +52,7 @@ class Executor:
         *,
         journal: Journal,
         disk: Reserve,
-        quarantine: Quarantine,
+        quarantine: Quarantine | None,
         serve: ServeConfig,
         configuration_id: int,
         clock: Callable[[], float],
@@ -112,7 +112,7 @@ class Executor:
             if isinstance(entry, Drain):  # in HELD too: every acknowledged step is durable
                 return queue.pop() if held or not run.uncommitted else None
             if held:
-                return queue.pop() if isinstance(entry, Restore) else None  # the restore will be refused
+                return queue.pop_restore()  # it will be refused
             if isinstance(entry, Step):
                 if self._refuse_invalid(entry):
                     continue
@@ -137,6 +137,7 @@ class Executor:
         run, queue = self._run, self._run.queue
         number = run.head.computed.step + 1
         fixed = run.head.digest_version
+        step.refuse_other_numbers(number)
         if step.abandoned:
             queue.pop()
             queue.settle(step)
@@ -191,11 +192,11 @@ class Executor:
     def _compute(self, step: Step) -> StepResult:
         failpoints.passing("step.computing")
         step.started = self._clock()
-        if self._serve.poison_after and self._quarantine.holds(step.payload_hash):
+        if self._quarantine is not None and self._quarantine.holds(step.payload_hash):
             result = StepResult(Outcome.POISON, Losses(math.nan))
         else:
             payload = step.request.payload
-            watch = self._quarantine.watch(step.payload_hash) if self._serve.poison_after else nullcontext()
+            watch = self._quarantine.watch(step.payload_hash) if self._quarantine else nullcontext()
             with watch, guarded(self._trainer):
                 result = self._trainer.train_step(
                     self._run.head.computed.lineage, step.number, payload.batch, payload.modes
@@ -236,7 +237,7 @@ class Executor:
             head.non_finite = head.non_finite + 1 if skipped else 0
             if head.non_finite >= HALT_AFTER:
                 self.halt_if_due()
-                run.queue.refuse_steps(lambda _: self._halted())
+                run.queue.refuse_steps(lambda _: admission_rules.halted())
             if self._saves.due(step.number) and not run.conditions.holds(RunState.DRAINING):  # which saves
                 run.queue.push_first(Save(SaveRequest(), automatic=True))
         self._committer.wake()
@@ -248,14 +249,6 @@ class Executor:
         step = self._run.head.computed.step
         self._run.conditions.last_error = f"steps {step - HALT_AFTER + 1} to {step} were not finite"
         self._run.conditions.set(RunState.HALTED, waiting_for="a session with takeover")
-
-    def _halted(self) -> Refused:
-        step = self._run.head.computed.step
-        return Refused(
-            "HALTED",
-            f"steps {step - HALT_AFTER + 1} to {step} were not finite; check the data and the learning rate, "
-            "then open a session with takeover",
-        )
 
     # Evaluations and generations.
 
@@ -272,9 +265,7 @@ class Executor:
             raise
         except Exception as error:
             with self._run.mutex:
-                refusal = self._run.conditions.failed("the evaluation", error)
-            if not future.done():
-                refuse(future, refusal)
+                refuse(future, self._run.conditions.failed("the evaluation", error))
             return
         finally:
             self._run.queue.reading = None
@@ -296,30 +287,26 @@ class Executor:
             raise
         except Exception as error:
             with self._run.mutex:
-                generation.refuse(self._run.conditions.failed("the generation", error))
+                refuse(generation.future, self._run.conditions.failed("the generation", error))
         else:
-            self._committer.append(RevealCommit(generation, here, last=True))
+            self._committer.append(AnswerCommit(generation.future, None))
         finally:
             self._run.queue.reading = None
 
     # Checkpoints and shutdown.
 
     def _save(self, save: Save) -> None:
+        here = self._run.head.computed
         with self._run.mutex:
             self._saves.begin(save)
         try:
             copy = snapshot(self._trainer)
+            admission_rules.refuse_unexpected(save.request, here)
         except DeviceLost:
             raise
         except Exception as error:
             with self._run.mutex:
                 refusal = self._run.conditions.failed("the copy for a checkpoint", error)
-            self._saves.give_up(save, refusal)
-            return
-        here = self._run.head.computed
-        try:
-            admission_rules.refuse_unexpected(save.request, here)
-        except Refused as refusal:
             self._saves.give_up(save, refusal)
             return
         self._committer.append(
@@ -336,7 +323,8 @@ class Executor:
 
     def _drain(self, drain: Drain) -> None:
         """Save if steps were trained since the newest checkpoint and the disk is not full, then answer."""
-        if self._committer.wait_durable() and self._saves.wait_written():
+        if self._committer.wait_durable():
+            self._saves.wait_written()
             newest, here = self._saves.newest, self._run.head.computed
             if newest is None or (newest.lineage, newest.step) != (here.lineage, here.step):
                 self._save(Save(SaveRequest(), automatic=True))

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
 
-from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.requests import GenerateRequest
 from maskwire_server.results import GenerateAnswer, GenerationState
 
@@ -18,7 +17,8 @@ class Generation:
     """A queue entry for the executor, and an iterator over answers for the reader.
 
     Three threads use it. The executor puts states in. The committer calls `reveal` once the step whose
-    weights are sampled is durable, and `finish` after the last state. The reader iterates, and may cancel.
+    weights are sampled is durable, and answers `future` after the last state. The reader iterates, and may
+    cancel.
     The buffer is bounded: newer states replace older ones, the last state is never replaced, and the
     executor never waits.
     """
@@ -55,16 +55,6 @@ class Generation:
         with self._changed:
             self._seen = (step, digest)
             self._changed.notify_all()
-
-    def finish(self) -> None:
-        """End the iteration: the last state is in the buffer."""
-        if not self.over:
-            answer(self.future, None)
-
-    def refuse(self, error: BaseException) -> None:
-        """End the iteration with an error."""
-        if not self.over:
-            refuse(self.future, error)
 
     def cancel(self) -> None:
         """Stop the generation: the reader has left."""

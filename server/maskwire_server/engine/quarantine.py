@@ -19,13 +19,13 @@ _NOTE = struct.Struct("<32si")  # payload hash, crashes so far
 
 
 class Quarantine:
-    """Counts crashes in a row of one batch; `after` 0 turns it off."""
+    """Counts crashes in a row of one batch, and holds it after `after` of them."""
 
     def __init__(self, run_dir: Path, after: int) -> None:
         self._path = run_dir / FILE_NAME
         self._after = after
         self._hash, self._crashes = b"", 0
-        if after and self._path.exists() and self._path.stat().st_size == _NOTE.size:
+        if self._path.exists() and self._path.stat().st_size == _NOTE.size:
             self._hash, before = _NOTE.unpack(self._path.read_bytes())
             self._crashes = before + 1
             log.warning(
@@ -36,14 +36,11 @@ class Quarantine:
 
     def holds(self, payload_hash: bytes) -> bool:
         """Whether a batch has crashed the process too often to be computed again."""
-        return bool(self._after) and payload_hash == self._hash and self._crashes >= self._after
+        return payload_hash == self._hash and self._crashes >= self._after
 
     @contextlib.contextmanager
     def watch(self, payload_hash: bytes) -> Iterator[None]:
         """Note a batch while it is computed; an exception is not a crash."""
-        if not self._after:
-            yield
-            return
         crashes = self._crashes if payload_hash == self._hash else 0
         with _best_effort():
             self._path.write_bytes(_NOTE.pack(payload_hash, crashes))

@@ -32,8 +32,7 @@ class Queue:
         """The step that the executor is computing."""
         self.reading: Evaluation | Generation | None = None
         """The evaluation or generation that the executor is running."""
-        self.refused_number: int | None = None
-        """The lowest number whose step was refused and that no other step has taken since."""
+        self._refused: set[int] = set()  # numbers whose step was refused, until another step takes them
 
     def __len__(self) -> int:
         """Entries that wait. Early steps do not count: they must not keep their predecessor out."""
@@ -48,6 +47,11 @@ class Queue:
     def ahead(self) -> int:
         """The number of steps that will be numbered before one that is queued now."""
         return self._steps + (self.computing is not None)
+
+    @property
+    def refused_number(self) -> int | None:
+        """The lowest number whose step was refused and that no other step has taken since."""
+        return min(self._refused, default=None)
 
     def saves(self) -> list[Save]:
         """The saves that wait."""
@@ -113,13 +117,17 @@ class Queue:
         """Queue an entry that is not a step."""
         self._entries.append(entry)
 
-    def push_first(self, entry: Save | Takeover | Restore) -> None:
+    def push_first(self, entry: Save | Takeover) -> None:
         """Queue an entry before all others."""
         self._entries.appendleft(entry)
 
+    def push_restore(self, restore: Restore) -> None:
+        """Queue a restore before all others but the sessions that were admitted before it."""
+        sessions = [at for at, entry in enumerate(self._entries) if isinstance(entry, Takeover)]
+        self._entries.insert(sessions[-1] + 1 if sessions else 0, restore)
+
     def _arrived(self, number: int) -> None:
-        if number == self.refused_number:
-            self.refused_number = None
+        self._refused.discard(number)
 
     # Out of the queue.
 
@@ -133,6 +141,13 @@ class Queue:
         if isinstance(entry, Step):
             self._steps -= 1
         return entry
+
+    def pop_restore(self) -> Restore | None:
+        """Take the restore that waits, if any."""
+        restore = next((entry for entry in self._entries if isinstance(entry, Restore)), None)
+        if restore is not None:
+            self._entries.remove(restore)
+        return restore
 
     def start(self, step: Step, number: int) -> None:
         """Number a step that was popped, and mark it as being computed."""
@@ -160,8 +175,7 @@ class Queue:
 
     def refuse_number(self, number: int) -> None:
         """Refuse every step behind a number whose step was refused, until another step takes that number."""
-        if self.refused_number is None or number < self.refused_number:
-            self.refused_number = number
+        self._refused.add(number)
         self.refuse_behind(number)
 
     def refuse_behind(self, number: int) -> None:
@@ -170,12 +184,6 @@ class Queue:
             if entry.request.step is not None and entry.request.step > number:
                 self._remove(entry)
                 self.refuse_step(entry, gap(entry.request.step, number))
-        self._refuse_early(number + 1, number)
-
-    def refuse_early(self, number: int) -> None:
-        """Refuse early steps behind a number whose step was refused before it was admitted."""
-        if self.refused_number is None or number < self.refused_number:
-            self.refused_number = number
         self._refuse_early(number + 1, number)
 
     def _refuse_early(self, first: int, expected: int) -> None:
@@ -187,6 +195,16 @@ class Queue:
         for number, step in list(self._early.items()):
             if step.abandoned:
                 self.settle(self._early.pop(number))
+
+    def withdraw(self, step: Step, next_number: int) -> bool:
+        """Remove an abandoned step and refuse those behind it; False if it is not queued, or not any more."""
+        steps = [entry for entry in self._entries if isinstance(entry, Step)]
+        if step not in steps:
+            return False
+        self._remove(step)
+        self.settle(step)
+        self.refuse_behind(next_number - len(steps) + steps.index(step))
+        return True
 
     def expire(self, next_number: int) -> None:
         """Refuse early steps that waited `gap_seconds` for their predecessor, and the steps behind them."""
@@ -207,7 +225,7 @@ class Queue:
         for step in [*waiting, *self._early.values()]:
             self.refuse_step(step, why(step))
         self._early.clear()
-        self.refused_number = None
+        self._refused.clear()
 
     def refuse_saves(self, refusal: Refused) -> None:
         """Refuse every save that has not begun: the state it would have saved is gone."""
@@ -220,10 +238,8 @@ class Queue:
 
     def interrupt(self, refusal: Refused) -> None:
         """End the running evaluation or generation; the client can safely repeat it."""
-        if isinstance(self.reading, Evaluation):
+        if self.reading is not None:
             refuse(self.reading.future, refusal)
-        elif self.reading is not None:
-            self.reading.refuse(refusal)
         self.reading = None  # refused once
 
     def refuse_all(self, refusal: Refused) -> None:
@@ -232,9 +248,7 @@ class Queue:
         self.refuse_saves(refusal)
         self.interrupt(refusal)
         for entry in self._entries:
-            if isinstance(entry, Generation):
-                entry.refuse(refusal)
-            elif isinstance(entry, Evaluation | Restore | Drain):
+            if isinstance(entry, Evaluation | Generation | Restore | Drain):
                 refuse(entry.future, refusal)
         self._entries.clear()
 

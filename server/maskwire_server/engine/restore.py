@@ -84,19 +84,16 @@ class Restores:
         name = restore.manifest.info.name
         try:
             self._require_intact(restore)
-        except Refused as refusal:
-            self._give_up(restore, refusal)
-            return
         except Exception as error:
             with self.run.mutex:
-                failed = self.run.conditions.failed(f"reading checkpoint {name!r}", error)
-            self._give_up(restore, failed)
+                refusal = self.run.conditions.failed(f"reading checkpoint {name!r}", error)
+            self._give_up(restore, refusal)
             return
         with self.run.mutex:
             draining = self.run.conditions.holds(RunState.DRAINING)
             if not draining:
                 self.run.conditions.set(RunState.RESTORING, waiting_for="the running step")
-                self.run.queue.push_first(restore)
+                self.run.queue.push_restore(restore)
                 self.run.work.set()
         if draining:
             self._give_up(restore, admission_rules.shutting_down())

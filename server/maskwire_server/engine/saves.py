@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
 
 from maskwire_server.checkpoints import membership
 from maskwire_server.checkpoints.catalogue import Catalogue
@@ -27,14 +26,6 @@ from maskwire_server.position import HistoryPosition
 from maskwire_server.results import CheckpointInfo
 
 log = logging.getLogger(__name__)
-
-E = TypeVar("E", bound=BaseException)
-
-
-def _bare(error: E) -> E:
-    """The error without its traceback: its frames refer to the snapshot and would keep it in memory."""
-    error.__traceback__ = error.__cause__ = error.__context__ = None
-    return error
 
 
 class Saves:
@@ -117,11 +108,10 @@ class Saves:
         for waiter in save.waiters:
             refuse(waiter, refusal)
 
-    def wait_written(self) -> bool:
+    def wait_written(self) -> None:
         """Wait until no checkpoint is being written."""
         with self._run.mutex:
             self._written.wait_for(lambda: not self.busy)
-        return True
 
     def delete(self, name: str, future: Future[None]) -> None:
         """Delete a checkpoint, unless something needs it."""
@@ -141,14 +131,12 @@ class Saves:
         lineages = self._run.lineages
         try:
             info = self._saver.write(save.request, save.automatic, snapshot, position, save_id, lineages)
-        except Refused as refusal:
-            self.give_up(save, _bare(refusal))
-            return
         except Exception as error:
-            _bare(error)
+            # Without its traceback, whose frames refer to the snapshot and would keep it in memory.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             with self._run.mutex:
-                failed = self._run.conditions.failed("the checkpoint", error)
-            self.give_up(save, failed)
+                refusal = self._run.conditions.failed("the checkpoint", error)
+            self.give_up(save, refusal)
             return
         try:
             self._collect()
@@ -182,8 +170,6 @@ class Saves:
     def _delete(self, name: str, future: Future[None]) -> None:
         try:
             self._saver.delete(name, self._run.lineages, self._run.head.computed.lineage)
-        except Refused as refusal:
-            refuse(future, refusal)
         except Exception as error:
             with self._run.mutex:
                 failed = self._run.conditions.failed(f"the deletion of checkpoint {name!r}", error)

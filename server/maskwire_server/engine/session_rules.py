@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from maskwire_server.engine.admission_rules import (
     Situation,
     check_digest_version,
+    fenced,
     refuse_unavailable,
-    where,
-    who,
+    writer_present,
 )
 from maskwire_server.errors import Refused
 from maskwire_server.position import HistoryPosition
@@ -41,7 +41,7 @@ def admit_session(facts: SessionFacts, at: Situation) -> bool:
     request = facts.request
     if request.history is not None:
         _check_history(request.history, facts, at)
-    check_digest_version(request.digest_versions, at.digest_version)
+    check_digest_version(request.digest_versions, at)
     if request.tokenizer and facts.tokenizer and request.tokenizer != facts.tokenizer:
         raise Refused(
             "TOKENIZER_MISMATCH",
@@ -54,13 +54,7 @@ def admit_session(facts: SessionFacts, at: Situation) -> bool:
         _check_data(request.data, facts.data)
     if facts.nonce_epoch is not None:
         if facts.nonce_epoch < at.epoch:
-            raise Refused(
-                "FENCED",
-                f"this session (epoch {facts.nonce_epoch}) was superseded by epoch {at.epoch}: {who(at)} "
-                "took over (epoch {at.epoch}); stop this client",
-                session_epoch=facts.nonce_epoch,
-                **at.holder_facts,
-            )
+            raise fenced(facts.nonce_epoch, at)
         if at.closed:
             raise Refused(
                 "UNKNOWN_EPOCH",
@@ -70,20 +64,10 @@ def admit_session(facts: SessionFacts, at: Situation) -> bool:
             )
         return False
     if request.held_epoch is not None and request.held_epoch < at.epoch:
-        raise Refused(
-            "FENCED",
-            f"this process held epoch {request.held_epoch}, which epoch {at.epoch} superseded: {who(at)} "
-            "took over (epoch {at.epoch}); stop this client",
-            session_epoch=request.held_epoch,
-            **at.holder_facts,
-        )
+        raise fenced(request.held_epoch, at)
     unasked = at.writer == request.client_name or request.gone_epoch == at.epoch
     if at.writer and not unasked and not request.takeover:
-        raise Refused(
-            "WRITER_PRESENT",
-            f"{at.writer!r} has a session open{where(at)}; wait until it is closed or idle, or take over",
-            **at.holder_facts,
-        )
+        raise writer_present(at, "wait until it is closed or idle, or take over")
     return True
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from maskwire.v1.values import RunState
 from maskwire_server import failpoints
 from maskwire_server.engine import admission_rules
-from maskwire_server.engine.commits import Events, EventsCommit, SessionEnd
+from maskwire_server.engine.admission_rules import Situation
+from maskwire_server.engine.commits import AnswerCommit, Events, SessionEnd
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Step, Takeover
 from maskwire_server.engine.futures import answer, refuse
@@ -21,7 +22,7 @@ from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import SessionRecord
 from maskwire_server.requests import SessionRef, SessionRequest
 from maskwire_server.results import SessionAnswer
-from maskwire_server.session_holder import ClientProcess, Holder
+from maskwire_server.session_holder import ClientProcess
 
 CLIENT_PROCESS = "client_process"
 """The kind of event that records the process of a session's client."""
@@ -105,10 +106,9 @@ class Sessions:
             events = self._keep(request)
             futures = self._opening.pop(request.nonce, [])
             reply = self._answer(at.epoch)
-            for future in futures[1:]:
-                self._committer.append(EventsCommit(future, reply))
-            if futures:  # none: refused by a drain
-                self._committer.append(EventsCommit(futures[0], reply, events))
+            for future in futures:  # none: refused by a drain
+                self._committer.append(AnswerCommit(future, reply, events=events))
+                events = ()
             return
         epoch = at.epoch + 1
         run.lease.open(
@@ -118,7 +118,7 @@ class Sessions:
             request.digest_versions,
             supersedes=bool(at.writer),
         )
-        run.queue.refuse_steps(partial(_fenced, Holder(request.client_name, epoch, request.process)))
+        run.queue.refuse_steps(partial(_superseded, at=run.situation()))
         run.queue.push_first(Takeover(epoch, request))
         run.work.set()
 
@@ -192,7 +192,7 @@ class Sessions:
         with self._run.mutex:
             at = self._run.situation()
             if at.closed and (session.run_id, session.epoch) == (at.run_id, at.epoch):
-                self._committer.append(EventsCommit(future, None))  # the end itself may not be durable yet
+                self._committer.append(AnswerCommit(future, None))  # the end itself may not be durable yet
                 return
             admission_rules.check_session(session, at)
             self._run.lease.closed = True
@@ -240,11 +240,8 @@ def recorded_evaluation(journal: Journal) -> tuple[int, int]:
     return (found[1]["lineage"], found[1]["step"]) if found else (0, 0)
 
 
-def _fenced(holder: Holder, step: Step) -> Refused:
-    if step.request.session is None:
-        return Refused(
-            "WRITER_PRESENT", f"{holder} opened a session; wait until it is closed", **holder.metadata()
-        )
-    return Refused(
-        "FENCED", f"{holder} took over (epoch {holder.epoch}); stop this client", **holder.metadata()
-    )
+def _superseded(step: Step, at: Situation) -> Refused:
+    session = step.request.session
+    if session is None:
+        return admission_rules.writer_present(at, "wait until it is closed or idle")
+    return admission_rules.fenced(session.epoch, at)

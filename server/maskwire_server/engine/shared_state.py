@@ -93,9 +93,6 @@ class Run:
             refused_step=self.queue.refused_number,
             holder=self.lease.holder,
             digest_version=version.number if version else 0,
+            digest_version_provisional=version is not self.head.digest_version,
             digest_versions=self.lease.digest_versions,
         )
-
-    def expire(self) -> None:
-        """Refuse early steps whose predecessor did not arrive within `gap_seconds`."""
-        self.queue.expire(self.next_number)

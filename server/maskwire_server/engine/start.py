@@ -42,7 +42,7 @@ class Ready:
 
     journal: Journal
     trainer: Trainer
-    quarantine: Quarantine
+    quarantine: Quarantine | None
     configuration_id: int
 
 
@@ -157,7 +157,8 @@ class Start:
         configuration_id = self._when_there_is_room(partial(self._record, journal, numerics))
         here = head.computed
         log.info("run %s is at step %d after %.1f s", run_id, here.step, self._setup.clock() - began)
-        quarantine = Quarantine(self._setup.run_dir, self._setup.serve.poison_after)
+        after = self._setup.serve.poison_after
+        quarantine = Quarantine(self._setup.run_dir, after) if after else None
         return Ready(journal, trainer, quarantine, configuration_id)
 
     def _wait_for(self, words: str) -> None:

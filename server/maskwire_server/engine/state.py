@@ -54,11 +54,13 @@ class Conditions:
         return condition in self._holding
 
     def failed(self, what: str, error: BaseException) -> Refused:
-        """Log an unexpected error and return the refusal to answer with.
+        """Log an unexpected error and return the refusal to answer with; a Refused is returned as it is.
 
         The answer carries an error id and none of the error's text. Diverged weights are the user's to fix,
         so that answer says how.
         """
+        if isinstance(error, Refused):
+            return error
         short = shortage(error)
         if short is not None:
             log.error("%s failed: %s", what, error)

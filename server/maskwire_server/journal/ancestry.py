@@ -22,6 +22,13 @@ def lineage_of(segments: list[Segment], step: int) -> int:
     return next(part.lineage for part in segments if part.through is None or step <= part.through)
 
 
+def includes(segments: list[Segment], lineage: int, step: int) -> bool:
+    """Whether a step of a lineage is part of the ancestry `segments`."""
+    return any(
+        part.lineage == lineage and (part.through is None or step <= part.through) for part in segments
+    )
+
+
 def ancestry(lineages: dict[int, Lineage], lineage: int) -> list[Segment]:
     """The segments from the first lineage to `lineage`, oldest first. Raises RunDirectoryError."""
     segments = [Segment(lineage, None)]

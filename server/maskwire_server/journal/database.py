@@ -188,9 +188,7 @@ def is_full(error: BaseException | None) -> bool:
 
 def is_damaged(error: BaseException) -> bool:
     """Whether SQLite found a page that is not what it wrote."""
-    code = (
-        getattr(error, "sqlite_errorcode", 0) & 0xFF
-    )  # an extended code has the primary one in its low byte
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # of an extended code, the primary one
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 

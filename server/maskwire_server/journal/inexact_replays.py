@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from maskwire.v1.values import InexactReplay
-from maskwire_server.journal.ancestry import Segment
+from maskwire_server.journal.ancestry import Segment, includes
 from maskwire_server.journal.journal import Journal
 
 EVENT = "inexact_replay"
@@ -43,13 +43,7 @@ def recorded(journal: Journal) -> tuple[InexactReplay, ...]:
 
 def within(replays: Iterable[InexactReplay], segments: list[Segment]) -> tuple[InexactReplay, ...]:
     """The inexact replays within an ancestry."""
-    through = {segment.lineage: segment.through for segment in segments}
-    return tuple(
-        replay
-        for replay in replays
-        if replay.lineage in through
-        and (through[replay.lineage] is None or replay.first_step <= (through[replay.lineage] or 0))
-    )
+    return tuple(replay for replay in replays if includes(segments, replay.lineage, replay.first_step))
 
 
 def ahead(

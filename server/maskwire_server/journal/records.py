@@ -64,12 +64,7 @@ class StepRecord:
                 digest,
             )
             whole = record.row_hash() == row_hash
-        except (
-            ValueError,
-            TypeError,
-            AttributeError,
-            struct.error,
-        ):  # decoding damaged data can raise any of these
+        except (ValueError, TypeError, AttributeError, struct.error):  # the data is damaged
             whole = False
         if not whole:
             raise damaged(f"the record of step {step} (lineage {lineage})")

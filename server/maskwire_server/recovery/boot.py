@@ -139,7 +139,7 @@ def recover(
     )
     inexact = rebuilt.inexact
     if inexact:
-        with_room(partial(inexact_replays.record, journal, inexact, rebuilt.replayed.beyond))
+        with_room(partial(inexact_replays.record, journal, inexact, rebuilt.beyond))
     non_finite = _non_finite(journal, lineage, step)
     return Recovered(lineage, step, digest, non_finite, bool(inexact), rebuilt.accepted)
 

@@ -78,12 +78,8 @@ def changed_fingerprints(was: dict[str, Any], settings: dict[str, Any]) -> list[
     ]
 
 
-def optimizer_section(settings: dict[str, Any]) -> dict[str, Any]:
-    """The [optimizer] section within `numerics`."""
-    prefix = "optimizer."
-    return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
-
-
 def trainer_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """What a trainer is configured with: the [optimizer] section and the numerics version."""
-    return optimizer_section(settings), numerics_version(settings)
+    prefix = "optimizer."
+    section = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+    return section, numerics_version(settings)

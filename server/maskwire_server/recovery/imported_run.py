@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from maskwire_server.checkpoints import membership
-from maskwire_server.checkpoints.saver import KEPT_SECTIONS
+from maskwire_server.checkpoints.saver import kept_sections
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal.fsync import flush_folder, make_folder
@@ -92,13 +92,12 @@ def _write(
     try:
         trainer = factory()
         lineage = journal.lineages()[1]
-        kept = {section: configuration[section] for section in KEPT_SECTIONS if section in configuration}
         manifest = Manifest(
             CheckpointInfo(NAME, lineage.lineage, 0, lineage.digest, (), time.time(), labels),
             journal.fact("run_id"),
             False,
             None,
-            kept,
+            kept_sections(configuration),
             versions | trainer.versions,
             save_id=membership.new_save_id(),
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from maskwire_server.checkpoints.saver import KEPT_SECTIONS
+from maskwire_server.checkpoints.saver import kept_sections
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import inexact_replays
@@ -68,23 +68,22 @@ def rewind(
             pass_over=lambda name, problem: tell(f"checkpoint {name} cannot be used: {problem}"),
             tell=tell,
         )
-        done = rebuilt.replayed
         tell(
-            f"recomputed {done.count} step{'s' * (done.count != 1)}; "
-            f"{done.differing} differed from the record"
+            f"recomputed {rebuilt.count} step{'s' * (rebuilt.count != 1)}; "
+            f"{rebuilt.differing} differed from the record"
         )
         name = out.name if out is not None else f"step-{to_step:09d}"
         info = CheckpointInfo(name, last.lineage, to_step, digest, (), time.time())
         if out is None:
-            return info, done.differing
-        kept = {section: configuration[section] for section in KEPT_SECTIONS if section in configuration}
+            return info, rebuilt.differing
         history = inexact_replays.within(inexact_replays.recorded(journal), segments)
         state = Manifest(
-            info, journal.fact("run_id"), False, None, kept, trainer.versions, (*history, *rebuilt.inexact),
+            info, journal.fact("run_id"), False, None, kept_sections(configuration), trainer.versions,
+            (*history, *rebuilt.inexact),
         )  # fmt: skip
         beside = Checkpoints(run_dir)
         beside.folder = out.absolute().parent
         beside.folder.mkdir(parents=True, exist_ok=True)
-        return beside.write(trainer.snapshot(), state).info, done.differing
+        return beside.write(trainer.snapshot(), state).info, rebuilt.differing
     finally:
         journal.close()

@@ -9,10 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from maskwire.v1.values import InexactReplay
 from maskwire_server import failpoints
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
@@ -27,20 +25,6 @@ from maskwire_server.recovery.trainer_interface import ReplayTrainer
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Rebuilt:
-    """What it took to rebuild the state."""
-
-    replayed: Replayed
-    accepted: bool
-    """Something that no tolerance covers was accepted."""
-
-    @property
-    def inexact(self) -> list[InexactReplay]:
-        """The steps whose weights are close to the recorded run's, and not the same bytes."""
-        return self.replayed.inexact(accepted=self.accepted)
-
-
 def rebuild(
     journal: Journal,
     checkpoints: Checkpoints,
@@ -53,7 +37,7 @@ def rebuild(
     accept_lost: bool = False,
     pass_over: Callable[[str, str], None],
     tell: Callable[[str], None],
-) -> Rebuilt:
+) -> Replayed:
     """Bring the trainer to `last_step`, where the ancestry `segments` ends.
 
     `pass_over` is called with the name of each unusable checkpoint and what is wrong with it, `tell` with the
@@ -101,4 +85,5 @@ def rebuild(
         log.info("replayed %d %s in %.1f s", replayed.count, word, time.monotonic() - began)
     recorded.restore()
     failpoints.passing("recovery.replayed")
-    return Rebuilt(replayed, recorded.accepted or bool(replayed.beyond))
+    replayed.accepted = recorded.accepted or bool(replayed.beyond)
+    return replayed

@@ -104,11 +104,13 @@ class Replayed:
     """The steps among these that no tolerance covers and that were accepted."""
     stretches: dict[int, tuple[int, int]] = field(default_factory=dict)
     """By lineage, the first and last step whose weights are close to the run's but not the same bytes."""
+    accepted: bool = False
+    """Something that no tolerance covers was accepted."""
 
-    def inexact(self, *, accepted: bool) -> list[InexactReplay]:
-        """Ranges of steps whose recomputed results differ from the record."""
-        accepted = accepted or bool(self.beyond)
-        return [InexactReplay(lineage, *steps, accepted) for lineage, steps in self.stretches.items()]
+    @property
+    def inexact(self) -> list[InexactReplay]:
+        """The steps whose weights are close to the recorded run's, and not the same bytes."""
+        return [InexactReplay(lineage, *steps, self.accepted) for lineage, steps in self.stretches.items()]
 
 
 def replay(
@@ -155,9 +157,10 @@ def replay(
         if same:
             continue
         done.differing += 1
-        problem = _bytes_differ(record, result) if allowed is None else (
-            excess(record, result, allowed, sent.batch.rows * sent.batch.columns)
-        )  # fmt: skip
+        if allowed is None:
+            problem: str | None = f"loss {result.losses.loss!r}, acknowledged was {record.losses.loss!r}"
+        else:
+            problem = excess(record, result, allowed, sent.batch.rows * sent.batch.columns)
         if problem is None:
             continue
         message = f"step {record.step} computed again gave {problem}"
@@ -174,7 +177,3 @@ def replay(
             done.differing - len(done.beyond),
         )
     return done
-
-
-def _bytes_differ(record: StepRecord, result: StepResult) -> str:
-    return f"loss {result.losses.loss!r}, acknowledged was {record.losses.loss!r}"

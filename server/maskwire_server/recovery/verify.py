@@ -19,12 +19,12 @@ from typing import Any
 from maskwire.v1.digest import initial_digest, lineage_digest, step_digest
 from maskwire.v1.values import InexactReplay, Outcome
 from maskwire_server.batch import Payload
-from maskwire_server.checkpoints.membership import foreign_save, recorded_saves
+from maskwire_server.checkpoints.membership import Membership
 from maskwire_server.checkpoints.retention import FALLBACKS, on_path
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import inexact_replays
-from maskwire_server.journal.ancestry import ancestry
+from maskwire_server.journal.ancestry import ancestry, lineage_of
 from maskwire_server.journal.database import explained
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, StepRecord
@@ -136,18 +136,13 @@ def _verified_steps(
 def _verify_checkpoints(
     journal: Journal, checkpoints: Checkpoints, audit: Audit, tell: Callable[[str], None]
 ) -> None:
-    saves = recorded_saves(journal)
     found = checkpoints.all()
+    membership = Membership()
+    membership.look_up(journal, found)
     for manifest in found:
         info = manifest.info
         tell(f"checkpoint {info.name}")
-        problem = checkpoints.damage(manifest)
-        if manifest.run_id != audit.run_id:
-            problem = f"it belongs to run {manifest.run_id}"
-        elif journal.digest_at(info.lineage, info.step) != info.digest:
-            problem = f"it holds step {info.step} (lineage {info.lineage}), which the journal does not have"
-        else:
-            problem = problem or foreign_save(manifest, saves)
+        problem = membership.problem(manifest) or checkpoints.damage(manifest)
         if problem is None:
             audit.checkpoints.append(info.name)
         else:
@@ -202,8 +197,7 @@ def inspect(run_dir: Path, step: int, lineage: int | None = None) -> Inspected:
     try:
         lineages = journal.lineages()
         if lineage is None:
-            segments = ancestry(lineages, max(lineages))
-            lineage = next(s.lineage for s in segments if s.through is None or step <= s.through)
+            lineage = lineage_of(ancestry(lineages, max(lineages)), step)
         record = journal.step(lineage, step)
         if record is None:
             last = journal.last_step(max(lineages))

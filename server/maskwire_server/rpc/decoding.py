@@ -43,6 +43,8 @@ def read_step(request: pb.TrainStepRequest, info: ModelInfo, limits: Limits) -> 
     rate = request.learning_rate if request.HasField("learning_rate") else None
     if rate is not None and not (math.isfinite(rate) and rate >= 0):
         raise invalid_field("learning_rate", f"learning_rate must be finite and at least 0, got {rate}")
+    if rate is not None:
+        rate += 0.0  # makes -0.0 the 0.0 that is hashed and journalled
     step = request.step if request.HasField("step") else None
     if step is not None and not 1 <= step < 2**62:
         raise invalid_field("step", f"step must be at least 1, got {step}: steps count from 1", value=step)
@@ -299,7 +301,7 @@ def _temperature(request: pb.TrainStepRequest | pb.EvalLossRequest) -> float | N
             "generator_sample_temperature",
             f"generator_sample_temperature must be finite and at least 0, got {value}",
         )
-    return value
+    return value + 0.0  # makes -0.0 the 0.0 that is hashed and journalled
 
 
 def _name(field: str, value: str, *, required: bool = False) -> str | None:

@@ -13,7 +13,7 @@ import grpc
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from maskwire_server.errors import Refused, shortage
+from maskwire_server.errors import REASONS, Refused, shortage
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ def abort(context: grpc.ServicerContext, refusal: Refused) -> NoReturn:
 
 def to_status(refusal: Refused) -> Any:
     """A refusal as google.rpc.Status: ErrorInfo always, BadRequest and RetryInfo where they apply."""
-    kind = refusal.kind
-    status = status_pb2.Status(code=code_pb2.Code.Value(kind.status), message=_shorten(refusal.message))
+    code = code_pb2.Code.Value(REASONS[refusal.reason].status)
+    status = status_pb2.Status(code=code, message=_shorten(refusal.message))
     metadata = {name: _shorten(value) for name, value in refusal.metadata.items()}
     info = error_details_pb2.ErrorInfo(reason=refusal.reason, domain=DOMAIN, metadata=metadata)
     status.details.add().Pack(info)
@@ -53,9 +53,9 @@ def to_status(refusal: Refused) -> Any:
         for field, description in refusal.fields.items():
             bad.field_violations.add(field=field, description=_shorten(description))
         status.details.add().Pack(bad)
-    if kind.retry_after_seconds is not None:
+    if refusal.retry_after_seconds is not None:
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(int(kind.retry_after_seconds * 1000))
+        retry.retry_delay.FromMilliseconds(int(refusal.retry_after_seconds * 1000))
         status.details.add().Pack(retry)
     return status
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.values import Limits, ModelInfo
-from maskwire_server.batch import Prompts
+from maskwire_server.batch import Batch, Prompts
 from maskwire_server.errors import invalid_field
 from maskwire_server.requests import GenerateRequest
 from maskwire_server.results import GenerateAnswer, GenerateOptions, Order, SelfCondMode
@@ -138,30 +138,14 @@ def _read_prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) 
             "count",
             f"count must be 1 to {rows}, the number of prompts, or 0 for all of them, got {request.count}",
         )
-    shape = (rows, columns)
-    inside = (
-        np.ones(shape, dtype=bool) if lengths is None else np.arange(columns) < np.asarray(lengths)[:, None]
-    )
     bits = token_batch.read_prompt_bits("prompts", batch.prompt_mask, rows, columns)
-    if bits:
-        unpacked = np.unpackbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little")
-        given = unpacked[: rows * columns].astype(bool).reshape(shape)[inside]
-    else:
-        given = flat != info.mask_id
-    padding = np.zeros(flat.shape, dtype=bool)
-    if lengths is None and info.pad_id is not None:
-        padding = flat == info.pad_id
+    ids, valid, given = Batch(flat, rows, columns, lengths, bits).dense(info.pad_id)
+    known = given if bits else valid & (ids != info.mask_id)
     # The ids at unknown positions are not used, so any value is valid there: check an ordinary id instead.
     datum = next(id_ for id_ in range(3) if id_ not in (info.mask_id, info.pad_id))
-    token_batch.check_ids("prompts", np.where(given, flat, datum), columns, lengths, info)
-    known = np.zeros(shape, dtype=bool)
-    ids = np.zeros(shape, dtype=np.int64)
-    valid = inside.copy()
-    valid[inside] = ~padding
-    known[inside] = given & ~padding
-    ids[inside] = np.where(given & ~padding, flat, 0)
-    count = request.count or rows
-    prompts = _first_rows(Prompts(ids, valid, known, lengths), count)
+    sent = known.ravel() if lengths is None else known[valid]
+    token_batch.check_ids("prompts", np.where(sent, flat, datum), columns, lengths, info)
+    prompts = _first_rows(Prompts(np.where(known, ids, 0), valid, known, lengths), request.count or rows)
     if request.length:
         prompts = _pad_columns(prompts, request.length, info, limits)
     if not prompts.unknown.any():

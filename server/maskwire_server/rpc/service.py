@@ -28,7 +28,7 @@ MAX_LISTS = 2  # the committer reads a list of steps, between its transactions
 
 
 class TrainingService(pb_grpc.TrainingServiceServicer):
-    """Serves one engine."""
+    """Serves one engine. The proto describes each method."""
 
     def __init__(self, engine: EngineInterface) -> None:
         self._engine = engine
@@ -37,26 +37,21 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         self._generations = ConcurrencyLimit(MAX_GENERATIONS, "generations")
         self._lists = ConcurrencyLimit(MAX_LISTS, "lists of steps")
 
-    def OpenSession(  # noqa: N802
+    def OpenSession(
         self, request: pb.OpenSessionRequest, context: grpc.ServicerContext
     ) -> pb.OpenSessionResponse:
-        """See the proto."""
         with abort_on_error(context):
             session = _wait(self._engine.open_session(decoding.read_open(request)), context)
             return encoding.session(session, self._model_info(), self._engine.limits)
 
-    def CloseSession(  # noqa: N802
+    def CloseSession(
         self, request: pb.CloseSessionRequest, context: grpc.ServicerContext
     ) -> pb.CloseSessionResponse:
-        """See the proto."""
         with abort_on_error(context):
             _wait(self._engine.close_session(decoding.read_session(request.session)), context)
             return pb.CloseSessionResponse()
 
-    def TrainStep(  # noqa: N802
-        self, request: pb.TrainStepRequest, context: grpc.ServicerContext
-    ) -> pb.TrainStepResponse:
-        """See the proto."""
+    def TrainStep(self, request: pb.TrainStepRequest, context: grpc.ServicerContext) -> pb.TrainStepResponse:
         with abort_on_error(context):
             return encoding.step(_wait(self._submit_step(request), context))
 
@@ -69,18 +64,14 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
             raise
         return self._engine.train_step(step)
 
-    def EvalLoss(  # noqa: N802
-        self, request: pb.EvalLossRequest, context: grpc.ServicerContext
-    ) -> pb.EvalLossResponse:
-        """See the proto."""
+    def EvalLoss(self, request: pb.EvalLossRequest, context: grpc.ServicerContext) -> pb.EvalLossResponse:
         with abort_on_error(context):
             evaluation = decoding.read_eval(request, self._model_info(), self._engine.limits)
             return encoding.evaluation(_wait(self._engine.eval_loss(evaluation), context))
 
-    def Generate(  # noqa: N802
+    def Generate(
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
-        """See the proto."""
         with abort_on_error(context), self._generations:
             decoded = generate.read_generate(request, self._model_info(), self._engine.limits)
             generation = self._engine.generate(decoded)
@@ -92,58 +83,49 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
             finally:
                 generation.cancel()
 
-    def Checkpoint(  # noqa: N802
+    def Checkpoint(
         self, request: pb.CheckpointRequest, context: grpc.ServicerContext
     ) -> pb.CheckpointResponse:
-        """See the proto."""
         with abort_on_error(context):
             saved = _wait(self._engine.save(decoding.read_save(request)), context)
             return pb.CheckpointResponse(checkpoint=encoding.checkpoint(saved))
 
-    def ListCheckpoints(  # noqa: N802
+    def ListCheckpoints(
         self, request: pb.ListCheckpointsRequest, context: grpc.ServicerContext
     ) -> pb.ListCheckpointsResponse:
-        """See the proto."""
         with abort_on_error(context):
             return list_checkpoints.answer(request, self._engine)
 
-    def RestoreCheckpoint(  # noqa: N802
+    def RestoreCheckpoint(
         self, request: pb.RestoreCheckpointRequest, context: grpc.ServicerContext
     ) -> pb.RestoreCheckpointResponse:
-        """See the proto."""
         with abort_on_error(context):
             return encoding.restore(_wait(self._engine.restore(decoding.read_restore(request)), context))
 
-    def DeleteCheckpoint(  # noqa: N802
+    def DeleteCheckpoint(
         self, request: pb.DeleteCheckpointRequest, context: grpc.ServicerContext
     ) -> pb.DeleteCheckpointResponse:
-        """See the proto."""
         with abort_on_error(context):
             _wait(self._engine.delete(decoding.read_checkpoint_name(request.name)), context)
             return pb.DeleteCheckpointResponse()
 
-    def DownloadCheckpoint(  # noqa: N802
+    def DownloadCheckpoint(
         self, request: pb.DownloadCheckpointRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.DownloadCheckpointResponse]:
-        """See the proto."""
         with abort_on_error(context), self._downloads:
             yield from map(encoding.chunk, self._engine.download(decoding.read_download(request)))
 
-    def ListSteps(  # noqa: N802
-        self, request: pb.ListStepsRequest, context: grpc.ServicerContext
-    ) -> pb.ListStepsResponse:
-        """See the proto."""
+    def ListSteps(self, request: pb.ListStepsRequest, context: grpc.ServicerContext) -> pb.ListStepsResponse:
         with abort_on_error(context):
             decoded = list_steps.read_list(request)
             with self._lists:
                 return list_steps.answer(_wait(self._engine.list_steps(decoded), context))
 
-    def GetStatus(  # noqa: N802
+    def GetStatus(
         self,
         request: pb.GetStatusRequest,  # noqa: ARG002
         context: grpc.ServicerContext,
     ) -> pb.GetStatusResponse:
-        """See the proto."""
         with abort_on_error(context):
             return encoding.status(self._engine.status(), self._engine.limits, self._started)
 

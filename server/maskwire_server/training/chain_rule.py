@@ -13,6 +13,7 @@ Letters: r rows, d draws (orders), b pseudo-rows (a row with one of its passes),
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ from maskwire_server.training.corruption import Corruption, Vocabulary, random_r
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.evaluation import TensorBatch
 from maskwire_server.training.evaluation_figures import Bins, combine, summarize
+from maskwire_server.training.micro_batches import row_lengths, split
 from maskwire_server.training.objective import Model
 
 
@@ -87,16 +89,12 @@ def evaluate(
     )
 
 
-def ranks(batch: TensorBatch, options: EvalOptions, row_b: Tensor, draw_b: Tensor) -> Tensor:
+def ranks(maskable_bn: Tensor, options: EvalOptions, row_b: Tensor, draw_b: Tensor) -> Tensor:
     """The rank of each position in the order of its row, int64 [b, n]. It is n or more if it has none.
 
     A random order depends on the seed, the id of the row and the draw. It covers the maskable positions, so
     that padding, prompts and other rows do not change it.
     """
-    return _ranks(batch.maskable_rn[row_b], options, row_b, draw_b)
-
-
-def _ranks(maskable_bn: Tensor, options: EvalOptions, row_b: Tensor, draw_b: Tensor) -> Tensor:
     if not options.random_order:
         rank_bn = maskable_bn.cumsum(-1) - 1
     else:
@@ -111,33 +109,26 @@ def passes(
 ) -> Iterator[PassBatch]:
     """All passes of all orders of all rows, in parts."""
     n_r = batch.maskable_rn.sum(-1).tolist()
-    length_r = [int(row.nonzero().max()) + 1 if bool(row.any()) else 1 for row in batch.valid_rn]
-    waiting: list[tuple[int, int, int]] = []
-    longest = 0
-    for r, n in enumerate(n_r):
-        for d in range(options.draws):
-            for i in range(n):
-                if waiting and max(longest, length_r[r]) * (len(waiting) + 1) > budget:
-                    yield _together(batch, options, vocabulary, waiting, longest)
-                    waiting, longest = [], 0
-                waiting.append((r, d, i))
-                longest = max(longest, length_r[r])
-    if waiting:
-        yield _together(batch, options, vocabulary, waiting, longest)
+    length_r = row_lengths(batch.valid_rn)
+    each = ((r, d, i) for r, n in enumerate(n_r) for d in range(options.draws) for i in range(n))
+    length_b = (length_r[r] for r, n in enumerate(n_r) for _ in range(options.draws * n))
+    for where, longest in split(length_b, budget):
+        chosen = list(itertools.islice(each, where.stop - where.start))
+        yield _together(batch, options, vocabulary, chosen, longest)
 
 
 def _together(
     batch: TensorBatch,
     options: EvalOptions,
     vocabulary: Vocabulary,
-    waiting: list[tuple[int, int, int]],
+    chosen: list[tuple[int, int, int]],
     longest: int,
 ) -> PassBatch:
-    row_b, draw_b, pass_b = torch.tensor(waiting).unbind(1)
+    row_b, draw_b, pass_b = torch.tensor(chosen).unbind(1)
     orders, of_b = torch.unique(torch.stack((row_b, draw_b)), dim=1, return_inverse=True)
     # Cut the columns first. Otherwise short rows, as wide as the longest one, would exceed the budget.
     ids_rn, valid_rn, maskable_rn = batch.columns(longest)
-    rank_bn = _ranks(maskable_rn[orders[0]], options, *orders)[of_b]
+    rank_bn = ranks(maskable_rn[orders[0]], options, *orders)[of_b]
     maskable_bn = maskable_rn[row_b]
     mask_bn = maskable_bn & (rank_bn >= pass_b[:, None])
     ids_bn = ids_rn[row_b]

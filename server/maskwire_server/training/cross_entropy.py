@@ -1,9 +1,10 @@
 """Cross-entropy over a large vocabulary, with the logits computed in chunks.
 
-With logits z = x w^T, p = softmax(z), t the target and a weight c for each position,
+With logits z = x w^T + b, p = softmax(z), t the target and a weight c for each position,
 
     L = sum over m of c (log sum exp z - z_t),   dL/dz = c (p - onehot(t)),
     dL/dx = c (p - onehot(t)) w,                 dL/dw = sum over m of (p - onehot(t)) (c x)^T,
+    dL/db = sum over m of c (p - onehot(t)),
 
 so the gradients of a chunk are computed together with its logits, and no tensor of size [m, v] is kept for
 the backward pass (the idea of Hsu et al. 2024, Liger kernel, and Wijmans et al. 2024, Cut Cross-Entropy).
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from maskwire_server.training.corruption import Vocabulary
+from maskwire_server.training.head import Head
 
 CHUNK = {"cpu": 2**22, "cuda": 2**28}  # logits at once: 16 MiB and 1 GiB in fp32
 
@@ -52,14 +54,31 @@ def forbid_special(logits_mv: Tensor, vocabulary: Vocabulary) -> Tensor:
 
 
 def weighted_sum(
-    x_md: Tensor, w_vd: Tensor, target_m: Tensor, weight_m: Tensor, vocabulary: Vocabulary, look: Look | None
+    head: Head, target_m: Tensor, weight_m: Tensor, vocabulary: Vocabulary, look: Look | None
 ) -> Tensor:
-    """The weighted sum of cross-entropies of the logits x w^T: an fp64 scalar with gradients for x and w."""
-    learns = torch.is_grad_enabled() and (x_md.requires_grad or w_vd.requires_grad)
+    """The weighted sum of cross-entropies: an fp64 scalar with gradients for the head's tensors."""
+    x_md, w_vd, bias_v = head
+    if w_vd is None:
+        return _of_logits(x_md, target_m, weight_m, vocabulary, look)
+    given = (x_md, w_vd) if bias_v is None else (x_md, w_vd, bias_v)
+    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     total: Tensor = _WeightedSum.apply(  # type: ignore[no-untyped-call]
-        x_md, w_vd, target_m, weight_m, vocabulary, look, learns
+        x_md, w_vd, bias_v, target_m, weight_m, vocabulary, look, learns
     )
     return total
+
+
+def _of_logits(
+    logits_mv: Tensor, target_m: Tensor, weight_m: Tensor, vocabulary: Vocabulary, look: Look | None
+) -> Tensor:
+    """The same from logits that the model computed itself, all in memory at once."""
+    logits_mv = forbid_special(logits_mv.clone(), vocabulary)
+    if look is not None:
+        m, v = logits_mv.shape
+        for rows in chunks(m, v, logits_mv.device):
+            look(rows, logits_mv[rows].detach())
+    log_p = logits_mv.log_softmax(-1).gather(1, target_m[:, None])[:, 0]
+    return -(log_p.double() * weight_m).sum()
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -70,6 +89,7 @@ class _WeightedSum(torch.autograd.Function):
         ctx: Any,
         x_md: Tensor,
         w_vd: Tensor,
+        bias_v: Tensor | None,
         target_m: Tensor,
         weight_m: Tensor,
         vocabulary: Vocabulary,
@@ -81,10 +101,12 @@ class _WeightedSum(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(device.type)
         grad_x = torch.empty_like(x_md) if learns else None
         grad_w = torch.zeros_like(w_vd) if learns and w_vd.requires_grad else None  # None: w is frozen
+        grad_b = torch.zeros_like(bias_v) if learns and bias_v is not None else None
         total = torch.zeros((), dtype=torch.float64, device=device)
         (m, _), v = x_md.shape, w_vd.shape[0]
         with torch.autocast(device.type, enabled=False):
             w = w_vd.to(dtype)
+            b = None if bias_v is None else bias_v.to(dtype)
             # All chunks share two buffers: allocating new memory would take as long as the softmax.
             products, log_ps = (
                 torch.empty(min(m, chunk_rows(v, device)), v, dtype=kind, device=device)
@@ -93,7 +115,10 @@ class _WeightedSum(torch.autograd.Function):
             for rows in chunks(m, v, device):
                 x, target, weight = x_md[rows], target_m[rows, None], weight_m[rows, None]
                 product, log_p = products[: len(x)], log_ps[: len(x)]
-                torch.mm(x.to(dtype), w.t(), out=product)
+                if b is None:
+                    torch.mm(x.to(dtype), w.t(), out=product)
+                else:
+                    torch.addmm(b, x.to(dtype), w.t(), out=product)
                 logits = forbid_special(product, vocabulary)
                 if look is not None:
                     look(rows, logits)
@@ -106,14 +131,15 @@ class _WeightedSum(torch.autograd.Function):
                 off = off.to(dtype)
                 share = weight.to(x.dtype)
                 grad_x[rows] = share * (off @ w)
-                if grad_w is None:
-                    continue
-                scaled = (share * x).to(dtype)
-                if grad_w.dtype == dtype:
-                    grad_w.addmm_(off.t(), scaled)
-                else:
-                    grad_w += off.t() @ scaled
-        ctx.gradients = grad_x, grad_w
+                if grad_w is not None:
+                    scaled = (share * x).to(dtype)
+                    if grad_w.dtype == dtype:
+                        grad_w.addmm_(off.t(), scaled)
+                    else:
+                        grad_w += off.t() @ scaled
+                if grad_b is not None:
+                    grad_b += (share * off).sum(0)
+        ctx.gradients = grad_x, grad_w, grad_b
         return total
 
     @staticmethod
@@ -121,7 +147,6 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("backward() can run only once for a cross-entropy; compute the loss again")
-        grad_x, grad_w = ctx.gradients
+        gradients = ctx.gradients
         ctx.gradients = None  # the only reference, so that autograd takes the gradients without a copy
-        grad_w = None if grad_w is None else grad_w.mul_(upstream)
-        return grad_x.mul_(upstream), grad_w, None, None, None, None, None
+        return *(None if each is None else each.mul_(upstream) for each in gradients), *[None] * 5

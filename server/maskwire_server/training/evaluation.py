@@ -28,6 +28,7 @@ from maskwire_server.training import draws, masking_schedule, objective
 from maskwire_server.training.corruption import Corruption, Vocabulary, mask_exactly
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.evaluation_figures import Bins, combine, halves, summarize
+from maskwire_server.training.micro_batches import row_lengths, split
 from maskwire_server.training.objective import Model
 
 
@@ -117,20 +118,11 @@ def _parts(
     batch: TensorBatch, k_rd: Tensor, options: EvalOptions, vocabulary: Vocabulary, budget: int, critic: bool
 ) -> Iterator[tuple[slice, Corruption, Tensor, Tensor]]:
     """The parts of the pseudo-rows in order, with the keys and temperatures of the critic's samples."""
-    r, d = k_rd.shape
-    length_r = [int(row.nonzero().max()) + 1 if bool(row.any()) else 1 for row in batch.valid_rn]
-    start = 0
-    while start < r * d:
-        stop, longest = start, 0
-        while stop < r * d:
-            wider = max(longest, length_r[stop // d])
-            if stop > start and wider * (stop + 1 - start) > budget:
-                break
-            stop, longest = stop + 1, wider
-        where = slice(start, stop)
-        row_b = torch.arange(start, stop) // d
-        who = [(options.row_ids[b // d], b % d) for b in range(start, stop)]
-        start = stop
+    d = k_rd.shape[1]
+    length_b = (length for length in row_lengths(batch.valid_rn) for _ in range(d))
+    for where, longest in split(length_b, budget):
+        row_b = torch.arange(where.start, where.stop) // d
+        who = [(options.row_ids[b // d], b % d) for b in range(where.start, where.stop)]
 
         def keys(purpose: Purpose, who: list[tuple[int, int]] = who) -> Tensor:
             return torch.tensor([draws.key(purpose, options.seed, row, draw) for row, draw in who])

@@ -57,9 +57,9 @@ def footprint(
     chunk = cross_entropy.chunk_rows(model.num_tokens, device)
     logits = 4 * 3 * chunk * model.num_tokens
     need = state + activations + logits
-    # All but the gradients, in host memory from the first checkpoint on. A file of averages has frozen
-    # parameters too, so that it can be used alone.
-    copied = sum(numbers_of.values()) - trained + (parameters - trained if optimizer.ema_decay else 0)
+    copied = (
+        sum(numbers_of.values()) - trained
+    )  # all but gradients, in host memory from the first checkpoint on
     copy = 4 * copied
     if device.type == "cpu":
         need += copy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,19 +10,24 @@ from torch import Tensor
 from maskwire_server.training.objective import PartLosses
 
 
-def split(valid_bn: Tensor, budget: int) -> Iterator[slice]:
-    """Consecutive rows with at most `budget` positions together, padding included, and at least one row."""
-    length_b = [int(row.nonzero().max()) + 1 if bool(row.any()) else 1 for row in valid_bn]
-    start = 0
-    while start < len(length_b):
-        stop, longest = start, 0
-        while stop < len(length_b):
-            longest = max(longest, length_b[stop])
-            if stop > start and longest * (stop + 1 - start) > budget:
-                break
-            stop += 1
-        yield slice(start, stop)
-        start = stop
+def row_lengths(valid_bn: Tensor) -> list[int]:
+    """The columns of each row up to its last valid position, at least 1."""
+    return [int(row.nonzero().max()) + 1 if bool(row.any()) else 1 for row in valid_bn]
+
+
+def split(lengths: Iterable[int], budget: int) -> Iterator[tuple[slice, int]]:
+    """Consecutive rows with at most `budget` positions together, padding included, and at least one row.
+
+    With each slice comes the length of its longest row.
+    """
+    start = stop = longest = 0
+    for length in lengths:
+        if stop > start and max(longest, length) * (stop + 1 - start) > budget:
+            yield slice(start, stop), longest
+            start, longest = stop, 0
+        stop, longest = stop + 1, max(longest, length)
+    if stop > start:
+        yield slice(start, stop), longest
 
 
 class BatchLosses:

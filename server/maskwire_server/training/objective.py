@@ -20,6 +20,7 @@ from maskwire_server.config import ObjectiveConfig
 from maskwire_server.training import cross_entropy, draws, masking_schedule
 from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, coin
 from maskwire_server.training.draws import Purpose
+from maskwire_server.training.head import Head
 
 _SAMPLE_CHUNK = 2**21  # fp64 probabilities in memory at once while sampling: 16 MiB
 
@@ -35,8 +36,8 @@ class Model(Protocol):
         `read_m` holds indices into the flattened [b, n] grid, each at most once.
         """
 
-    def head(self, e_md: Tensor) -> tuple[Tensor, Tensor]:
-        """x [m, d] and w [v, d] of packed positions' logits x w^T."""
+    def head(self, e_md: Tensor) -> Head:
+        """The output layer for packed positions."""
 
     def project(self, e_md: Tensor) -> Tensor:
         """Logits of packed positions, [m, v]."""
@@ -160,7 +161,7 @@ def losses(
     with torch.set_grad_enabled(modes.generator_learns and torch.is_grad_enabled()):
         e_md = embeddings(model, config, part.input_bn, valid, masked_m, first_pass=modes.first_pass)
         target_m, weight_m = part.ids_bn.flatten()[masked_m], weight_b[masked_m // n]
-        generator = cross_entropy.weighted_sum(*model.head(e_md), target_m, weight_m, vocabulary, look)
+        generator = cross_entropy.weighted_sum(model.head(e_md), target_m, weight_m, vocabulary, look)
     if not modes.critic:
         return PartLosses(generator, None)
     filled_bn = part.ids_bn.masked_scatter(part.mask_bn, sampled_m)

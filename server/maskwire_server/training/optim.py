@@ -48,6 +48,12 @@ def _decayed(module: nn.Module) -> set[Tensor]:
     return {weight for weight in module.parameters() if weight.ndim >= 2 and weight not in embeddings}
 
 
+def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    weights = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    state = module.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if name not in weights}
+
+
 def rules(module: nn.Module, config: OptimizerConfig, own: Matched) -> dict[str, Rule]:
     """How each parameter of a network is trained, by name."""
     hidden = hidden_matrices(module).keys() & _decayed(module) if config.name == "muon" else set()
@@ -73,16 +79,20 @@ class Group:
         """`own` has the groups of the parameters by name. With `bf16`, Muon's iteration is in bfloat16."""
         own = own or {}
         self.module = module
-        named = dict(module.named_parameters())
-        self.names = list(named)
-        self.weights = list(named.values())
+        parameters = dict(module.named_parameters())
         self.rules = rules(module, config, own)
         """How each parameter is trained, by name. It cannot change."""
-        self.frozen = frozen(own)
+        self.frozen_names = frozen(own)
         """The names of the parameters that `optimizer.groups` freezes."""
-        for name in self.frozen:
-            named[name].requires_grad_(False)
-        self._learning = {name: named[name] for name, rule in self.rules.items() if rule != "frozen"}
+        for name in self.frozen_names:
+            parameters[name].requires_grad_(False)
+        named = {name: weight for name, weight in parameters.items() if weight.requires_grad}
+        self.frozen = {name: weight for name, weight in parameters.items() if name not in named}
+        """Weights that are never trained, by name: those of frozen groups, and those under adapters."""
+        self.buffers = _persistent_buffers(module)
+        """Tensors of the module's state that are not weights, by name. No step changes them."""
+        self.names = list(named)
+        self.weights = list(named.values())
         decays = _decayed(module)
         # Numerics version 1 treated `project_emb` as an embedding.
         self._decays_since = {
@@ -99,10 +109,8 @@ class Group:
             dtype=torch.bfloat16 if bf16 else torch.float32,
         )
         self.configure(config, own)
-        for name, weight in self._learning.items():
-            if (
-                self.rules[name] == "adamw"
-            ):  # allocated now, so that the first update cannot run out of memory
+        for name, weight in named.items():  # allocated now, so that the first update cannot lack memory
+            if self.rules[name] == "adamw":
                 self.optimizer.state[weight] = {
                     "step": torch.zeros((), dtype=torch.float32, device=weight.device),
                     "exp_avg": torch.zeros_like(weight),
@@ -110,20 +118,15 @@ class Group:
                 }
         self.updates = 0
         """Number of steps that trained this group."""
-        self.ema = self._average_of(module) if config.ema_decay else None
-        """The module with the moving average of the weights, if the run keeps one. Frozen parameters are the
-        module's own."""
-
-    def _average_of(self, module: nn.Module) -> nn.Module:
-        shared = {id(weight): weight for weight in self.weights if not weight.requires_grad}
-        return copy.deepcopy(module, shared).eval().requires_grad_(False)
+        self.ema = self._copy(module) if config.ema_decay else None
+        """The module with the moving average of the weights, if the run keeps one."""
 
     def configure(
         self, config: OptimizerConfig, own: Matched, numerics_version: int = NUMERICS_VERSION
     ) -> None:
         """Apply new settings. What is frozen and whether there is a moving average cannot change."""
         alike: dict[tuple[str, float, float], list[Tensor]] = {}
-        for name, weight in self._learning.items():
+        for name, weight in zip(self.names, self.weights, strict=True):
             group = own.get(name)
             scale = 1.0 if group is None else group.lr_scale
             decay = config.weight_decay
@@ -158,26 +161,38 @@ class Group:
                 group["lr"] = rate * group["lr_scale"]
             optimizer.step()
         self.updates += 1
-        if self.ema is not None and self._learning:
+        if self.ema is not None and self.weights:
             # min(d, (1+s)/(10+s)): a smaller decay at the start, so that the average follows quickly
             # (tf.train.ExponentialMovingAverage in TensorFlow).
             decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
-            average_of = dict(self.ema.named_parameters())
-            averages: list[Tensor] = [average_of[name] for name in self._learning]
-            weights = [weight.detach() for weight in self._learning.values()]
-            torch._foreach_lerp_(averages, weights, 1 - decay)
+            averages = list(self.averages().values())
+            torch._foreach_lerp_(averages, [weight.detach() for weight in self.weights], 1 - decay)
+
+    def averages(self) -> dict[str, Tensor]:
+        """The moving averages of the weights, by name. Empty if the run keeps none."""
+        if self.ema is None:
+            return {}
+        found = dict(self.ema.named_parameters())
+        return {name: found[name] for name in self.names}
 
     def begin_average(self) -> None:
         """Set the moving average, if the run keeps one, to the weights."""
         if self.ema is not None:
             with torch.no_grad():
-                for average, weight in zip(self.ema.parameters(), self.weights, strict=True):
+                for average, weight in zip(self.averages().values(), self.weights, strict=True):
                     average.copy_(weight)
+                for name, buffer in _persistent_buffers(self.ema).items():
+                    buffer.copy_(self.buffers[name])
+
+    def _copy(self, module: nn.Module) -> nn.Module:
+        """A copy of the module that shares the weights which are never trained."""
+        memo = {id(weight): weight for weight in self.frozen.values()}
+        return copy.deepcopy(module, memo).eval().requires_grad_(False)
 
     def state(self) -> dict[str, Tensor]:
         """The state of the optimizer and the number of updates, by name. Frozen parameters have none."""
         state = {"updates": torch.tensor(self.updates, dtype=torch.int64)}
-        for name, weight in self._learning.items():
+        for name, weight in zip(self.names, self.weights, strict=True):
             optimizer = self._muon if self.rules[name] == "muon" else self.optimizer
             for part, value in optimizer.state[weight].items():
                 state[f"{name}.{part}"] = value
@@ -216,9 +231,9 @@ def configure(groups: Mapping[str, Group], config: OptimizerConfig, numerics_ver
     except ConfigError as error:
         raise ValueError(str(error)) from error
     for part, group in groups.items():
-        different = sorted(group.frozen ^ frozen(matches[part]))
+        different = sorted(group.frozen_names ^ frozen(matches[part]))
         if different:
-            was, now = ("trained", "frozen") if different[0] in group.frozen else ("frozen", "trained")
+            was, now = ("trained", "frozen") if different[0] in group.frozen_names else ("frozen", "trained")
             others = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
             raise ValueError(f"optimizer.groups: {part}.{different[0]}{others} was {was}, is {now}")
     for part, group in groups.items():

@@ -1,6 +1,7 @@
 """The trainer's state in memory and in files. All files are safetensors, so a foreign file can run no code.
 
-model.safetensors       generator.* and critic.*
+model.safetensors       generator.* and critic.*: weights, and buffers that belong to the state
+frozen.safetensors      the same for weights that are never trained; the same file in each checkpoint
 ema.safetensors         the same names, if the run keeps a moving average
 optimizer.safetensors   generator.* and critic.*: the optimizer's state and the number of updates
 """
@@ -25,6 +26,8 @@ from maskwire_server.training.optim import Group
 
 MODEL_FILE, EMA_FILE = WEIGHT_FILES
 OPTIMIZER_FILE = "optimizer.safetensors"
+FROZEN_FILE = "frozen.safetensors"
+_FIXED = "; optimizer.name and what optimizer.groups freezes must be as when it was saved"
 
 Files = dict[str, dict[str, Tensor]]
 """Tensors by file and name."""
@@ -87,11 +90,15 @@ def live_tensors(groups: Mapping[str, Group]) -> Files:
     for group_name, group in groups.items():
         for name, weight in zip(group.names, group.weights, strict=True):
             files[MODEL_FILE][f"{group_name}.{name}"] = weight
+        for name, buffer in group.buffers.items():
+            files[MODEL_FILE][f"{group_name}.{name}"] = buffer
+        for name, weight in group.frozen.items():
+            files.setdefault(FROZEN_FILE, {})[f"{group_name}.{name}"] = weight
         for name, value in group.state().items():
             files[OPTIMIZER_FILE][f"{group_name}.{name}"] = value
         if group.ema is not None:
             averages = files.setdefault(EMA_FILE, {})
-            averages |= {f"{group_name}.{name}": w for name, w in group.ema.named_parameters()}
+            averages |= {f"{group_name}.{name}": weight for name, weight in group.averages().items()}
     return files
 
 
@@ -103,10 +110,18 @@ def load(folder: Path, groups: Mapping[str, Group]) -> None:
     unknown, or of another shape or type.
     """
     live = live_tensors(groups)
-    if not (folder / EMA_FILE).exists():
+    optimizer = _tensors(folder / OPTIMIZER_FILE)
+    counts = [int(tensor) for name, tensor in optimizer.items() if name.endswith(".updates")]
+    untrained = bool(counts) and not any(counts)
+    if untrained or not (folder / EMA_FILE).exists():
         live.pop(EMA_FILE, None)
-    reads = {OPTIMIZER_FILE: _read_optimizer}
-    loaded = {file: reads.get(file, _read)(folder / file, tensors) for file, tensors in live.items()}
+    loaded = _read_weights(folder, live)
+    if untrained:  # zeros, whichever optimizer it was saved with
+        loaded[OPTIMIZER_FILE] = {name: torch.zeros_like(one) for name, one in live[OPTIMIZER_FILE].items()}
+    else:
+        loaded[OPTIMIZER_FILE] = _fitting(OPTIMIZER_FILE, optimizer, live[OPTIMIZER_FILE], _FIXED)
+    if EMA_FILE in live:
+        loaded[EMA_FILE] = _fitting(EMA_FILE, _tensors(folder / EMA_FILE), live[EMA_FILE])
     with torch.no_grad():
         for file, tensors in live.items():
             for name, tensor in tensors.items():
@@ -125,34 +140,30 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path.name}: cannot be read as safetensors: {error}") from error
 
 
-def _read_optimizer(path: Path, live: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The optimizer's state: zeros before the first update, whichever optimizer it was saved with."""
-    tensors = _tensors(path)
-    counts = [int(tensor) for name, tensor in tensors.items() if name.endswith(".updates")]
-    if counts and not any(counts):
-        return {name: torch.zeros_like(tensor) for name, tensor in live.items()}
-    try:
-        return _fitting(path, tensors, live)
-    except ValueError as error:
-        hint = "optimizer.name and what optimizer.groups freezes must be as when it was saved"
-        raise ValueError(f"{error}; {hint}") from error
+def _read_weights(folder: Path, live: Files) -> Files:
+    """The weights by file, whichever of them were frozen when they were saved."""
+    files = [file for file in (MODEL_FILE, FROZEN_FILE) if file in live]
+    saved = _tensors(folder / MODEL_FILE)
+    if (folder / FROZEN_FILE).exists():
+        saved |= _tensors(folder / FROZEN_FILE)
+    wanted = {name: tensor for file in files for name, tensor in live[file].items()}
+    found = _fitting(MODEL_FILE, saved, wanted)
+    return {file: {name: found[name] for name in live[file]} for file in files}
 
 
-def _read(path: Path, live: dict[str, Tensor]) -> dict[str, Tensor]:
-    return _fitting(path, _tensors(path), live)
-
-
-def _fitting(path: Path, tensors: dict[str, Tensor], live: dict[str, Tensor]) -> dict[str, Tensor]:
+def _fitting(
+    file: str, tensors: dict[str, Tensor], live: dict[str, Tensor], hint: str = ""
+) -> dict[str, Tensor]:
     """The tensors, if they have the names, shapes and types of the live ones; otherwise ValueError."""
     for name in sorted(live.keys() | tensors.keys()):
         if name not in tensors:
-            raise ValueError(f"{path.name}: {name} is missing")
+            raise ValueError(f"{file}: {name} is missing{hint}")
         if name not in live:
-            raise ValueError(f"{path.name}: {name} is not part of this model")
+            raise ValueError(f"{file}: {name} is not part of this model{hint}")
         found, wanted = tensors[name], live[name]
         if found.shape != wanted.shape or found.dtype != wanted.dtype:
             raise ValueError(
-                f"{path.name}: {name} must be {wanted.dtype} {tuple(wanted.shape)}, "
+                f"{file}: {name} must be {wanted.dtype} {tuple(wanted.shape)}, "
                 f"got {found.dtype} {tuple(found.shape)}"
             )
     return tensors

@@ -39,10 +39,12 @@ from maskwire_server.training import (
     optim,
     sampling,
     snapshot,
+    trial,
 )
 from maskwire_server.training.corruption import StepKey, Vocabulary, corrupt, random_ids
 from maskwire_server.training.draws import Purpose
-from maskwire_server.training.micro_batches import BatchLosses, split
+from maskwire_server.training.micro_batches import BatchLosses, row_lengths, split
+from maskwire_server.training.models import sources
 from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.numerics import (
     NUMERICS_VERSION,
@@ -160,6 +162,35 @@ class TorchTrainer:
             raise ValueError(f"optimizer.{key} was {getattr(config, key)!r}, is {getattr(current, key)!r}")
         optim.configure(self._groups(), config, numerics_version)
         self._optimizer, self._numerics_version = config, numerics_version
+
+    def begin(self) -> str:
+        """Load the initial weights, if the model's source has some, and check the model.
+
+        Returns the SHA-256 of the initial state, or "" for the built-in encoder, whose weights the seed
+        makes. Raises ConfigError.
+        """
+        if self._model.source == "encoder":
+            return ""
+        sources.load_initial_weights(self._model, self.networks.backbones)
+        for group in self._groups().values():
+            group.begin_average()
+        self._check_model()
+        return sources.sha256(self._state())
+
+    def _state(self) -> dict[str, Tensor]:
+        """Weights and buffers, by name."""
+        files = snapshot.live_tensors(self._groups())
+        return files[snapshot.MODEL_FILE] | files.get(snapshot.FROZEN_FILE, {})
+
+    def _check_model(self) -> None:
+        def gradients(batch: evaluation.TensorBatch) -> dict[str, Tensor]:
+            self._gradients(batch, Modes(), StepKey(self._seed, 0, 0))
+            found = {name: weight.grad for name, weight in self.networks.named_parameters()}
+            self._clear_gradients()
+            return {name: gradient for name, gradient in found.items() if gradient is not None}
+
+        exact = self._numerics["deterministic"] == "yes" and self._numerics["compile"] == "off"
+        trial.check(self.networks, self._model, self._state(), gradients, exact=exact)
 
     def warm_up(self) -> None:
         """Compute a small step and discard it, so that the first real step is not slow."""
@@ -308,7 +339,7 @@ class TorchTrainer:
         rows = range(batch.ids_rn.shape[0])
         keys_b = draws.keys(Purpose.CRITIC_SAMPLE, at.seed, at.lineage, at.number, rows=rows)
         with self._seeded_dropout(at):
-            for part in split(corrupted.valid_bn, self._budget):
+            for part, _ in split(row_lengths(corrupted.valid_bn), self._budget):
                 with self._autocast():
                     losses = objective.losses(
                         self.networks,
@@ -335,7 +366,7 @@ class TorchTrainer:
 
     @contextlib.contextmanager
     def _seeded_dropout(self, at: StepKey) -> Iterator[None]:
-        if not self._model.dropout:
+        if self._model.source == "encoder" and not self._model.dropout:
             yield
             return
         devices = [self._device] if self._device.type == "cuda" else []

@@ -11,7 +11,6 @@ from maskwire.v1.values import RunState
 from maskwire_server.engine.admission_rules import (
     Known,
     Situation,
-    Verdict,
     admit_step,
     check_writer,
     repeats,
@@ -25,7 +24,7 @@ MINE = SessionRef("run", 2, 5)
 AT = Situation(RunState.SERVING, "run", 2, 5, "me", closed=False, next_step=10, window=4)
 
 
-def admit(step: int | None = None, at: Situation = AT, queue_length: int = 0) -> Verdict:
+def admit(step: int | None = None, at: Situation = AT, queue_length: int = 0) -> bool:
     return admit_step(step, queue_length, 8, at)
 
 
@@ -89,24 +88,24 @@ def test_another_id_is_another_request_and_without_one_the_hash_tells() -> None:
 
 
 def test_the_next_step_runs_with_and_without_its_number() -> None:
-    assert admit(10) is Verdict.RUN
-    assert admit(None) is Verdict.RUN
+    assert admit(10)
+    assert admit(None)
 
 
 def test_a_step_ahead_waits_within_the_window_and_is_a_gap_beyond_it() -> None:
-    assert admit(11) is Verdict.WAIT
-    assert admit(13) is Verdict.WAIT
+    assert not admit(11)
+    assert not admit(13)
     assert refusal(14) == "GAP"
 
 
 def test_a_step_behind_a_refused_one_is_a_gap_at_once() -> None:
     assert refusal(11, replace(AT, refused_step=10)) == "GAP"
-    assert admit(10, replace(AT, refused_step=10)) is Verdict.RUN
+    assert admit(10, replace(AT, refused_step=10))
     with pytest.raises(Refused) as raised:
         admit(13, replace(AT, refused_step=12))
     assert raised.value.metadata == {"step": "13", "expected_step": "12"}
-    assert admit(12, replace(AT, refused_step=12)) is Verdict.WAIT
-    assert admit(None, replace(AT, refused_step=10)) is Verdict.RUN
+    assert not admit(12, replace(AT, refused_step=12))
+    assert admit(None, replace(AT, refused_step=10))
 
 
 def test_a_gap_names_the_step_that_is_expected() -> None:

@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from counter import FAIL_ID
+from counter import FAIL_ID, NAN_ID
 from rig import WAIT, Rig, bare, open_session, payload, reason, reason_of
 
 from maskwire.v1.digest import DigestVersion, step_digest
 from maskwire_server.batch import Prompts
 from maskwire_server.engine.engine import Engine
+from maskwire_server.errors import Refused
 from maskwire_server.recovery import verify
 from maskwire_server.requests import GenerateRequest, RestoreRequest, SessionRef, SessionRequest, StepRequest
 from maskwire_server.results import GenerateOptions, SessionAnswer
@@ -145,6 +146,28 @@ def test_a_first_step_that_is_being_computed_counts(rig: Rig) -> None:
     assert reason(engine.open_session(SessionRequest("a", "n", digest_versions=OLD))) == "DIGEST_VERSION"
     rig.trainer.gate.set()
     assert first.result(WAIT).step == 1
+
+
+def test_a_client_is_asked_to_retry_while_the_first_step_may_still_fail(rig: Rig) -> None:
+    engine = rig.start()
+    old = SessionRequest("a", "n", digest_versions=OLD)
+    rig.trainer.gate.clear()
+    failing = engine.train_step(bare(1, first=FAIL_ID))
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    refusal = engine.open_session(old).exception(WAIT)
+    assert isinstance(refusal, Refused)
+    assert (refusal.reason, refusal.retry_after_seconds) == ("DIGEST_VERSION", 0.5)
+    rig.trainer.gate.set()
+    assert reason(failing) == "INTERNAL"
+    assert engine.open_session(old).result(WAIT).digest_version == 1
+
+
+def test_a_client_is_not_asked_to_retry_once_a_first_step_that_is_not_finite_is_computed(rig: Rig) -> None:
+    engine = rig.start()
+    engine.train_step(bare(1, first=NAN_ID)).result(WAIT)
+    refusal = engine.open_session(SessionRequest("a", "n", digest_versions=OLD)).exception(WAIT)
+    assert isinstance(refusal, Refused)
+    assert (refusal.reason, refusal.retry_after_seconds) == ("DIGEST_VERSION", None)
 
 
 def test_a_takeover_during_the_first_step_is_told_the_version_that_the_step_fixed(rig: Rig) -> None:

@@ -15,7 +15,8 @@ from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, wait_f
 from maskwire.v1.values import RunState
 from maskwire_server.errors import Refused
 from maskwire_server.journal.database import Database
-from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRequest, StepRequest
+from maskwire_server.journal.journal import Journal
+from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRef, SessionRequest, StepRequest
 
 NO_AUTOMATIC = {"every_seconds": 1e9}
 
@@ -193,3 +194,119 @@ def test_a_step_of_the_ancestry_is_answered_after_a_restore(rig: Rig) -> None:
     session = open_session(engine, nonce="after")
     again = engine.train_step(StepRequest(payload(1), session, 1, "one")).result(WAIT)
     assert (again.replayed, again.digest) == (True, first.digest)
+
+
+def test_a_session_admitted_before_a_restore_is_opened_before_it(rig: Rig) -> None:
+    engine = rig.start(checkpoints=NO_AUTOMATIC)
+    engine.save(SaveRequest("a")).result(WAIT)
+    rig.trainer.gate.clear()
+    running = engine.train_step(bare(1))
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    opening = engine.open_session(SessionRequest("me", "n"))
+    restored = engine.restore(RestoreRequest("a"))
+    wait_for(lambda: engine.status().waiting_for == "the running step")
+    rig.trainer.gate.set()
+    assert running.result(WAIT).step == 1
+    opened = opening.result(WAIT)
+    assert (opened.lineage, restored.result(WAIT).lineage) == (1, 2)
+    session = SessionRef(opened.run_id, opened.lineage, opened.epoch)
+    assert reason(engine.train_step(StepRequest(payload(2), session, 2))) == "WRONG_RUN"
+
+
+def test_a_full_disk_refuses_a_restore_that_waits_behind_a_session(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = rig.start(checkpoints=NO_AUTOMATIC)
+    engine.save(SaveRequest("a")).result(WAIT)
+    rig.trainer.gate.clear()
+    running = engine.train_step(bare(1))
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    opening = engine.open_session(SessionRequest("me", "n"))
+    restored = engine.restore(RestoreRequest("a"))
+    wait_for(lambda: engine.status().waiting_for == "the running step")
+    with monkeypatch.context() as full:
+        full.setattr(engine._disk, "left", lambda _: -1)
+        with engine._run.mutex:
+            engine._committer.hold()
+        rig.trainer.gate.set()
+        assert reason(restored) == "HELD"
+    assert running.result(WAIT).step == 1
+    assert opening.result(WAIT).lineage == 1
+
+
+def test_every_refused_number_is_remembered_until_it_is_taken(rig: Rig) -> None:
+    engine = rig.start(checkpoints=NO_AUTOMATIC, serve={"gap_seconds": 1e9})
+    session = open_session(engine)
+    engine.step_refused(session, 3)
+    engine.step_refused(session, 1)
+    assert reason(engine.train_step(StepRequest(payload(2), session, 2))) == "GAP"
+    for number in (1, 2):
+        engine.train_step(StepRequest(payload(number), session, number)).result(WAIT)
+    assert reason(engine.train_step(StepRequest(payload(4), session, 4))) == "GAP"
+    third = StepRequest(payload(3), session, 3)
+    assert engine.train_step(third).result(WAIT).step == 3
+    assert engine.train_step(StepRequest(payload(4), session, 4)).result(WAIT).step == 4
+
+
+def test_a_retry_that_names_another_number_than_the_step_gets_is_refused(rig: Rig) -> None:
+    engine = rig.start(checkpoints=NO_AUTOMATIC)
+    session = open_session(engine)
+    rig.trainer.gate.clear()
+    running = engine.train_step(StepRequest(payload(1), session, 1))
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    queued = engine.train_step(StepRequest(payload(2), session, None, "x"))
+    named = {number: engine.train_step(StepRequest(payload(2), session, number, "x")) for number in (2, 3)}
+    rig.trainer.gate.set()
+    assert running.result(WAIT).step == 1
+    assert reason(named[3]) == "PAYLOAD_MISMATCH"
+    assert queued.result(WAIT) == named[2].result(WAIT)
+    assert engine.status().step == 2
+
+
+def test_a_retry_that_names_another_number_than_the_recorded_one_is_refused(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = rig.start(checkpoints=NO_AUTOMATIC)
+    session = open_session(engine)
+    engine.train_step(StepRequest(payload(1), session, 1, "x")).result(WAIT)
+    engine.close()
+    engine = rig.start(checkpoints=NO_AUTOMATIC)  # which does not remember the id
+    asked, answered = threading.Event(), threading.Event()
+    look_up = Journal.step_of_request
+
+    def waiting(self: Journal, request_id: str) -> Any:
+        asked.set()
+        assert answered.wait(WAIT)
+        return look_up(self, request_id)
+
+    monkeypatch.setattr(Journal, "step_of_request", waiting)
+    answers: list[Any] = []
+    request = StepRequest(payload(1), session, None, "x")
+    thread = threading.Thread(target=lambda: answers.append(engine.train_step(request).result(WAIT)))
+    thread.start()
+    assert asked.wait(WAIT)
+    named = engine.train_step(StepRequest(payload(1), session, 3, "x"))
+    answered.set()
+    thread.join(WAIT)
+    assert answers[0].replayed
+    assert reason(named) == "PAYLOAD_MISMATCH"
+
+
+@pytest.mark.parametrize("number", [3, None])
+def test_an_abandoned_step_can_be_sent_again_under_another_number(rig: Rig, number: int | None) -> None:
+    engine = rig.start(checkpoints=NO_AUTOMATIC, serve={"gap_seconds": 1e9})
+    session = open_session(engine)
+    rig.trainer.gate.clear()
+    running = engine.train_step(StepRequest(payload(1), session, 1))
+    assert rig.trainer.entered.acquire(timeout=WAIT)
+    second = engine.train_step(StepRequest(payload(2), session, 2, "b"))
+    abandoned = engine.train_step(StepRequest(payload(3), session, number, "c"))
+    behind = engine.train_step(StepRequest(payload(4), session, 4, "d"))
+    assert second.cancel()
+    assert abandoned.cancel()
+    again = engine.train_step(StepRequest(payload(3), session, 2, "c"))
+    assert reason(behind) == "GAP"
+    rig.trainer.gate.set()
+    assert running.result(WAIT).step == 1
+    assert again.result(WAIT).step == 2
+    assert len(rig.trainer.trained) == 2

@@ -53,6 +53,14 @@ def test_a_process_that_held_an_older_epoch_is_fenced_whatever_its_name() -> Non
     assert opening(held_epoch=5) is True
 
 
+@pytest.mark.parametrize("given", [(4, None), (None, 4)])
+def test_a_fenced_client_is_told_its_epoch_and_the_newest(given: tuple[int | None, int | None]) -> None:
+    nonce_epoch, held_epoch = given
+    facts = SessionFacts(SessionRequest("me", "n", held_epoch=held_epoch), nonce_epoch, 9, None)
+    with pytest.raises(Refused, match=r"epoch 4 was superseded: 'me' took over \(epoch 5\)"):
+        admit_session(facts, AT)
+
+
 @pytest.mark.parametrize(
     ("history", "recorded", "expected"),
     [

@@ -67,7 +67,3 @@ def test_a_batch_that_kills_the_process_is_set_aside_after_so_many_deaths(tmp_pa
     with pytest.raises(ValueError, match="no death"), poison.watch(bad):
         raise ValueError("no death")
     assert not Quarantine(tmp_path, 2).holds(bad), "it ended by itself, so it is not counted on"
-    off = Quarantine(tmp_path, 0)
-    with off.watch(bad):
-        assert not (tmp_path / "computing").exists()
-    assert not off.holds(bad)

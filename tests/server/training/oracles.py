@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from maskwire_server.training.head import Head
+
 
 class Oracle:
     """Networks whose generator is `log_probabilities(ids, masked)` -> [b, n, v]."""
@@ -27,8 +29,8 @@ class Oracle:
         found_bnv = self.log_probabilities(ids_bn, ids_bn == self.mask_id)
         return found_bnv if read_m is None else found_bnv.flatten(0, 1)[read_m]
 
-    def head(self, e_md: Tensor) -> tuple[Tensor, Tensor]:
-        return e_md, torch.eye(e_md.shape[1], dtype=e_md.dtype)
+    def head(self, e_md: Tensor) -> Head:
+        return Head(e_md, None)
 
     def project(self, e_md: Tensor) -> Tensor:
         return e_md

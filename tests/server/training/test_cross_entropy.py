@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.training import cross_entropy, objective
 from maskwire_server.training.corruption import Vocabulary
+from maskwire_server.training.head import Head
 from maskwire_server.training.models.networks import Networks
 
 VOCABULARY = Vocabulary(11, 10, 4)
@@ -26,8 +27,14 @@ def positions(m: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor,
     return x.requires_grad_(), w.requires_grad_(), target, weight
 
 
-def dense(x: torch.Tensor, w: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    logits = (x @ w.t()).index_fill(-1, torch.tensor(VOCABULARY.special), float("-inf"))
+def dense(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | float = 0.0,
+) -> torch.Tensor:
+    logits = (x @ w.t() + bias).index_fill(-1, torch.tensor(VOCABULARY.special), float("-inf"))
     return (F.cross_entropy(logits, target, reduction="none").double() * weight).sum()
 
 
@@ -44,7 +51,7 @@ def test_the_chunked_sum_and_its_gradients_equal_those_of_all_logits(
         assert rows.stop - rows.start == len(logits)
         seen.append(len(logits))
 
-    total = cross_entropy.weighted_sum(x, w, target, weight, VOCABULARY, look)
+    total = cross_entropy.weighted_sum(Head(x, w), target, weight, VOCABULARY, look)
     expected = dense(x, w, target, weight)
     assert total.item() == pytest.approx(expected.item(), abs=1e-12)
     assert sum(seen) == m
@@ -54,9 +61,29 @@ def test_the_chunked_sum_and_its_gradients_equal_those_of_all_logits(
         assert torch.allclose(found, exact, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk", [22, 10**6])
+def test_a_bias_and_a_model_without_a_linear_output_give_the_same_sums_and_gradients(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cross_entropy.CHUNK, "cpu", chunk)
+    x, w, target, weight = positions(9)
+    bias = torch.randn(11, dtype=torch.float64, requires_grad=True)
+    expected = dense(x, w, target, weight, bias)
+    wanted = torch.autograd.grad(3 * expected, (x, w, bias))
+    for head in (Head(x, w, bias), Head(x @ w.t() + bias, None)):
+        seen = torch.zeros(9, 11, dtype=torch.float64)
+        total = cross_entropy.weighted_sum(head, target, weight, VOCABULARY, seen.__setitem__)
+        assert total.item() == pytest.approx(expected.item(), abs=1e-12)
+        assert torch.allclose(seen[:, IDS], (x @ w.t() + bias)[:, IDS])
+        for found, exact in zip(torch.autograd.grad(3 * total, (x, w, bias)), wanted, strict=True):
+            assert torch.allclose(found, exact, rtol=1e-12, atol=1e-12)
+
+
 def test_fp32_gradients_are_within_rounding_of_the_exact_ones() -> None:
     x, w, target, weight = positions(50, torch.float32)
-    found = torch.autograd.grad(cross_entropy.weighted_sum(x, w, target, weight, VOCABULARY, None), (x, w))
+    found = torch.autograd.grad(
+        cross_entropy.weighted_sum(Head(x, w), target, weight, VOCABULARY, None), (x, w)
+    )
     exact = torch.autograd.grad(dense(x.double(), w.double(), target, weight), (x, w))
     for a, b in zip(found, exact, strict=True):
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
@@ -66,7 +93,7 @@ def test_under_bf16_autocast_gradients_are_fp32_and_close() -> None:
     x, w, target, weight = positions(50, torch.float32)
     exact = torch.autograd.grad(dense(x, w, target, weight), (x, w))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total = cross_entropy.weighted_sum(x, w, target, weight, VOCABULARY, None)
+        total = cross_entropy.weighted_sum(Head(x, w), target, weight, VOCABULARY, None)
     for found, wanted in zip(torch.autograd.grad(total, (x, w)), exact, strict=True):
         assert found.dtype == torch.float32
         assert (found - wanted).abs().max() < 0.03 * wanted.abs().max()
@@ -80,7 +107,7 @@ def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) ->
 
     with torch.no_grad():
         monkeypatch.setattr(torch, "zeros_like", refuse)
-        total = cross_entropy.weighted_sum(x, w, target, weight, VOCABULARY, None)
+        total = cross_entropy.weighted_sum(Head(x, w), target, weight, VOCABULARY, None)
         monkeypatch.undo()
     assert not total.requires_grad
     assert total.item() == pytest.approx(dense(x, w, target, weight).item())
@@ -88,7 +115,7 @@ def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_second_backward_pass_is_an_error() -> None:
     x, w, target, weight = positions(5)
-    total = cross_entropy.weighted_sum(x, w, target, weight, VOCABULARY, None)
+    total = cross_entropy.weighted_sum(Head(x, w), target, weight, VOCABULARY, None)
     total.backward(retain_graph=True)  # type: ignore[no-untyped-call]
     with pytest.raises(RuntimeError, match="can run only once"):
         total.backward()  # type: ignore[no-untyped-call]

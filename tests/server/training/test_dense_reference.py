@@ -181,7 +181,11 @@ def test_the_chain_rule_is_the_product_of_its_passes() -> None:
     found = evaluate(networks, objective, batch_of(ids), **vars(options))
     for row in range(3):
         which = torch.full((5,), row)
-        orders = chain_rule.ranks(batch_of(ids), options, which, torch.arange(5)).argsort(-1).tolist()
+        orders = (
+            chain_rule.ranks(batch_of(ids).maskable_rn[which], options, which, torch.arange(5))
+            .argsort(-1)
+            .tolist()
+        )
         assert all(sorted(order) == list(range(6)) for order in orders)
         assert len({tuple(order) for order in orders}) > 1
         expected = [dense.chain(predict, ids[row], MASK_ID, order) for order in orders]

@@ -16,6 +16,7 @@ from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.training import draws, masking_schedule, objective
 from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, corrupt, random_ids
+from maskwire_server.training.head import Head
 from maskwire_server.training.masking_schedule import SCHEDULES
 from maskwire_server.training.trainer import TorchTrainer
 
@@ -163,7 +164,7 @@ def test_logits_at_visible_positions_are_never_computed() -> None:
     rows: list[int] = []
     head = trainer.networks.generator.head
 
-    def spy(e_md: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def spy(e_md: torch.Tensor) -> Head:
         rows.append(e_md.shape[0])
         return head(e_md)
 

@@ -20,6 +20,7 @@ from maskwire_server.results import EvalOptions
 from maskwire_server.training import cross_entropy, muon, optim
 from maskwire_server.training.corruption import Vocabulary
 from maskwire_server.training.footprint import footprint
+from maskwire_server.training.head import Head
 from maskwire_server.training.snapshot import live_tensors
 from maskwire_server.training.trainer import TorchTrainer
 
@@ -221,25 +222,25 @@ def test_a_frozen_parameter_keeps_its_bits_and_costs_nothing(
 ) -> None:
     trainer = make({"critic": "token"}, name=name, groups=FROZEN)
     group = trainer.generator
-    frozen = {each for each in group.names if each.startswith("blocks.0.") or each == "token_emb.weight"}
+    names = [name for name, _ in trainer.networks.generator.named_parameters()]
+    frozen = {each for each in names if each.startswith("blocks.0.") or each == "token_emb.weight"}
     assert {each for each, rule in group.rules.items() if rule == "frozen"} == frozen
     assert {n for n, rule in trainer.critic.rules.items() if rule == "frozen"} == {"token_emb.weight"}  # type: ignore[union-attr]
-    weights = dict(zip(group.names, group.weights, strict=True))
+    weights = dict(zip(group.names, group.weights, strict=True)) | group.frozen
     assert not any(weights[each].requires_grad for each in frozen)
     assert not any(n.startswith(f"{each}.") for each in frozen for n in group.state())
     assert group.ema is not None
     averages = dict(group.ema.named_parameters())
-    assert {each for each in group.names if averages[each] is weights[each]} == frozen
+    assert {each for each in names if averages[each] is weights[each]} == frozen
     before = state(trainer)
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "_clear_gradients", lambda: None)
         train(trainer, 1, 1)
-        assert {each for each in group.names if weights[each].grad is None} == frozen
+        assert {each for each in names if weights[each].grad is None} == frozen
     train(trainer, 2, 5)
     same = before.keys() - different(before, state(trainer))
-    expected = {f"{file}.safetensors/generator.{each}" for file in ("model", "ema") for each in frozen}
-    expected |= {f"{file}.safetensors/critic.token_emb.weight" for file in ("model", "ema")}
-    assert same == expected
+    expected = {f"frozen.safetensors/generator.{each}" for each in frozen}
+    assert same == expected | {"frozen.safetensors/critic.token_emb.weight"}
 
 
 def test_a_frozen_generator_lets_the_critic_train_alone() -> None:
@@ -265,7 +266,7 @@ def test_frozen_output_weights_get_no_gradient_and_change_no_other_one(
         with monkeypatch.context() as patch:
             if not learns:
                 patch.delattr(torch, "zeros_like")  # which the gradient of the weights starts from
-            total = cross_entropy.weighted_sum(x, w, torch.arange(5), torch.ones(5), vocabulary, None)
+            total = cross_entropy.weighted_sum(Head(x, w), torch.arange(5), torch.ones(5), vocabulary, None)
         total.backward()  # type: ignore[no-untyped-call]
         assert (w.grad is not None) == learns
         found.append(x.grad)
@@ -396,12 +397,13 @@ def test_check_counts_the_state_that_the_trainer_has(optimizer: dict[str, Any], 
 
     files = live_tensors(trainer._groups())
     kept = {file: size(tensors.values()) for file, tensors in files.items()}
-    learning = [w for group in trainer._groups().values() for w in group.weights if w.requires_grad]
+    learning = [w for group in trainer._groups().values() for w in group.weights]
     (line,) = (line for line in lines if line.startswith("state"))
     counted = sum(int(word.strip(")").replace(",", "")) for word in line.split("x 4")[0].split()
                   if word[0].isdigit())  # fmt: skip
     average = size(learning) if ema_decay else 0
-    assert counted == kept["model.safetensors"] + kept["optimizer.safetensors"] + size(learning) + average
+    weights = kept["model.safetensors"] + kept.get("frozen.safetensors", 0)
+    assert counted == weights + kept["optimizer.safetensors"] + size(learning) + average
     (line,) = (line for line in lines if line.startswith("checkpoint copy"))
     assert line.startswith(f"checkpoint copy {sum(kept.values()):,} numbers")
     assert ("frozen" in lines[0]) == ("groups" in optimizer)

@@ -18,7 +18,7 @@ from maskwire_server.batch import Batch, Modes
 from maskwire_server.errors import ConfigError, StateLost
 from maskwire_server.results import EvalOptions
 from maskwire_server.training import optim
-from maskwire_server.training.micro_batches import split
+from maskwire_server.training.micro_batches import row_lengths, split
 from maskwire_server.training.numerics import choose_device
 from maskwire_server.training.snapshot import Snapshot, live_tensors
 from maskwire_server.training.trainer import TorchTrainer
@@ -369,9 +369,12 @@ def test_gradients_are_clipped_to_the_configured_norm() -> None:
 
 def test_micro_batches_hold_whole_rows_within_the_budget() -> None:
     valid = torch.arange(10) < torch.tensor([10, 3, 3, 3, 9, 1])[:, None]
-    parts = list(split(valid, 20))
-    assert [(part.start, part.stop) for part in parts] == [(0, 2), (2, 4), (4, 6)]
-    assert [(p.start, p.stop) for p in split(valid, 1)] == [(i, i + 1) for i in range(6)]
+    lengths = row_lengths(valid)
+    assert lengths == [10, 3, 3, 3, 9, 1]
+    assert list(split(lengths, 20)) == [(slice(0, 2), 10), (slice(2, 4), 3), (slice(4, 6), 9)]
+    assert list(split(lengths, 1)) == [(slice(i, i + 1), length) for i, length in enumerate(lengths)]
+    assert row_lengths(torch.zeros(1, 4, dtype=torch.bool)) == [1], "a row of padding alone"
+    assert list(split([], 20)) == []
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from maskwire_server.config import ModelConfig
+from maskwire_server.training.head import Head
+from maskwire_server.training.models.backbone import Backbone, packed
 
 
 class Norm(nn.Module):
@@ -127,14 +129,15 @@ class Block(nn.Module):
         return out
 
 
-class Encoder(nn.Module):
-    """Embeds ids and runs them through the blocks. `project` computes scores for chosen positions.
+class Encoder(Backbone):
+    """Embeds ids and runs them through the blocks. The last block computes only the positions to read.
 
     `outputs` is the number of scores per position: the vocabulary size for a generator, 1 for a critic.
     """
 
     def __init__(self, config: ModelConfig, outputs: int, *, self_cond: bool = False) -> None:
         super().__init__()
+        self.dim = config.dim
         width = config.emb_dim or config.dim
         self.token_emb = nn.Embedding(config.num_tokens, width)
         self.pos_emb = nn.Embedding(config.max_seq_len, width) if config.positions == "learned" else None
@@ -142,12 +145,11 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_norm = Norm(config.dim, config.norm)
         self.to_logits = None if config.tied_embeddings else nn.Linear(config.dim, outputs, bias=False)
-        self.null_embed = nn.Parameter(torch.zeros(config.dim)) if self_cond else None
-        self.to_self_cond = nn.Linear(config.dim, width, bias=False) if self_cond else None
+        if self_cond:
+            self.condition_itself(config.dim, width)
         self.dropout = config.dropout
         self.dim_head = config.dim_head
-        self.activation_checkpointing = False
-        """Keep only the inputs of the blocks for the backward pass, and compute the rest again."""
+        self._recomputes = False
         nn.init.normal_(self.token_emb.weight, std=math.sqrt(2 / width))
         if self.pos_emb is not None:
             nn.init.normal_(self.pos_emb.weight)
@@ -159,13 +161,8 @@ class Encoder(nn.Module):
         cond: Tensor | None = None,
         read_m: Tensor | None = None,
     ) -> Tensor:
-        """Embeddings after the final norm, [b, n, d].
-
-        `valid_bn` is None if there is no padding. `cond` is mapped by `to_self_cond` and added to the
-        embeddings: [b, n, d], or [d] for all positions, or None. `read_m` holds the positions whose outputs
-        are needed, as indices into the flattened [b, n] grid, each at most once. The result is then [m, d],
-        and the last block computes queries, output and feed-forward only there.
-        """
+        """Embeddings after the final norm. The last block computes queries, output and feed-forward
+        only at `read_m`."""
         n = ids_bn.shape[1]
         x = self.token_emb(ids_bn)
         if self.pos_emb is not None:
@@ -183,27 +180,22 @@ class Encoder(nn.Module):
         rotation = None if self.pos_emb is not None else _rotation(n, self.dim_head, x.device)
         for index, block in enumerate(self.blocks, 1):
             inputs = (x, keep, rotation, read_m if index == len(self.blocks) else None)
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self._recomputes and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x = block(*inputs)
         e: Tensor = self.final_norm(x)
         return e
 
-    def head(self, e_md: Tensor) -> tuple[Tensor, Tensor]:
-        """x [m, d] and w [v, d], so that x w^T are the scores of packed positions. Scales tied embeddings."""
+    def head(self, e_md: Tensor) -> Head:
+        """The output layer for packed positions. Scales the embeddings, not the tied weight."""
         if self.to_logits is not None:
-            return e_md, self.to_logits.weight
-        return e_md / math.sqrt(e_md.shape[-1]), self.token_emb.weight
+            return Head(e_md, self.to_logits.weight)
+        return Head(e_md / math.sqrt(e_md.shape[-1]), self.token_emb.weight)
 
-    def project(self, e_md: Tensor) -> Tensor:
-        """Scores of packed positions, [m, v]."""
-        return F.linear(*self.head(e_md))
-
-
-def packed(x_bnd: Tensor, read_m: Tensor) -> Tensor:
-    """Select positions, [m, d]. Indexing with a mask would be ten times slower in the backward pass."""
-    return x_bnd.flatten(0, 1).index_select(0, read_m)
+    def checkpoint_activations(self, on: bool) -> None:
+        """Whether to keep only the blocks' inputs for the backward pass, and compute the rest again."""
+        self._recomputes = on
 
 
 def _rotation(n: int, dim_head: int, device: torch.device) -> Tensor:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig
-from maskwire_server.training.models.encoder import Encoder
+from maskwire_server.training.head import Head
+from maskwire_server.training.models import sources
+from maskwire_server.training.models.backbone import Backbone
 
 
 class Networks(nn.Module):
@@ -16,17 +18,17 @@ class Networks(nn.Module):
 
     def __init__(self, model: ModelConfig, objective: ObjectiveConfig) -> None:
         super().__init__()
-        self.generator = Encoder(model, model.num_tokens, self_cond=objective.self_cond)
+        self.generator = sources.generator(model, self_cond=objective.self_cond)
         self.critic: nn.Module | None = None
         if objective.critic == "self":
-            self.critic = nn.Linear(model.dim, 1)
+            self.critic = nn.Linear(self.generator.dim, 1)
         elif objective.critic == "token":
-            self.critic = Encoder(model.model_copy(update={"tied_embeddings": False}), 1)
+            self.critic = sources.critic(model)
 
     def with_modules(self, generator: nn.Module, critic: nn.Module | None) -> Networks:
         """The same with other modules, for example those that hold the moving averages."""
-        if not isinstance(generator, Encoder):
-            raise TypeError(f"generator must be an Encoder, got {type(generator).__name__}")
+        if not isinstance(generator, Backbone):
+            raise TypeError(f"generator must be a Backbone, got {type(generator).__name__}")
         other = copy.copy(self)
         other._modules = dict(self._modules)
         other.generator, other.critic = generator, critic
@@ -34,21 +36,24 @@ class Networks(nn.Module):
 
     def checkpoint_activations(self, on: bool) -> None:
         """Whether to keep only the blocks' inputs for the backward pass, and compute the rest again."""
-        for encoder in (self.generator, self.critic):
-            if isinstance(encoder, Encoder):
-                encoder.activation_checkpointing = on
+        for backbone in self.backbones:
+            backbone.checkpoint_activations(on)
 
     def compile_blocks(self, mode: str) -> None:
         """Compile each block with torch.compile, for batches of any shape.
 
         The last block never runs in a CUDA graph: the number of its outputs changes from step to step.
         """
-        for encoder in (self.generator, self.critic):
-            if isinstance(encoder, Encoder):
-                *others, last = encoder.blocks
-                for block in others:
-                    block.compile(mode=mode, dynamic=True)
-                last.compile(mode="default", dynamic=True)
+        for backbone in self.backbones:
+            *others, last = backbone.blocks
+            for block in others:
+                block.compile(mode=mode, dynamic=True)
+            last.compile(mode="default", dynamic=True)
+
+    @property
+    def backbones(self) -> list[Backbone]:
+        """The models within."""
+        return [each for each in (self.generator, self.critic) if isinstance(each, Backbone)]
 
     def embed(
         self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None, read_m: Tensor | None = None
@@ -57,8 +62,8 @@ class Networks(nn.Module):
         e: Tensor = self.generator(ids_bn, valid_bn, cond, read_m)
         return e
 
-    def head(self, e_md: Tensor) -> tuple[Tensor, Tensor]:
-        """x [m, d] and w [v, d], so that x w^T are the logits of packed positions."""
+    def head(self, e_md: Tensor) -> Head:
+        """The generator's output layer for packed positions."""
         return self.generator.head(e_md)
 
     def project(self, e_md: Tensor) -> Tensor:
@@ -79,7 +84,7 @@ class Networks(nn.Module):
         """The critic's logits, [b, n]. The critic's passes are never self-conditioned."""
         if self.critic is None:
             raise ValueError("objective.critic must be 'self' or 'token' to score ids, got 'none'")
-        if isinstance(self.critic, Encoder):
+        if isinstance(self.critic, Backbone):
             scores_bn1 = self.critic.project(self.critic(ids_bn, valid_bn))
         else:
             with torch.set_grad_enabled(train_trunk and torch.is_grad_enabled()):

@@ -1,0 +1,76 @@
+"""The base class of the models that can be trained: embeddings of ids, and logits as a linear map of them.
+
+Letters: b rows, n positions, d width of the embeddings, v vocabulary, m packed positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from maskwire_server.training.head import Head
+
+
+class Backbone(nn.Module):
+    """A bidirectional token model. A subclass is one source of models.
+
+    The names of its parameters are the names in checkpoints, after `generator.` or `critic.`.
+    """
+
+    dim: int
+    """The width of the embeddings."""
+    blocks: nn.ModuleList | list[nn.Module]
+    """The layers, in order: what is compiled one by one, and recomputed in the backward pass."""
+    null_embed: nn.Parameter | None
+    to_self_cond: nn.Linear | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.null_embed = None
+        self.to_self_cond = None
+
+    def condition_itself(self, dim: int, input_dim: int) -> None:
+        """Add the weights of self-conditioning.
+
+        The embeddings of a first pass, [b, n, dim], or the null embedding, [dim], are mapped to `input_dim`
+        and added to the model's input embeddings.
+        """
+        self.null_embed = nn.Parameter(torch.zeros(dim))
+        self.to_self_cond = nn.Linear(dim, input_dim, bias=False)
+
+    def forward(
+        self,
+        ids_bn: Tensor,
+        valid_bn: Tensor | None,
+        cond: Tensor | None = None,
+        read_m: Tensor | None = None,
+    ) -> Tensor:
+        """Embeddings, [b, n, d], or [m, d] at the positions `read_m`.
+
+        `valid_bn` is None if there is no padding. `cond` is mapped by `to_self_cond` and added to the input
+        embeddings: [b, n, d], or [d] for all positions, or None. `read_m` holds indices into the flattened
+        [b, n] grid, each at most once.
+        """
+        raise NotImplementedError
+
+    def head(self, e_md: Tensor) -> Head:
+        """The output layer for packed positions."""
+        raise NotImplementedError
+
+    def project(self, e_md: Tensor) -> Tensor:
+        """Logits of packed positions, [m, v]."""
+        return self.head(e_md).logits()
+
+    def checkpoint_activations(self, on: bool) -> None:
+        """Whether to keep only the blocks' inputs for the backward pass, and compute the rest again."""
+        raise NotImplementedError
+
+
+def packed(x_bnd: Tensor, read_m: Tensor) -> Tensor:
+    """Select positions, [m, d]. Indexing with a mask would be ten times slower in the backward pass."""
+    return x_bnd.flatten(0, 1).index_select(0, read_m)
+
+
+def attended(valid_bn: Tensor | None) -> Tensor | None:
+    """The keys to attend to. A row that is all padding attends to itself: a softmax over nothing is NaN."""
+    return None if valid_bn is None else valid_bn | ~valid_bn.any(-1, keepdim=True)

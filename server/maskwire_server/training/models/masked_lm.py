@@ -1,0 +1,162 @@
+"""Modules with an output embedding layer, as the masked language models of transformers have.
+
+Their logits are x w^T + b for the input x of that layer. A hook takes x and hands the layer no positions,
+so that the module's own forward pass computes no logits; they are computed later, for masked positions only.
+At the first use x w^T + b is compared with the module's own logits. If they differ (ESM adds its bias
+elsewhere, MobileBERT reads its decoder's weight directly), the module's own logits are used, at every
+position.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskwire_server.errors import ConfigError
+from maskwire_server.training.head import Head
+from maskwire_server.training.models.backbone import Backbone, attended, packed
+
+log = logging.getLogger(__name__)
+
+
+class MaskedLM(Backbone):
+    """A module that is called with `input_ids` or `inputs_embeds`, and `attention_mask`.
+
+    `outputs` is None for a generator, whose scores are the module's logits, or the number of scores per
+    position of a critic. `fill_id` replaces ids at padding: the module's own padding id.
+    `mask_id` is the id at masked positions.
+    """
+
+    def __init__(
+        self, module: nn.Module, outputs: int | None, *, self_cond: bool, mask_id: int, fill_id: int
+    ) -> None:
+        super().__init__()
+        self.model = module
+        output = self._output_layer()
+        if output is None:
+            raise ConfigError(
+                f"model: {type(module).__name__}.get_output_embeddings() must return the output layer, "
+                "got None"
+            )
+        self.dim = output.weight.shape[1]
+        self.blocks = _layers(module)
+        self._mask_id, self._fill_id = mask_id, fill_id
+        self._captures = False
+        self._captured: Tensor | None = None
+        self._linear: bool | None = None
+        """Whether the logits are x w^T + b. None: not compared yet."""
+        output.register_forward_pre_hook(self._take)
+        self.to_scores = None if outputs is None else nn.Linear(self.dim, outputs)
+        if self_cond:
+            self.condition_itself(self.dim, module.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+
+    def forward(
+        self,
+        ids_bn: Tensor,
+        valid_bn: Tensor | None,
+        cond: Tensor | None = None,
+        read_m: Tensor | None = None,
+    ) -> Tensor:
+        """The input of the output layer, or the logits if they are not linear in it, selected at `read_m`."""
+        if self._linear is None:
+            self._linear = self.to_scores is not None or self._is_linear(ids_bn, valid_bn)
+        e_bnd = (self._embeddings if self._linear else self._logits)(ids_bn, valid_bn, cond)
+        return e_bnd if read_m is None else packed(e_bnd, read_m)
+
+    def head(self, e_md: Tensor) -> Head:
+        """The output layer, or the critic's."""
+        layer = self.to_scores or self._output_layer()
+        return Head(e_md, layer.weight, layer.bias) if self._linear else Head(e_md, None)
+
+    def checkpoint_activations(self, on: bool) -> None:
+        """Use the module's own activation checkpointing. Raises ConfigError if it has none."""
+        if not on:
+            return
+        if not getattr(self.model, "supports_gradient_checkpointing", False):
+            raise ConfigError(
+                f"serve.activation_checkpointing: {type(self.model).__name__} has none; set it to false, "
+                "got true"
+            )
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+    @property
+    def base(self) -> nn.Module:
+        """The module itself, without adapters."""
+        inner = getattr(self.model, "get_base_model", None)
+        return self.model if inner is None else inner()
+
+    def _output_layer(self) -> Any:
+        return self.model.get_output_embeddings()  # type: ignore[operator]
+
+    def _take(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not self._captures:
+            return None
+        self._captured = inputs[0]
+        return (inputs[0][:, :0], *inputs[1:])
+
+    def _embeddings(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Tensor:
+        self._captures = True
+        try:
+            self._call(ids_bn, valid_bn, cond)
+            found, self._captured = self._captured, None
+        finally:
+            self._captures = False
+        if found is None or found.shape[:2] != ids_bn.shape:
+            shape = "nothing" if found is None else tuple(found.shape)
+            raise ConfigError(
+                f"model: the output layer of {type(self.model).__name__} must be called once with [rows, "
+                f"columns, width] = {[*ids_bn.shape, self.dim]}, got {shape}"
+            )
+        return found
+
+    def _logits(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Tensor:
+        found = self._call(ids_bn, valid_bn, cond)
+        logits_bnv: Tensor = found if isinstance(found, Tensor) else found.logits
+        return logits_bnv
+
+    def _call(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Any:
+        if valid_bn is not None:
+            ids_bn = torch.where(valid_bn, ids_bn, self._fill_id)
+        keep = attended(valid_bn)
+        mask = torch.ones_like(ids_bn) if keep is None else keep.to(ids_bn.dtype)
+        if cond is None or self.to_self_cond is None:
+            return self.model(input_ids=ids_bn, attention_mask=mask)
+        inputs = self.model.get_input_embeddings()(ids_bn)  # type: ignore[operator]
+        return self.model(inputs_embeds=inputs + self.to_self_cond(cond), attention_mask=mask)
+
+    @torch.no_grad()
+    def _is_linear(self, ids_bn: Tensor, valid_bn: Tensor | None) -> bool:
+        """Compare x w^T + b with the module's own logits."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            ids = torch.cat((ids_bn[:3], torch.full_like(ids_bn[:1], self._mask_id)))
+            valid = None if valid_bn is None else torch.cat((valid_bn[:3], torch.ones_like(valid_bn[:1])))
+            own = self._logits(ids, valid, None)
+            layer = self._output_layer()
+            product = Head(self._embeddings(ids, valid, None), layer.weight, layer.bias).logits()
+        finally:
+            self.model.train(training)
+        if not bool(torch.isfinite(own).all()):
+            raise ConfigError(
+                f"model: the logits of {type(self.model).__name__} must be finite, also in rows of mask ids "
+                "alone; this model cannot be trained with masks"
+            )
+        error = float((own - product).abs().max()) if own.shape == product.shape else float("inf")
+        linear = error <= 1e-4 * max(1.0, float(own.abs().max()))
+        if not linear:
+            log.warning(
+                "the logits of %s are not the product of its output layer (they differ by %.3g): logits are "
+                "computed at all positions, which takes %d x 4 bytes for each",
+                type(self.model).__name__, error, own.shape[-1],
+            )  # fmt: skip
+        return linear
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """The longest list of modules within the module: its layers."""
+    lists = [list(each) for each in module.modules() if isinstance(each, nn.ModuleList)]
+    return max(lists, key=len, default=[])

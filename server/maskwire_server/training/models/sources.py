@@ -1,0 +1,85 @@
+"""The one place that builds models: [model] to a backbone, by its source."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from maskwire_server.config import ModelConfig
+from maskwire_server.errors import ConfigError
+from maskwire_server.training.models import hugging_face, user_code
+from maskwire_server.training.models.backbone import Backbone
+from maskwire_server.training.models.encoder import Encoder
+from maskwire_server.training.models.masked_lm import MaskedLM
+from maskwire_server.training.models.transformer_wrapper import XTransformers
+
+
+def generator(model: ModelConfig, *, self_cond: bool) -> Backbone:
+    """The model, with weights drawn from torch's generator. Raises ConfigError."""
+    return _backbone(model, None, self_cond=self_cond)
+
+
+def critic(model: ModelConfig) -> Backbone:
+    """A separate model with one score per position. Raises ConfigError."""
+    return _backbone(model, 1, self_cond=False)
+
+
+def _backbone(model: ModelConfig, outputs: int | None, *, self_cond: bool) -> Backbone:
+    if model.source == "encoder":
+        if outputs is not None:
+            model = model.model_copy(update={"tied_embeddings": False})
+        return Encoder(model, outputs or model.num_tokens, self_cond=self_cond)
+    if model.source == "x-transformers":
+        return XTransformers(model, outputs or model.num_tokens, self_cond=self_cond)
+    if model.source == "huggingface":
+        module = hugging_face.architecture(model)
+        if model.lora is not None and outputs is None:
+            module = hugging_face.with_adapters(module, model.lora)
+        fill_id = hugging_face.fill_id(model)
+        return MaskedLM(module, outputs, self_cond=self_cond, mask_id=model.mask_id, fill_id=fill_id)
+    return _of_factory(model, outputs, self_cond=self_cond)
+
+
+def _of_factory(model: ModelConfig, outputs: int | None, *, self_cond: bool) -> Backbone:
+    assert model.python is not None
+    name = model.python.factory
+    build = user_code.load("model.python.factory", name)
+    try:
+        found = build(model, **model.python.options)
+    except Exception as error:
+        raise ConfigError(f"model.python.factory: {name} raised {type(error).__name__}: {error}") from error
+    if isinstance(found, Backbone):
+        if outputs is not None or self_cond:
+            raise ConfigError(
+                f"model.python.factory: {name} returned a Backbone, which has neither a token critic nor "
+                "self-conditioning of its own; return a module with get_output_embeddings() for them"
+            )
+        return found
+    if not isinstance(found, nn.Module) or not hasattr(found, "get_output_embeddings"):
+        raise ConfigError(
+            f"model.python.factory: {name} must return a Backbone or a torch module with "
+            f"get_output_embeddings(), got {type(found).__name__}"
+        )
+    return MaskedLM(found, outputs, self_cond=self_cond, mask_id=model.mask_id, fill_id=model.pad_id or 0)
+
+
+def load_initial_weights(model: ModelConfig, backbones: Iterable[Backbone]) -> None:
+    """Load pretrained weights into newly built models, if the source has some. Raises ConfigError."""
+    if model.huggingface is None or not model.huggingface.pretrained:
+        return
+    for backbone in backbones:
+        if isinstance(backbone, MaskedLM):
+            hugging_face.load_pretrained(backbone.base, model)
+
+
+def sha256(tensors: dict[str, Tensor]) -> str:
+    """The hash of tensors: each one's name, type, shape and little-endian content, in order of the names."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        found.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return found.hexdigest()

@@ -1,0 +1,134 @@
+"""The checks of a model that maskwire did not build, before it is trained.
+
+A step must be computable again: the same state, batch and seed must give the same gradients, and computing
+them must change nothing. A row must not depend on its padding or on other rows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskwire_server.config import ModelConfig
+from maskwire_server.errors import ConfigError
+from maskwire_server.training import draws
+from maskwire_server.training.corruption import Vocabulary, random_ids
+from maskwire_server.training.draws import Purpose
+from maskwire_server.training.evaluation import TensorBatch
+from maskwire_server.training.models.networks import Networks
+
+SHORT = 16
+"""Columns of the ragged batch, at most."""
+TOLERANCE = 1e-3
+"""Largest difference of a row's embeddings, alone and in a batch, relative to the largest of them."""
+
+
+def check(
+    networks: Networks,
+    model: ModelConfig,
+    state: Mapping[str, Tensor],
+    gradients: Callable[[TensorBatch], dict[str, Tensor]],
+    *,
+    exact: bool,
+) -> None:
+    """Raise ConfigError that says what a model does that training cannot repeat.
+
+    `state` are its live tensors by name. `gradients` computes those of a step, with the same seed each time.
+    `exact`: the same step gives the same bits on this device.
+    """
+    vocabulary = Vocabulary.of(model)
+    for batch in (_ragged(model, vocabulary), _longest(model, vocabulary)):
+        before = {name: tensor.clone() for name, tensor in state.items()}
+        outside = _outside()
+        try:
+            first = gradients(batch)
+            second = gradients(batch)
+        except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
+            shape = list(batch.ids_rn.shape)
+            raise ConfigError(
+                f"model: a step with ids of the shape {shape} failed: {type(error).__name__}: {error}"
+            ) from error
+        if _outside() != outside:
+            raise ConfigError(
+                "model: it must draw random numbers with torch alone, got draws from Python's random or from "
+                "numpy; a step could not be computed again"
+            )
+        changed = next(
+            (name for name, tensor in before.items() if not torch.equal(tensor, state[name])), None
+        )
+        if changed is not None:
+            raise ConfigError(
+                f"model: its forward pass must not change its state, got a change of {changed}; only the "
+                "optimizer may change weights, and a buffer that changes must be persistent=False"
+            )
+        for name, gradient in first.items():
+            other = second.get(name)
+            if other is None or not _close(gradient, other, exact):
+                raise ConfigError(
+                    f"model: the same step must give the same gradients, got others for {name} the second "
+                    "time; something in the model depends on more than weights, batch and torch's seed"
+                )
+    _check_rows(networks, _ragged(model, vocabulary))
+
+
+@torch.no_grad()
+def _check_rows(networks: Networks, batch: TensorBatch) -> None:
+    """Compare each row in a batch with the row alone, and with other ids at the padding."""
+    device = next(networks.parameters()).device
+    ids_bn, valid_bn = batch.ids_rn.to(device), batch.valid_rn.to(device)
+    networks.eval()
+    try:
+        e_bnd = networks.embed(ids_bn, valid_bn, None)
+        if e_bnd.shape[:2] != ids_bn.shape:
+            raise ConfigError(
+                f"model: its embeddings must have the shape [rows, columns, width] = {[*ids_bn.shape]} and a "
+                f"width, got {list(e_bnd.shape)}"
+            )
+        other_bnd = networks.embed(torch.where(valid_bn, ids_bn, ids_bn.flip(0)), valid_bn, None)
+        limit = TOLERANCE * float(e_bnd[valid_bn].abs().max())
+        for row in range(ids_bn.shape[0]):
+            n = int(valid_bn[row].sum())
+            alone_nd = networks.embed(ids_bn[row : row + 1, :n], None, None)[0]
+            others = {"the ids under its padding": other_bnd[row, :n], "the other rows": alone_nd}
+            for what, found_nd in others.items():
+                difference = float((e_bnd[row, :n] - found_nd).abs().max())
+                if not difference <= limit:
+                    raise ConfigError(
+                        f"model: a row must not depend on {what}, got embeddings that differ by "
+                        f"{difference:.3g} (up to {limit:.3g} is rounding); the model must respect its mask"
+                    )
+    finally:
+        networks.train()
+
+
+def _ragged(model: ModelConfig, vocabulary: Vocabulary) -> TensorBatch:
+    n = min(model.max_seq_len, SHORT)
+    lengths = sorted({n, max(1, n // 2), max(1, n // 3)}, reverse=True)
+    valid = torch.arange(n)[None, :] < torch.tensor(lengths)[:, None]
+    return _batch(valid, vocabulary)
+
+
+def _longest(model: ModelConfig, vocabulary: Vocabulary) -> TensorBatch:
+    return _batch(torch.ones(1, model.max_seq_len, dtype=torch.bool), vocabulary)
+
+
+def _batch(valid_rn: Tensor, vocabulary: Vocabulary) -> TensorBatch:
+    keys = draws.keys(Purpose.RANDOM_ID, rows=range(valid_rn.shape[0]))
+    ids_rn = random_ids(draws.uniform(keys, valid_rn.shape[1]), vocabulary)
+    return TensorBatch(torch.where(valid_rn, ids_rn, 0), valid_rn, torch.zeros_like(valid_rn))
+
+
+def _outside() -> tuple[object, ...]:
+    """The states of the generators that a step's seed does not set."""
+    kind, keys, *rest = np.random.get_state()
+    return random.getstate(), kind, np.asarray(keys).tobytes(), *rest
+
+
+def _close(one: Tensor, other: Tensor, exact: bool) -> bool:
+    if exact:
+        return torch.equal(one, other)
+    return bool((one - other).abs().max() <= 1e-3 * one.abs().max().clamp(min=1e-6))
