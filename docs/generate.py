@@ -39,8 +39,9 @@ def configuration() -> str:
         "`[model]`, `[objective]` and `run.seed` are fixed once the run exists. If you leave them out, the values "
         "come from the run's record, even if defaults or presets have changed since. All other settings may change "
         "between restarts. You can change the learning rate, its schedule and `total_steps` at any time, even after "
-        "a crash: steps that are computed again use the settings with which they were trained. Change `device`, "
-        "`precision`, `threads` and `micro_batch_tokens` only after a clean stop.\n",
+        "a crash: steps that are computed again use the settings with which they were trained. "
+        "`optimizer.name` and the frozen parameters are fixed from the first step on. Change `device`, `precision`, "
+        "`threads` and `micro_batch_tokens` only after a clean stop.\n",
     ]
     lines.append(
         f'`"{OFF}"` turns off a limit or an interval: {", ".join(f"`{key}`" for key in can_be_off())}. Write '
@@ -58,7 +59,7 @@ def configuration() -> str:
             line
             for key, setting in kind.model_fields.items()
             for inner in _tables(setting.annotation)
-            for line in _section(f"### `[{name}.{key}]`", inner(), definitions)
+            for line in _section(_title(name, key, setting), inner.model_construct(), definitions)
         ]
     lines += ["## Presets\n", "| `objective.preset` | sets |", "|---|---|"]
     lines += [
@@ -74,6 +75,13 @@ def _tables(annotation: Any) -> list[Any]:
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
 
 
+def _title(section: str, key: str, setting: Any) -> str:
+    whole = f"[{section}.{key}]"
+    return (
+        f"### `[{whole}]`" if getattr(setting.annotation, "__origin__", None) is tuple else f"### `{whole}`"
+    )
+
+
 def _section(title: str, section: Any, definitions: dict[str, Any]) -> list[str]:
     kind = type(section)
     about = (kind.__doc__ or "").strip().partition(": ")[2]
@@ -85,7 +93,7 @@ def _section(title: str, section: Any, definitions: dict[str, Any]) -> list[str]
     ]
     properties = definitions[kind.__name__]["properties"]
     for key, setting in kind.model_fields.items():
-        value = getattr(section, key)
+        value = getattr(section, key, None)  # a table of a list has settings without a default
         values = _values(properties[key])
         if CAN_BE_OFF in setting.metadata:
             value = OFF if value is None else value
@@ -113,7 +121,7 @@ def _one(schema: dict[str, Any]) -> str:
         "integer": "integer",
         "number": "number",
         "boolean": "`true`, `false`",
-        "array": "two numbers",
+        "array": "list of tables" if "$ref" in schema.get("items", {}) else "two numbers",
     }.get(schema.get("type", ""), "path" if schema.get("format") == "path" else "text")
     bounds = [
         f"{words} {schema[key]:,}" if isinstance(schema[key], int) else f"{words} {schema[key]:g}"

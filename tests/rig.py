@@ -37,7 +37,7 @@ def make_engine(
     """An engine on a run directory, started and not waited for."""
     setup = Setup(
         trainer, run_dir, seed=whole.run.seed, canonical=whole.canonical(),
-        configuration=whole.model_dump(mode="json"), serve=whole.serve, checkpoints=whole.checkpoints,
+        configuration=whole.as_json(), serve=whole.serve, checkpoints=whole.checkpoints,
         versions={}, **options,
     )  # fmt: skip
     engine = Engine(setup, on_fatal)

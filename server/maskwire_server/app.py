@@ -69,7 +69,7 @@ def serve(
         config.run.dir,
         seed=config.run.seed,
         canonical=config.canonical(),
-        configuration=config.model_dump(mode="json"),
+        configuration=config.as_json(),
         serve=config.serve,
         checkpoints=config.checkpoints,
         versions={"maskwire": __version__, "python": platform.python_version()},
@@ -120,7 +120,7 @@ def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_rep
         info, inexact = point_in_time.rewind(
             config.run.dir,
             trainer_factory(config),
-            config.model_dump(mode="json"),
+            config.as_json(),
             seed=config.run.seed,
             canonical=config.canonical(),
             to_step=to_step,

@@ -54,7 +54,7 @@ def import_x_transformers(config: Config, source: Path, *, gains: Literal["auto"
         info = imported_run.begin(
             config.run.dir,
             build,
-            config.model_dump(mode="json"),
+            config.as_json(),
             seed=config.run.seed,
             canonical=config.canonical(),
             versions={"maskwire": __version__, "python": platform.python_version()},

@@ -17,10 +17,11 @@ import pytest
 
 import maskwire
 from maskwire_server import config
+from maskwire_server.cli import options
 from maskwire_server.config import Config, ObjectiveConfig, load
 from maskwire_server.config.record import ALWAYS_RECORDED
 from maskwire_server.config.sections import SECTIONS
-from maskwire_server.config.template import template
+from maskwire_server.config.template import template, written
 from maskwire_server.errors import ConfigError
 
 
@@ -63,6 +64,18 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("optimizer", {"schedule": "cosine"}, "optimizer: total_steps must be set"),
         ("optimizer", {"schedule": "cosine", "total_steps": 50},
          "optimizer: total_steps must be above warmup_steps = 100, got 50"),
+        ("optimizer", {"groups": [{"match": "*"}, {"lr_scale": 2}]}, "optimizer.groups.1.match: must be set"),
+        ("optimizer", {"groups": [{"match": ""}]}, "optimizer.groups.0.match: string should have at least 1"),
+        ("optimizer", {"groups": [{"match": "*", "lr_scale": -1}]},
+         "optimizer.groups.0.lr_scale: must be greater than or equal to 0, got -1"),
+        ("optimizer", {"groups": [{"match": "*", "lrscale": 1}]}, "optimizer.groups.0.lrscale: unknown key"),
+        ("optimizer", {"groups": [{"match": "*", "weight_decay": "off"}]},
+         "optimizer.groups.0.weight_decay: cannot be off: leave it out for"),
+        ("optimizer", {"groups": [{"match": "*", "lr_scale": "off"}]},
+         "optimizer.groups.0.lr_scale: cannot be off: give it a value"),
+        ("optimizer", {"groups": ["blocks.*"]}, "optimizer.groups.0: must be a valid dictionary"),
+        ("optimizer", {"groups": "off"}, "optimizer.groups: cannot be off"),
+        ("optimizer", {"groups": "blocks.*"}, "optimizer.groups: must be a valid tuple, got 'blocks.*'"),
         ("serve", {"address": "localhost"}, "serve: address must be HOST:PORT with a port of 0"),
         ("serve", {"device": "tpu"}, "serve.device: string should match pattern"),
         ("serve", {"windw": 3}, "serve.windw: unknown key"),
@@ -97,6 +110,50 @@ def test_flags_win_over_the_environment_and_the_environment_over_the_file(
     monkeypatch.setenv("MASKWIRE_MODEL__HEADS", "5")
     model = load(file, model={"heads": 2}).model
     assert (model.dim, model.depth, model.heads, model.dim_head) == (64, 7, 2, 64)
+
+
+GROUPS = [
+    {"match": "blocks.*", "lr_scale": 0.5},
+    {"match": 'a"b\\c\u00fc', "train": False, "weight_decay": 0.0},
+]
+IN_TOML = (
+    """[{match = "blocks.*", lr_scale = 0.5}, {match = 'a"b\\c\u00fc', train = false, weight_decay = 0.0}]"""
+)
+
+
+@pytest.mark.parametrize("source", ["tables", "file", "environment", "json", "flag", "written"])
+def test_parameter_groups_are_read_from_every_source(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, flags = tmp_path / "c.toml", []
+    file.write_text("")
+    if source == "tables":
+        file.write_text(
+            '[optimizer]\nlearning_rate = 0.5\n[[optimizer.groups]]\nmatch = "blocks.*"\nlr_scale = 0.5\n'
+            "[[optimizer.groups]]\nmatch = 'a\"b\\c\u00fc'\ntrain = false\nweight_decay = 0.0\n"
+        )
+    elif source == "file":
+        file.write_text(f"[optimizer]\ngroups = {IN_TOML}\n")
+    elif source == "written":
+        file.write_text(written(load(None, optimizer={"groups": GROUPS})))
+    elif source == "flag":
+        flags = [f"optimizer.groups={IN_TOML}"]
+    else:
+        value = IN_TOML if source == "environment" else json.dumps(GROUPS)
+        monkeypatch.setenv("MASKWIRE_OPTIMIZER__GROUPS", value)
+    groups = options.loaded(file, None, None, flags).optimizer.groups
+    assert groups == tuple(config.ParameterGroup(**group) for group in GROUPS)  # type: ignore[arg-type]
+    recorded = json.loads(
+        json.dumps(load(None, optimizer={"groups": GROUPS}).optimizer.model_dump(mode="json"))
+    )
+    assert config.OptimizerConfig(**recorded).groups == groups
+
+
+@pytest.mark.parametrize("value", ["[{match =", "[{match = 3}]", "[3]"])
+def test_groups_that_cannot_be_read_are_named(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKWIRE_OPTIMIZER__GROUPS", value)
+    with pytest.raises(ConfigError, match=r"^optimizer\.groups(\.0(\.match)?)?: "):
+        load(None)
 
 
 def test_a_missing_or_malformed_file_is_named(tmp_path: Path) -> None:
@@ -177,7 +234,12 @@ def test_init_does_not_overwrite_and_check_reports_memory(tmp_path: Path) -> Non
     assert small.returncode == 0
     assert "parameters" in small.stdout
     assert "fits" in small.stdout
-    assert "checkpoint copy 3 x 4 bytes each" in small.stdout, "weights and AdamW's two moments"
+    parameters = int(re.findall(r"parameters +([\d,]+)", small.stdout)[0].replace(",", ""))
+    assert (
+        f"weights {parameters:,} + gradients {parameters:,} + AdamW's two moments {2 * parameters:,})"
+        in small.stdout
+    )
+    assert f"checkpoint copy {3 * parameters:,} numbers x 4 bytes" in small.stdout, "all but the gradients"
     huge = run("check", "--config", str(file), "--set", "model.dim=65536", "--set", "model.depth=99")
     assert huge.returncode == 1
     assert "does not fit" in huge.stdout

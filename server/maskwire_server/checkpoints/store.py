@@ -98,7 +98,7 @@ class Checkpoints:
             linked = self._link_frozen(folder)
             snapshot.write(folder)
             failpoints.passing("checkpoint.written")
-            files = tuple(linked.get(path.name) or flush(path) for path in sorted(folder.iterdir()))
+            files = tuple(self._described(path, linked) for path in sorted(folder.iterdir()))
             failpoints.passing("checkpoint.flushed")
             whole = replace(manifest, info=replace(manifest.info, files=files))
             write_manifest(folder, whole)
@@ -124,6 +124,11 @@ class Checkpoints:
         finally:
             self._changing.discard(name)
         return whole
+
+    def _described(self, path: Path, linked: dict[str, FileInfo]) -> FileInfo:
+        """Describe a file that was written, or linked and not replaced since."""
+        is_linked = path.name in linked and path.stat().st_nlink > 1
+        return linked[path.name] if is_linked else flush(path)
 
     def _link_frozen(self, folder: Path) -> dict[str, FileInfo]:
         """Link the file of weights that are never trained, so that it is stored once. Returns it by name."""

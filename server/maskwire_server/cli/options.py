@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -58,6 +57,7 @@ def loaded(config: Path | None, run_dir: Path | None, address: str | None, setti
     """The configuration from file, environment and flags. If it is invalid, the command exits with code 2."""
     check_extra()
     from maskwire_server.config import load
+    from maskwire_server.config.sources import decoded
     from maskwire_server.errors import ConfigError
 
     flags: dict[str, dict[str, Any]] = {}
@@ -71,7 +71,7 @@ def loaded(config: Path | None, run_dir: Path | None, address: str | None, setti
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
                 stop(f"--set {key}: {part} was set to a value before, and cannot have keys")
-        table[name] = _parsed(value) if value.startswith(("[", "{")) else value
+        table[name] = decoded(value) if value.startswith(("[", "{")) else value
     if run_dir is not None:
         flags.setdefault("run", {})["dir"] = run_dir
     if address is not None:
@@ -80,14 +80,6 @@ def loaded(config: Path | None, run_dir: Path | None, address: str | None, setti
         return load(config, **flags)
     except ConfigError as error:
         stop(*str(error).splitlines())
-
-
-def _parsed(value: str) -> Any:
-    """A TOML list or inline table. Any other text is returned as it is, so that the error names its key."""
-    try:
-        return tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return value
 
 
 def check_extra() -> None:

@@ -10,7 +10,7 @@ from maskwire_server.config.config import Config
 from maskwire_server.config.model import ModelConfig
 from maskwire_server.config.model_source import FactoryConfig, HuggingFaceConfig, LoraConfig
 from maskwire_server.config.objective import PRESETS, ObjectiveConfig
-from maskwire_server.config.optimizer import OptimizerConfig
+from maskwire_server.config.optimizer import OptimizerConfig, ParameterGroup
 from maskwire_server.config.record import NewerRunError, recorded_sections
 from maskwire_server.config.run import RunConfig
 from maskwire_server.config.sections import can_be_off
@@ -30,6 +30,7 @@ __all__ = [
     "NewerRunError",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "ParameterGroup",
     "RunConfig",
     "ServeConfig",
     "can_be_off",

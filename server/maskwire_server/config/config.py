@@ -13,7 +13,7 @@ from maskwire_server.config.checkpoints import CheckpointsConfig
 from maskwire_server.config.model import ModelConfig
 from maskwire_server.config.objective import ObjectiveConfig
 from maskwire_server.config.optimizer import OptimizerConfig
-from maskwire_server.config.record import canonical, recorded_sections
+from maskwire_server.config.record import canonical, recorded, recorded_sections
 from maskwire_server.config.run import RunConfig
 from maskwire_server.config.serve import ServeConfig
 from maskwire_server.errors import ConfigError
@@ -47,6 +47,10 @@ class Config(BaseSettings):
         if self._recorded is not None:
             return self._recorded
         return canonical(self.model, self.objective)
+
+    def as_json(self) -> dict[str, Any]:
+        """All settings as JSON values, [model] and [objective] as runs record them."""
+        return self.model_dump(mode="json") | recorded(self.model, self.objective)
 
     @property
     def is_recorded(self) -> bool:

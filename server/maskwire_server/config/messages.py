@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from pydantic_core import ErrorDetails
 
-from maskwire_server.config.base import OFF
+from maskwire_server.config.base import OFF, Section
 from maskwire_server.config.sections import SECTIONS, can_be_off
 
 _OFF_ELSEWHERE = ("0", "0.0", "off", "none", "null", "false", "")
@@ -16,10 +18,13 @@ def message(problem: ErrorDetails) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     value = problem["input"]
     if value == OFF:
-        instead = "leave it out for none or the automatic choice" if _is_optional(key) else "give it a value"
+        optional = _is_optional(problem["loc"])
+        instead = "leave it out for none or the automatic choice" if optional else "give it a value"
         return f"{key}: cannot be off: {instead}; what can be off is {', '.join(can_be_off())}, got 'off'"
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key"
+    if problem["type"] == "missing":
+        return f"{key}: must be set"
     text = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if "got" in text:
         return f"{key}: {text}"
@@ -28,7 +33,19 @@ def message(problem: ErrorDetails) -> str:
     return f"{key}: {text[0].lower()}{text[1:]}{hint}, got {value!r}"
 
 
-def _is_optional(key: str) -> bool:
-    section, _, name = key.partition(".")
-    fields = SECTIONS[section].model_fields if section in SECTIONS else {}
-    return name in fields and fields[name].default is None
+def _is_optional(where: tuple[int | str, ...]) -> bool:
+    """Whether a setting can be left out. It may be within a table, or within a table of a list."""
+    kind = SECTIONS.get(str(where[0]))
+    for name in where[1:-1]:
+        if isinstance(name, str) and kind is not None:
+            kind = _inner(kind, name)
+    field = None if kind is None else kind.model_fields.get(str(where[-1]))
+    return field is not None and field.default is None
+
+
+def _inner(kind: type[Section], name: str) -> type[Section] | None:
+    """The section of a setting that holds tables."""
+    field = kind.model_fields.get(name)
+    annotation = None if field is None else field.annotation
+    found = (annotation, *get_args(annotation))
+    return next((each for each in found if isinstance(each, type) and issubclass(each, Section)), None)

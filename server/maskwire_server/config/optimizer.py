@@ -9,11 +9,27 @@ from pydantic import Field, model_validator
 from maskwire_server.config.base import Finite, Positive, Section, Steps
 
 
+class ParameterGroup(Section):
+    """An entry of `optimizer.groups`: other settings for the parameters whose names match a pattern."""
+
+    match: str = Field(min_length=1)
+    """Pattern of parameter names, in the generator and the critic: `blocks.*`, `*.bias`, `critic.*`. `*` also
+    matches dots. A parameter belongs to the first group that matches it."""
+    lr_scale: Finite = Field(1.0, ge=0)
+    """Factor of the learning rate."""
+    weight_decay: Annotated[Finite, Field(ge=0)] | None = None
+    """Weight decay of the matrices that match. Default: optimizer.weight_decay."""
+    train: bool = True
+    """false: freeze the parameters: no gradient, no optimizer state, no average of their own. Fixed from the
+    first step on."""
+
+
 class OptimizerConfig(Section):
     """[optimizer]: the optimizer and its learning rate. May change between restarts."""
 
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon: Muon for the matrices in the blocks and AdamW for everything else. Fixed from the first
+    step on."""
     learning_rate: Finite = Field(1e-3, ge=0)
     """Peak learning rate."""
     warmup_steps: int = Field(100, ge=0)
@@ -30,10 +46,15 @@ class OptimizerConfig(Section):
     """AdamW's decay rates."""
     eps: Finite = Field(1e-8, gt=0)
     """AdamW's epsilon."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Muon's momentum."""
     clip_grad_norm: Positive = 1.0
     """Maximum global gradient norm. Larger gradients are scaled down. off: no clipping."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Decay of the moving average of the weights, which is then used in evaluation. 0: no average."""
+    groups: tuple[ParameterGroup, ...] = ()
+    """Other settings for some parameters: tables of a pattern and what differs, as
+    `[{match = "blocks.*", lr_scale = 0.5}]`, or one `[[optimizer.groups]]` each."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> OptimizerConfig:

@@ -29,10 +29,14 @@ A new option therefore changes neither the first digest nor the recorded configu
 it. Do not add options here."""
 
 
+def recorded(model: ModelConfig, objective: ObjectiveConfig) -> dict[str, Any]:
+    """[model] and [objective] as runs and checkpoints record them."""
+    return {"model": _recorded("model", model), "objective": _recorded("objective", objective)}
+
+
 def canonical(model: ModelConfig, objective: ObjectiveConfig) -> bytes:
-    """[model] and [objective] as a new run records them: the bytes that its first digest covers."""
-    fixed = {"model": _recorded("model", model), "objective": _recorded("objective", objective)}
-    return json.dumps(fixed, sort_keys=True, separators=(",", ":")).encode()
+    """The same as the bytes that a new run's first digest covers."""
+    return json.dumps(recorded(model, objective), sort_keys=True, separators=(",", ":")).encode()
 
 
 def _recorded(name: str, section: Section) -> dict[str, Any]:

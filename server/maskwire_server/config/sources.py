@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,21 @@ from maskwire_server.errors import ConfigError
 
 
 class _Environment(EnvSettingsSource):
-    """The environment. A value that is not a valid list is passed on, so that the error names its key."""
+    """The environment."""
 
-    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:  # noqa: ARG002
+        return decoded(value)
+
+
+def decoded(text: str) -> Any:
+    """A list, in TOML or JSON. Any other text is returned as it is, so that the error names its key."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
         try:
-            return super().decode_complex_value(field_name, field, value)
+            return json.loads(text)
         except ValueError:
-            return value
+            return text
 
 
 def load(file: Path | None = None, **flags: dict[str, Any]) -> Config:

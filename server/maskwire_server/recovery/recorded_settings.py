@@ -40,6 +40,7 @@ class RecordedSettings:
         self._close = self._drifted = False
         self._steps = 0.0  # steps since exact equality stopped being required, in `measured_steps`
         self._rate = 0.0
+        self._largest_scale = 1.0
         self._precision = "fp32"
         self._journal = journal
         self._settings = settings
@@ -77,6 +78,8 @@ class RecordedSettings:
         self.accepted = self.accepted or bool(changed)
         self._close = self._close or self.accepted
         self._rate = float(was.get("optimizer.learning_rate", 0.0))
+        scales = [float(group["lr_scale"]) for group in was.get("optimizer.groups", [])]
+        self._largest_scale = max([1.0, *scales])
         try:
             self._use(trainer_settings(was))
         except ValueError as error:
@@ -92,7 +95,7 @@ class RecordedSettings:
         whole = TOLERANCES.get(self._precision, TOLERANCES["fp32"])
         allowed = whole if self._drifted else whole.after(self._steps)
         rate = self._rate if learning_rate is None else learning_rate
-        self._steps += measured_steps(rate)
+        self._steps += measured_steps(rate * self._largest_scale)
         return allowed
 
     def restore(self) -> None:

@@ -99,7 +99,8 @@ class _WeightedSum(torch.autograd.Function):
         device, dtype = x_md.device, x_md.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        grad_x, grad_w = (torch.empty_like(x_md), torch.zeros_like(w_vd)) if learns else (None, None)
+        grad_x = torch.empty_like(x_md) if learns else None
+        grad_w = torch.zeros_like(w_vd) if learns and w_vd.requires_grad else None  # None: w is frozen
         grad_b = torch.zeros_like(bias_v) if learns and bias_v is not None else None
         total = torch.zeros((), dtype=torch.float64, device=device)
         (m, _), v = x_md.shape, w_vd.shape[0]
@@ -123,18 +124,19 @@ class _WeightedSum(torch.autograd.Function):
                     look(rows, logits)
                 torch.log_softmax(logits, -1, out=log_p)
                 total -= (log_p.gather(1, target).double() * weight).sum()
-                if grad_x is None or grad_w is None:
+                if grad_x is None:
                     continue
                 # p - onehot(t), computed in the memory of the log-probabilities.
                 off = log_p.exp_().scatter_add_(1, target, log_p.new_full((), -1.0).expand_as(target))
                 off = off.to(dtype)
                 share = weight.to(x.dtype)
                 grad_x[rows] = share * (off @ w)
-                scaled = (share * x).to(dtype)
-                if grad_w.dtype == dtype:
-                    grad_w.addmm_(off.t(), scaled)
-                else:
-                    grad_w += off.t() @ scaled
+                if grad_w is not None:
+                    scaled = (share * x).to(dtype)
+                    if grad_w.dtype == dtype:
+                        grad_w.addmm_(off.t(), scaled)
+                    else:
+                        grad_w += off.t() @ scaled
                 if grad_b is not None:
                     grad_b += (share * off).sum(0)
         ctx.gradients = grad_x, grad_w, grad_b

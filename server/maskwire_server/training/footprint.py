@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
-from maskwire_server.training import cgroup, cross_entropy
+from maskwire_server.training import cgroup, cross_entropy, optim
 from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.numerics import choose_device, default_budget
 
@@ -24,13 +24,25 @@ class Footprint:
 def footprint(
     model: ModelConfig, objective: ObjectiveConfig, optimizer: OptimizerConfig, serve: ServeConfig
 ) -> Footprint:
-    """Report parameters, memory and micro-batches. Raises ConfigError if the device does not exist."""
+    """Report parameters, memory and micro-batches.
+
+    Raises ConfigError if the device does not exist or `optimizer.groups` does not fit the parameters.
+    """
     device = choose_device(serve.device)
     with torch.device("meta"):
         networks = Networks(model, objective)
     parameters = sum(weight.numel() for weight in networks.parameters())
-    copies = 5 if optimizer.ema_decay else 4
-    state = 4 * copies * parameters
+    parts = {"generator": networks.generator, "critic": networks.critic}
+    learning = optim.counts(parts, optimizer)
+    trained = sum(learning.values())
+    numbers_of = {
+        "weights": parameters,
+        "gradients": trained,
+        "AdamW's two moments": 2 * learning["adamw"],
+        "Muon's momentum": learning["muon"],
+        "average": trained if optimizer.ema_decay else 0,
+    }
+    state = 4 * sum(numbers_of.values())
     positions = serve.micro_batch_tokens or default_budget(device)
     # Per position, a block keeps about 8 vectors of size dim (norms, q, k, v, attention, residuals) and 2 of
     # the feed-forward's width. Logits are computed in chunks: the product, fp32 logits, their log softmax.
@@ -45,20 +57,23 @@ def footprint(
     chunk = cross_entropy.chunk_rows(model.num_tokens, device)
     logits = 4 * 3 * chunk * model.num_tokens
     need = state + activations + logits
-    copy = 4 * (copies - 1) * parameters  # all but the gradients, in host memory from the first checkpoint on
+    copied = (
+        sum(numbers_of.values()) - trained
+    )  # all but gradients, in host memory from the first checkpoint on
+    copy = 4 * copied
     if device.type == "cpu":
         need += copy
     have = _available(device)
     fits = need <= have
     lines = [
-        f"parameters      {parameters:,}",
-        f"weights, gradients, AdamW's two moments{' and the average' if copies == 5 else ''}: "
-        f"{copies} x 4 bytes each = {_size(state)}",
+        f"parameters      {parameters:,}" + (f", {parameters - trained:,} frozen" * (trained < parameters)),
+        f"state           ({' + '.join(f'{what} {count:,}' for what, count in numbers_of.items() if count)}) "
+        f"x 4 bytes = {_size(state)}",
         f"activations     {positions:,} positions per micro-batch x {numbers} x {passes} "
         f"pass{'es' * (passes != 1)} x 4 bytes = {_size(activations)}",
         f"logits          {chunk:,} masked positions computed together x {model.num_tokens:,} ids x 3 copies "
         f"x 4 bytes = {_size(logits)}",
-        f"checkpoint copy {copies - 1} x 4 bytes each, kept in host memory = {_size(copy)}",
+        f"checkpoint copy {copied:,} numbers x 4 bytes, kept in host memory = {_size(copy)}",
         f"together        {_size(need)} of {_size(have)} available on {device}",
         (
             f"fits; batches are split into micro-batches of {positions:,} positions, up to "

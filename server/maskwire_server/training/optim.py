@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from maskwire_server.config import OptimizerConfig
+from maskwire_server.errors import ConfigError
 from maskwire_server.training import module_state
+from maskwire_server.training.muon import Muon, hidden_matrices
 from maskwire_server.training.numerics import NUMERICS_VERSION
+from maskwire_server.training.parameter_groups import Matched, frozen, matched
+
+Rule = Literal["adamw", "muon", "frozen"]
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
@@ -42,49 +49,95 @@ def _decayed(module: nn.Module) -> set[Tensor]:
     return {weight for weight in module.parameters() if weight.ndim >= 2 and weight not in embeddings}
 
 
-class Group:
-    """The weights of the generator or of the critic, their AdamW and their moving average."""
+def rules(module: nn.Module, config: OptimizerConfig, own: Matched) -> dict[str, Rule]:
+    """How each parameter of a network is trained, by name."""
+    hidden = hidden_matrices(module).keys() & _decayed(module) if config.name == "muon" else set()
+    found: dict[str, Rule] = {}
+    for name, weight in module.named_parameters():
+        frozen = not weight.requires_grad or (name in own and not own[name].train)
+        found[name] = "frozen" if frozen else "muon" if weight in hidden else "adamw"
+    return found
 
-    def __init__(self, module: nn.Module, config: OptimizerConfig, *, fused: bool) -> None:
+
+class Group:
+    """The weights of the generator or of the critic, their optimizer and their moving average."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: OptimizerConfig,
+        own: Matched | None = None,
+        *,
+        fused: bool,
+        bf16: bool = False,
+    ) -> None:
+        """`own` has the groups of the parameters by name. With `bf16`, Muon's iteration is in bfloat16."""
+        own = own or {}
+        self.module = module
         parameters = dict(module.named_parameters())
+        self.rules = rules(module, config, own)
+        """How each parameter is trained, by name. It cannot change."""
+        self.frozen_names = frozen(own)
+        """The names of the parameters that `optimizer.groups` freezes."""
+        for name in self.frozen_names:
+            parameters[name].requires_grad_(False)
         named = {name: weight for name, weight in parameters.items() if weight.requires_grad}
         self.frozen = {name: weight for name, weight in parameters.items() if name not in named}
-        """Weights that are never trained, by name: those under low-rank adapters."""
+        """Weights that are never trained, by name: those of frozen groups, and those under adapters."""
         self.buffers = module_state.buffers(module)
         """Tensors of the module's state that are not weights, by name. No step changes them."""
         self.names = list(named)
         self.weights = list(named.values())
         decays = _decayed(module)
-        since: dict[float, list[Tensor]] = {1: [], 2: [], math.inf: []}
-        for name, weight in named.items():
-            # Numerics version 1 treated `project_emb` as an embedding.
-            since[math.inf if weight not in decays else 2 if "_emb." in name else 1].append(weight)
-        groups = [{"params": weights, "decays_since": version} for version, weights in since.items()]
+        # Numerics version 1 treated `project_emb` as an embedding.
+        self._decays_since = {
+            name: math.inf if weight not in decays else 2 if "_emb." in name else 1
+            for name, weight in named.items()
+        }
         self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.learning_rate,
-            betas=config.betas,
-            eps=config.eps,
-            fused=fused,
+            [{"params": []}], lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused
         )
-        self.configure(config)
-        for weight in self.weights:  # allocated now, so that the first update cannot run out of memory
-            self.optimizer.state[weight] = {
-                "step": torch.zeros((), dtype=torch.float32, device=weight.device),
-                "exp_avg": torch.zeros_like(weight),
-                "exp_avg_sq": torch.zeros_like(weight),
-            }
+        hidden = hidden_matrices(module)
+        self._muon = Muon(
+            {named[name]: hidden[named[name]] for name, rule in self.rules.items() if rule == "muon"},
+            momentum=config.momentum,
+            dtype=torch.bfloat16 if bf16 else torch.float32,
+        )
+        self.configure(config, own)
+        for name, weight in named.items():  # allocated now, so that the first update cannot lack memory
+            if self.rules[name] == "adamw":
+                self.optimizer.state[weight] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=weight.device),
+                    "exp_avg": torch.zeros_like(weight),
+                    "exp_avg_sq": torch.zeros_like(weight),
+                }
         self.updates = 0
         """Number of steps that trained this group."""
         self.ema = self._copy(module) if config.ema_decay else None
         """The module with the moving average of the weights, if the run keeps one."""
 
-    def configure(self, config: OptimizerConfig, numerics_version: int = NUMERICS_VERSION) -> None:
-        """Apply new settings. A moving average cannot be added or removed."""
-        for group in self.optimizer.param_groups:
-            group["betas"], group["eps"] = config.betas, config.eps
-            decays = numerics_version >= group["decays_since"]
-            group["weight_decay"] = config.weight_decay if decays else 0.0
+    def configure(
+        self, config: OptimizerConfig, own: Matched, numerics_version: int = NUMERICS_VERSION
+    ) -> None:
+        """Apply new settings. What is frozen and whether there is a moving average cannot change."""
+        alike: dict[tuple[str, float, float], list[Tensor]] = {}
+        for name, weight in zip(self.names, self.weights, strict=True):
+            group = own.get(name)
+            scale = 1.0 if group is None else group.lr_scale
+            decay = config.weight_decay
+            if group is not None and group.weight_decay is not None:
+                decay = group.weight_decay
+            if numerics_version < self._decays_since[name]:
+                decay = 0.0
+            alike.setdefault((self.rules[name], scale, decay), []).append(weight)
+        for optimizer in (self.optimizer, self._muon):
+            optimizer.param_groups.clear()
+        for (rule, scale, decay), weights in alike.items():
+            settings = {"params": weights, "lr_scale": scale, "weight_decay": decay}
+            if rule == "muon":
+                self._muon.add_param_group({**settings, "momentum": config.momentum})
+            else:
+                self.optimizer.add_param_group({**settings, "betas": config.betas, "eps": config.eps})
         self._decay = config.ema_decay
 
     def gradients(self) -> list[Tensor]:
@@ -98,11 +151,12 @@ class Group:
 
     def update(self, rate: float) -> None:
         """Update the weights with their gradients, then the moving average."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        for optimizer in (self.optimizer, self._muon):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["lr_scale"]
+            optimizer.step()
         self.updates += 1
-        if self.ema is not None:
+        if self.ema is not None and self.weights:
             # min(d, (1+s)/(10+s)): a smaller decay at the start, so that the average follows quickly
             # (tf.train.ExponentialMovingAverage in TensorFlow).
             decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
@@ -131,12 +185,54 @@ class Group:
         return copy.deepcopy(module, memo).eval().requires_grad_(False)
 
     def state(self) -> dict[str, Tensor]:
-        """The state of AdamW and the number of updates, by name."""
+        """The state of the optimizer and the number of updates, by name. Frozen parameters have none."""
         state = {"updates": torch.tensor(self.updates, dtype=torch.int64)}
         for name, weight in zip(self.names, self.weights, strict=True):
-            for part, value in self.optimizer.state[weight].items():
+            optimizer = self._muon if self.rules[name] == "muon" else self.optimizer
+            for part, value in optimizer.state[weight].items():
                 state[f"{name}.{part}"] = value
         return state
+
+
+def counts(parts: Mapping[str, nn.Module | None], config: OptimizerConfig) -> Counter[Rule]:
+    """How many numbers each rule trains; frozen ones are left out. Raises ConfigError like `make_groups`."""
+    modules = {part: module for part, module in parts.items() if module is not None}
+    found: Counter[Rule] = Counter()
+    for part, own in matched(config.groups, modules).items():
+        for name, rule in rules(modules[part], config, own).items():
+            if rule != "frozen":
+                found[rule] += modules[part].get_parameter(name).numel()
+    return found
+
+
+def make_groups(
+    parts: Mapping[str, nn.Module | None], config: OptimizerConfig, device: torch.device, *, bf16: bool
+) -> dict[str, Group]:
+    """The groups of the parts that exist. Raises ConfigError if `optimizer.groups` does not fit the names."""
+    modules = {part: module for part, module in parts.items() if module is not None}
+    matches = matched(config.groups, modules)
+    on_gpu = device.type == "cuda"
+    fused = on_gpu or device.type == "cpu"
+    return {
+        part: Group(module, config, matches[part], fused=fused, bf16=bf16 and on_gpu)
+        for part, module in modules.items()
+    }
+
+
+def configure(groups: Mapping[str, Group], config: OptimizerConfig, numerics_version: int) -> None:
+    """Apply new settings. Raises ValueError, with nothing changed, if they do not fit the state."""
+    try:
+        matches = matched(config.groups, {part: group.module for part, group in groups.items()})
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    for part, group in groups.items():
+        different = sorted(group.frozen_names ^ frozen(matches[part]))
+        if different:
+            was, now = ("trained", "frozen") if different[0] in group.frozen_names else ("frozen", "trained")
+            others = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+            raise ValueError(f"optimizer.groups: {part}.{different[0]}{others} was {was}, is {now}")
+    for part, group in groups.items():
+        group.configure(config, matches[part], numerics_version)
 
 
 def clip(groups: Iterable[Group], limit: float | None) -> Tensor:

@@ -3,7 +3,7 @@
 model.safetensors       generator.* and critic.*: weights, and buffers that belong to the state
 frozen.safetensors      the same for weights that are never trained; the same file in each checkpoint
 ema.safetensors         the same names, if the run keeps a moving average
-optimizer.safetensors   generator.* and critic.*: AdamW's state and the number of updates
+optimizer.safetensors   generator.* and critic.*: the optimizer's state and the number of updates
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from maskwire_server.training.optim import Group
 
 MODEL_FILE, EMA_FILE = WEIGHT_FILES
 OPTIMIZER_FILE = "optimizer.safetensors"
+_FIXED = "; optimizer.name and what optimizer.groups freezes must be as when it was saved"
 
 Files = dict[str, dict[str, Tensor]]
 """Tensors by file and name."""
@@ -39,10 +40,11 @@ class Snapshot:
     files: Files
 
     def write(self, folder: Path) -> None:
-        """Write the files to `folder`, but those that are there already. Raises OSError."""
+        """Write the files to `folder`, but a file of frozen weights that is there. Raises OSError."""
         for file, tensors in self.files.items():
-            if (folder / file).exists():
+            if file == FROZEN_FILE and _has(folder / file, tensors):
                 continue
+            (folder / file).unlink(missing_ok=True)
             try:
                 save_file(tensors, folder / file)
             except SafetensorError as error:
@@ -50,6 +52,14 @@ class Snapshot:
                 number = int(found[1]) if found else errno.EIO
                 text = os.strerror(number) if found else str(error)
                 raise OSError(number, text, str(folder / file)) from error
+
+
+def _has(path: Path, tensors: dict[str, Tensor]) -> bool:
+    """Whether a file has tensors of these names. Frozen weights of one run differ in nothing else."""
+    if not path.exists():
+        return False
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys()) == tensors.keys()
 
 
 class Copier:
@@ -109,13 +119,23 @@ def live_tensors(groups: Mapping[str, Group]) -> Files:
 def load(folder: Path, groups: Mapping[str, Group]) -> None:
     """Load the files of a snapshot into the groups. Nothing changes unless all of it fits.
 
-    If the snapshot has no moving average, the average starts from the weights. Raises ValueError that names
-    the first file or tensor that is missing, unknown, or of another shape or type.
+    If the snapshot has no moving average, the average starts from the weights. A snapshot from before the
+    first update fits every optimizer. Raises ValueError that names the first file or tensor that is missing,
+    unknown, or of another shape or type.
     """
     live = live_tensors(groups)
-    if not (folder / EMA_FILE).exists():
+    optimizer = _tensors(folder / OPTIMIZER_FILE)
+    counts = [int(tensor) for name, tensor in optimizer.items() if name.endswith(".updates")]
+    untrained = bool(counts) and not any(counts)
+    if untrained or not (folder / EMA_FILE).exists():
         live.pop(EMA_FILE, None)
-    loaded = {file: _read(folder / file, tensors) for file, tensors in live.items()}
+    loaded = _read_weights(folder, live)
+    if untrained:  # zeros, whichever optimizer it was saved with
+        loaded[OPTIMIZER_FILE] = {name: torch.zeros_like(one) for name, one in live[OPTIMIZER_FILE].items()}
+    else:
+        loaded[OPTIMIZER_FILE] = _fitting(OPTIMIZER_FILE, optimizer, live[OPTIMIZER_FILE], _FIXED)
+    if EMA_FILE in live:
+        loaded[EMA_FILE] = _fitting(EMA_FILE, _tensors(folder / EMA_FILE), live[EMA_FILE])
     with torch.no_grad():
         for file, tensors in live.items():
             for name, tensor in tensors.items():
@@ -126,21 +146,38 @@ def load(folder: Path, groups: Mapping[str, Group]) -> None:
         group.updates = int(live[OPTIMIZER_FILE][f"{name}.updates"])
 
 
-def _read(path: Path, live: dict[str, Tensor]) -> dict[str, Tensor]:
+def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path.name}: cannot be read as safetensors: {error}") from error
+
+
+def _read_weights(folder: Path, live: Files) -> Files:
+    """The weights by file, whichever of them were frozen when they were saved."""
+    files = [file for file in (MODEL_FILE, FROZEN_FILE) if file in live]
+    saved = _tensors(folder / MODEL_FILE)
+    if (folder / FROZEN_FILE).exists():
+        saved |= _tensors(folder / FROZEN_FILE)
+    wanted = {name: tensor for file in files for name, tensor in live[file].items()}
+    found = _fitting(MODEL_FILE, saved, wanted)
+    return {file: {name: found[name] for name in live[file]} for file in files}
+
+
+def _fitting(
+    file: str, tensors: dict[str, Tensor], live: dict[str, Tensor], hint: str = ""
+) -> dict[str, Tensor]:
+    """The tensors, if they have the names, shapes and types of the live ones; otherwise ValueError."""
     for name in sorted(live.keys() | tensors.keys()):
         if name not in tensors:
-            raise ValueError(f"{path.name}: {name} is missing")
+            raise ValueError(f"{file}: {name} is missing{hint}")
         if name not in live:
-            raise ValueError(f"{path.name}: {name} is not part of this model")
+            raise ValueError(f"{file}: {name} is not part of this model{hint}")
         found, wanted = tensors[name], live[name]
         if found.shape != wanted.shape or found.dtype != wanted.dtype:
             raise ValueError(
-                f"{path.name}: {name} must be {wanted.dtype} {tuple(wanted.shape)}, "
+                f"{file}: {name} must be {wanted.dtype} {tuple(wanted.shape)}, "
                 f"got {found.dtype} {tuple(found.shape)}"
             )
     return tensors

@@ -88,10 +88,9 @@ class TorchTrainer:
             self.networks = Networks(model, objective)  # on the CPU, for the same weights on each device
         self.networks.to(self._device)
         self.networks.checkpoint_activations(serve.activation_checkpointing)
-        fused = self._device.type in ("cpu", "cuda")
-        self.generator = Group(self.networks.generator, optimizer, fused=fused)
-        critic = self.networks.critic
-        self.critic = None if critic is None else Group(critic, optimizer, fused=fused)
+        parts = {"generator": self.networks.generator, "critic": self.networks.critic}
+        groups = optim.make_groups(parts, optimizer, self._device, bf16=self._bf16)
+        self.generator, self.critic = groups["generator"], groups.get("critic")
         self._copier = snapshot.Copier()
         self._averaged: Networks | None = None
         if self.generator.ema is not None:
@@ -154,17 +153,16 @@ class TorchTrainer:
     def configure(self, optimizer: dict[str, Any], numerics_version: int = NUMERICS_VERSION) -> None:
         """Continue with another [optimizer] section and another version of the numerics.
 
-        Raises ValueError that names the key if the state does not fit the section: another optimizer, or a
-        moving average that the state has and the section does not, or the reverse.
+        Raises ValueError that names the key if the state does not fit the section: another optimizer, other
+        frozen parameters, or a moving average that the state has and the section does not, or the reverse.
         """
         config = OptimizerConfig(**optimizer)
         current = self._optimizer
         if config.name != current.name or bool(config.ema_decay) != bool(current.ema_decay):
             key = "name" if config.name != current.name else "ema_decay"
             raise ValueError(f"optimizer.{key} was {getattr(config, key)!r}, is {getattr(current, key)!r}")
+        optim.configure(self._groups(), config, numerics_version)
         self._optimizer, self._numerics_version = config, numerics_version
-        for group in self._groups().values():
-            group.configure(config, numerics_version)
 
     def begin(self) -> str:
         """Load the initial weights, if the model's source has some, and check the model.
@@ -356,7 +354,8 @@ class TorchTrainer:
                     )
                 sums.add(losses)
                 total = objective.minimized(losses, config, plan, self._numerics_version)
-                total.backward()  # type: ignore[no-untyped-call]
+                if total.requires_grad:  # False if all that this step trains is frozen
+                    total.backward()  # type: ignore[no-untyped-call]
         return sums
 
     def _clear_gradients(self) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +26,9 @@ from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import inexact_replays
 from maskwire_server.journal.records import StepRecord
 from maskwire_server.recovery import fingerprint, verify
+from maskwire_server.recovery.recorded_settings import RecordedSettings
 from maskwire_server.recovery.replay import InexactReplayError
-from maskwire_server.recovery.tolerance import TOLERANCES, excess, measured_steps
+from maskwire_server.recovery.tolerance import TOLERANCES, Tolerance, excess, measured_steps
 from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRequest, StepRequest
 from maskwire_server.results import StepResult
 from maskwire_server.training.trainer import TorchTrainer
@@ -382,3 +384,20 @@ def test_a_manifest_of_before_says_nothing_of_replays(rig: Rig) -> None:
     del body["inexact_replays"], body["manifest_sha256"]
     older = json.dumps({**body, "manifest_sha256": _body_hash(body)}).encode()
     assert Manifest.from_json(older).inexact_replays == ()
+
+
+def test_the_largest_scale_of_a_group_counts_as_its_learning_rate() -> None:
+    def after_a_step(learning_rate: float, *scales: float) -> Tolerance | None:
+        was = {
+            "fingerprint.deterministic": "no", "optimizer.learning_rate": learning_rate,
+            "optimizer.groups": [{"match": "*", "lr_scale": scale} for scale in scales],
+        }  # fmt: skip
+        journal: Any = SimpleNamespace(event=lambda _: was)
+        recorded = RecordedSettings(journal, was, lambda *_: None, strict=True)
+        record = StepRecord(1, 1, None, 1, b"", Outcome.APPLIED, Losses(1.0), 1.0, b"")
+        assert len(list(recorded.apply(iter([(record, None)])))) == 1
+        recorded.tolerance(None)
+        return recorded.tolerance(None)
+
+    assert after_a_step(1e-3, 0.5, 20.0) == after_a_step(2e-2) != after_a_step(1e-3)
+    assert after_a_step(1e-3, 0.5) == after_a_step(1e-3)

@@ -81,6 +81,8 @@ class Attention(nn.Module):
         self.q_norm = HeadNorm(config, self.heads) if config.qk_norm else None
         self.k_norm = HeadNorm(config, self.kv_heads) if config.qk_norm else None
         self.qkv_sizes = config.qkv_sizes
+        self.stacked_rows = {"to_qkv": config.qkv_sizes}
+        """The rows of the matrices that a linear map stacks: Muon updates each by itself."""
 
     def forward(
         self, x_bnd: Tensor, keep: Tensor | None, rotation: Tensor | None, read_m: Tensor | None = None
@@ -137,6 +139,7 @@ class FeedForward(nn.Module):
         up_bias, down_bias = config.ff_biases
         self.up = nn.Linear(config.dim, inner * (2 if self.gated else 1), bias=up_bias)
         self.down = nn.Linear(inner, config.dim, bias=down_bias)
+        self.stacked_rows = {"up": (inner, inner)} if self.gated else {}
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]."""

@@ -1,0 +1,101 @@
+"""Muon: momentum whose update is orthogonalised, for the matrices inside a network's blocks.
+
+Sources: K. Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks" (the iteration, its
+coefficients, Nesterov momentum, and which weights it is for); J. Liu et al. 2025, "Muon is scalable for LLM
+training" (weight decay, and the scale of the update). `torch.optim.Muon` computes the same, but always in
+bfloat16, and takes a stack of several matrices for one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic iteration: chosen for the steepest slope at 0 that still keeps the values close to 1."""
+ITERATIONS = 5
+_SMALLEST_NORM = 1e-7
+_ADAMW_RMS = 0.2
+
+
+def orthogonalized(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """About U V^T, where U S V^T is the singular value decomposition of a matrix, in `dtype`.
+
+    With X scaled to a norm of 1, p(x) = a x + b x^3 + c x^5 maps X to a X + (b A + c A^2) X, A = X X^T. This
+    keeps U and V and maps each singular value s to p(s), and so an odd polynomial of a matrix needs no
+    decomposition. Five times p takes values from 0.01 to 1 into 0.68 to 1.14; smaller ones grow by up to
+    a^5 = 485.
+    """
+    a, b, c = COEFFICIENTS
+    x: Tensor = (matrix / matrix.norm().clamp(min=_SMALLEST_NORM)).to(dtype)
+    tall = x.shape[0] > x.shape[1]
+    if tall:  # so that A is the smaller of X X^T and X^T X
+        x = x.T
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+def update_scale(rows: int, columns: int) -> float:
+    """The factor that gives an orthogonalised matrix the root mean square of AdamW's updates, about 0.2.
+
+    U V^T has min(m, n) singular values of 1, so its squares sum to min(m, n), and their mean over the m n
+    entries is 1 / max(m, n). Learning rate and weight decay then mean the same as for AdamW (Liu et al.).
+    """
+    return _ADAMW_RMS * math.sqrt(max(rows, columns))
+
+
+def hidden_matrices(network: nn.Module) -> dict[Tensor, tuple[int, ...]]:
+    """The weights of the linear maps in `network.blocks`, with the rows of the matrices that each stacks.
+
+    A module says in `stacked_rows`, by the name of its linear map, that the map computes several in one
+    product: Q, K and V, or the two halves of a SwiGLU. A network without blocks has no such weights.
+    """
+    found: dict[Tensor, tuple[int, ...]] = {}
+    for block in getattr(network, "blocks", ()):
+        for parent in block.modules():
+            stacked: Mapping[str, tuple[int, ...]] = getattr(parent, "stacked_rows", {})
+            for name, child in parent.named_children():
+                if isinstance(child, nn.Linear):
+                    rows = stacked.get(name, (child.out_features,))
+                    if sum(rows) != child.out_features:
+                        raise ValueError(
+                            f"stacked_rows[{name!r}] must sum to {child.out_features}, got {rows}"
+                        )
+                    found[child.weight] = rows
+    return found
+
+
+class Muon(torch.optim.Optimizer):
+    """m = mu m + (1 - mu) g, then w = (1 - lr decay) w - lr scale NS((1 - mu) g + mu m), for each matrix."""
+
+    def __init__(
+        self, rows: Mapping[Tensor, tuple[int, ...]], *, momentum: float, dtype: torch.dtype
+    ) -> None:
+        """`rows` holds the weights, each with the rows of its matrices; `dtype` is that of the iteration."""
+        super().__init__([{"params": []}], {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum})
+        self._rows = dict(rows)
+        self._dtype = dtype
+        for weight in rows:  # allocated now, so that the first update cannot run out of memory
+            self.state[weight] = {"momentum": torch.zeros_like(weight)}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        """Update the weights that have a gradient."""
+        for group in self.param_groups:
+            rate, momentum = group["lr"], group["momentum"]
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                average = self.state[weight]["momentum"].lerp_(weight.grad, 1 - momentum)
+                direction = weight.grad.lerp(average, momentum)  # Nesterov's
+                weight.mul_(1 - rate * group["weight_decay"])
+                rows = self._rows[weight]
+                for part, towards in zip(weight.split(rows), direction.split(rows), strict=True):
+                    step = orthogonalized(towards, self._dtype).to(part.dtype)
+                    part.add_(step, alpha=-rate * update_scale(*part.shape))
