@@ -104,13 +104,14 @@ class WriterModel(RuleBasedStateMachine):
         self.known: dict[str, tuple[int, bytes]] = {}  # request id -> step, payload hash
         self.parents: dict[int, tuple[int, int]] = {}  # lineage -> the one and the step it began from
         self.of: dict[str, int] = {}  # request id -> lineage
+        self.remembered: dict[str, int] = {}  # the ids of this process's steps -> step
         self.epoch, self.writer, self.closed, self.active = 0, "", True, 0.0
         self.nonces: dict[str, int] = {}
         self.sessions: list[SessionRef] = []
         self.non_finite = 0
         self.saved: dict[str, tuple[int, int, bytes]] = {}
         self.ahead: dict[int, Ahead] = {}
-        self.refused = 0  # the first step of which nothing is known but that its sender was refused
+        self.refused: set[int] = set()  # steps of which nothing is known but that their senders were refused
         self.made = 0
 
     def start(self) -> None:
@@ -162,8 +163,7 @@ class WriterModel(RuleBasedStateMachine):
     def consume(self, request_id: str | None, sent: Payload) -> int:
         """One more step."""
         self.step += 1
-        if self.refused == self.step:
-            self.refused = 0
+        self.refused.discard(self.step)
         finite = sent.batch.ids[0, 0] != NAN_ID
         self.non_finite = 0 if finite else self.non_finite + 1
         self.digest = step_digest(self.digest, self.lineage, self.step, sent.hash(DIGEST), 1 if finite else 2)
@@ -171,6 +171,7 @@ class WriterModel(RuleBasedStateMachine):
         if request_id is not None:
             self.known[request_id] = self.step, sent.hash(DIGEST)
             self.of[request_id] = self.lineage
+            self.remembered[request_id] = self.step
         return self.step
 
     def fill(self) -> None:
@@ -190,7 +191,7 @@ class WriterModel(RuleBasedStateMachine):
         for waited in self.ahead.values():
             assert self.reason(waited.future) == ((bare or reason) if waited.bare else reason)
         self.ahead.clear()
-        self.refused = 0
+        self.refused.clear()
 
     @staticmethod
     def reason(future: Future[Any]) -> str:
@@ -217,8 +218,7 @@ class WriterModel(RuleBasedStateMachine):
         future = self.engine.train_step(StepRequest(sent, session, step, request_id))
         if expected == "WAIT":
             assert step is not None
-            if self.refused == step:
-                self.refused = 0
+            self.refused.discard(step)
             self.ahead[step] = Ahead(future, request_id, sent, self.now, session is None)
             self.quiet()
             if session is not None:
@@ -243,7 +243,10 @@ class WriterModel(RuleBasedStateMachine):
                 return problem, False
         elif self.present():
             return "WRITER_PRESENT", False
-        # Every payload is a new one. A session that names its step is known by that alone.
+        # Every payload is a new one. A session that names its step is known by that, and by the ids that are
+        # remembered since the start.
+        if request_id in self.remembered and step not in (None, self.remembered[request_id]):
+            return "PAYLOAD_MISMATCH", False
         on_their_way = {waited.request_id for waited in self.ahead.values()}
         named = session is not None and step is not None
         if request_id is not None and request_id in on_their_way:
@@ -256,7 +259,7 @@ class WriterModel(RuleBasedStateMachine):
                 return "PAYLOAD_MISMATCH", False
             return "STEP_TAKEN", False
         distance = 0 if step is None else step - self.step - 1
-        if distance >= WINDOW or (step is not None and 0 < self.refused < step):
+        if distance >= WINDOW or (step is not None and min(self.refused, default=step) < step):
             return "GAP", False
         if self.halted:
             return "HALTED", False
@@ -269,9 +272,9 @@ class WriterModel(RuleBasedStateMachine):
         session = data.draw(st.sampled_from(self.sessions[-2:]))
         step = max(1, self.step + 1 + number)
         self.engine.step_refused(session, step)
-        if self.check_session(session) or step <= self.step or step in self.ahead:
+        if self.check_session(session) or not self.step < step <= self.step + WINDOW or step in self.ahead:
             return
-        self.refused = min(step, self.refused or step)
+        self.refused.add(step)
         for behind in sorted(other for other in self.ahead if other > step):
             assert self.reason(self.ahead.pop(behind).future) == "GAP"
 
@@ -391,6 +394,7 @@ class WriterModel(RuleBasedStateMachine):
         """What was in memory is gone, what was answered is not."""
         self.engine.close()
         self.drop("DRAINING")
+        self.remembered.clear()
         self.start()
         self.active = self.now
 
@@ -428,13 +432,16 @@ class WriterModel(RuleBasedStateMachine):
         shutil.rmtree(self.folder / "run")
         copy.rename(self.folder / "run")
         self.start()
+        self.refused.clear()  # they were in memory
         there = self.engine.status().durable_step - self.step
+        before = self.step
         assert len(answered) <= there <= count
         for position, (name, one) in enumerate(zip(names, sent, strict=True)):
             answer = self.engine.train_step(StepRequest(one, session, None, name)).result(WAIT)
             self.consume(name, one)
             assert (answer.step, answer.digest) == (self.step, self.digest)
             assert answer.replayed == (position < there)
+        self.remembered = {name: step for name, step in self.remembered.items() if step > before + there}
         self.active = self.now
 
     @rule()
