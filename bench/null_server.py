@@ -36,6 +36,9 @@ class NullTrainer:
     def versions(self) -> dict[str, str]:
         return {"device": "none"}
 
+    def begin(self) -> str:
+        return ""
+
     def configure(self, optimizer: dict[str, object], numerics_version: int) -> None:
         pass
 

@@ -55,6 +55,9 @@ class CounterTrainer:
     def versions(self) -> dict[str, str]:
         return {"device": "counter", "threads": str(self.threads)}
 
+    def begin(self) -> str:
+        return ""
+
     def configure(self, optimizer: dict[str, Any], numerics_version: int) -> None:
         pass
 

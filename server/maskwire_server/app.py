@@ -15,12 +15,13 @@ from types import FrameType
 from typing import NoReturn
 
 from maskwire._version import __version__
+from maskwire_server import completion
 from maskwire_server.config import Config
 from maskwire_server.engine.engine import Engine
 from maskwire_server.engine.setup import Setup
 from maskwire_server.engine.trainer_interface import Trainer
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
-from maskwire_server.recovery import point_in_time, recorded_config
+from maskwire_server.recovery import point_in_time
 from maskwire_server.recovery.replay import InexactReplayError
 from maskwire_server.rpc.server import Server
 
@@ -55,10 +56,13 @@ def serve(
     stop = threading.Event()
     _on_signals(stop)
     try:
-        config = recorded_config.of_run(config, config.run.dir)
+        config = completion.completed(config)
     except RunDirectoryError as error:
         say(error)
         return EXIT_RUN_DIRECTORY
+    except ConfigError as error:
+        say(error)
+        return EXIT_CONFIG
     log.info("run directory: %s", config.run.dir.absolute())
     setup = Setup(
         factory or trainer_factory(config),
@@ -71,6 +75,7 @@ def serve(
         versions={"maskwire": __version__, "python": platform.python_version()},
         accept_inexact_replay=accept_inexact_replay,
         accept_lost_history=accept_lost_history,
+        identity=completion.identity(config),
     )
     engine = Engine(setup, _die)
     try:
@@ -111,7 +116,7 @@ def serve(
 def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_replay: bool = False) -> int:
     """Compute a run again up to a step, and return the exit code."""
     try:
-        config = recorded_config.of_run(config, config.run.dir)
+        config = completion.completed(config)
         info, inexact = point_in_time.rewind(
             config.run.dir,
             trainer_factory(config),
@@ -126,6 +131,9 @@ def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_rep
     except InexactReplayError as error:
         say(error)
         return EXIT_INEXACT
+    except ConfigError as error:
+        say(error)
+        return EXIT_CONFIG
     except (RunDirectoryError, Refused, ValueError, OSError) as error:
         say(error)
         return EXIT_RUN_DIRECTORY

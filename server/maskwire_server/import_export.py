@@ -15,6 +15,7 @@ from maskwire._version import __version__
 from maskwire_server.app import EXIT_CONFIG, EXIT_RUN_DIRECTORY, say, trainer_factory
 from maskwire_server.checkpoints.membership import Membership
 from maskwire_server.checkpoints.store import Checkpoints
+from maskwire_server.completion import with_schedule
 from maskwire_server.config import Config, template
 from maskwire_server.engine.trainer_interface import Trainer
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
@@ -37,7 +38,12 @@ def import_x_transformers(config: Config, source: Path, *, gains: Literal["auto"
     except (ValueError, OSError) as error:
         say(error)
         return EXIT_CONFIG
-    config = config.model_copy(update={"model": found.model, "objective": found.objective})
+    imported = config.model_copy(update={"model": found.model, "objective": found.objective})
+    try:
+        config = with_schedule(imported, config)
+    except (ConfigError, RunDirectoryError) as error:
+        say(error)
+        return EXIT_CONFIG
 
     def build() -> Trainer:
         trainer = trainer_factory(config)()
@@ -90,7 +96,7 @@ def export(
 
     `to` is the format: a folder for `maskwire_server.load`, or an x-transformers state dict in safetensors.
     """
-    from maskwire_server.training.models import pretrained, state_dict, x_transformers
+    from maskwire_server.training.models import pretrained, state_dict, x_transformers_export
 
     checkpoints = Checkpoints(run_dir)
     try:
@@ -103,11 +109,13 @@ def export(
         if out.exists():
             raise ValueError(f"{out} exists; choose another name")
         module = pretrained.load(folder, weights=weights)  # checks the SHA-256 hashes
+        fits = ""
         if to == "x-transformers":
-            state = x_transformers.export_state_dict(
+            state = x_transformers_export.export_state_dict(
                 module.config, module.objective, module.networks.state_dict()
             )
             state_dict.write(out, state)
+            fits = f"\nthe network that it fits: {x_transformers_export.constructor(module.config)}"
         else:
             draft = out.with_name(f"{out.name}.part")
             draft.mkdir(parents=True)
@@ -118,7 +126,7 @@ def export(
     except (ValueError, OSError) as error:
         say(error)
         return EXIT_CONFIG
-    print(f"{out}: checkpoint {manifest.info.name!r}, step {manifest.info.step}, for {to}", flush=True)
+    print(f"{out}: checkpoint {manifest.info.name!r}, step {manifest.info.step}, for {to}{fits}", flush=True)
     return 0
 
 

@@ -92,6 +92,9 @@ class GenerateOptions:
     """Unmasking passes; 0: one position per pass."""
     order: Order = Order.RANDOM
     temperature: float = 1.0
+    """Of each pass, unless there is a start_temperature."""
+    start_temperature: float | None = None
+    """Falls to 0 over the passes; None: the temperature is constant."""
     top_k: int = 0
     """0: no limit."""
     top_p: float = 1.0
@@ -175,6 +178,8 @@ class GenerateAnswer:
     digest: bytes
 
 
+FROZEN_FILE = "frozen.safetensors"
+"""The file of weights that are never trained. All checkpoints of a run have the same one, stored once."""
 WEIGHT_FILES = ("model.safetensors", "ema.safetensors")
 """The weight files of a checkpoint: as trained, and their moving average if there is one."""
 

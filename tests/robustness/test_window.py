@@ -21,7 +21,7 @@ import pytest
 
 from maskwire.errors import REASONS, Failure, MaskwireError, UnavailableError
 from maskwire.protocol.codec import hash_of
-from maskwire.protocol.effects import Call, Operation, Pause, Until
+from maskwire.protocol.effects import Call, Notify, Operation, Pause, Until
 from maskwire.protocol.pending_step import PendingStep
 from maskwire.protocol.retry import RetryPolicy
 from maskwire.protocol.writer import Writer
@@ -312,7 +312,7 @@ class World:
         self.effects[index] = None
         try:
             effect = self.talks[index].send(reply)
-            while isinstance(effect, Until) and effect.holds():
+            while isinstance(effect, Notify) or (isinstance(effect, Until) and effect.holds()):
                 effect = self.talks[index].send(None)
         except StopIteration as done:
             self.ended[index] = done.value.step

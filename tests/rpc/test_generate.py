@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import fork_server
 import grpc
 import numpy as np
 import pytest
@@ -123,6 +128,18 @@ CASES: dict[str, tuple[pb.GenerateRequest, str, list[str]]] = {
     "an infinite temperature": (R(count=1, temperature=math.inf), "temperature", ["finite"]),
     "a choice temperature that is none": (R(count=1, choice_temperature=math.nan), "choice_temperature",
                                           ["nan"]),
+    "a start temperature below 0": (R(count=1, start_temperature=-1), "start_temperature",
+                                    ["at least 0", "-1.0"]),
+    "a start temperature that is none": (R(count=1, start_temperature=math.nan), "start_temperature",
+                                         ["nan"]),
+    "an infinite start temperature": (R(count=1, start_temperature=math.inf), "start_temperature",
+                                      ["finite"]),
+    "two temperatures": (R(count=1, start_temperature=2, temperature=1), "start_temperature",
+                         ["exclude each other", "2.0 and 1.0", "leave out temperature"]),
+    "a negative filter_thres": (R(count=1, filter_thres=-0.1), "filter_thres", ["at least 0", "-0.1"]),
+    "a filter_thres of 1": (R(count=1, filter_thres=1), "filter_thres", ["below 1", "1.0"]),
+    "a filter_thres that is none": (R(count=1, filter_thres=math.nan), "filter_thres", ["nan"]),
+    "a negative top_k beside a filter_thres": (R(count=1, top_k=-1, filter_thres=0.5), "top_k", ["-1"]),
     "a negative top_k": (R(count=1, top_k=-1), "top_k", ["-1"]),
     "a top_p of 0": (R(count=1, top_p=0), "top_p", ["above 0", "0.0"]),
     "a top_p above 1": (R(count=1, top_p=1.5), "top_p", ["1.5"]),
@@ -187,6 +204,54 @@ def test_every_order_and_option_travels(serve: Serve) -> None:
             found[order] = result.tokens.tobytes()
         assert len(set(found.values())) > 1
         assert not trainer.generate(count=1, raw_weights=True).ema_weights
+
+
+def test_a_falling_temperature_and_a_share_of_the_vocabulary_travel(shared: ServerProcess) -> None:
+    with maskwire.attach(shared.address) as client:
+
+        def of(**options: Any) -> Any:
+            return client.generate(count=8, length=16, **options).tokens
+
+        # The temperature of pass 1 of 1 is 0, as that of a start temperature of 0 is in each pass.
+        assert (of(start_temperature=5.0, steps=1) == of(temperature=0, steps=1)).all()
+        assert (of(start_temperature=0.0, steps=4) == of(temperature=0, steps=4)).all()
+        falling = of(start_temperature=2.0, steps=4)
+        assert (falling != of(temperature=2.0, steps=4)).any()
+        assert (falling != of(temperature=0, steps=4)).any()
+        states = list(client.generate_steps(count=8, length=16, start_temperature=2.0, steps=4))
+        assert (states[-1].tokens == falling).all()
+        # 12 positions stay masked after pass 1 of 4, which has temperature 2 (1 - 1/4).
+        first = next(client.generate_steps(count=8, length=16, temperature=1.5, steps=4))
+        assert (states[0].tokens == first.tokens).all()
+        # Of 17 ids, ceil(.3 * 17) = 6 are kept; the smaller of the two numbers applies.
+        assert (of(filter_thres=0.7) == of(top_k=6)).all()
+        assert (of(filter_thres=0.7, top_k=3) == of(top_k=3)).all()
+        assert (of(filter_thres=0.7, top_k=9, top_p=0.5) == of(top_k=6, top_p=0.5)).all()
+        assert (of(filter_thres=0.999) == of(top_k=1)).all()
+        assert (of(filter_thres=0.0) == of()).all(), "nothing is dropped"
+        assert (of(start_temperature=None, filter_thres=None, temperature=None) == of()).all()
+
+    async def main() -> Any:
+        async with maskwire.aio.attach(shared.address) as awaited:
+            return (await awaited.generate(count=8, length=16, start_temperature=2.0, steps=4)).tokens
+
+    assert (asyncio.run(main()) == falling).all()
+
+
+def test_the_command_takes_a_falling_temperature_and_a_share(shared: ServerProcess) -> None:
+    program = str(Path(sys.executable).with_name("maskwire"))
+    options = ["--count=2", "--length=16", "--steps=4", "--json", f"--target={shared.address}"]
+    asked = ["--start-temperature=2", "--filter-thres=0.7"]
+    done = fork_server.run([program, "generate", *options, *asked], text=True, check=True)
+    with maskwire.attach(shared.address) as client:
+        found = client.generate(count=2, length=16, steps=4, start_temperature=2.0, filter_thres=0.7)
+        plain = client.generate(count=2, length=16, steps=4)
+    assert json.loads(done.stdout)["tokens"] == found.tokens.tolist()
+    done = fork_server.run([program, "generate", *options], text=True, check=True)
+    assert json.loads(done.stdout)["tokens"] == plain.tokens.tolist()
+    refused = fork_server.run([program, "generate", *options, *asked, "--temperature=1"], text=True)
+    assert refused.returncode != 0
+    assert "start_temperature and temperature exclude each other, got 2.0 and 1.0" in refused.stderr
 
 
 def test_a_generation_beside_a_writer_names_a_step_of_its_history(serve: Serve) -> None:

@@ -127,6 +127,7 @@ def test_the_default_draws_are_as_many_as_the_server_takes(
     {"steps": 3, "order": "confidence", "remasking": True, "choice_temperature": 1.0},
     {"order": "critic", "steps": 5, "row_seeds": list(range(40, 49))},
     {"self_cond_mode": "carry", "raw_weights": True},
+    {"start_temperature": 2.0, "filter_thres": 0.5, "top_p": 0.9},
 ], ids=str)  # fmt: skip
 def test_a_generation_is_the_same_whatever_one_call_takes(
     large: ServerProcess, small: ServerProcess, ask: Any, options: dict[str, Any]

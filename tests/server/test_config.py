@@ -42,7 +42,21 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("model", {"pad_id": 256}, "model: pad_id must differ from mask_id, got 256 for both"),
         ("model", {"positions": "alibi"}, "model.positions: must be 'learned' or 'rotary'"),
         ("model", {"dim_head": 7, "positions": "rotary"}, "model: dim_head must be even"),
+        ("model", {"heads": 4, "kv_heads": 3}, "model: kv_heads must divide heads = 4, got 3"),
+        ("model", {"kv_heads": 0}, "model.kv_heads: must be greater than or equal to 1, got 0"),
+        ("model", {"positions": "rotary", "rotary_dim": 66},
+         "model: rotary_dim must be even and at most dim_head = 64, got 66"),
+        ("model", {"positions": "rotary", "rotary_dim": 7}, "model: rotary_dim must be even"),
+        ("model", {"rotary_pairs": "interleaved"},
+         'model: rotary_pairs needs positions = "rotary", got interleaved without it; set both or neither'),
+        ("model", {"qk_norm_scale": 10}, "model: qk_norm_scale needs qk_norm = true, got 10.0 without it"),
+        ("model", {"attn_dropout": 1}, "model.attn_dropout: must be less than 1, got 1"),
+        ("model", {"rms_norm_eps": 0}, "model.rms_norm_eps: must be greater than 0, got 0"),
         ("objective", {"schedule": "cubic"}, "objective.schedule: must be 'linear', 'cosine' or"),
+        ("objective", {"schedule": "my.module:1st"},
+         "objective.schedule: must be 'linear', 'cosine' or 'quadratic', or a function of your own"),
+        ("objective", {"schedule_sha256": "0" * 64},
+         "objective: schedule_sha256 belongs to a schedule of your own: leave it out with schedule 'linear'"),
         ("objective", {"no_replace_prob": 0.9, "random_token_prob": 0.2},
          "objective: no_replace_prob + random_token_prob must be at most 1, got 1.1"),
         ("optimizer", {"learning_rate": -1}, "optimizer.learning_rate: must be greater than"),
@@ -277,6 +291,28 @@ def test_a_later_option_is_recorded_only_if_it_is_set(monkeypatch: pytest.Monkey
     changed = load(None, model={"norm": "rmsnorm"})
     assert json.loads(changed.canonical())["model"]["norm"] == "rmsnorm"
     assert Config().of_run(0, Config().canonical()).model.norm == "layernorm"
+
+
+LATER: dict[str, Any] = {
+    "kv_heads": 2, "emb_dropout": 0.1, "attn_dropout": 0.0, "ff_dropout": 0.2, "rotary_dim": 32,
+    "rotary_pairs": "interleaved", "rotary_base": 500.0, "rms_norm_eps": 1e-5, "ff_bias": False,
+    "ff_down_bias": True, "qk_norm_gain": "per_head", "qk_norm_scale": 10.0,
+}  # fmt: skip
+"""Options of the encoder that are newer than the first record, each with a value that is not the default."""
+
+
+def test_options_of_the_encoder_after_the_first_record_are_recorded_only_if_they_are_set() -> None:
+    base = {"positions": "rotary", "qk_norm": True}
+    plain = load(None, model=base)
+    recorded = json.loads(plain.canonical())["model"]
+    assert not recorded.keys() & LATER.keys()
+    for key, value in LATER.items():
+        assert getattr(plain.model, key) != value
+        one = load(None, model={**base, key: value})
+        assert json.loads(one.canonical())["model"] == {**recorded, key: value}
+        assert Config().of_run(0, one.canonical()).model == one.model
+    default = {key: getattr(plain.model, key) for key in LATER if getattr(plain.model, key) is not None}
+    assert load(None, model={**base, **default}).canonical() == plain.canonical()
 
 
 def test_the_first_record_stays_the_same_bytes() -> None:

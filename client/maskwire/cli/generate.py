@@ -75,11 +75,28 @@ def generate(
         ),
     ] = "random",
     temperature: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Sampling temperature. 0 takes the most probable token.", rich_help_panel=_SAMPLING
+            help="Sampling temperature of every pass. 0 takes the most probable token. By default 1, without "
+            "--start-temperature.",
+            rich_help_panel=_SAMPLING,
         ),
-    ] = 1.0,
+    ] = None,
+    start_temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Sampling temperature that falls to 0 over the passes, in place of --temperature: it is "
+            "multiplied by 1 - s/S in pass s of S.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
+    filter_thres: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the vocabulary to drop: 0.7 samples from the most probable 30% of the tokens.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
     top_k: Annotated[
         int,
         typer.Option(help="Sample from the k most probable tokens. 0 means all.", rich_help_panel=_SAMPLING),
@@ -143,8 +160,8 @@ def generate(
     The run is not changed. On a terminal, the text appears as it is unmasked.
 
     The default sampling options sample the distribution that `maskwire eval`
-    evaluates. Other values of --order, --steps, --temperature, --top-k and
-    --top-p are heuristics.
+    evaluates. Other values of --order, --steps, --temperature,
+    --start-temperature, --filter-thres, --top-k and --top-p are heuristics.
     """
     if count < 1:
         raise ValueError(f"--count must be at least 1, got {count}")
@@ -159,6 +176,8 @@ def generate(
             "steps": steps,
             "order": order,
             "temperature": temperature,
+            "start_temperature": start_temperature,
+            "filter_thres": filter_thres,
             "top_k": top_k,
             "top_p": top_p,
             "choice_temperature": choice_temperature,

@@ -23,10 +23,12 @@ _TENSORS = ".safetensors"
 
 SETTINGS = {
     "run": "dir seed",
-    "model": "num_tokens mask_id pad_id max_seq_len dim depth heads dim_head ff_mult emb_dim dropout "
-    "positions norm feed_forward qk_norm tied_embeddings",
-    "objective": "preset schedule masking weighting no_replace_prob random_token_prob augment_prob "
-    "self_cond self_cond_prob self_cond_start critic critic_loss_weight critic_labels",
+    "model": "source num_tokens mask_id pad_id max_seq_len dim depth heads kv_heads dim_head ff_mult emb_dim "
+    "dropout emb_dropout attn_dropout ff_dropout positions rotary_dim rotary_pairs rotary_base norm "
+    "rms_norm_eps feed_forward ff_bias ff_down_bias qk_norm qk_norm_gain qk_norm_scale tied_embeddings "
+    "x_transformers huggingface lora python weights_sha256",
+    "objective": "preset schedule schedule_sha256 masking weighting no_replace_prob random_token_prob "
+    "augment_prob self_cond self_cond_prob self_cond_start critic critic_loss_weight critic_labels",
     "optimizer": "name learning_rate warmup_steps schedule total_steps min_learning_rate weight_decay betas "
     "eps clip_grad_norm ema_decay",
     "checkpoints": "every_steps every_seconds keep_last keep_every keep_best",

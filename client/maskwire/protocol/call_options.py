@@ -74,7 +74,16 @@ class GenerateOptions(TypedDict, total=False):
     order: str
     """random, confidence, margin, entropy or critic."""
     temperature: float | None
-    """Sampling temperature, 0 for the most probable token; None: 1."""
+    """Sampling temperature of every pass, 0 for the most probable token; None: 1, unless there is a
+    `start_temperature`."""
+    start_temperature: float | None
+    """Sampling temperature that falls over the passes, in place of `temperature`: pass s of S has
+    start_temperature * (1 - s/S), and the last one takes the most probable token.
+    """
+    filter_thres: float | None
+    """Share of the vocabulary to drop: sample from the ceil((1 - filter_thres) * num_tokens) most probable
+    tokens; None: 0.
+    """
     top_k: int
     """Sample from the `top_k` most probable tokens; 0: from all."""
     top_p: float | None

@@ -461,7 +461,7 @@ class EvalLossResponse(_message.Message):
     def __init__(self, losses: _Optional[_Union[Losses, _Mapping]] = ..., nats_per_token: _Optional[float] = ..., bits_per_token: _Optional[float] = ..., perplexity: _Optional[float] = ..., standard_error: _Optional[float] = ..., monte_carlo_error: _Optional[float] = ..., accuracy: _Optional[float] = ..., critic_accuracy: _Optional[float] = ..., by_masked_fraction: _Optional[_Iterable[_Union[FractionResult, _Mapping]]] = ..., rows: _Optional[_Iterable[_Union[RowResult, _Mapping]]] = ..., bits_per_byte: _Optional[float] = ..., tokens: _Optional[int] = ..., step: _Optional[int] = ..., digest: _Optional[bytes] = ..., ema_weights: _Optional[bool] = ..., draws: _Optional[int] = ..., sums: _Optional[_Union[EvalSums, _Mapping]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("count", "length", "prompts", "steps", "order", "temperature", "top_k", "top_p", "choice_temperature", "row_seeds", "seed", "stream_steps", "remasking", "self_cond_mode", "raw_weights")
+    __slots__ = ("count", "length", "prompts", "steps", "order", "temperature", "top_k", "top_p", "choice_temperature", "row_seeds", "seed", "stream_steps", "remasking", "self_cond_mode", "raw_weights", "start_temperature", "filter_thres")
     COUNT_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
@@ -477,6 +477,8 @@ class GenerateRequest(_message.Message):
     REMASKING_FIELD_NUMBER: _ClassVar[int]
     SELF_COND_MODE_FIELD_NUMBER: _ClassVar[int]
     RAW_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    START_TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    FILTER_THRES_FIELD_NUMBER: _ClassVar[int]
     count: int
     length: int
     prompts: TokenBatch
@@ -492,7 +494,9 @@ class GenerateRequest(_message.Message):
     remasking: bool
     self_cond_mode: SelfCondMode
     raw_weights: bool
-    def __init__(self, count: _Optional[int] = ..., length: _Optional[int] = ..., prompts: _Optional[_Union[TokenBatch, _Mapping]] = ..., steps: _Optional[int] = ..., order: _Optional[_Union[GenerationOrder, str]] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., choice_temperature: _Optional[float] = ..., row_seeds: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., stream_steps: _Optional[bool] = ..., remasking: _Optional[bool] = ..., self_cond_mode: _Optional[_Union[SelfCondMode, str]] = ..., raw_weights: _Optional[bool] = ...) -> None: ...
+    start_temperature: float
+    filter_thres: float
+    def __init__(self, count: _Optional[int] = ..., length: _Optional[int] = ..., prompts: _Optional[_Union[TokenBatch, _Mapping]] = ..., steps: _Optional[int] = ..., order: _Optional[_Union[GenerationOrder, str]] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., choice_temperature: _Optional[float] = ..., row_seeds: _Optional[_Iterable[int]] = ..., seed: _Optional[int] = ..., stream_steps: _Optional[bool] = ..., remasking: _Optional[bool] = ..., self_cond_mode: _Optional[_Union[SelfCondMode, str]] = ..., raw_weights: _Optional[bool] = ..., start_temperature: _Optional[float] = ..., filter_thres: _Optional[float] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("tokens", "unmasking_step", "done", "step", "digest", "still_masked", "ema_weights")

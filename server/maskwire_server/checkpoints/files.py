@@ -24,7 +24,7 @@ class Snapshot(Protocol):
     """A copy of the trainer's state in host memory."""
 
     def write(self, folder: Path) -> None:
-        """Write its files into `folder`; the caller flushes them."""
+        """Write its files into `folder`, but those that are there already; the caller flushes them."""
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -34,6 +34,7 @@ from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
 from maskwire_server.journal.fsync import flush_folder, make_folder
 from maskwire_server.manifest import MANIFEST, Manifest, UnknownFormatError
 from maskwire_server.requests import CHECKPOINT_NAME
+from maskwire_server.results import FROZEN_FILE, FileInfo
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +95,10 @@ class Checkpoints:
             folder.mkdir()
             begun = True
             failpoints.passing("checkpoint.begun")
+            linked = self._link_frozen(folder)
             snapshot.write(folder)
             failpoints.passing("checkpoint.written")
-            files = tuple(flush(path) for path in sorted(folder.iterdir()))
+            files = tuple(linked.get(path.name) or flush(path) for path in sorted(folder.iterdir()))
             failpoints.passing("checkpoint.flushed")
             whole = replace(manifest, info=replace(manifest.info, files=files))
             write_manifest(folder, whole)
@@ -122,6 +124,18 @@ class Checkpoints:
         finally:
             self._changing.discard(name)
         return whole
+
+    def _link_frozen(self, folder: Path) -> dict[str, FileInfo]:
+        """Link the file of weights that are never trained, so that it is stored once. Returns it by name."""
+        for manifest in self.own():
+            for file in manifest.info.files:
+                if file.name == FROZEN_FILE and self.verified(manifest):
+                    try:
+                        (folder / FROZEN_FILE).hardlink_to(self.path(manifest.info.name) / FROZEN_FILE)
+                    except OSError:  # a file system without hard links: it is written again
+                        return {}
+                    return {FROZEN_FILE: file}
+        return {}
 
     def foreign(self, name: str) -> bool:
         """Whether a file or folder of this name exists that no save wrote."""

@@ -63,10 +63,15 @@ def loaded(config: Path | None, run_dir: Path | None, address: str | None, setti
     flags: dict[str, dict[str, Any]] = {}
     for setting in settings or []:
         key, equals, value = setting.partition("=")
-        section, dot, name = key.partition(".")
-        if not equals or not dot:
+        *tables, name = key.split(".")
+        if not equals or not tables:
             stop(f"--set must be SECTION.KEY=VALUE, got {setting!r}")
-        flags.setdefault(section, {})[name] = decoded(value) if value.startswith("[") else value
+        table: Any = flags
+        for part in tables:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                stop(f"--set {key}: {part} was set to a value before, and cannot have keys")
+        table[name] = decoded(value) if value.startswith(("[", "{")) else value
     if run_dir is not None:
         flags.setdefault("run", {})["dir"] = run_dir
     if address is not None:

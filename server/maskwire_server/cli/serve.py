@@ -16,10 +16,11 @@ from maskwire_server.cli.options import (
     Settings,
     check_extra,
     loaded,
+    read_run,
     start_log,
     stop,
 )
-from maskwire_server.errors import RunDirectoryError
+from maskwire_server.errors import ConfigError, RunDirectoryError
 
 log = logging.getLogger(__name__)
 
@@ -74,14 +75,22 @@ def check(
 ) -> None:
     """Check a configuration and report its parameters and memory. Exits with 1 if it does not fit."""
     chosen = loaded(config, run_dir, address, settings)
+    from maskwire_server.completion import with_model, with_schedule
     from maskwire_server.recovery import recorded_config
     from maskwire_server.training.footprint import footprint
 
+    operators = chosen
     try:
         chosen = recorded_config.of_run(chosen, chosen.run.dir)
     except RunDirectoryError as error:  # for example, while a server uses the run
         typer.echo(f"maskwire-server: the settings that the run recorded are not checked: {error}", err=True)
+    try:
+        chosen = read_run(lambda: with_schedule(with_model(chosen, operators), operators))
+    except ConfigError as error:
+        stop(*str(error).splitlines())
     report = footprint(chosen.model, chosen.objective, chosen.optimizer, chosen.serve)
+    if chosen.objective.has_schedule_function:
+        typer.echo(f"schedule       {chosen.objective.schedule}, SHA-256 {chosen.objective.schedule_sha256}")
     for line in report.lines:
         typer.echo(line)
     if not report.fits:

@@ -35,9 +35,10 @@ def import_x_transformers(
 ) -> None:
     """Start a run from the weights of a model trained with x-transformers.
 
-    The file holds a NonAutoregressiveWrapper or a TransformerWrapper(Encoder). Set model.mask_id; sizes,
-    critic and self-conditioning are read from the weights. The command also writes a maskwire.toml to the
-    run directory, with which you can serve the run.
+    The file holds a NonAutoregressiveWrapper or a TransformerWrapper(Encoder). Set model.mask_id, and the
+    settings that no weight shows, such as the activation: the command names them. Sizes, critic and
+    self-conditioning are read from the weights. The command also writes a maskwire.toml to the run
+    directory, with which you can serve the run.
     """
     chosen = loaded(config, run_dir, None, settings)
     from maskwire_server.import_export import import_x_transformers as run
@@ -53,7 +54,7 @@ def export(
         Literal["maskwire", "x-transformers"],
         typer.Option(
             help="maskwire: a folder for maskwire_server.load. x-transformers: the state dict of a "
-            "NonAutoregressiveWrapper (.safetensors), if the model is equal to its default encoder."
+            "NonAutoregressiveWrapper (.safetensors). Prints the options of the model that it fits."
         ),
     ] = "maskwire",
     weights: Annotated[

@@ -48,6 +48,15 @@ class Config(BaseSettings):
             return self._recorded
         return canonical(self.model, self.objective)
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether model, objective and seed come from an existing run."""
+        return self._recorded is not None
+
+    def with_weights(self, sha256: str) -> Config:
+        """This configuration of a new run with the SHA-256 of its initial weights."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"weights_sha256": sha256})})
+
     def of_run(self, seed: int, canonical: bytes) -> Config:
         """This configuration with the fixed settings of an existing run.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from maskwire_server.config.base import Section
+from maskwire_server.config.base import Finite, Section
 from maskwire_server.config.model_source import FactoryConfig, HuggingFaceConfig, LoraConfig
 
 Source = Literal["encoder", "x-transformers", "huggingface", "python"]
@@ -16,6 +16,14 @@ TABLES: dict[str, str] = {"x_transformers": "x-transformers", "huggingface": "hu
 """The tables within [model], and the source that each belongs to."""
 SHARED = {"source", "num_tokens", "mask_id", "pad_id", "max_seq_len", "weights_sha256"}
 """The settings of [model] that every source has. All others but the tables belong to the built-in encoder."""
+
+
+class Dropouts(NamedTuple):
+    """The dropout rates of the parts of the encoder."""
+
+    embedding: float
+    attention: float
+    feed_forward: float
 
 
 class ModelConfig(Section):
@@ -38,6 +46,9 @@ class ModelConfig(Section):
     """Number of transformer blocks (attention and feed-forward)."""
     heads: int = Field(4, ge=1)
     """Number of attention heads."""
+    kv_heads: int | None = Field(None, ge=1)
+    """Number of key and value heads, which must divide heads: grouped-query attention, or multi-query
+    attention with 1. Default: heads."""
     dim_head: int = Field(64, ge=1)
     """Width of one attention head."""
     ff_mult: float = Field(4, gt=0)
@@ -47,14 +58,38 @@ class ModelConfig(Section):
     dropout: float = Field(0, ge=0, lt=1)
     """Dropout rate in training, for the embeddings, the attention weights and output, and the feed-forward's
     inner activations and output. The random draws depend on serve.micro_batch_tokens."""
+    emb_dropout: float | None = Field(None, ge=0, lt=1)
+    """Dropout rate of the embeddings. Default: dropout."""
+    attn_dropout: float | None = Field(None, ge=0, lt=1)
+    """Dropout rate of the attention weights and output. Default: dropout."""
+    ff_dropout: float | None = Field(None, ge=0, lt=1)
+    """Dropout rate of the feed-forward's inner activations and output. Default: dropout."""
     positions: Literal["learned", "rotary"] = "learned"
     """Position encoding: learned embeddings, or rotary."""
+    rotary_dim: int | None = Field(None, ge=2)
+    """Number of channels of a head that are rotated, the first ones; must be even. Default: dim_head."""
+    rotary_pairs: Literal["halves", "interleaved"] = "halves"
+    """Channels that are rotated together: i and i + rotary_dim / 2 (halves, as in Hugging Face models), or 2i
+    and 2i + 1 (interleaved, as in x-transformers)."""
+    rotary_base: Finite = Field(10_000.0, gt=1)
+    """Base of the rotary wavelengths (rope_theta)."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation before each sub-layer and after the last block."""
-    feed_forward: Literal["gelu", "swiglu"] = "gelu"
-    """Activation of the feed-forward layers."""
+    rms_norm_eps: Finite = Field(1e-6, gt=0)
+    """Number added to the mean square in RMS normalisation: rmsnorm and qk_norm."""
+    feed_forward: Literal["gelu", "silu", "relu_squared", "geglu", "swiglu"] = "gelu"
+    """Activation of the feed-forward layers. geglu and swiglu are gated: the product of one half of the inner
+    values and the GELU or SiLU of the other."""
+    ff_bias: bool = True
+    """Whether the linear maps of the feed-forward layers have biases."""
+    ff_down_bias: bool | None = None
+    """Whether the second of these linear maps has a bias. Default: ff_bias."""
     qk_norm: bool = False
     """Apply RMS normalisation with a learned gain to queries and keys."""
+    qk_norm_gain: Literal["shared", "per_head", "none"] = "shared"
+    """Gains of qk_norm: one vector of width dim_head for all heads, one per head, or none."""
+    qk_norm_scale: Finite | None = Field(None, gt=0)
+    """Factor of the cosine of a query and a key with qk_norm, besides the gains. Default: dim_head^1/2."""
     tied_embeddings: bool = False
     """Use the token embeddings, scaled by dim^-1/2, as the output projection."""
     x_transformers: dict[str, Any] = Field(default_factory=dict)
@@ -100,8 +135,50 @@ class ModelConfig(Section):
             raise ValueError(f"pad_id must differ from mask_id, got {self.pad_id} for both")
         if self.num_tokens - 1 - (self.pad_id is not None) < 1:
             raise ValueError(f"num_tokens must leave at least one id for data, got {self.num_tokens}")
-        if self.positions == "rotary" and self.dim_head % 2:
-            raise ValueError(f"dim_head must be even with rotary positions, got {self.dim_head}")
         if self.tied_embeddings and self.emb_dim not in (None, self.dim):
             raise ValueError(f"emb_dim must equal dim = {self.dim} with tied_embeddings, got {self.emb_dim}")
         return self
+
+    @model_validator(mode="after")
+    def _attention_fits(self) -> ModelConfig:
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(f"kv_heads must divide heads = {self.heads}, got {self.kv_heads}")
+        if self.positions == "rotary" and self.dim_head % 2:
+            raise ValueError(f"dim_head must be even with rotary positions, got {self.dim_head}")
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or self.rotary_dim > self.dim_head):
+            raise ValueError(
+                f"rotary_dim must be even and at most dim_head = {self.dim_head}, got {self.rotary_dim}"
+            )
+        for key, needed, has in (
+            ("rotary_dim", 'positions = "rotary"', self.positions == "rotary"),
+            ("rotary_pairs", 'positions = "rotary"', self.positions == "rotary"),
+            ("rotary_base", 'positions = "rotary"', self.positions == "rotary"),
+            ("qk_norm_gain", "qk_norm = true", self.qk_norm),
+            ("qk_norm_scale", "qk_norm = true", self.qk_norm),
+        ):
+            value = getattr(self, key)
+            if not has and value != type(self).model_fields[key].default:
+                raise ValueError(f"{key} needs {needed}, got {value} without it; set both or neither")
+        return self
+
+    @property
+    def dropouts(self) -> Dropouts:
+        """The dropout rates, with their defaults filled in."""
+        rates = (self.emb_dropout, self.attn_dropout, self.ff_dropout)
+        return Dropouts(*(self.dropout if rate is None else rate for rate in rates))
+
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """The widths of all queries, keys and values: the rows of a block's `to_qkv`."""
+        shared = (self.kv_heads or self.heads) * self.dim_head
+        return self.heads * self.dim_head, shared, shared
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layers are gated: the first linear map has twice the inner width."""
+        return self.feed_forward in ("geglu", "swiglu")
+
+    @property
+    def ff_biases(self) -> tuple[bool, bool]:
+        """Whether the first and the second linear map of the feed-forward layers have biases."""
+        return self.ff_bias, self.ff_bias if self.ff_down_bias is None else self.ff_down_bias

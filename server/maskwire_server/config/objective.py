@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, WithJsonSchema, model_validator
 
 from maskwire_server.config.base import Finite, Probability, Section
 
@@ -25,13 +26,36 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+SCHEDULES = ("linear", "cosine", "quadratic")
+_FUNCTION = re.compile(r"(?!\d)\w+(\.(?!\d)\w+)*:(?!\d)\w+", re.ASCII)
+
+
+def _schedule(value: str) -> str:
+    if value in SCHEDULES or _FUNCTION.fullmatch(value):
+        return value
+    raise ValueError(
+        f"must be 'linear', 'cosine' or 'quadratic', or a function of your own as 'package.module:function', "
+        f"got {value!r}"
+    )
+
+
 class ObjectiveConfig(Section):
     """[objective]: the training loss. Fixed once the run exists."""
 
     preset: Literal["mdlm", "maskgit", "cmlm", "x-transformers"] = "mdlm"
     """Defaults for the other keys of this section. Each of them can still be set."""
-    schedule: Literal["linear", "cosine", "quadratic"] = "linear"
-    """Masked fraction m(t) at time t: 1-t, cos(pi t/2) or (1-t)^2."""
+    schedule: Annotated[
+        str,
+        AfterValidator(_schedule),
+        WithJsonSchema({"anyOf": [{"enum": list(SCHEDULES)}, {"type": "string"}]}),
+    ] = "linear"
+    """Masked fraction m(t) at time t: 1-t, cos(pi t/2), (1-t)^2, or a function of your own as
+    `package.module:function`, which the server imports from the current folder, PYTHONPATH or the installed
+    packages. It maps times in [0, 1], an fp64 torch tensor, to masked fractions: m(0) = 1, m(1) = 0, never
+    rising, without jumps."""
+    schedule_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """Fingerprint of a schedule of your own: the SHA-256 of its values. The server records it with the run,
+    and refuses to start if the function has changed since."""
     masking: Literal["exact", "bernoulli"] = "exact"
     """Mask exactly ceil(m(t) n) of a row's n positions, or each position with probability m(t)."""
     weighting: Literal["elbo", "masked_mean"] = "elbo"
@@ -72,6 +96,20 @@ class ObjectiveConfig(Section):
         if total > 1:
             raise ValueError(f"no_replace_prob + random_token_prob must be at most 1, got {total:g}")
         return self
+
+    @model_validator(mode="after")
+    def _fingerprint_fits(self) -> ObjectiveConfig:
+        if self.schedule_sha256 is not None and not self.has_schedule_function:
+            raise ValueError(
+                "schedule_sha256 belongs to a schedule of your own: leave it out with schedule "
+                f"{self.schedule!r}, got {self.schedule_sha256!r}"
+            )
+        return self
+
+    @property
+    def has_schedule_function(self) -> bool:
+        """Whether the schedule is a function of the user's own."""
+        return self.schedule not in SCHEDULES
 
     @property
     def augments(self) -> bool:

@@ -31,4 +31,7 @@ class Setup:
     accept_inexact_replay: bool = False
     accept_lost_history: int | None = None
     """Continue from this step although acknowledged steps after it are lost."""
+    identity: Callable[[str], bytes] | None = None
+    """For a new run whose initial weights the seed does not make: the canonical configuration that covers
+    the SHA-256 of these weights. None: `canonical` is the run's."""
     clock: Callable[[], float] = time.monotonic

@@ -28,10 +28,13 @@ from maskwire_server.journal.database import JournalError, explained, is_full
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.reserve import Reserve, make_room
 from maskwire_server.position import HistoryPosition
-from maskwire_server.recovery import boot, fingerprint
+from maskwire_server.recovery import boot, fingerprint, initial_weights
 from maskwire_server.requests import SaveRequest
 
 log = logging.getLogger(__name__)
+
+INITIAL = "initial"
+"""Part of the name of the checkpoint of initial weights that the seed does not make."""
 
 T = TypeVar("T")
 
@@ -90,12 +93,17 @@ class Start:
     def _recover(self) -> Ready:
         began = self._setup.clock()
         run, head = self._run, self._run.head
+        trainer, canonical = None, self._setup.canonical
+        if self._setup.identity is not None:
+            trainer = self._setup.factory()
+            with guarded(trainer):
+                canonical = self._setup.identity(trainer.begin())
         self._journal = journal = self._when_there_is_room(
             partial(
                 boot.open_journal,
                 self._setup.run_dir,
                 seed=self._setup.seed,
-                canonical=self._setup.canonical,
+                canonical=canonical,
                 durable=self._setup.serve.durability == "full",
             )
         )
@@ -110,7 +118,8 @@ class Start:
         said = journal.last_event("data")
         head.data = said[1] if said else {}
         head.evaluated = recorded_evaluation(journal)
-        trainer = self._setup.factory()
+        if trainer is None:
+            trainer = self._setup.factory()
         threads = None if self._setup.serve.threads else fingerprint.pinned_threads(journal)
         if threads is not None:
             trainer.use_threads(threads)
@@ -174,10 +183,10 @@ class Start:
         """
         if self._saver.newest is None or recovered.replayed_inexactly:
             word = "accepted" if recovered.accepted else "replayed"
+            first = recovered.step == 0 and initial_weights.recorded(journal) is not None
+            word = word if recovered.replayed_inexactly else INITIAL if first else ""
             try:
-                self._when_there_is_room(
-                    partial(self._save, journal, trainer, word if recovered.replayed_inexactly else "")
-                )
+                self._when_there_is_room(partial(self._save, journal, trainer, word))
             except Refused as refused:
                 raise RunDirectoryError(f"{self._setup.run_dir}: {refused.message}") from refused
         elif not self._has_two_bases(journal, trainer, numerics):
@@ -206,13 +215,18 @@ class Start:
         return sum((info.lineage, info.step) == (here.lineage, here.step) for info in own) > 1
 
     def _save(self, journal: Journal, trainer: Trainer, word: str) -> None:
-        """Save before the first step is admitted, under a name with `word`. Raises Refused."""
+        """Save before the first step is admitted, under a name with `word`. Raises Refused.
+
+        The initial weights, if the seed does not make them, are saved as if a client had named them:
+        retention keeps them.
+        """
         here, save_id = self._run.head.computed, membership.new_save_id()
         name = f"{word}-{here.step:09d}-{uuid.uuid4().hex[:6]}" if word else None
+        automatic = word != INITIAL
         copy = snapshot(trainer)
         try:
             journal.transaction(partial(membership.record_save, journal, here, save_id))
-            self._saver.write(SaveRequest(name), True, copy, here, save_id, self._run.lineages)
+            self._saver.write(SaveRequest(name), automatic, copy, here, save_id, self._run.lineages)
             self._saver.collect(self._run.lineages, here.lineage)
         except Refused as refusal:
             log.error("%s", refusal)

@@ -10,9 +10,6 @@ from maskwire_server.journal.ancestry import Segment
 from maskwire_server.journal.journal import Journal
 from maskwire_server.manifest import Manifest
 
-STARTED_FROM = "began_from"
-"""The kind of event that names the first checkpoint of a run whose initial weights were imported."""
-
 
 def newest_verified(
     checkpoints: Checkpoints, journal: Journal, segments: list[Segment], *, accept_lost: bool = False
@@ -58,13 +55,3 @@ def newest_verified(
             return manifest, wrong
         wrong[manifest.info.name] = problem
     return None, wrong
-
-
-def require_seed(journal: Journal) -> None:
-    """Raise RunDirectoryError when a run without an intact checkpoint cannot start from its seed."""
-    started = journal.last_event(STARTED_FROM)
-    if started is not None:
-        raise RunDirectoryError(
-            f"the run began from checkpoint {started[1]['checkpoint']!r}, imported weights, and neither it "
-            "nor a later checkpoint is intact: restore the run directory from a copy, or import again"
-        )

@@ -23,7 +23,7 @@ from maskwire_server.journal.journal import Journal
 from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
 from maskwire_server.recovery import boot
-from maskwire_server.recovery.base_checkpoint import STARTED_FROM
+from maskwire_server.recovery.initial_weights import STARTED_FROM
 from maskwire_server.recovery.trainer_interface import ReplayTrainer
 from maskwire_server.results import CheckpointInfo
 

@@ -17,7 +17,8 @@ from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import inexact_replays
 from maskwire_server.journal.ancestry import Segment
 from maskwire_server.journal.journal import Journal
-from maskwire_server.recovery.base_checkpoint import newest_verified, require_seed
+from maskwire_server.recovery import initial_weights
+from maskwire_server.recovery.base_checkpoint import newest_verified
 from maskwire_server.recovery.recorded_settings import RecordedSettings
 from maskwire_server.recovery.replay import Replayed, recorded_version, replay, steps_to_replay, with_progress
 from maskwire_server.recovery.trainer_interface import ReplayTrainer
@@ -49,7 +50,7 @@ def rebuild(
         pass_over(name, problem)
     start = (segments[0].lineage, 0)
     if manifest is None:
-        require_seed(journal)
+        initial_weights.restore(journal, trainer)
     else:
         info = manifest.info
         start = (info.lineage, info.step)

@@ -17,6 +17,9 @@ class ReplayTrainer(Protocol):
     def versions(self) -> dict[str, str]:
         """Names and versions of what it runs on."""
 
+    def begin(self) -> str:
+        """Load the initial weights that the seed does not make. Returns their SHA-256, or "" if it does."""
+
     def use_threads(self, count: int) -> None:
         """Compute with this many threads."""
 

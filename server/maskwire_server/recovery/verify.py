@@ -28,8 +28,8 @@ from maskwire_server.journal.ancestry import ancestry, lineage_of
 from maskwire_server.journal.database import explained
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, StepRecord
-from maskwire_server.recovery.base_checkpoint import require_seed
 from maskwire_server.recovery.boot import open_recorded
+from maskwire_server.recovery.initial_weights import require_source
 from maskwire_server.recovery.replay import read_payload, recorded_version, steps_to_replay
 from maskwire_server.results import CheckpointInfo
 
@@ -165,7 +165,7 @@ def _verify_recovery(
     whole = set(audit.checkpoints)
     path = [m.info for m in on_path(checkpoints.all(), segments) if m.info.name in whole]
     if not path:
-        require_seed(journal)
+        require_source(journal)
     # A start uses the newest, or the one before it if the newest is damaged.
     bases: list[CheckpointInfo | None] = [*path[:FALLBACKS]]
     for info in bases or [None]:

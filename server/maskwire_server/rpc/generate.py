@@ -48,7 +48,8 @@ def read_generate(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) 
         temperature=(
             _at_least_0("temperature", request.temperature) if request.HasField("temperature") else 1.0
         ),
-        top_k=_top_k(request.top_k),
+        start_temperature=_start_temperature(request),
+        top_k=_top_k(request, info),
         top_p=_top_p(request.top_p) if request.HasField("top_p") else 1.0,
         choice_temperature=(
             _at_least_0("choice_temperature", request.choice_temperature)
@@ -216,10 +217,40 @@ def _at_least_0(field: str, value: float) -> float:
     return value
 
 
-def _top_k(value: int) -> int:
-    if value < 0:
-        raise invalid_field("top_k", f"top_k must be at least 1, or 0 for no limit, got {value}")
+def _start_temperature(request: pb.GenerateRequest) -> float | None:
+    if not request.HasField("start_temperature"):
+        return None
+    value = _at_least_0("start_temperature", request.start_temperature)
+    if request.HasField("temperature"):
+        raise invalid_field(
+            "start_temperature",
+            f"start_temperature and temperature exclude each other, got {value} and {request.temperature}: "
+            "leave out temperature for one that falls to 0, or start_temperature for a constant one",
+        )
     return value
+
+
+def _top_k(request: pb.GenerateRequest, info: ModelInfo) -> int:
+    """The number of most probable ids to sample from, by top_k and by filter_thres; 0: all."""
+    top_k = request.top_k
+    if top_k < 0:
+        raise invalid_field("top_k", f"top_k must be at least 1, or 0 for no limit, got {top_k}")
+    if not request.HasField("filter_thres"):
+        return top_k
+    dropped = request.filter_thres
+    if not 0 <= dropped < 1:
+        raise invalid_field("filter_thres", f"filter_thres must be at least 0 and below 1, got {dropped}")
+    kept = kept_by(dropped, info.num_tokens)
+    return min(top_k or kept, kept)
+
+
+def kept_by(filter_thres: float, num_tokens: int) -> int:
+    """The number of ids that filter_thres keeps.
+
+    As x-transformers computes it, rounding included: filter_thres .7 keeps 4 of 10 ids, because 1 - .7 is
+    above .3 in fp64.
+    """
+    return math.ceil((1 - filter_thres) * num_tokens)
 
 
 def _top_p(value: float) -> float:

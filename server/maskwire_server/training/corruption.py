@@ -91,7 +91,7 @@ def corrupt(
     """Mask a logical batch for training. `masking` overrides the configured schedule."""
     at = (step.seed, step.lineage, step.number)
     rows = range(ids_bn.shape[0])
-    chosen = masking or masking_schedule.SCHEDULES[config.schedule]
+    chosen = masking or masking_schedule.named(config.schedule)
     maskable_bn = valid_bn & ~prompt_bn
     n_b = maskable_bn.sum(-1)
     permutation_b = draws.uniform(draws.keys(Purpose.PERMUTATION, *at, rows=rows), 1)[:, 0].argsort()

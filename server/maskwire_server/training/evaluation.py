@@ -238,7 +238,7 @@ def _importance(config: ObjectiveConfig, n_r: Tensor, k_rd: Tensor) -> Tensor:
         else masking_schedule.bernoulli_probabilities
     )
     p_rd = probabilities(
-        masking_schedule.SCHEDULES[config.schedule],
+        masking_schedule.named(config.schedule),
         k_rd.flatten().clamp(min=1),
         n_rd.flatten().clamp(min=1),
     ).view_as(k_rd)

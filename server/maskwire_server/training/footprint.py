@@ -46,7 +46,7 @@ def footprint(
     positions = serve.micro_batch_tokens or default_budget(device)
     # Per position, a block keeps about 8 vectors of size dim (norms, q, k, v, attention, residuals) and 2 of
     # the feed-forward's width. Logits are computed in chunks: the product, fp32 logits, their log softmax.
-    widths = 8 * model.dim + 2 * int(model.dim * model.ff_mult) * (2 if model.feed_forward == "swiglu" else 1)
+    widths = 8 * model.dim + 2 * int(model.dim * model.ff_mult) * (2 if model.gated else 1)
     passes = 2 if objective.critic != "none" else 1
     numbers = f"{widths:,} numbers x {model.depth} blocks"
     kept = widths * model.depth

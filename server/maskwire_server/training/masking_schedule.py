@@ -1,9 +1,11 @@
 """Masking schedules, and the number of positions of a row that they mask.
 
-m(t) is the masked fraction at time t in [0, 1): continuous, strictly decreasing, m(0) = 1, m(1) = 0.
+m(t) is the masked fraction at time t in [0, 1): continuous, never rising, m(0) = 1, m(1) = 0.
 With *exact* masking, a row of n positions masks k = ceil(m(t) n) of them, so that
 
-    P(k) = P(k-1 < m(t) n <= k) = m^-1((k-1)/n) - m^-1(k/n)         t uniform, m decreasing,
+    P(k) = P(k-1 < m(t) n <= k) = m^-1((k-1)/n) - m^-1(k/n)         t uniform,
+
+with m^-1(y) the first time at which m <= y,
 
 and with *Bernoulli* masking k is binomial with probability m(t): P_B(k) = int_0^1 C(n,k) m^k (1-m)^(n-k) dt.
 """
@@ -19,7 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskwire_server.config import ObjectiveConfig
+from maskwire_server.errors import ConfigError
+from maskwire_server.training import schedule_function
 from maskwire_server.training.quadrature import gauss_legendre
+from maskwire_server.training.user_code import import_object
 
 
 @dataclass(frozen=True)
@@ -41,29 +47,44 @@ QUADRATIC = Schedule("quadratic", lambda t: (1 - t).square(), lambda m: 1 - m.sq
 SCHEDULES = {schedule.name: schedule for schedule in (LINEAR, COSINE, QUADRATIC)}
 
 
-def schedule_of(fraction: Callable[[Tensor], Tensor], name: str = "custom") -> Schedule:
-    """A schedule from m alone. Its inverse is computed by bisection.
+def schedule_of(function: object, name: str = "custom") -> Schedule:
+    """A schedule from m alone; see `schedule_function`. Raises ValueError."""
+    fraction = schedule_function.checked(function, name)
+    return Schedule(name, fraction, schedule_function.inverse_of(fraction))
 
-    Raises ValueError unless m(0) = 1, m(1) = 0 and m decreases strictly on a grid of 1,025 points.
+
+@functools.cache
+def named(name: str) -> Schedule:
+    """The schedule that `objective.schedule` names. Raises ConfigError."""
+    if name in SCHEDULES:
+        return SCHEDULES[name]
+    function = import_object("objective.schedule", name)
+    try:
+        return schedule_of(function, name)
+    except ValueError as error:
+        raise ConfigError(f"objective.schedule: {error}") from error
+
+
+def fingerprint(config: ObjectiveConfig, n: int) -> str:
+    """Check the user's schedule for rows of up to n positions, and return its fingerprint.
+
+    Raises ConfigError. Each number of masked positions must occur: the bound is a sum over all of them.
     """
-    grid = torch.linspace(0, 1, 1025, dtype=torch.float64)
-    m = fraction(grid)
-    if abs(float(m[0]) - 1) > 1e-9 or abs(float(m[-1])) > 1e-9:
-        raise ValueError(f"schedule {name} must have m(0) = 1 and m(1) = 0, got {m[0]:g} and {m[-1]:g}")
-    if not bool((m.diff() < 0).all()):
-        at = float(grid[int((m.diff() >= 0).nonzero()[0])])
-        raise ValueError(f"schedule {name} must decrease strictly, but it does not at t = {at:g}")
-
-    def inverse(target: Tensor) -> Tensor:
-        low, high = torch.zeros_like(target), torch.ones_like(target)
-        for _ in range(60):
-            middle = (low + high) / 2
-            above = fraction(middle) > target
-            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-        # The inverse is exact at both ends, so that the P(k) add up to 1.
-        return torch.where(target >= 1, 0.0, torch.where(target <= 0, 1.0, (low + high) / 2))
-
-    return Schedule(name, fraction, inverse)
+    schedule = named(config.schedule)
+    if config.weighting == "elbo":
+        exact = config.masking == "exact"
+        k = torch.arange(1, n + 1) if exact else torch.tensor([1, (n + 1) // 2, n])
+        probabilities = exact_probabilities if exact else bernoulli_probabilities
+        absent = (probabilities(schedule, k, torch.full_like(k, n)) <= 0).nonzero()
+        if len(absent):
+            missing = int(k[absent[0, 0]])
+            t = float(schedule.inverse(torch.tensor([missing / n], dtype=torch.float64))[0])
+            raise ConfigError(
+                f"objective.schedule: {schedule.name} must be continuous with weighting elbo, which needs "
+                f"every count of masked positions, but it never masks {missing} of {n}: m jumps at t = "
+                f"{t:.6g}; remove the jump, or set objective.weighting = 'masked_mean'"
+            )
+    return schedule_function.fingerprint(schedule.fraction)
 
 
 def stratified_times(offset: float, permutation_b: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def position_weights(
     """
     if config.weighting == "masked_mean":
         return torch.full_like(n_b, 1, dtype=torch.float64) / k_b.sum().clamp(min=1)
-    chosen = masking or masking_schedule.SCHEDULES[config.schedule]
+    chosen = masking or masking_schedule.named(config.schedule)
     return masking_schedule.elbo_weights(chosen, config.masking, k_b, n_b) / n_b.sum().clamp(min=1)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from maskwire_server.config import OptimizerConfig
 from maskwire_server.errors import ConfigError
+from maskwire_server.training import module_state
 from maskwire_server.training.muon import Muon, hidden_matrices
 from maskwire_server.training.numerics import NUMERICS_VERSION
 from maskwire_server.training.parameter_groups import Matched, frozen, matched
@@ -46,12 +47,6 @@ def _decayed(module: nn.Module) -> set[Tensor]:
     """
     embeddings = {child.weight for child in module.modules() if isinstance(child, nn.Embedding)}
     return {weight for weight in module.parameters() if weight.ndim >= 2 and weight not in embeddings}
-
-
-def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    weights = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    state = module.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in state.items() if name not in weights}
 
 
 def rules(module: nn.Module, config: OptimizerConfig, own: Matched) -> dict[str, Rule]:
@@ -89,7 +84,7 @@ class Group:
         named = {name: weight for name, weight in parameters.items() if weight.requires_grad}
         self.frozen = {name: weight for name, weight in parameters.items() if name not in named}
         """Weights that are never trained, by name: those of frozen groups, and those under adapters."""
-        self.buffers = _persistent_buffers(module)
+        self.buffers = module_state.buffers(module)
         """Tensors of the module's state that are not weights, by name. No step changes them."""
         self.names = list(named)
         self.weights = list(named.values())
@@ -181,7 +176,7 @@ class Group:
             with torch.no_grad():
                 for average, weight in zip(self.averages().values(), self.weights, strict=True):
                     average.copy_(weight)
-                for name, buffer in _persistent_buffers(self.ema).items():
+                for name, buffer in module_state.buffers(self.ema).items():
                     buffer.copy_(self.buffers[name])
 
     def _copy(self, module: nn.Module) -> nn.Module:

@@ -33,6 +33,9 @@ from maskwire_server.training.draws import Purpose
 from maskwire_server.training.objective import Model
 
 MASKGIT_CHOICE_TEMPERATURE = 4.5  # Chang et al. 2022
+COLDEST = 1e-3
+"""An annealed temperature below this one is 0. x-transformers raises it to this one, at which its samples are
+the most probable ids except for near-ties."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,15 @@ class PassPlan:
     """int64: the number of positions that stay masked."""
     noise_b: Tensor
     """fp64: the scale of the noise that is added to the scores."""
+    temperature_b: Tensor | None
+    """fp64: the annealed temperature; None: that of the options."""
 
     def rows(self, which_b: Tensor, device: torch.device) -> PassPlan:
         """The plan for some of the rows, on a device."""
-        return PassPlan(self.step, self.stay_b[which_b].to(device), self.noise_b[which_b].to(device))
+        temperature_b = None if self.temperature_b is None else self.temperature_b[which_b].to(device)
+        return PassPlan(
+            self.step, self.stay_b[which_b].to(device), self.noise_b[which_b].to(device), temperature_b
+        )
 
 
 def generate(
@@ -178,15 +186,25 @@ def narrowest(vocabulary: Vocabulary) -> np.dtype[np.integer]:
 def plan_pass(
     config: ObjectiveConfig, options: GenerateOptions, unknown_b: Tensor, left_b: Tensor, step: int
 ) -> PassPlan:
-    """Plan pass number `step`, counted from 1, for all rows."""
+    """Plan pass number `step`, counted from 1, for all rows.
+
+    The noise on the order and an annealed temperature are proportional to 1 - s/S, as in MaskGIT and in
+    x-transformers.
+    """
     steps_b = torch.full_like(unknown_b, options.steps) if options.steps else unknown_b
     scale = options.choice_temperature
     if scale is None:
         scale = MASKGIT_CHOICE_TEMPERATURE if config.preset == "maskgit" else 0.0
+    left_share_b = (1 - step / steps_b.clamp(min=1).double()).clamp(min=0)
+    temperature_b = None
+    if options.start_temperature is not None:
+        temperature_b = options.start_temperature * left_share_b
+        temperature_b = torch.where(temperature_b < COLDEST, 0.0, temperature_b)
     return PassPlan(
         step,
-        stay_masked(masking_schedule.SCHEDULES[config.schedule], unknown_b, left_b, step, options.steps),
-        scale * (1 - step / steps_b.clamp(min=1).double()).clamp(min=0),
+        stay_masked(masking_schedule.named(config.schedule), unknown_b, left_b, step, options.steps),
+        scale * left_share_b,
+        temperature_b,
     )
 
 
@@ -232,7 +250,10 @@ def advance(
     logits_mv = forbid_special(model.project(e_md), vocabulary)
     total_m = check(logits_mv.logsumexp(-1))  # before the logits are used to sample
     u_m = draws.uniform(draws.nth(rows.token_keys_b, plan.step), n).flatten()[read_m]
-    sampled_m = sample(logits_mv, u_m, options)
+    temperature: float | Tensor = options.temperature
+    if plan.temperature_b is not None:
+        temperature = plan.temperature_b[:, None].expand(-1, n).flatten()[read_m]
+    sampled_m = sample(logits_mv, u_m, temperature, options)
     confidence_m = (logits_mv.gather(1, sampled_m[:, None])[:, 0] - total_m).double()
     filled_bn = rows.ids_bn.masked_scatter(read_bn, sampled_m)
     recorded_bn = rows.recorded_bn
@@ -259,25 +280,32 @@ def advance(
     )
 
 
-def sample(logits_mv: Tensor, u_m: Tensor, options: GenerateOptions) -> Tensor:
-    """Sample an id for each row of logits, int64 [m], with temperature, top_k and top_p.
+def sample(logits_mv: Tensor, u_m: Tensor, temperature: float | Tensor, options: GenerateOptions) -> Tensor:
+    """Sample an id for each row of logits, int64 [m], with top_k and top_p. The temperature may be fp64 [m].
 
     top_k applies first. top_p then keeps the ids that, in descending order, have less than top_p of the
-    probability before them (Holtzman et al. 2020), at the temperature.
+    probability before them (Holtzman et al. 2020), at the temperature. Temperature 0 takes the most probable
+    id.
     """
+    if not isinstance(temperature, Tensor):
+        if not temperature:
+            return objective.sample(logits_mv, u_m, temperature)
+        scale: float | Tensor = max(temperature, 1e-30)
+    else:
+        scale = temperature[:, None].clamp(min=1e-30).to(logits_mv.dtype)
     v = logits_mv.shape[1]
     kept_mk, ids_mk = logits_mv, None
-    if options.temperature and 0 < options.top_k < v:
+    if 0 < options.top_k < v:
         kept_mk, ids_mk = logits_mv.topk(options.top_k)
-    if options.temperature and options.top_p < 1:
+    if options.top_p < 1:
         if ids_mk is None:
             kept_mk, ids_mk = logits_mv.sort(dim=-1, descending=True, stable=True)
         shifted_mk = kept_mk - kept_mk[:, :1]  # so that a tiny temperature cannot overflow
-        p_mk = (shifted_mk / max(options.temperature, 1e-30)).softmax(-1)
+        p_mk = (shifted_mk / scale).softmax(-1)
         outside_mk = p_mk.cumsum(-1) - p_mk >= options.top_p
         outside_mk[:, 0] = False
         kept_mk = kept_mk.masked_fill(outside_mk, float("-inf"))
-    chosen_m = objective.sample(kept_mk, u_m, options.temperature)
+    chosen_m = objective.sample(kept_mk, u_m, temperature)
     return chosen_m if ids_mk is None else ids_mk.gather(1, chosen_m[:, None])[:, 0]
 
 

@@ -21,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskwire_server.results import WEIGHT_FILES
+from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES
+from maskwire_server.training import module_state
 from maskwire_server.training.optim import Group
 
 MODEL_FILE, EMA_FILE = WEIGHT_FILES
 OPTIMIZER_FILE = "optimizer.safetensors"
-FROZEN_FILE = "frozen.safetensors"
 _FIXED = "; optimizer.name and what optimizer.groups freezes must be as when it was saved"
 
 Files = dict[str, dict[str, Tensor]]
@@ -40,8 +40,10 @@ class Snapshot:
     files: Files
 
     def write(self, folder: Path) -> None:
-        """Write the files to `folder`. Raises OSError."""
+        """Write the files to `folder`, but those that are there already. Raises OSError."""
         for file, tensors in self.files.items():
+            if (folder / file).exists():
+                continue
             try:
                 save_file(tensors, folder / file)
             except SafetensorError as error:
@@ -71,7 +73,9 @@ class Copier:
             self._buffers = {}
         snapshot = Snapshot(
             {
-                file: {name: self._copied((file, name), tensor) for name, tensor in tensors.items()}
+                file: tensors
+                if file == FROZEN_FILE  # these never change
+                else {name: self._copied((file, name), tensor) for name, tensor in tensors.items()}
                 for file, tensors in files.items()
             }
         )
@@ -99,6 +103,7 @@ def live_tensors(groups: Mapping[str, Group]) -> Files:
         if group.ema is not None:
             averages = files.setdefault(EMA_FILE, {})
             averages |= {f"{group_name}.{name}": weight for name, weight in group.averages().items()}
+            averages |= {f"{group_name}.{name}": b for name, b in module_state.buffers(group.ema).items()}
     return files
 
 

@@ -22,6 +22,7 @@ from maskwire_server.batch import Batch, Modes, Prompts
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.errors import StateLost
 from maskwire_server.results import (
+    FROZEN_FILE,
     EvalOptions,
     EvalResult,
     GenerateOptions,
@@ -180,7 +181,7 @@ class TorchTrainer:
     def _state(self) -> dict[str, Tensor]:
         """Weights and buffers, by name."""
         files = snapshot.live_tensors(self._groups())
-        return files[snapshot.MODEL_FILE] | files.get(snapshot.FROZEN_FILE, {})
+        return files[snapshot.MODEL_FILE] | files.get(FROZEN_FILE, {})
 
     def _check_model(self) -> None:
         def gradients(batch: evaluation.TensorBatch) -> dict[str, Tensor]:
@@ -366,7 +367,7 @@ class TorchTrainer:
 
     @contextlib.contextmanager
     def _seeded_dropout(self, at: StepKey) -> Iterator[None]:
-        if self._model.source == "encoder" and not self._model.dropout:
+        if self._model.source == "encoder" and not any(self._model.dropouts):
             yield
             return
         devices = [self._device] if self._device.type == "cuda" else []

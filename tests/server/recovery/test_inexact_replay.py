@@ -356,7 +356,7 @@ def test_ten_times_the_learning_rate_drifts_no_further_than_the_tolerance(
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(540)
 def test_a_real_compiled_run_comes_back(tmp_path: Path) -> None:
     made = whole()
     compiled = made.model_copy(update={"serve": made.serve.model_copy(update={"compile": "default"})})

@@ -131,7 +131,19 @@ def networks(**model: Any) -> Networks:
 
 @pytest.mark.parametrize(
     "model",
-    [{}, {"positions": "rotary", "norm": "rmsnorm", "feed_forward": "swiglu", "qk_norm": True}],
+    [
+        {},
+        {"positions": "rotary", "norm": "rmsnorm", "feed_forward": "swiglu", "qk_norm": True},
+        {"kv_heads": 1, "feed_forward": "geglu", "ff_bias": False},
+        {
+            "positions": "rotary",
+            "rotary_dim": 4,
+            "rotary_pairs": "interleaved",
+            "qk_norm": True,
+            "qk_norm_gain": "per_head",
+            "kv_heads": 1,
+        },
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("padded", [False, True])

@@ -21,12 +21,20 @@ from maskwire_server.training.models.networks import Networks
 
 SYMBOLS, MASK_ID = 4, 4
 VOCABULARY = Vocabulary(SYMBOLS + 1, MASK_ID, None)
+OPTIONS = {
+    "kv_heads": 1, "positions": "rotary", "rotary_dim": 2, "rotary_pairs": "interleaved", "norm": "rmsnorm",
+    "feed_forward": "geglu", "ff_bias": False, "qk_norm": True, "qk_norm_gain": "per_head",
+}  # fmt: skip
+"""Options of the encoder that are not the default, all together."""
 CPU = torch.device("cpu")
 
 
 def network(**settings: Any) -> tuple[Networks, ObjectiveConfig]:
     """A random tiny network in fp64: its conditionals fit no distribution."""
-    model = ModelConfig(num_tokens=5, mask_id=MASK_ID, max_seq_len=8, dim=8, depth=2, heads=2, dim_head=4)
+    shape = settings.pop("model", {})
+    model = ModelConfig(
+        num_tokens=5, mask_id=MASK_ID, max_seq_len=8, dim=8, depth=2, heads=2, dim_head=4, **shape
+    )
     objective = ObjectiveConfig(**settings)
     torch.manual_seed(3)
     networks = Networks(model, objective).double().eval()
@@ -90,7 +98,9 @@ def offsets(n: int, draws: int) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6])
-@pytest.mark.parametrize("settings", [{}, {"self_cond": True}, {"schedule": "cosine"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"self_cond": True}, {"schedule": "cosine"}, {"model": OPTIONS}], ids=str
+)
 def test_the_mean_over_all_offsets_and_masks_equals_enumeration(
     n: int, settings: dict[str, Any], every_mask: Any
 ) -> None:

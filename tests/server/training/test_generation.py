@@ -36,6 +36,9 @@ EVERY = [
         ((0, 0.0), (4, 2.0)),
     )
     if not remasking or order in (Order.CONFIDENCE, Order.CRITIC)
+] + [
+    GenerateOptions((), order=order, start_temperature=2.0, top_k=6, top_p=0.9, steps=steps)
+    for order in (Order.RANDOM, Order.CONFIDENCE) for steps in (0, 4)
 ]  # fmt: skip
 
 

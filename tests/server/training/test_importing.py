@@ -19,7 +19,7 @@ from torch import nn
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.results import EvalOptions
-from maskwire_server.training.models import state_dict, x_transformers
+from maskwire_server.training.models import state_dict, x_transformers, x_transformers_export
 from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.trainer import TorchTrainer
 
@@ -77,26 +77,128 @@ IDS = torch.randint(0, V - 1, (5, N), generator=torch.Generator().manual_seed(1)
 MASKED = torch.where(torch.rand(IDS.shape, generator=torch.Generator().manual_seed(2)) < 0.5, MASK_ID, IDS)
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"wrapper": {"tie_embedding": True}}, {"wrapper": {"emb_dim": 8}}, {"attn_dim_head": 8},
-    {"ff_mult": 2.6},
-], ids=str)  # fmt: skip
+ROTARY = {"rotary_pos_emb": True}
+COSINE = {"qk_norm": True, "qk_norm_gain": "none"}
+DIM_SCALE = {"attn_qk_norm": True, "attn_qk_norm_dim_scale": True}
+MODERN: tuple[dict[str, Any], dict[str, Any]] = (
+    {
+        **ROTARY, "use_rmsnorm": True, "ff_glu": True, "ff_swish": True, "ff_no_bias": True,
+        "attn_qk_norm": True, "attn_kv_heads": 2, "heads": 4, "wrapper": {"tie_embedding": True},
+    },
+    {**COSINE, "feed_forward": "swiglu", "max_seq_len": N},
+)  # fmt: skip
+# Options of their model, and what the configuration must say because no weight shows it.
+COVERED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}), ({"wrapper": {"tie_embedding": True}}, {}), ({"wrapper": {"emb_dim": 8}}, {}),
+    ({"attn_dim_head": 8}, {"dim_head": 8}), ({"ff_mult": 2.6}, {}),
+    ({"attn_kv_heads": 1}, {}), ({"attn_one_kv_head": True}, {}), ({"attn_kv_heads": 2, "heads": 4}, {}),
+    ({"attn_kv_heads": 2, "heads": 4, "attn_flash": True}, {}),
+    (ROTARY, {"max_seq_len": N}), ({**ROTARY, "rotary_emb_dim": 64}, {"max_seq_len": N}),
+    ({**ROTARY, "rotary_base_rescale_factor": 3.7}, {"max_seq_len": N}),
+    (ROTARY, {"max_seq_len": N, "rotary_pairs": "halves"}),
+    ({"use_rmsnorm": True}, {}), ({"ff_no_bias": True}, {}),
+    ({"ff_swish": True}, {"feed_forward": "silu"}),
+    ({"ff_relu_squared": True}, {"feed_forward": "relu_squared"}),
+    ({"ff_glu": True}, {"feed_forward": "geglu"}),
+    ({"ff_glu": True, "ff_swish": True}, {"feed_forward": "swiglu"}),
+    ({"ff_glu": True, "ff_no_bias": True}, {"feed_forward": "geglu"}),
+    ({"attn_qk_norm": True}, COSINE),
+    ({"attn_qk_norm": True, "attn_qk_norm_scale": 7}, {**COSINE, "qk_norm_scale": 7.0}),
+    (DIM_SCALE, {}), ({"attn_qk_rmsnorm": True}, {}),
+    ({"attn_qk_rmsnorm": True, "attn_kv_heads": 2, "heads": 4, "attn_dim_head": 32}, {}),
+    ({**ROTARY, **DIM_SCALE, "attn_kv_heads": 2, "heads": 4}, {"max_seq_len": N, "rotary_pairs": "halves"}),
+    MODERN,
+]  # fmt: skip
+
+
+def critic_scores(theirs: Any, kind: str, keep: torch.Tensor | None) -> Any:
+    """Their critic's scores. Their self critic takes no mask, but its trunk does."""
+    if kind == "token":
+        return theirs.token_critic(IDS, mask=keep)[..., 0]
+    return theirs.token_critic.to_logits(theirs.net(IDS, mask=keep, return_embeddings=True))[..., 0]
+
+
+@pytest.mark.parametrize(("options", "said"), COVERED, ids=str)
 @pytest.mark.parametrize("kind", ["none", "self", "token"])
-def test_logits_and_critic_scores_equal_those_of_the_source(kind: str, options: dict[str, Any]) -> None:
+def test_logits_and_critic_scores_equal_those_of_the_source(
+    kind: str, options: dict[str, Any], said: dict[str, Any]
+) -> None:
     theirs = wrapped(kind, **options)
-    said = {"dim_head": options["attn_dim_head"]} if "attn_dim_head" in options else {}
     found, ours = brought(theirs.state_dict(), model=said)
     assert found.objective.critic == kind
+    valid = torch.arange(N) < torch.tensor([N, 3, 1, N, 2])[:, None]
     with torch.no_grad():
-        assert (ours.project(ours.embed(MASKED, None, None)) - theirs.net(MASKED)).abs().max() < 1e-5
-        if kind != "none":
-            expected = theirs.token_critic(IDS)[..., 0]
-            assert (ours.criticize(IDS, None, train_trunk=False) - expected).abs().max() < 1e-5
+        for keep in (None, valid):
+            apart = ours.project(ours.embed(MASKED, keep, None)) - theirs.net(MASKED, mask=keep)
+            assert apart[valid].abs().max() < 1e-5
+            if kind != "none":
+                expected = critic_scores(theirs, kind, keep)
+                apart = ours.criticize(IDS, keep, train_trunk=False) - expected
+                assert apart[valid].abs().max() < 1e-5
 
 
-def test_both_passes_of_self_conditioning_equal_those_of_the_source() -> None:
-    theirs = wrapped("self", self_cond=True)
-    found, ours = brought(theirs.state_dict())
+@pytest.mark.parametrize(("options", "said"), COVERED, ids=str)
+@pytest.mark.parametrize("kind", ["none", "self", "token"])
+def test_an_imported_model_is_exported_with_the_weights_and_options_of_the_source(
+    kind: str, options: dict[str, Any], said: dict[str, Any]
+) -> None:
+    theirs = wrapped(kind, self_cond="emb_dim" not in options.get("wrapper", {}), **options)
+    found, _ = brought(theirs.state_dict(), model=said)
+    back = x_transformers_export.export_state_dict(found.model, found.objective, found.weights)
+    state = theirs.state_dict()
+    shared = {name for name in state if name.startswith("token_critic.net.")}
+    assert back.keys() == state.keys() - shared
+    assert all(torch.allclose(back[name], state[name], rtol=1e-6, atol=1e-7) for name in back)
+    exact = "attn_qk_norm_dim_scale" in options or "rotary_base_rescale_factor" in options
+    assert exact or all(torch.equal(back[name], state[name]) for name in back)
+    again = xt.TransformerWrapper(
+        **x_transformers_export.wrapper_options(found.model),
+        attn_layers=xt.Encoder(**x_transformers_export.encoder_options(found.model)),
+    ).eval()
+    again.load_state_dict(
+        {name.removeprefix("net."): t for name, t in back.items() if name.startswith("net.")}
+    )
+    with torch.no_grad():
+        assert (again(MASKED) - theirs.net(MASKED)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("model", [
+    {"qk_norm": True, "kv_heads": 2}, {"qk_norm": True, "qk_norm_gain": "per_head", "qk_norm_scale": 3.0},
+    {"feed_forward": "swiglu", "ff_bias": False}, {"ff_down_bias": False},
+    {"ff_bias": False, "ff_down_bias": True},
+    {"positions": "rotary", "rotary_dim": 4, "rotary_base": 500.0, "qk_norm": True, "kv_heads": 2},
+], ids=str)  # fmt: skip
+def test_a_model_that_was_trained_here_is_exported_with_equal_logits(model: dict[str, Any]) -> None:
+    config = ModelConfig(
+        num_tokens=V,
+        max_seq_len=N,
+        dim=16,
+        depth=2,
+        heads=4,
+        dim_head=8,
+        rms_norm_eps=1e-24,
+        **MODEL,
+        **model,
+    )
+    torch.manual_seed(0)
+    ours = Networks(config, ObjectiveConfig()).eval()
+    with torch.no_grad():
+        for weight in ours.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    state = x_transformers_export.export_state_dict(config, ObjectiveConfig(), ours.state_dict())
+    constructor = x_transformers_export.constructor(config)
+    theirs = eval(constructor, vars(xt)).eval()
+    theirs.load_state_dict({name.removeprefix("net."): tensor for name, tensor in state.items()})
+    with torch.no_grad():
+        assert (ours.project(ours.embed(MASKED, None, None)) - theirs(MASKED)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("options", "model"), [({}, {}), MODERN], ids=["default", "modern"])
+def test_both_passes_of_self_conditioning_equal_those_of_the_source(
+    options: dict[str, Any], model: dict[str, Any]
+) -> None:
+    theirs = wrapped("self", self_cond=True, **options)
+    found, ours = brought(theirs.state_dict(), model=model)
     assert (found.objective.self_cond, found.objective.self_cond_start) == (True, "none")
     with torch.no_grad():
         first = theirs.net(MASKED, return_embeddings=True)
@@ -125,9 +227,10 @@ def test_self_conditioning_gets_the_probability_of_the_source(said: dict[str, An
     assert found.objective.augments == (said.get("preset") == "x-transformers")
 
 
-def test_a_bare_transformer_and_plain_gains_are_imported() -> None:
+@pytest.mark.parametrize("options", [{}, {"use_rmsnorm": True, "attn_qk_rmsnorm": True}], ids=str)
+def test_a_bare_transformer_and_plain_gains_are_imported(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    theirs = transformer(norm_add_unit_offset=False).eval()
+    theirs = transformer(norm_add_unit_offset=False, **options).eval()
     with pytest.raises(ValueError, match="set --gains plain"):
         brought(theirs.state_dict())
     _, ours = brought(theirs.state_dict(), gains="plain")
@@ -135,36 +238,53 @@ def test_a_bare_transformer_and_plain_gains_are_imported() -> None:
         assert (ours.project(ours.embed(MASKED, None, None)) - theirs(MASKED)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["none", "self", "token"])
-def test_an_imported_model_is_exported_unchanged(kind: str) -> None:
-    theirs = wrapped(kind, self_cond=True)
-    found, _ = brought(theirs.state_dict())
-    back = x_transformers.export_state_dict(found.model, found.objective, found.weights)
-    state = theirs.state_dict()
-    shared = {name for name in state if name.startswith("token_critic.net.")}
-    assert back.keys() == state.keys() - shared
-    assert all(torch.equal(back[name], state[name]) for name in back)
-    rotary = found.model.model_copy(update={"positions": "rotary"})
-    with pytest.raises(ValueError, match=r"model.positions is 'rotary'"):
-        x_transformers.export_state_dict(rotary, found.objective, found.weights)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_base_of_rotary_positions_is_recognised_in_half_precision(dtype: torch.dtype) -> None:
+    state = {name: t.to(dtype) for name, t in wrapped(**ROTARY, **DIM_SCALE).state_dict().items()}
+    state["net.attn_layers.layers.0.1.qk_norm_q_scale"] *= 0.1  # a subtraction in half precision would round
+    found, _ = brought(state, model={"max_seq_len": N})
+    assert (found.model.rotary_base, found.model.rotary_dim) == (10_000.0, 32)
+    gain = state["net.attn_layers.layers.0.1.qk_norm_q_scale"].float().flatten() - 1
+    assert torch.equal(found.weights["generator.blocks.0.attention.q_norm.gamma"], gain)
+
+
+def test_the_constructor_of_an_exported_model_has_the_dropout_rates() -> None:
+    rates = {"dropout": 0.1, "emb_dropout": 0.2, "ff_dropout": 0.0}
+    constructor = x_transformers_export.constructor(ModelConfig(num_tokens=V, **MODEL, **rates))
+    net = eval(constructor, vars(xt))
+    assert net.emb_dropout.p == 0.2
+    for attention, feed_forward in zip(
+        net.attn_layers.layers[::2], net.attn_layers.layers[1::2], strict=True
+    ):
+        assert (attention[1].attend.dropout, attention[1].sublayer_dropout.p) == (0.1, 0.1)
+        assert all(part.p == 0 for part in feed_forward[1].ff if isinstance(part, nn.Dropout))
+
+
+def test_a_single_head_is_not_exported() -> None:
+    config = ModelConfig(num_tokens=V, heads=1, **MODEL)
+    with pytest.raises(ValueError, match=r"model\.heads is 1"):
+        x_transformers_export.export_state_dict(config, ObjectiveConfig(), {})
 
 
 UNSUPPORTED: list[tuple[str, dict[str, Any]]] = [
     *((name, {name: True}) for name in (
-        "rel_pos_bias", "dynamic_pos_bias", "rotary_pos_emb", "polar_pos_emb", "use_rmsnorm", "use_scalenorm",
+        "rel_pos_bias", "dynamic_pos_bias", "polar_pos_emb", "use_scalenorm",
         "use_simple_rmsnorm", "use_dynamic_tanh", "use_derf", "use_adaptive_layernorm", "sandwich_norm",
         "pre_and_post_norm", "gate_residual", "scale_residual", "mv_split_residual", "use_layerscale",
         "macaron", "unet_skips", "reinject_input", "integrate_layers", "add_value_residual",
         "attn_gate_values", "attn_head_scale", "attn_on_attn", "attn_data_dependent_alibi",
-        "attn_one_kv_head", "ff_glu", "ff_no_bias", "ff_post_act_ln", "only_attn",
+        "ff_post_act_ln", "only_attn", "attn_value_rmsnorm", "attn_k_rmsnorm", "attn_output_gate",
+        "attn_gate_value_heads", "attn_head_learned_sink",
     )),
     ("pre_norm=False", {"pre_norm": False}),
     ("num_residual_streams", {"num_residual_streams": 2}),
     ("shift_tokens", {"shift_tokens": 1}),
     ("attn_num_mem_kv", {"attn_num_mem_kv": 2}),
-    ("attn_kv_heads", {"attn_kv_heads": 1}),
+    ("ff_glu_mult_bias", {"ff_glu": True, "ff_glu_mult_bias": True}),
+    ("attn_use_latent_q", {"attn_use_latent_q": True, "attn_dim_latent_q": 8}),
+    ("attn_use_latent_kv", {"attn_use_latent_kv": True, "attn_dim_latent_kv": 8}),
+    ("disable_abs_pos_emb=False", {"rotary_pos_emb": True, "disable_abs_pos_emb": False}),
     ("attn_value_dim_head", {"attn_value_dim_head": 32}),
-    ("attn_qk_norm_dim_scale", {"attn_qk_norm": True, "attn_qk_norm_dim_scale": True}),
     ("sandwich_coef", {"sandwich_coef": 1}),
     *((name, {"wrapper": {name: True}}) for name in (
         "post_emb_norm", "scaled_sinu_pos_emb", "use_cls_token", "recycling", "mixture_of_softmax",
@@ -186,6 +306,7 @@ def test_an_unsupported_option_is_rejected_by_name(option: str, settings: dict[s
     with pytest.raises(ValueError, match=rf"\b{option}\b.*(not supported)") as raised:
         brought(state)
     assert "net." in str(raised.value) or "generator." in str(raised.value)
+    assert 'model.source = "x-transformers"' in str(raised.value)
 
 
 def broken(change: Any, kind: str = "none", **options: Any) -> dict[str, Any]:
@@ -206,6 +327,14 @@ def broken(change: Any, kind: str = "none", **options: Any) -> dict[str, Any]:
     (lambda: wrapped(self_cond=True, wrapper={"emb_dim": 8}).state_dict(), {}, "emb_dim other than dim"),
     (lambda: wrapped().state_dict(), {"model": {"depth": 4}}, "depth is 4 in the configuration, 2 in"),
     (lambda: wrapped().state_dict(), {"model": {"qk_norm": True}}, "model.qk_norm is True"),
+    (lambda: wrapped(ff_glu=True).state_dict(), {}, "model.feed_forward must be set.*swiglu"),
+    (lambda: wrapped(ff_glu=True).state_dict(), {"model": {"feed_forward": "silu"}}, "'geglu' in the state"),
+    (lambda: wrapped(ff_swish=True).state_dict(), {"model": {"feed_forward": "swiglu"}}, "'gelu' in the sta"),
+    (lambda: wrapped(**ROTARY).state_dict(), {}, "model.max_seq_len must be set"),
+    (lambda: wrapped().state_dict(), {"model": {"positions": "rotary"}}, "positions is 'rotary' in the conf"),
+    (lambda: broken(lambda s: s["net.attn_layers.rotary_pos_emb.inv_freq"].mul_(1.1), **ROTARY), {},
+     "not the powers of one base"),
+    (lambda: wrapped(attn_kv_heads=1).state_dict(), {"model": {"kv_heads": 2}}, "kv_heads is 2 in the conf"),
     (lambda: wrapped().state_dict(), {"model": {"dim_head": 48}}, "not a multiple of model.dim_head = 48"),
     (lambda: wrapped("self").state_dict(), {"objective": {"critic": "token"}}, "objective.critic is 'token'"),
     (lambda: wrapped().state_dict(), {"objective": {"self_cond": True}}, "objective.self_cond is True"),

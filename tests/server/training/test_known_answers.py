@@ -14,7 +14,7 @@ from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.results import EvalOptions, EvalResult
-from maskwire_server.training import evaluation, masking_schedule, objective
+from maskwire_server.training import evaluation, objective
 from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, corrupt
 from maskwire_server.training.trainer import TorchTrainer
 
@@ -181,20 +181,6 @@ def test_a_trained_model_comes_within_three_percent_on_pairs(settings: dict[str,
         trainer.train_step(1, step, Batch(pairs(rng, 64, 8, 8), 64, 8), Modes())
     found = trainer.eval_loss(Batch(pairs(rng, 512, 8, 8), 512, 8), EvalOptions(tuple(range(512)), 16))
     assert found.nats_per_token == pytest.approx(math.log(8) / 2, rel=0.03)
-
-
-def test_a_custom_schedule_gives_the_same_loss() -> None:
-    cubic = masking_schedule.schedule_of(lambda t: (1 - t) ** 3, "cubic")
-    n = torch.full((7,), 7)
-    k = torch.arange(1, 8)
-    assert float(masking_schedule.exact_probabilities(cubic, k, n).sum()) == pytest.approx(1, abs=1e-12)
-    assert torch.isfinite(masking_schedule.elbo_weights(cubic, "exact", k, n)).all()
-    with pytest.raises(ValueError, match="decrease strictly"):
-        masking_schedule.schedule_of(
-            lambda t: (1 - t) * (1 - 4 * t * (1 - t) * 0 + 0.9 * torch.sin(20 * t)), "wavy"
-        )
-    with pytest.raises(ValueError, match=r"m\(0\) = 1"):
-        masking_schedule.schedule_of(lambda t: 1 - t / 2, "half")
 
 
 def test_the_oracle_sees_the_corrupted_batch() -> None:

@@ -49,6 +49,7 @@ PAPERS: dict[str, dict[str, Any]] = {
 def values(preset: str) -> dict[str, Any]:
     found = ObjectiveConfig(preset=preset).model_dump()
     assert found.pop("preset") == preset
+    assert found.pop("schedule_sha256") is None  # only of a schedule of the user's own
     return found
 
 
@@ -129,4 +130,4 @@ def test_the_wrappers_first_pass_is_not_conditioned_and_its_counts_are_exact() -
 
 def test_every_preset_is_compared() -> None:
     assert PRESETS.keys() == PAPERS.keys() | {"x-transformers"}
-    assert set(ObjectiveConfig.model_fields) == {"preset", "schedule", "weighting", *PLAIN}
+    assert set(ObjectiveConfig.model_fields) == {"preset", "schedule", "schedule_sha256", "weighting", *PLAIN}

@@ -183,7 +183,7 @@ def test_top_k_and_top_p_sample_what_the_naive_filters_keep(
     count = 60_000
     u = (torch.arange(count, dtype=torch.float64) + 0.5) / count  # a grid: the frequencies are exact
     options = GenerateOptions((), temperature=temperature, top_k=top_k, top_p=top_p)
-    found = sampling.sample(logits.expand(count, -1), u, options).bincount(minlength=7) / count
+    found = sampling.sample(logits.expand(count, -1), u, temperature, options).bincount(minlength=7) / count
     assert found.tolist() == pytest.approx(expected, abs=2 / count)
 
 
@@ -192,7 +192,29 @@ def test_temperature_0_takes_the_most_probable_id() -> None:
     u = torch.rand(50, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     for temperature, top_k, top_p in itertools.product((0.0, 1e-30, 1e-6), (0, 4), (1.0, 0.5)):
         options = GenerateOptions((), temperature=temperature, top_k=top_k, top_p=top_p)
-        assert sampling.sample(logits, u, options).equal(logits.argmax(-1))
+        assert sampling.sample(logits, u, temperature, options).equal(logits.argmax(-1))
+
+
+def test_annealed_temperatures_apply_to_each_row_and_pass() -> None:
+    n, symbols = 6, 3
+    oracle = table_oracle(n, symbols, seed=8)
+    prompts = prompts_of([[None] * 6, [0, None, 1, None, 2, 0], [None] * 5])
+    for steps in (0, 4):
+        options = GenerateOptions((5, 6, 7), order=Order.CONFIDENCE, start_temperature=3.0, steps=steps)
+        states = run(oracle, prompts, options, symbols)
+        rows = np.where(prompts.unknown, symbols, prompts.ids)
+        for state in states:
+            for row, unknown in enumerate((6, 2, 5)):
+                s, of = state.unmasking_step, steps or unknown
+                temperature = 3.0 * max(0, 1 - s / of)
+                constant = GenerateOptions((), temperature=temperature if temperature >= 1e-3 else 0.0)
+                seen = rows[row].tolist()
+                sampled = full_sample(oracle, seen, options.row_seeds[row], s, constant)
+                for i in range(n):
+                    if seen[i] == symbols and state.ids[row, i] != symbols:
+                        assert state.ids[row, i] == sampled[i], (steps, s, row, i)
+            rows = state.ids
+        assert states[-1].done
 
 
 # The order.
@@ -231,7 +253,7 @@ def full_sample(oracle: Oracle, row: list[int], seed: int, step: int, options: G
         oracle.log_probabilities(ids, ids == symbols)[0], Vocabulary(symbols + 1, symbols, None)
     )
     u = draws.uniform(draws.nth(draws.keys(Purpose.GENERATION_TOKEN, rows=[seed]), step), len(row))[0]
-    sampled: list[int] = sampling.sample(logits, u, options).tolist()
+    sampled: list[int] = sampling.sample(logits, u, options.temperature, options).tolist()
     return sampled
 
 

@@ -454,6 +454,19 @@ def test_dropout_applies_where_it_is_documented(monkeypatch: pytest.MonkeyPatch)
     assert not found
 
 
+@pytest.mark.parametrize("part", ["emb", "attn", "ff"])
+def test_each_part_can_have_its_own_dropout_which_the_seed_determines(part: str) -> None:
+    def loss(**model: Any) -> float:
+        return make(model=model).train_step(1, 1, BATCH, Modes()).losses.loss
+
+    own = loss(**{f"{part}_dropout": 0.5})
+    torch.rand(3)  # the draws depend on the run's seed alone
+    assert loss(**{f"{part}_dropout": 0.5}) == own != loss()
+    others = {f"{other}_dropout": 0.0 for other in {"emb", "attn", "ff"} - {part}}
+    assert loss(dropout=0.5, **others) == own
+    assert loss(dropout=0.5, emb_dropout=0.5, attn_dropout=0.5, ff_dropout=0.5) == loss(dropout=0.5)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_only_with_dropout_does_the_loss_depend_on_the_split(dropout: float) -> None:
     def loss(**serve: Any) -> float:

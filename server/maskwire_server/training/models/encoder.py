@@ -3,9 +3,8 @@
 Letters: b rows, n positions, d dim, e embedding width, h heads, v vocabulary, m packed positions.
 Outputs are computed only where they are needed: the queries of the last block and everything after them.
 
-With learned positions, layernorm and gelu it computes the same as x-transformers'
-`TransformerWrapper(attn_layers=Encoder(...))`, so that weights trained with it can be imported.
-`x_transformers_names` maps the names of the weights.
+It computes the same as x-transformers' `TransformerWrapper(attn_layers=Encoder(...))` with the corresponding
+options, so that weights trained with it can be imported (`x_transformers_names`).
 
 Initialisation: token embeddings N(0, 2/e); positions N(0, 1), scaled by e^-1/2 where they are used
 (x-transformers); linear maps U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default, which is
@@ -15,6 +14,7 @@ Kaiming-uniform with a = sqrt(5) (He et al. 2015); norm gains 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -30,48 +30,81 @@ from maskwire_server.training.models.backbone import Backbone, packed
 class Norm(nn.Module):
     """Layer or root-mean-square normalisation with a gain 1 + gamma and no bias."""
 
-    def __init__(self, dim: int, kind: str) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(dim))
-        self.kind = kind
+        self.gamma = nn.Parameter(torch.zeros(config.dim))
+        self.kind = config.norm
+        self.rms_eps = config.rms_norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d], computed in fp32 under autocast."""
         gain = self.gamma + 1
         if self.kind == "layernorm":
             return F.layer_norm(x, gain.shape, gain, eps=1e-5)
-        return F.rms_norm(x, gain.shape, gain, eps=1e-6)
+        return F.rms_norm(x, gain.shape, gain, eps=self.rms_eps)
+
+
+class HeadNorm(nn.Module):
+    """Root-mean-square normalisation of queries or keys, with gains 1 + gamma of all heads or of each."""
+
+    def __init__(self, config: ModelConfig, heads: int) -> None:
+        super().__init__()
+        self.dim_head = config.dim_head
+        self.eps = config.rms_norm_eps
+        self.heads = heads if config.qk_norm_gain == "per_head" else 1
+        # One dimension, as gains have in general: matrices get weight decay.
+        gamma = torch.zeros(self.heads * self.dim_head)
+        self.gamma = None if config.qk_norm_gain == "none" else nn.Parameter(gamma)
+
+    def forward(self, x_bhnc: Tensor) -> Tensor:
+        """[b, h, n, c] -> [b, h, n, c], computed in fp32 under autocast."""
+        gain = None if self.gamma is None else self.gamma + 1
+        if gain is None or self.heads == 1:
+            return F.rms_norm(x_bhnc, (self.dim_head,), gain, eps=self.eps)
+        normed = F.rms_norm(x_bhnc, (self.dim_head,), eps=self.eps)
+        return normed * gain.view(self.heads, 1, self.dim_head)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention. With `kv_heads`, consecutive query heads share a key and value head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        inner = config.heads * config.dim_head
-        self.heads = config.heads
-        self.dropout = config.dropout
-        self.to_qkv = nn.Linear(config.dim, 3 * inner, bias=False)
-        self.stacked_rows = {"to_qkv": (inner, inner, inner)}
+        self.heads, self.kv_heads = config.heads, config.kv_heads or config.heads
+        self.dim_head = config.dim_head
+        self.dropout = config.dropouts.attention
+        self.interleaved = config.rotary_pairs == "interleaved"
+        # The scale of the products. None is dim_head^-1/2, torch's default.
+        self.scale = None if config.qk_norm_scale is None else config.qk_norm_scale / config.dim_head
+        self.to_qkv = nn.Linear(config.dim, sum(config.qkv_sizes), bias=False)
+        self.to_out = nn.Linear(config.heads * config.dim_head, config.dim, bias=False)
+        self.q_norm = HeadNorm(config, self.heads) if config.qk_norm else None
+        self.k_norm = HeadNorm(config, self.kv_heads) if config.qk_norm else None
+        self.qkv_sizes = config.qkv_sizes
+        self.stacked_rows = {"to_qkv": config.qkv_sizes}
         """The rows of the matrices that a linear map stacks: Muon updates each by itself."""
-        self.to_out = nn.Linear(inner, config.dim, bias=False)
-        self.q_norm = Norm(config.dim_head, "rmsnorm") if config.qk_norm else None
-        self.k_norm = Norm(config.dim_head, "rmsnorm") if config.qk_norm else None
 
     def forward(
         self, x_bnd: Tensor, keep: Tensor | None, rotation: Tensor | None, read_m: Tensor | None = None
     ) -> Tensor:
         """`keep` is None or bool [b, 1, 1, n], True for keys to attend to. `read_m` is as in `Encoder`."""
         # Three products, because attention on slices of one fused product makes a step 3% slower on a CPU.
-        to_q, to_k, to_v = self.to_qkv.weight.chunk(3)
+        to_q, to_k, to_v = self.to_qkv.weight.split_with_sizes(self.qkv_sizes)
         products = (self._queries(x_bnd, to_q, read_m), F.linear(x_bnd, to_k), F.linear(x_bnd, to_v))
-        q, k, v = (rearrange(each, "b n (h c) -> b h n c", h=self.heads) for each in products)
+        q, k, v = (rearrange(each, "b n (h c) -> b h n c", c=self.dim_head) for each in products)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
-            q, k = _rotate(q, rotation), _rotate(k, rotation)
-        dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout)
+            q, k = (_rotate(each, rotation, interleaved=self.interleaved) for each in (q, k))
+        grouped = self.kv_heads < self.heads
+        if grouped and x_bnd.device.type != "cpu":
+            # On CUDA, a mask with enable_gqa falls back to the kernel that keeps all products (torch 2.13).
+            k, v = (each.repeat_interleave(self.heads // self.kv_heads, dim=1) for each in (k, v))
+            grouped = False
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=keep, dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale, enable_gqa=grouped,
+        )  # fmt: skip
         out = rearrange(out, "b h n c -> b n (h c)")
         out = self.to_out(out if read_m is None else packed(out, read_m))
         return F.dropout(out, self.dropout, self.training)
@@ -85,26 +118,37 @@ class Attention(nn.Module):
         return q.view(*x_bnd.shape[:2], -1)
 
 
+def _relu_squared(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu, "geglu": F.gelu, "silu": F.silu, "swiglu": F.silu, "relu_squared": _relu_squared
+}  # fmt: skip
+
+
 class FeedForward(nn.Module):
-    """Two linear maps around an exact GELU, or a SwiGLU (Shazeer 2020) of the same inner width."""
+    """Two linear maps around an activation, or around a gated one (Shazeer 2020) of the same inner width."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         inner = int(config.dim * config.ff_mult)
-        self.gated = config.feed_forward == "swiglu"
-        self.dropout = config.dropout
-        self.up = nn.Linear(config.dim, inner * (2 if self.gated else 1))
+        self.gated = config.gated
+        self.activation = _ACTIVATIONS[config.feed_forward]
+        self.dropout = config.dropouts.feed_forward
+        up_bias, down_bias = config.ff_biases
+        self.up = nn.Linear(config.dim, inner * (2 if self.gated else 1), bias=up_bias)
         self.stacked_rows = {"up": (inner, inner)} if self.gated else {}
-        self.down = nn.Linear(inner, config.dim)
+        self.down = nn.Linear(inner, config.dim, bias=down_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., d]."""
         x = self.up(x)
         if self.gated:
             x, gate = x.chunk(2, dim=-1)
-            x = x * F.silu(gate)
+            x = x * self.activation(gate)
         else:
-            x = F.gelu(x)
+            x = self.activation(x)
         x = self.down(F.dropout(x, self.dropout, self.training))
         return F.dropout(x, self.dropout, self.training)
 
@@ -114,9 +158,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = Norm(config.dim, config.norm)
+        self.attention_norm = Norm(config)
         self.attention = Attention(config)
-        self.feed_forward_norm = Norm(config.dim, config.norm)
+        self.feed_forward_norm = Norm(config)
         self.feed_forward = FeedForward(config)
 
     def forward(
@@ -143,12 +187,12 @@ class Encoder(Backbone):
         self.pos_emb = nn.Embedding(config.max_seq_len, width) if config.positions == "learned" else None
         self.project_emb = nn.Linear(width, config.dim) if width != config.dim else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.final_norm = Norm(config.dim, config.norm)
+        self.final_norm = Norm(config)
         self.to_logits = None if config.tied_embeddings else nn.Linear(config.dim, outputs, bias=False)
         if self_cond:
             self.condition_itself(config.dim, width)
-        self.dropout = config.dropout
-        self.dim_head = config.dim_head
+        self.config = config
+        self.dropout = config.dropouts.embedding
         self._recomputes = False
         nn.init.normal_(self.token_emb.weight, std=math.sqrt(2 / width))
         if self.pos_emb is not None:
@@ -177,7 +221,7 @@ class Encoder(Backbone):
             # A row that is all padding attends to itself. A softmax over nothing would be NaN, which spoils
             # the gradients even if its output is not used.
             keep = rearrange(valid_bn | ~valid_bn.any(-1, keepdim=True), "b n -> b 1 1 n")
-        rotation = None if self.pos_emb is not None else _rotation(n, self.dim_head, x.device)
+        rotation = None if self.pos_emb is not None else _rotation(n, self.config, x.device)
         for index, block in enumerate(self.blocks, 1):
             inputs = (x, keep, rotation, read_m if index == len(self.blocks) else None)
             if self._recomputes and torch.is_grad_enabled():
@@ -198,45 +242,33 @@ class Encoder(Backbone):
         self._recomputes = on
 
 
-def _rotation(n: int, dim_head: int, device: torch.device) -> Tensor:
-    """cos and sin of the rotary angles, fp32 [2, n, c] (Su et al. 2021; base 10,000, paired halves)."""
-    inverse_wavelength = 10_000 ** (-torch.arange(0, dim_head, 2, device=device) / dim_head)
+def _rotation(n: int, config: ModelConfig, device: torch.device) -> Tensor:
+    """cos and sin of the rotary angles of r channels, fp32 [2, n, r] (Su et al. 2021)."""
+    width = config.rotary_dim or config.dim_head
+    exponent = torch.arange(0, width, 2, device=device) / width
+    if config.rotary_pairs == "interleaved":
+        # Rounded as in x-transformers, so that imported weights see the same angles in long rows.
+        inverse_wavelength = 1.0 / config.rotary_base**exponent
+    else:
+        inverse_wavelength = config.rotary_base**-exponent
     angle_nc = torch.arange(n, device=device)[:, None] * inverse_wavelength
-    angle_nc = torch.cat((angle_nc, angle_nc), dim=-1)
+    if config.rotary_pairs == "interleaved":
+        angle_nc = angle_nc.repeat_interleave(2, dim=-1)
+    else:
+        angle_nc = torch.cat((angle_nc, angle_nc), dim=-1)
     return torch.stack((angle_nc.cos(), angle_nc.sin()))
 
 
-def _rotate(x_bhnc: Tensor, rotation: Tensor) -> Tensor:
+def _rotate(x_bhnc: Tensor, rotation: Tensor, *, interleaved: bool) -> Tensor:
     cos, sin = rotation.to(x_bhnc.dtype).unbind()
-    left, right = x_bhnc.chunk(2, dim=-1)
-    return x_bhnc * cos + torch.cat((-right, left), dim=-1) * sin
-
-
-def x_transformers_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """The names of our weights and those of a `TransformerWrapper(Encoder)`. Several of theirs are stacked.
-
-    For the options that both have: learned positions, layernorm, gelu, no qk_norm.
-    """
-    names: dict[str, tuple[str, ...]] = {
-        "token_emb.weight": ("token_emb.emb.weight",),
-        "pos_emb.weight": ("pos_emb.emb.weight",),
-        "final_norm.gamma": ("attn_layers.final_norm.gamma",),
-    }
-    if config.emb_dim not in (None, config.dim):
-        names |= {f"project_emb.{part}": (f"project_emb.{part}",) for part in ("weight", "bias")}
-    if not config.tied_embeddings:
-        names["to_logits.weight"] = ("to_logits.weight",)
-    for layer in range(config.depth):
-        attention = f"attn_layers.layers.{2 * layer}"
-        feed_forward = f"attn_layers.layers.{2 * layer + 1}"
-        ours = f"blocks.{layer}"
-        names |= {
-            f"{ours}.attention_norm.gamma": (f"{attention}.0.0.gamma",),
-            f"{ours}.attention.to_qkv.weight": tuple(f"{attention}.1.to_{part}.weight" for part in "qkv"),
-            f"{ours}.attention.to_out.weight": (f"{attention}.1.to_out.weight",),
-            f"{ours}.feed_forward_norm.gamma": (f"{feed_forward}.0.0.gamma",),
-        }
-        for part in ("weight", "bias"):
-            names[f"{ours}.feed_forward.up.{part}"] = (f"{feed_forward}.1.ff.0.0.{part}",)
-            names[f"{ours}.feed_forward.down.{part}"] = (f"{feed_forward}.1.ff.2.{part}",)
-    return names
+    width = cos.shape[-1]
+    if width < x_bhnc.shape[-1]:
+        rotated = _rotate(x_bhnc[..., :width], rotation, interleaved=interleaved)
+        return torch.cat((rotated, x_bhnc[..., width:]), dim=-1)
+    if interleaved:
+        left, right = x_bhnc[..., ::2], x_bhnc[..., 1::2]
+        turned = torch.stack((-right, left), dim=-1).flatten(-2)
+    else:
+        left, right = x_bhnc.chunk(2, dim=-1)
+        turned = torch.cat((-right, left), dim=-1)
+    return x_bhnc * cos + turned * sin

@@ -1,68 +1,17 @@
-"""Masked language models of the transformers library: their folders, architectures and initial weights.
-
-What a folder says is read without torch, when a run begins. The run records the model's config.json, so that
-a server started again needs neither the folder nor the network.
-"""
+"""Masked language models of the transformers library: their architectures and initial weights."""
 
 from __future__ import annotations
 
-import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from maskwire_server.config import HuggingFaceConfig, LoraConfig, ModelConfig
+from maskwire_server.config import LoraConfig, ModelConfig
 from maskwire_server.errors import ConfigError
 
 log = logging.getLogger(__name__)
-
-_OFFSET_POSITIONS = (
-    "roberta",
-    "xlm-roberta",
-    "camembert",
-    "roberta-prelayernorm",
-    "xlm-roberta-xl",
-    "data2vec-text",
-    "esm",
-)
-"""Model types whose positions begin after the padding id."""
-
-
-def described(model: ModelConfig) -> ModelConfig:
-    """The section with what the model's folder says: config, vocabulary, mask and pad ids, longest row.
-
-    Settings of the section win. Raises ConfigError that names what is missing.
-    """
-    source = model.huggingface
-    if source is None or source.config:
-        return model
-    folder = _folder(source)
-    config = _json(folder if folder.is_file() else folder / "config.json")
-    tokens = {} if folder.is_file() else _special_tokens(folder)
-    found: dict[str, Any] = {
-        "num_tokens": config.get("vocab_size"),
-        "mask_id": tokens.get("mask_token"),
-        "pad_id": tokens.get("pad_token", config.get("pad_token_id")),
-        "max_seq_len": _longest(config),
-    }
-    said = {key: getattr(model, key) for key in found if key in model.model_fields_set}
-    found |= said
-    for key, where in (
-        ("num_tokens", "config.json has no vocab_size"),
-        ("mask_id", "the folder has no tokenizer with a mask token"),
-        ("max_seq_len", "config.json has no max_position_embeddings"),
-    ):
-        if found[key] is None:
-            raise ConfigError(f"model.{key}: must be set, because {where}, got none")
-    if "pad_id" not in said and found["pad_id"] in (found["mask_id"], config.get("eos_token_id")):
-        found["pad_id"] = None  # padding is where the lengths say, because this id also occurs in the data
-    if "num_tokens" not in said and found["mask_id"] >= found["num_tokens"]:
-        found["num_tokens"] = found["mask_id"] + 1
-    fields = {key: getattr(model, key) for key in model.model_fields_set}
-    return ModelConfig(**{**fields, **found, "huggingface": source.model_copy(update={"config": config})})
 
 
 def architecture(model: ModelConfig) -> nn.Module:
@@ -160,72 +109,6 @@ def _fit_vocabulary(module: Any, num_tokens: int) -> None:
     """Add rows to the embeddings, drawn from torch's generator, for ids beyond the model's vocabulary."""
     if module.get_input_embeddings().weight.shape[0] < num_tokens:
         module.resize_token_embeddings(num_tokens, mean_resizing=False)
-
-
-def _folder(source: HuggingFaceConfig) -> Path:
-    """The local folder, or config.json, of the model. Downloads a model of the hub."""
-    path = Path(source.path).expanduser()
-    if path.exists():
-        return path
-    if path.is_absolute() or source.path.startswith((".", "~")) or source.path.count("/") > 1:
-        raise ConfigError(
-            f"model.huggingface.path: must be a folder or the name of a model on the hub, got {str(path)!r}"
-        )
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise ConfigError(_INSTALL) from error
-    try:
-        wanted = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * source.pretrained
-        return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.huggingface.path: {source.path} is no folder here, and the hub does not give it: {error}"
-        ) from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.huggingface.path: {path} cannot be read: {error}") from error
-    if not isinstance(found, dict) or "model_type" not in found:
-        raise ConfigError(f"model.huggingface.path: {path} must have a model_type, as transformers writes it")
-    return found
-
-
-def _special_tokens(folder: Path) -> dict[str, int]:
-    """The ids of the mask and pad tokens, from the files of the tokenizer."""
-    contents: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        for key, value in _optional_json(folder / name).items():
-            if key in ("mask_token", "pad_token") and value:
-                contents[key] = value["content"] if isinstance(value, dict) else value
-    tokenizer = _optional_json(folder / "tokenizer.json")
-    ids = {each["content"]: each["id"] for each in tokenizer.get("added_tokens", [])}
-    vocabulary = folder / "vocab.txt"
-    if not ids and vocabulary.is_file():
-        lines = vocabulary.read_text(encoding="utf-8").splitlines()
-        ids = {token: number for number, token in enumerate(lines)}
-    return {key: ids[token] for key, token in contents.items() if token in ids}
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.huggingface.path: {path} cannot be read: {error}") from error
-    return found if isinstance(found, dict) else {}
-
-
-def _longest(config: dict[str, Any]) -> int | None:
-    longest = config.get("max_position_embeddings")
-    if longest is not None and config["model_type"] in _OFFSET_POSITIONS:
-        longest -= (config.get("pad_token_id") or 1) + 1
-    return longest
 
 
 _INSTALL = (

@@ -16,14 +16,16 @@ from maskwire_server.training.models.backbone import Backbone
 class Networks(nn.Module):
     """A generator and its critic: none, a head on the generator's trunk (`self`), or an encoder (`token`)."""
 
-    def __init__(self, model: ModelConfig, objective: ObjectiveConfig) -> None:
+    def __init__(
+        self, model: ModelConfig, objective: ObjectiveConfig, factory: sources.Factory | None = None
+    ) -> None:
         super().__init__()
-        self.generator = sources.generator(model, self_cond=objective.self_cond)
+        self.generator = sources.generator(model, factory, self_cond=objective.self_cond)
         self.critic: nn.Module | None = None
         if objective.critic == "self":
             self.critic = nn.Linear(self.generator.dim, 1)
         elif objective.critic == "token":
-            self.critic = sources.critic(model)
+            self.critic = sources.critic(model, factory)
 
     def with_modules(self, generator: nn.Module, critic: nn.Module | None) -> Networks:
         """The same with other modules, for example those that hold the moving averages."""

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from maskwire_server.config import ModelConfig, ObjectiveConfig, recorded_sections
 from maskwire_server.errors import ConfigError
 from maskwire_server.manifest import MANIFEST, Manifest
-from maskwire_server.results import WEIGHT_FILES
+from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES
+from maskwire_server.training import module_state
 from maskwire_server.training.corruption import Vocabulary
 from maskwire_server.training.cross_entropy import forbid_special
 from maskwire_server.training.models.networks import Networks
+from maskwire_server.training.models.sources import Factory
 
 RAW, EMA = WEIGHT_FILES
 _INSTEAD = ", or use the trained weights with weights = 'raw'"
@@ -32,9 +34,11 @@ class MaskedModel(nn.Module):
     Put `mask_id` at the positions to predict. With self-conditioning, `forward` computes both passes.
     """
 
-    def __init__(self, model: ModelConfig, objective: ObjectiveConfig) -> None:
+    def __init__(
+        self, model: ModelConfig, objective: ObjectiveConfig, factory: Factory | None = None
+    ) -> None:
         super().__init__()
-        self.networks = Networks(model, objective)
+        self.networks = Networks(model, objective, factory)
         self.config = model
         """The model's configuration."""
         self.objective = objective
@@ -64,12 +68,14 @@ def load(
     *,
     weights: Literal["auto", "ema", "raw"] = "auto",
     device: str | torch.device = "cpu",
+    factory: Factory | None = None,
 ) -> MaskedModel:
     """Load the model from the folder of a checkpoint, downloaded or in a run directory. In evaluation mode.
 
     `weights` is "ema" for the moving average, "raw" for the trained weights, or "auto" for those that the
-    server evaluates: the moving average if the run keeps one. No file in the folder can run code. Raises
-    ValueError for files that are missing, damaged or do not fit the configuration in the folder.
+    server evaluates: the moving average if the run keeps one. No file in the folder can run code: a model of
+    your own needs the `factory` that built it, which is called as on the server. Raises ValueError for files
+    that are missing, damaged or do not fit the configuration in the folder.
     """
     folder = Path(path)
     manifest = _manifest(folder)
@@ -84,21 +90,35 @@ def load(
         raise ValueError(
             f"{folder} has no {name}; download it" + _INSTEAD * (name == EMA and weights == "auto")
         )
-    with (folder / name).open("rb") as file:
-        if hashlib.file_digest(file, "sha256").digest() != hashes[name]:
-            raise ValueError(f"{folder / name} does not match the manifest's SHA-256; download it again")
     try:
         model, objective = recorded_sections(manifest.configuration)
-        tensors = load_file(folder / name)
-    except (ConfigError, SafetensorError, KeyError, TypeError) as error:
+        tensors = _read(folder / name, hashes[name])
+        if FROZEN_FILE in hashes:
+            tensors |= _read(folder / FROZEN_FILE, hashes[FROZEN_FILE])
+        module = _build(model, objective, factory)
+    except (ConfigError, SafetensorError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{folder}: this version cannot read the checkpoint ({error})") from error
-    with torch.device("meta"):
-        module = MaskedModel(model, objective)
     try:
-        module.networks.load_state_dict(tensors, strict=True, assign=True)
-    except RuntimeError as error:
+        module_state.load(module.networks, tensors)
+    except ValueError as error:
         raise ValueError(f"{folder / name} does not fit the configuration in {MANIFEST}: {error}") from error
     return module.to(device).eval()
+
+
+def _read(path: Path, sha256: bytes) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").digest() != sha256:
+            raise ValueError(f"{path} does not match the manifest's SHA-256; download it again")
+    return load_file(path)
+
+
+def _build(model: ModelConfig, objective: ObjectiveConfig, factory: Factory | None) -> MaskedModel:
+    if model.source == "python" and factory is None:
+        named = model.python.factory if model.python else ""
+        raise ConfigError(f"its model was built by {named!r}: pass that function as factory=")
+    if model.huggingface is not None and model.huggingface.trust_remote_code:
+        raise ConfigError("its model runs code of its own: build it with transformers, and load the weights")
+    return MaskedModel(model, objective, factory)
 
 
 def _manifest(folder: Path) -> Manifest:

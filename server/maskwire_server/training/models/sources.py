@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from maskwire_server.config import ModelConfig
 from maskwire_server.errors import ConfigError
-from maskwire_server.training.models import hugging_face, user_code
+from maskwire_server.training import user_code
+from maskwire_server.training.models import hugging_face
 from maskwire_server.training.models.backbone import Backbone
 from maskwire_server.training.models.encoder import Encoder
 from maskwire_server.training.models.masked_lm import MaskedLM
 from maskwire_server.training.models.transformer_wrapper import XTransformers
 
-
-def generator(model: ModelConfig, *, self_cond: bool) -> Backbone:
-    """The model, with weights drawn from torch's generator. Raises ConfigError."""
-    return _backbone(model, None, self_cond=self_cond)
+Factory = Callable[..., nn.Module]
+"""Builds a user's own model. Called with [model] and the options of [model.python]."""
 
 
-def critic(model: ModelConfig) -> Backbone:
+def generator(model: ModelConfig, factory: Factory | None = None, *, self_cond: bool) -> Backbone:
+    """The model, with weights drawn from torch's generator. Raises ConfigError.
+
+    `factory` is called instead of the function that the configuration names.
+    """
+    return _backbone(model, None, factory, self_cond=self_cond)
+
+
+def critic(model: ModelConfig, factory: Factory | None = None) -> Backbone:
     """A separate model with one score per position. Raises ConfigError."""
-    return _backbone(model, 1, self_cond=False)
+    return _backbone(model, 1, factory, self_cond=False)
 
 
-def _backbone(model: ModelConfig, outputs: int | None, *, self_cond: bool) -> Backbone:
+def _backbone(
+    model: ModelConfig, outputs: int | None, factory: Factory | None, *, self_cond: bool
+) -> Backbone:
     if model.source == "encoder":
         if outputs is not None:
             model = model.model_copy(update={"tied_embeddings": False})
@@ -40,17 +49,21 @@ def _backbone(model: ModelConfig, outputs: int | None, *, self_cond: bool) -> Ba
             module = hugging_face.with_adapters(module, model.lora)
         fill_id = hugging_face.fill_id(model)
         return MaskedLM(module, outputs, self_cond=self_cond, mask_id=model.mask_id, fill_id=fill_id)
-    return _of_factory(model, outputs, self_cond=self_cond)
+    return _of_factory(model, outputs, factory, self_cond=self_cond)
 
 
-def _of_factory(model: ModelConfig, outputs: int | None, *, self_cond: bool) -> Backbone:
+def _of_factory(
+    model: ModelConfig, outputs: int | None, factory: Factory | None, *, self_cond: bool
+) -> Backbone:
     assert model.python is not None
     name = model.python.factory
-    build = user_code.load("model.python.factory", name)
+    build = factory or user_code.import_object("model.python.factory", name)
+    if not callable(build):
+        raise ConfigError(f"model.python.factory: {name} must be a function, got {type(build).__name__}")
     try:
         found = build(model, **model.python.options)
     except Exception as error:
-        raise ConfigError(f"model.python.factory: {name} raised {type(error).__name__}: {error}") from error
+        raise ConfigError(f"model.python.factory: {name} raised {user_code.one_line(error)}") from error
     if isinstance(found, Backbone):
         if outputs is not None or self_cond:
             raise ConfigError(

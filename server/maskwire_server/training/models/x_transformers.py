@@ -1,15 +1,13 @@
-"""Import and export of weights of x-transformers.
+"""Import weights of x-transformers.
 
 They are those of a `NonAutoregressiveWrapper` or a `TransformerWrapper(Encoder)`.
 
 Sizes, tied embeddings, critic and self-conditioning are read from the state dict. Settings that contradict it
-are errors, and so are options that maskwire does not have.
+are errors, and so are options that the built-in encoder does not have.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,17 +17,24 @@ from torch import Tensor
 
 from maskwire_server.config import PRESETS, ModelConfig, ObjectiveConfig
 from maskwire_server.training.models import x_transformers_options
-from maskwire_server.training.models.encoder import x_transformers_names
 from maskwire_server.training.models.networks import Networks
+from maskwire_server.training.models.x_transformers_names import (
+    INVERSE_WAVELENGTHS,
+    Tensors,
+    from_x_transformers,
+    x_transformers_names,
+)
+from maskwire_server.training.models.x_transformers_options import HOSTED
+from maskwire_server.training.models.x_transformers_sizes import sizes
 
 Gains = Literal["auto", "offset", "plain"]
-Tensors = Mapping[str, Tensor]
 
 # The settings of [model] and [objective] that the state dict determines.
 _SHOWN = {
     "model": (
-        "num_tokens", "max_seq_len", "dim", "depth", "heads", "dim_head", "ff_mult", "emb_dim", "positions",
-        "norm", "feed_forward", "qk_norm", "tied_embeddings",
+        "num_tokens", "max_seq_len", "dim", "depth", "heads", "kv_heads", "dim_head", "ff_mult", "emb_dim",
+        "positions", "rotary_dim", "rotary_pairs", "rotary_base", "norm", "feed_forward", "ff_bias",
+        "ff_down_bias", "qk_norm", "qk_norm_gain", "qk_norm_scale", "tied_embeddings",
     ),
     "objective": ("self_cond", "self_cond_start", "critic"),
 }  # fmt: skip
@@ -66,19 +71,14 @@ def import_state_dict(
     (plain: norm_add_unit_offset=False and older versions). Raises ValueError with one line for each problem.
     """
     parts = _take_apart(tensors)
-    shown_model = _sizes(parts.net, parts.where, model)
+    shown_model = sizes(parts.net, parts.where, model)
     shown_objective: dict[str, Any] = {"self_cond": bool(parts.conditioning), "critic": parts.critic_kind}
     unsaid: dict[str, Any] = {}
     if parts.conditioning:
         shown_objective["self_cond_start"] = "none"  # x-transformers does not condition the first pass
         # The weights do not show how often the first pass was taken. The default is that of x-transformers.
         unsaid["self_cond_prob"] = PRESETS["x-transformers"]["self_cond_prob"]
-    problems = []
-    if "mask_id" not in model.model_fields_set:
-        problems.append(
-            "model.mask_id must be set to the mask_id of the NonAutoregressiveWrapper: the state dict "
-            "does not contain it"
-        )
+    problems = _unset(model, shown_model)
     for name, section, shown in (("model", model, shown_model), ("objective", objective, shown_objective)):
         said = {key: getattr(section, key) for key in _SHOWN[name] if key in section.model_fields_set}
         problems += [
@@ -102,39 +102,25 @@ def import_state_dict(
     return Imported(found.model, found.objective, weights)
 
 
-def export_state_dict(model: ModelConfig, objective: ObjectiveConfig, weights: Tensors) -> dict[str, Tensor]:
-    """Export weights as the state dict of a `NonAutoregressiveWrapper`.
-
-    A self critic is exported without its copy of the generator's trunk, which loads with strict=False.
-    Raises ValueError that names an option that x-transformers' default encoder does not have.
-    """
-    if model.heads == 1:
-        raise ValueError("model.heads is 1, but x-transformers has no output projection for a single head")
-    default = ModelConfig()
-    for key in ("positions", "norm", "feed_forward", "qk_norm"):
-        if getattr(model, key) != getattr(default, key):
-            raise ValueError(
-                f"model.{key} is {getattr(model, key)!r}, but x-transformers' default encoder has "
-                f"{getattr(default, key)!r}"
-            )
-    found = _untranslate(weights, model, "generator.", "net.")
-    if objective.self_cond:
-        found["null_embed"] = weights["generator.null_embed"]
-        found["to_self_cond.weight"] = weights["generator.to_self_cond.weight"]
-    if objective.critic == "self":
-        for part in ("weight", "bias"):
-            found[f"token_critic.to_logits.{part}"] = weights[f"critic.{part}"]
-    elif objective.critic == "token":
-        found |= _untranslate(weights, _of_critic(model), "critic.", "token_critic.")
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+def _unset(model: ModelConfig, shown: dict[str, Any]) -> list[str]:
+    """A line for each setting that the user must set, because the state dict does not show it."""
+    lines = {
+        "mask_id": "model.mask_id must be set to the mask_id of the NonAutoregressiveWrapper: the state dict "
+        "does not contain it",
+        "max_seq_len": "model.max_seq_len must be set to the maximum row length: a state dict with rotary "
+        "positions does not contain it",
+        "feed_forward": "model.feed_forward must be set, because the state dict shows ff_glu but not "
+        'ff_swish: "geglu" for ff_glu=True alone, "swiglu" for ff_glu=True, ff_swish=True',
+    }
+    if shown["positions"] == "learned":
+        del lines["max_seq_len"]
+    if shown["feed_forward"] not in ("geglu", "swiglu"):
+        del lines["feed_forward"]
+    return [line for key, line in lines.items() if key not in model.model_fields_set]
 
 
 def _said(section: ModelConfig | ObjectiveConfig) -> dict[str, Any]:
     return {key: getattr(section, key) for key in section.model_fields_set}
-
-
-def _of_critic(model: ModelConfig) -> ModelConfig:
-    return model.model_copy(update={"tied_embeddings": False})
 
 
 def _take_apart(tensors: Tensors) -> _Parts:
@@ -195,59 +181,6 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def _sizes(net: Tensors, where: str, said: ModelConfig) -> dict[str, Any]:
-    """The settings of [model] for these weights. Raises ValueError for unsupported options."""
-    lines = x_transformers_options.named(net, where)
-    if lines:
-        raise ValueError("\n".join(lines))
-    needed = (
-        "token_emb.emb.weight",
-        "pos_emb.emb.weight",
-        "attn_layers.final_norm.gamma",
-        "attn_layers.layers.0.1.to_q.weight",
-        "attn_layers.layers.1.1.ff.0.0.weight",
-    )
-    absent = [name for name in needed if name not in net]
-    if len(absent) == len(needed):
-        names = ", ".join(sorted(net)[:3])
-        raise ValueError(
-            f"these are not the weights of a TransformerWrapper(Encoder): none has its names, got {names}"
-        )
-    if absent:
-        raise ValueError("\n".join(x_transformers_options.missing(absent, where)))
-    embedding, positions, final, query, up = (net[name] for name in needed)
-    layers = {int(found[1]) for name in net if (found := re.match(r"attn_layers\.layers\.(\d+)\.", name))}
-    dim, inner = final.numel(), query.shape[0]
-    dim_head = said.dim_head if "dim_head" in said.model_fields_set else 64
-    if inner % dim_head:
-        raise ValueError(
-            f"{where}attn_layers.layers.0.1.to_q.weight has {inner} rows, not a multiple of model.dim_head = "
-            f"{dim_head}; set it to the attn_dim_head of the model"
-        )
-    width = embedding.shape[1]
-    return {
-        "num_tokens": embedding.shape[0],
-        "max_seq_len": positions.shape[0],
-        "dim": dim,
-        "depth": max(1, (max(layers) + 2) // 2),
-        "heads": inner // dim_head,
-        "dim_head": dim_head,
-        "ff_mult": _multiple(up.shape[0], dim),
-        "emb_dim": None if width == dim else width,
-        "positions": "learned",
-        "norm": "layernorm",
-        "feed_forward": "gelu",
-        "qk_norm": False,
-        "tied_embeddings": "to_logits.weight" not in net,
-    }
-
-
-def _multiple(inner: int, dim: int) -> float:
-    """An ff_mult for which int(dim * ff_mult) is `inner`."""
-    mult = inner / dim
-    return mult if int(dim * mult) == inner else (inner + 0.5) / dim
-
-
 def _translate(parts: _Parts, found: Imported) -> dict[str, Tensor]:
     with torch.device("meta"):
         wanted = {
@@ -259,17 +192,22 @@ def _translate(parts: _Parts, found: Imported) -> dict[str, Tensor]:
     if parts.critic_kind == "self":
         weights |= {f"critic.{name.removeprefix('to_logits.')}": t for name, t in parts.critic.items()}
     elif parts.critic_kind == "token":
-        sizes = _sizes(parts.critic, "token_critic.", found.model)
-        apart = [key for key in sizes if key != "tied_embeddings" and sizes[key] != getattr(found.model, key)]
+        of_critic = sizes(parts.critic, "token_critic.", found.model)
+        apart = [
+            key
+            for key, value in of_critic.items()
+            if key != "tied_embeddings" and value != getattr(found.model, key)
+        ]
         if apart:
             raise ValueError(
                 "\n".join(
-                    f"token_critic: {key} is {sizes[key]!r}, but the generator's is "
+                    f"token_critic: {key} is {of_critic[key]!r}, but the generator's is "
                     f"{getattr(found.model, key)!r}; both must have the same sizes"
                     for key in apart
                 )
             )
-        weights |= _encoder(parts.critic, _of_critic(found.model), "critic.", "token_critic.")
+        critic = found.model.model_copy(update={"tied_embeddings": False})
+        weights |= _encoder(parts.critic, critic, "critic.", "token_critic.")
     wrong = [
         f"{name} must be {tuple(wanted[name])}, got {tuple(tensor.shape)}: {_reason(name)}"
         for name, tensor in weights.items()
@@ -285,48 +223,42 @@ def _reason(name: str) -> str:
     if name.startswith("critic."):
         return "the critic must have the sizes of the generator, and one score per position"
     if "to_qkv" in name or "to_out" in name:
-        return "attn_kv_heads, attn_one_kv_head and attn_value_dim_head are not supported"
+        return f"attn_value_dim_head, and layers with different heads, are not supported; {HOSTED}"
     if "to_logits" in name:
-        return "logits_dim is not supported"
+        return f"logits_dim is not supported; {HOSTED}"
     if "self_cond" in name or "null_embed" in name:
         return "self-conditioning with emb_dim other than dim is not supported: x-transformers cannot run it"
-    return "all layers must have the same sizes"
+    return f"all layers must have the same sizes; {HOSTED}"
 
 
 def _encoder(net: Tensors, model: ModelConfig, ours: str, where: str) -> dict[str, Tensor]:
-    """The weights of an encoder by our names. Stacks those that we keep in one tensor."""
+    """The weights of an encoder by our names."""
     names = x_transformers_names(model)
     theirs = {name for group in names.values() for name in group}
     absent = theirs - net.keys()
     if absent and all(name.endswith("to_out.weight") for name in absent):
         raise ValueError(
-            f"{where}attn_layers: heads=1, or attn_project_out=False, is not supported: to_out is missing"
+            f"{where}attn_layers: heads=1, or attn_project_out=False, is not supported: to_out is missing; "
+            f"{HOSTED}"
         )
     lines = x_transformers_options.missing(absent, where)
     if not lines:
         lines = [
             f"{where}{name} is not a weight of a TransformerWrapper(Encoder) with {model.depth} layers"
-            for name in sorted(net.keys() - theirs)
+            for name in sorted(net.keys() - theirs - {INVERSE_WAVELENGTHS})
         ]
     if lines:
         raise ValueError("\n".join(lines))
     widths = {net[n].shape[1:] for group in names.values() if len(group) > 1 for n in group}
     if len(widths) > 1:
         raise ValueError(f"{where}attn_layers: queries, keys and values must all have {model.dim} inputs")
-    return {f"{ours}{name}": torch.cat([net[n] for n in group]) for name, group in names.items()}
-
-
-def _untranslate(weights: Tensors, model: ModelConfig, ours: str, where: str) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for name, group in x_transformers_names(model).items():
-        pieces = weights[f"{ours}{name}"].chunk(len(group))
-        found |= {f"{where}{theirs}": piece for theirs, piece in zip(group, pieces, strict=True)}
-    return found
+    return {f"{ours}{name}": tensor for name, tensor in from_x_transformers(net, model).items()}
 
 
 def _shift_gains(weights: dict[str, Tensor], gains: Gains) -> None:
     """Convert the gains of the norms to gamma + 1, as in our encoder."""
-    names = [name for name in weights if name.endswith(".gamma")]
+    of_heads = ("q_norm.gamma", "k_norm.gamma")  # converted with their names
+    names = [name for name in weights if name.endswith(".gamma") and not name.endswith(of_heads)]
     mean = float(torch.cat([weights[name] for name in names]).mean())
     if gains == "auto" and mean > 0.5:
         # Untrained, gamma is 0 for offset and 1 for plain. Above 0.5 only the user can say which it is.

@@ -1,4 +1,4 @@
-"""Options of x-transformers that maskwire does not have, recognised by their names in a state dict.
+"""Options of x-transformers that the built-in encoder does not have, recognised by names in a state dict.
 
 Checked with x-transformers 2.31.10. docs/importing.md lists the options that leave no name.
 """
@@ -14,17 +14,11 @@ _LAYER = r"attn_layers\.layers\.\d+\."
 _BY_NAME: tuple[tuple[str, str, str], ...] = (
     (r"attn_layers\.rel_pos\.relative_attention_bias", "rel_pos_bias", "rel_pos_bias=False"),
     (r"attn_layers\.rel_pos\.", "dynamic_pos_bias", "dynamic_pos_bias=False"),
-    (r"attn_layers\.rotary_pos_emb\.", "rotary_pos_emb", "learned positions, rotary_pos_emb=False"),
-    (r"attn_layers\.polar_pos_emb\.", "polar_pos_emb", "learned positions, polar_pos_emb=False"),
-    (r"pos_emb\.scale$", "scaled_sinu_pos_emb", "learned positions, scaled_sinu_pos_emb=False"),
-    (
-        rf"{_LAYER}0\.0\.g$|attn_layers\.final_norm\.g$",
-        "use_rmsnorm or use_scalenorm",
-        "the default layernorm",
-    ),
-    (rf"{_LAYER}0\.0\.pre_tanh_scale$", "use_dynamic_tanh", "the default layernorm"),
-    (rf"{_LAYER}0\.0\.(alpha|s)$", "use_derf", "the default layernorm"),
-    (rf"{_LAYER}0\.0\.to_gamma\.", "use_adaptive_layernorm or use_adaptive_rmsnorm", "the default layernorm"),
+    (r"attn_layers\.polar_pos_emb\.", "polar_pos_emb", "learned or rotary positions"),
+    (r"pos_emb\.scale$", "scaled_sinu_pos_emb", "learned or rotary positions"),
+    (rf"{_LAYER}0\.0\.pre_tanh_scale$", "use_dynamic_tanh", "layernorm and rmsnorm"),
+    (rf"{_LAYER}0\.0\.(alpha|s)$", "use_derf", "layernorm and rmsnorm"),
+    (rf"{_LAYER}0\.0\.to_gamma\.", "use_adaptive_layernorm or use_adaptive_rmsnorm", "layernorm and rmsnorm"),
     (rf"{_LAYER}0\.1\.", "sandwich_norm", "sandwich_norm=False"),
     (rf"{_LAYER}0\.2\.", "pre_norm=False or pre_and_post_norm", "pre_norm=True alone"),
     (rf"{_LAYER}2\.gru\.", "gate_residual", "gate_residual=False"),
@@ -42,9 +36,14 @@ _BY_NAME: tuple[tuple[str, str, str], ...] = (
     (rf"{_LAYER}1\.to_v_gate\.", "attn_gate_values", "attn_gate_values=False"),
     (rf"{_LAYER}1\.head_scale_params$", "attn_head_scale", "attn_head_scale=False"),
     (rf"{_LAYER}1\.to_out\.0\.", "attn_on_attn", "attn_on_attn=False"),
-    (rf"{_LAYER}1\.qk_norm_", "attn_qk_norm_dim_scale", "attn_qk_norm=False"),
+    (rf"{_LAYER}1\.value_rmsnorm\.", "attn_value_rmsnorm", "attn_value_rmsnorm=False"),
+    (rf"{_LAYER}1\.to_output_gate\.", "attn_output_gate", "attn_output_gate=False"),
+    (rf"{_LAYER}1\.to_v_head_gate\.", "attn_gate_value_heads", "attn_gate_value_heads=False"),
+    (rf"{_LAYER}1\.to_latent_q\.", "attn_use_latent_q", "attn_use_latent_q=False"),
+    (rf"{_LAYER}1\.to_latent_kv\.", "attn_use_latent_kv", "attn_use_latent_kv=False"),
+    (rf"{_LAYER}1\.attend\.head_attn_sink$", "attn_head_learned_sink", "attn_head_learned_sink=False"),
     (rf"{_LAYER}1\.data_dependent_alibi\.", "attn_data_dependent_alibi", "attn_data_dependent_alibi=False"),
-    (rf"{_LAYER}1\.ff\.0\.(proj|mult_bias)", "ff_glu", "ff_glu=False"),
+    (rf"{_LAYER}1\.ff\.0\.mult_bias$", "ff_glu_mult_bias", "ff_glu_mult_bias=False"),
     (rf"{_LAYER}1\.ff\.(1\.|3\.)", "ff_post_act_ln", "ff_post_act_ln=False"),
     (r"post_emb_norm\.", "post_emb_norm", "post_emb_norm=False"),
     (r"memory_tokens$", "num_memory_tokens", "num_memory_tokens=0"),
@@ -61,13 +60,16 @@ _BY_NAME: tuple[tuple[str, str, str], ...] = (
 
 # Pattern of a missing name, the option, and what can be imported.
 _BY_ABSENCE: tuple[tuple[str, str, str], ...] = (
-    (r"pos_emb\.emb\.weight$", "use_abs_pos_emb=False", "learned positions"),
-    (rf"{_LAYER}1\.ff\.\S+\.bias$", "ff_no_bias", "ff_no_bias=False"),
+    (r"pos_emb\.emb\.weight$", "use_abs_pos_emb=False", "learned or rotary positions"),
     (rf"{_LAYER}1\.(to_|ff\.)", "only_attn, sandwich_coef, par_ratio or custom_layers", "attention and "
      "feed-forward in turn"),
     (rf"{_LAYER}0\.0\.gamma$|attn_layers\.final_norm\.gamma$", "use_simple_rmsnorm or pre_norm=False",
-     "the default layernorm, pre_norm=True"),
+     "layernorm and rmsnorm with pre_norm=True"),
 )  # fmt: skip
+
+
+HOSTED = 'model.source = "x-transformers" hosts the model as it is'
+"""What to do with a model that the built-in encoder cannot take."""
 
 
 def named(names: Iterable[str], where: str) -> list[str]:
@@ -78,10 +80,12 @@ def named(names: Iterable[str], where: str) -> list[str]:
             if re.match(pattern, name):
                 first.setdefault((option, right), name)
                 break
-    return [
-        f"{option} is not supported ({where}{name}); the import supports {right}"
-        for (option, right), name in first.items()
-    ]
+    return [unsupported(option, f"{where}{name}", right) for (option, right), name in first.items()]
+
+
+def unsupported(option: str, sign: str, right: str) -> str:
+    """The message for an option. `sign` is how the state dict shows it, `right` what can be imported."""
+    return f"{option} is not supported ({sign}); the built-in encoder supports {right}; {HOSTED}"
 
 
 def missing(names: Iterable[str], where: str) -> list[str]:
@@ -90,10 +94,7 @@ def missing(names: Iterable[str], where: str) -> list[str]:
     for name in sorted(names):
         for pattern, option, right in _BY_ABSENCE:
             if re.match(pattern, name):
-                lines.setdefault(
-                    option,
-                    f"{option} is not supported ({where}{name} is missing); the import supports {right}",
-                )
+                lines.setdefault(option, unsupported(option, f"{where}{name} is missing", right))
                 break
         else:
             lines[name] = f"{where}{name} is missing: the state dict is incomplete"

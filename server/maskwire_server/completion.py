@@ -1,0 +1,88 @@
+"""The configuration that a run is served with: the operator's, completed from the run's record.
+
+The server imports code only if the operator's own configuration names it, and not because a run directory
+does: the directory may come from somebody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from maskwire_server.config import Config
+from maskwire_server.errors import ConfigError, RunDirectoryError
+from maskwire_server.model_folder import described
+from maskwire_server.recovery import recorded_config
+
+
+def completed(config: Config) -> Config:
+    """The operator's configuration, completed from the run in `run.dir`, or from the folder of a new model.
+
+    Raises ConfigError, and RunDirectoryError if the configuration does not fit the run.
+    """
+    whole = recorded_config.of_run(config, config.run.dir)
+    return with_schedule(with_model(whole, config), config)
+
+
+def with_model(config: Config, operators: Config) -> Config:
+    """The configuration with what the folder of a new run's model says. Raises ConfigError.
+
+    `operators` is the configuration before it was completed from the run's record.
+    """
+    if not config.is_recorded:
+        return config.model_copy(update={"model": described(config.model)})
+    recorded, own = config.model, operators.model
+    for key, value, named in (
+        (
+            "model.python.factory",
+            recorded.python and recorded.python.factory,
+            own.python and own.python.factory,
+        ),
+        (
+            "model.huggingface.trust_remote_code",
+            recorded.huggingface and recorded.huggingface.trust_remote_code,
+            own.huggingface and own.huggingface.trust_remote_code,
+        ),
+    ):
+        if value and value != named:
+            raise ConfigError(
+                f"{key}: the run in {config.run.dir} has {value!r}, but the server runs code only if its own "
+                f"configuration names it: set {key} to it"
+            )
+    return config
+
+
+def identity(config: Config) -> Callable[[str], bytes] | None:
+    """Makes the canonical configuration of a new run from the SHA-256 of its initial weights.
+
+    None if the run exists, or if its seed makes the weights.
+    """
+    if config.is_recorded or config.model.source == "encoder":
+        return None
+    return lambda sha256: config.with_weights(sha256).canonical()
+
+
+def with_schedule(config: Config, operators: Config) -> Config:
+    """The configuration of a run with the fingerprint of its schedule, if that is the user's function.
+
+    Imports and checks the function. `operators` is the configuration before it was completed from the run's
+    record: the server imports no code that only a run directory names. Raises ConfigError, and
+    RunDirectoryError if the function is not the one that the run was created with.
+    """
+    objective = config.objective
+    if not objective.has_schedule_function:
+        return config
+    if "schedule" not in operators.objective.model_fields_set:
+        raise ConfigError(
+            f"objective.schedule: the run in {config.run.dir} uses the function {objective.schedule!r}, but "
+            "the server imports code only if its own configuration names it: set objective.schedule to it"
+        )
+    from maskwire_server.training import masking_schedule  # imports torch
+
+    found = masking_schedule.fingerprint(objective, config.model.max_seq_len)
+    if objective.schedule_sha256 not in (None, found):
+        raise RunDirectoryError(
+            f"objective.schedule: the function {objective.schedule!r} is not the one that the run in "
+            f"{config.run.dir} was created with: the SHA-256 of its values is {found}, recorded is "
+            f"{objective.schedule_sha256}; put the function back, or start a new run in an empty directory"
+        )
+    return config.model_copy(update={"objective": objective.model_copy(update={"schedule_sha256": found})})

@@ -1,0 +1,43 @@
+"""The initial weights of a run that has no intact checkpoint: made from its seed, or loaded again."""
+
+from __future__ import annotations
+
+import json
+
+from maskwire_server.errors import RunDirectoryError
+from maskwire_server.journal.journal import Journal
+from maskwire_server.recovery.trainer_interface import ReplayTrainer
+
+STARTED_FROM = "began_from"
+"""The kind of event that names the first checkpoint of a run whose initial weights were imported."""
+
+
+def recorded(journal: Journal) -> str | None:
+    """The SHA-256 of the run's initial weights; None if its seed makes them."""
+    sha256 = json.loads(journal.fact("canonical"))["model"].get("weights_sha256")
+    return sha256 or None
+
+
+def require_source(journal: Journal) -> None:
+    """Raise RunDirectoryError if a run without an intact checkpoint cannot be computed from its beginning."""
+    started = journal.last_event(STARTED_FROM)
+    if started is not None:
+        raise RunDirectoryError(
+            f"the run began from checkpoint {started[1]['checkpoint']!r}, imported weights, and neither it "
+            "nor a later checkpoint is intact: restore the run directory from a copy, or import again"
+        )
+
+
+def restore(journal: Journal, trainer: ReplayTrainer) -> None:
+    """Bring a new trainer to the run's initial weights. Raises RunDirectoryError if they cannot be had."""
+    require_source(journal)
+    sha256 = recorded(journal)
+    if sha256 is None:
+        return
+    found = trainer.begin()
+    if found != sha256:
+        raise RunDirectoryError(
+            "no checkpoint is intact, and the model's source no longer gives the weights that the run began "
+            f"from: their SHA-256 is {found}, recorded is {sha256}; put the source back as it was, or "
+            "restore the run directory from a copy"
+        )

@@ -1,0 +1,108 @@
+"""Export weights as a state dict of x-transformers, and the options of the model that it fits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskwire_server.config import ModelConfig, ObjectiveConfig
+from maskwire_server.training.models.x_transformers_names import Tensors, to_x_transformers
+
+
+def export_state_dict(model: ModelConfig, objective: ObjectiveConfig, weights: Tensors) -> dict[str, Tensor]:
+    """Export weights as the state dict of a `NonAutoregressiveWrapper`.
+
+    A self critic is exported without its copy of the generator's trunk, which loads with strict=False.
+    Raises ValueError that names an option that x-transformers does not have.
+    """
+    if model.heads == 1:
+        raise ValueError("model.heads is 1, but x-transformers has no output projection for a single head")
+    found = _exported(weights, model, "generator.", "net.")
+    if objective.self_cond:
+        found["null_embed"] = weights["generator.null_embed"]
+        found["to_self_cond.weight"] = weights["generator.to_self_cond.weight"]
+    if objective.critic == "self":
+        for part in ("weight", "bias"):
+            found[f"token_critic.to_logits.{part}"] = weights[f"critic.{part}"]
+    elif objective.critic == "token":
+        critic = model.model_copy(update={"tied_embeddings": False})
+        found |= _exported(weights, critic, "critic.", "token_critic.")
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def _exported(weights: Tensors, model: ModelConfig, ours: str, where: str) -> dict[str, Tensor]:
+    ours_only = {name.removeprefix(ours): t for name, t in weights.items() if name.startswith(ours)}
+    up, down = _their_biases(model)
+    theirs = model.model_copy(update={"ff_bias": up, "ff_down_bias": down})
+    for layer in range(model.depth):
+        for part, bias in (("up", up), ("down", down)):
+            name = f"blocks.{layer}.feed_forward.{part}"
+            if bias and f"{name}.bias" not in ours_only:
+                ours_only[f"{name}.bias"] = torch.zeros(ours_only[f"{name}.weight"].shape[0])
+    found = to_x_transformers(ours_only, theirs)
+    return {f"{where}{name}": tensor for name, tensor in found.items()}
+
+
+def _their_biases(model: ModelConfig) -> tuple[bool, bool]:
+    """Which linear maps of their feed-forward have biases. A gated one always has the first."""
+    up, down = model.ff_biases
+    return (True, down) if model.gated else (up or down, up or down)
+
+
+def constructor(model: ModelConfig) -> str:
+    """The Python expression of the model that exported weights fit."""
+
+    def written(options: dict[str, Any]) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+    layers = f"attn_layers=Encoder({written(encoder_options(model))})"
+    return f"TransformerWrapper({written(wrapper_options(model))}, {layers})"
+
+
+def wrapper_options(model: ModelConfig) -> dict[str, Any]:
+    """The options of the `TransformerWrapper` that exported weights fit, besides its attn_layers."""
+    options: dict[str, Any] = {"num_tokens": model.num_tokens, "max_seq_len": model.max_seq_len}
+    if model.emb_dim not in (None, model.dim):
+        options["emb_dim"] = model.emb_dim
+    if model.tied_embeddings:
+        options["tie_embedding"] = True
+    if model.dropouts.embedding:
+        options["emb_dropout"] = model.dropouts.embedding
+    return options
+
+
+def encoder_options(model: ModelConfig) -> dict[str, Any]:
+    """The options of the `Encoder` that exported weights fit, without those at their defaults."""
+    options: dict[str, Any] = {"dim": model.dim, "depth": model.depth, "heads": model.heads}
+    options["attn_dim_head"] = model.dim_head
+    if model.kv_heads not in (None, model.heads):
+        options["attn_kv_heads"] = model.kv_heads
+    if model.ff_mult != 4:
+        options["ff_mult"] = model.ff_mult
+    if model.positions == "rotary":
+        width = model.rotary_dim or model.dim_head
+        options |= {"rotary_pos_emb": True, "rotary_emb_dim": width}
+        if model.rotary_base != 10_000:
+            # Their base is 10,000 f^(r / (r - 2)).
+            options["rotary_base_rescale_factor"] = (model.rotary_base / 10_000) ** ((width - 2) / width)
+    flags = {
+        "use_rmsnorm": model.norm == "rmsnorm",
+        "ff_glu": model.gated,
+        "ff_swish": model.feed_forward in ("silu", "swiglu"),
+        "ff_relu_squared": model.feed_forward == "relu_squared",
+        "ff_no_bias": not _their_biases(model)[1],
+    }
+    if model.qk_norm and model.qk_norm_gain == "none":
+        flags["attn_qk_norm"] = True
+        options["attn_qk_norm_scale"] = model.qk_norm_scale or math.sqrt(model.dim_head)
+    elif model.qk_norm:
+        flags["attn_qk_rmsnorm"] = model.qk_norm_scale is None
+        flags["attn_qk_norm"] = flags["attn_qk_norm_dim_scale"] = model.qk_norm_scale is not None
+    options |= {name: True for name, set_ in flags.items() if set_}
+    for name, rate in (("attn", model.dropouts.attention), ("ff", model.dropouts.feed_forward)):
+        if rate:
+            options |= {f"{name}_dropout": rate, f"{name}_sublayer_dropout": rate}
+    return options

@@ -1,0 +1,31 @@
+"""The tensors that make up a module's state, each once: its weights and its persistent buffers."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters by name. A tied one has the name that comes first."""
+    return dict(module.named_parameters())
+
+
+def buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The persistent buffers by name."""
+    others = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    state = module.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if name not in others}
+
+
+def load(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors by name into a module. Raises ValueError that names the first one that does not fit."""
+    live = weights(module) | buffers(module)
+    for name in sorted(live.keys() | tensors.keys()):
+        if name not in tensors:
+            raise ValueError(f"{name} is missing")
+        if name not in live:
+            raise ValueError(f"{name} is not part of this model")
+        if tensors[name].shape != live[name].shape:
+            raise ValueError(f"{name} must be {tuple(live[name].shape)}, got {tuple(tensors[name].shape)}")
+    for name, tensor in tensors.items():
+        live[name].data.copy_(tensor)

@@ -1,0 +1,45 @@
+"""Import code that the server's configuration names."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from maskwire_server.errors import ConfigError
+
+
+def import_object(setting: str, name: str) -> Any:
+    """Import `package.module:object`, the value of a setting, also from the current folder.
+
+    The name must come from the operator's configuration, never from a request or a file of a run. Raises
+    ConfigError.
+    """
+    module_name, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        # Last, so that a file in the folder cannot replace a module of Python or of an installed package.
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            problem = f"there is no module {error.name!r} in the current folder ({here}), PYTHONPATH or the "
+            problem += "installed packages; start the server in the folder of the module, or set PYTHONPATH"
+        else:
+            problem = f"importing {module_name!r} failed: {one_line(error)}"
+        raise ConfigError(f"{setting}: {name!r} cannot be imported: {problem}") from error
+    try:
+        return getattr(module, attribute)
+    except AttributeError as error:
+        raise ConfigError(
+            f"{setting}: {name!r} cannot be imported: module {module_name!r} "
+            f"({getattr(module, '__file__', None)}) has no {attribute!r}"
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """The type and the first line of an error that the user's code raised."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
