@@ -159,7 +159,10 @@ def _read_weights(folder: Path, live: Files) -> Files:
     files = [file for file in (MODEL_FILE, FROZEN_FILE) if file in live]
     saved = _tensors(folder / MODEL_FILE)
     if (folder / FROZEN_FILE).exists():
-        saved |= _tensors(folder / FROZEN_FILE)
+        kept = _tensors(folder / FROZEN_FILE)
+        if kept.keys() != live.get(FROZEN_FILE, {}).keys():  # later checkpoints link the same file
+            raise ValueError(f"{FROZEN_FILE}: holds other weights than those that are frozen now{_FIXED}")
+        saved |= kept
     wanted = {name: tensor for file in files for name, tensor in live[file].items()}
     found = _fitting(MODEL_FILE, saved, wanted)
     return {file: {name: found[name] for name in live[file]} for file in files}
