@@ -30,7 +30,7 @@ SETTINGS = {
     "objective": "preset schedule schedule_sha256 masking weighting no_replace_prob random_token_prob "
     "augment_prob self_cond self_cond_prob self_cond_start critic critic_loss_weight critic_labels",
     "optimizer": "name learning_rate warmup_steps schedule total_steps min_learning_rate weight_decay betas "
-    "eps clip_grad_norm ema_decay",
+    "eps momentum clip_grad_norm ema_decay groups",
     "checkpoints": "every_steps every_seconds keep_last keep_every keep_best",
     "serve": "address socket allow_insecure tls_certificate tls_key tls_client_ca token_read_file "
     "token_train_file token_admin_file download_role reflection device precision compile deterministic "

@@ -45,6 +45,7 @@ from maskwire_server.training import (
 from maskwire_server.training.corruption import StepKey, Vocabulary, corrupt, random_ids
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.micro_batches import BatchLosses, row_lengths, split
+from maskwire_server.training.model_info import described
 from maskwire_server.training.models import sources
 from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.numerics import (
@@ -105,23 +106,8 @@ class TorchTrainer:
     @property
     def info(self) -> ModelInfo:
         """The model that is served."""
-        config = self._objective
-        words = f"{config.preset}: {config.schedule} schedule, {config.masking} masking, {config.weighting}"
-        if config.augments:
-            words += ", augmented (the training loss is not a bound; the evaluation is)"
-        if config.critic != "none":
-            words += f", {config.critic} critic"
-        return ModelInfo(
-            num_tokens=self._model.num_tokens,
-            mask_id=self._model.mask_id,
-            pad_id=self._model.pad_id,
-            max_seq_len=self._model.max_seq_len,
-            parameters=sum(weight.numel() for weight in self.networks.parameters()),
-            objective=words,
-            loss_is_bound=config.loss_is_bound,
-            has_critic=self.critic is not None,
-            self_cond=config.self_cond,
-        )
+        parameters = sum(weight.numel() for weight in self.networks.parameters())
+        return described(self._model, self._objective, parameters)
 
     @property
     def read_tokens(self) -> int:
