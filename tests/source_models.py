@@ -34,6 +34,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
                          "attention_dropout": 0.0},
     "EsmConfig": {**SIZES, **DROPOUTS, "mask_token_id": MASK, "pad_token_id": 1, "token_dropout": True,
                   "max_position_embeddings": LONGEST + 2},
+    "MobileBertConfig": {**SIZES, "embedding_size": 16, "intra_bottleneck_size": 16, "trigram_input": False,
+                         "hidden_dropout_prob": 0.0},
 }  # fmt: skip
 """Arguments of transformers' configuration classes. Without dropout, so that gradients can be compared."""
 MODERN_ENCODER = {
@@ -94,7 +96,7 @@ def make_trainer(
 ) -> TorchTrainer:
     """A trainer on the CPU, before `begin`."""
     serve = ServeConfig(device="cpu", threads=1, micro_batch_tokens=micro_batch)
-    optimizer = OptimizerConfig(learning_rate=0.01, warmup_steps=0, clip_grad_norm=None)
+    optimizer = OptimizerConfig(learning_rate=0.01, warmup_steps=0, clip_grad_norm=None, ema_decay=0.9)
     return TorchTrainer(model, ObjectiveConfig(**objective), optimizer, serve, seed)
 
 
