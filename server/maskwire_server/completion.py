@@ -46,7 +46,7 @@ def with_model(config: Config, operators: Config) -> Config:
         if value and value != named:
             raise ConfigError(
                 f"{key}: the run in {config.run.dir} has {value!r}, but the server runs code only if its own "
-                f"configuration names it: set {key} to it"
+                f"configuration names it: set model.source to {recorded.source!r} and {key} to this value"
             )
     return config
 

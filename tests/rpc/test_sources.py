@@ -151,6 +151,8 @@ def test_a_run_that_is_killed_needs_no_source_to_end_as_if_nothing_had_been(
     calm = offline("calm", **settings)
     with maskwire.connect(calm.address) as trainer:
         expected = [future.result() for future in [trainer.submit(tokens(seed)) for seed in range(14)]]
+        evaluated = trainer.eval_loss(tokens(99), draws=4).nats_per_token
+        made = trainer.generate(count=2, length=8, steps=4, seed=1)
     wanted = state_of(calm, tmp_path / "calm-end")
     assert calm.stop() == 0
 
@@ -164,6 +166,8 @@ def test_a_run_that_is_killed_needs_no_source_to_end_as_if_nothing_had_been(
         rough.start()
         futures += [trainer.submit(tokens(seed)) for seed in range(10, 14)]
         found = [future.result() for future in futures]
+        assert trainer.eval_loss(tokens(99), draws=4).nats_per_token == evaluated
+        assert np.array_equal(trainer.generate(count=2, length=8, steps=4, seed=1).tokens, made.tokens)
         (initial,) = (info.name for info in trainer.checkpoints() if info.step == 0)
         with pytest.raises(CheckpointError, match="it holds the weights that the run began from"):
             trainer.delete(initial)
@@ -177,6 +181,13 @@ def test_a_run_that_is_killed_needs_no_source_to_end_as_if_nothing_had_been(
     assert rough.stop() == 0
     done = fork_server.run([rough._command[0], "verify", f"--run-dir={rough.folder / 'run'}"], text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+    words = [f"--run-dir={rough.folder / 'run'}"]
+    if source == "python":
+        words += ["--set=model.source=python", f"--set=model.python.factory={FACTORY}"]
+    done = fork_server.run([rough._command[0], "replay", *words, "--to=0"], text=True)
+    assert done.returncode == 0, done.stderr
+    assert "step 0, digest " in done.stdout
 
     options: dict[str, Any] = {}
     if source == "python":
@@ -257,7 +268,7 @@ def test_a_server_runs_code_only_if_its_own_configuration_names_it(offline: Serv
     exit_code, said = refused(server, "model.")
     assert exit_code == 2
     assert f"model.python.factory: the run in {server.folder / 'run'} has '{FACTORY}', but the server" in said
-    assert "runs code only if its own configuration names it" in said
+    assert "runs code only if its own configuration names it: set model.source to 'python' and" in said
     server.start()
 
 

@@ -86,9 +86,9 @@ def check(
         typer.echo(f"maskwire-server: the settings that the run recorded are not checked: {error}", err=True)
     try:
         chosen = read_run(lambda: with_schedule(with_model(chosen, operators), operators))
+        report = footprint(chosen.model, chosen.objective, chosen.optimizer, chosen.serve)
     except ConfigError as error:
         stop(*str(error).splitlines())
-    report = footprint(chosen.model, chosen.objective, chosen.optimizer, chosen.serve)
     if chosen.objective.has_schedule_function:
         typer.echo(f"schedule       {chosen.objective.schedule}, SHA-256 {chosen.objective.schedule_sha256}")
     for line in report.lines:

@@ -44,15 +44,19 @@ def footprint(
     }
     state = 4 * sum(numbers_of.values())
     positions = serve.micro_batch_tokens or default_budget(device)
+    dim, depth = model.dim, model.depth
+    if model.source != "encoder":  # an estimate for a block of the usual shape
+        dim = networks.generator.dim
+        depth = int(model.x_transformers.get("depth", 0)) or len(networks.generator.blocks) or 1
     # Per position, a block keeps about 8 vectors of size dim (norms, q, k, v, attention, residuals) and 2 of
     # the feed-forward's width. Logits are computed in chunks: the product, fp32 logits, their log softmax.
-    widths = 8 * model.dim + 2 * int(model.dim * model.ff_mult) * (2 if model.gated else 1)
+    widths = 8 * dim + 2 * int(dim * model.ff_mult) * (2 if model.gated else 1)
     passes = 2 if objective.critic != "none" else 1
-    numbers = f"{widths:,} numbers x {model.depth} blocks"
-    kept = widths * model.depth
+    numbers = f"{widths:,} numbers x {depth} blocks"
+    kept = widths * depth
     if serve.activation_checkpointing:
-        numbers = f"({model.dim:,} numbers x {model.depth} blocks + {widths:,} of one)"
-        kept = model.dim * model.depth + widths
+        numbers = f"({dim:,} numbers x {depth} blocks + {widths:,} of one)"
+        kept = dim * depth + widths
     activations = 4 * positions * kept * passes
     chunk = cross_entropy.chunk_rows(model.num_tokens, device)
     logits = 4 * 3 * chunk * model.num_tokens

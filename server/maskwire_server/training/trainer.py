@@ -122,6 +122,7 @@ class TorchTrainer:
             "torch": torch.__version__,
             "device": f"{self._device}{f' ({name})' if name else ''}",
             **self._numerics,
+            **sources.versions(self._model),
             "threads": str(torch.get_num_threads()),
             "micro_batch_tokens": str(self._budget),
         }

@@ -48,6 +48,10 @@ class Networks(nn.Module):
         The last block never runs in a CUDA graph: the number of its outputs changes from step to step.
         """
         for backbone in self.backbones:
+            if not backbone.blocks:
+                raise ConfigError(
+                    f"serve.compile: the model has no list of layers; set it to off, got {mode}"
+                )
             *others, last = backbone.blocks
             for block in others:
                 block.compile(mode=mode, dynamic=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable
+from importlib import metadata
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +80,18 @@ def _of_factory(
             f"get_output_embeddings(), got {type(found).__name__}"
         )
     return MaskedLM(found, outputs, self_cond=self_cond, mask_id=model.mask_id, fill_id=model.pad_id or 0)
+
+
+def versions(model: ModelConfig) -> dict[str, str]:
+    """What the model's results depend on beside torch: versions of libraries, the hash of the user's file."""
+    packages = {"x-transformers": ["x-transformers"], "huggingface": ["transformers"]}.get(model.source, [])
+    found = {name: metadata.version(name) for name in packages + ["peft"] * (model.lora is not None)}
+    if model.python is not None:
+        build = user_code.import_object("model.python.factory", model.python.factory)
+        file = inspect.getsourcefile(build)
+        if file is not None:
+            found["factory"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return found
 
 
 def load_initial_weights(model: ModelConfig, backbones: Iterable[Backbone]) -> None:
