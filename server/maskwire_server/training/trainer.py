@@ -79,6 +79,7 @@ class TorchTrainer:
         self._model, self._objective, self._optimizer = model, objective, optimizer
         self._seed = seed
         self._numerics_version = NUMERICS_VERSION
+        self._initial_sha256 = ""
         self._device = choose_device(serve.device)
         self._bf16 = choose_bf16(serve.precision, self._device)
         self._numerics = set_numerics(serve, self._device, bf16=self._bf16)
@@ -122,6 +123,7 @@ class TorchTrainer:
             "torch": torch.__version__,
             "device": f"{self._device}{f' ({name})' if name else ''}",
             **self._numerics,
+            **sources.versions(self._model),
             "threads": str(torch.get_num_threads()),
             "micro_batch_tokens": str(self._budget),
         }
@@ -158,11 +160,14 @@ class TorchTrainer:
         """
         if self._model.source == "encoder":
             return ""
+        if self._initial_sha256:
+            return self._initial_sha256
         sources.load_initial_weights(self._model, self.networks.backbones)
         for group in self._groups().values():
             group.begin_average()
         self._check_model()
-        return sources.sha256(self._state())
+        self._initial_sha256 = sources.sha256(self._state())
+        return self._initial_sha256
 
     def _state(self) -> dict[str, Tensor]:
         """Weights and buffers, by name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 from collections.abc import Callable, Iterable
 
 import torch
@@ -86,6 +87,20 @@ def load_initial_weights(model: ModelConfig, backbones: Iterable[Backbone]) -> N
     for backbone in backbones:
         if isinstance(backbone, MaskedLM):
             hugging_face.load_pretrained(backbone.base, model)
+
+
+def versions(model: ModelConfig) -> dict[str, str]:
+    """What a model's results depend on beside torch: versions of libraries, the hash of a factory's file."""
+    packages = {
+        "encoder": [],
+        "x-transformers": ["x-transformers"],
+        "huggingface": ["transformers"] + ["peft"] * (model.lora is not None),
+        "python": [],
+    }[model.source]
+    found = {package: importlib.metadata.version(package) for package in packages}
+    if model.python is not None:
+        found["factory"] = user_code.file_sha256(model.python.factory)
+    return found
 
 
 def sha256(tensors: dict[str, Tensor]) -> str:
