@@ -31,22 +31,22 @@ def check(
     networks: Networks,
     model: ModelConfig,
     state: Mapping[str, Tensor],
-    gradients: Callable[[TensorBatch], dict[str, Tensor]],
+    step: Callable[[TensorBatch], object],
     *,
     exact: bool,
 ) -> None:
     """Raise ConfigError that says what a model does that training cannot repeat.
 
-    `state` are its live tensors by name. `gradients` computes those of a step, with the same seed each time.
-    `exact`: the same step gives the same bits on this device.
+    `state` are its live tensors by name. `step` computes the gradients of a step, with the same seed each
+    time. `exact`: the same step gives the same bits on this device.
     """
     vocabulary = Vocabulary.of(model)
     for batch in (_ragged(model, vocabulary), _longest(model, vocabulary)):
         before = {name: tensor.clone() for name, tensor in state.items()}
         outside = _outside()
         try:
-            first = gradients(batch)
-            second = gradients(batch)
+            first = _gradients(networks, step, batch)
+            second = _gradients(networks, step, batch)
         except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
             shape = list(batch.ids_rn.shape)
             raise ConfigError(
@@ -73,6 +73,22 @@ def check(
                     "time; something in the model depends on more than weights, batch and torch's seed"
                 )
     _check_rows(networks, _ragged(model, vocabulary))
+
+
+def small_batch(model: ModelConfig) -> TensorBatch:
+    """Two short rows."""
+    n = min(model.max_seq_len, SHORT)
+    return _batch(torch.ones(2, n, dtype=torch.bool), Vocabulary.of(model))
+
+
+def _gradients(
+    networks: Networks, step: Callable[[TensorBatch], object], batch: TensorBatch
+) -> dict[str, Tensor]:
+    step(batch)
+    found = {name: weight.grad for name, weight in networks.named_parameters() if weight.grad is not None}
+    for weight in networks.parameters():
+        weight.grad = None
+    return found
 
 
 @torch.no_grad()
