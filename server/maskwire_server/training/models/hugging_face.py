@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from maskwire_server.config import LoraConfig, ModelConfig
+from maskwire_server.config import ModelConfig
 from maskwire_server.errors import ConfigError
+from maskwire_server.training.user_code import one_line
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +31,19 @@ def architecture(model: ModelConfig) -> nn.Module:
         module: nn.Module = transformers.AutoModelForMaskedLM.from_config(
             config, trust_remote_code=source.trust_remote_code, dtype=torch.float32
         )
-    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
-        raise ConfigError(f"model.huggingface: transformers cannot build the model: {error}") from error
+    except Exception as error:
+        raise ConfigError(
+            f"model.huggingface: transformers cannot build the model: {one_line(error)}"
+        ) from error
     _fit_vocabulary(module, model.num_tokens)
     return module
 
 
 def load_pretrained(module: nn.Module, model: ModelConfig) -> None:
-    """Load the weights of the folder or hub into the model. Raises ConfigError."""
+    """Load the weights of the folder or hub into the model. Raises ConfigError.
+
+    Weights that are not there, rows of added ids included, keep their values, which the run's seed made.
+    """
     source = model.huggingface
     assert source is not None
     transformers = _library()
@@ -50,17 +56,16 @@ def load_pretrained(module: nn.Module, model: ModelConfig) -> None:
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise ConfigError(
-            f"model.huggingface.path: the weights of {source.path} cannot be loaded: {error}. They must be "
-            "safetensors: save them again with save_pretrained()"
+            f"model.huggingface.path: the weights of {source.path} cannot be loaded: {one_line(error)}; they "
+            "must be safetensors that fit config.json: save them again with save_pretrained()"
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:
         log.warning(
             "%s has no weights for %s: they start from random values", source.path, ", ".join(missing)
         )
-    _fit_vocabulary(found, model.num_tokens)
     own = {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in module.state_dict(keep_vars=True).items()
@@ -68,11 +73,23 @@ def load_pretrained(module: nn.Module, model: ModelConfig) -> None:
     }
     with torch.no_grad():
         for name, tensor in found.state_dict().items():
-            own[name].copy_(tensor)
+            if name not in missing:  # a second load must not draw other random values
+                own[name][tuple(slice(size) for size in tensor.shape)].copy_(tensor)
 
 
-def with_adapters(module: nn.Module, lora: LoraConfig) -> nn.Module:
-    """The model with low-rank adapters, which alone can be trained."""
+def with_adapters(module: nn.Module, model: ModelConfig) -> nn.Module:
+    """The model with low-rank adapters, which alone can be trained. Raises ConfigError."""
+    lora, source = model.lora, model.huggingface
+    assert lora is not None
+    assert source is not None
+    own_ids = source.config.get("vocab_size", model.num_tokens)
+    if model.num_tokens > own_ids:
+        # peft could train their rows alone, but version 0.21 then drops the bias of a tied output layer.
+        raise ConfigError(
+            f"model.num_tokens: must be at most the vocabulary of the model, {own_ids}, "
+            f"with [model.lora], because adapters do not train added ids, got {model.num_tokens}; use an id "
+            "of its vocabulary as model.mask_id, or train without [model.lora]"
+        )
     try:
         import peft
     except ImportError as error:
@@ -95,7 +112,7 @@ def with_adapters(module: nn.Module, lora: LoraConfig) -> nn.Module:
     try:
         adapted: nn.Module = peft.get_peft_model(module, settings)
     except ValueError as error:
-        raise ConfigError(f"model.lora.target_modules: {error}") from error
+        raise ConfigError(f"model.lora.target_modules: {one_line(error)}") from error
     return adapted
 
 
