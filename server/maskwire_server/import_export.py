@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Literal
 
 from maskwire._version import __version__
+from maskwire_server import export_format, tokenizer_files
 from maskwire_server.app import EXIT_CONFIG, EXIT_RUN_DIRECTORY, say, trainer_factory
+from maskwire_server.checkpoints.files import describe
 from maskwire_server.checkpoints.membership import Membership
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.completion import with_schedule
-from maskwire_server.config import Config, template
+from maskwire_server.config import Config, recorded_sections, template
 from maskwire_server.engine.trainer_interface import Trainer
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
+from maskwire_server.export_format import Format
 from maskwire_server.manifest import MANIFEST, Manifest
 from maskwire_server.recovery import boot, imported_run
-from maskwire_server.results import WEIGHT_FILES
+from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES
 
 CONFIG_FILE = "maskwire.toml"
 """The configuration with which to serve an imported run, in its run directory."""
@@ -89,15 +92,15 @@ def export(
     name: str | None,
     out: Path,
     *,
-    to: Literal["maskwire", "x-transformers"],
+    to: Format,
     weights: Literal["auto", "ema", "raw"],
+    merged: bool = False,
 ) -> int:
     """Write the weights of a checkpoint to `out`, and return the exit code.
 
-    `to` is the format: a folder for `maskwire_server.load`, or an x-transformers state dict in safetensors.
+    `to` is the format: a folder for `maskwire_server.load`, an x-transformers state dict in safetensors, or a
+    folder of transformers or peft. `merged` folds adapters into the model.
     """
-    from maskwire_server.training.models import pretrained, state_dict, x_transformers_export
-
     checkpoints = Checkpoints(run_dir)
     try:
         manifest = _newest(run_dir, checkpoints) if name is None else checkpoints.get(name)
@@ -108,26 +111,53 @@ def export(
     try:
         if out.exists():
             raise ValueError(f"{out} exists; choose another name")
-        module = pretrained.load(folder, weights=weights)  # checks the SHA-256 hashes
-        fits = ""
-        if to == "x-transformers":
-            state = x_transformers_export.export_state_dict(
-                module.config, module.objective, module.networks.state_dict()
-            )
-            state_dict.write(out, state)
-            fits = f"\nthe network that it fits: {x_transformers_export.constructor(module.config)}"
-        else:
-            draft = out.with_name(f"{out.name}.part")
-            draft.mkdir(parents=True)
-            kept = [file.name for file in manifest.info.files if file.name in WEIGHT_FILES]
-            for file in [*kept, MANIFEST]:
-                shutil.copyfile(folder / file, draft / file)
-            draft.rename(out)
-    except (ValueError, OSError) as error:
+        model, _ = recorded_sections(manifest.configuration)
+        export_format.check(model, to, merged=merged)
+        notes = _write(folder, manifest, out, to=to, weights=weights, merged=merged)
+    except (ConfigError, ValueError, OSError) as error:
         say(error)
         return EXIT_CONFIG
-    print(f"{out}: checkpoint {manifest.info.name!r}, step {manifest.info.step}, for {to}{fits}", flush=True)
+    parts = [f"{out}: checkpoint {manifest.info.name!r}, step {manifest.info.step}, for {to}", *notes]
+    print("\n".join(parts), flush=True)
     return 0
+
+
+def _write(
+    folder: Path,
+    manifest: Manifest,
+    out: Path,
+    *,
+    to: Format,
+    weights: Literal["auto", "ema", "raw"],
+    merged: bool,
+) -> list[str]:
+    """Write one export, and return the lines to print about it. Raises ValueError and OSError."""
+    draft = out.with_name(f"{out.name}.part")
+    if to == "maskwire":
+        draft.mkdir(parents=True)
+        for file in manifest.info.files:
+            if file.name in (*WEIGHT_FILES, FROZEN_FILE):
+                shutil.copyfile(folder / file.name, draft / file.name)
+                if describe(draft / file.name) != file:
+                    raise ValueError(f"{folder / file.name} does not match the manifest's SHA-256")
+        shutil.copyfile(folder / MANIFEST, draft / MANIFEST)
+        draft.rename(out)
+        return []
+    from maskwire_server.training.models import exports, pretrained
+
+    module = pretrained.load(folder, weights=weights)  # checks the SHA-256 hashes
+    if to == "x-transformers":
+        return [f"the network that it fits: {exports.write_state_dict(module, out)}"]
+    draft.mkdir(parents=True)
+    if to == "peft":
+        exports.write_adapters(module, draft)
+    else:
+        exports.write_folder(module, draft, merged=merged)
+    found = tokenizer_files.files(folder.parent.parent / tokenizer_files.FOLDER)
+    tokenizer_files.copy(found, draft)
+    draft.rename(out)
+    notes = [f"left out: {', '.join(parts)}" for parts in [exports.left_out(module)] if parts]
+    return notes + ["without a tokenizer: the run directory keeps none"] * (not found)
 
 
 def _newest(run_dir: Path, checkpoints: Checkpoints) -> Manifest:

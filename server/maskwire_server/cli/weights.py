@@ -51,22 +51,30 @@ def export(
     run_dir: Run,
     checkpoint: Annotated[str | None, typer.Option(help="Name of the checkpoint. Default: newest.")] = None,
     to: Annotated[
-        Literal["maskwire", "x-transformers"],
+        Literal["maskwire", "x-transformers", "huggingface", "peft"],
         typer.Option(
             help="maskwire: a folder for maskwire_server.load. x-transformers: the state dict of a "
-            "NonAutoregressiveWrapper (.safetensors). Prints the options of the model that it fits."
+            "NonAutoregressiveWrapper (.safetensors); prints the options of the model that it fits. "
+            "huggingface: a folder for AutoModelForMaskedLM.from_pretrained, with the tokenizer's files. "
+            "peft: a folder with the adapters, for PeftModel.from_pretrained."
         ),
     ] = "maskwire",
     weights: Annotated[
         Literal["auto", "ema", "raw"],
         typer.Option(
-            help="With --to x-transformers: the moving average (ema), the trained weights (raw), or those "
-            "used in evaluation (auto)."
+            help="The moving average (ema), the trained weights (raw), or those used in evaluation (auto). "
+            "--to maskwire exports both."
         ),
     ] = "auto",
+    merged: Annotated[
+        bool, typer.Option("--merged", help="With --to huggingface: fold the adapters into the model.")
+    ] = False,
 ) -> None:
-    """Export the weights of a checkpoint for use without the server."""
+    """Export the weights of a checkpoint for use without the server.
+
+    A model of x-transformers or transformers is exported as its library saves it.
+    """
     check_extra()
     from maskwire_server.import_export import export as run
 
-    raise typer.Exit(run(run_dir, checkpoint, out, to=to, weights=weights))
+    raise typer.Exit(run(run_dir, checkpoint, out, to=to, weights=weights, merged=merged))

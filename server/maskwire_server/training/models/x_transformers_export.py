@@ -33,6 +33,23 @@ def export_state_dict(model: ModelConfig, objective: ObjectiveConfig, weights: T
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
+def renamed(weights: Tensors) -> dict[str, Tensor]:
+    """The state dict of a `NonAutoregressiveWrapper`, for weights of source x-transformers.
+
+    A self critic comes without its copy of the generator's trunk, which loads with strict=False.
+    """
+    found = {}
+    for name, tensor in weights.items():
+        if name.startswith("generator."):
+            theirs = name.removeprefix("generator.")
+        elif name.startswith("critic.net."):
+            theirs = name.replace("critic.net.", "token_critic.", 1)
+        else:
+            theirs = name.replace("critic.", "token_critic.to_logits.", 1)
+        found[theirs] = tensor.clone(memory_format=torch.contiguous_format)  # layers may share weights
+    return found
+
+
 def _exported(weights: Tensors, model: ModelConfig, ours: str, where: str) -> dict[str, Tensor]:
     ours_only = {name.removeprefix(ours): t for name, t in weights.items() if name.startswith(ours)}
     up, down = _their_biases(model)
