@@ -19,7 +19,6 @@ from maskwire_server.checkpoints.membership import Membership
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.completion import with_schedule
 from maskwire_server.config import Config, recorded_sections, template
-from maskwire_server.engine.trainer_interface import Trainer
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
 from maskwire_server.export_format import Format
 from maskwire_server.manifest import MANIFEST, Manifest
@@ -32,34 +31,42 @@ CONFIG_FILE = "maskwire.toml"
 
 def import_x_transformers(config: Config, source: Path, *, gains: Literal["auto", "offset", "plain"]) -> int:
     """Start a run from the weights of an x-transformers state dict, and return the exit code."""
-    from maskwire_server.training.models import state_dict, x_transformers
+    from maskwire_server.training.models import state_dict, x_transformers, x_transformers_hosted
 
+    hosted = config.model.source == "x-transformers"
     try:
+        if hosted and gains != "auto":
+            raise ValueError(
+                "--gains is for the built-in encoder; for source x-transformers, set "
+                f"model.x_transformers.norm_add_unit_offset, got --gains {gains}"
+            )
+        if config.model.source not in ("encoder", "x-transformers"):
+            raise ValueError(
+                f"model.source must be encoder or x-transformers to import, got {config.model.source!r}"
+            )
         tensors = state_dict.read(source)
-        found = x_transformers.import_state_dict(tensors, config.model, config.objective, gains=gains)
+        if hosted:
+            found = x_transformers_hosted.import_state_dict(tensors, config.model, config.objective)
+        else:
+            found = x_transformers.import_state_dict(tensors, config.model, config.objective, gains=gains)
         sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
-    except (ValueError, OSError) as error:
-        say(error)
-        return EXIT_CONFIG
-    imported = config.model_copy(update={"model": found.model, "objective": found.objective})
-    try:
+        imported = config.model_copy(update={"model": found.model, "objective": found.objective})
         config = with_schedule(imported, config)
-    except (ConfigError, RunDirectoryError) as error:
-        say(error)
-        return EXIT_CONFIG
-
-    def build() -> Trainer:
         trainer = trainer_factory(config)()
         trainer.adopt(found.weights)  # type: ignore[attr-defined]
-        return trainer
+        # Not written to the configuration file: the run records it.
+        recorded = config.with_weights(trainer.begin())
+    except (ConfigError, RunDirectoryError, ValueError, OSError) as error:
+        say(error)
+        return EXIT_CONFIG
 
     try:
         info = imported_run.begin(
             config.run.dir,
-            build,
-            config.as_json(),
+            lambda: trainer,
+            recorded.as_json(),
             seed=config.run.seed,
-            canonical=config.canonical(),
+            canonical=recorded.canonical(),
             versions={"maskwire": __version__, "python": platform.python_version()},
             # Labels are sent to clients, so they must be UTF-8.
             labels={

@@ -71,7 +71,8 @@ def loaded(config: Path | None, run_dir: Path | None, address: str | None, setti
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
                 stop(f"--set {key}: {part} was set to a value before, and cannot have keys")
-        table[name] = decoded(value) if value.startswith(("[", "{")) else value
+        # Keywords of a library in a table within a section have no declared type: 32 is a number there.
+        table[name] = decoded(value) if len(tables) > 1 or value.startswith(("[", "{")) else value
     if run_dir is not None:
         flags.setdefault("run", {})["dir"] = run_dir
     if address is not None:

@@ -38,16 +38,19 @@ def renamed(weights: Tensors) -> dict[str, Tensor]:
 
     A self critic comes without its copy of the generator's trunk, which loads with strict=False.
     """
-    found = {}
-    for name, tensor in weights.items():
-        if name.startswith("generator."):
-            theirs = name.removeprefix("generator.")
-        elif name.startswith("critic.net."):
-            theirs = name.replace("critic.net.", "token_critic.", 1)
-        else:
-            theirs = name.replace("critic.", "token_critic.to_logits.", 1)
-        found[theirs] = tensor.clone(memory_format=torch.contiguous_format)  # layers may share weights
-    return found
+    return {  # copies: layers may share weights
+        their_name(name): tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in weights.items()
+    }
+
+
+def their_name(name: str) -> str:
+    """The name in a `NonAutoregressiveWrapper` of a weight of `Networks` with source x-transformers."""
+    if name.startswith("generator."):
+        return name.removeprefix("generator.")
+    if name.startswith("critic.net."):
+        return name.replace("critic.net.", "token_critic.", 1)
+    return name.replace("critic.", "token_critic.to_logits.", 1)
 
 
 def _exported(weights: Tensors, model: ModelConfig, ours: str, where: str) -> dict[str, Tensor]:
