@@ -51,7 +51,9 @@ def described(model: ModelConfig) -> ModelConfig:
     ):
         if found[key] is None:
             raise ConfigError(f"model.{key}: must be set, because {where}, got none")
-    if "pad_id" not in said and found["pad_id"] in (found["mask_id"], config.get("eos_token_id")):
+    ends = config.get("eos_token_id")
+    others = [found["mask_id"], *(ends if isinstance(ends, list) else [ends])]
+    if "pad_id" not in said and found["pad_id"] in others:
         found["pad_id"] = None  # padding is where the lengths say, because this id also occurs in the data
     if "num_tokens" not in said and found["mask_id"] >= found["num_tokens"]:
         found["num_tokens"] = found["mask_id"] + 1

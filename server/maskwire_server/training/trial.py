@@ -20,6 +20,7 @@ from maskwire_server.training.corruption import Vocabulary, random_ids
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.evaluation import TensorBatch
 from maskwire_server.training.models.networks import Networks
+from maskwire_server.training.user_code import one_line
 
 SHORT = 16
 """Columns of the ragged batch, at most."""
@@ -45,12 +46,13 @@ def check(
         before = {name: tensor.clone() for name, tensor in state.items()}
         outside = _outside()
         try:
+            _check_shapes(networks, model, batch)
             first = gradients(batch)
             second = gradients(batch)
         except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
             shape = list(batch.ids_rn.shape)
             raise ConfigError(
-                f"model: a step with ids of the shape {shape} failed: {type(error).__name__}: {error}"
+                f"model: a step with ids of the shape {shape} failed: {one_line(error)}"
             ) from error
         if _outside() != outside:
             raise ConfigError(
@@ -76,6 +78,23 @@ def check(
 
 
 @torch.no_grad()
+def _check_shapes(networks: Networks, model: ModelConfig, batch: TensorBatch) -> None:
+    device = next(networks.parameters()).device
+    e_bnd = networks.embed(batch.ids_rn.to(device), batch.valid_rn.to(device), None)
+    if e_bnd.ndim != 3 or e_bnd.shape[:2] != batch.ids_rn.shape:
+        raise ConfigError(
+            "model: its embeddings must have the shape [rows, columns, width] with [rows, columns] = "
+            f"{list(batch.ids_rn.shape)}, got {list(e_bnd.shape)}"
+        )
+    logits = networks.project(e_bnd[0, :1]).shape[-1]
+    if logits != model.num_tokens:
+        raise ConfigError(
+            f"model.num_tokens: must be the number of the model's logits at a position, {logits}, got "
+            f"{model.num_tokens}"
+        )
+
+
+@torch.no_grad()
 def _check_rows(networks: Networks, batch: TensorBatch) -> None:
     """Compare each row in a batch with the row alone, and with other ids at the padding."""
     device = next(networks.parameters()).device
@@ -83,18 +102,15 @@ def _check_rows(networks: Networks, batch: TensorBatch) -> None:
     networks.eval()
     try:
         e_bnd = networks.embed(ids_bn, valid_bn, None)
-        if e_bnd.shape[:2] != ids_bn.shape:
-            raise ConfigError(
-                f"model: its embeddings must have the shape [rows, columns, width] = {[*ids_bn.shape]} and a "
-                f"width, got {list(e_bnd.shape)}"
-            )
         other_bnd = networks.embed(torch.where(valid_bn, ids_bn, ids_bn.flip(0)), valid_bn, None)
         limit = TOLERANCE * float(e_bnd[valid_bn].abs().max())
         for row in range(ids_bn.shape[0]):
             n = int(valid_bn[row].sum())
             alone_nd = networks.embed(ids_bn[row : row + 1, :n], None, None)[0]
-            others = {"the ids under its padding": other_bnd[row, :n], "the other rows": alone_nd}
-            for what, found_nd in others.items():
+            for what, found_nd in (
+                ("the ids under its padding", other_bnd[row, :n]),
+                ("the other rows or their length", alone_nd),
+            ):
                 difference = float((e_bnd[row, :n] - found_nd).abs().max())
                 if not difference <= limit:
                     raise ConfigError(

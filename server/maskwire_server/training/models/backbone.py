@@ -23,11 +23,14 @@ class Backbone(nn.Module):
     """The layers, in order: what is compiled one by one, and recomputed in the backward pass."""
     null_embed: nn.Parameter | None
     to_self_cond: nn.Linear | None
+    gives_logits: bool
+    """Whether the forward pass gives logits, because they are no linear map of an embedding."""
 
     def __init__(self) -> None:
         super().__init__()
         self.null_embed = None
         self.to_self_cond = None
+        self.gives_logits = False
 
     def condition_itself(self, dim: int, input_dim: int) -> None:
         """Add the weights of self-conditioning.

@@ -37,7 +37,10 @@ def architecture(model: ModelConfig) -> nn.Module:
 
 
 def load_pretrained(module: nn.Module, model: ModelConfig) -> None:
-    """Load the weights of the folder or hub into the model. Raises ConfigError."""
+    """Load the weights of the folder or hub into the model. Raises ConfigError.
+
+    Weights that are not there, rows of added ids included, keep their values, which the run's seed made.
+    """
     source = model.huggingface
     assert source is not None
     transformers = _library()
@@ -60,7 +63,6 @@ def load_pretrained(module: nn.Module, model: ModelConfig) -> None:
         log.warning(
             "%s has no weights for %s: they start from random values", source.path, ", ".join(missing)
         )
-    _fit_vocabulary(found, model.num_tokens)
     own = {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in module.state_dict(keep_vars=True).items()
@@ -68,7 +70,8 @@ def load_pretrained(module: nn.Module, model: ModelConfig) -> None:
     }
     with torch.no_grad():
         for name, tensor in found.state_dict().items():
-            own[name].copy_(tensor)
+            if name not in missing:  # a second load must not draw other random values
+                own[name][tuple(slice(size) for size in tensor.shape)].copy_(tensor)
 
 
 def with_adapters(module: nn.Module, lora: LoraConfig) -> nn.Module:

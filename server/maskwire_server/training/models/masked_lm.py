@@ -46,8 +46,8 @@ class MaskedLM(Backbone):
         self._mask_id, self._fill_id = mask_id, fill_id
         self._captures = False
         self._captured: Tensor | None = None
-        self._linear: bool | None = None
-        """Whether the logits are x w^T + b. None: not compared yet."""
+        self._compared = outputs is not None
+        """Whether the logits were compared with x w^T + b. A critic uses no logits."""
         output.register_forward_pre_hook(self._take)
         self.to_scores = None if outputs is None else nn.Linear(self.dim, outputs)
         if self_cond:
@@ -61,15 +61,15 @@ class MaskedLM(Backbone):
         read_m: Tensor | None = None,
     ) -> Tensor:
         """The input of the output layer, or the logits if they are not linear in it, selected at `read_m`."""
-        if self._linear is None:
-            self._linear = self.to_scores is not None or self._is_linear(ids_bn, valid_bn)
-        e_bnd = (self._embeddings if self._linear else self._logits)(ids_bn, valid_bn, cond)
+        if not self._compared:
+            self.gives_logits, self._compared = not self._is_linear(ids_bn, valid_bn), True
+        e_bnd = (self._logits if self.gives_logits else self._embeddings)(ids_bn, valid_bn, cond)
         return e_bnd if read_m is None else packed(e_bnd, read_m)
 
     def head(self, e_md: Tensor) -> Head:
         """The output layer, or the critic's."""
         layer = self.to_scores or self._output_layer()
-        return Head(e_md, layer.weight, layer.bias) if self._linear else Head(e_md, None)
+        return Head(e_md, None) if self.gives_logits else Head(e_md, layer.weight, layer.bias)
 
     def checkpoint_activations(self, on: bool) -> None:
         """Use the module's own activation checkpointing. Raises ConfigError if it has none."""
@@ -97,13 +97,18 @@ class MaskedLM(Backbone):
         self._captured = inputs[0]
         return (inputs[0][:, :0], *inputs[1:])
 
-    def _embeddings(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Tensor:
+    def _capture(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Tensor | None:
+        """The input of the output layer; None if the module does not call it."""
         self._captures = True
         try:
             self._call(ids_bn, valid_bn, cond)
             found, self._captured = self._captured, None
         finally:
             self._captures = False
+        return found
+
+    def _embeddings(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Tensor:
+        found = self._capture(ids_bn, valid_bn, cond)
         if found is None or found.shape[:2] != ids_bn.shape:
             shape = "nothing" if found is None else tuple(found.shape)
             raise ConfigError(
@@ -136,8 +141,8 @@ class MaskedLM(Backbone):
             ids = torch.cat((ids_bn[:3], torch.full_like(ids_bn[:1], self._mask_id)))
             valid = None if valid_bn is None else torch.cat((valid_bn[:3], torch.ones_like(valid_bn[:1])))
             own = self._logits(ids, valid, None)
-            layer = self._output_layer()
-            product = Head(self._embeddings(ids, valid, None), layer.weight, layer.bias).logits()
+            x, layer = self._capture(ids, valid, None), self._output_layer()
+            product = None if x is None else Head(x, layer.weight, layer.bias).logits()
         finally:
             self.model.train(training)
         if not bool(torch.isfinite(own).all()):
@@ -145,15 +150,21 @@ class MaskedLM(Backbone):
                 f"model: the logits of {type(self.model).__name__} must be finite, also in rows of mask ids "
                 "alone; this model cannot be trained with masks"
             )
-        error = float((own - product).abs().max()) if own.shape == product.shape else float("inf")
-        linear = error <= 1e-4 * max(1.0, float(own.abs().max()))
-        if not linear:
-            log.warning(
-                "the logits of %s are not the product of its output layer (they differ by %.3g): logits are "
-                "computed at all positions, which takes %d x 4 bytes for each",
-                type(self.model).__name__, error, own.shape[-1],
-            )  # fmt: skip
-        return linear
+        if product is not None and own.shape == product.shape:
+            error = float((own - product).abs().max())
+            if error <= 1e-4 * max(1.0, float(own.abs().max())):
+                return True
+        name = type(self.model).__name__
+        if self.to_self_cond is not None:
+            raise ConfigError(
+                f"objective.self_cond: the logits of {name} are no linear map of an embedding that its next "
+                "pass could get; set it to false, got true"
+            )
+        log.warning(
+            "the logits of %s are not the product of its output layer: they are computed at all positions, "
+            "which takes %d x 4 bytes for each", name, own.shape[-1],
+        )  # fmt: skip
+        return False
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:

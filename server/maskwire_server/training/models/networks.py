@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig
+from maskwire_server.errors import ConfigError
 from maskwire_server.training.head import Head
 from maskwire_server.training.models import sources
 from maskwire_server.training.models.backbone import Backbone
@@ -91,5 +92,10 @@ class Networks(nn.Module):
         else:
             with torch.set_grad_enabled(train_trunk and torch.is_grad_enabled()):
                 e_bnd = self.generator(ids_bn, valid_bn)
+            if self.generator.gives_logits:
+                raise ConfigError(
+                    'objective.critic: "self" needs a model whose logits are a linear map of its embeddings; '
+                    'use "token" or "none"'
+                )
             scores_bn1 = self.critic(e_bnd)
         return scores_bn1[..., 0]

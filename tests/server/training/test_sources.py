@@ -1,0 +1,476 @@
+"""What a new run accepts as a model: folders, keywords, and factories whose steps can be computed again."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from source_models import (
+    LONGEST,
+    MASK,
+    MODERN_ENCODER,
+    PAD,
+    VOCABULARY,
+    make_trainer,
+    of_folder,
+    of_x_transformers,
+    write_folder,
+    write_tokenizer,
+)
+from torch import Tensor, nn
+
+from maskwire_server.batch import Batch, Modes
+from maskwire_server.config import ModelConfig
+from maskwire_server.errors import ConfigError
+from maskwire_server.model_folder import described
+from maskwire_server.results import FROZEN_FILE
+from maskwire_server.training.models import transformer_wrapper
+from maskwire_server.training.models.backbone import Backbone
+from maskwire_server.training.models.masked_lm import MaskedLM
+from maskwire_server.training.trainer import TorchTrainer
+
+pytestmark = pytest.mark.filterwarnings(  # of the libraries themselves
+    "ignore::DeprecationWarning", "ignore:.is_gradient_checkpointing.:FutureWarning"
+)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a BERT, as transformers writes it."""
+    pytest.importorskip("transformers", reason="needs the extra huggingface")
+    return write_folder(tmp_path_factory.mktemp("bert"))
+
+
+def logits(trainer: TorchTrainer, ids: Tensor) -> Tensor:
+    networks = trainer.networks.eval()
+    with torch.no_grad():
+        return networks.project(networks.embed(ids, None, None))
+
+
+def test_a_run_begins_from_the_weights_of_the_folder(bert: Path) -> None:
+    from transformers import AutoModelForMaskedLM
+
+    trainer = make_trainer(of_folder(bert), critic="token")
+    sha256 = trainer.begin()
+    ids = torch.randint(3, 38, (2, 9))
+    library = AutoModelForMaskedLM.from_pretrained(bert).eval()
+    with torch.no_grad():
+        assert torch.equal(logits(trainer, ids), library(ids).logits)
+    generator, critic = (dict(each.named_parameters()) for each in trainer.networks.backbones)
+    trunk = [name for name in generator if name.startswith("model.bert.")]
+    assert len(trunk) > 20
+    assert all(torch.equal(generator[name], critic[name]) for name in trunk)
+    assert trainer.begin() == sha256, "the source gives the same weights again"
+    other = make_trainer(of_folder(bert), seed=4, critic="token")
+    assert other.begin() != sha256, "the critic's head comes from the seed"
+
+
+def test_random_weights_follow_from_the_seed(bert: Path) -> None:
+    model = of_folder(bert / "config.json", pretrained=False)
+    hashes = []
+    for seed in (3, 3, 4):
+        torch.rand(seed)
+        hashes.append(make_trainer(model, seed=seed).begin())
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_rows_of_added_ids_follow_from_the_seed_too(bert: Path) -> None:
+    """The mask id is beyond the folder's vocabulary, so the embeddings get rows that no file has."""
+    model = of_folder(bert, mask_id=VOCABULARY + 2)
+    assert model.num_tokens == VOCABULARY + 3
+    first = make_trainer(model)
+    sha256 = first.begin()
+    torch.rand(7)  # as any other code in the process may draw
+    assert first.begin() == sha256
+    again = make_trainer(model)
+    assert again.begin() == sha256
+    assert make_trainer(model, seed=4).begin() != sha256
+    weight = first.networks.generator.model.get_input_embeddings().weight
+    assert weight.shape[0] == VOCABULARY + 3
+    assert 0 < float(weight[VOCABULARY:].detach().std()) < 1
+    before = weight.detach().clone()
+    first.train_step(1, 1, Batch(np.full((2, 6), 5), 2, 6), Modes())
+    assert not torch.equal(before[MASK + 3], weight[MASK + 3]), "the row of the mask id is trained"
+
+
+def test_weights_that_the_folder_lacks_follow_from_the_seed(
+    bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder of a model without the masked language model's head, as encoders are often published."""
+    from transformers import BertModel
+
+    BertModel.from_pretrained(bert).save_pretrained(tmp_path)
+    trainer = make_trainer(of_folder(tmp_path))
+    sha256 = trainer.begin()
+    assert "cls.predictions.transform.dense.weight" in caplog.text
+    assert "they start from random values" in caplog.text
+    torch.rand(7)
+    assert trainer.begin() == sha256
+    assert make_trainer(of_folder(tmp_path)).begin() == sha256
+    assert make_trainer(of_folder(tmp_path), seed=4).begin() != sha256
+
+
+def test_ids_under_padding_change_no_bit(bert: Path) -> None:
+    trainer = make_trainer(of_folder(bert))
+    trainer.begin()
+    valid = torch.arange(LONGEST) < torch.tensor([[LONGEST], [7]])
+    ids = torch.randint(3, 38, (2, LONGEST))
+    others = torch.where(valid, ids, torch.randint(3, 38, (2, LONGEST)))
+    trainer.networks.eval()
+    with torch.no_grad():
+        one, other = (trainer.networks.embed(each, valid, None) for each in (ids, others))
+    assert torch.equal(one[valid], other[valid])
+
+
+# What the folder says.
+
+
+def test_the_tokenizers_files_give_the_special_ids(bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(bert, tmp_path, dirs_exist_ok=True)
+    write_tokenizer(tmp_path, {"[PAD]": 7, "[MASK]": 8}, mask_token="[MASK]", pad_token="[PAD]")
+    model = of_folder(tmp_path, mask_id=None)
+    assert (model.num_tokens, model.mask_id, model.pad_id, model.max_seq_len) == (VOCABULARY, 8, 7, LONGEST)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[MASK]", "a"]))
+    model = of_folder(tmp_path, mask_id=None)
+    assert (model.mask_id, model.pad_id) == (1, 0), "from vocab.txt, as the first BERTs have it"
+    assert of_folder(tmp_path, mask_id=5, max_seq_len=9).max_seq_len == 9, "settings win"
+
+
+def test_a_folder_without_a_tokenizer_needs_a_mask_id(bert: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.mask_id: must be set, because the folder has no tokenizer"):
+        of_folder(bert, mask_id=None)
+
+
+def test_a_pad_id_that_also_ends_texts_is_no_padding(bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(bert, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": PAD}))
+    assert of_folder(tmp_path).pad_id is None
+    (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, PAD]}))
+    assert of_folder(tmp_path).pad_id is None
+    assert of_folder(bert).pad_id == PAD
+
+
+def test_pickled_weights_are_refused(bert: Path, tmp_path: Path) -> None:
+    shutil.copy(bert / "config.json", tmp_path)
+    weights = make_trainer(of_folder(bert)).networks.generator.model.state_dict()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"the weights of .* cannot be loaded: (.|\n)*must be safetensors"):
+        make_trainer(of_folder(tmp_path)).begin()
+
+
+def test_a_folder_that_does_not_exist_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"huggingface.path: must be a folder or the name .* '/nowhere"):
+        of_folder(Path("/nowhere/bert"))
+
+
+def test_the_longest_row_of_a_roberta_leaves_out_the_positions_before_the_first(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the extra huggingface")
+    model = of_folder(write_folder(tmp_path, "RobertaConfig"))
+    assert model.max_seq_len == LONGEST
+    trainer = make_trainer(model)
+    trainer.begin()  # tries the longest row
+    with pytest.raises(ConfigError, match=r"ids of the shape \[1, 21\] failed: RuntimeError: index 22"):
+        make_trainer(model.model_copy(update={"max_seq_len": LONGEST + 1})).begin()
+
+
+# Models that do not fit.
+
+
+def test_a_model_that_divides_by_the_share_of_known_ids_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the extra huggingface")
+    trainer = make_trainer(of_folder(write_folder(tmp_path, "EsmConfig")))
+    with pytest.raises(ConfigError, match=r"the logits of EsmForMaskedLM must be finite, also in rows"):
+        trainer.begin()
+
+
+def test_logits_that_are_not_linear_are_computed_everywhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ESM adds its bias outside the output layer."""
+    pytest.importorskip("transformers", reason="needs the extra huggingface")
+    from transformers import AutoModelForMaskedLM
+
+    write_folder(tmp_path, "EsmConfig", token_dropout=False)
+    trainer = make_trainer(of_folder(tmp_path), critic="token")
+    trainer.begin()
+    assert "the logits of EsmForMaskedLM are not the product of its output layer" in caplog.text
+    assert "41 x 4 bytes" in caplog.text
+    ids = torch.randint(3, 38, (2, 9))
+    library = AutoModelForMaskedLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(logits(trainer, ids), library(ids).logits)
+    trainer.networks.train()
+    result = trainer.train_step(1, 1, Batch(np.full((2, 6), 5), 2, 6), Modes())
+    assert np.isfinite(result.losses.loss)
+    for setting, said in (
+        ({"critic": "self"}, r'objective.critic: "self" needs a model whose logits are a linear map'),
+        ({"self_cond": True}, r"objective.self_cond: the logits of EsmForMaskedLM are no linear map"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            make_trainer(of_folder(tmp_path), **setting).begin()
+
+
+def test_an_output_layer_that_is_never_called_leaves_the_models_own_logits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MobileBERT reads its decoder's weight directly."""
+    pytest.importorskip("transformers", reason="needs the extra huggingface")
+    trainer = make_trainer(of_folder(write_folder(tmp_path, "MobileBertConfig")))
+    trainer.begin()
+    assert "the logits of MobileBertForMaskedLM are not the product of its output layer" in caplog.text
+
+
+@pytest.mark.parametrize("keyword", transformer_wrapper.REFUSED)
+def test_each_refused_keyword_of_x_transformers_has_its_reason(keyword: str) -> None:
+    pytest.importorskip("x_transformers")
+    with pytest.raises(ConfigError) as caught:
+        make_trainer(of_x_transformers(**MODERN_ENCODER, **{keyword: 1}))
+    assert str(caught.value) == (
+        f"model.x_transformers.{keyword}: not supported: it {transformer_wrapper.REFUSED[keyword]}"
+    )
+
+
+def test_unknown_and_missing_keywords_of_x_transformers_are_named() -> None:
+    pytest.importorskip("x_transformers")
+    with pytest.raises(ConfigError) as caught:
+        make_trainer(of_x_transformers(dim=32, rotary_pos_embs=3))
+    assert str(caught.value).splitlines() == [
+        "model.x_transformers.rotary_pos_embs: neither TransformerWrapper nor Encoder has this keyword; did "
+        "you mean rotary_pos_emb?",
+        "model.x_transformers.depth: must be set, got none",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("missing", "table", "extra"),
+    [
+        ("x_transformers", {}, "x-transformers"),
+        ("transformers", {}, "huggingface"),
+        ("peft", {"lora": {"rank": 2}}, "huggingface"),
+    ],
+)
+def test_a_missing_library_is_named_with_its_extra(
+    missing: str, table: dict[str, Any], extra: str, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_hf = extra == "huggingface"
+    model = of_folder(bert, **table) if is_hf else of_x_transformers(**MODERN_ENCODER)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ConfigError, match=rf'pip install "maskwire\[{extra}\]"'):
+        make_trainer(model)
+
+
+def test_a_model_of_the_hub_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ConfigError, match=r"'some/bert' is no folder here; .* \"maskwire\[huggingface\]\""):
+        described(ModelConfig(source="huggingface", mask_id=4, huggingface={"path": "some/bert"}))
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["decoder"], "must not name the output layer, got 'decoder'"),
+        (["cls.predictions.decoder"], "must not name the output layer, got 'cls.predictions.decoder'"),
+        (["nothing"], "Target modules .* not found"),
+    ],
+)
+def test_adapters_are_refused_where_they_do_not_fit(bert: Path, targets: list[str], said: str) -> None:
+    pytest.importorskip("peft", reason="needs the extra huggingface")
+    with pytest.raises(ConfigError, match=rf"model.lora.target_modules: {said}"):
+        make_trainer(of_folder(bert, lora={"rank": 2, "target_modules": targets}))
+
+
+def test_adapters_are_all_that_is_trained_and_averaged(bert: Path) -> None:
+    pytest.importorskip("peft", reason="needs the extra huggingface")
+    trainer = make_trainer(of_folder(bert, lora={"rank": 2, "dropout": 0.2}), critic="self")
+    trainer.begin()
+    files = trainer.snapshot().files
+    learned = {name for name in files["model.safetensors"] if not name.startswith("critic.")}
+    assert learned
+    assert all(".lora_" in name for name in learned)
+    assert not any(".lora_" in name for name in files[FROZEN_FILE])
+    assert files["ema.safetensors"].keys() == files["model.safetensors"].keys()
+    moments = {name.rsplit(".", 1)[0] for name in files["optimizer.safetensors"]}
+    assert not any(name in files[FROZEN_FILE] for name in moments)
+    frozen = {name: tensor.clone() for name, tensor in files[FROZEN_FILE].items()}
+    trainer.train_step(1, 1, Batch(np.full((2, 6), 5), 2, 6), Modes())
+    after = trainer.snapshot().files[FROZEN_FILE]
+    assert all(torch.equal(frozen[name], after[name]) for name in frozen)
+
+
+# A factory of the user's own.
+
+
+class Mixer(nn.Module):
+    """A small bidirectional model with an output embedding layer: attention over the valid positions."""
+
+    def __init__(self, model: ModelConfig, dim: int = 16) -> None:
+        super().__init__()
+        self.ids = nn.Embedding(model.num_tokens, dim)
+        self.places = nn.Embedding(model.max_seq_len, dim)
+        self.inner = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, model.num_tokens)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.output
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.ids
+
+    def forward(
+        self, attention_mask: Tensor, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        e_bnd = self.ids(input_ids) if inputs_embeds is None else inputs_embeds
+        e_bnd = e_bnd + self.places.weight[: e_bnd.shape[1]]
+        return self.output(self.inner(e_bnd + self.mixed(e_bnd, attention_mask.bool())).tanh())
+
+    def mixed(self, e_bnd: Tensor, valid_bn: Tensor) -> Tensor:
+        scores_bnn = (e_bnd @ e_bnd.mT).masked_fill(~valid_bn[:, None, :], -1e9)
+        return scores_bnn.softmax(-1) @ e_bnd
+
+
+class CountsCalls(Mixer):
+    def mixed(self, e_bnd: Tensor, valid_bn: Tensor) -> Tensor:
+        self.calls += 1
+        return super().mixed(e_bnd, valid_bn)
+
+
+class ChangesWeight(Mixer):
+    def mixed(self, e_bnd: Tensor, valid_bn: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.inner.weight *= 0.99
+        return super().mixed(e_bnd.clone(), valid_bn)
+
+
+class DrawsFromRandom(Mixer):
+    def mixed(self, e_bnd: Tensor, valid_bn: Tensor) -> Tensor:
+        return super().mixed(e_bnd, valid_bn) * (random.random() < 2)
+
+
+class DrawsFromNumpy(Mixer):
+    def mixed(self, e_bnd: Tensor, valid_bn: Tensor) -> Tensor:
+        return super().mixed(e_bnd, valid_bn) * float(np.random.random() < 2)
+
+
+class DrawsElsewhere(Mixer):
+    """From a generator of torch of its own, which no step's seed sets."""
+
+    def mixed(self, e_bnd: Tensor, valid_bn: Tensor) -> Tensor:
+        if not hasattr(self, "own"):
+            self.own = torch.Generator().manual_seed(0)
+        return super().mixed(e_bnd, valid_bn) * torch.rand(1, generator=self.own)
+
+
+class MixesRows(Mixer):
+    def mixed(self, e_bnd: Tensor, valid_bn: Tensor) -> Tensor:
+        return super().mixed(e_bnd, valid_bn) + e_bnd.mean(0)
+
+
+class IgnoresMask(Mixer):
+    def mixed(self, e_bnd: Tensor, valid_bn: Tensor) -> Tensor:
+        return super().mixed(e_bnd, torch.ones_like(valid_bn))
+
+
+class NoOutputLayer(Mixer):
+    def get_output_embeddings(self) -> nn.Module:
+        return None  # type: ignore[return-value]
+
+
+class Narrow(Mixer):
+    """Fewer logits than the vocabulary has ids."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        self.output = nn.Linear(16, model.num_tokens - 1)
+
+
+class Raises(Mixer):
+    def mixed(self, e_bnd: Tensor, valid_bn: Tensor) -> Tensor:
+        raise RuntimeError("my layers\ndo not fit")
+
+
+def fails(model: ModelConfig) -> nn.Module:
+    raise KeyError("no such size")
+
+
+def gives_text(model: ModelConfig) -> str:
+    return "a model"
+
+
+def gives_plain_module(model: ModelConfig) -> nn.Module:
+    return nn.Linear(3, 3)
+
+
+def takes_nothing() -> nn.Module:
+    return nn.Linear(3, 3)
+
+
+WRONG: dict[Callable[..., Any], str] = {
+    CountsCalls: "model: its forward pass must not change its state, got a change of generator.model.calls; ",
+    ChangesWeight: "model: its forward pass must not change its state, got a change of "
+    "generator.model.inner.weight; ",
+    DrawsFromRandom: "model: it must draw random numbers with torch alone, got draws from Python's random ",
+    DrawsFromNumpy: "model: it must draw random numbers with torch alone, got draws from Python's random ",
+    DrawsElsewhere: "model: the same step must give the same gradients, got others for generator.model.",
+    MixesRows: "model: a row must not depend on the other rows or their length, got embeddings ",
+    IgnoresMask: "model: a row must not depend on the other rows or their length, got embeddings ",
+    NoOutputLayer: "model: NoOutputLayer.get_output_embeddings() must return the output layer, got None",
+    Narrow: "model.num_tokens: must be the number of the model's logits at a position, 40, got 41",
+    Raises: "model: a step with ids of the shape [3, 16] failed: RuntimeError: my layers",
+    fails: f"model.python.factory: {__name__}:fails raised KeyError: 'no such size'",
+    gives_text: f"model.python.factory: {__name__}:gives_text must return a Backbone or a torch module with "
+    "get_output_embeddings(), got str",
+    gives_plain_module: f"model.python.factory: {__name__}:gives_plain_module must return a Backbone or a "
+    "torch module with get_output_embeddings(), got Linear",
+    takes_nothing: f"model.python.factory: {__name__}:takes_nothing raised TypeError: takes_nothing() takes "
+    "0 positional arguments but 1 was given",
+}
+
+
+def of_factory(factory: Callable[..., Any], **options: Any) -> ModelConfig:
+    table = {"factory": f"{__name__}:{factory.__name__}", "options": options}
+    return ModelConfig(
+        source="python", python=table, num_tokens=VOCABULARY, mask_id=MASK, pad_id=PAD, max_seq_len=LONGEST
+    )
+
+
+@pytest.mark.parametrize("critic", ["none", "self", "token"])
+def test_a_model_of_the_users_own_trains(critic: str) -> None:
+    trainer = make_trainer(of_factory(Mixer, dim=24), critic=critic, self_cond=True)
+    sha256 = trainer.begin()
+    batch = Batch(np.random.default_rng(0).integers(0, 38, (4, 12)), 4, 12)
+    losses = [trainer.train_step(1, step, batch, Modes()).losses.loss for step in range(1, 4)]
+    again = make_trainer(of_factory(Mixer, dim=24), critic=critic, self_cond=True)
+    assert again.begin() == sha256
+    assert [again.train_step(1, step, batch, Modes()).losses.loss for step in range(1, 4)] == losses
+    assert trainer.networks.generator.dim == 24
+
+
+@pytest.mark.parametrize("factory", WRONG, ids=lambda factory: factory.__name__)
+def test_a_model_that_training_cannot_repeat_is_refused_in_one_line(factory: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_trainer(of_factory(factory)).begin()
+    assert str(caught.value).startswith(WRONG[factory])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_backbone_of_the_users_own_has_no_critic_of_its_own() -> None:
+    def build(model: ModelConfig) -> Backbone:
+        return MaskedLM(Mixer(model), None, self_cond=False, mask_id=MASK, fill_id=0)
+
+    globals()["build"] = build
+    make_trainer(of_factory(build), critic="self").begin()
+    for setting in ({"critic": "token"}, {"self_cond": True}):
+        with pytest.raises(ConfigError, match="returned a Backbone, which has neither a token critic nor"):
+            make_trainer(of_factory(build), **setting)
