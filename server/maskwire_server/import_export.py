@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -103,7 +104,7 @@ def export(
     weights: Literal["auto", "ema", "raw"],
     merged: bool = False,
 ) -> int:
-    """Write the weights of a checkpoint to `out`, and return the exit code.
+    """Write the weights of a run's checkpoint to `out`, and return the exit code.
 
     `to` is the format: a folder for `maskwire_server.load`, an x-transformers state dict in safetensors, or a
     folder of transformers or peft. `merged` folds adapters into the model.
@@ -114,10 +115,19 @@ def export(
     except (Refused, RunDirectoryError) as error:
         say(error)
         return EXIT_RUN_DIRECTORY
-    folder = checkpoints.path(manifest.info.name)
+    return export_folder(checkpoints.path(manifest.info.name), out, to=to, weights=weights, merged=merged)
+
+
+def export_folder(
+    folder: Path, out: Path, *, to: Format, weights: Literal["auto", "ema", "raw"], merged: bool = False
+) -> int:
+    """The same for the folder of a checkpoint, in a run directory or downloaded."""
+    from maskwire_server.training.models import pretrained
+
     try:
         if out.exists():
             raise ValueError(f"{out} exists; choose another name")
+        manifest = pretrained.manifest(folder)
         model, _ = recorded_sections(manifest.configuration)
         export_format.check(model, to, merged=merged)
         notes = _write(folder, manifest, out, to=to, weights=weights, merged=merged)
@@ -139,32 +149,42 @@ def _write(
     merged: bool,
 ) -> list[str]:
     """Write one export, and return the lines to print about it. Raises ValueError and OSError."""
-    draft = out.with_name(f"{out.name}.part")
-    if to == "maskwire":
-        draft.mkdir(parents=True)
-        for file in manifest.info.files:
-            if file.name in (*WEIGHT_FILES, FROZEN_FILE):
-                shutil.copyfile(folder / file.name, draft / file.name)
-                if describe(draft / file.name) != file:
-                    raise ValueError(f"{folder / file.name} does not match the manifest's SHA-256")
-        shutil.copyfile(folder / MANIFEST, draft / MANIFEST)
-        draft.rename(out)
-        return []
     from maskwire_server.training.models import exports, pretrained
 
+    if to == "maskwire":
+        with _draft(out) as draft:
+            for file in manifest.info.files:
+                if file.name in (*WEIGHT_FILES, FROZEN_FILE):
+                    shutil.copyfile(folder / file.name, draft / file.name)
+                    if describe(draft / file.name) != file:
+                        raise ValueError(f"{folder / file.name} does not match the manifest's SHA-256")
+            shutil.copyfile(folder / MANIFEST, draft / MANIFEST)
+        return []
     module = pretrained.load(folder, weights=weights)  # checks the SHA-256 hashes
     if to == "x-transformers":
         return [f"the network that it fits: {exports.write_state_dict(module, out)}"]
-    draft.mkdir(parents=True)
-    if to == "peft":
-        exports.write_adapters(module, draft)
-    else:
-        exports.write_folder(module, draft, merged=merged)
-    found = tokenizer_files.files(folder.parent.parent / tokenizer_files.FOLDER)
-    tokenizer_files.copy(found, draft)
-    draft.rename(out)
+    found = tokenizer_files.files(folder.absolute().parent.parent / tokenizer_files.FOLDER)
+    with _draft(out) as draft:
+        if to == "peft":
+            exports.write_adapters(module, draft)
+        else:
+            exports.write_folder(module, draft, merged=merged)
+        tokenizer_files.copy(found, draft)
     notes = [f"left out: {', '.join(parts)}" for parts in [exports.left_out(module)] if parts]
-    return notes + ["without a tokenizer: the run directory keeps none"] * (not found)
+    return notes + ["without a tokenizer: there is none in the run directory"] * (not found)
+
+
+@contextlib.contextmanager
+def _draft(out: Path) -> Iterator[Path]:
+    """A new folder that becomes `out` if the block ends well, and is removed otherwise."""
+    draft = out.with_name(f"{out.name}.part")
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        draft.rename(out)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
 
 
 def _newest(run_dir: Path, checkpoints: Checkpoints) -> Manifest:

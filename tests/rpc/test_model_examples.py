@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -11,10 +12,13 @@ import fork_server
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from serving import ServerProcess
+from typer.testing import CliRunner
 
 import maskwire
 import maskwire_server
+from maskwire.cli import app
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
@@ -82,6 +86,8 @@ def test_an_example_trains_recovers_and_is_exported(
             assert (trainer.step, trainer.digest) == (3, digest)
             info = trainer.checkpoint("three")
             trainer.download("three", tmp_path / "downloaded", weights=True)
+        words = ["checkpoint", "download", "three", "--merged", "--out", "merged", "--json"]
+        merged = CliRunner().invoke(app, [*words, "--target", server.address])
     finally:
         assert server.stop() == 0
     assert np.isfinite(losses).all()
@@ -89,6 +95,19 @@ def test_an_example_trains_recovers_and_is_exported(
         done = fork_server.run([binary, *shlex.split(line)[1:]], text=True)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / shlex.split(line)[2]).exists()
+    if name == "LoRA":
+        assert merged.exit_code == 0, merged.stderr
+        assert "model.safetensors" in json.loads(merged.stdout)["files"]
+        assert not (tmp_path / "merged.unmerged").exists()
+        ours, theirs = (
+            load_file(tmp_path / each / "model.safetensors") for each in ("merged", "bert-merged")
+        )
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[each], theirs[each]) for each in ours)
+    else:
+        assert merged.exit_code == 2
+        assert "--merged is for adapters" in merged.stderr
+        assert (tmp_path / "merged.unmerged" / "manifest.json").exists()
     if name != "Your own code":
         masked = torch.full((1, 4), trainer.model.mask_id)
         folder = next((tmp_path / "runs").iterdir()) / "checkpoints" / info.name

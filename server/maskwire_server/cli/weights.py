@@ -9,11 +9,11 @@ import typer
 
 from maskwire_server.cli.options import (
     ConfigFile,
-    Run,
     RunDir,
     Settings,
     check_extra,
     loaded,
+    stop,
 )
 
 
@@ -48,8 +48,11 @@ def import_x_transformers(
 
 def export(
     out: Annotated[Path, typer.Argument(help="Folder to write, or file with --to x-transformers.")],
-    run_dir: Run,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Run directory.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Name of the checkpoint. Default: newest.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder of a downloaded checkpoint, instead of --run-dir.")
+    ] = None,
     to: Annotated[
         Literal["maskwire", "x-transformers", "huggingface", "peft"],
         typer.Option(
@@ -75,6 +78,12 @@ def export(
     A model of x-transformers or transformers is exported as its library saves it.
     """
     check_extra()
-    from maskwire_server.import_export import export as run
+    from maskwire_server import import_export
 
-    raise typer.Exit(run(run_dir, checkpoint, out, to=to, weights=weights, merged=merged))
+    if folder is not None:
+        if run_dir is not None or checkpoint is not None:
+            stop("--folder names the checkpoint; leave out --run-dir and --checkpoint")
+        raise typer.Exit(import_export.export_folder(folder, out, to=to, weights=weights, merged=merged))
+    if run_dir is None:
+        stop("--run-dir must be set, or --folder for a downloaded checkpoint")
+    raise typer.Exit(import_export.export(run_dir, checkpoint, out, to=to, weights=weights, merged=merged))
