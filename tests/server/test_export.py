@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +164,31 @@ def test_the_frozen_weights_are_part_of_an_export_for_maskwire(adapted: Path, tm
     with torch.no_grad():
         expected = maskwire_server.load(adapted / "run" / "checkpoints" / "three")(ids())
         assert torch.equal(maskwire_server.load(tmp_path / "out")(ids()), expected)
+
+
+def test_a_downloaded_folder_is_exported_without_a_run_directory(adapted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "downloaded"
+    shutil.copytree(adapted / "run" / "checkpoints" / "three", folder)
+    out = tmp_path / "out"
+    options: Any = {"to": "huggingface", "weights": "auto"}
+    assert import_export.export_folder(folder, out, **options) == 2
+    assert not out.exists()
+    assert import_export.export_folder(folder, out, **options, merged=True) == 0
+    same_logits(adapted / "run", hugging_face(out))
+    assert import_export.export_folder(tmp_path, tmp_path / "other", **options) == 2
+
+
+def test_the_folder_of_an_export_appears_only_if_it_is_whole(
+    adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(adapted / "run", run_dir)
+    damaged = run_dir / "checkpoints" / "three" / "frozen.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    for to in ("maskwire", "peft"):
+        assert export(run_dir, tmp_path / "out", to) == 2
+        assert "frozen.safetensors does not match the manifest's SHA-256" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 OPTIONS = {"dim": 32, "depth": 2, "heads": 2, "attn_dim_head": 16, "rotary_pos_emb": True,
