@@ -44,8 +44,11 @@ class ServerProcess:
         self.log = folder / "server.log"
         self.gate = folder / "hold"
         """While this file exists, a counting server waits at the beginning of each step."""
+        tiny = {
+            k: v for k, v in TINY.items() if "model__source" not in settings or not k.startswith("model.")
+        }
         flags = {
-            **TINY,
+            **tiny,
             "run.dir": str(folder / "run"),
             **{k.replace("__", "."): v for k, v in settings.items()},
         }

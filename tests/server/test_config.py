@@ -318,3 +318,22 @@ def test_options_of_the_encoder_after_the_first_record_are_recorded_only_if_they
 def test_the_first_record_stays_the_same_bytes() -> None:
     sha = hashlib.sha256(Config().canonical()).hexdigest()
     assert sha == "e03aac0fa7439ba71e50b214b45c76e52addae1220109f637872d52a05422ba0"
+
+
+def test_tables_of_any_type_take_numbers_from_flags_and_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from maskwire_server.cli.options import loaded
+
+    monkeypatch.setenv("MASKWIRE_MODEL__X_TRANSFORMERS__DEPTH", "3")
+    monkeypatch.setenv("MASKWIRE_MODEL__X_TRANSFORMERS__POST_EMB_NORM", "true")
+    flags = ["model.source=x-transformers", "model.x_transformers.dim=32", "model.x_transformers.ff_glu=true"]
+    wanted = {"depth": 3, "post_emb_norm": True, "dim": 32, "ff_glu": True}
+    assert loaded(None, None, None, flags).model.x_transformers == wanted
+    monkeypatch.delenv("MASKWIRE_MODEL__X_TRANSFORMERS__DEPTH")
+    monkeypatch.delenv("MASKWIRE_MODEL__X_TRANSFORMERS__POST_EMB_NORM")
+    monkeypatch.setenv("MASKWIRE_MODEL__PYTHON__OPTIONS__DIM", "24")
+    flags = ["model.source=python", "model.python.factory=a:b", "model.python.options.name=small"]
+    python = loaded(None, None, None, flags).model.python
+    assert python is not None
+    assert python.options == {"dim": 24, "name": "small"}

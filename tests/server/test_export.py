@@ -81,7 +81,7 @@ def same_logits(run_dir: Path, theirs: Callable[[torch.Tensor], torch.Tensor], *
     valid = ids() != 0
     with torch.no_grad():
         expected, found = ours(ids())[valid], theirs(ids())[valid]
-    assert torch.allclose(found[:, 5:], expected[:, 5:], rtol=1e-5, atol=1e-5)
+    assert torch.allclose(found[:, 5:NUM_TOKENS], expected[:, 5:NUM_TOKENS], rtol=1e-5, atol=1e-5)
 
 
 def export(run_dir: Path, out: Path, to: Any, **options: Any) -> int:
@@ -122,6 +122,21 @@ def test_a_model_of_transformers_comes_back_as_its_folder(tmp_path: Path, kind: 
         likely = ours(torch.tensor([[5, 6, MASK_ID, 8]]))[0, 2]
     assert first["token"] == int(likely.argmax())
     assert first["token_str"] == WORDS[first["token"]]
+
+
+def test_rows_added_to_the_vocabulary_are_exported(tmp_path: Path) -> None:
+    model = from_folder(model_folder(tmp_path / "base"), mask_id=NUM_TOKENS)
+    assert model.num_tokens == NUM_TOKENS + 1
+    run_dir = trained(tmp_path / "run", model)
+    assert export(run_dir, tmp_path / "out", "huggingface") == 0
+    same_logits(run_dir, hugging_face(tmp_path / "out"))
+
+
+def test_without_files_of_a_tokenizer_nothing_is_kept(tmp_path: Path) -> None:
+    for path in (tmp_path / "gone", "no-such/model"):
+        model = ModelConfig(source="huggingface", huggingface={"path": str(path)})
+        tokenizer_files.keep(Config(model=model, run={"dir": tmp_path}))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from maskwire_server.journal.ancestry import Segment, ancestry, includes
 from maskwire_server.journal.records import Lineage, Stretch
 from maskwire_server.manifest import Manifest
 
+INITIAL = "initial"
+"""The beginning of the name of checkpoint 0, if it holds initial weights that the seed does not make."""
 FALLBACKS = 2
 """How many of the newest checkpoints a start can rely on."""
 
@@ -32,6 +34,9 @@ def needed(manifests: list[Manifest], lineages: dict[int, Lineage], lineage: int
     for other in lineages.values():
         if other.checkpoint:
             why[other.checkpoint] = f"lineage {other.lineage} started from it"
+    for info in (manifest.info for manifest in manifests if not manifest.automatic):
+        if info.step == 0 and info.name.startswith(f"{INITIAL}-"):
+            why[info.name] = "it holds the weights that the run began from"
     return why
 
 

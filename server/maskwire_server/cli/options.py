@@ -57,7 +57,7 @@ def loaded(config: Path | None, run_dir: Path | None, address: str | None, setti
     """The configuration from file, environment and flags. If it is invalid, the command exits with code 2."""
     check_extra()
     from maskwire_server.config import load
-    from maskwire_server.config.sources import decoded
+    from maskwire_server.config.sources import FREE_TABLES, decoded
     from maskwire_server.errors import ConfigError
 
     flags: dict[str, dict[str, Any]] = {}
@@ -71,8 +71,8 @@ def loaded(config: Path | None, run_dir: Path | None, address: str | None, setti
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
                 stop(f"--set {key}: {part} was set to a value before, and cannot have keys")
-        # Keywords of a library in a table within a section have no declared type: 32 is a number there.
-        table[name] = decoded(value) if len(tables) > 1 or value.startswith(("[", "{")) else value
+        is_toml = value.startswith(("[", "{")) or tuple(tables) in FREE_TABLES
+        table[name] = decoded(value) if is_toml else value
     if run_dir is not None:
         flags.setdefault("run", {})["dir"] = run_dir
     if address is not None:

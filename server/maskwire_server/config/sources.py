@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from maskwire_server.config.config import Config
 from maskwire_server.config.messages import message
 from maskwire_server.errors import ConfigError
 
+FREE_TABLES = (("model", "x_transformers"), ("model", "python", "options"))
+"""Tables whose values may have any type: text from a flag or the environment is read as TOML writes it."""
+
 
 class _Environment(EnvSettingsSource):
     """The environment."""
@@ -28,9 +32,21 @@ class _Environment(EnvSettingsSource):
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:  # noqa: ARG002
         return decoded(value)
 
+    def explode_env_vars(
+        self, field_name: str, field: FieldInfo, env_vars: Mapping[str, str | None]
+    ) -> dict[str, Any]:
+        found = super().explode_env_vars(field_name, field, env_vars)
+        for section, *tables in FREE_TABLES:
+            table: Any = found if section == field_name else {}
+            for name in tables:
+                table = table.get(name, {})
+            for key, value in table.items():
+                table[key] = decoded(value) if isinstance(value, str) else value
+        return found
+
 
 def decoded(text: str) -> Any:
-    """A list, in TOML or JSON. Any other text is returned as it is, so that the error names its key."""
+    """A value in TOML or JSON. Any other text is returned as it is, so that an error names its key."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

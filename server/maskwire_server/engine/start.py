@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from maskwire.v1.values import ModelInfo, RunState
 from maskwire_server.checkpoints import membership
 from maskwire_server.checkpoints.catalogue import Catalogue
+from maskwire_server.checkpoints.retention import INITIAL
 from maskwire_server.checkpoints.saver import Saver
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.engine.committer import RETRY_SECONDS
@@ -32,9 +33,6 @@ from maskwire_server.recovery import boot, fingerprint, initial_weights
 from maskwire_server.requests import SaveRequest
 
 log = logging.getLogger(__name__)
-
-INITIAL = "initial"
-"""Part of the name of the checkpoint of initial weights that the seed does not make."""
 
 T = TypeVar("T")
 

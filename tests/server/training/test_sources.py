@@ -101,6 +101,23 @@ def test_rows_of_added_ids_follow_from_the_seed_too(bert: Path) -> None:
     assert not torch.equal(before[MASK + 3], weight[MASK + 3]), "the row of the mask id is trained"
 
 
+def test_adapters_begin_from_the_weights_of_the_folder(bert: Path) -> None:
+    pytest.importorskip("peft", reason="needs the extra huggingface")
+    from transformers import AutoModelForMaskedLM
+
+    trainer = make_trainer(of_folder(bert, lora={"rank": 2}))
+    sha256 = trainer.begin()
+    library = AutoModelForMaskedLM.from_pretrained(bert).eval()
+    ids = torch.randint(3, 38, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(logits(trainer, ids), library(ids).logits)
+    assert trainer.begin() == sha256
+    with pytest.raises(
+        ConfigError, match=r"model.num_tokens: must be at most the vocabulary .*, 41, .* got 42"
+    ):
+        make_trainer(of_folder(bert, mask_id=VOCABULARY, lora={"rank": 2}))
+
+
 def test_weights_that_the_folder_lacks_follow_from_the_seed(
     bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from maskwire_server.config import LoraConfig, ModelConfig
+from maskwire_server.config import ModelConfig
 from maskwire_server.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,19 @@ def load_pretrained(module: nn.Module, model: ModelConfig) -> None:
                 own[name][tuple(slice(size) for size in tensor.shape)].copy_(tensor)
 
 
-def with_adapters(module: nn.Module, lora: LoraConfig) -> nn.Module:
-    """The model with low-rank adapters, which alone can be trained."""
+def with_adapters(module: nn.Module, model: ModelConfig) -> nn.Module:
+    """The model with low-rank adapters, which alone can be trained. Raises ConfigError."""
+    lora, source = model.lora, model.huggingface
+    assert lora is not None
+    assert source is not None
+    own_ids = source.config.get("vocab_size", model.num_tokens)
+    if model.num_tokens > own_ids:
+        # peft could train their rows alone, but version 0.21 then drops the bias of a tied output layer.
+        raise ConfigError(
+            f"model.num_tokens: must be at most the vocabulary of the model, {own_ids}, "
+            f"with [model.lora], because adapters do not train added ids, got {model.num_tokens}; use an id "
+            "of its vocabulary as model.mask_id, or train without [model.lora]"
+        )
     try:
         import peft
     except ImportError as error:

@@ -147,14 +147,14 @@ class MaskedLM(Backbone):
             self.model.train(training)
         if not bool(torch.isfinite(own).all()):
             raise ConfigError(
-                f"model: the logits of {type(self.model).__name__} must be finite, also in rows of mask ids "
+                f"model: the logits of {type(self.base).__name__} must be finite, also in rows of mask ids "
                 "alone; this model cannot be trained with masks"
             )
         if product is not None and own.shape == product.shape:
             error = float((own - product).abs().max())
             if error <= 1e-4 * max(1.0, float(own.abs().max())):
                 return True
-        name = type(self.model).__name__
+        name = type(self.base).__name__
         if self.to_self_cond is not None:
             raise ConfigError(
                 f"objective.self_cond: the logits of {name} are no linear map of an embedding that its next "

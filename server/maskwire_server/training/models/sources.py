@@ -46,7 +46,7 @@ def _backbone(
     if model.source == "huggingface":
         module = hugging_face.architecture(model)
         if model.lora is not None and outputs is None:
-            module = hugging_face.with_adapters(module, model.lora)
+            module = hugging_face.with_adapters(module, model)
         fill_id = hugging_face.fill_id(model)
         return MaskedLM(module, outputs, self_cond=self_cond, mask_id=model.mask_id, fill_id=fill_id)
     return _of_factory(model, outputs, factory, self_cond=self_cond)
