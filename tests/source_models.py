@@ -38,12 +38,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
                          "hidden_dropout_prob": 0.0},
 }  # fmt: skip
 """Arguments of transformers' configuration classes. Without dropout, so that gradients can be compared."""
+PLAIN_ENCODER = {"dim": 32, "depth": 2, "heads": 2, "attn_dim_head": 16}
 MODERN_ENCODER = {
-    "dim": 32, "depth": 2, "heads": 2, "attn_dim_head": 16, "rotary_pos_emb": True, "use_rmsnorm": True,
+    **PLAIN_ENCODER, "rotary_pos_emb": True, "use_rmsnorm": True,
     "ff_glu": True, "attn_qk_norm": True, "attn_kv_heads": 1,
 }  # fmt: skip
 TIED_ENCODER = {
-    "dim": 32, "depth": 2, "heads": 2, "attn_dim_head": 16, "alibi_pos_bias": True, "num_memory_tokens": 2,
+    **PLAIN_ENCODER, "alibi_pos_bias": True, "num_memory_tokens": 2,
     "tie_embedding": True,
 }  # fmt: skip
 

@@ -49,7 +49,9 @@ def check(
             _check_shapes(networks, model, batch)
             first = gradients(batch)
             second = gradients(batch)
-        except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except ConfigError:
+            raise
+        except Exception as error:
             shape = list(batch.ids_rn.shape)
             raise ConfigError(
                 f"model: a step with ids of the shape {shape} failed: {one_line(error)}"

@@ -18,6 +18,7 @@ from source_models import (
     MASK,
     MODERN_ENCODER,
     PAD,
+    PLAIN_ENCODER,
     VOCABULARY,
     make_trainer,
     of_folder,
@@ -38,7 +39,9 @@ from maskwire_server.training.models.masked_lm import MaskedLM
 from maskwire_server.training.trainer import TorchTrainer
 
 pytestmark = pytest.mark.filterwarnings(  # of the libraries themselves
-    "ignore::DeprecationWarning", "ignore:.is_gradient_checkpointing.:FutureWarning"
+    "ignore::DeprecationWarning",
+    "ignore:.is_gradient_checkpointing.:FutureWarning",
+    "ignore:Initializing zero-element:UserWarning",
 )
 
 
@@ -181,8 +184,39 @@ def test_pickled_weights_are_refused(bert: Path, tmp_path: Path) -> None:
     shutil.copy(bert / "config.json", tmp_path)
     weights = make_trainer(of_folder(bert)).networks.generator.model.state_dict()
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"the weights of .* cannot be loaded: (.|\n)*must be safetensors"):
+    with pytest.raises(ConfigError, match=r"the weights of .* cannot be loaded: .* must be safetensors"):
         make_trainer(of_folder(tmp_path)).begin()
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "no such type": ({"model_type": "nonsense"}, "transformers cannot build the model: ValueError: "),
+    "causal": ({"model_type": "gpt2"}, "transformers cannot build the model: ValueError: "),
+    "odd heads": ({"num_attention_heads": 5}, "transformers cannot build the model: ValueError: "),
+    "pad outside": ({"pad_token_id": 50}, "transformers cannot build the model: AssertionError: "),
+    "other sizes": ({"hidden_size": 16}, r"\.path: the weights of .* cannot be loaded: RuntimeError: "),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_that_fits_no_model_or_no_weights_is_refused_in_one_line(
+    name: str, bert: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bert, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    changed, said = CONFIGS[name]
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changed}))
+    with pytest.raises(ConfigError, match=rf"^model.huggingface.*{said}") as caught:
+        make_trainer(of_folder(tmp_path, pad_id=PAD)).begin()
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_damaged_weights_are_refused_in_one_line(bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(bert, tmp_path, dirs_exist_ok=True)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ConfigError, match=r"the weights of .* cannot be loaded: SafetensorError: ") as caught:
+        make_trainer(of_folder(tmp_path)).begin()
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_folder_that_does_not_exist_is_named() -> None:
@@ -257,6 +291,24 @@ def test_each_refused_keyword_of_x_transformers_has_its_reason(keyword: str) -> 
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"use_scalenorm": True, "use_rmsnorm": True}, "refuses these keywords: AssertionError"),
+        ({"custom_layers": 3}, "refuses these keywords: TypeError: object of type 'int' has no len"),
+        ({"attn_latent_rope_subheads": 2}, "ZeroDivisionError"),
+        ({"qkv_receive_diff_residuals": True}, "AssertionError"),
+        ({"shift_tokens": 1}, "a row must not depend on the other rows or their length"),
+        ({"attn_kv_heads": 3}, "AssertionError"),
+    ],
+)
+def test_keywords_that_do_not_go_together_are_refused_in_one_line(options: dict[str, Any], said: str) -> None:
+    pytest.importorskip("x_transformers")
+    with pytest.raises(ConfigError, match=rf"^model.*{said}") as caught:
+        make_trainer(of_x_transformers(**{**PLAIN_ENCODER, **options})).begin()
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_unknown_and_missing_keywords_of_x_transformers_are_named() -> None:
     pytest.importorskip("x_transformers")
     with pytest.raises(ConfigError) as caught:
@@ -297,7 +349,7 @@ def test_a_model_of_the_hub_needs_its_library(monkeypatch: pytest.MonkeyPatch) -
     [
         (["decoder"], "must not name the output layer, got 'decoder'"),
         (["cls.predictions.decoder"], "must not name the output layer, got 'cls.predictions.decoder'"),
-        (["nothing"], "Target modules .* not found"),
+        (["nothing"], ".*Target modules .* not found"),
     ],
 )
 def test_adapters_are_refused_where_they_do_not_fit(bert: Path, targets: list[str], said: str) -> None:

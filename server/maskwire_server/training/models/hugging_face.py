@@ -10,6 +10,7 @@ from torch import nn
 
 from maskwire_server.config import ModelConfig
 from maskwire_server.errors import ConfigError
+from maskwire_server.training.user_code import one_line
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +31,10 @@ def architecture(model: ModelConfig) -> nn.Module:
         module: nn.Module = transformers.AutoModelForMaskedLM.from_config(
             config, trust_remote_code=source.trust_remote_code, dtype=torch.float32
         )
-    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
-        raise ConfigError(f"model.huggingface: transformers cannot build the model: {error}") from error
+    except Exception as error:
+        raise ConfigError(
+            f"model.huggingface: transformers cannot build the model: {one_line(error)}"
+        ) from error
     _fit_vocabulary(module, model.num_tokens)
     return module
 
@@ -53,10 +56,10 @@ def load_pretrained(module: nn.Module, model: ModelConfig) -> None:
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise ConfigError(
-            f"model.huggingface.path: the weights of {source.path} cannot be loaded: {error}. They must be "
-            "safetensors: save them again with save_pretrained()"
+            f"model.huggingface.path: the weights of {source.path} cannot be loaded: {one_line(error)}; they "
+            "must be safetensors that fit config.json: save them again with save_pretrained()"
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:
@@ -109,7 +112,7 @@ def with_adapters(module: nn.Module, model: ModelConfig) -> nn.Module:
     try:
         adapted: nn.Module = peft.get_peft_model(module, settings)
     except ValueError as error:
-        raise ConfigError(f"model.lora.target_modules: {error}") from error
+        raise ConfigError(f"model.lora.target_modules: {one_line(error)}") from error
     return adapted
 
 

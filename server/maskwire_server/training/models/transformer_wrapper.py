@@ -17,6 +17,7 @@ from maskwire_server.config import ModelConfig
 from maskwire_server.errors import ConfigError
 from maskwire_server.training.head import Head
 from maskwire_server.training.models.backbone import Backbone, attended, packed
+from maskwire_server.training.user_code import one_line
 
 _CAUSAL = "only makes sense for causal attention"
 _STATE = "keeps state between calls"
@@ -74,9 +75,9 @@ class XTransformers(Backbone):
                 attn_layers=library.Encoder(**layers),
                 **wrapper,
             )
-        except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:
             raise ConfigError(
-                f"model.x_transformers: x-transformers refuses these keywords: {error}"
+                f"model.x_transformers: x-transformers refuses these keywords: {one_line(error)}"
             ) from error
         self.dim = self.net.attn_layers.dim
         self.blocks = [layer[1] for layer in self.net.attn_layers.layers]
@@ -136,7 +137,7 @@ def keywords(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ConfigError("\n".join(problems))
     wrapper = {key: value for key, value in options.items() if key in of_wrapper}
     layers = {key: value for key, value in options.items() if key not in of_wrapper}
-    if "custom_layers" in layers:
+    if isinstance(layers.get("custom_layers"), list):
         layers["custom_layers"] = tuple(layers["custom_layers"])
     return wrapper, {"verbose": False, **layers}
 
