@@ -2,6 +2,7 @@
 #
 #   docker build -t maskwire .                                               torch with CUDA
 #   docker build -t maskwire --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .     a CPU build
+#   docker build -t maskwire --build-arg EXTRAS=huggingface,x-transformers .     with other models than the encoder
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim-bookworm AS build
 
@@ -14,10 +15,11 @@ COPY constraints.txt .
 # torch by itself: a layer that a change of the sources leaves as it is.
 RUN if [ -n "$TORCH_INDEX" ]; then pip install -c constraints.txt --index-url "$TORCH_INDEX" torch; \
     else pip install -c constraints.txt torch; fi
+ARG EXTRAS=server
 COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY server server
-RUN pip install -c constraints.txt ".[server]"
+RUN pip install -c constraints.txt ".[$EXTRAS]"
 
 FROM python:${PYTHON}-slim-bookworm
 LABEL org.opencontainers.image.title="maskwire" \

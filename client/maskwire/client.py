@@ -83,9 +83,9 @@ def attach(
     on_wait: Callable[[str], None] | None = None,
     **credentials: Unpack[CredentialOptions],
 ) -> Client:
-    """Return a Client without a session, to evaluate, save, list and download beside the run's writer.
+    """Return a Client without a session, to evaluate, save, list and download while another client trains.
 
-    The arguments are those of `connect`. Nothing is sent before the first call.
+    The arguments mean the same as in `connect`. Nothing is sent before the first call.
     """
     calls = Calls(target, RetryPolicy(retry_for, timeout), on_wait or log.warning, time.monotonic)
     return Client(Endpoint.of(target, **credentials), calls)

@@ -66,7 +66,7 @@ class Endpoint:
         for name in options:
             if name in _CONNECT:  # connect takes it as its own argument, so the caller is attach
                 raise TypeError(
-                    f"attach() has no argument {name!r}, which is connect()'s: attach opens no session"
+                    f"attach() opens no session and has no argument {name!r}; leave it out, or use connect()"
                 )
         check_options("connect", options, CredentialOptions.__annotations__, also=_CONNECT)
         ca, cert, key = options.get("ca"), options.get("cert"), options.get("key")

@@ -24,7 +24,7 @@
     │   └── TlsError                 the TLS handshake failed
     ├── ForkError                the client was made before this process was forked
     ├── EventLoopError           the asyncio client belongs to another event loop
-    ├── StepMovedError           the run was trained on between the calls of one evaluation
+    ├── StepMovedError           the run's step changed between the calls of one evaluation or generation
     ├── UnavailableError         no answer, or not yet: the outcome is unknown
     │   └── UnresolvedError          the target's host name does not exist
     └── ServerError              the server failed; its log explains `.error_id`

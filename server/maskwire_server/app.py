@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from maskwire._version import __version__
-from maskwire_server import completion
+from maskwire_server import completion, tokenizer_files
 from maskwire_server.config import Config
 from maskwire_server.engine.engine import Engine
 from maskwire_server.engine.setup import Setup
@@ -96,6 +96,7 @@ def serve(
                 continue
         else:
             return _leave(0)  # no request was admitted yet
+        tokenizer_files.keep(config)
         if not stop.is_set():
             log.info("ready after %.1f s", time.monotonic() - began)
             print(f"maskwire-server listening on {address}", flush=True)

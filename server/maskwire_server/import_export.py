@@ -8,20 +8,23 @@ import os
 import platform
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from maskwire._version import __version__
+from maskwire_server import export_format, tokenizer_files
 from maskwire_server.app import EXIT_CONFIG, EXIT_RUN_DIRECTORY, say, trainer_factory
+from maskwire_server.checkpoints.files import describe
 from maskwire_server.checkpoints.membership import Membership
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.completion import with_schedule
-from maskwire_server.config import Config, template
-from maskwire_server.engine.trainer_interface import Trainer
+from maskwire_server.config import Config, recorded_sections, template
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
+from maskwire_server.export_format import Format
 from maskwire_server.manifest import MANIFEST, Manifest
 from maskwire_server.recovery import boot, imported_run
-from maskwire_server.results import WEIGHT_FILES
+from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES
 
 CONFIG_FILE = "maskwire.toml"
 """The configuration with which to serve an imported run, in its run directory."""
@@ -29,34 +32,42 @@ CONFIG_FILE = "maskwire.toml"
 
 def import_x_transformers(config: Config, source: Path, *, gains: Literal["auto", "offset", "plain"]) -> int:
     """Start a run from the weights of an x-transformers state dict, and return the exit code."""
-    from maskwire_server.training.models import state_dict, x_transformers
+    from maskwire_server.training.models import state_dict, x_transformers, x_transformers_hosted
 
+    hosted = config.model.source == "x-transformers"
     try:
+        if hosted and gains != "auto":
+            raise ValueError(
+                "--gains is for the built-in encoder; for source x-transformers, set "
+                f"model.x_transformers.norm_add_unit_offset, got --gains {gains}"
+            )
+        if config.model.source not in ("encoder", "x-transformers"):
+            raise ValueError(
+                f"model.source must be encoder or x-transformers to import, got {config.model.source!r}"
+            )
         tensors = state_dict.read(source)
-        found = x_transformers.import_state_dict(tensors, config.model, config.objective, gains=gains)
+        if hosted:
+            found = x_transformers_hosted.import_state_dict(tensors, config.model, config.objective)
+        else:
+            found = x_transformers.import_state_dict(tensors, config.model, config.objective, gains=gains)
         sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
-    except (ValueError, OSError) as error:
-        say(error)
-        return EXIT_CONFIG
-    imported = config.model_copy(update={"model": found.model, "objective": found.objective})
-    try:
+        imported = config.model_copy(update={"model": found.model, "objective": found.objective})
         config = with_schedule(imported, config)
-    except (ConfigError, RunDirectoryError) as error:
-        say(error)
-        return EXIT_CONFIG
-
-    def build() -> Trainer:
         trainer = trainer_factory(config)()
         trainer.adopt(found.weights)  # type: ignore[attr-defined]
-        return trainer
+        # Not written to the configuration file: the run records it.
+        recorded = config.with_weights(trainer.begin())
+    except (ConfigError, RunDirectoryError, ValueError, OSError) as error:
+        say(error)
+        return EXIT_CONFIG
 
     try:
         info = imported_run.begin(
             config.run.dir,
-            build,
-            config.as_json(),
+            lambda: trainer,
+            recorded.as_json(),
             seed=config.run.seed,
-            canonical=config.canonical(),
+            canonical=recorded.canonical(),
             versions={"maskwire": __version__, "python": platform.python_version()},
             # Labels are sent to clients, so they must be UTF-8.
             labels={
@@ -89,45 +100,91 @@ def export(
     name: str | None,
     out: Path,
     *,
-    to: Literal["maskwire", "x-transformers"],
+    to: Format,
     weights: Literal["auto", "ema", "raw"],
+    merged: bool = False,
 ) -> int:
-    """Write the weights of a checkpoint to `out`, and return the exit code.
+    """Write the weights of a run's checkpoint to `out`, and return the exit code.
 
-    `to` is the format: a folder for `maskwire_server.load`, or an x-transformers state dict in safetensors.
+    `to` is the format: a folder for `maskwire_server.load`, an x-transformers state dict in safetensors, or a
+    folder of transformers or peft. `merged` folds adapters into the model.
     """
-    from maskwire_server.training.models import pretrained, state_dict, x_transformers_export
-
     checkpoints = Checkpoints(run_dir)
     try:
         manifest = _newest(run_dir, checkpoints) if name is None else checkpoints.get(name)
     except (Refused, RunDirectoryError) as error:
         say(error)
         return EXIT_RUN_DIRECTORY
-    folder = checkpoints.path(manifest.info.name)
+    return export_folder(checkpoints.path(manifest.info.name), out, to=to, weights=weights, merged=merged)
+
+
+def export_folder(
+    folder: Path, out: Path, *, to: Format, weights: Literal["auto", "ema", "raw"], merged: bool = False
+) -> int:
+    """The same for the folder of a checkpoint, in a run directory or downloaded."""
+    from maskwire_server.training.models import pretrained
+
     try:
         if out.exists():
             raise ValueError(f"{out} exists; choose another name")
-        module = pretrained.load(folder, weights=weights)  # checks the SHA-256 hashes
-        fits = ""
-        if to == "x-transformers":
-            state = x_transformers_export.export_state_dict(
-                module.config, module.objective, module.networks.state_dict()
-            )
-            state_dict.write(out, state)
-            fits = f"\nthe network that it fits: {x_transformers_export.constructor(module.config)}"
-        else:
-            draft = out.with_name(f"{out.name}.part")
-            draft.mkdir(parents=True)
-            kept = [file.name for file in manifest.info.files if file.name in WEIGHT_FILES]
-            for file in [*kept, MANIFEST]:
-                shutil.copyfile(folder / file, draft / file)
-            draft.rename(out)
-    except (ValueError, OSError) as error:
+        manifest = pretrained.manifest(folder)
+        model, _ = recorded_sections(manifest.configuration)
+        export_format.check(model, to, merged=merged)
+        notes = _write(folder, manifest, out, to=to, weights=weights, merged=merged)
+    except (ConfigError, ValueError, OSError) as error:
         say(error)
         return EXIT_CONFIG
-    print(f"{out}: checkpoint {manifest.info.name!r}, step {manifest.info.step}, for {to}{fits}", flush=True)
+    parts = [f"{out}: checkpoint {manifest.info.name!r}, step {manifest.info.step}, for {to}", *notes]
+    print("\n".join(parts), flush=True)
     return 0
+
+
+def _write(
+    folder: Path,
+    manifest: Manifest,
+    out: Path,
+    *,
+    to: Format,
+    weights: Literal["auto", "ema", "raw"],
+    merged: bool,
+) -> list[str]:
+    """Write one export, and return the lines to print about it. Raises ValueError and OSError."""
+    from maskwire_server.training.models import exports, pretrained
+
+    if to == "maskwire":
+        with _draft(out) as draft:
+            for file in manifest.info.files:
+                if file.name in (*WEIGHT_FILES, FROZEN_FILE):
+                    shutil.copyfile(folder / file.name, draft / file.name)
+                    if describe(draft / file.name) != file:
+                        raise ValueError(f"{folder / file.name} does not match the manifest's SHA-256")
+            shutil.copyfile(folder / MANIFEST, draft / MANIFEST)
+        return []
+    module = pretrained.load(folder, weights=weights)  # checks the SHA-256 hashes
+    if to == "x-transformers":
+        return [f"the network that it fits: {exports.write_state_dict(module, out)}"]
+    found = tokenizer_files.files(folder.absolute().parent.parent / tokenizer_files.FOLDER)
+    with _draft(out) as draft:
+        if to == "peft":
+            exports.write_adapters(module, draft)
+        else:
+            exports.write_folder(module, draft, merged=merged)
+        tokenizer_files.copy(found, draft)
+    notes = [f"left out: {', '.join(parts)}" for parts in [exports.left_out(module)] if parts]
+    return notes + ["without a tokenizer: there is none in the run directory"] * (not found)
+
+
+@contextlib.contextmanager
+def _draft(out: Path) -> Iterator[Path]:
+    """A new folder that becomes `out` if the block ends well, and is removed otherwise."""
+    draft = out.with_name(f"{out.name}.part")
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        draft.rename(out)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
 
 
 def _newest(run_dir: Path, checkpoints: Checkpoints) -> Manifest:

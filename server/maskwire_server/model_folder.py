@@ -21,6 +21,10 @@ _OFFSET_POSITIONS = (
     "xlm-roberta-xl",
     "data2vec-text",
     "esm",
+    "mpnet",
+    "ibert",
+    "longformer",
+    "xmod",
 )
 """Model types whose positions begin after the padding id."""
 

@@ -123,7 +123,7 @@ def test_a_number_out_of_range_is_refused_with_the_range(shared: ServerProcess, 
 @pytest.mark.parametrize("name", ["name", "takeover", "window", "on_takeover"])
 def test_attach_refuses_arguments_of_connect(name: str) -> None:
     for package in (maskwire, maskwire.aio):
-        words = rf"attach\(\) has no argument '{name}', which is connect\(\)'s: attach opens no session"
+        words = rf"attach\(\) opens no session and has no argument '{name}'; leave it out, or use connect\(\)"
         with pytest.raises(TypeError, match=words):
             package.attach("127.0.0.1:1", **{name: 1})
 

@@ -293,7 +293,7 @@ async def generates_and_fills_in(server: ServerProcess, client: Any) -> None:
         assert raised.value.field == "order"
         with pytest.raises(ValueError, match="order must be one of random"):
             await reader.generate(order="alphabetical")
-        with pytest.raises(ValueError, match="belong to prompts"):
+        with pytest.raises(ValueError, match="need prompts, but prompts is None"):
             await reader.generate(lengths=[1])
 
 

@@ -157,3 +157,44 @@ def test_a_failed_import_leaves_no_run_directory(tmp_path: Path) -> None:
         "import-x-transformers", tmp_path / "model.pt", *options, "--set", "model.dim_head=16", code=3
     )
     assert not list(tmp_path.glob("*.importing"))
+
+
+def test_a_model_that_the_encoder_does_not_cover_is_imported_as_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options = {"dim": 32, "depth": 1, "heads": 2, "attn_dim_head": 16, "dynamic_pos_bias": True}
+    net = xt.TransformerWrapper(
+        num_tokens=17, max_seq_len=32, num_memory_tokens=2, attn_layers=xt.Encoder(**options)
+    ).eval()
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    run_dir = tmp_path / "a" / "run"
+    keywords = options | {"num_memory_tokens": 2}
+    sets = ["model.source=x-transformers", "model.mask_id=16", "serve.threads=1"]
+    sets += [f"model.x_transformers.{key}={str(value).lower()}" for key, value in keywords.items()]
+    flags = [word for setting in sets for word in ("--set", setting)]
+    words = command("import-x-transformers", tmp_path / "model.pt", *flags, "--run-dir", run_dir,
+                    "--gains", "plain", code=2)  # fmt: skip
+    assert "set model.x_transformers.norm_add_unit_offset" in words
+    command("import-x-transformers", tmp_path / "model.pt", *flags, "--run-dir", run_dir)
+    command("export", tmp_path / "back.safetensors", "--run-dir", run_dir, "--to", "x-transformers")
+    state = load_file(tmp_path / "back.safetensors")
+    assert state.keys() == {f"net.{name}" for name in net.state_dict()}
+    assert all(torch.equal(state[f"net.{name}"], tensor) for name, tensor in net.state_dict().items())
+
+    server = ServerProcess(tmp_path / "a")
+    server._command = [
+        SERVER, "serve", "--config", str(run_dir / "maskwire.toml"), "--run-dir", str(run_dir),
+        "--address", "127.0.0.1:0",
+    ]  # fmt: skip
+    server.start()
+    try:
+        rows = np.random.default_rng(0).integers(0, 16, (4, 32))
+        with maskwire.connect(server.address) as trainer:
+            for _ in range(3):
+                result = trainer.train_step(rows)
+        server.kill()
+        server.start()  # replays from the imported weights
+        with maskwire.connect(server.address) as trainer:
+            assert (trainer.step, trainer.digest) == (3, result.digest)
+    finally:
+        assert server.stop() == 0
+    assert "nothing is damaged" in command("verify", "--run-dir", run_dir)

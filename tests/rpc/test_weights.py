@@ -301,6 +301,21 @@ def test_weights_alone_are_a_choice_of_the_wire_too(serve: Serve, stub: Stub) ->
     assert [chunk.file.name for chunk in chunks] == ["ema.safetensors", "model.safetensors", "manifest.json"]
 
 
+def test_weights_that_are_never_trained_come_with_the_others(
+    serve: Serve, stub: Stub, tmp_path: Path
+) -> None:
+    """The others do not load without them."""
+    server = serve(optimizer__ema_decay="0.9", optimizer__groups='[{match = "*_emb.weight", train = false}]')
+    big(server)
+    request = pb.DownloadCheckpointRequest(name="big", weights_only=True)
+    assert "frozen.safetensors" in {chunk.file.name for chunk in stub(server).DownloadCheckpoint(request)}
+    with maskwire.attach(server.address) as client:
+        for choice in ({"weights": True}, {"ema": True}):
+            folder = client.download("big", tmp_path / next(iter(choice)), **choice)
+            assert (folder / "frozen.safetensors").exists()
+            maskwire_server.load(folder)
+
+
 def test_without_the_moving_average_nothing_else_is_taken_for_it(serve: Serve, tmp_path: Path) -> None:
     server = serve(optimizer__ema_decay="0.9")
     big(server)

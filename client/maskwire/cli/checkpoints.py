@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from maskwire.cli.display import checkpoint_table, show
+from maskwire.cli.merge import merge
 from maskwire.cli.options import Json, ServerConnection, with_server
 from maskwire.progress_bar import byte_progress
 from maskwire.protocol.download import MANIFEST
@@ -119,11 +121,20 @@ def download(
         bool,
         typer.Option("--ema", help="Download only the moving average of the weights and the configuration."),
     ] = False,
+    merged: Annotated[
+        bool,
+        typer.Option(
+            "--merged",
+            help="Write a Hugging Face folder, with the adapters ([model.lora]) folded into the model. Needs "
+            "maskwire[huggingface] on this machine.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Download a checkpoint. After an interruption, the same command resumes.
 
-    In Python, `maskwire_server.load(FOLDER)` loads it as a plain torch module.
+    In Python, `maskwire_server.load(FOLDER)` loads it as a plain torch module; with --merged,
+    `AutoModelForMaskedLM.from_pretrained(FOLDER)` does.
     """
     with server.attach() as client:
         if not name:
@@ -131,10 +142,20 @@ def download(
             if not found:
                 raise ValueError("the run has no checkpoint yet; save one with `maskwire checkpoint save`")
             name = found[0].name
+        out = out or Path(name)
+        if merged and out.exists():
+            raise ValueError(f"{out} exists; name another folder with --out")
+        folder = out.with_name(f"{out.name}.unmerged") if merged else out
         with byte_progress(f"checkpoint {name}", shown=not as_json) as report:
-            folder = client.download(name, out or Path(name), weights=weights, ema=ema, on_progress=report)
-    names = [*json.loads((folder / MANIFEST).read_bytes())["files"], MANIFEST]
-    files = sorted(folder / name for name in names if (folder / name).exists())
+            weights = weights or (merged and not ema)
+            client.download(name, folder, weights=weights, ema=ema, on_progress=report)
+    if merged:
+        merge(folder, out, ema=ema)
+        shutil.rmtree(folder)
+        files = sorted(out.iterdir())
+    else:
+        names = [*json.loads((folder / MANIFEST).read_bytes())["files"], MANIFEST]
+        files = sorted(folder / name for name in names if (folder / name).exists())
     size = sum(path.stat().st_size for path in files)
-    shown = {"name": name, "folder": folder, "files": [path.name for path in files], "size_bytes": size}
-    show(shown, as_json, lambda: f"{folder}  {size / 1e6:.1f} MB: {', '.join(path.name for path in files)}")
+    shown = {"name": name, "folder": out, "files": [path.name for path in files], "size_bytes": size}
+    show(shown, as_json, lambda: f"{out}  {size / 1e6:.1f} MB: {', '.join(path.name for path in files)}")

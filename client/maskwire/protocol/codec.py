@@ -102,7 +102,9 @@ def generate_request(
         batch = encode_batch(prompts, lengths=lengths, prompt_mask=prompt_mask)
         count = count or 0
     elif lengths is not None or prompt_mask is not None:
-        raise ValueError("lengths and prompt_mask belong to prompts, got none")
+        raise ValueError(
+            "lengths and prompt_mask need prompts, but prompts is None; pass prompts, or leave both out"
+        )
     request: pb.GenerateRequest = _fill(
         pb.GenerateRequest,
         prompts=batch,

@@ -27,6 +27,8 @@ except ImportError:  # not on Windows
 MANIFEST = "manifest.json"
 LOCK = ".maskwire-download"
 WEIGHTS, EMA = "model.safetensors", "ema.safetensors"
+FROZEN = "frozen.safetensors"
+"""Weights that are never trained, for example those beneath adapters. The others do not load without them."""
 _BLOCK = 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -55,7 +57,7 @@ class Download:
                 raise CheckpointError(f"checkpoint {info.name!r} has a file with an unsafe name: {name!r}")
         if weights or ema:
             average = {EMA} if ema else names & {EMA}  # the weights include it if there is one
-            names = average | ({WEIGHTS} if weights else set())
+            names = average | ({WEIGHTS} if weights else set()) | (names & {FROZEN})
         for name in sorted(names - set(info.files)):
             raise CheckpointError(
                 f"checkpoint {info.name!r} has no {name}"

@@ -54,7 +54,7 @@ class Calls(RetriedCalls):
         does not depend on it. `row_ids` default to the rows' positions in the data. `on_progress(rows_done,
         rows, nats_per_token)` is called after each call (by the asyncio client on another thread).
 
-        Raises StepMovedError if the run was trained on meanwhile.
+        Raises StepMovedError if the run's step changes meanwhile.
         """
         if not hasattr(data, "batch"):  # a TokenData has one
             arguments.check_rows(data, "data")
@@ -75,8 +75,8 @@ class Calls(RetriedCalls):
 
         `prompts` are integers [rows, columns] or a list of rows, with the mask id at the positions to fill or
         with a `prompt_mask`. Without prompts, `count` rows of `length` tokens are sampled. If the rows exceed
-        what the server accepts in one call, several calls are made; StepMovedError is raised if the run was
-        trained on between them.
+        what the server accepts in one call, several calls are made; StepMovedError is raised if the run's
+        step changes between them.
         """
         return (yield from self._sample(codec.generate_request(prompts, **options)))
 

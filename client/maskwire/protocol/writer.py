@@ -122,7 +122,7 @@ class Writer(Session):
             yield Until(partial(self._sendable, pending))
 
     def finish(self, pending: PendingStep) -> Operation[results.StepResult]:
-        """Send a step that was entered, and return its result once it is durable and acknowledged."""
+        """Send a step after `enter`, and return its result once it is durable and acknowledged."""
         if pending not in self._pending:
             raise MaskwireError("the step was interrupted before it was sent; submit it again")
         pending.started = True

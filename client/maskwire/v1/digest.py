@@ -119,14 +119,14 @@ def narrowed(ids: npt.NDArray[np.integer], id_type: np.dtype[np.integer]) -> npt
 
 
 def initial_digest(canonical_configuration: bytes, seed: int) -> bytes:
-    """d_0 of a new run, 32 bytes."""
+    """The digest d_0 with which a new run starts, 32 bytes."""
     return hashlib.sha256(
         b"maskwire.v1.config\0" + canonical_configuration + struct.pack("<q", seed)
     ).digest()
 
 
 def step_digest(previous: bytes, lineage: int, step: int, payload: bytes, outcome: int) -> bytes:
-    """d_s from d_(s-1), the step's payload hash and its `StepOutcome`, 32 bytes."""
+    """The digest d_s after step s, 32 bytes, from d_(s-1), the step's payload hash and its `StepOutcome`."""
     return hashlib.sha256(
         b"maskwire.v1.step\0"
         + previous

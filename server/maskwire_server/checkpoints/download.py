@@ -10,7 +10,7 @@ from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import Refused, invalid_field, is_shortage
 from maskwire_server.manifest import MANIFEST, Manifest
 from maskwire_server.requests import DownloadRequest
-from maskwire_server.results import WEIGHT_FILES, Chunk, FileInfo
+from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES, Chunk, FileInfo
 
 CHUNK_BYTES = 2**20
 
@@ -44,7 +44,7 @@ def _chosen(checkpoints: Checkpoints, manifest: Manifest, request: DownloadReque
             )
         return found
     if request.weights_only:
-        return [file for file in files if file.name in (*WEIGHT_FILES, MANIFEST)]
+        return [file for file in files if file.name in (*WEIGHT_FILES, FROZEN_FILE, MANIFEST)]
     return files
 
 

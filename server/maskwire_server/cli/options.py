@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -90,7 +90,7 @@ def check_extra() -> None:
         stop(f'the server needs {", ".join(missing)}; install with: pip install "maskwire[server]"')
 
 
-def stop(*lines: str) -> Any:
+def stop(*lines: str) -> NoReturn:
     """Print the lines as errors and exit with code 2."""
     for line in lines:
         typer.echo(f"maskwire-server: {line}", err=True)

@@ -9,11 +9,11 @@ import typer
 
 from maskwire_server.cli.options import (
     ConfigFile,
-    Run,
     RunDir,
     Settings,
     check_extra,
     loaded,
+    stop,
 )
 
 
@@ -48,25 +48,42 @@ def import_x_transformers(
 
 def export(
     out: Annotated[Path, typer.Argument(help="Folder to write, or file with --to x-transformers.")],
-    run_dir: Run,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Run directory.")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="Name of the checkpoint. Default: newest.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder of a downloaded checkpoint, instead of --run-dir.")
+    ] = None,
     to: Annotated[
-        Literal["maskwire", "x-transformers"],
+        Literal["maskwire", "x-transformers", "huggingface", "peft"],
         typer.Option(
             help="maskwire: a folder for maskwire_server.load. x-transformers: the state dict of a "
-            "NonAutoregressiveWrapper (.safetensors). Prints the options of the model that it fits."
+            "NonAutoregressiveWrapper (.safetensors); prints the options of the model that it fits. "
+            "huggingface: a folder for AutoModelForMaskedLM.from_pretrained, with the tokenizer's files. "
+            "peft: a folder with the adapters, for PeftModel.from_pretrained."
         ),
     ] = "maskwire",
     weights: Annotated[
         Literal["auto", "ema", "raw"],
         typer.Option(
-            help="With --to x-transformers: the moving average (ema), the trained weights (raw), or those "
-            "used in evaluation (auto)."
+            help="The moving average (ema), the trained weights (raw), or those used in evaluation (auto). "
+            "--to maskwire exports both."
         ),
     ] = "auto",
+    merged: Annotated[
+        bool, typer.Option("--merged", help="With --to huggingface: fold the adapters into the model.")
+    ] = False,
 ) -> None:
-    """Export the weights of a checkpoint for use without the server."""
-    check_extra()
-    from maskwire_server.import_export import export as run
+    """Export the weights of a checkpoint for use without the server.
 
-    raise typer.Exit(run(run_dir, checkpoint, out, to=to, weights=weights))
+    A model of x-transformers or transformers is exported as its library saves it.
+    """
+    check_extra()
+    from maskwire_server import import_export
+
+    if folder is not None:
+        if run_dir is not None or checkpoint is not None:
+            stop("--folder names the checkpoint; leave out --run-dir and --checkpoint")
+        raise typer.Exit(import_export.export_folder(folder, out, to=to, weights=weights, merged=merged))
+    if run_dir is None:
+        stop("--run-dir must be set, or --folder for a downloaded checkpoint")
+    raise typer.Exit(import_export.export(run_dir, checkpoint, out, to=to, weights=weights, merged=merged))

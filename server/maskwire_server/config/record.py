@@ -35,7 +35,7 @@ def recorded(model: ModelConfig, objective: ObjectiveConfig) -> dict[str, Any]:
 
 
 def canonical(model: ModelConfig, objective: ObjectiveConfig) -> bytes:
-    """The same as the bytes that a new run's first digest covers."""
+    """[model] and [objective] as runs record them, in the JSON bytes that the initial digest covers."""
     return json.dumps(recorded(model, objective), sort_keys=True, separators=(",", ":")).encode()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from maskwire_server.config.base import CAN_BE_OFF, OFF, Section
 from maskwire_server.config.config import Config
+from maskwire_server.config.model import SHARED, TABLES
 
 _HEAD = """\
 # maskwire-server configuration. All settings are listed with their defaults, commented out.
@@ -34,12 +35,19 @@ def template() -> str:
 
 
 def written(config: Config) -> str:
-    """A file that loads as this configuration: [model] and [objective] in full, and other settings if set."""
+    """A file that loads as this configuration: [model] and [objective] in full, and other settings if set.
+
+    The server sets model.weights_sha256 by itself, so it is left out.
+    """
     sections = []
     for name in type(config).model_fields:
         section = getattr(config, name)
         values = {key: _written_value(section, key) for key in type(section).model_fields}
-        if name not in ("model", "objective"):
+        if name == "model":
+            del values["weights_sha256"]
+            if section.source != "encoder":
+                values = {key: value for key, value in values.items() if key in SHARED | TABLES.keys()}
+        elif name != "objective":
             values = {key: value for key, value in values.items() if key in section.model_fields_set}
         lines = [f"{key} = {toml(value)}" for key, value in values.items() if value is not None]
         if lines:

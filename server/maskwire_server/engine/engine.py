@@ -127,7 +127,7 @@ class Engine:
             self._steps.refused(session, step)
 
     def eval_loss(self, request: EvalRequest) -> Future[EvalAnswer]:
-        """Evaluate one batch; answered when the step it saw is durable."""
+        """Evaluate one batch. The answer comes once the step whose weights were used is durable."""
         future: Future[EvalAnswer] = Future()
         with self._unanswered.answering(future):
             self._push(Evaluation(request, future))

@@ -55,7 +55,7 @@ class Step:
                 self.digest_version, self._hash = version, None
 
     def refuse_other_numbers(self, number: int) -> None:
-        """Refuse the retries that named another number than the step gets."""
+        """Refuse the retries that named a number other than `number`, which the step gets."""
         for expected, waiter in self.expecting:
             if expected != number:
                 refuse(waiter, other_step(number))
@@ -68,7 +68,7 @@ class Step:
 
 @dataclass(eq=False)
 class Evaluation:
-    """An evaluation. Its answer waits until the step it saw is durable."""
+    """An evaluation. It is answered once the step whose weights it used is durable."""
 
     request: EvalRequest
     future: Future[EvalAnswer]

@@ -174,7 +174,7 @@ class Queue:
             refuse(waiter, refusal)
 
     def refuse_number(self, number: int) -> None:
-        """Refuse every step behind a number whose step was refused, until another step takes that number."""
+        """Refuse steps numbered above `number`, whose step was refused, until another step takes `number`."""
         self._refused.add(number)
         self.refuse_behind(number)
 

@@ -34,7 +34,7 @@ class Reserve:
 
 
 def merge_log(journal: Journal) -> bool:
-    """Merge the write-ahead log into the database; False when there is no room, and nothing changed."""
+    """Merge the write-ahead log into the database. Returns False and changes nothing if the disk is full."""
     try:
         journal.merge_log()
     except JournalError as error:

@@ -72,8 +72,8 @@ def check_same_run(journal: Journal, run_dir: Path, seed: int, canonical: bytes)
         ]
     if differences:
         raise RunDirectoryError(
-            f"{run_dir}: {'; '.join(differences)}: model, objective and seed belong to the run; put them "
-            "back, or start a new run in an empty directory"
+            f"{run_dir}: {'; '.join(differences)}; the model, objective and seed of a run cannot change: "
+            "restore the recorded values, or start a new run in an empty directory"
         )
 
 

@@ -9,7 +9,7 @@ from maskwire_server.journal.journal import Journal
 
 FINGERPRINT = (
     "torch", "device", "threads", "precision", "compile", "deterministic", "micro_batch_tokens", "world_size",
-    "x-transformers", "transformers", "peft", "factory",
+    "transformers", "peft", "x-transformers", "factory",
 )  # fmt: skip
 NUMERICS = "fingerprint.numerics"
 """The version of the server's own mathematics. Steps of another version are replayed within the tolerance."""

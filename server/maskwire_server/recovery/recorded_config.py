@@ -31,8 +31,8 @@ def of_run(config: Config, run_dir: Path) -> Config:
         raise RunDirectoryError(f"{run_dir}: {error}") from error
     except ConfigError as error:
         raise RunDirectoryError(
-            f"{run_dir}: {error}: model, objective and seed belong to the run; leave them out, or put them "
-            "back, or start a new run in an empty directory"
+            f"{run_dir}: {error}; the model, objective and seed of a run cannot change: "
+            "remove these settings, restore the recorded values, or start a new run in an empty directory"
         ) from error
     finally:
         journal.close()

@@ -150,7 +150,7 @@ def restore(value: RestoreResult) -> pb.RestoreCheckpointResponse:
 
 
 def status(value: RunStatus, bounds: Limits, started: float) -> pb.GetStatusResponse:
-    """Encode state, progress and what the run is waiting for. `started` is the process's monotonic start."""
+    """Encode a status report. `started` is the server's start time, from time.monotonic()."""
     answer = pb.GetStatusResponse(
         state=pb.RunState.Name(value.state),
         waiting_for=value.waiting_for,

@@ -126,9 +126,9 @@ def check_ids(
     lengths: npt.NDArray[np.int32] | None,
     info: ModelInfo,
 ) -> None:
-    """Raise Refused at the first of the flat `ids` that a batch must not hold.
+    """Raise Refused for the first of the flat `ids` that a batch must not contain.
 
-    That is an id outside the vocabulary, the mask id, and with `lengths` the pad id.
+    A batch must not contain ids outside the vocabulary, the mask id or, if it has `lengths`, the pad id.
     """
     reserved = {info.mask_id} if lengths is None or info.pad_id is None else {info.mask_id, info.pad_id}
     first_wrong = min(reserved)  # every smaller id is allowed

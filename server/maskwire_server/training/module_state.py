@@ -18,7 +18,7 @@ def buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors by name into a module. Raises ValueError that names the first one that does not fit."""
+    """Copy tensors into a module by name. Raises ValueError, naming the first tensor that does not fit."""
     live = weights(module) | buffers(module)
     for name in sorted(live.keys() | tensors.keys()):
         if name not in tensors:

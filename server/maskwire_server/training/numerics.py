@@ -27,7 +27,7 @@ def cores() -> int:
 
 
 def processor() -> str:
-    """The CPU's model name, because another model may round differently."""
+    """The CPU's model name. Another CPU model may round results differently."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

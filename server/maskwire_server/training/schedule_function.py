@@ -68,7 +68,9 @@ def _values(function: Callable[[Tensor], object], name: str, times: Tensor) -> T
         with torch.no_grad():
             values = function(times.clone())
     except Exception as error:
-        raise ValueError(f"{name} raised {one_line(error)} for {times.numel()} times in [0, 1]") from error
+        raise ValueError(
+            f"{name} must accept a tensor of {times.numel()} times in [0, 1], but raised {one_line(error)}"
+        ) from error
     expected = f"{name} must return an fp64 tensor of shape {list(times.shape)} for times of that shape"
     if not isinstance(values, Tensor):
         raise ValueError(f"{expected}, got {type(values).__name__}")

@@ -116,6 +116,12 @@ def live_tensors(groups: Mapping[str, Group]) -> Files:
     return files
 
 
+def model_tensors(groups: Mapping[str, Group]) -> dict[str, Tensor]:
+    """Weights and buffers, trained and frozen, by name: those in use."""
+    files = live_tensors(groups)
+    return files[MODEL_FILE] | files.get(FROZEN_FILE, {})
+
+
 def load(folder: Path, groups: Mapping[str, Group]) -> None:
     """Load the files of a snapshot into the groups. Nothing changes unless all of it fits.
 

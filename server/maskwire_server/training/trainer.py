@@ -22,7 +22,6 @@ from maskwire_server.batch import Batch, Modes, Prompts
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.errors import StateLost
 from maskwire_server.results import (
-    FROZEN_FILE,
     EvalOptions,
     EvalResult,
     GenerateOptions,
@@ -36,29 +35,19 @@ from maskwire_server.training import (
     draws,
     evaluation,
     evaluation_figures,
+    numerics,
     objective,
     optim,
     sampling,
     snapshot,
     trial,
 )
-from maskwire_server.training.corruption import StepKey, Vocabulary, corrupt, random_ids
+from maskwire_server.training.corruption import StepKey, Vocabulary, corrupt
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.micro_batches import BatchLosses, row_lengths, split
 from maskwire_server.training.model_info import described
 from maskwire_server.training.models import sources
 from maskwire_server.training.models.networks import Networks
-from maskwire_server.training.numerics import (
-    NUMERICS_VERSION,
-    choose_bf16,
-    choose_device,
-    cores,
-    default_budget,
-    processor,
-    read_tokens,
-    sampled_budget,
-    set_numerics,
-)
 from maskwire_server.training.optim import Group
 
 log = logging.getLogger(__name__)
@@ -75,14 +64,15 @@ class TorchTrainer:
         serve: ServeConfig,
         seed: int,
     ) -> None:
-        torch.set_num_threads(serve.threads or cores())
+        torch.set_num_threads(serve.threads or numerics.cores())
         self._model, self._objective, self._optimizer = model, objective, optimizer
         self._seed = seed
-        self._numerics_version = NUMERICS_VERSION
-        self._device = choose_device(serve.device)
-        self._bf16 = choose_bf16(serve.precision, self._device)
-        self._numerics = set_numerics(serve, self._device, bf16=self._bf16)
-        self._budget = serve.micro_batch_tokens or default_budget(self._device)
+        self._numerics_version = numerics.NUMERICS_VERSION
+        self._initial_sha256 = ""
+        self._device = numerics.choose_device(serve.device)
+        self._bf16 = numerics.choose_bf16(serve.precision, self._device)
+        self._numerics = numerics.set_numerics(serve, self._device, bf16=self._bf16)
+        self._budget = serve.micro_batch_tokens or numerics.default_budget(self._device)
         self._vocabulary = Vocabulary.of(model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(draws.key(Purpose.WEIGHTS, seed))
@@ -112,12 +102,13 @@ class TorchTrainer:
     @property
     def read_tokens(self) -> int:
         """Default of `serve.max_read_tokens` on this device."""
-        return read_tokens(self._device)
+        return numerics.read_tokens(self._device)
 
     @property
     def versions(self) -> dict[str, str]:
         """What results depend on, apart from the configuration."""
-        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else processor()
+        on_gpu = self._device.type == "cuda"
+        name = torch.cuda.get_device_name(self._device) if on_gpu else numerics.processor()
         return {
             "torch": torch.__version__,
             "device": f"{self._device}{f' ({name})' if name else ''}",
@@ -137,7 +128,7 @@ class TorchTrainer:
         """Whether the device can still compute after an error that another method raised."""
         return device_errors.usable_after(error, self._device)
 
-    def configure(self, optimizer: dict[str, Any], numerics_version: int = NUMERICS_VERSION) -> None:
+    def configure(self, optimizer: dict[str, Any], numerics_version: int = numerics.NUMERICS_VERSION) -> None:
         """Continue with another [optimizer] section and another version of the numerics.
 
         Raises ValueError that names the key if the state does not fit the section: another optimizer, other
@@ -159,34 +150,26 @@ class TorchTrainer:
         """
         if self._model.source == "encoder":
             return ""
+        if self._initial_sha256:
+            return self._initial_sha256
         sources.load_initial_weights(self._model, self.networks.backbones)
         for group in self._groups().values():
             group.begin_average()
-        self._check_model()
-        return sources.sha256(self._state())
-
-    def _state(self) -> dict[str, Tensor]:
-        """Weights and buffers, by name."""
-        files = snapshot.live_tensors(self._groups())
-        return files[snapshot.MODEL_FILE] | files.get(FROZEN_FILE, {})
-
-    def _check_model(self) -> None:
-        def gradients(batch: evaluation.TensorBatch) -> dict[str, Tensor]:
-            self._gradients(batch, Modes(), StepKey(self._seed, 0, 0))
-            found = {name: weight.grad for name, weight in self.networks.named_parameters()}
-            self._clear_gradients()
-            return {name: gradient for name, gradient in found.items() if gradient is not None}
-
         exact = self._numerics["deterministic"] == "yes" and self._numerics["compile"] == "off"
-        trial.check(self.networks, self._model, self._state(), gradients, exact=exact)
+        at = StepKey(self._seed, 0, 0)
+        trial.check(
+            self.networks,
+            self._model,
+            snapshot.model_tensors(self._groups()),
+            lambda batch: self._gradients(batch, Modes(), at),
+            exact=exact,
+        )
+        self._initial_sha256 = sources.sha256(snapshot.model_tensors(self._groups()))
+        return self._initial_sha256
 
     def warm_up(self) -> None:
         """Compute a small step and discard it, so that the first real step is not slow."""
-        n = min(self._model.max_seq_len, 16)
-        u_bn = draws.uniform(draws.keys(Purpose.RANDOM_ID, rows=range(2)), n)
-        every = torch.ones(2, n, dtype=torch.bool)
-        batch = evaluation.TensorBatch(random_ids(u_bn, self._vocabulary), every, ~every)
-        self._gradients(batch, Modes(), StepKey(self._seed, 0, 0))
+        self._gradients(trial.small_batch(self._model), Modes(), StepKey(self._seed, 0, 0))
         self._clear_gradients()
 
     def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
@@ -262,13 +245,14 @@ class TorchTrainer:
         if options.order is Order.CRITIC and self.critic is None:
             raise ValueError("order 'critic' needs a critic, this model has none; use another order")
         networks = self._evaluated(raw=options.raw_weights)
+        limit = numerics.sampled_budget(self._device, self._model.num_tokens, options.top_p < 1)
         states = sampling.generate(
             networks,
             self._objective,
             self._vocabulary,
             prompts,
             options,
-            budget=min(self._budget, sampled_budget(self._device, self._model.num_tokens, options.top_p < 1)),
+            budget=min(self._budget, limit),
             device=self._device,
             ema_weights=networks is self._averaged,
         )

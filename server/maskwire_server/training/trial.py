@@ -32,14 +32,14 @@ def check(
     networks: Networks,
     model: ModelConfig,
     state: Mapping[str, Tensor],
-    gradients: Callable[[TensorBatch], dict[str, Tensor]],
+    step: Callable[[TensorBatch], object],
     *,
     exact: bool,
 ) -> None:
     """Raise ConfigError that says what a model does that training cannot repeat.
 
-    `state` are its live tensors by name. `gradients` computes those of a step, with the same seed each time.
-    `exact`: the same step gives the same bits on this device.
+    `state` are its live tensors by name. `step` computes the gradients of a step, with the same seed each
+    time. `exact`: the same step gives the same bits on this device.
     """
     vocabulary = Vocabulary.of(model)
     for batch in (_ragged(model, vocabulary), _longest(model, vocabulary)):
@@ -47,8 +47,8 @@ def check(
         outside = _outside()
         try:
             _check_shapes(networks, model, batch)
-            first = gradients(batch)
-            second = gradients(batch)
+            first = _gradients(networks, step, batch)
+            second = _gradients(networks, step, batch)
         except ConfigError:
             raise
         except Exception as error:
@@ -77,6 +77,22 @@ def check(
                     "time; something in the model depends on more than weights, batch and torch's seed"
                 )
     _check_rows(networks, _ragged(model, vocabulary))
+
+
+def small_batch(model: ModelConfig) -> TensorBatch:
+    """Two short rows."""
+    n = min(model.max_seq_len, SHORT)
+    return _batch(torch.ones(2, n, dtype=torch.bool), Vocabulary.of(model))
+
+
+def _gradients(
+    networks: Networks, step: Callable[[TensorBatch], object], batch: TensorBatch
+) -> dict[str, Tensor]:
+    step(batch)
+    found = {name: weight.grad for name, weight in networks.named_parameters() if weight.grad is not None}
+    for weight in networks.parameters():
+        weight.grad = None
+    return found
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import sys
 from pathlib import Path
@@ -37,6 +38,12 @@ def import_object(setting: str, name: str) -> Any:
             f"{setting}: {name!r} cannot be imported: module {module_name!r} "
             f"({getattr(module, '__file__', None)}) has no {attribute!r}"
         ) from error
+
+
+def file_sha256(name: str) -> str:
+    """The SHA-256 of the file that defines an imported `package.module:object`, or "" without a file."""
+    path = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
 
 def one_line(error: BaseException) -> str:

@@ -78,11 +78,11 @@ def load(
     that are missing, damaged or do not fit the configuration in the folder.
     """
     folder = Path(path)
-    manifest = _manifest(folder)
+    found = manifest(folder)
     names = {"auto": (EMA, RAW), "ema": (EMA,), "raw": (RAW,)}
     if weights not in names:
         raise ValueError(f"weights must be auto, ema or raw, got {weights!r}")
-    hashes = {file.name: file.sha256 for file in manifest.info.files}
+    hashes = {file.name: file.sha256 for file in found.info.files}
     name = next((name for name in names[weights] if name in hashes), None)
     if name is None:
         raise ValueError(f"{folder}: the run keeps no moving average; use weights = 'raw'")
@@ -91,7 +91,7 @@ def load(
             f"{folder} has no {name}; download it" + _INSTEAD * (name == EMA and weights == "auto")
         )
     try:
-        model, objective = recorded_sections(manifest.configuration)
+        model, objective = recorded_sections(found.configuration)
         tensors = _read(folder / name, hashes[name])
         if FROZEN_FILE in hashes:
             tensors |= _read(folder / FROZEN_FILE, hashes[FROZEN_FILE])
@@ -121,7 +121,8 @@ def _build(model: ModelConfig, objective: ObjectiveConfig, factory: Factory | No
     return MaskedModel(model, objective, factory)
 
 
-def _manifest(folder: Path) -> Manifest:
+def manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint's folder. Raises ValueError if there is none, or if it was changed."""
     try:
         return Manifest.from_json((folder / MANIFEST).read_bytes())
     except OSError as error:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
+import importlib.metadata
 from collections.abc import Callable, Iterable
-from importlib import metadata
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -82,18 +80,6 @@ def _of_factory(
     return MaskedLM(found, outputs, self_cond=self_cond, mask_id=model.mask_id, fill_id=model.pad_id or 0)
 
 
-def versions(model: ModelConfig) -> dict[str, str]:
-    """What the model's results depend on beside torch: versions of libraries, the hash of the user's file."""
-    packages = {"x-transformers": ["x-transformers"], "huggingface": ["transformers"]}.get(model.source, [])
-    found = {name: metadata.version(name) for name in packages + ["peft"] * (model.lora is not None)}
-    if model.python is not None:
-        build = user_code.import_object("model.python.factory", model.python.factory)
-        file = inspect.getsourcefile(build)
-        if file is not None:
-            found["factory"] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    return found
-
-
 def load_initial_weights(model: ModelConfig, backbones: Iterable[Backbone]) -> None:
     """Load pretrained weights into newly built models, if the source has some. Raises ConfigError."""
     if model.huggingface is None or not model.huggingface.pretrained:
@@ -101,6 +87,20 @@ def load_initial_weights(model: ModelConfig, backbones: Iterable[Backbone]) -> N
     for backbone in backbones:
         if isinstance(backbone, MaskedLM):
             hugging_face.load_pretrained(backbone.base, model)
+
+
+def versions(model: ModelConfig) -> dict[str, str]:
+    """What a model's results depend on beside torch: versions of libraries, the hash of a factory's file."""
+    packages = {
+        "encoder": [],
+        "x-transformers": ["x-transformers"],
+        "huggingface": ["transformers"] + ["peft"] * (model.lora is not None),
+        "python": [],
+    }[model.source]
+    found = {package: importlib.metadata.version(package) for package in packages}
+    if model.python is not None:
+        found["factory"] = user_code.file_sha256(model.python.factory)
+    return found
 
 
 def sha256(tensors: dict[str, Tensor]) -> str:

@@ -142,6 +142,18 @@ def keywords(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return wrapper, {"verbose": False, **layers}
 
 
+def constructor(model: ModelConfig) -> str:
+    """The Python expression of the network that an exported state dict fits."""
+    wrapper, layers = keywords(model.x_transformers)
+    outer = {"num_tokens": model.num_tokens, "max_seq_len": model.max_seq_len, **wrapper}
+    inner = {key: value for key, value in layers.items() if key != "verbose"}
+    return f"TransformerWrapper({_written(outer)}, attn_layers=Encoder({_written(inner)}))"
+
+
+def _written(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
 def _names(kind: type) -> set[str]:
     return set(inspect.signature(kind.__init__).parameters) - {"self", "kwargs"}  # type: ignore[misc]
 

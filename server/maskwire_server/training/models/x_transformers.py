@@ -3,19 +3,18 @@
 They are those of a `NonAutoregressiveWrapper` or a `TransformerWrapper(Encoder)`.
 
 Sizes, tied embeddings, critic and self-conditioning are read from the state dict. Settings that contradict it
-are errors, and so are options that the built-in encoder does not have.
+are errors, and so are options that the built-in encoder does not have; x_transformers_hosted.py takes them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from maskwire_server.config import PRESETS, ModelConfig, ObjectiveConfig
+from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.training.models import x_transformers_options
 from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.models.x_transformers_names import (
@@ -25,41 +24,25 @@ from maskwire_server.training.models.x_transformers_names import (
     x_transformers_names,
 )
 from maskwire_server.training.models.x_transformers_options import HOSTED
+from maskwire_server.training.models.x_transformers_parts import (
+    Imported,
+    Parts,
+    contradictions,
+    objective_of,
+    said,
+    take_apart,
+    with_objective,
+)
 from maskwire_server.training.models.x_transformers_sizes import sizes
 
 Gains = Literal["auto", "offset", "plain"]
 
-# The settings of [model] and [objective] that the state dict determines.
-_SHOWN = {
-    "model": (
-        "num_tokens", "max_seq_len", "dim", "depth", "heads", "kv_heads", "dim_head", "ff_mult", "emb_dim",
-        "positions", "rotary_dim", "rotary_pairs", "rotary_base", "norm", "feed_forward", "ff_bias",
-        "ff_down_bias", "qk_norm", "qk_norm_gain", "qk_norm_scale", "tied_embeddings",
-    ),
-    "objective": ("self_cond", "self_cond_start", "critic"),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Imported:
-    """An imported model."""
-
-    model: ModelConfig
-    objective: ObjectiveConfig
-    weights: dict[str, Tensor]
-    """By the names of `Networks`, fp32."""
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """The parts of a state dict."""
-
-    net: dict[str, Tensor]
-    where: str
-    """The prefix of the names of `net` in the file."""
-    conditioning: dict[str, Tensor]
-    critic: dict[str, Tensor]
-    critic_kind: Literal["none", "self", "token"]
+# The settings of [model] that are compared with the state dict.
+_COMPARED = (
+    "num_tokens", "max_seq_len", "dim", "depth", "heads", "kv_heads", "dim_head", "ff_mult", "emb_dim",
+    "positions", "rotary_dim", "rotary_pairs", "rotary_base", "norm", "feed_forward", "ff_bias",
+    "ff_down_bias", "qk_norm", "qk_norm_gain", "qk_norm_scale", "tied_embeddings",
+)  # fmt: skip
 
 
 def import_state_dict(
@@ -70,30 +53,19 @@ def import_state_dict(
     `gains` says whether the gains of the norms are gamma + 1 (offset: the default of x-transformers) or gamma
     (plain: norm_add_unit_offset=False and older versions). Raises ValueError with one line for each problem.
     """
-    parts = _take_apart(tensors)
-    shown_model = sizes(parts.net, parts.where, model)
-    shown_objective: dict[str, Any] = {"self_cond": bool(parts.conditioning), "critic": parts.critic_kind}
-    unsaid: dict[str, Any] = {}
-    if parts.conditioning:
-        shown_objective["self_cond_start"] = "none"  # x-transformers does not condition the first pass
-        # The weights do not show how often the first pass was taken. The default is that of x-transformers.
-        unsaid["self_cond_prob"] = PRESETS["x-transformers"]["self_cond_prob"]
-    problems = _unset(model, shown_model)
-    for name, section, shown in (("model", model, shown_model), ("objective", objective, shown_objective)):
-        said = {key: getattr(section, key) for key in _SHOWN[name] if key in section.model_fields_set}
-        problems += [
-            f"{name}.{key} is {value!r} in the configuration, {shown[key]!r} in the state dict; leave it out"
-            for key, value in said.items()
-            if key in shown and value != shown[key] and not (key == "emb_dim" and value == shown_model["dim"])
-        ]
+    parts = take_apart(tensors)
+    shown = sizes(parts.net, parts.where, model)
+    settings = said(model)
+    if settings.get("emb_dim") == shown["dim"]:
+        del settings["emb_dim"]
+    problems = _unset(model, shown)
+    problems += contradictions("model", settings, {key: shown[key] for key in _COMPARED if key in shown})
+    problems += contradictions("objective", said(objective), objective_of(parts))
     if problems:
         raise ValueError("\n".join(problems))
     try:
-        found = Imported(
-            ModelConfig(**{**_said(model), **shown_model}),
-            ObjectiveConfig(**{**unsaid, **_said(objective), **shown_objective}),
-            {},
-        )
+        whole = ModelConfig(**{**said(model), **shown})
+        found = Imported(whole, with_objective(parts, objective), {})
     except ValidationError as error:
         lines = (f"model.{problem['msg'].removeprefix('Value error, ')}" for problem in error.errors())
         raise ValueError("\n".join(lines)) from error
@@ -119,69 +91,7 @@ def _unset(model: ModelConfig, shown: dict[str, Any]) -> list[str]:
     return [line for key, line in lines.items() if key not in model.model_fields_set]
 
 
-def _said(section: ModelConfig | ObjectiveConfig) -> dict[str, Any]:
-    return {key: getattr(section, key) for key in section.model_fields_set}
-
-
-def _take_apart(tensors: Tensors) -> _Parts:
-    strange = [
-        name
-        for name, tensor in tensors.items()
-        if not tensor.is_floating_point()
-        or (not tensor.ndim and name.endswith("emb.weight"))
-        or tensor.layout is not torch.strided
-    ]
-    if strange:
-        found = tensors[strange[0]]
-        what = f"{found.dtype} {tuple(found.shape)}"
-        raise ValueError(
-            f"{strange[0]} must be a dense floating-point tensor, embeddings not a scalar, got {what}"
-        )
-    odd = [name for name, tensor in tensors.items() if not _finite(tensor.float())]
-    if odd:
-        others = len(odd) - 1
-        words = f" and {others} other tensor{'s' * (others != 1)} contain" if others else " contains"
-        raise ValueError(f"{odd[0]}{words} non-finite values")
-    if not any(name.startswith("net.") for name in tensors):
-        return _Parts(dict(tensors), "", {}, {}, "none")
-    net = _under(tensors, "net.")
-    critic = _under(tensors, "token_critic.")
-    conditioning = {n: tensors[n] for n in ("null_embed", "to_self_cond.weight") if n in tensors}
-    known = {"null_embed", "to_self_cond.weight"}
-    unknown = [n for n in tensors if not n.startswith(("net.", "token_critic.")) and n not in known]
-    if unknown:
-        raise ValueError(
-            "\n".join(f"{name} is not a weight of a NonAutoregressiveWrapper" for name in unknown)
-        )
-    if len(conditioning) == 1:
-        missing = (known - conditioning.keys()).pop()
-        raise ValueError(f"{missing} is missing; self-conditioning needs null_embed and to_self_cond")
-    kind: Literal["none", "self", "token"] = "none"
-    if critic:
-        kind = "self" if critic.keys() & {"to_logits.bias"} else "token"
-    if kind == "self":
-        for name, tensor in _under(critic, "net.").items():
-            if name not in net or not torch.equal(net[name], tensor):
-                raise ValueError(
-                    f"token_critic.net.{name} differs from net.{name}, but a self critic shares the trunk of "
-                    "the generator"
-                )
-        critic = {name: tensor for name, tensor in critic.items() if not name.startswith("net.")}
-        if critic.keys() != {"to_logits.weight", "to_logits.bias"}:
-            names = ", ".join(f"token_critic.{name}" for name in sorted(critic))
-            raise ValueError(f"a self critic must have only to_logits.weight and to_logits.bias, got {names}")
-    return _Parts(net, "net.", conditioning, critic, kind)
-
-
-def _under(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
-
-
-def _translate(parts: _Parts, found: Imported) -> dict[str, Tensor]:
+def _translate(parts: Parts, found: Imported) -> dict[str, Tensor]:
     with torch.device("meta"):
         wanted = {
             name: tensor.shape for name, tensor in Networks(found.model, found.objective).state_dict().items()

@@ -33,6 +33,26 @@ def export_state_dict(model: ModelConfig, objective: ObjectiveConfig, weights: T
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
+def renamed(weights: Tensors) -> dict[str, Tensor]:
+    """The state dict of a `NonAutoregressiveWrapper`, for weights of source x-transformers.
+
+    A self critic comes without its copy of the generator's trunk, which loads with strict=False.
+    """
+    return {  # copies: layers may share weights
+        their_name(name): tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in weights.items()
+    }
+
+
+def their_name(name: str) -> str:
+    """The name in a `NonAutoregressiveWrapper` of a weight of `Networks` with source x-transformers."""
+    if name.startswith("generator."):
+        return name.removeprefix("generator.")
+    if name.startswith("critic.net."):
+        return name.replace("critic.net.", "token_critic.", 1)
+    return name.replace("critic.", "token_critic.to_logits.", 1)
+
+
 def _exported(weights: Tensors, model: ModelConfig, ours: str, where: str) -> dict[str, Tensor]:
     ours_only = {name.removeprefix(ours): t for name, t in weights.items() if name.startswith(ours)}
     up, down = _their_biases(model)

@@ -1,0 +1,61 @@
+"""Write a loaded model in the format of the library that it comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from maskwire_server.training.models import state_dict, transformer_wrapper, x_transformers_export
+from maskwire_server.training.models.masked_lm import MaskedLM
+from maskwire_server.training.models.pretrained import MaskedModel
+
+
+def write_state_dict(module: MaskedModel, out: Path) -> str:
+    """Write the state dict of a `NonAutoregressiveWrapper` as safetensors.
+
+    Returns the Python expression of the network that it fits. Raises ValueError and OSError.
+    """
+    weights = module.networks.state_dict()
+    if module.config.source == "encoder":
+        state = x_transformers_export.export_state_dict(module.config, module.objective, weights)
+        network = x_transformers_export.constructor(module.config)
+    else:
+        state = x_transformers_export.renamed(weights)
+        network = transformer_wrapper.constructor(module.config)
+    state_dict.write(out, state)
+    return network
+
+
+def write_folder(module: MaskedModel, folder: Path, *, merged: bool) -> None:
+    """Write the model with its weights, for `AutoModelForMaskedLM.from_pretrained`. Raises OSError.
+
+    `merged` adds the product of the adapters to the matrices.
+    """
+    model: Any = _masked_lm(module).model
+    (model.merge_and_unload() if merged else model).save_pretrained(folder)
+
+
+def write_adapters(module: MaskedModel, folder: Path) -> None:
+    """Write the adapters alone, for `PeftModel.from_pretrained`. Raises OSError."""
+    model: Any = _masked_lm(module).model
+    source = module.config.huggingface
+    assert source is not None
+    for settings in model.peft_config.values():
+        settings.base_model_name_or_path, settings.revision = source.path, source.revision
+    # The default would ask the hub whether the base has another vocabulary.
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def left_out(module: MaskedModel) -> list[str]:
+    """The parts of the model that a Hugging Face folder has no place for."""
+    objective = module.objective
+    return ["the weights of self-conditioning"] * objective.self_cond + ["the critic"] * (
+        objective.critic != "none"
+    )
+
+
+def _masked_lm(module: MaskedModel) -> MaskedLM:
+    generator = module.networks.generator
+    if not isinstance(generator, MaskedLM):
+        raise TypeError(f"generator must be a MaskedLM, got {type(generator).__name__}")
+    return generator
