@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +332,8 @@ def test_a_missing_library_is_named_with_its_extra(
     is_hf = extra == "huggingface"
     model = of_folder(bert, **table) if is_hf else of_x_transformers(**MODERN_ENCODER)
     monkeypatch.setitem(sys.modules, missing, None)
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    assert any(missing.replace("_", "-") in each for each in project["optional-dependencies"][extra])
     with pytest.raises(ConfigError, match=rf'pip install "maskwire\[{extra}\]"'):
         make_trainer(model)
 
