@@ -12,7 +12,7 @@ from torch import nn
 
 from maskwire_server.batch import Batch
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
-from maskwire_server.model_folder import described
+from maskwire_server.hugging_face_folder import described
 from maskwire_server.training.trainer import TorchTrainer
 
 VOCABULARY, PAD, MASK = 41, 39, 40

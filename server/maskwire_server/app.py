@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from maskwire._version import __version__
-from maskwire_server import completion, tokenizer_files
+from maskwire_server import served_config, tokenizer_files
 from maskwire_server.config import Config
 from maskwire_server.engine.engine import Engine
 from maskwire_server.engine.setup import Setup
@@ -56,7 +56,7 @@ def serve(
     stop = threading.Event()
     _on_signals(stop)
     try:
-        config = completion.completed(config)
+        config = served_config.completed(config)
     except RunDirectoryError as error:
         say(error)
         return EXIT_RUN_DIRECTORY
@@ -75,7 +75,7 @@ def serve(
         versions={"maskwire": __version__, "python": platform.python_version()},
         accept_inexact_replay=accept_inexact_replay,
         accept_lost_history=accept_lost_history,
-        identity=completion.identity(config),
+        identity=served_config.identity(config),
     )
     engine = Engine(setup, _die)
     try:
@@ -117,7 +117,7 @@ def serve(
 def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_replay: bool = False) -> int:
     """Compute a run again up to a step, and return the exit code."""
     try:
-        config = completion.completed(config)
+        config = served_config.completed(config)
         info, inexact = point_in_time.rewind(
             config.run.dir,
             trainer_factory(config),

@@ -18,13 +18,13 @@ from maskwire_server.app import EXIT_CONFIG, EXIT_RUN_DIRECTORY, say, trainer_fa
 from maskwire_server.checkpoints.files import describe
 from maskwire_server.checkpoints.membership import Membership
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.completion import with_schedule
 from maskwire_server.config import Config, recorded_sections, template
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
 from maskwire_server.export_format import Format
 from maskwire_server.manifest import MANIFEST, Manifest
 from maskwire_server.recovery import boot, imported_run
 from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES
+from maskwire_server.served_config import with_schedule
 
 CONFIG_FILE = "maskwire.toml"
 """The configuration with which to serve an imported run, in its run directory."""

@@ -19,8 +19,8 @@ from maskwire_server import export_format, import_export, tokenizer_files
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
+from maskwire_server.hugging_face_folder import described
 from maskwire_server.manifest import Manifest
-from maskwire_server.model_folder import described
 from maskwire_server.results import CheckpointInfo
 from maskwire_server.training.trainer import TorchTrainer
 

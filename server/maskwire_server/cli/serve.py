@@ -75,8 +75,8 @@ def check(
 ) -> None:
     """Check a configuration and report its parameters and memory. Exits with 1 if it does not fit."""
     chosen = loaded(config, run_dir, address, settings)
-    from maskwire_server.completion import with_model, with_schedule
     from maskwire_server.recovery import recorded_config
+    from maskwire_server.served_config import with_model, with_schedule
     from maskwire_server.training.footprint import footprint
 
     operators = chosen

@@ -35,12 +35,12 @@ from maskwire_server.training import (
     draws,
     evaluation,
     evaluation_figures,
+    model_checks,
     numerics,
     objective,
     optim,
     sampling,
     snapshot,
-    trial,
 )
 from maskwire_server.training.corruption import StepKey, Vocabulary, corrupt
 from maskwire_server.training.draws import Purpose
@@ -157,7 +157,7 @@ class TorchTrainer:
             group.begin_average()
         exact = self._numerics["deterministic"] == "yes" and self._numerics["compile"] == "off"
         at = StepKey(self._seed, 0, 0)
-        trial.check(
+        model_checks.check(
             self.networks,
             self._model,
             snapshot.model_tensors(self._groups()),
@@ -169,7 +169,7 @@ class TorchTrainer:
 
     def warm_up(self) -> None:
         """Compute a small step and discard it, so that the first real step is not slow."""
-        self._gradients(trial.small_batch(self._model), Modes(), StepKey(self._seed, 0, 0))
+        self._gradients(model_checks.small_batch(self._model), Modes(), StepKey(self._seed, 0, 0))
         self._clear_gradients()
 
     def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:

@@ -30,7 +30,7 @@ from torch import Tensor
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ModelConfig
 from maskwire_server.errors import ConfigError
-from maskwire_server.model_folder import described
+from maskwire_server.hugging_face_folder import described
 from maskwire_server.recovery import fingerprint
 from maskwire_server.results import FROZEN_FILE
 from maskwire_server.training.models import transformer_wrapper

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from maskwire_server.config import Config
 from maskwire_server.errors import ConfigError, RunDirectoryError
-from maskwire_server.model_folder import described
+from maskwire_server.hugging_face_folder import described
 from maskwire_server.recovery import recorded_config
 
 
