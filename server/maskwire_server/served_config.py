@@ -30,23 +30,13 @@ def with_model(config: Config, operators: Config) -> Config:
     """
     if not config.is_recorded:
         return config.model_copy(update={"model": described(config.model)})
-    recorded, own = config.model, operators.model
-    for key, value, named in (
-        (
-            "model.python.factory",
-            recorded.python and recorded.python.factory,
-            own.python and own.python.factory,
-        ),
-        (
-            "model.huggingface.trust_remote_code",
-            recorded.huggingface and recorded.huggingface.trust_remote_code,
-            own.huggingface and own.huggingface.trust_remote_code,
-        ),
-    ):
-        if value and value != named:
+    for table, key in (("python", "factory"), ("huggingface", "trust_remote_code")):
+        value, own = (getattr(getattr(each.model, table), key, None) for each in (config, operators))
+        if value and value != own:
             raise ConfigError(
-                f"{key}: the run in {config.run.dir} has {value!r}, but the server runs code only if its own "
-                f"configuration names it: set model.source to {recorded.source!r} and {key} to this value"
+                f"model.{table}.{key}: the run in {config.run.dir} has {value!r}, but the server runs code only "
+                f"if its own configuration names it: set model.source to {config.model.source!r} and "
+                f"model.{table}.{key} to this value"
             )
     return config
 

@@ -34,7 +34,9 @@ class Calls(RetriedCalls):
 
     def eval_loss(self, tokens: Any, **options: Unpack[EvalOptions]) -> Operation[results.EvalResult]:
         """Evaluate one batch. Changes nothing. `tokens` are as in `Trainer.train_step`."""
-        request = codec.eval_request(tokens, **options)
+        return (yield from self._evaluated(codec.eval_request(tokens, **options)))
+
+    def _evaluated(self, request: pb.EvalLossRequest) -> Operation[results.EvalResult]:
         return codec.read_eval((yield from self._ask("EvalLoss", lambda: request)))
 
     def evaluate(
@@ -63,7 +65,7 @@ class Calls(RetriedCalls):
         requests = plan.calls((yield from self._bounds()))
         # Reading the data takes time, and the callback may call the client.
         while (request := (yield Work(partial(next, requests, None)))) is not None:
-            total.add(codec.read_eval((yield from self._ask("EvalLoss", partial(_same, request)))))
+            total.add((yield from self._evaluated(request)))
             if on_progress is not None:
                 yield Work(partial(on_progress, total.rows, plan.rows, total.nats_per_token))
         return total.result(plan.text_bytes)
