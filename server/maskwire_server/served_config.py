@@ -34,9 +34,9 @@ def with_model(config: Config, operators: Config) -> Config:
         value, own = (getattr(getattr(each.model, table), key, None) for each in (config, operators))
         if value and value != own:
             raise ConfigError(
-                f"model.{table}.{key}: the run in {config.run.dir} has {value!r}, but the server runs code only "
-                f"if its own configuration names it: set model.source to {config.model.source!r} and "
-                f"model.{table}.{key} to this value"
+                f"model.{table}.{key}: the run in {config.run.dir} has {value!r}, but the server runs code "
+                "only if its own configuration names it: set model.source to "
+                f"{config.model.source!r} and model.{table}.{key} to this value"
             )
     return config
 
