@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from source_models import MODERN_ENCODER, make_trainer, of_folder, of_x_transformers, write_folder
 from torch import Tensor, nn
 
 from maskwire.v1.values import Outcome
@@ -142,6 +143,31 @@ def test_the_encoder_says_which_matrices_its_maps_stack() -> None:
     network.blocks[0].attention.stacked_rows = {"to_qkv": (16, 16)}
     with pytest.raises(ValueError, match=r"stacked_rows\['to_qkv'\] must sum to 48, got \(16, 16\)"):
         muon.hidden_matrices(network)
+
+
+def stacks_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The names of the weights that are several matrices in one."""
+    rows = muon.hidden_matrices(network)
+    return {
+        name: rows[each] for name, each in network.named_parameters() if each in rows and len(rows[each]) > 1
+    }
+
+
+def test_the_fused_maps_of_x_transformers_are_several_matrices() -> None:
+    pytest.importorskip("x_transformers", reason="needs the extra x-transformers")
+    network = make_trainer(of_x_transformers(**MODERN_ENCODER)).networks.generator
+    name = "net.attn_layers.layers.{}.1.ff.0.proj.weight"
+    assert stacks_of(network) == {name.format(layer): (128, 128) for layer in (1, 3)}
+
+
+def test_the_fused_maps_of_modern_bert_are_several_matrices(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the extra huggingface")
+    folder = write_folder(tmp_path / "model", "ModernBertConfig")
+    network = make_trainer(of_folder(folder)).networks.generator
+    of_layer = {"attn.Wqkv.weight": (32, 32, 32), "mlp.Wi.weight": (48, 48)}
+    assert stacks_of(network) == {
+        f"model.model.layers.{layer}.{name}": rows for layer in (0, 1) for name, rows in of_layer.items()
+    }
 
 
 @pytest.mark.parametrize("critic", ["self", "token"])

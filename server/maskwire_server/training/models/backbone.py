@@ -5,6 +5,8 @@ Letters: b rows, n positions, d width of the embeddings, v vocabulary, m packed 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -77,3 +79,17 @@ def packed(x_bnd: Tensor, read_m: Tensor) -> Tensor:
 def attended(valid_bn: Tensor | None) -> Tensor | None:
     """The keys to attend to. A row that is all padding attends to itself: a softmax over nothing is NaN."""
     return None if valid_bn is None else valid_bn | ~valid_bn.any(-1, keepdim=True)
+
+
+def mark_fused_maps(network: nn.Module, fused: Mapping[str, Mapping[str, int]]) -> None:
+    """Set `stacked_rows`, which says that a linear map computes several in one product (see `muon`).
+
+    `fused` holds, by the name of a library's class and of its linear map, the number of equal parts.
+    """
+    for module in network.modules():
+        parts = fused.get(type(module).__name__, {})
+        if parts:
+            module.stacked_rows = {  # type: ignore[assignment]
+                name: (getattr(module, name).out_features // number,) * number
+                for name, number in parts.items()
+            }

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from maskwire_server.errors import ConfigError
 from maskwire_server.training.head import Head
-from maskwire_server.training.models.backbone import Backbone, attended, packed
+from maskwire_server.training.models.backbone import Backbone, attended, mark_fused_maps, packed
 
 log = logging.getLogger(__name__)
+
+_FUSED = {"ModernBertAttention": {"Wqkv": 3}, "ModernBertMLP": {"Wi": 2}}
+"""The linear maps of transformers' modules that are several in one, by class, with their number."""
 
 
 class MaskedLM(Backbone):
@@ -43,6 +46,7 @@ class MaskedLM(Backbone):
             )
         self.dim = output.weight.shape[1]
         self.blocks = _layers(module)
+        mark_fused_maps(module, _FUSED)
         self._mask_id, self._fill_id = mask_id, fill_id
         self._captures = False
         self._captured: Tensor | None = None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from maskwire_server.config import ModelConfig
 from maskwire_server.errors import ConfigError
 from maskwire_server.training.head import Head
-from maskwire_server.training.models.backbone import Backbone, attended, packed
+from maskwire_server.training.models.backbone import Backbone, attended, mark_fused_maps, packed
 from maskwire_server.training.user_code import one_line
 
 _CAUSAL = "only makes sense for causal attention"
@@ -80,6 +80,7 @@ class XTransformers(Backbone):
                 f"model.x_transformers: x-transformers refuses these keywords: {one_line(error)}"
             ) from error
         self.dim = self.net.attn_layers.dim
+        mark_fused_maps(self.net, {"GLU": {"proj": 2}})
         self.blocks = [layer[1] for layer in self.net.attn_layers.layers]
         if self_cond:
             self.condition_itself(self.dim, self.net.emb_dim)
