@@ -1,4 +1,4 @@
-"""The memory that a configuration needs, computed without building the model."""
+"""The memory that a configuration needs, computed from the shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
-from maskwire_server.training import cgroup, cross_entropy, optim
+from maskwire_server.training import cgroup, cross_entropy, model_checks, optim
 from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.numerics import choose_device, default_budget
 
@@ -60,14 +60,15 @@ def footprint(
     activations = 4 * positions * kept * passes
     chunk = cross_entropy.chunk_rows(model.num_tokens, device)
     logits = 4 * 3 * chunk * model.num_tokens
-    need = state + activations + logits
-    copied = (
-        sum(numbers_of.values()) - trained
-    )  # all but gradients, in host memory from the first checkpoint on
+    copied = sum(numbers_of.values()) - trained  # not the gradients; from the first checkpoint on
     copy = 4 * copied
-    if device.type == "cpu":
-        need += copy
+    need = state + activations + (copy if device.type == "cpu" else 0)
     have = _available(device)
+    at = f"{chunk:,} masked positions computed together"
+    if need + logits <= have and _gives_logits(model, objective):
+        at = f"no linear map of an embedding: computed at all {positions:,} positions of a micro-batch"
+        logits = 4 * 3 * positions * model.num_tokens
+    need += logits
     fits = need <= have
     lines = [
         f"parameters      {parameters:,}" + (f", {parameters - trained:,} frozen" * (trained < parameters)),
@@ -75,8 +76,7 @@ def footprint(
         f"x 4 bytes = {_size(state)}",
         f"activations     {positions:,} positions per micro-batch x {numbers} x {passes} "
         f"pass{'es' * (passes != 1)} x 4 bytes = {_size(activations)}",
-        f"logits          {chunk:,} masked positions computed together x {model.num_tokens:,} ids x 3 copies "
-        f"x 4 bytes = {_size(logits)}",
+        f"logits          {at} x {model.num_tokens:,} ids x 3 copies x 4 bytes = {_size(logits)}",
         f"checkpoint copy {copied:,} numbers x 4 bytes, kept in host memory = {_size(copy)}",
         f"together        {_size(need)} of {_size(have)} available on {device}",
         (
@@ -88,6 +88,18 @@ def footprint(
         ),
     ]
     return Footprint(lines, fits)
+
+
+def _gives_logits(model: ModelConfig, objective: ObjectiveConfig) -> bool:
+    """Whether the model's logits are no linear map of an embedding, found by building it on the CPU."""
+    if model.source in ("encoder", "x-transformers"):
+        return False
+    with torch.random.fork_rng(devices=[]):
+        networks = Networks(model, objective)
+    batch = model_checks.small_batch(model)
+    with torch.no_grad():
+        networks.embed(batch.ids_rn, batch.valid_rn, None)
+    return networks.generator.gives_logits
 
 
 def _available(device: torch.device) -> int:

@@ -28,11 +28,12 @@ from source_models import (
 from torch import Tensor
 
 from maskwire_server.batch import Batch, Modes
-from maskwire_server.config import ModelConfig
+from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.errors import ConfigError
 from maskwire_server.hugging_face_folder import described
 from maskwire_server.recovery import fingerprint
 from maskwire_server.results import FROZEN_FILE
+from maskwire_server.training.footprint import footprint
 from maskwire_server.training.models import transformer_wrapper
 from maskwire_server.training.trainer import TorchTrainer
 
@@ -267,6 +268,36 @@ def test_logits_that_are_not_linear_are_computed_everywhere(
     ):
         with pytest.raises(ConfigError, match=said):
             make_trainer(of_folder(tmp_path), **setting).begin()
+
+
+def test_an_untrained_bias_outside_the_output_layer_is_seen(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A new ESM: its bias is 0, so its logits are the product of its output layer only until it trains."""
+    pytest.importorskip("transformers", reason="needs the extra huggingface")
+    model = of_folder(write_folder(tmp_path, "EsmConfig", token_dropout=False), pretrained=False)
+    trainer = make_trainer(model)
+    bias = trainer.networks.generator.base.lm_head.bias
+    trainer.begin()
+    assert "the logits of EsmForMaskedLM are not the product of its output layer" in caplog.text
+    assert not bias.any()
+    trainer.train_step(1, 1, Batch(np.full((2, 6), 5), 2, 6), Modes())
+    assert bias.any()
+
+
+@pytest.mark.parametrize(("architecture", "dense"), [("EsmConfig", True), ("BertConfig", False)])
+def test_check_says_where_logits_are_computed(tmp_path: Path, architecture: str, dense: bool) -> None:
+    pytest.importorskip("transformers", reason="needs the extra huggingface")
+    changed = {"token_dropout": False} if dense else {}
+    model = of_folder(write_folder(tmp_path, architecture, **changed))
+    serve = ServeConfig(device="cpu", micro_batch_tokens=1000)
+    state = torch.get_rng_state()
+    lines = footprint(model, ObjectiveConfig(), OptimizerConfig(), serve).lines
+    (line,) = (line for line in lines if line.startswith("logits"))
+    at_all = "no linear map of an embedding: computed at all 1,000 positions of a micro-batch x 41 ids x 3"
+    assert (at_all in line) == dense
+    assert line.endswith("= 0.5 MiB") == dense
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_an_output_layer_that_is_never_called_leaves_the_models_own_logits(

@@ -9,7 +9,9 @@ position.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -144,9 +146,10 @@ class MaskedLM(Backbone):
         try:
             ids = torch.cat((ids_bn[:3], torch.full_like(ids_bn[:1], self._mask_id)))
             valid = None if valid_bn is None else torch.cat((valid_bn[:3], torch.ones_like(valid_bn[:1])))
-            own = self._logits(ids, valid, None)
-            x, layer = self._capture(ids, valid, None), self._output_layer()
-            product = None if x is None else Head(x, layer.weight, layer.bias).logits()
+            with _nonzero(self.model):
+                own = self._logits(ids, valid, None)
+                x, layer = self._capture(ids, valid, None), self._output_layer()
+                product = None if x is None else Head(x, layer.weight, layer.bias).logits()
         finally:
             self.model.train(training)
         if not bool(torch.isfinite(own).all()):
@@ -169,6 +172,23 @@ class MaskedLM(Backbone):
             "which takes %d x 4 bytes for each", name, own.shape[-1],
         )  # fmt: skip
         return False
+
+
+@contextlib.contextmanager
+def _nonzero(module: nn.Module) -> Iterator[None]:
+    """Give parameters that are all zero other values, for a comparison that shows what depends on them.
+
+    A bias that the module adds after its output layer would otherwise be missed as long as it is untrained.
+    """
+    zero = [weight for weight in module.parameters() if weight.numel() and not weight.any()]
+    saved = [weight.clone() for weight in zero]
+    for weight in zero:
+        weight.copy_(torch.linspace(-0.1, 0.1, weight.numel() + 2)[1:-1].view_as(weight))
+    try:
+        yield
+    finally:
+        for weight, values in zip(zero, saved, strict=True):
+            weight.copy_(values)
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
