@@ -7,7 +7,7 @@ them must change nothing. A row must not depend on its padding or on other rows.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from maskwire_server.training import draws
 from maskwire_server.training.corruption import Vocabulary, random_ids
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.evaluation import TensorBatch
+from maskwire_server.training.models import sources
 from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.user_code import one_line
 
@@ -31,19 +32,18 @@ TOLERANCE = 1e-3
 def check(
     networks: Networks,
     model: ModelConfig,
-    state: Mapping[str, Tensor],
     step: Callable[[TensorBatch], object],
     *,
     exact: bool,
 ) -> None:
     """Raise ConfigError that says what a model does that training cannot repeat.
 
-    `state` are its live tensors by name. `step` computes the gradients of a step, with the same seed each
-    time. `exact`: the same step gives the same bits on this device.
+    `step` computes the gradients of a step, with the same seed each time. `exact`: the same step gives the
+    same bits on this device.
     """
     vocabulary = Vocabulary.of(model)
+    before = _state(networks)
     for batch in (_ragged(model, vocabulary), _longest(model, vocabulary)):
-        before = {name: tensor.clone() for name, tensor in state.items()}
         outside = _outside()
         try:
             _check_shapes(networks, model, batch)
@@ -61,9 +61,8 @@ def check(
                 "model: it must draw random numbers with torch alone, got draws from Python's random or from "
                 "numpy; a step could not be computed again"
             )
-        changed = next(
-            (name for name, tensor in before.items() if not torch.equal(tensor, state[name])), None
-        )
+        after = _state(networks)
+        changed = next((name for name, found in before.items() if after.get(name) != found), None)
         if changed is not None:
             raise ConfigError(
                 f"model: its forward pass must not change its state, got a change of {changed}; only the "
@@ -83,6 +82,12 @@ def small_batch(model: ModelConfig) -> TensorBatch:
     """Two short rows."""
     n = min(model.max_seq_len, SHORT)
     return _batch(torch.ones(2, n, dtype=torch.bool), Vocabulary.of(model))
+
+
+def _state(networks: Networks) -> dict[str, tuple[int, str]]:
+    """Which tensors hold weights and persistent buffers, and hashes of them: copies could fill the memory."""
+    live = networks.state_dict(keep_vars=True)
+    return {name: (id(tensor), sources.sha256({name: tensor})) for name, tensor in live.items()}
 
 
 def _gradients(

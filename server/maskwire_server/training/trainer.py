@@ -160,7 +160,6 @@ class TorchTrainer:
         model_checks.check(
             self.networks,
             self._model,
-            snapshot.model_tensors(self._groups()),
             lambda batch: self._gradients(batch, Modes(), at),
             exact=exact,
         )

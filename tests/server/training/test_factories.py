@@ -69,6 +69,14 @@ class CountsCalls(Mixer):
         return super().mixed(e_bnd, valid_bn)
 
 
+class ReplacesBuffer(Mixer):
+    """Another tensor of the same values is not the one that is saved."""
+
+    def mixed(self, e_bnd: Tensor, valid_bn: Tensor) -> Tensor:
+        self.calls = self.calls.clone()
+        return super().mixed(e_bnd, valid_bn)
+
+
 class ChangesWeight(Mixer):
     def mixed(self, e_bnd: Tensor, valid_bn: Tensor) -> Tensor:
         if self.training:
@@ -142,6 +150,8 @@ def takes_nothing() -> nn.Module:
 
 WRONG: dict[Callable[..., Any], str] = {
     CountsCalls: "model: its forward pass must not change its state, got a change of generator.model.calls; ",
+    ReplacesBuffer: "model: its forward pass must not change its state, got a change of "
+    "generator.model.calls; ",
     ChangesWeight: "model: its forward pass must not change its state, got a change of "
     "generator.model.inner.weight; ",
     DrawsFromRandom: "model: it must draw random numbers with torch alone, got draws from Python's random ",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import torch
@@ -139,4 +140,6 @@ def _library() -> Any:
         import transformers
     except ImportError as error:
         raise ConfigError(_INSTALL) from error
+    if not sys.stderr.isatty():  # a bar would fill the log with its redrawings
+        transformers.utils.logging.disable_progress_bar()
     return transformers
