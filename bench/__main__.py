@@ -1,7 +1,7 @@
 """`python -m bench`: measure, print, and write docs/benchmarks.md and .json.
 
 --quick takes about 5 minutes and writes nothing; --only P2,P3 measures some, and replaces their rows.
-L1 and L3, what is learned, are measured by --only L1,L3 alone. P10 and R11 need a GPU: --gpu --out DIR
+L1, L3 and M3, what is learned, are measured by --only L1,L3,M3 alone. P10 and R11 need a GPU: --gpu --out DIR
 takes at most 6 minutes, prints their table last and writes gpu.json and gpu.png into DIR.
 """
 
@@ -22,7 +22,20 @@ from typing import Any, NoReturn
 
 import torch
 
-from bench import checkpoint, generation, gpu, journal, learning, peer, picture, restart, serving, training
+from bench import (
+    checkpoint,
+    foreign_answers,
+    foreign_models,
+    generation,
+    gpu,
+    journal,
+    learning,
+    peer,
+    picture,
+    restart,
+    serving,
+    training,
+)
 from bench.gpu_kills import Server
 from bench.harness import Row, cores
 
@@ -35,11 +48,13 @@ SUITES: dict[str, tuple[set[str], Callable[[bool], list[Row]]]] = {
     "restart": ({"P8"}, restart.measure),
     "checkpoint": ({"P9"}, checkpoint.measure),
     "generation": ({"G1"}, generation.measure),
+    "models of other libraries": ({"M1", "M2"}, foreign_models.measure),
 }
 LONG: dict[str, tuple[set[str], Callable[[bool], list[Row]]]] = {
     "learning": ({"L1", "L3"}, learning.measure),
+    "models of other libraries through a server": ({"M3"}, foreign_answers.measure),
 }
-PACKAGES = ("maskwire", "torch", "grpcio", "protobuf", "numpy", "ray", "x-transformers")
+PACKAGES = ("maskwire", "torch", "grpcio", "protobuf", "numpy", "ray", "x-transformers", "transformers")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -62,7 +62,10 @@ def described(model: ModelConfig) -> ModelConfig:
     if "num_tokens" not in said and found["mask_id"] >= found["num_tokens"]:
         found["num_tokens"] = found["mask_id"] + 1
     fields = {key: getattr(model, key) for key in model.model_fields_set}
-    return ModelConfig(**{**fields, **found, "huggingface": source.model_copy(update={"config": config})})
+    known: dict[str, Any] = {"config": config}
+    if folder.is_file():
+        known["pretrained"] = False  # there are no weights beside the settings
+    return ModelConfig(**{**fields, **found, "huggingface": source.model_copy(update=known)})
 
 
 def _folder(source: HuggingFaceConfig) -> Path:

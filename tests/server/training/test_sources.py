@@ -223,6 +223,17 @@ def test_a_folder_that_does_not_exist_is_named() -> None:
         of_folder(Path("/nowhere/bert"))
 
 
+def test_a_config_json_alone_gives_random_weights(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the extra huggingface")
+    file = write_folder(tmp_path) / "config.json"
+    (tmp_path / "model.safetensors").unlink()
+    model = described(ModelConfig(source="huggingface", mask_id=MASK, huggingface={"path": str(file)}))
+    trainer = make_trainer(model)
+    before = {name: weight.clone() for name, weight in trainer.networks.named_parameters()}
+    trainer.begin()
+    assert all(torch.equal(before[name], weight) for name, weight in trainer.networks.named_parameters())
+
+
 def test_the_longest_row_of_a_roberta_leaves_out_the_positions_before_the_first(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="needs the extra huggingface")
     model = of_folder(write_folder(tmp_path, "RobertaConfig"))
