@@ -26,7 +26,7 @@ if "MASKWIRE_MODEL_RUNS" not in os.environ:
 LONGEST = (
     "robustness/test_samples.py", "rpc/test_limits.py", "rpc/test_jobs.py", "test_bench.py",
     "test_wheel.py", "rpc/test_durability.py", "rpc/test_both_clients.py",
-    "server/training/test_known_answers.py", "rpc/test_generate.py", "client/test_safe_output.py",
+    "server/training/test_known_answers.py", "rpc/test_generate.py", "client/test_nonfatal_output.py",
     "server/training/test_generation.py", "server/recovery/test_inexact_replay.py", "rpc/test_processes.py",
     "server/training/test_dense_reference.py", "rpc/test_run_directory.py", "test_suite.py",
     "server/training/test_trainer.py", "rpc/test_evaluation.py", "rpc/test_weights.py",

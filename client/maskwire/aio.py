@@ -21,10 +21,10 @@ from maskwire import client, results
 from maskwire.aio_driver import Driver, awaited, iterating
 from maskwire.client import CLOSE_TIMEOUT, EXIT_GRACE
 from maskwire.credentials import CredentialOptions, Endpoint
-from maskwire.protocol.call_options import StepOptions
 from maskwire.protocol.effects import Operation, Work
 from maskwire.protocol.fit import Fitting, ResultOf
 from maskwire.protocol.fit import fit as training_loop
+from maskwire.protocol.keyword_arguments import StepOptions
 from maskwire.protocol.retry import RetryPolicy
 from maskwire.protocol.run_view import RunView
 from maskwire.protocol.sessionless_calls import Calls

@@ -15,10 +15,10 @@ from maskwire import results
 from maskwire.credentials import CredentialOptions, Endpoint
 from maskwire.driver import Background, Driver, blocking, iterating, result_of
 from maskwire.errors import UnavailableError
-from maskwire.protocol.call_options import StepOptions
 from maskwire.protocol.effects import Operation, Work
 from maskwire.protocol.fit import Fitting, ResultOf
 from maskwire.protocol.fit import fit as training_loop
+from maskwire.protocol.keyword_arguments import StepOptions
 from maskwire.protocol.retry import RetryPolicy
 from maskwire.protocol.run_view import RunView
 from maskwire.protocol.sessionless_calls import Calls

@@ -20,8 +20,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from maskwire.safe_output import PLAIN_EVERY_SECONDS, on_terminal
-from maskwire.safe_output import tell as tell_line
+from maskwire.nonfatal_output import PLAIN_EVERY_SECONDS, on_terminal
+from maskwire.nonfatal_output import tell as tell_line
 
 
 class Bar:

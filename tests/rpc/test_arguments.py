@@ -15,8 +15,8 @@ from serving import ServerProcess
 import maskwire
 import maskwire.aio
 from maskwire.protocol import codec
-from maskwire.protocol.call_options import EvalOptions, GenerateOptions, StepOptions
 from maskwire.protocol.evaluation_plan import EvaluationPlan
+from maskwire.protocol.keyword_arguments import EvalOptions, GenerateOptions, StepOptions
 from maskwire.protocol.token_batch import encode_batch
 
 Serve = Callable[..., ServerProcess]

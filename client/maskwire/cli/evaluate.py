@@ -24,9 +24,9 @@ from maskwire.client import Client
 from maskwire.data.file_data import open_data
 from maskwire.data.token_data import TokenData
 from maskwire.errors import UnavailableError
-from maskwire.protocol.call_options import EvalOptions
+from maskwire.nonfatal_output import on_terminal, tell
+from maskwire.protocol.keyword_arguments import EvalOptions
 from maskwire.results import EvalResult
-from maskwire.safe_output import on_terminal, tell
 
 
 @with_server(retry_for=60.0)

@@ -22,7 +22,7 @@ from maskwire.errors import (
     SessionError,
     UnavailableError,
 )
-from maskwire.safe_output import tell
+from maskwire.nonfatal_output import tell
 from maskwire.standard_streams import OUTPUT
 
 REFUSED, USAGE, UNAVAILABLE, SESSION, HISTORY, ACCESS = 1, 2, 3, 4, 5, 6

@@ -15,8 +15,8 @@ from maskwire.cli.display import show, to_json
 from maskwire.cli.generation_text import Prompt, decode_row, read_prompts, render_rows
 from maskwire.cli.options import Json, ServerConnection, with_server
 from maskwire.errors import UnavailableError
+from maskwire.nonfatal_output import tell
 from maskwire.results import GenerateResult, ModelInfo
-from maskwire.safe_output import tell
 
 _FRAMES_PER_SECOND = 12
 

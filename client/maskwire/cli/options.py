@@ -16,8 +16,8 @@ import typer
 from maskwire.cli import exit_codes
 from maskwire.client import Client, Trainer, attach, connect
 from maskwire.credentials import CredentialOptions
+from maskwire.nonfatal_output import tell
 from maskwire.results import ModelInfo
-from maskwire.safe_output import tell
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 

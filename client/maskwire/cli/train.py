@@ -26,8 +26,8 @@ from maskwire.client import Trainer
 from maskwire.data.file_data import holds_tokens, open_data
 from maskwire.data.token_data import TokenData
 from maskwire.errors import TokenizerError
+from maskwire.nonfatal_output import tell
 from maskwire.results import EvalResult
-from maskwire.safe_output import tell
 
 _EVALUATION = "Evaluation"
 _SAVING = "Checkpoints and metrics"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from maskwire.data.file_types import FileType, detect, read_head, unsupported
-from maskwire.data.own_files import OwnFiles
+from maskwire.data.maskwire_files import MaskwireFiles
 from maskwire.data.prepared_folder import METADATA, refuse_part
 
 log = logging.getLogger(__name__)
@@ -39,14 +39,14 @@ def find_files(
 
 
 def _select_text(files: list[Path], any_format: bool) -> list[Path]:
-    own_files = OwnFiles()
+    maskwire_files = MaskwireFiles()
     data: list[Path] = []
     skipped: list[Path] = []
     refused: dict[Path, FileType] = {}
     binary: list[Path] = []
     for path in files:
         head = read_head(path)
-        if own_files.includes(path, head):
+        if maskwire_files.includes(path, head):
             skipped.append(path)
             continue
         data.append(path)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from maskwire.errors import UnimplementedError
+from maskwire.nonfatal_output import LineFile
 from maskwire.results import EvalResult, Losses, RecordedStep, StepResult, StepsPage
-from maskwire.safe_output import LineFile
 
 _BLOCK = 2**20  # bytes at the end of the file that are searched for the last step
 _LONGEST_LINE = 4096  # bytes

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from maskwire.safe_output import PLAIN_EVERY_SECONDS, on_terminal, tell
+from maskwire.nonfatal_output import PLAIN_EVERY_SECONDS, on_terminal, tell
 
 
 class TrainingProgress(Protocol):

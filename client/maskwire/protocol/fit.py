@@ -20,9 +20,9 @@ from maskwire.errors import DataMismatchError, UnimplementedError
 from maskwire.loggers.metrics import Metrics, evaluation_line
 from maskwire.loggers.progress import TrainingProgress, training_progress
 from maskwire.protocol import codec
-from maskwire.protocol.call_options import StepOptions
 from maskwire.protocol.effects import Work
 from maskwire.protocol.fit_window import Data, FitResult, Fitting, FitWindow, ResultOf
+from maskwire.protocol.keyword_arguments import StepOptions
 from maskwire.results import EvalResult, StepResult
 
 __all__ = ["Data", "FitResult", "Fitting", "ResultOf", "StopTraining", "fit"]

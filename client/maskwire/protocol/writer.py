@@ -13,8 +13,8 @@ from maskwire import results
 from maskwire.arguments import check_whole
 from maskwire.errors import ConflictError, MaskwireError
 from maskwire.protocol import codec
-from maskwire.protocol.call_options import StepOptions
 from maskwire.protocol.effects import Operation, Pause, Until
+from maskwire.protocol.keyword_arguments import StepOptions
 from maskwire.protocol.limits import too_long
 from maskwire.protocol.pending_step import PendingStep
 from maskwire.protocol.retried_calls import new_id

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig
-from maskwire_server.training.models import x_transformers_options
+from maskwire_server.training.models import x_transformers_unsupported
 from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.models.x_transformers_names import (
     INVERSE_WAVELENGTHS,
@@ -23,7 +23,6 @@ from maskwire_server.training.models.x_transformers_names import (
     from_x_transformers,
     x_transformers_names,
 )
-from maskwire_server.training.models.x_transformers_options import HOSTED
 from maskwire_server.training.models.x_transformers_parts import (
     Imported,
     Parts,
@@ -34,6 +33,7 @@ from maskwire_server.training.models.x_transformers_parts import (
     with_objective,
 )
 from maskwire_server.training.models.x_transformers_sizes import sizes
+from maskwire_server.training.models.x_transformers_unsupported import HOSTED
 
 Gains = Literal["auto", "offset", "plain"]
 
@@ -151,7 +151,7 @@ def _encoder(net: Tensors, model: ModelConfig, ours: str, where: str) -> dict[st
             f"{where}attn_layers: heads=1, or attn_project_out=False, is not supported: to_out is missing; "
             f"{HOSTED}"
         )
-    lines = x_transformers_options.missing(absent, where)
+    lines = x_transformers_unsupported.missing(absent, where)
     if not lines:
         lines = [
             f"{where}{name} is not a weight of a TransformerWrapper(Encoder) with {model.depth} layers"

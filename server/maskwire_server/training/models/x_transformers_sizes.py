@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from maskwire_server.config import ModelConfig
-from maskwire_server.training.models import x_transformers_options
+from maskwire_server.training.models import x_transformers_unsupported
 from maskwire_server.training.models.x_transformers_names import INVERSE_WAVELENGTHS, Tensors
 
 _NORMALIZE_EPS = 1e-24
@@ -23,7 +23,7 @@ def sizes(net: Tensors, where: str, said: ModelConfig) -> dict[str, Any]:
 
     Settings that no weight shows are those that the user set in `said`, if they are possible.
     """
-    lines = x_transformers_options.named(net, where)
+    lines = x_transformers_unsupported.named(net, where)
     if lines:
         raise ValueError("\n".join(lines))
     embedding = _one_of(net, "token_emb.emb.weight")
@@ -38,18 +38,18 @@ def sizes(net: Tensors, where: str, said: ModelConfig) -> dict[str, Any]:
             f"these are not the weights of a TransformerWrapper(Encoder): none has its names, got {names}"
         )
     if absent:
-        raise ValueError("\n".join(x_transformers_options.missing(absent, where)))
+        raise ValueError("\n".join(x_transformers_unsupported.missing(absent, where)))
     if INVERSE_WAVELENGTHS in net and "pos_emb.emb.weight" in net:
         name = f"{where}pos_emb.emb.weight"
         raise ValueError(
-            x_transformers_options.unsupported(
+            x_transformers_unsupported.message(
                 "disable_abs_pos_emb=False", f"{name} is beside rotary positions", "one kind of positions"
             )
         )
     width, dim = net[embedding[0]].shape[1], net[query[0]].shape[1]
     if net[final[0]].numel() != dim:
         raise ValueError(
-            x_transformers_options.unsupported(
+            x_transformers_unsupported.message(
                 "use_scalenorm",
                 f"{where}{final[0]} has {net[final[0]].numel()} gains",
                 "layernorm and rmsnorm",
@@ -108,7 +108,7 @@ def _qk_norm(net: Tensors, where: str, said: ModelConfig, dim_head: int) -> dict
         return {"qk_norm": True, "qk_norm_gain": "per_head", "qk_norm_scale": None}
     if f"{attention}k_rmsnorm.gamma" in net:
         raise ValueError(
-            x_transformers_options.unsupported(
+            x_transformers_unsupported.message(
                 "attn_k_rmsnorm", f"{where}{attention}k_rmsnorm.gamma", "attn_qk_rmsnorm"
             )
         )
@@ -141,7 +141,7 @@ def _rotary(inverse: Tensor, where: str, said: ModelConfig) -> dict[str, Any]:
     base = _base(inverse.double())
     if base is None:
         raise ValueError(
-            x_transformers_options.unsupported(
+            x_transformers_unsupported.message(
                 "another rotary_pos_emb", f"{where}{INVERSE_WAVELENGTHS} are not the powers of one base", "it"
             )
         )

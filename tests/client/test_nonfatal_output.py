@@ -24,9 +24,9 @@ from serving import ServerProcess
 import maskwire.cli.display
 from maskwire.cli import app, exit_codes
 from maskwire.client import run_fit
+from maskwire.nonfatal_output import tell
 from maskwire.protocol.fit import FitResult
 from maskwire.protocol.fit import fit as training_loop
-from maskwire.safe_output import tell
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -93,7 +93,7 @@ _METRICS_LINE = re.compile(
 )
 
 
-class OwnFiles:
+class MaskwireFiles:
     """Tells maskwire's own files from data; remembers the folders that it has looked at."""
 
     def __init__(self) -> None:

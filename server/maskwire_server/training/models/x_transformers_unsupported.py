@@ -80,10 +80,10 @@ def named(names: Iterable[str], where: str) -> list[str]:
             if re.match(pattern, name):
                 first.setdefault((option, right), name)
                 break
-    return [unsupported(option, f"{where}{name}", right) for (option, right), name in first.items()]
+    return [message(option, f"{where}{name}", right) for (option, right), name in first.items()]
 
 
-def unsupported(option: str, sign: str, right: str) -> str:
+def message(option: str, sign: str, right: str) -> str:
     """The message for an option. `sign` is how the state dict shows it, `right` what can be imported."""
     return f"{option} is not supported ({sign}); the built-in encoder supports {right}; {HOSTED}"
 
@@ -94,7 +94,7 @@ def missing(names: Iterable[str], where: str) -> list[str]:
     for name in sorted(names):
         for pattern, option, right in _BY_ABSENCE:
             if re.match(pattern, name):
-                lines.setdefault(option, unsupported(option, f"{where}{name} is missing", right))
+                lines.setdefault(option, message(option, f"{where}{name} is missing", right))
                 break
         else:
             lines[name] = f"{where}{name} is missing: the state dict is incomplete"
