@@ -1,8 +1,14 @@
-"""Runs of models that maskwire did not build, through real servers: killed, without their source, damaged."""
+"""Runs of models that maskwire did not build, through real servers: killed, without their source, damaged.
+
+MASKWIRE_KILLS sets how often each source's server is killed, at random instants; `make test` does it once.
+"""
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +26,8 @@ from maskwire.errors import CheckpointError
 from maskwire_server.results import FROZEN_FILE
 
 Serve = Callable[..., ServerProcess]
+KILLS = int(os.environ.get("MASKWIRE_KILLS", "1"))
+STEPS = 10 + 4 * KILLS
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 FACTORY = "my_models.mine:build"
 CODE = """
@@ -150,7 +158,7 @@ def test_a_run_that_is_killed_needs_no_source_to_end_as_if_nothing_had_been(
     }  # fmt: skip
     calm = offline("calm", **settings)
     with maskwire.connect(calm.address) as trainer:
-        expected = [future.result() for future in [trainer.submit(tokens(seed)) for seed in range(14)]]
+        expected = [future.result() for future in [trainer.submit(tokens(seed)) for seed in range(STEPS)]]
         evaluated = trainer.eval_loss(tokens(99), draws=4).nats_per_token
         made = trainer.generate(count=2, length=8, steps=4, seed=1)
     wanted = state_of(calm, tmp_path / "calm-end")
@@ -160,11 +168,14 @@ def test_a_run_that_is_killed_needs_no_source_to_end_as_if_nothing_had_been(
     rough._command.append(f"--set=serve.address={rough.address}")
     with maskwire.connect(rough.address, window=4, on_wait=lambda _: None) as trainer:
         futures = [trainer.submit(tokens(seed)) for seed in range(10)]
-        futures[4].result()
-        rough.kill()
-        shutil.rmtree(base)
-        rough.start()
-        futures += [trainer.submit(tokens(seed)) for seed in range(10, 14)]
+        draw = random.Random(source)
+        for kill in range(KILLS):
+            futures[-6].result()
+            time.sleep(draw.random() * 0.05)
+            rough.kill()
+            shutil.rmtree(base, ignore_errors=kill > 0)
+            rough.start()
+            futures += [trainer.submit(tokens(seed)) for seed in range(len(futures), len(futures) + 4)]
         found = [future.result() for future in futures]
         assert trainer.eval_loss(tokens(99), draws=4).nats_per_token == evaluated
         assert np.array_equal(trainer.generate(count=2, length=8, steps=4, seed=1).tokens, made.tokens)
