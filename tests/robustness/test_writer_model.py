@@ -106,6 +106,7 @@ class WriterModel(RuleBasedStateMachine):
         self.of: dict[str, int] = {}  # request id -> lineage
         self.remembered: dict[str, int] = {}  # the ids of this process's steps -> step
         self.epoch, self.writer, self.closed, self.active = 0, "", True, 0.0
+        self.ended_at = -1.0  # when the session was idle for too long; steps that wait do not renew it
         self.nonces: dict[str, int] = {}
         self.sessions: list[SessionRef] = []
         self.non_finite = 0
@@ -140,7 +141,9 @@ class WriterModel(RuleBasedStateMachine):
         """The writer whose session is open."""
         if self.closed or not self.epoch:
             return ""
-        return "" if not self.ahead and self.now - self.active >= IDLE else self.writer
+        if not self.ahead and self.now - self.active >= IDLE:
+            self.ended_at = self.now
+        return "" if self.ended_at > self.active else self.writer
 
     def fresh(self) -> int:
         self.made += 1
@@ -303,6 +306,8 @@ class WriterModel(RuleBasedStateMachine):
                      if payload(n, f).hash(DIGEST) == sent_hash)  # fmt: skip
         session = data.draw(st.sampled_from([None, *self.sessions[-2:]]))
         problem = self.check_session(session) if session else "WRITER_PRESENT" * bool(self.present())
+        if not problem and request_id in {waited.request_id for waited in self.ahead.values()}:
+            problem = "PAYLOAD_MISMATCH"  # a session sent another batch with this id and its step
         problem = problem or "WRONG_RUN" * (not self.in_history(self.of[request_id], step))
         future = self.engine.train_step(StepRequest(sent, session, None, request_id))
         assert self.reason(future) == problem
@@ -493,6 +498,7 @@ class WriterModel(RuleBasedStateMachine):
             return
         assert not self.fatal
         status = self.engine.status()
+        self.present()  # as the engine, which looks whether the session has ended
         assert (status.lineage, status.durable_step, status.digest) == (self.lineage, self.step, self.digest)
         assert status.state.name == ("HALTED" if self.halted else "SERVING")
 
