@@ -64,6 +64,7 @@ class Rig:
         clock: Callable[[], float] = time.monotonic,
         accept_inexact_replay: bool = False,
         accept_lost_history: int | None = None,
+        pretrained: bool = False,
         **sections: dict[str, Any],
     ) -> Engine:
         whole = self.config(**sections)
@@ -75,6 +76,7 @@ class Rig:
         engine = make_engine(
             self.folder, whole, build, on_fatal=self.fatal.append, clock=clock,
             accept_inexact_replay=accept_inexact_replay, accept_lost_history=accept_lost_history,
+            pretrained=pretrained,
         )  # fmt: skip
         self.engines.append(engine)
         engine.wait_serving(WAIT)

@@ -73,6 +73,7 @@ def serve(
         serve=config.serve,
         checkpoints=config.checkpoints,
         versions={"maskwire": __version__, "python": platform.python_version()},
+        pretrained=config.model.huggingface is not None and config.model.huggingface.pretrained,
         accept_inexact_replay=accept_inexact_replay,
         accept_lost_history=accept_lost_history,
         identity=served_config.identity(config),

@@ -13,7 +13,7 @@ from typing import Any
 from maskwire_server.config import HuggingFaceConfig, ModelConfig
 from maskwire_server.errors import ConfigError
 
-_OFFSET_POSITIONS = (
+_FIRST_POSITION_AFTER_PAD = (
     "roberta",
     "xlm-roberta",
     "camembert",
@@ -50,7 +50,7 @@ def described(model: ModelConfig) -> ModelConfig:
     found |= said
     for key, where in (
         ("num_tokens", "config.json has no vocab_size"),
-        ("mask_id", "the folder has no tokenizer with a mask token"),
+        ("mask_id", "there is no tokenizer with a mask token beside config.json"),
         ("max_seq_len", "config.json has no max_position_embeddings"),
     ):
         if found[key] is None:
@@ -132,6 +132,7 @@ def _optional_json(path: Path) -> dict[str, Any]:
 
 def _longest(config: dict[str, Any]) -> int | None:
     longest = config.get("max_position_embeddings")
-    if longest is not None and config["model_type"] in _OFFSET_POSITIONS:
-        longest -= (config.get("pad_token_id") or 1) + 1
+    if longest is not None and config["model_type"] in _FIRST_POSITION_AFTER_PAD:
+        pad_id = config.get("pad_token_id")
+        longest -= (1 if pad_id is None else pad_id) + 1
     return longest

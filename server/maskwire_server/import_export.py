@@ -162,7 +162,8 @@ def _write(
         return []
     module = pretrained.load(folder, weights=weights)  # checks the SHA-256 hashes
     if to == "x-transformers":
-        return [f"the network that it fits: {exports.write_state_dict(module, out)}"]
+        network = exports.write_state_dict(module, out)
+        return [f"fits NonAutoregressiveWrapper(net, mask_id={module.config.mask_id}) with net = {network}"]
     found = tokenizer_files.files(folder.absolute().parent.parent / tokenizer_files.FOLDER)
     with _draft(out) as draft:
         if to == "peft":

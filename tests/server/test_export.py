@@ -222,7 +222,7 @@ def test_a_model_of_x_transformers_comes_back_as_its_state_dict(
     objective = ObjectiveConfig(self_cond=critic != "none", critic=critic)
     run_dir = trained(tmp_path / "run", model, objective)
     assert export(run_dir, tmp_path / "out.safetensors", "x-transformers") == 0
-    expression = capsys.readouterr().out.partition("fits: ")[2]
+    expression = capsys.readouterr().out.partition("net = ")[2]
     classes = {"TransformerWrapper": x_transformers.TransformerWrapper, "Encoder": x_transformers.Encoder}
     separate = eval(expression, dict(classes)) if critic == "token" else None
     if separate is not None:

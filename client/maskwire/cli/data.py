@@ -66,7 +66,8 @@ def prepare(
                 f"{metadata.text_bytes / metadata.tokens:.2f} bytes per token\n"
                 f"{_special_tokens(metadata, special_tokens)}"
                 f"num_tokens = {metadata.num_tokens}\nmask_id = {metadata.mask_id}\n"
-                "Put these two settings into [model] of the server's configuration, start a new run, then: "
+                "Put these two settings into [model] of the server's configuration, unless the model comes "
+                "from Hugging Face and has its own; start a new run, then: "
                 f"maskwire train {out} --until-step N"
             ),
         )

@@ -72,6 +72,9 @@ def check(
     run_dir: RunDir = None,
     address: Address = None,
     settings: Settings = None,
+    parameters: Annotated[
+        bool, typer.Option("--parameters", help="List each parameter: how it is trained, its shape and name.")
+    ] = False,
 ) -> None:
     """Check a configuration and report its parameters and memory. Exits with 1 if it does not fit."""
     chosen = loaded(config, run_dir, address, settings)
@@ -91,7 +94,7 @@ def check(
         stop(*str(error).splitlines())
     if chosen.objective.has_schedule_function:
         typer.echo(f"schedule       {chosen.objective.schedule}, SHA-256 {chosen.objective.schedule_sha256}")
-    for line in report.lines:
+    for line in report.lines + (report.parameters if parameters else []):
         typer.echo(line)
     if not report.fits:
         raise typer.Exit(1)

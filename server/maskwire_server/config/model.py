@@ -114,15 +114,19 @@ class ModelConfig(Section):
         defaults = type(self).model_fields
         own = [key for key in own if getattr(self, key) != defaults[key].default]
         if own:
-            table = self.source.replace("-", "_")
+            where = {
+                "x-transformers": "[model.x_transformers]",
+                "huggingface": "its config.json",
+                "python": "[model.python.options]",
+            }[self.source]
             raise ValueError(
-                f'{own[0]} is a setting of source = "encoder"; set the sizes of this model in '
-                f"[model.{table}], got {getattr(self, own[0])!r}"
+                f'{own[0]} is a setting of source = "encoder"; the sizes of this model are in {where}, '
+                f"got {getattr(self, own[0])!r}"
             )
         if self.source == "huggingface" and not (self.huggingface and self.huggingface.path):
-            raise ValueError('huggingface.path must be set with source = "huggingface", got none')
+            raise ValueError('model.huggingface.path must be set with source = "huggingface", got none')
         if self.source == "python" and not (self.python and self.python.factory):
-            raise ValueError('python.factory must be set with source = "python", got none')
+            raise ValueError('model.python.factory must be set with source = "python", got none')
         return self
 
     @model_validator(mode="after")

@@ -302,7 +302,7 @@ class Engine:
         self._saves = Saves(
             run, self._committer, self._catalogue, self._saver, self._setup.checkpoints, serve, clock
         )
-        self._sessions = Sessions(run, self._committer)
+        self._sessions = Sessions(run, self._committer, pretrained=self._setup.pretrained)
         self._restores = Restores(run, self._committer, self._checkpoints, ready.trainer)
         self._steps = StepAdmission(run, self._committer, serve, clock)
         self._executor = Executor(

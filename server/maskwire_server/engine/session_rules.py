@@ -16,6 +16,7 @@ from maskwire_server.errors import Refused
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import SessionRequest
 
+_BYTES = "bytes"  # the tokenizer of clients whose ids are bytes
 _LONGEST_SHOWN = 24  # characters; a longer part of a fingerprint is a hash, which is not worth showing
 
 
@@ -31,6 +32,8 @@ class SessionFacts:
     """The digest recorded at the client's newest step in this lineage; None if there is none."""
     tokenizer: str = ""
     """The run's tokenizer; empty: not known."""
+    pretrained: bool = False
+    """Whether the run's model came with weights, which know the ids of a tokenizer of their own."""
     data: Mapping[str, str] = field(default_factory=dict)
     """The fingerprint of the run's data; empty: not known."""
 
@@ -42,6 +45,13 @@ def admit_session(facts: SessionFacts, at: Situation) -> bool:
     if request.history is not None:
         _check_history(request.history, facts, at)
     check_digest_version(request.digest_versions, at)
+    if request.tokenizer == _BYTES and facts.pretrained:
+        raise Refused(
+            "TOKENIZER_MISMATCH",
+            "the run's model was pretrained with a tokenizer, this client sends bytes, which have other ids: "
+            "prepare the data with the model's tokenizer.json (maskwire data prepare --tokenizer)",
+            client_tokenizer=request.tokenizer,
+        )
     if request.tokenizer and facts.tokenizer and request.tokenizer != facts.tokenizer:
         raise Refused(
             "TOKENIZER_MISMATCH",

@@ -58,9 +58,11 @@ class SessionCommit:
 class Sessions:
     """`open` and `close` run on gRPC workers, `record` on the executor, `opened` on the committer."""
 
-    def __init__(self, run: Run, committer: Committer) -> None:
+    def __init__(self, run: Run, committer: Committer, *, pretrained: bool) -> None:
+        """`pretrained`: whether the model came with weights of its own."""
         self._run = run
         self._committer = committer
+        self._pretrained = pretrained
         self._opening: dict[str, list[Future[SessionAnswer]]] = {}  # by nonce, until durable
 
     def open(self, request: SessionRequest, future: Future[SessionAnswer]) -> None:
@@ -93,6 +95,7 @@ class Sessions:
             durable,
             digest,
             run.head.tokenizer if trained else "",
+            self._pretrained,
             run.head.data if trained else {},
         )
         new = admit_session(facts, at)

@@ -28,6 +28,8 @@ class Setup:
     checkpoints: CheckpointsConfig
     versions: dict[str, str]
     """Names and versions of the software. The trainer adds its own when it is built."""
+    pretrained: bool = False
+    """Whether the model comes with weights that know the ids of a tokenizer of their own."""
     accept_inexact_replay: bool = False
     accept_lost_history: int | None = None
     """Continue from this step although acknowledged steps after it are lost."""

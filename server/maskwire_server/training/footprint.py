@@ -19,6 +19,8 @@ class Footprint:
 
     lines: list[str]
     fits: bool
+    parameters: list[str]
+    """A line for each parameter: its rule, shape and name."""
 
 
 def footprint(
@@ -87,7 +89,7 @@ def footprint(
             "lower model.dim, model.depth or model.num_tokens"
         ),
     ]
-    return Footprint(lines, fits)
+    return Footprint(lines, fits, optim.listed(parts, optimizer))
 
 
 def _gives_logits(model: ModelConfig, objective: ObjectiveConfig) -> bool:

@@ -58,6 +58,8 @@ def hidden_matrices(network: nn.Module) -> dict[Tensor, tuple[int, ...]]:
     """
     found: dict[Tensor, tuple[int, ...]] = {}
     for block in getattr(network, "blocks", ()):
+        if isinstance(block, nn.Linear):
+            found[block.weight] = (block.out_features,)
         for parent in block.modules():
             stacked: Mapping[str, tuple[int, ...]] = getattr(parent, "stacked_rows", {})
             for name, child in parent.named_children():

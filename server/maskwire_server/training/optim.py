@@ -194,9 +194,19 @@ class Group:
         return state
 
 
+def _check_muon(modules: Mapping[str, nn.Module], config: OptimizerConfig) -> None:
+    """Raise ConfigError if Muon would train nothing."""
+    if config.name == "muon" and not any(hidden_matrices(module) for module in modules.values()):
+        raise ConfigError(
+            "optimizer.name: muon trains the nn.Linear maps in the model's layers, and found none; give the "
+            "model an attribute `blocks`, a list of its layers, or use adamw, got muon"
+        )
+
+
 def counts(parts: Mapping[str, nn.Module | None], config: OptimizerConfig) -> Counter[Rule]:
     """How many numbers each rule trains; frozen ones are left out. Raises ConfigError like `make_groups`."""
     modules = {part: module for part, module in parts.items() if module is not None}
+    _check_muon(modules, config)
     found: Counter[Rule] = Counter()
     for part, own in matched(config.groups, modules).items():
         for name, rule in rules(modules[part], config, own).items():
@@ -205,11 +215,22 @@ def counts(parts: Mapping[str, nn.Module | None], config: OptimizerConfig) -> Co
     return found
 
 
+def listed(parts: Mapping[str, nn.Module | None], config: OptimizerConfig) -> list[str]:
+    """A line for each parameter: its rule, shape and name, as `optimizer.groups` matches it."""
+    modules = {part: module for part, module in parts.items() if module is not None}
+    return [
+        f"{rule:6}  {' x '.join(map(str, modules[part].get_parameter(name).shape)):>14}  {part}.{name}"
+        for part, own in matched(config.groups, modules).items()
+        for name, rule in rules(modules[part], config, own).items()
+    ]
+
+
 def make_groups(
     parts: Mapping[str, nn.Module | None], config: OptimizerConfig, device: torch.device, *, bf16: bool
 ) -> dict[str, Group]:
     """The groups of the parts that exist. Raises ConfigError if `optimizer.groups` does not fit the names."""
     modules = {part: module for part, module in parts.items() if module is not None}
+    _check_muon(modules, config)
     matches = matched(config.groups, modules)
     on_gpu = device.type == "cuda"
     fused = on_gpu or device.type == "cpu"

@@ -36,7 +36,8 @@ def import_object(setting: str, name: str) -> Any:
     except AttributeError as error:
         raise ConfigError(
             f"{setting}: {name!r} cannot be imported: module {module_name!r} "
-            f"({getattr(module, '__file__', None)}) has no {attribute!r}"
+            f"({getattr(module, '__file__', None)}) has no {attribute!r}; if you mean a file of your "
+            "own, give it another name: modules of Python and of installed packages come first"
         ) from error
 
 

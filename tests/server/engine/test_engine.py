@@ -850,6 +850,15 @@ def test_the_data_is_kept_from_the_first_step_on_and_changes_only_on_demand(rig:
     assert "length was 16, is 32; content" not in str(refused(engine, longer))
 
 
+def test_a_pretrained_model_takes_no_bytes(rig: Rig) -> None:
+    engine = rig.start(pretrained=True)
+    refusal = engine.open_session(SessionRequest("job", "a", tokenizer="bytes")).exception(WAIT)
+    assert isinstance(refusal, Refused)
+    assert refusal.reason == "TOKENIZER_MISMATCH"
+    assert "prepare the data with the model's tokenizer.json" in str(refusal)
+    engine.open_session(SessionRequest("job", "b", tokenizer="sha256:1")).result(WAIT)
+
+
 def test_the_tokenizer_is_kept_from_the_first_step_on(rig: Rig) -> None:
     def open_with(engine: Engine, tokenizer: str, nonce: str) -> str:
         return engine.open_session(SessionRequest("job", nonce, tokenizer=tokenizer)).result(WAIT).tokenizer

@@ -21,11 +21,14 @@ from source_models import (
 from torch import Tensor, nn
 
 from maskwire_server.batch import Batch, Modes
-from maskwire_server.config import ModelConfig
+from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ParameterGroup, ServeConfig
 from maskwire_server.errors import ConfigError
 from maskwire_server.recovery import fingerprint
+from maskwire_server.training import muon
+from maskwire_server.training.footprint import footprint
 from maskwire_server.training.models.backbone import Backbone
 from maskwire_server.training.models.masked_lm import MaskedLM
+from maskwire_server.training.trainer import TorchTrainer
 
 pytestmark = pytest.mark.filterwarnings(  # of the libraries themselves
     "ignore::DeprecationWarning",
@@ -132,6 +135,26 @@ class Raises(Mixer):
         raise RuntimeError("my layers\ndo not fit")
 
 
+class ManyNorms(Mixer):
+    """Its longest list of modules is not that of its layers."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(5))
+        self.layers = nn.ModuleList([nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 16))])
+
+    def mixed(self, e_bnd: Tensor, valid_bn: Tensor) -> Tensor:
+        for layer in (*self.layers, *self.norms):
+            e_bnd = layer(e_bnd)
+        return super().mixed(e_bnd, valid_bn)
+
+
+class NamesItsLayers(ManyNorms):
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        self.blocks = [self.inner]
+
+
 def fails(model: ModelConfig) -> nn.Module:
     raise KeyError("no such size")
 
@@ -194,6 +217,38 @@ def test_a_model_of_the_users_own_trains(critic: str) -> None:
 def test_a_model_without_a_list_of_layers_is_not_compiled() -> None:
     with pytest.raises(ConfigError, match=r"serve.compile: the model has no list of layers; set it to off"):
         make_trainer(of_factory(Mixer)).networks.compile_blocks("default")
+
+
+@pytest.mark.parametrize(
+    ("factory", "hidden"),
+    [(ManyNorms, {"layers.0.weight", "layers.1.0.weight"}), (NamesItsLayers, {"inner.weight"})],
+)
+def test_muon_trains_the_linear_maps_of_the_layers(factory: Callable[..., Any], hidden: set[str]) -> None:
+    network = make_trainer(of_factory(factory)).networks.generator
+    assert {
+        name for name, weight in network.named_parameters() if weight in muon.hidden_matrices(network)
+    } == {f"model.{name}" for name in hidden}
+
+
+def test_muon_on_a_model_without_layers_is_refused() -> None:
+    model, optimizer = of_factory(Mixer), OptimizerConfig(name="muon")
+    words = "optimizer.name: muon trains the nn.Linear maps in the model's layers, and found none; give"
+    serve = ServeConfig(device="cpu")
+    with pytest.raises(ConfigError, match=words):
+        TorchTrainer(model, ObjectiveConfig(), optimizer, serve, 0)
+    with pytest.raises(ConfigError, match=words):
+        footprint(model, ObjectiveConfig(), optimizer, serve)
+
+
+def test_check_lists_the_parameters_with_their_rules() -> None:
+    groups = [ParameterGroup(match="*norms*", train=False)]
+    optimizer = OptimizerConfig(name="muon", groups=groups)
+    found = footprint(
+        of_factory(ManyNorms), ObjectiveConfig(critic="self"), optimizer, ServeConfig(device="cpu")
+    )
+    assert "muon           16 x 16  generator.model.layers.0.weight" in found.parameters
+    assert "frozen              16  generator.model.norms.4.bias" in found.parameters
+    assert "adamw           1 x 16  critic.weight" in found.parameters
 
 
 def test_the_fingerprint_has_the_hash_of_the_factorys_file() -> None:

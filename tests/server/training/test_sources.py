@@ -165,7 +165,7 @@ def test_the_tokenizers_files_give_the_special_ids(bert: Path, tmp_path: Path) -
 
 
 def test_a_folder_without_a_tokenizer_needs_a_mask_id(bert: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model.mask_id: must be set, because the folder has no tokenizer"):
+    with pytest.raises(ConfigError, match=r"model.mask_id: must be set, because there is no tokenizer"):
         of_folder(bert, mask_id=None)
 
 

@@ -41,9 +41,12 @@ def write_adapters(module: MaskedModel, folder: Path) -> None:
     source = module.config.huggingface
     assert source is not None
     for settings in model.peft_config.values():
-        settings.base_model_name_or_path, settings.revision = source.path, source.revision
+        base = Path(source.path)  # a name on the hub stays as it is
+        settings.base_model_name_or_path = str(base.absolute()) if base.exists() else source.path
+        settings.revision = source.revision
     # The default would ask the hub whether the base has another vocabulary.
     model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
 
 
 def left_out(module: MaskedModel) -> list[str]:

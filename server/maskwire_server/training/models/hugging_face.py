@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -111,7 +112,9 @@ def with_adapters(module: nn.Module, model: ModelConfig) -> nn.Module:
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
     )
     try:
-        adapted: nn.Module = peft.get_peft_model(module, settings)
+        with warnings.catch_warnings():  # peft reads an attribute that transformers will remove
+            warnings.filterwarnings("ignore", "`?is_gradient_checkpointing", FutureWarning)
+            adapted: nn.Module = peft.get_peft_model(module, settings)
     except ValueError as error:
         raise ConfigError(f"model.lora.target_modules: {one_line(error)}") from error
     return adapted

@@ -192,6 +192,9 @@ def _nonzero(module: nn.Module) -> Iterator[None]:
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    """The longest list of modules within the module: its layers."""
-    lists = [list(each) for each in module.modules() if isinstance(each, nn.ModuleList)]
-    return max(lists, key=len, default=[])
+    """The module's own `blocks`, or else its list of modules with the most parameters."""
+    own = getattr(module, "blocks", None)
+    if own is not None:
+        return list(own)
+    lists = [each for each in module.modules() if isinstance(each, nn.ModuleList)]
+    return list(max(lists, key=lambda each: sum(w.numel() for w in each.parameters()), default=[]))

@@ -95,9 +95,12 @@ def load(
         tensors = _read(folder / name, hashes[name])
         if FROZEN_FILE in hashes:
             tensors |= _read(folder / FROZEN_FILE, hashes[FROZEN_FILE])
-        module = _build(model, objective, factory)
     except (ConfigError, SafetensorError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{folder}: this version cannot read the checkpoint ({error})") from error
+    try:
+        module = _build(model, objective, factory)
+    except ConfigError as error:
+        raise ValueError(f"{folder}: {error}") from error
     try:
         module_state.load(module.networks, tensors)
     except ValueError as error:
