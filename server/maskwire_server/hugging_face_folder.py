@@ -55,10 +55,12 @@ def described(model: ModelConfig) -> ModelConfig:
     ):
         if found[key] is None:
             raise ConfigError(f"model.{key}: must be set, because {where}, got none")
-    ends = config.get("eos_token_id")
-    others = [found["mask_id"], *(ends if isinstance(ends, list) else [ends])]
+    others = [found["mask_id"]]
+    for key in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
+        ids = config.get(key)
+        others += ids if isinstance(ids, list) else [ids]
     if "pad_id" not in said and found["pad_id"] in others:
-        found["pad_id"] = None  # padding is where the lengths say, because this id also occurs in the data
+        found["pad_id"] = None  # padding is where the lengths say: this id also occurs in the data
     if "num_tokens" not in said and found["mask_id"] >= found["num_tokens"]:
         found["num_tokens"] = found["mask_id"] + 1
     fields = {key: getattr(model, key) for key in model.model_fields_set}
@@ -112,11 +114,17 @@ def _special_tokens(folder: Path) -> dict[str, int]:
             if key in ("mask_token", "pad_token") and value:
                 contents[key] = value["content"] if isinstance(value, dict) else value
     tokenizer = _optional_json(folder / "tokenizer.json")
-    ids = {each["content"]: each["id"] for each in tokenizer.get("added_tokens", [])}
+    ids: dict[str, int] = {}
     vocabulary = folder / "vocab.txt"
-    if not ids and vocabulary.is_file():
+    if vocabulary.is_file():
         lines = vocabulary.read_text(encoding="utf-8").splitlines()
         ids = {token: number for number, token in enumerate(lines)}
+    own = tokenizer.get("model", {}).get("vocab", {})
+    for more in (_optional_json(folder / "vocab.json"), own if isinstance(own, dict) else {}):
+        ids |= more
+    decoder = _optional_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    ids |= {each["content"]: int(number) for number, each in decoder.items()}
+    ids |= {each["content"]: each["id"] for each in tokenizer.get("added_tokens", [])}
     return {key: ids[token] for key, token in contents.items() if token in ids}
 
 

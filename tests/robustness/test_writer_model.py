@@ -104,6 +104,7 @@ class WriterModel(RuleBasedStateMachine):
         self.known: dict[str, tuple[int, bytes]] = {}  # request id -> step, payload hash
         self.parents: dict[int, tuple[int, int]] = {}  # lineage -> the one and the step it began from
         self.of: dict[str, int] = {}  # request id -> lineage
+        self.id_at: dict[tuple[int, int], str | None] = {}  # a computed step -> its request id
         self.remembered: dict[str, int] = {}  # the ids of this process's steps -> step
         self.epoch, self.writer, self.closed, self.active = 0, "", True, 0.0
         self.ended_at = -1.0  # when the session was idle for too long; steps that wait do not renew it
@@ -171,6 +172,7 @@ class WriterModel(RuleBasedStateMachine):
         self.non_finite = 0 if finite else self.non_finite + 1
         self.digest = step_digest(self.digest, self.lineage, self.step, sent.hash(DIGEST), 1 if finite else 2)
         self.at[self.lineage, self.step] = self.digest
+        self.id_at[self.lineage, self.step] = request_id
         if request_id is not None:
             self.known[request_id] = self.step, sent.hash(DIGEST)
             self.of[request_id] = self.lineage
@@ -257,10 +259,11 @@ class WriterModel(RuleBasedStateMachine):
         if request_id in self.known and not named:
             return "PAYLOAD_MISMATCH", False
         if step is not None and (step <= self.step or step in self.ahead):
-            same = request_id in self.known and self.known[request_id][0] == step
-            if same and self.of[request_id or ""] == self.lineage:
-                return "PAYLOAD_MISMATCH", False
-            return "STEP_TAKEN", False
+            holder = self.lineage
+            while (holder, step) not in self.id_at and holder in self.parents:
+                holder = self.parents[holder][0]
+            same = request_id is not None and self.id_at.get((holder, step)) == request_id
+            return ("PAYLOAD_MISMATCH" if same else "STEP_TAKEN"), False
         distance = 0 if step is None else step - self.step - 1
         if distance >= WINDOW or (step is not None and min(self.refused, default=step) < step):
             return "GAP", False

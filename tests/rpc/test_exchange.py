@@ -101,7 +101,7 @@ def test_an_imported_model_is_served_trained_and_exported_again(
         "export", tmp_path / "back.safetensors", "--run-dir", run_dir, "--checkpoint", "twenty",
         "--to", "x-transformers", "--weights", "raw",
     )  # fmt: skip
-    assert "fits: TransformerWrapper(num_tokens=17, max_seq_len=32, attn_layers=Encoder(dim=32" in output
+    assert "net = TransformerWrapper(num_tokens=17, max_seq_len=32, attn_layers=Encoder(dim=32" in output
     back = model()
     state = load_file(tmp_path / "back.safetensors")
     keys = back.load_state_dict(state, strict=False)

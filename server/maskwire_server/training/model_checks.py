@@ -24,7 +24,7 @@ from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.user_code import one_line
 
 SHORT = 16
-"""Columns of the ragged batch, at most."""
+"""Columns of the short batches, at most."""
 TOLERANCE = 1e-3
 """Largest difference of a row's embeddings, alone and in a batch, relative to the largest of them."""
 
@@ -42,40 +42,59 @@ def check(
     same bits on this device.
     """
     vocabulary = Vocabulary.of(model)
-    before = _state(networks)
-    for batch in (_ragged(model, vocabulary), _longest(model, vocabulary)):
-        outside = _outside()
-        try:
-            _check_shapes(networks, model, batch)
-            first = _gradients(networks, step, batch)
-            second = _gradients(networks, step, batch)
-        except ConfigError:
-            raise
-        except Exception as error:
-            shape = list(batch.ids_rn.shape)
+    longest, ragged = _longest(model, vocabulary), _ragged(model.max_seq_len, vocabulary)
+    short = _ragged(min(model.max_seq_len, SHORT), vocabulary)
+    before, outside = _state(networks), _outside()
+    try:
+        _check_shapes(networks, model, longest)
+        # The longest row comes first and again after a short one: BigBird attends otherwise from then on.
+        for batch, others in ((longest, (short,)), (short, ())):
+            first, second = _gradients(networks, step, batch), _gradients(networks, step, batch)
+            _check_unchanged(networks, before, outside)
+            _compare(first, second, exact)
+            for other in others:
+                _gradients(networks, step, other)
+                _compare(first, _gradients(networks, step, batch), exact)
+        for batch in (short, ragged):
+            _check_rows(networks, batch)
+        _check_unchanged(networks, before, outside)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"model: a step with rows of up to model.max_seq_len = {model.max_seq_len} tokens failed: "
+            f"{one_line(error)}; if the model takes no row as long, lower model.max_seq_len"
+        ) from error
+
+
+State = dict[str, tuple[int, str]]
+
+
+def _check_unchanged(networks: Networks, before: State, outside: tuple[object, ...]) -> None:
+    """Raise ConfigError if the state changed, or random numbers were drawn outside torch."""
+    if _outside() != outside:
+        raise ConfigError(
+            "model: it must draw random numbers with torch alone, got draws from Python's random or from "
+            "numpy; a step could not be computed again"
+        )
+    after = _state(networks)
+    changed = next((name for name, found in before.items() if after.get(name) != found), None)
+    if changed is not None:
+        raise ConfigError(
+            f"model: its forward pass must not change its state, got a change of {changed}; only the "
+            "optimizer may change weights, and a buffer that changes must be persistent=False"
+        )
+
+
+def _compare(first: dict[str, Tensor], second: dict[str, Tensor], exact: bool) -> None:
+    """Raise ConfigError if the gradients of the same step differ."""
+    for name, gradient in first.items():
+        other = second.get(name)
+        if other is None or not _close(gradient, other, exact):
             raise ConfigError(
-                f"model: a step with ids of the shape {shape} failed: {one_line(error)}"
-            ) from error
-        if _outside() != outside:
-            raise ConfigError(
-                "model: it must draw random numbers with torch alone, got draws from Python's random or from "
-                "numpy; a step could not be computed again"
+                f"model: the same step must give the same gradients, got others for {name} the second "
+                "time; something in the model depends on more than weights, batch and torch's seed"
             )
-        after = _state(networks)
-        changed = next((name for name, found in before.items() if after.get(name) != found), None)
-        if changed is not None:
-            raise ConfigError(
-                f"model: its forward pass must not change its state, got a change of {changed}; only the "
-                "optimizer may change weights, and a buffer that changes must be persistent=False"
-            )
-        for name, gradient in first.items():
-            other = second.get(name)
-            if other is None or not _close(gradient, other, exact):
-                raise ConfigError(
-                    f"model: the same step must give the same gradients, got others for {name} the second "
-                    "time; something in the model depends on more than weights, batch and torch's seed"
-                )
-    _check_rows(networks, _ragged(model, vocabulary))
 
 
 def small_batch(model: ModelConfig) -> TensorBatch:
@@ -84,7 +103,7 @@ def small_batch(model: ModelConfig) -> TensorBatch:
     return _batch(torch.ones(2, n, dtype=torch.bool), Vocabulary.of(model))
 
 
-def _state(networks: Networks) -> dict[str, tuple[int, str]]:
+def _state(networks: Networks) -> State:
     """Which tensors hold weights and persistent buffers, and hashes of them: copies could fill the memory."""
     live = networks.state_dict(keep_vars=True)
     return {name: (id(tensor), sources.sha256({name: tensor})) for name, tensor in live.items()}
@@ -122,30 +141,42 @@ def _check_rows(networks: Networks, batch: TensorBatch) -> None:
     """Compare each row in a batch with the row alone, and with other ids at the padding."""
     device = next(networks.parameters()).device
     ids_bn, valid_bn = batch.ids_rn.to(device), batch.valid_rn.to(device)
+    other_bn = torch.where(valid_bn, ids_bn, ids_bn.flip(0))
+    outputs: list[Callable[[Tensor, Tensor | None], Tensor]] = [
+        lambda ids, valid: networks.embed(ids, valid, None)
+    ]
+    if networks.generator.to_self_cond is not None:
+        outputs.append(
+            lambda ids, valid: networks.embed(
+                ids, valid, networks.conditioning(networks.embed(ids, valid, networks.conditioning(None)))
+            )
+        )
+    if networks.critic is not None:
+        outputs.append(lambda ids, valid: networks.criticize(ids, valid, train_trunk=False)[..., None])
     networks.eval()
     try:
-        e_bnd = networks.embed(ids_bn, valid_bn, None)
-        other_bnd = networks.embed(torch.where(valid_bn, ids_bn, ids_bn.flip(0)), valid_bn, None)
-        limit = TOLERANCE * float(e_bnd[valid_bn].abs().max())
-        for row in range(ids_bn.shape[0]):
-            n = int(valid_bn[row].sum())
-            alone_nd = networks.embed(ids_bn[row : row + 1, :n], None, None)[0]
-            for what, found_nd in (
-                ("the ids under its padding", other_bnd[row, :n]),
-                ("the other rows or their length", alone_nd),
-            ):
-                difference = float((e_bnd[row, :n] - found_nd).abs().max())
-                if not difference <= limit:
-                    raise ConfigError(
-                        f"model: a row must not depend on {what}, got embeddings that differ by "
-                        f"{difference:.3g} (up to {limit:.3g} is rounding); the model must respect its mask"
-                    )
+        for output in outputs:
+            e_bnd, at_other_ids_bnd = output(ids_bn, valid_bn), output(other_bn, valid_bn)
+            limit = TOLERANCE * float(e_bnd[valid_bn].abs().max())
+            for row in range(ids_bn.shape[0]):
+                n = int(valid_bn[row].sum())
+                alone_nd = output(ids_bn[row : row + 1, :n], None)[0]
+                for what, found_nd in (
+                    ("the ids under its padding", at_other_ids_bnd[row, :n]),
+                    ("the other rows or their length", alone_nd),
+                ):
+                    difference = float((e_bnd[row, :n] - found_nd).abs().max())
+                    if not difference <= limit:
+                        raise ConfigError(
+                            f"model: a row must not depend on {what}, got outputs that differ by "
+                            f"{difference:.3g} (up to {limit:.3g} is rounding); the model must respect its "
+                            "mask"
+                        )
     finally:
         networks.train()
 
 
-def _ragged(model: ModelConfig, vocabulary: Vocabulary) -> TensorBatch:
-    n = min(model.max_seq_len, SHORT)
+def _ragged(n: int, vocabulary: Vocabulary) -> TensorBatch:
     lengths = sorted({n, max(1, n // 2), max(1, n // 3)}, reverse=True)
     valid = torch.arange(n)[None, :] < torch.tensor(lengths)[:, None]
     return _batch(valid, vocabulary)

@@ -20,7 +20,7 @@ from maskwire_server.errors import ConfigError
 from maskwire_server.training import module_state
 from maskwire_server.training.muon import Muon, hidden_matrices
 from maskwire_server.training.numerics import NUMERICS_VERSION
-from maskwire_server.training.parameter_groups import Matched, frozen, matched
+from maskwire_server.training.parameter_groups import Matched, frozen, matched, trainable
 
 Rule = Literal["adamw", "muon", "frozen"]
 
@@ -45,8 +45,14 @@ def _decayed(module: nn.Module) -> set[Tensor]:
 
     Embeddings are recognised by their class, not by their name, because `project_emb` is a linear map.
     """
-    embeddings = {child.weight for child in module.modules() if isinstance(child, nn.Embedding)}
-    return {weight for weight in module.parameters() if weight.ndim >= 2 and weight not in embeddings}
+    spared = {child.weight for child in module.modules() if isinstance(child, nn.Embedding)}
+    spared |= {
+        weight
+        for child in module.modules()
+        for name, weight in child.named_parameters(recurse=False)
+        if "norm" in type(child).__name__.lower() or name in getattr(module, "undecayed", ())
+    }
+    return {weight for weight in module.parameters() if weight.ndim >= 2 and weight not in spared}
 
 
 def rules(module: nn.Module, config: OptimizerConfig, own: Matched) -> dict[str, Rule]:
@@ -194,6 +200,10 @@ class Group:
         return state
 
 
+def _matched(modules: Mapping[str, nn.Module], config: OptimizerConfig) -> dict[str, Matched]:
+    return matched(config.groups, {part: trainable(module) for part, module in modules.items()})
+
+
 def _check_muon(modules: Mapping[str, nn.Module], config: OptimizerConfig) -> None:
     """Raise ConfigError if Muon would train nothing."""
     if config.name == "muon" and not any(hidden_matrices(module) for module in modules.values()):
@@ -208,7 +218,7 @@ def counts(parts: Mapping[str, nn.Module | None], config: OptimizerConfig) -> Co
     modules = {part: module for part, module in parts.items() if module is not None}
     _check_muon(modules, config)
     found: Counter[Rule] = Counter()
-    for part, own in matched(config.groups, modules).items():
+    for part, own in _matched(modules, config).items():
         for name, rule in rules(modules[part], config, own).items():
             if rule != "frozen":
                 found[rule] += modules[part].get_parameter(name).numel()
@@ -220,7 +230,7 @@ def listed(parts: Mapping[str, nn.Module | None], config: OptimizerConfig) -> li
     modules = {part: module for part, module in parts.items() if module is not None}
     return [
         f"{rule:6}  {' x '.join(map(str, modules[part].get_parameter(name).shape)):>14}  {part}.{name}"
-        for part, own in matched(config.groups, modules).items()
+        for part, own in _matched(modules, config).items()
         for name, rule in rules(modules[part], config, own).items()
     ]
 
@@ -231,7 +241,7 @@ def make_groups(
     """The groups of the parts that exist. Raises ConfigError if `optimizer.groups` does not fit the names."""
     modules = {part: module for part, module in parts.items() if module is not None}
     _check_muon(modules, config)
-    matches = matched(config.groups, modules)
+    matches = _matched(modules, config)
     on_gpu = device.type == "cuda"
     fused = on_gpu or device.type == "cpu"
     return {
@@ -243,7 +253,8 @@ def make_groups(
 def configure(groups: Mapping[str, Group], config: OptimizerConfig, numerics_version: int) -> None:
     """Apply new settings. Raises ValueError, with nothing changed, if they do not fit the state."""
     try:
-        matches = matched(config.groups, {part: group.module for part, group in groups.items()})
+        names = {part: [*group.names, *sorted(group.frozen_names)] for part, group in groups.items()}
+        matches = matched(config.groups, names)
     except ConfigError as error:
         raise ValueError(str(error)) from error
     for part, group in groups.items():

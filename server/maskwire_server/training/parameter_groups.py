@@ -15,14 +15,19 @@ Matched = dict[str, ParameterGroup]
 """The group of each parameter that has one, by the parameter's name in its network."""
 
 
-def matched(groups: Sequence[ParameterGroup], networks: Mapping[str, nn.Module]) -> dict[str, Matched]:
-    """The groups of the parameters of each network; the first pattern that matches a parameter wins.
+def trainable(network: nn.Module) -> list[str]:
+    """The names of the parameters that a network does not freeze itself, as it does those under adapters."""
+    return [name for name, weight in network.named_parameters() if weight.requires_grad]
+
+
+def matched(groups: Sequence[ParameterGroup], networks: Mapping[str, Sequence[str]]) -> dict[str, Matched]:
+    """The groups of each network's parameters, given by name; the first pattern that matches one wins.
 
     A pattern matches a name with or without its network: `blocks.*` or `generator.blocks.*`. Raises
     ConfigError for a pattern that is the first match of no parameter, and if no parameter is left to train.
     """
     found: dict[str, Matched] = {network: {} for network in networks}
-    whole = [(network, name) for network, module in networks.items() for name, _ in module.named_parameters()]
+    whole = [(network, name) for network, names in networks.items() for name in names]
     for index, group in enumerate(groups):
         matching = [each for each in whole if _matches(group.match, *each)]
         free = [(network, name) for network, name in matching if name not in found[network]]
@@ -32,8 +37,10 @@ def matched(groups: Sequence[ParameterGroup], networks: Mapping[str, nn.Module])
             )
         for network, name in free:
             found[network][name] = group
-    if sum(len(frozen(each)) for each in found.values()) == len(whole):
-        raise ConfigError("optimizer.groups: train = false freezes every parameter; leave some to train")
+    if all(name in frozen(found[network]) for network, name in whole):
+        raise ConfigError(
+            "optimizer.groups: no parameter is left to train: the model or train = false freezes every one"
+        )
     return found
 
 

@@ -117,6 +117,81 @@ class IgnoresMask(Mixer):
         return super().mixed(e_bnd, torch.ones_like(valid_bn))
 
 
+class IgnoresMaskOfEmbeddings(Mixer):
+    """Only with `inputs_embeds`, as in the passes of self-conditioning."""
+
+    def forward(self, attention_mask: Tensor, input_ids: Any = None, inputs_embeds: Any = None) -> Tensor:
+        mask = attention_mask if inputs_embeds is None else torch.ones_like(attention_mask)
+        return super().forward(mask, input_ids, inputs_embeds)
+
+
+class SwitchesAtShortRows(Mixer):
+    """As BigBird, which attends fully from its first short row on."""
+
+    switched = False
+
+    def mixed(self, e_bnd: Tensor, valid_bn: Tensor) -> Tensor:
+        self.switched |= e_bnd.shape[1] < LONGEST
+        return super().mixed(e_bnd, valid_bn) * (2 if self.switched else 1)
+
+
+class CountsLongEvaluations(Mixer):
+    def mixed(self, e_bnd: Tensor, valid_bn: Tensor) -> Tensor:
+        if not self.training and e_bnd.shape[1] == LONGEST and e_bnd.shape[0] > 1:
+            self.calls += 1
+        return super().mixed(e_bnd, valid_bn)
+
+
+class Scaled(Mixer):
+    """Its logits are scaled by a weight that begins at 1."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+        return super().forward(*arguments, **options) * self.scale
+
+
+class SoftCapped(Mixer):
+    """The cap shows at large logits alone."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+        return 30 * torch.tanh(super().forward(*arguments, **options) / 30)
+
+
+class Expanded(Mixer):
+    """A buffer and a frozen weight that have no memory of their own."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        self.register_buffer("places_rn", torch.arange(16.0).expand(4, -1))
+        self.fixed = nn.Parameter(torch.randn(16, 8).T, requires_grad=False)
+
+    def mixed(self, e_bnd: Tensor, valid_bn: Tensor) -> Tensor:
+        return super().mixed(e_bnd, valid_bn) + self.places_rn[0] + self.fixed[0]
+
+
+class ReturnsTuple(Mixer):
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return (super().forward(*arguments, **options),)
+
+
+class Lazy(Mixer):
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
+        self.inner = nn.LazyLinear(16)
+
+
+class SequentialOutput(Mixer):
+    def get_output_embeddings(self) -> nn.Module:
+        return nn.Sequential(self.output)
+
+
+def leaves(model: ModelConfig) -> nn.Module:
+    raise SystemExit(3)
+
+
 class NoOutputLayer(Mixer):
     def get_output_embeddings(self) -> nn.Module:
         return None  # type: ignore[return-value]
@@ -180,11 +255,21 @@ WRONG: dict[Callable[..., Any], str] = {
     DrawsFromRandom: "model: it must draw random numbers with torch alone, got draws from Python's random ",
     DrawsFromNumpy: "model: it must draw random numbers with torch alone, got draws from Python's random ",
     DrawsElsewhere: "model: the same step must give the same gradients, got others for generator.model.",
-    MixesRows: "model: a row must not depend on the other rows or their length, got embeddings ",
-    IgnoresMask: "model: a row must not depend on the other rows or their length, got embeddings ",
+    MixesRows: "model: a row must not depend on the other rows or their length, got outputs ",
+    IgnoresMask: "model: a row must not depend on the other rows or their length, got outputs ",
+    SwitchesAtShortRows: "model: the same step must give the same gradients, got others for generator.model.",
+    CountsLongEvaluations: "model: its forward pass must not change its state, got a change of "
+    "generator.model.calls; ",
+    ReturnsTuple: "model: ReturnsTuple must return logits, or an object with an attribute `logits`, got "
+    "tuple",
+    Lazy: f"model.python.factory: {__name__}:Lazy must return a module whose parameters have shapes, got "
+    "inner.weight of a lazy layer; give its sizes",
+    SequentialOutput: "model: SequentialOutput.get_output_embeddings() must return a layer whose weight is "
+    "[vocabulary, width], as nn.Linear, got Sequential",
+    leaves: f"model.python.factory: {__name__}:leaves raised SystemExit: 3",
     NoOutputLayer: "model: NoOutputLayer.get_output_embeddings() must return the output layer, got None",
     Narrow: "model.num_tokens: must be the number of the model's logits at a position, 40, got 41",
-    Raises: "model: a step with ids of the shape [3, 16] failed: RuntimeError: my layers",
+    Raises: "model: a step with rows of up to model.max_seq_len = 20 tokens failed: RuntimeError: my layers",
     fails: f"model.python.factory: {__name__}:fails raised KeyError: 'no such size'",
     gives_text: f"model.python.factory: {__name__}:gives_text must return a Backbone or a torch module with "
     "get_output_embeddings(), got str",
@@ -262,6 +347,50 @@ def test_a_model_that_training_cannot_repeat_is_refused_in_one_line(factory: Cal
         make_trainer(of_factory(factory)).begin()
     assert str(caught.value).startswith(WRONG[factory])
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_passes_of_self_conditioning_must_respect_the_mask() -> None:
+    make_trainer(of_factory(IgnoresMaskOfEmbeddings)).begin()
+    with pytest.raises(ConfigError, match="model: a row must not depend on"):
+        make_trainer(of_factory(IgnoresMaskOfEmbeddings), self_cond=True).begin()
+
+
+@pytest.mark.parametrize("factory", [Scaled, SoftCapped], ids=lambda factory: factory.__name__)
+@pytest.mark.parametrize("size", [1e-3, 10.0])
+def test_what_follows_the_output_layer_is_seen_whatever_the_weights_are(
+    factory: Callable[..., Any], size: float
+) -> None:
+    trainer = make_trainer(of_factory(factory))
+    with torch.no_grad():
+        for weight in trainer.networks.parameters():
+            if weight.ndim == 2:
+                weight *= size
+    before = {name: weight.clone() for name, weight in trainer.networks.named_parameters()}
+    trainer.begin()
+    assert trainer.networks.generator.gives_logits
+    assert all(torch.equal(before[name], weight) for name, weight in trainer.networks.named_parameters())
+    trainer.train_step(1, 1, Batch(np.random.default_rng(0).integers(0, 38, (4, 12)), 4, 12), Modes())
+    if factory is Scaled:
+        assert trainer.networks.generator.model.scale != 1, "it trains"
+
+
+def test_state_without_memory_of_its_own_is_saved_and_loaded(tmp_path: Path) -> None:
+    trainer = make_trainer(of_factory(Expanded))
+    trainer.begin()
+    batch = Batch(np.random.default_rng(0).integers(0, 38, (4, 12)), 4, 12)
+    trainer.train_step(1, 1, batch, Modes())
+    trainer.snapshot().write(tmp_path)
+    again = make_trainer(of_factory(Expanded))
+    again.load(tmp_path)
+    losses = [each.train_step(1, 2, batch, Modes()).losses for each in (trainer, again)]
+    assert losses[0] == losses[1]
+
+
+def test_groups_are_for_parameters_that_the_model_trains() -> None:
+    groups = [ParameterGroup(match="*fixed", lr_scale=0.5)]
+    optimizer = OptimizerConfig(groups=groups)
+    with pytest.raises(ConfigError, match=r"optimizer.groups.0.match: must match the name of a parameter"):
+        TorchTrainer(of_factory(Expanded), ObjectiveConfig(), optimizer, ServeConfig(device="cpu"), 0)
 
 
 def test_a_backbone_of_the_users_own_has_no_critic_of_its_own() -> None:

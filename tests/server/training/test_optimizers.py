@@ -409,7 +409,7 @@ def test_the_groups_of_the_documentation_fit_the_built_in_model() -> None:
 
 
 def test_freezing_everything_is_refused() -> None:
-    with pytest.raises(ConfigError, match="freezes every parameter"):
+    with pytest.raises(ConfigError, match="no parameter is left to train"):
         make(groups=[{"match": "*", "train": False}])
 
 

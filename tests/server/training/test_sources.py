@@ -164,6 +164,23 @@ def test_the_tokenizers_files_give_the_special_ids(bert: Path, tmp_path: Path) -
     assert of_folder(tmp_path, mask_id=5, max_seq_len=9).max_seq_len == 9, "settings win"
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"8": {"content": "<mask>"}}}),
+        ("vocab.json", {"a": 0, "<mask>": 8}),
+        ("tokenizer.json", {"model": {"vocab": {"a": 0, "<mask>": 8}}}),
+    ],
+)
+def test_the_mask_token_may_stand_in_any_file_of_a_tokenizer(
+    bert: Path, tmp_path: Path, file: str, content: dict[str, Any]
+) -> None:
+    shutil.copytree(bert, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"mask_token": "<mask>"}))
+    (tmp_path / file).write_text(json.dumps(content))
+    assert of_folder(tmp_path, mask_id=None).mask_id == 8
+
+
 def test_a_folder_without_a_tokenizer_needs_a_mask_id(bert: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.mask_id: must be set, because there is no tokenizer"):
         of_folder(bert, mask_id=None)
@@ -176,6 +193,8 @@ def test_a_pad_id_that_also_ends_texts_is_no_padding(bert: Path, tmp_path: Path)
     assert of_folder(tmp_path).pad_id is None
     (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, PAD]}))
     assert of_folder(tmp_path).pad_id is None
+    (tmp_path / "config.json").write_text(json.dumps({**config, "bos_token_id": PAD}))
+    assert of_folder(tmp_path).pad_id is None, "it begins texts"
     assert of_folder(bert).pad_id == PAD
 
 
@@ -240,7 +259,7 @@ def test_the_longest_row_of_a_roberta_leaves_out_the_positions_before_the_first(
     assert model.max_seq_len == LONGEST
     trainer = make_trainer(model)
     trainer.begin()  # tries the longest row
-    with pytest.raises(ConfigError, match=r"ids of the shape \[1, 21\] failed: RuntimeError: index 22"):
+    with pytest.raises(ConfigError, match=r"model.max_seq_len = 21 tokens failed: RuntimeError: index 22"):
         make_trainer(model.model_copy(update={"max_seq_len": LONGEST + 1})).begin()
 
 
@@ -321,11 +340,42 @@ def test_an_output_layer_that_is_never_called_leaves_the_models_own_logits(
     assert "the logits of MobileBertForMaskedLM are not the product of its output layer" in caplog.text
 
 
+def test_a_keyword_may_be_given_as_it_is_by_default() -> None:
+    pytest.importorskip("x_transformers")
+    make_trainer(of_x_transformers(**MODERN_ENCODER, causal=False, layer_dropout=0.0, use_cls_token=False))
+
+
+def test_a_gated_unit_of_torch_is_no_fused_map() -> None:
+    """x-transformers' attn_on_attn has one, of the same name as its own GLU."""
+    pytest.importorskip("x_transformers")
+    make_trainer(of_x_transformers(**PLAIN_ENCODER, attn_on_attn=True)).begin()
+
+
+def test_gains_and_memories_of_x_transformers_do_not_decay() -> None:
+    pytest.importorskip("x_transformers")
+    options = {"attn_qk_norm": True, "attn_qk_norm_dim_scale": True, "num_memory_tokens": 2,
+               "attn_num_mem_kv": 2, "attn_head_scale": True}  # fmt: skip
+    group = make_trainer(of_x_transformers(**PLAIN_ENCODER, **options)).generator
+    spared = ("qk_norm_q_scale", "qk_norm_k_scale", "memory_tokens", "mem_k", "mem_v", "head_scale_params")
+    decaying = {name for name, since in group._decays_since.items() if since == 1}
+    assert decaying
+    assert not any(name.endswith((*spared, "emb.weight", ".g", "bias")) for name in decaying)
+    assert {name.rsplit(".", 1)[1] for name in group.names} > set(spared)
+
+
+def test_a_folder_without_code_of_its_own_is_not_needed_again(bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(bert, tmp_path / "model")
+    model = of_folder(tmp_path / "model", pretrained=True)
+    trusting = model.huggingface.model_copy(update={"trust_remote_code": True})
+    shutil.rmtree(tmp_path / "model")
+    make_trainer(model.model_copy(update={"huggingface": trusting}))
+
+
 @pytest.mark.parametrize("keyword", transformer_wrapper.REFUSED)
 def test_each_refused_keyword_of_x_transformers_has_its_reason(keyword: str) -> None:
     pytest.importorskip("x_transformers")
     with pytest.raises(ConfigError) as caught:
-        make_trainer(of_x_transformers(**MODERN_ENCODER, **{keyword: 1}))
+        make_trainer(of_x_transformers(**MODERN_ENCODER, **{keyword: 7}))
     assert str(caught.value) == (
         f"model.x_transformers.{keyword}: not supported: it {transformer_wrapper.REFUSED[keyword]}"
     )
@@ -389,8 +439,12 @@ def test_a_model_of_the_hub_needs_its_library(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
-        (["decoder"], "must not name the output layer, got 'decoder'"),
-        (["cls.predictions.decoder"], "must not name the output layer, got 'cls.predictions.decoder'"),
+        (["decoder"], "must not name the output layer or a layer that shares its weight, got 'decoder'"),
+        (
+            ["cls.predictions.decoder"],
+            "must not name the output layer or a layer that shares its weight, got 'cls.predictions.decoder'",
+        ),
+        (["query", "word_embeddings"], "must not name the output layer .*, got 'word_embeddings'"),
         (["nothing"], ".*Target modules .* not found"),
     ],
 )

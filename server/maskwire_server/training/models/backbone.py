@@ -87,9 +87,10 @@ def mark_fused_maps(network: nn.Module, fused: Mapping[str, Mapping[str, int]]) 
     `fused` holds, by the name of a library's class and of its linear map, the number of equal parts.
     """
     for module in network.modules():
-        parts = fused.get(type(module).__name__, {})
-        if parts:
-            module.stacked_rows = {  # type: ignore[assignment]
-                name: (getattr(module, name).out_features // number,) * number
-                for name, number in parts.items()
-            }
+        found = {
+            name: (child.out_features // number,) * number
+            for name, number in fused.get(type(module).__name__, {}).items()
+            if isinstance(child := getattr(module, name, None), nn.Linear)  # torch has a GLU of its own
+        }
+        if found:
+            module.stacked_rows = found  # type: ignore[assignment]

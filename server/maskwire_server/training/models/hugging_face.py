@@ -23,12 +23,13 @@ def architecture(model: ModelConfig) -> nn.Module:
     assert source is not None
     transformers = _library()
     try:
-        if source.trust_remote_code:
+        values = {key: value for key, value in source.config.items() if key != "model_type"}
+        if source.trust_remote_code and "auto_map" in source.config:  # its code is not in the run
             config = transformers.AutoConfig.from_pretrained(
                 source.path, revision=source.revision, trust_remote_code=True
             )
+            config.update(values)
         else:
-            values = {key: value for key, value in source.config.items() if key != "model_type"}
             config = transformers.AutoConfig.for_model(source.config["model_type"], **values)
         module: nn.Module = transformers.AutoModelForMaskedLM.from_config(
             config, trust_remote_code=source.trust_remote_code, dtype=torch.float32
@@ -37,7 +38,13 @@ def architecture(model: ModelConfig) -> nn.Module:
         raise ConfigError(
             f"model.huggingface: transformers cannot build the model: {one_line(error)}"
         ) from error
-    _fit_vocabulary(module, model.num_tokens)
+    try:
+        _fit_vocabulary(module, model.num_tokens)
+    except Exception as error:
+        raise ConfigError(
+            f"model.num_tokens: {type(module).__name__} cannot get more ids than its vocabulary has, got "
+            f"{model.num_tokens} ({one_line(error)}); use an id of its vocabulary as model.mask_id"
+        ) from error
     return module
 
 
@@ -99,15 +106,20 @@ def with_adapters(module: nn.Module, model: ModelConfig) -> nn.Module:
             '[model.lora] needs the peft library; install it with: pip install "maskwire[huggingface]"'
         ) from error
     output = module.get_output_embeddings()  # type: ignore[operator]
-    name_of_output = next((name for name, each in module.named_modules() if each is output), "")
+    of_output = [
+        name for name, each in module.named_modules() if getattr(each, "weight", None) is output.weight
+    ]
     targets: list[str] | str = list(lora.target_modules or ()) or "all-linear"
     named = [
         target
         for target in lora.target_modules or ()
-        if name_of_output == target or name_of_output.endswith(f".{target}")
+        if any(name == target or name.endswith(f".{target}") for name in of_output)
     ]
     if named:
-        raise ConfigError(f"model.lora.target_modules: must not name the output layer, got {named[0]!r}")
+        raise ConfigError(
+            f"model.lora.target_modules: must not name the output layer or a layer that shares its weight, "
+            f"got {named[0]!r}"
+        )
     settings = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
     )

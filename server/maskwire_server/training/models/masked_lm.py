@@ -2,16 +2,16 @@
 
 Their logits are x w^T + b for the input x of that layer. A hook takes x and hands the layer no positions,
 so that the module's own forward pass computes no logits; they are computed later, for masked positions only.
-At the first use x w^T + b is compared with the module's own logits. If they differ (ESM adds its bias
-elsewhere, MobileBERT reads its decoder's weight directly), the module's own logits are used, at every
-position.
+At the first use x w^T + b is compared with the module's own logits, at fixed values of the weights. If they
+differ (ESM adds its bias elsewhere, MobileBERT reads its decoder's weight directly), the module's own logits
+are used, at every position.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -46,7 +46,13 @@ class MaskedLM(Backbone):
                 f"model: {type(module).__name__}.get_output_embeddings() must return the output layer, "
                 "got None"
             )
-        self.dim = output.weight.shape[1]
+        weight = getattr(output, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            raise ConfigError(
+                f"model: {type(module).__name__}.get_output_embeddings() must return a layer whose weight is "
+                f"[vocabulary, width], as nn.Linear, got {type(output).__name__}"
+            )
+        self.dim = weight.shape[1]
         self.blocks = _layers(module)
         mark_fused_maps(module, _FUSED)
         self._mask_id, self._fill_id = mask_id, fill_id
@@ -125,7 +131,12 @@ class MaskedLM(Backbone):
 
     def _logits(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Tensor:
         found = self._call(ids_bn, valid_bn, cond)
-        logits_bnv: Tensor = found if isinstance(found, Tensor) else found.logits
+        logits_bnv = found if isinstance(found, Tensor) else getattr(found, "logits", None)
+        if not isinstance(logits_bnv, Tensor):
+            raise ConfigError(
+                f"model: {type(self.model).__name__} must return logits, or an object with an attribute "
+                f"`logits`, got {type(found).__name__}"
+            )
         return logits_bnv
 
     def _call(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Any:
@@ -146,7 +157,7 @@ class MaskedLM(Backbone):
         try:
             ids = torch.cat((ids_bn[:3], torch.full_like(ids_bn[:1], self._mask_id)))
             valid = None if valid_bn is None else torch.cat((valid_bn[:3], torch.ones_like(valid_bn[:1])))
-            with _nonzero(self.model):
+            with torch.random.fork_rng(), _other_values(self.model, self.blocks):
                 own = self._logits(ids, valid, None)
                 x, layer = self._capture(ids, valid, None), self._output_layer()
                 product = None if x is None else Head(x, layer.weight, layer.bias).logits()
@@ -175,19 +186,24 @@ class MaskedLM(Backbone):
 
 
 @contextlib.contextmanager
-def _nonzero(module: nn.Module) -> Iterator[None]:
-    """Give parameters that are all zero other values, for a comparison that shows what depends on them.
+def _other_values(module: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Give the parameters outside the layers fixed values, at which what follows the output layer shows.
 
-    A bias that the module adds after its output layer would otherwise be missed as long as it is untrained.
+    What the model computes is then decided the same way at every start, whatever the weights are. At their
+    own values a new bias of 0 or scale of 1 would be missed, and the soft cap of small logits. Matrices are
+    scaled so that a normalised embedding gives logits of about 3.
     """
-    zero = [weight for weight in module.parameters() if weight.numel() and not weight.any()]
-    saved = [weight.clone() for weight in zero]
-    for weight in zero:
-        weight.copy_(torch.linspace(-0.1, 0.1, weight.numel() + 2)[1:-1].view_as(weight))
+    inside = {weight for layer in layers for weight in layer.parameters()}
+    outside = [w for w in module.parameters() if w not in inside and w.is_floating_point()]
+    saved = [weight.clone() for weight in outside]
+    random = torch.Generator().manual_seed(0)
+    for weight in outside:
+        noise = torch.randn(weight.shape, generator=random)
+        weight.copy_(noise * 3 / weight.shape[-1] ** 0.5 if weight.ndim >= 2 else 1 + noise / 2)
     try:
         yield
     finally:
-        for weight, values in zip(zero, saved, strict=True):
+        for weight, values in zip(outside, saved, strict=True):
             weight.copy_(values)
 
 

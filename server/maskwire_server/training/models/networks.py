@@ -27,6 +27,7 @@ class Networks(nn.Module):
             self.critic = nn.Linear(self.generator.dim, 1)
         elif objective.critic == "token":
             self.critic = sources.critic(model, factory)
+        _make_contiguous(self)
 
     def with_modules(self, generator: nn.Module, critic: nn.Module | None) -> Networks:
         """The same with other modules, for example those that hold the moving averages."""
@@ -103,3 +104,14 @@ class Networks(nn.Module):
                 )
             scores_bn1 = self.critic(e_bnd)
         return scores_bn1[..., 0]
+
+
+def _make_contiguous(module: nn.Module) -> None:
+    """Give buffers and frozen weights memory of their own, which can be loaded into and saved."""
+    for child in module.modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            if not buffer.is_contiguous():
+                child._buffers[name] = buffer.contiguous()
+        for weight in child.parameters(recurse=False):
+            if not weight.requires_grad and not weight.is_contiguous():
+                weight.data = weight.data.contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 from collections.abc import Callable, Iterable
@@ -62,8 +63,8 @@ def _of_factory(
     if not callable(build):
         raise ConfigError(f"model.python.factory: {name} must be a function, got {type(build).__name__}")
     try:
-        found = build(model, **model.python.options)
-    except Exception as error:
+        found = build(model, **copy.deepcopy(model.python.options))
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"model.python.factory: {name} raised {user_code.one_line(error)}") from error
     if isinstance(found, Backbone):
         if outputs is not None or self_cond:
@@ -76,6 +77,12 @@ def _of_factory(
         raise ConfigError(
             f"model.python.factory: {name} must return a Backbone or a torch module with "
             f"get_output_embeddings(), got {type(found).__name__}"
+        )
+    lazy = next((key for key, each in found.named_parameters() if nn.parameter.is_lazy(each)), None)
+    if lazy is not None:
+        raise ConfigError(
+            f"model.python.factory: {name} must return a module whose parameters have shapes, got {lazy} of "
+            "a lazy layer; give its sizes"
         )
     return MaskedLM(found, outputs, self_cond=self_cond, mask_id=model.mask_id, fill_id=model.pad_id or 0)
 

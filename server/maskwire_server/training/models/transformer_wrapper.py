@@ -44,6 +44,7 @@ REFUSED: dict[str, str] = {
     "cross_attn_tokens_dropout": _INPUT, "attn_dim_context": _INPUT, "dim_condition": _INPUT,
     "use_adaptive_layernorm": _INPUT, "use_adaptive_rmsnorm": _INPUT, "use_adaptive_layerscale": _INPUT,
     "adaptive_condition_mlp": _INPUT, "adaptive_condition_mlp_expansion": _INPUT,
+    "attn_z_loss_weight": "adds to a loss that training does not ask for",
     "layer_dropout": _RANDOM, "recycling": _RANDOM, "train_max_recycle_steps": _RANDOM,
     "attn_gumbel_softmax": "draws random numbers in evaluation too",
     "attn_gumbel_softmax_temp": "draws random numbers in evaluation too",
@@ -54,6 +55,13 @@ REFUSED: dict[str, str] = {
     "attn_layers": "is made from the other keywords",
 }  # fmt: skip
 """Keywords that are not accepted, and why."""
+
+
+UNDECAYED = (
+    "qk_norm_q_scale", "qk_norm_k_scale", "head_scale_params", "memory_tokens", "mem_k", "mem_v",
+    "ff_deep_embed", "stream_emb",
+)  # fmt: skip
+"""Gains and embeddings that are parameters of their own, which no weight decay is for."""
 
 
 class XTransformers(Backbone):
@@ -79,6 +87,7 @@ class XTransformers(Backbone):
             raise ConfigError(
                 f"model.x_transformers: x-transformers refuses these keywords: {one_line(error)}"
             ) from error
+        self.undecayed = UNDECAYED
         self.dim = self.net.attn_layers.dim
         mark_fused_maps(self.net, {"GLU": {"proj": 2}})
         self.blocks = [layer[1] for layer in self.net.attn_layers.layers]
@@ -122,6 +131,12 @@ def keywords(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     of_layers |= {f"attn_{name}" for name in _names(library.Attention)}
     of_layers |= {f"ff_{name}" for name in _names(library.FeedForward)}
     problems = []
+    defaults = _defaults(library.TransformerWrapper) | _defaults(library.AttentionLayers)
+    options = {
+        key: value
+        for key, value in options.items()
+        if not (key in REFUSED and key in defaults and value == defaults[key])
+    }
     for key in options:
         if key in REFUSED:
             problems.append(f"model.x_transformers.{key}: not supported: it {REFUSED[key]}")
@@ -153,6 +168,12 @@ def constructor(model: ModelConfig) -> str:
 
 def _written(options: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """The keywords that have a default, with it."""
+    parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    return {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
 
 
 def _names(kind: type) -> set[str]:
