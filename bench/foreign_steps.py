@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from bench.harness import WARM, report
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
-from maskwire_server.hugging_face_folder import described
+from maskwire_server.hugging_face_folder import filled_from_folder
 from maskwire_server.training.trainer import TorchTrainer
 
 DIM, DEPTH, HEADS = 256, 4, 4
@@ -71,7 +71,7 @@ def maskwire(library: str, ids: Any, steps: int, tokens: int) -> Seconds:
             sizes["huggingface"] = {"path": str(Path(folder) / "config.json")}
         else:
             sizes["x_transformers"] = ENCODER
-        model = described(config.ModelConfig(**sizes))
+        model = filled_from_folder(config.ModelConfig(**sizes))
     whole = config.Config()
     trainer = TorchTrainer(model, whole.objective, whole.optimizer, whole.serve, 0)
     trainer.begin()

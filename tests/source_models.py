@@ -12,7 +12,7 @@ from torch import nn
 
 from maskwire_server.batch import Batch
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
-from maskwire_server.hugging_face_folder import described
+from maskwire_server.hugging_face_folder import filled_from_folder
 from maskwire_server.training.trainer import TorchTrainer
 
 VOCABULARY, PAD, MASK = 41, 39, 40
@@ -83,7 +83,7 @@ def of_folder(
     if mask_id is not None:
         more["mask_id"] = mask_id
     table = {"path": str(folder), "pretrained": pretrained}
-    return described(ModelConfig(source="huggingface", huggingface=table, **more))
+    return filled_from_folder(ModelConfig(source="huggingface", huggingface=table, **more))
 
 
 def of_x_transformers(**options: Any) -> ModelConfig:

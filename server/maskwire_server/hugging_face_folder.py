@@ -29,7 +29,7 @@ _FIRST_POSITION_AFTER_PAD = (
 """Model types whose positions begin after the padding id."""
 
 
-def described(model: ModelConfig) -> ModelConfig:
+def filled_from_folder(model: ModelConfig) -> ModelConfig:
     """The section with what the model's folder says: config, vocabulary, mask and pad ids, longest row.
 
     Settings of the section win. Raises ConfigError that names what is missing.

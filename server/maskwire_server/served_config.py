@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from maskwire_server.config import Config
 from maskwire_server.errors import ConfigError, RunDirectoryError
-from maskwire_server.hugging_face_folder import described
+from maskwire_server.hugging_face_folder import filled_from_folder
 from maskwire_server.recovery import recorded_config
 
 
@@ -29,7 +29,7 @@ def with_model(config: Config, operators: Config) -> Config:
     `operators` is the configuration before it was completed from the run's record.
     """
     if not config.is_recorded:
-        return config.model_copy(update={"model": described(config.model)})
+        return config.model_copy(update={"model": filled_from_folder(config.model)})
     for table, key in (("python", "factory"), ("huggingface", "trust_remote_code")):
         value, own = (getattr(getattr(each.model, table), key, None) for each in (config, operators))
         if value and value != own:

@@ -19,7 +19,7 @@ from maskwire_server import export_format, import_export, tokenizer_files
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
-from maskwire_server.hugging_face_folder import described
+from maskwire_server.hugging_face_folder import filled_from_folder
 from maskwire_server.manifest import Manifest
 from maskwire_server.results import CheckpointInfo
 from maskwire_server.training.trainer import TorchTrainer
@@ -96,7 +96,9 @@ def hugging_face(folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def from_folder(folder: Path, **settings: Any) -> ModelConfig:
-    return described(ModelConfig(source="huggingface", huggingface={"path": str(folder)}, **settings))
+    return filled_from_folder(
+        ModelConfig(source="huggingface", huggingface={"path": str(folder)}, **settings)
+    )
 
 
 @pytest.mark.parametrize("kind", ["bert", "modernbert"])

@@ -30,7 +30,7 @@ from torch import Tensor
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.errors import ConfigError
-from maskwire_server.hugging_face_folder import described
+from maskwire_server.hugging_face_folder import filled_from_folder
 from maskwire_server.recovery import fingerprint
 from maskwire_server.results import FROZEN_FILE
 from maskwire_server.training.footprint import footprint
@@ -246,7 +246,9 @@ def test_a_config_json_alone_gives_random_weights(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="needs the extra huggingface")
     file = write_folder(tmp_path) / "config.json"
     (tmp_path / "model.safetensors").unlink()
-    model = described(ModelConfig(source="huggingface", mask_id=MASK, huggingface={"path": str(file)}))
+    model = filled_from_folder(
+        ModelConfig(source="huggingface", mask_id=MASK, huggingface={"path": str(file)})
+    )
     trainer = make_trainer(model)
     before = {name: weight.clone() for name, weight in trainer.networks.named_parameters()}
     trainer.begin()
@@ -433,7 +435,7 @@ def test_a_missing_library_is_named_with_its_extra(
 def test_a_model_of_the_hub_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ConfigError, match=r"'some/bert' is no folder here; .* \"maskwire\[huggingface\]\""):
-        described(ModelConfig(source="huggingface", mask_id=4, huggingface={"path": "some/bert"}))
+        filled_from_folder(ModelConfig(source="huggingface", mask_id=4, huggingface={"path": "some/bert"}))
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def load_pretrained(module: nn.Module, model: ModelConfig) -> None:
         log.warning(
             "%s has no weights for %s: they start from random values", source.path, ", ".join(missing)
         )
-    own = {
+    own = {  # by the names from before peft wrapped the matrices
         name.replace(".base_layer.", "."): tensor
         for name, tensor in module.state_dict(keep_vars=True).items()
         if ".lora_" not in name
@@ -83,6 +83,7 @@ def load_pretrained(module: nn.Module, model: ModelConfig) -> None:
     with torch.no_grad():
         for name, tensor in found.state_dict().items():
             if name not in missing:  # a second load must not draw other random values
+                # Embeddings with added ids have more rows than the tensor.
                 own[name][tuple(slice(size) for size in tensor.shape)].copy_(tensor)
 
 

@@ -56,11 +56,11 @@ class MaskedLM(Backbone):
         self.blocks = _layers(module)
         mark_fused_maps(module, _FUSED)
         self._mask_id, self._fill_id = mask_id, fill_id
-        self._captures = False
-        self._captured: Tensor | None = None
+        self._is_capturing = False
+        self._output_input: Tensor | None = None
         self._compared = outputs is not None
         """Whether the logits were compared with x w^T + b. A critic uses no logits."""
-        output.register_forward_pre_hook(self._take)
+        output.register_forward_pre_hook(self._keep_input)
         self.to_scores = None if outputs is None else nn.Linear(self.dim, outputs)
         if self_cond:
             self.condition_itself(self.dim, module.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
@@ -103,24 +103,24 @@ class MaskedLM(Backbone):
     def _output_layer(self) -> Any:
         return self.model.get_output_embeddings()  # type: ignore[operator]
 
-    def _take(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if not self._captures:
+    def _keep_input(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not self._is_capturing:
             return None
-        self._captured = inputs[0]
+        self._output_input = inputs[0]
         return (inputs[0][:, :0], *inputs[1:])
 
-    def _capture(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Tensor | None:
+    def _input_of_output(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Tensor | None:
         """The input of the output layer; None if the module does not call it."""
-        self._captures = True
+        self._is_capturing = True
         try:
             self._call(ids_bn, valid_bn, cond)
-            found, self._captured = self._captured, None
+            found, self._output_input = self._output_input, None
         finally:
-            self._captures = False
+            self._is_capturing = False
         return found
 
     def _embeddings(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Tensor:
-        found = self._capture(ids_bn, valid_bn, cond)
+        found = self._input_of_output(ids_bn, valid_bn, cond)
         if found is None or found.shape[:2] != ids_bn.shape:
             shape = "nothing" if found is None else tuple(found.shape)
             raise ConfigError(
@@ -159,7 +159,7 @@ class MaskedLM(Backbone):
             valid = None if valid_bn is None else torch.cat((valid_bn[:3], torch.ones_like(valid_bn[:1])))
             with torch.random.fork_rng(), _other_values(self.model, self.blocks):
                 own = self._logits(ids, valid, None)
-                x, layer = self._capture(ids, valid, None), self._output_layer()
+                x, layer = self._input_of_output(ids, valid, None), self._output_layer()
                 product = None if x is None else Head(x, layer.weight, layer.bias).logits()
         finally:
             self.model.train(training)
