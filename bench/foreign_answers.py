@@ -122,7 +122,7 @@ def answer(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         chosen = settings(source, folder) | {
-            "run.dir": folder / "run", "serve.address": f"unix:{folder}/socket",
+            "run.dir": folder / "run", "serve.address": f"unix:{folder}/socket", "serve.threads": 1,
             "checkpoints.every_steps": 100, "optimizer.name": "muon", "optimizer.learning_rate": 5e-3,
             "optimizer.warmup_steps": 40, "optimizer.schedule": "cosine", "optimizer.total_steps": steps,
         }  # fmt: skip
