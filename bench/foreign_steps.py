@@ -9,6 +9,7 @@ dLLM's). Both train a model of random weights. Prints what `bench.inprocess` pri
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 import time
@@ -140,7 +141,8 @@ def hugging_face(ids: Any, steps: int, tokens: int) -> Seconds:
             max_grad_norm=1.0, use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
         rows = [{"input_ids": torch.from_numpy(row)} for row in ids]
-        Masked(model, arguments, train_dataset=rows, callbacks=[Clock()]).train()
+        with contextlib.redirect_stdout(sys.stderr):  # it prints a summary
+            Masked(model, arguments, train_dataset=rows, callbacks=[Clock()]).train()
     return seconds
 
 

@@ -24,13 +24,15 @@ if "MASKWIRE_MODEL_RUNS" not in os.environ:
     settings.load_profile("suite")
 
 LONGEST = (
-    "robustness/test_samples.py", "rpc/test_limits.py", "rpc/test_jobs.py", "test_bench.py",
-    "test_wheel.py", "rpc/test_durability.py", "rpc/test_both_clients.py",
-    "server/training/test_known_answers.py", "rpc/test_generate.py", "client/test_nonfatal_output.py",
-    "server/training/test_generation.py", "server/recovery/test_inexact_replay.py", "rpc/test_processes.py",
-    "server/training/test_dense_reference.py", "rpc/test_run_directory.py", "test_suite.py",
-    "server/training/test_trainer.py", "rpc/test_evaluation.py", "rpc/test_weights.py",
-    "rpc/test_service_over_the_wire.py",
+    "robustness/test_samples.py", "test_bench.py", "rpc/test_jobs.py", "rpc/test_limits.py",
+    "server/recovery/test_inexact_replay.py", "client/test_nonfatal_output.py", "rpc/test_durability.py",
+    "server/training/test_generation.py", "rpc/test_model_examples.py", "test_wheel.py",
+    "rpc/test_sources.py", "server/training/test_dense_reference.py",
+    "server/training/test_known_answers.py", "rpc/test_processes.py", "rpc/test_run_directory.py",
+    "rpc/test_both_clients.py", "test_suite.py", "server/training/test_trainer.py",
+    "server/training/test_importing.py", "rpc/test_service_over_the_wire.py", "rpc/test_generate.py",
+    "rpc/test_weights.py", "rpc/test_made_up.py", "rpc/test_exchange.py", "test_laws.py",
+    "test_fork_server.py", "rpc/test_evaluation.py",
 )  # fmt: skip
 """The files that take ten seconds or more, the longest first."""
 CHILDREN = pytest.StashKey[set[int]]()

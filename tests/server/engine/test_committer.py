@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from maskwire.v1.values import RunState
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.shared_state import Run
+from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal.reserve import Reserve
 
 
@@ -74,3 +77,53 @@ def test_what_was_computed_is_committed_while_the_reserve_holds_new_steps_off(
     now[0] += 1.1
     committer._cycle()
     assert run.conditions.state is RunState.SERVING
+
+
+def sqlite_error(code: int) -> sqlite3.DatabaseError:
+    error = sqlite3.DatabaseError("malformed")
+    error.sqlite_errorcode = code
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "words"),
+    [
+        (Refused("HALTED", "stop"), "HALTED", "stop"),
+        (RunDirectoryError("step 3 was changed"), "HISTORY_LOST", "step 3 was changed"),
+        (
+            sqlite_error(sqlite3.SQLITE_CORRUPT),
+            "HISTORY_LOST",
+            "the journal is damaged .malformed.",
+        ),
+        (OSError(errno.EMFILE, "Too many open files"), "OUT_OF_RESOURCES", "Too many open files"),
+    ],
+)
+def test_a_question_that_fails_is_refused_with_what_happened(
+    tmp_path: Path, error: Exception, reason: str, words: str
+) -> None:
+    run, fake = Run(ServeConfig(), lambda: 0.0), FakeJournal()
+    committer = Committer(run, fake, Reserve(tmp_path, 0), lambda: 0.0, pytest.fail)  # type: ignore[arg-type]
+
+    def question(_: Any) -> None:
+        raise error
+
+    future: Future[None] = Future()
+    committer._answer(question, (), future)
+    with pytest.raises(Refused, match=words) as caught:
+        future.result(0)
+    assert caught.value.reason == reason
+
+
+def test_a_question_that_fails_for_an_unknown_reason_ends_the_committer(tmp_path: Path) -> None:
+    run, fake = Run(ServeConfig(), lambda: 0.0), FakeJournal()
+    committer = Committer(run, fake, Reserve(tmp_path, 0), lambda: 0.0, pytest.fail)  # type: ignore[arg-type]
+    for error in (sqlite_error(sqlite3.SQLITE_MISUSE), OSError(errno.EIO, "Input/output error")):
+
+        def question(_: Any, error: Exception = error) -> None:
+            raise error
+
+        with pytest.raises(type(error)):
+            committer._answer(question, (), Future())
+    cancelled: Future[None] = Future()
+    cancelled.cancel()
+    committer._answer(question, (), cancelled)

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from maskwire.v1.digest import DigestVersion
-from maskwire.v1.values import Losses, Outcome
+from maskwire.v1.values import InexactReplay, Losses, Outcome
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.journal import fsync
+from maskwire_server.journal import fsync, inexact_replays
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, SessionRecord, StepRecord, Stretch
 from maskwire_server.journal.run_directory import JOURNAL_FILE
@@ -304,3 +304,13 @@ def test_a_place_that_cannot_hold_a_run_is_named(tmp_path: Path) -> None:
     for place in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(RunDirectoryError, match=r"file\S*: cannot be used as a run directory"):
             Journal(place)
+
+
+def test_inexact_replays_of_both_formats_are_read_and_merged(open_journal: Open) -> None:
+    journal = open_journal()
+    steps = {"steps": [4, 3], "replays": [vars(InexactReplay(1, 5, 6, False))]}
+    journal.transaction(lambda: journal.add_event(inexact_replays.EVENT, {"steps": [9, 8]}))  # version 0.1
+    journal.transaction(lambda: journal.add_event(inexact_replays.EVENT, {"steps": []}))
+    journal.transaction(lambda: journal.add_event(inexact_replays.EVENT, steps))
+    found = inexact_replays.recorded(journal)
+    assert [(each.lineage, each.first_step, each.last_step) for each in found] == [(1, 5, 6), (1, 8, 9)]
