@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from bench import peer_inprocess
 from bench.harness import WARM, report
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
@@ -96,19 +97,7 @@ def x_transformers(ids: Any, steps: int, tokens: int) -> Seconds:
     wrapper: Any = NonAutoregressiveWrapper(
         net, mask_id=tokens - 1, no_replace_prob=0.0, random_token_prob=0.0, use_simple_mdlm_loss_weight=False
     )
-    optimizer = torch.optim.AdamW(wrapper.parameters(), lr=1e-3, fused=True)
-    batch = torch.from_numpy(ids)
-    seconds = []
-    for _ in range(steps):
-        began = time.perf_counter()
-        loss = wrapper(batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()
-        seconds.append(time.perf_counter() - began)
-    return seconds
+    return peer_inprocess.train(wrapper, torch.from_numpy(ids), steps)
 
 
 def hugging_face(ids: Any, steps: int, tokens: int) -> Seconds:

@@ -30,10 +30,14 @@ def main() -> None:
     wrapper: Any = NonAutoregressiveWrapper(
         net, mask_id=tokens - 1, no_replace_prob=0.0, random_token_prob=0.0, use_simple_mdlm_loss_weight=False
     )
+    report(train(wrapper, torch.randint(0, tokens - 1, (rows, columns)), steps + WARM)[WARM:], 0.0)
+
+
+def train(wrapper: Any, ids: torch.Tensor, steps: int) -> list[float]:
+    """Train a NonAutoregressiveWrapper on one batch; the seconds of each step."""
     optimizer = torch.optim.AdamW(wrapper.parameters(), lr=1e-3, fused=True)
-    ids = torch.randint(0, tokens - 1, (rows, columns))
     seconds: list[float] = []
-    for _ in range(steps + WARM):
+    for _ in range(steps):
         began = time.perf_counter()
         loss = wrapper(ids).loss
         loss.backward()
@@ -42,7 +46,7 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         loss.item()
         seconds.append(time.perf_counter() - began)
-    report(seconds[WARM:], 0.0)
+    return seconds
 
 
 if __name__ == "__main__":

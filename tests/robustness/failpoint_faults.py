@@ -75,7 +75,7 @@ def run(folder: Path, place: str, kind: str, seed: int) -> bool:
 
 
 def _reached(folder: Path) -> bool:
-    """Whether the fault has happened; a slow save before the kill can leave none of its places passed."""
+    """Whether the fault has happened. If saves are slow, the kill can come before the process gets there."""
     return (folder / "fired").exists()
 
 

@@ -46,7 +46,7 @@ def write_adapters(module: MaskedModel, folder: Path) -> None:
         settings.revision = source.revision
     # The default would ask the hub whether the base has another vocabulary.
     model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # a form that nobody has filled in
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty template of a model card
 
 
 def left_out(module: MaskedModel) -> list[str]:
