@@ -187,11 +187,11 @@ class MaskedLM(Backbone):
 
 @contextlib.contextmanager
 def _other_values(module: nn.Module, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Give the parameters outside the layers fixed values, at which what follows the output layer shows.
+    """Give the parameters outside the layers fixed values that reveal what follows the output layer.
 
-    What the model computes is then decided the same way at every start, whatever the weights are. At their
-    own values a new bias of 0 or scale of 1 would be missed, and the soft cap of small logits. Matrices are
-    scaled so that a normalised embedding gives logits of about 3.
+    The decision is then the same at every start, whatever the weights are. At the weights' own values, a new
+    bias of 0, a scale of 1, or a soft cap of small logits would be missed. Matrices are scaled so that a
+    normalised embedding gives logits of about 3.
     """
     inside = {weight for layer in layers for weight in layer.parameters()}
     outside = [w for w in module.parameters() if w not in inside and w.is_floating_point()]
@@ -210,7 +210,7 @@ def _other_values(module: nn.Module, layers: Iterable[nn.Module]) -> Iterator[No
 def _layers(module: nn.Module) -> list[nn.Module]:
     """The module's own `blocks`, or else its list of modules with the most parameters."""
     own = getattr(module, "blocks", None)
-    if own is not None:
+    if isinstance(own, (nn.ModuleList, list, tuple)):  # not a number of blocks
         return list(own)
     lists = [each for each in module.modules() if isinstance(each, nn.ModuleList)]
     return list(max(lists, key=lambda each: sum(w.numel() for w in each.parameters()), default=[]))
