@@ -142,7 +142,7 @@ def _together(
         mask_bn.sum(-1),
     )
     target_b = (rank_bn == pass_b[:, None]).long().argmax(-1)
-    return PassBatch(part.rows(slice(None)), target_b, row_b * options.draws + draw_b)
+    return PassBatch(part, target_b, row_b * options.draws + draw_b)
 
 
 def _predict(

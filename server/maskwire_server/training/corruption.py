@@ -68,15 +68,11 @@ class Corruption:
         """The same batch on a device."""
         return Corruption(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
-    def rows(self, part: slice) -> Corruption:
+    def rows(self, part: slice, columns: int) -> Corruption:
         """Some of the rows, cut to the columns of the longest of them."""
-        valid = self.valid_bn[part]
-        columns = int(valid.any(0).nonzero().max()) + 1 if bool(valid.any()) else 1
-        ids, valid, maskable, mask, seen = (
-            grid[part, :columns]
-            for grid in (self.ids_bn, self.valid_bn, self.maskable_bn, self.mask_bn, self.input_bn)
-        )
-        return Corruption(ids, valid, maskable, mask, seen, self.n_b[part], self.k_b[part])
+        grids = (self.ids_bn, self.valid_bn, self.maskable_bn, self.mask_bn, self.input_bn)
+        cut = (grid[part, :columns] for grid in grids)
+        return Corruption(*cut, self.n_b[part], self.k_b[part])
 
 
 def corrupt(
@@ -88,21 +84,27 @@ def corrupt(
     step: StepKey,
     masking: masking_schedule.Schedule | None = None,
 ) -> Corruption:
-    """Mask a logical batch for training. `masking` overrides the configured schedule."""
+    """Mask a logical batch for training, on its device. `masking` overrides the configured schedule.
+
+    What rounding could change, the times and the counts of rows, is computed on the host, so that every
+    device masks the same positions. `n_b` and `k_b` stay on the host.
+    """
+    device = ids_bn.device
     at = (step.seed, step.lineage, step.number)
     rows = range(ids_bn.shape[0])
     chosen = masking or masking_schedule.named(config.schedule)
     maskable_bn = valid_bn & ~prompt_bn
-    n_b = maskable_bn.sum(-1)
+    n_b = maskable_bn.sum(-1).cpu()
     permutation_b = draws.uniform(draws.keys(Purpose.PERMUTATION, *at, rows=rows), 1)[:, 0].argsort()
     t_b = masking_schedule.stratified_times(draws.uniform_scalar(Purpose.TIME, *at), permutation_b)
-    keys_b = draws.keys(Purpose.MASK, *at, rows=rows)
+    keys_b = draws.keys(Purpose.MASK, *at, rows=rows).to(device)
     if config.masking == "exact":
         k_b = masking_schedule.exact_counts(chosen, t_b, n_b)
-        mask_bn = mask_exactly(keys_b, maskable_bn, k_b)
+        mask_bn = mask_exactly(keys_b, maskable_bn, k_b.to(device))
     else:
-        mask_bn = maskable_bn & (_by_order(keys_b, maskable_bn) < chosen.fraction(t_b)[:, None])
-        k_b = mask_bn.sum(-1)
+        fraction_b = chosen.fraction(t_b).to(device)
+        mask_bn = maskable_bn & (_by_order(keys_b, maskable_bn) < fraction_b[:, None])
+        k_b = mask_bn.sum(-1).cpu()
     input_bn = torch.where(mask_bn, vocabulary.mask_id, ids_bn)
     if config.augments:
         input_bn = _augment(input_bn, ids_bn, mask_bn, config, vocabulary, step)
@@ -122,7 +124,7 @@ def random_ranks(keys_b: Tensor, maskable_bn: Tensor) -> Tensor:
     """The rank of each maskable position in a random order, int64 [b, n]. Other positions rank last."""
     numbers_bn = _by_order(keys_b, maskable_bn).masked_fill(~maskable_bn, 2.0)
     order_bn = numbers_bn.argsort(-1)
-    rank = torch.arange(numbers_bn.shape[1]).expand_as(order_bn)
+    rank = torch.arange(numbers_bn.shape[1], device=order_bn.device).expand_as(order_bn)
     return torch.empty_like(order_bn).scatter_(1, order_bn, rank)
 
 
@@ -146,14 +148,18 @@ def _augment(
 ) -> Tensor:
     at = (step.seed, step.lineage, step.number)
     b, n = ids_bn.shape
-    a_bn = draws.uniform(draws.keys(Purpose.AUGMENT, *at, rows=range(b)), n)
+
+    def uniform(purpose: Purpose) -> Tensor:
+        return draws.uniform(draws.keys(purpose, *at, rows=range(b)).to(ids_bn.device), n)
+
+    a_bn = uniform(Purpose.AUGMENT)
     kept = a_bn < config.no_replace_prob
     replaced = ~kept & (a_bn < config.no_replace_prob + config.random_token_prob)
     if coin(step, 0, config.augment_prob):
         input_bn = torch.where(mask_bn & kept, ids_bn, input_bn)
     if coin(step, 1, config.augment_prob):
-        u_bn = draws.uniform(draws.keys(Purpose.RANDOM_ID, *at, rows=range(b)), n)
-        input_bn = torch.where(mask_bn & replaced, random_ids(u_bn, vocabulary), input_bn)
+        replacement_bn = random_ids(uniform(Purpose.RANDOM_ID), vocabulary)
+        input_bn = torch.where(mask_bn & replaced, replacement_bn, input_bn)
     return input_bn
 
 

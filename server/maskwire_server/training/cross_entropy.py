@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from maskwire_server.training.corruption import Vocabulary
-from maskwire_server.training.head import Head
+from maskwire_server.training.head import Head, aligned
 
 CHUNK = {"cpu": 2**22, "cuda": 2**28}  # logits at once: 16 MiB and 1 GiB in fp32
 
@@ -100,16 +100,19 @@ class _WeightedSum(torch.autograd.Function):
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         grad_x = torch.empty_like(x_md) if learns else None
-        grad_w = torch.zeros_like(w_vd) if learns and w_vd.requires_grad else None  # None: w is frozen
         grad_b = torch.zeros_like(bias_v) if learns and bias_v is not None else None
         total = torch.zeros((), dtype=torch.float64, device=device)
         (m, _), v = x_md.shape, w_vd.shape[0]
         with torch.autocast(device.type, enabled=False):
-            w = w_vd.to(dtype)
-            b = None if bias_v is None else bias_v.to(dtype)
+            w = aligned(w_vd.to(dtype))
+            b = None if bias_v is None else aligned(bias_v.to(dtype))
+            columns = w.shape[0]
+            forbidden = torch.tensor([*vocabulary.special, *range(v, columns)], device=device)
+            # None: w is frozen.
+            grad_w = w_vd.new_zeros(columns, w_vd.shape[1]) if learns and w_vd.requires_grad else None
             # All chunks share two buffers: allocating new memory would take as long as the softmax.
             products, log_ps = (
-                torch.empty(min(m, chunk_rows(v, device)), v, dtype=kind, device=device)
+                torch.empty(min(m, chunk_rows(v, device)), columns, dtype=kind, device=device)
                 for kind in (dtype, wide(dtype))
             )
             for rows in chunks(m, v, device):
@@ -119,9 +122,9 @@ class _WeightedSum(torch.autograd.Function):
                     torch.mm(x.to(dtype), w.t(), out=product)
                 else:
                     torch.addmm(b, x.to(dtype), w.t(), out=product)
-                logits = forbid_special(product, vocabulary)
+                logits = product.to(wide(dtype)).index_fill_(-1, forbidden, float("-inf"))
                 if look is not None:
-                    look(rows, logits)
+                    look(rows, logits[:, :v])
                 torch.log_softmax(logits, -1, out=log_p)
                 total -= (log_p.gather(1, target).double() * weight).sum()
                 if grad_x is None:
@@ -138,8 +141,8 @@ class _WeightedSum(torch.autograd.Function):
                     else:
                         grad_w += off.t() @ scaled
                 if grad_b is not None:
-                    grad_b += (share * off).sum(0)
-        ctx.gradients = grad_x, grad_w, grad_b
+                    grad_b += (share * off).sum(0)[:v]
+        ctx.gradients = grad_x, None if grad_w is None else grad_w[:v], grad_b
         return total
 
     @staticmethod

@@ -44,15 +44,24 @@ class Purpose(enum.IntEnum):
     CHAIN_ORDER = 20
 
 
+def _hash(purpose: Purpose, parts: tuple[int, ...]) -> hashlib.blake2b:
+    return hashlib.blake2b(struct.pack(f"<{1 + len(parts)}q", purpose, *parts), digest_size=8)
+
+
 def key(purpose: Purpose, *parts: int) -> int:
     """The 64-bit key for a purpose and integers, as a signed integer."""
-    data = struct.pack(f"<{1 + len(parts)}q", purpose, *parts)
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(_hash(purpose, parts).digest(), "little", signed=True)
 
 
 def keys(purpose: Purpose, *parts: int, rows: range | list[int]) -> Tensor:
     """One key per row, int64 [b]: H(purpose, parts…, row)."""
-    return torch.tensor([key(purpose, *parts, row) for row in rows], dtype=torch.int64)
+    common, pack = _hash(purpose, parts), struct.Struct("<q").pack
+    found = []
+    for row in rows:
+        each = common.copy()
+        each.update(pack(row))
+        found.append(each.digest())
+    return torch.tensor(struct.unpack(f"<{len(found)}q", b"".join(found)), dtype=torch.int64)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

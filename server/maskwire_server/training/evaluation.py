@@ -34,7 +34,7 @@ from maskwire_server.training.objective import Model
 
 @dataclass(frozen=True)
 class TensorBatch:
-    """A batch as tensors on the host: int64 and bool [r, n]."""
+    """A batch as tensors: int64 and bool [r, n]."""
 
     ids_rn: Tensor
     valid_rn: Tensor
@@ -44,6 +44,10 @@ class TensorBatch:
     def maskable_rn(self) -> Tensor:
         """Positions that can be masked."""
         return self.valid_rn & ~self.prompt_rn
+
+    def to(self, device: torch.device) -> TensorBatch:
+        """The same batch on a device."""
+        return TensorBatch(*(grid.to(device) for grid in vars(self).values()))
 
     def columns(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """The first columns of the ids, and of the masks of valid and maskable positions."""
@@ -149,7 +153,7 @@ def _parts(
             temperature_b = draws.uniform(keys(Purpose.TEMPERATURE), 1)[:, 0]
         elif options.generator_sample_temperature is not None:
             temperature_b = torch.full((len(who),), options.generator_sample_temperature).double()
-        yield where, part.rows(slice(None)), sample_b, temperature_b
+        yield where, part, sample_b, temperature_b
 
 
 def _part_sums(

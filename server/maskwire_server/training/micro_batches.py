@@ -12,7 +12,9 @@ from maskwire_server.training.objective import PartLosses
 
 def row_lengths(valid_bn: Tensor) -> list[int]:
     """The columns of each row up to its last valid position, at least 1."""
-    return [int(row.nonzero().max()) + 1 if bool(row.any()) else 1 for row in valid_bn]
+    column_n = torch.arange(1, valid_bn.shape[1] + 1)
+    lengths: list[int] = (valid_bn * column_n).amax(-1).clamp(min=1).tolist()
+    return lengths
 
 
 def split(lengths: Iterable[int], budget: int) -> Iterator[tuple[slice, int]]:

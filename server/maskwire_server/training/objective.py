@@ -22,7 +22,7 @@ from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary,
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.head import Head
 
-_SAMPLE_CHUNK = 2**21  # fp64 probabilities in memory at once while sampling: 16 MiB
+_SAMPLE_CHUNK = {"cpu": 2**21, "cuda": 2**24}  # fp64 probabilities at once: 16 and 128 MiB
 
 
 class Model(Protocol):
@@ -215,18 +215,35 @@ def sample(logits_mv: Tensor, u_m: Tensor, temperature: float | Tensor) -> Tenso
     temperature_m = torch.as_tensor(temperature, dtype=torch.float64, device=logits_mv.device).expand(m)
     greedy_m = logits_mv.argmax(-1)
     sampled = []
-    chunk = max(1, _SAMPLE_CHUNK // v)
+    chunk = max(1, _SAMPLE_CHUNK[logits_mv.device.type] // v)
     for rows in (slice(start, start + chunk) for start in range(0, m, chunk)):
         logits = logits_mv[rows].double()
         # Subtract the largest logit before dividing, so that a tiny temperature cannot overflow.
         logits = logits - logits.amax(-1, keepdim=True)
-        cdf = (logits / temperature_m[rows, None].clamp(min=1e-300)).exp().cumsum(-1)
+        cdf = prefix_sums((logits / temperature_m[rows, None].clamp(min=1e-300)).exp())
         target = u_m[rows, None] * cdf[:, -1:]
         # right=True skips leading ids of probability 0, even if u is 0.
         sampled.append(torch.searchsorted(cdf, target, right=True)[:, 0])
     if not sampled:
         return greedy_m
     sampled_m = torch.cat(sampled)
-    # u times the total can round up to the total, which is beyond the last id: take the most probable one.
-    sampled_m = torch.where(sampled_m >= v, greedy_m, sampled_m)
-    return torch.where(temperature_m == 0, greedy_m, sampled_m)
+    # u times the total can round up to the total, which is beyond the last id. The sums of a GPU are rounded
+    # each in another order, and u can fall between those of an id of probability 0.
+    inside_m = sampled_m.clamp(max=v - 1)
+    impossible_m = (sampled_m >= v) | logits_mv.gather(1, inside_m[:, None])[:, 0].isneginf()
+    return torch.where(impossible_m | (temperature_m == 0), greedy_m, inside_m)
+
+
+def prefix_sums(x_mv: Tensor) -> Tensor:
+    """Sums of the first 1, 2, ... v numbers of each row, [m, v].
+
+    torch has no deterministic kernel for them on CUDA. There, if kernels must be deterministic, each pass
+    adds the sum 1, 2, 4, ... places before (Hillis and Steele, "Data parallel algorithms", CACM 1986).
+    """
+    if x_mv.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
+        return x_mv.cumsum(-1)
+    distance, v = 1, x_mv.shape[-1]
+    while distance < v:
+        x_mv = torch.cat((x_mv[:, :distance], x_mv[:, distance:] + x_mv[:, :-distance]), dim=-1)
+        distance *= 2
+    return x_mv

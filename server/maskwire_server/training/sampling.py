@@ -302,7 +302,7 @@ def sample(logits_mv: Tensor, u_m: Tensor, temperature: float | Tensor, options:
             kept_mk, ids_mk = logits_mv.sort(dim=-1, descending=True, stable=True)
         shifted_mk = kept_mk - kept_mk[:, :1]  # so that a tiny temperature cannot overflow
         p_mk = (shifted_mk / scale).softmax(-1)
-        outside_mk = p_mk.cumsum(-1) - p_mk >= options.top_p
+        outside_mk = objective.prefix_sums(p_mk) - p_mk >= options.top_p
         outside_mk[:, 0] = False
         kept_mk = kept_mk.masked_fill(outside_mk, float("-inf"))
     chosen_m = objective.sample(kept_mk, u_m, temperature)

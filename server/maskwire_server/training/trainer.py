@@ -292,7 +292,8 @@ class TorchTrainer:
     def _gradients(self, batch: evaluation.TensorBatch, modes: Modes, at: StepKey) -> BatchLosses:
         """Add up the gradients of the micro-batches."""
         config = self._objective
-        corrupted = corrupt(batch.ids_rn, batch.valid_rn, batch.prompt_rn, config, self._vocabulary, at)
+        there = batch.to(self._device)
+        corrupted = corrupt(there.ids_rn, there.valid_rn, there.prompt_rn, config, self._vocabulary, at)
         plan = objective.plan_step(
             config,
             at,
@@ -309,18 +310,19 @@ class TorchTrainer:
         weight_b = objective.position_weights(config, corrupted.n_b, corrupted.k_b)
         rows = range(batch.ids_rn.shape[0])
         keys_b = draws.keys(Purpose.CRITIC_SAMPLE, at.seed, at.lineage, at.number, rows=rows)
+        weight_b, keys_b = weight_b.to(self._device), keys_b.to(self._device)
         with self._seeded_dropout(at):
-            for part, _ in split(row_lengths(corrupted.valid_bn), self._budget):
+            for part, columns in split(row_lengths(batch.valid_rn), self._budget):
                 with self._autocast():
                     losses = objective.losses(
                         self.networks,
                         config,
                         self._vocabulary,
-                        corrupted.rows(part).to(self._device),
-                        weight_b[part].to(self._device),
+                        corrupted.rows(part, columns),
+                        weight_b[part],
                         sums.maskable,
                         plan,
-                        keys_b[part].to(self._device),
+                        keys_b[part],
                     )
                 sums.add(losses)
                 total = objective.minimized(losses, config, plan, self._numerics_version)
