@@ -71,8 +71,8 @@ class Corruption:
     def rows(self, part: slice, columns: int) -> Corruption:
         """Some of the rows, cut to the columns of the longest of them."""
         grids = (self.ids_bn, self.valid_bn, self.maskable_bn, self.mask_bn, self.input_bn)
-        cut = (grid[part, :columns] for grid in grids)
-        return Corruption(*cut, self.n_b[part], self.k_b[part])
+        ids, valid, maskable, mask, seen = (grid[part, :columns] for grid in grids)
+        return Corruption(ids, valid, maskable, mask, seen, self.n_b[part], self.k_b[part])
 
 
 def corrupt(

@@ -213,7 +213,9 @@ def test_evaluation_is_that_of_the_cpu(chain_rule: bool) -> None:
     assert found.tokens == expected.tokens
 
 
-@pytest.mark.parametrize("options", [PLAIN_ENCODER, MODERN_ENCODER, TIED_ENCODER], ids=["plain", "modern", "tied"])
+@pytest.mark.parametrize(
+    "options", [PLAIN_ENCODER, MODERN_ENCODER, TIED_ENCODER], ids=["plain", "modern", "tied"]
+)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_x_transformers_on_a_gpu(options: dict[str, Any], deterministic: bool) -> None:
     pytest.importorskip("x_transformers")
@@ -246,7 +248,7 @@ def test_a_step_without_memory_changes_nothing_and_the_next_one_trains() -> None
     trainer = make(model=wide, micro_batch_tokens=2**22)
     ids = np.random.default_rng(0).integers(0, 39, (512, 512))
     before = state(trainer)
-    free, total = torch.cuda.mem_get_info()
+    _, total = torch.cuda.mem_get_info()
     torch.cuda.set_per_process_memory_fraction(min(1.0, 4 * 2**30 / total))
     try:
         result = trainer.train_step(1, 1, Batch(ids, 512, 512), Modes())
