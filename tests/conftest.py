@@ -38,6 +38,12 @@ LONGEST = (
 CHILDREN = pytest.StashKey[set[int]]()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The suite computes on the CPU wherever it runs; `pytest -m gpu` tests the GPU."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the longest files: one that comes last would leave the other workers idle."""
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}

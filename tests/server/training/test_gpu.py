@@ -34,6 +34,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+COMPILES = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
+"""torch.compile warns about itself."""
 DEVICE = "cuda"
 ENCODER = {
     "num_tokens": 41, "mask_id": 40, "pad_id": 39, "max_seq_len": 20,
@@ -128,7 +130,7 @@ def test_muon_is_that_of_the_cpu() -> None:
     assert_close(found, expected, 1e-3)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@COMPILES
 @pytest.mark.parametrize(
     "serve",
     [{"micro_batch_tokens": 40}, {"activation_checkpointing": True}, {"compile": "default"}],
@@ -140,7 +142,7 @@ def test_how_a_step_is_computed_changes_only_its_rounding(serve: dict[str, Any])
     assert_close(found, expected, 1e-3)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@COMPILES
 @pytest.mark.parametrize("compile", ["off", "default", "reduce-overhead"])
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 def test_lower_precision_learns_the_same(precision: str, compile: str) -> None:
