@@ -44,7 +44,7 @@ class ServeConfig(Section):
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
     """auto: bf16 autocast on GPUs that support it, else fp32. tf32: TF32 matrix products on a GPU."""
     compile: Literal["off", "default", "reduce-overhead"] = "off"
-    """Compile the blocks with torch.compile. reduce-overhead: with CUDA graphs. For GPUs; not benchmarked."""
+    """Compile the blocks with torch.compile. For GPUs. reduce-overhead: with CUDA graphs; not benchmarked."""
     deterministic: bool = False
     """Use deterministic kernels on a GPU. They are slower, but a replay after a crash is then exact to the
     bit instead of within a tolerance. On a CPU it always is."""
