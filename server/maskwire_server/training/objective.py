@@ -18,6 +18,7 @@ from torch import Tensor
 
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.training import cross_entropy, draws, masking_schedule
+from maskwire_server.training.conditioning import Conditioning
 from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, coin
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.head import Head
@@ -29,7 +30,7 @@ class Model(Protocol):
     """A generator and an optional critic."""
 
     def embed(
-        self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None, read_m: Tensor | None = None
+        self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Conditioning, read_m: Tensor | None = None
     ) -> Tensor:
         """Embeddings, [b, n, d], or [m, d] at the positions `read_m`. `cond` comes from `conditioning`.
 
@@ -42,7 +43,7 @@ class Model(Protocol):
     def project(self, e_md: Tensor) -> Tensor:
         """Logits of packed positions, [m, v]."""
 
-    def conditioning(self, e_bnd: Tensor | None) -> Tensor | None:
+    def conditioning(self, e_bnd: Tensor | None) -> Conditioning:
         """The conditioning, with or without a first pass's embeddings. None without self-conditioning."""
 
     def criticize(self, ids_bn: Tensor, valid_bn: Tensor | None, *, train_trunk: bool) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from maskwire_server.training.conditioning import Conditioning
 from maskwire_server.training.head import Head
 
 
@@ -47,16 +48,28 @@ class Backbone(nn.Module):
         self,
         ids_bn: Tensor,
         valid_bn: Tensor | None,
-        cond: Tensor | None = None,
+        cond: Conditioning = None,
         read_m: Tensor | None = None,
     ) -> Tensor:
         """Embeddings, [b, n, d], or [m, d] at the positions `read_m`.
 
-        `valid_bn` is None if there is no padding. `cond` is mapped by `to_self_cond` and added to the input
-        embeddings: [b, n, d], or [d] for all positions, or None. `read_m` holds indices into the flattened
-        [b, n] grid, each at most once.
+        `valid_bn` is None if there is no padding. What `conditioning(cond)` gives is added to the input
+        embeddings. `read_m` holds indices into the flattened [b, n] grid, each at most once.
         """
         raise NotImplementedError
+
+    def conditioning(self, cond: Conditioning) -> Tensor | None:
+        """What self-conditioning adds to the input embeddings: [b, n, d], or [d] for all positions, or None.
+
+        Call it within `forward`: outside of it, a sharded model has no whole weights. The null embedding is
+        part of the graph in both cases, so that it always has a gradient.
+        """
+        if cond is None or self.to_self_cond is None or self.null_embed is None:
+            return None
+        added: Tensor = self.to_self_cond(
+            self.null_embed if isinstance(cond, str) else cond.detach() + 0.0 * self.null_embed
+        )
+        return added
 
     def head(self, e_md: Tensor) -> Head:
         """The output layer for packed positions."""

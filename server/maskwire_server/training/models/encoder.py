@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from maskwire_server.config import ModelConfig
+from maskwire_server.training.conditioning import Conditioning
 from maskwire_server.training.head import Head
 from maskwire_server.training.models.backbone import Backbone, packed
 
@@ -202,7 +203,7 @@ class Encoder(Backbone):
         self,
         ids_bn: Tensor,
         valid_bn: Tensor | None,
-        cond: Tensor | None = None,
+        cond: Conditioning = None,
         read_m: Tensor | None = None,
     ) -> Tensor:
         """Embeddings after the final norm. The last block computes queries, output and feed-forward
@@ -211,8 +212,9 @@ class Encoder(Backbone):
         x = self.token_emb(ids_bn)
         if self.pos_emb is not None:
             x = x + self.pos_emb.weight[:n] * self.pos_emb.embedding_dim**-0.5
-        if cond is not None and self.to_self_cond is not None:
-            x = x + self.to_self_cond(cond)
+        added = self.conditioning(cond)
+        if added is not None:
+            x = x + added
         x = F.dropout(x, self.dropout, self.training)
         if self.project_emb is not None:
             x = self.project_emb(x)

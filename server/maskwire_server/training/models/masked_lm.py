@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from maskwire_server.errors import ConfigError
+from maskwire_server.training.conditioning import Conditioning
 from maskwire_server.training.head import Head
 from maskwire_server.training.models.backbone import Backbone, attended, mark_fused_maps, packed
 
@@ -69,7 +70,7 @@ class MaskedLM(Backbone):
         self,
         ids_bn: Tensor,
         valid_bn: Tensor | None,
-        cond: Tensor | None = None,
+        cond: Conditioning = None,
         read_m: Tensor | None = None,
     ) -> Tensor:
         """The input of the output layer, or the logits if they are not linear in it, selected at `read_m`."""
@@ -109,7 +110,7 @@ class MaskedLM(Backbone):
         self._output_input = inputs[0]
         return (inputs[0][:, :0], *inputs[1:])
 
-    def _input_of_output(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Tensor | None:
+    def _input_of_output(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Conditioning) -> Tensor | None:
         """The input of the output layer; None if the module does not call it."""
         self._is_capturing = True
         try:
@@ -119,7 +120,7 @@ class MaskedLM(Backbone):
             self._is_capturing = False
         return found
 
-    def _embeddings(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Tensor:
+    def _embeddings(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Conditioning) -> Tensor:
         found = self._input_of_output(ids_bn, valid_bn, cond)
         if found is None or found.shape[:2] != ids_bn.shape:
             shape = "nothing" if found is None else tuple(found.shape)
@@ -129,7 +130,7 @@ class MaskedLM(Backbone):
             )
         return found
 
-    def _logits(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Tensor:
+    def _logits(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Conditioning) -> Tensor:
         found = self._call(ids_bn, valid_bn, cond)
         logits_bnv = found if isinstance(found, Tensor) else getattr(found, "logits", None)
         if not isinstance(logits_bnv, Tensor):
@@ -139,15 +140,16 @@ class MaskedLM(Backbone):
             )
         return logits_bnv
 
-    def _call(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None) -> Any:
+    def _call(self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Conditioning) -> Any:
         if valid_bn is not None:
             ids_bn = torch.where(valid_bn, ids_bn, self._fill_id)
         keep = attended(valid_bn)
         mask = torch.ones_like(ids_bn) if keep is None else keep.to(ids_bn.dtype)
-        if cond is None or self.to_self_cond is None:
+        added = self.conditioning(cond)
+        if added is None:
             return self.model(input_ids=ids_bn, attention_mask=mask)
         inputs = self.model.get_input_embeddings()(ids_bn)  # type: ignore[operator]
-        return self.model(inputs_embeds=inputs + self.to_self_cond(cond), attention_mask=mask)
+        return self.model(inputs_embeds=inputs + added, attention_mask=mask)
 
     @torch.no_grad()
     def _is_linear(self, ids_bn: Tensor, valid_bn: Tensor | None) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.errors import ConfigError
+from maskwire_server.training.conditioning import Conditioning
 from maskwire_server.training.head import Head
 from maskwire_server.training.models import sources
 from maskwire_server.training.models.backbone import Backbone
@@ -64,7 +65,7 @@ class Networks(nn.Module):
         return [each for each in (self.generator, self.critic) if isinstance(each, Backbone)]
 
     def embed(
-        self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Tensor | None, read_m: Tensor | None = None
+        self, ids_bn: Tensor, valid_bn: Tensor | None, cond: Conditioning, read_m: Tensor | None = None
     ) -> Tensor:
         """Embeddings after the generator's final norm, [b, n, d], or [m, d] at the positions `read_m`."""
         e: Tensor = self.generator(ids_bn, valid_bn, cond, read_m)
@@ -78,15 +79,11 @@ class Networks(nn.Module):
         """Logits of packed positions, [m, v]."""
         return self.generator.project(e_md)
 
-    def conditioning(self, e_bnd: Tensor | None) -> Tensor | None:
-        """The embeddings of a first pass, or the null embedding without one.
-
-        The null embedding is part of the graph in both cases, so that it always has a gradient.
-        """
-        null = self.generator.null_embed
-        if null is None or e_bnd is None:
-            return null
-        return e_bnd.detach() + 0.0 * null
+    def conditioning(self, e_bnd: Tensor | None) -> Conditioning:
+        """The embeddings of a first pass, or the null embedding without one."""
+        if self.generator.null_embed is None:
+            return None
+        return "null" if e_bnd is None else e_bnd
 
     def criticize(self, ids_bn: Tensor, valid_bn: Tensor | None, *, train_trunk: bool) -> Tensor:
         """The critic's logits, [b, n]. The critic's passes are never self-conditioned."""

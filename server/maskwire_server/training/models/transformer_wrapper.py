@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from maskwire_server.config import ModelConfig
 from maskwire_server.errors import ConfigError
+from maskwire_server.training.conditioning import Conditioning
 from maskwire_server.training.head import Head
 from maskwire_server.training.models.backbone import Backbone, attended, mark_fused_maps, packed
 from maskwire_server.training.user_code import one_line
@@ -98,12 +99,13 @@ class XTransformers(Backbone):
         self,
         ids_bn: Tensor,
         valid_bn: Tensor | None,
-        cond: Tensor | None = None,
+        cond: Conditioning = None,
         read_m: Tensor | None = None,
     ) -> Tensor:
         """Embeddings after the final norm, selected at `read_m`."""
-        added = None if cond is None or self.to_self_cond is None else self.to_self_cond(cond)
-        e_bnd: Tensor = self.net(ids_bn, mask=attended(valid_bn), sum_embeds=added, return_embeddings=True)
+        e_bnd: Tensor = self.net(
+            ids_bn, mask=attended(valid_bn), sum_embeds=self.conditioning(cond), return_embeddings=True
+        )
         return e_bnd if read_m is None else packed(e_bnd, read_m)
 
     def head(self, e_md: Tensor) -> Head:
