@@ -29,6 +29,7 @@ from maskwire_server.training import evaluation, optim
 from maskwire_server.training.corruption import Vocabulary
 from maskwire_server.training.head import Head
 from maskwire_server.training.models.x_transformers import import_state_dict
+from maskwire_server.training.ranks import Ranks
 from maskwire_server.training.trainer import TorchTrainer
 
 ROWS, COLUMNS, HELD_OUT, POINTS = 32, 128, 0.05, 10
@@ -136,7 +137,7 @@ def peer_step(wrapper: Any, settings: config.OptimizerConfig) -> Callable[[int, 
 
     def step(number: int, ids: Any) -> None:
         wrapper(torch.from_numpy(ids.astype(np.int64))).loss.backward()
-        optim.clip([group], settings.clip_grad_norm)
+        optim.clip([group], settings.clip_grad_norm, Ranks())
         group.update(optim.learning_rate(settings, number))
         group.clear_gradients()
 

@@ -75,6 +75,13 @@ class Corruption:
         return Corruption(ids, valid, maskable, mask, seen, self.n_b[part], self.k_b[part])
 
 
+def empty_part(device: torch.device) -> Corruption:
+    """One position that cannot be masked: what a rank computes that has no rows left."""
+    ids, no = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.bool)
+    count = torch.zeros(1, dtype=torch.int64)
+    return Corruption(ids, ~no, no, no, ids, count, count).to(device)
+
+
 def corrupt(
     ids_bn: Tensor,
     valid_bn: Tensor,

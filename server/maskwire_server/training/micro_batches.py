@@ -39,17 +39,18 @@ class BatchLosses:
         self.masked = masked
         self.maskable = maskable
         self._critic = critic
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        """Of the generator's loss and the critic's, fp64 [2]."""
 
     def add(self, part: PartLosses) -> None:
         """Add the losses of one micro-batch."""
         critic = torch.zeros_like(part.generator) if part.critic is None else part.critic
-        self._sums += torch.stack((part.generator, critic)).detach()
+        self.sums += torch.stack((part.generator, critic)).detach()
 
     def read(self, norm: Tensor) -> tuple[float, float | None, float]:
         """Generator loss, critic loss (None if it was not computed) and gradient norm.
 
         They are copied to the host together, because each copy waits for the device.
         """
-        generator, critic, norm_value = torch.cat((self._sums, norm.double().view(1).to(self._sums))).tolist()
+        generator, critic, norm_value = torch.cat((self.sums, norm.double().view(1).to(self.sums))).tolist()
         return generator, critic if self._critic else None, norm_value

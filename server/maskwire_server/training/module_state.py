@@ -17,15 +17,20 @@ def buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name not in others}
 
 
-def load(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    """All of them by name."""
+    return weights(module) | buffers(module)
+
+
+def load(module: nn.Module, found: dict[str, Tensor]) -> None:
     """Copy tensors into a module by name. Raises ValueError, naming the first tensor that does not fit."""
-    live = weights(module) | buffers(module)
-    for name in sorted(live.keys() | tensors.keys()):
-        if name not in tensors:
+    live = tensors(module)
+    for name in sorted(live.keys() | found.keys()):
+        if name not in found:
             raise ValueError(f"{name} is missing")
         if name not in live:
             raise ValueError(f"{name} is not part of this model")
-        if tensors[name].shape != live[name].shape:
-            raise ValueError(f"{name} must be {tuple(live[name].shape)}, got {tuple(tensors[name].shape)}")
-    for name, tensor in tensors.items():
+        if found[name].shape != live[name].shape:
+            raise ValueError(f"{name} must be {tuple(live[name].shape)}, got {tuple(found[name].shape)}")
+    for name, tensor in found.items():
         live[name].data.copy_(tensor)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maskwire_server.training.ranks import assign, whole
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration: chosen for the steepest slope at 0 that still keeps the values close to 1."""
 ITERATIONS = 5
@@ -98,6 +100,10 @@ class Muon(torch.optim.Optimizer):
                 direction = weight.grad.lerp(average, momentum)  # Nesterov's
                 weight.mul_(1 - rate * group["weight_decay"])
                 rows = self._rows[weight]
-                for part, towards in zip(weight.split(rows), direction.split(rows), strict=True):
+                # Each rank that holds a part of the matrix computes the whole step.
+                matrix = whole(weight)
+                for part, towards in zip(matrix.split(rows), whole(direction).split(rows), strict=True):  # type: ignore[no-untyped-call]
                     step = orthogonalized(towards, self._dtype).to(part.dtype)
                     part.add_(step, alpha=-rate * update_scale(*part.shape))
+                if matrix is not weight:
+                    assign(weight, matrix)

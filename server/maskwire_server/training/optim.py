@@ -21,6 +21,7 @@ from maskwire_server.training import module_state
 from maskwire_server.training.muon import Muon, hidden_matrices
 from maskwire_server.training.numerics import NUMERICS_VERSION
 from maskwire_server.training.parameter_groups import Matched, frozen, matched, trainable
+from maskwire_server.training.ranks import Ranks, own_part
 
 Rule = Literal["adamw", "muon", "frozen"]
 
@@ -76,8 +77,12 @@ class Group:
         *,
         fused: bool,
         bf16: bool = False,
+        average: nn.Module | None = None,
     ) -> None:
-        """`own` has the groups of the parameters by name. With `bf16`, Muon's iteration is in bfloat16."""
+        """`own` has the groups of the parameters by name. With `bf16`, Muon's iteration is in bfloat16.
+
+        `average` is a copy of the module to hold the moving average; None: made here.
+        """
         own = own or {}
         self.module = module
         parameters = dict(module.named_parameters())
@@ -119,7 +124,7 @@ class Group:
                 }
         self.updates = 0
         """Number of steps that trained this group."""
-        self.ema = self._copy(module) if config.ema_decay else None
+        self.ema = (average or self._copy(module)) if config.ema_decay else None
         """The module with the moving average of the weights, if the run keeps one."""
 
     def configure(
@@ -147,8 +152,8 @@ class Group:
         self._decay = config.ema_decay
 
     def gradients(self) -> list[Tensor]:
-        """The gradients of the weights that have one."""
-        return [weight.grad for weight in self.weights if weight.grad is not None]
+        """This rank's parts of the gradients of the weights that have one."""
+        return [own_part(weight.grad) for weight in self.weights if weight.grad is not None]
 
     def clear_gradients(self) -> None:
         """Delete the gradients and free their memory."""
@@ -166,8 +171,8 @@ class Group:
             # min(d, (1+s)/(10+s)): a smaller decay at the start, so that the average follows quickly
             # (tf.train.ExponentialMovingAverage in TensorFlow).
             decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
-            averages = list(self.averages().values())
-            torch._foreach_lerp_(averages, [weight.detach() for weight in self.weights], 1 - decay)
+            averages = [own_part(average) for average in self.averages().values()]
+            torch._foreach_lerp_(averages, [own_part(weight.detach()) for weight in self.weights], 1 - decay)
 
     def averages(self) -> dict[str, Tensor]:
         """The moving averages of the weights, by name. Empty if the run keeps none."""
@@ -181,7 +186,7 @@ class Group:
         if self.ema is not None:
             with torch.no_grad():
                 for average, weight in zip(self.averages().values(), self.weights, strict=True):
-                    average.copy_(weight)
+                    own_part(average).copy_(own_part(weight))
                 for name, buffer in module_state.buffers(self.ema).items():
                     buffer.copy_(self.buffers[name])
 
@@ -236,7 +241,12 @@ def listed(parts: Mapping[str, nn.Module | None], config: OptimizerConfig) -> li
 
 
 def make_groups(
-    parts: Mapping[str, nn.Module | None], config: OptimizerConfig, device: torch.device, *, bf16: bool
+    parts: Mapping[str, nn.Module | None],
+    config: OptimizerConfig,
+    device: torch.device,
+    *,
+    bf16: bool,
+    averages: Mapping[str, nn.Module],
 ) -> dict[str, Group]:
     """The groups of the parts that exist. Raises ConfigError if `optimizer.groups` does not fit the names."""
     modules = {part: module for part, module in parts.items() if module is not None}
@@ -245,7 +255,9 @@ def make_groups(
     on_gpu = device.type == "cuda"
     fused = on_gpu or device.type == "cpu"
     return {
-        part: Group(module, config, matches[part], fused=fused, bf16=bf16 and on_gpu)
+        part: Group(
+            module, config, matches[part], fused=fused, bf16=bf16 and on_gpu, average=averages.get(part)
+        )
         for part, module in modules.items()
     }
 
@@ -267,10 +279,10 @@ def configure(groups: Mapping[str, Group], config: OptimizerConfig, numerics_ver
         group.configure(config, matches[part], numerics_version)
 
 
-def clip(groups: Iterable[Group], limit: float | None) -> Tensor:
+def clip(groups: Iterable[Group], limit: float | None, ranks: Ranks) -> Tensor:
     """Scale the gradients to a global norm of at most `limit`. Returns the norm before, fp32 []."""
     gradients = [gradient for group in groups for gradient in group.gradients()]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = ranks.norm(torch.nn.utils.get_total_norm(gradients))
     if limit is not None and gradients:
         # min(1, limit/norm). Non-finite gradients stay non-finite, and the step is then skipped.
         torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))

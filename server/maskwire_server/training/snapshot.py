@@ -24,6 +24,7 @@ from torch import Tensor
 from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES
 from maskwire_server.training import module_state
 from maskwire_server.training.optim import Group
+from maskwire_server.training.ranks import assign, whole
 
 MODEL_FILE, EMA_FILE = WEIGHT_FILES
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -69,8 +70,11 @@ class Copier:
     (P9 in docs/benchmarks.md).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps: bool = True) -> None:
+        """Only the leader of several ranks keeps what it copies; the others take part in gathering it."""
+        self._keeps = keeps
         self._buffers: dict[tuple[str, str], Tensor] = {}
+        self._frozen: dict[str, Tensor] | None = None
         self._last: weakref.ref[Snapshot] | None = None
 
     def copy(self, files: Files) -> Snapshot:
@@ -80,10 +84,12 @@ class Copier:
         """
         if self._last is not None and self._last() is not None:
             self._buffers = {}
+        if self._frozen is None:  # these never change
+            self._frozen = {name: self._gathered(each) for name, each in files.get(FROZEN_FILE, {}).items()}
         snapshot = Snapshot(
             {
-                file: tensors
-                if file == FROZEN_FILE  # these never change
+                file: self._frozen
+                if file == FROZEN_FILE
                 else {name: self._copied((file, name), tensor) for name, tensor in tensors.items()}
                 for file, tensors in files.items()
             }
@@ -91,10 +97,17 @@ class Copier:
         self._last = weakref.ref(snapshot)
         return snapshot
 
+    def _gathered(self, live: Tensor) -> Tensor:
+        full = whole(live.detach())
+        return full if self._keeps else full.new_empty(0)
+
     def _copied(self, key: tuple[str, str], live: Tensor) -> Tensor:
+        full = self._gathered(live)
+        if not self._keeps:
+            return full
         if key not in self._buffers:
-            self._buffers[key] = torch.empty(live.shape, dtype=live.dtype)
-        return self._buffers[key].copy_(live.detach())
+            self._buffers[key] = torch.empty(full.shape, dtype=full.dtype)
+        return self._buffers[key].copy_(full)
 
 
 def live_tensors(groups: Mapping[str, Group]) -> Files:
@@ -145,7 +158,7 @@ def load(folder: Path, groups: Mapping[str, Group]) -> None:
     with torch.no_grad():
         for file, tensors in live.items():
             for name, tensor in tensors.items():
-                tensor.copy_(loaded[file][name])
+                assign(tensor, loaded[file][name])
     for name, group in groups.items():
         if EMA_FILE not in live:
             group.begin_average()

@@ -8,14 +8,15 @@ busy-waiting, and small steps take twice as long.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskwire.v1.values import Losses, ModelInfo, Outcome
 from maskwire_server.batch import Batch, Modes, Prompts
@@ -36,19 +37,21 @@ from maskwire_server.training import (
     evaluation,
     evaluation_figures,
     model_checks,
+    module_state,
     numerics,
     objective,
     optim,
     sampling,
     snapshot,
 )
-from maskwire_server.training.corruption import StepKey, Vocabulary, corrupt
+from maskwire_server.training.corruption import StepKey, Vocabulary, corrupt, empty_part
 from maskwire_server.training.draws import Purpose
-from maskwire_server.training.micro_batches import BatchLosses, row_lengths, split
+from maskwire_server.training.micro_batches import BatchLosses, row_lengths
 from maskwire_server.training.model_info import described
 from maskwire_server.training.models import sources
 from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.optim import Group
+from maskwire_server.training.ranks import Ranks, whole
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +66,16 @@ class TorchTrainer:
         optimizer: OptimizerConfig,
         serve: ServeConfig,
         seed: int,
+        ranks: Ranks | None = None,
     ) -> None:
+        """With several `ranks`, each constructs one alike, and makes the same calls in the same order."""
         torch.set_num_threads(serve.threads or numerics.cores())
         self._model, self._objective, self._optimizer = model, objective, optimizer
         self._seed = seed
         self._numerics_version = numerics.NUMERICS_VERSION
         self._initial_sha256 = ""
-        self._device = numerics.choose_device(serve.device)
+        self._ranks = ranks or Ranks()
+        self._device = self._ranks.device or numerics.choose_device(serve.device)
         self._bf16 = numerics.choose_bf16(serve.precision, self._device)
         self._numerics = numerics.set_numerics(serve, self._device, bf16=self._bf16)
         self._budget = serve.micro_batch_tokens or numerics.default_budget(self._device)
@@ -80,9 +86,14 @@ class TorchTrainer:
         self.networks.to(self._device)
         self.networks.checkpoint_activations(serve.activation_checkpointing)
         parts = {"generator": self.networks.generator, "critic": self.networks.critic}
-        groups = optim.make_groups(parts, optimizer, self._device, bf16=self._bf16)
+        averages: dict[str, nn.Module] = {}
+        if self._ranks.is_sharded:
+            self._initial_sha256 = self._load_initial_weights()
+            averages = self._shard(parts)
+        groups = optim.make_groups(parts, optimizer, self._device, bf16=self._bf16, averages=averages)
         self.generator, self.critic = groups["generator"], groups.get("critic")
-        self._copier = snapshot.Copier()
+        self._copier = snapshot.Copier(keeps=self._ranks.is_leader)
+        self._gathered: Networks | None = None
         self._averaged: Networks | None = None
         if self.generator.ema is not None:
             self._averaged = self.networks.with_modules(
@@ -115,6 +126,7 @@ class TorchTrainer:
             **self._numerics,
             **sources.versions(self._model),
             "threads": str(torch.get_num_threads()),
+            **self._ranks.versions,
             "micro_batch_tokens": str(self._budget),
         }
 
@@ -148,27 +160,39 @@ class TorchTrainer:
         Returns the SHA-256 of the initial state, or "" for the built-in encoder, whose weights the seed
         makes. Raises ConfigError.
         """
+        if not self._initial_sha256 and not self._ranks.is_sharded:
+            self._initial_sha256 = self._load_initial_weights()
+            for group in self._groups().values():
+                group.begin_average()
+        return self._initial_sha256
+
+    def _load_initial_weights(self) -> str:
+        """What `begin` does, without the moving averages. The weights must be whole."""
         if self._model.source == "encoder":
             return ""
-        if self._initial_sha256:
-            return self._initial_sha256
         sources.load_initial_weights(self._model, self.networks.backbones)
-        for group in self._groups().values():
-            group.begin_average()
         exact = self._numerics["deterministic"] == "yes" and self._numerics["compile"] == "off"
         at = StepKey(self._seed, 0, 0)
         model_checks.check(
             self.networks,
             self._model,
-            lambda batch: self._gradients(batch, Modes(), at),
+            lambda batch: self._gradients(batch, Modes(), at, Ranks()),
             exact=exact,
         )
-        self._initial_sha256 = sources.sha256(snapshot.model_tensors(self._groups()))
-        return self._initial_sha256
+        return sources.sha256(module_state.tensors(self.networks))
+
+    def _shard(self, parts: Mapping[str, nn.Module | None]) -> dict[str, nn.Module]:
+        """Divide the networks among the ranks, and a copy of each for its moving average."""
+        modules = {name: module for name, module in parts.items() if module is not None}
+        averages = {name: copy.deepcopy(module) for name, module in modules.items()}
+        for module in (*modules.values(), *averages.values()):
+            self._ranks.shard(module)
+        return {name: module.eval().requires_grad_(False) for name, module in averages.items()}
 
     def warm_up(self) -> None:
         """Compute a small step and discard it, so that the first real step is not slow."""
-        self._gradients(model_checks.small_batch(self._model), Modes(), StepKey(self._seed, 0, 0))
+        at = StepKey(self._seed, 0, 0)
+        self._gradients(model_checks.small_batch(self._model), Modes(), at, self._ranks)
         self._clear_gradients()
 
     def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
@@ -177,27 +201,26 @@ class TorchTrainer:
         If losses or gradients are not finite, or if memory runs out before the update, the state does not
         change. Raises StateLost if the update itself fails.
         """
-        if modes.only_train_generator and modes.only_train_critic:
-            raise ValueError("only_train_generator and only_train_critic exclude each other, got both")
-        if modes.only_train_critic and self.critic is None:
-            raise ValueError("only_train_critic needs a critic, this model has none")
+        self.check_modes(modes)
         at = StepKey(self._seed, lineage, step)
         rate = modes.learning_rate
         rate = optim.learning_rate(self._optimizer, step) if rate is None else rate
         try:
-            sums = self._gradients(self._host(batch), modes, at)
+            sums = self._gradients(self._host(batch), modes, at, self._ranks)
+            self._ranks.add(sums.sums)
             learners = self._learners(modes)
-            norm = optim.clip(learners, self._optimizer.clip_grad_norm)
+            norm = optim.clip(learners, self._optimizer.clip_grad_norm, self._ranks)
             generator, critic, gradient_norm = sums.read(norm)
         except BaseException as error:
             self._clear_gradients()
-            if not device_errors.out_of_memory(error):
-                raise
+            if not device_errors.out_of_memory(error) or self._ranks.is_sharded:
+                raise  # the other ranks wait for this one
             return StepResult(Outcome.OUT_OF_MEMORY, Losses(math.nan), learning_rate=rate)
         losses = evaluation_figures.combine(
             generator, critic, self._objective.critic_loss_weight, modes.only_train_critic
         )
         finite = math.isfinite(losses.loss) and math.isfinite(gradient_norm)
+        self._ranks.agree(f"{losses}, gradient norm {gradient_norm!r} at {at}")
         try:
             if finite and sums.masked:
                 for group in learners:
@@ -209,11 +232,19 @@ class TorchTrainer:
         outcome = Outcome.APPLIED if finite else Outcome.SKIPPED_NON_FINITE
         return StepResult(outcome, losses, gradient_norm, rate, sums.masked, sums.maskable)
 
+    def check_modes(self, modes: Modes) -> None:
+        """Raise ValueError if a step cannot train what `modes` say."""
+        if modes.only_train_generator and modes.only_train_critic:
+            raise ValueError("only_train_generator and only_train_critic exclude each other, got both")
+        if modes.only_train_critic and self.critic is None:
+            raise ValueError("only_train_critic needs a critic, this model has none")
+
     def eval_loss(
         self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool] = lambda: True
     ) -> EvalResult:
         """Evaluate one batch, with the moving average if the run keeps one. Changes nothing."""
-        networks = self._evaluated(raw=options.raw_weights)
+        averaged = self._reads_average(raw=options.raw_weights)
+        networks = self.gather(averaged=averaged)
         networks.eval()
         try:
             with torch.no_grad(), self._autocast():
@@ -221,7 +252,7 @@ class TorchTrainer:
                 how: dict[str, Any] = {
                     "budget": self._budget,
                     "device": self._device,
-                    "ema_weights": networks is self._averaged,
+                    "ema_weights": averaged,
                     "wanted": wanted,
                 }
                 if options.chain_rule:
@@ -243,7 +274,8 @@ class TorchTrainer:
         """
         if options.order is Order.CRITIC and self.critic is None:
             raise ValueError("order 'critic' needs a critic, this model has none; use another order")
-        networks = self._evaluated(raw=options.raw_weights)
+        averaged = self._reads_average(raw=options.raw_weights)
+        networks = self.gather(averaged=averaged)
         limit = numerics.sampled_budget(self._device, self._model.num_tokens, options.top_p < 1)
         states = sampling.generate(
             networks,
@@ -253,7 +285,7 @@ class TorchTrainer:
             options,
             budget=min(self._budget, limit),
             device=self._device,
-            ema_weights=networks is self._averaged,
+            ema_weights=averaged,
         )
         while True:
             networks.eval()
@@ -277,8 +309,23 @@ class TorchTrainer:
     def _groups(self) -> dict[str, Group]:
         return {"generator": self.generator} | ({} if self.critic is None else {"critic": self.critic})
 
-    def _evaluated(self, *, raw: bool) -> Networks:
-        return self.networks if raw or self._averaged is None else self._averaged
+    def gather(self, *, averaged: bool) -> Networks:
+        """The networks to evaluate. The leader of several ranks gets whole weights; all must call this."""
+        live = self._averaged if averaged and self._averaged is not None else self.networks
+        if not self._ranks.is_sharded:
+            return live
+        if self._gathered is None and self._ranks.is_leader:
+            with torch.random.fork_rng(devices=[]):
+                self._gathered = Networks(self._model, self._objective).to(self._device)
+        copies = None if self._gathered is None else module_state.tensors(self._gathered)
+        for name, tensor in module_state.tensors(live).items():
+            full = whole(tensor.detach())
+            if copies is not None:
+                copies[name].data.copy_(full)
+        return self._gathered or live
+
+    def _reads_average(self, *, raw: bool) -> bool:
+        return not raw and self._averaged is not None
 
     def _learners(self, modes: Modes) -> list[Group]:
         learners = [] if modes.only_train_critic else [self.generator]
@@ -289,15 +336,17 @@ class TorchTrainer:
     def _host(self, batch: Batch) -> evaluation.TensorBatch:
         return evaluation.TensorBatch(*(torch.from_numpy(grid) for grid in batch.dense(self._model.pad_id)))
 
-    def _gradients(self, batch: evaluation.TensorBatch, modes: Modes, at: StepKey) -> BatchLosses:
-        """Add up the gradients of the micro-batches."""
+    def _gradients(
+        self, batch: evaluation.TensorBatch, modes: Modes, at: StepKey, ranks: Ranks
+    ) -> BatchLosses:
+        """Add up the losses and gradients of this rank's micro-batches."""
         config = self._objective
         there = batch.to(self._device)
         corrupted = corrupt(there.ids_rn, there.valid_rn, there.prompt_rn, config, self._vocabulary, at)
         plan = objective.plan_step(
             config,
             at,
-            has_critic=self.critic is not None,
+            has_critic=self.networks.critic is not None,
             train_generator=not modes.only_train_critic,
             train_critic=not modes.only_train_generator,
             temperature=modes.generator_sample_temperature,
@@ -307,22 +356,26 @@ class TorchTrainer:
         )
         if not sums.masked:
             return sums
-        weight_b = objective.position_weights(config, corrupted.n_b, corrupted.k_b)
+        weight_b = objective.position_weights(config, corrupted.n_b, corrupted.k_b).to(self._device)
         rows = range(batch.ids_rn.shape[0])
         keys_b = draws.keys(Purpose.CRITIC_SAMPLE, at.seed, at.lineage, at.number, rows=rows)
-        weight_b, keys_b = weight_b.to(self._device), keys_b.to(self._device)
+        keys_b = keys_b.to(self._device)
         with self._seeded_dropout(at):
-            for part, columns in split(row_lengths(batch.valid_rn), self._budget):
+            for part in ranks.parts(row_lengths(batch.valid_rn), self._budget):
+                where, own = slice(0, 1), empty_part(self._device)
+                if part is not None:
+                    where, columns = part
+                    own = corrupted.rows(where, columns)
                 with self._autocast():
                     losses = objective.losses(
                         self.networks,
                         config,
                         self._vocabulary,
-                        corrupted.rows(part, columns),
-                        weight_b[part],
+                        own,
+                        weight_b[where],
                         sums.maskable,
                         plan,
-                        keys_b[part],
+                        keys_b[where],
                     )
                 sums.add(losses)
                 total = objective.minimized(losses, config, plan, self._numerics_version)
@@ -333,6 +386,7 @@ class TorchTrainer:
     def _clear_gradients(self) -> None:
         for group in self._groups().values():
             group.clear_gradients()
+            self._ranks.release(group.module)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bf16)
@@ -344,5 +398,6 @@ class TorchTrainer:
             return
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(draws.key(Purpose.DROPOUT, at.seed, at.lineage, at.number))
+            of_rank = (self._ranks.rank,) if self._ranks.rank else ()
+            torch.manual_seed(draws.key(Purpose.DROPOUT, at.seed, at.lineage, at.number, *of_rank))
             yield

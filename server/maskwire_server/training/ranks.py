@@ -1,0 +1,91 @@
+"""What the trainer asks of the processes that train together; one process alone answers for itself.
+
+torch.distributed is not imported here: a single process does not pay for it. `sharding` has the many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskwire_server.training.micro_batches import split
+
+Part = tuple[slice, int]
+"""Rows of the logical batch, and the columns of the longest of them."""
+
+
+class Ranks:
+    """The processes that train together: here this one alone, without any communication."""
+
+    rank = 0
+    size = 1
+    replicate = 1
+    is_leader = True
+    """Whether this rank answers: it holds the whole state of a snapshot and of an evaluation."""
+    device: torch.device | None = None
+    """The device of this rank; None: `serve.device`."""
+    is_sharded = False
+    """Whether the weights are divided, and must be gathered to be read."""
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What results depend on: the layout of the ranks."""
+        return {}
+
+    def shard(self, module: nn.Module) -> None:
+        """Divide the weights of a network among the ranks."""
+
+    def release(self, module: nn.Module) -> None:
+        """Forget gathered weights after a step, which changed them."""
+
+    def parts(self, lengths: Sequence[int], budget: int) -> list[Part | None]:
+        """This rank's parts of a logical batch; None: an empty part, which it computes with the others."""
+        return list(split(lengths, budget))
+
+    def add(self, sums: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks."""
+        return sums
+
+    def norm(self, of_part: Tensor) -> Tensor:
+        """The norm of a vector that is divided as the weights are, from the norm of this rank's part."""
+        return of_part
+
+    def agree(self, facts: str) -> None:
+        """Raise StateLost unless the facts are the same on every rank."""
+
+
+def _is_divided(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor, whose class a single process never imports
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a divided tensor, gathered from the ranks, which must all call this."""
+    divided: Any = tensor
+    full: Tensor = divided.full_tensor() if _is_divided(tensor) else tensor
+    return full
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """The part of a divided tensor that this rank holds, in the same memory; others as they are."""
+    divided: Any = tensor
+    part: Tensor = divided.to_local() if _is_divided(tensor) else tensor
+    return part
+
+
+def divided_like(full: Tensor, live: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, divided as `live` is."""
+    if not _is_divided(live):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    divided: Any = live
+    there = full.to(divided.to_local().device)
+    return distribute_tensor(there, divided.device_mesh, divided.placements, src_data_rank=None).to_local()
+
+
+def assign(live: Tensor, full: Tensor) -> None:
+    """Copy a whole tensor into a live one, or this rank's part of it into a divided one."""
+    own_part(live).copy_(divided_like(full, live))

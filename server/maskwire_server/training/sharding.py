@@ -1,0 +1,136 @@
+"""One model trained by several processes: its weights divided, its rows divided, its sums added up.
+
+The ranks form a grid of `replicate` x `shard`. Within a row of the grid each rank holds a part of every
+weight, gradient and moment (torch's `fully_shard`); the rows hold the same. All ranks train on different rows
+of a logical batch, and the losses and gradients are those of the whole batch: losses carry the denominators
+of the logical batch, so gradients are summed, not averaged.
+
+Every rank makes the same calls in the same order. What they compute must not depend on what one rank alone
+knows: a rank that computes fewer parts than the others, or none, would wait for them for ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from maskwire_server.errors import ConfigError, StateLost
+from maskwire_server.training.micro_batches import split
+from maskwire_server.training.models.backbone import Backbone
+from maskwire_server.training.ranks import Part, Ranks
+
+
+class ManyRanks(Ranks):
+    """Ranks of a torch process group that is initialised."""
+
+    is_sharded = True
+
+    def __init__(
+        self, device: torch.device, *, replicate: int = 1, leader: int = 0, timeout: timedelta | None = None
+    ) -> None:
+        """`timeout` bounds each collective. Raises ConfigError if the ranks do not form the grid."""
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        if self.size % replicate:
+            raise ConfigError(
+                f"distributed.replicate: must divide the number of ranks, {self.size}, got {replicate}"
+            )
+        self.device = device
+        self.replicate = replicate
+        self.leader = leader
+        self.is_leader = self.rank == leader
+        self.mesh: DeviceMesh = init_device_mesh(
+            device.type, (replicate, self.size // replicate), mesh_dim_names=("replicate", "shard")
+        )
+        self._shard_group = self.mesh.get_group("shard")
+        if timeout is not None:  # groups of a mesh do not inherit that of init_process_group
+            for group in self.mesh.get_all_groups():
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
+        self._control = dist.new_group(backend="gloo", timeout=timeout)
+        self._history = b""
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The layout, as replicate x shard. Another one rounds sums differently."""
+        return {"world_size": f"{self.replicate} x {self.size // self.replicate}"}
+
+    def record(self, order: bytes) -> None:
+        """Note an order that this rank carries out. Ranks agree only if they carried out the same ones."""
+        self._history = hashlib.sha256(self._history + order).digest()
+
+    def shard(self, module: nn.Module) -> None:
+        """Divide each block's weights, then the others'. Raises ConfigError for a weight that cannot be.
+
+        The blocks' weights are gathered one block at a time. The others stay gathered from the forward pass
+        to the end of the backward pass, because the output layer reads them outside of `forward`.
+        """
+        for name, weight in module.named_parameters():
+            if not weight.ndim:
+                raise ConfigError(
+                    f"distributed: the weight {name} is a scalar, which cannot be divided; make it a vector "
+                    "of one number"
+                )
+        blocks = list(module.blocks) if isinstance(module, Backbone) else []
+        for block in blocks:
+            fully_shard(block, mesh=self.mesh, reshard_after_forward=True)
+        fully_shard(module, mesh=self.mesh, reshard_after_forward=False)
+        for each in _sharded(module):
+            each.set_gradient_divide_factor(1.0)  # each loss has the denominator of the logical batch
+
+    def release(self, module: nn.Module) -> None:
+        """Free gathered weights, so that the next pass gathers them again.
+
+        A pass without gradients leaves the weights outside the blocks gathered, and a change of the divided
+        weights would not be seen.
+        """
+        for each in _sharded(module):
+            each.reshard()
+
+    def parts(self, lengths: Sequence[int], budget: int) -> list[Part | None]:
+        """Consecutive rows for each rank; as many parts on every rank."""
+        bounds = [rank * len(lengths) // self.size for rank in range(self.size + 1)]
+        of_ranks = [
+            [
+                (slice(start + part.start, start + part.stop), columns)
+                for part, columns in split(lengths[start:stop], budget)
+            ]
+            for start, stop in itertools.pairwise(bounds)
+        ]
+        own: list[Part | None] = list(of_ranks[self.rank])
+        return own + [None] * (max(map(len, of_ranks)) - len(own))
+
+    def add(self, sums: Tensor) -> Tensor:
+        """The sum over all ranks."""
+        dist.all_reduce(sums)
+        return sums
+
+    def norm(self, of_part: Tensor) -> Tensor:
+        """sqrt of the sum of the squares of the parts' norms."""
+        if self.size == self.replicate:
+            return of_part
+        square = of_part.double().square()
+        dist.all_reduce(square, group=self._shard_group)
+        return square.sqrt().to(of_part.dtype)
+
+    def agree(self, facts: str) -> None:
+        """Compare the facts, and the orders carried out so far, on every rank."""
+        own = hashlib.sha256(self._history + facts.encode()).digest()
+        found = [torch.empty(len(own), dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(found, torch.frombuffer(bytearray(own), dtype=torch.uint8), group=self._control)
+        other = [rank for rank, each in enumerate(found) if bytes(each.tolist()) != own]
+        if other:
+            raise StateLost(
+                f"rank {self.rank} computed {facts}, and ranks {other} something else: the state of all is "
+                "thrown away, and recovered from the journal"
+            )
+
+
+def _sharded(module: nn.Module) -> list[FSDPModule]:
+    return [each for each in module.modules() if isinstance(each, FSDPModule)]
