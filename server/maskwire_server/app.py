@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -44,17 +45,19 @@ EXIT_CODES = {  # acknowledged steps are safe in each case
 def serve(
     config: Config,
     *,
-    factory: Callable[[], Trainer] | None = None,
+    factory: Callable[[Config], Trainer] | None = None,
     accept_inexact_replay: bool = False,
     accept_lost_history: int | None = None,
+    finish: Callable[[int], int] = lambda code: code,
 ) -> int:
     """Serve one run until SIGTERM or SIGINT, and return the exit code.
 
-    `factory` builds the trainer on the device thread. Default: the configured trainer.
+    `factory` builds the trainer of a configuration, on the device thread. Default: `build_trainer`. `finish`
+    is called where the process ends for good without returning: it takes and gives the exit code.
     """
     began = time.monotonic()
     stop = threading.Event()
-    _on_signals(stop)
+    _on_signals(stop, finish)
     try:
         config = served_config.completed(config)
     except RunDirectoryError as error:
@@ -65,7 +68,7 @@ def serve(
         return EXIT_CONFIG
     log.info("run directory: %s", config.run.dir.absolute())
     setup = Setup(
-        factory or trainer_factory(config),
+        partial(factory or build_trainer, config),
         config.run.dir,
         seed=config.run.seed,
         canonical=config.canonical(),
@@ -96,14 +99,14 @@ def serve(
             except TimeoutError:
                 continue
         else:
-            return _leave(0)  # no request was admitted yet
+            return _leave(finish(0))  # no request was admitted yet
         tokenizer_files.keep(config)
         if not stop.is_set():
             log.info("ready after %.1f s", time.monotonic() - began)
             print(f"maskwire-server listening on {address}", flush=True)
         while not stop.wait(0.5):  # Python runs signal handlers on this thread
             pass
-        return _stop(engine, server, config.serve.drain_seconds)
+        return _stop(engine, server, config.serve.drain_seconds, finish)
     except ConfigError as error:
         return _fail(engine, server, EXIT_CONFIG, error)
     except InexactReplayError as error:
@@ -115,13 +118,71 @@ def serve(
         return _leave(EXIT_FAILURE)
 
 
+def serve_rank(
+    config: Config, *, accept_inexact_replay: bool = False, accept_lost_history: int | None = None
+) -> NoReturn:
+    """Be one rank of the group that a launcher started: the leader serves, the others follow it."""
+    from maskwire_server.ranks import follower, launcher, membership
+    from maskwire_server.ranks.leader import LeaderTrainer
+    from maskwire_server.ranks.orders import Order
+    from maskwire_server.training.trainer import TorchTrainer
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # the leader ends its followers
+    try:
+        member = membership.join(config.distributed, config.serve)
+    except ConfigError as error:  # on every rank
+        say(error)
+        _leave(launcher.note_exit(EXIT_CONFIG))
+
+    def build(completed: Config) -> TorchTrainer:
+        ranks = member.ranks
+        ranks.use_device()
+        return TorchTrainer(
+            completed.model,
+            completed.objective,
+            completed.optimizer,
+            completed.serve,
+            completed.run.seed,
+            ranks,
+        )
+
+    def lead(completed: Config) -> Trainer:
+        member.order(Order("build", completed.model_dump(mode="json")))
+        return LeaderTrainer(build(completed), member)
+
+    def finish(code: int) -> int:
+        code = launcher.note_exit(code)
+        member.end()
+        return code
+
+    if not member.is_leader:
+        try:
+            follower.follow(member, lambda sections: build(Config(**sections)))
+        except ConfigError as error:  # the leader has the same, or ends without this rank
+            time.sleep(config.distributed.rank_timeout_seconds)
+            say(error)
+        except Exception:
+            log.exception("rank %d failed", member.place.rank)
+        _leave(EXIT_FAILURE)
+    launcher.note_leader()
+    code = serve(
+        config,
+        factory=lead,
+        accept_inexact_replay=accept_inexact_replay,
+        accept_lost_history=accept_lost_history,
+        finish=finish,
+    )
+    _leave(finish(code))
+
+
 def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_replay: bool = False) -> int:
     """Compute a run again up to a step, and return the exit code."""
     try:
         config = served_config.completed(config)
         info, inexact = point_in_time.rewind(
             config.run.dir,
-            trainer_factory(config),
+            partial(build_trainer, config),
             config.as_json(),
             seed=config.run.seed,
             canonical=config.canonical(),
@@ -147,28 +208,24 @@ def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_rep
     return 0
 
 
-def trainer_factory(config: Config) -> Callable[[], Trainer]:
-    """A function that builds the configured trainer. Call it on the device thread."""
+def build_trainer(config: Config) -> Trainer:
+    """The configured trainer. Call it on the device thread."""
+    # torch too is imported on the device thread, because its thread pools belong to the thread that first
+    # uses them.
+    began = time.monotonic()
+    from maskwire_server.training.trainer import TorchTrainer
 
-    def build() -> Trainer:
-        # torch too is imported on the device thread, because its thread pools belong to the thread that first
-        # uses them.
-        began = time.monotonic()
-        from maskwire_server.training.trainer import TorchTrainer
-
-        log.info("imported torch in %.1f s", time.monotonic() - began)
-        return TorchTrainer(config.model, config.objective, config.optimizer, config.serve, config.run.seed)
-
-    return build
+    log.info("imported torch in %.1f s", time.monotonic() - began)
+    return TorchTrainer(config.model, config.objective, config.optimizer, config.serve, config.run.seed)
 
 
-def _on_signals(stop: threading.Event) -> None:
+def _on_signals(stop: threading.Event, finish: Callable[[int], int]) -> None:
     def handle(number: int, _: FrameType | None) -> None:
         if stop.is_set():
             log.warning(
                 "second %s: exiting at once; acknowledged steps are durable", signal.Signals(number).name
             )
-            _leave(EXIT_SLOW)
+            _leave(finish(EXIT_SLOW))
         log.info("%s: stopping; acknowledged steps are durable", signal.Signals(number).name)
         stop.set()
 
@@ -176,11 +233,11 @@ def _on_signals(stop: threading.Event) -> None:
         signal.signal(number, handle)
 
 
-def _stop(engine: Engine, server: Server, seconds: float) -> int:
+def _stop(engine: Engine, server: Server, seconds: float, finish: Callable[[int], int]) -> int:
     deadline = time.monotonic() + seconds
     if not engine.drain(seconds):
         log.error("the running step took longer than serve.drain_seconds = %g; exiting without it", seconds)
-        return _leave(EXIT_SLOW)
+        return _leave(finish(EXIT_SLOW))
     server.stop(min(1.0, max(0.0, deadline - time.monotonic())))
     engine.close()
     log.info("stopped")

@@ -14,7 +14,7 @@ from typing import Literal
 
 from maskwire._version import __version__
 from maskwire_server import export_format, tokenizer_files
-from maskwire_server.app import EXIT_CONFIG, EXIT_RUN_DIRECTORY, say, trainer_factory
+from maskwire_server.app import EXIT_CONFIG, EXIT_RUN_DIRECTORY, build_trainer, say
 from maskwire_server.checkpoints.files import describe
 from maskwire_server.checkpoints.membership import Membership
 from maskwire_server.checkpoints.store import Checkpoints
@@ -53,7 +53,7 @@ def import_x_transformers(config: Config, source: Path, *, gains: Literal["auto"
         sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
         imported = config.model_copy(update={"model": found.model, "objective": found.objective})
         config = with_schedule(imported, config)
-        trainer = trainer_factory(config)()
+        trainer = build_trainer(config)
         trainer.adopt(found.weights)  # type: ignore[attr-defined]
         # Not written to the configuration file: the run records it.
         recorded = config.with_weights(trainer.begin())

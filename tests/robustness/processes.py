@@ -56,7 +56,7 @@ def _serve(folder: str, settings: dict[str, str], fault: str, seconds: float) ->
     for key, value in settings.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
-    os._exit(serve(config.load(None, **sections), factory=Served))
+    os._exit(serve(config.load(None, **sections), factory=lambda _: Served()))
 
 
 class Server:

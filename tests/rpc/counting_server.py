@@ -63,7 +63,7 @@ def main() -> int:
         key, _, value = argument.removeprefix("--set=").partition("=")
         section, _, name = key.partition(".")
         flags.setdefault(section, {})[name] = value
-    return serve(config.load(None, **flags), factory=SlowTrainer)
+    return serve(config.load(None, **flags), factory=lambda _: SlowTrainer())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,7 @@ from maskwire_server.cli.options import (
     stop,
 )
 from maskwire_server.errors import ConfigError, RunDirectoryError
+from maskwire_server.ranks.launcher import Launch, launch
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +39,46 @@ def serve(
         typer.Option(help="Continue from this step, the last one that is left, on a new lineage."),
     ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Train with this many processes on this host (docs/scale.md).")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="With --ranks: the number of hosts.")] = 1,
+    rendezvous: Annotated[
+        str | None,
+        typer.Option(help="With --nodes: HOST:PORT of the host that has the run directory."),
+    ] = None,
 ) -> None:
     """Serve a run until SIGTERM or Ctrl-C. Starting it again on the same run directory resumes the run."""
     chosen = loaded(config, run_dir, address, settings)
     start_log(log_level)
+    if ranks is not None:
+        given = {"config": config, "run-dir": run_dir, "address": address, "log-level": log_level,
+                 "accept-lost-history": accept_lost_history}  # fmt: skip
+        arguments = [f"--{name}={value}" for name, value in given.items() if value is not None]
+        arguments += [f"--set={each}" for each in settings or []]
+        arguments += ["--accept-inexact-replay"] * accept_inexact_replay
+        raise typer.Exit(_launched(Launch(ranks, nodes, rendezvous), ["serve", *arguments]))
     if config is None:
         log.info("no configuration file (--config): using the defaults, flags and the environment")
     # Read when grpc is imported. Without it, grpc logs every connection that fails its TLS handshake.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from maskwire_server.app import serve as run
+    from maskwire_server.app import serve_rank
 
-    raise typer.Exit(
-        run(chosen, accept_inexact_replay=accept_inexact_replay, accept_lost_history=accept_lost_history)
-    )
+    how: dict[str, Any] = {
+        "accept_inexact_replay": accept_inexact_replay,
+        "accept_lost_history": accept_lost_history,
+    }
+    if "WORLD_SIZE" in os.environ:
+        serve_rank(chosen, **how)
+    raise typer.Exit(run(chosen, **how))
+
+
+def _launched(chosen: Launch, arguments: list[str]) -> int:
+    try:
+        return launch(chosen, arguments)
+    except ConfigError as error:
+        stop(*str(error).splitlines())
 
 
 def init(

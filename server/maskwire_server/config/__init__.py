@@ -7,6 +7,7 @@ reads more than its own section.
 from maskwire_server.config.base import CAN_BE_OFF, OFF
 from maskwire_server.config.checkpoints import CheckpointsConfig
 from maskwire_server.config.config import Config
+from maskwire_server.config.distributed import DistributedConfig
 from maskwire_server.config.model import ModelConfig
 from maskwire_server.config.model_source import FactoryConfig, HuggingFaceConfig, LoraConfig
 from maskwire_server.config.objective import PRESETS, ObjectiveConfig
@@ -23,6 +24,7 @@ __all__ = [
     "PRESETS",
     "CheckpointsConfig",
     "Config",
+    "DistributedConfig",
     "FactoryConfig",
     "HuggingFaceConfig",
     "LoraConfig",

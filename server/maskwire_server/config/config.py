@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from maskwire_server.config.base import Section
 from maskwire_server.config.checkpoints import CheckpointsConfig
+from maskwire_server.config.distributed import DistributedConfig
 from maskwire_server.config.model import ModelConfig
 from maskwire_server.config.objective import ObjectiveConfig
 from maskwire_server.config.optimizer import OptimizerConfig
@@ -36,6 +37,7 @@ class Config(BaseSettings):
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     serve: ServeConfig = ServeConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     _recorded: bytes | None = PrivateAttr(None)
 

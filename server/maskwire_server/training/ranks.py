@@ -27,6 +27,8 @@ class Ranks:
     """Whether this rank answers: it holds the whole state of a snapshot and of an evaluation."""
     device: torch.device | None = None
     """The device of this rank; None: `serve.device`."""
+    cores: int | None = None
+    """The CPU cores of this rank; None: all that the process may use."""
     is_sharded = False
     """Whether the weights are divided, and must be gathered to be read."""
 

@@ -56,6 +56,11 @@ class ManyRanks(Ranks):
         self._control = dist.new_group(backend="gloo", timeout=timeout)
         self._history = b""
 
+    def use_device(self) -> None:
+        """Make this rank's device the default of the calling thread, as NCCL wants it."""
+        if self.device is not None and self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     @property
     def versions(self) -> dict[str, str]:
         """The layout, as replicate x shard. Another one rounds sums differently."""
@@ -83,6 +88,7 @@ class ManyRanks(Ranks):
         fully_shard(module, mesh=self.mesh, reshard_after_forward=False)
         for each in _sharded(module):
             each.set_gradient_divide_factor(1.0)  # each loss has the denominator of the logical batch
+            each.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
 
     def release(self, module: nn.Module) -> None:
         """Free gathered weights, so that the next pass gathers them again.

@@ -69,12 +69,12 @@ class TorchTrainer:
         ranks: Ranks | None = None,
     ) -> None:
         """With several `ranks`, each constructs one alike, and makes the same calls in the same order."""
-        torch.set_num_threads(serve.threads or numerics.cores())
+        self._ranks = ranks or Ranks()
+        torch.set_num_threads(serve.threads or self._ranks.cores or numerics.cores())
         self._model, self._objective, self._optimizer = model, objective, optimizer
         self._seed = seed
         self._numerics_version = numerics.NUMERICS_VERSION
         self._initial_sha256 = ""
-        self._ranks = ranks or Ranks()
         self._device = self._ranks.device or numerics.choose_device(serve.device)
         self._bf16 = numerics.choose_bf16(serve.precision, self._device)
         self._numerics = numerics.set_numerics(serve, self._device, bf16=self._bf16)
@@ -243,8 +243,8 @@ class TorchTrainer:
         self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool] = lambda: True
     ) -> EvalResult:
         """Evaluate one batch, with the moving average if the run keeps one. Changes nothing."""
-        averaged = self._reads_average(raw=options.raw_weights)
-        networks = self.gather(averaged=averaged)
+        averaged = self.reads_average(raw=options.raw_weights)
+        networks = self._whole(averaged=averaged)
         networks.eval()
         try:
             with torch.no_grad(), self._autocast():
@@ -274,8 +274,8 @@ class TorchTrainer:
         """
         if options.order is Order.CRITIC and self.critic is None:
             raise ValueError("order 'critic' needs a critic, this model has none; use another order")
-        averaged = self._reads_average(raw=options.raw_weights)
-        networks = self.gather(averaged=averaged)
+        averaged = self.reads_average(raw=options.raw_weights)
+        networks = self._whole(averaged=averaged)
         limit = numerics.sampled_budget(self._device, self._model.num_tokens, options.top_p < 1)
         states = sampling.generate(
             networks,
@@ -309,23 +309,36 @@ class TorchTrainer:
     def _groups(self) -> dict[str, Group]:
         return {"generator": self.generator} | ({} if self.critic is None else {"critic": self.critic})
 
-    def gather(self, *, averaged: bool) -> Networks:
-        """The networks to evaluate. The leader of several ranks gets whole weights; all must call this."""
-        live = self._averaged if averaged and self._averaged is not None else self.networks
+    def gather(self, *, averaged: bool) -> None:
+        """Copy the weights of all ranks to the leader, for its evaluations and generations.
+
+        Every rank must call this. A single process has its weights whole.
+        """
         if not self._ranks.is_sharded:
-            return live
+            return
         if self._gathered is None and self._ranks.is_leader:
             with torch.random.fork_rng(devices=[]):
                 self._gathered = Networks(self._model, self._objective).to(self._device)
         copies = None if self._gathered is None else module_state.tensors(self._gathered)
-        for name, tensor in module_state.tensors(live).items():
+        for name, tensor in module_state.tensors(self._live(averaged=averaged)).items():
             full = whole(tensor.detach())
             if copies is not None:
                 copies[name].data.copy_(full)
-        return self._gathered or live
 
-    def _reads_average(self, *, raw: bool) -> bool:
+    def reads_average(self, *, raw: bool) -> bool:
+        """Whether evaluations and generations use the moving average."""
         return not raw and self._averaged is not None
+
+    def _live(self, *, averaged: bool) -> Networks:
+        return self._averaged if averaged and self._averaged is not None else self.networks
+
+    def _whole(self, *, averaged: bool) -> Networks:
+        """Networks that can be evaluated without the other ranks: those of the last `gather`."""
+        if not self._ranks.is_sharded:
+            return self._live(averaged=averaged)
+        if self._gathered is None:
+            raise StateLost("the weights are divided among ranks, and were not gathered on this one")
+        return self._gathered
 
     def _learners(self, modes: Modes) -> list[Group]:
         learners = [] if modes.only_train_critic else [self.generator]

@@ -1,0 +1,1 @@
+"""Several processes behind the trainer's interface: one leader, which serves, and its followers."""

@@ -1,0 +1,150 @@
+"""`maskwire-server serve --ranks N`: torch's elastic launcher in a process of its own, and its exit code.
+
+The launcher restarts every rank when one ends with an error. A configuration error must not be retried, and
+SIGTERM must reach the leader alone: it drains and then ends its followers, while the launcher would end all
+ranks at once. So a rank that ends for good exits with 0, the leader writes the code of `serve` to a file, and
+this process passes signals on to the leader. It imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from maskwire_server.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+FOLDER = "MASKWIRE_LAUNCH_DIR"
+"""Where the leader writes its process id and, when it ends for good, its exit code."""
+LEADER = "MASKWIRE_LEADER"
+"""Set to 1 on the host that has the run directory, if there are several hosts."""
+_PID, _EXIT_CODE = "leader.pid", "exit-code"
+_RESTARTS = 1000
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How many ranks to start, and where."""
+
+    ranks: int
+    """On this host."""
+    nodes: int = 1
+    rendezvous: str | None = None
+    """HOST:PORT of the host that has the run directory, if there are several hosts."""
+
+
+def launch(chosen: Launch, arguments: Sequence[str]) -> int:
+    """Run `maskwire-server ARGUMENTS` on every rank until the leader ends for good; its exit code.
+
+    Raises ConfigError.
+    """
+    with tempfile.TemporaryDirectory(prefix="maskwire-launch-") as folder:
+        environment = {
+            **os.environ,
+            FOLDER: folder,
+            # With one store for all restarts, most restarts fail: "Connection refused" (pytorch #135712).
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        }
+        if chosen.nodes > 1 and _is_here(_host(chosen)):
+            environment[LEADER] = "1"
+        command = [sys.executable, "-m", "torch.distributed.run", *_options(chosen)]
+        launcher = subprocess.Popen(
+            [*command, "-m", "maskwire_server", *arguments],
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches this process alone
+            preexec_fn=_end_with_parent,
+        )
+        _forward_signals(Path(folder), launcher)
+        code = launcher.wait()
+        with contextlib.suppress(OSError, ValueError):
+            return int((Path(folder) / _EXIT_CODE).read_text())
+        return code if code > 0 else 70
+
+
+def note_leader() -> None:
+    """Tell the launcher, if there is one, that this process is the leader."""
+    _write(_PID, os.getpid())
+
+
+def note_exit(code: int) -> int:
+    """Tell the launcher the exit code of `serve`, which ends for good. Returns the code to exit with."""
+    return 0 if _write(_EXIT_CODE, code) else code
+
+
+def _write(name: str, value: int) -> bool:
+    folder = os.environ.get(FOLDER)
+    if folder is None or not Path(folder).is_dir():
+        return False
+    part = Path(folder) / f"{name}.part"
+    part.write_text(str(value))
+    part.replace(Path(folder) / name)
+    return True
+
+
+def _options(chosen: Launch) -> list[str]:
+    options = [
+        f"--nproc-per-node={chosen.ranks}", f"--nnodes={chosen.nodes}", f"--max-restarts={_RESTARTS}",
+        "--monitor-interval=0.1",
+    ]  # fmt: skip
+    if chosen.nodes == 1:
+        return [*options, "--standalone"]
+    host = _host(chosen)
+    return [
+        *options, "--rdzv-backend=c10d", f"--rdzv-endpoint={chosen.rendezvous}", "--rdzv-id=maskwire",
+        f"--rdzv-conf=is_host={str(_is_here(host)).lower()}",
+    ]  # fmt: skip
+
+
+def _host(chosen: Launch) -> str:
+    host, colon, port = (chosen.rendezvous or "").rpartition(":")
+    if not host or not colon or not port.isdigit():
+        raise ConfigError(
+            f"--rendezvous must be HOST:PORT of the host that has the run directory, with --nodes "
+            f"{chosen.nodes}, got {chosen.rendezvous!r}"
+        )
+    return host
+
+
+def _is_here(host: str) -> bool:
+    """Whether a name is an address of this host: one that a socket can be bound to."""
+    try:
+        socket.create_server((host, 0)).close()
+    except OSError:
+        return False
+    return True
+
+
+def _end_with_parent() -> None:
+    """Get SIGTERM when the process that started this one is killed (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _forward_signals(folder: Path, launcher: subprocess.Popen[bytes]) -> None:
+    """SIGTERM and SIGINT go to the leader, or to the launcher while there is no leader or on another host."""
+
+    def forward(number: int, _: FrameType | None) -> None:
+        try:
+            pid = int((folder / _PID).read_text())
+            os.kill(pid, number)
+        except (OSError, ValueError):
+            note = folder / _EXIT_CODE
+            if not note.exists():
+                note.write_text("0")
+            launcher.send_signal(signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, forward)

@@ -1,0 +1,124 @@
+"""The leader's trainer: each call becomes an order to the followers and the same call here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from maskwire.v1.values import ModelInfo
+from maskwire_server.batch import Batch, Modes, Payload, Prompts
+from maskwire_server.errors import StateLost
+from maskwire_server.ranks.membership import Member
+from maskwire_server.ranks.orders import Order
+from maskwire_server.results import EvalOptions, EvalResult, GenerateOptions, GenerationState, StepResult
+from maskwire_server.training.snapshot import Snapshot
+from maskwire_server.training.trainer import TorchTrainer
+
+T = TypeVar("T")
+
+
+class LeaderTrainer:
+    """Has the methods of `TorchTrainer` that a server calls.
+
+    A call that fails on any rank leaves the others waiting, so that every error but a refusal that all ranks
+    raise alike is StateLost: the processes end, and a restart recovers the last durable step.
+    """
+
+    def __init__(self, trainer: TorchTrainer, member: Member) -> None:
+        self._trainer, self._member = trainer, member
+        self._gathered: bool | None = None
+        """Which weights the last gathering read, if they have not changed since: the averaged ones?"""
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model."""
+        return self._trainer.info
+
+    @property
+    def read_tokens(self) -> int:
+        """Default of `Limits.max_read_tokens`."""
+        return self._trainer.read_tokens
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What results depend on, the layout of the ranks included."""
+        return self._trainer.versions
+
+    def usable_after(self, error: BaseException) -> bool:
+        """Whether this rank's device still works."""
+        return self._trainer.usable_after(error)
+
+    def begin(self) -> str:
+        """The hash of the initial weights, which every rank has loaded."""
+        return self._trainer.begin()
+
+    def use_threads(self, count: int) -> None:
+        """Compute with this many threads on every rank."""
+        self._together(Order("use_threads", {"count": count}), lambda: self._trainer.use_threads(count))
+
+    def configure(self, optimizer: dict[str, Any], numerics_version: int) -> None:
+        """Continue under another [optimizer] section and numerics version; ValueError if it cannot."""
+        order = Order("configure", {"optimizer": optimizer, "numerics_version": numerics_version})
+        self._together(order, lambda: self._trainer.configure(optimizer, numerics_version))
+
+    def load(self, folder: Path) -> None:
+        """Load a checkpoint, which every rank reads; ValueError if it does not fit."""
+        order = Order("load", {"folder": str(folder.absolute())})
+        self._together(order, lambda: self._trainer.load(folder))
+
+    def warm_up(self) -> None:
+        """Compute a step and discard it."""
+        self._together(Order("warm_up"), self._trainer.warm_up)
+
+    def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
+        """Apply one step on all ranks."""
+        self._trainer.check_modes(modes)
+        order = Order("train_step", {"lineage": lineage, "step": step}, Payload(batch, modes).encode())
+        return self._together(order, lambda: self._trainer.train_step(lineage, step, batch, modes))
+
+    def snapshot(self) -> Snapshot:
+        """The state of all ranks, in this host's memory."""
+        return self._together(Order("snapshot"), self._trainer.snapshot, changes=False)
+
+    def eval_loss(
+        self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool] = lambda: True
+    ) -> EvalResult:
+        """Evaluate one batch, on this rank, with weights gathered from all."""
+        self._gather(raw=options.raw_weights)
+        return self._trainer.eval_loss(batch, options, wanted)
+
+    def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
+        """Fill in the prompts, on this rank, with weights gathered from all."""
+        self._gather(raw=options.raw_weights)
+        yield from self._trainer.generate(prompts, options)
+
+    def _gather(self, *, raw: bool) -> None:
+        averaged = self._trainer.reads_average(raw=raw)
+        if self._gathered != averaged:
+            order = Order("gather", {"averaged": averaged})
+            self._together(order, lambda: self._trainer.gather(averaged=averaged), changes=False)
+            self._gathered = averaged
+
+    def _together(self, order: Order, call: Callable[[], T], *, changes: bool = True) -> T:
+        """Carry out an order on every rank. Raises ValueError if all refuse it alike, otherwise StateLost."""
+        if changes:
+            self._gathered = None
+        self._member.order(order)
+        return carried_out(self._member, order, call)
+
+
+def carried_out(member: Member, order: Order, call: Callable[[], T]) -> T:
+    """This rank's part of an order, and the agreement that all ranks carried it out or refused it."""
+    try:
+        result = call()
+    except StateLost:
+        raise
+    except ValueError as error:
+        member.ranks.agree(f"{order.name} refused: {error}")
+        raise
+    except BaseException as error:
+        raise StateLost(f"rank {member.place.rank} failed in {order.name}: {error}") from error
+    if order.name != "train_step":  # whose ranks agreed before the update
+        member.ranks.agree(f"{order.name} done")
+    return result

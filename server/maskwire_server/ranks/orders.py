@@ -1,0 +1,35 @@
+"""What the leader tells its followers to compute: a name, JSON arguments, and a payload as bytes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+_HEADER = struct.Struct("<II")
+
+
+@dataclass(frozen=True)
+class Order:
+    """One call of the trainer, which every rank makes."""
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """JSON values."""
+    payload: bytes = b""
+    """The batch of a step, as the journal keeps it."""
+
+    def encode(self) -> bytes:
+        """The sizes of the head and of the payload, uint32 each; the head, as JSON; the payload."""
+        head = json.dumps([self.name, self.arguments]).encode()
+        return _HEADER.pack(len(head), len(self.payload)) + head + self.payload
+
+    @staticmethod
+    def decode(data: bytes) -> Order:
+        """What `encode` wrote; ValueError if the sizes are wrong."""
+        head, payload = _HEADER.unpack_from(data)
+        if len(data) != _HEADER.size + head + payload:
+            raise ValueError(f"an order must have {_HEADER.size + head + payload} bytes, got {len(data)}")
+        name, arguments = json.loads(data[_HEADER.size : _HEADER.size + head])
+        return Order(name, arguments, data[_HEADER.size + head :])
