@@ -1,0 +1,250 @@
+"""One rank of a group that trains beside one process, and compares: losses, norms, gradients, samples.
+
+    python parity_worker.py RANK SIZE STORE SCENARIOS.json OUT.json
+
+Every rank holds the whole trainer beside its part of the divided one. Each step of the divided one begins
+from the state of the whole one. Everything is computed in fp64. The leader writes the largest differences.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from maskwire_server.batch import Batch, Modes
+from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
+from maskwire_server.training import objective, optim, snapshot
+from maskwire_server.training.corruption import StepKey
+from maskwire_server.training.models.backbone import Backbone
+from maskwire_server.training.models.networks import Networks
+from maskwire_server.training.ranks import Ranks, assign, whole
+from maskwire_server.training.sharding import ManyRanks
+from maskwire_server.training.trainer import TorchTrainer
+
+COLUMNS, ROWS = 20, 13
+ENCODER = {
+    "num_tokens": 257, "mask_id": 256, "max_seq_len": COLUMNS, "dim": 32, "depth": 2, "heads": 2,
+    "dim_head": 16,
+}  # fmt: skip
+
+
+def batch(step: int, rows: int = ROWS, prompts: float = 0.3) -> Batch:
+    """Rows of different lengths with prompts; if there are several, the last has nothing else."""
+    random = np.random.default_rng(step)
+    lengths = random.integers(1, COLUMNS + 1, rows).astype(np.int32)
+    valid = np.arange(COLUMNS) < lengths[:, None]
+    ids = random.integers(0, 256, (rows, COLUMNS))[valid]
+    prompt = random.random((rows, COLUMNS)) < prompts
+    prompt[1:][-1:] = True
+    return Batch(ids, rows, COLUMNS, lengths, np.packbits(prompt, bitorder="little").tobytes())
+
+
+def make(scenario: dict[str, Any], ranks: Ranks | None) -> TorchTrainer:
+    model = scenario.get("model", {})
+    optimizer = {"learning_rate": 0.01, "warmup_steps": 0, "ema_decay": 0.9, **scenario.get("optimizer", {})}
+    trainer = TorchTrainer(
+        ModelConfig(**(model if "source" in model else {**ENCODER, **model})),
+        ObjectiveConfig(**scenario.get("objective", {})),
+        OptimizerConfig(**optimizer),
+        ServeConfig(device="cpu", threads=1, **{"micro_batch_tokens": 64, **scenario.get("serve", {})}),
+        3,
+        ranks,
+    )
+    trainer.begin()
+    return trainer
+
+
+class Samples:
+    """The ids that were sampled for the critic, in order."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self._sample = objective.sample
+        objective.sample = self.sample  # type: ignore[assignment]
+
+    def sample(self, *given: Any) -> Tensor:
+        found = self._sample(*given)
+        self.ids += found.tolist()
+        return found
+
+    def take(self) -> list[int]:
+        taken, self.ids = self.ids, []
+        return taken
+
+
+def copy_state(one: TorchTrainer, other: TorchTrainer) -> None:
+    """Give the divided trainer the state of the whole one."""
+    with torch.no_grad():
+        for file, tensors in snapshot.live_tensors(other._groups()).items():
+            given = snapshot.live_tensors(one._groups())[file]
+            for name, tensor in tensors.items():
+                assign(tensor, given[name].detach())
+    for name, group in other._groups().items():
+        group.updates = one._groups()[name].updates
+
+
+BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "null embedding as an input": lambda patch: (
+        patch.setattr(Networks, "conditioning", _null_embedding_as_an_input),
+        patch.setattr(Backbone, "conditioning", lambda self, cond: self.to_self_cond(cond)),
+    ),
+    "no reshard": lambda patch: patch.setattr(ManyRanks, "release", lambda *_: None),
+    "divided by the ranks": lambda patch: patch.setattr(
+        FSDPModule, "set_gradient_divide_factor", lambda self, _: _set_factor(self, dist.get_world_size())
+    ),
+    "rows from 0": lambda patch: patch.setattr(ManyRanks, "parts", _rows_from_0),
+    "no empty part": lambda patch: patch.setattr(
+        ManyRanks, "parts", lambda *given: [part for part in _parts(*given) if part]
+    ),
+    "no agreement": lambda patch: patch.setattr(ManyRanks, "agree", lambda *_: None),
+}
+"""Mistakes that were made while this was built, or could be: each must be found."""
+_parts, _set_factor = ManyRanks.parts, FSDPModule.set_gradient_divide_factor
+
+
+def _null_embedding_as_an_input(networks: Networks, e_bnd: Tensor | None) -> Tensor | None:
+    if e_bnd is None:
+        if isinstance(networks.generator, FSDPModule):
+            networks.generator.unshard()
+        return networks.generator.null_embed
+    return e_bnd
+
+
+def _rows_from_0(*given: Any) -> list[Any]:
+    parts = _parts(*given)
+    first = min((part[0].start for part in parts if part), default=0)
+    return [part and (slice(part[0].start - first, part[0].stop - first), part[1]) for part in parts]
+
+
+class Comparison:
+    """A whole trainer and a divided one, and how far they are apart."""
+
+    def __init__(self, scenario: dict[str, Any], samples: Samples) -> None:
+        self._scenario, self._samples = scenario, samples
+        self.ranks = ManyRanks(
+            torch.device("cpu"), replicate=scenario["replicate"], timeout=timedelta(seconds=60)
+        )
+        self.alone, self.divided = make(scenario, None), make(scenario, self.ranks)
+        samples.take()
+        self.worst: dict[str, float] = {}
+        self.wrong: list[str] = []
+
+    def step(self, number: int) -> None:
+        """Compare one step, and train both."""
+        modes = Modes(**self._scenario.get("modes", {}))
+        copy_state(self.alone, self.divided)
+        alone, ids = self._gradients(self.alone, number, modes), self._samples.take()
+        divided = self._gradients(self.divided, number, modes)
+        found: list[Any] = [None] * self.ranks.size
+        dist.all_gather_object(found, self._samples.take())
+        if [each for of_rank in found for each in of_rank] != ids:
+            self.wrong.append(f"step {number}: other ids were sampled")
+        if alone.keys() != divided.keys():
+            self.wrong.append(f"step {number}: gradients of {alone.keys() ^ divided.keys()}")
+        for name in alone.keys() & divided.keys():
+            self._note(name, divided[name], alone[name])
+        if "disagree" in self._scenario and self.ranks.rank:
+            self.ranks.record(b"an order that the others did not get")
+        results = []
+        for trainer in (self.alone, self.divided):
+            result = trainer.train_step(1, number, self._batch(number), modes)
+            numbers = (result.losses.loss, result.gradient_norm or 0.0)
+            results.append(torch.tensor(numbers, dtype=torch.float64))
+        self._samples.take()
+        self._note("result", results[1], results[0])
+        given = snapshot.live_tensors(self.alone._groups())
+        for file, tensors in snapshot.live_tensors(self.divided._groups()).items():
+            for name, tensor in tensors.items():
+                self._note(f"{file} {name}", whole(tensor.detach()), given[file][name].detach(), 1e-6)
+        if self._scenario.get("ahead"):  # the state changes while the divided one holds gathered weights
+            self.alone.train_step(2, number, self._batch(number), Modes())
+            self._samples.take()
+
+    def _batch(self, number: int) -> Batch:
+        shape = {name: self._scenario[name] for name in ("rows", "prompts") if name in self._scenario}
+        return batch(number, **shape)
+
+    def _gradients(self, trainer: TorchTrainer, number: int, modes: Modes) -> dict[str, Tensor]:
+        sums = trainer._gradients(
+            trainer._host(self._batch(number)), modes, StepKey(3, 1, number), trainer._ranks
+        )
+        trainer._ranks.add(sums.sums)
+        norm = optim.clip(trainer._learners(modes), None, trainer._ranks)
+        losses = [each or 0.0 for each in sums.read(norm)]
+        found = {
+            f"{part}.{name}": whole(weight.grad).clone()
+            for part, group in trainer._groups().items()
+            for name, weight in zip(group.names, group.weights, strict=True)
+            if weight.grad is not None
+        }
+        trainer._clear_gradients()
+        return found | {"losses and norm": torch.tensor(losses, dtype=torch.float64)}
+
+    def _note(self, what: str, found: Tensor, expected: Tensor, scale: float = 1.0) -> None:
+        """Note a difference, relative to the largest number; `scale` weakens that of an update."""
+        found, expected = found.detach().double(), expected.detach().double()
+        difference = float((found - expected).abs().max()) / max(1.0, float(expected.abs().max())) * scale
+        self.worst[what] = max(self.worst.get(what, 0.0), difference if difference == difference else 1e9)
+
+
+def compare(scenario: dict[str, Any], steps: int, samples: Samples) -> dict[str, Any]:
+    """The largest differences, what else was wrong, and the hash of the last state."""
+    with pytest.MonkeyPatch.context() as patch:
+        if scenario.get("bug"):
+            BUGS[scenario["bug"]](patch)
+        both = Comparison(scenario, samples)
+        error = ""
+        try:
+            for number in range(1, steps + 1):
+                both.step(number)
+        except Exception as raised:
+            if "bug" not in scenario and "disagree" not in scenario:
+                raise
+            error = f"{type(raised).__name__}: {raised}"
+            samples.take()
+        state = None if error else both.divided.snapshot()
+    leads = state is not None and both.ranks.is_leader
+    return {
+        "worst": both.worst, "wrong": both.wrong, "error": error,
+        "hash": snapshot_hash(state) if leads and state is not None else "",
+    }  # fmt: skip
+
+
+def snapshot_hash(state: snapshot.Snapshot) -> str:
+    from maskwire_server.training.models import sources
+
+    every = (
+        (f"{file}/{name}", each) for file, tensors in state.files.items() for name, each in tensors.items()
+    )
+    return sources.sha256(dict(every))
+
+
+def main() -> None:
+    rank, size, store, scenarios, out = sys.argv[1:]
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(size))
+    torch.set_default_dtype(torch.float64)
+    given = json.loads(Path(scenarios).read_text())
+    samples = Samples()
+    found = {}
+    for name, scenario in given["scenarios"].items():
+        found[name] = compare(scenario, given["steps"], samples)
+        if int(rank) == 0:
+            Path(out).write_text(json.dumps(found))
+            worst = max(found[name]["worst"].values(), default=0.0)
+            print(name, worst, found[name]["wrong"][:1], found[name]["error"][:200], flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
