@@ -10,19 +10,33 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
+LOOPBACK = "127.0.0.1"
 _BEAT, _END = b".", b"E"
 _TOKEN_BYTES = 16
 
 OnLoss = Callable[[str], None]
-"""Called once with what happened, on a thread of its own. It ends the process."""
+"""Called with what happened, on a thread of its own. It ends the process."""
+
+
+@dataclass(frozen=True)
+class LeaderAddress:
+    """Where followers reach the leader's monitor."""
+
+    host: str
+    port: int
+    token: str
+    """What a follower must send first: nobody else knows it."""
+    pid: int
 
 
 class Monitor:
@@ -30,116 +44,95 @@ class Monitor:
 
     def __init__(self, host: str, followers: int, timeout: float, on_loss: OnLoss) -> None:
         """`timeout`, in seconds, is how long a follower may be silent, or take to connect."""
-        self._timeout, self._on_loss = timeout, on_loss
-        self._token = secrets.token_hex(_TOKEN_BYTES)
+        self._followers, self._timeout, self._on_loss = followers, timeout, on_loss
         self._listener = socket.create_server((host, 0))
-        self._followers = followers
+        port = self._listener.getsockname()[1]
+        self.address = LeaderAddress(host, port, secrets.token_hex(_TOKEN_BYTES), os.getpid())
         self._links: dict[int, socket.socket] = {}
         self._lock = threading.Lock()
         self._ending = False
-        threading.Thread(target=self._accept, name="maskwire-liveness", daemon=True).start()
-
-    @property
-    def address(self) -> str:
-        """HOST:PORT:TOKEN, for `watch_leader`."""
-        host, port = self._listener.getsockname()[:2]
-        return f"{host}:{port}:{self._token}"
+        threading.Thread(target=self._run, name="maskwire-liveness", daemon=True).start()
 
     def end_followers(self) -> None:
         """Tell the followers to exit with code 0: the leader ends for good."""
         with self._lock:
             self._ending = True
-            for link in self._links.values():
-                with contextlib.suppress(OSError):
-                    link.sendall(_END)
+            _send(self._links.values(), _END)
 
-    def _accept(self) -> None:
-        deadline = time.monotonic() + self._timeout
-        while len(self._links) < self._followers:
-            self._listener.settimeout(max(0.01, deadline - time.monotonic()))
-            try:
-                link, _ = self._listener.accept()
-            except OSError:
-                missing = self._followers - len(self._links)
-                self._lost(f"{missing} of {self._followers} followers did not connect in {self._timeout:g} s")
-                return
-            rank = self._greeted(link)
-            if rank is None:
-                link.close()
-                continue
-            with self._lock:
-                self._links[rank] = link
-            threading.Thread(target=self._watch, args=(rank, link), daemon=True).start()
-        self._listener.close()
+    def _run(self) -> None:
+        self._accept()
         while not self._ending:
             time.sleep(BEAT_SECONDS)
             with self._lock:
-                for link in () if self._ending else self._links.values():
-                    with contextlib.suppress(OSError):  # its watcher notices
-                        link.sendall(_BEAT)
+                if not self._ending:
+                    _send(self._links.values(), _BEAT)
 
-    def _greeted(self, link: socket.socket) -> int | None:
-        """The rank of a follower that sent the token and its rank; None: something else connected."""
+    def _accept(self) -> None:
+        deadline = time.monotonic() + self._timeout
+        with self._listener:
+            self._listener.settimeout(0.1)
+            while len(self._links) < self._followers:
+                try:
+                    link, _ = self._listener.accept()
+                except TimeoutError:
+                    if time.monotonic() < deadline:
+                        continue
+                    missing = self._followers - len(self._links)
+                    self._lost(f"{missing} of {self._followers} followers did not connect", None)
+                    return
+                threading.Thread(target=self._watch, args=(link,), daemon=True).start()
+
+    def _watch(self, link: socket.socket) -> None:
         link.settimeout(self._timeout)
         try:
-            said = link.makefile("rb", buffering=0).readline(2 * _TOKEN_BYTES + 16).decode()
+            greeting = link.makefile("rb", buffering=0).readline(128).decode().split()
         except (OSError, UnicodeDecodeError):
-            return None
-        token, _, rank = said.strip().partition(" ")
-        return int(rank) if secrets.compare_digest(token, self._token) and rank.isdigit() else None
+            greeting = []
+        if len(greeting) != 3 or not secrets.compare_digest(greeting[0], self.address.token):
+            link.close()
+            return
+        rank, pid = int(greeting[1]), int(greeting[2])
+        with self._lock:
+            self._links[rank] = link
+        problem, is_frozen = _silence(link, self._timeout, on_end=lambda: None)
+        self._lost(f"rank {rank} {problem}", pid if is_frozen else None)
 
-    def _watch(self, rank: int, link: socket.socket) -> None:
-        problem = _silence(link, self._timeout, end=lambda: None)
-        if not self._ending:
-            self._lost(f"rank {rank} {problem}")
-
-    def _lost(self, problem: str) -> None:
+    def _lost(self, problem: str, frozen: int | None) -> None:
         with self._lock:
             if self._ending:
                 return
             self._ending = True
+        if frozen is not None and self.address.host == LOOPBACK:
+            _kill(frozen)
         self._on_loss(problem)
 
 
 def watch_leader(
-    address: str, rank: int, timeout: float, on_loss: OnLoss, on_end: Callable[[], None]
+    address: LeaderAddress, rank: int, timeout: float, on_loss: OnLoss, on_end: Callable[[], None]
 ) -> None:
     """Connect to the leader's monitor, and watch it on threads of their own. Raises OSError.
 
     `on_end` is called when the leader says that it ends for good.
     """
-    host, port, token = address.rsplit(":", 2)
-    link = socket.create_connection((host, int(port)), timeout)
-    link.sendall(f"{token} {rank}\n".encode())
+    link = socket.create_connection((address.host, address.port), timeout)
+    link.sendall(f"{address.token} {rank} {os.getpid()}\n".encode())
 
     def beat() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                time.sleep(BEAT_SECONDS)
-                link.sendall(_BEAT)
+        while True:
+            time.sleep(BEAT_SECONDS)
+            _send([link], _BEAT)
 
     def watch() -> None:
-        on_loss(f"the leader {_silence(link, timeout, end=on_end)}")
+        problem, is_frozen = _silence(link, timeout, on_end)
+        if is_frozen and address.host == LOOPBACK:
+            _kill(address.pid)
+        on_loss(f"the leader {problem}")
 
     for work in (beat, watch):
         threading.Thread(target=work, name="maskwire-liveness", daemon=True).start()
 
 
-def _silence(link: socket.socket, timeout: float, *, end: Callable[[], None]) -> str:
-    """Read until the other side is gone, and say how it went."""
-    link.settimeout(timeout)
-    try:
-        while data := link.recv(64):
-            if _END in data:
-                end()
-    except TimeoutError:
-        return f"was silent for {timeout:g} s"
-    except OSError as error:
-        return f"is not reachable any more ({error.strerror or error})"
-    return "ended"
-
-
-def exit_now(code: int) -> Callable[[str], None]:
+def exit_now(code: int) -> OnLoss:
     """An `OnLoss` that logs and exits: the state of all ranks is thrown away."""
 
     def end(problem: str) -> None:
@@ -148,3 +141,29 @@ def exit_now(code: int) -> Callable[[str], None]:
         os._exit(code)
 
     return end
+
+
+def _send(links: Iterable[socket.socket], data: bytes) -> None:
+    for link in links:
+        with contextlib.suppress(OSError):  # who reads from it notices
+            link.sendall(data)
+
+
+def _silence(link: socket.socket, timeout: float, on_end: Callable[[], None]) -> tuple[str, bool]:
+    """Read until the other side is gone; what happened, and whether it may be frozen rather than dead."""
+    link.settimeout(timeout)
+    try:
+        while data := link.recv(64):
+            if _END in data:
+                on_end()
+    except TimeoutError:
+        return f"was silent for {timeout:g} s", True
+    except OSError as error:
+        return f"is not reachable ({error.strerror or error})", False
+    return "ended", False
+
+
+def _kill(pid: int) -> None:
+    """End a frozen process of this host, which the launcher would wait 30 seconds for."""
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGKILL)

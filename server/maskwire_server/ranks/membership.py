@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from maskwire_server.config import DistributedConfig, ServeConfig
 from maskwire_server.errors import ConfigError
 from maskwire_server.ranks.launcher import LEADER
-from maskwire_server.ranks.liveness import Monitor, exit_now, watch_leader
+from maskwire_server.ranks.liveness import LOOPBACK, LeaderAddress, Monitor, exit_now, watch_leader
 from maskwire_server.ranks.orders import Order
 from maskwire_server.training.numerics import choose_device, cores
 from maskwire_server.training.sharding import ManyRanks
@@ -65,11 +65,11 @@ class Member:
         """Watch the other ranks from now on, and exit when one is lost."""
         lost = exit_now(EXIT_LOST)
         if self.is_leader:
-            host = "127.0.0.1" if self.place.hosts == 1 else _own_address()
+            host = LOOPBACK if self.place.hosts == 1 else _own_address()
             self._monitor = Monitor(host, self.place.size - 1, timeout, lost)
-            self.order(Order("watch", {"address": self._monitor.address}))
+            self.order(Order("watch", asdict(self._monitor.address)))
         else:
-            address = self.next_order().arguments["address"]
+            address = LeaderAddress(**self.next_order().arguments)
             watch_leader(address, self.place.rank, timeout, lost, lambda: os._exit(0))
 
     def order(self, order: Order) -> None:
