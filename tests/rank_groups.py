@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 WORKER = Path(__file__).parent / "ranks" / "parity_worker.py"
 SECONDS = 240.0
@@ -35,3 +38,50 @@ def compare(folder: Path, size: int, steps: int, scenarios: dict[str, Any]) -> d
     assert not said, "\n".join(said.values())
     found: dict[str, Any] = json.loads(out.read_text())
     return found
+
+
+class RankServer:
+    """`maskwire-server serve --ranks N` as a user starts it, found by a Unix socket that restarts keep."""
+
+    def __init__(self, folder: Path, ranks: int | None, *settings: str) -> None:
+        """Without `ranks`: a single process."""
+        self.run_dir, self.log = folder / "run", folder / "log"
+        socket = folder / "s"
+        self.target = f"unix:{socket}"
+        flags = [
+            f"--run-dir={self.run_dir}", "--address=127.0.0.1:0", f"--set=serve.socket={socket}",
+            "--set=serve.threads=1", "--set=model.dim=32", "--set=model.depth=2", "--set=model.heads=2",
+            "--set=model.max_seq_len=64", *[f"--set={setting}" for setting in settings],
+        ]  # fmt: skip
+        if ranks is not None:
+            flags.append(f"--ranks={ranks}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "maskwire_server", "serve", *flags], stdout=log, stderr=log
+            )
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The processes of the ranks by number."""
+        found: dict[int, psutil.Process] = {}
+        children: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(self.process.pid).children(recursive=True)
+        for child in children:
+            with contextlib.suppress(psutil.Error):
+                if "maskwire_server" in child.cmdline() and "RANK" in child.environ():
+                    found[int(child.environ()["RANK"])] = child
+        return found
+
+    def stop(self) -> int:
+        """SIGTERM; the exit code."""
+        self.process.terminate()
+        return self.process.wait(SECONDS)
+
+    def kill(self) -> None:
+        """End everything that is left of it."""
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                child.kill()
+        self.process.kill()
+        self.process.wait()

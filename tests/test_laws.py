@@ -14,7 +14,7 @@ SERVER = ROOT / "server" / "maskwire_server"
 CLIENT = ROOT / "client" / "maskwire"
 RUN = ("journal", "checkpoints", "recovery", "engine")
 """Each may import those before it."""
-GROUPS = (("rpc",), RUN, ("training",))
+GROUPS = (("rpc",), RUN, ("training", "ranks"))
 FOUNDATIONS = {
     "config",
     "errors",
@@ -52,7 +52,7 @@ def knows(path: Path, package: str) -> bool:
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        ("torch", ["training"]),
+        ("torch", ["training", "ranks"]),
         ("safetensors", ["training"]),
         ("grpc", ["rpc", "app.py"]),
         ("sqlite3", ["journal"]),
@@ -104,6 +104,23 @@ def test_the_client_never_imports_the_server_nor_torch() -> None:
     for path in sources(CLIENT):
         for package in ("maskwire_server", "torch"):
             assert not knows(path, package), path
+
+
+def test_ranks_know_the_trainer_and_the_trainer_knows_no_ranks_of_other_processes() -> None:
+    for path in sources(SERVER / "training"):
+        assert not knows(path, "maskwire_server.ranks"), path
+
+
+def test_no_pickle_travels_between_ranks_or_is_loaded() -> None:
+    """torch's collectives of Python objects pickle them. Its loader is used with weights_only=True alone."""
+    objects = ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list",
+               "send_object_list", "recv_object_list")  # fmt: skip
+    for path in sources(SERVER):
+        called = {
+            node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
+        }
+        assert not called & set(objects), path
+        assert not knows(path, "pickle"), path
 
 
 def test_the_objective_knows_no_model_and_the_model_no_objective() -> None:
