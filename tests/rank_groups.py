@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 WORKER = Path(__file__).parent / "ranks" / "parity_worker.py"
+SITE = Path(__file__).parent / "ranks" / "site"
 SECONDS = 240.0
 
 
@@ -29,7 +30,7 @@ def compare(folder: Path, size: int, steps: int, scenarios: dict[str, Any]) -> d
                 subprocess.Popen([sys.executable, *words], env=environment, stdout=log, stderr=log)
             )
     try:
-        codes = [process.wait(SECONDS) for process in processes]
+        codes = [process.wait(SECONDS + 30 * steps) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -43,8 +44,8 @@ def compare(folder: Path, size: int, steps: int, scenarios: dict[str, Any]) -> d
 class RankServer:
     """`maskwire-server serve --ranks N` as a user starts it, found by a Unix socket that restarts keep."""
 
-    def __init__(self, folder: Path, ranks: int | None, *settings: str) -> None:
-        """Without `ranks`: a single process."""
+    def __init__(self, folder: Path, ranks: int | None, *settings: str, fault: str = "") -> None:
+        """Without `ranks`: a single process. `fault` is RANK:NAME:COUNT, see `ranks/site`."""
         self.run_dir, self.log = folder / "run", folder / "log"
         socket = folder / "s"
         self.target = f"unix:{socket}"
@@ -56,10 +57,16 @@ class RankServer:
         if ranks is not None:
             flags.append(f"--ranks={ranks}")
         folder.mkdir(parents=True, exist_ok=True)
+        environment = dict(os.environ)
+        self.fired = folder / "fired"
+        if fault:
+            environment["MASKWIRE_TEST_FAULT"] = f"{fault}:{self.fired}"
+            environment["PYTHONPATH"] = os.pathsep.join([str(SITE), os.environ.get("PYTHONPATH", "")])
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "maskwire_server", "serve", *flags], stdout=log, stderr=log
-            )
+                [sys.executable, "-m", "maskwire_server", "serve", *flags],
+                env=environment, stdout=log, stderr=log,
+            )  # fmt: skip
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The processes of the ranks by number."""

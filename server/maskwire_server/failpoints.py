@@ -45,6 +45,9 @@ NAMES = (
     "drain.begun",
 )
 
+RANK_NAMES = ("rank.ordering", "rank.ordered", "rank.carried_out")
+"""Where the leader sends an order, where a rank has received one, and where it has carried it out."""
+
 _action: Callable[[str], None] | None = None
 
 
@@ -55,6 +58,6 @@ def install(action: Callable[[str], None] | None) -> None:
 
 
 def passing(name: str) -> None:
-    """Run the installed action, if any, for a failpoint of NAMES."""
+    """Run the installed action, if any, for a failpoint."""
     if _action is not None:
         _action(name)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from maskwire.v1.values import ModelInfo
+from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload, Prompts
 from maskwire_server.errors import StateLost
 from maskwire_server.ranks.membership import Member
@@ -104,12 +105,14 @@ class LeaderTrainer:
         """Carry out an order on every rank. Raises ValueError if all refuse it alike, otherwise StateLost."""
         if changes:
             self._gathered = None
+        failpoints.passing("rank.ordering")
         self._member.order(order)
         return carried_out(self._member, order, call)
 
 
 def carried_out(member: Member, order: Order, call: Callable[[], T]) -> T:
     """This rank's part of an order, and the agreement that all ranks carried it out or refused it."""
+    failpoints.passing("rank.ordered")
     try:
         result = call()
     except StateLost:
@@ -121,4 +124,5 @@ def carried_out(member: Member, order: Order, call: Callable[[], T]) -> T:
         raise StateLost(f"rank {member.place.rank} failed in {order.name}: {error}") from error
     if order.name != "train_step":  # whose ranks agreed before the update
         member.ranks.agree(f"{order.name} done")
+    failpoints.passing("rank.carried_out")
     return result

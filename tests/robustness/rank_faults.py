@@ -1,0 +1,124 @@
+"""R12: a rank is killed at every failpoint, and at random instants; the run ends as an undisturbed one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from rank_groups import RankServer
+
+import maskwire
+from maskwire_server.failpoints import NAMES, RANK_NAMES
+
+SIZE = 2
+SETTINGS = (
+    "checkpoints.every_steps=3", "checkpoints.keep_last=2", "objective.critic=self",
+    "objective.self_cond=true", "optimizer.ema_decay=0.9",
+)  # fmt: skip
+STEPS = 9
+PLACES = {0: (*NAMES, *RANK_NAMES), 1: RANK_NAMES[1:]}
+"""The failpoints that each rank passes."""
+
+
+def batch(step: int) -> Any:
+    """The ids of a step, int64 [5, 24]: fewer rows for one rank than for the other."""
+    return np.random.default_rng(step).integers(0, 256, (5, 24))
+
+
+def at_failpoints(folder: Path, rank: int, places: list[str]) -> dict[str, Any]:
+    """One server for each place, whose rank is killed there. Raises AssertionError."""
+    expected = outcome(folder / "undisturbed", "")
+    reached = 0
+    for place in places:
+        count = 1 if place.startswith(("journal.creat", "drain.", "restore.", "recovery.")) else 3
+        second = place.startswith("recovery.")  # there must be something to recover
+        server = RankServer(folder / place, SIZE, *SETTINGS, fault=f"{rank}:{place}:{count}")
+        try:
+            found = work(server, kill_leader_at=5 if second else 0)
+        finally:
+            code = server.stop() if server.process.poll() is None else server.process.returncode
+            server.kill()
+        assert found == expected, f"rank {rank} killed at {place}: {found} instead of {expected}"
+        assert code == 0, f"rank {rank} killed at {place}: the server ended with {code}"
+        reached += server.fired.exists()
+    return {"rank": rank, "places": len(places), "reached": reached}
+
+
+def outcome(folder: Path, fault: str) -> dict[str, Any]:
+    """What a client finds after the work."""
+    server = RankServer(folder, SIZE, *SETTINGS, fault=fault)
+    try:
+        found = work(server)
+        assert server.stop() == 0
+        return found
+    finally:
+        server.kill()
+
+
+def work(server: RankServer, kill_leader_at: int = 0) -> dict[str, Any]:
+    """Steps, saves, an evaluation, samples, a restore and more steps."""
+    with maskwire.connect(server.target, name="job", retry_for=120, on_wait=lambda _: None) as trainer:
+        for step in range(trainer.step + 1, STEPS + 1):
+            trainer.train_step(batch(step))
+            if step == kill_leader_at:
+                server.ranks()[0].kill()
+        digest = trainer.digest.hex()
+        evaluated = trainer.eval_loss(batch(0)).losses.loss
+        sampled = trainer.generate(count=2, length=6, seed=1).tokens.tolist()
+        name = trainer.checkpoint("end").name
+    return {"digest": digest, "evaluated": evaluated, "sampled": sampled, "files": files(server, name)}
+
+
+def files(server: RankServer, name: str) -> dict[str, str]:
+    """The hashes of a checkpoint's tensors."""
+    folder = server.run_dir / "checkpoints" / name
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.safetensors")}
+
+
+def at_random(folder: Path, seed: int, kills: int) -> dict[str, Any]:
+    """Kill a random rank at random instants while steps are in flight; also restarts in a row."""
+    steps = 3 * kills
+    hashes = []
+    restarts: list[float] = []
+    for disturbed in (False, True):
+        server = RankServer(folder / str(disturbed), SIZE, *SETTINGS)
+        draw = random.Random(seed)
+        try:
+            with maskwire.connect(
+                server.target, name="job", retry_for=120, on_wait=lambda _: None, window=2
+            ) as trainer:
+                kill: Callable[[], None] = _killer(server, draw)
+                for step in range(1, steps + 1):
+                    pending = trainer.submit(batch(step))
+                    if disturbed and step % 3 == 0:
+                        threading.Timer(draw.random() * 0.03, kill).start()
+                        began = time.monotonic()
+                        pending.result()
+                        restarts.append(time.monotonic() - began)
+                    else:
+                        pending.result()
+                name = trainer.checkpoint("end").name
+                hashes.append((trainer.digest.hex(), files(server, name)))
+            assert server.stop() == 0
+        finally:
+            server.kill()
+    assert hashes[0] == hashes[1]
+    return {"kills": kills, "slowest": max(restarts)}
+
+
+def _killer(server: RankServer, draw: random.Random) -> Callable[[], None]:
+    def kill() -> None:
+        ranks = server.ranks()
+        if ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                draw.choice(list(ranks.values())).kill()
+
+    return kill
