@@ -49,11 +49,13 @@ def serve(
     accept_inexact_replay: bool = False,
     accept_lost_history: int | None = None,
     finish: Callable[[int], int] = lambda code: code,
+    last_error: str = "",
 ) -> int:
     """Serve one run until SIGTERM or SIGINT, and return the exit code.
 
     `factory` builds the trainer of a configuration, on the device thread. Default: `build_trainer`. `finish`
-    is called where the process ends for good without returning: it takes and gives the exit code.
+    is called where the process ends for good without returning: it takes and gives the exit code. The status
+    shows `last_error`: why the processes that served before have ended.
     """
     began = time.monotonic()
     stop = threading.Event()
@@ -80,6 +82,7 @@ def serve(
         accept_inexact_replay=accept_inexact_replay,
         accept_lost_history=accept_lost_history,
         identity=served_config.identity(config),
+        last_error=last_error,
     )
     engine = Engine(setup, _die)
     try:
@@ -172,6 +175,7 @@ def serve_rank(
         accept_inexact_replay=accept_inexact_replay,
         accept_lost_history=accept_lost_history,
         finish=finish,
+        last_error=launcher.last_loss(),
     )
     _leave(finish(code))
 

@@ -76,6 +76,8 @@ def test_a_killed_rank_costs_a_restart_and_no_step(start: Start) -> None:
 
     assert trained(killed, 12, kill) == expected
     assert expected["layout"] == "1 x 2"
+    with maskwire.attach(killed.target) as client:
+        assert client.status().last_error == "rank 1 ended"
     log = killed.log.read_text()
     assert "rank 1 ended: all ranks restart" in log
     assert "the leader ended: all ranks restart" in log

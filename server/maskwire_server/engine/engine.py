@@ -62,6 +62,7 @@ class Engine:
         self._on_fatal = on_fatal
         self._versions = dict(setup.versions)
         self._run = Run(setup.serve, setup.clock)
+        self._run.conditions.last_error = setup.last_error
         self._catalogue = Catalogue()
         self._checkpoints = Checkpoints(setup.run_dir, catalogue=self._catalogue)
         self._disk = Reserve(setup.run_dir, setup.serve.reserve_bytes)

@@ -36,4 +36,6 @@ class Setup:
     identity: Callable[[str], bytes] | None = None
     """For a new run whose initial weights the seed does not make: the canonical configuration that covers
     the SHA-256 of these weights. None: `canonical` is the run's."""
+    last_error: str = ""
+    """Why the processes that served the run before have ended, if that is known."""
     clock: Callable[[], float] = time.monotonic

@@ -30,7 +30,7 @@ FOLDER = "MASKWIRE_LAUNCH_DIR"
 """Where the leader writes its process id and, when it ends for good, its exit code."""
 LEADER = "MASKWIRE_LEADER"
 """Set to 1 on the host that has the run directory, if there are several hosts."""
-_PID, _EXIT_CODE = "leader.pid", "exit-code"
+_PID, _EXIT_CODE, _LOSS = "leader.pid", "exit-code", "loss"
 _RESTARTS = 1000
 _PR_SET_PDEATHSIG = 1
 
@@ -84,11 +84,24 @@ def note_exit(code: int) -> int:
     return 0 if _write(_EXIT_CODE, code) else code
 
 
-def _write(name: str, value: int) -> bool:
+def note_loss(problem: str) -> None:
+    """Note why the ranks restart, for the next leader of this host."""
+    _write(_LOSS, problem)
+
+
+def last_loss() -> str:
+    """Why the ranks restarted, or ""."""
+    folder = os.environ.get(FOLDER, "")
+    with contextlib.suppress(OSError):
+        return (Path(folder) / _LOSS).read_text()
+    return ""
+
+
+def _write(name: str, value: object) -> bool:
     folder = os.environ.get(FOLDER)
     if folder is None or not Path(folder).is_dir():
         return False
-    part = Path(folder) / f"{name}.part"
+    part = Path(folder) / f"{name}.{os.getpid()}"
     part.write_text(str(value))
     part.replace(Path(folder) / name)
     return True

@@ -132,10 +132,11 @@ def watch_leader(
         threading.Thread(target=work, name="maskwire-liveness", daemon=True).start()
 
 
-def exit_now(code: int) -> OnLoss:
-    """An `OnLoss` that logs and exits: the state of all ranks is thrown away."""
+def exit_now(code: int, note: Callable[[str], None]) -> OnLoss:
+    """An `OnLoss` that notes what happened and exits: the state of all ranks is thrown away."""
 
     def end(problem: str) -> None:
+        note(problem)
         log.critical("%s: all ranks restart, and the run is recovered from its journal", problem)
         logging.shutdown()
         os._exit(code)

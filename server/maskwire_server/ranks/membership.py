@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from maskwire_server.config import DistributedConfig, ServeConfig
 from maskwire_server.errors import ConfigError
-from maskwire_server.ranks.launcher import LEADER
+from maskwire_server.ranks.launcher import LEADER, note_loss
 from maskwire_server.ranks.liveness import LOOPBACK, LeaderAddress, Monitor, exit_now, watch_leader
 from maskwire_server.ranks.orders import Order
 from maskwire_server.training.numerics import choose_device, cores
@@ -63,7 +63,7 @@ class Member:
 
     def watch(self, timeout: float) -> None:
         """Watch the other ranks from now on, and exit when one is lost."""
-        lost = exit_now(EXIT_LOST)
+        lost = exit_now(EXIT_LOST, note_loss)
         if self.is_leader:
             host = LOOPBACK if self.place.hosts == 1 else _own_address()
             self._monitor = Monitor(host, self.place.size - 1, timeout, lost)
