@@ -45,7 +45,7 @@ class RankServer:
     """`maskwire-server serve --ranks N` as a user starts it, found by a Unix socket that restarts keep."""
 
     def __init__(self, folder: Path, ranks: int | None, *settings: str, fault: str = "") -> None:
-        """Without `ranks`: a single process. `fault` is RANK:NAME:COUNT, see `ranks/site`."""
+        """Without `ranks`: a single process. `fault` is RANK:NAME:COUNT:KIND, see `ranks/site`."""
         self.run_dir, self.log = folder / "run", folder / "log"
         socket = folder / "s"
         self.target = f"unix:{socket}"

@@ -40,7 +40,7 @@ def at_failpoints(folder: Path, rank: int, places: list[str]) -> dict[str, Any]:
     for place in places:
         count = 1 if place.startswith(("journal.creat", "drain.", "restore.", "recovery.")) else 3
         second = place.startswith("recovery.")  # there must be something to recover
-        server = RankServer(folder / place, SIZE, *SETTINGS, fault=f"{rank}:{place}:{count}")
+        server = RankServer(folder / place, SIZE, *SETTINGS, fault=f"{rank}:{place}:{count}:kill")
         try:
             found = work(server, kill_leader_at=5 if second else 0)
         finally:

@@ -21,8 +21,8 @@ Start = Callable[..., RankServer]
 def start(tmp_path: Path) -> Iterator[Start]:
     servers: list[RankServer] = []
 
-    def made(ranks: int | None, *settings: str) -> RankServer:
-        servers.append(RankServer(tmp_path / str(len(servers)), ranks, *settings))
+    def made(ranks: int | None, *settings: str, fault: str = "") -> RankServer:
+        servers.append(RankServer(tmp_path / str(len(servers)), ranks, *settings, fault=fault))
         return servers[-1]
 
     yield made
@@ -85,6 +85,26 @@ def test_a_killed_rank_costs_a_restart_and_no_step(start: Start) -> None:
     assert not killed.ranks()
     written = [path.read_bytes()[:2] for path in killed.run_dir.rglob("*") if path.is_file()]
     assert not [start for start in written if start in (b"PK", b"\x80\x02", b"\x80\x04")], "a pickle"
+
+
+def test_unusual_requests_hold_nothing_up(start: Start) -> None:
+    """A rank without memory, one row, prompts alone, a generation that is left, a refused batch."""
+    server = start(2, "objective.self_cond=true", fault="1:rank.ordered:6:memory")
+    with maskwire.connect(server.target, retry_for=120, on_wait=lambda _: None) as trainer:
+        assert trainer.train_step(batch(1)[:1]).step == 1
+        with pytest.raises(maskwire.errors.MaskwireError, match="leave at least one to predict"):
+            trainer.train_step(batch(2), prompt_mask=np.ones((6, 32), dtype=bool))
+        assert trainer.train_step(batch(2)).step == 2
+        for state in trainer.generate_steps(count=3, length=12, seed=1):
+            assert not state.done
+            break
+        with pytest.raises(maskwire.errors.MaskwireError):
+            trainer.train_step(np.full((2, 8), 256))
+        for step in range(3, 7):
+            assert trainer.train_step(batch(step)).step == step
+        assert server.fired.exists()
+    assert "rank 1 failed in" in server.log.read_text()
+    assert server.stop() == 0
 
 
 def test_a_frozen_rank_ends_the_group_which_comes_back(start: Start) -> None:

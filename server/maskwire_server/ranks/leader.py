@@ -112,8 +112,8 @@ class LeaderTrainer:
 
 def carried_out(member: Member, order: Order, call: Callable[[], T]) -> T:
     """This rank's part of an order, and the agreement that all ranks carried it out or refused it."""
-    failpoints.passing("rank.ordered")
     try:
+        failpoints.passing("rank.ordered")
         result = call()
     except StateLost:
         raise

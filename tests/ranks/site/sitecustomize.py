@@ -1,7 +1,7 @@
 """Arms one failpoint in one rank of a test's group; Python imports this first in every process.
 
-MASKWIRE_TEST_FAULT is RANK:NAME:COUNT:FILE. The rank kills itself the COUNT-th time it passes the failpoint,
-once: FILE marks that it happened.
+MASKWIRE_TEST_FAULT is RANK:NAME:COUNT:KIND:FILE. The COUNT-th time that the rank passes the failpoint it
+kills itself (KIND kill) or runs out of memory (memory), once: FILE marks that it happened.
 """
 
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def _arm() -> None:
-    rank, name, count, marker = os.environ["MASKWIRE_TEST_FAULT"].split(":")
+    rank, name, count, kind, marker = os.environ["MASKWIRE_TEST_FAULT"].split(":")
     if os.environ.get("RANK") != rank:
         return
     from maskwire_server import failpoints
@@ -24,6 +24,8 @@ def _arm() -> None:
         left -= 1
         if left <= 0:
             Path(marker).touch()
+            if kind == "memory":
+                raise MemoryError("out of memory, as a test wants it")
             os.kill(os.getpid(), signal.SIGKILL)
 
     failpoints.install(act)
