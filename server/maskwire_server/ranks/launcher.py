@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import logging
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -32,7 +34,8 @@ LEADER = "MASKWIRE_LEADER"
 """Set to 1 on the host that has the run directory, if there are several hosts."""
 _PID, _EXIT_CODE, _LOSS = "leader.pid", "exit-code", "loss"
 _RESTARTS = 1000
-_PR_SET_PDEATHSIG = 1
+_FAILURE = 70
+_PR_SET_PDEATHSIG, _SIOCGIFADDR = 1, 0x8915
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,11 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
             # With one store for all restarts, most restarts fail: "Connection refused" (pytorch #135712).
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
-        if chosen.nodes > 1 and _is_here(_host(chosen)):
-            environment[LEADER] = "1"
+        if chosen.nodes > 1:
+            environment |= {LEADER: str(int(_is_here(_host(chosen))))}
+            interface = _interface(address_towards(_host(chosen)))
+            if interface is not None:  # the one of this host's name may be the loopback
+                environment.setdefault("GLOO_SOCKET_IFNAME", interface)
         command = [sys.executable, "-m", "torch.distributed.run", *_options(chosen)]
         launcher = subprocess.Popen(
             [*command, "-m", "maskwire_server", *arguments],
@@ -71,7 +77,7 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
         code = launcher.wait()
         with contextlib.suppress(OSError, ValueError):
             return int((Path(folder) / _EXIT_CODE).read_text())
-        return code if code > 0 else 70
+        return code if code >= 0 else _FAILURE  # 0: the leader, on another host, ended for good
 
 
 def note_leader() -> None:
@@ -117,7 +123,7 @@ def _options(chosen: Launch) -> list[str]:
     host = _host(chosen)
     return [
         *options, "--rdzv-backend=c10d", f"--rdzv-endpoint={chosen.rendezvous}", "--rdzv-id=maskwire",
-        f"--rdzv-conf=is_host={str(_is_here(host)).lower()}",
+        f"--rdzv-conf=is_host={str(_is_here(host)).lower()}", f"--local-addr={address_towards(host)}",
     ]  # fmt: skip
 
 
@@ -138,6 +144,30 @@ def _is_here(host: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def address_towards(host: str) -> str:
+    """The address of this host from which it reaches another one. Raises ConfigError."""
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing
+        except OSError as error:
+            raise ConfigError(
+                f"--rendezvous: {host} cannot be reached ({error.strerror or error})"
+            ) from error
+        address: str = probe.getsockname()[0]
+    return address
+
+
+def _interface(address: str) -> str | None:
+    """The network interface that has an address (Linux)."""
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    return None
 
 
 def _end_with_parent() -> None:

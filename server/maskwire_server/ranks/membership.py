@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import socket
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -14,7 +12,7 @@ import torch.distributed as dist
 
 from maskwire_server.config import DistributedConfig, ServeConfig
 from maskwire_server.errors import ConfigError
-from maskwire_server.ranks.launcher import LEADER, note_loss
+from maskwire_server.ranks.launcher import LEADER, address_towards, note_loss
 from maskwire_server.ranks.liveness import LOOPBACK, LeaderAddress, Monitor, exit_now, watch_leader
 from maskwire_server.ranks.orders import Order
 from maskwire_server.training.numerics import choose_device, cores
@@ -65,7 +63,7 @@ class Member:
         """Watch the other ranks from now on, and exit when one is lost."""
         lost = exit_now(EXIT_LOST, note_loss)
         if self.is_leader:
-            host = LOOPBACK if self.place.hosts == 1 else _own_address()
+            host = LOOPBACK if self.place.hosts == 1 else address_towards(os.environ["MASTER_ADDR"])
             self._monitor = Monitor(host, self.place.size - 1, timeout, lost)
             self.order(Order("watch", asdict(self._monitor.address)))
         else:
@@ -131,11 +129,3 @@ def _leader(place: Place) -> int:
             "there, or start with: maskwire-server serve --ranks N --nodes M --rendezvous HOST:PORT"
         )
     return leaders[0]
-
-
-def _own_address() -> str:
-    """The address of this host from which it reaches the rendezvous."""
-    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-        probe.connect((os.environ["MASTER_ADDR"], 9))
-        address: str = probe.getsockname()[0]
-    return address
