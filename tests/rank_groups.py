@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +45,19 @@ def compare(folder: Path, size: int, steps: int, scenarios: dict[str, Any]) -> d
 class RankServer:
     """`maskwire-server serve --ranks N` as a user starts it, found by a Unix socket that restarts keep."""
 
-    def __init__(self, folder: Path, ranks: int | None, *settings: str, fault: str = "") -> None:
+    def __init__(self, folder: Path, ranks: int | None, *settings: str, fault: str = "",
+                 prefix: Sequence[str] = (), flags: Sequence[str] = ()) -> None:  # fmt: skip
         """Without `ranks`: a single process. `fault` is RANK:NAME:COUNT:KIND, see `ranks/site`."""
         self.run_dir, self.log = folder / "run", folder / "log"
         socket = folder / "s"
         self.target = f"unix:{socket}"
-        flags = [
+        words = [
             f"--run-dir={self.run_dir}", "--address=127.0.0.1:0", f"--set=serve.socket={socket}",
             "--set=serve.threads=1", "--set=model.dim=32", "--set=model.depth=2", "--set=model.heads=2",
             "--set=model.max_seq_len=64", *[f"--set={setting}" for setting in settings],
         ]  # fmt: skip
         if ranks is not None:
-            flags.append(f"--ranks={ranks}")
+            words.append(f"--ranks={ranks}")
         folder.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ)
         self.fired = folder / "fired"
@@ -64,7 +66,7 @@ class RankServer:
             environment["PYTHONPATH"] = os.pathsep.join([str(SITE), os.environ.get("PYTHONPATH", "")])
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "maskwire_server", "serve", *flags],
+                [*prefix, sys.executable, "-m", "maskwire_server", "serve", *words, *flags],
                 env=environment, stdout=log, stderr=log,
             )  # fmt: skip
 

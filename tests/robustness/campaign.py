@@ -12,6 +12,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from faults import KINDS
-from robustness import damage, failpoint_faults, malformed, planted, power_loss, processes, soak, wire_faults
+from robustness import (
+    damage,
+    failpoint_faults,
+    malformed,
+    planted,
+    power_loss,
+    processes,
+    rank_faults,
+    soak,
+    wire_faults,
+)
 from robustness.report import write_report
 
 from maskwire_server import failpoints
@@ -92,6 +103,28 @@ def _r9(name: str, _: Path) -> Any:
     return {"what": planted.BUGS[name].what, "said": words[0][:160]}
 
 
+def _r12_places(rank: int, places: list[str], folder: Path) -> Any:
+    return rank_faults.at_failpoints(folder, rank, places)
+
+
+def _r12_random(kills: int, folder: Path) -> Any:
+    return rank_faults.at_random(folder, 1, kills)
+
+
+def _r12_network(folder: Path) -> Any:
+    return rank_faults.cut_network(folder / "n")
+
+
+def _r13(steps: int, _: Path) -> Any:
+    environment = {**os.environ, "MASKWIRE_PARITY_STEPS": str(steps)}
+    command = [sys.executable, "-m", "pytest", "-q", "--timeout=0", str(processes.ROOT / "tests" / "ranks")]
+    done = subprocess.run(
+        command, env=environment, cwd=processes.ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return {"steps": steps}
+
+
 @dataclass(frozen=True)
 class _Bound:
     """A case's function with its arguments: what a process pool can carry."""
@@ -124,6 +157,15 @@ def cases(full: bool) -> list[Case]:
     made.append(case("R7", "soak", _r7, share(1_000_000, 50_000)))
     made += [case("R8", f"from {i}", _r8, i, share(50, 10)) for i in (0, 50, 100, 150)]
     made += [case("R9", name, _r9, name) for name in planted.BUGS]
+    for rank, places in rank_faults.PLACES.items():
+        chosen = places[:: share(1, 8)]
+        for start in range(0, len(chosen), 6):
+            part = list(chosen[start : start + 6])
+            made.append(case("R12", f"rank {rank} from {part[0]}", _r12_places, rank, part))
+    made.append(case("R12", "random instants", _r12_random, share(50, 5)))
+    if os.geteuid() == 0 and shutil.which("ip"):
+        made.append(case("R12", "network", _r12_network))
+    made.append(case("R13", "parity", _r13, share(50, 5)))
     return made
 
 
@@ -152,7 +194,7 @@ def _revision() -> str:
 def main() -> int:
     """Run what was asked for and is not noted yet."""
     parser = argparse.ArgumentParser(prog="robustness", description=__doc__)
-    parser.add_argument("targets", nargs="*", help="R1 … R9; all by default")
+    parser.add_argument("targets", nargs="*", help="R1 … R9, R12, R13; all by default")
     parser.add_argument("--full", action="store_true", help="the numbers of the targets: about 3 hours")
     parser.add_argument("--again", action="store_true", help="forget what was done before")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="at once")

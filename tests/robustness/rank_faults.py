@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import random
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -122,3 +124,75 @@ def _killer(server: RankServer, draw: random.Random) -> Callable[[], None]:
                 draw.choice(list(ranks.values())).kill()
 
     return kill
+
+
+def cut_network(folder: Path) -> dict[str, Any]:
+    """Two network namespaces are two hosts; the link between them goes down and comes up again.
+
+    Needs root and iproute2. Raises AssertionError.
+    """
+    folder.mkdir(parents=True)
+    with Hosts() as hosts, contextlib.ExitStack() as ends:
+        servers = [
+            RankServer(folder / name, 1, *SETTINGS, prefix=hosts.command(name),
+                       flags=["--nodes=2", f"--rendezvous={hosts.address('a')}:29400"])
+            for name in ("a", "b")
+        ]  # fmt: skip
+        for server in servers:
+            ends.callback(server.kill)
+        leader = servers[0]
+        with maskwire.connect(
+            leader.target, name="job", retry_for=180, timeout=60, on_wait=lambda _: None
+        ) as trainer:
+            for step in range(1, 6):
+                trainer.train_step(batch(step))
+            began = time.monotonic()
+            hosts.link("down")
+            pending = trainer.submit(batch(6))
+            while "was silent for" not in leader.log.read_text():
+                assert time.monotonic() - began < 60, "the leader noticed nothing"
+                time.sleep(0.1)
+            noticed = time.monotonic() - began
+            hosts.link("up")
+            assert pending.result().step == 6
+            back = time.monotonic() - began - noticed
+        assert leader.stop() == 0
+        assert servers[1].process.wait(60) == 0, "the other host's launcher"
+        assert noticed <= 15, f"noticed after {noticed:.0f} s"
+    return {"noticed": noticed, "back": back}
+
+
+class Hosts:
+    """Two network namespaces, a and b, joined by a pair of virtual interfaces."""
+
+    def __init__(self) -> None:
+        self._name = f"mw{os.getpid()}"
+
+    def __enter__(self) -> Hosts:
+        for name in "ab":
+            self._ip(f"netns add {self._name}{name}")
+        self._ip(f"link add va netns {self._name}a type veth peer name vb netns {self._name}b")
+        for name in "ab":
+            self._ip(f"-n {self._name}{name} addr add {self.address(name)}/24 dev v{name}")
+            for interface in ("lo", f"v{name}"):
+                self._ip(f"-n {self._name}{name} link set {interface} up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in "ab":
+            subprocess.run(["ip", "netns", "del", f"{self._name}{name}"], check=False)
+
+    def address(self, name: str) -> str:
+        """The address of a host."""
+        return f"10.97.0.{'ab'.index(name) + 1}"
+
+    def command(self, name: str) -> list[str]:
+        """What runs a command on a host."""
+        return ["ip", "netns", "exec", f"{self._name}{name}"]
+
+    def link(self, state: str) -> None:
+        """Take the link down, or up."""
+        self._ip(f"-n {self._name}a link set va {state}")
+
+    def _ip(self, words: str) -> None:
+        subprocess.run(["ip", *words.split()], check=True)

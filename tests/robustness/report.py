@@ -29,7 +29,7 @@ def write_report(notes: dict[str, Any], planned: dict[str, Counter[str]], failed
 
 def rows(table: str) -> dict[str, str]:
     """The rows of a table by their targets."""
-    return {line[2:4]: line for line in table.splitlines() if line.startswith("| R")}
+    return {line.split()[1]: line for line in table.splitlines() if line.startswith("| R")}
 
 
 def table(
@@ -50,7 +50,7 @@ def table(
         "| | injected | cases | lost, doubled, or wrong | took | on |",
         "|---|---|---|---|---|---|",
     ]
-    for target in sorted({*groups, *planned["full"]}):
+    for target in sorted({*groups, *planned["full"]}, key=lambda name: int(name[1:])):
         sizes = groups.get(target, {})
         size = "full" if "full" in sizes else "short"
         items = sizes.get(size, [])
@@ -144,6 +144,25 @@ def _r9(items: list[tuple[str, Any]]) -> str:
     return f"{len(items)} planted bugs: {len(items)} caught"
 
 
+def _r12(items: list[tuple[str, Any]]) -> str:
+    found = dict(items)
+    at = [note["found"] for name, note in items if name.startswith("rank ")]
+    words = f"a rank of two killed at {sum(each['places'] for each in at)} failpoints"
+    words += f" ({sum(each['reached'] for each in at)} reached)"
+    if "random instants" in found:
+        random = found["random instants"]["found"]
+        words += f" and at {random['kills']} random instants, back in {random['slowest']:.0f} s at most"
+    if "network" in found:
+        cut = found["network"]["found"]
+        words += f"; two hosts cut apart: noticed in {cut['noticed']:.0f} s, back {cut['back']:.0f} s later"
+    return words
+
+
+def _r13(items: list[tuple[str, Any]]) -> str:
+    return f"2, 3 and 4 ranks beside one process, {items[0][1]['found']['steps']} steps of each scenario"
+
+
 _WORDS = {
     "R1": _r1, "R2": _r2, "R3": _r3, "R4": _r4, "R5": _r5, "R6": _r6, "R7": _r7, "R8": _r8, "R9": _r9,
+    "R12": _r12, "R13": _r13,
 }  # fmt: skip
