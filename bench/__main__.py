@@ -32,6 +32,7 @@ from bench import (
     learning,
     peer,
     picture,
+    ranks,
     restart,
     serving,
     training,
@@ -48,6 +49,7 @@ SUITES: dict[str, tuple[set[str], Callable[[bool], list[Row]]]] = {
     "restart": ({"P8"}, restart.measure),
     "checkpoint": ({"P9"}, checkpoint.measure),
     "generation": ({"G1"}, generation.measure),
+    "several ranks": ({"P14"}, ranks.measure),
     "models of other libraries": ({"M1", "M2"}, foreign_models.measure),
 }
 LONG: dict[str, tuple[set[str], Callable[[bool], list[Row]]]] = {

@@ -73,7 +73,8 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         stretches.install()
     code = serve(
-        config.load(None, run={"dir": sys.argv[1]}, serve={"address": "127.0.0.1:0"}), factory=lambda _: NullTrainer()
+        config.load(None, run={"dir": sys.argv[1]}, serve={"address": "127.0.0.1:0"}),
+        factory=lambda _: NullTrainer(),
     )
     if len(sys.argv) > 2:
         stretches.write(Path(sys.argv[2]))
