@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 from maskwire_server.batch import Payload
@@ -19,6 +18,7 @@ log = logging.getLogger(__name__)
 _CALLS: dict[str, Callable[..., Any]] = {
     "use_threads": TorchTrainer.use_threads,
     "configure": TorchTrainer.configure,
+    "receive": TorchTrainer.receive,
     "warm_up": TorchTrainer.warm_up,
     "snapshot": TorchTrainer.snapshot,
     "gather": TorchTrainer.gather,
@@ -44,6 +44,4 @@ def call(trainer: TorchTrainer, order: Order) -> Callable[[], Any]:
     if order.name == "train_step":
         payload = Payload.decode(order.payload)
         return lambda: trainer.train_step(given["lineage"], given["step"], payload.batch, payload.modes)
-    if order.name == "load":
-        return lambda: trainer.load(Path(given["folder"]))
     return lambda: _CALLS[order.name](trainer, **given)

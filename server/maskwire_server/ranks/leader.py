@@ -64,9 +64,9 @@ class LeaderTrainer:
         self._together(order, lambda: self._trainer.configure(optimizer, numerics_version))
 
     def load(self, folder: Path) -> None:
-        """Load a checkpoint, which every rank reads; ValueError if it does not fit."""
-        order = Order("load", {"folder": str(folder.absolute())})
-        self._together(order, lambda: self._trainer.load(folder))
+        """Load a checkpoint, which this rank reads for all; ValueError if it does not fit."""
+        saved = self._trainer.read(folder)
+        self._together(Order("receive"), lambda: self._trainer.receive(saved))
 
     def warm_up(self) -> None:
         """Compute a step and discard it."""

@@ -51,6 +51,12 @@ class Ranks:
         """The sum of a tensor over all ranks."""
         return sums
 
+    def share(self, full: Tensor | None, like: Tensor) -> Tensor:
+        """The leader's whole tensor, which the others do not have; it has the shape and type of `like`."""
+        assert full is not None
+        assert full.shape == like.shape
+        return full
+
     def norm(self, of_part: Tensor) -> Tensor:
         """The norm of a vector that is divided as the weights are, from the norm of this rank's part."""
         return of_part

@@ -117,6 +117,14 @@ class ManyRanks(Ranks):
         dist.all_reduce(sums)
         return sums
 
+    def share(self, full: Tensor | None, like: Tensor) -> Tensor:
+        """Broadcast a whole tensor from the leader."""
+        there = torch.empty(like.shape, dtype=like.dtype, device=self.device)
+        if full is not None:
+            there.copy_(full)
+        dist.broadcast(there, self.leader)
+        return there
+
     def norm(self, of_part: Tensor) -> Tensor:
         """sqrt of the sum of the squares of the parts' norms."""
         if self.size == self.replicate:

@@ -24,7 +24,7 @@ from torch import Tensor
 from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES
 from maskwire_server.training import module_state
 from maskwire_server.training.optim import Group
-from maskwire_server.training.ranks import assign, whole
+from maskwire_server.training.ranks import Ranks, assign, whole
 
 MODEL_FILE, EMA_FILE = WEIGHT_FILES
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -135,12 +135,20 @@ def model_tensors(groups: Mapping[str, Group]) -> dict[str, Tensor]:
     return files[MODEL_FILE] | files.get(FROZEN_FILE, {})
 
 
-def load(folder: Path, groups: Mapping[str, Group]) -> None:
-    """Load the files of a snapshot into the groups. Nothing changes unless all of it fits.
+@dataclass(frozen=True)
+class SavedState:
+    """The tensors of a checkpoint that fit the groups, whole and in host memory."""
 
-    If the snapshot has no moving average, the average starts from the weights. A snapshot from before the
-    first update fits every optimizer. Raises ValueError that names the first file or tensor that is missing,
-    unknown, or of another shape or type.
+    files: Files
+    has_average: bool
+    """Whether it has a moving average; otherwise the average starts from the weights."""
+
+
+def read(folder: Path, groups: Mapping[str, Group]) -> SavedState:
+    """Read the files of a snapshot.
+
+    A snapshot from before the first update fits every optimizer. Raises ValueError that names the first file
+    or tensor that is missing, unknown, or of another shape or type.
     """
     live = live_tensors(groups)
     optimizer = _tensors(folder / OPTIMIZER_FILE)
@@ -148,17 +156,31 @@ def load(folder: Path, groups: Mapping[str, Group]) -> None:
     untrained = bool(counts) and not any(counts)
     if untrained or not (folder / EMA_FILE).exists():
         live.pop(EMA_FILE, None)
-    loaded = _read_weights(folder, live)
+    found = _read_weights(folder, live)
     if untrained:  # zeros, whichever optimizer it was saved with
-        loaded[OPTIMIZER_FILE] = {name: torch.zeros_like(one) for name, one in live[OPTIMIZER_FILE].items()}
+        zeros = {name: torch.zeros(one.shape, dtype=one.dtype) for name, one in live[OPTIMIZER_FILE].items()}
+        found[OPTIMIZER_FILE] = zeros
     else:
-        loaded[OPTIMIZER_FILE] = _fitting(OPTIMIZER_FILE, optimizer, live[OPTIMIZER_FILE], _FIXED)
+        found[OPTIMIZER_FILE] = _fitting(OPTIMIZER_FILE, optimizer, live[OPTIMIZER_FILE], _FIXED)
     if EMA_FILE in live:
-        loaded[EMA_FILE] = _fitting(EMA_FILE, _tensors(folder / EMA_FILE), live[EMA_FILE])
+        found[EMA_FILE] = _fitting(EMA_FILE, _tensors(folder / EMA_FILE), live[EMA_FILE])
+    return SavedState(found, EMA_FILE in live)
+
+
+def load(saved: SavedState | None, groups: Mapping[str, Group], ranks: Ranks) -> None:
+    """Load a state that was read into the groups.
+
+    Of several ranks only the leader has read it, and gives the others their parts: None.
+    """
+    live = live_tensors(groups)
+    has_average = torch.tensor(int(saved is not None and saved.has_average))
+    if not int(ranks.share(has_average, has_average)):
+        live.pop(EMA_FILE, None)
     with torch.no_grad():
         for file, tensors in live.items():
             for name, tensor in tensors.items():
-                assign(tensor, loaded[file][name])
+                given = None if saved is None else saved.files[file][name]
+                assign(tensor, ranks.share(given, tensor))
     for name, group in groups.items():
         if EMA_FILE not in live:
             group.begin_average()

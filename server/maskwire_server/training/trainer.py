@@ -52,6 +52,7 @@ from maskwire_server.training.models import sources
 from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.optim import Group
 from maskwire_server.training.ranks import Ranks, whole
+from maskwire_server.training.snapshot import SavedState
 
 log = logging.getLogger(__name__)
 
@@ -304,7 +305,15 @@ class TorchTrainer:
 
     def load(self, folder: Path) -> None:
         """Load the files of a snapshot. Raises ValueError, with the state unchanged, if they do not fit."""
-        snapshot.load(folder, self._groups())
+        self.receive(self.read(folder))
+
+    def read(self, folder: Path) -> SavedState:
+        """Read the files of a snapshot. Raises ValueError if they do not fit."""
+        return snapshot.read(folder, self._groups())
+
+    def receive(self, saved: SavedState | None = None) -> None:
+        """Load a state that the leader of several ranks has read. The others give None, and get their part."""
+        snapshot.load(saved, self._groups(), self._ranks)
 
     def _groups(self) -> dict[str, Group]:
         return {"generator": self.generator} | ({} if self.critic is None else {"critic": self.critic})
