@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskwire_server.config import ModelConfig
 from maskwire_server.errors import ConfigError
-from maskwire_server.training import draws
+from maskwire_server.training import draws, module_state
 from maskwire_server.training.corruption import Vocabulary, random_ids
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.evaluation import TensorBatch
@@ -27,6 +27,24 @@ SHORT = 16
 """Columns of the short batches, at most."""
 TOLERANCE = 1e-3
 """Largest difference of a row's embeddings, alone and in a batch, relative to the largest of them."""
+
+
+def begin(
+    networks: Networks,
+    model: ModelConfig,
+    step: Callable[[TensorBatch], object],
+    *,
+    exact: bool,
+) -> str:
+    """Load the initial weights of a model that maskwire did not build, and check the model as `check` does.
+
+    Returns the SHA-256 of the initial state, or "" for the built-in encoder. Raises ConfigError.
+    """
+    if model.source == "encoder":
+        return ""
+    sources.load_initial_weights(model, networks.backbones)
+    check(networks, model, step, exact=exact)
+    return sources.sha256(module_state.tensors(networks))
 
 
 def check(

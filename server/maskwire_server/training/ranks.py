@@ -5,7 +5,7 @@ torch.distributed is not imported here: a single process does not pay for it. `s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,6 @@ class Ranks:
     replicate = 1
     is_leader = True
     """Whether this rank answers: it holds the whole state of a snapshot and of an evaluation."""
-    device: torch.device | None = None
-    """The device of this rank; None: `serve.device`."""
     cores: int | None = None
     """The CPU cores of this rank; None: all that the process may use."""
     is_sharded = False
@@ -37,8 +35,19 @@ class Ranks:
         """What results depend on: the layout of the ranks."""
         return {}
 
-    def shard(self, module: nn.Module) -> None:
-        """Divide the weights of a network among the ranks."""
+    def __init__(self, device: torch.device | None = None) -> None:
+        """`device` is that of this rank; None: `serve.device`."""
+        self.device = device
+
+    def divide(
+        self, networks: Mapping[str, nn.Module | None], *, with_averages: bool
+    ) -> dict[str, nn.Module]:
+        """Divide the weights of networks among the ranks, and move this rank's part to its device.
+
+        Returns copies, divided alike, for the moving averages; a single process makes its own.
+        """
+        del networks, with_averages
+        return {}
 
     def release(self, module: nn.Module) -> None:
         """Forget gathered weights after a step, which changed them."""

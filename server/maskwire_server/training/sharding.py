@@ -11,9 +11,10 @@ knows: a rank that computes fewer parts than the others, or none, would wait for
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -37,12 +38,12 @@ class ManyRanks(Ranks):
         self, device: torch.device, *, replicate: int = 1, leader: int = 0, timeout: timedelta | None = None
     ) -> None:
         """`timeout` bounds each collective. Raises ConfigError if the ranks do not form the grid."""
+        super().__init__(device)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         if self.size % replicate:
             raise ConfigError(
                 f"distributed.replicate: must divide the number of ranks, {self.size}, got {replicate}"
             )
-        self.device = device
         self.replicate = replicate
         self.leader = leader
         self.is_leader = self.rank == leader
@@ -70,7 +71,17 @@ class ManyRanks(Ranks):
         """Note an order that this rank carries out. Ranks agree only if they carried out the same ones."""
         self._history = hashlib.sha256(self._history + order).digest()
 
-    def shard(self, module: nn.Module) -> None:
+    def divide(
+        self, networks: Mapping[str, nn.Module | None], *, with_averages: bool
+    ) -> dict[str, nn.Module]:
+        """Divide the networks, and a copy of each for its moving average. Raises ConfigError."""
+        modules = {name: module for name, module in networks.items() if module is not None}
+        averages = {name: copy.deepcopy(module) for name, module in modules.items()} if with_averages else {}
+        for module in (*modules.values(), *averages.values()):
+            self._shard(module)
+        return {name: module.eval().requires_grad_(False) for name, module in averages.items()}
+
+    def _shard(self, module: nn.Module) -> None:
         """Divide each block's weights, then the others'. Raises ConfigError for a weight that cannot be.
 
         The blocks' weights are gathered one block at a time. The others stay gathered from the forward pass

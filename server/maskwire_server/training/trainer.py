@@ -7,16 +7,14 @@ busy-waiting, and small steps take twice as long.
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskwire.v1.values import Losses, ModelInfo, Outcome
 from maskwire_server.batch import Batch, Modes, Prompts
@@ -37,22 +35,22 @@ from maskwire_server.training import (
     evaluation,
     evaluation_figures,
     model_checks,
-    module_state,
     numerics,
-    objective,
     optim,
     sampling,
     snapshot,
 )
-from maskwire_server.training.corruption import StepKey, Vocabulary, corrupt, empty_part
+from maskwire_server.training.corruption import StepKey, Vocabulary
 from maskwire_server.training.draws import Purpose
-from maskwire_server.training.micro_batches import BatchLosses, row_lengths
+from maskwire_server.training.gathered import Gathered
+from maskwire_server.training.micro_batches import BatchLosses
 from maskwire_server.training.model_info import described
 from maskwire_server.training.models import sources
 from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.optim import Group
-from maskwire_server.training.ranks import Ranks, whole
+from maskwire_server.training.ranks import Ranks
 from maskwire_server.training.snapshot import SavedState
+from maskwire_server.training.step_gradients import StepSettings, accumulate
 
 log = logging.getLogger(__name__)
 
@@ -81,20 +79,21 @@ class TorchTrainer:
         self._numerics = numerics.set_numerics(serve, self._device, bf16=self._bf16)
         self._budget = serve.micro_batch_tokens or numerics.default_budget(self._device)
         self._vocabulary = Vocabulary.of(model)
+        has_dropout = model.source != "encoder" or any(model.dropouts)
+        self._step = StepSettings(objective, self._vocabulary, self._budget, self._bf16, has_dropout)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(draws.key(Purpose.WEIGHTS, seed))
             self.networks = Networks(model, objective)  # on the CPU, for the same weights on each device
-        self.networks.to(self._device)
         self.networks.checkpoint_activations(serve.activation_checkpointing)
         parts = {"generator": self.networks.generator, "critic": self.networks.critic}
-        averages: dict[str, nn.Module] = {}
         if self._ranks.is_sharded:
-            self._initial_sha256 = self._load_initial_weights()
-            averages = self._shard(parts)
+            self._initial_sha256 = self._load_initial_weights(Ranks(torch.device("cpu")))
+        averages = self._ranks.divide(parts, with_averages=bool(optimizer.ema_decay))
+        self.networks.to(self._device)
         groups = optim.make_groups(parts, optimizer, self._device, bf16=self._bf16, averages=averages)
         self.generator, self.critic = groups["generator"], groups.get("critic")
         self._copier = snapshot.Copier(keeps=self._ranks.is_leader)
-        self._gathered: Networks | None = None
+        self._gathered = Gathered(self._ranks, lambda: Networks(model, objective).to(self._device))
         self._averaged: Networks | None = None
         if self.generator.ema is not None:
             self._averaged = self.networks.with_modules(
@@ -162,33 +161,21 @@ class TorchTrainer:
         makes. Raises ConfigError.
         """
         if not self._initial_sha256 and not self._ranks.is_sharded:
-            self._initial_sha256 = self._load_initial_weights()
+            self._initial_sha256 = self._load_initial_weights(self._ranks)
             for group in self._groups().values():
                 group.begin_average()
         return self._initial_sha256
 
-    def _load_initial_weights(self) -> str:
+    def _load_initial_weights(self, ranks: Ranks) -> str:
         """What `begin` does, without the moving averages. The weights must be whole."""
-        if self._model.source == "encoder":
-            return ""
-        sources.load_initial_weights(self._model, self.networks.backbones)
         exact = self._numerics["deterministic"] == "yes" and self._numerics["compile"] == "off"
         at = StepKey(self._seed, 0, 0)
-        model_checks.check(
+        return model_checks.begin(
             self.networks,
             self._model,
-            lambda batch: self._gradients(batch, Modes(), at, Ranks()),
+            lambda batch: self._gradients(batch, Modes(), at, ranks),
             exact=exact,
         )
-        return sources.sha256(module_state.tensors(self.networks))
-
-    def _shard(self, parts: Mapping[str, nn.Module | None]) -> dict[str, nn.Module]:
-        """Divide the networks among the ranks, and a copy of each for its moving average."""
-        modules = {name: module for name, module in parts.items() if module is not None}
-        averages = {name: copy.deepcopy(module) for name, module in modules.items()}
-        for module in (*modules.values(), *averages.values()):
-            self._ranks.shard(module)
-        return {name: module.eval().requires_grad_(False) for name, module in averages.items()}
 
     def warm_up(self) -> None:
         """Compute a small step and discard it, so that the first real step is not slow."""
@@ -245,7 +232,7 @@ class TorchTrainer:
     ) -> EvalResult:
         """Evaluate one batch, with the moving average if the run keeps one. Changes nothing."""
         averaged = self.reads_average(raw=options.raw_weights)
-        networks = self._whole(averaged=averaged)
+        networks = self._gathered.of(self._live(averaged=averaged))
         networks.eval()
         try:
             with torch.no_grad(), self._autocast():
@@ -276,7 +263,7 @@ class TorchTrainer:
         if options.order is Order.CRITIC and self.critic is None:
             raise ValueError("order 'critic' needs a critic, this model has none; use another order")
         averaged = self.reads_average(raw=options.raw_weights)
-        networks = self._whole(averaged=averaged)
+        networks = self._gathered.of(self._live(averaged=averaged))
         limit = numerics.sampled_budget(self._device, self._model.num_tokens, options.top_p < 1)
         states = sampling.generate(
             networks,
@@ -312,7 +299,7 @@ class TorchTrainer:
         return snapshot.read(folder, self._groups())
 
     def receive(self, saved: SavedState | None = None) -> None:
-        """Load a state that the leader of several ranks has read. The others give None, and get their part."""
+        """Load a state. Of several ranks the leader has read it; the others give None, and get their part."""
         snapshot.load(saved, self._groups(), self._ranks)
 
     def _groups(self) -> dict[str, Group]:
@@ -323,16 +310,7 @@ class TorchTrainer:
 
         Every rank must call this. A single process has its weights whole.
         """
-        if not self._ranks.is_sharded:
-            return
-        if self._gathered is None and self._ranks.is_leader:
-            with torch.random.fork_rng(devices=[]):
-                self._gathered = Networks(self._model, self._objective).to(self._device)
-        copies = None if self._gathered is None else module_state.tensors(self._gathered)
-        for name, tensor in module_state.tensors(self._live(averaged=averaged)).items():
-            full = whole(tensor.detach())
-            if copies is not None:
-                copies[name].data.copy_(full)
+        self._gathered.gather(self._live(averaged=averaged))
 
     def reads_average(self, *, raw: bool) -> bool:
         """Whether evaluations and generations use the moving average."""
@@ -340,14 +318,6 @@ class TorchTrainer:
 
     def _live(self, *, averaged: bool) -> Networks:
         return self._averaged if averaged and self._averaged is not None else self.networks
-
-    def _whole(self, *, averaged: bool) -> Networks:
-        """Networks that can be evaluated without the other ranks: those of the last `gather`."""
-        if not self._ranks.is_sharded:
-            return self._live(averaged=averaged)
-        if self._gathered is None:
-            raise StateLost("the weights are divided among ranks, and were not gathered on this one")
-        return self._gathered
 
     def _learners(self, modes: Modes) -> list[Group]:
         learners = [] if modes.only_train_critic else [self.generator]
@@ -361,49 +331,8 @@ class TorchTrainer:
     def _gradients(
         self, batch: evaluation.TensorBatch, modes: Modes, at: StepKey, ranks: Ranks
     ) -> BatchLosses:
-        """Add up the losses and gradients of this rank's micro-batches."""
-        config = self._objective
-        there = batch.to(self._device)
-        corrupted = corrupt(there.ids_rn, there.valid_rn, there.prompt_rn, config, self._vocabulary, at)
-        plan = objective.plan_step(
-            config,
-            at,
-            has_critic=self.networks.critic is not None,
-            train_generator=not modes.only_train_critic,
-            train_critic=not modes.only_train_generator,
-            temperature=modes.generator_sample_temperature,
-        )
-        sums = BatchLosses(
-            int(corrupted.k_b.sum()), int(corrupted.n_b.sum()), self._device, critic=plan.critic
-        )
-        if not sums.masked:
-            return sums
-        weight_b = objective.position_weights(config, corrupted.n_b, corrupted.k_b).to(self._device)
-        rows = range(batch.ids_rn.shape[0])
-        keys_b = draws.keys(Purpose.CRITIC_SAMPLE, at.seed, at.lineage, at.number, rows=rows)
-        keys_b = keys_b.to(self._device)
-        with self._seeded_dropout(at):
-            for part in ranks.parts(row_lengths(batch.valid_rn), self._budget):
-                where, own = slice(0, 1), empty_part(self._device)
-                if part is not None:
-                    where, columns = part
-                    own = corrupted.rows(where, columns)
-                with self._autocast():
-                    losses = objective.losses(
-                        self.networks,
-                        config,
-                        self._vocabulary,
-                        own,
-                        weight_b[where],
-                        sums.maskable,
-                        plan,
-                        keys_b[where],
-                    )
-                sums.add(losses)
-                total = objective.minimized(losses, config, plan, self._numerics_version)
-                if total.requires_grad:  # False if all that this step trains is frozen
-                    total.backward()  # type: ignore[no-untyped-call]
-        return sums
+        device, version = ranks.device or self._device, self._numerics_version
+        return accumulate(self.networks, self._step, batch, modes, at, ranks, device, version)
 
     def _clear_gradients(self) -> None:
         for group in self._groups().values():
@@ -412,14 +341,3 @@ class TorchTrainer:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bf16)
-
-    @contextlib.contextmanager
-    def _seeded_dropout(self, at: StepKey) -> Iterator[None]:
-        if self._model.source == "encoder" and not any(self._model.dropouts):
-            yield
-            return
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            of_rank = (self._ranks.rank,) if self._ranks.rank else ()
-            torch.manual_seed(draws.key(Purpose.DROPOUT, at.seed, at.lineage, at.number, *of_rank))
-            yield
