@@ -22,7 +22,8 @@ def compare(folder: Path, size: int, steps: int, scenarios: dict[str, Any]) -> d
     """What each scenario found on a group of this size; fails with what a rank that failed said last."""
     given, out = folder / "scenarios.json", folder / "out.json"
     given.write_text(json.dumps({"steps": steps, "scenarios": scenarios}))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    path = os.pathsep.join([str(WORKER.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
     processes = []
     for rank in range(size):
         words = [str(WORKER), str(rank), str(size), str(folder / "store"), str(given), str(out)]

@@ -203,14 +203,16 @@ def compare(scenario: dict[str, Any], steps: int, samples: Samples) -> dict[str,
     with pytest.MonkeyPatch.context() as patch:
         if scenario.get("bug"):
             BUGS[scenario["bug"]](patch)
-        both = Comparison(scenario, samples)
         error = ""
         try:
+            both = Comparison(scenario, samples)
             for number in range(1, steps + 1):
                 both.step(number)
         except Exception as raised:
-            if "bug" not in scenario and "disagree" not in scenario:
+            if not {"bug", "disagree", "refused"} & scenario.keys():
                 raise
+            if "refused" in scenario:
+                return {"worst": {}, "wrong": [], "error": str(raised), "hash": ""}
             error = f"{type(raised).__name__}: {raised}"
             samples.take()
         state = None if error else both.divided.snapshot()

@@ -80,6 +80,24 @@ def test_rows_fewer_than_ranks_and_other_sources(tmp_path: Path) -> None:
     check(found)
 
 
+def test_a_model_that_cannot_be_divided_is_refused(tmp_path: Path) -> None:
+    python = {"source": "python", "num_tokens": 257, "mask_id": 256, "max_seq_len": 20}
+    factory = {"factory": "in_place:build"}
+    found = compare(
+        tmp_path, 2, 1,
+        {
+            "out of place": {"replicate": 1, "model": {**python, "python": factory}},
+            "in place": {
+                "replicate": 1, "refused": True,
+                "model": {**python, "python": {**factory, "options": {"in_place": True}}},
+            },
+        },
+    )  # fmt: skip
+    refusal = found.pop("in place")["error"]
+    assert "a model that ranks divide must not change the outputs of its layers in place" in refusal
+    check(found)
+
+
 def test_the_same_layout_gives_the_same_bits_again_and_mistakes_are_found(tmp_path: Path) -> None:
     again = {"replicate": 1, **OBJECTIVES["self critic"]}
     critic_alone = {"replicate": 1, **OBJECTIVES["critic alone"]}

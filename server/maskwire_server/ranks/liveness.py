@@ -84,18 +84,18 @@ class Monitor:
 
     def _watch(self, link: socket.socket) -> None:
         link.settimeout(self._timeout)
-        try:
-            greeting = link.makefile("rb", buffering=0).readline(128).decode().split()
-        except (OSError, UnicodeDecodeError):
-            greeting = []
-        if len(greeting) != 3 or not secrets.compare_digest(greeting[0], self.address.token):
-            link.close()
-            return
-        rank, pid = int(greeting[1]), int(greeting[2])
-        with self._lock:
-            self._links[rank] = link
-        problem, is_frozen = _silence(link, self._timeout, on_end=lambda: None)
-        self._lost(f"rank {rank} {problem}", pid if is_frozen else None)
+        with link:
+            try:
+                greeting = link.makefile("rb", buffering=0).readline(128).decode().split()
+            except (OSError, UnicodeDecodeError):
+                return
+            if len(greeting) != 3 or not secrets.compare_digest(greeting[0], self.address.token):
+                return
+            rank, pid = int(greeting[1]), int(greeting[2])
+            with self._lock:
+                self._links[rank] = link
+            problem, is_frozen = _silence(link, self._timeout)
+            self._lost(f"rank {rank} {problem}", pid if is_frozen else None)
 
     def _lost(self, problem: str, frozen: int | None) -> None:
         with self._lock:
@@ -123,7 +123,11 @@ def watch_leader(
             _send([link], _BEAT)
 
     def watch() -> None:
-        problem, is_frozen = _silence(link, timeout, on_end)
+        with link:
+            problem, is_frozen = _silence(link, timeout)
+        if not problem:
+            on_end()
+            return
         if is_frozen and address.host == LOOPBACK:
             _kill(address.pid)
         on_loss(f"the leader {problem}")
@@ -150,13 +154,18 @@ def _send(links: Iterable[socket.socket], data: bytes) -> None:
             link.sendall(data)
 
 
-def _silence(link: socket.socket, timeout: float, on_end: Callable[[], None]) -> tuple[str, bool]:
-    """Read until the other side is gone; what happened, and whether it may be frozen rather than dead."""
+def _silence(link: socket.socket, timeout: float) -> tuple[str, bool]:
+    """Read until the other side is gone; what happened, and whether it may be frozen rather than dead.
+
+    Returns "" if it said that it ends for good.
+    """
     link.settimeout(timeout)
     try:
         while data := link.recv(64):
             if _END in data:
-                on_end()
+                return "", False
+    except ConnectionError:
+        return "ended", False
     except TimeoutError:
         return f"was silent for {timeout:g} s", True
     except OSError as error:

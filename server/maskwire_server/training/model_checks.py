@@ -21,10 +21,14 @@ from maskwire_server.training.draws import Purpose
 from maskwire_server.training.evaluation import TensorBatch
 from maskwire_server.training.models import sources
 from maskwire_server.training.models.networks import Networks
+from maskwire_server.training.ranks import whole
 from maskwire_server.training.user_code import one_line
 
 SHORT = 16
 """Columns of the short batches, at most."""
+DIVIDED_TOLERANCE = 0.1
+"""Norm of the difference of two gradients of a tensor, relative to the tensor's: another device or precision
+differs by less, a gradient that is wrong by more."""
 TOLERANCE = 1e-3
 """Largest difference of a row's embeddings, alone and in a batch, relative to the largest of them."""
 
@@ -214,6 +218,41 @@ def _outside() -> tuple[object, ...]:
     """The states of the generators that a step's seed does not set."""
     kind, keys, *rest = np.random.get_state()
     return random.getstate(), kind, np.asarray(keys).tobytes(), *rest
+
+
+def small_gradients(
+    networks: Networks, model: ModelConfig, step: Callable[[TensorBatch], object]
+) -> dict[str, Tensor]:
+    """The whole gradients of a small step without dropout, on the host, for `check_divided`."""
+    networks.eval()
+    found = _gradients(networks, step, small_batch(model))
+    networks.train()
+    return {name: whole(gradient).cpu() for name, gradient in found.items()}
+
+
+def check_divided(before: dict[str, Tensor], step: Callable[[], dict[str, Tensor]]) -> None:
+    """Raise ConfigError if a step's gradients are others since the weights were divided among ranks.
+
+    `before` and what `step` returns are whole gradients by name. A model that changes the output of one of
+    its layers in place can lose the hook that gathers the layer's weights for the backward pass.
+    """
+    cure = (
+        "a model that ranks divide must not change the outputs of its layers in place (`x = x + y`, not "
+        "`x += y`); change that, or train it with one process"
+    )
+    try:
+        after = step()
+    except Exception as error:
+        raise ConfigError(
+            f"distributed: a step with divided weights failed: {one_line(error)}; {cure}"
+        ) from error
+    for name, expected in before.items():
+        found = after.get(name)
+        limit = DIVIDED_TOLERANCE * float(expected.norm()) + 1e-6
+        if found is None or not float((found - expected).norm()) <= limit:
+            raise ConfigError(
+                f"distributed: the gradient of {name} is another one since the weights are divided; {cure}"
+            )
 
 
 def _close(one: Tensor, other: Tensor, exact: bool) -> bool:

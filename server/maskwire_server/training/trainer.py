@@ -79,15 +79,16 @@ class TorchTrainer:
         self._numerics = numerics.set_numerics(serve, self._device, bf16=self._bf16)
         self._budget = serve.micro_batch_tokens or numerics.default_budget(self._device)
         self._vocabulary = Vocabulary.of(model)
-        has_dropout = model.source != "encoder" or any(model.dropouts)
-        self._step = StepSettings(objective, self._vocabulary, self._budget, self._bf16, has_dropout)
+        draws_of_torch = model.source != "encoder" or any(model.dropouts)
+        self._step = StepSettings(objective, self._vocabulary, self._budget, self._bf16, draws_of_torch)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(draws.key(Purpose.WEIGHTS, seed))
             self.networks = Networks(model, objective)  # on the CPU, for the same weights on each device
         self.networks.checkpoint_activations(serve.activation_checkpointing)
         parts = {"generator": self.networks.generator, "critic": self.networks.critic}
-        if self._ranks.is_sharded:
-            self._initial_sha256 = self._load_initial_weights(Ranks(torch.device("cpu")))
+        if foreign := self._ranks.is_sharded and model.source != "encoder":
+            host = Ranks(torch.device("cpu"))
+            self._initial_sha256, before = self._load_initial_weights(host), self._small_gradients(host)
         averages = self._ranks.divide(parts, with_averages=bool(optimizer.ema_decay))
         self.networks.to(self._device)
         groups = optim.make_groups(parts, optimizer, self._device, bf16=self._bf16, averages=averages)
@@ -99,6 +100,8 @@ class TorchTrainer:
             self._averaged = self.networks.with_modules(
                 self.generator.ema, None if self.critic is None else self.critic.ema
             )
+        if foreign:
+            model_checks.check_divided(before, lambda: self._small_gradients(self._ranks))
         if serve.compile != "off":
             for networks in (self.networks, self._averaged):
                 if networks is not None:
@@ -107,8 +110,8 @@ class TorchTrainer:
     @property
     def info(self) -> ModelInfo:
         """The model that is served."""
-        parameters = sum(weight.numel() for weight in self.networks.parameters())
-        return described(self._model, self._objective, parameters)
+        count = sum(weight.numel() for weight in self.networks.parameters())
+        return described(self._model, self._objective, count)
 
     @property
     def read_tokens(self) -> int:
@@ -169,13 +172,19 @@ class TorchTrainer:
     def _load_initial_weights(self, ranks: Ranks) -> str:
         """What `begin` does, without the moving averages. The weights must be whole."""
         exact = self._numerics["deterministic"] == "yes" and self._numerics["compile"] == "off"
-        at = StepKey(self._seed, 0, 0)
+        at, networks = StepKey(self._seed, 0, 0), self.networks
         return model_checks.begin(
-            self.networks,
-            self._model,
-            lambda batch: self._gradients(batch, Modes(), at, ranks),
-            exact=exact,
+            networks, self._model, lambda batch: self._gradients(batch, Modes(), at, ranks), exact=exact
         )
+
+    def _small_gradients(self, ranks: Ranks) -> dict[str, Tensor]:
+        at, networks = StepKey(self._seed, 0, 0), self.networks
+        found = model_checks.small_gradients(
+            networks, self._model, lambda batch: self._gradients(batch, Modes(), at, ranks)
+        )
+        for network in networks.children():
+            ranks.release(network)
+        return found
 
     def warm_up(self) -> None:
         """Compute a small step and discard it, so that the first real step is not slow."""

@@ -1,0 +1,104 @@
+"""Ranks that end, fall silent, or are no ranks; orders; what the launcher is told."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from maskwire_server.errors import ConfigError
+from maskwire_server.ranks import launcher
+from maskwire_server.ranks.liveness import LOOPBACK, Monitor, watch_leader
+from maskwire_server.ranks.orders import Order
+
+LONG = 30.0
+
+
+class Group:
+    """A monitor of one follower, and what it said."""
+
+    def __init__(self, timeout: float, followers: int = 1) -> None:
+        self.lost: queue.Queue[str] = queue.Queue()
+        self.monitor = Monitor(LOOPBACK, followers, timeout, self.lost.put)
+
+    def connect(self, greeting: str) -> socket.socket:
+        link = socket.create_connection((LOOPBACK, self.monitor.address.port), LONG)
+        link.sendall(greeting.encode())
+        return link
+
+    def greeting(self, rank: int, pid: int) -> str:
+        return f"{self.monitor.address.token} {rank} {pid}\n"
+
+
+def test_a_follower_that_ends_is_noticed_at_once() -> None:
+    group = Group(LONG)
+    link = group.connect(group.greeting(1, os.getpid()))
+    link.close()
+    assert group.lost.get(timeout=10) == "rank 1 ended"
+
+
+def test_a_frozen_follower_of_the_same_host_is_ended() -> None:
+    group = Group(0.3)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as frozen:
+        with group.connect(group.greeting(3, frozen.pid)):
+            assert group.lost.get(timeout=10) == "rank 3 was silent for 0.3 s"
+        assert frozen.wait(10) == -9
+
+
+def test_a_stranger_on_the_port_is_no_rank() -> None:
+    group = Group(LONG)
+    for words in ("GET / HTTP/1.1\r\n", "\n", f"{'0' * 32} 1 {os.getpid()}\n", "\xff\xfe\n"):
+        with group.connect(words) as link:
+            link.settimeout(LONG)
+            assert link.recv(16) == b"", "it is closed without an answer"
+    lost: queue.Queue[str] = queue.Queue()
+    ended: queue.Queue[str] = queue.Queue()
+    watch_leader(group.monitor.address, 1, LONG, lost.put, lambda: ended.put("end"))
+    while not group.monitor._links:
+        assert group.lost.empty()
+    group.monitor.end_followers()
+    assert ended.get(timeout=10) == "end"
+    assert lost.empty()
+
+
+def test_followers_that_never_come_are_missed() -> None:
+    assert Group(0.2, followers=2).lost.get(timeout=10) == "2 of 2 followers did not connect"
+
+
+def test_a_follower_notices_that_the_leader_is_gone() -> None:
+    lost: queue.Queue[str] = queue.Queue()
+    with socket.create_server((LOOPBACK, 0)) as listener:
+        address = replace(Group(LONG).monitor.address, port=listener.getsockname()[1])
+        watch_leader(address, 1, LONG, lost.put, lambda: None)
+        listener.accept()[0].close()
+    assert lost.get(timeout=10) == "the leader ended"
+
+
+def test_orders_are_json_and_bytes() -> None:
+    order = Order("train_step", {"lineage": 1, "step": 2}, b"\x00\xff")
+    data = order.encode()
+    assert Order.decode(data) == order
+    with pytest.raises(ValueError, match=f"an order must have {len(data)} bytes, got {len(data) - 1}"):
+        Order.decode(data[:-1])
+
+
+@pytest.mark.parametrize("rendezvous", [None, "host", "host:", ":1", "host:port"])
+def test_several_hosts_need_a_rendezvous(rendezvous: str | None) -> None:
+    with pytest.raises(ConfigError, match="--rendezvous must be HOST:PORT of the host that has the run"):
+        launcher.launch(launcher.Launch(1, 2, rendezvous), [])
+
+
+def test_the_leader_tells_the_launcher_how_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launcher.note_exit(3) == 3, "without a launcher the code is the process's own"
+    monkeypatch.setenv(launcher.FOLDER, str(tmp_path))
+    assert launcher.note_exit(3) == 0
+    assert (tmp_path / "exit-code").read_text() == "3"
+    assert launcher.last_loss() == ""
+    launcher.note_loss("rank 1 ended")
+    assert launcher.last_loss() == "rank 1 ended"
