@@ -164,9 +164,10 @@ def layouts(
         (gathered.size, activations.size, logits.size), leaders, sharing * start.size, memory, sharing
     )
     frozen = whole.weights - whole.gradients
+    ranks = f"{machines.ranks} on each of {machines.hosts} hosts = {machines.size}"
     lines = [
         f"parameters      {whole.weights:,}" + f", {frozen:,} frozen" * bool(frozen),
-        f"ranks           {machines.ranks} on each of {machines.hosts} hosts = {machines.size}; on {device.type}, "
+        f"ranks           {machines.size if machines.hosts == 1 else ranks}; on {device.type}, "
         f"{size_text(memory)} {'for all of them' if sharing > 1 else 'for each'}",
         f"gathered        {gathered}",
         f"activations     {of_what} x {activations}",
