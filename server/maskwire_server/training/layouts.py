@@ -3,7 +3,8 @@
 A rank holds a part of every weight, gradient, moment and average (`division.part_size`). During a step it
 gathers more (torch's `fully_shard`): the weights outside the blocks, from the forward pass to the end of the
 backward pass, and a whole gradient of them; and the weights and gradients of two blocks, because one is
-communicated while another computes.
+communicated while another computes. In the backward pass the activations of a micro-batch become its
+gradients, which are kept apart from those of the batch until it ends: the larger of the two counts.
 """
 
 from __future__ import annotations
@@ -80,8 +81,9 @@ class Held:
 class Room:
     """What a rank needs beside its part of the state, and the memory that there is, in bytes."""
 
-    during_step: tuple[int, int, int]
-    """What it gathers, its activations and its logits."""
+    gathered: int
+    computed: int
+    """Activations and logits."""
     leader: int
     """What the leader alone needs."""
     start: int
@@ -91,7 +93,8 @@ class Room:
     """How many ranks share the memory."""
 
     def _needed(self, part: Held) -> int:
-        return self.sharing * (part.size + sum(self.during_step)) + self.leader
+        during_step = self.gathered + max(self.computed, 4 * part.gradients)
+        return self.sharing * (part.size + during_step) + self.leader
 
     def fits(self, part: Held) -> bool:
         """Whether a rank with this part of the state has enough memory, the leader included."""
@@ -99,16 +102,18 @@ class Room:
 
     def sum(self, part: Held) -> str:
         """The sum and its result."""
+        terms = {"state": part.size, "gathered": self.gathered, "activations and logits": self.computed}
+        if self.computed < 4 * part.gradients:
+            del terms["activations and logits"]
+            terms["gradients of a micro-batch"] = 4 * part.gradients
         ranks = f"{self.sharing} ranks x " if self.sharing > 1 else ""
-        names = ("state", "gathered", "activations", "logits")
-        sizes = map(size_text, (part.size, *self.during_step))
-        terms = " + ".join(f"{name} {size}" for name, size in zip(names, sizes, strict=True))
+        words = " + ".join(f"{name} {size_text(size)}" for name, size in terms.items())
         needed = self._needed(part)
         verdict = "fits" if self.fits(part) else "does not fit"
         if needed <= self.memory < self.start:
             verdict = f"does not fit at the start, {size_text(self.start)}"
         return (
-            f"{ranks}({terms}) + leader {size_text(self.leader)} = {size_text(needed)} of "
+            f"{ranks}({words}) + leader {size_text(self.leader)} = {size_text(needed)} of "
             f"{size_text(self.memory)}: {verdict}"
         )
 
@@ -149,7 +154,7 @@ def layouts(
     logits = of_logits(model, device)
     if 4 * whole.weights <= available(torch.device("cpu")) and gives_logits(model, objective):
         logits = of_logits(model, device, all_of=positions)
-    gathered = _gathered(networks, optimizer)
+    gathered = _gathered(networks, optimizer, copies=device.type == "cpu")
     copy = Term(f"whole weights for evaluations, {whole.weights:,} x 4 bytes", 4 * whole.weights)
     snapshot = _snapshot(whole, optimizer)
     start = _start(model, networks)
@@ -160,9 +165,7 @@ def layouts(
     on_cpu = device.type == "cpu"
     memory, sharing = _memory(device, machines)
     leaders = copy.size + snapshot.size * on_cpu
-    room = Room(
-        (gathered.size, activations.size, logits.size), leaders, sharing * start.size, memory, sharing
-    )
+    room = Room(gathered.size, activations.size + logits.size, leaders, sharing * start.size, memory, sharing)
     frozen = whole.weights - whole.gradients
     ranks = f"{machines.ranks} on each of {machines.hosts} hosts = {machines.size}"
     lines = [
@@ -236,8 +239,11 @@ def _positions(model: ModelConfig, serve: ServeConfig, ranks: int, device: torch
     )
 
 
-def _gathered(networks: Networks, optimizer: OptimizerConfig) -> Term:
-    """What a rank gathers during a step: numbers outside the blocks, and those of two of the largest."""
+def _gathered(networks: Networks, optimizer: OptimizerConfig, *, copies: bool) -> Term:
+    """What a rank gathers during a step: numbers outside the blocks, and those of two of the largest.
+
+    `copies`: gloo, on the CPU, copies what it gathers once more.
+    """
 
     def numbers(weights: Set[Tensor]) -> tuple[int, int]:
         def size(weight: Tensor) -> int:
@@ -250,10 +256,13 @@ def _gathered(networks: Networks, optimizer: OptimizerConfig) -> Term:
     largest = max(blocks, key=lambda block: sum(weight.numel() for weight in block), default=set())
     count = min(2, len(blocks))
     (of_root, learning), (of_block, learning_of_block) = numbers(outside), numbers(largest)
+    of_copy = max(of_root, of_block) if copies else 0
     return Term(
         f"(outside the blocks, weights {of_root:,} + gradients {learning:,}; of {count} blocks, {count} x "
-        f"(weights {of_block:,} + gradients {learning_of_block:,})) x 4 bytes",
-        4 * (of_root + learning + count * (of_block + learning_of_block)),
+        f"(weights {of_block:,} + gradients {learning_of_block:,})"
+        + f"; gloo's copy of the largest of them, {of_copy:,}" * copies
+        + ") x 4 bytes",
+        4 * (of_root + learning + count * (of_block + learning_of_block) + of_copy),
     )
 
 

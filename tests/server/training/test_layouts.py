@@ -167,13 +167,13 @@ def test_the_report_of_a_small_encoder_is_the_one_computed_by_hand() -> None:
     logits = 4 * 3 * (2**22 // 11) * 11
     activations = 12 * (8 * 4 + 2 * 16) * 4
     assert (outside, block, whole, third) == (116, 188, 304, 122)
-    gathered = (outside * 2 + block * 2) * 4
+    gathered = (outside * 2 + block * 2 + block) * 4
     state = f"(weights {third} + gradients {third} + AdamW's two moments 2 x {third} + average {third})"
     assert lines[0] == "parameters      304"
     assert lines[1] == "ranks           3; on cpu, 1.00 GiB for each"
     assert lines[2] == (
         "gathered        (outside the blocks, weights 116 + gradients 116; of 1 blocks, 1 x (weights 188 + "
-        f"gradients 188)) x 4 bytes = {gathered / 2**20:.1f} MiB"
+        f"gradients 188); gloo's copy of the largest of them, 188) x 4 bytes = {gathered / 2**20:.1f} MiB"
     )
     assert lines[3].startswith("activations     12 positions per micro-batch x 64 numbers x 1 blocks x")
     assert lines[5] == "leader          whole weights for evaluations, 304 x 4 bytes = 0.0 MiB"
@@ -184,14 +184,26 @@ def test_the_report_of_a_small_encoder_is_the_one_computed_by_hand() -> None:
     assert lines[9].startswith("  state         (weights 304 + gradients 304 + AdamW's two moments 2 x 304")
     assert lines[11] == "layout          replicate 1 x shard 3"
     assert lines[12] == f"  state         ceil(rows / 3) rows of each tensor: {state} x 4 bytes = 0.0 MiB"
+    assert activations + logits > 4 * whole
     # The last byte decides: the leader also has the whole weights and, on a CPU, the snapshot.
     leader = 4 * (304 + 4 * 304)
     for shard, numbers in ((1, 304), (3, third)):
-        need = 4 * 5 * numbers + gathered + activations + logits + leader
+        need = 4 * 5 * numbers + gathered + max(activations + logits, 4 * numbers) + leader
         for memory, verdict in ((need, "fits"), (need - 1, "does not fit")):
             own = report(Machines(3, memory=memory), model=model, serve=serve, optimizer={"ema_decay": 0.9})
             (line,) = (own[i + 2] for i, each in enumerate(own) if each.endswith(f"x shard {shard}"))
             assert line.endswith(f": {verdict}"), line
+
+
+def test_the_gradients_of_a_micro_batch_count_if_they_are_larger_than_its_activations() -> None:
+    for positions, words in (
+        (64, " + gradients of a micro-batch 1.14 GiB) + leader"),
+        (2**16, " + activations and logits 96.05 GiB) + leader"),
+    ):
+        serve = {"device": "cpu", "micro_batch_tokens": positions}
+        lines = report(Machines(1, memory=80 * GIB), model=BIG, serve=serve)
+        (line,) = (line for line in lines if line.startswith("  together"))
+        assert words in line
 
 
 BIG = {"num_tokens": 1000, "mask_id": 999, "dim": 1024, "depth": 24, "heads": 16, "dim_head": 64}
@@ -204,6 +216,7 @@ SMALL_STEP = {"device": "auto", "micro_batch_tokens": 512}
         (Machines(8, 2, 80 * GIB), 16, 1, " within"),
         (Machines(8, 2, 8 * GIB), 8, 2, " within"),
         (Machines(6, 2, 7 * GIB), 4, 3, " within"),
+        (Machines(3, 2, 8 * GIB), 2, 3, " within"),  # 2 would fit, across hosts
         (Machines(2, 4, 7 * GIB), 2, 4, ", across"),
     ],
 )
