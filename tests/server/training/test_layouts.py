@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -75,9 +76,10 @@ def networks_of(chosen: config.Config) -> Networks:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks held, by case."""
-    pytest.importorskip("x_transformers")
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "cases.json").write_text(json.dumps(CASES))
+    installed = importlib.util.find_spec("x_transformers") is not None
+    cases = {name: case for name, case in CASES.items() if installed or name != "x-transformers"}
+    (folder / "cases.json").write_text(json.dumps(cases))
     workers = [
         subprocess.Popen(
             [sys.executable, WORKER, str(rank), str(RANKS), folder / "store", folder / "cases.json",
@@ -95,6 +97,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", DIVIDED)
 def test_each_rank_holds_exactly_the_predicted_numbers(name: str, measured: list[dict[str, Any]]) -> None:
+    if name == "x-transformers":
+        pytest.importorskip("x_transformers")
     case = dict(CASES[name])
     shard = RANKS // case.pop("replicate")
     chosen = loaded(**case)
