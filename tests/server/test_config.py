@@ -245,6 +245,38 @@ def test_init_does_not_overwrite_and_check_reports_memory(tmp_path: Path) -> Non
     assert "does not fit" in huge.stdout
 
 
+def test_check_reports_the_layouts_of_ranks() -> None:
+    small = ("check", "--set", "model.dim=32", "--set", "model.depth=1", "--ranks", "2", "--nodes", "2")
+    fits = run(*small, "--memory", "80GiB")
+    assert fits.returncode == 0, fits.stderr
+    assert "ranks           2 on each of 2 hosts = 4; on cuda, 80.00 GiB for each" in fits.stdout
+    assert re.findall(r"replicate \d x shard \d", fits.stdout) == [
+        f"replicate {4 // shard} x shard {shard}" for shard in (1, 2, 4)
+    ]
+    assert "recommended     --set distributed.replicate=4 --set distributed.shard=1" in fits.stdout
+    too_small = run(*small, "--memory", "1 MB")
+    assert too_small.returncode == 1
+    assert "1.0 MiB for each" in too_small.stdout
+    assert too_small.stdout.endswith("or model.num_tokens\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--memory", "80GiB"], "--memory needs --ranks"),
+        (["--nodes", "2"], "--nodes needs --ranks"),
+        (["--ranks", "2", "--memory", "80"], "for example 80GiB or 80GB, got '80'"),
+        (["--ranks", "2", "--memory", "0GiB"], "got '0GiB'"),
+        (["--ranks", "0"], "--ranks"),
+    ],
+    ids=str,
+)
+def test_ranks_that_check_cannot_plan_for_are_refused(arguments: list[str], words: str) -> None:
+    done = run("check", *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
 def test_the_server_command_prints_its_version() -> None:
     done = run("--version")
     assert (done.returncode, done.stdout) == (0, f"{maskwire.__version__}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,12 +104,27 @@ def check(
     parameters: Annotated[
         bool, typer.Option("--parameters", help="List each parameter: how it is trained, its shape and name.")
     ] = False,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Report each layout for `serve` with this many ranks on a host."),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="With --ranks: the number of hosts.")] = 1,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="With --ranks: the memory of a device, as 80GiB, to plan for GPUs that are not here."
+        ),
+    ] = None,
 ) -> None:
     """Check a configuration and report its parameters and memory. Exits with 1 if it does not fit."""
+    if ranks is None and (memory is not None or nodes > 1):
+        stop(f"{'--memory' if memory is not None else '--nodes'} needs --ranks, got none")
+    size = None if memory is None else _bytes(memory)
     chosen = loaded(config, run_dir, address, settings)
     from maskwire_server.recovery import recorded_config
     from maskwire_server.served_config import with_model, with_schedule
     from maskwire_server.training.footprint import footprint
+    from maskwire_server.training.layouts import Machines, layouts
 
     operators = chosen
     try:
@@ -117,7 +133,8 @@ def check(
         typer.echo(f"maskwire-server: the settings that the run recorded are not checked: {error}", err=True)
     try:
         chosen = read_run(lambda: with_schedule(with_model(chosen, operators), operators))
-        report = footprint(chosen.model, chosen.objective, chosen.optimizer, chosen.serve)
+        sections = (chosen.model, chosen.objective, chosen.optimizer, chosen.serve)
+        report = layouts(*sections, Machines(ranks, nodes, size)) if ranks else footprint(*sections)
     except ConfigError as error:
         stop(*str(error).splitlines())
     if chosen.objective.has_schedule_function:
@@ -126,3 +143,13 @@ def check(
         typer.echo(line)
     if not report.fits:
         raise typer.Exit(1)
+
+
+def _bytes(size: str) -> int:
+    """The number of bytes of a size: 80GiB, or 80GB for powers of 1000."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", size)
+    if found is None or not float(found[1]):
+        stop(f"--memory must be a size with a unit, for example 80GiB or 80GB, got {size!r}")
+    number, prefix, binary = found.groups()
+    power = "KMGT".index(prefix) + 1
+    return int(float(number) * (1024 if binary else 1000) ** power)

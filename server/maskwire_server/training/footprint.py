@@ -14,6 +14,17 @@ from maskwire_server.training.numerics import choose_device, default_budget
 
 
 @dataclass(frozen=True)
+class Term:
+    """A product in words, and its value in bytes."""
+
+    words: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.words} = {size_text(self.size)}"
+
+
+@dataclass(frozen=True)
 class Footprint:
     """A report in lines of text, and whether the configuration fits in memory."""
 
@@ -46,41 +57,24 @@ def footprint(
     }
     state = 4 * sum(numbers_of.values())
     positions = serve.micro_batch_tokens or default_budget(device)
-    dim, depth = model.dim, model.depth
-    if model.source != "encoder":  # an estimate for a block of the usual shape
-        dim = networks.generator.dim
-        depth = int(model.x_transformers.get("depth", 0)) or len(networks.generator.blocks) or 1
-    # Per position, a block keeps about 8 vectors of size dim (norms, q, k, v, attention, residuals) and 2 of
-    # the feed-forward's width. Logits are computed in chunks: the product, fp32 logits, their log softmax.
-    widths = 8 * dim + 2 * int(dim * model.ff_mult) * (2 if model.gated else 1)
-    passes = 2 if objective.critic != "none" else 1
-    numbers = f"{widths:,} numbers x {depth} blocks"
-    kept = widths * depth
-    if serve.activation_checkpointing:
-        numbers = f"({dim:,} numbers x {depth} blocks + {widths:,} of one)"
-        kept = dim * depth + widths
-    activations = 4 * positions * kept * passes
-    chunk = cross_entropy.chunk_rows(model.num_tokens, device)
-    logits = 4 * 3 * chunk * model.num_tokens
+    activations = of_activations(model, objective, serve, networks, positions)
+    logits = of_logits(model, device)
     copied = sum(numbers_of.values()) - trained  # not the gradients; from the first checkpoint on
     copy = 4 * copied
-    need = state + activations + (copy if device.type == "cpu" else 0)
-    have = _available(device)
-    at = f"{chunk:,} masked positions computed together"
-    if need + logits <= have and _gives_logits(model, objective):
-        at = f"no linear map of an embedding: computed at all {positions:,} positions of a micro-batch"
-        logits = 4 * 3 * positions * model.num_tokens
-    need += logits
+    need = state + activations.size + (copy if device.type == "cpu" else 0)
+    have = available(device)
+    if need + logits.size <= have and gives_logits(model, objective):
+        logits = of_logits(model, device, all_of=positions)
+    need += logits.size
     fits = need <= have
     lines = [
         f"parameters      {parameters:,}" + (f", {parameters - trained:,} frozen" * (trained < parameters)),
         f"state           ({' + '.join(f'{what} {count:,}' for what, count in numbers_of.items() if count)}) "
-        f"x 4 bytes = {_size(state)}",
-        f"activations     {positions:,} positions per micro-batch x {numbers} x {passes} "
-        f"pass{'es' * (passes != 1)} x 4 bytes = {_size(activations)}",
-        f"logits          {at} x {model.num_tokens:,} ids x 3 copies x 4 bytes = {_size(logits)}",
-        f"checkpoint copy {copied:,} numbers x 4 bytes, kept in host memory = {_size(copy)}",
-        f"together        {_size(need)} of {_size(have)} available on {device}",
+        f"x 4 bytes = {size_text(state)}",
+        f"activations     {positions:,} positions per micro-batch x {activations}",
+        f"logits          {logits}",
+        f"checkpoint copy {copied:,} numbers x 4 bytes, kept in host memory = {size_text(copy)}",
+        f"together        {size_text(need)} of {size_text(have)} available on {device}",
         (
             f"fits; batches are split into micro-batches of {positions:,} positions, up to "
             f"serve.max_batch_tokens = {serve.max_batch_tokens:,} in a batch"
@@ -92,7 +86,38 @@ def footprint(
     return Footprint(lines, fits, optim.listed(parts, optimizer))
 
 
-def _gives_logits(model: ModelConfig, objective: ObjectiveConfig) -> bool:
+def of_activations(
+    model: ModelConfig, objective: ObjectiveConfig, serve: ServeConfig, networks: Networks, positions: int
+) -> Term:
+    """What a micro-batch of `positions` keeps for its backward pass, for each of them.
+
+    Per position, a block keeps about 8 vectors of size dim (norms, q, k, v, attention, residuals) and 2 of
+    the feed-forward's width.
+    """
+    dim, depth = model.dim, model.depth
+    if model.source != "encoder":  # an estimate for a block of the usual shape
+        dim = networks.generator.dim
+        depth = int(model.x_transformers.get("depth", 0)) or len(networks.generator.blocks) or 1
+    widths = 8 * dim + 2 * int(dim * model.ff_mult) * (2 if model.gated else 1)
+    passes = 2 if objective.critic != "none" else 1
+    numbers = f"{widths:,} numbers x {depth} blocks"
+    kept = widths * depth
+    if serve.activation_checkpointing:
+        numbers = f"({dim:,} numbers x {depth} blocks + {widths:,} of one)"
+        kept = dim * depth + widths
+    return Term(f"{numbers} x {passes} pass{'es' * (passes != 1)} x 4 bytes", 4 * positions * kept * passes)
+
+
+def of_logits(model: ModelConfig, device: torch.device, all_of: int | None = None) -> Term:
+    """Logits, computed in chunks (the product, fp32 logits, their log softmax), or at `all_of` positions."""
+    rows = all_of or cross_entropy.chunk_rows(model.num_tokens, device)
+    at = f"{rows:,} masked positions computed together"
+    if all_of:
+        at = f"no linear map of an embedding: computed at all {rows:,} positions of a micro-batch"
+    return Term(f"{at} x {model.num_tokens:,} ids x 3 copies x 4 bytes", 4 * 3 * rows * model.num_tokens)
+
+
+def gives_logits(model: ModelConfig, objective: ObjectiveConfig) -> bool:
     """Whether the model's logits are no linear map of an embedding, found by building it on the CPU."""
     if model.source in ("encoder", "x-transformers"):
         return False
@@ -104,7 +129,8 @@ def _gives_logits(model: ModelConfig, objective: ObjectiveConfig) -> bool:
     return networks.generator.gives_logits
 
 
-def _available(device: torch.device) -> int:
+def available(device: torch.device) -> int:
+    """The free memory of a device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = cgroup.free_memory()
@@ -113,5 +139,6 @@ def _available(device: torch.device) -> int:
     return free
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes in MiB or GiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

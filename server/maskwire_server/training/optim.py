@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -218,15 +218,22 @@ def _check_muon(modules: Mapping[str, nn.Module], config: OptimizerConfig) -> No
         )
 
 
-def counts(parts: Mapping[str, nn.Module | None], config: OptimizerConfig) -> Counter[Rule]:
-    """How many numbers each rule trains; frozen ones are left out. Raises ConfigError like `make_groups`."""
+def counts(
+    parts: Mapping[str, nn.Module | None],
+    config: OptimizerConfig,
+    size: Callable[[Tensor], int] = Tensor.numel,
+) -> Counter[Rule]:
+    """How many numbers each rule trains; frozen ones are left out. Raises ConfigError like `make_groups`.
+
+    `size` says how many numbers of a weight to count.
+    """
     modules = {part: module for part, module in parts.items() if module is not None}
     _check_muon(modules, config)
     found: Counter[Rule] = Counter()
     for part, own in _matched(modules, config).items():
         for name, rule in rules(modules[part], config, own).items():
             if rule != "frozen":
-                found[rule] += modules[part].get_parameter(name).numel()
+                found[rule] += size(modules[part].get_parameter(name))
     return found
 
 

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from maskwire_server.errors import ConfigError, StateLost
+from maskwire_server.training import division
 from maskwire_server.training.micro_batches import split
 from maskwire_server.training.models.backbone import Backbone
 from maskwire_server.training.ranks import Part, Ranks
@@ -87,12 +88,7 @@ class ManyRanks(Ranks):
         The blocks' weights are gathered one block at a time. The others stay gathered from the forward pass
         to the end of the backward pass, because the output layer reads them outside of `forward`.
         """
-        for name, weight in module.named_parameters():
-            if not weight.ndim:
-                raise ConfigError(
-                    f"distributed: the weight {name} is a scalar, which cannot be divided; make it a vector "
-                    "of one number"
-                )
+        division.check_divisible(module, self.size // self.replicate)
         blocks = list(module.blocks) if isinstance(module, Backbone) else []
         for block in blocks:
             fully_shard(block, mesh=self.mesh, reshard_after_forward=True)

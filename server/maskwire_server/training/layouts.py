@@ -1,0 +1,301 @@
+"""The memory that each rank needs, in every layout of replicate x shard, from the shapes of the tensors.
+
+A rank holds a part of every weight, gradient, moment and average (`division.part_size`). During a step it
+gathers more (torch's `fully_shard`): the weights outside the blocks, from the forward pass to the end of the
+backward pass, and a whole gradient of them; and the weights and gradients of two blocks, because one is
+communicated while another computes. In the backward pass the activations of a micro-batch become its
+gradients, which are kept apart from those of the batch until it ends: the larger of the two counts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
+from maskwire_server.errors import ConfigError
+from maskwire_server.training import numerics, optim
+from maskwire_server.training.division import check_divisible, is_replicated_only, part_size
+from maskwire_server.training.footprint import (
+    Footprint,
+    Term,
+    available,
+    gives_logits,
+    of_activations,
+    of_logits,
+    size_text,
+)
+from maskwire_server.training.models.networks import Networks
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The ranks to plan for."""
+
+    ranks: int
+    """On each host."""
+    hosts: int = 1
+    memory: int | None = None
+    """Bytes for each rank. None: what is free on this machine; ranks that compute on the CPU share it."""
+
+    @property
+    def size(self) -> int:
+        """All ranks."""
+        return self.ranks * self.hosts
+
+
+@dataclass(frozen=True)
+class Held:
+    """The numbers that a rank holds: its parts of the tensors of the state, and of the gradients."""
+
+    weights: int
+    gradients: int
+    adamw: int
+    """Weights that AdamW trains: each has two moments."""
+    muon: int
+    """Weights that Muon trains: each has a momentum."""
+    average: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return 4 * (self.weights + self.gradients + 2 * self.adamw + self.muon + self.average)
+
+    def __str__(self) -> str:
+        terms = {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "AdamW's two moments 2 x": self.adamw,
+            "Muon's momentum": self.muon,
+            "average": self.average,
+        }
+        numbers = " + ".join(f"{what} {count:,}" for what, count in terms.items() if count)
+        return f"({numbers}) x 4 bytes = {size_text(self.size)}"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a rank needs beside its part of the state, and the memory that there is, in bytes."""
+
+    gathered: int
+    computed: int
+    """Activations and logits."""
+    leader: int
+    """What the leader alone needs."""
+    start: int
+    """What all that share the memory need before the weights are divided."""
+    memory: int
+    sharing: int
+    """How many ranks share the memory."""
+
+    def _needed(self, part: Held) -> int:
+        during_step = self.gathered + max(self.computed, 4 * part.gradients)
+        return self.sharing * (part.size + during_step) + self.leader
+
+    def fits(self, part: Held) -> bool:
+        """Whether a rank with this part of the state has enough memory, the leader included."""
+        return max(self._needed(part), self.start) <= self.memory
+
+    def sum(self, part: Held) -> str:
+        """The sum and its result."""
+        terms = {"state": part.size, "gathered": self.gathered, "activations and logits": self.computed}
+        if self.computed < 4 * part.gradients:
+            del terms["activations and logits"]
+            terms["gradients of a micro-batch"] = 4 * part.gradients
+        ranks = f"{self.sharing} ranks x " if self.sharing > 1 else ""
+        words = " + ".join(f"{name} {size_text(size)}" for name, size in terms.items())
+        needed = self._needed(part)
+        verdict = "fits" if self.fits(part) else "does not fit"
+        if needed <= self.memory < self.start:
+            verdict = f"does not fit at the start, {size_text(self.start)}"
+        return (
+            f"{ranks}({words}) + leader {size_text(self.leader)} = {size_text(needed)} of "
+            f"{size_text(self.memory)}: {verdict}"
+        )
+
+
+def held(networks: Networks, optimizer: OptimizerConfig, shard: int, index: int = 0) -> Held:
+    """What the rank at `index` of `shard` holds. The first one holds the most. Raises ConfigError."""
+
+    def size(weight: Tensor) -> int:
+        return part_size(weight.shape, shard, index)
+
+    learning = _learning(networks, optimizer, size)
+    weights = sum(map(size, networks.parameters()))
+    average = weights if optimizer.ema_decay else 0  # also of weights that are frozen
+    return Held(weights, learning.total(), learning["adamw"], learning["muon"], average)
+
+
+def layouts(
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    optimizer: OptimizerConfig,
+    serve: ServeConfig,
+    machines: Machines,
+) -> Footprint:
+    """Report the memory of each rank in each layout, and the one with the smallest `shard` that fits.
+
+    `Footprint.fits` is whether there is one. Raises ConfigError if the device does not exist, if
+    `optimizer.groups` does not fit the parameters, or if the model cannot be trained by several ranks.
+    """
+    device = _device(serve, machines)
+    with torch.device("meta"):
+        networks = Networks(model, objective)
+    modules = [module for module in (networks.generator, networks.critic) if module is not None]
+    for module in modules:
+        check_divisible(module, 1)
+    whole = held(networks, optimizer, 1)
+    positions, of_what = _positions(model, serve, machines.size, device)
+    activations = of_activations(model, objective, serve, networks, positions)
+    logits = of_logits(model, device)
+    if 4 * whole.weights <= available(torch.device("cpu")) and gives_logits(model, objective):
+        logits = of_logits(model, device, all_of=positions)
+    gathered = _gathered(networks, optimizer, copies=device.type == "cpu")
+    copy = Term(f"whole weights for evaluations, {whole.weights:,} x 4 bytes", 4 * whole.weights)
+    snapshot = _snapshot(whole, optimizer)
+    start = _start(model, networks)
+    build = Term(
+        f"to build the model, {machines.ranks} ranks x {whole.weights:,} weights x 4 bytes",
+        machines.ranks * 4 * whole.weights,
+    )
+    on_cpu = device.type == "cpu"
+    memory, sharing = _memory(device, machines)
+    leaders = copy.size + snapshot.size * on_cpu
+    room = Room(gathered.size, activations.size + logits.size, leaders, sharing * start.size, memory, sharing)
+    frozen = whole.weights - whole.gradients
+    ranks = f"{machines.ranks} on each of {machines.hosts} hosts = {machines.size}"
+    lines = [
+        f"parameters      {whole.weights:,}" + f", {frozen:,} frozen" * bool(frozen),
+        f"ranks           {machines.size if machines.hosts == 1 else ranks}; on {device.type}, "
+        f"{size_text(memory)} {'for all of them' if sharing > 1 else 'for each'}",
+        f"gathered        {gathered}",
+        f"activations     {of_what} x {activations}",
+        f"logits          {logits}",
+        f"leader          {copy}",
+        f"host memory     {build}; on the leader's host, for a snapshot, {snapshot}",
+        f"at the start    each rank, before the weights are divided: {start}",
+    ]
+    fitting = []
+    for shard in (each for each in range(1, machines.size + 1) if machines.size % each == 0):
+        lines.append(f"layout          replicate {machines.size // shard} x shard {shard}")
+        if shard > 1 and any(map(is_replicated_only, modules)):
+            lines.append("  not possible: a model without `blocks`, a list of its layers, has shard = 1")
+            continue
+        part = held(networks, optimizer, shard)
+        rule = "" if shard == 1 else f"ceil(rows / {shard}) rows of each tensor: "
+        lines += [f"  state         {rule}{part}", f"  together      {room.sum(part)}"]
+        fitting += [shard] * room.fits(part)
+    lines.append(_advice(fitting, machines))
+    parts = {"generator": networks.generator, "critic": networks.critic}
+    return Footprint(lines, bool(fitting), optim.listed(parts, optimizer))
+
+
+def _learning(
+    networks: Networks, optimizer: OptimizerConfig, size: Callable[[Tensor], int]
+) -> Counter[optim.Rule]:
+    parts = {"generator": networks.generator, "critic": networks.critic}
+    return optim.counts(parts, optimizer, size)
+
+
+def _device(serve: ServeConfig, machines: Machines) -> torch.device:
+    """The device to plan for. With `Machines.memory`, this machine need not have it."""
+    if machines.memory is not None:
+        return torch.device("cpu" if serve.device == "cpu" else "cuda")
+    device = numerics.choose_device(serve.device)
+    if device.type == "cuda" and torch.cuda.device_count() < machines.ranks:
+        raise ConfigError(
+            f"--ranks: must be at most {torch.cuda.device_count()}, the number of CUDA devices of this "
+            f"machine, got {machines.ranks}; to plan for other machines, add --memory with the memory of a "
+            "device, for example 80GiB"
+        )
+    return device
+
+
+def _memory(device: torch.device, machines: Machines) -> tuple[int, int]:
+    """The memory in bytes, and how many ranks share it."""
+    if machines.memory is not None:
+        return machines.memory, 1
+    if device.type == "cpu":
+        return available(device), machines.ranks
+    return min(available(torch.device("cuda", index)) for index in range(machines.ranks)), 1
+
+
+def _positions(model: ModelConfig, serve: ServeConfig, ranks: int, device: torch.device) -> tuple[int, str]:
+    """The positions of a rank's micro-batch, and what they are.
+
+    A rank has at most ceil(rows / ranks) of the rows of a batch. With n columns, that is less than
+    rows x n / ranks + n positions.
+    """
+    budget = serve.micro_batch_tokens or numerics.default_budget(device)
+    share = serve.max_batch_tokens // ranks + model.max_seq_len
+    if share >= budget:
+        return budget, f"{budget:,} positions per micro-batch"
+    return share, (
+        f"({serve.max_batch_tokens:,} positions of a batch / {ranks} ranks + {model.max_seq_len:,} of a row)"
+    )
+
+
+def _gathered(networks: Networks, optimizer: OptimizerConfig, *, copies: bool) -> Term:
+    """What a rank gathers during a step: numbers outside the blocks, and those of two of the largest.
+
+    `copies`: gloo, on the CPU, copies what it gathers once more.
+    """
+
+    def numbers(weights: Set[Tensor]) -> tuple[int, int]:
+        def size(weight: Tensor) -> int:
+            return weight.numel() if weight in weights else 0
+
+        return sum(map(size, networks.parameters())), _learning(networks, optimizer, size).total()
+
+    blocks = [set(block.parameters()) for each in networks.backbones for block in each.blocks]
+    outside = set(networks.parameters()).difference(*blocks)
+    largest = max(blocks, key=lambda block: sum(weight.numel() for weight in block), default=set())
+    count = min(2, len(blocks))
+    (of_root, learning), (of_block, learning_of_block) = numbers(outside), numbers(largest)
+    of_copy = max(of_root, of_block) if copies else 0
+    return Term(
+        f"(outside the blocks, weights {of_root:,} + gradients {learning:,}; of {count} blocks, {count} x "
+        f"(weights {of_block:,} + gradients {learning_of_block:,})"
+        + f"; gloo's copy of the largest of them, {of_copy:,}" * copies
+        + ") x 4 bytes",
+        4 * (of_root + learning + count * (of_block + learning_of_block) + of_copy),
+    )
+
+
+def _snapshot(whole: Held, optimizer: OptimizerConfig) -> Term:
+    """A copy of the state in host memory. The frozen weights of an average are not in it."""
+    average = whole.gradients if optimizer.ema_decay else 0
+    numbers = whole.weights + 2 * whole.adamw + whole.muon + average
+    return Term(f"{numbers:,} numbers x 4 bytes", 4 * numbers)
+
+
+def _start(model: ModelConfig, networks: Networks) -> Term:
+    """The whole weights, and a copy for the average; or the gradients that the checks of a model compare."""
+    weights = sum(weight.numel() for weight in networks.parameters())
+    learning = sum(weight.numel() for weight in networks.parameters() if weight.requires_grad)
+    if model.source == "encoder" or weights >= 4 * learning:
+        return Term(f"2 x {weights:,} weights x 4 bytes", 4 * 2 * weights)
+    return Term(
+        f"({weights:,} weights + 4 x {learning:,} gradients, which are compared) x 4 bytes",
+        4 * (weights + 4 * learning),
+    )
+
+
+def _advice(fitting: list[int], machines: Machines) -> str:
+    """The layout with the smallest shard that fits, within a host if there is one."""
+    if not fitting:
+        return (
+            "no layout fits: use more ranks or devices with more memory, lower serve.micro_batch_tokens, set "
+            "serve.activation_checkpointing, or lower model.dim, model.depth or model.num_tokens"
+        )
+    within = [shard for shard in fitting if machines.ranks % shard == 0]
+    shard = min(within or fitting)
+    where = " within a host" if within else ", across hosts: their network carries the gathered weights"
+    return (
+        f"recommended     --set distributed.replicate={machines.size // shard} "
+        f"--set distributed.shard={shard}: the smallest shard that fits{where}"
+    )
