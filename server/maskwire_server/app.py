@@ -130,6 +130,7 @@ def serve_rank(
     from maskwire_server.ranks.orders import Order
     from maskwire_server.training.trainer import TorchTrainer
 
+    launcher.end_with_launcher()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the leader ends its followers
     try:
@@ -151,6 +152,7 @@ def serve_rank(
         )
 
     def lead(completed: Config) -> Trainer:
+        launcher.note_leader()  # signals are handled by now
         member.order(Order("build", completed.model_dump(mode="json")))
         return LeaderTrainer(build(completed), member)
 
@@ -168,7 +170,8 @@ def serve_rank(
         except Exception:
             log.exception("rank %d failed", member.place.rank)
         _leave(EXIT_FAILURE)
-    launcher.note_leader()
+    if launcher.is_stopping():  # it ended while it stopped
+        _leave(finish(0))
     code = serve(
         config,
         factory=lead,

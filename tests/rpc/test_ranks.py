@@ -123,4 +123,4 @@ def test_ranks_that_do_not_form_the_layout_are_refused_once(start: Start) -> Non
     server = start(2, "distributed.replicate=3")
     assert server.process.wait(120) == 2
     log = server.log.read_text()
-    assert "distributed: replicate x shard must be the number of ranks, 2, got 3 x 0" in log
+    assert "distributed: replicate x shard must be the number of ranks, 2, got 3 x off" in log

@@ -32,7 +32,7 @@ FOLDER = "MASKWIRE_LAUNCH_DIR"
 """Where the leader writes its process id and, when it ends for good, its exit code."""
 LEADER = "MASKWIRE_LEADER"
 """Set to 1 on the host that has the run directory, if there are several hosts."""
-_PID, _EXIT_CODE, _LOSS = "leader.pid", "exit-code", "loss"
+_PID, _EXIT_CODE, _LOSS, _STOPPING = "leader.pid", "exit-code", "loss", "stopping"
 _RESTARTS = 1000
 _FAILURE = 70
 _PR_SET_PDEATHSIG, _SIOCGIFADDR = 1, 0x8915
@@ -60,13 +60,16 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
             FOLDER: folder,
             # With one store for all restarts, most restarts fail: "Connection refused" (pytorch #135712).
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # each rank sets its own number
         }
-        if chosen.nodes > 1:
+        if chosen.nodes == 1:
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing listens beyond this host
+        else:
             environment |= {LEADER: str(int(_is_here(_host(chosen))))}
             interface = _interface(address_towards(_host(chosen)))
             if interface is not None:  # the one of this host's name may be the loopback
                 environment.setdefault("GLOO_SOCKET_IFNAME", interface)
-        command = [sys.executable, "-m", "torch.distributed.run", *_options(chosen)]
+        command = [sys.executable, "-m", "torch.distributed.run", *_options(chosen, folder)]
         launcher = subprocess.Popen(
             [*command, "-m", "maskwire_server", *arguments],
             env=environment,
@@ -75,8 +78,12 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
         )
         _forward_signals(Path(folder), launcher)
         code = launcher.wait()
+        if code and not (Path(folder) / _STOPPING).exists():
+            log.error("the launcher ended with %d; start the server again to resume", code)
+            code = _FAILURE  # it may have ended the leader, whose own code would say that all is well
         with contextlib.suppress(OSError, ValueError):
-            return int((Path(folder) / _EXIT_CODE).read_text())
+            noted = int((Path(folder) / _EXIT_CODE).read_text())
+            return noted or max(code, 0)
         return code if code >= 0 else _FAILURE  # 0: the leader, on another host, ended for good
 
 
@@ -93,6 +100,19 @@ def note_exit(code: int) -> int:
 def note_loss(problem: str) -> None:
     """Note why the ranks restart, for the next leader of this host."""
     _write(_LOSS, problem)
+
+
+def is_stopping() -> bool:
+    """Whether the launcher was asked to stop: a leader that is started again since then need not serve."""
+    return (Path(os.environ.get(FOLDER, "/nowhere")) / _STOPPING).exists()
+
+
+def end_with_launcher() -> None:
+    """End this rank when torch's launcher is killed, instead of living on without it (Linux)."""
+    parent = os.getppid()
+    _end_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(_FAILURE)
 
 
 def last_loss() -> str:
@@ -113,13 +133,19 @@ def _write(name: str, value: object) -> bool:
     return True
 
 
-def _options(chosen: Launch) -> list[str]:
+def _options(chosen: Launch, folder: str) -> list[str]:
     options = [
         f"--nproc-per-node={chosen.ranks}", f"--nnodes={chosen.nodes}", f"--max-restarts={_RESTARTS}",
         "--monitor-interval=0.1",
     ]  # fmt: skip
     if chosen.nodes == 1:
-        return [*options, "--standalone"]
+        # torch's launcher unpickles what its store holds: on one host a file that only this user can write,
+        # not a port that is open to the network.
+        rendezvous = Path(folder) / "rendezvous"
+        return [
+            *options, "--rdzv-backend=c10d", f"--rdzv-endpoint={rendezvous}", "--rdzv-conf=store_type=file",
+            "--rdzv-id=maskwire", "--local-addr=127.0.0.1",
+        ]  # fmt: skip
     host = _host(chosen)
     return [
         *options, "--rdzv-backend=c10d", f"--rdzv-endpoint={chosen.rendezvous}", "--rdzv-id=maskwire",
@@ -170,16 +196,17 @@ def _interface(address: str) -> str | None:
     return None
 
 
-def _end_with_parent() -> None:
-    """Get SIGTERM when the process that started this one is killed (Linux)."""
+def _end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Get a signal when the process that started this one is killed (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _forward_signals(folder: Path, launcher: subprocess.Popen[bytes]) -> None:
     """SIGTERM and SIGINT go to the leader, or to the launcher while there is no leader or on another host."""
 
     def forward(number: int, _: FrameType | None) -> None:
+        (folder / _STOPPING).touch()
         try:
             pid = int((folder / _PID).read_text())
             os.kill(pid, number)

@@ -86,12 +86,11 @@ class Monitor:
         link.settimeout(self._timeout)
         with link:
             try:
-                greeting = link.makefile("rb", buffering=0).readline(128).decode().split()
-            except (OSError, UnicodeDecodeError):
+                token, rank, pid = _greeting(link.makefile("rb", buffering=0).readline(128))
+            except (OSError, ValueError):
                 return
-            if len(greeting) != 3 or not secrets.compare_digest(greeting[0], self.address.token):
+            if not secrets.compare_digest(token, self.address.token.encode()):
                 return
-            rank, pid = int(greeting[1]), int(greeting[2])
             with self._lock:
                 self._links[rank] = link
             problem, is_frozen = _silence(link, self._timeout)
@@ -152,6 +151,12 @@ def _send(links: Iterable[socket.socket], data: bytes) -> None:
     for link in links:
         with contextlib.suppress(OSError):  # who reads from it notices
             link.sendall(data)
+
+
+def _greeting(line: bytes) -> tuple[bytes, int, int]:
+    """Token, rank and process id; ValueError for anything else."""
+    token, rank, pid = line.split()
+    return token, int(rank), int(pid)
 
 
 def _silence(link: socket.socket, timeout: float) -> tuple[str, bool]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from maskwire_server.config import DistributedConfig, ServeConfig
 from maskwire_server.errors import ConfigError
-from maskwire_server.ranks.launcher import LEADER, address_towards, note_loss
+from maskwire_server.ranks.launcher import FOLDER, LEADER, address_towards, note_loss
 from maskwire_server.ranks.liveness import LOOPBACK, LeaderAddress, Monitor, exit_now, watch_leader
 from maskwire_server.ranks.orders import Order
 from maskwire_server.training.numerics import choose_device, cores
@@ -101,13 +101,16 @@ def join(distributed: DistributedConfig, serve: ServeConfig) -> Member:
     if shard * distributed.replicate != place.size:
         raise ConfigError(
             f"distributed: replicate x shard must be the number of ranks, {place.size}, got "
-            f"{distributed.replicate} x {shard}"
+            f"{distributed.replicate} x {distributed.shard or 'off'}"
         )
     device = choose_device(serve.device)
     if device.type == "cuda":
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_COLLECTIVE)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        init_method=_store(place), rank=place.rank, world_size=place.size, timeout=_COLLECTIVE,
+    )  # fmt: skip
     leader = _leader(place)
     ranks = ManyRanks(device, replicate=distributed.replicate, leader=leader, timeout=_COLLECTIVE)
     ranks.cores = max(1, cores() // place.local_size)
@@ -115,6 +118,14 @@ def join(distributed: DistributedConfig, serve: ServeConfig) -> Member:
     member.watch(distributed.rank_timeout_seconds)
     log.info("rank %d of %d%s", place.rank, place.size, ", the leader" if ranks.is_leader else "")
     return member
+
+
+def _store(place: Place) -> str:
+    """Where the ranks meet: on one host a file of the launcher's folder, otherwise a port of rank 0."""
+    folder = os.environ.get(FOLDER)
+    if folder is None or place.hosts > 1:
+        return "env://"
+    return f"file://{folder}/ranks-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _leader(place: Place) -> int:

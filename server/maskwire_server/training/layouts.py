@@ -86,8 +86,6 @@ class Room:
     """Activations and logits."""
     leader: int
     """What the leader alone needs."""
-    start: int
-    """What all that share the memory need before the weights are divided."""
     memory: int
     sharing: int
     """How many ranks share the memory."""
@@ -98,7 +96,7 @@ class Room:
 
     def fits(self, part: Held) -> bool:
         """Whether a rank with this part of the state has enough memory, the leader included."""
-        return max(self._needed(part), self.start) <= self.memory
+        return self._needed(part) <= self.memory
 
     def sum(self, part: Held) -> str:
         """The sum and its result."""
@@ -110,8 +108,6 @@ class Room:
         words = " + ".join(f"{name} {size_text(size)}" for name, size in terms.items())
         needed = self._needed(part)
         verdict = "fits" if self.fits(part) else "does not fit"
-        if needed <= self.memory < self.start:
-            verdict = f"does not fit at the start, {size_text(self.start)}"
         return (
             f"{ranks}({words}) + leader {size_text(self.leader)} = {size_text(needed)} of "
             f"{size_text(self.memory)}: {verdict}"
@@ -157,15 +153,15 @@ def layouts(
     gathered = _gathered(networks, optimizer, copies=device.type == "cpu")
     copy = Term(f"whole weights for evaluations, {whole.weights:,} x 4 bytes", 4 * whole.weights)
     snapshot = _snapshot(whole, optimizer)
-    start = _start(model, networks)
+    copies = 2 if optimizer.ema_decay else 1  # of the weights: one for the average
     build = Term(
-        f"to build the model, {machines.ranks} ranks x {whole.weights:,} weights x 4 bytes",
-        machines.ranks * 4 * whole.weights,
+        f"to build the model, {machines.ranks} ranks x {copies} x {whole.weights:,} weights x 4 bytes",
+        machines.ranks * copies * 4 * whole.weights,
     )
     on_cpu = device.type == "cpu"
     memory, sharing = _memory(device, machines)
     leaders = copy.size + snapshot.size * on_cpu
-    room = Room(gathered.size, activations.size + logits.size, leaders, sharing * start.size, memory, sharing)
+    room = Room(gathered.size, activations.size + logits.size, leaders, memory, sharing)
     frozen = whole.weights - whole.gradients
     ranks = f"{machines.ranks} on each of {machines.hosts} hosts = {machines.size}"
     lines = [
@@ -177,7 +173,6 @@ def layouts(
         f"logits          {logits}",
         f"leader          {copy}",
         f"host memory     {build}; on the leader's host, for a snapshot, {snapshot}",
-        f"at the start    each rank, before the weights are divided: {start}",
     ]
     fitting = []
     for shard in (each for each in range(1, machines.size + 1) if machines.size % each == 0):
@@ -271,18 +266,6 @@ def _snapshot(whole: Held, optimizer: OptimizerConfig) -> Term:
     average = whole.gradients if optimizer.ema_decay else 0
     numbers = whole.weights + 2 * whole.adamw + whole.muon + average
     return Term(f"{numbers:,} numbers x 4 bytes", 4 * numbers)
-
-
-def _start(model: ModelConfig, networks: Networks) -> Term:
-    """The whole weights, and a copy for the average; or the gradients that the checks of a model compare."""
-    weights = sum(weight.numel() for weight in networks.parameters())
-    learning = sum(weight.numel() for weight in networks.parameters() if weight.requires_grad)
-    if model.source == "encoder" or weights >= 4 * learning:
-        return Term(f"2 x {weights:,} weights x 4 bytes", 4 * 2 * weights)
-    return Term(
-        f"({weights:,} weights + 4 x {learning:,} gradients, which are compared) x 4 bytes",
-        4 * (weights + 4 * learning),
-    )
 
 
 def _advice(fitting: list[int], machines: Machines) -> str:

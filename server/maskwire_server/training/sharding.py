@@ -48,9 +48,10 @@ class ManyRanks(Ranks):
         self.replicate = replicate
         self.leader = leader
         self.is_leader = self.rank == leader
-        self.mesh: DeviceMesh = init_device_mesh(
-            device.type, (replicate, self.size // replicate), mesh_dim_names=("replicate", "shard")
-        )
+        shard = self.size // replicate
+        grid = {"replicate": replicate, "shard": shard} if replicate > 1 else {"shard": shard}
+        # Without copies one dimension: with two, torch keeps a second copy of the gradients.
+        self.mesh: DeviceMesh = init_device_mesh(device.type, (*grid.values(),), mesh_dim_names=(*grid,))
         self._shard_group = self.mesh.get_group("shard")
         if timeout is not None:  # groups of a mesh do not inherit that of init_process_group
             for group in self.mesh.get_all_groups():

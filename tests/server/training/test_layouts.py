@@ -182,12 +182,11 @@ def test_the_report_of_a_small_encoder_is_the_one_computed_by_hand() -> None:
     assert lines[3].startswith("activations     12 positions per micro-batch x 64 numbers x 1 blocks x")
     assert lines[5] == "leader          whole weights for evaluations, 304 x 4 bytes = 0.0 MiB"
     assert lines[6].endswith("for a snapshot, 1,216 numbers x 4 bytes = 0.0 MiB")
-    assert "3 ranks x 304 weights x 4 bytes" in lines[6]
-    assert lines[7].endswith("2 x 304 weights x 4 bytes = 0.0 MiB")
-    assert lines[8] == "layout          replicate 3 x shard 1"
-    assert lines[9].startswith("  state         (weights 304 + gradients 304 + AdamW's two moments 2 x 304")
-    assert lines[11] == "layout          replicate 1 x shard 3"
-    assert lines[12] == f"  state         ceil(rows / 3) rows of each tensor: {state} x 4 bytes = 0.0 MiB"
+    assert "3 ranks x 2 x 304 weights x 4 bytes" in lines[6]
+    assert lines[7] == "layout          replicate 3 x shard 1"
+    assert lines[8].startswith("  state         (weights 304 + gradients 304 + AdamW's two moments 2 x 304")
+    assert lines[10] == "layout          replicate 1 x shard 3"
+    assert lines[11] == f"  state         ceil(rows / 3) rows of each tensor: {state} x 4 bytes = 0.0 MiB"
     assert activations + logits > 4 * whole
     # The last byte decides: the leader also has the whole weights and, on a CPU, the snapshot.
     leader = 4 * (304 + 4 * 304)
