@@ -96,11 +96,17 @@ def test_every_pod_starts_the_same_group_with_flags_that_exist() -> None:
     assert all(job["completions"] == job["parallelism"] for job in found.values())
     limits = [pod(job)["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] for job in found.values()]
     assert limits == [int(given["ranks"])] * 2, "one GPU for each rank"
-    # <jobset>-<replicated job>-<job index>-<pod index>.<subdomain>
     host, _, port = given["rendezvous"].rpartition(":")
-    assert (
-        host == f"maskwire-leader-0-0.{jobset['spec']['network']['subdomain']}.$(NAMESPACE).svc.cluster.local"
-    )
+    assert host == "$(RENDEZVOUS_HOST)"
+    subdomain = jobset["spec"]["network"]["subdomain"]
+    for job in found.values():
+        variables = {each["name"]: each for each in pod(job)["containers"][0]["env"]}
+        assert list(variables).index("NAMESPACE") < list(variables).index("RENDEZVOUS_HOST"), (
+            "it is used there"
+        )
+        # JobSet calls a pod <jobset>-<replicated job>-<job index>-<pod index>.<subdomain>
+        name = f"maskwire-leader-0-0.{subdomain}.$(NAMESPACE).svc.cluster.local"
+        assert variables["RENDEZVOUS_HOST"]["value"] == name
     leader = pod(found["leader"])["containers"][0]
     assert int(port) in [each["containerPort"] for each in leader["ports"]]
 
@@ -115,7 +121,9 @@ def test_every_setting_volume_and_file_of_the_pods_exists() -> None:
         of_pod = pod(job)
         (container,) = of_pod["containers"]
         for variable in container["env"]:
-            assert variable["name"] == "NAMESPACE" or setting_exists(variable["name"]), variable
+            assert variable["name"] in ("NAMESPACE", "RENDEZVOUS_HOST") or setting_exists(variable["name"]), (
+                variable
+            )
         volumes = {each["name"]: each for each in of_pod["volumes"]}
         assert {each["name"] for each in container["volumeMounts"]} == set(volumes)
         for each in volumes.values():
@@ -236,7 +244,7 @@ class Cluster:
             **os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "RECORD": str(self.record),
             "RUN_DIR": str(self.run), "SHARED": str(self.shared), "CONFIG": "/shared/maskwire.toml",
             "CODE": "0", "STATE": "RUNNING", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2",
-            "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "8",
+            "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "8", "RENDEZVOUS_HOST": "localhost",
         }  # fmt: skip
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
@@ -336,3 +344,16 @@ def test_a_pod_that_was_told_to_stop_does_not_count_as_finished(cluster: Cluster
     assert cluster.recorded("draining")
     assert process.returncode == 143
     assert cluster.finish("sh", str(KUBERNETES / "run.sh"), CODE="3")[0] == 3
+
+
+def test_a_pod_waits_for_the_name_of_the_leader_and_can_be_stopped_meanwhile(cluster: Cluster) -> None:
+    getent = cluster.record.parent / "bin" / "getent"
+    getent.write_text('#!/bin/sh\necho "getent $*" >>"$RECORD"\n[ -e "$SHARED/known" ]\n')
+    getent.chmod(0o755)
+    process = cluster.start("sh", str(KUBERNETES / "run.sh"), "serve")
+    cluster.wait_for("getent hosts localhost")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert (process.returncode, cluster.recorded("maskwire-server")) == (143, [])
+    (cluster.shared / "known").touch()
+    assert cluster.finish("sh", str(KUBERNETES / "run.sh"), "serve", CODE="70")[0] == 70
