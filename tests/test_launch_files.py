@@ -135,16 +135,19 @@ def test_every_setting_volume_and_file_of_the_pods_exists() -> None:
             assert path in generated["files"]
 
 
-def test_the_leader_alone_has_the_run_directory_and_the_keys_and_all_see_the_checkpoints() -> None:
+def test_the_leader_alone_has_the_run_directory_and_the_keys() -> None:
     every = documents()
     mounts = {
         name: {each["name"]: each["mountPath"] for each in pod(job)["containers"][0]["volumeMounts"]}
         for name, job in jobs(every["JobSet/maskwire"]).items()
     }
     assert mounts["leader"].keys() - mounts["followers"].keys() == {"run", "secrets"}
-    assert mounts["followers"]["checkpoints"] == mounts["leader"]["run"] + "/checkpoints"
+    variables = {
+        each["name"]: each.get("value")
+        for each in pod(jobs(every["JobSet/maskwire"])["leader"])["containers"][0]["env"]
+    }
+    assert mounts["leader"]["run"] == variables["MASKWIRE_RUN__DIR"]
     assert every["PersistentVolumeClaim/maskwire-run"]["spec"]["accessModes"] == ["ReadWriteOncePod"]
-    assert every["PersistentVolumeClaim/maskwire-checkpoints"]["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
 def test_the_service_leads_to_the_leader_and_the_policy_closes_all_other_ports() -> None:
@@ -185,7 +188,7 @@ def test_the_manifests_are_valid_for_kubernetes() -> None:
     core = [each for each in every.values() if each["kind"] != "JobSet"]
     for name, job in jobs(every["JobSet/maskwire"]).items():
         core.append({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}, "spec": job})
-    assert len(core) == 6
+    assert len(core) == 5
     for each in core:
         kubernetes_validate.validate(each, LATEST, strict=True)
     core[-1]["spec"]["template"]["spec"]["containers"][0]["arg"] = []
@@ -211,9 +214,7 @@ def test_kustomize_joins_the_manifests() -> None:
         ["kubectl", "kustomize", str(KUBERNETES)], capture_output=True, text=True, check=True, timeout=60
     )
     kinds = sorted(each["kind"] for each in yaml.safe_load_all(done.stdout))
-    assert kinds == [
-        "ConfigMap", "JobSet", "NetworkPolicy", "PersistentVolumeClaim", "PersistentVolumeClaim", "Service",
-    ]  # fmt: skip
+    assert kinds == ["ConfigMap", "JobSet", "NetworkPolicy", "PersistentVolumeClaim", "Service"]
 
 
 # ---- commands that replace srun, scontrol and the server
@@ -234,15 +235,14 @@ class Cluster:
     """A folder with the stubs, and what they were called with."""
 
     def __init__(self, folder: Path) -> None:
-        self.record, self.shared, self.run = folder / "record", folder / "shared", folder / "run"
-        self.shared.mkdir()
+        self.record, self.leader = folder / "record", folder / "maskwire.toml.leader"
         (folder / "bin").mkdir()
         for name, body in STUBS.items():
             (folder / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
             (folder / "bin" / name).chmod(0o755)
         self.environment = {
             **os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "RECORD": str(self.record),
-            "RUN_DIR": str(self.run), "SHARED": str(self.shared), "CONFIG": "/shared/maskwire.toml",
+            "RUN_DIR": "/local/run", "CONFIG": str(self.leader.with_suffix("")),
             "CODE": "0", "STATE": "RUNNING", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2",
             "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "8", "RENDEZVOUS_HOST": "localhost",
         }  # fmt: skip
@@ -280,27 +280,27 @@ def test_the_sbatch_script_starts_a_launcher_on_each_node_with_flags_that_exist(
     assert (code, said) == (0, "")
     (line,) = cluster.recorded("maskwire-server")
     assert line == (
-        f"maskwire-server serve --config /shared/maskwire.toml --run-dir {cluster.run} --ranks 8 --nodes 2 "
-        "--rendezvous n1:29500"
+        f"maskwire-server serve --config {cluster.leader.with_suffix('')} --run-dir /local/run --ranks 8 "
+        "--nodes 2 --rendezvous n1:29500"
     )
     assert flags(line.split()) <= serve_options()
-    (started,) = (each for each in cluster.recorded("srun") if "maskwire-server" in each)
+    (started,) = cluster.recorded("srun")
     assert started.startswith("srun --ntasks-per-node=1 --kill-on-bad-exit=1 maskwire-server serve")
-    assert (cluster.shared / "leader").read_text() == "n1\n"
-    assert (cluster.run / "checkpoints").resolve() == cluster.shared / "checkpoints"
+    assert cluster.leader.read_text() == "n1\n"
 
 
 def test_the_node_with_the_run_directory_leads_wherever_it_is_in_the_list(cluster: Cluster) -> None:
-    (cluster.shared / "leader").write_text("n2\n")
+    cluster.leader.write_text("n2\n")
     assert cluster.finish()[0] == 0
     assert cluster.recorded("maskwire-server")[0].endswith("--rendezvous n2:29500")
 
 
-def test_a_job_without_the_node_of_the_run_directory_starts_nothing(cluster: Cluster) -> None:
-    (cluster.shared / "leader").write_text("n3\n")
+@pytest.mark.parametrize("leader", ["n3", "n"])
+def test_a_job_without_the_node_of_the_run_directory_starts_nothing(cluster: Cluster, leader: str) -> None:
+    cluster.leader.write_text(f"{leader}\n")
     code, said = cluster.finish()
     assert code == 3
-    assert "--nodelist=n3" in said
+    assert said.endswith(f"--nodelist={leader}\n")
     assert not cluster.record.exists()
 
 
@@ -348,12 +348,12 @@ def test_a_pod_that_was_told_to_stop_does_not_count_as_finished(cluster: Cluster
 
 def test_a_pod_waits_for_the_name_of_the_leader_and_can_be_stopped_meanwhile(cluster: Cluster) -> None:
     getent = cluster.record.parent / "bin" / "getent"
-    getent.write_text('#!/bin/sh\necho "getent $*" >>"$RECORD"\n[ -e "$SHARED/known" ]\n')
+    getent.write_text('#!/bin/sh\necho "getent $*" >>"$RECORD"\n[ -e "$RECORD.known" ]\n')
     getent.chmod(0o755)
     process = cluster.start("sh", str(KUBERNETES / "run.sh"), "serve")
     cluster.wait_for("getent hosts localhost")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert (process.returncode, cluster.recorded("maskwire-server")) == (143, [])
-    (cluster.shared / "known").touch()
+    cluster.record.with_suffix(".known").touch()
     assert cluster.finish("sh", str(KUBERNETES / "run.sh"), "serve", CODE="70")[0] == 70

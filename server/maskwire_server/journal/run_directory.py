@@ -47,7 +47,6 @@ def refuse_leftovers(run_dir: Path) -> None:
         and not path.name.startswith(JOURNAL_FILE)
         and path.suffix not in (".toml", ".log")
         and not of_volume(path.name)
-        and not (path.name == "checkpoints" and _is_empty(path))  # mounted there, shared by several hosts
     )
     if unexpected == ["checkpoints"]:
         raise RunDirectoryError(
@@ -59,7 +58,3 @@ def refuse_leftovers(run_dir: Path) -> None:
             f"{run_dir}: a new run needs an empty directory, found {', '.join(unexpected[:3])}; choose "
             "another with --run-dir"
         )
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and all(of_volume(path.name) for path in folder.iterdir())
