@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from maskwire_server.config.base import CAN_BE_OFF, Section
 from maskwire_server.config.checkpoints import CheckpointsConfig
+from maskwire_server.config.distributed import DistributedConfig
 from maskwire_server.config.model import ModelConfig
 from maskwire_server.config.objective import ObjectiveConfig
 from maskwire_server.config.optimizer import OptimizerConfig
@@ -17,6 +18,7 @@ SECTIONS: dict[str, type[Section]] = {
     "optimizer": OptimizerConfig,
     "checkpoints": CheckpointsConfig,
     "serve": ServeConfig,
+    "distributed": DistributedConfig,
 }
 """In the order of the generated file and pages."""
 

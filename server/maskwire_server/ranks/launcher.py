@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ LEADER = "MASKWIRE_LEADER"
 _PID, _EXIT_CODE, _LOSS, _STOPPING = "leader.pid", "exit-code", "loss", "stopping"
 _RESTARTS = 1000
 _FAILURE = 70
+_NAME_SECONDS = 60.0
 _PR_SET_PDEATHSIG, _SIOCGIFADDR = 1, 0x8915
 
 
@@ -173,16 +175,25 @@ def _is_here(host: str) -> bool:
 
 
 def address_towards(host: str) -> str:
-    """The address of this host from which it reaches another one. Raises ConfigError."""
+    """The address of this host from which it reaches another one. Raises ConfigError.
+
+    Waits for a name that does not resolve yet: a pod may start before the leader's has its name.
+    """
+    until = time.monotonic() + _NAME_SECONDS
     with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-        try:
-            probe.connect((host, 9))  # sends nothing
-        except OSError as error:
-            raise ConfigError(
-                f"--rendezvous: {host} cannot be reached ({error.strerror or error})"
-            ) from error
-        address: str = probe.getsockname()[0]
-    return address
+        while True:
+            try:
+                probe.connect((host, 9))  # sends nothing
+                address: str = probe.getsockname()[0]
+                return address
+            except OSError as error:
+                if isinstance(error, socket.gaierror) and time.monotonic() < until:
+                    time.sleep(1)
+                    continue
+                why = error.strerror or str(error)
+                raise ConfigError(
+                    f"--rendezvous: {host} cannot be reached ({why}); check the name"
+                ) from error
 
 
 def _interface(address: str) -> str | None:
