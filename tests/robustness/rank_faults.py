@@ -45,8 +45,8 @@ def at_failpoints(folder: Path, rank: int, places: list[str]) -> dict[str, Any]:
         server = RankServer(folder / place, SIZE, *SETTINGS, fault=f"{rank}:{place}:{count}:kill")
         try:
             found = work(server, kill_leader_at=5 if second else 0)
+            code = server.stop()
         finally:
-            code = server.stop() if server.process.poll() is None else server.process.returncode
             server.kill()
         assert found == expected, f"rank {rank} killed at {place}: {found} instead of {expected}"
         assert code == 0, f"rank {rank} killed at {place}: the server ended with {code}"
