@@ -60,7 +60,7 @@ def test_one_rank_under_the_launcher_gives_the_bits_of_a_plain_server(start: Sta
     plain, launched = start(None, *settings), start(1, *settings)
     expected, found = trained(plain, 20), trained(launched, 20)
     assert found.pop("layout") == "1 x 1"
-    assert expected.pop("layout") is None, "a single process has no group"
+    assert expected.pop("layout") == "1", "a single process has no group"
     assert found == expected
     assert launched.stop() == 0
     assert plain.stop() == 0
@@ -117,6 +117,26 @@ def test_a_frozen_rank_ends_the_group_which_comes_back(start: Start) -> None:
     assert len(trained(server, 4, freeze)["losses"]) == 4
     assert "rank 1 was silent for 2 s" in server.log.read_text()
     assert server.stop() == 0
+
+
+def test_another_layout_does_not_recompute_steps(start: Start, tmp_path: Path) -> None:
+    server = start(2)
+    with maskwire.connect(server.target, retry_for=120, on_wait=lambda _: None) as trainer:
+        trainer.train_step(batch(1))
+    server.kill()
+    alone = RankServer(tmp_path / "0", None)
+    try:
+        assert alone.process.wait(120) == 3
+        assert "fingerprint.world_size was '1 x 2'" in alone.log.read_text()
+    finally:
+        alone.kill()
+    again = RankServer(tmp_path / "0", 2)
+    try:
+        with maskwire.connect(again.target, retry_for=120, on_wait=lambda _: None, takeover=True) as trainer:
+            assert trainer.step == 1
+        assert again.stop() == 0
+    finally:
+        again.kill()
 
 
 def test_ranks_that_do_not_form_the_layout_are_refused_once(start: Start) -> None:

@@ -102,7 +102,7 @@ def status_table(found: Status, until_step: int | None = None) -> Table:
         table.add_row("inexact replays", _inexact(found))
     if found.last_error:
         table.add_row("last error", found.last_error)
-    if "world_size" in found.versions:
+    if found.versions.get("world_size", "1") != "1":
         table.add_row("ranks", f"{found.versions['world_size']} (copies x ranks of each)")
     table.add_row("versions", ", ".join(f"{name} {value}" for name, value in sorted(found.versions.items())))
     return table

@@ -32,8 +32,8 @@ class Ranks:
 
     @property
     def versions(self) -> dict[str, str]:
-        """What results depend on: the layout of the ranks."""
-        return {}
+        """What results depend on: the layout of the ranks. Without a group there is none."""
+        return {"world_size": "1"}
 
     def __init__(self, device: torch.device | None = None) -> None:
         """`device` is that of this rank; None: `serve.device`."""
