@@ -24,7 +24,8 @@ if "MASKWIRE_MODEL_RUNS" not in os.environ:
     settings.load_profile("suite")
 
 LONGEST = (
-    "robustness/test_samples.py", "test_bench.py", "rpc/test_jobs.py", "rpc/test_limits.py",
+    "robustness/test_samples.py", "rpc/test_ranks.py", "ranks/test_parity.py",
+    "test_bench.py", "rpc/test_jobs.py", "rpc/test_limits.py",
     "server/recovery/test_inexact_replay.py", "client/test_nonfatal_output.py", "rpc/test_durability.py",
     "server/training/test_generation.py", "rpc/test_model_examples.py", "test_wheel.py",
     "rpc/test_sources.py", "server/training/test_dense_reference.py",

@@ -126,7 +126,7 @@ def serve_rank(
 ) -> NoReturn:
     """Be one rank of the group that a launcher started: the leader serves, the others follow it."""
     from maskwire_server.ranks import follower, launcher, membership
-    from maskwire_server.ranks.leader import LeaderTrainer
+    from maskwire_server.ranks.leader import LeaderTrainer, fatal
     from maskwire_server.ranks.orders import Order
     from maskwire_server.training.trainer import TorchTrainer
 
@@ -153,7 +153,9 @@ def serve_rank(
 
     def lead(completed: Config) -> Trainer:
         launcher.note_leader()  # signals are handled by now
-        member.order(Order("build", completed.model_dump(mode="json")))
+        order = Order("build", completed.model_dump(mode="json"))
+        with fatal(member, order):
+            member.order(order)
         return LeaderTrainer(build(completed), member)
 
     def finish(code: int) -> int:

@@ -225,6 +225,7 @@ NO_MATTER = {
     "serve.activation_checkpointing": "true", "serve.deterministic": "true",
     "serve.session_idle_seconds": "5", "serve.gap_seconds": "1", "serve.drain_seconds": "9",
     "serve.reserve_bytes": "1000", "serve.poison_after": "3", "serve.reflection": "false",
+    "distributed.replicate": "2", "distributed.shard": "2", "distributed.rank_timeout_seconds": "3",
 }  # fmt: skip
 REFUSED = {
     "optimizer.ema_decay": ("0.5", "ema_decay"),

@@ -15,6 +15,7 @@ from maskwire_server.config import Config, can_be_off, load, template
 LIMITS_AND_INTERVALS = {
     "optimizer.total_steps", "optimizer.clip_grad_norm",
     "checkpoints.every_steps", "checkpoints.every_seconds", "checkpoints.keep_every",
+    "distributed.shard",
 }  # fmt: skip
 NUMBERS = [
     (name, key)

@@ -37,6 +37,7 @@ SETTINGS = {
     "threads durability keep_payloads reserve_bytes poison_after max_batch_tokens micro_batch_tokens "
     "activation_checkpointing max_message_bytes queue_limit window max_draws max_generation_steps "
     "max_read_tokens session_idle_seconds gap_seconds drain_seconds",
+    "distributed": "replicate shard rank_timeout_seconds",
 }
 """The sections of the server's configuration and the keys of each."""
 

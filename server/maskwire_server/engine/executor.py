@@ -261,7 +261,7 @@ class Executor:
                 result = self._trainer.eval_loss(request.batch, request.options, lambda: not future.done())
         except Unwanted:
             return
-        except DeviceLost:
+        except (DeviceLost, StateLost):
             raise
         except Exception as error:
             with self._run.mutex:
@@ -283,7 +283,7 @@ class Executor:
                     for state in self._trainer.generate(request.prompts, request.options):
                         if not generation.put(state):
                             break
-        except DeviceLost:
+        except (DeviceLost, StateLost):
             raise
         except Exception as error:
             with self._run.mutex:
@@ -302,7 +302,7 @@ class Executor:
         try:
             copy = snapshot(self._trainer)
             admission_rules.refuse_unexpected(save.request, here)
-        except DeviceLost:
+        except (DeviceLost, StateLost):
             raise
         except Exception as error:
             with self._run.mutex:

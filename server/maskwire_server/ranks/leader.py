@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +12,7 @@ from maskwire.v1.values import ModelInfo
 from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload, Prompts
 from maskwire_server.errors import StateLost
+from maskwire_server.ranks.launcher import note_loss
 from maskwire_server.ranks.membership import Member
 from maskwire_server.ranks.orders import Order
 from maskwire_server.results import EvalOptions, EvalResult, GenerateOptions, GenerationState, StepResult
@@ -17,6 +20,9 @@ from maskwire_server.training.snapshot import Snapshot
 from maskwire_server.training.trainer import TorchTrainer
 
 T = TypeVar("T")
+
+GRACE_SECONDS = 2.0
+"""If a rank is gone, `liveness` ends this process within this time, and names that rank as the cause."""
 
 
 class LeaderTrainer:
@@ -106,23 +112,39 @@ class LeaderTrainer:
         if changes:
             self._gathered = None
         failpoints.passing("rank.ordering")
-        self._member.order(order)
+        with fatal(self._member, order):
+            self._member.order(order)
         return carried_out(self._member, order, call)
 
 
 def carried_out(member: Member, order: Order, call: Callable[[], T]) -> T:
     """This rank's part of an order, and the agreement that all ranks carried it out or refused it."""
-    try:
+    refusal: ValueError | None = None
+    with fatal(member, order):
         failpoints.passing("rank.ordered")
-        result = call()
-    except StateLost:
-        raise
-    except ValueError as error:
-        member.ranks.agree(f"{order.name} refused: {error}")
-        raise
-    except BaseException as error:
-        raise StateLost(f"rank {member.place.rank} failed in {order.name}: {error}") from error
-    if order.name != "train_step":  # whose ranks agreed before the update
-        member.ranks.agree(f"{order.name} done")
+        try:
+            result = call()
+        except ValueError as error:
+            refusal = error
+        if refusal is not None:
+            member.ranks.agree(f"{order.name} refused: {refusal}")
+        elif order.name != "train_step":  # whose ranks agreed before the update
+            member.ranks.agree(f"{order.name} done")
+    if refusal is not None:
+        raise refusal
     failpoints.passing("rank.carried_out")
     return result
+
+
+@contextlib.contextmanager
+def fatal(member: Member, order: Order) -> Iterator[None]:
+    """Raise every error as StateLost: the other ranks wait for this one, or are gone."""
+    try:
+        yield
+    except StateLost:
+        raise
+    except BaseException as error:
+        what = f"rank {member.place.rank} failed in {order.name}: {error}"
+        time.sleep(GRACE_SECONDS)
+        note_loss(what)
+        raise StateLost(what) from error

@@ -203,7 +203,7 @@ class TorchTrainer:
         rate = modes.learning_rate
         rate = optim.learning_rate(self._optimizer, step) if rate is None else rate
         try:
-            sums = self._gradients(self._host(batch), modes, at, self._ranks)
+            sums = self._gradients(self._host(batch), modes, at)
             self._ranks.add(sums.sums)
             learners = self._learners(modes)
             norm = optim.clip(learners, self._optimizer.clip_grad_norm, self._ranks)
@@ -338,8 +338,9 @@ class TorchTrainer:
         return evaluation.TensorBatch(*(torch.from_numpy(grid) for grid in batch.dense(self._model.pad_id)))
 
     def _gradients(
-        self, batch: evaluation.TensorBatch, modes: Modes, at: StepKey, ranks: Ranks
+        self, batch: evaluation.TensorBatch, modes: Modes, at: StepKey, ranks: Ranks | None = None
     ) -> BatchLosses:
+        ranks = ranks or self._ranks
         device, version = ranks.device or self._device, self._numerics_version
         return accumulate(self.networks, self._step, batch, modes, at, ranks, device, version)
 

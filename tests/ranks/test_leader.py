@@ -1,0 +1,90 @@
+"""Errors of the leader's trainer: what all ranks refuse is a refusal, everything else ends the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from maskwire_server.batch import Batch, Modes, Prompts
+from maskwire_server.errors import StateLost
+from maskwire_server.ranks import leader
+from maskwire_server.ranks.leader import LeaderTrainer
+from maskwire_server.results import EvalOptions, GenerateOptions
+
+
+@pytest.fixture(autouse=True)
+def _no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leader, "GRACE_SECONDS", 0.0)
+
+
+BATCH = Batch(np.zeros((1, 2), dtype=np.int64), 1, 2)
+
+
+class Fake:
+    """A trainer and its group, of which one call fails."""
+
+    def __init__(self, failing: str, error: Exception) -> None:
+        self._failing, self._error = failing, error
+        self.agreed: list[str] = []
+        self.place = SimpleNamespace(rank=0)
+        self.ranks: Any = SimpleNamespace(agree=self._agree)
+
+    def reads_average(self, *, raw: bool) -> bool:
+        return not raw
+
+    def order(self, _: object) -> None:
+        self._pass("order")
+
+    def _agree(self, facts: str) -> None:
+        self._pass("agree")
+        self.agreed.append(facts)
+
+    def _pass(self, name: str) -> None:
+        if name == self._failing:
+            raise self._error
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: self._pass(name)
+
+
+CALLS: dict[str, Callable[[LeaderTrainer], Any]] = {
+    "train_step": lambda trainer: trainer.train_step(1, 1, BATCH, Modes()),
+    "gather": lambda trainer: trainer.eval_loss(BATCH, EvalOptions((0,))),
+    "snapshot": lambda trainer: trainer.snapshot(),
+    "configure": lambda trainer: trainer.configure({}, 2),
+    "receive": lambda trainer: trainer.load(Path("x")),
+    "warm_up": lambda trainer: trainer.warm_up(),
+}
+
+
+@pytest.mark.parametrize("place", ["order", "agree", "the call"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_connection_that_is_lost_ends_the_process(name: str, place: str) -> None:
+    """Not a refused step that changed nothing: the others may have trained on it."""
+    if (name, place) == ("train_step", "agree"):
+        pytest.skip("its ranks agree within the call")
+    fake: Any = Fake(name if place == "the call" else place, RuntimeError("Connection closed by peer"))
+    with pytest.raises(StateLost, match=r"rank 0 failed in .*: Connection closed by peer"):
+        CALLS[name](LeaderTrainer(fake, fake))
+
+
+def test_a_refusal_of_all_ranks_is_a_refusal() -> None:
+    fake: Any = Fake("configure", ValueError("another optimizer"))
+    with pytest.raises(ValueError, match="another optimizer"):
+        LeaderTrainer(fake, fake).configure({}, 2)
+    assert fake.agreed == ["configure refused: another optimizer"]
+
+
+def test_what_the_leader_does_alone_fails_alone() -> None:
+    fake: Any = Fake("generate", RuntimeError("no memory for this"))
+    with pytest.raises(RuntimeError, match="no memory for this"):
+        list(LeaderTrainer(fake, fake).generate(Prompts.nothing(1, 2), GenerateOptions((0,))))
+    fake = Fake("read", ValueError("a file is missing"))
+    with pytest.raises(ValueError, match="a file is missing"):
+        LeaderTrainer(fake, fake).load(Path("x"))
+    assert fake.agreed == [], "the others were not asked"
