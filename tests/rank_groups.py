@@ -49,7 +49,7 @@ class RankServer:
     def __init__(self, folder: Path, ranks: int | None, *settings: str, fault: str = "",
                  prefix: Sequence[str] = (), flags: Sequence[str] = ()) -> None:  # fmt: skip
         """Without `ranks`: a single process. `fault` is RANK:NAME:COUNT:KIND, see `ranks/site`."""
-        self.run_dir, self.log = folder / "run", folder / "log"
+        self.folder, self.run_dir, self.log = folder, folder / "run", folder / "log"
         socket = folder / "s"
         self.target = f"unix:{socket}"
         words = [

@@ -126,7 +126,7 @@ def serve_rank(
 ) -> NoReturn:
     """Be one rank of the group that a launcher started: the leader serves, the others follow it."""
     from maskwire_server.ranks import follower, launcher, membership
-    from maskwire_server.ranks.leader import LeaderTrainer, fatal
+    from maskwire_server.ranks.leader import GRACE_SECONDS, LeaderTrainer, fatal
     from maskwire_server.ranks.orders import Order
     from maskwire_server.training.trainer import TorchTrainer
 
@@ -170,6 +170,7 @@ def serve_rank(
             time.sleep(config.distributed.rank_timeout_seconds)
             say(error)
         except Exception:
+            time.sleep(GRACE_SECONDS)
             log.exception("rank %d failed", member.place.rank)
         _leave(EXIT_FAILURE)
     if launcher.is_stopping():  # it ended while it stopped

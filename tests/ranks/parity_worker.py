@@ -240,7 +240,7 @@ def main() -> None:
     samples = Samples()
     found = {}
     for name, scenario in given["scenarios"].items():
-        found[name] = compare(scenario, given["steps"], samples)
+        found[name] = compare(scenario, scenario.get("steps", given["steps"]), samples)
         if int(rank) == 0:
             Path(out).write_text(json.dumps(found))
             worst = max(found[name]["worst"].values(), default=0.0)

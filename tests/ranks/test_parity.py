@@ -38,6 +38,10 @@ SAMPLE = {
     ("critic alone", 1),
 }
 """What `make test` runs of it."""
+FACTORY: dict[str, Any] = {
+    "source": "python", "num_tokens": 257, "mask_id": 256, "max_seq_len": 20,
+    "python": {"factory": "in_place:build"},
+}  # fmt: skip
 LAYOUTS = {2: (1, 2), 3: (1, 3), 4: (1, 2, 4)}
 """The copies of the model, by the number of ranks; the ranks of each share one."""
 
@@ -64,8 +68,44 @@ def check(found: dict[str, Any]) -> None:
     assert all("generator.null_embed" in result["worst"] for result in with_null)
 
 
-def test_two_ranks_compute_what_one_process_computes(tmp_path: Path) -> None:
-    check(compare(tmp_path, 2, STEPS, scenarios(2)))
+CRITIC_ALONE = {"replicate": 1, **OBJECTIVES["critic alone"]}
+NULL = {"replicate": 1, **OBJECTIVES["null embedding"]}
+TOKEN = {"replicate": 1, "objective": {"self_cond": True, "critic": "token"}}
+OTHERS: dict[str, Any] = {
+    "one row": {**TOKEN, "rows": 1},
+    "prompts alone": {**TOKEN, "rows": 1, "prompts": 1.0},
+    "x-transformers": {**TOKEN, "model": MODERN},
+    "of a factory": {"replicate": 1, "model": FACTORY},
+}
+MISTAKES: dict[str, Any] = {
+    "null embedding as an input": NULL,
+    "no reshard": CRITIC_ALONE,
+    "divided by the ranks": {"replicate": 1},
+    "rows from 0": {"replicate": 1},
+}
+AGREEMENT = {"replicate": 1, "disagree": True}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one group of two ranks found; starting a group takes longer than all that it does."""
+    pytest.importorskip("x_transformers", reason="needs the extra x-transformers")
+    in_place = {**FACTORY, "python": {**FACTORY["python"], "options": {"in_place": True}}}
+    again = {"replicate": 1, **OBJECTIVES["self critic"], "steps": 2}
+    return compare(
+        tmp_path_factory.mktemp("ranks"), 2, STEPS,
+        {
+            **scenarios(2), **OTHERS, "first": again, "second": again,
+            **{f"{bug}!": {**mistake, "bug": bug, "steps": 2} for bug, mistake in MISTAKES.items()},
+            "agreement": AGREEMENT, "no agreement": {**AGREEMENT, "bug": "no agreement"},
+            "in place": {"replicate": 1, "refused": True, "model": in_place},
+        },
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*scenarios(2), *OTHERS])
+def test_two_ranks_compute_what_one_process_computes(name: str, found: dict[str, Any]) -> None:
+    check({name: found[name]})
 
 
 @pytest.mark.skipif(STEPS < 50, reason="a part of `make robustness`")
@@ -74,61 +114,24 @@ def test_more_ranks_compute_what_one_process_computes(size: int, tmp_path: Path)
     check(compare(tmp_path, size, STEPS, scenarios(size)))
 
 
-def test_rows_fewer_than_ranks_and_other_sources(tmp_path: Path) -> None:
-    pytest.importorskip("x_transformers", reason="needs the extra x-transformers")
-    objective = {"self_cond": True, "critic": "token"}
-    found = compare(
-        tmp_path, 3, 1,
-        {
-            "one row": {"replicate": 3, "objective": objective, "rows": 1},
-            "prompts alone": {"replicate": 1, "objective": objective, "rows": 1, "prompts": 1.0},
-            "x-transformers": {"replicate": 1, "objective": objective, "model": MODERN},
-        },
-    )  # fmt: skip
-    check(found)
-
-
-def test_a_model_that_cannot_be_divided_is_refused(tmp_path: Path) -> None:
-    python = {"source": "python", "num_tokens": 257, "mask_id": 256, "max_seq_len": 20}
-    factory = {"factory": "in_place:build"}
-    found = compare(
-        tmp_path, 2, 1,
-        {
-            "out of place": {"replicate": 1, "model": {**python, "python": factory}},
-            "in place": {
-                "replicate": 1, "refused": True,
-                "model": {**python, "python": {**factory, "options": {"in_place": True}}},
-            },
-        },
-    )  # fmt: skip
-    refusal = found.pop("in place")["error"]
-    assert "a model that ranks divide must not change the outputs of its layers in place" in refusal
-    check(found)
-
-
-def test_the_same_layout_gives_the_same_bits_again_and_mistakes_are_found(tmp_path: Path) -> None:
-    again = {"replicate": 1, **OBJECTIVES["self critic"]}
-    critic_alone = {"replicate": 1, **OBJECTIVES["critic alone"]}
-    null = {"replicate": 1, **OBJECTIVES["null embedding"]}
-    found = compare(
-        tmp_path, 2, 2,
-        {
-            "first": again,
-            "second": again,
-            "disagreement": {"replicate": 1, "disagree": True},
-            "null embedding as an input": {**null, "bug": "null embedding as an input"},
-            "no reshard": {**critic_alone, "bug": "no reshard"},
-            "divided by the ranks": {"replicate": 1, "bug": "divided by the ranks"},
-            "rows from 0": {"replicate": 1, "bug": "rows from 0"},
-            "no agreement": {"replicate": 1, "disagree": True, "bug": "no agreement"},
-        },
-    )  # fmt: skip
+def test_the_same_layout_gives_the_same_bits_again(found: dict[str, Any]) -> None:
     assert found["first"]["hash"] == found["second"]["hash"] != ""
-    assert "something else" in found["disagreement"]["error"]
-    assert not found["no agreement"]["error"], "the difference is not noticed without the agreement"
-    for bug in ("null embedding as an input", "no reshard", "divided by the ranks", "rows from 0"):
-        with pytest.raises(AssertionError):
-            check({bug: found[bug]})
+
+
+@pytest.mark.parametrize("bug", MISTAKES)
+def test_a_mistake_is_found(bug: str, found: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError):
+        check({bug: found[f"{bug}!"]})
+
+
+def test_ranks_that_differ_notice_it_by_their_agreement_alone(found: dict[str, Any]) -> None:
+    assert "something else" in found["agreement"]["error"]
+    assert not found["no agreement"]["error"]
+
+
+def test_a_model_that_cannot_be_divided_is_refused(found: dict[str, Any]) -> None:
+    refusal = found["in place"]["error"]
+    assert "a model that ranks divide must not change the outputs of its layers in place" in refusal
 
 
 @pytest.mark.skipif(STEPS < 50, reason="a part of `make robustness`: it waits for a collective's end")
