@@ -119,6 +119,14 @@ def test_unusual_requests_hold_nothing_up(start: Start) -> None:
     assert server.stop() == 0
 
 
+def test_a_server_that_is_stopped_while_it_starts_ends_with_0(start: Start) -> None:
+    server = start(2)
+    while not server.ranks():
+        assert server.process.poll() is None
+    assert server.stop() == 0
+    assert "listening on" not in server.log.read_text()
+
+
 def test_ranks_that_do_not_form_the_layout_are_refused_once(start: Start) -> None:
     server = start(2, "distributed.replicate=3")
     assert server.process.wait(120) == 2

@@ -80,12 +80,14 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
         )
         _forward_signals(Path(folder), launcher)
         code = launcher.wait()
-        if code and not (Path(folder) / _STOPPING).exists():
-            log.error("the launcher ended with %d; start the server again to resume", code)
-            code = _FAILURE  # it may have ended the leader, whose own code would say that all is well
+        noted: int | None = None
         with contextlib.suppress(OSError, ValueError):
             noted = int((Path(folder) / _EXIT_CODE).read_text())
-            return noted or max(code, 0)
+        if code and not (Path(folder) / _STOPPING).exists():
+            log.error("the launcher ended with %d; start the server again to resume", code)
+            return noted or _FAILURE  # it may have ended the leader, which then exits as if it was asked to
+        if noted is not None:
+            return noted
         return code if code >= 0 else _FAILURE  # 0: the leader, on another host, ended for good
 
 
