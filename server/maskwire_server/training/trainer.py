@@ -163,7 +163,7 @@ class TorchTrainer:
         Returns the SHA-256 of the initial state, or "" for the built-in encoder, whose weights the seed
         makes. Raises ConfigError.
         """
-        if not self._initial_sha256 and not self._ranks.is_sharded:
+        if self._model.source != "encoder" and not self._initial_sha256:
             self._initial_sha256 = self._load_initial_weights(self._ranks)
             for group in self._groups().values():
                 group.begin_average()
@@ -188,8 +188,7 @@ class TorchTrainer:
 
     def warm_up(self) -> None:
         """Compute a small step and discard it, so that the first real step is not slow."""
-        at = StepKey(self._seed, 0, 0)
-        self._gradients(model_checks.small_batch(self._model), Modes(), at, self._ranks)
+        self._gradients(model_checks.small_batch(self._model), Modes(), StepKey(self._seed, 0, 0))
         self._clear_gradients()
 
     def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
@@ -315,10 +314,7 @@ class TorchTrainer:
         return {"generator": self.generator} | ({} if self.critic is None else {"critic": self.critic})
 
     def gather(self, *, averaged: bool) -> None:
-        """Copy the weights of all ranks to the leader, for its evaluations and generations.
-
-        Every rank must call this. A single process has its weights whole.
-        """
+        """Copy the weights of all ranks to the leader for evaluation. Every rank must call this."""
         self._gathered.gather(self._live(averaged=averaged))
 
     def reads_average(self, *, raw: bool) -> bool:
