@@ -35,7 +35,7 @@ class LeaderAddress:
     host: str
     port: int
     token: str
-    """What a follower must send first: nobody else knows it."""
+    """A secret that a follower sends first, to show that it belongs to the group."""
     pid: int
 
 

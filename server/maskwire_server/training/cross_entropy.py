@@ -48,9 +48,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def forbid_special(logits_mv: Tensor, vocabulary: Vocabulary) -> Tensor:
     """Logits in at least fp32, with probability 0 for the mask and the pad id. May change its argument."""
-    logits_mv = logits_mv.to(wide(logits_mv.dtype))
-    index = torch.tensor(vocabulary.special, device=logits_mv.device)
-    return logits_mv.index_fill_(-1, index, float("-inf"))
+    return _forbid(logits_mv, torch.tensor(vocabulary.special, device=logits_mv.device))
+
+
+def _forbid(logits_mv: Tensor, index: Tensor) -> Tensor:
+    return logits_mv.to(wide(logits_mv.dtype)).index_fill_(-1, index, float("-inf"))
 
 
 def weighted_sum(
@@ -122,7 +124,7 @@ class _WeightedSum(torch.autograd.Function):
                     torch.mm(x.to(dtype), w.t(), out=product)
                 else:
                     torch.addmm(b, x.to(dtype), w.t(), out=product)
-                logits = product.to(wide(dtype)).index_fill_(-1, forbidden, float("-inf"))
+                logits = _forbid(product, forbidden)
                 if look is not None:
                     look(rows, logits[:, :v])
                 torch.log_softmax(logits, -1, out=log_p)

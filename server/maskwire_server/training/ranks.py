@@ -21,8 +21,6 @@ class Ranks:
     """The processes that train together: here this one alone, without any communication."""
 
     rank = 0
-    size = 1
-    replicate = 1
     is_leader = True
     """Whether this rank answers: it holds the whole state of a snapshot and of an evaluation."""
     cores: int | None = None
@@ -30,14 +28,14 @@ class Ranks:
     is_sharded = False
     """Whether the weights are divided, and must be gathered to be read."""
 
+    def __init__(self, device: torch.device | None = None) -> None:
+        """`device` is that of this rank; None: `serve.device`."""
+        self.device = device
+
     @property
     def versions(self) -> dict[str, str]:
         """What results depend on: the layout of the ranks. Without a group there is none."""
         return {"world_size": "1"}
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        """`device` is that of this rank; None: `serve.device`."""
-        self.device = device
 
     def divide(
         self, networks: Mapping[str, nn.Module | None], *, with_averages: bool

@@ -129,12 +129,6 @@ def live_tensors(groups: Mapping[str, Group]) -> Files:
     return files
 
 
-def model_tensors(groups: Mapping[str, Group]) -> dict[str, Tensor]:
-    """Weights and buffers, trained and frozen, by name: those in use."""
-    files = live_tensors(groups)
-    return files[MODEL_FILE] | files.get(FROZEN_FILE, {})
-
-
 @dataclass(frozen=True)
 class SavedState:
     """The tensors of a checkpoint that fit the groups, whole and in host memory."""
