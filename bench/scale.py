@@ -178,7 +178,7 @@ def fitted(found: Measured) -> Costs:
 
 
 def _least_squares(found: Measured, ranks: int, known: Costs, wanted: tuple[str, ...]) -> list[float]:
-    """The costs that, with those that are known, come closest to the steps of so many ranks, in ratio."""
+    """Fit the `wanted` costs to the steps measured on `ranks` ranks, by least squares of relative errors."""
     seconds = np.array([found.steps[ranks, rows] for rows in ROWS])
 
     def computed(costs: Costs) -> np.ndarray:

@@ -147,7 +147,7 @@ def work(rank: int, size: int, store: str) -> None:
     def best(call: Callable[[], object], count: int, *, together: int = 1) -> dict[str, float]:
         """The least wall-clock seconds of a call, and the least CPU seconds of all ranks.
 
-        The clock of the CPU is read around so many calls `together`.
+        The CPU clock is too coarse for one call: it is read before and after `together` calls.
         """
         walls, cpus = [], []
         for _ in range(count // together):
