@@ -14,11 +14,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 import maskwire
+from demo import report
 from demo.generating import Writing
 from demo.library import python_sources
 from demo.server import ServerProcess
@@ -27,6 +29,7 @@ from maskwire.results import EvalResult, StepResult
 
 FOLDER = Path("demo-run")
 MARK = "made-by-maskwire-demo"
+CURVE, REPORT = FOLDER / "learning-curve.png", FOLDER / "report.html"
 LENGTH, ROWS, HELD_OUT, EVAL_ROWS = 128, 32, 0.05, 128
 EVALUATIONS = 4
 PROBE_STEPS, FEWEST_STEPS = 20, 450
@@ -70,15 +73,17 @@ def main() -> int:
     config = FOLDER / "maskwire.toml"
     config.write_text(CONFIG)
     server = ServerProcess(FOLDER, config)
+    writing = Writing(training, held_out, LENGTH)
     try:
-        summary = run(server, training, held_out, seconds, unigram)
+        summary = run(server, training, held_out, writing, seconds, unigram)
     except KeyboardInterrupt:
-        say("\nInterrupted. Nothing is left running; `make demo` begins again.")
+        say("\nInterrupted. Nothing is left running; `make demo` starts again.")
         return 130
     finally:
         server.stop()
     summary["seconds"] = round(time.monotonic() - began, 1)
     (FOLDER / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    report.write(summary, writing, CURVE, REPORT)
     close(summary)
     return 0
 
@@ -99,15 +104,19 @@ def sources() -> tuple[ByteData, ByteData]:
 
 
 def run(
-    server: ServerProcess, training: ByteData, held_out: ByteData, seconds: float, unigram: float
-) -> dict[str, object]:
+    server: ServerProcess,
+    training: ByteData,
+    held_out: ByteData,
+    writing: Writing,
+    seconds: float,
+    unigram: float,
+) -> dict[str, Any]:
     """Train for about `seconds`, with a kill in the middle; the figures of it."""
     say(f"Server up after {server.start():.1f} s on {server.address}, loopback only.")
     rows = held_out.spread(EVAL_ROWS)
     text_bytes = sum(len(row) for row in rows)
     metrics = FOLDER / "metrics.jsonl"
     killer = Killer(server)
-    writing = Writing(training, held_out, LENGTH)
 
     def evaluate(trainer: maskwire.Trainer) -> EvalResult:
         return trainer.eval_loss(rows, text_bytes=text_bytes)
@@ -142,7 +151,7 @@ def run(
 
     show_writing(writing)
     points = [start, *result.evaluations, end]
-    learning_curve(metrics, points, FOLDER / "learning-curve.png", unigram=unigram, killed_at=killer.at_step)
+    learning_curve(metrics, points, CURVE, unigram=unigram, killed_at=killer.at_step)
     assert start.bits_per_byte is not None
     assert end.bits_per_byte is not None
     return {
@@ -157,6 +166,7 @@ def run(
         "samples_fewer_bits": round(writing.fewer, 4),
         "steps": total,
         "tokens_per_second": round(PROBE_STEPS * ROWS * LENGTH / probe.seconds),
+        "seconds_training": round(probe.seconds + result.seconds + finish.seconds, 1),
         "parameters": model.parameters,
         "killed_at_step": killer.at_step,
         "restart_seconds": round(killer.restart_seconds, 2),
@@ -209,7 +219,7 @@ class Killer:
         )
 
 
-def close(summary: dict[str, object]) -> None:
+def close(summary: dict[str, Any]) -> None:
     """What came out, and what to try next."""
     say(
         f"\n[bold]Held out: {summary['bits_per_byte_start']:.2f} → {summary['bits_per_byte_end']:.2f} bits "
@@ -218,7 +228,8 @@ def close(summary: dict[str, object]) -> None:
         f"({summary['unigram_bits_per_byte']:.2f}).\n"
         f"{summary['steps']} steps at {summary['tokens_per_second']:,} tokens/s; every acknowledged step "
         "survived the kill.\n\n"
-        f"  {FOLDER}/learning-curve.png   the picture\n"
+        f"  {REPORT}          open it in a browser: the curve, the kill, a sample as it is unmasked\n"
+        f"  {CURVE}   the picture\n"
         f"  {FOLDER}/summary.json         these figures\n"
         f"  {FOLDER}/metrics.jsonl        a line a step\n\n"
         "Next, with your own text (in two terminals, after `source .venv/bin/activate`):\n"

@@ -10,6 +10,7 @@ from maskwire.data.file_data import ByteData
 
 SAMPLES, SHOWN = 16, 3
 GAP = 24  # bytes
+MASK_ID, MASKED = 256, "░"
 
 
 @dataclass
@@ -25,6 +26,8 @@ class Writing:
     before: float = 0.0
     after: float = 0.0
     texts: list[str] = field(default_factory=list)
+    frames: list[str] = field(default_factory=list)
+    """One sample before the first unmasking pass and after each; MASKED where a byte is still masked."""
     filled: tuple[str, str, str, str] = ("", "", "", "")
     """Before the gap, what was there, what was filled in, after the gap."""
 
@@ -41,10 +44,15 @@ class Writing:
         samples = self._samples(client)
         self.after = self.model.bits_per_byte(samples)
         self.texts = [_text(sample) for sample in samples[:SHOWN]]
+        self.frames = [MASKED * self.length]
+        for state in client.generate_steps(count=1, length=self.length):
+            self.frames.append(
+                "".join(MASKED if byte == MASK_ID else _text(bytes([byte])) for byte in state.tokens[0])
+            )
         row = bytes(self.held_out.spread(SAMPLES)[SAMPLES // 2])
         start = (len(row) - GAP) // 2
         end = start + GAP
-        ids = [*row[:start], *[256] * GAP, *row[end:]]
+        ids = [*row[:start], *[MASK_ID] * GAP, *row[end:]]
         found = bytes(map(int, client.generate([ids], temperature=0.7).tokens[0]))
         if found[:start] != row[:start] or found[end:] != row[end:]:
             raise AssertionError("the infilling changed what was given")

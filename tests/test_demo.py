@@ -1,12 +1,20 @@
-"""The demo's yardstick: a 4-gram model of bytes."""
+"""The demo's 4-gram model of bytes, and its report."""
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
+from demo import report
 from demo.fourgram import FourGram
+from demo.generating import Writing
+from maskwire.data.file_data import ByteData
 
 
 def test_probabilities_are_those_computed_by_hand() -> None:
@@ -28,3 +36,50 @@ def test_text_that_resembles_the_text_needs_fewer_bits() -> None:
     model = FourGram([b"the cat sat on the mat. " * 50])
     assert model.bits_per_byte([b"the mat sat on"]) < 2
     assert model.bits_per_byte([bytes(range(100, 200))]) > 8
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    """A report of made-up figures, with text that would end a script or open a tag."""
+    source = tmp_path / "texts"
+    source.mkdir()
+    for number in range(20):
+        (source / f"{number}.py").write_bytes(f"for i in range({number}): print(i)\n".encode() * 40)
+    training, held_out = ByteData(source, length=16, batch_size=2).split(0.3)
+    writing = Writing(training, held_out, 16)
+    writing.frames = ["░░░", "a░░", "a<░", "a<b"]
+    writing.texts = ["</script><script>alert(1)</script>", "x & y"]
+    writing.filled = ("if a <b> ", "was", "now", " & c")
+    figures = dict.fromkeys(report.FIGURES, 1) | {"seconds_training": 120.0, "steps": 1234}
+    curve = tmp_path / "curve.png"
+    curve.write_bytes(b"\x89PNG")
+    report.write(figures, writing, curve, tmp_path / "report.html")
+    return tmp_path / "report.html"
+
+
+def test_the_report_needs_no_other_file_and_shows_text_as_text(page: Path) -> None:
+    text = page.read_text()
+    assert "$" not in text.replace("${", "")
+    assert not re.findall(r"""(?:src|href)=["']?(?!data:)[^"' >]+""", text)
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert '<pre>if a &lt;b&gt; <span class="filled">now</span> &amp; c</pre>' in text
+    frames = re.search(r'<script type="application/json" id="frames">(.*?)</script>', text)
+    assert frames is not None
+    assert json.loads(frames[1]) == ["░░░", "a░░", "a<░", "a<b"]
+    assert "1,234 steps" in text
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+def test_a_browser_plays_the_unmasking_to_its_end(page: Path, tmp_path: Path) -> None:
+    found = subprocess.run(
+        [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update",
+         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=1000", "--dump-dom",
+         page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert '<span id="count" class="muted">pass 3 of 3</span>' in found.stdout
+    assert '<span class="">a</span><span class="">&lt;</span><span class="new">b</span></pre>' in found.stdout
