@@ -109,12 +109,13 @@ def in_flight_steps(trainer: Any, ids: Any, count: int) -> float:
     return count / (time.perf_counter() - began)
 
 
-def report(seconds: list[float], masked: float) -> None:
+def report(seconds: list[float], masked: float, *, tokens: int = 0) -> None:
     """Print what was measured. The median step is one that other guests of the machine did not stop."""
     found = {
         "steps_per_second": len(seconds) / sum(seconds),
         "median_steps_per_second": 1 / statistics.median(seconds),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "masked": masked,
+        "tokens": tokens,
     }
     print(json.dumps(found))

@@ -30,6 +30,7 @@ from maskwire_server.training.corruption import Vocabulary
 from maskwire_server.training.head import Head
 from maskwire_server.training.models.x_transformers import import_state_dict
 from maskwire_server.training.ranks import Ranks
+from maskwire_server.training.tensor_batch import TensorBatch
 from maskwire_server.training.trainer import TorchTrainer
 
 ROWS, COLUMNS, HELD_OUT, POINTS = 32, 128, 0.05, 10
@@ -152,9 +153,10 @@ def bits(networks: Any, ids: Tensor) -> float:
             networks,
             config.ObjectiveConfig(),
             Vocabulary(257, 256, None),
-            evaluation.TensorBatch(ids, every, ~every),
+            TensorBatch(ids, every, ~every),
             EvalOptions(tuple(range(len(ids))), EVAL_DRAWS, 0),
             budget=2**14,
+            smallest=2**11,
             device=torch.device("cpu"),
             has_critic=False,
             ema_weights=False,

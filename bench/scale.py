@@ -27,8 +27,9 @@ import torch
 from bench.harness import cores
 from bench.scale_ranks import BUDGET, BYTES, COLUMNS, ROWS, SIZES, Measured, measure
 from maskwire_server.config import ObjectiveConfig
-from maskwire_server.training.corruption import StepKey, Vocabulary, corrupt
-from maskwire_server.training.micro_batches import split
+from maskwire_server.training.corruption import Masking, StepKey, Vocabulary
+from maskwire_server.training.parts import split
+from maskwire_server.training.tensor_batch import TensorBatch
 
 FP32 = 4
 """Bytes of a number: weights, gradients and moments are exchanged and kept in fp32."""
@@ -148,7 +149,7 @@ def simulate(shape: Shape, layout: Layout, costs: Costs, lengths: list[int], bud
     """A step over rows of these lengths, part by part: all wait for the rank with most positions."""
     bounds = [rank * len(lengths) // layout.ranks for rank in range(layout.ranks + 1)]
     of_ranks = [
-        [(part.stop - part.start) * columns for part, columns in split(lengths[start:stop], budget)]
+        [len(part) * columns for part, columns in split(lengths[start:stop], budget)]
         for start, stop in itertools.pairwise(bounds)
     ]
     within, far = traffic_bytes(shape, layout)
@@ -213,8 +214,14 @@ def measure_front() -> Front:
     rows, columns = 256, 512
     payload = np.random.default_rng(0).bytes(2**24)
     ids = torch.randint(0, 256, (rows, columns))
-    grids = (ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool))
+    every = torch.ones_like(ids, dtype=torch.bool)
+    batch, everything = TensorBatch(ids, every, ~every), list(range(rows))
     how = (ObjectiveConfig(), Vocabulary(257, 256, None), StepKey(0, 1, 1))
+
+    def draw() -> object:
+        masking = Masking.of(batch, *how, [(everything, columns)])
+        return masking.corrupt(everything, *batch.take(everything, columns))
+
     with tempfile.TemporaryDirectory() as folder, sqlite3.connect(Path(folder) / "journal.sqlite") as base:
         base.isolation_level = None
         base.execute("PRAGMA journal_mode=WAL")
@@ -224,7 +231,7 @@ def measure_front() -> Front:
     return Front(
         least(lambda: hashlib.sha256(payload).digest()) / len(payload),
         commit / len(payload),
-        least(lambda: corrupt(*grids, *how)) / (rows * columns),
+        least(draw) / (rows * columns),
     )
 
 

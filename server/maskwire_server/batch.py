@@ -16,7 +16,8 @@ from maskwire.v1.digest import DigestVersion, payload_hash
 
 # version, bytes per id, rows, columns, lengths, prompt bytes, modes, temperature, learning rate
 _HEADER = struct.Struct("<BBqqqqBdd")
-_VERSION = 1
+_PLAIN, _WITH_SEGMENTS = 1, 2
+"""Versions of the encoding: the second has the segment ids, int32 each, behind the lengths."""
 _ID_TYPES: dict[int, np.dtype[np.integer]] = {
     1: np.dtype("<u1"),
     2: np.dtype("<u2"),
@@ -43,11 +44,35 @@ class Batch:
     """int32 [b], or None."""
     prompt_bits: bytes = b""
     """Bits over [b, n], row-major, least significant first; empty for none."""
+    segment_ids: npt.NDArray[np.int32] | None = None
+    """int32, one for each of `ids`: each run of equal numbers of a row is a sequence; None: each row is."""
 
     @property
     def tokens(self) -> int:
         """Positions that hold an id: padding given by lengths does not count."""
         return int(self.ids.size)
+
+    @property
+    def sequences(self) -> int:
+        """What the objective calls rows: the segments, or else the rows."""
+        return self.rows if self.segment_ids is None else int(self.segments()[0].size)
+
+    def segments(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Where each segment starts in the flattened [b, n] grid, and its number of ids: int64 [segments]."""
+        assert self.segment_ids is not None
+        ends = self.row_ends()
+        first = np.concatenate(([True], self.segment_ids[1:] != self.segment_ids[:-1]))
+        first[ends[:-1]] = True  # of a row
+        at = np.flatnonzero(first)
+        row = np.searchsorted(ends, at, side="right")
+        begins = np.concatenate(([0], ends[:-1]))
+        return row * self.columns + at - begins[row], np.diff(np.append(at, self.segment_ids.size))
+
+    def row_ends(self) -> npt.NDArray[np.int64]:
+        """Where each row ends in the ids as received, int64 [b]."""
+        if self.lengths is None:
+            return np.arange(1, self.rows + 1, dtype=np.int64) * self.columns
+        return self.lengths.cumsum(dtype=np.int64)
 
     def dense(
         self, pad_id: int | None
@@ -123,6 +148,7 @@ class Payload:
             columns=batch.columns,
             lengths=() if batch.lengths is None else batch.lengths,
             prompt=batch.prompt_bits,
+            segments=() if batch.segment_ids is None else batch.segment_ids,
             only_train_generator=modes.only_train_generator,
             only_train_critic=modes.only_train_critic,
             temperature=modes.generator_sample_temperature,
@@ -140,8 +166,9 @@ class Payload:
             | 4 * (modes.generator_sample_temperature is not None)
             | 8 * (modes.learning_rate is not None)
         )
+        segments = np.zeros(0, dtype="<i4") if batch.segment_ids is None else batch.segment_ids.astype("<i4")
         header = _HEADER.pack(
-            _VERSION,
+            _WITH_SEGMENTS if segments.size else _PLAIN,
             id_type.itemsize,
             batch.rows,
             batch.columns,
@@ -152,7 +179,7 @@ class Payload:
             modes.learning_rate or 0.0,
         )
         ids = np.ascontiguousarray(batch.ids, dtype=id_type)
-        return b"".join((header, lengths.data, batch.prompt_bits, ids.data))
+        return b"".join((header, lengths.data, segments.data, batch.prompt_bits, ids.data))
 
     @staticmethod
     def decode(data: bytes) -> Payload:
@@ -160,17 +187,21 @@ class Payload:
         version, width, rows, columns, count, prompt_bytes, flags, temperature, rate = _HEADER.unpack_from(
             data
         )
-        if version != _VERSION or width not in _ID_TYPES:
+        if version not in (_PLAIN, _WITH_SEGMENTS) or width not in _ID_TYPES:
             raise ValueError(
-                f"payload must have version {_VERSION} and 1, 2, 4 or 8 bytes per id, got version {version} "
-                f"and {width} bytes"
+                f"payload must have version {_PLAIN} or {_WITH_SEGMENTS} and 1, 2, 4 or 8 bytes per id, got "
+                f"version {version} and {width} bytes"
             )
         at = _HEADER.size
         lengths = np.frombuffer(data, dtype="<i4", count=count, offset=at) if count else None
         at += 4 * count
+        expected = rows * columns if lengths is None else int(lengths.sum())
+        segments = None
+        if version == _WITH_SEGMENTS:
+            segments = np.frombuffer(data, dtype="<i4", count=expected, offset=at)
+            at += 4 * expected
         prompt = data[at : at + prompt_bytes]
         ids = np.frombuffer(data, dtype=_ID_TYPES[width], offset=at + prompt_bytes)
-        expected = rows * columns if lengths is None else int(lengths.sum())
         if ids.size != expected:
             raise ValueError(f"payload must hold {expected} ids, got {ids.size}")
         if lengths is None:
@@ -181,4 +212,4 @@ class Payload:
             temperature if flags & 4 else None,
             rate if flags & 8 else None,
         )
-        return Payload(Batch(ids, rows, columns, lengths, prompt), modes)
+        return Payload(Batch(ids, rows, columns, lengths, prompt, segments), modes)

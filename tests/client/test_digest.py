@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,16 +34,16 @@ def test_the_vectors_written_in_the_proto() -> None:
     def of_a(version: DigestVersion) -> bytes:
         return payload_hash(a, version, rows=2, columns=2)
 
-    def of_b(version: DigestVersion) -> bytes:
+    def of_b(version: DigestVersion, segments: Sequence[int] = ()) -> bytes:
         return payload_hash(
-            b, version, rows=2, columns=3, lengths=[1, 3], prompt=b"\x08",
+            b, version, rows=2, columns=3, lengths=[1, 3], prompt=b"\x08", segments=segments,
             only_train_critic=True, temperature=0.5, learning_rate=0.001,
         )  # fmt: skip
 
     found = [
         of_a(DigestVersion(1)), of_b(DigestVersion(1)),
         of_a(DigestVersion(2, 256)), of_a(DigestVersion(2, 65_536)), of_a(DigestVersion(2, 65_537)),
-        of_b(DigestVersion(2, 257)),
+        of_b(DigestVersion(2, 257)), of_b(DigestVersion(2, 257), [0, 0, 0, 1]),
         step_digest(bytes(32), 1, 1, of_a(DigestVersion(1)), 1),
     ]  # fmt: skip
     assert [digest.hex() for digest in found] == vectors
@@ -60,13 +61,14 @@ def little_endian(kind: str, *values: float) -> bytes:
     data=st.data(),
     lengths=st.lists(st.integers(1, 9), max_size=4),
     prompt=st.binary(max_size=5),
+    segments=st.lists(st.integers(0, 2**31 - 1), max_size=4),
     flags=st.tuples(st.booleans(), st.booleans()),
     temperature=st.none() | st.floats(0, 10),
     rate=st.none() | st.floats(0, 1),
 )
 def test_the_layout_is_the_one_described(
     version: int, num_tokens: int, data: st.DataObject, lengths: list[int], prompt: bytes,
-    flags: tuple[bool, bool], temperature: float | None, rate: float | None,
+    segments: list[int], flags: tuple[bool, bool], temperature: float | None, rate: float | None,
 ) -> None:  # fmt: skip
     ids = data.draw(st.lists(st.integers(0, num_tokens - 1), max_size=20))
     modes = flags[0] + 2 * flags[1] + 4 * (temperature is not None) + 8 * (rate is not None)
@@ -80,15 +82,22 @@ def test_the_layout_is_the_one_described(
     expected += little_endian("int64", len(lengths)) + little_endian("int32", *lengths)
     expected += little_endian("int64", len(ids)) + little_endian(kind, *ids)
     expected += little_endian("int64", len(prompt)) + prompt
-    if version == 2:
-        expected += little_endian("int64", 0)
+    if version == 1:
+        segments = []
+    else:
+        expected += little_endian("int64", len(segments)) + little_endian("int32", *segments)
     expected += little_endian("uint8", modes) + little_endian("float64", temperature or 0, rate or 0)
     found = payload_hash(
         np.array(ids, dtype=np.int64), DigestVersion(version, num_tokens), rows=3, columns=7, lengths=lengths,
-        prompt=prompt, only_train_generator=flags[0], only_train_critic=flags[1], temperature=temperature,
-        learning_rate=rate,
+        prompt=prompt, segments=segments, only_train_generator=flags[0], only_train_critic=flags[1],
+        temperature=temperature, learning_rate=rate,
     )  # fmt: skip
     assert found == hashlib.sha256(expected).digest()
+
+
+def test_version_1_refuses_segments() -> None:
+    with pytest.raises(ValueError, match="the run must have version 2"):
+        payload_hash(np.array([[1, 2]]), DigestVersion(1), rows=1, columns=2, segments=[0, 1])
 
 
 @pytest.mark.parametrize("version", KINDS, ids=str)

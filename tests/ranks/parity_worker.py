@@ -8,6 +8,7 @@ from the state of the whole one. Everything is computed in fp64. The leader writ
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -66,19 +67,19 @@ def make(scenario: dict[str, Any], ranks: Ranks | None) -> TorchTrainer:
 
 
 class Samples:
-    """The ids that were sampled for the critic, in order."""
+    """The ids that were sampled for the critic, each with the random number that chose it."""
 
     def __init__(self) -> None:
-        self.ids: list[int] = []
+        self.ids: list[tuple[float, int]] = []
         self._sample = objective.sample
         objective.sample = self.sample  # type: ignore[assignment]
 
-    def sample(self, *given: Any) -> Tensor:
-        found = self._sample(*given)
-        self.ids += found.tolist()
+    def sample(self, logits_mv: Tensor, u_m: Tensor, *rest: Any) -> Tensor:
+        found = self._sample(logits_mv, u_m, *rest)
+        self.ids += zip(u_m.tolist(), found.tolist(), strict=True)
         return found
 
-    def take(self) -> list[int]:
+    def take(self) -> list[tuple[float, int]]:
         taken, self.ids = self.ids, []
         return taken
 
@@ -122,9 +123,8 @@ def _null_embedding_as_an_input(networks: Networks, e_bnd: Tensor | None) -> Ten
 
 
 def _rows_from_0(*given: Any) -> list[Any]:
-    parts = _parts(*given)
-    first = min((part[0].start for part in parts if part), default=0)
-    return [part and (slice(part[0].start - first, part[0].stop - first), part[1]) for part in parts]
+    numbers = itertools.count()
+    return [part and ([next(numbers) for _ in part[0]], part[1]) for part in _parts(*given)]
 
 
 class Comparison:
@@ -148,7 +148,7 @@ class Comparison:
         divided = self._gradients(self.divided, number, modes)
         found: list[Any] = [None] * self.ranks.size
         dist.all_gather_object(found, self._samples.take())
-        if [each for of_rank in found for each in of_rank] != ids:
+        if sorted(each for of_rank in found for each in of_rank) != sorted(ids):
             self.wrong.append(f"step {number}: other ids were sampled")
         if alone.keys() != divided.keys():
             self.wrong.append(f"step {number}: gradients of {alone.keys() ^ divided.keys()}")

@@ -14,15 +14,19 @@ from maskwire.protocol.token_batch import decode_batch, encode_batch, ids_of
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import DigestVersion, payload_hash
 
+_OF_BATCH = ("lengths", "prompt_mask", "segment_ids")
+
 
 def _names(kind: Any, *own: str) -> list[str]:
     """The options of a call: its message's fields, except those that the client sets itself."""
-    return ["lengths", "prompt_mask", *(name for name in kind.DESCRIPTOR.fields_by_name if name not in own)]
+    return [*_OF_BATCH, *(name for name in kind.DESCRIPTOR.fields_by_name if name not in own)]
 
 
 STEP_OPTIONS = _names(pb.TrainStepRequest, "session", "step", "request_id", "batch")
 EVAL_OPTIONS = _names(pb.EvalLossRequest, "batch")
-GENERATE_OPTIONS = _names(pb.GenerateRequest, "prompts", "stream_steps")
+GENERATE_OPTIONS = [
+    name for name in _names(pb.GenerateRequest, "prompts", "stream_steps") if name != "segment_ids"
+]
 
 
 _NUMBERS = {
@@ -57,17 +61,25 @@ def step_request(
     *,
     lengths: Any = None,
     prompt_mask: Any = None,
+    segment_ids: Any = None,
     **modes: Any,
 ) -> pb.TrainStepRequest:
     """One batch to train on; `modes` are fields of TrainStepRequest, `num_tokens` as in `encode_batch`."""
     arguments.check_options("train_step", modes, STEP_OPTIONS)
     request: pb.TrainStepRequest = _fill(pb.TrainStepRequest, request_id=request_id, **modes)
-    encode_batch(tokens, num_tokens, lengths=lengths, prompt_mask=prompt_mask, into=request.batch)
+    encode_batch(
+        tokens,
+        num_tokens,
+        lengths=lengths,
+        prompt_mask=prompt_mask,
+        segment_ids=segment_ids,
+        into=request.batch,
+    )
     return request
 
 
 def eval_request(
-    tokens: Any, *, lengths: Any = None, prompt_mask: Any = None, **options: Any
+    tokens: Any, *, lengths: Any = None, prompt_mask: Any = None, segment_ids: Any = None, **options: Any
 ) -> pb.EvalLossRequest:
     """One batch to evaluate; `options` are those of `maskwire.Client.eval_loss`."""
     arguments.check_options("eval_loss", options, EVAL_OPTIONS)
@@ -76,7 +88,7 @@ def eval_request(
         value = options.pop(name, None)
         if value is not None:
             chosen[name] = _number(name, value, enum)
-    batch = encode_batch(tokens, lengths=lengths, prompt_mask=prompt_mask)
+    batch = encode_batch(tokens, lengths=lengths, prompt_mask=prompt_mask, segment_ids=segment_ids)
     request: pb.EvalLossRequest = _fill(pb.EvalLossRequest, batch=batch, **chosen, **options)
     return request
 
@@ -148,6 +160,7 @@ def hash_of(request: pb.TrainStepRequest, version: DigestVersion) -> bytes:
         columns=batch.shape[1],
         lengths=list(batch.lengths),
         prompt=batch.prompt_mask,
+        segments=list(batch.segment_ids),
         only_train_generator=request.only_train_generator,
         only_train_critic=request.only_train_critic,
         temperature=_given(request, "generator_sample_temperature"),

@@ -60,6 +60,10 @@ class EvaluationPlan:
         """Number of rows."""
         if not self.rows:
             raise ValueError("there is nothing to evaluate: the data has no rows")
+        if options.get("segment_ids") is not None:
+            raise ValueError(
+                "segment_ids is not an option of evaluate: give each document as a row, or use eval_loss"
+            )
         self._by_row = {name: options.pop(name, None) for name in ("row_ids", "lengths", "prompt_mask")}
         for name, values in self._by_row.items():
             if values is not None and len(values) != self.rows:

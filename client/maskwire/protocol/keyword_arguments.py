@@ -13,6 +13,8 @@ class StepOptions(TypedDict, total=False):
     """Integers [rows]: tokens after a row's length are padding."""
     prompt_mask: Any
     """bool [rows, columns]: True at positions that are given and never masked."""
+    segment_ids: Any
+    """Integers [rows, columns]: the document of each token of a packed row, from 0 and not decreasing."""
     only_train_generator: bool
     """Compute and train the generator alone."""
     only_train_critic: bool
@@ -32,6 +34,8 @@ class EvalOptions(TypedDict, total=False):
     """Integers [rows]: tokens after a row's length are padding."""
     prompt_mask: Any
     """bool [rows, columns]: True at positions that are given and never masked."""
+    segment_ids: Any
+    """Integers [rows, columns]: the document of each token of a packed row, from 0 and not decreasing."""
     row_ids: Sequence[int]
     """Seeds of the rows' draws: the same id, seed and draws give the same result in any batch."""
     draws: int

@@ -42,6 +42,7 @@ def encode_batch(
     *,
     lengths: Any = None,
     prompt_mask: Any = None,
+    segment_ids: Any = None,
     into: pb.TokenBatch | None = None,
 ) -> pb.TokenBatch:
     """A TokenBatch from rows of token ids; `num_tokens` is the size of the vocabulary, 0 if it is not known.
@@ -49,8 +50,9 @@ def encode_batch(
     `tokens` is an integer array [rows, columns], or a list of rows that may differ in length. With
     `lengths` [rows], the positions after a row's length are padding and are not sent. `prompt_mask` is a bool
     array [rows, columns], True for positions that are given and never masked. For rows that differ in length
-    it may also be a list of rows. `into`: an empty TokenBatch to fill. Pass a request's own batch field to
-    avoid copying the ids.
+    it may also be a list of rows. `segment_ids`, in the shape of `tokens`, says which document of a packed
+    row each token belongs to: numbers from 0 that do not decrease within a row. `into`: an empty TokenBatch
+    to fill. Pass a request's own batch field to avoid copying the ids.
     """
     arguments.check_rows(tokens)
     if isinstance(tokens, Sequence) and len({np.shape(row) for row in tokens}) > 1:
@@ -62,6 +64,7 @@ def encode_batch(
         rows = [to_array(row) for row in tokens]
         sizes = np.array([row.size for row in rows], dtype=np.int32)
         ids, shape = np.concatenate(rows), (len(rows), int(sizes.max()))
+        sent = np.ones(ids.shape, dtype=bool)
     else:
         ids = _host(tokens)
         if not ids.size:  # an empty list has no integer type
@@ -72,17 +75,36 @@ def encode_batch(
         if ids.ndim != 2:
             raise ValueError(f"tokens must be [rows, columns], got {ids.ndim} dimensions")
         shape, sizes = (ids.shape[0], ids.shape[1]), np.zeros(0, dtype=np.int32)
+        sent = np.ones(shape, dtype=bool)
         if lengths is not None:
             sizes = _lengths(lengths, shape)
-            ids = ids[np.arange(shape[1]) < sizes[:, None]]
+            sent = np.arange(shape[1]) < sizes[:, None]
+            ids = ids[sent]
             shape = (shape[0], int(sizes.max(initial=0)))
     data = _narrow(ids, num_tokens)
     prompt = _pack(prompt_mask, shape, sizes)
+    segments = _segments(segment_ids, sent)
     batch = pb.TokenBatch() if into is None else into
     batch.data, batch.dtype, batch.prompt_mask = data.tobytes(), _DTYPES[data.dtype], prompt
     batch.shape.extend(shape)
     batch.lengths.extend(sizes.tolist())
+    batch.segment_ids.extend(segments.tolist())
     return batch
+
+
+def _segments(segment_ids: Any, sent: npt.NDArray[np.bool_]) -> npt.NDArray[np.integer[Any]]:
+    """The segment ids of the tokens that are sent, flat. `sent` has the shape of the tokens."""
+    if segment_ids is None:
+        return np.zeros(0, dtype=np.int32)
+    if sent.ndim == 1:  # rows that differ in length
+        numbers = np.concatenate([to_array(row, "segment_ids") for row in segment_ids])
+    else:
+        numbers = to_array(segment_ids, "segment_ids")
+    if numbers.shape != sent.shape:
+        raise ValueError(
+            f"segment_ids must have one number per token, {list(sent.shape)}, got {list(numbers.shape)}"
+        )
+    return numbers[sent]
 
 
 def _lengths(lengths: Any, shape: tuple[int, int]) -> npt.NDArray[np.int32]:

@@ -56,6 +56,7 @@ def payload_hash(
     columns: int,
     lengths: Sequence[int] | npt.NDArray[np.integer] = (),
     prompt: bytes = b"",
+    segments: Sequence[int] | npt.NDArray[np.integer] = (),
     only_train_generator: bool = False,
     only_train_critic: bool = False,
     temperature: float | None = None,
@@ -64,8 +65,9 @@ def payload_hash(
     """The hash of what a step trains on and how, 32 bytes.
 
     `ids` are the ids as sent, in order, in an array of any shape and integer type; ids that already have the
-    type of the hash are not copied. `prompt` holds the packed bits. A temperature or
-    learning rate of -0.0 is hashed as 0.0. Raises ValueError for an id that the type cannot hold.
+    type of the hash are not copied. `prompt` holds the packed bits, `segments` the segment ids as sent. A
+    temperature or learning rate of -0.0 is hashed as 0.0. Raises ValueError for an id that the type cannot
+    hold, and for segments in version 1, which does not cover them.
     """
     modes = (
         _ONLY_GENERATOR * only_train_generator
@@ -75,10 +77,12 @@ def payload_hash(
     )
     id_type = version.id_type
     if version.number == 1:
-        prefix, segments = b"maskwire.v1.payload\0", b""
+        if len(segments):
+            raise ValueError("digest version 1 does not cover segment ids: the run must have version 2")
+        prefix, of_segments = b"maskwire.v1.payload\0", b""
     else:
         prefix = b"maskwire.v2.payload\0" + struct.pack("<B", id_type.itemsize)
-        segments = struct.pack("<q", 0)
+        of_segments = struct.pack("<q", len(segments)) + np.asarray(segments, dtype="<i4").tobytes()
     sha = hashlib.sha256(
         b"".join(
             (
@@ -95,7 +99,7 @@ def payload_hash(
             (
                 struct.pack("<q", len(prompt)),
                 prompt,
-                segments,
+                of_segments,
                 struct.pack("<Bdd", modes, temperature or 0.0, learning_rate or 0.0),
             )
         )

@@ -279,18 +279,20 @@ class CloseSessionResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class TokenBatch(_message.Message):
-    __slots__ = ("data", "shape", "dtype", "lengths", "prompt_mask")
+    __slots__ = ("data", "shape", "dtype", "lengths", "prompt_mask", "segment_ids")
     DATA_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_MASK_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_IDS_FIELD_NUMBER: _ClassVar[int]
     data: bytes
     shape: _containers.RepeatedScalarFieldContainer[int]
     dtype: DataType
     lengths: _containers.RepeatedScalarFieldContainer[int]
     prompt_mask: bytes
-    def __init__(self, data: _Optional[bytes] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[DataType, str]] = ..., lengths: _Optional[_Iterable[int]] = ..., prompt_mask: _Optional[bytes] = ...) -> None: ...
+    segment_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, data: _Optional[bytes] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[DataType, str]] = ..., lengths: _Optional[_Iterable[int]] = ..., prompt_mask: _Optional[bytes] = ..., segment_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Losses(_message.Message):
     __slots__ = ("loss", "generator_loss", "critic_loss")

@@ -89,6 +89,7 @@ def inspect(
         shown["batch"] = {
             "rows": payload.batch.rows,
             "columns": payload.batch.columns,
+            "segments": None if payload.batch.segment_ids is None else payload.batch.sequences,
             "tokens": int(valid.sum()),
             "prompt_tokens": int(prompt.sum()),
         }

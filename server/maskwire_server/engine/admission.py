@@ -70,6 +70,7 @@ class StepAdmission:
         run, queue, request = self._run, self._run.queue, step.request
         admission_rules.check_writer(request.session, run.situation())
         step.use_version(run.step_version(bare=request.session is None))  # `admit` read it without the mutex
+        admission_rules.check_segments(request, step.digest_version.number)
         queue.forget_abandoned_early()
         trained = None if request.request_id is None else run.trained_ids.get(request.request_id)
         if trained is not None and request.step not in (None, trained):

@@ -174,6 +174,17 @@ def check_digest_version(offered: Sequence[int], at: Situation) -> None:
         raise refusal
 
 
+def check_segments(request: StepRequest, version: int) -> None:
+    """Raise DIGEST_VERSION for segment ids in a run whose digest does not cover them."""
+    if request.payload.batch.segment_ids is not None and version < 2:
+        raise Refused(
+            "DIGEST_VERSION",
+            f"batch.segment_ids needs digest version 2, and the run has version {version}: send each segment "
+            "as a row of its own, with lengths, or start a new run",
+            digest_version=version,
+        )
+
+
 def other_digest_version(offered: Sequence[int], version: int) -> Refused:
     """The refusal of a client that does not support the run's digest version."""
     wanted = str(version) if version else " or ".join(map(str, VERSIONS))

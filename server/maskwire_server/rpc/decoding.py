@@ -7,6 +7,7 @@ and what would be right.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from maskwire.v1 import training_service_pb2 as pb
@@ -81,10 +82,11 @@ def read_eval(request: pb.EvalLossRequest, info: ModelInfo, limits: Limits) -> E
     if not request.HasField("batch"):
         raise invalid_field("batch", "batch is missing: send a TokenBatch")
     batch = read_batch(request.batch, info, limits)
-    if request.row_ids and len(request.row_ids) != batch.rows:
+    if request.row_ids and len(request.row_ids) != batch.sequences:
+        each = "row" if batch.segment_ids is None else "segment"
         raise invalid_field(
             "row_ids",
-            f"row_ids must have one id per row, {batch.rows}, or none, got {len(request.row_ids)}",
+            f"row_ids must have one id per {each}, {batch.sequences}, or none, got {len(request.row_ids)}",
         )
     text_bytes = request.text_bytes if request.HasField("text_bytes") else None
     if text_bytes is not None and text_bytes < 1:
@@ -94,7 +96,7 @@ def read_eval(request: pb.EvalLossRequest, info: ModelInfo, limits: Limits) -> E
     draws = request.draws or (1 if chain_rule else default_draws)
     _check_work(request, batch, draws, info, limits, chain_rule=chain_rule)
     options = EvalOptions(
-        row_ids=tuple(request.row_ids) or tuple(range(batch.rows)),
+        row_ids=tuple(request.row_ids) or tuple(range(batch.sequences)),
         draws=draws,
         seed=request.seed,
         only_train_generator=request.only_train_generator,
@@ -142,13 +144,19 @@ def _check_work(
     *,
     chain_rule: bool,
 ) -> None:
-    tokens = work_limits.evaluation_tokens(
-        batch.rows,
-        batch.columns,
-        draws,
-        info,
-        chain_rule=chain_rule,
-        only_train_generator=request.only_train_generator,
+    shapes = [(batch.rows, batch.columns)]
+    if batch.segment_ids is not None:
+        shapes = [(count, size) for size, count in Counter(batch.segments()[1].tolist()).items()]
+    tokens = sum(
+        work_limits.evaluation_tokens(
+            rows,
+            columns,
+            draws,
+            info,
+            chain_rule=chain_rule,
+            only_train_generator=request.only_train_generator,
+        )
+        for rows, columns in shapes
     )
     words = f"{batch.rows} x {batch.columns} tokens with {draws} draws"
     work_limits.check(

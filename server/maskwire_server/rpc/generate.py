@@ -134,6 +134,10 @@ def _read_prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) 
     """Rows in which some positions are given, and the others are sampled."""
     batch = request.prompts
     flat, rows, columns, lengths = token_batch.read_ids("prompts", batch, info, limits)
+    if batch.segment_ids:
+        raise invalid_field(
+            "prompts.segment_ids", "prompts.segment_ids must be empty: send each document as a row of its own"
+        )
     if not 0 <= request.count <= rows:
         raise invalid_field(
             "count",
@@ -145,7 +149,8 @@ def _read_prompts(request: pb.GenerateRequest, info: ModelInfo, limits: Limits) 
     # The ids at unknown positions are not used, so any value is valid there: check an ordinary id instead.
     datum = next(id_ for id_ in range(3) if id_ not in (info.mask_id, info.pad_id))
     sent = known.ravel() if lengths is None else known[valid]
-    token_batch.check_ids("prompts", np.where(sent, flat, datum), columns, lengths, info)
+    ordinary, padded = np.where(sent, flat, datum), lengths is None
+    token_batch.check_ids("prompts", ordinary, columns, lengths, info, padded=padded)
     prompts = _first_rows(Prompts(np.where(known, ids, 0), valid, known, lengths), request.count or rows)
     if request.length:
         prompts = _pad_columns(prompts, request.length, info, limits)

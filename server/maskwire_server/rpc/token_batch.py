@@ -28,10 +28,14 @@ _DTYPE_NAMES = ", ".join(pb.DataType.Name(number) for number in _DTYPES)
 def read_batch(batch: pb.TokenBatch, info: ModelInfo, limits: Limits) -> Batch:
     """A TokenBatch, checked. The ids are a view of the bytes received."""
     ids, rows, columns, lengths = read_ids("batch", batch, info, limits)
-    check_ids("batch", ids, columns, lengths, info)
+    segment_ids = _segment_ids("batch", batch.segment_ids, ids.size)
+    check_ids("batch", ids, columns, lengths, info, padded=lengths is None and segment_ids is None)
     if lengths is None:
         ids = ids.reshape(rows, columns)
-    read = Batch(ids, rows, columns, lengths, read_prompt_bits("batch", batch.prompt_mask, rows, columns))
+    prompt_bits = read_prompt_bits("batch", batch.prompt_mask, rows, columns)
+    read = Batch(ids, rows, columns, lengths, prompt_bits, segment_ids)
+    if segment_ids is not None:
+        _check_segments("batch", read)
     _check_something_maskable(read, info)
     return read
 
@@ -125,12 +129,14 @@ def check_ids(
     columns: int,
     lengths: npt.NDArray[np.int32] | None,
     info: ModelInfo,
+    *,
+    padded: bool,
 ) -> None:
     """Raise Refused for the first of the flat `ids` that a batch must not contain.
 
-    A batch must not contain ids outside the vocabulary, the mask id or, if it has `lengths`, the pad id.
+    A batch must not contain ids outside the vocabulary, the mask id or, unless it is `padded`, the pad id.
     """
-    reserved = {info.mask_id} if lengths is None or info.pad_id is None else {info.mask_id, info.pad_id}
+    reserved = {info.mask_id} if padded or info.pad_id is None else {info.mask_id, info.pad_id}
     first_wrong = min(reserved)  # every smaller id is allowed
     unsigned = ids.view(f"u{ids.itemsize}")  # a negative id becomes a large one
     if first_wrong >= 2 ** (8 * ids.itemsize):  # the type holds no such id
@@ -164,7 +170,7 @@ def _wrong_id(
     if value == info.mask_id:
         right = "the mask id stands for masked positions: reserve an id for it that no data has"
     elif 0 <= value < info.num_tokens:
-        right = "the pad id is not allowed in a batch with lengths: leave padding out"
+        right = "the pad id is not allowed in a batch with lengths or segment_ids: leave padding out"
     else:
         right = (
             f"ids must be 0 to {info.num_tokens - 1} (num_tokens is {info.num_tokens}), without the mask id"
@@ -199,6 +205,40 @@ def read_prompt_bits(field: str, bits: bytes, rows: int, columns: int) -> bytes:
             f"got {bits[-1]:#04x}",
         )
     return bits
+
+
+def _segment_ids(field: str, sent: Sequence[int], count: int) -> npt.NDArray[np.int32] | None:
+    if not sent:
+        return None
+    if len(sent) != count:
+        raise invalid_field(
+            f"{field}.segment_ids",
+            f"{field}.segment_ids must have one number for each id of {field}.data, {count}, got {len(sent)}",
+        )
+    return np.fromiter(sent, dtype=np.int32, count=count)
+
+
+def _check_segments(field: str, batch: Batch) -> None:
+    """Raise Refused for a segment id that is negative, or smaller than the one before it in its row."""
+    numbers = batch.segment_ids
+    assert numbers is not None
+    falls = np.zeros(numbers.size, dtype=bool)
+    falls[1:] = numbers[1:] < numbers[:-1]
+    falls[batch.row_ends()[:-1]] = False  # the first of a row
+    wrong = falls | (numbers < 0)
+    if not wrong.any():
+        return
+    at = int(wrong.argmax())
+    row = int(np.searchsorted(batch.row_ends(), at, side="right"))
+    column = at - int(batch.row_ends()[row - 1] if row else 0)
+    raise invalid_field(
+        f"{field}.segment_ids",
+        f"{field}.segment_ids: row {row}, column {column} is {numbers[at]}; the segment ids of a row must be "
+        "from 0 and must not decrease",
+        row=row,
+        column=column,
+        value=int(numbers[at]),
+    )
 
 
 def _check_something_maskable(batch: Batch, info: ModelInfo) -> None:

@@ -28,10 +28,10 @@ from maskwire_server.results import EvalOptions, EvalResult
 from maskwire_server.training import draws, objective
 from maskwire_server.training.corruption import Corruption, Vocabulary, random_ranks
 from maskwire_server.training.draws import Purpose
-from maskwire_server.training.evaluation import TensorBatch
 from maskwire_server.training.evaluation_figures import Bins, combine, summarize
-from maskwire_server.training.micro_batches import row_lengths, split
 from maskwire_server.training.objective import Model
+from maskwire_server.training.parts import split
+from maskwire_server.training.tensor_batch import TensorBatch
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def evaluate(
     Each draw is one order. Logits are computed only at the predicted positions. `wanted` is called before
     each part. If it returns False, Unwanted is raised.
     """
-    n_r = batch.maskable_rn.sum(-1)
+    n_r = batch.maskable_s
     nats = torch.zeros(n_r.numel() * options.draws, dtype=torch.float64)
     k_parts, n_parts, ce_parts, right_parts = [], [], [], []
     for chunk in passes(batch, options, vocabulary, budget):
@@ -108,12 +108,11 @@ def passes(
     batch: TensorBatch, options: EvalOptions, vocabulary: Vocabulary, budget: int
 ) -> Iterator[PassBatch]:
     """All passes of all orders of all rows, in parts."""
-    n_r = batch.maskable_rn.sum(-1).tolist()
-    length_r = row_lengths(batch.valid_rn)
+    n_r, length_r = batch.maskable_s.tolist(), batch.lengths
     each = ((r, d, i) for r, n in enumerate(n_r) for d in range(options.draws) for i in range(n))
     length_b = (length_r[r] for r, n in enumerate(n_r) for _ in range(options.draws * n))
     for where, longest in split(length_b, budget):
-        chosen = list(itertools.islice(each, where.stop - where.start))
+        chosen = list(itertools.islice(each, len(where)))
         yield _together(batch, options, vocabulary, chosen, longest)
 
 
@@ -126,15 +125,13 @@ def _together(
 ) -> PassBatch:
     row_b, draw_b, pass_b = torch.tensor(chosen).unbind(1)
     orders, of_b = torch.unique(torch.stack((row_b, draw_b)), dim=1, return_inverse=True)
-    # Cut the columns first. Otherwise short rows, as wide as the longest one, would exceed the budget.
-    ids_rn, valid_rn, maskable_rn = batch.columns(longest)
-    rank_bn = ranks(maskable_rn[orders[0]], options, *orders)[of_b]
-    maskable_bn = maskable_rn[row_b]
+    _, _, of_orders = batch.take(orders[0].tolist(), longest)
+    rank_bn = ranks(of_orders, options, *orders)[of_b]
+    ids_bn, valid_bn, maskable_bn = batch.take(row_b.tolist(), longest)
     mask_bn = maskable_bn & (rank_bn >= pass_b[:, None])
-    ids_bn = ids_rn[row_b]
     part = Corruption(
         ids_bn,
-        valid_rn[row_b],
+        valid_bn,
         maskable_bn,
         mask_bn,
         torch.where(mask_bn, vocabulary.mask_id, ids_bn),

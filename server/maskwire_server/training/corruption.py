@@ -1,12 +1,14 @@
 """The masked positions of a logical batch, and the ids that the model sees there.
 
-They are drawn before the batch is split, so they do not depend on how it is split.
+Each draw belongs to a sequence and to the order of its positions, so it does not depend on how the batch is
+split.
 
-Letters: b rows, n positions.
+Letters: s sequences of the logical batch, b sequences of a part, n positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.training import draws, masking_schedule
 from maskwire_server.training.draws import Purpose
+from maskwire_server.training.parts import Part
+from maskwire_server.training.tensor_batch import TensorBatch
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class StepKey:
 
 @dataclass(frozen=True)
 class Corruption:
-    """A masked logical batch."""
+    """Masked sequences."""
 
     ids_bn: Tensor
     """int64, 0 under padding."""
@@ -65,14 +69,8 @@ class Corruption:
     """int64: masked positions."""
 
     def to(self, device: torch.device) -> Corruption:
-        """The same batch on a device."""
+        """The same sequences on a device."""
         return Corruption(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
-
-    def rows(self, part: slice, columns: int) -> Corruption:
-        """Some of the rows, cut to the columns of the longest of them."""
-        grids = (self.ids_bn, self.valid_bn, self.maskable_bn, self.mask_bn, self.input_bn)
-        ids, valid, maskable, mask, seen = (grid[part, :columns] for grid in grids)
-        return Corruption(ids, valid, maskable, mask, seen, self.n_b[part], self.k_b[part])
 
 
 def empty_part(device: torch.device) -> Corruption:
@@ -82,40 +80,67 @@ def empty_part(device: torch.device) -> Corruption:
     return Corruption(ids, ~no, no, no, ids, count, count).to(device)
 
 
-def corrupt(
-    ids_bn: Tensor,
-    valid_bn: Tensor,
-    prompt_bn: Tensor,
-    config: ObjectiveConfig,
-    vocabulary: Vocabulary,
-    step: StepKey,
-    masking: masking_schedule.Schedule | None = None,
-) -> Corruption:
-    """Mask a logical batch for training, on its device. `masking` overrides the configured schedule.
+@dataclass(frozen=True)
+class Masking:
+    """How the sequences of a logical batch are masked for training.
 
-    What rounding could change, the times and the counts of rows, is computed on the host, so that every
-    device masks the same positions. `n_b` and `k_b` stay on the host.
+    What rounding could change, the times and the counts, is computed on the host, so that every device masks
+    the same positions.
     """
-    device = ids_bn.device
-    at = (step.seed, step.lineage, step.number)
-    rows = range(ids_bn.shape[0])
-    chosen = masking or masking_schedule.named(config.schedule)
-    maskable_bn = valid_bn & ~prompt_bn
-    n_b = maskable_bn.sum(-1).cpu()
-    permutation_b = draws.uniform(draws.keys(Purpose.PERMUTATION, *at, rows=rows), 1)[:, 0].argsort()
-    t_b = masking_schedule.stratified_times(draws.uniform_scalar(Purpose.TIME, *at), permutation_b)
-    keys_b = draws.keys(Purpose.MASK, *at, rows=rows).to(device)
-    if config.masking == "exact":
-        k_b = masking_schedule.exact_counts(chosen, t_b, n_b)
-        mask_bn = mask_exactly(keys_b, maskable_bn, k_b.to(device))
-    else:
-        fraction_b = chosen.fraction(t_b).to(device)
-        mask_bn = maskable_bn & (_by_order(keys_b, maskable_bn) < fraction_b[:, None])
-        k_b = mask_bn.sum(-1).cpu()
-    input_bn = torch.where(mask_bn, vocabulary.mask_id, ids_bn)
-    if config.augments:
-        input_bn = _augment(input_bn, ids_bn, mask_bn, config, vocabulary, step)
-    return Corruption(ids_bn, valid_bn, maskable_bn, mask_bn, input_bn, n_b, k_b)
+
+    config: ObjectiveConfig
+    vocabulary: Vocabulary
+    step: StepKey
+    n_s: Tensor
+    """int64: maskable positions."""
+    fraction_s: Tensor
+    """fp64: the masked fraction of each sequence's time."""
+    k_s: Tensor
+    """int64: masked positions."""
+
+    @staticmethod
+    def of(
+        batch: TensorBatch,
+        config: ObjectiveConfig,
+        vocabulary: Vocabulary,
+        step: StepKey,
+        parts: Iterable[Part],
+        schedule: masking_schedule.Schedule | None = None,
+    ) -> Masking:
+        """Draw the times and counts of a batch, on its device. `schedule` overrides the configured one.
+
+        `parts` are parts of all sequences: with Bernoulli masking the counts come from the masks.
+        """
+        at, n_s = (step.seed, step.lineage, step.number), batch.maskable_s
+        chosen = schedule or masking_schedule.named(config.schedule)
+        rows = range(n_s.numel())
+        permutation_s = draws.uniform(draws.keys(Purpose.PERMUTATION, *at, rows=rows), 1)[:, 0].argsort()
+        t_s = masking_schedule.stratified_times(draws.uniform_scalar(Purpose.TIME, *at), permutation_s)
+        if config.masking == "exact":
+            counts = masking_schedule.exact_counts(chosen, t_s, n_s)
+            return Masking(config, vocabulary, step, n_s, chosen.fraction(t_s), counts)
+        masking = Masking(config, vocabulary, step, n_s, chosen.fraction(t_s), torch.zeros_like(n_s))
+        for row_b, columns in parts:
+            _, _, maskable_bn = batch.take(row_b, columns)
+            masking.k_s[row_b] = masking.mask(row_b, maskable_bn).sum(-1).cpu()
+        return masking
+
+    def mask(self, row_b: list[int], maskable_bn: Tensor) -> Tensor:
+        """The positions of some sequences that the model must predict, bool [b, n]."""
+        step, device = self.step, maskable_bn.device
+        keys_b = draws.keys(Purpose.MASK, step.seed, step.lineage, step.number, rows=row_b).to(device)
+        if self.config.masking == "exact":
+            return mask_exactly(keys_b, maskable_bn, self.k_s[row_b].to(device))
+        fraction_b = self.fraction_s[row_b].to(device)
+        return maskable_bn & (_by_order(keys_b, maskable_bn) < fraction_b[:, None])
+
+    def corrupt(self, row_b: list[int], ids_bn: Tensor, valid_bn: Tensor, maskable_bn: Tensor) -> Corruption:
+        """Mask some sequences, on their device."""
+        mask_bn = self.mask(row_b, maskable_bn)
+        input_bn = torch.where(mask_bn, self.vocabulary.mask_id, ids_bn)
+        if self.config.augments:
+            input_bn = _augment(input_bn, ids_bn, mask_bn, row_b, self)
+        return Corruption(ids_bn, valid_bn, maskable_bn, mask_bn, input_bn, self.n_s[row_b], self.k_s[row_b])
 
 
 def _by_order(keys_b: Tensor, maskable_bn: Tensor) -> Tensor:
@@ -145,19 +170,12 @@ def coin(step: StepKey, which: int, probability: float) -> bool:
     return draws.uniform_scalar(Purpose.COINS, step.seed, step.lineage, step.number, which) < probability
 
 
-def _augment(
-    input_bn: Tensor,
-    ids_bn: Tensor,
-    mask_bn: Tensor,
-    config: ObjectiveConfig,
-    vocabulary: Vocabulary,
-    step: StepKey,
-) -> Tensor:
-    at = (step.seed, step.lineage, step.number)
-    b, n = ids_bn.shape
+def _augment(input_bn: Tensor, ids_bn: Tensor, mask_bn: Tensor, row_b: list[int], masking: Masking) -> Tensor:
+    config, vocabulary, step = masking.config, masking.vocabulary, masking.step
+    at, n = (step.seed, step.lineage, step.number), ids_bn.shape[1]
 
     def uniform(purpose: Purpose) -> Tensor:
-        return draws.uniform(draws.keys(purpose, *at, rows=range(b)).to(ids_bn.device), n)
+        return draws.uniform(draws.keys(purpose, *at, rows=row_b).to(ids_bn.device), n)
 
     a_bn = uniform(Purpose.AUGMENT)
     kept = a_bn < config.no_replace_prob

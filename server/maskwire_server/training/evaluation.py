@@ -28,31 +28,9 @@ from maskwire_server.training import draws, masking_schedule, objective
 from maskwire_server.training.corruption import Corruption, Vocabulary, mask_exactly
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.evaluation_figures import Bins, combine, halves, summarize
-from maskwire_server.training.micro_batches import row_lengths, split
 from maskwire_server.training.objective import Model
-
-
-@dataclass(frozen=True)
-class TensorBatch:
-    """A batch as tensors: int64 and bool [r, n]."""
-
-    ids_rn: Tensor
-    valid_rn: Tensor
-    prompt_rn: Tensor
-
-    @property
-    def maskable_rn(self) -> Tensor:
-        """Positions that can be masked."""
-        return self.valid_rn & ~self.prompt_rn
-
-    def to(self, device: torch.device) -> TensorBatch:
-        """The same batch on a device."""
-        return TensorBatch(*(grid.to(device) for grid in vars(self).values()))
-
-    def columns(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The first columns of the ids, and of the masks of valid and maskable positions."""
-        valid_rn = self.valid_rn[:, :count]
-        return self.ids_rn[:, :count], valid_rn, valid_rn & ~self.prompt_rn[:, :count]
+from maskwire_server.training.parts import split_by_length
+from maskwire_server.training.tensor_batch import TensorBatch
 
 
 @dataclass(frozen=True)
@@ -95,6 +73,7 @@ def evaluate(
     options: EvalOptions,
     *,
     budget: int,
+    smallest: int,
     device: torch.device,
     has_critic: bool,
     ema_weights: bool,
@@ -102,13 +81,17 @@ def evaluate(
 ) -> EvalResult:
     """Evaluate a batch in parts of at most `budget` positions. Call it without gradients.
 
+    `smallest` as in `split_by_length`.
+
     `wanted` is called before each part. If it returns False, Unwanted is raised.
     """
-    n_r = batch.maskable_rn.sum(-1)
+    n_r = batch.maskable_s
     k_rd = draw_counts(n_r, list(options.row_ids), options.seed, options.draws)
     critic = has_critic and not options.only_train_generator
     flat = torch.zeros(4, k_rd.numel(), dtype=torch.float64)
-    for where, part, keys_b, temperature_b in _parts(batch, k_rd, options, vocabulary, budget, critic):
+    for where, part, keys_b, temperature_b in _parts(
+        batch, k_rd, options, vocabulary, budget, smallest, critic
+    ):
         if not wanted():
             raise Unwanted("the evaluation was cancelled: its client no longer waits for it")
         flat[:, where] = _part_sums(
@@ -119,27 +102,29 @@ def evaluate(
 
 
 def _parts(
-    batch: TensorBatch, k_rd: Tensor, options: EvalOptions, vocabulary: Vocabulary, budget: int, critic: bool
-) -> Iterator[tuple[slice, Corruption, Tensor, Tensor]]:
-    """The parts of the pseudo-rows in order, with the keys and temperatures of the critic's samples."""
+    batch: TensorBatch,
+    k_rd: Tensor,
+    options: EvalOptions,
+    vocabulary: Vocabulary,
+    budget: int,
+    smallest: int,
+    critic: bool,
+) -> Iterator[tuple[list[int], Corruption, Tensor, Tensor]]:
+    """The parts of the pseudo-rows, with the keys and temperatures of the critic's samples."""
     d = k_rd.shape[1]
-    length_b = (length for length in row_lengths(batch.valid_rn) for _ in range(d))
-    for where, longest in split(length_b, budget):
-        row_b = torch.arange(where.start, where.stop) // d
-        who = [(options.row_ids[b // d], b % d) for b in range(where.start, where.stop)]
+    length_b = [length for length in batch.lengths for _ in range(d)]
+    for where, longest in split_by_length(length_b, range(len(length_b)), budget, smallest):
+        who = [(options.row_ids[b // d], b % d) for b in where]
 
         def keys(purpose: Purpose, who: list[tuple[int, int]] = who) -> Tensor:
             return torch.tensor([draws.key(purpose, options.seed, row, draw) for row, draw in who])
 
-        # Cut the columns first. Otherwise short rows, as wide as the longest one, would exceed the budget.
-        ids_rn, valid_rn, maskable_rn = batch.columns(longest)
-        maskable_bn = maskable_rn[row_b]
+        ids_bn, valid_bn, maskable_bn = batch.take([b // d for b in where], longest)
         k_b = k_rd.flatten()[where]
         mask_bn = mask_exactly(keys(Purpose.MASK), maskable_bn, k_b)
-        ids_bn = ids_rn[row_b]
         part = Corruption(
             ids_bn,
-            valid_rn[row_b],
+            valid_bn,
             maskable_bn,
             mask_bn,
             torch.where(mask_bn, vocabulary.mask_id, ids_bn),

@@ -1,35 +1,11 @@
-"""Micro-batches: parts of a logical batch that fit the device, whose gradients are added up."""
+"""The losses of a logical batch, whose micro-batches are added up."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from maskwire_server.training.objective import PartLosses
-
-
-def row_lengths(valid_bn: Tensor) -> list[int]:
-    """The columns of each row up to its last valid position, at least 1."""
-    column_n = torch.arange(1, valid_bn.shape[1] + 1)
-    lengths: list[int] = (valid_bn * column_n).amax(-1).clamp(min=1).tolist()
-    return lengths
-
-
-def split(lengths: Iterable[int], budget: int) -> Iterator[tuple[slice, int]]:
-    """Consecutive rows with at most `budget` positions together, padding included, and at least one row.
-
-    With each slice comes the length of its longest row.
-    """
-    start = stop = longest = 0
-    for length in lengths:
-        if stop > start and max(longest, length) * (stop + 1 - start) > budget:
-            yield slice(start, stop), longest
-            start, longest = stop, 0
-        stop, longest = stop + 1, max(longest, length)
-    if stop > start:
-        yield slice(start, stop), longest
 
 
 class BatchLosses:

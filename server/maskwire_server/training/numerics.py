@@ -12,11 +12,12 @@ from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError
 from maskwire_server.training import cgroup
 
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3
 """Version of the numerics. It is increased whenever the same settings compute other results, even if only
 by rounding. A step trained by another version is replayed within a tolerance.
 
 2: `only_train_critic` minimises the critic's loss without its weight; every linear map has weight decay.
+3: micro-batches have sequences of similar length.
 """
 
 
@@ -75,6 +76,11 @@ def choose_bf16(precision: str, device: torch.device) -> bool:
 def default_budget(device: torch.device) -> int:
     """Default positions per micro-batch. Larger ones are not faster."""
     return 2**17 if device.type == "cuda" else 2**14
+
+
+def smallest_part(device: torch.device) -> int:
+    """The positions from which a micro-batch is computed efficiently."""
+    return 2**14 if device.type == "cuda" else 2**11
 
 
 def read_tokens(device: torch.device) -> int:

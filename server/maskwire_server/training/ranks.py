@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskwire_server.training.micro_batches import split
-
-Part = tuple[slice, int]
-"""Rows of the logical batch, and the columns of the longest of them."""
+from maskwire_server.training.parts import Part, split, split_by_length
 
 
 class Ranks:
@@ -50,9 +47,14 @@ class Ranks:
     def release(self, module: nn.Module) -> None:
         """Forget gathered weights after a step, which changed them."""
 
-    def parts(self, lengths: Sequence[int], budget: int) -> list[Part | None]:
-        """This rank's parts of a logical batch; None: an empty part, which it computes with the others."""
-        return list(split(lengths, budget))
+    def parts(self, lengths: Sequence[int], budget: int, smallest: int | None) -> list[Part | None]:
+        """This rank's parts of a logical batch; None: an empty part, which it computes with the others.
+
+        `smallest` as in `split_by_length`; None: in the order of the batch, as before numerics version 3.
+        """
+        if smallest is None:
+            return list(split(lengths, budget))
+        return list(split_by_length(lengths, range(len(lengths)), budget, smallest))
 
     def add(self, sums: Tensor) -> Tensor:
         """The sum of a tensor over all ranks."""

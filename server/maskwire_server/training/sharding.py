@@ -25,9 +25,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from maskwire_server.errors import ConfigError, StateLost
 from maskwire_server.training import division
-from maskwire_server.training.micro_batches import split
 from maskwire_server.training.models.backbone import Backbone
-from maskwire_server.training.ranks import Part, Ranks
+from maskwire_server.training.parts import Part, split, split_by_length
+from maskwire_server.training.ranks import Ranks
 
 
 class ManyRanks(Ranks):
@@ -107,16 +107,23 @@ class ManyRanks(Ranks):
         for each in _sharded(module):
             each.reshard()
 
-    def parts(self, lengths: Sequence[int], budget: int) -> list[Part | None]:
-        """Consecutive rows for each rank; as many parts on every rank."""
-        bounds = [rank * len(lengths) // self.size for rank in range(self.size + 1)]
-        of_ranks = [
-            [
-                (slice(start + part.start, start + part.stop), columns)
-                for part, columns in split(lengths[start:stop], budget)
+    def parts(self, lengths: Sequence[int], budget: int, smallest: int | None) -> list[Part | None]:
+        """As many parts on every rank, and about as many positions."""
+        if smallest is None:  # consecutive rows for each rank
+            bounds = [rank * len(lengths) // self.size for rank in range(self.size + 1)]
+            of_ranks = [
+                [
+                    ([start + row for row in rows], columns)
+                    for rows, columns in split(lengths[start:stop], budget)
+                ]
+                for start, stop in itertools.pairwise(bounds)
             ]
-            for start, stop in itertools.pairwise(bounds)
-        ]
+        else:
+            longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+            of_ranks = [
+                list(split_by_length(lengths, longest_first[rank :: self.size], budget, smallest))
+                for rank in range(self.size)
+            ]
         own: list[Part | None] = list(of_ranks[self.rank])
         return own + [None] * (max(map(len, of_ranks)) - len(own))
 

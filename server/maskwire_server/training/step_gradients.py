@@ -1,6 +1,6 @@
 """The losses and gradients of a training step, a micro-batch at a time.
 
-Letters: b rows, n positions.
+Letters: s sequences of the logical batch, b those of a part, n positions.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 from maskwire_server.batch import Modes
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.training import draws, objective
-from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, corrupt, empty_part
+from maskwire_server.training.corruption import Masking, StepKey, Vocabulary, empty_part
 from maskwire_server.training.draws import Purpose
-from maskwire_server.training.evaluation import TensorBatch
-from maskwire_server.training.micro_batches import BatchLosses, row_lengths
+from maskwire_server.training.micro_batches import BatchLosses
 from maskwire_server.training.models.networks import Networks
-from maskwire_server.training.ranks import Part, Ranks
+from maskwire_server.training.parts import split
+from maskwire_server.training.ranks import Ranks
+from maskwire_server.training.tensor_batch import TensorBatch
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class StepSettings:
     vocabulary: Vocabulary
     budget: int
     """Positions of a micro-batch, at most."""
+    smallest: int
+    """Positions of a micro-batch that may end early, before much shorter sequences."""
     bf16: bool
     """Autocast to bfloat16."""
     has_dropout: bool
@@ -49,7 +52,10 @@ def accumulate(
     """Add up the losses and gradients of this rank's micro-batches, computed on `device`."""
     config = settings.objective
     there = batch.to(device)
-    corrupted = corrupt(there.ids_rn, there.valid_rn, there.prompt_rn, config, settings.vocabulary, at)
+    smallest = settings.smallest if numerics_version > 2 else None
+    parts = ranks.parts(batch.lengths, settings.budget, smallest)
+    everything = split(batch.lengths, settings.budget)
+    masking = Masking.of(there, config, settings.vocabulary, at, everything)
     plan = objective.plan_step(
         config,
         at,
@@ -58,39 +64,31 @@ def accumulate(
         train_critic=not modes.only_train_generator,
         temperature=modes.generator_sample_temperature,
     )
-    sums = BatchLosses(int(corrupted.k_b.sum()), int(corrupted.n_b.sum()), device, critic=plan.critic)
+    sums = BatchLosses(int(masking.k_s.sum()), int(masking.n_s.sum()), device, critic=plan.critic)
     if not sums.masked:
         return sums
-    weight_b = objective.position_weights(config, corrupted.n_b, corrupted.k_b).to(device)
-    rows = range(batch.ids_rn.shape[0])
-    keys_b = draws.keys(Purpose.CRITIC_SAMPLE, at.seed, at.lineage, at.number, rows=rows).to(device)
+    weight_s = objective.position_weights(config, masking.n_s, masking.k_s)
     with _seeded(at, ranks, device, draws_of_torch=settings.has_dropout):
-        for part in ranks.parts(row_lengths(batch.valid_rn), settings.budget):
-            where, own = _rows(corrupted, part, device)
+        for part in parts:
+            row_b = [0] if part is None else part[0]  # an empty part stands for no sequence
+            own = empty_part(device) if part is None else masking.corrupt(row_b, *there.take(*part))
+            keys_b = draws.keys(Purpose.CRITIC_SAMPLE, at.seed, at.lineage, at.number, rows=row_b)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
                 losses = objective.losses(
                     networks,
                     config,
                     settings.vocabulary,
                     own,
-                    weight_b[where],
+                    weight_s[row_b].to(device),
                     sums.maskable,
                     plan,
-                    keys_b[where],
+                    keys_b.to(device),
                 )
             sums.add(losses)
             total = objective.minimized(losses, config, plan, numerics_version)
             if total.requires_grad:  # False if all that this step trains is frozen
                 total.backward()  # type: ignore[no-untyped-call]
     return sums
-
-
-def _rows(corrupted: Corruption, part: Part | None, device: torch.device) -> tuple[slice, Corruption]:
-    """The rows of a part; of an empty part a row that stands for none."""
-    if part is None:
-        return slice(0, 1), empty_part(device)
-    where, columns = part
-    return where, corrupted.rows(where, columns)
 
 
 @contextlib.contextmanager

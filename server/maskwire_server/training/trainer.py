@@ -51,6 +51,7 @@ from maskwire_server.training.optim import Group
 from maskwire_server.training.ranks import Ranks
 from maskwire_server.training.snapshot import SavedState
 from maskwire_server.training.step_gradients import StepSettings, accumulate
+from maskwire_server.training.tensor_batch import TensorBatch
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,8 @@ class TorchTrainer:
         self._budget = serve.micro_batch_tokens or numerics.default_budget(self._device)
         self._vocabulary = Vocabulary.of(model)
         draws_of_torch = model.source != "encoder" or any(model.dropouts)
-        self._step = StepSettings(objective, self._vocabulary, self._budget, self._bf16, draws_of_torch)
+        sizes = self._budget, numerics.smallest_part(self._device)
+        self._step = StepSettings(objective, self._vocabulary, *sizes, self._bf16, draws_of_torch)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(draws.key(Purpose.WEIGHTS, seed))
             self.networks = Networks(model, objective)  # on the CPU, for the same weights on each device
@@ -246,14 +248,12 @@ class TorchTrainer:
             with torch.no_grad(), self._autocast():
                 what = (networks, self._objective, self._vocabulary, self._host(batch), options)
                 how: dict[str, Any] = {
-                    "budget": self._budget,
-                    "device": self._device,
-                    "ema_weights": averaged,
-                    "wanted": wanted,
-                }
+                    "budget": self._budget, "device": self._device, "ema_weights": averaged, "wanted": wanted
+                }  # fmt: skip
                 if options.chain_rule:
                     return chain_rule.evaluate(*what, **how)
-                return evaluation.evaluate(*what, **how, has_critic=self.critic is not None)
+                how |= {"smallest": self._step.smallest, "has_critic": self.critic is not None}
+                return evaluation.evaluate(*what, **how)
         finally:
             self.networks.train()
 
@@ -330,11 +330,11 @@ class TorchTrainer:
             learners.append(self.critic)
         return learners
 
-    def _host(self, batch: Batch) -> evaluation.TensorBatch:
-        return evaluation.TensorBatch(*(torch.from_numpy(grid) for grid in batch.dense(self._model.pad_id)))
+    def _host(self, batch: Batch) -> TensorBatch:
+        return TensorBatch.of(batch, self._model.pad_id)
 
     def _gradients(
-        self, batch: evaluation.TensorBatch, modes: Modes, at: StepKey, ranks: Ranks | None = None
+        self, batch: TensorBatch, modes: Modes, at: StepKey, ranks: Ranks | None = None
     ) -> BatchLosses:
         ranks = ranks or self._ranks
         device, version = ranks.device or self._device, self._numerics_version

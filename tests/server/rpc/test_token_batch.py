@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,6 +28,7 @@ batches = st.builds(
     dtype=st.integers(0, 6),
     lengths=st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(0, 9), max_size=8),
     prompt_mask=st.binary(max_size=9),
+    segment_ids=st.lists(st.integers(-1, 3), max_size=9),
 )
 
 
@@ -109,6 +112,39 @@ def test_the_pad_id_is_padding_without_lengths_and_refused_with_them() -> None:
         token_batch.read_batch(pb.TokenBatch(data=data, shape=[2, 2], dtype=1, lengths=[2, 2]), INFO, LIMITS)
     with pytest.raises(Refused, match="prompt or padding"):
         token_batch.read_batch(pb.TokenBatch(data=bytes([15] * 4), shape=[2, 2], dtype=1), INFO, LIMITS)
+
+
+def packed(**fields: object) -> pb.TokenBatch:
+    """Rows [0, 1] and [2, 3, 4], the second of two documents."""
+    given = {"shape": [2, 3], "lengths": [2, 3], "segment_ids": [0, 0, 0, 1, 1], **fields}
+    return pb.TokenBatch(data=bytes(range(5)), dtype=1, **given)  # type: ignore[arg-type]
+
+
+def test_segments_are_read_as_they_were_meant() -> None:
+    read = token_batch.read_batch(packed(), INFO, LIMITS)
+    assert read.sequences == 3
+    assert [each.tolist() for each in read.segments()] == [[0, 3, 4], [2, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ([0, 0, 0, 1], "one number for each id of batch.data, 5, got 4"),
+        ([0, 0, 1, 0, 1], "row 1, column 1 is 0; the segment ids of a row must be from 0 and must not"),
+        ([0, -1, 0, 0, 0], "row 0, column 1 is -1"),
+        ([1, 0, 0, 0, 0], "row 0, column 1 is 0"),
+    ],
+)
+def test_segments_that_are_wrong_are_refused_by_position(numbers: list[int], words: str) -> None:
+    with pytest.raises(Refused, match=re.escape(words)):
+        token_batch.read_batch(packed(segment_ids=numbers), INFO, LIMITS)
+    token_batch.read_batch(packed(segment_ids=[3, 3, 0, 0, 9]), INFO, LIMITS)
+
+
+def test_packed_rows_are_not_padded_with_the_pad_id() -> None:
+    sent = pb.TokenBatch(data=bytes([1, 15]), shape=[1, 2], dtype=1, segment_ids=[0, 0])
+    with pytest.raises(Refused, match="not allowed in a batch with lengths or segment_ids"):
+        token_batch.read_batch(sent, INFO, LIMITS)
 
 
 def test_every_reason_of_the_server_is_one_that_the_client_knows() -> None:

@@ -18,6 +18,7 @@ from maskwire_server.results import EvalOptions, EvalResult
 from maskwire_server.training import chain_rule, evaluation, evaluation_figures
 from maskwire_server.training.corruption import Vocabulary
 from maskwire_server.training.models.networks import Networks
+from maskwire_server.training.tensor_batch import TensorBatch
 
 SYMBOLS, MASK_ID = 4, 4
 VOCABULARY = Vocabulary(SYMBOLS + 1, MASK_ID, None)
@@ -44,14 +45,12 @@ def network(**settings: Any) -> tuple[Networks, ObjectiveConfig]:
     return networks, objective
 
 
-def batch_of(rows: torch.Tensor, prompt: torch.Tensor | None = None) -> evaluation.TensorBatch:
+def batch_of(rows: torch.Tensor, prompt: torch.Tensor | None = None) -> TensorBatch:
     every = torch.ones(rows.shape, dtype=torch.bool)
-    return evaluation.TensorBatch(rows, every, ~every if prompt is None else prompt)
+    return TensorBatch(rows, every, ~every if prompt is None else prompt)
 
 
-def evaluate(
-    networks: Any, objective: ObjectiveConfig, batch: evaluation.TensorBatch, **options: Any
-) -> EvalResult:
+def evaluate(networks: Any, objective: ObjectiveConfig, batch: TensorBatch, **options: Any) -> EvalResult:
     settings = EvalOptions(options.pop("row_ids", tuple(range(len(batch.ids_rn)))), **options)
     with torch.no_grad():
         if settings.chain_rule:
@@ -60,7 +59,7 @@ def evaluate(
             )
         return evaluation.evaluate(
             networks, objective, VOCABULARY, batch, settings,
-            budget=640, device=CPU, has_critic=objective.critic != "none", ema_weights=False,
+            budget=640, smallest=64, device=CPU, has_critic=objective.critic != "none", ema_weights=False,
         )  # fmt: skip
 
 
@@ -278,10 +277,10 @@ def test_the_standard_error_covers_the_truth_in_93_to_97_percent(source: str) ->
         oracle, vocabulary = tabulated(pairs_oracle(3), n, 4), Vocabulary(4, 3, None)
     valid = torch.from_numpy(np.arange(n) < lengths[:, None])
     # Behind a row's end are prompts: given, and to these oracles of no help.
-    batch = evaluation.TensorBatch(torch.from_numpy(ids), torch.ones_like(valid), ~valid)
+    batch = TensorBatch(torch.from_numpy(ids), torch.ones_like(valid), ~valid)
     found = evaluation.evaluate(
         oracle, ObjectiveConfig(), vocabulary, batch, EvalOptions(tuple(range(total)), 2, seed=4),
-        budget=2**18, device=CPU, has_critic=False, ema_weights=False,
+        budget=2**18, smallest=64, device=CPU, has_critic=False, ema_weights=False,
     )  # fmt: skip
     nats = torch.tensor([row.nats for row in found.rows], dtype=torch.float64).view(repetitions, rows)
     n_r = torch.from_numpy(lengths).double().view(repetitions, rows)

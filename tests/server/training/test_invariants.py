@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from oracles import Oracle
+from whole_batch import corrupt
 
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.training import draws, masking_schedule, objective
-from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, corrupt, random_ids
+from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, random_ids
 from maskwire_server.training.head import Head
 from maskwire_server.training.masking_schedule import SCHEDULES
 from maskwire_server.training.trainer import TorchTrainer

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import Oracle, flip_chain_oracle, pairs_oracle
+from whole_batch import corrupt
 
 from bench.sources import flip_chain, pairs
 from maskwire_server import config
@@ -15,7 +16,8 @@ from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.results import EvalOptions, EvalResult
 from maskwire_server.training import evaluation, objective
-from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, corrupt
+from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary
+from maskwire_server.training.tensor_batch import TensorBatch
 from maskwire_server.training.trainer import TorchTrainer
 
 SCHEDULES = ("linear", "cosine", "quadratic")
@@ -53,9 +55,10 @@ def evaluate(
         oracle,
         settings,
         Vocabulary(symbols + 1, symbols, None),
-        evaluation.TensorBatch(torch.from_numpy(ids), every, ~every),
+        TensorBatch(torch.from_numpy(ids), every, ~every),
         EvalOptions(tuple(range(len(ids))), draws, seed),
         budget=2**16,
+        smallest=2**11,
         device=torch.device("cpu"),
         has_critic=False,
         ema_weights=False,

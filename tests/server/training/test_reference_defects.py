@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_trainer import HEAVY, changed, make, state
+from whole_batch import corrupt
 
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.values import Limits, Outcome
@@ -20,7 +21,7 @@ from maskwire_server.errors import Refused
 from maskwire_server.results import GenerateOptions, Order
 from maskwire_server.rpc import token_batch
 from maskwire_server.training import masking_schedule, objective
-from maskwire_server.training.corruption import StepKey, Vocabulary, corrupt
+from maskwire_server.training.corruption import StepKey, Vocabulary
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

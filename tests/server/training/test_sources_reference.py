@@ -26,11 +26,12 @@ from source_models import (
     write_folder,
 )
 from torch import Tensor, nn
+from whole_batch import corrupt
 
 from maskwire_server.batch import Modes
 from maskwire_server.config import ModelConfig
 from maskwire_server.training import draws, objective
-from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, corrupt
+from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.trainer import TorchTrainer
 

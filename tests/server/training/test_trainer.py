@@ -18,9 +18,10 @@ from maskwire_server.batch import Batch, Modes
 from maskwire_server.errors import ConfigError, StateLost
 from maskwire_server.results import EvalOptions
 from maskwire_server.training import optim
-from maskwire_server.training.micro_batches import row_lengths, split
 from maskwire_server.training.numerics import choose_device
+from maskwire_server.training.parts import split, split_by_length
 from maskwire_server.training.snapshot import Snapshot, live_tensors
+from maskwire_server.training.tensor_batch import TensorBatch
 from maskwire_server.training.trainer import TorchTrainer
 
 IDS = np.random.default_rng(0).integers(0, 16, (6, 12))
@@ -369,12 +370,22 @@ def test_gradients_are_clipped_to_the_configured_norm() -> None:
 
 def test_micro_batches_hold_whole_rows_within_the_budget() -> None:
     valid = torch.arange(10) < torch.tensor([10, 3, 3, 3, 9, 1])[:, None]
-    lengths = row_lengths(valid)
+    lengths = TensorBatch(valid.long(), valid, ~valid).lengths
     assert lengths == [10, 3, 3, 3, 9, 1]
-    assert list(split(lengths, 20)) == [(slice(0, 2), 10), (slice(2, 4), 3), (slice(4, 6), 9)]
-    assert list(split(lengths, 1)) == [(slice(i, i + 1), length) for i, length in enumerate(lengths)]
-    assert row_lengths(torch.zeros(1, 4, dtype=torch.bool)) == [1], "a row of padding alone"
+    assert list(split(lengths, 20)) == [([0, 1], 10), ([2, 3], 3), ([4, 5], 9)]
+    assert list(split(lengths, 1)) == [([i], length) for i, length in enumerate(lengths)]
+    nothing = torch.zeros(1, 4, dtype=torch.bool)
+    assert TensorBatch(nothing.long(), nothing, nothing).lengths == [1], "a row of padding alone"
     assert list(split([], 20)) == []
+
+
+def test_micro_batches_hold_rows_of_similar_length() -> None:
+    lengths, everything = [10, 3, 3, 3, 9, 1], range(6)
+    assert list(split_by_length(lengths, everything, 100, 1)) == [([0, 4], 10), ([1, 2, 3], 3), ([5], 1)]
+    assert list(split_by_length(lengths, everything, 100, 30)) == [([0, 4, 1], 10), ([2, 3, 5], 3)]
+    assert list(split_by_length(lengths, everything, 9, 1)) == [([0], 10), ([4], 9), ([1, 2, 3], 3), ([5], 1)]
+    assert list(split_by_length(lengths, [5, 2], 100, 1)) == [([2], 3), ([5], 1)]
+    assert list(split_by_length([4] * 5, range(5), 8, 1)) == list(split([4] * 5, 8))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,88 @@
+"""A logical batch as tensors, and how its rows are read in parts.
+
+Letters: r rows as sent, n their columns, s sequences, b sequences of a part, c columns of a part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from maskwire_server.batch import Batch
+
+
+@dataclass(frozen=True)
+class TensorBatch:
+    """Rows of ids, int64 and bool [r, n]. Each row is a sequence, or holds several one after another.
+
+    A sequence is what the objective calls a row: it has its own mask, and attends to itself alone.
+    """
+
+    ids_rn: Tensor
+    valid_rn: Tensor
+    prompt_rn: Tensor
+    starts_s: Tensor | None = None
+    """int64: where each sequence starts in the flattened grid; None: each row is one."""
+    sizes_s: Tensor | None = None
+    """int64: the columns of each sequence; None as `starts_s`."""
+
+    @staticmethod
+    def of(batch: Batch, pad_id: int | None) -> TensorBatch:
+        """The tensors of a batch."""
+        ids, valid, prompt = (torch.from_numpy(grid) for grid in batch.dense(pad_id))
+        if batch.segment_ids is None:
+            return TensorBatch(ids, valid, prompt)
+        starts, sizes = batch.segments()
+        return TensorBatch(ids, valid, prompt, torch.from_numpy(starts), torch.from_numpy(sizes))
+
+    @cached_property
+    def maskable_rn(self) -> Tensor:
+        """Positions that can be masked."""
+        return self.valid_rn & ~self.prompt_rn
+
+    @cached_property
+    def maskable_s(self) -> Tensor:
+        """The number of maskable positions of each sequence, int64 on the host."""
+        if self.starts_s is None or self.sizes_s is None:
+            return self.maskable_rn.sum(-1).cpu()
+        before = torch.cat((torch.zeros(1, dtype=torch.int64), self.maskable_rn.flatten().cpu().cumsum(0)))
+        starts_s = self.starts_s.cpu()
+        return before[starts_s + self.sizes_s.cpu()] - before[starts_s]
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """The columns of each sequence up to its last valid position, at least 1."""
+        if self.sizes_s is not None:
+            sizes: list[int] = self.sizes_s.tolist()
+            return sizes
+        column_n = torch.arange(1, self.valid_rn.shape[1] + 1, device=self.valid_rn.device)
+        lengths: list[int] = (self.valid_rn * column_n).amax(-1).clamp(min=1).tolist()
+        return lengths
+
+    def to(self, device: torch.device) -> TensorBatch:
+        """The same batch on a device."""
+        ids, valid, prompt = (grid.to(device) for grid in (self.ids_rn, self.valid_rn, self.prompt_rn))
+        if self.starts_s is None or self.sizes_s is None:
+            return TensorBatch(ids, valid, prompt)
+        return TensorBatch(ids, valid, prompt, self.starts_s.to(device), self.sizes_s.to(device))
+
+    def take(self, row_b: list[int], columns: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first columns of some sequences: ids, and the masks of valid and maskable positions, [b, c]."""
+        rows_b = torch.tensor(row_b, device=self.ids_rn.device)
+        if self.starts_s is None or self.sizes_s is None:
+            consecutive = row_b == list(range(row_b[0], row_b[0] + len(row_b)))
+            rows = slice(row_b[0], row_b[0] + len(row_b)) if consecutive else rows_b  # a slice copies nothing
+            ids, valid, maskable = (grid[:, :columns][rows] for grid in self._grids)
+            return ids, valid, maskable
+        column_c = torch.arange(columns, device=rows_b.device)
+        inside_bc = column_c < self.sizes_s[rows_b, None]
+        at_bc = torch.where(inside_bc, self.starts_s[rows_b, None] + column_c, 0)
+        ids, valid, maskable = (grid.flatten()[at_bc] for grid in self._grids)
+        return ids.masked_fill(~inside_bc, 0), valid & inside_bc, maskable & inside_bc
+
+    @property
+    def _grids(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.ids_rn, self.valid_rn, self.maskable_rn
