@@ -280,6 +280,19 @@ def test_a_save_that_ends_half_way_leaves_the_older_checkpoint(tmp_path: Path, p
     assert checkpoints.sweep() == ["b"]
 
 
+def test_a_rank_of_an_earlier_group_cannot_change_a_later_checkpoint(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.path("a").mkdir(parents=True)
+    earlier = PartFiles().begin(checkpoints.path("a"))  # its leader was killed, and this rank not yet
+    assert checkpoints.sweep() == ["a"]
+    written = checkpoints.write(Group().copy(), manifest())
+    other = {file: {name: tensor + 1 for name, tensor in each.items()} for file, each in STATE.items()}
+    with pytest.raises(FileNotFoundError):
+        parts(1, other).write(earlier, with_frozen=True)
+    assert checkpoints.damage(written) is None
+    assert_is_the_state(checkpoints.path("a"))
+
+
 def test_frozen_weights_are_stored_once_whichever_ranks_wrote_them(saved: Saved) -> None:
     checkpoints, first = saved
     second = checkpoints.write(Group().copy(), manifest("b", 2))

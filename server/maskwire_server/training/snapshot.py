@@ -130,7 +130,7 @@ class Copier:
         return {name: piece for name, piece in found.items() if piece is not None}
 
     def _copied(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
-        if key not in self._buffers:
+        if key not in self._buffers or self._buffers[key].shape != tensor.shape:
             self._buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
         return self._buffers[key].copy_(tensor)
 
