@@ -8,6 +8,7 @@ import queue
 import shutil
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,8 @@ from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import ConfigError, Refused
 from maskwire_server.manifest import SHARDED, Manifest
 from maskwire_server.ranks import shard_saver, shared_folder
+from maskwire_server.ranks.follower import call
+from maskwire_server.ranks.leader import carried_out
 from maskwire_server.ranks.orders import Order
 from maskwire_server.ranks.shard_saver import ShardSaver
 from maskwire_server.ranks.shared_folder import SavePlace
@@ -84,7 +87,7 @@ class Group:
 
     def copy(self, number: int = 1, state: dict[str, dict[str, Tensor]] = STATE) -> Any:
         for rank in range(1, RANKS):
-            self.savers[rank].keep(number, parts(rank, state))
+            self.savers[rank].keep(number, partial(parts, rank, state))
         return self.savers[0].snapshot(number, parts(0, state))
 
 
@@ -202,14 +205,14 @@ def test_files_without_a_part_of_a_tensor_are_not_read(saved: Saved) -> None:
 
 
 def test_no_file_is_larger_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "MAX_FILE_BYTES", 45)
+    monkeypatch.setattr(shards, "MAX_FILE_BYTES", 22)
     for rank in range(RANKS):
         names = parts(rank).write(tmp_path, with_frozen=True)
         assert len(names) == len(set(names))
     for path in tmp_path.iterdir():
         header = int.from_bytes(path.read_bytes()[:8], "little")
-        assert path.stat().st_size - 8 - header <= 45
-    assert len(saved_state.files_of(tmp_path, "ema.safetensors")) == 5, "two rows of 20 bytes in each"
+        assert path.stat().st_size - 8 - header <= 22
+    assert len(saved_state.files_of(tmp_path, "ema.safetensors")) == 7, "a row of 20 bytes in each"
     assert_is_the_state(tmp_path)
 
 
@@ -240,7 +243,7 @@ def test_a_state_that_is_not_complete_is_not_a_checkpoint(tmp_path: Path) -> Non
     group = Group()
     copy = group.copy()
     less = {**STATE, "model.safetensors": {"generator.b": torch.arange(2.0)}}
-    group.savers[1].keep(1, parts(1, less))
+    group.savers[1].keep(1, partial(parts, 1, less))
     with pytest.raises(Refused, match=r"no file has rows 3 to 5 of generator\.a"):
         Checkpoints(tmp_path).write(copy, manifest())
 
@@ -285,12 +288,33 @@ def test_a_rank_of_an_earlier_group_cannot_change_a_later_checkpoint(tmp_path: P
     checkpoints.path("a").mkdir(parents=True)
     earlier = PartFiles().begin(checkpoints.path("a"))  # its leader was killed, and this rank not yet
     assert checkpoints.sweep() == ["a"]
-    written = checkpoints.write(Group().copy(), manifest())
     other = {file: {name: tensor + 1 for name, tensor in each.items()} for file, each in STATE.items()}
-    with pytest.raises(FileNotFoundError):
-        parts(1, other).write(earlier, with_frozen=True)
+    tried = []
+
+    def write_late(name: str) -> None:
+        if name == "shard.gathered":
+            failpoints.install(None)
+            with pytest.raises(FileNotFoundError):
+                parts(1, other).write(earlier, with_frozen=True)
+            tried.append(name)
+
+    failpoints.install(write_late)
+    written = checkpoints.write(Group().copy(), manifest())
+    assert tried
     assert checkpoints.damage(written) is None
     assert_is_the_state(checkpoints.path("a"))
+
+
+def test_the_copy_of_a_follower_is_there_before_the_ranks_agree() -> None:
+    """Otherwise the leader could order to write it too early."""
+    member: Any = SimpleNamespace(is_leader=True)
+    saver, trainer = ShardSaver(member, PartFiles()), SimpleNamespace(copy_shards=partial(parts, 1))
+    member.place = SimpleNamespace(rank=1)
+    member.ranks = SimpleNamespace(agree=lambda _: agreed.append(saver._kept))
+    agreed: list[Any] = []
+    order = Order("copy_shards", {"save": 4})
+    carried_out(member, order, call(member, trainer, saver, order))  # type: ignore[arg-type]
+    assert agreed[0][0] == 4
 
 
 def test_frozen_weights_are_stored_once_whichever_ranks_wrote_them(saved: Saved) -> None:

@@ -24,7 +24,6 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "receive": TorchTrainer.receive,
     "warm_up": TorchTrainer.warm_up,
     "snapshot": TorchTrainer.snapshot,
-    "copy_shards": TorchTrainer.copy_shards,
     "gather": TorchTrainer.gather,
 }
 
@@ -39,18 +38,14 @@ def follow(member: Member, build: Callable[[dict[str, Any]], TorchTrainer], save
     while True:
         order = member.next_order()
         with contextlib.suppress(ValueError):  # refused on every rank
-            number = order.arguments.pop("save", None)
-            if number is not None:
-                saver.drop()
-            result = carried_out(member, order, call(member, trainer, order))
-            if number is not None:
-                saver.keep(number, result)
-            del result  # its memory is used for the next copy
+            carried_out(member, order, call(member, trainer, saver, order))
 
 
-def call(member: Member, trainer: TorchTrainer, order: Order) -> Callable[[], Any]:
+def call(member: Member, trainer: TorchTrainer, saver: ShardSaver, order: Order) -> Callable[[], Any]:
     """The call of the trainer that an order stands for."""
     given = order.arguments
+    if order.name == "copy_shards":
+        return lambda: saver.keep(given["save"], trainer.copy_shards)
     if order.name == "probe":
         return lambda: member.ranks.which(not shared_folder.sees(Path(given["path"]), given["content"]))
     if order.name == "train_step":

@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -52,13 +52,14 @@ class ShardSaver:
         if not member.is_leader:
             threading.Thread(target=self._serve, name="maskwire-saver", daemon=True).start()
 
-    def keep(self, number: int, shards: Shards) -> None:
-        """Keep a follower's copy until the leader orders to write it, or the next copy is made."""
-        self._kept = number, shards
+    def keep(self, number: int, copy: Callable[[], Shards]) -> None:
+        """Make a follower's copy, and keep it until the leader orders to write it, or to make the next.
 
-    def drop(self) -> None:
-        """Forget a copy that the leader did not order to write."""
-        self._kept = None
+        The ranks agree that they have carried out this order only afterwards, so that the copy is there when
+        the order to write it comes.
+        """
+        self._kept = None  # its memory is used again
+        self._kept = number, copy()
 
     def snapshot(self, number: int, shards: Shards) -> ShardSnapshot:
         """The leader's copy, with which it writes those of all ranks."""
