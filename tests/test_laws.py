@@ -121,6 +121,7 @@ def test_no_pickle_travels_between_ranks_or_is_loaded() -> None:
         }
         assert not called & set(objects), path
         assert not knows(path, "pickle"), path
+        assert not knows(path, "torch.distributed.checkpoint"), f"{path}: it pickles plans and metadata"
 
 
 def test_the_objective_knows_no_model_and_the_model_no_objective() -> None:

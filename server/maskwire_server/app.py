@@ -17,6 +17,8 @@ from typing import NoReturn
 
 from maskwire._version import __version__
 from maskwire_server import served_config, tokenizer_files
+from maskwire_server.checkpoints.parts import PartFiles
+from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import Config
 from maskwire_server.engine.engine import Engine
 from maskwire_server.engine.setup import Setup
@@ -128,6 +130,8 @@ def serve_rank(
     from maskwire_server.ranks import follower, launcher, membership
     from maskwire_server.ranks.leader import GRACE_SECONDS, LeaderTrainer, fatal
     from maskwire_server.ranks.orders import Order
+    from maskwire_server.ranks.shard_saver import ShardSaver
+    from maskwire_server.ranks.shared_folder import SavePlace
     from maskwire_server.training.trainer import TorchTrainer
 
     launcher.end_with_launcher()
@@ -138,6 +142,7 @@ def serve_rank(
     except ConfigError as error:  # on every rank
         say(error)
         _leave(launcher.note_exit(EXIT_CONFIG))
+    saver = ShardSaver(member, PartFiles())
 
     def build(completed: Config) -> TorchTrainer:
         ranks = member.ranks
@@ -156,7 +161,8 @@ def serve_rank(
         order = Order("build", completed.model_dump(mode="json"))
         with fatal(member, order):
             member.order(order)
-        return LeaderTrainer(build(completed), member)
+        place = SavePlace(Checkpoints(completed.run.dir).folder, completed.distributed.checkpoints_by)
+        return LeaderTrainer(build(completed), member, saver, place)
 
     def finish(code: int) -> int:
         code = launcher.note_exit(code)
@@ -165,7 +171,7 @@ def serve_rank(
 
     if not member.is_leader:
         try:
-            follower.follow(member, lambda sections: build(Config(**sections)))
+            follower.follow(member, lambda sections: build(Config(**sections)), saver)
         except ConfigError as error:  # the leader has the same, or ends without this rank
             time.sleep(config.distributed.rank_timeout_seconds)
             say(error)

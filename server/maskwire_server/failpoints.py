@@ -48,6 +48,17 @@ NAMES = (
 RANK_NAMES = ("rank.ordering", "rank.ordered", "rank.carried_out")
 """Where the leader sends an order, where a rank has received one, and where it has carried it out."""
 
+SHARD_NAMES = (
+    "shard.ordered",
+    "shard.writing",
+    "shard.written",
+    "shard.flushed",
+    "shard.gathered",
+    "shard.placed",
+)
+"""Where a follower has received the order to write its parts of a checkpoint; where a rank writes a file, has
+written all of its own, and has made them durable; where the leader knows all files, and has moved them."""
+
 _action: Callable[[str], None] | None = None
 
 

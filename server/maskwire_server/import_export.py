@@ -9,19 +9,20 @@ import platform
 import shlex
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from maskwire._version import __version__
 from maskwire_server import export_format, tokenizer_files
 from maskwire_server.app import EXIT_CONFIG, EXIT_RUN_DIRECTORY, build_trainer, say
-from maskwire_server.checkpoints.files import describe
+from maskwire_server.checkpoints.files import describe, write_manifest
 from maskwire_server.checkpoints.membership import Membership
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import Config, recorded_sections, template
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
 from maskwire_server.export_format import Format
-from maskwire_server.manifest import MANIFEST, Manifest
+from maskwire_server.manifest import MANIFEST, SHARDED, WHOLE, Manifest
 from maskwire_server.recovery import boot, imported_run
 from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES
 from maskwire_server.served_config import with_schedule
@@ -153,6 +154,11 @@ def _write(
 
     if to == "maskwire":
         with _draft(out) as draft:
+            if manifest.format == SHARDED:
+                names = exports.write_whole(folder, manifest, draft)
+                info = replace(manifest.info, files=tuple(describe(draft / name) for name in names))
+                write_manifest(draft, replace(manifest, info=info, format=WHOLE))
+                return []
             for file in manifest.info.files:
                 if file.name in (*WEIGHT_FILES, FROZEN_FILE):
                     shutil.copyfile(folder / file.name, draft / file.name)

@@ -11,7 +11,8 @@ from typing import Any
 from maskwire.v1.values import InexactReplay
 from maskwire_server.results import CheckpointInfo, FileInfo
 
-FORMAT = 2
+WHOLE, SHARDED = 2, 3
+"""The format of a checkpoint in files of whole tensors, and of one in files that several ranks wrote."""
 MANIFEST = "manifest.json"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -36,11 +37,13 @@ class Manifest:
     """Steps of its history that were replayed within a tolerance, not to the same bytes."""
     save_id: str | None = None
     """The id under which the journal recorded the save; None: saved by version 0.1, or outside the run."""
+    format: int = WHOLE
+    """`WHOLE` or `SHARDED`."""
 
     def to_json(self) -> bytes:
         """The bytes of the manifest's file, including its own hash."""
         body = {
-            "format": FORMAT,
+            "format": self.format,
             "name": self.info.name,
             "run_id": self.run_id,
             "lineage": self.info.lineage,
@@ -70,9 +73,9 @@ class Manifest:
             raise ValueError("the manifest does not match its own hash")
         while body["format"] in _MIGRATIONS:
             body = _MIGRATIONS[body["format"]](body)
-        if body["format"] != FORMAT:
+        if body["format"] not in (WHOLE, SHARDED):
             raise UnknownFormatError(
-                f"its format is {body['format']}, this version reads up to {FORMAT}; use the version that "
+                f"its format is {body['format']}, this version reads up to {SHARDED}; use the version that "
                 "wrote it"
             )
         for name in body["files"]:
@@ -101,6 +104,7 @@ class Manifest:
             body["versions"],
             tuple(InexactReplay(**replay) for replay in body.get("inexact_replays", [])),
             body.get("save_id"),
+            body["format"],
         )
 
 

@@ -8,10 +8,13 @@ from the state of the whole one. Everything is computed in fp64. The leader writ
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import shutil
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
-from maskwire_server.training import objective, optim, snapshot
+from maskwire_server.training import objective, optim, saved_state, snapshot
 from maskwire_server.training.corruption import StepKey
 from maskwire_server.training.models.backbone import Backbone
 from maskwire_server.training.models.networks import Networks
@@ -171,6 +174,21 @@ class Comparison:
             self.alone.train_step(2, number, self._batch(number), Modes())
             self._samples.take()
 
+    def save(self, folder: Path) -> None:
+        """Note whether what all ranks save, each its part, is the state of the divided trainer."""
+        self.divided.copy_shards().write(folder, with_frozen=True)
+        state = self.divided.snapshot()
+        dist.barrier()
+        if self.ranks.is_leader:
+            for file, tensors in state.files.items():
+                paths = saved_state.files_of(folder, file)
+                found = saved_state.read(saved_state.find(paths, file))
+                same = found.keys() == tensors.keys() and all(
+                    torch.equal(found[name], tensor) for name, tensor in tensors.items()
+                )
+                if not same or len(paths) < self.ranks.size:
+                    self.wrong.append(f"{file} as saved by all ranks is another state")
+
     def _batch(self, number: int) -> Batch:
         shape = {name: self._scenario[name] for name in ("rows", "prompts") if name in self._scenario}
         return batch(number, **shape)
@@ -198,6 +216,17 @@ class Comparison:
         self.worst[what] = max(self.worst.get(what, 0.0), difference if difference == difference else 1e9)
 
 
+@contextlib.contextmanager
+def shared_folder() -> Iterator[Path]:
+    """A new folder that all ranks see."""
+    name: list[Any] = [tempfile.mkdtemp() if not dist.get_rank() else ""]
+    dist.broadcast_object_list(name)
+    yield Path(name[0])
+    dist.barrier()
+    if not dist.get_rank():
+        shutil.rmtree(name[0])
+
+
 def compare(scenario: dict[str, Any], steps: int, samples: Samples) -> dict[str, Any]:
     """The largest differences, what else was wrong, and the hash of the last state."""
     with pytest.MonkeyPatch.context() as patch:
@@ -216,6 +245,9 @@ def compare(scenario: dict[str, Any], steps: int, samples: Samples) -> dict[str,
             error = f"{type(raised).__name__}: {raised}"
             samples.take()
         state = None if error else both.divided.snapshot()
+        if not error:
+            with shared_folder() as folder:
+                both.save(folder)
     leads = state is not None and both.ranks.is_leader
     return {
         "worst": both.worst, "wrong": both.wrong, "error": error,

@@ -14,12 +14,18 @@ from maskwire_server.batch import Batch, Modes, Prompts
 from maskwire_server.errors import StateLost
 from maskwire_server.ranks import leader
 from maskwire_server.ranks.leader import LeaderTrainer
+from maskwire_server.ranks.shared_folder import SavePlace
 from maskwire_server.results import EvalOptions, GenerateOptions
 
 
 @pytest.fixture(autouse=True)
 def _no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leader, "GRACE_SECONDS", 0.0)
+
+
+def leading(fake: Any) -> LeaderTrainer:
+    """A leader of the fake, which saves for all ranks."""
+    return LeaderTrainer(fake, fake, fake, SavePlace(Path("x"), "leader"))
 
 
 BATCH = Batch(np.zeros((1, 2), dtype=np.int64), 1, 2)
@@ -31,7 +37,7 @@ class Fake:
     def __init__(self, failing: str, error: Exception) -> None:
         self._failing, self._error = failing, error
         self.agreed: list[str] = []
-        self.place = SimpleNamespace(rank=0)
+        self.place = SimpleNamespace(rank=0, size=2)
         self.ranks: Any = SimpleNamespace(agree=self._agree)
 
     def reads_average(self, *, raw: bool) -> bool:
@@ -70,21 +76,21 @@ def test_a_connection_that_is_lost_ends_the_process(name: str, place: str) -> No
         pytest.skip("its ranks agree within the call")
     fake: Any = Fake(name if place == "the call" else place, RuntimeError("Connection closed by peer"))
     with pytest.raises(StateLost, match=r"rank 0 failed in .*: Connection closed by peer"):
-        CALLS[name](LeaderTrainer(fake, fake))
+        CALLS[name](leading(fake))
 
 
 def test_a_refusal_of_all_ranks_is_a_refusal() -> None:
     fake: Any = Fake("configure", ValueError("another optimizer"))
     with pytest.raises(ValueError, match="another optimizer"):
-        LeaderTrainer(fake, fake).configure({}, 2)
+        leading(fake).configure({}, 2)
     assert fake.agreed == ["configure refused: another optimizer"]
 
 
 def test_what_the_leader_does_alone_fails_alone() -> None:
     fake: Any = Fake("generate", RuntimeError("no memory for this"))
     with pytest.raises(RuntimeError, match="no memory for this"):
-        list(LeaderTrainer(fake, fake).generate(Prompts.nothing(1, 2), GenerateOptions((0,))))
+        list(leading(fake).generate(Prompts.nothing(1, 2), GenerateOptions((0,))))
     fake = Fake("read", ValueError("a file is missing"))
     with pytest.raises(ValueError, match="a file is missing"):
-        LeaderTrainer(fake, fake).load(Path("x"))
+        leading(fake).load(Path("x"))
     assert fake.agreed == [], "the others were not asked"

@@ -33,6 +33,7 @@ from robustness import (
     power_loss,
     processes,
     rank_faults,
+    rank_layouts,
     soak,
     wire_faults,
 )
@@ -125,6 +126,10 @@ def _r13(steps: int, _: Path) -> Any:
     return {"steps": steps}
 
 
+def _r13_layouts(folder: Path) -> Any:
+    return rank_layouts.other_layouts(folder)
+
+
 @dataclass(frozen=True)
 class _Bound:
     """A case's function with its arguments: what a process pool can carry."""
@@ -166,6 +171,7 @@ def cases(full: bool) -> list[Case]:
     if os.geteuid() == 0 and shutil.which("ip"):
         made.append(case("R12", "network", _r12_network))
     made.append(case("R13", "parity", _r13, share(50, 5)))
+    made.append(case("R13", "other layouts", _r13_layouts))
     return made
 
 

@@ -18,7 +18,7 @@ import psutil
 from rank_groups import RankServer
 
 import maskwire
-from maskwire_server.failpoints import NAMES, RANK_NAMES
+from maskwire_server.failpoints import NAMES, RANK_NAMES, SHARD_NAMES
 
 SIZE = 2
 SETTINGS = (
@@ -26,7 +26,7 @@ SETTINGS = (
     "objective.self_cond=true", "optimizer.ema_decay=0.9",
 )  # fmt: skip
 STEPS = 9
-PLACES = {0: (*NAMES, *RANK_NAMES), 1: RANK_NAMES[1:]}
+PLACES = {0: (*NAMES, *RANK_NAMES, *SHARD_NAMES[1:]), 1: (*RANK_NAMES[1:], *SHARD_NAMES[:4])}
 """The failpoints that each rank passes."""
 
 

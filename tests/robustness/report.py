@@ -159,7 +159,14 @@ def _r12(items: list[tuple[str, Any]]) -> str:
 
 
 def _r13(items: list[tuple[str, Any]]) -> str:
-    return f"2, 3 and 4 ranks beside one process, {items[0][1]['found']['steps']} steps of each scenario"
+    found = {name: note["found"] for name, note in items}
+    words = []
+    if "parity" in found:
+        steps = found["parity"]["steps"]
+        words.append(f"2, 3 and 4 ranks beside one process, {steps} steps of each scenario")
+    if "other layouts" in found:
+        words.append(f"saved on 2 x 2 ranks, continued on {found['other layouts']['layouts']} other layouts")
+    return "; ".join(words)
 
 
 _WORDS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rank_groups import RankServer
 
 import maskwire
+import maskwire_server
+from maskwire_server.import_export import export
+from maskwire_server.recovery.verify import verify
 
 Start = Callable[..., RankServer]
 
@@ -67,7 +72,7 @@ def test_one_rank_under_the_launcher_gives_the_bits_of_a_plain_server(start: Sta
     assert plain.stop() == 0
 
 
-def test_a_killed_rank_costs_a_restart_and_no_step(start: Start) -> None:
+def test_a_killed_rank_costs_a_restart_and_no_step(start: Start, tmp_path: Path) -> None:
     undisturbed, killed = start(2), start(2)
     expected = trained(undisturbed, 12)
 
@@ -90,15 +95,52 @@ def test_a_killed_rank_costs_a_restart_and_no_step(start: Start) -> None:
     alone = start(None, folder=undisturbed.folder)  # another layout must not compute that step again
     assert alone.process.wait(120) == 3
     assert "fingerprint.world_size was '1 x 2'" in alone.log.read_text()
-    written = [path.read_bytes()[:2] for path in killed.run_dir.rglob("*") if path.is_file()]
-    assert not [start for start in written if start in (b"PK", b"\x80\x02", b"\x80\x04")], "a pickle"
+    pickles = [
+        path
+        for path in killed.run_dir.rglob("*")
+        if path.is_file()
+        and path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    ]
+    assert not pickles
+    check_on_one_process(start, killed, expected, tmp_path)
+
+
+def check_on_one_process(start: Start, ranks: RankServer, expected: dict[str, Any], room: Path) -> None:
+    """What two ranks saved is loaded, evaluated, verified, downloaded and exported by one process."""
+    folder = ranks.run_dir / "checkpoints" / "end"
+    files = sorted(path.name for path in folder.iterdir())
+    assert files == ["manifest.json", *sorted(expected["files"])]
+    assert {"model-r0000-001.safetensors", "optimizer-r0001-001.safetensors"} <= set(files)
+    alone = start(None, folder=ranks.folder)
+    with maskwire.connect(alone.target, takeover=True, retry_for=120, on_wait=lambda _: None) as trainer:
+        assert trainer.digest.hex() == expected["digest"]
+        assert trainer.eval_loss(batch(0)).losses.loss == expected["evaluated"]
+        trainer.download("end", room / "weights", weights=True)
+        trainer.download("end", room / "all")
+    assert alone.stop() == 0
+    audit = verify(ranks.run_dir)
+    assert not audit.problems
+    assert "end" in audit.checkpoints
+    assert export(ranks.run_dir, "end", room / "joined", to="maskwire", weights="auto") == 0
+    assert sorted(path.name for path in (room / "joined").iterdir()) == ["manifest.json", "model.safetensors"]
+    assert sorted(path.name for path in (room / "all").iterdir()) == files
+    weights = [maskwire_server.load(room / each).state_dict() for each in ("weights", "all", "joined")]
+    for name, tensor in maskwire_server.load(folder).state_dict().items():
+        assert all(torch.equal(each[name], tensor) for each in weights), name
+    shutil.copy(folder / "model-r0000-001.safetensors", room / "weights" / "model-r0002-001.safetensors")
+    with pytest.raises(ValueError, match=r"model-r0002-001.safetensors is not listed in manifest.json"):
+        maskwire_server.load(room / "weights")
+    (room / "all" / "model-r0001-001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"all has no model-r0001-001.safetensors; download it"):
+        maskwire_server.load(room / "all")
 
 
 def test_unusual_requests_hold_nothing_up(start: Start) -> None:
     """A rank without memory, one that freezes, one row, prompts alone, a generation that is left."""
     server = start(
-        2, "objective.self_cond=true", "distributed.rank_timeout_seconds=2", fault="1:rank.ordered:6:memory"
-    )
+        2, "objective.self_cond=true", "distributed.rank_timeout_seconds=2",
+        "distributed.checkpoints_by=leader", fault="1:rank.ordered:6:memory",
+    )  # fmt: skip
     with maskwire.connect(server.target, retry_for=120, on_wait=lambda _: None) as trainer:
         assert trainer.train_step(batch(1)[:1]).step == 1
         with pytest.raises(maskwire.errors.MaskwireError, match="leave at least one to predict"):
@@ -114,6 +156,8 @@ def test_unusual_requests_hold_nothing_up(start: Start) -> None:
         assert server.fired.exists()
         server.ranks()[1].send_signal(signal.SIGSTOP)
         assert trainer.train_step(batch(7)).step == 7
+        files = trainer.checkpoint("end").files
+        assert set(files) == {"model.safetensors", "optimizer.safetensors"}, "gathered by the leader"
     assert "rank 1 failed in" in server.log.read_text()
     assert "rank 1 was silent for 2 s" in server.log.read_text()
     assert server.stop() == 0

@@ -18,6 +18,7 @@ from pathlib import Path
 from maskwire.errors import CheckpointError
 from maskwire.results import CheckpointInfo, FileInfo
 from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1.values import whole_file
 
 try:
     import fcntl
@@ -56,13 +57,15 @@ class Download:
             if not _NAME.fullmatch(name):
                 raise CheckpointError(f"checkpoint {info.name!r} has a file with an unsafe name: {name!r}")
         if weights or ema:
-            average = {EMA} if ema else names & {EMA}  # the weights include it if there is one
-            names = average | ({WEIGHTS} if weights else set()) | (names & {FROZEN})
-        for name in sorted(names - set(info.files)):
-            raise CheckpointError(
-                f"checkpoint {info.name!r} has no {name}"
-                + ("; the run keeps no moving average: leave ema out" if name == EMA else "")
-            )
+            there = {whole_file(name) for name in names}
+            average = {EMA} if ema else there & {EMA}  # the weights include it if there is one
+            wanted = average | ({WEIGHTS} if weights else set()) | (there & {FROZEN})
+            for name in sorted(wanted - there):
+                raise CheckpointError(
+                    f"checkpoint {info.name!r} has no {name}"
+                    + ("; the run keeps no moving average: leave ema out" if name == EMA else "")
+                )
+            names = {name for name in names if whole_file(name) in wanted}
         self._files = [
             PartialFile(info.name, folder, name, info.files[name], self._report) for name in sorted(names)
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass
 
 
@@ -127,3 +128,16 @@ class RestoreResult:
     lineage: int
     step: int
     digest: bytes
+
+
+_SHARD = re.compile(r"([a-z]+)-r\d+-\d+\.safetensors")
+
+
+def whole_file(name: str) -> str:
+    """The file whose tensors a file of a checkpoint holds, whole or in part.
+
+    `model-r0002-001.safetensors`, written by rank 2, has parts of what `model.safetensors` has if one process
+    writes it. Other names are returned as they are.
+    """
+    found = _SHARD.fullmatch(name)
+    return f"{found[1]}.safetensors" if found else name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,14 +18,19 @@ from maskwire_server.results import FileInfo
 NOT_A_MANIFEST = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading a damaged manifest raises."""
 _SAVED = {".safetensors", ".json", ".draft"}
+PARTS = "parts-"
+"""The beginning of the name of the folder in which several ranks write the files of a checkpoint."""
 _DRAFT = ".tmp"  # the prefix of the names that safetensors writes to before it renames the file
 
 
 class Snapshot(Protocol):
     """A copy of the trainer's state in host memory."""
 
-    def write(self, folder: Path) -> None:
-        """Write its files into `folder`, but those that are there already; the caller flushes them."""
+    def write(self, folder: Path) -> Sequence[FileInfo] | None:
+        """Write its files into `folder`, but those that are there already; the caller flushes them.
+
+        If several ranks have written files of their parts: those files, which are durable.
+        """
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -56,9 +62,15 @@ def is_unfinished(folder: Path) -> bool:
     if not CHECKPOINT_NAME.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
         return False
     return not (folder / MANIFEST).exists() and all(
-        path.is_file() and (path.suffix in _SAVED or path.name.startswith(_DRAFT))
+        all(map(_is_of_save, path.iterdir()))
+        if path.name.startswith(PARTS) and path.is_dir()
+        else _is_of_save(path)
         for path in folder.iterdir()
     )
+
+
+def _is_of_save(path: Path) -> bool:
+    return path.is_file() and (path.suffix in _SAVED or path.name.startswith(_DRAFT))
 
 
 def flush(path: Path) -> FileInfo:
@@ -66,6 +78,14 @@ def flush(path: Path) -> FileInfo:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     return describe(path, from_disk=True)
+
+
+def described(path: Path, linked: Mapping[str, FileInfo], of_ranks: Mapping[str, FileInfo]) -> FileInfo:
+    """Make a file durable and describe it, unless a rank has, or it is a link to one that is."""
+    name = path.name
+    if name in of_ranks:
+        return of_ranks[name]
+    return linked[name] if name in linked and path.stat().st_nlink > 1 else flush(path)
 
 
 def describe(path: Path, *, from_disk: bool = False) -> FileInfo:

@@ -1,6 +1,7 @@
 """The checkpoints of one run directory: written, read, kept while they are used, deleted.
 
     checkpoints/NAME/  *.safetensors  *.json  manifest.json
+                       parts-*/  while several ranks write
 
 Each file is written and flushed, then read back and hashed; the manifest comes last, with each file's size
 and SHA-256 and a hash of itself. Without an intact manifest a checkpoint does not exist.
@@ -19,20 +20,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from maskwire.v1.values import whole_file
 from maskwire_server import failpoints
 from maskwire_server.checkpoints.catalogue import Catalogue, newest_first
 from maskwire_server.checkpoints.files import (
     NOT_A_MANIFEST,
     Snapshot,
     describe,
-    flush,
+    described,
     is_unfinished,
     read_manifest,
     write_manifest,
 )
 from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
 from maskwire_server.journal.fsync import flush_folder, make_folder
-from maskwire_server.manifest import MANIFEST, Manifest, UnknownFormatError
+from maskwire_server.manifest import MANIFEST, SHARDED, WHOLE, Manifest, UnknownFormatError
 from maskwire_server.requests import CHECKPOINT_NAME
 from maskwire_server.results import FROZEN_FILE, FileInfo
 
@@ -96,11 +98,13 @@ class Checkpoints:
             begun = True
             failpoints.passing("checkpoint.begun")
             linked = self._link_frozen(folder)
-            snapshot.write(folder)
+            shards = snapshot.write(folder)
             failpoints.passing("checkpoint.written")
-            files = tuple(self._described(path, linked) for path in sorted(folder.iterdir()))
+            of_ranks = {file.name: file for file in shards or ()}
+            files = tuple(described(path, linked, of_ranks) for path in sorted(folder.iterdir()))
             failpoints.passing("checkpoint.flushed")
-            whole = replace(manifest, info=replace(manifest.info, files=files))
+            info = replace(manifest.info, files=files)
+            whole = replace(manifest, info=info, format=WHOLE if shards is None else SHARDED)
             write_manifest(folder, whole)
             flush_folder(self.folder)
             self._verified.add(name)
@@ -125,21 +129,17 @@ class Checkpoints:
             self._changing.discard(name)
         return whole
 
-    def _described(self, path: Path, linked: dict[str, FileInfo]) -> FileInfo:
-        """Describe a file that was written, or linked and not replaced since."""
-        is_linked = path.name in linked and path.stat().st_nlink > 1
-        return linked[path.name] if is_linked else flush(path)
-
     def _link_frozen(self, folder: Path) -> dict[str, FileInfo]:
-        """Link the file of weights that are never trained, so that it is stored once. Returns it by name."""
+        """Link the files of weights that are never trained, so that they are stored once. Returns them."""
         for manifest in self.own():
-            for file in manifest.info.files:
-                if file.name == FROZEN_FILE and self.verified(manifest):
-                    try:
-                        (folder / FROZEN_FILE).hardlink_to(self.path(manifest.info.name) / FROZEN_FILE)
-                    except OSError:  # a file system without hard links: it is written again
-                        return {}
-                    return {FROZEN_FILE: file}
+            files = {f.name: f for f in manifest.info.files if whole_file(f.name) == FROZEN_FILE}
+            if files and self.verified(manifest):
+                try:
+                    for name in files:
+                        (folder / name).hardlink_to(self.path(manifest.info.name) / name)
+                except OSError:  # a file system without hard links: they are written again
+                    return {}
+                return files
         return {}
 
     def foreign(self, name: str) -> bool:
@@ -226,7 +226,10 @@ class Checkpoints:
         return manifest
 
     def damage(self, manifest: Manifest) -> str | None:
-        """Read and hash every file of a checkpoint. Return the damage in words, or None."""
+        """Read and hash every file of a checkpoint. Return the damage in words, or None.
+
+        A checkpoint of several ranks has no other files: a reader could take one for a part of a tensor.
+        """
         folder = self.path(manifest.info.name)
         self._verified.discard(manifest.info.name)
         found_manifest = read_manifest(folder)
@@ -241,6 +244,11 @@ class Checkpoints:
                 return f"{file.name}: {error.strerror}"
             if found != file:
                 return f"{file.name}: does not match the manifest's size and SHA-256"
+        if manifest.format == SHARDED:
+            known = {MANIFEST, *(file.name for file in manifest.info.files)}
+            for path in sorted(folder.iterdir()):
+                if path.name not in known:
+                    return f"{path.name}: is not listed in {MANIFEST}; move it out of the folder"
         self._verified.add(manifest.info.name)
         return None
 

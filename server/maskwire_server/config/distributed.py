@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -19,3 +19,6 @@ class DistributedConfig(Section):
     all ranks, divided by `replicate`."""
     rank_timeout_seconds: Annotated[Finite, Field(gt=0)] = 10.0
     """End all ranks, and restart them, when one was silent for this long."""
+    checkpoints_by: Literal["auto", "ranks", "leader"] = "auto"
+    """Who writes checkpoints. ranks: each its part, into the checkpoints' folder, which all hosts must share.
+    leader: the leader, which gathers the state in its memory. auto: the ranks if they share the folder."""

@@ -47,6 +47,7 @@ def refuse_leftovers(run_dir: Path) -> None:
         and not path.name.startswith(JOURNAL_FILE)
         and path.suffix not in (".toml", ".log")
         and not of_volume(path.name)
+        and not (path.name == "checkpoints" and path.is_dir() and not any(path.iterdir()))
     )
     if unexpected == ["checkpoints"]:
         raise RunDirectoryError(

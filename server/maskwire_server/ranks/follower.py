@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from maskwire_server.batch import Payload
+from maskwire_server.ranks import shared_folder
 from maskwire_server.ranks.leader import carried_out
 from maskwire_server.ranks.membership import Member
 from maskwire_server.ranks.orders import Order
+from maskwire_server.ranks.shard_saver import ShardSaver
 from maskwire_server.training.trainer import TorchTrainer
 
 log = logging.getLogger(__name__)
@@ -25,7 +28,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
 }
 
 
-def follow(member: Member, build: Callable[[dict[str, Any]], TorchTrainer]) -> NoReturn:
+def follow(member: Member, build: Callable[[dict[str, Any]], TorchTrainer], saver: ShardSaver) -> NoReturn:
     """Build the trainer of the first order, which has the leader's configuration, and serve the others.
 
     Ends with the process: `Member.watch` ends it when the leader ends. Raises what a call raised that not all
@@ -35,12 +38,16 @@ def follow(member: Member, build: Callable[[dict[str, Any]], TorchTrainer]) -> N
     while True:
         order = member.next_order()
         with contextlib.suppress(ValueError):  # refused on every rank
-            carried_out(member, order, call(trainer, order))
+            carried_out(member, order, call(member, trainer, saver, order))
 
 
-def call(trainer: TorchTrainer, order: Order) -> Callable[[], Any]:
+def call(member: Member, trainer: TorchTrainer, saver: ShardSaver, order: Order) -> Callable[[], Any]:
     """The call of the trainer that an order stands for."""
     given = order.arguments
+    if order.name == "copy_shards":
+        return lambda: saver.keep(given["save"], trainer.copy_shards)
+    if order.name == "probe":
+        return lambda: member.ranks.which(not shared_folder.sees(Path(given["path"]), given["content"]))
     if order.name == "train_step":
         payload = Payload.decode(order.payload)
         return lambda: trainer.train_step(given["lineage"], given["step"], payload.batch, payload.modes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,12 +13,17 @@ from maskwire.v1.values import ModelInfo
 from maskwire_server import failpoints
 from maskwire_server.batch import Batch, Modes, Payload, Prompts
 from maskwire_server.errors import StateLost
+from maskwire_server.ranks import shared_folder
 from maskwire_server.ranks.launcher import note_loss
 from maskwire_server.ranks.membership import Member
 from maskwire_server.ranks.orders import Order
+from maskwire_server.ranks.shard_saver import ShardSaver, ShardSnapshot
+from maskwire_server.ranks.shared_folder import SavePlace
 from maskwire_server.results import EvalOptions, EvalResult, GenerateOptions, GenerationState, StepResult
 from maskwire_server.training.snapshot import Snapshot
 from maskwire_server.training.trainer import TorchTrainer
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -32,8 +38,13 @@ class LeaderTrainer:
     raise alike is StateLost: the processes end, and a restart recovers the last durable step.
     """
 
-    def __init__(self, trainer: TorchTrainer, member: Member) -> None:
-        self._trainer, self._member = trainer, member
+    def __init__(
+        self, trainer: TorchTrainer, member: Member, saver: ShardSaver, save_place: SavePlace
+    ) -> None:
+        self._trainer, self._member, self._saver, self._place = trainer, member, saver, save_place
+        self._saves = 0
+        self._sharded = False
+        """Whether each rank saves its parts by itself."""
         self._gathered: bool | None = None
         """Which weights the last gathering read, if they have not changed since: the averaged ones?"""
 
@@ -75,8 +86,10 @@ class LeaderTrainer:
         self._together(Order("receive"), lambda: self._trainer.receive(saved))
 
     def warm_up(self) -> None:
-        """Compute a step and discard it."""
+        """Compute a step and discard it. Raises ConfigError if the ranks cannot save as configured."""
         self._together(Order("warm_up"), self._trainer.warm_up)
+        if self._place.wanted(self._member.place.size):
+            self._sharded = self._place.decide(self._blind())
 
     def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
         """Apply one step on all ranks."""
@@ -84,8 +97,13 @@ class LeaderTrainer:
         order = Order("train_step", {"lineage": lineage, "step": step}, Payload(batch, modes).encode())
         return self._together(order, lambda: self._trainer.train_step(lineage, step, batch, modes))
 
-    def snapshot(self) -> Snapshot:
-        """The state of all ranks, in this host's memory."""
+    def snapshot(self) -> Snapshot | ShardSnapshot:
+        """A copy of the state: each rank's part in its memory, or all of it in this host's memory."""
+        if self._sharded:
+            self._saves += 1
+            order = Order("copy_shards", {"save": self._saves})
+            shards = self._together(order, self._trainer.copy_shards, changes=False)
+            return self._saver.snapshot(self._saves, shards)
         return self._together(Order("snapshot"), self._trainer.snapshot, changes=False)
 
     def eval_loss(
@@ -99,6 +117,19 @@ class LeaderTrainer:
         """Fill in the prompts, on this rank, with weights gathered from all."""
         self._gather(raw=options.raw_weights)
         yield from self._trainer.generate(prompts, options)
+
+    def _blind(self) -> list[int]:
+        """The ranks that do not see the folder of the checkpoints."""
+        try:
+            path, content = shared_folder.place_probe(self._place.folder)
+        except OSError as error:
+            log.error("%s cannot be written (%s)", self._place.folder, error.strerror)
+            return [self._member.place.rank]
+        try:
+            order = Order("probe", {"path": str(path), "content": content})
+            return self._together(order, lambda: self._member.ranks.which(False), changes=False)
+        finally:
+            path.unlink(missing_ok=True)
 
     def _gather(self, *, raw: bool) -> None:
         averaged = self._trainer.reads_average(raw=raw)

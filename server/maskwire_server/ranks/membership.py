@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 EXIT_LOST = 75
 """A rank was lost."""
 _COLLECTIVE = timedelta(minutes=30)  # a hung device; lost ranks are noticed long before
-_UNBOUNDED = timedelta(days=3650)  # between two orders a run may be idle
+_SAVE = timedelta(hours=1)  # how long the files of one checkpoint may take
+_UNBOUNDED = timedelta(days=3650)  # between two orders, or two saves, a run may be idle
 
 
 @dataclass(frozen=True)
@@ -57,36 +58,65 @@ class Member:
         self.is_leader = ranks.is_leader
         self._leader = leader
         self._orders = dist.new_group(backend="gloo", timeout=_UNBOUNDED)
+        self._saves = dist.new_group(backend="gloo", timeout=_SAVE)  # used by the savers' threads alone
+        self.lost = exit_now(EXIT_LOST, note_loss)
+        """Called with the reason, it ends this process, and with it the group."""
         self._monitor: Monitor | None = None
 
     def watch(self, timeout: float) -> None:
         """Watch the other ranks from now on, and exit when one is lost."""
-        lost = exit_now(EXIT_LOST, note_loss)
         if self.is_leader:
             host = LOOPBACK if self.place.hosts == 1 else address_towards(os.environ["MASTER_ADDR"])
-            self._monitor = Monitor(host, self.place.size - 1, timeout, lost)
+            self._monitor = Monitor(host, self.place.size - 1, timeout, self.lost)
             self.order(Order("watch", asdict(self._monitor.address)))
         else:
             address = LeaderAddress(**self.next_order().arguments)
-            watch_leader(address, self.place.rank, timeout, lost, lambda: os._exit(0))
+            watch_leader(address, self.place.rank, timeout, self.lost, lambda: os._exit(0))
 
     def order(self, order: Order) -> None:
         """Send an order to all followers."""
         data = order.encode()
         self.ranks.record(data)
-        size = torch.tensor([len(data)], dtype=torch.int64)
-        dist.broadcast(size, self._leader, group=self._orders)
-        dist.broadcast(torch.frombuffer(bytearray(data), dtype=torch.uint8), self._leader, group=self._orders)
+        self._broadcast(self._orders, data)
 
     def next_order(self) -> Order:
         """Wait for an order, for as long as it takes."""
-        size = torch.zeros(1, dtype=torch.int64)
-        dist.broadcast(size, self._leader, group=self._orders)
-        data = torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(data, self._leader, group=self._orders)
-        found = data.numpy().tobytes()
-        self.ranks.record(found)
-        return Order.decode(found)
+        data = self._broadcast(self._orders)
+        self.ranks.record(data)
+        return Order.decode(data)
+
+    def order_save(self, order: Order) -> None:
+        """Send an order to the savers of all followers."""
+        self._broadcast(self._saves, order.encode())
+
+    def next_save(self) -> Order:
+        """Wait for an order to the saver, for as long as it takes."""
+        return Order.decode(self._broadcast(self._saves))
+
+    def exchange(self, report: bytes) -> list[bytes]:
+        """The reports of all ranks' savers. Waits for all of them."""
+        size = torch.tensor([len(report)], dtype=torch.int64)
+        sizes = [torch.zeros_like(size) for _ in range(self.place.size)]
+        dist.all_gather(sizes, size, group=self._saves)
+        own = torch.zeros(max(map(int, sizes)), dtype=torch.uint8)
+        own[: len(report)] = torch.frombuffer(bytearray(report), dtype=torch.uint8)
+        found = [torch.empty_like(own) for _ in sizes]
+        dist.all_gather(found, own, group=self._saves)
+        return [each[: int(length)].numpy().tobytes() for each, length in zip(found, sizes, strict=True)]
+
+    def _broadcast(self, group: dist.ProcessGroup, data: bytes | None = None) -> bytes:
+        """Send bytes from the leader to all others, which wait for them without a time limit."""
+        size = torch.tensor([len(data or b"")], dtype=torch.int64)
+        options = dist.BroadcastOptions()
+        options.rootRank = self._leader
+        if data is None:
+            options.timeout = _UNBOUNDED
+        group.broadcast([size], options).wait()
+        there = torch.empty(int(size), dtype=torch.uint8)
+        if data is not None:
+            there = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        group.broadcast([there], options).wait()
+        return there.numpy().tobytes()
 
     def end(self) -> None:
         """Let the followers exit: the leader ends for good."""

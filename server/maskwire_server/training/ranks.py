@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from maskwire_server.training.parts import Part, split, split_by_length
+from maskwire_server.training.shards import Piece
 
 
 class Ranks:
@@ -65,6 +66,11 @@ class Ranks:
         assert full is not None
         assert full.shape == like.shape
         return full
+
+    def piece(self, live: Tensor, number: int) -> Piece | None:
+        """What this rank saves of the tensor with this number; None: others save it all."""
+        del number
+        return Piece(live, (0,) * live.ndim, tuple(live.shape))
 
     def norm(self, of_part: Tensor) -> Tensor:
         """The norm of a vector that is divided as the weights are, from the norm of this rank's part."""

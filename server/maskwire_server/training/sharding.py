@@ -22,12 +22,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from maskwire_server.errors import ConfigError, StateLost
 from maskwire_server.training import division
 from maskwire_server.training.models.backbone import Backbone
 from maskwire_server.training.parts import Part, split, split_by_length
 from maskwire_server.training.ranks import Ranks
+from maskwire_server.training.shards import Piece
 
 
 class ManyRanks(Ranks):
@@ -53,6 +56,7 @@ class ManyRanks(Ranks):
         # Without copies one dimension: with two, torch keeps a second copy of the gradients.
         self.mesh: DeviceMesh = init_device_mesh(device.type, (*grid.values(),), mesh_dim_names=(*grid,))
         self._shard_group = self.mesh.get_group("shard")
+        self._copy = self.mesh.get_local_rank("replicate") if replicate > 1 else 0
         if timeout is not None:  # groups of a mesh do not inherit that of init_process_group
             for group in self.mesh.get_all_groups():
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
@@ -140,6 +144,18 @@ class ManyRanks(Ranks):
         dist.broadcast(there, self.leader)
         return there
 
+    def piece(self, live: Tensor, number: int) -> Piece | None:
+        """This rank's rows. Each copy of the model saves some tensors; the leader those not divided."""
+        if not isinstance(live, DTensor):
+            return super().piece(live, number) if self.is_leader else None
+        if number % self.replicate != self._copy:
+            return None
+        _, offsets = compute_local_shape_and_global_offset(live.shape, live.device_mesh, live.placements)
+        part = live.to_local()
+        if not part.numel() and (live.numel() or any(offsets)):
+            return None
+        return Piece(part, tuple(offsets), tuple(live.shape))
+
     def norm(self, of_part: Tensor) -> Tensor:
         """sqrt of the sum of the squares of the parts' norms."""
         if self.size == self.replicate:
@@ -147,6 +163,12 @@ class ManyRanks(Ranks):
         square = of_part.double().square()
         dist.all_reduce(square, group=self._shard_group)
         return square.sqrt().to(of_part.dtype)
+
+    def which(self, flag: bool) -> list[int]:
+        """The ranks on which the flag is set."""
+        found = [torch.zeros(1, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(found, torch.tensor([flag], dtype=torch.uint8), group=self._control)
+        return [rank for rank, each in enumerate(found) if int(each)]
 
     def agree(self, facts: str) -> None:
         """Compare the facts, and the orders carried out so far, on every rank."""

@@ -4,27 +4,27 @@ model.safetensors       generator.* and critic.*: weights, and buffers that belo
 frozen.safetensors      the same for weights that are never trained; the same file in each checkpoint
 ema.safetensors         the same names, if the run keeps a moving average
 optimizer.safetensors   generator.* and critic.*: the optimizer's state and the number of updates
+
+Several ranks may save their parts of these files instead: see `shards`.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import re
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from maskwire_server.errors import StateLost
 from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES
-from maskwire_server.training import module_state
+from maskwire_server.training import module_state, saved_state
 from maskwire_server.training.optim import Group
 from maskwire_server.training.ranks import Ranks, assign, whole
+from maskwire_server.training.saved_state import SavedTensors
+from maskwire_server.training.shards import Piece, Shards, save
 
 MODEL_FILE, EMA_FILE = WEIGHT_FILES
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -36,31 +36,25 @@ Files = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of the state in host memory."""
+    """A copy of the whole state in host memory."""
 
     files: Files
 
     def write(self, folder: Path) -> None:
         """Write the files to `folder`, but a file of frozen weights that is there. Raises OSError."""
+        for path in saved_state.files_of(folder, FROZEN_FILE):
+            if path.name != FROZEN_FILE:  # in parts, as ranks write it
+                path.unlink()
         for file, tensors in self.files.items():
             if file == FROZEN_FILE and _has(folder / file, tensors):
                 continue
             (folder / file).unlink(missing_ok=True)
-            try:
-                save_file(tensors, folder / file)
-            except SafetensorError as error:
-                found = re.search(r"os error (\d+)", str(error))
-                number = int(found[1]) if found else errno.EIO
-                text = os.strerror(number) if found else str(error)
-                raise OSError(number, text, str(folder / file)) from error
+            save(tensors, folder / file)
 
 
 def _has(path: Path, tensors: dict[str, Tensor]) -> bool:
     """Whether a file has tensors of these names. Frozen weights of one run differ in nothing else."""
-    if not path.exists():
-        return False
-    with safe_open(path, framework="pt") as file:
-        return set(file.keys()) == tensors.keys()
+    return path.exists() and saved_state.find([path], path.name).keys() == tensors.keys()
 
 
 class Copier:
@@ -70,44 +64,75 @@ class Copier:
     (P9 in docs/benchmarks.md).
     """
 
-    def __init__(self, *, keeps: bool = True) -> None:
-        """Only the leader of several ranks keeps what it copies; the others take part in gathering it."""
-        self._keeps = keeps
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._frozen: dict[str, Tensor] | None = None
-        self._last: weakref.ref[Snapshot] | None = None
+        self._frozen_pieces: dict[str, Piece] | None = None
+        self._last: weakref.ref[Snapshot | Shards] | None = None
 
     def copy(self, files: Files) -> Snapshot:
         """Copy live tensors. Training may continue at once.
 
-        While an earlier snapshot is in use, its memory is left alone and the copy gets new memory.
+        While an earlier snapshot is in use, its memory is left alone and the copy gets new memory. Of several
+        ranks the leader gets the whole state; the others take part in gathering it, and keep nothing.
         """
-        if self._last is not None and self._last() is not None:
-            self._buffers = {}
+        self._renew()
         if self._frozen is None:  # these never change
             self._frozen = {name: self._gathered(each) for name, each in files.get(FROZEN_FILE, {}).items()}
         snapshot = Snapshot(
             {
                 file: self._frozen
                 if file == FROZEN_FILE
-                else {name: self._copied((file, name), tensor) for name, tensor in tensors.items()}
+                else {name: self._whole((file, name), tensor) for name, tensor in tensors.items()}
                 for file, tensors in files.items()
             }
         )
         self._last = weakref.ref(snapshot)
         return snapshot
 
+    def copy_shards(self, files: Files) -> Shards:
+        """Copy the parts of live tensors that this rank saves."""
+        self._renew()
+        if self._frozen_pieces is None:
+            self._frozen_pieces = self._pieces(files.get(FROZEN_FILE, {}))
+        pieces = {
+            file: self._frozen_pieces
+            if file == FROZEN_FILE
+            else {
+                name: replace(piece, tensor=self._copied((file, name), piece.tensor))
+                for name, piece in self._pieces(tensors).items()
+            }
+            for file, tensors in files.items()
+        }
+        names = {file: frozenset(tensors) for file, tensors in files.items()}
+        shards = Shards(self._ranks.rank, pieces, names)
+        self._last = weakref.ref(shards)
+        return shards
+
+    def _renew(self) -> None:
+        if self._last is not None and self._last() is not None:
+            self._buffers = {}
+
     def _gathered(self, live: Tensor) -> Tensor:
         full = whole(live.detach())
-        return full if self._keeps else full.new_empty(0)
+        return full if self._ranks.is_leader else full.new_empty(0)
 
-    def _copied(self, key: tuple[str, str], live: Tensor) -> Tensor:
+    def _whole(self, key: tuple[str, str], live: Tensor) -> Tensor:
         full = self._gathered(live)
-        if not self._keeps:
-            return full
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(full.shape, dtype=full.dtype)
-        return self._buffers[key].copy_(full)
+        return self._copied(key, full) if self._ranks.is_leader else full
+
+    def _pieces(self, tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+        found = {
+            name: self._ranks.piece(live.detach(), number)
+            for number, (name, live) in enumerate(tensors.items())
+        }
+        return {name: piece for name, piece in found.items() if piece is not None}
+
+    def _copied(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
+        if key not in self._buffers or self._buffers[key].shape != tensor.shape:
+            self._buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return self._buffers[key].copy_(tensor)
 
 
 def live_tensors(groups: Mapping[str, Group]) -> Files:
@@ -131,70 +156,76 @@ def live_tensors(groups: Mapping[str, Group]) -> Files:
 
 @dataclass(frozen=True)
 class SavedState:
-    """The tensors of a checkpoint that fit the groups, whole and in host memory."""
+    """A checkpoint whose tensors fit the groups; they are read one by one."""
 
-    files: Files
+    files: dict[str, SavedTensors]
     has_average: bool
     """Whether it has a moving average; otherwise the average starts from the weights."""
+    is_untrained: bool
+    """Whether it is from before the first update: the optimizer's state is zeros, whichever wrote it."""
+
+    def tensor(self, file: str, name: str, like: Tensor) -> Tensor:
+        """The whole tensor that belongs in a live one. Raises ValueError if its file cannot be read."""
+        if file == OPTIMIZER_FILE and self.is_untrained:
+            return torch.zeros(like.shape, dtype=like.dtype)
+        return self.files[file][name].read()
 
 
 def read(folder: Path, groups: Mapping[str, Group]) -> SavedState:
-    """Read the files of a snapshot.
+    """Find the tensors of a checkpoint, whichever ranks saved them.
 
     A snapshot from before the first update fits every optimizer. Raises ValueError that names the first file
     or tensor that is missing, unknown, or of another shape or type.
     """
     live = live_tensors(groups)
-    optimizer = _tensors(folder / OPTIMIZER_FILE)
-    counts = [int(tensor) for name, tensor in optimizer.items() if name.endswith(".updates")]
+    optimizer = _found(folder, OPTIMIZER_FILE)
+    counts = [int(tensor.read()) for name, tensor in optimizer.items() if name.endswith(".updates")]
     untrained = bool(counts) and not any(counts)
-    if untrained or not (folder / EMA_FILE).exists():
+    if untrained or not saved_state.files_of(folder, EMA_FILE):
         live.pop(EMA_FILE, None)
-    found = _read_weights(folder, live)
-    if untrained:  # zeros, whichever optimizer it was saved with
-        zeros = {name: torch.zeros(one.shape, dtype=one.dtype) for name, one in live[OPTIMIZER_FILE].items()}
-        found[OPTIMIZER_FILE] = zeros
-    else:
+    found = _find_weights(folder, live)
+    if not untrained:
         found[OPTIMIZER_FILE] = _fitting(OPTIMIZER_FILE, optimizer, live[OPTIMIZER_FILE], _FIXED)
     if EMA_FILE in live:
-        found[EMA_FILE] = _fitting(EMA_FILE, _tensors(folder / EMA_FILE), live[EMA_FILE])
-    return SavedState(found, EMA_FILE in live)
+        found[EMA_FILE] = _fitting(EMA_FILE, _found(folder, EMA_FILE), live[EMA_FILE])
+    return SavedState(found, EMA_FILE in live, untrained)
 
 
 def load(saved: SavedState | None, groups: Mapping[str, Group], ranks: Ranks) -> None:
-    """Load a state that was read into the groups.
+    """Load a state that was found into the groups.
 
-    Of several ranks only the leader has read it, and gives the others their parts: None.
+    Of several ranks only the leader has it, and gives the others their parts: None. Raises StateLost if a
+    file cannot be read any more.
     """
     live = live_tensors(groups)
     has_average = torch.tensor(int(saved is not None and saved.has_average))
     if not int(ranks.share(has_average, has_average)):
         live.pop(EMA_FILE, None)
-    with torch.no_grad():
-        for file, tensors in live.items():
-            for name, tensor in tensors.items():
-                given = None if saved is None else saved.files[file][name]
-                assign(tensor, ranks.share(given, tensor))
+    try:
+        with torch.no_grad():
+            for file, tensors in live.items():
+                for name, tensor in tensors.items():
+                    given = None if saved is None else saved.tensor(file, name, tensor)
+                    assign(tensor, ranks.share(given, tensor))
+    except ValueError as error:
+        raise StateLost(f"the checkpoint was loaded in part: {error}") from error
     for name, group in groups.items():
         if EMA_FILE not in live:
             group.begin_average()
         group.updates = int(live[OPTIMIZER_FILE][f"{name}.updates"])
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path.name}: cannot be read as safetensors: {error}") from error
+def _found(folder: Path, file: str) -> SavedTensors:
+    paths = saved_state.files_of(folder, file)
+    return saved_state.find(paths or [folder / file], file)
 
 
-def _read_weights(folder: Path, live: Files) -> Files:
+def _find_weights(folder: Path, live: Files) -> dict[str, SavedTensors]:
     """The weights by file, whichever of them were frozen when they were saved."""
     files = [file for file in (MODEL_FILE, FROZEN_FILE) if file in live]
-    saved = _tensors(folder / MODEL_FILE)
-    if (folder / FROZEN_FILE).exists():
-        kept = _tensors(folder / FROZEN_FILE)
+    saved = dict(_found(folder, MODEL_FILE))
+    if saved_state.files_of(folder, FROZEN_FILE):
+        kept = _found(folder, FROZEN_FILE)
         if kept.keys() != live.get(FROZEN_FILE, {}).keys():  # later checkpoints link the same file
             raise ValueError(f"{FROZEN_FILE}: holds other weights than those that are frozen now{_FIXED}")
         saved |= kept
@@ -203,9 +234,7 @@ def _read_weights(folder: Path, live: Files) -> Files:
     return {file: {name: found[name] for name in live[file]} for file in files}
 
 
-def _fitting(
-    file: str, tensors: dict[str, Tensor], live: dict[str, Tensor], hint: str = ""
-) -> dict[str, Tensor]:
+def _fitting(file: str, tensors: SavedTensors, live: dict[str, Tensor], hint: str = "") -> SavedTensors:
     """The tensors, if they have the names, shapes and types of the live ones; otherwise ValueError."""
     for name in sorted(live.keys() | tensors.keys()):
         if name not in tensors:
@@ -213,9 +242,9 @@ def _fitting(
         if name not in live:
             raise ValueError(f"{file}: {name} is not part of this model{hint}")
         found, wanted = tensors[name], live[name]
-        if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        if found.shape != tuple(wanted.shape) or found.dtype != wanted.dtype:
             raise ValueError(
                 f"{file}: {name} must be {wanted.dtype} {tuple(wanted.shape)}, "
-                f"got {found.dtype} {tuple(found.shape)}"
+                f"got {found.dtype} {found.shape}"
             )
     return tensors

@@ -49,6 +49,7 @@ from maskwire_server.training.models import sources
 from maskwire_server.training.models.networks import Networks
 from maskwire_server.training.optim import Group
 from maskwire_server.training.ranks import Ranks
+from maskwire_server.training.shards import Shards
 from maskwire_server.training.snapshot import SavedState
 from maskwire_server.training.step_gradients import StepSettings, accumulate
 from maskwire_server.training.tensor_batch import TensorBatch
@@ -95,7 +96,7 @@ class TorchTrainer:
         self.networks.to(self._device)
         groups = optim.make_groups(parts, optimizer, self._device, bf16=self._bf16, averages=averages)
         self.generator, self.critic = groups["generator"], groups.get("critic")
-        self._copier = snapshot.Copier(keeps=self._ranks.is_leader)
+        self._copier = snapshot.Copier(self._ranks)
         self._gathered = Gathered(self._ranks, lambda: Networks(model, objective).to(self._device))
         self._averaged: Networks | None = None
         if self.generator.ema is not None:
@@ -247,9 +248,8 @@ class TorchTrainer:
         try:
             with torch.no_grad(), self._autocast():
                 what = (networks, self._objective, self._vocabulary, self._host(batch), options)
-                how: dict[str, Any] = {
-                    "budget": self._budget, "device": self._device, "ema_weights": averaged, "wanted": wanted
-                }  # fmt: skip
+                how: dict[str, Any] = {"budget": self._budget, "device": self._device}
+                how |= {"ema_weights": averaged, "wanted": wanted}
                 if options.chain_rule:
                     return chain_rule.evaluate(*what, **how)
                 how |= {"smallest": self._step.smallest, "has_critic": self.critic is not None}
@@ -298,16 +298,20 @@ class TorchTrainer:
         """A copy of the state in host memory."""
         return self._copier.copy(snapshot.live_tensors(self._groups()))
 
+    def copy_shards(self) -> Shards:
+        """A copy in host memory of what this rank saves of the state."""
+        return self._copier.copy_shards(snapshot.live_tensors(self._groups()))
+
     def load(self, folder: Path) -> None:
         """Load the files of a snapshot. Raises ValueError, with the state unchanged, if they do not fit."""
         self.receive(self.read(folder))
 
     def read(self, folder: Path) -> SavedState:
-        """Read the files of a snapshot. Raises ValueError if they do not fit."""
+        """Find the tensors of a snapshot's files. Raises ValueError if they do not fit."""
         return snapshot.read(folder, self._groups())
 
     def receive(self, saved: SavedState | None = None) -> None:
-        """Load a state. Of several ranks the leader has read it; the others give None, and get their part."""
+        """Load a state. Of several ranks only the leader has it; the others give None, and get their part."""
         snapshot.load(saved, self._groups(), self._ranks)
 
     def _groups(self) -> dict[str, Group]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from maskwire.v1.values import whole_file
+from maskwire_server.manifest import Manifest
+from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES
+from maskwire_server.training import shards
 from maskwire_server.training.models import state_dict, transformer_wrapper, x_transformers_export
 from maskwire_server.training.models.masked_lm import MaskedLM
-from maskwire_server.training.models.pretrained import MaskedModel
+from maskwire_server.training.models.pretrained import MaskedModel, read_weights
 
 
 def write_state_dict(module: MaskedModel, out: Path) -> str:
@@ -24,6 +28,18 @@ def write_state_dict(module: MaskedModel, out: Path) -> str:
         network = transformer_wrapper.constructor(module.config)
     state_dict.write(out, state)
     return network
+
+
+def write_whole(folder: Path, manifest: Manifest, out: Path) -> list[str]:
+    """Join the weights of a checkpoint that several ranks wrote, in the folder `out`.
+
+    Returns the names of the files. Raises ValueError if a file is missing or was changed, and OSError.
+    """
+    found = {whole_file(file.name) for file in manifest.info.files}
+    written = sorted(found & {*WEIGHT_FILES, FROZEN_FILE})
+    for file in written:
+        shards.save(read_weights(folder, manifest, file), out / file)
+    return written
 
 
 def write_folder(module: MaskedModel, folder: Path, *, merged: bool) -> None:

@@ -11,14 +11,14 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from maskwire.v1.values import whole_file
 from maskwire_server.config import ModelConfig, ObjectiveConfig, recorded_sections
 from maskwire_server.errors import ConfigError
 from maskwire_server.manifest import MANIFEST, Manifest
 from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES
-from maskwire_server.training import module_state
+from maskwire_server.training import module_state, saved_state
 from maskwire_server.training.corruption import Vocabulary
 from maskwire_server.training.cross_entropy import forbid_special
 from maskwire_server.training.models.networks import Networks
@@ -82,19 +82,16 @@ def load(
     names = {"auto": (EMA, RAW), "ema": (EMA,), "raw": (RAW,)}
     if weights not in names:
         raise ValueError(f"weights must be auto, ema or raw, got {weights!r}")
-    hashes = {file.name: file.sha256 for file in found.info.files}
-    name = next((name for name in names[weights] if name in hashes), None)
+    files = {whole_file(file.name) for file in found.info.files}
+    name = next((name for name in names[weights] if name in files), None)
     if name is None:
         raise ValueError(f"{folder}: the run keeps no moving average; use weights = 'raw'")
-    if not (folder / name).is_file():
-        raise ValueError(
-            f"{folder} has no {name}; download it" + _INSTEAD * (name == EMA and weights == "auto")
-        )
+    instead = _INSTEAD * (name == EMA and weights == "auto")
     try:
         model, objective = recorded_sections(found.configuration)
-        tensors = _read(folder / name, hashes[name])
-        if FROZEN_FILE in hashes:
-            tensors |= _read(folder / FROZEN_FILE, hashes[FROZEN_FILE])
+        tensors = read_weights(folder, found, name, instead)
+        if FROZEN_FILE in files:
+            tensors |= read_weights(folder, found, FROZEN_FILE)
     except (ConfigError, SafetensorError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"{folder}: this version cannot read the checkpoint ({error})") from error
     try:
@@ -108,11 +105,23 @@ def load(
     return module.to(device).eval()
 
 
-def _read(path: Path, sha256: bytes) -> dict[str, Tensor]:
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").digest() != sha256:
-            raise ValueError(f"{path} does not match the manifest's SHA-256; download it again")
-    return load_file(path)
+def read_weights(folder: Path, found: Manifest, file: str, instead: str = "") -> dict[str, Tensor]:
+    """The tensors of one file of weights, or of the files in which several ranks wrote its parts.
+
+    Raises ValueError if a file is missing, is not one that the manifest lists, or was changed.
+    """
+    listed = {each.name: each for each in found.info.files if whole_file(each.name) == file}
+    for name, described in listed.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{folder} has no {name}; download it{instead}")
+        with path.open("rb") as opened:
+            if hashlib.file_digest(opened, "sha256").digest() != described.sha256:
+                raise ValueError(f"{path} does not match the manifest's SHA-256; download it again")
+    for path in saved_state.files_of(folder, file):
+        if path.name not in listed:
+            raise ValueError(f"{path} is not listed in {MANIFEST}; move it out of the folder")
+    return saved_state.read(saved_state.find([folder / name for name in listed], file))
 
 
 def _build(model: ModelConfig, objective: ObjectiveConfig, factory: Factory | None) -> MaskedModel:

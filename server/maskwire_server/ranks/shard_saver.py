@@ -1,0 +1,168 @@
+"""Saving by all ranks: each writes the parts that it copied, on a thread of its own; the leader joins them.
+
+The leader's saver sends an order on a group of its own, so that training goes on meanwhile. All write their
+files, make them durable and report name, size and SHA-256. The leader then moves the files into place, and
+the manifest, which lists them, makes them a checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from maskwire_server import failpoints
+from maskwire_server.ranks.membership import Member
+from maskwire_server.ranks.orders import Order
+from maskwire_server.results import FROZEN_FILE, FileInfo
+from maskwire_server.training import saved_state
+from maskwire_server.training.shards import Shards
+
+log = logging.getLogger(__name__)
+
+GRACE_SECONDS = 2.0
+"""If a rank is gone, `liveness` ends this process within this time, and names that rank as the cause."""
+
+
+class PartFiles(Protocol):
+    """What is done with the files of several ranks; see `checkpoints.parts`. All methods raise OSError."""
+
+    def begin(self, folder: Path) -> Path:
+        """Create a folder for the ranks' files in that of a checkpoint."""
+
+    def describe(self, parts: Path, names: Iterable[str]) -> list[FileInfo]:
+        """Make files durable, and describe them."""
+
+    def place(self, parts: Path, folder: Path, files: Iterable[FileInfo]) -> None:
+        """Move the files of all ranks into the folder of their checkpoint."""
+
+
+class ShardSaver:
+    """A rank's part of saving. `keep` is called by the thread that trains."""
+
+    def __init__(self, member: Member, files: PartFiles) -> None:
+        self._member, self._files = member, files
+        self._kept: tuple[int, Shards] | None = None
+        if not member.is_leader:
+            threading.Thread(target=self._serve, name="maskwire-saver", daemon=True).start()
+
+    def keep(self, number: int, copy: Callable[[], Shards]) -> None:
+        """Make a follower's copy, and keep it until the leader orders to write it, or to make the next.
+
+        The ranks agree that they have carried out this order only afterwards, so that the copy is there when
+        the order to write it comes.
+        """
+        self._kept = None  # its memory is used again
+        self._kept = number, copy()
+
+    def snapshot(self, number: int, shards: Shards) -> ShardSnapshot:
+        """The leader's copy, with which it writes those of all ranks."""
+        return ShardSnapshot(self, number, shards)
+
+    def write(self, number: int, shards: Shards, folder: Path) -> list[FileInfo]:
+        """Write the files of all ranks into the folder of a checkpoint. Raises OSError if one cannot."""
+        parts = self._files.begin(folder)
+        with_frozen = not _has_frozen(folder, shards)
+        order = Order("write", {"number": number, "parts": str(parts.resolve()), "frozen": with_frozen})
+        try:
+            self._member.order_save(order)
+            reports = self._member.exchange(self._report(shards, parts, with_frozen=with_frozen))
+        except Exception as error:
+            self._end(error)
+            raise
+        found = _joined(reports)
+        failpoints.passing("shard.gathered")
+        self._files.place(parts, folder, found)
+        failpoints.passing("shard.placed")
+        _check_complete(folder, shards)
+        return found
+
+    def _serve(self) -> None:
+        try:
+            while True:
+                order = self._member.next_save()
+                failpoints.passing("shard.ordered")
+                given = order.arguments
+                kept, self._kept = self._kept, None
+                if kept is None or kept[0] != given["number"]:
+                    report = _failed(errno.EIO, f"has no copy number {given['number']}")
+                else:
+                    report = self._report(kept[1], Path(given["parts"]), with_frozen=given["frozen"])
+                del kept  # its memory is used for the next copy
+                self._member.exchange(report)
+        except Exception as error:
+            self._end(error)
+
+    def _report(self, shards: Shards, parts: Path, *, with_frozen: bool) -> bytes:
+        """Write this rank's files, and describe them, or the error, for the others."""
+        try:
+            names = shards.write(parts, with_frozen=with_frozen)
+            files = self._files.describe(parts, names)
+        except OSError as error:
+            return _failed(error.errno or errno.EIO, error.strerror or str(error))
+        failpoints.passing("shard.flushed")
+        return json.dumps([[file.name, file.size_bytes, file.sha256.hex()] for file in files]).encode()
+
+    def _end(self, error: Exception) -> None:
+        """End this process: the other ranks wait for it, or are gone."""
+        time.sleep(GRACE_SECONDS)
+        self._member.lost(f"rank {self._member.place.rank} failed in a save: {error}")
+
+
+@dataclass(frozen=True)
+class ShardSnapshot:
+    """A copy of the state in the host memory of all ranks."""
+
+    saver: ShardSaver
+    number: int
+    shards: Shards
+
+    def write(self, folder: Path) -> Sequence[FileInfo]:
+        """Write the files of all ranks, durably. Raises OSError."""
+        return self.saver.write(self.number, self.shards, folder)
+
+
+def _failed(number: int, problem: str) -> bytes:
+    return json.dumps({"errno": number, "problem": problem}).encode()
+
+
+def _joined(reports: Sequence[bytes]) -> list[FileInfo]:
+    """The files of all ranks. Raises OSError if one of them could not write."""
+    found = []
+    for rank, report in enumerate(reports):
+        told = json.loads(report)
+        if isinstance(told, dict):
+            raise OSError(told["errno"], f"rank {rank}: {told['problem']}")
+        found += [FileInfo(name, size, bytes.fromhex(sha256)) for name, size, sha256 in told]
+    return found
+
+
+def _has_frozen(folder: Path, shards: Shards) -> bool:
+    """Whether the folder has the weights that are never trained, linked; if only a part, it is removed."""
+    names = shards.names.get(FROZEN_FILE, frozenset())
+    paths = saved_state.files_of(folder, FROZEN_FILE)
+    try:
+        if paths and saved_state.find(paths, FROZEN_FILE).keys() == names:
+            return True
+    except ValueError as error:
+        log.warning("frozen weights are written again: %s", error)
+    for path in paths:
+        path.unlink()
+    return False
+
+
+def _check_complete(folder: Path, shards: Shards) -> None:
+    """Raise OSError unless the files have all tensors of the state, each of their rows once."""
+    try:
+        for file, names in shards.names.items():
+            found = saved_state.find(saved_state.files_of(folder, file), file)
+            if found.keys() != names:
+                raise ValueError(f"{file}: {sorted(found.keys() ^ names)[0]} is missing, or not of the state")
+    except ValueError as error:
+        raise OSError(errno.EIO, str(error)) from error

@@ -1,0 +1,73 @@
+"""Whether all ranks see the folder of the checkpoints: a file of the leader there, read by each of them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from maskwire_server.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_PREFIX = ".probe-"
+
+
+def place_probe(folder: Path) -> tuple[Path, str]:
+    """Write a file that the other ranks must see. Returns it with its content. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f"{_PREFIX}*"):  # of a process that was killed
+        old.unlink()
+    content = secrets.token_hex(16)
+    path = folder.resolve() / f"{_PREFIX}{content[:8]}"
+    path.write_text(content)
+    return path, content
+
+
+def sees(path: Path, content: str) -> bool:
+    """Whether this rank reads what the leader wrote, and can write beside it."""
+    own = path.with_name(f"{path.name}-{secrets.token_hex(4)}")
+    try:
+        if path.read_text() != content:
+            return False
+        own.write_text(content)
+    except OSError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            own.unlink()
+    return True
+
+
+@dataclass(frozen=True)
+class SavePlace:
+    """Where checkpoints are, and which ranks are to write them."""
+
+    folder: Path
+    """Of all checkpoints of the run."""
+    saved_by: str
+    """`distributed.checkpoints_by`."""
+
+    def wanted(self, size: int) -> bool:
+        """Whether each of this many ranks is to write its own files, if it can."""
+        return size > 1 and self.saved_by != "leader"
+
+    def decide(self, blind: list[int]) -> bool:
+        """Whether each rank writes its own files, if these do not see the folder. Raises ConfigError."""
+        if not blind:
+            return True
+        problem = (
+            f"{self.folder.resolve()} is not the same folder on rank {blind[0]}"
+            f"{f' and {len(blind) - 1} others' if len(blind) > 1 else ''}, so that not every rank can write "
+            "its part of a checkpoint"
+        )
+        cure = f"replace {self.folder} by a link to a folder that all hosts share at the same path"
+        if self.saved_by == "ranks":
+            raise ConfigError(
+                f"distributed.checkpoints_by is ranks, and {problem}; {cure}, or set it to leader"
+            )
+        log.warning("%s: the leader gathers the state of all ranks, and writes it; to change that, %s",
+                    problem, cure)  # fmt: skip
+        return False

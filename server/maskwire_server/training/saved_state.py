@@ -1,0 +1,123 @@
+"""The tensors of a checkpoint, whichever ranks wrote their files: found by headers, read one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from maskwire.v1.values import whole_file
+from maskwire_server.training.shards import OFFSETS, SHARDING, WHOLE
+
+_TYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+    "F64": torch.float64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Consecutive rows of a tensor, or all of it, in a file."""
+
+    path: Path
+    key: str
+    first: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor of a checkpoint, which is in one file or in several."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stored: tuple[_Stored, ...]
+    """In the order of their rows."""
+
+    def read(self) -> Tensor:
+        """The whole tensor. Raises ValueError if a file cannot be read."""
+        if len(self.stored) == 1:
+            return _read(self.stored[0])
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        for part in self.stored:
+            whole[part.first : part.first + part.shape[0]] = _read(part)
+        return whole
+
+
+SavedTensors = Mapping[str, SavedTensor]
+"""By name."""
+
+
+def files_of(folder: Path, file: str) -> list[Path]:
+    """The files of a folder that hold the tensors of `file`, whole or in parts."""
+    return sorted(path for path in folder.glob("*.safetensors") if whole_file(path.name) == file)
+
+
+def find(paths: Iterable[Path], file: str) -> dict[str, SavedTensor]:
+    """The tensors of `file` that these files hold, by name.
+
+    Raises ValueError that names a file which cannot be read, or the rows that none of them has.
+    """
+    kind = Path(file).stem
+    found: dict[str, list[_Stored]] = {}
+    wholes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as opened:
+                sharding: dict[str, Any] = json.loads((opened.metadata() or {}).get(SHARDING, "{}"))
+                for key in opened.keys():  # noqa: SIM118
+                    header = opened.get_slice(key)
+                    shape, dtype = tuple(header.get_shape()), _TYPES[header.get_dtype()]
+                    place = sharding.get(key)
+                    first = place[OFFSETS][0] if place and shape else 0
+                    whole = (tuple(place[WHOLE]) if place else shape, dtype)
+                    name = key.removeprefix(f"{kind}/") if place else key
+                    if wholes.setdefault(name, whole) != whole:
+                        raise ValueError(f"{path.name}: {name} has another shape than in the other files")
+                    found.setdefault(name, []).append(_Stored(path, key, first, shape))
+        except (SafetensorError, OSError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{path.name}: cannot be read as safetensors: {error}") from error
+    for name, parts in found.items():
+        parts.sort(key=lambda part: part.first)
+        _check_complete(file, name, wholes[name][0], parts)
+    return {name: SavedTensor(*wholes[name], tuple(parts)) for name, parts in found.items()}
+
+
+def _check_complete(file: str, name: str, shape: tuple[int, ...], parts: list[_Stored]) -> None:
+    """Raise ValueError unless the parts are the whole tensor, each of its rows once."""
+    if not shape:
+        if len(parts) > 1:
+            raise ValueError(f"{file}: {name} is in {parts[0].path.name} and in {parts[1].path.name}")
+        return
+    row = 0
+    for part in parts:
+        if part.first < row:
+            raise ValueError(f"{part.path.name}: {name} has rows from {part.first}, which another file has")
+        if part.first > row:
+            raise ValueError(f"{file}: no file has rows {row} to {part.first - 1} of {name}")
+        if part.shape[1:] != shape[1:]:
+            raise ValueError(f"{part.path.name}: rows of {name} must be {shape[1:]}, got {part.shape[1:]}")
+        row += part.shape[0]
+    if row != shape[0]:
+        raise ValueError(f"{file}: no file has rows {row} to {shape[0] - 1} of {name}")
+
+
+def _read(part: _Stored) -> Tensor:
+    try:
+        with safe_open(part.path, framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(part.key)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{part.path.name}: cannot be read as safetensors: {error}") from error
+    return tensor
+
+
+def read(tensors: SavedTensors) -> dict[str, Tensor]:
+    """All of them, in memory. Raises ValueError if a file cannot be read."""
+    return {name: tensor.read() for name, tensor in tensors.items()}
