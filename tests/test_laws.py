@@ -14,10 +14,13 @@ SERVER = ROOT / "server" / "maskwire_server"
 CLIENT = ROOT / "client" / "maskwire"
 RUN = ("journal", "checkpoints", "recovery", "engine")
 """Each may import those before it."""
-GROUPS = (("rpc",), RUN, ("training", "ranks"))
+GROUPS = (("rpc",), RUN, ("training", "ranks"), ("telemetry",))
 FOUNDATIONS = {
     "config",
     "errors",
+    "events",
+    "run_figures",
+    "call_context",
     "batch",
     "step_listing",
     "session_holder",

@@ -32,8 +32,8 @@ class StepCommitted:
     compute_seconds: float
     commit_seconds: float
     request_id: str | None = None
-    trace: str = ""
-    """The W3C `traceparent` of the request; empty: it had none, or nobody traces."""
+    call: int = 0
+    """The number of the call that brought the step, as in `CallEnded`; 0: it came by no call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +141,11 @@ class CallEnded:
     """A key of `errors.REASONS`; empty for OK."""
     seconds: float
     request_id: str = ""
+    """Empty: the request has none."""
+    call: int = 0
+    """Counts the calls of this process."""
     trace: str = ""
-    """As in `StepCommitted`."""
+    """The W3C `traceparent` in the call's metadata; empty: it had none."""
 
 
 Event = (

@@ -16,6 +16,7 @@ from maskwire_server.events import Event
 
 log = logging.getLogger(__name__)
 
+IDLE_SECONDS = 1.0
 QUEUED_EVENTS = 4096
 """The most events that wait for one subscriber; a step is one to three events."""
 
@@ -25,12 +26,14 @@ class Subscriber(Protocol):
 
     name: str
     """A label of metrics and logs."""
+    kinds: frozenset[type[Event]]
+    """The events that it wants."""
 
     def receive(self, event: Event) -> None:
         """Handle an event. What it raises is logged, and the event counts as dropped."""
 
-    def idle(self) -> None:
-        """Called when no event waits: write out what is buffered."""
+    def idle(self) -> bool:
+        """Called when no event waits. True: call it again in a second, unless an event comes first."""
 
     def close(self) -> None:
         """Called after the last event."""
@@ -54,7 +57,12 @@ class Publisher:
         if self._aggregate is not None:
             self._aggregate(event)
         for feed in self._feeds:
-            feed.put(event)
+            if type(event) in feed.subscriber.kinds:
+                feed.put(event)
+
+    def wanted(self, kind: type[Event]) -> bool:
+        """Whether a subscriber wants events of this kind: whether one is worth making."""
+        return any(kind in feed.subscriber.kinds for feed in self._feeds)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -108,21 +116,25 @@ class Feed:
         self._thread.join(seconds)
 
     def _main(self) -> None:
+        again = False
         while True:
             with self._changed:
-                while not self._events and not self._stopping:
+                while not (self._events or self._stopping or again):
                     self._changed.wait()
+                if not self._events and not self._stopping:
+                    self._changed.wait(IDLE_SECONDS)
                 event = self._events.popleft() if self._events else None
-            if event is None:
-                self._call(self.subscriber.close)
-                return
-            self._call(self.subscriber.receive, event)
+                if event is None and self._stopping:
+                    break
+            if event is not None:
+                self._call(self.subscriber.receive, event)
             if not self._events:
-                self._call(self.subscriber.idle)
+                again = bool(self._call(self.subscriber.idle))
+        self._call(self.subscriber.close)
 
-    def _call(self, method: Callable[..., None], *event: Event) -> None:
+    def _call(self, method: Callable[..., bool | None], *event: Event) -> bool | None:
         try:
-            method(*event)
+            return method(*event)
         except Exception:
             with self._changed:
                 self.dropped += len(event)
@@ -131,3 +143,4 @@ class Feed:
                 log.exception(
                     "%s failed; the run continues, further failures are counted", self.subscriber.name
                 )
+            return None
