@@ -80,6 +80,7 @@ class Executor:
     def serve(self) -> None:
         """Execute entries until `stop`. Raises StateLost or DeviceLost: the process must restart."""
         while (entry := self._take()) is not None:
+            call_context.current.set(entry.call if isinstance(entry, Step) else None)
             if isinstance(entry, Step):
                 self._train(entry)
             elif isinstance(entry, Evaluation):
@@ -178,7 +179,6 @@ class Executor:
     # Steps.
 
     def _train(self, step: Step) -> None:
-        call_context.current.set(step.call)
         try:
             result = self._compute(step)
         except (StateLost, DeviceLost):
