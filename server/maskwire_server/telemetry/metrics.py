@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.values import Outcome, RunState
 from maskwire_server.run_figures import HistogramFigures
 from maskwire_server.run_status import RunStatus
@@ -101,6 +102,13 @@ def _build(reading: Reading) -> list[Sample]:
     return [(tuple(versions.get(name, "") for name in ("maskwire", "python", "torch", "device")), 1)]
 
 
+def _requests(reading: Reading) -> list[Sample]:
+    """Successes and unexpected errors begin at 0, so that the first one is an increase."""
+    methods = [method.name for method in pb.DESCRIPTOR.services_by_name["TrainingService"].methods]
+    zeros = {(name, *end): 0 for name in methods for end in (("OK", ""), ("INTERNAL", "INTERNAL"))}
+    return [(labels, count) for labels, count in sorted({**zeros, **reading.status.figures.calls}.items())]
+
+
 METRICS = (
     Metric(
         "maskwire_steps_total",
@@ -182,7 +190,7 @@ METRICS = (
         "maskwire_requests_total",
         "counter",
         "Calls that ended, by status code, and by reason if they were refused.",
-        lambda reading: sorted(reading.status.figures.calls.items()),
+        _requests,
         ("method", "code", "reason"),
     ),
     Metric(
