@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import gzip
 import itertools
 import json
 import re
 import shutil
+import socket
 import subprocess
 import threading
 import urllib.request
@@ -323,6 +325,68 @@ def test_a_step_is_one_trace_across_client_and_server(
 
 def _attributes(span: Any) -> dict[str, Any]:
     return {item.key: item.value.int_value or item.value.string_value for item in span.attributes}
+
+
+def test_a_collector_that_does_not_answer_holds_up_neither_steps_nor_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(
+        "opentelemetry.exporter.otlp.proto.http.trace_exporter", reason="OpenTelemetry is not installed"
+    )
+    from maskwire.v1 import tracing
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
+        monkeypatch.setenv(tracing.ENDPOINTS[1], f"http://127.0.0.1:{silent.getsockname()[1]}")
+        server = counting(tmp_path / "a").start()
+        tracing.exporting_provider.cache_clear()
+        try:
+            with maskwire.connect(server.address) as trainer:
+                for seed in range(5):
+                    trainer.train_step(batch(seed))
+            provider = tracing.exporting_provider("maskwire")
+            tracing.end(provider, seconds=0.1)
+            assert "maskwire-traces" in {thread.name for thread in threading.enumerate()}, "it still waits"
+            server.process.terminate()
+            assert server.process.wait(60) == 0
+        finally:
+            server.kill()
+            atexit.unregister(tracing.end)
+            tracing.exporting_provider.cache_clear()
+
+
+def test_steps_beyond_the_rate_are_not_traced_and_the_server_follows_the_client() -> None:
+    pytest.importorskip("opentelemetry.sdk.trace", reason="OpenTelemetry is not installed")
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+    from opentelemetry.sdk.trace.sampling import ParentBased
+
+    from maskwire.step_spans import StepSpans
+    from maskwire.v1.trace_sampling import RateLimited
+    from maskwire_server.events import CallEnded
+    from maskwire_server.telemetry.traces import Traces
+
+    now = [0.0]
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(ParentBased(RateLimited(2, lambda: now[0])), shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    spans = StepSpans(provider.get_tracer("test"), "there")
+    traces = Traces(provider)
+    sampled = []
+    for number in range(8):
+        now[0] = number * 0.25
+        span = spans.begin()
+        ((key, header),) = span.headers
+        assert key == "traceparent"
+        sampled.append(int(header[-2:], 16) % 2 == 1)
+        traces.receive(CallEnded(10.0, "TrainStep", "OK", "", 1.0, "", number + 1, header))
+        span.end(number)
+    assert sampled == [True, True, True, False, True, False, True, False], "2 at once, then 2 per second"
+    names = [span.name for span in exporter.get_finished_spans()]
+    assert (names.count("train_step"), names.count("TrainStep")) == (5, 5)
+    traces.receive(CallEnded(10.0, "TrainStep", "OK", "", 1.0, "", 98, "x" * 55))
+    traces.receive(CallEnded(10.0, "TrainStep", "OK", "", 1.0, "", 99, ""))  # of a client that does not trace
+    assert len(exporter.get_finished_spans()) == 10, "the server's own limit applies"
 
 
 def test_without_an_endpoint_no_step_is_traced_and_nothing_is_imported(

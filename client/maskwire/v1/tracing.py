@@ -5,9 +5,11 @@ Traces are on when the environment says where to send them; without that nothing
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import sys
+import threading
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
 """One of these turns traces on, unless OTEL_SDK_DISABLED is true."""
 TRACE_HEADER = "traceparent"
 """The key of the W3C trace context in a call's metadata."""
+EXIT_SECONDS = 2.0
 _NEEDS = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
 
 
@@ -51,13 +54,30 @@ def program_provider() -> TracerProvider | None:
 
 @functools.cache
 def exporting_provider(service: str) -> TracerProvider:
-    """A provider that exports by OTLP over HTTP, as the standard environment variables say."""
+    """A provider that exports by OTLP over HTTP, as the standard environment variables say.
+
+    Unless OTEL_TRACES_SAMPLER says otherwise, it begins at most TRACES_PER_SECOND traces per second.
+    """
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
+    from maskwire.v1.trace_sampling import default_sampler
+
     name = os.environ.get("OTEL_SERVICE_NAME") or service
-    made = TracerProvider(resource=Resource.create({"service.name": name, "service.version": __version__}))
+    made = TracerProvider(
+        sampler=None if os.environ.get("OTEL_TRACES_SAMPLER") else default_sampler(),
+        resource=Resource.create({"service.name": name, "service.version": __version__}),
+        shutdown_on_exit=False,
+    )
     made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    atexit.register(end, made)
     return made
+
+
+def end(provider: TracerProvider, seconds: float = EXIT_SECONDS) -> None:
+    """Send what is left, for at most `seconds`: a collector that does not answer must not hold up an exit."""
+    ending = threading.Thread(target=provider.shutdown, name="maskwire-traces", daemon=True)
+    ending.start()
+    ending.join(seconds)

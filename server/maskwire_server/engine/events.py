@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -17,6 +18,8 @@ from maskwire_server.events import Event
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0
+PAUSE_SECONDS = 0.05
+"""Events are handled together this often: waking a thread for each would delay the next step."""
 QUEUED_EVENTS = 4096
 """The most events that wait for one subscriber; a step is one to three events."""
 
@@ -87,7 +90,7 @@ class Feed:
         self._limit = limit
         self._events: deque[Event] = deque()
         self._changed = threading.Condition()
-        self._stopping = False
+        self._stopping = self._waiting = False
         self._failed = False
         self._thread = threading.Thread(target=self._main, name=f"maskwire-{subscriber.name}", daemon=True)
 
@@ -102,7 +105,8 @@ class Feed:
                 self.dropped += 1
                 return
             self._events.append(event)
-            if len(self._events) == 1:
+            if self._waiting:
+                self._waiting = False
                 self._changed.notify()
 
     def stop(self) -> None:
@@ -119,17 +123,18 @@ class Feed:
         again = False
         while True:
             with self._changed:
-                while not (self._events or self._stopping or again):
-                    self._changed.wait()
                 if not self._events and not self._stopping:
-                    self._changed.wait(IDLE_SECONDS)
-                event = self._events.popleft() if self._events else None
-                if event is None and self._stopping:
+                    self._waiting = True
+                    self._changed.wait(IDLE_SECONDS if again else None)
+                    self._waiting = False
+                if self._stopping and not self._events:
                     break
-            if event is not None:
-                self._call(self.subscriber.receive, event)
-            if not self._events:
-                again = bool(self._call(self.subscriber.idle))
+            while self._events:
+                self._call(self.subscriber.receive, self._events.popleft())
+                time.sleep(0)  # let a thread of the run go first
+            again = bool(self._call(self.subscriber.idle))
+            if not self._stopping:
+                time.sleep(PAUSE_SECONDS)
         self._call(self.subscriber.close)
 
     def _call(self, method: Callable[..., bool | None], *event: Event) -> bool | None:

@@ -21,7 +21,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer, set_span_i
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from maskwire._version import __version__
-from maskwire.v1.tracing import TRACE_HEADER
+from maskwire.v1 import tracing
 from maskwire_server.events import CallEnded, Event, StepCommitted
 
 MOST_WAITING = 1024
@@ -51,7 +51,9 @@ class Traces:
             self._trace(event, self._steps.pop(event.call, None))
 
     def _trace(self, call: CallEnded, step: StepCommitted | None) -> None:
-        carrier = {TRACE_HEADER: call.trace} if call.trace else {}
+        if call.trace and not _is_sampled(call.trace):
+            return
+        carrier = {tracing.TRACE_HEADER: call.trace} if call.trace else {}
         ended, began = call.time, call.time - call.seconds
         span = self._tracer.start_span(
             "TrainStep",
@@ -66,6 +68,8 @@ class Traces:
             },
             start_time=_nanoseconds(began),
         )
+        if not span.is_recording():
+            return
         if call.reason:
             span.set_attribute("maskwire.reason", call.reason)
             span.set_status(Status(StatusCode.ERROR, call.reason))
@@ -105,7 +109,15 @@ class Traces:
 
     def close(self) -> None:
         """Send what is left."""
-        self._provider.shutdown()
+        tracing.end(self._provider)
+
+
+def _is_sampled(trace: str) -> bool:
+    """The last bit of a trace context. True for one that cannot be read: then the sampler decides."""
+    try:
+        return bool(int(trace[-2:], 16) & 1)
+    except ValueError:
+        return True
 
 
 def _nanoseconds(seconds: float) -> int:
