@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import threading
+import urllib.parse
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
@@ -412,3 +413,63 @@ def test_a_metrics_address_in_use_is_refused_with_what_to_do(tmp_path: Path, ser
     assert other.process.wait(60) == 2
     assert f"telemetry.metrics_address: cannot listen on '{taken}'" in str(found.value)
     other.kill()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk cannot be mounted here (needs root)")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_real_prometheus_scrapes_the_server_and_fires_for_a_low_disk_and_for_no_steps(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    prometheus = shutil.which("prometheus")
+    if prometheus is None:
+        pytest.skip("Prometheus is not installed (Debian: prometheus)")
+    rules = (Path(__file__).parents[2] / "deploy" / "prometheus" / "alerts.yml").read_text()
+    (tmp_path / "alerts.yml").write_text(re.sub(r"\n +for: \S+", "", rules))  # at once, not after minutes
+    server = counting(small_disk / "a", telemetry__metrics_address=":0").start()
+    with maskwire.connect(server.address) as trainer:
+        trainer.train_step(batch(1))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    target = metrics_address(server).removeprefix("http://").removesuffix("/metrics")
+    (tmp_path / "prometheus.yml").write_text(
+        "global: {scrape_interval: 1s, evaluation_interval: 1s}\nrule_files: [alerts.yml]\n"
+        f"scrape_configs: [{{job_name: maskwire, static_configs: [{{targets: ['{target}']}}]}}]\n"
+    )
+    with (tmp_path / "prometheus.log").open("w") as log:
+        watching = subprocess.Popen(
+            [
+                prometheus,
+                f"--config.file={tmp_path / 'prometheus.yml'}",
+                f"--storage.tsdb.path={tmp_path / 'db'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+            ],
+            stderr=log,
+        )
+
+    def query(expression: str) -> dict[str, float]:
+        """Values by the alert's name, or by nothing."""
+        url = f"http://127.0.0.1:{port}/api/v1/query?" + urllib.parse.urlencode({"query": expression})
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                found = json.loads(answer.read())["data"]["result"]
+        except OSError:  # it is not up yet
+            return {}
+        return {each["metric"].get("alertname", ""): float(each["value"][1]) for each in found}
+
+    try:
+        wait_until(lambda: query("maskwire_tokens_total") == {"": 16}, "a scrape")
+        expected = {"MaskwireDiskLow": 1, "MaskwireNoSteps": 1}
+        wait_until(lambda: query('ALERTS{alertstate="firing"}') == expected, "two alerts")
+    finally:
+        watching.kill()
+        watching.wait()
+        server.kill()

@@ -22,10 +22,10 @@ from maskwire_server.engine import admission_rules, status
 from maskwire_server.engine.admission import StepAdmission
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Drain, Evaluation, Save
-from maskwire_server.engine.events import Publisher
 from maskwire_server.engine.executor import Executor
 from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
+from maskwire_server.engine.publisher import Publisher
 from maskwire_server.engine.restore import Restores
 from maskwire_server.engine.saves import Saves
 from maskwire_server.engine.sessions import Sessions

@@ -10,8 +10,8 @@ from maskwire.v1.values import RunState
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.admission_rules import Situation
 from maskwire_server.engine.aggregates import Aggregates
-from maskwire_server.engine.events import Publisher
 from maskwire_server.engine.lease import Lease
+from maskwire_server.engine.publisher import Publisher
 from maskwire_server.engine.queue import Queue
 from maskwire_server.engine.state import Conditions, Head
 from maskwire_server.engine.wakeup import Wakeup
