@@ -36,6 +36,7 @@ from bench import (
     ranks,
     restart,
     serving,
+    telemetry,
     training,
 )
 from bench.gpu_kills import Server
@@ -51,6 +52,7 @@ SUITES: dict[str, tuple[set[str], Callable[[bool], list[Row]]]] = {
     "restart": ({"P8"}, restart.measure),
     "checkpoint": ({"P9"}, checkpoint.measure),
     "generation": ({"G1"}, generation.measure),
+    "telemetry": ({"P13"}, telemetry.measure),
     "several ranks": ({"P14"}, ranks.measure),
     "models of other libraries": ({"M1", "M2"}, foreign_models.measure),
 }

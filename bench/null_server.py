@@ -1,9 +1,11 @@
-"""A maskwire server whose trainer does nothing: python -m bench.null_server RUN_DIR [STRETCHES_FILE]."""
+"""A maskwire server whose trainer does nothing.
+
+python -m bench.null_server RUN_DIR [STRETCHES_FILE] [--set=SECTION.KEY=VALUE …]
+"""
 
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from maskwire.v1.values import Losses, ModelInfo, Outcome
 from maskwire_server import config
 from maskwire_server.app import serve
 from maskwire_server.batch import Batch, Modes, Prompts
+from maskwire_server.cli import options
 from maskwire_server.results import EvalOptions, EvalResult, GenerateOptions, GenerationState, StepResult
 
 
@@ -68,14 +71,19 @@ class NullTrainer:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
+    paths = [argument for argument in sys.argv[1:] if not argument.startswith("--set=")]
+    flags: dict[str, dict[str, str]] = {"run": {"dir": paths[0]}, "serve": {"address": "127.0.0.1:0"}}
+    for setting in sys.argv[1:]:
+        if setting.startswith("--set="):
+            key, _, value = setting.removeprefix("--set=").partition("=")
+            section, _, name = key.partition(".")
+            flags.setdefault(section, {})[name] = value
+    chosen = config.load(None, **flags)
+    options.start_log("info", chosen.telemetry.log_format)
     stretches = Stretches()
-    if len(sys.argv) > 2:
+    if len(paths) > 1:
         stretches.install()
-    code = serve(
-        config.load(None, run={"dir": sys.argv[1]}, serve={"address": "127.0.0.1:0"}),
-        factory=lambda _: NullTrainer(),
-    )
-    if len(sys.argv) > 2:
-        stretches.write(Path(sys.argv[2]))
+    code = serve(chosen, factory=lambda _: NullTrainer())
+    if len(paths) > 1:
+        stretches.write(Path(paths[1]))
     sys.exit(code)

@@ -3,6 +3,7 @@
 docs/configuration.md          from maskwire_server.config
 docs/commands.md               from the two commands' own options
 docs/images/architecture.svg   from the imports and threads of both packages
+docs/monitoring.md             its table of metrics, from maskwire_server.telemetry
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import typer
 from architecture import picture
+from metrics_table import monitoring
 
 from maskwire.cli import app as client_app
 from maskwire.cli import exit_codes, options
@@ -197,7 +199,12 @@ def _help(option: Any) -> str:
     return words + (f" ({'; '.join(extras)})" if extras else "")
 
 
-PAGES = {"configuration.md": configuration, "commands.md": commands, "images/architecture.svg": picture}
+PAGES = {
+    "configuration.md": configuration,
+    "commands.md": commands,
+    "images/architecture.svg": picture,
+    "monitoring.md": monitoring,
+}
 
 
 def main() -> int:

@@ -14,10 +14,13 @@ SERVER = ROOT / "server" / "maskwire_server"
 CLIENT = ROOT / "client" / "maskwire"
 RUN = ("journal", "checkpoints", "recovery", "engine")
 """Each may import those before it."""
-GROUPS = (("rpc",), RUN, ("training", "ranks"))
+GROUPS = (("rpc",), RUN, ("training", "ranks"), ("telemetry",))
 FOUNDATIONS = {
     "config",
     "errors",
+    "events",
+    "run_figures",
+    "call_context",
     "batch",
     "step_listing",
     "session_holder",
@@ -56,6 +59,9 @@ def knows(path: Path, package: str) -> bool:
         ("safetensors", ["training"]),
         ("grpc", ["rpc", "app.py"]),
         ("sqlite3", ["journal"]),
+        ("prometheus_client", ["telemetry"]),
+        ("opentelemetry", ["telemetry"]),
+        ("tensorboard", ["telemetry"]),
     ],
 )
 def test_each_heavy_package_is_known_in_one_place_of_the_server(package: str, allowed: list[str]) -> None:
@@ -104,6 +110,31 @@ def test_the_client_never_imports_the_server_nor_torch() -> None:
     for path in sources(CLIENT):
         for package in ("maskwire_server", "torch"):
             assert not knows(path, package), path
+
+
+def test_only_the_modules_that_join_packages_know_telemetry_and_it_knows_only_values() -> None:
+    """The formats of the log are for the command line, which writes before there is a run."""
+    users = {
+        path.relative_to(SERVER).as_posix()
+        for path in sources(SERVER)
+        if knows(path, "maskwire_server.telemetry") and path.relative_to(SERVER).parts[0] != "telemetry"
+    }
+    assert users == {"app.py", "cli/options.py"}
+    for path in sources(SERVER / "telemetry"):
+        for name in imports(path):
+            if name.startswith("maskwire_server."):
+                assert name.split(".")[1] in FOUNDATIONS | {"telemetry"}, f"{path} imports {name}"
+
+
+def test_the_packages_of_telemetry_are_imported_where_a_setting_asks_for_them() -> None:
+    heavy = ("prometheus_client", "opentelemetry", "tensorboard")
+    for name in ("start", "metrics", "samples", "log_formats"):
+        for package in heavy:
+            assert not knows(SERVER / "telemetry" / f"{name}.py", package), name
+    for path in sources(CLIENT):
+        if path.name in ("step_spans.py", "tracing.py", "trace_sampling.py"):
+            continue
+        assert not any(knows(path, package) for package in heavy), path
 
 
 def test_ranks_know_the_trainer_and_the_trainer_knows_no_ranks_of_other_processes() -> None:
@@ -157,10 +188,10 @@ def test_no_pickle_anywhere_but_foreign_weights_and_those_without_their_code() -
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import maskwire; maskwire.connect", ["torch", "typer", "rich", "maskwire_server"]),
+        ("import maskwire; maskwire.connect", ["torch", "typer", "rich", "maskwire_server", "opentelemetry"]),
         ("import maskwire.v1", ["torch", "typer", "rich", "grpc", "numpy"]),
         ("import maskwire_server.cli", ["torch", "grpc", "maskwire_server.app"]),
-        ("import maskwire_server.app", ["torch"]),
+        ("import maskwire_server.app", ["torch", "prometheus_client", "opentelemetry", "tensorboard"]),
     ],
 )
 def test_importing_stays_light(statement: str, absent: list[str]) -> None:

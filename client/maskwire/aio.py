@@ -30,6 +30,7 @@ from maskwire.protocol.run_view import RunView
 from maskwire.protocol.sessionless_calls import Calls
 from maskwire.protocol.writer import Writer
 from maskwire.signatures import keep_signature
+from maskwire.step_spans import step_spans
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -52,7 +53,13 @@ async def connect(
     **credentials: Unpack[CredentialOptions],
 ) -> Trainer:
     writer = Writer(
-        target, RetryPolicy(retry_for, timeout), on_wait or log.warning, time.monotonic, name, window
+        target,
+        RetryPolicy(retry_for, timeout),
+        on_wait or log.warning,
+        time.monotonic,
+        name,
+        window,
+        step_spans(target),
     )
     trainer = Trainer(Endpoint.of(target, **credentials), writer)
     try:

@@ -161,7 +161,7 @@ class Driver(ProcessBound):
         self._check_open()
         try:
             answer = getattr(self._stub, call.method)(
-                call.request, timeout=call.timeout, metadata=self._metadata
+                call.request, timeout=call.timeout, metadata=(*self._metadata, *call.headers)
             )
             if call.meanwhile is not None:
                 asyncio.get_running_loop().call_soon(

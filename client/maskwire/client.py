@@ -24,6 +24,7 @@ from maskwire.protocol.run_view import RunView
 from maskwire.protocol.sessionless_calls import Calls
 from maskwire.protocol.writer import Writer
 from maskwire.signatures import keep_signature
+from maskwire.step_spans import step_spans
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -62,7 +63,13 @@ def connect(
     Raises the errors of `maskwire.errors`, ValueError for wrong arguments and OSError for unreadable files.
     """
     writer = Writer(
-        target, RetryPolicy(retry_for, timeout), on_wait or log.warning, time.monotonic, name, window
+        target,
+        RetryPolicy(retry_for, timeout),
+        on_wait or log.warning,
+        time.monotonic,
+        name,
+        window,
+        step_spans(target),
     )
     trainer = Trainer(Endpoint.of(target, **credentials), writer, threads=window)
     try:

@@ -211,7 +211,7 @@ class Driver(ProcessBound):
             self._background.run(call.meanwhile)
         try:
             answer = getattr(self._stub, call.method)(
-                call.request, timeout=call.timeout, metadata=self._metadata
+                call.request, timeout=call.timeout, metadata=(*self._metadata, *call.headers)
             )
             if call.on_message is None:
                 return answer

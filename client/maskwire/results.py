@@ -193,6 +193,38 @@ class CheckpointInfo:
 
 
 @dataclass(frozen=True)
+class NewestStep:
+    """What status shows of a step."""
+
+    step: int
+    outcome: Outcome
+    losses: Losses
+    gradient_norm: float | None
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """What the server has counted since its process started; all empty of a server of version 0.1."""
+
+    newest_step: NewestStep | None = None
+    steps: dict[str, int] = field(default_factory=dict)
+    """Durable steps by outcome."""
+    tokens: int = 0
+    """Maskable and prompt tokens of these steps."""
+    queue_seconds: float | None = None
+    """Mean of the last minute, of a step's time in the queue; None: no step."""
+    compute_seconds: float | None = None
+    commit_seconds: float | None = None
+    recovery_seconds: dict[str, float] = field(default_factory=dict)
+    """By phase of the start."""
+    events_dropped: dict[str, int] = field(default_factory=dict)
+    """Events that a subscriber of telemetry lost."""
+    refused_calls: dict[str, int] = field(default_factory=dict)
+    """By reason."""
+
+
+@dataclass(frozen=True)
 class Status:
     """The run's state, its progress and what it is waiting for."""
 
@@ -224,3 +256,4 @@ class Status:
     inexact_replays: tuple[InexactReplay, ...] = ()
     digest_version: int = 0
     """The version of the run's digest; 0 before the first step, and of a server of version 0.1."""
+    figures: RunFigures = field(default_factory=RunFigures)

@@ -24,9 +24,12 @@ from maskwire_server.engine.engine import Engine
 from maskwire_server.engine.setup import Setup
 from maskwire_server.engine.trainer_interface import Trainer
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
+from maskwire_server.journal.run_directory import JOURNAL_FILE
 from maskwire_server.recovery import point_in_time
 from maskwire_server.recovery.replay import InexactReplayError
 from maskwire_server.rpc.server import Server
+from maskwire_server.telemetry import start as telemetry
+from maskwire_server.training.device_memory import device_memory
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +91,11 @@ def serve(
     )
     engine = Engine(setup, _die)
     try:
-        server = Server(engine, config.serve)
+        server = Server(engine, config.serve, engine.events.publish)
+        sources = telemetry.Sources(
+            config.run.dir, JOURNAL_FILE, tokenizer_files.FOLDER, engine.status, device_memory
+        )
+        telemetry.start(config.telemetry, sources, engine.events.subscribe)
     except ConfigError as error:
         say(error)
         engine.close()
@@ -256,6 +263,7 @@ def _stop(engine: Engine, server: Server, seconds: float, finish: Callable[[int]
         return _leave(finish(EXIT_SLOW))
     server.stop(min(1.0, max(0.0, deadline - time.monotonic())))
     engine.close()
+    engine.events.close()
     log.info("stopped")
     return 0
 
@@ -264,6 +272,7 @@ def _fail(engine: Engine, server: Server, code: int, error: Exception) -> int:
     say(error)
     server.stop(0)
     engine.close()
+    engine.events.close()
     return code
 
 

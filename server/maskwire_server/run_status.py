@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from maskwire.v1.values import InexactReplay, ModelInfo, RunState
 from maskwire_server.results import CheckpointInfo
+from maskwire_server.run_figures import RunFigures
 
 
 @dataclass(frozen=True)
@@ -38,3 +39,4 @@ class RunStatus:
     inexact_replays: tuple[InexactReplay, ...] = ()
     digest_version: int = 0
     """The version of the run's digest; 0 before the first step."""
+    figures: RunFigures = field(default_factory=RunFigures)

@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from maskwire.results import CheckpointInfo, EvalResult, Status
+from maskwire.results import CheckpointInfo, EvalResult, RunFigures, Status
 
 
 class OutputError(Exception):
@@ -86,6 +86,7 @@ def status_table(found: Status, until_step: int | None = None) -> Table:
         left = seconds_left(found, until_step)
         words = "unknown: nothing was trained in the last minute" if left is None else f"{left:,.0f} s"
         table.add_row(f"time to step {until_step}", words)
+    _add_figures(table, found.figures)
     table.add_row("queue", f"{found.queue_length} of {found.queue_limit} requests")
     sessions = f"{found.epoch} session{'' if found.epoch == 1 else 's'} so far"
     table.add_row("writer", f"{found.writer} (epoch {found.epoch})" if found.writer else f"none ({sessions})")
@@ -106,6 +107,31 @@ def status_table(found: Status, until_step: int | None = None) -> Table:
         table.add_row("ranks", f"{found.versions['world_size']} (copies x ranks of each)")
     table.add_row("versions", ", ".join(f"{name} {value}" for name, value in sorted(found.versions.items())))
     return table
+
+
+def _add_figures(table: Table, figures: RunFigures) -> None:
+    """What the server counts, where there is something to see."""
+    newest = figures.newest_step
+    if newest is not None:
+        norm = "" if newest.gradient_norm is None else f", gradient norm {newest.gradient_norm:.3g}"
+        words = f"loss {newest.losses.loss:.4f}{norm}, learning rate {newest.learning_rate:.3g}"
+        table.add_row(f"step {newest.step}", words)
+    times = {
+        "in the queue": figures.queue_seconds,
+        "computed": figures.compute_seconds,
+        "until durable": figures.commit_seconds,
+    }
+    shown = [f"{1000 * value:.1f} ms {what}" for what, value in times.items() if value is not None]
+    if shown:
+        table.add_row("times (last minute)", ", ".join(shown))
+    lost = {outcome: count for outcome, count in figures.steps.items() if outcome != "APPLIED"}
+    for name, counts in (
+        ("steps not applied", lost),
+        ("refused calls", figures.refused_calls),
+        ("telemetry lost", {key: count for key, count in figures.events_dropped.items() if count}),
+    ):
+        if counts:
+            table.add_row(name, ", ".join(f"{count} {key}" for key, count in sorted(counts.items())))
 
 
 def _inexact(found: Status) -> str:

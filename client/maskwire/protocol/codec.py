@@ -10,6 +10,7 @@ import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
 
 from maskwire import arguments, results
+from maskwire.protocol import run_figures
 from maskwire.protocol.token_batch import decode_batch, encode_batch, ids_of
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import DigestVersion, payload_hash
@@ -353,4 +354,5 @@ def read_status(status: pb.GetStatusResponse) -> results.Status:
         data=dict(status.data),
         inexact_replays=read_inexact_replays(status.inexact_replays),
         digest_version=status.digest_version,
+        figures=run_figures.read(status),
     )

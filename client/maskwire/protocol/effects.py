@@ -28,6 +28,8 @@ class Call:
     """For a streaming method: called with each message; the outcome is then None."""
     meanwhile: Callable[[], object] | None = None
     """Work that needs no answer, to be done while the request is on its way."""
+    headers: tuple[tuple[str, str], ...] = ()
+    """Metadata of this call, besides that of every call."""
 
 
 @dataclass(eq=False)

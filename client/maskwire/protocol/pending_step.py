@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 from maskwire.protocol import codec
+from maskwire.step_spans import StepSpan
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import DigestVersion
 
@@ -32,6 +33,8 @@ class PendingStep:
         """The server's answer, while the answers of earlier steps are outstanding."""
         self.digest_version = DigestVersion(1)
         """How to hash the payload; set when the step gets its position in the submission order."""
+        self.span: StepSpan | None = None
+        """Its trace; None: steps are not traced."""
         self._hash: bytes | None = None
         self._hashing = threading.Lock()
 

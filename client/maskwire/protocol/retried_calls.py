@@ -28,6 +28,10 @@ class OrderedCall(Protocol):
     def compute_hash(self) -> object:
         """Do what needs no answer, while the request is on its way."""
 
+    @property
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """Metadata of the call, besides that of every call."""
+
 
 def new_id() -> str:
     """A request id or nonce."""
@@ -85,7 +89,14 @@ class RetriedCalls:
             reply = yield (
                 Receive(opened)
                 if opened is not None
-                else Call(method, make_request(), timeout, on_message, order.compute_hash if order else None)
+                else Call(
+                    method,
+                    make_request(),
+                    timeout,
+                    on_message,
+                    order.compute_hash if order else None,
+                    order.headers if order else (),
+                )
             )
             if order:
                 order.after_attempt()

@@ -20,6 +20,7 @@ from maskwire.protocol.pending_step import PendingStep
 from maskwire.protocol.retried_calls import new_id
 from maskwire.protocol.retry import RetryPolicy
 from maskwire.protocol.session import Session
+from maskwire.step_spans import StepSpans
 from maskwire.v1 import training_service_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -47,11 +48,14 @@ class Writer(Session):
         clock: Callable[[], float],
         name: str | None,
         window: int,
+        spans: StepSpans | None = None,
     ) -> None:
+        """`spans`: traces the steps; None: they are not traced."""
         super().__init__(target, policy, on_wait, clock, name)
         check_whole("window", window, 1)
         self.closed = False
         self._window = window
+        self._spans = spans
         self._pending: deque[PendingStep] = deque()  # in order; the first is step acknowledged.step + 1
         self._refused = 0  # the lowest number that a refused step left and no acknowledged step has taken
         self._restoring = False
@@ -103,6 +107,8 @@ class Writer(Session):
         request = codec.step_request(new_id(), tokens, self.model.num_tokens, **options)
         pending = PendingStep(request, step)
         self._check_size(pending.request)
+        if self._spans is not None:
+            pending.span = self._spans.begin()
         return pending
 
     def enter(self, pending: PendingStep) -> Operation[None]:
@@ -137,9 +143,11 @@ class Writer(Session):
             position = self.acknowledged.next_position(answer, pending.payload_hash())
             self.acknowledged.position = position
             self._pending.popleft()  # CPython delivers no signal between this line and the one before
-        except Exception:
-            self._leave(pending)
+        except Exception as error:
+            self._leave(pending, error)
             raise
+        if pending.span is not None:
+            pending.span.end(answer.step)
         self._warn_at_rate_0(pending.request, answer)
         return codec.read_step(answer)
 
@@ -154,8 +162,10 @@ class Writer(Session):
         self._leave(pending)
         return True
 
-    def _leave(self, pending: PendingStep) -> None:
+    def _leave(self, pending: PendingStep, error: Exception | None = None) -> None:
         """Take a step out of the order; the next one gets its number."""
+        if pending.span is not None:
+            pending.span.fail("not sent" if error is None else getattr(error, "reason", type(error).__name__))
         number = self._number_of(pending)
         self._refused = min(number, self._refused) if self._refused > self.acknowledged.step else number
         self._pending.remove(pending)
@@ -236,6 +246,11 @@ class _Order:
         """Hash the payload beforehand; ids that cannot be hashed are refused by the server."""
         with contextlib.suppress(ValueError):
             self._pending.payload_hash()
+
+    @property
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """The context of the step's trace."""
+        return () if self._pending.span is None else self._pending.span.headers
 
     def before_attempt(self, began: float) -> Operation[None]:
         """Confirm the session if need be, and wait until the step can be sent."""

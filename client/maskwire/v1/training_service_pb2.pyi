@@ -711,7 +711,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "state_time", "waiting_for", "run_id", "lineage", "step", "durable_step", "digest", "queue_length", "queue_limit", "steps_per_second", "tokens_per_second", "last_error", "writer", "epoch", "model", "limits", "newest_checkpoint", "versions", "uptime", "tokenizer", "inexact_replays", "data", "digest_version")
+    __slots__ = ("state", "state_time", "waiting_for", "run_id", "lineage", "step", "durable_step", "digest", "queue_length", "queue_limit", "steps_per_second", "tokens_per_second", "last_error", "writer", "epoch", "model", "limits", "newest_checkpoint", "versions", "uptime", "tokenizer", "inexact_replays", "data", "digest_version", "newest_step", "steps_total", "tokens_total", "step_seconds", "recovery_seconds", "events_dropped", "refused_calls")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -726,6 +726,34 @@ class GetStatusResponse(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class StepsTotalEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class RecoverySecondsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class EventsDroppedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class RefusedCallsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     STATE_FIELD_NUMBER: _ClassVar[int]
     STATE_TIME_FIELD_NUMBER: _ClassVar[int]
     WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
@@ -750,6 +778,13 @@ class GetStatusResponse(_message.Message):
     INEXACT_REPLAYS_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     DIGEST_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_STEP_FIELD_NUMBER: _ClassVar[int]
+    STEPS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RECOVERY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_DROPPED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_CALLS_FIELD_NUMBER: _ClassVar[int]
     state: RunState
     state_time: _timestamp_pb2.Timestamp
     waiting_for: str
@@ -774,4 +809,35 @@ class GetStatusResponse(_message.Message):
     inexact_replays: _containers.RepeatedCompositeFieldContainer[InexactReplay]
     data: _containers.ScalarMap[str, str]
     digest_version: int
-    def __init__(self, state: _Optional[_Union[RunState, str]] = ..., state_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., waiting_for: _Optional[str] = ..., run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., queue_length: _Optional[int] = ..., queue_limit: _Optional[int] = ..., steps_per_second: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., last_error: _Optional[str] = ..., writer: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., newest_checkpoint: _Optional[_Union[CheckpointInfo, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tokenizer: _Optional[str] = ..., inexact_replays: _Optional[_Iterable[_Union[InexactReplay, _Mapping]]] = ..., data: _Optional[_Mapping[str, str]] = ..., digest_version: _Optional[int] = ...) -> None: ...
+    newest_step: NewestStep
+    steps_total: _containers.ScalarMap[str, int]
+    tokens_total: int
+    step_seconds: StepSeconds
+    recovery_seconds: _containers.ScalarMap[str, float]
+    events_dropped: _containers.ScalarMap[str, int]
+    refused_calls: _containers.ScalarMap[str, int]
+    def __init__(self, state: _Optional[_Union[RunState, str]] = ..., state_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., waiting_for: _Optional[str] = ..., run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., queue_length: _Optional[int] = ..., queue_limit: _Optional[int] = ..., steps_per_second: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., last_error: _Optional[str] = ..., writer: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., newest_checkpoint: _Optional[_Union[CheckpointInfo, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tokenizer: _Optional[str] = ..., inexact_replays: _Optional[_Iterable[_Union[InexactReplay, _Mapping]]] = ..., data: _Optional[_Mapping[str, str]] = ..., digest_version: _Optional[int] = ..., newest_step: _Optional[_Union[NewestStep, _Mapping]] = ..., steps_total: _Optional[_Mapping[str, int]] = ..., tokens_total: _Optional[int] = ..., step_seconds: _Optional[_Union[StepSeconds, _Mapping]] = ..., recovery_seconds: _Optional[_Mapping[str, float]] = ..., events_dropped: _Optional[_Mapping[str, int]] = ..., refused_calls: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class NewestStep(_message.Message):
+    __slots__ = ("step", "outcome", "losses", "gradient_norm", "learning_rate")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    outcome: StepOutcome
+    losses: Losses
+    gradient_norm: float
+    learning_rate: float
+    def __init__(self, step: _Optional[int] = ..., outcome: _Optional[_Union[StepOutcome, str]] = ..., losses: _Optional[_Union[Losses, _Mapping]] = ..., gradient_norm: _Optional[float] = ..., learning_rate: _Optional[float] = ...) -> None: ...
+
+class StepSeconds(_message.Message):
+    __slots__ = ("queue_seconds", "compute_seconds", "commit_seconds")
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    queue_seconds: float
+    compute_seconds: float
+    commit_seconds: float
+    def __init__(self, queue_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., commit_seconds: _Optional[float] = ...) -> None: ...

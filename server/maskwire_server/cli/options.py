@@ -11,6 +11,8 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from maskwire_server.telemetry.log_formats import JsonFormatter, TextFormatter
+
 T = TypeVar("T")
 
 _NEEDS = ("torch", "einops", "safetensors", "pydantic_settings", "grpc_health", "grpc_reflection")
@@ -43,14 +45,14 @@ def read_run(read: Callable[[], T]) -> T:
         raise typer.Exit(3) from None
 
 
-def start_log(level_name: str) -> None:
-    """Log to stderr at this level and above."""
+def start_log(level_name: str, log_format: str = "text") -> None:
+    """Log to stderr at this level and above. `log_format`: text or json."""
     level = logging.getLevelNamesMapping().get(level_name.upper())
     if level is None:
         stop(f"--log-level must be debug, info, warning or error, got {level_name!r}")
-    logging.basicConfig(
-        level=level, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def loaded(config: Path | None, run_dir: Path | None, address: str | None, settings: list[str] | None) -> Any:

@@ -51,7 +51,7 @@ def serve(
 ) -> None:
     """Serve a run until SIGTERM or Ctrl-C. Starting it again on the same run directory resumes the run."""
     chosen = loaded(config, run_dir, address, settings)
-    start_log(log_level)
+    start_log(log_level, chosen.telemetry.log_format)
     if ranks is not None:
         given = {"config": config, "run-dir": run_dir, "address": address, "log-level": log_level,
                  "accept-lost-history": accept_lost_history}  # fmt: skip

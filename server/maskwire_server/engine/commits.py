@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from maskwire_server.engine.entries import Step
 from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.engine.shared_state import Run
+from maskwire_server.events import StepCommitted
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import Lineage, SessionRecord, StepRecord, Stretch
 from maskwire_server.manifest import Manifest
@@ -54,7 +56,6 @@ class StepCommit:
             run.queue.settle(step)
             run.uncommitted -= 1
             run.uncommitted_bytes -= len(step.encoded)
-            run.rate.add(step.request.payload.batch.tokens)
             if step.request.session is not None:
                 run.lease.touch()
             waiters = list(step.waiters)
@@ -69,9 +70,32 @@ class StepCommit:
             compute_seconds=step.ended - step.started,
             commit_seconds=self.clock() - step.ended,
         )
+        self._publish(reply)
         for waiter in waiters:
             answer(waiter, reply)
         failpoints.passing("step.answered")
+
+    def _publish(self, reply: StepAnswer) -> None:
+        """Publish the step. Before it is answered: a status that is asked for after the answer counts it."""
+        result, step = self.result, self.step
+        self.run.events.publish(
+            StepCommitted(
+                time.time(),
+                self.run.head.durable.run_id,
+                self.record.lineage,
+                reply.step,
+                result.outcome,
+                result.losses,
+                result.gradient_norm,
+                result.learning_rate,
+                step.request.payload.batch.tokens,
+                reply.queue_seconds,
+                reply.compute_seconds,
+                reply.commit_seconds,
+                step.request.request_id,
+                step.call.number if step.call else 0,
+            )
+        )
 
 
 Events = tuple[tuple[str, dict[str, Any]], ...]

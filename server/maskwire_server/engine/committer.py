@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar, TypeVarTuple
@@ -19,6 +20,7 @@ from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.engine.wakeup import Wakeup
 from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
+from maskwire_server.events import Committed
 from maskwire_server.journal import reserve
 from maskwire_server.journal.database import JournalError, is_damaged, is_full
 from maskwire_server.journal.journal import Journal
@@ -238,6 +240,7 @@ class Committer:
 
     def _write_all(self, commits: list[Commit]) -> bool:
         """Write commits in one transaction; False if the disk is full: the commits stay queued."""
+        began = self._clock()
         try:
             self._journal.transaction(lambda: self._write(commits))
         except JournalError as error:
@@ -252,6 +255,7 @@ class Committer:
                 self.hold()
             return False
         self._failed = False
+        self._run.events.publish(Committed(time.time(), self._clock() - began, len(commits)))
         return True
 
     def _announce(self, commits: list[Commit]) -> None:

@@ -25,6 +25,7 @@ from maskwire_server.engine.entries import Drain, Evaluation, Save
 from maskwire_server.engine.executor import Executor
 from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
+from maskwire_server.engine.publisher import Publisher
 from maskwire_server.engine.restore import Restores
 from maskwire_server.engine.saves import Saves
 from maskwire_server.engine.sessions import Sessions
@@ -101,6 +102,11 @@ class Engine:
     def on_state(self, listener: Callable[[RunState], None]) -> None:
         """Call `listener` on every change of state. It must return quickly."""
         self._run.conditions.on_change(listener)
+
+    @property
+    def events(self) -> Publisher:
+        """What happens in the run, for subscribers."""
+        return self._run.events
 
     @property
     def info(self) -> ModelInfo | None:

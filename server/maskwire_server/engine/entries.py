@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from maskwire.v1.digest import DigestVersion
 from maskwire.v1.values import RestoreResult
+from maskwire_server import call_context
+from maskwire_server.call_context import CallContext
 from maskwire_server.engine.admission_rules import other_step
 from maskwire_server.engine.futures import refuse
 from maskwire_server.engine.generation_stream import Generation
@@ -34,6 +36,8 @@ class Step:
     """The step's number; 0 until the executor takes it from the queue."""
     started: float = 0.0
     ended: float = 0.0
+    call: CallContext | None = field(default_factory=call_context.current.get)
+    """The call that brought the step."""
 
     room_requested: bool = False
     """Whether the committer has tried to make room for its batch."""

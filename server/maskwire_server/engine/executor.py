@@ -9,16 +9,17 @@ from contextlib import nullcontext
 
 from maskwire.v1.digest import step_digest
 from maskwire.v1.values import Losses, Outcome, RunState
-from maskwire_server import failpoints
+from maskwire_server import call_context, failpoints
 from maskwire_server.checkpoints import membership
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine import admission_rules
-from maskwire_server.engine.commits import AnswerCommit, RevealCommit, StepCommit
+from maskwire_server.engine.commits import RevealCommit, StepCommit
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Drain, Entry, Evaluation, Restore, Save, Step, Takeover
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.engine.quarantine import Quarantine
+from maskwire_server.engine.read_commits import EvaluationCommit, GenerationCommit
 from maskwire_server.engine.restore import Restores
 from maskwire_server.engine.saves import SaveCommit, Saves
 from maskwire_server.engine.sessions import Sessions
@@ -79,6 +80,7 @@ class Executor:
     def serve(self) -> None:
         """Execute entries until `stop`. Raises StateLost or DeviceLost: the process must restart."""
         while (entry := self._take()) is not None:
+            call_context.current.set(entry.call if isinstance(entry, Step) else None)
             if isinstance(entry, Step):
                 self._train(entry)
             elif isinstance(entry, Evaluation):
@@ -254,6 +256,7 @@ class Executor:
 
     def _evaluate(self, entry: Evaluation) -> None:
         request, future = entry.request, entry.future
+        began = self._clock()
         try:
             if future.done():
                 return
@@ -271,16 +274,20 @@ class Executor:
             self._run.queue.reading = None
         here = self._run.head.computed
         if not future.done():
-            self._committer.append(AnswerCommit(future, EvalAnswer(result, here.step, here.digest)))
+            answered, seconds = EvalAnswer(result, here.step, here.digest), self._clock() - began
+            self._committer.append(
+                EvaluationCommit(future, answered, self._run.events, request.options, here, seconds)
+            )
 
     def _generate(self, generation: Generation) -> None:
-        here = self._run.head.computed
+        here, began, last = self._run.head.computed, self._clock(), None
+        request, events = generation.request, self._run.events
         self._committer.append(RevealCommit(generation, here))
         try:
             if not generation.over:
-                request = generation.request
                 with guarded(self._trainer):
                     for state in self._trainer.generate(request.prompts, request.options):
+                        last = state
                         if not generation.put(state):
                             break
         except (DeviceLost, StateLost):
@@ -289,7 +296,10 @@ class Executor:
             with self._run.mutex:
                 refuse(generation.future, self._run.conditions.failed("the generation", error))
         else:
-            self._committer.append(AnswerCommit(generation.future, None))
+            seconds = self._clock() - began
+            self._committer.append(
+                GenerationCommit(generation.future, None, events, request, last, here, seconds)
+            )
         finally:
             self._run.queue.reading = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.engine.trainer_interface import Trainer, guarded
 from maskwire_server.errors import Refused
+from maskwire_server.events import LineageOpened
 from maskwire_server.journal.records import Lineage, SessionRecord
 from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
@@ -146,6 +148,7 @@ class Restores:
             self.trainer.load(self.checkpoints.path(info.name))
         failpoints.passing("restore.loaded")
         restored = RestoreResult(number, info.step, lineage.digest)
+        self.run.events.publish(LineageOpened(time.time(), here.run_id, number, info.step))
         log.info("restored checkpoint %s: lineage %d from step %d", info.name, number, info.step)
         with self.run.mutex:
             # Its batches may have been dropped: save it again, so that the run survives damage to one copy.

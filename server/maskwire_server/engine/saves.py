@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from maskwire_server.engine.entries import Save
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.errors import Refused
+from maskwire_server.events import CheckpointWritten
 from maskwire_server.journal import reserve
 from maskwire_server.journal.journal import Journal
 from maskwire_server.position import HistoryPosition
@@ -128,7 +130,7 @@ class Saves:
     # The saver's thread.
 
     def _write(self, save: Save, snapshot: Snapshot, position: HistoryPosition, save_id: str) -> None:
-        lineages = self._run.lineages
+        lineages, began = self._run.lineages, self._clock()
         try:
             info = self._saver.write(save.request, save.automatic, snapshot, position, save_id, lineages)
         except Exception as error:
@@ -143,6 +145,17 @@ class Saves:
         except Exception as error:  # the checkpoint is saved; the next save collects
             with self._run.mutex:
                 self._run.conditions.failed("collecting checkpoints", error)
+        self._run.events.publish(
+            CheckpointWritten(
+                time.time(),
+                info.name,
+                info.lineage,
+                info.step,
+                info.size_bytes,
+                self._clock() - began,
+                save.automatic,
+            )
+        )
         self._end()
         for waiter in save.waiters:
             answer(waiter, info)

@@ -6,13 +6,16 @@ import threading
 from collections.abc import Callable
 
 from maskwire.v1.digest import VERSIONS, DigestVersion, newest_common
+from maskwire.v1.values import RunState
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.admission_rules import Situation
+from maskwire_server.engine.aggregates import Aggregates
 from maskwire_server.engine.lease import Lease
+from maskwire_server.engine.publisher import Publisher
 from maskwire_server.engine.queue import Queue
 from maskwire_server.engine.state import Conditions, Head
-from maskwire_server.engine.throughput import Rate
 from maskwire_server.engine.wakeup import Wakeup
+from maskwire_server.events import StateChanged
 from maskwire_server.journal.records import Lineage
 
 REMEMBERED_IDS = 10_000
@@ -32,7 +35,9 @@ class Run:
         self.head = Head()
         self.lease = Lease(serve.session_idle_seconds, clock)
         self.queue = Queue(clock, serve.gap_seconds)
-        self.rate = Rate(60, clock)
+        self.aggregates = Aggregates(clock)
+        self.events = Publisher(self.aggregates.add)
+        self.conditions.on_change(self._publish_state)
         self.lineages: dict[int, Lineage] = {}
         """Every recorded lineage, by number."""
         self.num_tokens = 0
@@ -48,6 +53,10 @@ class Run:
         self.uncommitted_bytes = 0
         """The encoded size of their batches."""
         self._window = serve.window
+
+    def _publish_state(self, state: RunState) -> None:
+        conditions = self.conditions
+        self.events.publish(StateChanged(conditions.since, state, conditions.waiting_for))
 
     def remember(self, request_id: str | None, number: int) -> None:
         """Note that a step with this request id was computed."""

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from maskwire_server.engine.setup import Setup
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.engine.trainer_interface import Trainer, guarded, snapshot
 from maskwire_server.errors import Refused, RunDirectoryError
+from maskwire_server.events import LineageOpened, RecoveryPhase
 from maskwire_server.journal import inexact_replays, reserve
 from maskwire_server.journal.database import JournalError, explained, is_full
 from maskwire_server.journal.journal import Journal
@@ -93,9 +94,11 @@ class Start:
         run, head = self._run, self._run.head
         trainer, canonical = None, self._setup.canonical
         if self._setup.identity is not None:
-            trainer = self._setup.factory()
-            with guarded(trainer):
-                canonical = self._setup.identity(trainer.begin())
+            with self._phase("build"):
+                trainer = self._setup.factory()
+                with guarded(trainer):
+                    canonical = self._setup.identity(trainer.begin())
+        opening = self._setup.clock()
         self._journal = journal = self._when_there_is_room(
             partial(
                 boot.open_journal,
@@ -116,8 +119,10 @@ class Start:
         said = journal.last_event("data")
         head.data = said[1] if said else {}
         head.evaluated = recorded_evaluation(journal)
+        self._ended("open", self._setup.clock() - opening)
         if trainer is None:
-            trainer = self._setup.factory()
+            with self._phase("build"):
+                trainer = self._setup.factory()
         threads = None if self._setup.serve.threads else fingerprint.pinned_threads(journal)
         if threads is not None:
             trainer.use_threads(threads)
@@ -140,10 +145,12 @@ class Start:
                 tell=self._wait_for,
                 with_room=self._when_there_is_room,
             )
+        self._ended("load", recovered.load_seconds)
+        self._ended("replay", recovered.replay_seconds)
         self._saver.refresh()  # recovery may have renamed damaged checkpoints
         self._wait_for("the warm-up")
         warming = self._setup.clock()
-        with guarded(trainer):
+        with self._phase("warm_up"), guarded(trainer):
             trainer.warm_up()
         log.info("warmed up in %.1f s", self._setup.clock() - warming)
         if self._setup.accept_lost_history is not None:
@@ -160,13 +167,24 @@ class Start:
         )
         head.digest_version = journal.digest_version()
         head.inexact_replays = self._saver.inexact_replays = inexact_replays.recorded(journal)
-        self._save_where_needed(journal, trainer, recovered, numerics)
+        with self._phase("save"):
+            self._save_where_needed(journal, trainer, recovered, numerics)
         configuration_id = self._when_there_is_room(partial(self._record, journal, numerics))
         here = head.computed
+        run.events.publish(LineageOpened(time.time(), run_id, here.lineage, here.step))
         log.info("run %s is at step %d after %.1f s", run_id, here.step, self._setup.clock() - began)
         after = self._setup.serve.poison_after
         quarantine = Quarantine(self._setup.run_dir, after) if after else None
         return Ready(journal, trainer, quarantine, configuration_id)
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        began = self._setup.clock()
+        yield
+        self._ended(name, self._setup.clock() - began)
+
+    def _ended(self, phase: str, seconds: float) -> None:
+        self._run.events.publish(RecoveryPhase(time.time(), phase, seconds))
 
     def _wait_for(self, words: str) -> None:
         self._run.conditions.set(RunState.RECOVERING, waiting_for=words)

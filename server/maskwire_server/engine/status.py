@@ -31,9 +31,9 @@ def report(
     newest_checkpoint: CheckpointInfo | None,
     versions: dict[str, str],
 ) -> RunStatus:
-    """State, progress and what the run is waiting for. Takes no lock: it answers whatever is stuck."""
+    """State, progress and what the run is waiting for. Answers whatever thread of the run is stuck."""
     head, durable = run.head, run.head.durable
-    steps_per_second, tokens_per_second = run.rate.per_second()
+    figures = run.aggregates.figures(run.events.dropped)
     return RunStatus(
         state=run.conditions.state,
         state_since=run.conditions.since,
@@ -45,8 +45,8 @@ def report(
         digest=durable.digest,
         queue_length=len(run.queue),
         queue_limit=serve.queue_limit,
-        steps_per_second=steps_per_second,
-        tokens_per_second=tokens_per_second,
+        steps_per_second=figures.recent.steps_per_second,
+        tokens_per_second=figures.recent.tokens_per_second,
         last_error=run.conditions.last_error,
         writer=run.lease.present(run.queue.busy),
         epoch=run.lease.epoch,
@@ -57,4 +57,5 @@ def report(
         data=head.data,
         inexact_replays=head.inexact_replays,
         digest_version=head.digest_version.number if head.digest_version else 0,
+        figures=figures,
     )

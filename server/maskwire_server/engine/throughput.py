@@ -4,29 +4,62 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+
+from maskwire_server.run_figures import Recent
+
+
+@dataclass(slots=True)
+class _Second:
+    """The steps of one second."""
+
+    second: int
+    steps: int = 0
+    tokens: int = 0
+    queue: float = 0.0
+    compute: float = 0.0
+    commit: float = 0.0
 
 
 class Rate:
-    """Steps and tokens per second over the last `seconds`. One counter per second bounds its size."""
+    """Steps and tokens per second, and the mean times of a step, over the last `seconds`.
+
+    One record per second bounds its size.
+    """
 
     def __init__(self, seconds: int, clock: Callable[[], float]) -> None:
         self._seconds = seconds
         self._clock = clock
         self._began = clock()
-        self._counts: deque[tuple[int, int, int]] = deque(maxlen=seconds + 1)  # second, steps, tokens
+        self._counts: deque[_Second] = deque(maxlen=seconds + 1)
 
-    def add(self, tokens: int) -> None:
-        """Count a step that became durable."""
+    def add(self, tokens: int, queue: float = 0.0, compute: float = 0.0, commit: float = 0.0) -> None:
+        """Count a step that became durable, and its times in seconds."""
         second = int(self._clock())
-        if self._counts and self._counts[-1][0] == second:
-            _, steps, others = self._counts[-1]
-            self._counts[-1] = (second, steps + 1, others + tokens)
-        else:
-            self._counts.append((second, 1, tokens))
+        if not self._counts or self._counts[-1].second != second:
+            self._counts.append(_Second(second))
+        last = self._counts[-1]
+        last.steps += 1
+        last.tokens += tokens
+        last.queue += queue
+        last.compute += compute
+        last.commit += commit
 
     def per_second(self) -> tuple[float, float]:
         """(steps, tokens) per second; safe from any thread."""
+        found = self.recent()
+        return found.steps_per_second, found.tokens_per_second
+
+    def recent(self) -> Recent:
+        """Speed and mean times; safe from any thread."""
         now = self._clock()
-        recent = [count for count in self._counts.copy() if count[0] >= now - self._seconds]
+        counts = [count for count in self._counts.copy() if count.second >= now - self._seconds]
         span = max(min(self._seconds, now - self._began), 1e-9)
-        return sum(steps for _, steps, _ in recent) / span, sum(tokens for _, _, tokens in recent) / span
+        steps = sum(count.steps for count in counts)
+        return Recent(
+            steps / span,
+            sum(count.tokens for count in counts) / span,
+            sum(count.queue for count in counts) / steps if steps else None,
+            sum(count.compute for count in counts) / steps if steps else None,
+            sum(count.commit for count in counts) / steps if steps else None,
+        )

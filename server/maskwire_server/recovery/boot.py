@@ -90,6 +90,10 @@ class Recovered:
     """An inexact replay led to the state: it must be saved before any step is trained or answer sent."""
     accepted: bool
     """A difference beyond the tolerance was accepted."""
+    load_seconds: float = 0.0
+    """Of loading a checkpoint."""
+    replay_seconds: float = 0.0
+    """Of computing the steps after it again."""
 
 
 def recover(
@@ -141,7 +145,16 @@ def recover(
     if inexact:
         with_room(partial(inexact_replays.record, journal, inexact, rebuilt.beyond))
     non_finite = _non_finite(journal, lineage, step)
-    return Recovered(lineage, step, digest, non_finite, bool(inexact), rebuilt.accepted)
+    return Recovered(
+        lineage,
+        step,
+        digest,
+        non_finite,
+        bool(inexact),
+        rebuilt.accepted,
+        rebuilt.load_seconds,
+        rebuilt.seconds,
+    )
 
 
 def accept_lost_history(

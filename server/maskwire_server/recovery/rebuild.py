@@ -49,13 +49,13 @@ def rebuild(
     for name, problem in wrong.items():
         pass_over(name, problem)
     start = (segments[0].lineage, 0)
+    loading = time.monotonic()
     if manifest is None:
         initial_weights.restore(journal, trainer)
     else:
         info = manifest.info
         start = (info.lineage, info.step)
         tell(f"checkpoint {info.name}")
-        began = time.monotonic()
         try:
             trainer.load(checkpoints.path(info.name))
         except ValueError as error:
@@ -64,7 +64,7 @@ def rebuild(
                 "configuration that it was saved with"
             ) from error
         failpoints.passing("recovery.loaded")
-        log.info("loaded checkpoint %s (step %d) in %.1f s", info.name, info.step, time.monotonic() - began)
+        log.info("loaded checkpoint %s (step %d) in %.1f s", info.name, info.step, time.monotonic() - loading)
     recorded = RecordedSettings(
         journal,
         settings,
@@ -81,9 +81,10 @@ def rebuild(
         tolerance=recorded.tolerance,
         accept_inexact=accept_inexact,
     )
+    replayed.load_seconds, replayed.seconds = began - loading, time.monotonic() - began
     if replayed.count:
         word = "step" if replayed.count == 1 else "steps"
-        log.info("replayed %d %s in %.1f s", replayed.count, word, time.monotonic() - began)
+        log.info("replayed %d %s in %.1f s", replayed.count, word, replayed.seconds)
     recorded.restore()
     failpoints.passing("recovery.replayed")
     replayed.accepted = recorded.accepted or bool(replayed.beyond)

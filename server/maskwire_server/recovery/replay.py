@@ -106,6 +106,10 @@ class Replayed:
     """By lineage, the first and last step whose weights are close to the run's but not the same bytes."""
     accepted: bool = False
     """Something that no tolerance covers was accepted."""
+    load_seconds: float = 0.0
+    """Of loading the checkpoint that the replay began from."""
+    seconds: float = 0.0
+    """Of the replay."""
 
     @property
     def inexact(self) -> list[InexactReplay]:

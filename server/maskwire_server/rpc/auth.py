@@ -17,6 +17,7 @@ import grpc
 
 from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError, Refused
+from maskwire_server.rpc.call_events import Publish, rejected
 from maskwire_server.rpc.error_status import abort
 
 MIN_TOKEN_LENGTH = 16
@@ -69,11 +70,16 @@ class TokenInterceptor(grpc.ServerInterceptor):
     """
 
     def __init__(
-        self, tokens: list[Token], download_role: Role, clock: Callable[[], float] = time.time
+        self,
+        tokens: list[Token],
+        download_role: Role,
+        clock: Callable[[], float] = time.time,
+        publish: Publish = lambda _: None,
     ) -> None:
         self._tokens = tokens
         self._required_roles = {**REQUIRED_ROLES, "DownloadCheckpoint": download_role}
         self._clock = clock
+        self._publish = publish
 
     def intercept_service(
         self,
@@ -84,6 +90,7 @@ class TokenInterceptor(grpc.ServerInterceptor):
         try:
             self._check(handler_call_details.method, handler_call_details.invocation_metadata)
         except Refused as refusal:
+            self._publish(rejected(handler_call_details.method, refusal))
             return _rejecting_handler(refusal)
         return continuation(handler_call_details)
 
@@ -128,7 +135,7 @@ def _rejecting_handler(refusal: Refused) -> grpc.RpcMethodHandler[Any, Any]:
     return grpc.stream_stream_rpc_method_handler(reject)
 
 
-def token_interceptor(config: ServeConfig) -> TokenInterceptor | None:
+def token_interceptor(config: ServeConfig, publish: Publish = lambda _: None) -> TokenInterceptor | None:
     """The interceptor for the configured token files; None without any. Raises ConfigError."""
     tokens: dict[bytes, Token] = {}
     for role in Role:
@@ -145,7 +152,7 @@ def token_interceptor(config: ServeConfig) -> TokenInterceptor | None:
             tokens[token.digest] = token
     if not tokens:
         return None
-    return TokenInterceptor(list(tokens.values()), Role[config.download_role.upper()])
+    return TokenInterceptor(list(tokens.values()), Role[config.download_role.upper()], publish=publish)
 
 
 def _read_tokens(name: str, path: Path, role: Role) -> list[Token]:

@@ -8,6 +8,7 @@ import zlib
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.values import InexactReplay, Limits, Losses, ModelInfo, RestoreResult
 from maskwire_server.results import CheckpointInfo, Chunk, EvalAnswer, FileInfo, SessionAnswer, StepAnswer
+from maskwire_server.rpc import run_figures
 from maskwire_server.run_status import RunStatus
 from maskwire_server.session_holder import Holder
 
@@ -174,6 +175,7 @@ def status(value: RunStatus, bounds: Limits, started: float) -> pb.GetStatusResp
         data=value.data,
         inexact_replays=[_inexact_replay(replay) for replay in value.inexact_replays],
         digest_version=value.digest_version,
+        **run_figures.fields(value.figures),
     )
     answer.state_time.FromNanoseconds(int(value.state_since * 1e9))
     answer.uptime.FromNanoseconds(int((time.monotonic() - started) * 1e9))

@@ -15,14 +15,15 @@ from google.protobuf.message_factory import GetMessageClass
 
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.errors import Refused
+from maskwire_server.rpc.call_events import Publish, observed
 from maskwire_server.rpc.error_status import abort
 
 _UNREADABLE = b"unreadable"  # not None, which gRPC treats as a failed deserializer
 _SERVICE = pb.DESCRIPTOR.services_by_name["TrainingService"]
 
 
-def handler(servicer: object) -> grpc.GenericRpcHandler:
-    """A handler for all methods of the service, which calls those of the servicer."""
+def handler(servicer: object, publish: Publish) -> grpc.GenericRpcHandler:
+    """A handler for all methods of the service, which calls those of the servicer and publishes the calls."""
     methods = {}
     for method in _SERVICE.methods:
         request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
@@ -32,7 +33,12 @@ def handler(servicer: object) -> grpc.GenericRpcHandler:
             else grpc.unary_unary_rpc_method_handler
         )
         methods[method.name] = method_handler(
-            _refuse_unreadable(getattr(servicer, method.name), method.input_type.full_name),
+            observed(
+                _refuse_unreadable(getattr(servicer, method.name), method.input_type.full_name),
+                method.name,
+                publish,
+                streams=method.server_streaming,
+            ),
             request_deserializer=_deserializer(request),
             response_serializer=response.SerializeToString,
         )

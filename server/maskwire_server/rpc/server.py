@@ -16,6 +16,7 @@ from maskwire.v1.values import RunState
 from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError
 from maskwire_server.rpc import auth, handlers, unix_socket
+from maskwire_server.rpc.call_events import Publish
 from maskwire_server.rpc.engine_interface import EngineInterface
 from maskwire_server.rpc.service import TrainingService
 
@@ -27,10 +28,14 @@ _EXTRA_WORKERS = 16  # so that a worker is free to refuse calls when the queue i
 class Server:
     """Serves one engine on an address, and also on a Unix socket if one is configured."""
 
-    def __init__(self, engine: EngineInterface, config: ServeConfig) -> None:
+    def __init__(
+        self, engine: EngineInterface, config: ServeConfig, publish: Publish = lambda _: None
+    ) -> None:
+        """`publish` is called with the end of each call."""
         self._config = config
+        self._publish = publish
         self._credentials = auth.server_credentials(config)
-        interceptor = auth.token_interceptor(config)
+        interceptor = auth.token_interceptor(config, publish)
         # Health and status have threads of their own: they must answer even if every worker is waiting.
         self._health_pool = ThreadPoolExecutor(2, thread_name_prefix="maskwire-health")
         self._reflection_pool = ThreadPoolExecutor(4, thread_name_prefix="maskwire-reflection")
@@ -67,7 +72,7 @@ class Server:
             ],
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        server.add_generic_rpc_handlers((handlers.handler(self._service),))
+        server.add_generic_rpc_handlers((handlers.handler(self._service, self._publish),))
         if self._config.reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             servicer = reflection.ReflectionServicer(names)

@@ -1,0 +1,65 @@
+"""OpenTelemetry: a span for each step of a writer, whose context travels to the server."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from maskwire.v1 import tracing
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span, Tracer
+
+log = logging.getLogger(__name__)
+
+
+class StepSpan:
+    """The span of one step, from its submission until it is acknowledged."""
+
+    def __init__(self, span: Span) -> None:
+        from opentelemetry.trace import set_span_in_context
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._span = span
+        carrier: dict[str, str] = {}
+        TraceContextTextMapPropagator().inject(carrier, set_span_in_context(span))
+        self.headers = tuple((key, value) for key, value in carrier.items() if key == tracing.TRACE_HEADER)
+        """What to add to the metadata of the step's calls."""
+
+    def end(self, step: int) -> None:
+        """The step was acknowledged."""
+        self._span.set_attribute("maskwire.step", step)
+        self._span.end()
+
+    def fail(self, reason: str) -> None:
+        """The step was refused, or was not sent."""
+        from opentelemetry.trace import Status, StatusCode
+
+        self._span.set_status(Status(StatusCode.ERROR, reason))
+        self._span.end()
+
+
+class StepSpans:
+    """Begins spans, as children of the program's own span if it has one."""
+
+    def __init__(self, tracer: Tracer, target: str) -> None:
+        self._tracer = tracer
+        self._target = target
+
+    def begin(self) -> StepSpan:
+        """The span of a step that is submitted now."""
+        from opentelemetry.trace import SpanKind
+
+        attributes = {"rpc.system": "grpc", "rpc.method": "TrainStep", "server.address": self._target}
+        return StepSpan(self._tracer.start_span("train_step", kind=SpanKind.CLIENT, attributes=attributes))
+
+
+def step_spans(target: str) -> StepSpans | None:
+    """Spans, if the program has set up OpenTelemetry or the environment says where to send them."""
+    provider = tracing.program_provider()
+    if provider is None and tracing.configured():
+        if missing := tracing.missing():
+            log.warning("%s; no step is traced", missing)
+        else:
+            provider = tracing.exporting_provider("maskwire")
+    return None if provider is None else StepSpans(provider.get_tracer("maskwire"), target)

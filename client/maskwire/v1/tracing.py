@@ -1,0 +1,83 @@
+"""OpenTelemetry traces, for server and client. The packages come with the extra `telemetry`.
+
+Traces are on when the environment says where to send them; without that nothing is imported.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import sys
+import threading
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from maskwire._version import __version__
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+"""One of these turns traces on, unless OTEL_SDK_DISABLED is true."""
+TRACE_HEADER = "traceparent"
+"""The key of the W3C trace context in a call's metadata."""
+EXIT_SECONDS = 2.0
+_NEEDS = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
+
+
+def configured() -> bool:
+    """Whether the environment says where to send traces."""
+    disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    return not disabled and any(os.environ.get(name) for name in ENDPOINTS)
+
+
+def missing() -> str:
+    """What to install, if traces are configured and their packages are missing; else empty."""
+    try:
+        found = all(find_spec(name) is not None for name in _NEEDS)
+    except ModuleNotFoundError:
+        found = False
+    return "" if found else 'traces need OpenTelemetry: pip install "maskwire[telemetry]"'
+
+
+def program_provider() -> TracerProvider | None:
+    """What the program has set up itself, if it has."""
+    if "opentelemetry.sdk.trace" not in sys.modules:
+        return None
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+
+    found = trace.get_tracer_provider()
+    return found if isinstance(found, TracerProvider) else None
+
+
+@functools.cache
+def exporting_provider(service: str) -> TracerProvider:
+    """A provider that exports by OTLP over HTTP, as the standard environment variables say.
+
+    Unless OTEL_TRACES_SAMPLER says otherwise, it begins at most TRACES_PER_SECOND traces per second.
+    """
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    from maskwire.v1.trace_sampling import default_sampler
+
+    name = os.environ.get("OTEL_SERVICE_NAME") or service
+    made = TracerProvider(
+        sampler=None if os.environ.get("OTEL_TRACES_SAMPLER") else default_sampler(),
+        resource=Resource.create({"service.name": name, "service.version": __version__}),
+        shutdown_on_exit=False,
+    )
+    made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    atexit.register(end, made)
+    return made
+
+
+def end(provider: TracerProvider, seconds: float = EXIT_SECONDS) -> None:
+    """Send what is left, for at most `seconds`: a collector that does not answer must not hold up an exit."""
+    ending = threading.Thread(target=provider.shutdown, name="maskwire-traces", daemon=True)
+    ending.start()
+    ending.join(seconds)

@@ -1,0 +1,77 @@
+"""The commits of evaluations and generations: they are published once the step that they read is durable."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from maskwire_server.engine.commits import AnswerCommit
+from maskwire_server.engine.publisher import Publisher
+from maskwire_server.events import MOST_SAMPLES, Evaluated, Generated
+from maskwire_server.position import HistoryPosition
+from maskwire_server.requests import GenerateRequest
+from maskwire_server.results import EvalAnswer, EvalOptions, GenerationState
+
+
+@dataclass(eq=False)
+class EvaluationCommit(AnswerCommit[EvalAnswer]):
+    """An evaluation of the weights after the step `seen`."""
+
+    publisher: Publisher
+    options: EvalOptions
+    seen: HistoryPosition
+    seconds: float
+
+    def committed(self) -> None:
+        """Answer, and publish the evaluation."""
+        super().committed()
+        if not self.publisher.wanted(Evaluated):
+            return
+        result, seen = self.value.result, self.seen
+        self.publisher.publish(
+            Evaluated(
+                time.time(),
+                seen.run_id,
+                seen.lineage,
+                seen.step,
+                self.seconds,
+                result.nats_per_token,
+                result.bits_per_byte,
+                result.accuracy,
+                result.tokens,
+                result.draws,
+                self.options.chain_rule,
+            )
+        )
+
+
+@dataclass(eq=False)
+class GenerationCommit(AnswerCommit[None]):
+    """A generation from the weights after the step `seen`, and its last state."""
+
+    publisher: Publisher
+    request: GenerateRequest
+    last: GenerationState | None
+    seen: HistoryPosition
+    seconds: float
+
+    def committed(self) -> None:
+        """Answer, and publish the generation if it was finished."""
+        super().committed()
+        last, seen, lengths = self.last, self.seen, self.request.prompts.lengths
+        if last is None or not last.done or not self.publisher.wanted(Generated):
+            return
+        rows = last.ids[:MOST_SAMPLES]
+        samples = [row if lengths is None else row[: lengths[index]] for index, row in enumerate(rows)]
+        self.publisher.publish(
+            Generated(
+                time.time(),
+                seen.run_id,
+                seen.lineage,
+                seen.step,
+                self.seconds,
+                len(last.ids),
+                last.unmasking_step,
+                tuple(sample.copy() for sample in samples),
+            )
+        )

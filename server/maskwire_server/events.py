@@ -1,0 +1,161 @@
+"""What happened in a run: values that the engine and the service publish, and telemetry subscribes to.
+
+`time` is in seconds since the epoch, at the end of what happened; durations are in seconds. No event holds a
+token of access, and only `Generated` holds ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from maskwire.v1.values import Losses, Outcome, RunState
+
+
+@dataclass(frozen=True, slots=True)
+class StepCommitted:
+    """A step became durable. `time` is when; it began `queue + compute + commit` seconds earlier."""
+
+    time: float
+    run_id: str
+    lineage: int
+    step: int
+    outcome: Outcome
+    losses: Losses
+    gradient_norm: float | None
+    learning_rate: float
+    tokens: int
+    """Maskable and prompt tokens of the batch."""
+    queue_seconds: float
+    compute_seconds: float
+    commit_seconds: float
+    request_id: str | None = None
+    call: int = 0
+    """The number of the call that brought the step, as in `CallEnded`; 0: it came by no call."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateChanged:
+    """The run entered a state."""
+
+    time: float
+    state: RunState
+    waiting_for: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LineageOpened:
+    """The run's history continues from `step` on `lineage`: the process started, or restored a checkpoint.
+
+    Steps after `step` that were published before no longer belong to the history.
+    """
+
+    time: float
+    run_id: str
+    lineage: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointWritten:
+    """A checkpoint is complete and verified. `seconds` covers writing, not the copy on the device."""
+
+    time: float
+    name: str
+    lineage: int
+    step: int
+    size_bytes: int
+    seconds: float
+    automatic: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryPhase:
+    """A phase of the start ended; `phase` is one of RECOVERY_PHASES."""
+
+    time: float
+    phase: str
+    seconds: float
+
+
+RECOVERY_PHASES = ("build", "open", "load", "replay", "warm_up", "save")
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The journal made a transaction durable, `commits` requests in one."""
+
+    time: float
+    seconds: float
+    commits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """A call of EvalLoss was answered. A client may divide one evaluation into several calls."""
+
+    time: float
+    run_id: str
+    lineage: int
+    step: int
+    seconds: float
+    """On the device."""
+    nats_per_token: float
+    bits_per_byte: float | None
+    accuracy: float
+    tokens: int
+    draws: int
+    chain_rule: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Generated:
+    """A call of Generate was finished."""
+
+    time: float
+    run_id: str
+    lineage: int
+    step: int
+    seconds: float
+    """On the device."""
+    rows: int
+    passes: int
+    samples: tuple[npt.NDArray[np.integer], ...]
+    """The ids of the first MOST_SAMPLES rows, without their padding."""
+
+
+MOST_SAMPLES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnded:
+    """A call of the service ended: with code OK, or refused with a reason. `time` is when."""
+
+    time: float
+    method: str
+    code: str
+    """The name of the `grpc.StatusCode`."""
+    reason: str
+    """A key of `errors.REASONS`; empty for OK."""
+    seconds: float
+    request_id: str = ""
+    """Empty: the request has none."""
+    call: int = 0
+    """Counts the calls of this process."""
+    trace: str = ""
+    """The W3C `traceparent` in the call's metadata; empty: it had none."""
+
+
+Event = (
+    StepCommitted
+    | StateChanged
+    | LineageOpened
+    | CheckpointWritten
+    | RecoveryPhase
+    | Committed
+    | Evaluated
+    | Generated
+    | CallEnded
+)

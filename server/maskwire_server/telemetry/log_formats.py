@@ -1,0 +1,61 @@
+"""The formats of the log: text for people, JSON for programs. What a message quotes cannot begin a line."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from maskwire_server import call_context
+from maskwire_server.run_status import RunStatus
+
+_LINE_ENDS = {ord(end): repr(end)[1:-1] for end in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
+
+
+class TextFormatter(logging.Formatter):
+    """One line for each message, followed by the lines of its traceback if it has one."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """The message, with its line ends escaped."""
+        return super().formatMessage(record).translate(_LINE_ENDS)
+
+
+class JsonFormatter(logging.Formatter):
+    """One object per line: time, level, logger, message, run id, lineage, step, request id, traceback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.status: Callable[[], RunStatus] | None = None
+        """The run's status, once there is a run."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One JSON object. Fields that are not known are absent."""
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if self.status is not None:
+            status = self.status()
+            if status.run_id:
+                line |= {"run_id": status.run_id, "lineage": status.lineage, "step": status.step}
+        call = call_context.current.get()
+        if call is not None and call.request_id:
+            line["request_id"] = call.request_id
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            line["stack"] = self.formatStack(record.stack_info)
+        return json.dumps(line, default=str)
+
+
+def show_run(status: Callable[[], RunStatus]) -> None:
+    """Let the process's JSON log name the run from now on; does nothing if the log is text."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler.formatter, JsonFormatter):
+            handler.formatter.status = status

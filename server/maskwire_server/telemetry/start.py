@@ -1,0 +1,118 @@
+"""Starts the telemetry that the settings ask for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+from maskwire.v1 import tracing
+from maskwire_server.config import TelemetryConfig
+from maskwire_server.errors import ConfigError
+from maskwire_server.events import Event
+from maskwire_server.run_status import RunStatus
+from maskwire_server.telemetry import log_formats
+from maskwire_server.telemetry.metrics import Reading
+from maskwire_server.telemetry.samples import decoder
+
+log = logging.getLogger(__name__)
+
+
+class Subscriber(Protocol):
+    """What receives events, as the publisher calls it."""
+
+    name: str
+    kinds: frozenset[type[Event]]
+
+    def receive(self, event: Event) -> None:
+        """Handle an event."""
+
+    def idle(self) -> bool:
+        """Write out what is buffered; True: call again in a second."""
+
+    def close(self) -> None:
+        """The last event has come."""
+
+
+class Server(Protocol):
+    """What answers requests of its own."""
+
+    def close(self) -> None:
+        """Stop to answer."""
+
+
+class Sources:
+    """What telemetry reads of the run and its machine."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        journal_file: str,
+        tokenizer_folder: str,
+        status: Callable[[], RunStatus],
+        device_memory: Callable[[], Mapping[str, int]],
+    ) -> None:
+        self.run_dir = run_dir
+        self.status = status
+        self._journal_file = journal_file
+        self._tokenizer = run_dir / tokenizer_folder
+        self._device_memory = device_memory
+
+    def read(self) -> Reading:
+        """Everything that the metrics show."""
+        return Reading(self.status(), self._journal_bytes(), self._free_bytes(), self._device_memory())
+
+    def decoder(self) -> Callable[[Sequence[int]], str]:
+        """How to show ids of the run as text."""
+        return decoder(self.status().model, self._tokenizer)
+
+    def _journal_bytes(self) -> int | None:
+        """The size of the database and its log."""
+        try:
+            return sum(path.stat().st_size for path in self.run_dir.glob(f"{self._journal_file}*"))
+        except OSError:
+            return None
+
+    def _free_bytes(self) -> int | None:
+        try:
+            found = os.statvfs(self.run_dir)
+        except OSError:
+            return None
+        return found.f_bavail * found.f_frsize
+
+
+def start(
+    config: TelemetryConfig, sources: Sources, subscribe: Callable[[Subscriber], None]
+) -> Server | None:
+    """Start what is configured. Returns the server of metrics, if there is one. Raises ConfigError."""
+    log_formats.show_run(sources.status)
+    if config.tensorboard:
+        require("tensorboard", "tensorboard")
+        from maskwire_server.telemetry.event_files import EventFiles
+
+        subscribe(EventFiles(sources.run_dir, sources.decoder))
+    if tracing.configured():
+        if missing := tracing.missing():
+            log.warning("%s; no step is traced", missing)
+        else:
+            from maskwire_server.telemetry.traces import Traces
+
+            subscribe(Traces(tracing.exporting_provider("maskwire-server")))
+    if config.metrics_address is None:
+        return None
+    require("metrics_address", "prometheus_client")
+    from maskwire_server.telemetry.prometheus import MetricsServer
+
+    return MetricsServer(config.metrics_address, sources.read)
+
+
+def require(setting: str, package: str) -> None:
+    """Raise ConfigError unless the package that a setting needs is installed."""
+    if find_spec(package) is None:
+        raise ConfigError(
+            f"telemetry.{setting}: needs the package {package}, which is not installed; install it with: "
+            'pip install "maskwire[telemetry]"'
+        )
