@@ -9,6 +9,23 @@ from maskwire_server.results import CheckpointInfo
 
 
 @dataclass(frozen=True)
+class DeviceShare:
+    """How the device has been divided between training steps and reads since the process started."""
+
+    step_seconds: float
+    """Spent on steps."""
+    read_seconds: float
+    """Spent on evaluations and generations."""
+    owed_seconds: float
+    """What steps get before the next read, while a client trains."""
+    waiting_reads: int
+    refused_reads: int
+    """Refused because too many waited."""
+    ended_reads: int
+    """Ended because a step had waited for `serve.max_read_seconds`."""
+
+
+@dataclass(frozen=True)
 class RunStatus:
     """State, progress and what the run is waiting for."""
 
@@ -38,3 +55,6 @@ class RunStatus:
     inexact_replays: tuple[InexactReplay, ...] = ()
     digest_version: int = 0
     """The version of the run's digest; 0 before the first step."""
+    device_share: DeviceShare = DeviceShare(0.0, 0.0, 0.0, 0, 0, 0)
+    step_timeout_seconds: float = 0.0
+    """How long a step may take before the process counts as hung."""

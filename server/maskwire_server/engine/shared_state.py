@@ -8,9 +8,12 @@ from collections.abc import Callable
 from maskwire.v1.digest import VERSIONS, DigestVersion, newest_common
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.admission_rules import Situation
+from maskwire_server.engine.device_share import DeviceShare
 from maskwire_server.engine.lease import Lease
+from maskwire_server.engine.progress import Progress
 from maskwire_server.engine.queue import Queue
 from maskwire_server.engine.state import Conditions, Head
+from maskwire_server.engine.step_timeout import StepTimeout
 from maskwire_server.engine.throughput import Rate
 from maskwire_server.engine.wakeup import Wakeup
 from maskwire_server.journal.records import Lineage
@@ -33,6 +36,12 @@ class Run:
         self.lease = Lease(serve.session_idle_seconds, clock)
         self.queue = Queue(clock, serve.gap_seconds)
         self.rate = Rate(60, clock)
+        self.share = DeviceShare(clock, serve.max_read_seconds)
+        self.step_timeout = StepTimeout(serve.step_timeout_seconds)
+        self.computing = Progress()
+        """What the executor is doing."""
+        self.committing = Progress()
+        """What the committer is doing."""
         self.lineages: dict[int, Lineage] = {}
         """Every recorded lineage, by number."""
         self.num_tokens = 0

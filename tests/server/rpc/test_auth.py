@@ -14,6 +14,7 @@ from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError, Refused
 from maskwire_server.rpc import auth
 from maskwire_server.rpc.auth import Role, TokenInterceptor
+from maskwire_server.rpc.credential_files import CredentialFiles
 
 GOOD = "0123456789abcdef-good"
 OTHER = "fedcba9876543210-other"
@@ -29,14 +30,13 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_without_token_files_no_token_is_required() -> None:
-    assert auth.token_interceptor(ServeConfig()) is None
+    assert auth.read_tokens(ServeConfig()) == []
+    assert CredentialFiles(ServeConfig()).interceptor is None
 
 
 def test_a_token_file_contains_tokens_expiry_times_and_comments(tmp_path: Path) -> None:
     text = f"# first\n{GOOD}   # of the trainer\n\nanother-0123456789 2031-01-01T00:00:00+01:00\n"
-    interceptor = auth.token_interceptor(config(token_train_file=write(tmp_path / "t", text)))
-    assert interceptor is not None
-    first, second = interceptor._tokens
+    first, second = auth.read_tokens(config(token_train_file=write(tmp_path / "t", text)))
     assert (first.role, first.expires) == (Role.TRAIN, None)
     assert second.expires == 1924988400.0  # 2030-12-31T23:00:00Z
 
@@ -69,7 +69,7 @@ def test_a_token_is_rejected_from_its_expiry_time_on(tmp_path: Path) -> None:
 )
 def test_an_invalid_token_file_is_named_and_none_of_its_tokens(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as raised:
-        auth.token_interceptor(config(token_read_file=write(tmp_path / "tokens", text)))
+        auth.read_tokens(config(token_read_file=write(tmp_path / "tokens", text)))
     assert "serve.token_read_file" in str(raised.value)
     assert GOOD not in str(raised.value)
     assert OTHER not in str(raised.value)
@@ -79,15 +79,15 @@ def test_an_invalid_token_file_is_named_and_none_of_its_tokens(tmp_path: Path, t
 def test_a_token_in_two_files_and_a_missing_file_are_rejected(tmp_path: Path) -> None:
     path = write(tmp_path / "t", GOOD)
     with pytest.raises(ConfigError, match="is listed twice, in this or another file"):
-        auth.token_interceptor(config(token_read_file=path, token_admin_file=path))
+        auth.read_tokens(config(token_read_file=path, token_admin_file=path))
     with pytest.raises(ConfigError, match="cannot be read"):
-        auth.token_interceptor(config(token_read_file=tmp_path / "none"))
+        auth.read_tokens(config(token_read_file=tmp_path / "none"))
 
 
 def test_the_role_for_downloads_is_configurable(tmp_path: Path) -> None:
     path = write(tmp_path / "t", GOOD)
     settings = ServeConfig(token_read_file=path, download_role="read")
-    interceptor = auth.token_interceptor(settings)
+    interceptor = CredentialFiles(settings).interceptor
     assert interceptor is not None
     sent = [("authorization", f"Bearer {GOOD}")]
     interceptor._check("/maskwire.v1.TrainingService/DownloadCheckpoint", sent)
@@ -123,8 +123,8 @@ def test_invalid_certificates_are_named(tmp_path: Path) -> None:
         named: Any = {name: tmp_path / file for name, file in files.items()}
         return ServeConfig(**named)
 
-    assert auth.server_credentials(settings(tls_certificate="crt", tls_key="key")) is not None
-    assert auth.server_credentials(ServeConfig()) is None
+    assert auth.read_certificates(settings(tls_certificate="crt", tls_key="key")) is not None
+    assert auth.read_certificates(ServeConfig()) is None
     for files, words in (
         ({"tls_certificate": "none", "tls_key": "key"}, "tls_certificate: .*cannot be read"),
         ({"tls_certificate": "crt", "tls_key": "other"}, "certificate chain and its private key"),
@@ -132,4 +132,4 @@ def test_invalid_certificates_are_named(tmp_path: Path) -> None:
         ({"tls_certificate": "crt", "tls_key": "key", "tls_client_ca": "junk"}, "tls_client_ca: .*PEM"),
     ):
         with pytest.raises(ConfigError, match=words):
-            auth.server_credentials(settings(**files))
+            auth.read_certificates(settings(**files))
