@@ -19,6 +19,7 @@ from typing import NoReturn
 from maskwire._version import __version__
 from maskwire_server import served_config, tokenizer_files
 from maskwire_server.config import Config
+from maskwire_server.engine import step_timeout
 from maskwire_server.engine.engine import Engine
 from maskwire_server.engine.setup import Setup
 from maskwire_server.engine.trainer_interface import Trainer
@@ -47,8 +48,8 @@ EXIT_CODES = {  # acknowledged steps are safe in each case
     EXIT_SLOW: "stopped, but the running step took longer than `serve.drain_seconds`; start the server again",
     EXIT_OUTPUT: "the command finished, but its output could not be written to stdout (a full disk?)",
     EXIT_FAILURE: "an unexpected error, which the log describes; start the server again",
-    EXIT_HUNG: "a step or a read made no progress for `serve.step_timeout_seconds`, and the log has the stack "
-    "of every thread; start the server again",
+    EXIT_HUNG: "a step or a read hung for `serve.step_timeout_seconds`, and the log has the stack of "
+    "every thread; start the server again",
     EXIT_DEVICE: "the device failed, such as by a CUDA error that lasts until the process ends; start the "
     "server again, on another machine if it fails again",
 }
@@ -106,7 +107,8 @@ def serve(
         engine.close()
         return EXIT_CONFIG
     engine.on_state(server.on_state)
-    watchdog = Watchdog(engine.progress, time.monotonic, partial(_hung, server))
+    shortest = config.serve.step_timeout_seconds or step_timeout.LEAST_SECONDS
+    watchdog = Watchdog(engine.progress, shortest, time.monotonic, partial(_hung, server))
     watchdog.start()
     try:
         address = server.start()  # before recovery, so that status and liveness answer during it

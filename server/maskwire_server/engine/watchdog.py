@@ -26,17 +26,18 @@ class Watchdog:
     def __init__(
         self,
         watched: Sequence[Progress],
+        shortest: float,
         clock: Callable[[], float],
         on_hang: Callable[[str], None],
     ) -> None:
-        """`on_hang` gets one sentence about what hangs. It ends the process."""
+        """`shortest`: the shortest limit, in seconds. `on_hang` is told what hangs, and ends the process."""
         self._watched = watched
         self._clock = clock
         self._on_hang = on_hang
         self._looked = clock()
         self._beats = [-1] * len(watched)
         self._silent = [0.0] * len(watched)
-        self._interval = _MOST_INTERVAL
+        self._interval = min(max(shortest / 10, _LEAST_INTERVAL), _MOST_INTERVAL)
         self._stopped = threading.Event()
 
     def start(self) -> None:
@@ -56,18 +57,14 @@ class Watchdog:
         now = self._clock()
         passed = min(now - self._looked, 2 * self._interval)
         self._looked = now
-        limits = [_MOST_INTERVAL * 10]
         for at, progress in enumerate(self._watched):
             doing, beats, limit = progress.doing, progress.beats, progress.limit
             if not doing or beats != self._beats[at]:
                 self._beats[at], self._silent[at] = beats, 0.0
             else:
                 self._silent[at] += passed
-            if doing:
-                limits.append(limit)
             if doing and self._silent[at] >= limit:
                 return f"{doing} has made no progress for {limit:g} s"
-        self._interval = min(max(min(limits) / 10, _LEAST_INTERVAL), _MOST_INTERVAL)
         return ""
 
     def _main(self) -> None:
