@@ -18,7 +18,7 @@ from maskwire_server.config import ServeConfig
 from maskwire_server.engine.device_share import IDLE_SECONDS, DeviceShare
 from maskwire_server.engine.engine import Engine
 from maskwire_server.errors import Refused, Unwanted
-from maskwire_server.requests import EvalRequest, GenerateRequest
+from maskwire_server.requests import EvalRequest, GenerateRequest, SaveRequest
 from maskwire_server.results import EvalOptions, EvalResult, GenerateOptions, GenerationState, StepResult
 
 STEP_SECONDS, PART_SECONDS = 0.5, 1.0
@@ -181,18 +181,19 @@ def test_reads_follow_one_another_while_nothing_trains(rig: Rig, clock: Clock) -
     assert [what for what, *_ in trainer.used] == ["step", "read", "read", "read"]
 
 
-def test_a_save_goes_before_reads_that_wait_for_steps_and_reads_keep_their_order(
-    rig: Rig, clock: Clock
-) -> None:
+def test_steps_saves_and_reads_take_turns_and_each_keep_their_order(rig: Rig, clock: Clock) -> None:
     Slow.parts = 3
     engine, trainer = start(rig, clock)
     trainer.parts_may_end.clear()
     reads = [engine.eval_loss(evaluation()) for _ in range(3)]
     assert trainer.part_begins.acquire(timeout=WAIT)
-    steps = [engine.train_step(bare(seed)) for seed in range(12)]  # six seconds
+    steps = [engine.train_step(bare(seed)) for seed in range(5)]
+    save = engine.save(SaveRequest("five"))
+    steps += [engine.train_step(bare(seed)) for seed in range(5, 12)]  # six seconds in all
     trainer.parts_may_end.set()
     assert [step.result(WAIT).step for step in steps] == list(range(1, 13))
     assert [read.result(WAIT).step for read in reads] == [0, 6, 12]
+    assert save.result(WAIT).step == 5
 
 
 def test_readers_cannot_fill_the_queue_against_steps(rig: Rig, clock: Clock) -> None:
