@@ -21,7 +21,7 @@ NAN_ID = 7
 """A batch that begins with this id is not finite."""
 FAIL_ID = 8
 """A batch that begins with this id raises before the update."""
-HANG_ID = 6
+HANG_ID = 250
 """A batch that begins with this id never ends."""
 KILL_ID = 9
 """A batch that begins with this id kills the process."""
