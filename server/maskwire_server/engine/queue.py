@@ -66,12 +66,14 @@ class Queue:
         return next(entry.arrived for entry in self._entries if isinstance(entry, Step))
 
     def reads(self, credential: str | None = None) -> int:
-        """The number of evaluations and generations that wait, of one credential or of all."""
+        """The number of evaluations and generations that wait, of one credential or of all. Also without the
+        mutex, for status reports.
+        """
         return sum(
             isinstance(entry, Evaluation | Generation)
             and not entry.future.done()
             and credential in (None, entry.request.credential)
-            for entry in self._entries
+            for entry in self._entries.copy()  # in one step, whatever other threads do
         )
 
     @property
