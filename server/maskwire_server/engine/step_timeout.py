@@ -19,6 +19,7 @@ class StepTimeout:
     def __init__(self, configured: float | None) -> None:
         self._configured = configured
         self._seconds: deque[float] = deque(maxlen=_STEPS)
+        self._by_median = 0.0  # computed only where it may exceed LEAST_SECONDS: short steps pay nothing
         self._shapes: set[tuple[int, int]] = set()
 
     @property
@@ -26,7 +27,7 @@ class StepTimeout:
         """The limit for a step of a batch shape that was computed before."""
         if self._configured is not None:
             return self._configured
-        return max(LEAST_SECONDS, _MEDIANS * statistics.median(self._seconds) if self._seconds else 0.0)
+        return max(LEAST_SECONDS, self._by_median)
 
     @property
     def unknown_seconds(self) -> float:
@@ -41,5 +42,7 @@ class StepTimeout:
     def add(self, shape: tuple[int, int], seconds: float) -> None:
         """Note a step that has been computed."""
         self._seconds.append(seconds)
+        if max(self._by_median, _MEDIANS * seconds) > LEAST_SECONDS:
+            self._by_median = _MEDIANS * statistics.median(self._seconds)
         if len(self._shapes) < _SHAPES:
             self._shapes.add(shape)

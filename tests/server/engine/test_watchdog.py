@@ -76,6 +76,9 @@ def test_the_timeout_is_20_medians_of_the_last_100_steps_and_at_least_600_second
         timeout.add(SHAPE, seconds)
     assert timeout.seconds == pytest.approx(20 * statistics.median(lately))
     assert timeout.of_shape(OTHER) == timeout.of_shape(SHAPE) == timeout.unknown_seconds == timeout.seconds
+    for _ in range(60):
+        timeout.add(SHAPE, 1.0)
+    assert timeout.seconds == 600
 
 
 def test_the_setting_overrides_it_but_not_for_what_may_compile_kernels() -> None:
