@@ -21,6 +21,8 @@ NAN_ID = 7
 """A batch that begins with this id is not finite."""
 FAIL_ID = 8
 """A batch that begins with this id raises before the update."""
+HANG_ID = 250
+"""A batch that begins with this id never ends."""
 KILL_ID = 9
 """A batch that begins with this id kills the process."""
 
@@ -76,6 +78,8 @@ class CounterTrainer:
         first = int(batch.ids.flat[0])
         if first == FAIL_ID:
             raise RuntimeError("the secret of the failing batch")
+        if first == HANG_ID:
+            threading.Event().wait()
         if first == KILL_ID:
             os.kill(os.getpid(), signal.SIGKILL)
         if first == NAN_ID:

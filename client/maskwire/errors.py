@@ -196,6 +196,7 @@ REASONS: dict[str, type[MaskwireError]] = {
     "UNAUTHENTICATED": UnauthenticatedError,
     "PERMISSION_DENIED": PermissionDeniedError,
     "QUEUE_FULL": UnavailableError,
+    "READ_TOO_LONG": RequestError,
     "RECOVERING": UnavailableError,
     "RESTORING": UnavailableError,
     "DRAINING": UnavailableError,

@@ -225,6 +225,24 @@ class RunFigures:
 
 
 @dataclass(frozen=True)
+class DeviceShare:
+    """How the server's device has been divided between training steps and reads since the server started."""
+
+    step_seconds: float = 0.0
+    """Seconds spent on training steps."""
+    read_seconds: float = 0.0
+    """Seconds spent on evaluations and generations."""
+    owed_seconds: float = 0.0
+    """Seconds that steps get before the next evaluation or generation begins, while a client trains."""
+    waiting_reads: int = 0
+    """Evaluations and generations that wait for the device."""
+    refused_reads: int = 0
+    """Evaluations and generations that were refused because too many waited."""
+    ended_reads: int = 0
+    """Evaluations and generations that were ended because a step had waited for `serve.max_read_seconds`."""
+
+
+@dataclass(frozen=True)
 class Status:
     """The run's state, its progress and what it is waiting for."""
 
@@ -257,3 +275,6 @@ class Status:
     digest_version: int = 0
     """The version of the run's digest; 0 before the first step, and of a server of version 0.1."""
     figures: RunFigures = field(default_factory=RunFigures)
+    device_share: DeviceShare = DeviceShare()
+    step_timeout_seconds: float = 0.0
+    """How long a step may take before the server counts it as hung; 0: an older server."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import platform
@@ -20,11 +21,14 @@ from maskwire_server import served_config, tokenizer_files
 from maskwire_server.checkpoints.parts import PartFiles
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import Config
+from maskwire_server.engine import step_timeout
 from maskwire_server.engine.engine import Engine
 from maskwire_server.engine.setup import Setup
 from maskwire_server.engine.trainer_interface import Trainer
-from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
+from maskwire_server.engine.watchdog import Watchdog
+from maskwire_server.errors import ConfigError, DeviceLost, Refused, RunDirectoryError
 from maskwire_server.journal.run_directory import JOURNAL_FILE
+from maskwire_server.ranks.launcher import note_loss
 from maskwire_server.recovery import point_in_time
 from maskwire_server.recovery.replay import InexactReplayError
 from maskwire_server.rpc.server import Server
@@ -33,10 +37,15 @@ from maskwire_server.training.device_memory import device_memory
 
 log = logging.getLogger(__name__)
 
-EXIT_CONFIG, EXIT_RUN_DIRECTORY, EXIT_INEXACT, EXIT_SLOW, EXIT_OUTPUT, EXIT_FAILURE = 2, 3, 4, 5, 7, 70
+LAST_SECONDS = 0.5
+"""Between the report that the process hangs and its end."""
+
+EXIT_CONFIG, EXIT_RUN_DIRECTORY, EXIT_INEXACT, EXIT_SLOW, EXIT_OUTPUT = 2, 3, 4, 5, 7
+EXIT_FAILURE, EXIT_HUNG, EXIT_DEVICE = 70, 71, 72
 EXIT_CODES = {  # acknowledged steps are safe in each case
     0: "success; `serve` stopped cleanly",
-    1: "`check`: the model does not fit in memory; `verify`: something is damaged",
+    1: "`check`: the model does not fit in memory; `verify`: something is damaged; `serve`: it hung, and so "
+    "did the thread that notices; start the server again",
     EXIT_CONFIG: "the configuration, a certificate or a token file is invalid; stderr says what is wrong",
     EXIT_RUN_DIRECTORY: "the run directory cannot be used: another server uses it, it is damaged, or the run "
     "has another model, objective or seed than the configuration",
@@ -44,6 +53,10 @@ EXIT_CODES = {  # acknowledged steps are safe in each case
     EXIT_SLOW: "stopped, but the running step took longer than `serve.drain_seconds`; start the server again",
     EXIT_OUTPUT: "the command finished, but its output could not be written to stdout (a full disk?)",
     EXIT_FAILURE: "an unexpected error, which the log describes; start the server again",
+    EXIT_HUNG: "a step or a read hung for `serve.step_timeout_seconds`, and the log has the stack of "
+    "every thread; start the server again",
+    EXIT_DEVICE: "the device failed, such as by a CUDA error that lasts until the process ends; start the "
+    "server again, on another machine if it fails again",
 }
 
 
@@ -63,8 +76,10 @@ def serve(
     shows `last_error`: why the processes that served before have ended.
     """
     began = time.monotonic()
-    stop = threading.Event()
+    stop, reread = threading.Event(), threading.Event()
     _on_signals(stop, finish)
+    if config.serve.certificate_files or config.serve.token_files:
+        signal.signal(signal.SIGHUP, lambda *_: reread.set())
     try:
         config = served_config.completed(config)
     except RunDirectoryError as error:
@@ -101,6 +116,9 @@ def serve(
         engine.close()
         return EXIT_CONFIG
     engine.on_state(server.on_state)
+    shortest = config.serve.step_timeout_seconds or step_timeout.LEAST_SECONDS
+    watchdog = Watchdog(engine.progress, shortest, time.monotonic, partial(_hung, server))
+    watchdog.start()
     try:
         address = server.start()  # before recovery, so that status and liveness answer during it
         engine.start()
@@ -109,7 +127,7 @@ def serve(
                 engine.wait_serving(0.2)
                 break
             except TimeoutError:
-                continue
+                _refresh(server, reread)
         else:
             return _leave(finish(0))  # no request was admitted yet
         tokenizer_files.keep(config)
@@ -117,7 +135,7 @@ def serve(
             log.info("ready after %.1f s", time.monotonic() - began)
             print(f"maskwire-server listening on {address}", flush=True)
         while not stop.wait(0.5):  # Python runs signal handlers on this thread
-            pass
+            _refresh(server, reread)
         return _stop(engine, server, config.serve.drain_seconds, finish)
     except ConfigError as error:
         return _fail(engine, server, EXIT_CONFIG, error)
@@ -125,9 +143,13 @@ def serve(
         return _fail(engine, server, EXIT_INEXACT, error)
     except RunDirectoryError as error:
         return _fail(engine, server, EXIT_RUN_DIRECTORY, error)
+    except DeviceLost as error:
+        _die(error)
     except Exception:
         log.exception("the server failed to start")
         return _leave(EXIT_FAILURE)
+    finally:
+        watchdog.stop()
 
 
 def serve_rank(
@@ -256,6 +278,13 @@ def _on_signals(stop: threading.Event, finish: Callable[[int], int]) -> None:
         signal.signal(number, handle)
 
 
+def _refresh(server: Server, reread: threading.Event) -> None:
+    """Read certificates and tokens again if they have changed, or at once after SIGHUP."""
+    now = reread.is_set()
+    reread.clear()
+    server.refresh_credentials(now=now)
+
+
 def _stop(engine: Engine, server: Server, seconds: float, finish: Callable[[int], int]) -> int:
     deadline = time.monotonic() + seconds
     if not engine.drain(seconds):
@@ -282,12 +311,28 @@ def say(error: Exception) -> None:
         print(f"maskwire-server: {line}", file=sys.stderr)
 
 
-def _die(error: BaseException) -> None:
+def _die(error: BaseException) -> NoReturn:
     print(
         f"maskwire-server: {type(error).__name__}; see the log above; start the server again to resume",
         file=sys.stderr,
     )
-    _leave(EXIT_FAILURE)
+    _leave(EXIT_DEVICE if isinstance(error, DeviceLost) else EXIT_FAILURE)
+
+
+def _hung(server: Server, what: str) -> None:
+    """End the process: a hung call cannot be interrupted. On the watchdog's thread."""
+    # If a thread hangs that holds the log's lock, this thread would hang too.
+    faulthandler.dump_traceback_later(LAST_SECONDS * 10, exit=True)
+    server.on_hang()
+    note_loss(what)
+    log.critical(
+        "%s: the server exits with code %d, and a restart recovers the run; the stacks of all threads follow",
+        what,
+        EXIT_HUNG,
+    )
+    faulthandler.dump_traceback(all_threads=True)
+    time.sleep(LAST_SECONDS)  # so that whoever watches its health learns why
+    _leave(EXIT_HUNG)
 
 
 def _leave(code: int) -> NoReturn:

@@ -51,6 +51,7 @@ REASONS: dict[str, Reason] = {
     "HISTORY_LOST": Reason("DATA_LOSS"),
     "GAP": Reason("OUT_OF_RANGE"),
     "QUEUE_FULL": Reason("RESOURCE_EXHAUSTED", 0.1),
+    "READ_TOO_LONG": Reason("RESOURCE_EXHAUSTED"),
     "RECOVERING": Reason("UNAVAILABLE", 1.0),
     "RESTORING": Reason("UNAVAILABLE", 0.5),
     "DRAINING": Reason("UNAVAILABLE", 1.0),

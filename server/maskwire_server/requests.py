@@ -67,6 +67,8 @@ class EvalRequest:
 
     batch: Batch
     options: EvalOptions
+    credential: str = ""
+    """Names the caller's token or certificate without revealing it; empty: it has none."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ class GenerateRequest:
     options: GenerateOptions
     every_step: bool = False
     """Answer after each unmasking pass, not only after the last."""
+    credential: str = ""
+    """As in `EvalRequest`."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,23 @@ from maskwire_server.run_figures import RunFigures
 
 
 @dataclass(frozen=True)
+class DeviceShare:
+    """How the device has been divided between training steps and reads since the process started."""
+
+    step_seconds: float
+    """Spent on steps."""
+    read_seconds: float
+    """Spent on evaluations and generations."""
+    owed_seconds: float
+    """What steps get before the next read, while a client trains."""
+    waiting_reads: int
+    refused_reads: int
+    """Refused because too many waited."""
+    ended_reads: int
+    """Ended because a step had waited for `serve.max_read_seconds`."""
+
+
+@dataclass(frozen=True)
 class RunStatus:
     """State, progress and what the run is waiting for."""
 
@@ -40,3 +57,6 @@ class RunStatus:
     digest_version: int = 0
     """The version of the run's digest; 0 before the first step."""
     figures: RunFigures = field(default_factory=RunFigures)
+    device_share: DeviceShare = DeviceShare(0.0, 0.0, 0.0, 0, 0, 0)
+    step_timeout_seconds: float = 0.0
+    """How long a step may take before the process counts as hung."""

@@ -112,6 +112,10 @@ def _r12_random(kills: int, folder: Path) -> Any:
     return rank_faults.at_random(folder, 1, kills)
 
 
+def _r12_hung(folder: Path) -> Any:
+    return rank_faults.hung_follower(folder)
+
+
 def _r12_network(folder: Path) -> Any:
     return rank_faults.cut_network(folder / "n")
 
@@ -168,6 +172,7 @@ def cases(full: bool) -> list[Case]:
             part = list(chosen[start : start + 6])
             made.append(case("R12", f"rank {rank} from {part[0]}", _r12_places, rank, part))
     made.append(case("R12", "random instants", _r12_random, share(50, 5)))
+    made.append(case("R12", "hung follower", _r12_hung))
     if os.geteuid() == 0 and shutil.which("ip"):
         made.append(case("R12", "network", _r12_network))
     made.append(case("R13", "parity", _r13, share(50, 5)))

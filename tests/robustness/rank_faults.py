@@ -1,4 +1,4 @@
-"""R12: a rank is killed at every failpoint, and at random instants; the run ends as an undisturbed one."""
+"""R12: a rank is killed at failpoints, at random instants, or hangs; the run ends as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -124,6 +124,24 @@ def _killer(server: RankServer, draw: random.Random) -> Callable[[], None]:
                 draw.choice(list(ranks.values())).kill()
 
     return kill
+
+
+def hung_follower(folder: Path) -> dict[str, Any]:
+    """A follower never carries out a step: the leader's watchdog ends the group. Raises AssertionError."""
+    expected = outcome(folder / "undisturbed", "")
+    settings = (*SETTINGS, "serve.step_timeout_seconds=3")
+    server = RankServer(folder / "hung", SIZE, *settings, fault="1:rank.ordered:8:hang")
+    try:
+        found = work(server)
+        code = server.stop()
+    finally:
+        server.kill()
+    log = server.log.read_text()
+    assert server.fired.exists()
+    assert found == expected, f"{found} instead of {expected}"
+    assert code == 0, f"the server ended with {code}"
+    assert log.count("has made no progress for 3 s: the server exits with code 71") == 1, log[-4000:]
+    return {"hangs": 1}
 
 
 def cut_network(folder: Path) -> dict[str, Any]:

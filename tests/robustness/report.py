@@ -152,6 +152,8 @@ def _r12(items: list[tuple[str, Any]]) -> str:
     if "random instants" in found:
         random = found["random instants"]["found"]
         words += f" and at {random['kills']} random instants, back in {random['slowest']:.0f} s at most"
+    if "hung follower" in found:
+        words += "; one that hangs is ended with its group"
     if "network" in found:
         cut = found["network"]["found"]
         words += f"; two hosts cut apart: noticed in {cut['noticed']:.0f} s, back {cut['back']:.0f} s later"

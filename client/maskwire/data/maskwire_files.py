@@ -36,7 +36,8 @@ SETTINGS = {
     "token_train_file token_admin_file download_role reflection device precision compile deterministic "
     "threads durability keep_payloads reserve_bytes poison_after max_batch_tokens micro_batch_tokens "
     "activation_checkpointing max_message_bytes queue_limit window max_draws max_generation_steps "
-    "max_read_tokens session_idle_seconds gap_seconds drain_seconds",
+    "max_read_tokens max_read_seconds max_reads_per_credential step_timeout_seconds session_idle_seconds "
+    "gap_seconds drain_seconds",
     "distributed": "replicate shard rank_timeout_seconds",
 }
 """The sections of the server's configuration and the keys of each."""

@@ -326,6 +326,11 @@ def read_inexact_replays(replays: Iterable[pb.InexactReplay]) -> tuple[results.I
     )
 
 
+def read_device_share(share: pb.DeviceShare) -> results.DeviceShare:
+    """How the device was divided between training and reads; zeros: an older server."""
+    return results.DeviceShare(**{each.name: getattr(share, each.name) for each in share.DESCRIPTOR.fields})
+
+
 def read_status(status: pb.GetStatusResponse) -> results.Status:
     """Decode state, progress and what the run is waiting for."""
     newest = status.newest_checkpoint if status.HasField("newest_checkpoint") else None
@@ -355,4 +360,6 @@ def read_status(status: pb.GetStatusResponse) -> results.Status:
         inexact_replays=read_inexact_replays(status.inexact_replays),
         digest_version=status.digest_version,
         figures=run_figures.read(status),
+        device_share=read_device_share(status.device_share),
+        step_timeout_seconds=status.step_timeout_seconds,
     )

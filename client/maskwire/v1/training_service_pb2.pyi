@@ -711,7 +711,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "state_time", "waiting_for", "run_id", "lineage", "step", "durable_step", "digest", "queue_length", "queue_limit", "steps_per_second", "tokens_per_second", "last_error", "writer", "epoch", "model", "limits", "newest_checkpoint", "versions", "uptime", "tokenizer", "inexact_replays", "data", "digest_version", "newest_step", "steps_total", "tokens_total", "step_seconds", "recovery_seconds", "events_dropped", "refused_calls")
+    __slots__ = ("state", "state_time", "waiting_for", "run_id", "lineage", "step", "durable_step", "digest", "queue_length", "queue_limit", "steps_per_second", "tokens_per_second", "last_error", "writer", "epoch", "model", "limits", "newest_checkpoint", "versions", "uptime", "tokenizer", "inexact_replays", "data", "digest_version", "newest_step", "steps_total", "tokens_total", "step_seconds", "recovery_seconds", "events_dropped", "refused_calls", "device_share", "step_timeout_seconds")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -785,6 +785,8 @@ class GetStatusResponse(_message.Message):
     RECOVERY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     EVENTS_DROPPED_FIELD_NUMBER: _ClassVar[int]
     REFUSED_CALLS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_SHARE_FIELD_NUMBER: _ClassVar[int]
+    STEP_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     state: RunState
     state_time: _timestamp_pb2.Timestamp
     waiting_for: str
@@ -816,7 +818,9 @@ class GetStatusResponse(_message.Message):
     recovery_seconds: _containers.ScalarMap[str, float]
     events_dropped: _containers.ScalarMap[str, int]
     refused_calls: _containers.ScalarMap[str, int]
-    def __init__(self, state: _Optional[_Union[RunState, str]] = ..., state_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., waiting_for: _Optional[str] = ..., run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., queue_length: _Optional[int] = ..., queue_limit: _Optional[int] = ..., steps_per_second: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., last_error: _Optional[str] = ..., writer: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., newest_checkpoint: _Optional[_Union[CheckpointInfo, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tokenizer: _Optional[str] = ..., inexact_replays: _Optional[_Iterable[_Union[InexactReplay, _Mapping]]] = ..., data: _Optional[_Mapping[str, str]] = ..., digest_version: _Optional[int] = ..., newest_step: _Optional[_Union[NewestStep, _Mapping]] = ..., steps_total: _Optional[_Mapping[str, int]] = ..., tokens_total: _Optional[int] = ..., step_seconds: _Optional[_Union[StepSeconds, _Mapping]] = ..., recovery_seconds: _Optional[_Mapping[str, float]] = ..., events_dropped: _Optional[_Mapping[str, int]] = ..., refused_calls: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    device_share: DeviceShare
+    step_timeout_seconds: float
+    def __init__(self, state: _Optional[_Union[RunState, str]] = ..., state_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., waiting_for: _Optional[str] = ..., run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., queue_length: _Optional[int] = ..., queue_limit: _Optional[int] = ..., steps_per_second: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., last_error: _Optional[str] = ..., writer: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., newest_checkpoint: _Optional[_Union[CheckpointInfo, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tokenizer: _Optional[str] = ..., inexact_replays: _Optional[_Iterable[_Union[InexactReplay, _Mapping]]] = ..., data: _Optional[_Mapping[str, str]] = ..., digest_version: _Optional[int] = ..., newest_step: _Optional[_Union[NewestStep, _Mapping]] = ..., steps_total: _Optional[_Mapping[str, int]] = ..., tokens_total: _Optional[int] = ..., step_seconds: _Optional[_Union[StepSeconds, _Mapping]] = ..., recovery_seconds: _Optional[_Mapping[str, float]] = ..., events_dropped: _Optional[_Mapping[str, int]] = ..., refused_calls: _Optional[_Mapping[str, int]] = ..., device_share: _Optional[_Union[DeviceShare, _Mapping]] = ..., step_timeout_seconds: _Optional[float] = ...) -> None: ...
 
 class NewestStep(_message.Message):
     __slots__ = ("step", "outcome", "losses", "gradient_norm", "learning_rate")
@@ -841,3 +845,19 @@ class StepSeconds(_message.Message):
     compute_seconds: float
     commit_seconds: float
     def __init__(self, queue_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., commit_seconds: _Optional[float] = ...) -> None: ...
+
+class DeviceShare(_message.Message):
+    __slots__ = ("step_seconds", "read_seconds", "owed_seconds", "waiting_reads", "refused_reads", "ended_reads")
+    STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    READ_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    OWED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_READS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_READS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_READS_FIELD_NUMBER: _ClassVar[int]
+    step_seconds: float
+    read_seconds: float
+    owed_seconds: float
+    waiting_reads: int
+    refused_reads: int
+    ended_reads: int
+    def __init__(self, step_seconds: _Optional[float] = ..., read_seconds: _Optional[float] = ..., owed_seconds: _Optional[float] = ..., waiting_reads: _Optional[int] = ..., refused_reads: _Optional[int] = ..., ended_reads: _Optional[int] = ...) -> None: ...

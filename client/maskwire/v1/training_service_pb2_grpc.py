@@ -174,6 +174,8 @@ class TrainingServiceServicer:
         OK: the evaluation, with the step and digest it saw.
         INVALID_ARGUMENT (INVALID_FIELD): as TrainStep; and an evaluation that needs more positions than
         Limits.max_read_tokens: send fewer rows, shorter ones, or fewer draws.
+        RESOURCE_EXHAUSTED (READ_TOO_LONG): it kept a training step waiting for max_read_seconds (metadata) and
+        was ended: send less in one call, or wait until nothing trains.
         RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): retry
         after RetryInfo.
         FAILED_PRECONDITION (DIVERGED): the weights give losses that are not finite; restore a checkpoint.
@@ -192,6 +194,7 @@ class TrainingServiceServicer:
         INVALID_ARGUMENT (INVALID_FIELD): names the field and what would be right; also for an order that
         needs a critic which the model lacks, and for more work than Limits.max_read_tokens: ask for fewer
         rows, shorter ones, or fewer steps.
+        RESOURCE_EXHAUSTED (READ_TOO_LONG): as EvalLoss; it can also end a stream that has begun.
         RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): retry
         after RetryInfo; DRAINING can also end a stream that has begun.
         FAILED_PRECONDITION (DIVERGED): the weights give logits that are not finite; restore a checkpoint.

@@ -58,7 +58,8 @@ def serve(
         arguments = [f"--{name}={value}" for name, value in given.items() if value is not None]
         arguments += [f"--set={each}" for each in settings or []]
         arguments += ["--accept-inexact-replay"] * accept_inexact_replay
-        raise typer.Exit(_launched(Launch(ranks, nodes, rendezvous), ["serve", *arguments]))
+        follows = bool(chosen.serve.certificate_files or chosen.serve.token_files)
+        raise typer.Exit(_launched(Launch(ranks, nodes, rendezvous, follows), ["serve", *arguments]))
     if config is None:
         log.info("no configuration file (--config): using the defaults, flags and the environment")
     # Read when grpc is imported. Without it, grpc logs every connection that fails its TLS handshake.

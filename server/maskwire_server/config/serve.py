@@ -83,6 +83,18 @@ class ServeConfig(Section):
     meanwhile. Evaluation: rows times columns times draws, and times columns again with the chain rule.
     Generation: rows times columns times passes. Self-conditioning doubles it, and a critic adds one pass.
     Default: 67,108,864, on a CPU 4,194,304."""
+    max_read_seconds: Finite = Field(30.0, gt=0)
+    """How long an evaluation or generation may keep a training step waiting before it is ended
+    (READ_TOO_LONG). Keep it below the clients' deadline for a step, 60 s by default. Without waiting steps it
+    may take longer."""
+    max_reads_per_credential: int = Field(8, ge=1, le=4096)
+    """Maximum number of evaluations and generations of one token (without tokens, of one client certificate)
+    that wait for the device."""
+    step_timeout_seconds: Finite | None = Field(None, gt=0)
+    """A training step that takes longer counts as hung: the server logs what each thread does and exits with
+    code 71, to be started again. Work that may have to compile kernels (the first step of each batch shape,
+    evaluations, generations, copies for checkpoints) gets at least 600 s. Default: 20 times the median of the
+    last 100 steps, at least 600 s."""
     session_idle_seconds: Finite = Field(60.0, gt=0)
     """A session ends when none of its requests was queued or running for this long."""
     gap_seconds: Finite = Field(5.0, gt=0)
@@ -122,7 +134,19 @@ class ServeConfig(Section):
     @property
     def has_tokens(self) -> bool:
         """Whether clients need a token."""
-        return any((self.token_read_file, self.token_train_file, self.token_admin_file))
+        return bool(self.token_files)
+
+    @property
+    def token_files(self) -> tuple[Path, ...]:
+        """The token files that are set."""
+        files = (self.token_read_file, self.token_train_file, self.token_admin_file)
+        return tuple(path for path in files if path is not None)
+
+    @property
+    def certificate_files(self) -> tuple[Path, ...]:
+        """The files for TLS that are set."""
+        files = (self.tls_certificate, self.tls_key, self.tls_client_ca)
+        return tuple(path for path in files if path is not None)
 
 
 def _is_loopback(host: str) -> bool:

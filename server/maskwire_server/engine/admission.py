@@ -114,7 +114,7 @@ class StepAdmission:
             raise admission_rules.step_taken(number, at.next_step)
         # The run's first step may have fixed the version since this step was created.
         step.use_version(run.step_version(bare=step.request.session is None))
-        is_next = admission_rules.admit_step(number, len(queue), self._serve.queue_limit, at)
+        is_next = admission_rules.admit_step(number, queue.without_reads, self._serve.queue_limit, at)
         if step.request.session is not None:
             run.lease.touch()
         if number is not None and other is not None:

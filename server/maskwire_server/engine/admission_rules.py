@@ -93,6 +93,29 @@ def refuse_full(queue_length: int, queue_limit: int) -> None:
         )
 
 
+def refuse_many_reads(waiting: int, limit: int) -> None:
+    """Raise QUEUE_FULL when as many reads of one credential wait as are allowed."""
+    if waiting >= limit:
+        raise Refused(
+            "QUEUE_FULL",
+            f"{waiting} evaluations and generations of this token or certificate wait for the device, the "
+            "limit (serve.max_reads_per_credential); retry",
+            queue_length=waiting,
+            queue_limit=limit,
+        )
+
+
+def read_too_long(what: str, seconds: float) -> Refused:
+    """The refusal of a read that kept a training step waiting for too long."""
+    return Refused(
+        "READ_TOO_LONG",
+        f"the {what} kept a training step waiting for {seconds:g} s, the limit (serve.max_read_seconds), and "
+        "was ended: send fewer or shorter rows, fewer draws or fewer passes in one call, wait until nothing "
+        "trains, or raise the setting",
+        max_read_seconds=f"{seconds:g}",
+    )
+
+
 def halted() -> Refused:
     """The refusal of a step after steps that were not finite."""
     return Refused(

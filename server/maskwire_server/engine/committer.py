@@ -18,6 +18,7 @@ from maskwire.v1.values import RunState
 from maskwire_server.engine import admission_rules
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.shared_state import Run
+from maskwire_server.engine.step_timeout import LEAST_SECONDS
 from maskwire_server.engine.wakeup import Wakeup
 from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
 from maskwire_server.events import Committed
@@ -184,6 +185,7 @@ class Committer:
         if not (reads or commits or stopping or room_due or requested):
             self._work.wait(timeout)
             return True
+        self._run.committing.begin("the journal's transaction", LEAST_SECONDS)
         for read in reads:
             self._answer(*read)
         if room_due or requested:
@@ -202,6 +204,7 @@ class Committer:
         )
         if due and not reserve.merge_log(self._journal):
             self._merge_after = self._clock() + RETRY_SECONDS
+        self._run.committing.end()
         return not stopping or (written and bool(self._commits))
 
     def _ready(self) -> bool:

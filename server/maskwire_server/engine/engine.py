@@ -25,7 +25,9 @@ from maskwire_server.engine.entries import Drain, Evaluation, Save
 from maskwire_server.engine.executor import Executor
 from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
+from maskwire_server.engine.progress import Progress
 from maskwire_server.engine.publisher import Publisher
+from maskwire_server.engine.reads import refuse_waiting_reads
 from maskwire_server.engine.restore import Restores
 from maskwire_server.engine.saves import Saves
 from maskwire_server.engine.sessions import Sessions
@@ -81,6 +83,8 @@ class Engine:
         self._thread = threading.Thread(target=self._main, name="maskwire-executor", daemon=True)
         self._serving: Future[None] = Future()
         self._unanswered = Unanswered(self._run)
+        self.progress: tuple[Progress, ...] = (self._run.computing, self._run.committing)
+        """What the executor and the committer are doing."""
         # Set when the run has recovered:
         self._committer: Committer
         self._executor: Executor
@@ -269,7 +273,10 @@ class Engine:
     def _push(self, entry: Evaluation | Generation | Save) -> None:
         with self._run.mutex:
             admission_rules.refuse_unavailable(self._run.conditions.state)
-            admission_rules.refuse_full(len(self._run.queue), self._serve.queue_limit)
+            if isinstance(entry, Save):
+                admission_rules.refuse_full(self._run.queue.without_reads, self._serve.queue_limit)
+            else:
+                refuse_waiting_reads(self._run, self._serve, entry.request.credential)
             self._run.queue.push(entry)
             self._run.work.set()
 

@@ -13,25 +13,25 @@ from maskwire_server import call_context, failpoints
 from maskwire_server.checkpoints import membership
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine import admission_rules
-from maskwire_server.engine.commits import RevealCommit, StepCommit
+from maskwire_server.engine.commits import StepCommit
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Drain, Entry, Evaluation, Restore, Save, Step, Takeover
-from maskwire_server.engine.futures import answer, refuse
+from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.engine.quarantine import Quarantine
-from maskwire_server.engine.read_commits import EvaluationCommit, GenerationCommit
+from maskwire_server.engine.reads import Reads
 from maskwire_server.engine.restore import Restores
 from maskwire_server.engine.saves import SaveCommit, Saves
 from maskwire_server.engine.sessions import Sessions
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.engine.trainer_interface import Trainer, guarded, snapshot
-from maskwire_server.errors import DeviceLost, StateLost, Unwanted
+from maskwire_server.errors import DeviceLost, StateLost
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import StepRecord
 from maskwire_server.journal.reserve import WRITES_PER_BATCH, Reserve
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import SaveRequest
-from maskwire_server.results import EvalAnswer, StepResult
+from maskwire_server.results import StepResult
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ class Executor:
         self._serve = serve
         self._configuration_id = configuration_id
         self._clock = clock
+        self._reads = Reads(run, committer, trainer, serve)
+        self._look_again: float | None = None  # seconds until a read that waits for steps may begin
         self._stopping = False
 
     def stop(self) -> None:
@@ -83,10 +85,10 @@ class Executor:
             call_context.current.set(entry.call if isinstance(entry, Step) else None)
             if isinstance(entry, Step):
                 self._train(entry)
-            elif isinstance(entry, Evaluation):
-                self._evaluate(entry)
-            elif isinstance(entry, Generation):
-                self._generate(entry)
+            elif isinstance(entry, Evaluation | Generation):
+                what = "an evaluation" if isinstance(entry, Evaluation) else "a generation"
+                self._run.computing.begin(what, self._run.step_timeout.unknown_seconds)
+                self._reads.run(entry)
             elif isinstance(entry, Save):
                 self._save(entry)
             elif isinstance(entry, Takeover):
@@ -95,15 +97,17 @@ class Executor:
                 self._restores.restore(entry)
             else:
                 self._drain(entry)
+            self._run.computing.end()
 
     def _take(self) -> Entry | None:
         """Wait for an entry that can be executed now, and number it if it is a step. None: stop."""
         while not self._stopping:
             with self._run.mutex:
+                self._look_again = None
                 entry = self._next()
             if entry is not None:
                 return entry
-            self._run.work.wait()
+            self._run.work.wait(self._look_again)
         return None
 
     def _next(self) -> Entry | None:
@@ -128,11 +132,23 @@ class Executor:
             elif isinstance(entry, Save) and self._saves.busy:
                 queue.pop()
                 queue.park(entry)
-            else:
-                if isinstance(entry, Evaluation | Generation):
+            elif isinstance(entry, Evaluation | Generation):
+                if entry.future.done():  # its caller has left
+                    queue.pop()
+                elif self._may_read():
                     queue.reading = entry
+                    return queue.pop()
+                elif not queue.bring_forward():
+                    return None
+            else:
                 return queue.pop()
         return None
+
+    def _may_read(self) -> bool:
+        """Whether a read may begin now; otherwise steps go first."""
+        left = self._run.share.seconds_until_read(step_waits=self._run.queue.step_waits)
+        self._look_again = left or None
+        return not left
 
     def _refuse_invalid(self, step: Step) -> bool:
         """Pop the first step if it cannot be trained: abandoned, out of order, or hashed otherwise."""
@@ -192,8 +208,11 @@ class Executor:
         self._consume(step, result)
 
     def _compute(self, step: Step) -> StepResult:
-        failpoints.passing("step.computing")
+        batch = step.request.payload.batch
+        shape = (batch.rows, batch.columns)
         step.started = self._clock()
+        self._run.computing.begin(f"step {step.number}", self._run.step_timeout.of_shape(shape))
+        failpoints.passing("step.computing")
         if self._quarantine is not None and self._quarantine.holds(step.payload_hash):
             result = StepResult(Outcome.POISON, Losses(math.nan))
         else:
@@ -205,6 +224,8 @@ class Executor:
                 )
         try:
             step.ended = self._clock()
+            self._run.share.end_step(step.started)
+            self._run.step_timeout.add(shape, step.ended - step.started)
             failpoints.passing("step.computed")
         except BaseException as error:  # the weights have changed, so the step cannot be refused
             raise StateLost(f"step {step.number} was computed but could not be recorded: {error}") from error
@@ -252,63 +273,13 @@ class Executor:
         self._run.conditions.last_error = f"steps {step - HALT_AFTER + 1} to {step} were not finite"
         self._run.conditions.set(RunState.HALTED, waiting_for="a session with takeover")
 
-    # Evaluations and generations.
-
-    def _evaluate(self, entry: Evaluation) -> None:
-        request, future = entry.request, entry.future
-        began = self._clock()
-        try:
-            if future.done():
-                return
-            with guarded(self._trainer):
-                result = self._trainer.eval_loss(request.batch, request.options, lambda: not future.done())
-        except Unwanted:
-            return
-        except (DeviceLost, StateLost):
-            raise
-        except Exception as error:
-            with self._run.mutex:
-                refuse(future, self._run.conditions.failed("the evaluation", error))
-            return
-        finally:
-            self._run.queue.reading = None
-        here = self._run.head.computed
-        if not future.done():
-            answered, seconds = EvalAnswer(result, here.step, here.digest), self._clock() - began
-            self._committer.append(
-                EvaluationCommit(future, answered, self._run.events, request.options, here, seconds)
-            )
-
-    def _generate(self, generation: Generation) -> None:
-        here, began, last = self._run.head.computed, self._clock(), None
-        request, events = generation.request, self._run.events
-        self._committer.append(RevealCommit(generation, here))
-        try:
-            if not generation.over:
-                with guarded(self._trainer):
-                    for state in self._trainer.generate(request.prompts, request.options):
-                        last = state
-                        if not generation.put(state):
-                            break
-        except (DeviceLost, StateLost):
-            raise
-        except Exception as error:
-            with self._run.mutex:
-                refuse(generation.future, self._run.conditions.failed("the generation", error))
-        else:
-            seconds = self._clock() - began
-            self._committer.append(
-                GenerationCommit(generation.future, None, events, request, last, here, seconds)
-            )
-        finally:
-            self._run.queue.reading = None
-
     # Checkpoints and shutdown.
 
     def _save(self, save: Save) -> None:
         here = self._run.head.computed
         with self._run.mutex:
             self._saves.begin(save)
+        self._run.computing.begin("the copy for a checkpoint", self._run.step_timeout.unknown_seconds)
         try:
             copy = snapshot(self._trainer)
             admission_rules.refuse_unexpected(save.request, here)
@@ -319,6 +290,8 @@ class Executor:
                 refusal = self._run.conditions.failed("the copy for a checkpoint", error)
             self._saves.give_up(save, refusal)
             return
+        finally:
+            self._run.computing.end()
         self._committer.append(
             SaveCommit(
                 self._saves,

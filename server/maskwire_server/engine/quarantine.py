@@ -12,6 +12,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from maskwire_server.errors import DeviceLost
+
 log = logging.getLogger(__name__)
 
 FILE_NAME = "computing"
@@ -40,15 +42,20 @@ class Quarantine:
 
     @contextlib.contextmanager
     def watch(self, payload_hash: bytes) -> Iterator[None]:
-        """Note a batch while it is computed; an exception is not a crash."""
+        """Note a batch while it is computed. An exception is not a crash, unless the device is lost."""
         crashes = self._crashes if payload_hash == self._hash else 0
         with _best_effort():
             self._path.write_bytes(_NOTE.pack(payload_hash, crashes))
+        lost = False
         try:
             yield
+        except DeviceLost:
+            lost = True
+            raise
         finally:
-            with _best_effort():
-                self._path.unlink(missing_ok=True)
+            if not lost:
+                with _best_effort():
+                    self._path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

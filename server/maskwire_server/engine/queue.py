@@ -53,6 +53,34 @@ class Queue:
         """The lowest number whose step was refused and that no other step has taken since."""
         return min(self._refused, default=None)
 
+    @property
+    def step_waits(self) -> bool:
+        """Whether a step is queued."""
+        return bool(self._steps)
+
+    @property
+    def first_step_arrived(self) -> float | None:
+        """When the first queued step arrived; None: none is queued."""
+        if not self._steps:
+            return None
+        return next(entry.arrived for entry in self._entries if isinstance(entry, Step))
+
+    def reads(self, credential: str | None = None) -> int:
+        """The number of evaluations and generations that wait, of one credential or of all. Also without the
+        mutex, for status reports.
+        """
+        return sum(
+            isinstance(entry, Evaluation | Generation)
+            and not entry.future.done()
+            and credential in (None, entry.request.credential)
+            for entry in self._entries.copy()  # in one step, whatever other threads do
+        )
+
+    @property
+    def without_reads(self) -> int:
+        """Entries that wait, besides reads: those take no place from steps and saves."""
+        return len(self) - self.reads()
+
     def saves(self) -> list[Save]:
         """The saves that wait."""
         return [entry for entry in [*self._entries, *self._parked] if isinstance(entry, Save)]
@@ -141,6 +169,15 @@ class Queue:
         if isinstance(entry, Step):
             self._steps -= 1
         return entry
+
+    def bring_forward(self) -> bool:
+        """Move the first entry that is no evaluation or generation to the front; False if there is none."""
+        for entry in self._entries:
+            if not isinstance(entry, Evaluation | Generation):
+                self._entries.remove(entry)
+                self._entries.appendleft(entry)
+                return True
+        return False
 
     def pop_restore(self) -> Restore | None:
         """Take the restore that waits, if any."""

@@ -10,10 +10,13 @@ from maskwire.v1.values import RunState
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.admission_rules import Situation
 from maskwire_server.engine.aggregates import Aggregates
+from maskwire_server.engine.device_share import DeviceShare
 from maskwire_server.engine.lease import Lease
+from maskwire_server.engine.progress import Progress
 from maskwire_server.engine.publisher import Publisher
 from maskwire_server.engine.queue import Queue
 from maskwire_server.engine.state import Conditions, Head
+from maskwire_server.engine.step_timeout import StepTimeout
 from maskwire_server.engine.wakeup import Wakeup
 from maskwire_server.events import StateChanged
 from maskwire_server.journal.records import Lineage
@@ -38,6 +41,12 @@ class Run:
         self.aggregates = Aggregates(clock)
         self.events = Publisher(self.aggregates.add)
         self.conditions.on_change(self._publish_state)
+        self.share = DeviceShare(clock, serve.max_read_seconds)
+        self.step_timeout = StepTimeout(serve.step_timeout_seconds)
+        self.computing = Progress()
+        """What the executor is doing."""
+        self.committing = Progress()
+        """What the committer is doing."""
         self.lineages: dict[int, Lineage] = {}
         """Every recorded lineage, by number."""
         self.num_tokens = 0

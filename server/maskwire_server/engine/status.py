@@ -8,7 +8,7 @@ from maskwire.v1.values import Limits, ModelInfo
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.results import CheckpointInfo
-from maskwire_server.run_status import RunStatus
+from maskwire_server.run_status import DeviceShare, RunStatus
 
 
 def limits(serve: ServeConfig, default_read_tokens: int | None) -> Limits:
@@ -58,4 +58,13 @@ def report(
         inexact_replays=head.inexact_replays,
         digest_version=head.digest_version.number if head.digest_version else 0,
         figures=figures,
+        device_share=DeviceShare(
+            run.share.step_seconds,
+            run.share.read_seconds,
+            run.share.owed_seconds,
+            run.queue.reads(),
+            run.share.refused_reads,
+            run.share.ended_reads,
+        ),
+        step_timeout_seconds=run.step_timeout.seconds,
     )

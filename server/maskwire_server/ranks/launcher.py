@@ -49,6 +49,8 @@ class Launch:
     nodes: int = 1
     rendezvous: str | None = None
     """HOST:PORT of the host that has the run directory, if there are several hosts."""
+    follows_files: bool = False
+    """Whether the leader reads certificates and tokens again on SIGHUP."""
 
 
 def launch(chosen: Launch, arguments: Sequence[str]) -> int:
@@ -79,6 +81,8 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
             preexec_fn=_end_with_parent,
         )
         _forward_signals(Path(folder), launcher)
+        if chosen.follows_files:
+            _forward_hang_up(Path(folder))
         code = launcher.wait()
         noted: int | None = None
         with contextlib.suppress(OSError, ValueError):
@@ -231,3 +235,13 @@ def _forward_signals(folder: Path, launcher: subprocess.Popen[bytes]) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
+
+
+def _forward_hang_up(folder: Path) -> None:
+    """SIGHUP goes to the leader, if it is on this host and ready for it."""
+
+    def forward(*_: object) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int((folder / _PID).read_text()), signal.SIGHUP)
+
+    signal.signal(signal.SIGHUP, forward)

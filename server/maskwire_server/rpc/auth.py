@@ -76,10 +76,14 @@ class TokenInterceptor(grpc.ServerInterceptor):
         clock: Callable[[], float] = time.time,
         publish: Publish = lambda _: None,
     ) -> None:
-        self._tokens = tokens
+        self._tokens = tokens  # replaced as a whole, by another thread
         self._required_roles = {**REQUIRED_ROLES, "DownloadCheckpoint": download_role}
         self._clock = clock
         self._publish = publish
+
+    def replace(self, tokens: list[Token]) -> None:
+        """Check new calls against other tokens."""
+        self._tokens = tokens
 
     def intercept_service(
         self,
@@ -135,8 +139,20 @@ def _rejecting_handler(refusal: Refused) -> grpc.RpcMethodHandler[Any, Any]:
     return grpc.stream_stream_rpc_method_handler(reject)
 
 
-def token_interceptor(config: ServeConfig, publish: Publish = lambda _: None) -> TokenInterceptor | None:
-    """The interceptor for the configured token files; None without any. Raises ConfigError."""
+def caller(context: grpc.ServicerContext, *, has_tokens: bool) -> str:
+    """A name for the call's token, or client certificate, that reveals neither; empty: it has none.
+
+    Without `has_tokens` nobody checks the header, and only the certificate counts.
+    """
+    secret = b"\0".join(context.peer_identities() or ())
+    if has_tokens:
+        headers = [value for key, value in context.invocation_metadata() if key == "authorization"]
+        secret = str(headers[0]).encode("utf-8", "surrogateescape") if headers else b""
+    return hashlib.sha256(secret).hexdigest()[:16] if secret else ""
+
+
+def read_tokens(config: ServeConfig) -> list[Token]:
+    """The tokens of the configured files, none without any. Raises ConfigError."""
     tokens: dict[bytes, Token] = {}
     for role in Role:
         name = f"token_{role.name.lower()}_file"
@@ -150,9 +166,7 @@ def token_interceptor(config: ServeConfig, publish: Publish = lambda _: None) ->
                     "token once"
                 )
             tokens[token.digest] = token
-    if not tokens:
-        return None
-    return TokenInterceptor(list(tokens.values()), Role[config.download_role.upper()], publish=publish)
+    return list(tokens.values())
 
 
 def _read_tokens(name: str, path: Path, role: Role) -> list[Token]:
@@ -184,8 +198,8 @@ def _read_tokens(name: str, path: Path, role: Role) -> list[Token]:
     return tokens
 
 
-def server_credentials(config: ServeConfig) -> grpc.ServerCredentials | None:
-    """The configured TLS credentials; None for plaintext. Raises ConfigError for invalid files."""
+def read_certificates(config: ServeConfig) -> grpc.ServerCertificateConfiguration | None:
+    """The configured certificates; None for plaintext. Raises ConfigError for invalid files."""
     if config.tls_certificate is None or config.tls_key is None:
         return None
     certificate = _read("serve.tls_certificate", config.tls_certificate)
@@ -209,7 +223,7 @@ def server_credentials(config: ServeConfig) -> grpc.ServerCredentials | None:
                 f"serve.tls_client_ca: {config.tls_client_ca} must contain certificates in PEM format "
                 f"({error})"
             ) from None
-    return grpc.ssl_server_credentials([(key, certificate)], authority, authority is not None)
+    return grpc.ssl_server_certificate_configuration([(key, certificate)], authority)
 
 
 def _read(name: str, path: Path) -> bytes:

@@ -176,6 +176,8 @@ def status(value: RunStatus, bounds: Limits, started: float) -> pb.GetStatusResp
         inexact_replays=[_inexact_replay(replay) for replay in value.inexact_replays],
         digest_version=value.digest_version,
         **run_figures.fields(value.figures),
+        device_share=pb.DeviceShare(**vars(value.device_share)),
+        step_timeout_seconds=value.step_timeout_seconds,
     )
     answer.state_time.FromNanoseconds(int(value.state_since * 1e9))
     answer.uptime.FromNanoseconds(int((time.monotonic() - started) * 1e9))

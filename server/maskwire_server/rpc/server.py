@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError
 from maskwire_server.rpc import auth, handlers, unix_socket
 from maskwire_server.rpc.call_events import Publish
+from maskwire_server.rpc.credential_files import CredentialFiles
 from maskwire_server.rpc.engine_interface import EngineInterface
 from maskwire_server.rpc.service import TrainingService
 
@@ -34,19 +36,20 @@ class Server:
         """`publish` is called with the end of each call."""
         self._config = config
         self._publish = publish
-        self._credentials = auth.server_credentials(config)
-        interceptor = auth.token_interceptor(config, publish)
+        self._files = CredentialFiles(config, publish=publish)
+        self._credentials = self._files.server_credentials()
+        interceptor = self._files.interceptor
         # Health and status have threads of their own: they must answer even if every worker is waiting.
         self._health_pool = ThreadPoolExecutor(2, thread_name_prefix="maskwire-health")
         self._reflection_pool = ThreadPoolExecutor(4, thread_name_prefix="maskwire-reflection")
         self._workers = ThreadPoolExecutor(
-            config.queue_limit + config.window + _EXTRA_WORKERS, thread_name_prefix="maskwire-rpc"
+            2 * config.queue_limit + config.window + _EXTRA_WORKERS, thread_name_prefix="maskwire-rpc"
         )
         self._health = health.HealthServicer(experimental_thread_pool=self._health_pool)
         for name, serving in (("", False), (SERVICE, False), (LIVENESS, True)):
             self._set_health(name, serving)
         self._assign_pool(self._health, "Check", self._health_pool)
-        self._service = TrainingService(engine)
+        self._service = TrainingService(engine, partial(auth.caller, has_tokens=config.has_tokens))
         self._assign_pool(self._service, "GetStatus", self._health_pool)
         self._server = self._create([] if interceptor is None else [interceptor])
         self._socket: unix_socket.UnixSocket | None = None
@@ -116,11 +119,20 @@ class Server:
         self._server.start()
         return f"{address.rpartition(':')[0]}:{port}"
 
+    def refresh_credentials(self, *, now: bool = False) -> None:
+        """Read certificate and token files that have changed, at most once a minute; `now`: all, at once."""
+        self._files.refresh(now=now)
+
     def on_state(self, state: RunState) -> None:
         """Update health: ready while the state is SERVING, live unless recovery has failed."""
         for name in ("", SERVICE):
             self._set_health(name, state is RunState.SERVING)
         self._set_health(LIVENESS, state is not RunState.RECOVERY_FAILED)
+
+    def on_hang(self) -> None:
+        """Report that the process is neither ready nor live: it is about to end."""
+        for name in ("", SERVICE, LIVENESS):
+            self._set_health(name, False)
 
     def _set_health(self, name: str, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
+from dataclasses import replace
 from typing import TypeVar
 
 import grpc
@@ -30,8 +31,12 @@ MAX_LISTS = 2  # the committer reads a list of steps, between its transactions
 class TrainingService(pb_grpc.TrainingServiceServicer):
     """Serves one engine. The proto describes each method."""
 
-    def __init__(self, engine: EngineInterface) -> None:
+    def __init__(
+        self, engine: EngineInterface, caller: Callable[[grpc.ServicerContext], str] = lambda _: ""
+    ) -> None:
+        """`caller` names the credential of a call; those without a name have no limit of their own."""
         self._engine = engine
+        self._caller = caller
         self._started = time.monotonic()
         self._downloads = ConcurrencyLimit(MAX_DOWNLOADS, "downloads")
         self._generations = ConcurrencyLimit(MAX_GENERATIONS, "generations")
@@ -67,6 +72,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
     def EvalLoss(self, request: pb.EvalLossRequest, context: grpc.ServicerContext) -> pb.EvalLossResponse:
         with abort_on_error(context):
             evaluation = decoding.read_eval(request, self._model_info(), self._engine.limits)
+            evaluation = replace(evaluation, credential=self._caller(context))
             return encoding.evaluation(_wait(self._engine.eval_loss(evaluation), context))
 
     def Generate(
@@ -74,6 +80,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
     ) -> Iterator[pb.GenerateResponse]:
         with abort_on_error(context), self._generations:
             decoded = generate.read_generate(request, self._model_info(), self._engine.limits)
+            decoded = replace(decoded, credential=self._caller(context))
             generation = self._engine.generate(decoded)
             try:
                 if not context.add_callback(generation.cancel):

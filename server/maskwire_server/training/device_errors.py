@@ -32,10 +32,11 @@ _LOST = (
 
 def usable_after(error: BaseException, device: torch.device) -> bool:
     """Whether the device still computes after an error. An unknown error is tested by a small computation."""
+    errors = list(_chain(error)) if device.type != "cpu" else _of_accelerator(error)
+    if any(words in str(each) for each in errors for words in _LOST):
+        return False
     if device.type == "cpu":
         return True
-    if any(words in str(each) for each in _chain(error) for words in _LOST):
-        return False
     if isinstance(error, torch.OutOfMemoryError):
         return True
     try:
@@ -58,6 +59,11 @@ def probe(device: torch.device) -> None:
     """Compute 1 + 1 on the device and wait for the result."""
     if torch.ones(1, device=device).add_(1).item() != 2:
         raise RuntimeError(f"{device} computed 1 + 1 wrongly")
+
+
+def _of_accelerator(error: BaseException) -> list[BaseException]:
+    """The errors of an accelerator that led to an error: a model that runs on the CPU may still use one."""
+    return [each for each in _chain(error) if isinstance(each, torch.AcceleratorError)]
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,11 +1,12 @@
 """Arms one failpoint in one rank of a test's group; Python imports this first in every process.
 
 MASKWIRE_TEST_FAULT is RANK:NAME:COUNT:KIND:FILE. The COUNT-th time that the rank passes the failpoint it
-kills itself (KIND kill) or runs out of memory (memory), once: FILE marks that it happened.
+kills itself (KIND kill), runs out of memory (memory) or hangs (hang), once: FILE marks that it happened.
 """
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 
@@ -26,6 +27,8 @@ def _arm() -> None:
             Path(marker).touch()
             if kind == "memory":
                 raise MemoryError("out of memory, as a test wants it")
+            if kind == "hang":
+                threading.Event().wait()
             os.kill(os.getpid(), signal.SIGKILL)
 
     failpoints.install(act)

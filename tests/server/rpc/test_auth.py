@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError, Refused
 from maskwire_server.rpc import auth
 from maskwire_server.rpc.auth import Role, TokenInterceptor
+from maskwire_server.rpc.credential_files import CredentialFiles
 
 GOOD = "0123456789abcdef-good"
 OTHER = "fedcba9876543210-other"
@@ -29,14 +31,13 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_without_token_files_no_token_is_required() -> None:
-    assert auth.token_interceptor(ServeConfig()) is None
+    assert auth.read_tokens(ServeConfig()) == []
+    assert CredentialFiles(ServeConfig()).interceptor is None
 
 
 def test_a_token_file_contains_tokens_expiry_times_and_comments(tmp_path: Path) -> None:
     text = f"# first\n{GOOD}   # of the trainer\n\nanother-0123456789 2031-01-01T00:00:00+01:00\n"
-    interceptor = auth.token_interceptor(config(token_train_file=write(tmp_path / "t", text)))
-    assert interceptor is not None
-    first, second = interceptor._tokens
+    first, second = auth.read_tokens(config(token_train_file=write(tmp_path / "t", text)))
     assert (first.role, first.expires) == (Role.TRAIN, None)
     assert second.expires == 1924988400.0  # 2030-12-31T23:00:00Z
 
@@ -69,7 +70,7 @@ def test_a_token_is_rejected_from_its_expiry_time_on(tmp_path: Path) -> None:
 )
 def test_an_invalid_token_file_is_named_and_none_of_its_tokens(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as raised:
-        auth.token_interceptor(config(token_read_file=write(tmp_path / "tokens", text)))
+        auth.read_tokens(config(token_read_file=write(tmp_path / "tokens", text)))
     assert "serve.token_read_file" in str(raised.value)
     assert GOOD not in str(raised.value)
     assert OTHER not in str(raised.value)
@@ -79,15 +80,15 @@ def test_an_invalid_token_file_is_named_and_none_of_its_tokens(tmp_path: Path, t
 def test_a_token_in_two_files_and_a_missing_file_are_rejected(tmp_path: Path) -> None:
     path = write(tmp_path / "t", GOOD)
     with pytest.raises(ConfigError, match="is listed twice, in this or another file"):
-        auth.token_interceptor(config(token_read_file=path, token_admin_file=path))
+        auth.read_tokens(config(token_read_file=path, token_admin_file=path))
     with pytest.raises(ConfigError, match="cannot be read"):
-        auth.token_interceptor(config(token_read_file=tmp_path / "none"))
+        auth.read_tokens(config(token_read_file=tmp_path / "none"))
 
 
 def test_the_role_for_downloads_is_configurable(tmp_path: Path) -> None:
     path = write(tmp_path / "t", GOOD)
     settings = ServeConfig(token_read_file=path, download_role="read")
-    interceptor = auth.token_interceptor(settings)
+    interceptor = CredentialFiles(settings).interceptor
     assert interceptor is not None
     sent = [("authorization", f"Bearer {GOOD}")]
     interceptor._check("/maskwire.v1.TrainingService/DownloadCheckpoint", sent)
@@ -123,8 +124,8 @@ def test_invalid_certificates_are_named(tmp_path: Path) -> None:
         named: Any = {name: tmp_path / file for name, file in files.items()}
         return ServeConfig(**named)
 
-    assert auth.server_credentials(settings(tls_certificate="crt", tls_key="key")) is not None
-    assert auth.server_credentials(ServeConfig()) is None
+    assert auth.read_certificates(settings(tls_certificate="crt", tls_key="key")) is not None
+    assert auth.read_certificates(ServeConfig()) is None
     for files, words in (
         ({"tls_certificate": "none", "tls_key": "key"}, "tls_certificate: .*cannot be read"),
         ({"tls_certificate": "crt", "tls_key": "other"}, "certificate chain and its private key"),
@@ -132,4 +133,121 @@ def test_invalid_certificates_are_named(tmp_path: Path) -> None:
         ({"tls_certificate": "crt", "tls_key": "key", "tls_client_ca": "junk"}, "tls_client_ca: .*PEM"),
     ):
         with pytest.raises(ConfigError, match=words):
-            auth.server_credentials(settings(**files))
+            auth.read_certificates(settings(**files))
+
+
+class Followed:
+    """Token files and certificates that a server follows, with a clock of the test's own."""
+
+    def __init__(self, folder: Path) -> None:
+        import trustme
+
+        self.authority = trustme.CA()
+        self.token, self.cert, self.key = (folder / name for name in ("token", "crt", "key"))
+        self.write_pair()
+        self.token.write_text(GOOD)
+        self.now = 0.0
+        settings = config(token_train_file=self.token, tls_certificate=self.cert, tls_key=self.key)
+        self.files = CredentialFiles(settings, clock=lambda: self.now)
+        self.ask = self.files._changed  # what gRPC calls before each handshake
+
+    def write_pair(self) -> None:
+        pair = self.authority.issue_cert("localhost")
+        pair.cert_chain_pems[0].write_to_path(str(self.cert))
+        pair.private_key_pem.write_to_path(str(self.key))
+
+    def after_a_minute(self) -> None:
+        self.now += 60
+        self.files.refresh()
+
+    def admits(self, token: str) -> bool:
+        assert self.files.interceptor is not None
+        return self.files.interceptor._find(token) is not None
+
+
+def test_changed_files_are_noticed_within_a_minute_and_looked_at_no_more_often(tmp_path: Path) -> None:
+    followed = Followed(tmp_path)
+    followed.after_a_minute()
+    assert followed.ask() is None, "nothing changed"
+    followed.write_pair()
+    followed.token.write_text(OTHER)
+    followed.now += 59
+    followed.files.refresh()
+    assert (followed.ask(), followed.admits(GOOD), followed.admits(OTHER)) == (None, True, False)
+    followed.now += 1
+    followed.files.refresh()
+    assert (followed.admits(GOOD), followed.admits(OTHER)) == (False, True)
+    assert followed.ask() is not None
+    assert followed.ask() is None, "once is enough"
+
+
+def test_a_file_that_is_put_in_the_place_of_another_with_its_time_and_size_counts_as_changed(
+    tmp_path: Path,
+) -> None:
+    followed = Followed(tmp_path)
+    found = followed.token.stat()
+    other = GOOD[::-1]
+    part = write(tmp_path / "part", other)
+    os.utime(part, ns=(found.st_atime_ns, found.st_mtime_ns))
+    part.replace(followed.token)
+    followed.after_a_minute()
+    assert followed.admits(other)
+
+
+def test_invalid_files_are_reported_once_and_the_old_ones_stay_in_use(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    followed = Followed(tmp_path)
+    followed.token.write_text("")
+    followed.key.unlink()
+    for _ in range(3):
+        followed.after_a_minute()
+    errors = [record.getMessage() for record in caplog.records]
+    assert [error.rpartition("; ")[2] for error in errors] == ["the files read before stay in use"] * 2
+    assert "serve.tls_key: " in errors[0]
+    assert "contains no token" in errors[1]
+    assert (followed.ask(), followed.admits(GOOD)) == (None, True)
+    followed.token.write_text(OTHER)
+    followed.after_a_minute()
+    assert followed.admits(OTHER), "although the certificate is still invalid"
+    followed.write_pair()
+    followed.after_a_minute()
+    assert followed.ask() is not None
+
+
+def test_files_that_change_while_they_are_read_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed = Followed(tmp_path)
+    read = auth.read_tokens
+
+    def replaced_meanwhile(settings: ServeConfig) -> list[auth.Token]:
+        found = read(settings)
+        write(followed.token, f"{OTHER}\n{GOOD}")
+        monkeypatch.setattr(auth, "read_tokens", read)
+        return found
+
+    monkeypatch.setattr(auth, "read_tokens", replaced_meanwhile)
+    followed.token.write_text(OTHER)
+    followed.after_a_minute()
+    assert followed.admits(GOOD), "the old ones, for now"
+    followed.after_a_minute()
+    assert (followed.admits(GOOD), followed.admits(OTHER)) == (True, True)
+
+
+def test_a_call_is_named_by_its_token_or_else_its_certificate_and_neither_is_revealed() -> None:
+    def name(token: str, *identities: bytes, has_tokens: bool) -> str:
+        context: Any = SimpleNamespace(
+            peer_identities=lambda: identities or None,
+            invocation_metadata=lambda: [("authorization", f"Bearer {token}")] if token else [],
+        )
+        return auth.caller(context, has_tokens=has_tokens)
+
+    ours = name(GOOD, b"a@example.org", has_tokens=True)
+    assert ours == name(GOOD, has_tokens=True)
+    assert ours != name(OTHER, has_tokens=True)
+    assert GOOD not in ours
+    certificate = name("", b"a@example.org", has_tokens=False)
+    assert certificate == name("made up", b"a@example.org", has_tokens=False), "nobody checks this token"
+    assert certificate != name("", b"b@example.org", has_tokens=False)
+    assert name("made up", has_tokens=False) == "", "plaintext on loopback"

@@ -1,0 +1,111 @@
+"""Evaluations and generations, on the executor's thread."""
+
+from __future__ import annotations
+
+from maskwire_server.config import ServeConfig
+from maskwire_server.engine import admission_rules
+from maskwire_server.engine.commits import RevealCommit
+from maskwire_server.engine.committer import Committer
+from maskwire_server.engine.entries import Evaluation
+from maskwire_server.engine.futures import refuse
+from maskwire_server.engine.generation_stream import Generation
+from maskwire_server.engine.read_commits import EvaluationCommit, GenerationCommit
+from maskwire_server.engine.shared_state import Run
+from maskwire_server.engine.trainer_interface import Trainer, guarded
+from maskwire_server.errors import DeviceLost, Refused, StateLost, Unwanted
+from maskwire_server.results import EvalAnswer, GenerationState
+
+
+def refuse_waiting_reads(run: Run, serve: ServeConfig, credential: str) -> None:
+    """Raise QUEUE_FULL if too many reads wait, of all callers or of this one. Under the mutex."""
+    try:
+        admission_rules.refuse_full(len(run.queue), serve.queue_limit)
+        if credential:
+            admission_rules.refuse_many_reads(run.queue.reads(credential), serve.max_reads_per_credential)
+    except Refused:
+        run.share.refused_reads += 1
+        raise
+
+
+class Reads:
+    """Runs reads. Each uses the weights of one step: no step is trained before it has ended.
+
+    A read is computed in parts. Between two of them it ends if its caller has left, or if it has kept a
+    training step waiting for longer than `serve.max_read_seconds`.
+    """
+
+    def __init__(self, run: Run, committer: Committer, trainer: Trainer, serve: ServeConfig) -> None:
+        self._run = run
+        self._committer = committer
+        self._trainer = trainer
+        self._serve = serve
+
+    def run(self, entry: Evaluation | Generation) -> None:
+        """Run a read that was taken from the queue. Raises StateLost or DeviceLost."""
+        self._run.share.begin_read()
+        try:
+            if isinstance(entry, Evaluation):
+                self._evaluate(entry)
+            else:
+                self._generate(entry)
+        finally:
+            self._run.queue.reading = None
+            self._run.share.end_read()
+
+    def _evaluate(self, entry: Evaluation) -> None:
+        request, future = entry.request, entry.future
+        try:
+            if future.done():
+                return
+            with guarded(self._trainer):
+                result = self._trainer.eval_loss(request.batch, request.options, lambda: self._goes_on(entry))
+        except Unwanted:
+            return
+        except (DeviceLost, StateLost):
+            raise
+        except Exception as error:
+            with self._run.mutex:
+                refuse(future, self._run.conditions.failed("the evaluation", error))
+            return
+        here = self._run.head.computed
+        if not future.done():
+            answered = EvalAnswer(result, here.step, here.digest)
+            self._committer.append(
+                EvaluationCommit(
+                    future, answered, self._run.events, request.options, here, self._run.share.reading_seconds
+                )
+            )
+
+    def _generate(self, generation: Generation) -> None:
+        here, request = self._run.head.computed, generation.request
+        last: GenerationState | None = None
+        self._committer.append(RevealCommit(generation, here))
+        try:
+            if not generation.over:
+                with guarded(self._trainer):
+                    for state in self._trainer.generate(request.prompts, request.options):
+                        last = state
+                        if not generation.put(state) or (not state.done and not self._goes_on(generation)):
+                            break
+        except (DeviceLost, StateLost):
+            raise
+        except Exception as error:
+            with self._run.mutex:
+                refuse(generation.future, self._run.conditions.failed("the generation", error))
+        else:
+            seconds = self._run.share.reading_seconds
+            self._committer.append(
+                GenerationCommit(generation.future, None, self._run.events, request, last, here, seconds)
+            )
+
+    def _goes_on(self, entry: Evaluation | Generation) -> bool:
+        """Whether to compute the next part; refuses the read if it has run for too long."""
+        run = self._run
+        run.computing.beat()
+        with run.mutex:
+            overdue = run.share.read_is_overdue(run.queue.first_step_arrived)
+        if overdue and not entry.future.done():
+            run.share.ended_reads += 1
+            what = "evaluation" if isinstance(entry, Evaluation) else "generation"
+            refuse(entry.future, admission_rules.read_too_long(what, self._serve.max_read_seconds))
+        return not entry.future.done()

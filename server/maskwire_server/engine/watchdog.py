@@ -1,0 +1,81 @@
+"""Ends the process when a thread of the engine hangs: on a device, in a collective, in the file system.
+
+A hung call cannot be interrupted from Python, so the only cure is a new process, which recovers the run.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import threading
+from collections.abc import Callable, Sequence
+
+from maskwire_server.engine.progress import Progress
+
+log = logging.getLogger(__name__)
+
+_LEAST_INTERVAL, _MOST_INTERVAL = 0.05, 5.0
+_GRACE_SECONDS = 60.0
+"""If not even the watchdog's thread runs for this long after the limit, the interpreter's own timer ends the
+process. That happens when the hung call holds the interpreter's lock."""
+
+
+class Watchdog:
+    """Watches the progress of threads from a thread of its own, and calls `on_hang` once."""
+
+    def __init__(
+        self,
+        watched: Sequence[Progress],
+        shortest: float,
+        clock: Callable[[], float],
+        on_hang: Callable[[str], None],
+    ) -> None:
+        """`shortest`: the shortest limit, in seconds. `on_hang` is told what hangs, and ends the process."""
+        self._watched = watched
+        self._clock = clock
+        self._on_hang = on_hang
+        self._looked = clock()
+        self._beats = [-1] * len(watched)
+        self._silent = [0.0] * len(watched)
+        self._interval = min(max(shortest / 10, _LEAST_INTERVAL), _MOST_INTERVAL)
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        """Watch from now on."""
+        threading.Thread(target=self._main, name="maskwire-watchdog", daemon=True).start()
+
+    def stop(self) -> None:
+        """Stop watching."""
+        self._stopped.set()
+
+    def look(self) -> str:
+        """Look once. Return what hangs, in words; empty: nothing.
+
+        A pause between two looks that is longer than two intervals is not counted in full: the process, or
+        the machine, was stopped then.
+        """
+        now = self._clock()
+        passed = min(now - self._looked, 2 * self._interval)
+        self._looked = now
+        for at, progress in enumerate(self._watched):
+            doing, beats, limit = progress.doing, progress.beats, progress.limit
+            if not doing or beats != self._beats[at]:
+                self._beats[at], self._silent[at] = beats, 0.0
+            else:
+                self._silent[at] += passed
+            if doing and self._silent[at] >= limit:
+                return f"{doing} has made no progress for {limit:g} s"
+        return ""
+
+    def _main(self) -> None:
+        while not self._stopped.wait(self._interval):
+            words = self.look()
+            if words:
+                self._on_hang(words)
+                return
+            longest = max((progress.limit for progress in self._watched if progress.doing), default=0.0)
+            if longest:
+                faulthandler.dump_traceback_later(longest + _GRACE_SECONDS, exit=True)
+            else:
+                faulthandler.cancel_dump_traceback_later()
+        faulthandler.cancel_dump_traceback_later()
