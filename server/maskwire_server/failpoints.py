@@ -48,6 +48,23 @@ NAMES = (
 RANK_NAMES = ("rank.ordering", "rank.ordered", "rank.carried_out")
 """Where the leader sends an order, where a rank has received one, and where it has carried it out."""
 
+MIRROR_NAMES = (
+    "mirror.claiming",
+    "mirror.claimed",
+    "mirror.uploading",
+    "mirror.batches_uploaded",
+    "mirror.segment_uploaded",
+    "mirror.acknowledging",
+    "mirror.files_uploaded",
+    "mirror.checkpoint_uploaded",
+    "mirror.deleting",
+    "mirror.restoring",
+    "mirror.restored",
+    "mirror.fetching",
+    "mirror.fetched",
+)
+"""Those of a server that has a mirror."""
+
 _action: Callable[[str], None] | None = None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from maskwire.v1.values import InexactReplay, ModelInfo, RunState
+from maskwire_server.mirror_status import MirrorStatus
 from maskwire_server.results import CheckpointInfo
 
 
@@ -38,3 +39,5 @@ class RunStatus:
     inexact_replays: tuple[InexactReplay, ...] = ()
     digest_version: int = 0
     """The version of the run's digest; 0 before the first step."""
+    mirror: MirrorStatus | None = None
+    """None: the run has no mirror."""

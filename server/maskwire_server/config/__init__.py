@@ -17,6 +17,7 @@ from maskwire_server.config.run import RunConfig
 from maskwire_server.config.sections import can_be_off
 from maskwire_server.config.serve import ServeConfig
 from maskwire_server.config.sources import load
+from maskwire_server.config.storage import StorageConfig
 
 __all__ = [
     "CAN_BE_OFF",
@@ -35,6 +36,7 @@ __all__ = [
     "ParameterGroup",
     "RunConfig",
     "ServeConfig",
+    "StorageConfig",
     "can_be_off",
     "load",
     "recorded_sections",

@@ -10,6 +10,7 @@ from maskwire_server.config.objective import ObjectiveConfig
 from maskwire_server.config.optimizer import OptimizerConfig
 from maskwire_server.config.run import RunConfig
 from maskwire_server.config.serve import ServeConfig
+from maskwire_server.config.storage import StorageConfig
 
 SECTIONS: dict[str, type[Section]] = {
     "run": RunConfig,
@@ -19,6 +20,7 @@ SECTIONS: dict[str, type[Section]] = {
     "checkpoints": CheckpointsConfig,
     "serve": ServeConfig,
     "distributed": DistributedConfig,
+    "storage": StorageConfig,
 }
 """In the order of the generated file and pages."""
 

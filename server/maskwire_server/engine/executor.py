@@ -18,6 +18,7 @@ from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Drain, Entry, Evaluation, Restore, Save, Step, Takeover
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.generation_stream import Generation
+from maskwire_server.engine.mirror import Mirror
 from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.engine.restore import Restores
 from maskwire_server.engine.saves import SaveCommit, Saves
@@ -56,6 +57,7 @@ class Executor:
         serve: ServeConfig,
         configuration_id: int,
         clock: Callable[[], float],
+        mirror: Mirror | None = None,
     ) -> None:
         self._run = run
         self._committer = committer
@@ -69,6 +71,7 @@ class Executor:
         self._serve = serve
         self._configuration_id = configuration_id
         self._clock = clock
+        self._mirror = mirror
         self._stopping = False
 
     def stop(self) -> None:
@@ -330,4 +333,6 @@ class Executor:
                 self._save(Save(SaveRequest(), automatic=True))
                 if self._committer.wait_durable():
                     self._saves.wait_written()
+        if self._mirror is not None:
+            self._mirror.flush(self._serve.drain_seconds / 2)
         answer(drain.future, None)

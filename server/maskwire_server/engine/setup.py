@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskwire_server.config import CheckpointsConfig, ServeConfig
+from maskwire_server.config import CheckpointsConfig, ServeConfig, StorageConfig
 from maskwire_server.engine.trainer_interface import Trainer
 
 
@@ -38,4 +38,5 @@ class Setup:
     the SHA-256 of these weights. None: `canonical` is the run's."""
     last_error: str = ""
     """Why the processes that served the run before have ended, if that is known."""
+    storage: StorageConfig = StorageConfig()
     clock: Callable[[], float] = time.monotonic

@@ -7,6 +7,7 @@ from dataclasses import replace
 from maskwire.v1.values import Limits, ModelInfo
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.shared_state import Run
+from maskwire_server.mirror_status import MirrorStatus
 from maskwire_server.results import CheckpointInfo
 from maskwire_server.run_status import RunStatus
 
@@ -30,6 +31,7 @@ def report(
     model: ModelInfo | None,
     newest_checkpoint: CheckpointInfo | None,
     versions: dict[str, str],
+    mirror: MirrorStatus | None = None,
 ) -> RunStatus:
     """State, progress and what the run is waiting for. Takes no lock: it answers whatever is stuck."""
     head, durable = run.head, run.head.durable
@@ -57,4 +59,5 @@ def report(
         data=head.data,
         inexact_replays=head.inexact_replays,
         digest_version=head.digest_version.number if head.digest_version else 0,
+        mirror=mirror,
     )

@@ -1,0 +1,182 @@
+"""The object store of a mirror, through fsspec. No other module knows fsspec.
+
+Whole objects are written, read, listed and deleted. One operation decides who owns a run: `create` writes an
+object only if there is none of that name, and of two writers at most one succeeds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from maskwire_server.errors import ConfigError, StoreError
+
+CONDITIONAL = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "file")
+"""Protocols whose stores can create an object on condition that it does not exist, atomically."""
+_S3_OPTIONS = {
+    "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 1}},
+}
+_AT_ONCE = 64
+"""How many objects are read at once."""
+
+
+class ObjectStore:
+    """The objects below one address. Raises StoreError for whatever the store does not do."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address.rstrip("/")
+        self._protocol, _, self._root = self.address.partition("://")
+        if self._protocol not in CONDITIONAL:
+            raise ConfigError(
+                f"storage.mirror: {self._protocol}:// has no conditional create, by which a writer is fenced; "
+                f"use one of {', '.join(CONDITIONAL)}, got {address!r}"
+            )
+        try:
+            import fsspec
+
+            self._class = fsspec.get_filesystem_class(self._protocol)
+        except ImportError as error:
+            raise ConfigError(
+                f"storage.mirror: {address!r} needs a package that is missing ({error}); install with: pip "
+                'install "maskwire[storage]"'
+            ) from error
+        self._system: Any = None
+
+    def probe(self) -> None:
+        """Raise ConfigError unless a second `create` of the same name is refused. Raises StoreError."""
+        name = f"probe-{uuid.uuid4().hex}"
+        self.create(name, b"first")
+        try:
+            self.create(name, b"second")
+        except FileExistsError:
+            return
+        else:
+            raise ConfigError(
+                f"storage.mirror: the store at {self.address} ignores If-None-Match: it let an object be "
+                "created twice, so two servers could write the same run; use a store that supports it"
+            )
+        finally:
+            with contextlib.suppress(StoreError):
+                self.delete(name)
+
+    def create(self, name: str, data: bytes) -> None:
+        """Write an object, whole or not at all; FileExistsError, and nothing changes, if it exists."""
+        with self._calling(f"create {name}"):
+            if self._protocol == "file":
+                self._link(name, data)
+            elif self._protocol in ("s3", "s3a"):  # one request, whatever the size
+                self._fs.pipe_file(self._path(name), data, mode="create", chunksize=2**32)
+            else:
+                self._fs.pipe_file(self._path(name), data, mode="create")
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write an object, or replace it, whole or not at all."""
+        with self._calling(f"write {name}"):
+            if self._protocol == "file":
+                with contextlib.suppress(FileExistsError):
+                    self._link(name, data)
+            else:
+                self._fs.pipe_file(self._path(name), data)
+
+    def put_file(self, name: str, path: Path) -> None:
+        """Write an object from a local file."""
+        with self._calling(f"write {name}"):
+            self._fs.makedirs(self._fs._parent(self._path(name)), exist_ok=True)
+            self._fs.put_file(str(path), self._path(name))
+
+    def copy(self, name: str, target: str) -> None:
+        """Copy an object within the store."""
+        with self._calling(f"copy {name}"):
+            self._fs.makedirs(self._fs._parent(self._path(target)), exist_ok=True)
+            self._fs.cp_file(self._path(name), self._path(target))
+
+    def get(self, name: str) -> bytes | None:
+        """The content of an object; None if there is none of that name."""
+        with self._calling(f"read {name}"):
+            try:
+                return bytes(self._fs.cat_file(self._path(name)))
+            except FileNotFoundError:
+                return None
+
+    def get_all(self, names: list[str]) -> Iterator[bytes]:
+        """The contents of objects, in order, many read at once. StoreError if one is missing."""
+        for start in range(0, len(names), _AT_ONCE):
+            part = [self._path(name) for name in names[start : start + _AT_ONCE]]
+            with self._calling("read objects"):
+                found = self._fs.cat(part) if len(part) > 1 else {part[0]: self._fs.cat_file(part[0])}
+                contents = [bytes(found[self._stripped(path)]) for path in part]
+            yield from contents
+
+    def get_file(self, name: str, path: Path) -> None:
+        """Write an object's content to a local file."""
+        with self._calling(f"read {name}"):
+            self._fs.get_file(self._path(name), str(path))
+
+    def names(self, folder: str) -> list[str]:
+        """The names of all objects below a folder, sorted, relative to the address."""
+        with self._calling(f"list {folder}"):
+            try:
+                found = self._fs.find(self._path(folder))
+            except FileNotFoundError:
+                return []
+        start = len(self._stripped(self._path(""))) + 1
+        return sorted(path[start:] for path in found if not path.endswith(".part"))
+
+    def delete(self, name: str) -> None:
+        """Delete an object. It is no error if there is none of that name."""
+        with self._calling(f"delete {name}"), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}".rstrip("/")
+
+    def _stripped(self, path: str) -> str:
+        """A path as the file system names it in its answers."""
+        return str(self._fs._strip_protocol(path))
+
+    @property
+    def _fs(self) -> Any:
+        if self._system is None:
+            options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+            if self._protocol in ("s3", "s3a"):
+                options |= _S3_OPTIONS
+            self._system = self._class(**options)
+        return self._system
+
+    def _link(self, name: str, data: bytes) -> None:
+        """Write a local file under another name, and link it: that fails if the name exists."""
+        path = Path(self._path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"{path.name}-{uuid.uuid4().hex}.part")
+        try:
+            with draft.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            path.hardlink_to(draft)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _calling(self, what: str) -> Iterator[None]:
+        """Raise every error of the store as a StoreError, but FileExistsError of a conditional create."""
+        try:
+            yield
+        except FileExistsError:
+            raise
+        except Exception as error:  # fsspec and the packages below it raise errors of many types
+            if _precondition_failed(error):
+                raise FileExistsError(what) from error
+            self._system = None  # connect again, with credentials read again
+            words = " ".join(str(error).split())[:300] or type(error).__name__
+            raise StoreError(f"{self.address}: cannot {what}: {type(error).__name__}: {words}") from error
+
+
+def _precondition_failed(error: BaseException) -> bool:
+    """Whether an S3 store answered 412: not every one says which condition failed, as fsspec expects."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
+    return bool(response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412)
