@@ -24,6 +24,9 @@ from maskwire.v1.values import (
     LossSums as LossSums,
 )
 from maskwire.v1.values import (
+    MirrorStatus as MirrorStatus,
+)
+from maskwire.v1.values import (
     ModelInfo as ModelInfo,
 )
 from maskwire.v1.values import (
@@ -224,3 +227,5 @@ class Status:
     inexact_replays: tuple[InexactReplay, ...] = ()
     digest_version: int = 0
     """The version of the run's digest; 0 before the first step, and of a server of version 0.1."""
+    mirror: MirrorStatus | None = None
+    """None: the run has no mirror."""

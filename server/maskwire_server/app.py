@@ -21,14 +21,15 @@ from maskwire_server.config import Config
 from maskwire_server.engine.engine import Engine
 from maskwire_server.engine.setup import Setup
 from maskwire_server.engine.trainer_interface import Trainer
-from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
-from maskwire_server.recovery import point_in_time
+from maskwire_server.errors import ConfigError, FencedError, Refused, RunDirectoryError
+from maskwire_server.recovery import from_mirror, point_in_time
 from maskwire_server.recovery.replay import InexactReplayError
 from maskwire_server.rpc.server import Server
 
 log = logging.getLogger(__name__)
 
 EXIT_CONFIG, EXIT_RUN_DIRECTORY, EXIT_INEXACT, EXIT_SLOW, EXIT_OUTPUT, EXIT_FAILURE = 2, 3, 4, 5, 7, 70
+EXIT_FENCED = 9
 EXIT_CODES = {  # acknowledged steps are safe in each case
     0: "success; `serve` stopped cleanly",
     1: "`check`: the model does not fit in memory; `verify`: something is damaged",
@@ -38,6 +39,8 @@ EXIT_CODES = {  # acknowledged steps are safe in each case
     EXIT_INEXACT: "a recomputed step gave another result than the recorded one",
     EXIT_SLOW: "stopped, but the running step took longer than `serve.drain_seconds`; start the server again",
     EXIT_OUTPUT: "the command finished, but its output could not be written to stdout (a full disk?)",
+    EXIT_FENCED: "another server has taken the run over at the mirror's address; do not start this run "
+    "directory again (docs/object-stores.md)",
     EXIT_FAILURE: "an unexpected error, which the log describes; start the server again",
 }
 
@@ -61,6 +64,9 @@ def serve(
     stop = threading.Event()
     _on_signals(stop, finish)
     try:
+        from_mirror.restore_journal(config, stop)
+        if stop.is_set():
+            return _leave(finish(0))
         config = served_config.completed(config)
     except RunDirectoryError as error:
         say(error)
@@ -83,8 +89,9 @@ def serve(
         accept_lost_history=accept_lost_history,
         identity=served_config.identity(config),
         last_error=last_error,
+        storage=config.storage,
     )
-    engine = Engine(setup, _die)
+    engine = Engine(setup, partial(_die, finish))
     try:
         server = Server(engine, config.serve)
     except ConfigError as error:
@@ -114,6 +121,8 @@ def serve(
         return _fail(engine, server, EXIT_CONFIG, error)
     except InexactReplayError as error:
         return _fail(engine, server, EXIT_INEXACT, error)
+    except FencedError as error:
+        return _fail(engine, server, EXIT_FENCED, error)
     except RunDirectoryError as error:
         return _fail(engine, server, EXIT_RUN_DIRECTORY, error)
     except Exception:
@@ -267,7 +276,10 @@ def say(error: Exception) -> None:
         print(f"maskwire-server: {line}", file=sys.stderr)
 
 
-def _die(error: BaseException) -> None:
+def _die(finish: Callable[[int], int], error: BaseException) -> None:
+    if isinstance(error, FencedError):
+        say(error)
+        _leave(finish(EXIT_FENCED))
     print(
         f"maskwire-server: {type(error).__name__}; see the log above; start the server again to resume",
         file=sys.stderr,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maskwire.v1.values import InexactReplay, ModelInfo, RunState
-from maskwire_server.mirror_status import MirrorStatus
+from maskwire.v1.values import InexactReplay, MirrorStatus, ModelInfo, RunState
 from maskwire_server.results import CheckpointInfo
 
 

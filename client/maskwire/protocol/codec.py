@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from datetime import UTC
 from typing import Any
 
@@ -340,4 +341,10 @@ def read_status(status: pb.GetStatusResponse) -> results.Status:
         data=dict(status.data),
         inexact_replays=read_inexact_replays(status.inexact_replays),
         digest_version=status.digest_version,
+        mirror=_read_mirror(status.mirror) if status.HasField("mirror") else None,
     )
+
+
+def _read_mirror(mirror: pb.MirrorStatus) -> results.MirrorStatus:
+    names = (each.name for each in fields(results.MirrorStatus))
+    return results.MirrorStatus(**{name: getattr(mirror, name) for name in names})

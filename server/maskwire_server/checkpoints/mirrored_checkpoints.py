@@ -171,7 +171,7 @@ class MirroredCheckpoints:
 
 
 def members(journal: Journal, found: dict[str, Manifest]) -> dict[str, Manifest]:
-    """Those of some checkpoints that belong to the run's history. A server that was fenced may leave others."""
+    """Those checkpoints that belong to the run's history: a server that was fenced may leave others."""
     saves, run_id, lineages = recorded_saves(journal), journal.fact("run_id"), journal.lineages()
     own = {}
     for folder, manifest in found.items():

@@ -10,7 +10,7 @@ from maskwire_server.config.base import Finite, Section
 
 
 class StorageConfig(Section):
-    """[storage]: a copy of the run in an object store (docs/object-stores.md). May change between restarts."""
+    """[storage]: a copy of the run in an object store (docs/object-stores.md). May change at a restart."""
 
     mirror: str | None = None
     """Address of the copy, for example s3://bucket/prefix. The server uploads records, batches and

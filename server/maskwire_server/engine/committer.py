@@ -121,6 +121,11 @@ class Committer:
         """The mark of the outbox that ends what is durable here."""
         return self._journal.outbox.position
 
+    @property
+    def _held_position(self) -> int:
+        """The same, where answers wait for the mirror."""
+        return self.position if self._withheld.waits else 0
+
     def mirrored_through(self, position: int) -> None:
         """Everything up to this mark of the outbox is in the mirror, which works."""
         with self._run.mutex:
@@ -267,7 +272,7 @@ class Committer:
         found = read.find(self._journal, self._run)
         if found is None:
             return
-        position = self._journal.outbox.position
+        position = self._held_position
         with self._run.mutex:
             held_back = read.waits and self._withheld.holds_back(position)
             if held_back:
@@ -295,7 +300,7 @@ class Committer:
 
     def _publish(self, commits: list[Commit]) -> None:
         """Announce commits that are durable here, or hold them back until the mirror has them."""
-        position = self._journal.outbox.position
+        position = self._held_position
         with self._run.mutex:
             held_back = self._withheld.holds_commits or self._withheld.holds_back(position)
             if held_back:

@@ -24,7 +24,7 @@ from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Drain, Evaluation, Save
 from maskwire_server.engine.executor import Executor
 from maskwire_server.engine.generation_stream import Generation
-from maskwire_server.engine.mirror import Mirror
+from maskwire_server.engine.mirror import mirror_of
 from maskwire_server.engine.restore import Restores
 from maskwire_server.engine.saves import Saves
 from maskwire_server.engine.sessions import Sessions
@@ -67,34 +67,14 @@ class Engine:
         self._checkpoints = Checkpoints(setup.run_dir, catalogue=self._catalogue)
         self._disk = Reserve(setup.run_dir, setup.serve.reserve_bytes)
         self._saver = Saver(
-            self._checkpoints,
-            self._catalogue,
-            setup.checkpoints,
-            setup.configuration,
-            self._versions,
+            self._checkpoints, self._catalogue, setup.checkpoints, setup.configuration, self._versions,
             setup.clock,
-        )
-        self._mirror = (
-            None
-            if setup.storage.mirror is None
-            else Mirror(
-                self._run,
-                self._checkpoints,
-                setup.storage,
-                drops_batches=setup.serve.keep_payloads == "recovery",
-                on_fatal=self._must_end,
-            )
-        )
+        )  # fmt: skip
+        self._mirror = mirror_of(setup.storage, self._run, self._checkpoints, setup.serve, self._must_end)
         self._start = Start(
-            self._run,
-            self._checkpoints,
-            self._catalogue,
-            self._saver,
-            self._disk,
-            setup,
-            self._versions,
+            self._run, self._checkpoints, self._catalogue, self._saver, self._disk, setup, self._versions,
             self._mirror,
-        )
+        )  # fmt: skip
         self._thread = threading.Thread(target=self._main, name="maskwire-executor", daemon=True)
         self._serving: Future[None] = Future()
         self._unanswered = Unanswered(self._run)
@@ -332,20 +312,10 @@ class Engine:
         self._restores = Restores(run, self._committer, self._checkpoints, ready.trainer)
         self._steps = StepAdmission(run, self._committer, serve, clock)
         self._executor = Executor(
-            run,
-            self._committer,
-            ready.trainer,
-            self._saves,
-            self._sessions,
-            self._restores,
-            journal=journal,
-            disk=disk,
-            quarantine=ready.quarantine,
-            serve=serve,
-            configuration_id=ready.configuration_id,
-            clock=clock,
-            mirror=mirror,
-        )
+            run, self._committer, ready.trainer, self._saves, self._sessions, self._restores,
+            journal=journal, disk=disk, quarantine=ready.quarantine, serve=serve,
+            configuration_id=ready.configuration_id, clock=clock, mirror=mirror,
+        )  # fmt: skip
         self._executor.halt_if_due()
 
     def _must_end(self, error: BaseException) -> None:

@@ -15,10 +15,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 
+from maskwire.v1.values import MirrorStatus
 from maskwire_server import failpoints
 from maskwire_server.checkpoints.mirrored_checkpoints import MirroredCheckpoints, members
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.config import StorageConfig
+from maskwire_server.config import ServeConfig, StorageConfig
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.mirrored_saves import MirroredSaves
 from maskwire_server.engine.shared_state import Run
@@ -30,7 +31,6 @@ from maskwire_server.journal.outbox import Page
 from maskwire_server.journal.records import Lineage
 from maskwire_server.journal.segment_writer import SegmentWriter, resume
 from maskwire_server.journal.segments import Segment
-from maskwire_server.mirror_status import MirrorStatus
 from maskwire_server.results import CheckpointInfo
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ class Mirror:
             self._settings.acknowledge,
             *self._step,
             segment=writer.number if writer else 0,
-            segment_at=self._at,
+            seconds_since_segment=max(0.0, time.time() - self._at),
             checkpoint=newest.info.name if newest else "",
             problem=self._problem or self._saves.problem,
             restored=self._restored,
@@ -260,6 +260,20 @@ class Mirror:
         if not self._problem:
             log.error("%s; trying again", error)
         self._problem = str(error)
+
+
+def mirror_of(
+    settings: StorageConfig,
+    run: Run,
+    checkpoints: Checkpoints,
+    serve: ServeConfig,
+    on_fatal: Callable[[BaseException], None],
+) -> Mirror | None:
+    """The mirror that the settings name, if any."""
+    if settings.mirror is None:
+        return None
+    drops_batches = serve.keep_payloads == "recovery"
+    return Mirror(run, checkpoints, settings, drops_batches=drops_batches, on_fatal=on_fatal)
 
 
 @dataclass(eq=False)

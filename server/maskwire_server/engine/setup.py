@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,5 +38,5 @@ class Setup:
     the SHA-256 of these weights. None: `canonical` is the run's."""
     last_error: str = ""
     """Why the processes that served the run before have ended, if that is known."""
-    storage: StorageConfig = StorageConfig()
+    storage: StorageConfig = field(default_factory=StorageConfig)
     clock: Callable[[], float] = time.monotonic

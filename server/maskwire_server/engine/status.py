@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from maskwire.v1.values import Limits, ModelInfo
+from maskwire.v1.values import Limits, MirrorStatus, ModelInfo
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.shared_state import Run
-from maskwire_server.mirror_status import MirrorStatus
 from maskwire_server.results import CheckpointInfo
 from maskwire_server.run_status import RunStatus
 

@@ -1,4 +1,4 @@
-"""What is durable on this machine and waits for the mirror: with `acknowledge = "mirrored"` nobody sees it yet."""
+"""What is durable on this machine and waits for the mirror, where answers wait for it."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class ObjectStore:
         self._protocol, _, self._root = self.address.partition("://")
         if self._protocol not in CONDITIONAL:
             raise ConfigError(
-                f"storage.mirror: {self._protocol}:// has no conditional create, by which a writer is fenced; "
+                f"storage.mirror: {self._protocol}:// has no conditional create, which fences a writer; "
                 f"use one of {', '.join(CONDITIONAL)}, got {address!r}"
             )
         try:

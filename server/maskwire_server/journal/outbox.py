@@ -96,10 +96,7 @@ class Outbox:
     @property
     def is_current(self) -> bool:
         """Whether the triggers are those that the tables need."""
-        found = self._db.execute(
-            "SELECT name, sql FROM sqlite_master WHERE type = 'trigger' AND name LIKE 'mirror\\_%' ESCAPE '\\'"
-        )
-        return self.active and dict(found.fetchall()) == _triggers(self._db)
+        return self.active and self._triggers() == _triggers(self._db)
 
     def state(self) -> MirrorState | None:
         """What is known of the mirror; None if the run never had one."""
@@ -130,11 +127,13 @@ class Outbox:
         self._db.execute("DROP TABLE outbox")
         self.active = False
 
+    def _triggers(self) -> dict[str, str]:
+        """The statements of the triggers that are there, by name."""
+        found = self._db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")
+        return {name: sql for name, sql in found.fetchall() if name.startswith("mirror_")}
+
     def _remove_triggers(self) -> None:
-        names = self._db.execute(
-            "SELECT name FROM sqlite_master WHERE type = 'trigger' AND name LIKE 'mirror\\_%' ESCAPE '\\'"
-        )
-        for (name,) in names.fetchall():
+        for name in self._triggers():
             self._db.execute(f"DROP TRIGGER {name}")
 
     def fill(self, state: MirrorState, transaction: Callable[[Callable[[], object]], None]) -> None:
@@ -196,7 +195,7 @@ class Outbox:
         self.position = row[0] if row else 0
 
     def page(self, after: int, size: int) -> Page:
-        """The changes after a mark, up to the mark at which they have about `size` bytes with their batches."""
+        """The changes after a mark, up to the mark at which they and their batches have about `size` bytes."""
         changes: list[Change] = []
         batches: dict[int, list[tuple[int, bytes]]] = {}
         first = last = written = at = 0

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from maskwire_server import failpoints
 from maskwire_server.errors import FencedError, RunDirectoryError, StoreError
@@ -86,8 +87,8 @@ def fenced(store: ObjectStore, found: bytes, number: int) -> FencedError:
         writer = "unknown"
     return FencedError(
         f"{store.address}: another server (instance {writer}) wrote segment {number}: it has taken the run "
-        "over, and this run directory must not be served any more. If that is a mistake, stop the other server "
-        "and start this one with an empty run directory: it restores the run from the mirror"
+        "over, and this run directory must not be served any more. If that is a mistake, stop the other "
+        "server and start this one with an empty run directory: it restores the run from the mirror"
     )
 
 
@@ -149,14 +150,14 @@ class _Chain:
                 raise RunDirectoryError(f"{self._store.address}: segment {number}: {error}") from error
             if not self.state.number and not self.state.instances:
                 raise RunDirectoryError(
-                    f"{self._store.address} holds run {segment.run_id}: to restore it, start with an empty run "
-                    "directory; to mirror this run, set storage.mirror to an address of its own"
+                    f"{self._store.address} holds run {segment.run_id}: to restore it, start with an empty "
+                    "run directory; to mirror this run, set storage.mirror to an address of its own"
                 )
             mine = segment.instance in self.state.instances and segment.previous == self.state.hash
             if not (mine and self._holds(segment)):
                 raise fenced(self._store, data, number)
             self.state = replace(self.state, number=number, hash=hash_of(data))
-            self._journal.transaction(lambda: self._journal.outbox.uploaded(segment.last, self.state))
+            self._journal.transaction(partial(self._journal.outbox.uploaded, segment.last, self.state))
             log.info("segment %d was uploaded before the server ended", number)
 
     def _holds(self, segment: Segment) -> bool:
@@ -172,7 +173,7 @@ class _Chain:
             data = self._store.get(segment_name(self.state.number))
             if data is None or hash_of(data) != self.state.hash:
                 raise RunDirectoryError(
-                    f"{self._store.address}: segment {self.state.number}, which this run wrote, is missing or "
-                    "was changed: bring it back, or set storage.mirror to another address, where the run will "
-                    "be uploaded again"
+                    f"{self._store.address}: segment {self.state.number}, which this run wrote, is missing "
+                    "or was changed: bring it back, or set storage.mirror to another address, where the run "
+                    "will be uploaded again"
                 )

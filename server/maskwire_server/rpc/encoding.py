@@ -6,7 +6,7 @@ import time
 import zlib
 
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire.v1.values import InexactReplay, Limits, Losses, ModelInfo, RestoreResult
+from maskwire.v1.values import InexactReplay, Limits, Losses, MirrorStatus, ModelInfo, RestoreResult
 from maskwire_server.results import CheckpointInfo, Chunk, EvalAnswer, FileInfo, SessionAnswer, StepAnswer
 from maskwire_server.run_status import RunStatus
 from maskwire_server.session_holder import Holder
@@ -98,6 +98,10 @@ def session(value: SessionAnswer, info: ModelInfo, bounds: Limits) -> pb.OpenSes
     )
 
 
+def _mirror(value: MirrorStatus | None) -> pb.MirrorStatus | None:
+    return None if value is None else pb.MirrorStatus(**vars(value))
+
+
 def _holder(value: Holder) -> pb.SessionHolder:
     process = None if value.process is None else pb.ClientProcess(**vars(value.process))
     return pb.SessionHolder(client_name=value.client_name, epoch=value.epoch, process=process)
@@ -174,6 +178,7 @@ def status(value: RunStatus, bounds: Limits, started: float) -> pb.GetStatusResp
         data=value.data,
         inexact_replays=[_inexact_replay(replay) for replay in value.inexact_replays],
         digest_version=value.digest_version,
+        mirror=_mirror(value.mirror),
     )
     answer.state_time.FromNanoseconds(int(value.state_since * 1e9))
     answer.uptime.FromNanoseconds(int((time.monotonic() - started) * 1e9))
