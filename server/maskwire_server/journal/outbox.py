@@ -195,7 +195,7 @@ class Outbox:
         self.position = row[0] if row else 0
 
     def page(self, after: int, size: int) -> Page:
-        """The changes after a mark, up to the mark at which they and their batches have about `size` bytes."""
+        """The changes after a mark, up to the one at which they and their batches have about `size` bytes."""
         changes: list[Change] = []
         batches: dict[int, list[tuple[int, bytes]]] = {}
         first = last = written = at = 0
