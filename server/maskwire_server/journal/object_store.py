@@ -18,7 +18,7 @@ from maskwire_server.errors import ConfigError, StoreError
 CONDITIONAL = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "file")
 """Protocols whose stores can create an object on condition that it does not exist, atomically."""
 _S3_OPTIONS = {
-    "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 1}},
+    "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 0}},
 }
 _AT_ONCE = 64
 """How many objects are read at once."""
@@ -145,6 +145,7 @@ class ObjectStore:
             if self._protocol in ("s3", "s3a"):
                 options |= _S3_OPTIONS
             self._system = self._class(**options)
+            self._system.retries = 1  # s3fs repeats calls for seconds: the mirror does, and says so
         return self._system
 
     def _link(self, name: str, data: bytes) -> None:
