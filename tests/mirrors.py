@@ -45,7 +45,7 @@ class MirroredRig:
         )  # fmt: skip
         engine = make_engine(
             self.folder / name, config.load(None, **sections), CounterTrainer, storage=storage,
-            on_fatal=self.fatal.append,
+            store=self.store, on_fatal=self.fatal.append,
         )  # fmt: skip
         self.engines.append(engine)
         if wait:

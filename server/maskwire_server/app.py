@@ -22,6 +22,7 @@ from maskwire_server.engine.engine import Engine
 from maskwire_server.engine.setup import Setup
 from maskwire_server.engine.trainer_interface import Trainer
 from maskwire_server.errors import ConfigError, FencedError, Refused, RunDirectoryError
+from maskwire_server.journal.object_store import ObjectStore
 from maskwire_server.recovery import from_mirror, point_in_time
 from maskwire_server.recovery.replay import InexactReplayError
 from maskwire_server.rpc.server import Server
@@ -64,9 +65,11 @@ def serve(
     stop = threading.Event()
     _on_signals(stop, finish)
     try:
-        from_mirror.restore_journal(config, stop)
-        if stop.is_set():
-            return _leave(finish(0))
+        store = None if config.storage.mirror is None else ObjectStore(config.storage.mirror)
+        if store is not None:
+            from_mirror.restore_journal(config, store, stop)
+            if stop.is_set():
+                return _leave(finish(0))
         config = served_config.completed(config)
     except RunDirectoryError as error:
         say(error)
@@ -90,6 +93,7 @@ def serve(
         identity=served_config.identity(config),
         last_error=last_error,
         storage=config.storage,
+        store=store,
     )
     engine = Engine(setup, partial(_die, finish))
     try:

@@ -1,8 +1,8 @@
 """R14: machines lost, faults of the object store, two servers at one address.
 
-The store is a real S3 server in a process of its own. What was acknowledged is compared with the batches alone,
-so that a step that is lost, doubled or out of order shows in the digest, and one more step's loss tells whether
-the weights are those of the history.
+The store is a real S3 server in a process of its own. What was acknowledged is compared with the batches
+alone, so that a step that is lost, doubled or out of order shows in the digest. One more step's loss tells
+whether the weights are those of the history.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Job:
                 if len(in_flight) == 4:
                     self._answered(in_flight.pop(0).result(60))
                 if step % 5 == 0:
-                    with maskwire.attach(address) as other:
+                    with maskwire.attach(address, retry_for=retry_for, timeout=20, on_wait=_quiet) as other:
                         found = other.status().mirror
                         self.mirrored = max(self.mirrored, found.step if found else 0)
                 if step % 11 == 0:

@@ -1,4 +1,4 @@
-"""A real S3 server in a process of its own, and a proxy that does to its clients what networks and stores do."""
+"""A real S3 server in a process of its own, and a proxy that fails its clients as networks and stores do."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ class ObjectStoreServer:
         self.endpoint = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         self._process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **environment("")}
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **environment("")},
         )
         deadline = time.monotonic() + 60
         while True:
@@ -158,4 +161,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.shutdown(socket.SHUT_RDWR)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _serve  # noqa: N815
-

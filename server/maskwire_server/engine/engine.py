@@ -70,7 +70,7 @@ class Engine:
             self._checkpoints, self._catalogue, setup.checkpoints, setup.configuration, self._versions,
             setup.clock,
         )  # fmt: skip
-        self._mirror = mirror_of(setup.storage, self._run, self._checkpoints, setup.serve, self._must_end)
+        self._mirror = mirror_of(setup, self._run, self._checkpoints, self._must_end)
         self._start = Start(
             self._run, self._checkpoints, self._catalogue, self._saver, self._disk, setup, self._versions,
             self._mirror,

@@ -19,9 +19,10 @@ from maskwire.v1.values import MirrorStatus
 from maskwire_server import failpoints
 from maskwire_server.checkpoints.mirrored_checkpoints import MirroredCheckpoints, members
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.config import ServeConfig, StorageConfig
+from maskwire_server.config import StorageConfig
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.mirrored_saves import MirroredSaves
+from maskwire_server.engine.setup import Setup
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.engine.wakeup import Wakeup
 from maskwire_server.errors import FencedError, Refused, StoreError
@@ -47,14 +48,14 @@ class Mirror:
         run: Run,
         checkpoints: Checkpoints,
         settings: StorageConfig,
+        store: ObjectStore,
         *,
         drops_batches: bool,
         on_fatal: Callable[[BaseException], None],
     ) -> None:
-        assert settings.mirror is not None
         self._settings = settings
-        self._store = ObjectStore(settings.mirror)
-        self._copies = MirroredCheckpoints(self._store, checkpoints)
+        self._store = store
+        self._copies = MirroredCheckpoints(store, checkpoints)
         self._on_fatal = on_fatal
         self._work = Wakeup()
         self._stopping = False
@@ -263,17 +264,15 @@ class Mirror:
 
 
 def mirror_of(
-    settings: StorageConfig,
-    run: Run,
-    checkpoints: Checkpoints,
-    serve: ServeConfig,
-    on_fatal: Callable[[BaseException], None],
+    setup: Setup, run: Run, checkpoints: Checkpoints, on_fatal: Callable[[BaseException], None]
 ) -> Mirror | None:
     """The mirror that the settings name, if any."""
-    if settings.mirror is None:
+    if setup.store is None:
         return None
-    drops_batches = serve.keep_payloads == "recovery"
-    return Mirror(run, checkpoints, settings, drops_batches=drops_batches, on_fatal=on_fatal)
+    drops_batches = setup.serve.keep_payloads == "recovery"
+    return Mirror(
+        run, checkpoints, setup.storage, setup.store, drops_batches=drops_batches, on_fatal=on_fatal
+    )
 
 
 @dataclass(eq=False)

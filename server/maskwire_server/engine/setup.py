@@ -10,6 +10,7 @@ from typing import Any
 
 from maskwire_server.config import CheckpointsConfig, ServeConfig, StorageConfig
 from maskwire_server.engine.trainer_interface import Trainer
+from maskwire_server.journal.object_store import ObjectStore
 
 
 @dataclass(frozen=True)
@@ -39,4 +40,6 @@ class Setup:
     last_error: str = ""
     """Why the processes that served the run before have ended, if that is known."""
     storage: StorageConfig = field(default_factory=StorageConfig)
+    store: ObjectStore | None = None
+    """The object store of the mirror that `storage` names; None: the run has no mirror."""
     clock: Callable[[], float] = time.monotonic

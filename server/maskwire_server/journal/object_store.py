@@ -172,7 +172,8 @@ class ObjectStore:
         except Exception as error:  # fsspec and the packages below it raise errors of many types
             if _precondition_failed(error):
                 raise FileExistsError(what) from error
-            self._system = None  # connect again, with credentials read again
+            if isinstance(error, PermissionError):
+                self._system = None  # connect again, with credentials read again
             words = " ".join(str(error).split())[:300] or type(error).__name__
             raise StoreError(f"{self.address}: cannot {what}: {type(error).__name__}: {words}") from error
 

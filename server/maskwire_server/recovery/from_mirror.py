@@ -18,16 +18,15 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 2.0
 
 
-def restore_journal(config: Config, stop: threading.Event) -> None:
+def restore_journal(config: Config, store: ObjectStore, stop: threading.Event) -> None:
     """Restore the journal of a run directory that has none, if the mirror has the run; its start fetches the
     checkpoints.
 
     Waits until the store answers: a server that cannot look must not begin a new run in the run's place.
     Returns when `stop` is set. Raises ConfigError, RunDirectoryError.
     """
-    if config.storage.mirror is None or (config.run.dir / JOURNAL_FILE).is_file():
+    if (config.run.dir / JOURNAL_FILE).is_file():
         return
-    store = ObjectStore(config.storage.mirror)
     check = partial(recorded_config.completed, config, store.address)
     while not stop.is_set():
         try:
