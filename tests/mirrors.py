@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from rig import WAIT, make_engine
 from maskwire_server import config
 from maskwire_server.config import StorageConfig
 from maskwire_server.engine.engine import Engine
-from maskwire_server.errors import StoreError
 from maskwire_server.journal import restored_journal
 from maskwire_server.journal.object_store import ObjectStore
 
@@ -75,7 +74,20 @@ def tables(run_dir: Path) -> Tables:
 @contextmanager
 def down(*methods: str) -> Iterator[None]:
     """A store that fails whatever is asked of it, or only these methods."""
-    failed = StoreError("the store is down")
-    names = methods or ("create", "put", "put_file", "copy", "get", "get_all", "names", "delete")
-    with mock.patch.multiple(ObjectStore, **{name: mock.Mock(side_effect=failed) for name in names}):
+    names = methods or ("create", "put", "put_file", "copy", "get", "get_part", "get_file", "names", "delete")
+    failing = [True]
+
+    def failing_while_down(name: str) -> Callable[..., Any]:
+        works = getattr(ObjectStore, f"_{name}")
+
+        def call(store: ObjectStore, *arguments: Any) -> Any:
+            if failing[0]:
+                raise OSError("the store is down")
+            return works(store, *arguments)
+
+        return call
+
+    calls = {f"_{name}": failing_while_down(name) for name in names}
+    with mock.patch.multiple(ObjectStore, **calls):  # type: ignore[arg-type]
         yield
+        failing[0] = False  # for calls that are being repeated

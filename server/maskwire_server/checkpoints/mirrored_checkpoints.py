@@ -49,6 +49,8 @@ class MirroredCheckpoints:
         names = [name for name in self._store.names(FOLDER) if name.endswith(f"/{MANIFEST}")]
         found = {}
         for name, data in zip(names, self._store.get_all(names), strict=True):
+            if data is None:  # it was deleted since
+                continue
             try:
                 found[name.removesuffix(f"/{MANIFEST}")] = Manifest.from_json(data), data
             except NOT_A_MANIFEST as error:
@@ -160,9 +162,14 @@ class MirroredCheckpoints:
         shutil.rmtree(path, ignore_errors=True)  # of a fetch that was interrupted
         path.mkdir()
         for file in manifest.info.files:
-            self._store.get_file(f"{folder}/{file.name}", path / file.name)
-            if flush(path / file.name) != file:
-                log.error("%s/%s/%s does not match its manifest", self._store.address, folder, file.name)
+            there = self._store.get_file(f"{folder}/{file.name}", path / file.name)
+            if not there or flush(path / file.name) != file:
+                log.error(
+                    "%s/%s/%s is missing or does not match its manifest",
+                    self._store.address,
+                    folder,
+                    file.name,
+                )
                 shutil.rmtree(path)
                 return
         write_manifest_bytes(path, data)

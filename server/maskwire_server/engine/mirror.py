@@ -36,6 +36,7 @@ from maskwire_server.results import CheckpointInfo
 
 log = logging.getLogger(__name__)
 
+START_RETRY_SECONDS = 1.0
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 10.0
 """How long to wait after a failure, twice as long after each one that follows."""
 
@@ -85,54 +86,43 @@ class Mirror:
 
         Waits until the store answers. Raises FencedError, RunDirectoryError, ConfigError.
         """
-        reach = partial(self._reach, tell)
-        reach(self._store.probe)
-        self._writer = resume(journal, self._store, self._settings.acknowledge, reach)
+        self._store.patience = partial(self._wait, tell)
+        self._store.probe()
+        self._writer = resume(journal, self._store, self._settings.acknowledge)
         state = journal.outbox.state()
         if state is not None and state.fetching:
             tell("checkpoints from the mirror")
-            reach(partial(self._copies.fetch, journal, state.gone))
+            self._copies.fetch(journal, state.gone)
             journal.transaction(partial(journal.outbox.keep, replace(state, fetching=False, gone=())))
-        reach(partial(self._look_up, journal))
+        found = {folder: manifest for folder, (manifest, _) in self._copies.read_all().items()}
+        self._copies.load(members(journal, found))
         self._restored = state.restored if state else ""
         self._step, self._at = journal.outbox.last_uploaded_step(), time.time()
 
-    def _look_up(self, journal: Journal) -> None:
-        found = {folder: manifest for folder, (manifest, _) in self._copies.read_all().items()}
-        self._copies.load(members(journal, found))
-
-    def settle(self, journal: Journal, tell: Callable[[str], None]) -> None:
+    def settle(self, journal: Journal) -> None:
         """Before the run is served: where answers wait for the mirror, upload what was recorded before.
 
         Then every record that an answer can be given from is in the mirror, and so is a checkpoint.
         """
         if not self.awaited:
             return
-        reach = partial(self._reach, tell)
         while (page := journal.outbox.page(0, self._settings.segment_bytes)).last:
             self._writer.compose(page)
-            reach(self._writer.send)
+            self._writer.send()
             self._sent = page.last
             record = _UploadedCommit(self._writer, page.last)
             journal.transaction(partial(record.write, journal))
         self._step = journal.outbox.last_uploaded_step()
         if self._copies.newest is None:
             for manifest in self._copies.missing()[:1]:
-                reach(partial(self._copies.upload, manifest))
+                self._copies.upload(manifest)
 
-    def _reach(self, tell: Callable[[str], None], call: Callable[[], None]) -> None:
-        """Call what needs the store until it succeeds; StoreError if the server is stopped meanwhile."""
-        seconds = RETRY_SECONDS
-        while True:
-            try:
-                return call()
-            except StoreError as error:
-                self._note(error)
-                if self._stopping:
-                    raise
-                tell(f"the mirror: {error}")
-                self._work.wait(seconds)
-                seconds = min(2 * seconds, LONGEST_RETRY_SECONDS)
+    def _wait(self, tell: Callable[[str], None], failure: StoreError) -> bool:
+        """Wait before a call of the store is tried again; False if the server is stopping."""
+        self._note(failure)
+        tell(f"the mirror: {failure}")
+        self._work.wait(START_RETRY_SECONDS)
+        return not self._stopping
 
     # Any thread.
 
@@ -140,6 +130,7 @@ class Mirror:
         """Start to upload what the committer writes."""
         self._committer = committer
         self._problem = ""
+        self._store.patience = _no_patience
         if self.awaited:
             committer.on_written = self._work.set
         self._saves.start(committer)
@@ -294,6 +285,10 @@ class _UploadedCommit:
 
     def committed(self) -> None:
         """Nobody waits for it."""
+
+
+def _no_patience(_: StoreError) -> bool:
+    return False  # the threads wait themselves, and report it
 
 
 def _page(journal: Journal, after: int, size: int) -> Page:

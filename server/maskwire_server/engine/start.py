@@ -169,7 +169,7 @@ class Start:
         self._save_where_needed(journal, trainer, recovered, numerics)
         configuration_id = self._when_there_is_room(partial(self._record, journal, numerics))
         if self._mirror is not None:
-            self._when_there_is_room(partial(self._mirror.settle, journal, self._wait_for))
+            self._when_there_is_room(partial(self._mirror.settle, journal))
         here = head.computed
         log.info("run %s is at step %d after %.1f s", run_id, here.step, self._setup.clock() - began)
         after = self._setup.serve.poison_after

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 from maskwire_server.errors import ConfigError, StoreError
 
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 CONDITIONAL = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "file")
 """Protocols whose stores can create an object on condition that it does not exist, atomically."""
 _S3_OPTIONS = {
@@ -45,6 +47,8 @@ class ObjectStore:
                 'install "maskwire[storage]"'
             ) from error
         self._system: Any = None
+        self.patience: Callable[[StoreError], bool] = _no_patience
+        """Called when a call failed; whether to call again."""
 
     def probe(self) -> None:
         """Raise ConfigError unless a second `create` of the same name is refused. Raises StoreError."""
@@ -65,70 +69,94 @@ class ObjectStore:
 
     def create(self, name: str, data: bytes) -> None:
         """Write an object, whole or not at all; FileExistsError, and nothing changes, if it exists."""
-        with self._calling(f"create {name}"):
-            if self._protocol == "file":
-                self._link(name, data)
-            elif self._protocol in ("s3", "s3a"):  # one request, whatever the size
-                self._fs.pipe_file(self._path(name), data, mode="create", chunksize=2**32)
-            else:
-                self._fs.pipe_file(self._path(name), data, mode="create")
+        self._call(f"create {name}", self._create, name, data)
+
+    def _create(self, name: str, data: bytes) -> None:
+        if self._protocol == "file":
+            self._link(name, data)
+        elif self._protocol in ("s3", "s3a"):  # one request, whatever the size
+            self._fs.pipe_file(self._path(name), data, mode="create", chunksize=2**32)
+        else:
+            self._fs.pipe_file(self._path(name), data, mode="create")
 
     def put(self, name: str, data: bytes) -> None:
-        """Write an object, or replace it, whole or not at all."""
-        with self._calling(f"write {name}"):
-            if self._protocol == "file":
-                with contextlib.suppress(FileExistsError):
-                    self._link(name, data)
-            else:
-                self._fs.pipe_file(self._path(name), data)
+        """Write an object whose name stands for its content, whole or not at all."""
+        with contextlib.suppress(FileExistsError):
+            self._call(f"write {name}", self._put, name, data)
+
+    def _put(self, name: str, data: bytes) -> None:
+        if self._protocol == "file":
+            self._link(name, data)
+        else:
+            self._fs.pipe_file(self._path(name), data)
 
     def put_file(self, name: str, path: Path) -> None:
         """Write an object from a local file."""
-        with self._calling(f"write {name}"):
-            self._fs.makedirs(self._fs._parent(self._path(name)), exist_ok=True)
-            self._fs.put_file(str(path), self._path(name))
+        self._call(f"write {name}", self._put_file, name, path)
+
+    def _put_file(self, name: str, path: Path) -> None:
+        self._fs.makedirs(self._fs._parent(self._path(name)), exist_ok=True)
+        self._fs.put_file(str(path), self._path(name))
 
     def copy(self, name: str, target: str) -> None:
         """Copy an object within the store."""
-        with self._calling(f"copy {name}"):
-            self._fs.makedirs(self._fs._parent(self._path(target)), exist_ok=True)
-            self._fs.cp_file(self._path(name), self._path(target))
+        self._call(f"copy {name}", self._copy, name, target)
+
+    def _copy(self, name: str, target: str) -> None:
+        self._fs.makedirs(self._fs._parent(self._path(target)), exist_ok=True)
+        self._fs.cp_file(self._path(name), self._path(target))
 
     def get(self, name: str) -> bytes | None:
         """The content of an object; None if there is none of that name."""
-        with self._calling(f"read {name}"):
-            try:
-                return bytes(self._fs.cat_file(self._path(name)))
-            except FileNotFoundError:
-                return None
+        return self._call(f"read {name}", self._get, name)
 
-    def get_all(self, names: list[str]) -> Iterator[bytes]:
-        """The contents of objects, in order, many read at once. StoreError if one is missing."""
+    def _get(self, name: str) -> bytes | None:
+        try:
+            return bytes(self._fs.cat_file(self._path(name)))
+        except FileNotFoundError:
+            return None
+
+    def get_all(self, names: list[str]) -> Iterator[bytes | None]:
+        """The contents of objects, in order, many read at once; None for one that is missing."""
         for start in range(0, len(names), _AT_ONCE):
-            part = [self._path(name) for name in names[start : start + _AT_ONCE]]
-            with self._calling("read objects"):
-                found = self._fs.cat(part) if len(part) > 1 else {part[0]: self._fs.cat_file(part[0])}
-                contents = [bytes(found[self._stripped(path)]) for path in part]
-            yield from contents
+            part = names[start : start + _AT_ONCE]
+            found = self._call("read objects", self._get_part, part) if len(part) > 1 else {}
+            for name in part:
+                content = found.get(self._stripped(self._path(name)))
+                yield bytes(content) if isinstance(content, bytes) else self.get(name)
 
-    def get_file(self, name: str, path: Path) -> None:
-        """Write an object's content to a local file."""
-        with self._calling(f"read {name}"):
+    def _get_part(self, names: list[str]) -> dict[str, object]:
+        return dict(self._fs.cat([self._path(name) for name in names], on_error="return"))
+
+    def get_file(self, name: str, path: Path) -> bool:
+        """Write an object's content to a local file; False if there is none of that name."""
+        return self._call(f"read {name}", self._get_file, name, path)
+
+    def _get_file(self, name: str, path: Path) -> bool:
+        try:
             self._fs.get_file(self._path(name), str(path))
+        except FileNotFoundError:
+            return False
+        return True
 
     def names(self, folder: str) -> list[str]:
         """The names of all objects below a folder, sorted, relative to the address."""
-        with self._calling(f"list {folder}"):
-            try:
-                found = self._fs.find(self._path(folder))
-            except FileNotFoundError:
-                return []
+        return self._call(f"list {folder}", self._names, folder)
+
+    def _names(self, folder: str) -> list[str]:
+        try:
+            found = self._fs.find(self._path(folder))
+        except FileNotFoundError:
+            return []
         start = len(self._stripped(self._path(""))) + 1
         return sorted(path[start:] for path in found if not path.endswith(".part"))
 
     def delete(self, name: str) -> None:
         """Delete an object. It is no error if there is none of that name."""
-        with self._calling(f"delete {name}"), contextlib.suppress(FileNotFoundError):
+        self._call(f"delete {name}", self._delete, name)
+
+    def _delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))
 
     def _path(self, name: str) -> str:
@@ -162,20 +190,26 @@ class ObjectStore:
         finally:
             draft.unlink(missing_ok=True)
 
-    @contextlib.contextmanager
-    def _calling(self, what: str) -> Iterator[None]:
-        """Raise every error of the store as a StoreError, but FileExistsError of a conditional create."""
-        try:
-            yield
-        except FileExistsError:
-            raise
-        except Exception as error:  # fsspec and the packages below it raise errors of many types
-            if _precondition_failed(error):
-                raise FileExistsError(what) from error
-            if isinstance(error, PermissionError):
-                self._system = None  # connect again, with credentials read again
-            words = " ".join(str(error).split())[:300] or type(error).__name__
-            raise StoreError(f"{self.address}: cannot {what}: {type(error).__name__}: {words}") from error
+    def _call(self, what: str, act: Callable[[*Ts], T], *arguments: *Ts) -> T:
+        """Call `act`; raise every error of the store as a StoreError, but FileExistsError."""
+        while True:
+            try:
+                return act(*arguments)
+            except FileExistsError:
+                raise
+            except Exception as error:  # fsspec and the packages below it raise errors of many types
+                if _precondition_failed(error):
+                    raise FileExistsError(what) from error
+                if isinstance(error, PermissionError):
+                    self._system = None  # connect again, with credentials read again
+                words = " ".join(str(error).split())[:300] or type(error).__name__
+                failure = StoreError(f"{self.address}: cannot {what}: {type(error).__name__}: {words}")
+                if not self.patience(failure):
+                    raise failure from error
+
+
+def _no_patience(_: StoreError) -> bool:
+    return False
 
 
 def _precondition_failed(error: BaseException) -> bool:

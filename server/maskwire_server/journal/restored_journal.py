@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from maskwire_server import failpoints
@@ -32,6 +33,8 @@ from maskwire_server.journal.segments import (
 log = logging.getLogger(__name__)
 
 _DRAFT = f"{JOURNAL_FILE}.restoring"
+_CATCH_UP = 8
+"""After so many attempts look for the newest segment: each attempt reads one."""
 
 
 def restore(
@@ -43,7 +46,7 @@ def restore(
     be of the writer before. `check` is called before that with seed and canonical configuration, and raises
     if this server cannot serve such a run. Raises RunDirectoryError for a damaged mirror, StoreError.
     """
-    newest = max(filter(None, map(segment_number, store.names(FOLDER))), default=0)
+    newest = _newest(store)
     if not newest:
         return False
     try:
@@ -58,6 +61,11 @@ def restore(
     finally:
         os.close(held)
     return True
+
+
+def _newest(store: ObjectStore) -> int:
+    """The number of the newest segment; 0: there is none."""
+    return max(filter(None, map(segment_number, store.names(FOLDER))), default=0)
 
 
 class _Restore:
@@ -109,10 +117,8 @@ class _Restore:
         self, db: sqlite3.Connection, newest: int, check: Callable[[int, bytes], object]
     ) -> SegmentWriter:
         """Apply every segment, and write the next one. A writer that is faster is read first."""
-        while True:
-            for segment in self._segments(newest):
-                for change in segment.changes:
-                    apply(db, change)
+        self._apply_through(db, newest)
+        for attempt in itertools.count(1):
             facts = dict(db.execute("SELECT key, value FROM run").fetchall())
             if self._last is None or "run_id" not in facts:
                 raise RunDirectoryError(
@@ -125,40 +131,48 @@ class _Restore:
             )
             writer.compose(NOTHING)
             failpoints.passing("mirror.claiming")
-            try:
-                writer.send()
-            except RunDirectoryError:  # fenced: the other writer is alive and was faster
-                newest = self._last.number + 1
-                continue
-            failpoints.passing("mirror.claimed")
-            return writer
+            found = writer.try_send()
+            if found is None:
+                failpoints.passing("mirror.claimed")
+                return writer
+            self._apply(db, found)  # the other writer is alive, and was faster
+            if attempt % _CATCH_UP == 0:
+                self._apply_through(db, _newest(self._store))
+        raise AssertionError
 
-    def _segments(self, newest: int) -> Iterator[Segment]:
-        """The segments after the last one that was read, checked."""
+    def _apply_through(self, db: sqlite3.Connection, newest: int) -> None:
+        """Apply the segments after the last one that was applied."""
         first = self._last.number + 1 if self._last else 1
         names = [segment_name(number) for number in range(first, newest + 1)]
-        for name, data in zip(names, self._store.get_all(names), strict=True):
-            number = first if self._last is None else self._last.number + 1
-            try:
-                segment = Segment.decode(data)
-                fits = (segment.number, segment.previous) == (number, self._hash)
-                if not fits or (self._last and segment.run_id != self._last.run_id):
-                    raise ValueError("it does not follow the one before it")
-                if segment.journal_format != FORMAT:
-                    raise ValueError(
-                        f"it is of journal format {segment.journal_format}, this version reads {FORMAT}; "
-                        "restore with the version that wrote it"
-                    )
-            except ValueError as error:
-                raise RunDirectoryError(f"{self._store.address}/{name}: {error}") from error
-            self._last, self._hash = segment, hash_of(data)
-            if segment.changes:
-                self._written = segment
-            self._batches |= {batches.name: batches for batches in segment.batches}
-            for gone in segment.deletes:
-                if self._batches.pop(gone, None) is None:
-                    self._gone.append(gone)
-            yield segment
+        for data in self._store.get_all(names):
+            self._apply(db, data)
+
+    def _apply(self, db: sqlite3.Connection, data: bytes | None) -> None:
+        """Check the next segment, and make its changes."""
+        number = self._last.number + 1 if self._last else 1
+        try:
+            if data is None:
+                raise ValueError("it is missing")
+            segment = Segment.decode(data)
+            fits = (segment.number, segment.previous) == (number, self._hash)
+            if not fits or (self._last and segment.run_id != self._last.run_id):
+                raise ValueError("it does not follow the one before it")
+            if segment.journal_format != FORMAT:
+                raise ValueError(
+                    f"it is of journal format {segment.journal_format}, this version reads {FORMAT}; "
+                    "restore with the version that wrote it"
+                )
+            for change in segment.changes:
+                apply(db, change)
+        except ValueError as error:
+            raise RunDirectoryError(f"{self._store.address}/{segment_name(number)}: {error}") from error
+        self._last, self._hash = segment, hash_of(data)
+        if segment.changes:
+            self._written = segment
+        self._batches |= {batches.name: batches for batches in segment.batches}
+        for gone in segment.deletes:
+            if self._batches.pop(gone, None) is None:
+                self._gone.append(gone)
 
     def _insert_batches(self, db: sqlite3.Connection) -> None:
         """Insert the batches that are there. Recovery says so if it needs one that is not."""

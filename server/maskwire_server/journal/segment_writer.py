@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -55,6 +55,14 @@ class SegmentWriter:
     def send(self) -> None:
         """Upload the composed segment, its batches first. Raises StoreError: try again; FencedError."""
         assert self.pending is not None
+        number = self.pending.number
+        found = self.try_send()
+        if found is not None:
+            raise fenced(self._store, found, number)
+
+    def try_send(self) -> bytes | None:
+        """Like `send`; return the bytes of another writer's segment if there is one of that number."""
+        assert self.pending is not None
         failpoints.passing("mirror.uploading")
         while self._objects:
             self._store.put(*self._objects[-1])
@@ -68,10 +76,11 @@ class SegmentWriter:
             if found is None:
                 raise StoreError(f"{self._store.address}: {name} exists, and cannot be read") from None
             if found != self._data:  # otherwise an earlier try succeeded and its answer was lost
-                raise fenced(self._store, found, self.pending.number) from None
+                return found
         failpoints.passing("mirror.segment_uploaded")
         self.number, self.hash = self.pending.number, hash_of(self._data)
         self.pending, self._data = None, b""
+        return None
 
 
 def new_instance() -> str:
@@ -92,23 +101,17 @@ def fenced(store: ObjectStore, found: bytes, number: int) -> FencedError:
     )
 
 
-def resume(
-    journal: Journal,
-    store: ObjectStore,
-    acknowledge: str,
-    reach: Callable[[Callable[[], None]], None],
-) -> SegmentWriter:
+def resume(journal: Journal, store: ObjectStore, acknowledge: str) -> SegmentWriter:
     """Make this process the writer of the run's segments: it writes one. Raises FencedError.
 
-    `reach` calls what needs the store, again and again until the store answers. Raises RunDirectoryError when
-    the address holds another run.
+    Raises RunDirectoryError when the address holds another run.
     """
     outbox, run_id = journal.outbox, journal.fact("run_id")
     known = outbox.state()
     if known is None or known.address != store.address:
         known = MirrorState(store.address, restored=known.restored if known else "")
     chain = _Chain(journal, store, known)
-    reach(chain.read)
+    chain.read()
     state = chain.state
     if not (state.complete and outbox.is_current):
         log.info("the whole journal will be uploaded to %s", store.address)
@@ -121,7 +124,7 @@ def resume(
     writer = SegmentWriter(store, run_id, acknowledge, instance, state.number, state.hash)
     writer.compose(NOTHING)
     failpoints.passing("mirror.claiming")
-    reach(writer.send)
+    writer.send()
     failpoints.passing("mirror.claimed")
     claimed = replace(state, number=writer.number, hash=writer.hash, instances=(instance,))
     journal.transaction(lambda: outbox.keep(claimed))

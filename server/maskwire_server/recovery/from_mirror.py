@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from functools import partial
@@ -28,12 +29,14 @@ def restore_journal(config: Config, store: ObjectStore, stop: threading.Event) -
     if (config.run.dir / JOURNAL_FILE).is_file():
         return
     check = partial(recorded_config.completed, config, store.address)
-    while not stop.is_set():
-        try:
-            store.probe()
-            if restored_journal.restore(config.run.dir, store, config.storage.acknowledge, check):
-                log.warning("the journal was restored from %s", store.address)
-            return
-        except StoreError as error:
-            log.error("%s; trying again", error)
-            stop.wait(RETRY_SECONDS)
+    store.patience = partial(_wait, stop)
+    with contextlib.suppress(StoreError):  # `stop` is set
+        store.probe()
+        if restored_journal.restore(config.run.dir, store, config.storage.acknowledge, check):
+            log.warning("the journal was restored from %s", store.address)
+
+
+def _wait(stop: threading.Event, failure: StoreError) -> bool:
+    """Wait before a call is tried again; False if the server is stopping."""
+    log.error("%s; trying again", failure)
+    return not stop.wait(RETRY_SECONDS)

@@ -36,6 +36,7 @@ from maskwire_server.step_listing import StepsRequest
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (engine_mirror, mirrored_saves):
         monkeypatch.setattr(module, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(engine_mirror, "START_RETRY_SECONDS", 0.05)
 
 
 @pytest.fixture
