@@ -18,11 +18,11 @@ from metrics_table import monitoring
 
 from maskwire.cli import app as client_app
 from maskwire.cli import exit_codes, options
-from maskwire_server.app import EXIT_CODES
 from maskwire_server.cli import app as server_app
 from maskwire_server.config import CAN_BE_OFF, OFF, PRESETS, Config, can_be_off
 from maskwire_server.config.base import Section
 from maskwire_server.config.template import toml
+from maskwire_server.exit_codes import EXIT_CODES
 
 DOCS = Path(__file__).resolve().parent
 SHARED = {*options.SHARED, "as_json"}

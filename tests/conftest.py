@@ -33,7 +33,8 @@ LONGEST = (
     "rpc/test_both_clients.py", "test_suite.py", "server/training/test_trainer.py",
     "server/training/test_importing.py", "rpc/test_service_over_the_wire.py", "rpc/test_generate.py",
     "rpc/test_weights.py", "rpc/test_made_up.py", "rpc/test_exchange.py", "test_laws.py",
-    "test_fork_server.py", "rpc/test_evaluation.py", "test_scale.py",
+    "test_fork_server.py", "rpc/test_evaluation.py", "test_scale.py", "rpc/test_object_stores.py",
+    "server/engine/test_mirror.py",
 )  # fmt: skip
 """The files that take ten seconds or more, the longest first."""
 CHILDREN = pytest.StashKey[set[int]]()

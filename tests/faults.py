@@ -38,7 +38,7 @@ class Fault:
 
     def install(self, fired: Path | None = None) -> None:
         """From now on, in this process; the file `fired` is made when it happens."""
-        assert self.place in failpoints.NAMES, self.place
+        assert self.place in failpoints.NAMES + failpoints.MIRROR_NAMES, self.place
         left, lock = [self.number], threading.Lock()
 
         def act(name: str) -> None:

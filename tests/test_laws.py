@@ -62,12 +62,18 @@ def knows(path: Path, package: str) -> bool:
         ("prometheus_client", ["telemetry"]),
         ("opentelemetry", ["telemetry"]),
         ("tensorboard", ["telemetry"]),
+        ("fsspec", ["journal"]),
     ],
 )
 def test_each_heavy_package_is_known_in_one_place_of_the_server(package: str, allowed: list[str]) -> None:
     found = {path.relative_to(SERVER) for path in sources(SERVER) if knows(path, package)}
     assert found, f"nobody imports {package}: the test looks in the wrong place"
     assert not {path for path in found if path.parts[0] not in allowed}
+
+
+def test_object_stores_are_known_in_one_module() -> None:
+    found = [path.name for path in sources(SERVER) if knows(path, "fsspec") or knows(path, "s3fs")]
+    assert found == ["object_store.py"]
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group[0])
@@ -191,7 +197,10 @@ def test_no_pickle_anywhere_but_foreign_weights_and_those_without_their_code() -
         ("import maskwire; maskwire.connect", ["torch", "typer", "rich", "maskwire_server", "opentelemetry"]),
         ("import maskwire.v1", ["torch", "typer", "rich", "grpc", "numpy"]),
         ("import maskwire_server.cli", ["torch", "grpc", "maskwire_server.app"]),
-        ("import maskwire_server.app", ["torch", "prometheus_client", "opentelemetry", "tensorboard"]),
+        (
+            "import maskwire_server.app",
+            ["torch", "prometheus_client", "opentelemetry", "tensorboard", "fsspec", "s3fs"],
+        ),
     ],
 )
 def test_importing_stays_light(statement: str, absent: list[str]) -> None:

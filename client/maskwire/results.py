@@ -24,6 +24,9 @@ from maskwire.v1.values import (
     LossSums as LossSums,
 )
 from maskwire.v1.values import (
+    MirrorStatus as MirrorStatus,
+)
+from maskwire.v1.values import (
     ModelInfo as ModelInfo,
 )
 from maskwire.v1.values import (
@@ -278,3 +281,5 @@ class Status:
     device_share: DeviceShare = DeviceShare()
     step_timeout_seconds: float = 0.0
     """How long a step may take before the server counts it as hung; 0: an older server."""
+    mirror: MirrorStatus | None = None
+    """None: the run has no mirror."""

@@ -26,10 +26,21 @@ from maskwire_server.engine.engine import Engine
 from maskwire_server.engine.setup import Setup
 from maskwire_server.engine.trainer_interface import Trainer
 from maskwire_server.engine.watchdog import Watchdog
-from maskwire_server.errors import ConfigError, DeviceLost, Refused, RunDirectoryError
+from maskwire_server.errors import ConfigError, DeviceLost, FencedError, Refused, RunDirectoryError
+from maskwire_server.exit_codes import (
+    EXIT_CONFIG,
+    EXIT_DEVICE,
+    EXIT_FAILURE,
+    EXIT_FENCED,
+    EXIT_HUNG,
+    EXIT_INEXACT,
+    EXIT_RUN_DIRECTORY,
+    EXIT_SLOW,
+)
+from maskwire_server.journal.object_store import ObjectStore
 from maskwire_server.journal.run_directory import JOURNAL_FILE
 from maskwire_server.ranks.launcher import note_loss
-from maskwire_server.recovery import point_in_time
+from maskwire_server.recovery import from_mirror, point_in_time
 from maskwire_server.recovery.replay import InexactReplayError
 from maskwire_server.rpc.server import Server
 from maskwire_server.telemetry import start as telemetry
@@ -39,25 +50,6 @@ log = logging.getLogger(__name__)
 
 LAST_SECONDS = 0.5
 """Between the report that the process hangs and its end."""
-
-EXIT_CONFIG, EXIT_RUN_DIRECTORY, EXIT_INEXACT, EXIT_SLOW, EXIT_OUTPUT = 2, 3, 4, 5, 7
-EXIT_FAILURE, EXIT_HUNG, EXIT_DEVICE = 70, 71, 72
-EXIT_CODES = {  # acknowledged steps are safe in each case
-    0: "success; `serve` stopped cleanly",
-    1: "`check`: the model does not fit in memory; `verify`: something is damaged; `serve`: it hung, and so "
-    "did the thread that notices; start the server again",
-    EXIT_CONFIG: "the configuration, a certificate or a token file is invalid; stderr says what is wrong",
-    EXIT_RUN_DIRECTORY: "the run directory cannot be used: another server uses it, it is damaged, or the run "
-    "has another model, objective or seed than the configuration",
-    EXIT_INEXACT: "a recomputed step gave another result than the recorded one",
-    EXIT_SLOW: "stopped, but the running step took longer than `serve.drain_seconds`; start the server again",
-    EXIT_OUTPUT: "the command finished, but its output could not be written to stdout (a full disk?)",
-    EXIT_FAILURE: "an unexpected error, which the log describes; start the server again",
-    EXIT_HUNG: "a step or a read hung for `serve.step_timeout_seconds`, and the log has the stack of "
-    "every thread; start the server again",
-    EXIT_DEVICE: "the device failed, such as by a CUDA error that lasts until the process ends; start the "
-    "server again, on another machine if it fails again",
-}
 
 
 def serve(
@@ -81,6 +73,11 @@ def serve(
     if config.serve.certificate_files or config.serve.token_files:
         signal.signal(signal.SIGHUP, lambda *_: reread.set())
     try:
+        store = None if config.storage.mirror is None else ObjectStore(config.storage.mirror)
+        if store is not None:
+            from_mirror.restore_journal(config, store, stop)
+            if stop.is_set():
+                return _leave(finish(0))
         config = served_config.completed(config)
     except RunDirectoryError as error:
         say(error)
@@ -103,8 +100,10 @@ def serve(
         accept_lost_history=accept_lost_history,
         identity=served_config.identity(config),
         last_error=last_error,
+        storage=config.storage,
+        store=store,
     )
-    engine = Engine(setup, _die)
+    engine = Engine(setup, partial(_die, finish))
     try:
         server = Server(engine, config.serve, engine.events.publish)
         sources = telemetry.Sources(
@@ -141,10 +140,12 @@ def serve(
         return _fail(engine, server, EXIT_CONFIG, error)
     except InexactReplayError as error:
         return _fail(engine, server, EXIT_INEXACT, error)
+    except FencedError as error:
+        return _fail(engine, server, EXIT_FENCED, error)
     except RunDirectoryError as error:
         return _fail(engine, server, EXIT_RUN_DIRECTORY, error)
     except DeviceLost as error:
-        _die(error)
+        _die(finish, error)
     except Exception:
         log.exception("the server failed to start")
         return _leave(EXIT_FAILURE)
@@ -311,7 +312,10 @@ def say(error: Exception) -> None:
         print(f"maskwire-server: {line}", file=sys.stderr)
 
 
-def _die(error: BaseException) -> NoReturn:
+def _die(finish: Callable[[int], int], error: BaseException) -> NoReturn:
+    if isinstance(error, FencedError):
+        say(error)
+        _leave(finish(EXIT_FENCED))
     print(
         f"maskwire-server: {type(error).__name__}; see the log above; start the server again to resume",
         file=sys.stderr,

@@ -4,6 +4,8 @@
     ├── Refused            a call is refused; `reason` is a key of REASONS
     ├── ConfigError        the configuration is invalid; one line per problem
     ├── RunDirectoryError  the run directory cannot be used; the server does not start
+    │   └── FencedError    another server has taken the run over through its mirror
+    ├── StoreError         the object store failed or refused; the same call may succeed later
     ├── Unwanted           the caller has left, so that the computation stopped
     ├── Diverged           the weights give results that are not finite
     ├── DeviceLost         the device failed; the process must restart
@@ -123,6 +125,17 @@ class ConfigError(MaskwireError):
 
 class RunDirectoryError(MaskwireError):
     """The run directory cannot be used. The message says why, and what to do."""
+
+
+class FencedError(RunDirectoryError):
+    """Another server has taken the run over: it wrote the next segment at the mirror's address.
+
+    This process must end, and its run directory must not be served again.
+    """
+
+
+class StoreError(MaskwireError):
+    """The object store failed, or refused a call. The same call may succeed later."""
 
 
 class Unwanted(MaskwireError):

@@ -59,6 +59,23 @@ SHARD_NAMES = (
 """Where a follower has received the order to write its parts of a checkpoint; where a rank writes a file, has
 written all of its own, and has made them durable; where the leader knows all files, and has moved them."""
 
+MIRROR_NAMES = (
+    "mirror.claiming",
+    "mirror.claimed",
+    "mirror.uploading",
+    "mirror.batches_uploaded",
+    "mirror.segment_uploaded",
+    "mirror.acknowledging",
+    "mirror.files_uploaded",
+    "mirror.checkpoint_uploaded",
+    "mirror.deleting",
+    "mirror.restoring",
+    "mirror.restored",
+    "mirror.fetching",
+    "mirror.fetched",
+)
+"""Those of a server that has a mirror."""
+
 _action: Callable[[str], None] | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from maskwire.v1.values import InexactReplay, ModelInfo, RunState
+from maskwire.v1.values import InexactReplay, MirrorStatus, ModelInfo, RunState
 from maskwire_server.results import CheckpointInfo
 from maskwire_server.run_figures import RunFigures
 
@@ -60,3 +60,5 @@ class RunStatus:
     device_share: DeviceShare = DeviceShare(0.0, 0.0, 0.0, 0, 0, 0)
     step_timeout_seconds: float = 0.0
     """How long a step may take before the process counts as hung."""
+    mirror: MirrorStatus | None = None
+    """None: the run has no mirror."""

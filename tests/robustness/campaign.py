@@ -29,6 +29,7 @@ from robustness import (
     damage,
     failpoint_faults,
     malformed,
+    mirror_faults,
     planted,
     power_loss,
     processes,
@@ -134,6 +135,22 @@ def _r13_layouts(folder: Path) -> Any:
     return rank_layouts.other_layouts(folder)
 
 
+def _r14_lost(acknowledge: str, instants: int, folder: Path) -> Any:
+    return mirror_faults.lose_machines(folder, acknowledge, instants)
+
+
+def _r14_faults(acknowledge: str, faults: int, seed: int, folder: Path) -> Any:
+    return mirror_faults.inject(folder, acknowledge, faults, seed)
+
+
+def _r14_places(places: list[str], times: int, folder: Path) -> Any:
+    return mirror_faults.at_failpoints(folder, places, times)
+
+
+def _r14_two(acknowledge: str, rounds: int, folder: Path) -> Any:
+    return mirror_faults.two_servers(folder, acknowledge, rounds)
+
+
 @dataclass(frozen=True)
 class _Bound:
     """A case's function with its arguments: what a process pool can carry."""
@@ -177,6 +194,14 @@ def cases(full: bool) -> list[Case]:
         made.append(case("R12", "network", _r12_network))
     made.append(case("R13", "parity", _r13, share(50, 5)))
     made.append(case("R13", "other layouts", _r13_layouts))
+    for acknowledge in ("local", "mirrored"):
+        made.append(case("R14", f"machines lost, {acknowledge}", _r14_lost, acknowledge, share(20, 2)))
+        for seed in range(share(5, 1)):
+            made.append(case("R14", f"faults {seed}, {acknowledge}", _r14_faults, acknowledge, 20, seed))
+        made.append(case("R14", f"two servers, {acknowledge}", _r14_two, acknowledge, share(10, 1)))
+    for start in range(0, len(failpoints.MIRROR_NAMES), 4):
+        places = list(failpoints.MIRROR_NAMES[start : start + 4])
+        made.append(case("R14", f"failpoints from {places[0]}", _r14_places, places, share(3, 1)))
     return made
 
 
@@ -205,7 +230,7 @@ def _revision() -> str:
 def main() -> int:
     """Run what was asked for and is not noted yet."""
     parser = argparse.ArgumentParser(prog="robustness", description=__doc__)
-    parser.add_argument("targets", nargs="*", help="R1 … R9, R12, R13; all by default")
+    parser.add_argument("targets", nargs="*", help="R1 … R9, R12 … R14; all by default")
     parser.add_argument("--full", action="store_true", help="the numbers of the targets: about 3 hours")
     parser.add_argument("--again", action="store_true", help="forget what was done before")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="at once")

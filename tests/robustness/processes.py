@@ -20,12 +20,21 @@ from types import TracebackType
 ROOT = Path(__file__).resolve().parents[2]
 READY = "maskwire-server listening on "
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["robustness.processes", "maskwire_server.app", "counter"])
+PRELOADED = ["robustness.processes", "maskwire_server.app", "counter"]
+_CONTEXT.set_forkserver_preload(PRELOADED)
 os.environ["PYTHONPATH"] = f"{ROOT / 'tests'}:{ROOT}"  # for the process that the others are forked from
 
 
-def _serve(folder: str, settings: dict[str, str], fault: str, seconds: float) -> None:
+def preload(name: str) -> None:
+    """Import a module in the process that the servers are forked from, if no server was started yet."""
+    _CONTEXT.set_forkserver_preload([*PRELOADED, name])
+
+
+def _serve(
+    folder: str, settings: dict[str, str], fault: str, seconds: float, environment: dict[str, str]
+) -> None:
     os.setpgid(0, 0)
+    os.environ.update(environment)
     place = Path(folder)
     for number, name in ((1, "ready"), (2, "log")):
         descriptor = os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -62,11 +71,20 @@ def _serve(folder: str, settings: dict[str, str], fault: str, seconds: float) ->
 class Server:
     """A server on a Unix socket of its own, or on `address`; `with` ends it."""
 
-    def __init__(self, folder: Path, *, address: str = "", seconds: float = 0.0, **settings: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        address: str = "",
+        seconds: float = 0.0,
+        environment: dict[str, str] | None = None,
+        **settings: str,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.address = address or f"unix:{folder / 'socket'}"
         self._seconds = seconds
+        self._environment = environment or {}
         self._settings = {
             "model.num_tokens": "257", "model.mask_id": "256", "model.max_seq_len": "64",
             "run.dir": str(folder / "run"), "serve.address": self.address,
@@ -85,7 +103,9 @@ class Server:
         (self.folder / "ready").write_text("")
         self.starts += 1
         process = _CONTEXT.Process(
-            target=_serve, args=(str(self.folder), self._settings, fault, self._seconds), daemon=True
+            target=_serve,
+            args=(str(self.folder), self._settings, fault, self._seconds, self._environment),
+            daemon=True,
         )
         process.start()
         self.process = process  # only now: other threads kill what they find here

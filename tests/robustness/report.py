@@ -171,7 +171,30 @@ def _r13(items: list[tuple[str, Any]]) -> str:
     return "; ".join(words)
 
 
+def _r14(items: list[tuple[str, Any]]) -> str:
+    found = [(name, note["found"]) for name, note in items]
+    instants = sum(each["instants"] for _, each in found if "instants" in each)
+    lost = {
+        mode: max(max(each["lost"]) for name, each in found if "lost" in each and name.endswith(mode))
+        for mode in ("local", "mirrored")
+    }
+    faults: Counter[str] = Counter()
+    for _, each in found:
+        faults.update(each.get("faults", {}))
+    kinds = ", ".join(f"{count:,} × {kind}" for kind, count in faults.most_common())
+    runs = sum(each["runs"] for _, each in found if "runs" in each)
+    reached = sum(each["reached"] for _, each in found if "reached" in each)
+    takeovers = sum(each["takeovers"] for _, each in found if "takeovers" in each)
+    return (
+        f"the machine lost at {instants} instants, the run restored from an S3 address alone: acknowledged "
+        f"steps lost: {lost['mirrored']} with `mirrored`, at most {lost['local']} with `local`, all of the "
+        f"last segment; {sum(faults.values()):,} requests to the store that failed: {kinds}; a kill, EIO or "
+        f"a delay at the mirror's failpoints: {runs} runs, met in {reached}; a second server took over "
+        f"{takeovers} times, the first ended with its next segment"
+    )
+
+
 _WORDS = {
     "R1": _r1, "R2": _r2, "R3": _r3, "R4": _r4, "R5": _r5, "R6": _r6, "R7": _r7, "R8": _r8, "R9": _r9,
-    "R12": _r12, "R13": _r13,
+    "R12": _r12, "R13": _r13, "R14": _r14,
 }  # fmt: skip

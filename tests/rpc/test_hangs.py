@@ -16,8 +16,8 @@ from serving import COUNTING, ServerProcess
 
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
-from maskwire_server.app import EXIT_DEVICE, EXIT_HUNG
 from maskwire_server.engine.quarantine import FILE_NAME
+from maskwire_server.exit_codes import EXIT_DEVICE, EXIT_HUNG
 
 Serve = Callable[..., ServerProcess]
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING

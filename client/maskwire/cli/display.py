@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from maskwire.results import CheckpointInfo, EvalResult, RunFigures, Status
+from maskwire.results import CheckpointInfo, EvalResult, MirrorStatus, RunFigures, Status
 
 
 class OutputError(Exception):
@@ -101,6 +101,8 @@ def status_table(found: Status, until_step: int | None = None) -> Table:
         table.add_row("checkpoint", f"{found.newest_checkpoint.name}, step {found.newest_checkpoint.step}")
     if found.inexact_replays:
         table.add_row("inexact replays", _inexact(found))
+    if found.mirror is not None:
+        table.add_row("mirror", _mirror(found.mirror))
     if found.last_error:
         table.add_row("last error", found.last_error)
     if found.versions.get("world_size", "1") != "1":
@@ -132,6 +134,13 @@ def _add_figures(table: Table, figures: RunFigures) -> None:
     ):
         if counts:
             table.add_row(name, ", ".join(f"{count} {key}" for key, count in sorted(counts.items())))
+
+
+def _mirror(mirror: MirrorStatus) -> str:
+    words = f"step {mirror.step} in {mirror.address}, {mirror.seconds_since_segment:,.0f} s ago"
+    words += f", checkpoint {mirror.checkpoint}" if mirror.checkpoint else ""
+    words += f"; cannot be written: {mirror.problem}" if mirror.problem else ""
+    return words + (f"; restored at {mirror.restored}" if mirror.restored else "")
 
 
 def _inexact(found: Status) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from datetime import UTC
 from typing import Any
 
@@ -362,4 +363,10 @@ def read_status(status: pb.GetStatusResponse) -> results.Status:
         figures=run_figures.read(status),
         device_share=read_device_share(status.device_share),
         step_timeout_seconds=status.step_timeout_seconds,
+        mirror=_read_mirror(status.mirror) if status.HasField("mirror") else None,
     )
+
+
+def _read_mirror(mirror: pb.MirrorStatus) -> results.MirrorStatus:
+    names = (each.name for each in fields(results.MirrorStatus))
+    return results.MirrorStatus(**{name: getattr(mirror, name) for name in names})

@@ -711,7 +711,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("state", "state_time", "waiting_for", "run_id", "lineage", "step", "durable_step", "digest", "queue_length", "queue_limit", "steps_per_second", "tokens_per_second", "last_error", "writer", "epoch", "model", "limits", "newest_checkpoint", "versions", "uptime", "tokenizer", "inexact_replays", "data", "digest_version", "newest_step", "steps_total", "tokens_total", "step_seconds", "recovery_seconds", "events_dropped", "refused_calls", "device_share", "step_timeout_seconds")
+    __slots__ = ("state", "state_time", "waiting_for", "run_id", "lineage", "step", "durable_step", "digest", "queue_length", "queue_limit", "steps_per_second", "tokens_per_second", "last_error", "writer", "epoch", "model", "limits", "newest_checkpoint", "versions", "uptime", "tokenizer", "inexact_replays", "data", "digest_version", "newest_step", "steps_total", "tokens_total", "step_seconds", "recovery_seconds", "events_dropped", "refused_calls", "device_share", "step_timeout_seconds", "mirror")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -787,6 +787,7 @@ class GetStatusResponse(_message.Message):
     REFUSED_CALLS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_SHARE_FIELD_NUMBER: _ClassVar[int]
     STEP_TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MIRROR_FIELD_NUMBER: _ClassVar[int]
     state: RunState
     state_time: _timestamp_pb2.Timestamp
     waiting_for: str
@@ -820,7 +821,8 @@ class GetStatusResponse(_message.Message):
     refused_calls: _containers.ScalarMap[str, int]
     device_share: DeviceShare
     step_timeout_seconds: float
-    def __init__(self, state: _Optional[_Union[RunState, str]] = ..., state_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., waiting_for: _Optional[str] = ..., run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., queue_length: _Optional[int] = ..., queue_limit: _Optional[int] = ..., steps_per_second: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., last_error: _Optional[str] = ..., writer: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., newest_checkpoint: _Optional[_Union[CheckpointInfo, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tokenizer: _Optional[str] = ..., inexact_replays: _Optional[_Iterable[_Union[InexactReplay, _Mapping]]] = ..., data: _Optional[_Mapping[str, str]] = ..., digest_version: _Optional[int] = ..., newest_step: _Optional[_Union[NewestStep, _Mapping]] = ..., steps_total: _Optional[_Mapping[str, int]] = ..., tokens_total: _Optional[int] = ..., step_seconds: _Optional[_Union[StepSeconds, _Mapping]] = ..., recovery_seconds: _Optional[_Mapping[str, float]] = ..., events_dropped: _Optional[_Mapping[str, int]] = ..., refused_calls: _Optional[_Mapping[str, int]] = ..., device_share: _Optional[_Union[DeviceShare, _Mapping]] = ..., step_timeout_seconds: _Optional[float] = ...) -> None: ...
+    mirror: MirrorStatus
+    def __init__(self, state: _Optional[_Union[RunState, str]] = ..., state_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., waiting_for: _Optional[str] = ..., run_id: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., queue_length: _Optional[int] = ..., queue_limit: _Optional[int] = ..., steps_per_second: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., last_error: _Optional[str] = ..., writer: _Optional[str] = ..., epoch: _Optional[int] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., newest_checkpoint: _Optional[_Union[CheckpointInfo, _Mapping]] = ..., versions: _Optional[_Mapping[str, str]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tokenizer: _Optional[str] = ..., inexact_replays: _Optional[_Iterable[_Union[InexactReplay, _Mapping]]] = ..., data: _Optional[_Mapping[str, str]] = ..., digest_version: _Optional[int] = ..., newest_step: _Optional[_Union[NewestStep, _Mapping]] = ..., steps_total: _Optional[_Mapping[str, int]] = ..., tokens_total: _Optional[int] = ..., step_seconds: _Optional[_Union[StepSeconds, _Mapping]] = ..., recovery_seconds: _Optional[_Mapping[str, float]] = ..., events_dropped: _Optional[_Mapping[str, int]] = ..., refused_calls: _Optional[_Mapping[str, int]] = ..., device_share: _Optional[_Union[DeviceShare, _Mapping]] = ..., step_timeout_seconds: _Optional[float] = ..., mirror: _Optional[_Union[MirrorStatus, _Mapping]] = ...) -> None: ...
 
 class NewestStep(_message.Message):
     __slots__ = ("step", "outcome", "losses", "gradient_norm", "learning_rate")
@@ -861,3 +863,29 @@ class DeviceShare(_message.Message):
     refused_reads: int
     ended_reads: int
     def __init__(self, step_seconds: _Optional[float] = ..., read_seconds: _Optional[float] = ..., owed_seconds: _Optional[float] = ..., waiting_reads: _Optional[int] = ..., refused_reads: _Optional[int] = ..., ended_reads: _Optional[int] = ...) -> None: ...
+
+class MirrorStatus(_message.Message):
+    __slots__ = ("address", "acknowledge", "lineage", "step", "segment", "seconds_since_segment", "checkpoint", "problem", "restored", "uploaded_bytes", "failures")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGE_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_SINCE_SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_FIELD_NUMBER: _ClassVar[int]
+    UPLOADED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    acknowledge: str
+    lineage: int
+    step: int
+    segment: int
+    seconds_since_segment: float
+    checkpoint: str
+    problem: str
+    restored: str
+    uploaded_bytes: int
+    failures: int
+    def __init__(self, address: _Optional[str] = ..., acknowledge: _Optional[str] = ..., lineage: _Optional[int] = ..., step: _Optional[int] = ..., segment: _Optional[int] = ..., seconds_since_segment: _Optional[float] = ..., checkpoint: _Optional[str] = ..., problem: _Optional[str] = ..., restored: _Optional[str] = ..., uploaded_bytes: _Optional[int] = ..., failures: _Optional[int] = ...) -> None: ...

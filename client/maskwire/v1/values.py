@@ -122,6 +122,32 @@ class InexactReplay:
 
 
 @dataclass(frozen=True)
+class MirrorStatus:
+    """What of a run is in its mirror, an object store."""
+
+    address: str
+    acknowledge: str
+    """"local", or "mirrored": answers wait until the mirror has what they say."""
+    lineage: int
+    step: int
+    """The newest step in the mirror; 0: none."""
+    segment: int
+    """The number of the newest segment of records."""
+    seconds_since_segment: float
+    """How long ago it was written."""
+    checkpoint: str
+    """The newest checkpoint in the mirror; empty: none."""
+    problem: str
+    """Why nothing can be uploaded now; empty: uploads succeed."""
+    restored: str
+    """From which point the run was last restored from the mirror, in words; empty: never."""
+    uploaded_bytes: int
+    """Size of the batches that this process has uploaded."""
+    failures: int
+    """Failed uploads, each of which was or will be tried again."""
+
+
+@dataclass(frozen=True)
 class RestoreResult:
     """Position of the run after a restore."""
 

@@ -35,9 +35,14 @@ class Snapshot(Protocol):
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a manifest durably, whole or not at all."""
+    write_manifest_bytes(folder, manifest.to_json())
+
+
+def write_manifest_bytes(folder: Path, data: bytes) -> None:
+    """Write the bytes of a manifest, as `write_manifest`."""
     draft = folder / (MANIFEST + ".draft")
     with draft.open("wb") as file:
-        file.write(manifest.to_json())
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     failpoints.passing("checkpoint.drafted")

@@ -17,6 +17,7 @@ from maskwire_server.config.run import RunConfig
 from maskwire_server.config.sections import can_be_off
 from maskwire_server.config.serve import ServeConfig
 from maskwire_server.config.sources import load
+from maskwire_server.config.storage import StorageConfig
 from maskwire_server.config.telemetry import TelemetryConfig
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "ParameterGroup",
     "RunConfig",
     "ServeConfig",
+    "StorageConfig",
     "TelemetryConfig",
     "can_be_off",
     "load",

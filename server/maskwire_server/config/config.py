@@ -17,6 +17,7 @@ from maskwire_server.config.optimizer import OptimizerConfig
 from maskwire_server.config.record import canonical, recorded, recorded_sections
 from maskwire_server.config.run import RunConfig
 from maskwire_server.config.serve import ServeConfig
+from maskwire_server.config.storage import StorageConfig
 from maskwire_server.config.telemetry import TelemetryConfig
 from maskwire_server.errors import ConfigError
 
@@ -40,6 +41,7 @@ class Config(BaseSettings):
     serve: ServeConfig = ServeConfig()
     distributed: DistributedConfig = DistributedConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    storage: StorageConfig = StorageConfig()
 
     _recorded: bytes | None = PrivateAttr(None)
 

@@ -10,6 +10,7 @@ from maskwire_server.config.objective import ObjectiveConfig
 from maskwire_server.config.optimizer import OptimizerConfig
 from maskwire_server.config.run import RunConfig
 from maskwire_server.config.serve import ServeConfig
+from maskwire_server.config.storage import StorageConfig
 from maskwire_server.config.telemetry import TelemetryConfig
 
 SECTIONS: dict[str, type[Section]] = {
@@ -21,6 +22,7 @@ SECTIONS: dict[str, type[Section]] = {
     "serve": ServeConfig,
     "distributed": DistributedConfig,
     "telemetry": TelemetryConfig,
+    "storage": StorageConfig,
 }
 """In the order of the generated file and pages."""
 

@@ -64,7 +64,8 @@ class Situation:
 _UNAVAILABLE = {
     RunState.RECOVERING: "the server is recovering the run",
     RunState.RESTORING: "a checkpoint is being restored",
-    RunState.HELD: "the journal's disk is full; free some space, and training resumes",
+    RunState.HELD: "training pauses until the journal's disk has room and the mirror can be written (the "
+    "status says which); then it resumes by itself",
     RunState.DRAINING: "the server is shutting down",
 }
 
@@ -75,6 +76,11 @@ def refuse_unavailable(state: RunState) -> None:
         raise Refused(state.name, f"{_UNAVAILABLE[state]}; retry with the same request id")
     if state is RunState.RECOVERY_FAILED:
         raise Refused("RECOVERING", "recovery failed; see the server's log")
+
+
+def mirror_fails() -> Refused:
+    """The refusal of an answer that may not be given before the mirror has what it says."""
+    return Refused("HELD", "the mirror cannot be written, and the answer must wait; retry")
 
 
 def shutting_down() -> Refused:

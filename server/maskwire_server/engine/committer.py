@@ -17,13 +17,14 @@ from typing import Any, Protocol, TypeVar, TypeVarTuple
 from maskwire.v1.values import RunState
 from maskwire_server.engine import admission_rules
 from maskwire_server.engine.futures import answer, refuse
+from maskwire_server.engine.journal_reads import JournalRead
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.engine.step_timeout import LEAST_SECONDS
 from maskwire_server.engine.wakeup import Wakeup
-from maskwire_server.errors import Refused, RunDirectoryError, is_shortage
+from maskwire_server.engine.withheld import Withheld, give
 from maskwire_server.events import Committed
 from maskwire_server.journal import reserve
-from maskwire_server.journal.database import JournalError, is_damaged, is_full
+from maskwire_server.journal.database import JournalError, is_full
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.reserve import Reserve
 
@@ -54,7 +55,10 @@ class Committer:
         disk: Reserve,
         clock: Callable[[], float],
         on_fatal: Callable[[BaseException], None],
+        *,
+        mirrored: bool = False,
     ) -> None:
+        """`mirrored`: answers wait until the mirror has what they say; `mirrored_through` says so."""
         self._run = run
         self._journal = journal
         self._disk = disk
@@ -64,7 +68,10 @@ class Committer:
         self._idle = threading.Condition(run.mutex)
         self._commits: list[Commit] = []
         self._committing = 0  # commits taken from the queue whose callers are not answered yet
-        self._reads: list[tuple[Callable[..., Any], tuple[Any, ...], Future[Any]]] = []
+        self._reads: list[JournalRead] = []
+        self._withheld: Withheld[Commit] = Withheld(waits=mirrored)
+        self.on_written: Callable[[], None] = _nothing
+        """Called when a transaction is durable here. It must return quickly."""
         self._retry_at: float | None = None
         self._room_requested = False
         self._failed = False  # the disk was full: the same commits are tried again
@@ -97,13 +104,49 @@ class Committer:
 
     def ask(self, question: Callable[[Journal, *Ts], T], *arguments: *Ts) -> Future[T]:
         """Like `read`, without waiting for the result."""
-        future: Future[T] = Future()
+        return self._ask(question, arguments, waits=True)
+
+    def ask_unmirrored(self, question: Callable[[Journal, *Ts], T], *arguments: *Ts) -> Future[T]:
+        """Like `ask`, for the mirror itself: the answer does not wait until the mirror has what it says."""
+        return self._ask(question, arguments, waits=False)
+
+    def _ask(self, question: Callable[..., Any], arguments: tuple[Any, ...], *, waits: bool) -> Future[Any]:
+        future: Future[Any] = Future()
         with self._run.mutex:
             if self._stopped:
                 raise admission_rules.shutting_down()
-            self._reads.append((question, arguments, future))
+            self._reads.append(JournalRead(question, arguments, future, waits))
         self.wake()
         return future
+
+    @property
+    def position(self) -> int:
+        """The mark of the outbox that ends what is durable here."""
+        return self._journal.outbox.position
+
+    @property
+    def _held_position(self) -> int:
+        """The same, where answers wait for the mirror."""
+        return self.position if self._withheld.waits else 0
+
+    def mirrored_through(self, position: int) -> None:
+        """Everything up to this mark of the outbox is in the mirror, which works."""
+        with self._run.mutex:
+            self._withheld.mirrored(position)
+            self._withheld.problem = ""
+            self._show_held()
+        self.wake()
+
+    def mirror_failed(self, problem: str) -> None:
+        """The mirror cannot be written: where answers wait for it, nothing new is admitted."""
+        with self._run.mutex:
+            if not self._withheld.waits:
+                return
+            self._withheld.problem = problem
+            self._withheld.refuse_answers()
+            self._show_held()
+            self._idle.notify_all()
+        self.wake()
 
     def wake(self) -> None:
         """Make the thread look for commits, reads and expired steps."""
@@ -120,16 +163,23 @@ class Committer:
             log.error("no room on the journal's disk: training pauses until space is freed")
         if self._retry_at is None:  # requests that are refused must not postpone the next try
             self._retry_at = self._clock() + RETRY_SECONDS
-        self._run.conditions.set(RunState.HELD, waiting_for="room on the journal's disk")
-        self._run.work.set()
+        self._show_held()
         self._idle.notify_all()
         self.wake()
 
+    def _show_held(self) -> None:
+        """Enter or leave HELD. Under the mutex."""
+        waiting_for = "room on the journal's disk" if self._retry_at is not None else self._withheld.problem
+        self._run.conditions.set(RunState.HELD, bool(waiting_for), waiting_for=waiting_for)
+        self._run.work.set()
+
     def wait_durable(self) -> bool:
-        """Wait until every queued commit is durable; False if the disk is full or at shutdown."""
+        """Wait until every queued commit is durable; False if the disk is full, the mirror fails, or at
+        shutdown.
+        """
         with self._run.mutex:
             while self._commits or self._committing:
-                if self._failed or self._stopped:
+                if self._failed or self._stopped or self._withheld.problem:
                     return False
                 self._idle.wait()
             return True
@@ -164,10 +214,11 @@ class Committer:
             with self._run.mutex:
                 self._stopped = True
                 reads, self._reads = self._reads, []
+                self._withheld.refuse_answers()
                 self._idle.notify_all()
             self._run.work.set()
-            for *_, future in reads:
-                refuse(future, admission_rules.shutting_down())
+            for read in reads:
+                refuse(read.future, admission_rules.shutting_down())
 
     def _cycle(self) -> bool:
         """Do what is due, or wait for work; False when the thread ends."""
@@ -177,17 +228,18 @@ class Committer:
             commits: list[Commit] = []
             if self._ready():
                 commits, self._commits = self._commits, []
-                self._committing = len(commits)
+                self._committing += len(commits)
             stopping = self._stopping
             room_due = self._retry_at is not None and self._clock() >= self._retry_at
             requested, self._room_requested = self._room_requested, False
             timeout = self._timeout()
-        if not (reads or commits or stopping or room_due or requested):
+            released = self._withheld.due
+        if not (reads or commits or stopping or room_due or requested or released):
             self._work.wait(timeout)
             return True
         self._run.committing.begin("the journal's transaction", LEAST_SECONDS)
         for read in reads:
-            self._answer(*read)
+            self._answer(read)
         if room_due or requested:
             self._make_room()
         if requested:
@@ -196,7 +248,9 @@ class Committer:
         if room_due and not self._failed:
             self._look_for_room()
         if written:
-            self._announce(commits)
+            self._publish(commits)
+        if released:
+            self._release()
         due = (
             written
             and self._journal.log_bytes() >= reserve.MERGE_BYTES
@@ -219,27 +273,17 @@ class Committer:
         due = [at for at in (self._run.queue.expires_at(), self._retry_at) if at is not None]
         return max(0.0, min(due) - self._clock()) if due else None
 
-    def _answer(self, question: Callable[..., Any], arguments: tuple[Any, ...], future: Future[Any]) -> None:
-        if future.cancelled():
+    def _answer(self, read: JournalRead) -> None:
+        found = read.find(self._journal, self._run)
+        if found is None:
             return
-        try:
-            answer(future, question(self._journal, *arguments))
-        except Refused as refusal:
-            refuse(future, refusal)
-        except RunDirectoryError as error:  # a damaged record
-            log.error("%s", error)
-            refuse(future, Refused("HISTORY_LOST", str(error)))
-        except JournalError as error:
-            if not is_damaged(error):
-                raise
-            log.error("the journal is damaged: %s", error)
-            refuse(future, Refused("HISTORY_LOST", f"the journal is damaged ({error}); check the disk"))
-        except (OSError, MemoryError) as error:
-            if not is_shortage(error):
-                raise
-            with self._run.mutex:
-                refused = self._run.conditions.failed("a request", error)
-            refuse(future, refused)
+        position = self._held_position
+        with self._run.mutex:
+            held_back = read.waits and self._withheld.holds_back(position)
+            if held_back:
+                self._withheld.add_answer(position, read.future, *found)
+        if not held_back:
+            answer(read.future, *found)
 
     def _write_all(self, commits: list[Commit]) -> bool:
         """Write commits in one transaction; False if the disk is full: the commits stay queued."""
@@ -253,7 +297,7 @@ class Committer:
             with self._run.mutex:
                 self._failed = True
                 self._commits = commits + self._commits
-                self._committing = 0
+                self._committing -= len(commits)
                 self._retry_at = None
                 self.hold()
             return False
@@ -261,11 +305,29 @@ class Committer:
         self._run.events.publish(Committed(time.time(), self._clock() - began, len(commits)))
         return True
 
+    def _publish(self, commits: list[Commit]) -> None:
+        """Announce commits that are durable here, or hold them back until the mirror has them."""
+        position = self._held_position
+        with self._run.mutex:
+            held_back = self._withheld.holds_commits or self._withheld.holds_back(position)
+            if held_back:
+                self._withheld.add_commits(position, commits)
+        if not held_back:
+            self._announce(commits)
+        self.on_written()
+
+    def _release(self) -> None:
+        """Announce what the mirror has now."""
+        with self._run.mutex:
+            commits, answers = self._withheld.release()
+        self._announce(commits)
+        give(answers)
+
     def _announce(self, commits: list[Commit]) -> None:
         for commit in commits:
             commit.committed()
         with self._run.mutex:
-            self._committing = 0
+            self._committing -= len(commits)
             self._idle.notify_all()
 
     def _write(self, commits: list[Commit]) -> None:
@@ -282,5 +344,8 @@ class Committer:
                 return
             log.warning("the journal's disk has room again: training resumes, nothing was lost")
             self._retry_at = None
-            self._run.conditions.set(RunState.HELD, False)
-            self._run.work.set()
+            self._show_held()
+
+
+def _nothing() -> None:
+    """Without a mirror nobody waits for transactions."""

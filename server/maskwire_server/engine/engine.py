@@ -23,8 +23,8 @@ from maskwire_server.engine.admission import StepAdmission
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Drain, Evaluation, Save
 from maskwire_server.engine.executor import Executor
-from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
+from maskwire_server.engine.mirror import mirror_of
 from maskwire_server.engine.progress import Progress
 from maskwire_server.engine.publisher import Publisher
 from maskwire_server.engine.reads import refuse_waiting_reads
@@ -70,16 +70,14 @@ class Engine:
         self._checkpoints = Checkpoints(setup.run_dir, catalogue=self._catalogue)
         self._disk = Reserve(setup.run_dir, setup.serve.reserve_bytes)
         self._saver = Saver(
-            self._checkpoints,
-            self._catalogue,
-            setup.checkpoints,
-            setup.configuration,
-            self._versions,
+            self._checkpoints, self._catalogue, setup.checkpoints, setup.configuration, self._versions,
             setup.clock,
-        )
+        )  # fmt: skip
+        self._mirror = mirror_of(setup, self._run, self._checkpoints, self._must_end)
         self._start = Start(
-            self._run, self._checkpoints, self._catalogue, self._saver, self._disk, setup, self._versions
-        )
+            self._run, self._checkpoints, self._catalogue, self._saver, self._disk, setup, self._versions,
+            self._mirror,
+        )  # fmt: skip
         self._thread = threading.Thread(target=self._main, name="maskwire-executor", daemon=True)
         self._serving: Future[None] = Future()
         self._unanswered = Unanswered(self._run)
@@ -160,7 +158,7 @@ class Engine:
         with self._unanswered.answering(future):
             saved = self._saver.find(request)
             if saved is not None:
-                answer(future, saved)
+                self._saves.answer_saved(saved, [future])
                 return future
             with self._run.mutex:
                 twin = self._saves.with_id(request.request_id)
@@ -212,7 +210,8 @@ class Engine:
         if not self._catalogue.run_id:
             raise Refused("RECOVERING", "the server is reading the run's journal; retry")
         self._recognise(self._checkpoints.compare())
-        return [manifest.info for manifest in self._catalogue.own()]
+        own = [manifest.info for manifest in self._catalogue.own()]
+        return own if self._mirror is None else [info for info in own if self._mirror.shows(info)]
 
     def download(self, request: DownloadRequest) -> Iterator[Chunk]:
         """A checkpoint's files in chunks. It is not deleted until the iterator ends or is closed."""
@@ -235,7 +234,8 @@ class Engine:
 
     def status(self) -> RunStatus:
         """Show state, progress and what the run is waiting for. Never waits for the device or the disk."""
-        return status.report(self._run, self._serve, self.info, self._saver.newest, self._versions)
+        mirror = None if self._mirror is None else self._mirror.status()
+        return status.report(self._run, self._serve, self.info, self._saver.newest, self._versions, mirror)
 
     def drain(self, timeout: float) -> bool:
         """Refuse queued requests, finish the current one, save if needed; False after `timeout` seconds."""
@@ -295,6 +295,8 @@ class Engine:
             return
         self._build(recovered)
         self._committer.start()
+        if self._mirror is not None:
+            self._mirror.start(self._committer)
         with self._run.mutex:
             self._run.lease.opened()  # its idle time starts now, however long the start took
             self._run.conditions.set(RunState.RECOVERING, False)
@@ -312,36 +314,32 @@ class Engine:
         """Build the collaborators that serve the recovered run."""
         run, serve, clock = self._run, self._serve, self._setup.clock
         journal, disk = ready.journal, self._disk
-        self._committer = Committer(run, journal, disk, clock, self._journal_failed)
+        mirror = self._mirror
+        self._committer = Committer(
+            run, journal, disk, clock, self._must_end, mirrored=mirror is not None and mirror.awaited
+        )
         self._saves = Saves(
-            run, self._committer, self._catalogue, self._saver, self._setup.checkpoints, serve, clock
+            run, self._committer, self._catalogue, self._saver, self._setup.checkpoints, serve, clock, mirror
         )
         self._sessions = Sessions(run, self._committer, pretrained=self._setup.pretrained)
         self._restores = Restores(run, self._committer, self._checkpoints, ready.trainer)
         self._steps = StepAdmission(run, self._committer, serve, clock)
         self._executor = Executor(
-            run,
-            self._committer,
-            ready.trainer,
-            self._saves,
-            self._sessions,
-            self._restores,
-            journal=journal,
-            disk=disk,
-            quarantine=ready.quarantine,
-            serve=serve,
-            configuration_id=ready.configuration_id,
-            clock=clock,
-        )
+            run, self._committer, ready.trainer, self._saves, self._sessions, self._restores,
+            journal=journal, disk=disk, quarantine=ready.quarantine, serve=serve,
+            configuration_id=ready.configuration_id, clock=clock, mirror=mirror,
+        )  # fmt: skip
         self._executor.halt_if_due()
 
-    def _journal_failed(self, error: BaseException) -> None:
-        """End the process: what was committed is unknown. On the committer's thread."""
+    def _must_end(self, error: BaseException) -> None:
+        """End the process: what was committed is unknown, or another server has the run. Any thread."""
         self._on_fatal(error)
         self._executor.stop()
 
     def _shut_down(self) -> None:
         self._refuse_everything()
+        if self._mirror is not None:
+            self._mirror.close()
         self._saves.end()
         self._committer.close()
         self._saves.close()

@@ -18,6 +18,7 @@ from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Drain, Entry, Evaluation, Restore, Save, Step, Takeover
 from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
+from maskwire_server.engine.mirror import Mirror
 from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.engine.reads import Reads
 from maskwire_server.engine.restore import Restores
@@ -57,6 +58,7 @@ class Executor:
         serve: ServeConfig,
         configuration_id: int,
         clock: Callable[[], float],
+        mirror: Mirror | None = None,
     ) -> None:
         self._run = run
         self._committer = committer
@@ -72,6 +74,7 @@ class Executor:
         self._clock = clock
         self._reads = Reads(run, committer, trainer, serve)
         self._look_again: float | None = None  # seconds until a read that waits for steps may begin
+        self._mirror = mirror
         self._stopping = False
 
     def stop(self) -> None:
@@ -313,4 +316,6 @@ class Executor:
                 self._save(Save(SaveRequest(), automatic=True))
                 if self._committer.wait_durable():
                     self._saves.wait_written()
+        if self._mirror is not None:
+            self._mirror.flush(self._serve.drain_seconds / 2)
         answer(drain.future, None)

@@ -19,6 +19,7 @@ from maskwire_server.engine.commits import CatalogueCommit, DropBatches
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Save
 from maskwire_server.engine.futures import answer, refuse
+from maskwire_server.engine.mirror import Mirror
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.errors import Refused
 from maskwire_server.events import CheckpointWritten
@@ -42,6 +43,7 @@ class Saves:
         settings: CheckpointsConfig,
         serve: ServeConfig,
         clock: Callable[[], float],
+        mirror: Mirror | None = None,
     ) -> None:
         self._run = run
         self._committer = committer
@@ -50,6 +52,7 @@ class Saves:
         self._settings = settings
         self._drops_batches = serve.keep_payloads == "recovery"
         self._clock = clock
+        self._mirror = mirror
         self._saved_at = clock()
         self._overdue = False
         self._before = self._saved_at, self._overdue
@@ -157,7 +160,15 @@ class Saves:
             )
         )
         self._end()
-        for waiter in save.waiters:
+        self.answer_saved(info, save.waiters)
+
+    def answer_saved(self, info: CheckpointInfo, waiters: list[Future[CheckpointInfo]]) -> None:
+        """Answer who saved a checkpoint, as soon as the settings of the mirror allow. Any thread."""
+        if self._mirror is not None:
+            self._mirror.answer_saved(info, waiters)
+            self._mirror.saved()
+            return
+        for waiter in waiters:
             answer(waiter, info)
 
     def _collect(self) -> None:
@@ -192,6 +203,8 @@ class Saves:
         finally:
             self._saver.refresh()
             self._record_catalogue()
+            if self._mirror is not None:
+                self._mirror.saved()
 
 
 @dataclass(eq=False)

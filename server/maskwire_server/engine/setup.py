@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maskwire_server.config import CheckpointsConfig, ServeConfig
+from maskwire_server.config import CheckpointsConfig, ServeConfig, StorageConfig
 from maskwire_server.engine.trainer_interface import Trainer
+from maskwire_server.journal.object_store import ObjectStore
 
 
 @dataclass(frozen=True)
@@ -38,4 +39,7 @@ class Setup:
     the SHA-256 of these weights. None: `canonical` is the run's."""
     last_error: str = ""
     """Why the processes that served the run before have ended, if that is known."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    store: ObjectStore | None = None
+    """The object store of the mirror that `storage` names; None: the run has no mirror."""
     clock: Callable[[], float] = time.monotonic

@@ -18,6 +18,7 @@ from maskwire_server.checkpoints.retention import INITIAL
 from maskwire_server.checkpoints.saver import Saver
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.engine.committer import RETRY_SECONDS
+from maskwire_server.engine.mirror import Mirror
 from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.engine.sessions import recorded_digest_versions, recorded_evaluation, recorded_process
 from maskwire_server.engine.setup import Setup
@@ -60,6 +61,7 @@ class Start:
         disk: Reserve,
         setup: Setup,
         versions: dict[str, str],
+        mirror: Mirror | None = None,
     ) -> None:
         self._run = run
         self._checkpoints = checkpoints
@@ -68,6 +70,7 @@ class Start:
         self._disk = disk
         self._setup = setup
         self._versions = versions
+        self._mirror = mirror
         self._stopping = False
         self._journal: Journal | None = None
         self.read_tokens: int | None = None
@@ -76,8 +79,10 @@ class Start:
         """The served model; None until the model is built."""
 
     def stop(self) -> None:
-        """Stop waiting for disk space. Any thread."""
+        """Stop waiting for disk space and the mirror. Any thread."""
         self._stopping = True
+        if self._mirror is not None:
+            self._mirror.stop()
 
     def close(self) -> None:
         """Release the run directory."""
@@ -112,6 +117,7 @@ class Start:
         head.move(HistoryPosition(run_id, 1, 0, b""))
         if journal.log_bytes() >= reserve.MERGE_BYTES:  # of a process that was killed
             make_room(journal, self._disk)
+        self._attach_mirror(journal)
         self._catalogue.load(journal, self._checkpoints.all())
         self._saver.refresh()
         said = journal.last_event("tokenizer")
@@ -170,6 +176,8 @@ class Start:
         with self._phase("save"):
             self._save_where_needed(journal, trainer, recovered, numerics)
         configuration_id = self._when_there_is_room(partial(self._record, journal, numerics))
+        if self._mirror is not None:
+            self._when_there_is_room(partial(self._mirror.settle, journal))
         here = head.computed
         run.events.publish(LineageOpened(time.time(), run_id, here.lineage, here.step))
         log.info("run %s is at step %d after %.1f s", run_id, here.step, self._setup.clock() - began)
@@ -188,6 +196,14 @@ class Start:
 
     def _wait_for(self, words: str) -> None:
         self._run.conditions.set(RunState.RECOVERING, waiting_for=words)
+
+    def _attach_mirror(self, journal: Journal) -> None:
+        """Become the writer of the run's mirror, or stop noting what it lacks."""
+        if self._mirror is not None:
+            self._when_there_is_room(partial(self._mirror.attach, journal, self._wait_for))
+        elif journal.outbox.active:
+            log.warning("the run had a mirror, and storage.mirror is not set: it is no longer updated")
+            self._when_there_is_room(partial(journal.transaction, journal.outbox.remove))
 
     def _save_where_needed(
         self, journal: Journal, trainer: Trainer, recovered: boot.Recovered, numerics: dict[str, Any]

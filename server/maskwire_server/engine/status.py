@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from maskwire.v1.values import Limits, ModelInfo
+from maskwire.v1.values import Limits, MirrorStatus, ModelInfo
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.results import CheckpointInfo
@@ -30,6 +30,7 @@ def report(
     model: ModelInfo | None,
     newest_checkpoint: CheckpointInfo | None,
     versions: dict[str, str],
+    mirror: MirrorStatus | None = None,
 ) -> RunStatus:
     """State, progress and what the run is waiting for. Answers whatever thread of the run is stuck."""
     head, durable = run.head, run.head.durable
@@ -67,4 +68,5 @@ def report(
             run.share.ended_reads,
         ),
         step_timeout_seconds=run.step_timeout.seconds,
+        mirror=mirror,
     )

@@ -15,6 +15,7 @@ from maskwire_server import failpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal.disk import FULL, has_room, network_file_system
 from maskwire_server.journal.fsync import make_folder
+from maskwire_server.journal.outbox import Outbox
 from maskwire_server.journal.records import damaged
 from maskwire_server.journal.run_directory import JOURNAL_FILE, lock, refuse_leftovers
 from maskwire_server.journal.schema import FORMAT, MIGRATIONS, facts_hash
@@ -67,6 +68,8 @@ class Database:
             self._db.execute("PRAGMA wal_autocheckpoint=0")
             tables = self._row("SELECT count(*) FROM sqlite_master WHERE name = 'run'")
             self.is_new = tables is None or not tables[0]
+            self.outbox = Outbox(self._db)
+            """The changes that are not in the mirror yet."""
             if self.is_new:
                 refuse_leftovers(run_dir)
             else:
@@ -119,6 +122,8 @@ class Database:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             write()
+            if self.outbox.active:
+                self.outbox.mark()
             failpoints.passing("journal.written")
             self._db.execute("COMMIT")
         except BaseException as error:
@@ -129,6 +134,8 @@ class Database:
         finally:
             self._measure_log()
         failpoints.passing("journal.committed")
+        if self.outbox.active:
+            self.outbox.measure()
 
     def _raise_if_over_quota(self, error: BaseException, size: int) -> None:
         """Raise an error that `is_full` recognises when a write of about `size` bytes exceeded a quota.

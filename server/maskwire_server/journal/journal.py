@@ -20,6 +20,7 @@ from maskwire_server import failpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal.database import Database
 from maskwire_server.journal.fsync import flush_folder
+from maskwire_server.journal.outbox import UPLOADED
 from maskwire_server.journal.records import (
     Lineage,
     SessionRecord,
@@ -184,15 +185,16 @@ class Journal(Database):
     def drop_payloads(self, stretches: Sequence[Stretch], most: int) -> bool:
         """Delete batches of these steps, at most `most` in one transaction, and keep the steps' records.
 
-        Returns whether there may be more to delete.
+        Returns whether there may be more to delete. Batches that the mirror still lacks stay.
         """
         failpoints.passing("payloads.dropping")
+        uploaded = UPLOADED if self.outbox.active else "TRUE"
         for gone in stretches:
             if self._dropped >= most:
                 return True
             cursor = self._db.execute(
                 "DELETE FROM payloads WHERE rowid IN (SELECT rowid FROM payloads "
-                "WHERE lineage = ? AND step > ? AND step <= ? LIMIT ?)",
+                f"WHERE lineage = ? AND step > ? AND step <= ? AND {uploaded} LIMIT ?)",
                 (gone.lineage, gone.after, gone.through, most - self._dropped),
             )
             self._dropped += cursor.rowcount

@@ -26,13 +26,19 @@ def of_run(config: Config, run_dir: Path) -> Config:
             return config
         with explained(run_dir):
             seed, canonical = journal.fact("seed"), journal.fact("canonical")
-        return config.of_run(seed, canonical)
-    except NewerRunError as error:
-        raise RunDirectoryError(f"{run_dir}: {error}") from error
-    except ConfigError as error:
-        raise RunDirectoryError(
-            f"{run_dir}: {error}; the model, objective and seed of a run cannot change: "
-            "remove these settings, restore the recorded values, or start a new run in an empty directory"
-        ) from error
+        return completed(config, str(run_dir), seed, canonical)
     finally:
         journal.close()
+
+
+def completed(config: Config, where: str, seed: int, canonical: bytes) -> Config:
+    """Complete a configuration with what a run recorded. `where` names the run. Raises RunDirectoryError."""
+    try:
+        return config.of_run(seed, canonical)
+    except NewerRunError as error:
+        raise RunDirectoryError(f"{where}: {error}") from error
+    except ConfigError as error:
+        raise RunDirectoryError(
+            f"{where}: {error}; the model, objective and seed of a run cannot change: "
+            "remove these settings, restore the recorded values, or start a new run in an empty directory"
+        ) from error

@@ -6,7 +6,7 @@ import time
 import zlib
 
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire.v1.values import InexactReplay, Limits, Losses, ModelInfo, RestoreResult
+from maskwire.v1.values import InexactReplay, Limits, Losses, MirrorStatus, ModelInfo, RestoreResult
 from maskwire_server.results import CheckpointInfo, Chunk, EvalAnswer, FileInfo, SessionAnswer, StepAnswer
 from maskwire_server.rpc import run_figures
 from maskwire_server.run_status import RunStatus
@@ -99,6 +99,10 @@ def session(value: SessionAnswer, info: ModelInfo, bounds: Limits) -> pb.OpenSes
     )
 
 
+def _mirror(value: MirrorStatus | None) -> pb.MirrorStatus | None:
+    return None if value is None else pb.MirrorStatus(**vars(value))
+
+
 def _holder(value: Holder) -> pb.SessionHolder:
     process = None if value.process is None else pb.ClientProcess(**vars(value.process))
     return pb.SessionHolder(client_name=value.client_name, epoch=value.epoch, process=process)
@@ -178,6 +182,7 @@ def status(value: RunStatus, bounds: Limits, started: float) -> pb.GetStatusResp
         **run_figures.fields(value.figures),
         device_share=pb.DeviceShare(**vars(value.device_share)),
         step_timeout_seconds=value.step_timeout_seconds,
+        mirror=_mirror(value.mirror),
     )
     answer.state_time.FromNanoseconds(int(value.state_since * 1e9))
     answer.uptime.FromNanoseconds(int((time.monotonic() - started) * 1e9))

@@ -252,8 +252,8 @@ class TorchTrainer:
                 how |= {"ema_weights": averaged, "wanted": wanted}
                 if options.chain_rule:
                     return chain_rule.evaluate(*what, **how)
-                how |= {"smallest": self._step.smallest, "has_critic": self.critic is not None}
-                return evaluation.evaluate(*what, **how)
+                smallest, has_critic = self._step.smallest, self.critic is not None
+                return evaluation.evaluate(*what, **how, smallest=smallest, has_critic=has_critic)
         finally:
             self.networks.train()
 

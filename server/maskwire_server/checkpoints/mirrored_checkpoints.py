@@ -1,0 +1,190 @@
+"""The checkpoints in a mirror: uploaded, fetched into a restored run, collected.
+
+    checkpoints/NAME.HASH/  *.safetensors  *.json  manifest.json
+
+The manifest comes last; a folder without one is no checkpoint. HASH is that of the manifest, so that two
+servers never write the same object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+from maskwire_server import failpoints
+from maskwire_server.checkpoints import retention
+from maskwire_server.checkpoints.catalogue import newest_first
+from maskwire_server.checkpoints.files import NOT_A_MANIFEST, describe, flush, write_manifest_bytes
+from maskwire_server.checkpoints.membership import foreign_save, recorded_saves
+from maskwire_server.checkpoints.store import Checkpoints
+from maskwire_server.errors import StoreError
+from maskwire_server.journal.fsync import flush_folder, make_folder
+from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.object_store import ObjectStore
+from maskwire_server.journal.records import Lineage
+from maskwire_server.journal.segments import BATCHES, steps_of_batches
+from maskwire_server.manifest import MANIFEST, Manifest
+from maskwire_server.results import CheckpointInfo
+
+log = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+
+
+class MirroredCheckpoints:
+    """The complete checkpoints of the run's own history in its mirror. Safe from any thread."""
+
+    def __init__(self, store: ObjectStore, checkpoints: Checkpoints) -> None:
+        self._store = store
+        self._checkpoints = checkpoints
+        self._there: dict[str, Manifest] = {}  # by the folder's name
+        self._uploading = threading.Lock()
+
+    def read_all(self) -> dict[str, tuple[Manifest, bytes]]:
+        """Every complete checkpoint in the mirror by its folder, with the bytes of its manifest."""
+        names = [name for name in self._store.names(FOLDER) if name.endswith(f"/{MANIFEST}")]
+        found = {}
+        for name, data in zip(names, self._store.get_all(names), strict=True):
+            if data is None:  # it was deleted since
+                continue
+            try:
+                found[name.removesuffix(f"/{MANIFEST}")] = Manifest.from_json(data), data
+            except NOT_A_MANIFEST as error:
+                log.warning("%s/%s cannot be read and is not used: %s", self._store.address, name, error)
+        return found
+
+    def load(self, found: dict[str, Manifest]) -> None:
+        """Take over what the mirror holds of the run's history."""
+        self._there = dict(found)
+
+    def holds(self, info: CheckpointInfo) -> bool:
+        """Whether the mirror has a checkpoint."""
+        return any(manifest.info == info for manifest in self._there.values())
+
+    @property
+    def newest(self) -> Manifest | None:
+        """The newest checkpoint in the mirror."""
+        return next(iter(newest_first(self._there.values())), None)
+
+    def missing(self) -> list[Manifest]:
+        """The checkpoints here that the mirror lacks, newest first."""
+        there = {manifest.to_json() for manifest in self._there.values()}
+        return [manifest for manifest in self._checkpoints.own() if manifest.to_json() not in there]
+
+    def upload(self, manifest: Manifest) -> None:
+        """Upload one checkpoint, unless it is there. Raises StoreError; Refused when it is gone."""
+        with self._uploading:
+            if any(each.to_json() == manifest.to_json() for each in self._there.values()):
+                return
+            name = manifest.info.name
+            self._checkpoints.pin(name)
+            try:
+                self._upload(manifest)
+            finally:
+                self._checkpoints.unpin(name)
+
+    def _upload(self, manifest: Manifest) -> None:
+        path = self._checkpoints.path(manifest.info.name)
+        data = (path / MANIFEST).read_bytes()
+        folder = f"{FOLDER}/{manifest.info.name}.{hashlib.sha256(data).hexdigest()[:16]}"
+        for file in manifest.info.files:
+            twin = next((each for each, m in self._there.items() if file in m.info.files), None)
+            if twin is not None:  # such as weights that are never trained
+                self._store.copy(f"{twin}/{file.name}", f"{folder}/{file.name}")
+                continue
+            if describe(path / file.name) != file:
+                raise StoreError(f"checkpoint {manifest.info.name}: {file.name} was changed on this disk")
+            self._store.put_file(f"{folder}/{file.name}", path / file.name)
+        failpoints.passing("mirror.files_uploaded")
+        self._store.put(f"{folder}/{MANIFEST}", data)
+        self._there = {**self._there, folder: manifest}
+        log.info("checkpoint %s uploaded: %.1f MB", manifest.info.name, manifest.info.size_bytes / 1e6)
+        failpoints.passing("mirror.checkpoint_uploaded")
+
+    # Collecting.
+
+    def collectable(self, lineages: dict[int, Lineage], lineage: int, *, batches: bool) -> list[str]:
+        """What neither this server nor a restore from the mirror needs: folders, and objects of batches.
+
+        Checkpoints that are here stay there, and so do those that a start from the mirror may need.
+        """
+        there = newest_first(self._there.values())
+        needed = retention.needed(there, lineages, lineage).keys()
+        here = {manifest.to_json() for manifest in self._checkpoints.own()}
+        gone = [
+            folder
+            for folder, manifest in self._there.items()
+            if manifest.to_json() not in here and manifest.info.name not in needed
+        ]
+        if batches:
+            stretches = retention.droppable(there, lineages, lineage)
+            for name in self._store.names(BATCHES) if stretches else []:
+                found = steps_of_batches(name)
+                if found is not None and any(
+                    part.lineage == found[0] and part.after < found[1] and found[2] <= part.through
+                    for part in stretches
+                ):
+                    gone.append(name)
+        return gone
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete what a segment has announced: of a checkpoint the manifest first."""
+        for name in names:
+            failpoints.passing("mirror.deleting")
+            if name.startswith(f"{FOLDER}/"):
+                self._there = {folder: m for folder, m in self._there.items() if folder != name}
+                self._store.delete(f"{name}/{MANIFEST}")
+                for file in self._store.names(name):
+                    self._store.delete(file)
+            else:
+                self._store.delete(name)
+
+    # Restoring.
+
+    def fetch(self, journal: Journal, gone: tuple[str, ...]) -> None:
+        """Download the checkpoints of the run's history that are not here, the newest first."""
+        found = {folder: each for folder, each in self.read_all().items() if folder not in gone}
+        own = members(journal, {folder: manifest for folder, (manifest, _) in found.items()})
+        make_folder(self._checkpoints.folder)
+        for manifest in newest_first(own.values()):
+            folder = next(each for each, m in own.items() if m is manifest)
+            path = self._checkpoints.path(manifest.info.name)
+            if not (path / MANIFEST).exists():
+                failpoints.passing("mirror.fetching")
+                self._fetch(folder, manifest, found[folder][1], path)
+        failpoints.passing("mirror.fetched")
+
+    def _fetch(self, folder: str, manifest: Manifest, data: bytes, path: Path) -> None:
+        shutil.rmtree(path, ignore_errors=True)  # of a fetch that was interrupted
+        path.mkdir()
+        for file in manifest.info.files:
+            there = self._store.get_file(f"{folder}/{file.name}", path / file.name)
+            if not there or flush(path / file.name) != file:
+                log.error(
+                    "%s/%s/%s is missing or does not match its manifest",
+                    self._store.address,
+                    folder,
+                    file.name,
+                )
+                shutil.rmtree(path)
+                return
+        write_manifest_bytes(path, data)
+        flush_folder(self._checkpoints.folder)
+        log.info("checkpoint %s fetched", manifest.info.name)
+
+
+def members(journal: Journal, found: dict[str, Manifest]) -> dict[str, Manifest]:
+    """Those checkpoints that belong to the run's history: a server that was fenced may leave others."""
+    saves, run_id, lineages = recorded_saves(journal), journal.fact("run_id"), journal.lineages()
+    own = {}
+    for folder, manifest in found.items():
+        info = manifest.info
+        if manifest.run_id != run_id or info.lineage not in lineages or foreign_save(manifest, saves):
+            continue
+        if journal.digest_at(info.lineage, info.step) == info.digest:
+            own[folder] = manifest
+    return own

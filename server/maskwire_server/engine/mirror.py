@@ -1,0 +1,305 @@
+"""The mirror of a run in an object store, while the run starts and while it is served.
+
+Two threads upload: one the journal's changes as segments, the other checkpoints. Nothing on a step's path
+waits for them, unless `acknowledge = "mirrored"`: then the committer holds answers back until a segment has
+what they say.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import partial
+
+from maskwire.v1.values import MirrorStatus
+from maskwire_server import failpoints
+from maskwire_server.checkpoints.mirrored_checkpoints import MirroredCheckpoints, members
+from maskwire_server.checkpoints.store import Checkpoints
+from maskwire_server.config import StorageConfig
+from maskwire_server.engine.committer import Committer
+from maskwire_server.engine.mirrored_saves import MirroredSaves
+from maskwire_server.engine.setup import Setup
+from maskwire_server.engine.shared_state import Run
+from maskwire_server.engine.wakeup import Wakeup
+from maskwire_server.errors import FencedError, Refused, StoreError
+from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.object_store import ObjectStore
+from maskwire_server.journal.outbox import Page
+from maskwire_server.journal.records import Lineage
+from maskwire_server.journal.segment_writer import SegmentWriter, resume
+from maskwire_server.journal.segments import Segment
+from maskwire_server.results import CheckpointInfo
+
+log = logging.getLogger(__name__)
+
+START_RETRY_SECONDS = 1.0
+RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 10.0
+"""How long to wait after a failure, twice as long after each one that follows."""
+
+
+class Mirror:
+    """The mirror of one run. `attach` and `settle` are for the thread that starts the run."""
+
+    def __init__(
+        self,
+        run: Run,
+        checkpoints: Checkpoints,
+        settings: StorageConfig,
+        store: ObjectStore,
+        *,
+        drops_batches: bool,
+        on_fatal: Callable[[BaseException], None],
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._copies = MirroredCheckpoints(store, checkpoints)
+        self._on_fatal = on_fatal
+        self._work = Wakeup()
+        self._stopping = False
+        self._saves = MirroredSaves(
+            run, self._copies, self._work, drops_batches=drops_batches, waits=self.awaited
+        )
+        self._writer: SegmentWriter
+        self._committer: Committer
+        self._thread = threading.Thread(target=self._main, name="maskwire-mirror", daemon=True)
+        self._sent = 0  # the newest mark of the outbox that is in the mirror
+        self._step = (0, 0)
+        self._restored = ""
+        self._at = 0.0
+        self._problem = ""
+        self._bytes = self._failures = 0
+        self._unrecorded: Segment | None = None
+
+    @property
+    def awaited(self) -> bool:
+        """Whether answers wait for the mirror."""
+        return self._settings.acknowledge == "mirrored"
+
+    # The start.
+
+    def attach(self, journal: Journal, tell: Callable[[str], None]) -> None:
+        """Become the writer of the run's mirror, and fetch what a restored run lacks.
+
+        Waits until the store answers. Raises FencedError, RunDirectoryError, ConfigError.
+        """
+        self._store.patience = partial(self._wait, tell)
+        self._store.probe()
+        self._writer = resume(journal, self._store, self._settings.acknowledge)
+        state = journal.outbox.state()
+        if state is not None and state.fetching:
+            tell("checkpoints from the mirror")
+            self._copies.fetch(journal, state.gone)
+            journal.transaction(partial(journal.outbox.keep, replace(state, fetching=False, gone=())))
+        found = {folder: manifest for folder, (manifest, _) in self._copies.read_all().items()}
+        self._copies.load(members(journal, found))
+        self._restored = state.restored if state else ""
+        self._step, self._at = journal.outbox.last_uploaded_step(), time.time()
+
+    def settle(self, journal: Journal) -> None:
+        """Before the run is served: where answers wait for the mirror, upload what was recorded before.
+
+        Then every record that an answer can be given from is in the mirror, and so is a checkpoint.
+        """
+        if not self.awaited:
+            return
+        while (page := journal.outbox.page(0, self._settings.segment_bytes)).last:
+            self._writer.compose(page)
+            self._writer.send()
+            self._sent = page.last
+            record = _UploadedCommit(self._writer, page.last)
+            journal.transaction(partial(record.write, journal))
+        self._step = journal.outbox.last_uploaded_step()
+        if self._copies.newest is None:
+            for manifest in self._copies.missing()[:1]:
+                self._copies.upload(manifest)
+
+    def _wait(self, tell: Callable[[str], None], failure: StoreError) -> bool:
+        """Wait before a call of the store is tried again; False if the server is stopping."""
+        self._note(failure)
+        tell(f"the mirror: {failure}")
+        self._work.wait(START_RETRY_SECONDS)
+        return not self._stopping
+
+    # Any thread.
+
+    def start(self, committer: Committer) -> None:
+        """Start to upload what the committer writes."""
+        self._committer = committer
+        self._problem = ""
+        self._store.patience = _no_patience
+        if self.awaited:
+            committer.on_written = self._work.set
+        self._saves.start(committer)
+        self._thread.start()
+
+    def saved(self) -> None:
+        """A checkpoint was saved or deleted here."""
+        self._saves.look()
+
+    def answer_saved(self, info: CheckpointInfo, waiters: list[Future[CheckpointInfo]]) -> None:
+        """Answer who saved this checkpoint, as soon as the settings allow."""
+        self._saves.answer(info, waiters)
+
+    def shows(self, info: CheckpointInfo) -> bool:
+        """Whether a checkpoint may be shown."""
+        return not self.awaited or self._copies.holds(info)
+
+    def flush(self, seconds: float) -> None:
+        """Wait until all is uploaded, at most so long, unless the store fails."""
+        deadline = time.monotonic() + seconds
+        self._saves.look()
+        while time.monotonic() < deadline and not self._problem and not self._saves.problem:
+            self._work.set()
+            if self._saves.idle and self._committer.position <= self._sent:
+                return
+            time.sleep(0.02)
+
+    def status(self) -> MirrorStatus:
+        """What of the run is in the mirror. Takes no lock."""
+        newest = self._copies.newest
+        writer = getattr(self, "_writer", None)
+        return MirrorStatus(
+            self._store.address,
+            self._settings.acknowledge,
+            *self._step,
+            segment=writer.number if writer else 0,
+            seconds_since_segment=max(0.0, time.time() - self._at),
+            checkpoint=newest.info.name if newest else "",
+            problem=self._problem or self._saves.problem,
+            restored=self._restored,
+            uploaded_bytes=self._bytes,
+            failures=self._failures + self._saves.failures,
+        )
+
+    def stop(self) -> None:
+        """End waiting for the store."""
+        self._stopping = True
+        self._saves.stop()
+        self._work.set()
+
+    def close(self) -> None:
+        """End the threads. A call of the store that hangs is left alone."""
+        self.stop()
+        for thread in (self._thread, *self._saves.threads):
+            if thread.ident is not None:
+                thread.join(1.0)
+
+    # The thread that uploads segments.
+
+    def _main(self) -> None:
+        seconds = RETRY_SECONDS
+        try:
+            while not self._stopping:
+                try:
+                    more = self._upload()
+                except FencedError:
+                    raise
+                except (StoreError, OSError) as error:
+                    self._note(error)
+                    self._committer.mirror_failed(f"the mirror: {self._problem}")
+                    self._work.wait(seconds)
+                    seconds = min(2 * seconds, LONGEST_RETRY_SECONDS)
+                    continue
+                seconds = RETRY_SECONDS
+                if not more:
+                    self._work.wait(None if self.awaited else self._settings.segment_seconds)
+        except Refused:  # the committer has ended
+            pass
+        except BaseException as error:
+            log.critical("the mirror failed: the server exits", exc_info=not isinstance(error, FencedError))
+            self._on_fatal(error)
+
+    def _upload(self) -> bool:
+        """Upload one segment, if there is something; whether there is more."""
+        more = False
+        if self._writer.pending is None:
+            page = self._committer.ask_unmirrored(_page, self._sent, self._settings.segment_bytes).result()
+            if not page.last and not self._saves.announcing:
+                self._advance(page.position)
+                return False
+            for name in _restored_checkpoints(page):
+                self._saves.upload(name)  # or the mirror would have a lineage and not what it started from
+            self._writer.compose(page, self._saves.take_announcements())
+            more = page.more
+        segment = self._writer.pending
+        assert segment is not None
+        self._writer.send()
+        if self._problem:
+            log.warning("the mirror at %s can be written again", self._store.address)
+        self._problem, self._at = "", segment.at
+        self._bytes += sum(size for batches in segment.batches for _, size in batches.steps)
+        steps = [change.values[:2] for change in segment.changes if change.table == "steps"]
+        if steps:
+            self._step = max((int(str(lineage)), int(str(step))) for lineage, step in steps)
+        self._advance(segment.last)
+        failpoints.passing("mirror.acknowledging")
+        self._committer.append(_UploadedCommit(self._writer, self._sent))
+        self._saves.announced(segment.deletes)
+        return more
+
+    def _advance(self, mark: int) -> None:
+        """The mirror has everything up to this mark."""
+        self._sent = max(self._sent, mark)
+        self._committer.mirrored_through(self._sent)
+        self._saves.mirrored(self._sent)
+
+    def _note(self, error: BaseException) -> None:
+        self._failures += 1
+        if not self._problem:
+            log.error("%s; trying again", error)
+        self._problem = str(error)
+
+
+def mirror_of(
+    setup: Setup, run: Run, checkpoints: Checkpoints, on_fatal: Callable[[BaseException], None]
+) -> Mirror | None:
+    """The mirror that the settings name, if any."""
+    if setup.store is None:
+        return None
+    drops_batches = setup.serve.keep_payloads == "recovery"
+    return Mirror(
+        run, checkpoints, setup.storage, setup.store, drops_batches=drops_batches, on_fatal=on_fatal
+    )
+
+
+@dataclass(eq=False)
+class _UploadedCommit:
+    """Changes that are in the mirror are deleted from the outbox."""
+
+    writer: SegmentWriter
+    last: int
+
+    def __post_init__(self) -> None:
+        self._number, self._hash = self.writer.number, self.writer.hash
+
+    def write(self, journal: Journal) -> None:
+        """Delete them, and record the segment."""
+        state = journal.outbox.state()
+        assert state is not None
+        state = replace(state, number=self._number, hash=self._hash, instances=(self.writer.instance,))
+        journal.outbox.uploaded(self.last, state)
+
+    def committed(self) -> None:
+        """Nobody waits for it."""
+
+
+def _no_patience(_: StoreError) -> bool:
+    return False  # the threads wait themselves, and report it
+
+
+def _page(journal: Journal, after: int, size: int) -> Page:
+    return journal.outbox.page(after, size)
+
+
+def _restored_checkpoints(page: Page) -> list[str]:
+    """The checkpoints from which the lineages among these changes start."""
+    found = [
+        Lineage.read(change.values[:6] + change.values[7:])
+        for change in page.changes
+        if change.table == "lineages"
+    ]
+    return [lineage.checkpoint for lineage in found if lineage.checkpoint]

@@ -1,0 +1,199 @@
+"""The thread that uploads checkpoints to the mirror, and deletes there what nothing needs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from maskwire_server.checkpoints.mirrored_checkpoints import MirroredCheckpoints
+from maskwire_server.engine.committer import Committer
+from maskwire_server.engine.futures import answer, refuse
+from maskwire_server.engine.shared_state import Run
+from maskwire_server.engine.wakeup import Wakeup
+from maskwire_server.errors import Refused, StoreError
+from maskwire_server.results import CheckpointInfo
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 2.0
+
+
+class MirroredSaves:
+    """Uploads each checkpoint once the mirror has the records before it."""
+
+    def __init__(
+        self,
+        run: Run,
+        copies: MirroredCheckpoints,
+        announced: Wakeup,
+        *,
+        drops_batches: bool,
+        waits: bool,
+    ) -> None:
+        """`announced` is set when a segment should announce deletions. `waits`: who saves waits for it."""
+        self._run = run
+        self._copies = copies
+        self._announcing = announced
+        self._drops_batches = drops_batches
+        self._waits = waits
+        self._work = Wakeup()
+        self._progress = threading.Condition()
+        self._through = 0  # the mark of the outbox up to which the mirror has all
+        self._announcements: list[str] = []
+        self._deletions: list[str] = []
+        self._waiters: list[tuple[CheckpointInfo, Future[CheckpointInfo]]] = []
+        self._stopping = False
+        self._looking = True  # since it last looked, a checkpoint was saved or deleted here
+        self._busy = False
+        self._committer: Committer
+        self.problem = ""
+        """Why the last upload failed; empty: it did not."""
+        self.failures = 0
+        self._thread = threading.Thread(target=self._main, name="maskwire-mirror-checkpoints", daemon=True)
+
+    @property
+    def threads(self) -> tuple[threading.Thread, ...]:
+        """Its thread."""
+        return (self._thread,)
+
+    # Any thread.
+
+    def start(self, committer: Committer) -> None:
+        """Start to upload."""
+        self._committer = committer
+        self._thread.start()
+
+    def look(self) -> None:
+        """A checkpoint was saved or deleted here."""
+        self._looking = True
+        self._work.set()
+
+    def answer(self, info: CheckpointInfo, waiters: list[Future[CheckpointInfo]]) -> None:
+        """Answer who saved a checkpoint: when it is uploaded, if answers wait for the mirror."""
+        if self._waits and not self._copies.holds(info):
+            with self._progress:
+                self._waiters += [(info, waiter) for waiter in waiters]
+            self.look()
+            return
+        for waiter in waiters:
+            answer(waiter, info)
+
+    @property
+    def idle(self) -> bool:
+        """Whether every checkpoint here is in the mirror."""
+        return not (self._looking or self._busy)
+
+    @property
+    def announcing(self) -> bool:
+        """Whether there are deletions that a segment should announce."""
+        return bool(self._announcements)
+
+    def take_announcements(self) -> list[str]:
+        """The objects that the next segment names as deleted."""
+        with self._progress:
+            taken, self._announcements = self._announcements, []
+        return taken
+
+    def mirrored(self, through: int) -> None:
+        """The mirror has all up to this mark."""
+        with self._progress:
+            self._through = through
+            self._progress.notify_all()
+
+    def announced(self, names: Sequence[str]) -> None:
+        """A segment has announced these deletions: no other server relies on the objects."""
+        if names:
+            with self._progress:
+                self._deletions += names
+            self._work.set()
+
+    def upload(self, name: str) -> None:
+        """Upload a checkpoint now, if it is here. Raises StoreError."""
+        for manifest in self._copies.missing():
+            if manifest.info.name == name:
+                self._copies.upload(manifest)
+
+    def stop(self) -> None:
+        """End the thread."""
+        with self._progress:
+            self._stopping = True
+            self._progress.notify_all()
+        self._work.set()
+
+    # The thread.
+
+    def _main(self) -> None:
+        try:
+            while not self._stopping:
+                try:
+                    self._copy()
+                    self.problem = ""
+                    wait = None
+                except (StoreError, OSError) as error:
+                    self.failures += 1
+                    if not self.problem:
+                        log.error("%s; trying again", error)
+                    self.problem, wait = str(error), RETRY_SECONDS
+                self._work.wait(wait)
+        except Refused:  # the committer has ended
+            pass
+        except Exception:
+            log.exception("checkpoints are not uploaded any more; restart the server")
+            self.problem = "the thread that uploads checkpoints failed; see the log"
+
+    def _copy(self) -> None:
+        """Delete what was announced, upload what is missing, and find what nothing needs."""
+        self._busy = True
+        self._looking = False
+        self._delete()
+        for manifest in self._copies.missing():
+            self._wait_mirrored()
+            try:
+                self._copies.upload(manifest)
+            except Refused as refusal:
+                log.info("checkpoint %s is not uploaded: %s", manifest.info.name, refusal)
+            self._answer_waiters()
+        self._answer_waiters()
+        with self._run.mutex:
+            lineages, lineage = self._run.lineages, self._run.head.computed.lineage
+        self._wait_mirrored()  # the mirror must have the lineages that this is decided by
+        gone = self._copies.collectable(lineages, lineage, batches=self._drops_batches)
+        with self._progress:
+            new = [name for name in gone if name not in self._deletions]
+            self._announcements = new
+        if new:
+            self._announcing.set()
+        self._busy = False
+
+    def _wait_mirrored(self) -> None:
+        """Wait until the mirror has every record that the journal has now. Refused at shutdown."""
+        position = self._committer.position
+        with self._progress:
+            self._progress.wait_for(lambda: self._through >= position or self._stopping)
+        if self._stopping:
+            raise Refused("DRAINING", "the server is shutting down")
+
+    def _delete(self) -> None:
+        while True:
+            with self._progress:
+                name = self._deletions[0] if self._deletions else None
+            if name is None:
+                return
+            self._copies.delete([name])
+            with self._progress:
+                self._deletions.remove(name)
+
+    def _answer_waiters(self) -> None:
+        """Answer who waits for a checkpoint that is uploaded, and who waits for one that is gone."""
+        missing = [manifest.info for manifest in self._copies.missing()]
+        with self._progress:
+            waiters = self._waiters
+            self._waiters = [(info, waiter) for info, waiter in waiters if info in missing]
+        for info, waiter in waiters:
+            if self._copies.holds(info):
+                answer(waiter, info)
+            elif info not in missing:
+                gone = f"checkpoint {info.name!r} was deleted before it was in the mirror; save again"
+                refuse(waiter, Refused("CHECKPOINT_FAILED", gone, name=info.name))

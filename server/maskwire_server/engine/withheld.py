@@ -1,0 +1,77 @@
+"""What is durable on this machine and waits for the mirror, where answers wait for it."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
+
+from maskwire_server.engine import admission_rules
+from maskwire_server.engine.futures import answer, refuse
+
+C = TypeVar("C")
+
+
+class Withheld(Generic[C]):
+    """Commits and answers, each with the mark of the journal's outbox that it waits for.
+
+    Used under the run's mutex. Where answers need not wait (`waits` is false) it holds nothing.
+    """
+
+    def __init__(self, *, waits: bool) -> None:
+        self.waits = waits
+        self.problem = ""
+        """Why the mirror cannot be written, in words; empty: it can."""
+        self._through = 0
+        self._commits: deque[tuple[int, list[C]]] = deque()
+        self._answers: deque[tuple[int, Future[Any], Any]] = deque()
+
+    def mirrored(self, position: int) -> None:
+        """Everything up to this mark is in the mirror."""
+        self._through = max(self._through, position)
+
+    def holds_back(self, position: int) -> bool:
+        """Whether what was written up to this mark must wait."""
+        return self.waits and position > self._through
+
+    @property
+    def holds_commits(self) -> bool:
+        """Whether commits wait: those that follow wait behind them."""
+        return bool(self._commits)
+
+    def add_commits(self, position: int, commits: list[C]) -> None:
+        """Hold back commits, in order."""
+        self._commits.append((position, commits))
+
+    def add_answer(self, position: int, future: Future[Any], value: Any) -> None:
+        """Hold back an answer that was read from the journal."""
+        if self.problem:
+            refuse(future, admission_rules.mirror_fails())
+        else:
+            self._answers.append((position, future, value))
+
+    @property
+    def due(self) -> bool:
+        """Whether `release` has something."""
+        return any(each and each[0][0] <= self._through for each in (self._commits, self._answers))
+
+    def release(self) -> tuple[list[C], list[tuple[Future[Any], Any]]]:
+        """What need not wait any longer."""
+        commits: list[C] = []
+        answers = []
+        while self._commits and self._commits[0][0] <= self._through:
+            commits += self._commits.popleft()[1]
+        while self._answers and self._answers[0][0] <= self._through:
+            answers.append(self._answers.popleft()[1:])
+        return commits, answers
+
+    def refuse_answers(self) -> None:
+        """Refuse the answers, which can be asked for again."""
+        while self._answers:
+            refuse(self._answers.popleft()[1], admission_rules.mirror_fails())
+
+
+def give(answers: list[tuple[Future[Any], Any]]) -> None:
+    """Answer those who waited."""
+    for future, value in answers:
+        answer(future, value)

@@ -1,0 +1,323 @@
+"""The outbox: which changes of the journal are not in the mirror yet.
+
+Triggers on every table note each changed row in the transaction that changes it, with all columns, whatever
+code changed it. They are made from the tables that the file has, so that a table or a column cannot be
+forgotten. Of a batch they note lineage and step alone: its bytes stay in their table until they are uploaded.
+A mark ends each transaction. Changes are uploaded up to a mark, and are then deleted here.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+
+from maskwire_server.journal.schema import FORMAT
+from maskwire_server.journal.segments import DELETE, PUT, RESET, Change
+
+BATCHES = "payloads"
+"""The table whose rows are noted by their key, and whose deletions are not: the mirror keeps its own."""
+_OWN = ("outbox", "mirror")
+_COLUMNS = 12
+_MARK = "mark"
+_PAGE = 1000
+_CREATE = (
+    f"""CREATE TABLE IF NOT EXISTS outbox (
+  id INTEGER PRIMARY KEY AUTOINCREMENT, source TEXT NOT NULL, kind TEXT NOT NULL,
+  {", ".join(f"c{number}" for number in range(_COLUMNS))})""",
+    f"CREATE INDEX IF NOT EXISTS outbox_batches ON outbox (c0, c1) WHERE source = '{BATCHES}'",
+    "CREATE TABLE IF NOT EXISTS mirror (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+)
+UPLOADED = (
+    f"NOT EXISTS (SELECT 1 FROM outbox WHERE source = '{BATCHES}' AND c0 = payloads.lineage "
+    "AND c1 = payloads.step)"
+)
+"""The condition on a row of `payloads` that it is in the mirror."""
+
+
+@dataclass(frozen=True)
+class MirrorState:
+    """What the journal knows of its mirror."""
+
+    address: str
+    number: int = 0
+    """The newest segment whose changes were deleted from the outbox."""
+    hash: str = ""
+    """Its SHA-256."""
+    instances: tuple[str, ...] = ()
+    """The server processes of this run directory that may have written a segment after that one."""
+    complete: bool = False
+    """Whether all rows that the run had before are in the outbox or the mirror."""
+    fetching: bool = False
+    """The journal was restored from the mirror, and checkpoints are still to be fetched."""
+    gone: tuple[str, ...] = ()
+    """Of these: those that count as deleted, although their objects may still be there."""
+    restored: str = ""
+    """From which point the run was last restored, in words; empty: never."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """Changes of whole transactions, in order."""
+
+    changes: tuple[Change, ...]
+    first: int
+    last: int
+    """The mark that ends them; 0: there are none."""
+    batches: dict[int, list[tuple[int, bytes]]]
+    """The batches of their steps, with their numbers, by lineage."""
+    more: bool
+    """Whether more changes follow."""
+    position: int = 0
+    """The newest mark of the journal when this was read."""
+
+
+class Outbox:
+    """The outbox of an open journal. Whatever writes is called within a transaction."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+        self._widths: dict[str, int] = {"": 0}
+        self.active = self._is_there("outbox")
+        """Whether changes are noted."""
+        self.position = 0
+        """The newest mark."""
+        if self.active:
+            self.measure()
+
+    def _is_there(self, table: str) -> bool:
+        found = self._db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (table,))
+        return found.fetchone() is not None
+
+    # Setting it up.
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the triggers are those that the tables need."""
+        return self.active and self._triggers() == _triggers(self._db)
+
+    def state(self) -> MirrorState | None:
+        """What is known of the mirror; None if the run never had one."""
+        if not self._is_there("mirror"):
+            return None
+        row = self._db.execute("SELECT value FROM mirror WHERE key = 'state'").fetchone()
+        if row is None:
+            return None
+        found = json.loads(row[0])
+        return MirrorState(**{**found, "instances": tuple(found["instances"]), "gone": tuple(found["gone"])})
+
+    def keep(self, state: MirrorState) -> None:
+        """Record what is known of the mirror."""
+        self._db.execute("INSERT OR REPLACE INTO mirror VALUES ('state', ?)", (json.dumps(asdict(state)),))
+
+    def create(self) -> None:
+        """Make the tables and triggers."""
+        for statement in _CREATE:
+            self._db.execute(statement)
+        self._remove_triggers()
+        for statement in _triggers(self._db).values():
+            self._db.execute(statement)
+        self.active = True
+
+    def remove(self) -> None:
+        """Stop noting changes: the run is served without a mirror. What is known of the mirror stays."""
+        self._remove_triggers()
+        self._db.execute("DROP TABLE outbox")
+        self.active = False
+
+    def _triggers(self) -> dict[str, str]:
+        """The statements of the triggers that are there, by name."""
+        found = self._db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")
+        return {name: sql for name, sql in found.fetchall() if name.startswith("mirror_")}
+
+    def _remove_triggers(self) -> None:
+        for name in self._triggers():
+            self._db.execute(f"DROP TRIGGER {name}")
+
+    def fill(self, state: MirrorState, transaction: Callable[[Callable[[], object]], None]) -> None:
+        """Note every row of the journal, in several transactions. A crash in between starts it again.
+
+        The facts of the run come last: without them a mirror holds no run.
+        """
+        transaction(partial(self._begin, state))
+        for table in sorted(_tables(self._db), key=lambda table: table == "run"):
+            keys, after = _keys(self._db, table), None
+            while (after := self._fill_page(table, keys, after, transaction)) is not None:
+                pass
+        transaction(partial(self.keep, MirrorState(**{**vars(state), "complete": True})))
+
+    def _begin(self, state: MirrorState) -> None:
+        self.create()
+        self._db.execute("DELETE FROM outbox")
+        self._db.execute("INSERT INTO outbox (source, kind) VALUES ('', ?)", (RESET,))
+        self.keep(MirrorState(**{**vars(state), "complete": False}))
+
+    def _fill_page(
+        self,
+        table: str,
+        keys: list[str],
+        after: tuple[object, ...] | None,
+        transaction: Callable[[Callable[[], object]], None],
+    ) -> tuple[object, ...] | None:
+        """Note the rows after a key, at most _PAGE; return the last one's key, None at the end."""
+        key = ", ".join(keys)
+        where = "" if after is None else f"WHERE ({key}) > ({', '.join('?' * len(keys))})"
+        rows = self._db.execute(
+            f"SELECT {key} FROM {table} {where} ORDER BY {key} LIMIT {_PAGE}", after or ()
+        ).fetchall()
+        if not rows:
+            return None
+        columns = _noted(self._db, table)
+        into = ", ".join(f"c{number}" for number in range(len(columns)))
+        # By key, so that a page is what was read whatever the types of its keys.
+        copy = (
+            f"INSERT INTO outbox (source, kind, {into}) SELECT '{table}', '{PUT}', {', '.join(columns)} "
+            f"FROM {table} WHERE {' AND '.join(f'{name} = ?' for name in keys)}"
+        )
+        transaction(partial(self._db.executemany, copy, rows))
+        return tuple(rows[-1])
+
+    # While the run is served.
+
+    def mark(self) -> None:
+        """End the transaction's changes, if there are any."""
+        self._db.execute(
+            "INSERT INTO outbox (source, kind) SELECT '', ? WHERE "
+            "(SELECT kind FROM outbox ORDER BY id DESC LIMIT 1) <> ?",
+            (_MARK, _MARK),
+        )
+
+    def measure(self) -> None:
+        """Look up the newest mark; after each transaction."""
+        row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'outbox'").fetchone()
+        self.position = row[0] if row else 0
+
+    def page(self, after: int, size: int) -> Page:
+        """The changes after a mark, up to the one at which they and their batches have about `size` bytes."""
+        changes: list[Change] = []
+        batches: dict[int, list[tuple[int, bytes]]] = {}
+        first = last = written = at = 0
+        whole = 0  # the changes up to the last mark
+        while True:
+            at = max(at, after)
+            rows = self._db.execute(
+                "SELECT * FROM outbox WHERE id > ? ORDER BY id LIMIT ?", (at, _PAGE)
+            ).fetchall()
+            for at, source, kind, *values in rows:
+                if kind == _MARK:
+                    last, whole = at, len(changes)
+                    if written >= size:
+                        more = at < self.position
+                        return Page(tuple(changes), first, last, batches, more, self.position)
+                    continue
+                first = first or at
+                count = self._width(source)
+                changes.append(Change(source, kind, tuple(values[:count])))
+                written += sum(len(v) if isinstance(v, bytes | str) else 8 for v in values[:count])
+                if source == BATCHES:
+                    written += self._add_batch(batches, *values[:2])
+            if len(rows) < _PAGE:
+                return Page(tuple(changes[:whole]), first, last, batches, False, self.position)
+
+    def _add_batch(self, batches: dict[int, list[tuple[int, bytes]]], lineage: int, step: int) -> int:
+        row = self._db.execute(
+            f"SELECT payload FROM {BATCHES} WHERE lineage = ? AND step = ?", (lineage, step)
+        ).fetchone()
+        if row is None:
+            return 0
+        batches.setdefault(lineage, []).append((step, row[0]))
+        return len(row[0])
+
+    def _width(self, source: str) -> int:
+        """How many columns of a change are noted."""
+        if source not in self._widths:
+            self._widths[source] = len(_noted(self._db, source))
+        return self._widths[source]
+
+    def changes(self, first: int, last: int) -> tuple[Change, ...]:
+        """The changes with these numbers that are here."""
+        rows = self._db.execute("SELECT * FROM outbox WHERE id BETWEEN ? AND ? ORDER BY id", (first, last))
+        found = []
+        for _, source, kind, *values in rows.fetchall():
+            if kind != _MARK:
+                found.append(Change(source, kind, tuple(values[: self._width(source)])))
+        return tuple(found)
+
+    def uploaded(self, last: int, state: MirrorState) -> None:
+        """The changes up to a mark are in the mirror."""
+        self._db.execute("DELETE FROM outbox WHERE id <= ?", (last,))
+        self.keep(state)
+
+    def last_uploaded_step(self) -> tuple[int, int]:
+        """Lineage and number of the newest step in the mirror; zeros: none."""
+        row = self._db.execute(
+            "SELECT lineage, step FROM steps WHERE NOT EXISTS (SELECT 1 FROM outbox WHERE source = 'steps' "
+            "AND c0 = steps.lineage AND c1 = steps.step) ORDER BY lineage DESC, step DESC LIMIT 1"
+        ).fetchone()
+        return (row[0], row[1]) if row else (0, 0)
+
+
+def apply(db: sqlite3.Connection, change: Change) -> None:
+    """Make a change in another journal. ValueError if the journal has no such row."""
+    if change.kind == RESET:
+        for table in _tables(db):
+            db.execute(f"DELETE FROM {table}")
+        return
+    columns = _columns(db, change.table) if change.table in _tables(db) else []
+    if change.table == BATCHES:  # their bytes are in other objects
+        return
+    if change.kind not in (PUT, DELETE) or len(columns) != len(change.values):
+        raise ValueError(
+            f"{change.kind} of {len(change.values)} columns in {change.table!r} fits no table of journal "
+            f"format {FORMAT}"
+        )
+    values = dict(zip(columns, change.values, strict=True))
+    if change.kind == PUT:
+        marks = ", ".join("?" * len(columns))
+        db.execute(f"INSERT OR REPLACE INTO {change.table} VALUES ({marks})", change.values)
+    else:
+        keys = _keys(db, change.table)
+        where = " AND ".join(f"{key} = ?" for key in keys)
+        db.execute(f"DELETE FROM {change.table} WHERE {where}", [values[key] for key in keys])
+
+
+def _tables(db: sqlite3.Connection) -> list[str]:
+    """Every table of the journal but those of the mirror itself."""
+    rows = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name").fetchall()
+    return [name for (name,) in rows if name not in _OWN and not name.startswith("sqlite_")]
+
+
+def _columns(db: sqlite3.Connection, table: str) -> list[str]:
+    return [row[1] for row in db.execute(f"PRAGMA table_info({table})").fetchall()]
+
+
+def _keys(db: sqlite3.Connection, table: str) -> list[str]:
+    rows = [row for row in db.execute(f"PRAGMA table_info({table})").fetchall() if row[5]]
+    return [row[1] for row in sorted(rows, key=lambda row: row[5])]
+
+
+def _noted(db: sqlite3.Connection, table: str) -> list[str]:
+    return _keys(db, table) if table == BATCHES else _columns(db, table)
+
+
+def _triggers(db: sqlite3.Connection) -> dict[str, str]:
+    """The statements that create the triggers, by name."""
+    made = {}
+    for table in _tables(db):
+        columns = _noted(db, table)
+        if len(columns) > _COLUMNS:
+            raise ValueError(f"{table} has {len(columns)} columns, the outbox {_COLUMNS}; raise _COLUMNS")
+        into = ", ".join(f"c{number}" for number in range(len(columns)))
+        moments = [("insert", PUT, "NEW")]
+        if table != BATCHES:
+            moments += [("update", PUT, "NEW"), ("delete", DELETE, "OLD")]
+        for moment, kind, row in moments:
+            name = f"mirror_{table}_{moment}"
+            values = ", ".join(f"{row}.{column}" for column in columns)
+            made[name] = (
+                f"CREATE TRIGGER {name} AFTER {moment.upper()} ON {table} BEGIN INSERT INTO outbox "
+                f"(source, kind, {into}) VALUES ('{table}', '{kind}', {values}); END"
+            )
+    return made

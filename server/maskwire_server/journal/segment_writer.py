@@ -1,0 +1,182 @@
+"""The writer of a run's segments: it owns the run as long as the next number is its own to write."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from maskwire_server import failpoints
+from maskwire_server.errors import FencedError, RunDirectoryError, StoreError
+from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.object_store import ObjectStore
+from maskwire_server.journal.outbox import MirrorState, Page
+from maskwire_server.journal.schema import FORMAT
+from maskwire_server.journal.segments import Segment, batch_object, hash_of, segment_name
+
+log = logging.getLogger(__name__)
+
+NOTHING = Page((), 0, 0, {}, more=False)
+
+
+class SegmentWriter:
+    """Writes segments one after another. Used by one thread at a time."""
+
+    def __init__(
+        self, store: ObjectStore, run_id: str, acknowledge: str, instance: str, number: int, previous: str
+    ) -> None:
+        self._store = store
+        self._run_id = run_id
+        self._acknowledge = acknowledge
+        self.instance = instance
+        self.number = number
+        """The newest segment of the chain."""
+        self.hash = previous
+        """Its SHA-256; empty before the first."""
+        self.pending: Segment | None = None
+        """The segment that is being written. Until it is, a retry must send the same bytes."""
+        self._data = b""
+        self._objects: list[tuple[str, bytes]] = []
+
+    def compose(self, page: Page, deletes: Sequence[str] = ()) -> None:
+        """Make the next segment of these changes, and of objects to delete."""
+        number = self.number + 1
+        objects = [batch_object(number, lineage, batches) for lineage, batches in page.batches.items()]
+        self.pending = Segment(
+            self._run_id, number, self.hash, self.instance, time.time(), self._acknowledge, FORMAT,
+            page.first, page.last, page.changes, tuple(batches for batches, _ in objects), tuple(deletes),
+        )  # fmt: skip
+        self._objects = [(batches.name, content) for batches, content in objects]
+        self._data = self.pending.encode()
+
+    def send(self) -> None:
+        """Upload the composed segment, its batches first. Raises StoreError: try again; FencedError."""
+        assert self.pending is not None
+        number = self.pending.number
+        found = self.try_send()
+        if found is not None:
+            raise fenced(self._store, found, number)
+
+    def try_send(self) -> bytes | None:
+        """Like `send`; return the bytes of another writer's segment if there is one of that number."""
+        assert self.pending is not None
+        failpoints.passing("mirror.uploading")
+        while self._objects:
+            self._store.put(*self._objects[-1])
+            self._objects.pop()
+        failpoints.passing("mirror.batches_uploaded")
+        name = segment_name(self.pending.number)
+        try:
+            self._store.create(name, self._data)
+        except FileExistsError:
+            found = self._store.get(name)
+            if found is None:
+                raise StoreError(f"{self._store.address}: {name} exists, and cannot be read") from None
+            if found != self._data:  # otherwise an earlier try succeeded and its answer was lost
+                return found
+        failpoints.passing("mirror.segment_uploaded")
+        self.number, self.hash = self.pending.number, hash_of(self._data)
+        self.pending, self._data = None, b""
+        return None
+
+
+def new_instance() -> str:
+    """A new name for a server process."""
+    return uuid.uuid4().hex
+
+
+def fenced(store: ObjectStore, found: bytes, number: int) -> FencedError:
+    """The error of a writer that finds another one's segment at its next number."""
+    try:
+        writer = Segment.decode(found).instance
+    except ValueError:
+        writer = "unknown"
+    return FencedError(
+        f"{store.address}: another server (instance {writer}) wrote segment {number}: it has taken the run "
+        "over, and this run directory must not be served any more. If that is a mistake, stop the other "
+        "server and start this one with an empty run directory: it restores the run from the mirror"
+    )
+
+
+def resume(journal: Journal, store: ObjectStore, acknowledge: str) -> SegmentWriter:
+    """Make this process the writer of the run's segments: it writes one. Raises FencedError.
+
+    Raises RunDirectoryError when the address holds another run.
+    """
+    outbox, run_id = journal.outbox, journal.fact("run_id")
+    known = outbox.state()
+    if known is None or known.address != store.address:
+        known = MirrorState(store.address, restored=known.restored if known else "")
+    chain = _Chain(journal, store, known)
+    chain.read()
+    state = chain.state
+    if not (state.complete and outbox.is_current):
+        log.info("the whole journal will be uploaded to %s", store.address)
+        outbox.fill(state, journal.transaction)
+        state = replace(state, complete=True)
+    instance = new_instance()
+    # First the instance, so that a start that dies after the next line knows its own segment.
+    state = replace(state, instances=(*state.instances, instance))
+    journal.transaction(lambda: outbox.keep(state))
+    writer = SegmentWriter(store, run_id, acknowledge, instance, state.number, state.hash)
+    writer.compose(NOTHING)
+    failpoints.passing("mirror.claiming")
+    writer.send()
+    failpoints.passing("mirror.claimed")
+    claimed = replace(state, number=writer.number, hash=writer.hash, instances=(instance,))
+    journal.transaction(lambda: outbox.keep(claimed))
+    return writer
+
+
+class _Chain:
+    """The segments after the last one that the journal knows of."""
+
+    def __init__(self, journal: Journal, store: ObjectStore, state: MirrorState) -> None:
+        self._journal = journal
+        self._store = store
+        self.state = state
+
+    def read(self) -> None:
+        """Take over the segments that an earlier process of this directory wrote before it died."""
+        while True:
+            number = self.state.number + 1
+            data = self._store.get(segment_name(number))
+            if data is None:
+                self._require_last()
+                return
+            try:
+                segment = Segment.decode(data)
+            except ValueError as error:
+                raise RunDirectoryError(f"{self._store.address}: segment {number}: {error}") from error
+            if not self.state.number and not self.state.instances:
+                raise RunDirectoryError(
+                    f"{self._store.address} holds run {segment.run_id}: to restore it, start with an empty "
+                    "run directory; to mirror this run, set storage.mirror to an address of its own"
+                )
+            mine = segment.instance in self.state.instances and segment.previous == self.state.hash
+            if not (mine and self._holds(segment)):
+                raise fenced(self._store, data, number)
+            self.state = replace(self.state, number=number, hash=hash_of(data))
+            self._journal.transaction(partial(self._journal.outbox.uploaded, segment.last, self.state))
+            log.info("segment %d was uploaded before the server ended", number)
+
+    def _holds(self, segment: Segment) -> bool:
+        """Whether the segment's changes are in the outbox, so that this directory made them."""
+        if not segment.changes:
+            return True
+        outbox = self._journal.outbox
+        return outbox.active and outbox.changes(segment.first, segment.last) == segment.changes
+
+    def _require_last(self) -> None:
+        """Raise RunDirectoryError unless the last segment that the journal knows is there."""
+        if self.state.number:
+            data = self._store.get(segment_name(self.state.number))
+            if data is None or hash_of(data) != self.state.hash:
+                raise RunDirectoryError(
+                    f"{self._store.address}: segment {self.state.number}, which this run wrote, is missing "
+                    "or was changed: bring it back, or set storage.mirror to another address, where the run "
+                    "will be uploaded again"
+                )

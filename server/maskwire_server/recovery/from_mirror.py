@@ -1,0 +1,42 @@
+"""A run restored from its mirror, for a server whose run directory holds none."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from functools import partial
+
+from maskwire_server.config import Config
+from maskwire_server.errors import StoreError
+from maskwire_server.journal import restored_journal
+from maskwire_server.journal.object_store import ObjectStore
+from maskwire_server.journal.run_directory import JOURNAL_FILE
+from maskwire_server.recovery import recorded_config
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 2.0
+
+
+def restore_journal(config: Config, store: ObjectStore, stop: threading.Event) -> None:
+    """Restore the journal of a run directory that has none, if the mirror has the run; its start fetches the
+    checkpoints.
+
+    Waits until the store answers: a server that cannot look must not begin a new run in the run's place.
+    Returns when `stop` is set. Raises ConfigError, RunDirectoryError.
+    """
+    if (config.run.dir / JOURNAL_FILE).is_file():
+        return
+    check = partial(recorded_config.completed, config, store.address)
+    store.patience = partial(_wait, stop)
+    with contextlib.suppress(StoreError):  # `stop` is set
+        store.probe()
+        if restored_journal.restore(config.run.dir, store, config.storage.acknowledge, check):
+            log.warning("the journal was restored from %s", store.address)
+
+
+def _wait(stop: threading.Event, failure: StoreError) -> bool:
+    """Wait before a call is tried again; False if the server is stopping."""
+    log.error("%s; trying again", failure)
+    return not stop.wait(RETRY_SECONDS)

@@ -1,0 +1,93 @@
+"""Engines with a mirror in a folder, and what a restore brings back."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from counter import CounterTrainer
+from rig import WAIT, make_engine
+
+from maskwire_server import config
+from maskwire_server.config import StorageConfig
+from maskwire_server.engine.engine import Engine
+from maskwire_server.journal import restored_journal
+from maskwire_server.journal.object_store import ObjectStore
+
+Tables = dict[str, list[tuple[Any, ...]]]
+OWN = ("outbox", "mirror", "sqlite_sequence")
+
+
+class MirroredRig:
+    """One address, and the run directories on it."""
+
+    def __init__(self, folder: Path, acknowledge: str = "local") -> None:
+        self.folder = folder
+        self.address = f"file://{folder}/mirror"
+        self.acknowledge = acknowledge
+        self.engines: list[Engine] = []
+        self.fatal: list[BaseException] = []
+
+    @property
+    def store(self) -> ObjectStore:
+        return ObjectStore(self.address)
+
+    def start(self, name: str = "run", *, wait: bool = True, **sections: Any) -> Engine:
+        seconds = sections.pop("segment_seconds", 0.02)
+        storage = StorageConfig(
+            mirror=self.address, acknowledge=self.acknowledge, segment_seconds=seconds,  # type: ignore[arg-type]
+            **sections.pop("storage", {}),
+        )  # fmt: skip
+        engine = make_engine(
+            self.folder / name, config.load(None, **sections), CounterTrainer, storage=storage,
+            store=self.store, on_fatal=self.fatal.append,
+        )  # fmt: skip
+        self.engines.append(engine)
+        if wait:
+            engine.wait_serving(WAIT)
+        return engine
+
+    def restore(self, name: str) -> bool:
+        """What a server does first that starts on an empty directory."""
+        return restored_journal.restore(self.folder / name, self.store, self.acknowledge, mock.Mock())
+
+    def close(self) -> None:
+        for engine in self.engines:
+            engine.close()
+
+
+def tables(run_dir: Path) -> Tables:
+    """Every row of a journal that nobody has open, but what is about the mirror itself."""
+    with closing(sqlite3.connect(run_dir / "journal.sqlite")) as db:
+        names = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return {
+            name: sorted(db.execute(f"SELECT * FROM {name}").fetchall(), key=repr)
+            for name in names
+            if name not in OWN
+        }
+
+
+@contextmanager
+def down(*methods: str) -> Iterator[None]:
+    """A store that fails whatever is asked of it, or only these methods."""
+    names = methods or ("create", "put", "put_file", "copy", "get", "get_part", "get_file", "names", "delete")
+    failing = [True]
+
+    def failing_while_down(name: str) -> Callable[..., Any]:
+        works = getattr(ObjectStore, f"_{name}")
+
+        def call(store: ObjectStore, *arguments: Any) -> Any:
+            if failing[0]:
+                raise OSError("the store is down")
+            return works(store, *arguments)
+
+        return call
+
+    calls = {f"_{name}": failing_while_down(name) for name in names}
+    with mock.patch.multiple(ObjectStore, **calls):  # type: ignore[arg-type]
+        yield
+        failing[0] = False  # for calls that are being repeated
