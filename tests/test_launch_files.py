@@ -1,4 +1,4 @@
-"""The files that start several ranks with Slurm, Kubernetes and compose: flags and settings exist."""
+"""The files that start several ranks with Kubernetes and compose: flags and settings exist."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from maskwire_server.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
-KUBERNETES = DEPLOY / "kubernetes"
+JOBSET = DEPLOY / "kubernetes" / "overlays" / "jobset"
 LATEST = "1.32"
 NAME = "jobset.sigs.k8s.io/jobset-name"
 
@@ -35,8 +35,8 @@ def flags(arguments: list[str]) -> set[str]:
 
 def documents() -> dict[str, dict[str, Any]]:
     """The manifests that kustomization.yaml lists, by kind and name."""
-    listed = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["resources"]
-    every = [each for name in listed for each in yaml.safe_load_all((KUBERNETES / name).read_text())]
+    listed = yaml.safe_load((JOBSET / "kustomization.yaml").read_text())["resources"]
+    every = [each for name in listed for each in yaml.safe_load_all((JOBSET / name).read_text())]
     return {f"{each['kind']}/{each['metadata']['name']}": each for each in every}
 
 
@@ -109,10 +109,10 @@ def test_every_pod_starts_the_same_group_with_flags_that_exist() -> None:
 
 def test_every_setting_volume_and_file_of_the_pods_exists() -> None:
     every = documents()
-    kustomization = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())
+    kustomization = yaml.safe_load((JOBSET / "kustomization.yaml").read_text())
     (generated,) = kustomization["configMapGenerator"]
-    assert all((KUBERNETES / name).is_file() for name in generated["files"])
-    Config(**tomllib.loads((KUBERNETES / "maskwire.toml").read_text()))
+    assert all((JOBSET / name).is_file() for name in generated["files"])
+    Config(**tomllib.loads((JOBSET / "maskwire.toml").read_text()))
     for job in jobs(every["JobSet/maskwire"]).values():
         of_pod = pod(job)
         (container,) = of_pod["containers"]
@@ -207,7 +207,7 @@ def test_the_jobset_is_valid_under_its_documented_fields() -> None:
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
 def test_kustomize_joins_the_manifests() -> None:
     done = subprocess.run(
-        ["kubectl", "kustomize", str(KUBERNETES)], capture_output=True, text=True, check=True, timeout=60
+        ["kubectl", "kustomize", str(JOBSET)], capture_output=True, text=True, check=True, timeout=60
     )
     kinds = sorted(each["kind"] for each in yaml.safe_load_all(done.stdout))
     assert kinds == ["ConfigMap", "JobSet", "NetworkPolicy", "PersistentVolumeClaim", "Service"]

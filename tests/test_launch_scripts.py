@@ -16,7 +16,7 @@ import typer.main
 from maskwire_server.cli import app
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
-KUBERNETES = DEPLOY / "kubernetes"
+RUN_SH = DEPLOY / "kubernetes" / "overlays" / "jobset" / "run.sh"
 SBATCH = DEPLOY / "slurm" / "maskwire.sbatch"
 
 
@@ -142,24 +142,24 @@ def test_before_the_time_limit_the_server_drains_and_the_job_is_requeued(
 
 
 def test_a_pod_that_was_told_to_stop_does_not_count_as_finished(cluster: Cluster) -> None:
-    process = cluster.start("sh", str(KUBERNETES / "run.sh"), "serve", "--ranks=8", CODE="wait")
+    process = cluster.start("sh", str(RUN_SH), "serve", "--ranks=8", CODE="wait")
     cluster.wait_for("ready")
     assert cluster.recorded("maskwire-server") == ["maskwire-server serve --ranks=8"]
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert cluster.recorded("draining")
     assert process.returncode == 143
-    assert cluster.finish("sh", str(KUBERNETES / "run.sh"), CODE="3")[0] == 3
+    assert cluster.finish("sh", str(RUN_SH), CODE="3")[0] == 3
 
 
 def test_a_pod_waits_for_the_name_of_the_leader_and_can_be_stopped_meanwhile(cluster: Cluster) -> None:
     getent = cluster.record.parent / "bin" / "getent"
     getent.write_text('#!/bin/sh\necho "getent $*" >>"$RECORD"\n[ -e "$RECORD.known" ]\n')
     getent.chmod(0o755)
-    process = cluster.start("sh", str(KUBERNETES / "run.sh"), "serve")
+    process = cluster.start("sh", str(RUN_SH), "serve")
     cluster.wait_for("getent hosts localhost")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert (process.returncode, cluster.recorded("maskwire-server")) == (143, [])
     cluster.record.with_suffix(".known").touch()
-    assert cluster.finish("sh", str(KUBERNETES / "run.sh"), "serve", CODE="70")[0] == 70
+    assert cluster.finish("sh", str(RUN_SH), "serve", CODE="70")[0] == 70
