@@ -1,4 +1,4 @@
-"""The scripts of the launch files, run with stand-ins for srun, scontrol and the server."""
+"""The scripts of the launch files, run with stand-ins for srun, scontrol, the server and the client."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer.main
+from launch_files import parsed
 
-from maskwire_server.cli import app
+from maskwire.cli import exit_codes
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
 RUN_SH = DEPLOY / "kubernetes" / "overlays" / "jobset" / "run.sh"
 SBATCH = DEPLOY / "slurm" / "maskwire.sbatch"
-
-
-def serve_options() -> set[str]:
-    command: Any = typer.main.get_command(app)
-    return {name for option in command.commands["serve"].params for name in option.opts}
+REQUEUE = DEPLOY / "slurm" / "requeue.sbatch"
 
 
 STUBS = {
@@ -30,9 +25,9 @@ STUBS = {
     "scontrol": 'case "$1 $2" in\n  "show hostnames") printf "n1\\nn2\\n" ;;\n'
     '  "show job") echo "JobId=7 JobState=$STATE Partition=all" ;;\n'
     '  *) echo "scontrol $*" >>"$RECORD" ;;\nesac',
-    "maskwire-server": 'echo "maskwire-server $*" >>"$RECORD"\ncase $CODE in\n  wait)\n'
-    '    trap "echo draining >>\\"$RECORD\\"; exit 0" TERM\n    echo ready >>"$RECORD"\n'
-    "    while :; do sleep 0.05; done ;;\n"
+    "maskwire-server": 'echo "${0##*/} $*" >>"$RECORD"\ncase $CODE in\n  wait)\n'
+    '    left=-1\n    trap "echo draining >>\\"$RECORD\\"; left=6" TERM\n    echo ready >>"$RECORD"\n'
+    "    while [ $left -ne 0 ]; do sleep 0.05; left=$((left - 1)); done; exit 0 ;;\n"
     "  *) exit $CODE ;;\nesac",
 }
 
@@ -43,7 +38,7 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.record, self.leader = folder / "record", folder / "maskwire.toml.leader"
         (folder / "bin").mkdir()
-        for name, body in STUBS.items():
+        for name, body in {**STUBS, "maskwire": STUBS["maskwire-server"]}.items():
             (folder / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
             (folder / "bin" / name).chmod(0o755)
         self.environment = {
@@ -53,10 +48,12 @@ class Cluster:
             "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "8", "RENDEZVOUS_HOST": "localhost",
         }  # fmt: skip
 
-    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, *command: str, start_new_session: bool = False, **environment: str
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
             command or ["bash", str(SBATCH)], env={**self.environment, **environment},
-            stderr=subprocess.PIPE, text=True,
+            stderr=subprocess.PIPE, text=True, start_new_session=start_new_session,
         )  # fmt: skip
 
     def finish(self, *command: str, **environment: str) -> tuple[int, str]:
@@ -89,7 +86,7 @@ def test_the_sbatch_script_starts_a_launcher_on_each_node_with_flags_that_exist(
         f"maskwire-server serve --config {cluster.leader.with_suffix('')} --run-dir /local/run --ranks 8 "
         "--nodes 2 --rendezvous n1:29500"
     )
-    assert set(re.findall(r"(?<= )--[a-z-]+", line)) <= serve_options()
+    assert parsed(line.split())["ranks"] == 8
     (started,) = cluster.recorded("srun")
     assert started.startswith("srun --ntasks-per-node=1 --kill-on-bad-exit=1 maskwire-server serve")
     assert cluster.leader.read_text() == "n1\n"
@@ -163,3 +160,58 @@ def test_a_pod_waits_for_the_name_of_the_leader_and_can_be_stopped_meanwhile(clu
     assert (process.returncode, cluster.recorded("maskwire-server")) == (143, [])
     cluster.record.with_suffix(".known").touch()
     assert cluster.finish("sh", str(RUN_SH), "serve", CODE="70")[0] == 70
+
+
+# ---- one process
+
+
+def requeued(*words: str) -> list[str]:
+    return ["bash", str(REQUEUE), *words]
+
+
+SERVE = requeued("maskwire-server", "serve", "--run-dir=/local/run")
+TRAIN = requeued("maskwire", "train", "texts", "--until-step=3")
+
+
+@pytest.mark.parametrize(
+    ("command", "environment", "again"),
+    [
+        (SERVE, {"CODE": "0"}, True),
+        (SERVE, {"CODE": "70"}, True),
+        (SERVE, {"CODE": "3"}, False),
+        (SERVE, {"CODE": "0", "STATE": "CANCELLED"}, False),
+        (SERVE, {"CODE": "70", "SLURM_RESTART_COUNT": "100"}, False),
+        (TRAIN, {"CODE": "0"}, False),
+        *((TRAIN, {"CODE": str(code)}, code in exit_codes.RETRYABLE) for code in exit_codes.CODES),
+    ],
+)
+def test_a_single_process_is_requeued_where_its_exit_code_says_that_this_helps(
+    cluster: Cluster, command: list[str], environment: dict[str, str], again: bool
+) -> None:
+    code, said = cluster.finish(*command, **environment)
+    assert (code, said) == (int(environment["CODE"]), "")
+    assert cluster.recorded("scontrol") == ["scontrol requeue 7"] * again
+    (ran,) = cluster.recorded("maskwire")
+    parsed(ran.split())
+
+
+@pytest.mark.parametrize("everybody", [False, True], ids=["USR1 to the script", "SIGTERM to all"])
+def test_a_preempted_process_is_told_to_stop_once_and_requeued(cluster: Cluster, everybody: bool) -> None:
+    process = cluster.start(*SERVE, CODE="wait", start_new_session=True)
+    cluster.wait_for("ready")
+    if everybody:
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert cluster.recorded("draining") == ["draining"], "another signal would end it at once"
+    assert cluster.recorded("scontrol") == ["scontrol requeue 7"]
+
+
+def test_the_commands_in_the_head_of_the_script_exist() -> None:
+    shown = re.findall(r"^#   sbatch .*requeue\.sbatch (.*)", REQUEUE.read_text(), re.MULTILINE)
+    assert len(shown) == 2
+    assert [parsed(line.split())["config" if "serve" in line else "until_step"] for line in shown] == [
+        Path("run-1.toml"), 1000,
+    ]  # fmt: skip
