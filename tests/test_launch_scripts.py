@@ -26,8 +26,8 @@ STUBS = {
     '  "show job") echo "JobId=7 JobState=$STATE Partition=all" ;;\n'
     '  *) echo "scontrol $*" >>"$RECORD" ;;\nesac',
     "maskwire-server": 'echo "${0##*/} $*" >>"$RECORD"\ncase $CODE in\n  wait)\n'
-    '    left=-1\n    trap "echo draining >>\\"$RECORD\\"; left=6" TERM\n    echo ready >>"$RECORD"\n'
-    "    while [ $left -ne 0 ]; do sleep 0.05; left=$((left - 1)); done; exit 0 ;;\n"
+    '    trap "echo draining >>\\"$RECORD\\"; exit 0" TERM\n    echo "ready $$" >>"$RECORD"\n'
+    "    while :; do sleep 0.05; done ;;\n"
     "  *) exit $CODE ;;\nesac",
 }
 
@@ -48,12 +48,10 @@ class Cluster:
             "SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "8", "RENDEZVOUS_HOST": "localhost",
         }  # fmt: skip
 
-    def start(
-        self, *command: str, start_new_session: bool = False, **environment: str
-    ) -> subprocess.Popen[str]:
+    def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             command or ["bash", str(SBATCH)], env={**self.environment, **environment},
-            stderr=subprocess.PIPE, text=True, start_new_session=start_new_session,
+            stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def finish(self, *command: str, **environment: str) -> tuple[int, str]:
@@ -195,17 +193,26 @@ def test_a_single_process_is_requeued_where_its_exit_code_says_that_this_helps(
     parsed(ran.split())
 
 
-@pytest.mark.parametrize("everybody", [False, True], ids=["USR1 to the script", "SIGTERM to all"])
-def test_a_preempted_process_is_told_to_stop_once_and_requeued(cluster: Cluster, everybody: bool) -> None:
-    process = cluster.start(*SERVE, CODE="wait", start_new_session=True)
+def test_usr1_stops_the_process_in_order_and_the_job_is_requeued(cluster: Cluster) -> None:
+    process = cluster.start(*SERVE, CODE="wait")
     cluster.wait_for("ready")
-    if everybody:
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
-        process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (0, "")
+    assert cluster.recorded("draining")
+    assert cluster.recorded("scontrol") == ["scontrol requeue 7"]
+
+
+def test_sigterm_is_not_passed_on_because_slurm_sends_it_to_all_processes(cluster: Cluster) -> None:
+    """A second one would end the server at once, without its last checkpoint."""
+    process = cluster.start(*SERVE, CODE="wait")
+    cluster.wait_for("ready")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert not cluster.recorded("draining")
+    os.kill(int(cluster.recorded("ready")[0].split()[1]), signal.SIGTERM)
     process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert cluster.recorded("draining") == ["draining"], "another signal would end it at once"
+    assert (process.returncode, len(cluster.recorded("draining"))) == (0, 1)
     assert cluster.recorded("scontrol") == ["scontrol requeue 7"]
 
 
