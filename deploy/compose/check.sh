@@ -99,7 +99,7 @@ code=0; .venv/bin/maskwire status --target "127.0.0.1:$PORT" --ca "$work/secrets
 say "   a client without a certificate is refused: exit code $code"
 
 say "2. the job trains; kill -9 of the server in the middle loses nothing"
-job=$(compose run --detach train train /data --pattern '*.py' --until-step 1500 --window 4 --batch-size 16 \
+job=$(compose run --detach train train /data --pattern '*.py' --until-step 1500 --window 4 --batch-size 4 \
   --metrics /out/metrics.jsonl --name check 2>/dev/null | tail -1)
 wait_for 300 "step 100" trained 100
 docker kill --signal KILL "$server" >/dev/null
@@ -120,6 +120,7 @@ if has maskwire_server.rpc.credential_files; then
   at=$(acknowledged)
   wait_for 90 "the new certificate" shows_another
   wait_for 300 "a step after the new certificate" trained $((at + 50))
+  [ "$at" -lt 1450 ] || fail "the job had ended before the certificate was replaced"
   docker logs "$job" >"$work/after" 2>&1
   [ "$(grep -c waiting "$work/before" || true)" = "$(grep -c waiting "$work/after" || true)" ] || fail "a step had to wait"
   say "   $before became $(serial), and no step failed or waited"
