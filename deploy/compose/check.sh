@@ -43,8 +43,8 @@ acknowledged() { if [ -f "$work/out/metrics.jsonl" ]; then wc -l <"$work/out/met
 trained() { [ "$(acknowledged)" -ge "$1" ] || ! docker inspect --format '{{.State.Running}}' "$job" | grep -q true; }
 curves() { get "http://127.0.0.1:$TENSORBOARD_PORT/data/plugin/scalars/tags"; }
 has_curves() { curves | grep -q loss; }
-serial() { # of the certificate that the server shows
-  openssl s_client -connect "127.0.0.1:$PORT" -alpn h2 </dev/null 2>/dev/null | openssl x509 -noout -serial
+serial() { # of the certificate that the server shows, before it refuses a client that has none
+  { openssl s_client -connect "127.0.0.1:$PORT" -alpn h2 </dev/null 2>/dev/null || true; } | openssl x509 -noout -serial
 }
 
 cp compose.yaml "$work/compose.yaml"
@@ -111,7 +111,7 @@ wait_for 300 "a step after the kill" trained $((at + 50))
 say "3. a new certificate while it trains"
 if has maskwire_server.rpc.credential_files; then
   docker logs "$job" >"$work/before" 2>&1
-  before=$(serial)
+  before=$(serial) || fail "the server shows no certificate"
   own "$(id -u):$(id -g)" server
   deploy/secrets.sh --renew "$work/secrets" server >/dev/null
   own 10001:10001 server
