@@ -45,5 +45,5 @@ docs: venv ## Generate the reference pages from the code
 proto: venv ## Generate the stubs from the proto files
 	$(BIN)/python proto/generate.py
 
-image: venv ## Build the image and test it: read-only, TLS, a token, a kill (needs Docker)
+image: venv ## Build the image and test it: read-only, TLS, a token, a kill, compose (needs Docker)
 	@deploy/image.sh

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Build the image and use it as in production: read-only, no capabilities, TLS and a token; train from outside,
-# kill it in the middle, start it again, go on, stop it cleanly. `make image` runs it; it needs a Docker daemon.
+# kill it in the middle, start it again, go on, stop it cleanly; then the services of compose.yaml together
+# (deploy/compose/check.sh). `make image` runs it; it needs a Docker daemon, and Compose for the second part.
 #
 #   IMAGE=maskwire:test     the tag           BUILD_OPTIONS="--build-arg TORCH_INDEX=…"     more for docker build
 set -euo pipefail
@@ -93,4 +94,10 @@ docker stop --time 60 "$name" >/dev/null
 code=$(docker inspect --format '{{.State.ExitCode}}' "$name")
 [ "$code" = 0 ] || fail "exit code $code on SIGTERM, not 0"
 say "   exit code 0"
+say "8. the services of compose.yaml"
+if docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null; then
+  IMAGE=$image PORT=$((port + 1)) deploy/compose/check.sh
+else
+  say "   skipped: Docker Compose is not installed"
+fi
 say "the image does what it should"

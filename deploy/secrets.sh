@@ -1,21 +1,27 @@
 #!/usr/bin/env bash
-# Certificates and tokens for one server: an authority of its own, the server's certificate, a token of each role.
+# Certificates and tokens for one server: an authority of its own, the server's certificate, one for clients, a token of each
+# role.
 #
 #   deploy/secrets.sh FOLDER [NAME ...]     names and addresses that clients call the server by; localhost is there
+#   deploy/secrets.sh --renew FOLDER [NAME ...]     a new key and certificate of the server, from the same authority
 #
 #   FOLDER/server/   ca.crt server.crt server.key read.token train.token admin.token     mount it as /secrets
-#   FOLDER/client/   ca.crt read.token train.token                                       for those who train
-#   FOLDER/admin/    ca.crt admin.token                                                  for restore and download
+#   FOLDER/client/   ca.crt client.crt client.key read.token train.token                 for those who train
+#   FOLDER/admin/    ca.crt client.crt client.key admin.token                            for restore and download
 #   FOLDER/ca.key    signs further certificates; keep it off the server
 #
+# client.crt is needed where the server asks for it (serve.tls_client_ca).
 # Keys and tokens have mode 0600 from their first byte. The image's server runs as user 10001: run as root (sudo), this
 # script gives FOLDER/server to it, and the rest to the user who called sudo. Otherwise it says what is left to do.
 # CONTAINER_UID names another user; CONTAINER_UID=$(id -u) where the server runs without the image.
 set -euo pipefail
 umask 077
-folder=${1:?"usage: deploy/secrets.sh FOLDER [NAME ...]"}; shift
+renew=; [ "${1:-}" != --renew ] || { renew=1; shift; }
+folder=${1:?"usage: deploy/secrets.sh [--renew] FOLDER [NAME ...]"}; shift
 case $folder in */) folder=${folder%"${folder##*[!/]}"} ;; esac  # a trailing slash, as completion gives it
-if [ -e "$folder" ]; then echo "$folder exists; name another folder, or remove it" >&2; exit 1; fi
+if [ -n "$renew" ]; then
+  [ -f "$folder/ca.key" ] || { echo "$folder has no ca.key; name the folder that this script made" >&2; exit 1; }
+elif [ -e "$folder" ]; then echo "$folder exists; name another folder, or remove it" >&2; exit 1; fi
 command -v openssl >/dev/null || { echo "openssl is needed: apt install openssl" >&2; exit 1; }
 
 names="DNS:localhost,IP:127.0.0.1,IP:::1"
@@ -27,22 +33,42 @@ done
 final=$folder; folder=$final.draft-$$
 trap 'rm -rf "$folder"' EXIT
 quietly() { "$@" 2>"$folder/log" || { cat "$folder/log" >&2; exit 1; }; }  # openssl chats where all is well
-mkdir -p "$folder"
-mkdir "$folder/server" "$folder/client" "$folder/admin"
 curve=(-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes)
+issue() {  # issue CERTIFICATE KEY NAME EXTENSIONS CA CA_KEY
+  quietly openssl req "${curve[@]}" -keyout "$2" -out "$folder/request" -subj "/CN=$3"
+  printf '%s\n' "$4" >"$folder/extensions"
+  quietly openssl x509 -req -in "$folder/request" -CA "$5" -CAkey "$6" -set_serial "0x$(openssl rand -hex 15)" \
+    -days 397 -extfile "$folder/extensions" -out "$1"
+  rm -f "$folder/request" "$folder/extensions"
+  chmod 644 "$1"  # it is public
+}
+server_extensions=$(printf 'subjectAltName=%s\nextendedKeyUsage=serverAuth' "$names")
+uid=${CONTAINER_UID:-10001}
+mkdir -p "$folder"
+if [ -n "$renew" ]; then
+  issue "$folder/server.crt" "$folder/server.key" maskwire "$server_extensions" "$final/client/ca.crt" "$final/ca.key"
+  owner=$(stat -c %u:%g "$final/server/server.key")
+  [ "$(id -u)" != 0 ] || chown "$owner" "$folder/server.crt" "$folder/server.key"
+  # One after the other: a server that reads them in between sees that they do not belong together, and reads them again.
+  mv "$folder/server.key" "$folder/server.crt" "$final/server/"
+  echo "$final/server: a new certificate for $names, valid for 397 days"
+  exit
+fi
+mkdir "$folder/server" "$folder/client" "$folder/admin"
 quietly openssl req -x509 "${curve[@]}" -keyout "$folder/ca.key" -out "$folder/client/ca.crt" -days 3650 \
   -subj "/CN=maskwire authority"
-quietly openssl req "${curve[@]}" -keyout "$folder/server/server.key" -out "$folder/request" -subj "/CN=maskwire"
-printf 'subjectAltName=%s\nextendedKeyUsage=serverAuth\n' "$names" >"$folder/names"
-quietly openssl x509 -req -in "$folder/request" -CA "$folder/client/ca.crt" -CAkey "$folder/ca.key" -CAcreateserial \
-  -days 397 -extfile "$folder/names" -out "$folder/server/server.crt"
+issue "$folder/server/server.crt" "$folder/server/server.key" maskwire "$server_extensions" \
+  "$folder/client/ca.crt" "$folder/ca.key"
+for role in client admin; do
+  issue "$folder/$role/client.crt" "$folder/$role/client.key" "maskwire $role" extendedKeyUsage=clientAuth \
+    "$folder/client/ca.crt" "$folder/ca.key"
+done
 for role in read train admin; do openssl rand -hex 32 >"$folder/server/$role.token"; done
-rm -f "$folder/log" "$folder/request" "$folder/names" "$folder"/*.srl "$folder"/client/*.srl
+rm -f "$folder/log"
 cp "$folder"/client/ca.crt "$folder/server/"
 cp "$folder"/client/ca.crt "$folder/server/admin.token" "$folder/admin/"
 cp "$folder"/server/read.token "$folder/server/train.token" "$folder/client/"
-chmod 644 "$folder"/*/*.crt  # these are public
-uid=${CONTAINER_UID:-10001}
+chmod 644 "$folder"/*/ca.crt
 if [ "$(id -u)" = 0 ]; then
   chown -R "${SUDO_UID:-0}:${SUDO_GID:-0}" "$folder"; chown -R "$uid:$uid" "$folder/server"
 fi

@@ -141,7 +141,7 @@ def commands() -> str:
         "# Commands\n",
         _MADE,
         "With `--json` a client command prints its result as JSON on stdout, and an error on stderr as "
-        '`{"error", "reason", "exit_code"}`.\n',
+        '`{"error", "reason", "exit_code", "retryable"}`.\n',
     ]
     for name, app, codes in (
         ("maskwire", client_app, exit_codes.CODES),
@@ -152,6 +152,11 @@ def commands() -> str:
         lines.append("")
         command: Any = typer.main.get_command(app)
         if app is client_app:
+            *first, last = sorted(exit_codes.RETRYABLE)
+            lines.append(
+                f"After {', '.join(map(str, first))} and {last} (`retryable`), the same command may succeed without a "
+                "change; the others need a person.\n"
+            )
             lines += ["Options of every command that connects to a server:\n", "| | |", "|---|---|"]
             shared = command.commands["status"].params
             lines += [*(_row(option) for option in shared if option.name in SHARED), ""]

@@ -1,4 +1,4 @@
-"""The files that start several ranks with Slurm, Kubernetes and compose: flags and settings exist."""
+"""The files that start several ranks with Kubernetes and compose: flags and settings exist."""
 
 from __future__ import annotations
 
@@ -11,32 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer.main
 import yaml
+from launch_files import ROOT, VERSION, client_variables, parsed, settings
 
-from maskwire_server.cli import app
 from maskwire_server.config import Config
 
-ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
-KUBERNETES = DEPLOY / "kubernetes"
-LATEST = "1.32"
+JOBSET = DEPLOY / "kubernetes" / "overlays" / "jobset"
 NAME = "jobset.sigs.k8s.io/jobset-name"
-
-
-def serve_options() -> set[str]:
-    command: Any = typer.main.get_command(app)
-    return {name for option in command.commands["serve"].params for name in option.opts}
-
-
-def flags(arguments: list[str]) -> set[str]:
-    return {each.partition("=")[0] for each in arguments if each.startswith("-")}
 
 
 def documents() -> dict[str, dict[str, Any]]:
     """The manifests that kustomization.yaml lists, by kind and name."""
-    listed = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["resources"]
-    every = [each for name in listed for each in yaml.safe_load_all((KUBERNETES / name).read_text())]
+    listed = yaml.safe_load((JOBSET / "kustomization.yaml").read_text())["resources"]
+    every = [each for name in listed for each in yaml.safe_load_all((JOBSET / name).read_text())]
     return {f"{each['kind']}/{each['metadata']['name']}": each for each in every}
 
 
@@ -50,31 +38,78 @@ def pod(job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def setting_exists(variable: str) -> bool:
-    """Whether MASKWIRE_SECTION__KEY is a setting."""
-    section, _, key = variable.removeprefix("MASKWIRE_").lower().partition("__")
-    field = Config.model_fields.get(section)
-    return field is not None and key in type(field.default).model_fields
-
-
 # ---- compose
 
 
+def services(path: Path = ROOT / "compose.yaml") -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = yaml.safe_load(path.read_text())["services"]
+    return found
+
+
 def test_the_compose_file_starts_ranks_with_flags_that_exist() -> None:
-    base = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
-    over = yaml.safe_load((DEPLOY / "compose-ranks.yaml").read_text())["services"]
-    assert set(over) <= set(base), "it adds to services of compose.yaml"
+    over = services(DEPLOY / "compose-ranks.yaml")
+    assert set(over) <= set(services()), "it adds to services of compose.yaml"
     server = over["server"]
-    assert server["command"][0] == "serve"
-    assert flags(server["command"]) <= serve_options()
-    assert dict(zip(server["command"][1::2], server["command"][2::2], strict=True)) == {"--ranks": "2"}
+    assert parsed(["maskwire-server", *server["command"]])["ranks"] == 2
     assert server["shm_size"] == "1gb"
-    assert all(setting_exists(name) for name in base["server"]["environment"])
 
 
-def test_a_flag_that_does_not_exist_is_found() -> None:
-    assert not flags(["serve", "--rank=2"]) <= serve_options()
-    assert not setting_exists("MASKWIRE_SERVE__TLS_CERT")
+def test_the_compose_file_sets_what_exists_and_its_job_trains_over_mutual_tls() -> None:
+    server, job = services()["server"], services()["train"]
+    config = settings(server["environment"])
+    mounted = {each.removesuffix(":ro").rpartition(":")[2] for each in server["volumes"]}
+    assert {"/secrets", "/run-dir"} <= mounted
+    files = [config.serve.tls_certificate, config.serve.tls_key, config.serve.tls_client_ca]
+    assert all(path is not None and path.parent == Path("/secrets") for path in files)
+    command = parsed([*job["entrypoint"], *job["command"]])
+    assert command["until_step"] == 1000
+    assert job["environment"].keys() <= client_variables()
+    assert {"MASKWIRE_CERT", "MASKWIRE_KEY", "MASKWIRE_TOKEN_FILE"} <= job["environment"].keys()
+    assert job["environment"]["MASKWIRE_TARGET"] == "server:50051"
+    assert parsed(server["healthcheck"]["test"][1:])["service"] == ""
+
+
+def test_the_profile_monitoring_reads_what_the_server_writes() -> None:
+    every = services()
+    watching = {name for name, each in every.items() if each.get("profiles") == ["monitoring"]}
+    assert watching == {"prometheus", "grafana", "tensorboard"}
+    environment = every["server"]["environment"]
+    assert environment["MASKWIRE_TELEMETRY__TENSORBOARD"] == "true"
+    image = dict(re.findall(r"(MASKWIRE_\w+)=(\S+)", (ROOT / "Dockerfile").read_text()))
+    assert every["tensorboard"]["command"][0] == f"--logdir={image['MASKWIRE_RUN__DIR']}/tensorboard"
+    (file,) = re.findall(r"--config.file=/etc/maskwire/(\S+)", every["prometheus"]["command"][0])
+    assert "./deploy:/etc/maskwire:ro" in every["prometheus"]["volumes"]
+    scraped = yaml.safe_load((DEPLOY / file).read_text())
+    port = environment["MASKWIRE_TELEMETRY__METRICS_ADDRESS"].rpartition(":")[2]
+    (job,) = scraped["scrape_configs"]
+    assert job["static_configs"] == [{"targets": [f"server:{port}"]}]
+    for volume in every["grafana"]["volumes"][1:3]:
+        assert (ROOT / volume.partition(":")[0]).is_file()
+    dashboards = yaml.safe_load((DEPLOY / "compose" / "grafana-dashboards.yml").read_text())
+    assert (
+        f"./deploy/grafana:{dashboards['providers'][0]['options']['path']}:ro" in every["grafana"]["volumes"]
+    )
+
+
+def test_no_service_has_rights_or_ports_beyond_its_need() -> None:
+    for name, each in services().items():
+        assert each["cap_drop"] == ["ALL"], name
+        assert each["security_opt"] == ["no-new-privileges:true"], name
+        assert each.get("read_only") is True or name == "grafana"
+        assert all(port.startswith("127.0.0.1:") for port in each.get("ports", [])), name
+    assert not any(":9464" in port for port in services()["server"]["ports"]), (
+        "metrics have no access control"
+    )
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool: apt install prometheus")
+@pytest.mark.skipif(not (DEPLOY / "prometheus" / "alerts.yml").exists(), reason="there are no alerts")
+def test_prometheus_accepts_the_scrape_configuration() -> None:
+    done = subprocess.run(
+        ["promtool", "check", "config", str(DEPLOY / "compose" / "prometheus.yml")],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 # ---- Kubernetes
@@ -85,13 +120,11 @@ def test_every_pod_starts_the_same_group_with_flags_that_exist() -> None:
     found = jobs(jobset)
     arguments = [pod(job)["containers"][0]["args"] for job in found.values()]
     assert arguments[0] == arguments[1]
-    assert arguments[0][0] == "serve"
-    assert flags(arguments[0]) <= serve_options()
-    given = dict(each.lstrip("-").split("=", 1) for each in arguments[0][1:])
-    assert int(given["nodes"]) == sum(job["completions"] for job in found.values())
+    given = parsed(["maskwire-server", *arguments[0]])
+    assert given["nodes"] == sum(job["completions"] for job in found.values())
     assert all(job["completions"] == job["parallelism"] for job in found.values())
     limits = [pod(job)["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] for job in found.values()]
-    assert limits == [int(given["ranks"])] * 2, "one GPU for each rank"
+    assert limits == [given["ranks"]] * 2, "one GPU for each rank"
     host, _, port = given["rendezvous"].rpartition(":")
     assert host == "$(RENDEZVOUS_HOST)"
     subdomain = jobset["spec"]["network"]["subdomain"]
@@ -109,17 +142,19 @@ def test_every_pod_starts_the_same_group_with_flags_that_exist() -> None:
 
 def test_every_setting_volume_and_file_of_the_pods_exists() -> None:
     every = documents()
-    kustomization = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())
+    kustomization = yaml.safe_load((JOBSET / "kustomization.yaml").read_text())
     (generated,) = kustomization["configMapGenerator"]
-    assert all((KUBERNETES / name).is_file() for name in generated["files"])
-    Config(**tomllib.loads((KUBERNETES / "maskwire.toml").read_text()))
+    assert all((JOBSET / name).is_file() for name in generated["files"])
+    Config(**tomllib.loads((JOBSET / "maskwire.toml").read_text()))
     for job in jobs(every["JobSet/maskwire"]).values():
         of_pod = pod(job)
         (container,) = of_pod["containers"]
-        for variable in container["env"]:
-            assert variable["name"] in ("NAMESPACE", "RENDEZVOUS_HOST") or setting_exists(variable["name"]), (
-                variable
-            )
+        variables = {each["name"]: each.get("value", "") for each in container["env"]}
+        settings({name: value for name, value in variables.items() if name.startswith("MASKWIRE_")})
+        assert {name for name in variables if not name.startswith("MASKWIRE_")} == {
+            "NAMESPACE",
+            "RENDEZVOUS_HOST",
+        }
         volumes = {each["name"]: each for each in of_pod["volumes"]}
         assert {each["name"] for each in container["volumeMounts"]} == set(volumes)
         for each in volumes.values():
@@ -186,10 +221,10 @@ def test_the_manifests_are_valid_for_kubernetes() -> None:
         core.append({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}, "spec": job})
     assert len(core) == 5
     for each in core:
-        kubernetes_validate.validate(each, LATEST, strict=True)
+        kubernetes_validate.validate(each, VERSION, strict=True)
     core[-1]["spec"]["template"]["spec"]["containers"][0]["arg"] = []
     with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(core[-1], LATEST, strict=True)
+        kubernetes_validate.validate(core[-1], VERSION, strict=True)
 
 
 def test_the_jobset_is_valid_under_its_documented_fields() -> None:
@@ -207,7 +242,7 @@ def test_the_jobset_is_valid_under_its_documented_fields() -> None:
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
 def test_kustomize_joins_the_manifests() -> None:
     done = subprocess.run(
-        ["kubectl", "kustomize", str(KUBERNETES)], capture_output=True, text=True, check=True, timeout=60
+        ["kubectl", "kustomize", str(JOBSET)], capture_output=True, text=True, check=True, timeout=60
     )
     kinds = sorted(each["kind"] for each in yaml.safe_load_all(done.stdout))
     assert kinds == ["ConfigMap", "JobSet", "NetworkPolicy", "PersistentVolumeClaim", "Service"]

@@ -14,19 +14,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "deploy" / "secrets.sh"
-PUBLIC = {"server/ca.crt", "server/server.crt", "client/ca.crt", "admin/ca.crt"}
+PUBLIC = {
+    "server/ca.crt", "server/server.crt", "client/ca.crt", "client/client.crt", "admin/ca.crt",
+    "admin/client.crt",
+}  # fmt: skip
 SECRET = {
     "ca.key", "server/server.key", "server/read.token", "server/train.token", "server/admin.token",
-    "client/read.token", "client/train.token", "admin/admin.token",
+    "client/client.key", "client/read.token", "client/train.token", "admin/client.key", "admin/admin.token",
 }  # fmt: skip
 
 pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
 
 
-def make(folder: Path | str, **environment: str) -> subprocess.CompletedProcess[str]:
+def make(folder: Path | str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run it under the widest mask that there is."""
     return subprocess.run(
-        ["bash", "-c", f'umask 000; exec "{SCRIPT}" "$0" server', str(folder)],
+        ["bash", "-c", f'umask 000; exec "{SCRIPT}" "$@" server', "make", *options, str(folder)],
         capture_output=True, text=True, check=False, env={**os.environ, **environment},
     )  # fmt: skip
 
@@ -76,7 +79,34 @@ def test_they_are_closed_from_their_first_byte(tmp_path: Path) -> None:
             made.add(Path(found[1]).name)
         if "chmod" in line and re.search(r"\.(key|token)", line):
             assert re.search(r"0?600\)", line), line
-    assert made == {"ca.key", "server.key", "read.token", "train.token", "admin.token"}
+    assert made == {"ca.key", "server.key", "client.key", "read.token", "train.token", "admin.token"}
+
+
+def test_a_renewed_certificate_is_of_the_same_authority_and_the_rest_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "secrets"
+    owner = {"CONTAINER_UID": str(os.getuid())}
+    assert make(folder, **owner).returncode == 0
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = make(folder, "--renew", **owner)
+    assert done.returncode == 0, done.stderr
+    changed = {
+        str(path.relative_to(folder)) for path, content in files.items() if path.read_bytes() != content
+    }
+    assert changed == {"server/server.crt", "server/server.key"}
+    assert modes(folder) == dict.fromkeys(SECRET, 0o600) | dict.fromkeys(PUBLIC, 0o644)
+    authority = folder / "client" / "ca.crt"
+    for name, purpose in (
+        ("server/server", "sslserver"),
+        ("client/client", "sslclient"),
+        ("admin/client", "sslclient"),
+    ):
+        verified = subprocess.run(
+            ["openssl", "verify", "-purpose", purpose, "-CAfile", authority, folder / f"{name}.crt"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert verified.returncode == 0, verified.stderr
+    other = make(tmp_path / "other", "--renew")
+    assert (other.returncode, "has no ca.key" in other.stderr) == (1, True)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files to another user")

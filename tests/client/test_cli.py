@@ -20,6 +20,7 @@ import maskwire
 from maskwire.cli import app, exit_codes
 from maskwire.client import Client
 from maskwire.errors import HaltedError
+from maskwire.process_identity import default_name
 
 NO_INTERVAL = "needs --eval-every, the number of steps between evaluations"
 COUNTING = [sys.executable, str(Path(__file__).resolve().parents[1] / "rpc" / "counting_server.py"), "0"]
@@ -53,9 +54,10 @@ def test_until_step_is_absolute_and_training_resumes(server: ServerProcess, text
     assert code == 0, err
     first = json.loads(out)
     assert (first["step"], first["steps"], first["interrupted"]) == (5, 5, False)
-    code, _, err = run(*common[:-1], "--until-step", 6)
+    assert first["name"] == default_name()
+    code, _, err = run(*common[:-1], "--until-step", 6, "--name", "mine")
     assert code == 0
-    assert err.startswith("training from step 5 to 6: 4 rows of 64 tokens per step\n")
+    assert err.startswith("training from step 5 to 6: 4 rows of 64 tokens per step, as 'mine'\n")
     held_out = [*common, "--until-step", 9, "--eval-every", 4, "--held-out", 0.3, "--checkpoint-every", 4]
     code, out, err = run(*held_out)
     refused = json.loads(err.splitlines()[-1])

@@ -185,6 +185,7 @@ def test_every_failure_has_its_exit_code_and_json(serve: Serve, text: Path, tmp_
         assert found.returncode == code, (arguments, found.stderr)
         error = json.loads(found.stderr.splitlines()[-1])
         assert (error["exit_code"], error["reason"]) == (code, reason), arguments
+        assert error["retryable"] is (code == 3), arguments
         assert found.stdout == ""
         assert "Traceback" not in found.stderr
         assert not any(secret in found.stderr for secret in TOKENS.values())

@@ -43,6 +43,9 @@ CODES = {
     TERMINATED: "terminated by SIGTERM; the same command resumes",
 }
 
+RETRYABLE = frozenset({UNAVAILABLE, INTERRUPTED, TERMINATED})
+"""The codes after which the same command may succeed without a change; the others need a person."""
+
 DATA_IN_USE = "DATA_IN_USE"  # only in this module: DataChangedError has no reason
 _REMEDIES = {
     "DATA_CHANGED": {
@@ -139,6 +142,7 @@ def _fail(words: str, code: int, reason: str, as_json: bool) -> None:
 def show_error(words: str, code: int, reason: str = "", *, as_json: bool) -> None:
     """Print an error on stderr, as text or as a JSON object."""
     if as_json:
-        tell(json.dumps({"error": words, "reason": reason, "exit_code": code}))
+        found = {"error": words, "reason": reason, "exit_code": code, "retryable": code in RETRYABLE}
+        tell(json.dumps(found))
     else:
         tell(f"maskwire: {words}")

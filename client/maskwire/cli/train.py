@@ -97,7 +97,8 @@ def train(
         str | None,
         typer.Option(
             help="Name of this job under a scheduler. A job restarted with the same name, on any machine, "
-            "takes over its previous session at once. By default a name of this process.",
+            "takes over its previous session at once. By default a name unique to this process, which is "
+            "printed.",
             rich_help_panel=_SESSION,
         ),
     ] = None,
@@ -170,7 +171,7 @@ def train(
         if trainer.step < until_step and not as_json:
             tell(
                 f"training from step {trainer.step} to {until_step}: {batch_size} rows of {columns} tokens "
-                "per step"
+                f"per step, as {trainer.name!r}"
             )
         result = trainer.fit(
             data,
@@ -192,6 +193,7 @@ def train(
             "seconds": result.seconds,
             "tokens_per_second": result.tokens_per_second,
             "interrupted": result.interrupted,
+            "name": trainer.name,
         }
         show(
             summary,
