@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from maskwire.batch import Batch
     from maskwire.client import Client, Trainer, attach, connect
     from maskwire.data.file_data import ByteData, FileTokens, open_data
+    from maskwire.data.pair_data import PairData
     from maskwire.data.token_data import TokenData
     from maskwire.errors import MaskwireError
     from maskwire.protocol.fit import StopTraining
@@ -28,6 +29,7 @@ __all__ = [
     "Client",
     "FileTokens",
     "MaskwireError",
+    "PairData",
     "StopTraining",
     "TokenData",
     "Trainer",
@@ -40,7 +42,7 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("connect", "attach", "Trainer", "Client"), "client"),
-    **dict.fromkeys(("open_data", "TokenData", "ByteData", "FileTokens"), "data"),
+    **dict.fromkeys(("open_data", "TokenData", "ByteData", "FileTokens", "PairData"), "data"),
     "Batch": "batch",
     "MaskwireError": "errors",
     "StopTraining": "protocol.fit",
