@@ -27,7 +27,7 @@ from maskwire.data.sources import Paths, Source, TextFile, find_sources
 from maskwire.data.token_data import TokenData
 from maskwire.data.token_documents import Documents, load_array
 from maskwire.data.tokenizer import TOKENIZER_FILE, ByteTokenizer
-from maskwire.data.tokenizer_description import TokenizerDescription
+from maskwire.v1.values import TokenizerDescription
 
 log = logging.getLogger(__name__)
 

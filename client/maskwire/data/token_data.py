@@ -19,7 +19,7 @@ from maskwire.data.epoch_order import EpochOrder
 from maskwire.data.file_array import Ids
 from maskwire.data.fingerprint import content_hash
 from maskwire.data.token_documents import DocumentRows, Documents
-from maskwire.data.tokenizer_description import TokenizerDescription
+from maskwire.v1.values import TokenizerDescription
 
 Rows = Ids | list[Ids]
 SAMPLING = ("crops", "epochs")

@@ -99,22 +99,35 @@ class FileTokenizer:
         With `parse_special_tokens`, a special token that a text spells out is that token; else it is text.
         Raises ValueError if the file is not a tokenizer, or the package `tokenizers` is missing.
         """
+        self.path = path / TOKENIZER_FILE if path.is_dir() else path
+        if not self.path.is_file():
+            raise ValueError(_no_file(path))
+        self._load(self.path.read_bytes(), str(self.path), special_tokens, parse_special_tokens)
+        known = _special_ids(self._loaded, _configured(self.path.parent) if path.is_dir() else {})
+        self.mask_id = known.get("mask", self._vocabulary)
+        self._eos = known.get("eos", max(self._vocabulary, self.mask_id + 1))
+        pad = known.get("pad")
+        self.pad_id = None if pad in (self._eos, self.mask_id) else pad
+
+    @classmethod
+    def of(cls, file: bytes, name: str) -> FileTokenizer:
+        """The tokenizer of a file's content, to encode parts of texts and to decode ids."""
+        found = object.__new__(cls)
+        found._load(file, name, special_tokens=False, parse_special_tokens=False)
+        return found
+
+    def _load(self, file: bytes, name: str, special_tokens: bool, parse_special_tokens: bool) -> None:
         try:
             from tokenizers import Tokenizer as Loaded
         except ImportError:
             raise ValueError(
-                'a tokenizer file needs the package `tokenizers`: pip install "maskwire[tokenizers]"'
+                f'{name} needs the package `tokenizers`: pip install "maskwire[tokenizers]"'
             ) from None
-        self.path = path / TOKENIZER_FILE if path.is_dir() else path
-        if not self.path.is_file():
-            raise ValueError(_no_file(path))
-        self.file = self.path.read_bytes()
+        self.file = file
         try:
             self._loaded: Any = Loaded.from_str(self.file.decode())
         except Exception as error:  # the package raises bare Exception
-            raise ValueError(
-                f"{self.path}: not a tokenizer.json of the package `tokenizers`: {error}"
-            ) from error
+            raise ValueError(f"{name}: not a tokenizer.json of the package `tokenizers`: {error}") from error
         self._loaded.no_truncation()
         self._loaded.no_padding()
         self._loaded.encode_special_tokens = not parse_special_tokens
@@ -123,12 +136,7 @@ class FileTokenizer:
         self.start: list[int] = []
         self.end: list[int] = []
         self._learned = False
-        known = _special_ids(self._loaded, _configured(self.path.parent) if path.is_dir() else {})
         self._vocabulary = max(self._loaded.get_vocab(with_added_tokens=True).values()) + 1
-        self.mask_id = known.get("mask", self._vocabulary)
-        self._eos = known.get("eos", max(self._vocabulary, self.mask_id + 1))
-        pad = known.get("pad")
-        self.pad_id = None if pad in (self._eos, self.mask_id) else pad
 
     @property
     def end_id(self) -> int | None:
@@ -162,7 +170,7 @@ class FileTokenizer:
                 0 if record.prompt is None else len(given),
             )
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_part(self, text: str) -> list[int]:
         """The ids of a part of a text, without special tokens around it."""
         ids: list[int] = self._loaded.encode(text, add_special_tokens=False).ids
         return ids
