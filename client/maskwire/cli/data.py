@@ -1,4 +1,4 @@
-"""`maskwire data`: prepare text for training."""
+"""`maskwire data`: prepare text for training, and download a run's tokenizer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,20 @@ import typer
 
 from maskwire.cli import exit_codes
 from maskwire.cli.display import show
-from maskwire.cli.options import AnyFormat, Json, Pattern, PromptField, ResponseField, TextField
+from maskwire.cli.options import (
+    AnyFormat,
+    Json,
+    Pattern,
+    PromptField,
+    ResponseField,
+    ServerConnection,
+    TextField,
+    with_server,
+)
 from maskwire.data.prepare import dropped_words
 from maskwire.data.prepare import prepare as prepare_data
 from maskwire.data.prepared_folder import BYTES, PreparedMetadata
+from maskwire.data.tokenizer import TOKENIZER_FILE
 from maskwire.progress_bar import byte_progress
 
 data_app = typer.Typer(no_args_is_help=True)
@@ -21,7 +31,7 @@ data_app = typer.Typer(no_args_is_help=True)
 
 @data_app.callback()
 def root() -> None:
-    """Prepare data for training."""  # without this callback, typer drops `prepare` from the command line
+    """Prepare data for training."""
 
 
 @data_app.command()
@@ -39,8 +49,8 @@ def prepare(
     tokenizer: Annotated[
         str,
         typer.Option(
-            help="'bytes', or the path of a tokenizer.json or of a Hugging Face tokenizer's folder, which needs "
-            "maskwire's extra `tokenizers`."
+            help="'bytes', or the path of a tokenizer.json or of a Hugging Face tokenizer's folder, which "
+            "needs maskwire's extra `tokenizers`."
         ),
     ] = "bytes",
     pattern: Pattern = "*",
@@ -52,8 +62,8 @@ def prepare(
         bool | None,
         typer.Option(
             "--special-tokens/--no-special-tokens",
-            help="Add the special tokens that the tokenizer puts around a text, such as BOS, and end each text "
-            "with EOS. By default yes for a tokenizer file and for responses, and no for texts as bytes.",
+            help="Add the special tokens that the tokenizer puts around a text, such as BOS, and end each "
+            "text with EOS. By default yes for a tokenizer file and for responses, no for texts as bytes.",
             show_default=False,
         ),
     ] = None,
@@ -61,8 +71,8 @@ def prepare(
         bool,
         typer.Option(
             "--parse-special-tokens",
-            help="Take special tokens that a text spells out, such as '[MASK]', for these tokens, and not for "
-            "text.",
+            help="Take special tokens that a text spells out, such as '[MASK]', for these tokens, and not "
+            "for text.",
         ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace data prepared earlier in --out.")] = False,
@@ -92,11 +102,37 @@ def prepare(
                 f"{_dropped(metadata)}{_special_tokens(metadata)}"
                 f"num_tokens = {metadata.num_tokens}\nmask_id = {metadata.mask_id}\n"
                 + ("" if metadata.pad_id is None else f"pad_id = {metadata.pad_id}\n")
-                + "Put these settings into [model] of the server's configuration (`maskwire-server init --data "
-                f"{out}` writes one), unless the model comes from Hugging Face and has its own; start a new "
+                + "Put these settings into [model] of the server's configuration, as `maskwire-server init "
+                f"--data {out}` does, unless the model comes from Hugging Face and has its own; start a new "
                 f"run, then: maskwire train {out} --until-step N"
             ),
         )
+
+
+@data_app.command()
+@with_server(retry_for=60.0)
+def tokenizer(
+    server: ServerConnection,
+    out: Annotated[Path, typer.Option(show_default=False, help="The folder to write tokenizer.json to.")],
+    as_json: Json = False,
+) -> None:
+    """Download the tokenizer of the data that the run was trained on."""
+    with server.attach() as client:
+        found = client.tokenizer_of_run()
+    if found is None or not found.file:
+        raise ValueError(
+            "the run keeps no tokenizer file: it was trained on bytes, or on ids whose tokenizer is not known"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / TOKENIZER_FILE
+    path.write_bytes(found.file)
+    result = {
+        "file": path,
+        "tokenizer": found.name,
+        "document_start": found.document_start,
+        "document_end": found.document_end,
+    }
+    show(result, as_json, lambda: f"wrote {path} ({found.name})")
 
 
 def _dropped(metadata: PreparedMetadata) -> str:
@@ -114,7 +150,8 @@ def _special_tokens(metadata: PreparedMetadata) -> str:
         if ids
     ]
     if parts:
-        return f"each document {' and '.join(parts)} (--no-special-tokens leaves special tokens out)\n"
+        leave = "" if metadata.prompts else " (--no-special-tokens leaves special tokens out)"
+        return f"each document {' and '.join(parts)}{leave}\n"
     if metadata.tokenizer == BYTES:
         return ""
     return "special tokens around each document: none (--no-special-tokens)\n"

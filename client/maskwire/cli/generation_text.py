@@ -43,9 +43,9 @@ def read_prompts(
         raise ValueError("--gap must not be empty: it is the character that marks one token to fill")
     if texts and codec is None:
         raise ValueError(
-            "--prompt needs a model of bytes (num_tokens 257, mask_id 256) or a run that keeps its tokenizer, "
-            f"but this one has num_tokens {model.num_tokens}, mask_id {model.mask_id} and none; give token "
-            "ids with --prompt-ids"
+            "--prompt needs a model of bytes (num_tokens 257, mask_id 256) or a run that keeps its "
+            f"tokenizer, but it has num_tokens {model.num_tokens}, mask_id {model.mask_id} and none; give "
+            "token ids with --prompt-ids"
         )
     longest_row = row_length(length, model)
     rows = [] if codec is None else [_from_text(text, gap, model.mask_id, codec) for text in texts]
@@ -88,8 +88,9 @@ def decode_row(row: npt.NDArray[np.int64], model: ModelInfo, codec: TextCodec | 
     if codec is None:
         return None
     begin = len(codec.start) if tuple(row[: len(codec.start)]) == codec.start else 0
-    ends = np.flatnonzero(row[begin:] == codec.end[-1]) if codec.end else []
-    row = row[begin : begin + ends[0]] if len(ends) else row[begin:]
+    row = row[begin:]
+    if codec.end and (ends := np.flatnonzero(row == codec.end[-1])).size:
+        row = row[: ends[0]]
     parts, start = [], 0
     for place in [*np.flatnonzero(row == model.mask_id), len(row)]:
         parts.append(codec.decode(row[start:place].tolist()))

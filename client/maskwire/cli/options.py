@@ -29,7 +29,7 @@ Paths = Annotated[
     typer.Argument(
         metavar="PATH",
         show_default=False,
-        help="Text files or folders of them, each byte a token; JSON Lines, CSV, Parquet or Arrow files, or an "
+        help="Text files or folders of them, each byte a token; JSON Lines, CSV, Parquet or Arrow files; an "
         "address such as s3://BUCKET/FOLDER; or one .npy file of ids, one folder written by `maskwire data "
         "prepare`, or with --dtype one file of packed ids.",
     ),

@@ -38,6 +38,7 @@ class Progress:
     tokens: int = 0
     documents: int = 0
     text_bytes: int = 0
+    longest: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     start: list[int] = field(default_factory=list)
     end: list[int] = field(default_factory=list)
@@ -73,16 +74,19 @@ class DraftFolder:
             self._files[PROMPTS] = self._open(f"{PROMPTS}.raw", self.progress.documents * 8)
 
     def _saved(self) -> Progress | None:
+        """What an earlier call saved; None without it, or if the files have less than it says."""
         try:
-            return Progress(**json.loads((self.path / _PROGRESS).read_bytes()))
+            found = Progress(**json.loads((self.path / _PROGRESS).read_bytes()))
+            whole = (self.path / TOKENS).stat().st_size >= found.tokens * self._dtype.itemsize
+            for name in (DOCUMENTS, PROMPTS) if self._prompts else (DOCUMENTS,):
+                whole = whole and (self.path / f"{name}.raw").stat().st_size >= found.documents * 8
         except (OSError, ValueError, TypeError):
             return None
+        return found if whole else None
 
     def _open(self, name: str, size: int) -> IO[bytes]:
         path = self.path / name
         path.touch()
-        if path.stat().st_size < size:  # a disk that lost what was flushed
-            raise ValueError(f"{path} is shorter than {_PROGRESS} says; delete the folder {self.path}")
         file = path.open("r+b", buffering=_BUFFER)
         file.truncate(size)
         file.seek(size)
@@ -96,6 +100,7 @@ class DraftFolder:
             size += ids.size
         self.progress.tokens += size
         self.progress.documents += 1
+        self.progress.longest = max(self.progress.longest, size)
         self._files[DOCUMENTS].write(self.progress.tokens.to_bytes(8, "little"))
         if self._prompts:
             self._files[PROMPTS].write(prompt.to_bytes(8, "little"))
@@ -167,6 +172,7 @@ def _lock(file: IO[bytes], folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        file.close()
         raise ValueError(
             f"{folder}: another process prepares the same folder; wait, or choose another"
         ) from None

@@ -181,6 +181,7 @@ def _metadata(
         tokenizer.pad_id,
         tokenizer.end_id,
         fields.prompt is not None,
+        progress.longest,
         progress.dropped,
     )
 

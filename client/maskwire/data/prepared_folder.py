@@ -43,6 +43,8 @@ class PreparedMetadata:
     """The id that ends a document, the last of `document_end`; None if none does."""
     prompts: bool = False
     """Whether the documents are prompts with responses."""
+    longest: int = 0
+    """The size of the longest document; 0: not recorded."""
     dropped: dict[str, int] = field(default_factory=dict)
     """How many records were left out, by reason."""
 
