@@ -13,7 +13,6 @@ import maskwire
 from maskwire.data.file_data import FileTokens, open_data
 from maskwire.data.prepare import prepare
 from maskwire.protocol.evaluation_plan import EvaluationPlan
-from maskwire.protocol.fit_window import FitResult, FitWindow
 from maskwire.v1.values import TokenizerDescription
 
 PAIRS = [("1+1=", "2"), ("12+34=", "46"), ("99+99=", "198"), ("", "none"), ("é", "e")]
@@ -96,13 +95,8 @@ def test_the_prompts_are_part_of_the_fingerprint(pairs: Path, tmp_path: Path) ->
     assert {name for name in ours if ours[name] != theirs[name]} == {"prompts"}
 
 
-def test_training_and_evaluation_send_the_prompt_mask(pairs: Path) -> None:
+def test_an_evaluation_sends_the_prompt_mask(pairs: Path) -> None:
     data = open_data(pairs, length=10, batch_size=4, seed=3, **FIELDS)  # type: ignore[arg-type]
-    window = FitWindow(None, data, FitResult(1, 0), None, None, {})  # type: ignore[arg-type]
-    batch, tokens = window._batch(1)
-    assert tokens == 40
-    assert batch.prompt_mask is not None
-    assert (batch.prompt_mask == data.batch(1).prompt_mask).all()
     plan = EvaluationPlan(data, rows=None, batch_size=None)
     request = plan._request([1, 2])
     assert np.frombuffer(request.batch.data, dtype="<u2").reshape(2, 10).tolist() == [

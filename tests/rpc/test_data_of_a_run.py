@@ -49,9 +49,9 @@ def test_a_prompt_is_answered_by_a_run_that_was_trained_on_pairs(
 ) -> None:
     path = tmp_path / "sums.jsonl"
     path.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in SUMS))
-    given = ["--tokenizer", request.getfixturevalue("tokenizer")] if kind == "file" else []
+    made = ["--tokenizer", request.getfixturevalue("tokenizer")] if kind == "file" else []
     fields = ["--prompt-field", "question", "--response-field", "answer"]
-    command(app, "data", "prepare", path, "--out", tmp_path / "sums", *fields, *given)
+    command(app, "data", "prepare", path, "--out", tmp_path / "sums", *fields, *made)
     said = command(server_app, "init", tmp_path / "c.toml", "--data", tmp_path / "sums")
     model = load(tmp_path / "c.toml").model
     expected = (258, 256, 7) if kind == "bytes" else (15, 13, 8)
@@ -64,8 +64,15 @@ def test_a_prompt_is_answered_by_a_run_that_was_trained_on_pairs(
         command(app, "train", tmp_path / "sums", "--epochs", 2, "--batch-size", 48, *target, "--json")
     )
     assert (trained["step"], trained["steps"]) == (3, 3), "2 epochs of 64 rows"
+    data = maskwire.open_data(tmp_path / "sums", length=expected[2], batch_size=48, sampling="epochs")
+    results = []
+    with maskwire.connect(server.address) as trainer:
+        trainer.fit(data, until_step=4, progress=False, on_step=results.append)
+    given = int(data.batch(4).prompt_mask.sum())
+    assert [result.metrics.maskable_tokens for result in results] == [48 * expected[2] - given]
     server.kill()
     server.start()  # the run directory keeps the tokenizer
+    target = ["--target", server.address]
     words = ["generate", "--prompt", "3+4=", "--temperature", 0, *target, "--json"]
     answer = json.loads(command(app, *words))
     assert answer["text"][0].startswith("3+4=")
@@ -95,7 +102,9 @@ def test_the_run_keeps_only_the_tokenizer_of_its_data(
         with pytest.raises(TokenizerError, match=r"the run uses tokenizer \(none yet\), got sha256:"):
             trainer.keep_tokenizer(ours)
         trainer.use_tokenizer(ours.name)
-        with pytest.raises(InvalidRequestError, match=r"tokenizer\.file must be the file that tokenizer\.name"):
+        with pytest.raises(
+            InvalidRequestError, match=r"tokenizer\.file must be the file that tokenizer\.name"
+        ):
             trainer.keep_tokenizer(TokenizerDescription(ours.name, b"another file"))
         with pytest.raises(InvalidRequestError, match=r"document_end must have at most 64 ids, got 65"):
             trainer.keep_tokenizer(TokenizerDescription(ours.name, file, (), tuple(range(65))))

@@ -7,7 +7,6 @@ data is a function of the step, so repeating the call after any interruption res
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 import time
 from collections.abc import Callable
@@ -17,17 +16,15 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from maskwire.arguments import call_back, check_data, check_options, check_whole
-from maskwire.errors import DataMismatchError, RequestError, ServerError, UnimplementedError
+from maskwire.errors import DataMismatchError, UnimplementedError
 from maskwire.loggers.metrics import Metrics, evaluation_line
 from maskwire.loggers.progress import TrainingProgress, training_progress
 from maskwire.protocol import codec
+from maskwire.protocol.data_tokenizer import keep_tokenizer
 from maskwire.protocol.effects import Work
 from maskwire.protocol.fit_window import Data, FitResult, Fitting, FitWindow, ResultOf
 from maskwire.protocol.keyword_arguments import StepOptions
 from maskwire.results import EvalResult, StepResult
-from maskwire.v1.values import TokenizerDescription
-
-log = logging.getLogger(__name__)
 
 __all__ = ["Data", "FitResult", "Fitting", "ResultOf", "StopTraining", "fit"]
 
@@ -232,26 +229,13 @@ def _record_data(trainer: Any, data: Any, allow_changed: bool) -> Fitting[None]:
     """Record the data's tokenizer and fingerprint with the run."""
     if getattr(data, "tokenizer", ""):
         yield partial(trainer.use_tokenizer, data.tokenizer)
-        yield from _keep_tokenizer(trainer, data)
+        yield from keep_tokenizer(trainer, data)
     if hasattr(data, "fingerprint"):
         fingerprint = yield Work(data.fingerprint)
         try:
             yield partial(trainer.use_data, fingerprint, allow_changed=allow_changed)
         except DataMismatchError as error:
             raise _with_cause(error, trainer.data, fingerprint, _files_of(data)) from None
-
-
-def _keep_tokenizer(trainer: Any, data: Any) -> Fitting[None]:
-    """Give the run the data's tokenizer. Training does not need it there, so a failure is only reported."""
-    found: TokenizerDescription | None = getattr(data, "tokenizer_description", None)
-    if found is None or not (found.file or found.document_end):  # a run of plain bytes needs none
-        return
-    try:
-        yield partial(trainer.keep_tokenizer, found)
-    except UnimplementedError:
-        log.info("the server is too old to keep the tokenizer of the data")
-    except (RequestError, ServerError) as error:
-        log.warning("the run does not keep the tokenizer of the data (%s); training is not affected", error)
 
 
 def _files_of(data: Any) -> list[Path]:
