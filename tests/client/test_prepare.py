@@ -176,6 +176,41 @@ def test_special_tokens_are_detected_from_encoded_texts(tmp_path: Path, kind: st
     assert meta.dropped == {"no tokens": 1}
 
 
+def test_a_special_token_that_a_text_spells_out_is_text_unless_asked(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "a.txt").write_text("the [MASK] sat")
+    found = []
+    for parse in (False, True):
+        meta = prepare(
+            tmp_path / "a.txt", tmp_path / "out", tokenizer=tokenizer, parse_special_tokens=parse, force=True
+        )
+        found.append(meta.mask_id in np.fromfile(tmp_path / "out" / "tokens.bin", dtype="<u2"))
+    assert found == [False, True]
+    with pytest.raises(ValueError, match="needs a tokenizer file; bytes have no names"):
+        prepare(tmp_path / "a.txt", tmp_path / "bytes", parse_special_tokens=True)
+
+
+def test_a_hugging_face_folder_says_which_tokens_are_special(tmp_path: Path, tokenizer: Path) -> None:
+    from tokenizers import Tokenizer
+
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (tmp_path / "a.txt").write_text("the cat sat")
+    with pytest.raises(ValueError, match=r"the folder has no tokenizer\.json; write one with transformers"):
+        prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer=folder)
+    loaded = Tokenizer.from_file(str(tokenizer))
+    loaded.add_special_tokens(["<gap>", "<stop>", "<fill>"])
+    loaded.save(str(folder / "tokenizer.json"))
+    names = {"mask_token": "<gap>", "eos_token": {"content": "<stop>"}, "pad_token": "<fill>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    ids = [loaded.token_to_id(name) for name in ("<gap>", "<stop>", "<fill>")]
+    meta = prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer=folder)
+    assert [meta.mask_id, meta.end_id, meta.pad_id] == ids
+    assert meta.num_tokens == loaded.get_vocab_size(), "nothing is added"
+    names["pad_token"] = "<stop>"  # as GPT-2 has it: documents would end in padding
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    assert prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer=folder, force=True).pad_id is None
+
+
 @pytest.mark.parametrize("kind", ["wordlevel", "wordpiece", "unigram"])
 def test_a_text_that_cannot_be_encoded_is_an_error_with_a_remedy(tmp_path: Path, kind: str) -> None:
     from typer.testing import CliRunner

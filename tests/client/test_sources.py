@@ -15,6 +15,8 @@ import maskwire
 from maskwire.data.file_data import open_data
 from maskwire.data.prepare import prepare
 from maskwire.data.prepared_folder import PreparedMetadata
+from maskwire.data.record import Fields
+from maskwire.data.sources import find_sources
 
 TEXTS = [
     "the dog sat on the log\n",
@@ -94,6 +96,18 @@ def test_the_same_texts_give_the_same_batches_in_every_form(tmp_path: Path, name
     packed = open_data(tmp_path / "out", **OPTIONS)
     assert found.fingerprint() == packed.fingerprint() == expected.fingerprint()
     assert batches(found) == batches(packed) == batches(expected)
+
+
+@pytest.mark.parametrize("name", [*FORMS, "texts.csv"])
+def test_reading_continues_at_every_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for module in ("record_files", "hugging_face"):
+        monkeypatch.setattr(f"maskwire.data.{module}._ROWS", 2)
+    path = {**FORMS, "texts.csv": comma_separated}[name](tmp_path / name)
+    (source,) = find_sources(path, Fields(text="text"))
+    items = list(source.read(0))
+    assert [item.record.content().decode() for item in items if item.record] == TEXTS
+    for number, item in enumerate(items):
+        assert list(source.read(item.place)) == items[number + 1 :]
 
 
 def test_a_data_set_is_taken_as_an_object_too(tmp_path: Path) -> None:

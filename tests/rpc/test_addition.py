@@ -33,7 +33,7 @@ def test_the_tutorial_runs_as_written(
                 exec(compile(code, "tutorial", "exec"), {"__name__": "tutorial"})
                 said.append(capsys.readouterr().out)
                 continue
-            for line in code.splitlines():
+            for line in code.replace("\\\n", "").splitlines():
                 program, *words = shlex.split(line)
                 if words[0] == "serve":
                     server = ServerProcess(tmp_path / "server")

@@ -67,8 +67,10 @@ class DatasetSource:
         """Yield the rows from a place on."""
         dataset = self._dataset
         rows = len(dataset) if self._random_access else 0
+        if self._random_access and start >= rows:  # `datasets` selects no empty range
+            return
         if self._random_access:
-            dataset = dataset.select(range(min(start, rows), rows))
+            dataset = dataset.select(range(start, rows))
         elif start:
             dataset = dataset.skip(start)
         number = start
