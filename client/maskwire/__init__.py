@@ -15,17 +15,21 @@ from maskwire._version import __version__
 
 if TYPE_CHECKING:
     from maskwire import aio
+    from maskwire.batch import Batch
     from maskwire.client import Client, Trainer, attach, connect
     from maskwire.data.file_data import ByteData, FileTokens, open_data
+    from maskwire.data.pair_data import PairData
     from maskwire.data.token_data import TokenData
     from maskwire.errors import MaskwireError
     from maskwire.protocol.fit import StopTraining
 
 __all__ = [
+    "Batch",
     "ByteData",
     "Client",
     "FileTokens",
     "MaskwireError",
+    "PairData",
     "StopTraining",
     "TokenData",
     "Trainer",
@@ -38,7 +42,8 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("connect", "attach", "Trainer", "Client"), "client"),
-    **dict.fromkeys(("open_data", "TokenData", "ByteData", "FileTokens"), "data"),
+    **dict.fromkeys(("open_data", "TokenData", "ByteData", "FileTokens", "PairData"), "data"),
+    "Batch": "batch",
     "MaskwireError": "errors",
     "StopTraining": "protocol.fit",
 }

@@ -103,6 +103,7 @@ class Client(Driver):
     delete = awaited(Calls.delete)
     restore = awaited(Calls.restore)
     download = awaited(Calls.download)
+    tokenizer_of_run = awaited(Calls.tokenizer_of_run)
     status = awaited(Calls.status)
 
     @keep_signature(client.Client.close)
@@ -149,6 +150,7 @@ class Trainer(RunView, Client):
 
     settle = awaited(Writer.settle)
     use_tokenizer = awaited(Writer.use_tokenizer)
+    keep_tokenizer = awaited(Writer.keep_tokenizer)
     use_data = awaited(Writer.use_data)
     mark_evaluated = awaited(Writer.mark_evaluated)
     fit = _fitting(training_loop)

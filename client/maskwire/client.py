@@ -115,6 +115,7 @@ class Client(Driver):
     delete = blocking(Calls.delete)
     restore = blocking(Calls.restore)
     download = blocking(Calls.download)
+    tokenizer_of_run = blocking(Calls.tokenizer_of_run)
     status = blocking(Calls.status)
 
     def close(self) -> None:
@@ -178,6 +179,7 @@ class Trainer(RunView, Client):
 
     settle = blocking(Writer.settle)
     use_tokenizer = blocking(Writer.use_tokenizer)
+    keep_tokenizer = blocking(Writer.keep_tokenizer)
     use_data = blocking(Writer.use_data)
     mark_evaluated = blocking(Writer.mark_evaluated)
     fit = _fitting(training_loop)

@@ -41,6 +41,9 @@ from maskwire.v1.values import (
 from maskwire.v1.values import (
     RunState as RunState,
 )
+from maskwire.v1.values import (
+    TokenizerDescription as TokenizerDescription,
+)
 
 
 @dataclass(frozen=True)

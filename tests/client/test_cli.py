@@ -155,7 +155,7 @@ def test_generate_samples_rows_and_fills_gaps(server: ServerProcess) -> None:
         (["--prompt", ""], 2, "must not be empty"),
         (["--prompt-ids", "1,x"], 2, "comma-separated ids and gaps"),
         (["--prompt", "a~", "--gap", ""], 2, "--gap must not be empty"),
-        (["--prompt", "abc"], 1, "at least one position to sample"),
+        (["--prompt", "abc", "--length", 3], 1, "at least one position to sample"),
         (["--row-seed", 1, "--row-seed", 2], 1, "one seed per row"),
     ):
         found_code, _, err = run("generate", *target, *arguments)

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from maskwire.cli.generation_text import MASKED, decode_row, read_prompts, render_rows
+from maskwire.data.text_codec import ByteCodec
 from maskwire.results import GenerateResult, ModelInfo
 
 BYTES = ModelInfo(257, 256, None, 64, 1, "", True, False)
@@ -16,7 +17,7 @@ WORDS = ModelInfo(1000, 999, None, 64, 1, "", True, False)
 
 
 def test_a_gap_is_one_token_and_text_becomes_its_bytes() -> None:
-    (prompt,) = read_prompts(["é~a~~"], [], gap="~", length=8, model=BYTES)
+    (prompt,) = read_prompts(["é~a~~"], [], gap="~", length=8, model=BYTES, codec=ByteCodec())
     assert prompt.ids == (0xC3, 0xA9, 256, 97, 256, 256, 256, 256)
     for length, words in (
         (2, "at least 3, the length of the longest prompt, got 2"),
@@ -24,15 +25,15 @@ def test_a_gap_is_one_token_and_text_becomes_its_bytes() -> None:
         (0, "1 to 64"),
     ):
         with pytest.raises(ValueError, match=words):
-            read_prompts(["abc"], [], gap="~", length=length, model=BYTES)
+            read_prompts(["abc"], [], gap="~", length=length, model=BYTES, codec=ByteCodec())
 
 
 def test_models_without_bytes_take_prompts_of_ids() -> None:
-    (prompt,) = read_prompts([], ["1,~ , 7"], gap="~", length=None, model=WORDS)
+    (prompt,) = read_prompts([], ["1,~ , 7"], gap="~", length=None, model=WORDS, codec=None)
     assert prompt.ids == (1, 999, 7)
-    with pytest.raises(ValueError, match="num_tokens 1000, mask_id 999; give token ids with --prompt-ids"):
-        read_prompts(["a"], [], gap="~", length=None, model=WORDS)
-    assert decode_row(np.array([1]), WORDS) is None
+    with pytest.raises(ValueError, match="num_tokens 1000, mask_id 999 and none; give token ids with"):
+        read_prompts(["a"], [], gap="~", length=None, model=WORDS, codec=None)
+    assert decode_row(np.array([1]), WORDS, None) is None
 
 
 def shown(rows: list[list[int]], model: ModelInfo) -> str:
@@ -40,10 +41,11 @@ def shown(rows: list[list[int]], model: ModelInfo) -> str:
     arrays = [np.array(row) for row in rows]
     found = GenerateResult(arrays, 2, not any(mask), mask, 0, b"", False)
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    codec = ByteCodec() if model is BYTES else None
     prompts = read_prompts(
-        ["a~~~"] * len(rows) if model is BYTES else [], [], gap="~", length=None, model=model
+        ["a~~~"] * len(rows) if codec else [], [], gap="~", length=None, model=model, codec=codec
     )
-    console.print(render_rows(found, prompts, model))
+    console.print(render_rows(found, prompts, model, codec))
     out: str = console.file.getvalue()  # type: ignore[attr-defined]
     return out
 
@@ -61,4 +63,4 @@ def test_a_sampled_escape_sequence_does_not_reach_the_terminal() -> None:
 
 
 def test_bytes_that_are_not_utf8_are_replaced() -> None:
-    assert decode_row(np.array([97, 0xC3, 256, 0xA9]), BYTES) == f"a\ufffd{MASKED}\ufffd"
+    assert decode_row(np.array([97, 0xC3, 256, 0xA9]), BYTES, ByteCodec()) == f"a\ufffd{MASKED}\ufffd"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -65,13 +66,14 @@ def test_a_tokenizer_encodes_each_document_and_its_hash_is_recorded(
     loaded = Tokenizer.from_file(str(tokenizer))
     loaded.no_truncation()
     size = loaded.get_vocab_size()
-    assert (meta.mask_id, meta.num_tokens, meta.dtype) == (size, size + 1, "uint16")
+    assert meta.mask_id == loaded.token_to_id("[MASK]"), "the tokenizer's own"
+    assert (meta.end_id, meta.num_tokens, meta.dtype) == (size, size + 1, "uint16"), "the end is added"
     assert meta.tokenizer == f"sha256:{hashlib.sha256(tokenizer.read_bytes()).hexdigest()}"
     ids = np.fromfile(tmp_path / "out" / "tokens.bin", dtype="<u2")
     ends = np.load(tmp_path / "out" / "documents.npy")
     documents = np.split(ids, ends[:-1])
     for name, document in zip(("a.txt", "b.txt", "c/d.txt"), documents, strict=True):
-        assert document.tolist() == loaded.encode(TEXTS[name], add_special_tokens=False).ids
+        assert document.tolist() == [*loaded.encode(TEXTS[name], add_special_tokens=False).ids, size]
     data = open_data(tmp_path / "out", length=4, batch_size=3)
     assert data.tokenizer == meta.tokenizer
     assert data.bytes_per_token == pytest.approx(meta.text_bytes / ids.size)
@@ -94,10 +96,10 @@ def special(tokenizer: Path, template: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("<s> $A </s>", "each document starts with id {<s>} and ends with id {</s>}, added by the tokenizer"),
-        ("$A <|endoftext|>", "each document ends with id {<|endoftext|>}, added by the tokenizer"),
-        ("[CLS] <s> $A", "each document starts with id {[CLS]}, {<s>}, added by the tokenizer"),
-        ("$A", "special tokens around each document: none, because the tokenizer adds none"),
+        ("<s> $A </s>", "each document starts with id {<s>} and ends with id {</s>} (--no-special-tokens"),
+        ("$A <|endoftext|>", "each document ends with id {<|endoftext|>} (--no-special-tokens"),
+        ("[CLS] <s> $A", "each document starts with id {[CLS]}, {<s>} and ends with id {added} ("),
+        ("$A", "each document ends with id {added} (--no-special-tokens leaves special tokens out)"),
     ],
 )
 def test_special_tokens_are_added_and_reported(
@@ -111,6 +113,9 @@ def test_special_tokens_are_added_and_reported(
     ids = special(tokenizer, template)
     start, _, end = template.partition("$A")
     before, after = [ids[name] for name in start.split()], [ids[name] for name in end.split()]
+    if not after:  # the document's end is added after the tokenizer's last id
+        after = [Tokenizer.from_file(str(tokenizer)).get_vocab_size()]
+        ids["added"] = after[0]
     command = ["data", "prepare", str(texts), "--tokenizer", str(tokenizer)]
     said = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "kept")])
     for name, token in ids.items():
@@ -163,10 +168,47 @@ def test_special_tokens_are_detected_from_encoded_texts(tmp_path: Path, kind: st
     # The first text has no token of its own, the second begins and ends as the tokenizer's template does.
     for name, text in {"a": "\n", "b": "[BOS] 3 [EOS]", "c": "4 5"}.items():
         (tmp_path / "texts" / f"{name}.txt").write_text(text)
-    meta = prepare(tmp_path / "texts", tmp_path / "out", tokenizer=digits(tmp_path, kind))
+    tokenizer = digits(tmp_path, kind)
+    meta = prepare(tmp_path / "texts", tmp_path / "out", tokenizer=tokenizer, parse_special_tokens=True)
     assert (meta.document_start, meta.document_end) == ([0], [1])
     ids = np.fromfile(tmp_path / "out" / "tokens.bin", dtype="<u2")
-    assert ids.tolist() == [0, 1, 0, 0, 5, 1, 1, 0, 6, 7, 1]
+    assert ids.tolist() == [0, 0, 5, 1, 1, 0, 6, 7, 1]
+    assert meta.dropped == {"no tokens": 1}
+
+
+def test_a_special_token_that_a_text_spells_out_is_text_unless_asked(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "a.txt").write_text("the [MASK] sat")
+    found = []
+    for parse in (False, True):
+        meta = prepare(
+            tmp_path / "a.txt", tmp_path / "out", tokenizer=tokenizer, parse_special_tokens=parse, force=True
+        )
+        found.append(meta.mask_id in np.fromfile(tmp_path / "out" / "tokens.bin", dtype="<u2"))
+    assert found == [False, True]
+    with pytest.raises(ValueError, match="needs a tokenizer file; bytes have no names"):
+        prepare(tmp_path / "a.txt", tmp_path / "bytes", parse_special_tokens=True)
+
+
+def test_a_hugging_face_folder_says_which_tokens_are_special(tmp_path: Path, tokenizer: Path) -> None:
+    from tokenizers import Tokenizer
+
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (tmp_path / "a.txt").write_text("the cat sat")
+    with pytest.raises(ValueError, match=r"the folder has no tokenizer\.json; write one with transformers"):
+        prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer=folder)
+    loaded = Tokenizer.from_file(str(tokenizer))
+    loaded.add_special_tokens(["<gap>", "<stop>", "<fill>"])
+    loaded.save(str(folder / "tokenizer.json"))
+    names = {"mask_token": "<gap>", "eos_token": {"content": "<stop>"}, "pad_token": "<fill>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    ids = [loaded.token_to_id(name) for name in ("<gap>", "<stop>", "<fill>")]
+    meta = prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer=folder)
+    assert [meta.mask_id, meta.end_id, meta.pad_id] == ids
+    assert meta.num_tokens == loaded.get_vocab_size(), "nothing is added"
+    names["pad_token"] = "<stop>"  # as GPT-2 has it: documents would end in padding
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    assert prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer=folder, force=True).pad_id is None
 
 
 @pytest.mark.parametrize("kind", ["wordlevel", "wordpiece", "unigram"])
@@ -198,9 +240,14 @@ def test_folders_prepared_by_older_versions_are_read(texts: Path, tmp_path: Path
     meta = prepare(texts, tmp_path / "out")
     path = tmp_path / "out" / "maskwire-data.json"
     fields = json.loads(path.read_text())
-    del fields["document_start"], fields["document_end"]
+    for name in (
+        "document_start", "document_end", "pad_id", "end_id", "prompts", "longest", "dropped"
+    ):  # fmt: skip
+        del fields[name]
+    fields["format"] = 1
     path.write_text(json.dumps(fields))
-    assert PreparedMetadata.read(tmp_path / "out") == meta
+    read = PreparedMetadata.read(tmp_path / "out")
+    assert read == dataclasses.replace(meta, longest=0)
 
 
 def test_a_large_vocabulary_is_packed_as_int32(texts: Path, tmp_path: Path) -> None:
@@ -215,7 +262,7 @@ def test_a_large_vocabulary_is_packed_as_int32(texts: Path, tmp_path: Path) -> N
     made.save(str(tmp_path / "t.json"))
     meta = prepare(texts, tmp_path / "out", tokenizer=tmp_path / "t.json")
     assert (meta.dtype, meta.mask_id) == ("int32", 70_000 + len(words))
-    assert np.fromfile(tmp_path / "out" / "tokens.bin", dtype="<i4").max() < meta.mask_id
+    assert np.fromfile(tmp_path / "out" / "tokens.bin", dtype="<i4").max() == meta.end_id
 
 
 def test_an_existing_folder_is_replaced_only_with_force(texts: Path, tmp_path: Path) -> None:

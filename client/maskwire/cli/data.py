@@ -1,4 +1,4 @@
-"""`maskwire data`: prepare text for training."""
+"""`maskwire data`: prepare text for training, and download a run's tokenizer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,20 @@ import typer
 
 from maskwire.cli import exit_codes
 from maskwire.cli.display import show
-from maskwire.cli.options import AnyFormat, Json, Pattern
+from maskwire.cli.options import (
+    AnyFormat,
+    Json,
+    Pattern,
+    PromptField,
+    ResponseField,
+    ServerConnection,
+    TextField,
+    with_server,
+)
+from maskwire.data.prepare import dropped_words
 from maskwire.data.prepare import prepare as prepare_data
 from maskwire.data.prepared_folder import BYTES, PreparedMetadata
+from maskwire.data.tokenizer import TOKENIZER_FILE
 from maskwire.progress_bar import byte_progress
 
 data_app = typer.Typer(no_args_is_help=True)
@@ -20,43 +31,67 @@ data_app = typer.Typer(no_args_is_help=True)
 
 @data_app.callback()
 def root() -> None:
-    """Prepare data for training."""  # without this callback, typer drops `prepare` from the command line
+    """Prepare data for training."""
 
 
 @data_app.command()
 def prepare(
     paths: Annotated[
-        list[Path],
-        typer.Argument(metavar="PATH", show_default=False, help="Text files, or folders of them."),
+        list[str],
+        typer.Argument(
+            metavar="PATH",
+            show_default=False,
+            help="Text files, JSON Lines, CSV, Parquet or Arrow files, folders of them, addresses such as "
+            "s3://BUCKET/FOLDER, or a folder that `datasets` saved.",
+        ),
     ],
     out: Annotated[Path, typer.Option(show_default=False, help="The folder to create.")],
     tokenizer: Annotated[
         str,
         typer.Option(
-            help="'bytes', or the path of a tokenizer.json, which needs maskwire's extra `tokenizers`."
+            help="'bytes', or the path of a tokenizer.json or of a Hugging Face tokenizer's folder, which "
+            "needs maskwire's extra `tokenizers`."
         ),
     ] = "bytes",
     pattern: Pattern = "*",
     any_format: AnyFormat = False,
+    text_field: TextField = None,
+    prompt_field: PromptField = None,
+    response_field: ResponseField = None,
     special_tokens: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--special-tokens/--no-special-tokens",
-            help="Add the special tokens that the tokenizer puts around a text, such as BOS and EOS.",
+            help="Add the special tokens that the tokenizer puts around a text, such as BOS, and end each "
+            "text with EOS. By default yes for a tokenizer file and for responses, no for texts as bytes.",
+            show_default=False,
         ),
-    ] = True,
+    ] = None,
+    parse_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--parse-special-tokens",
+            help="Take special tokens that a text spells out, such as '[MASK]', for these tokens, and not "
+            "for text.",
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace data prepared earlier in --out.")] = False,
     as_json: Json = False,
 ) -> None:
     """Tokenize text once, and print the model settings for it.
 
     Not needed for a model of bytes: `maskwire train` reads text files directly.
+
+    The texts are read as a stream. If the command is stopped, run it again:
+    it continues where it was.
     """
     with exit_codes.errors(as_json):
         with byte_progress("preparing", shown=not as_json) as report:
             metadata = prepare_data(
                 paths, out, tokenizer=tokenizer, pattern=pattern, any_format=any_format,
-                special_tokens=special_tokens, force=force, on_progress=report,
+                text_field=text_field, prompt_field=prompt_field, response_field=response_field,
+                special_tokens=special_tokens, parse_special_tokens=parse_special_tokens, force=force,
+                on_progress=report,
             )  # fmt: skip
         show(
             {"folder": out, **dataclasses.asdict(metadata)},
@@ -64,21 +99,48 @@ def prepare(
             lambda: (
                 f"{out}: {metadata.tokens:,} tokens ({metadata.dtype}) in {metadata.documents:,} documents, "
                 f"{metadata.text_bytes / metadata.tokens:.2f} bytes per token\n"
-                f"{_special_tokens(metadata, special_tokens)}"
+                f"{_dropped(metadata)}{_special_tokens(metadata)}"
                 f"num_tokens = {metadata.num_tokens}\nmask_id = {metadata.mask_id}\n"
-                "Put these two settings into [model] of the server's configuration, unless the model comes "
-                "from Hugging Face and has its own; start a new run, then: "
-                f"maskwire train {out} --until-step N"
+                + ("" if metadata.pad_id is None else f"pad_id = {metadata.pad_id}\n")
+                + "Put these settings into [model] of the server's configuration, as `maskwire-server init "
+                f"--data {out}` does, unless the model comes from Hugging Face and has its own; start a new "
+                f"run, then: maskwire train {out} --until-step N"
             ),
         )
 
 
-def _special_tokens(metadata: PreparedMetadata, wanted: bool) -> str:
-    """A line about the special tokens around each document; empty for bytes."""
-    if metadata.tokenizer == BYTES:
-        return ""
-    if not wanted:
-        return "special tokens around each document: none (--no-special-tokens)\n"
+@data_app.command()
+@with_server(retry_for=60.0)
+def tokenizer(
+    server: ServerConnection,
+    out: Annotated[Path, typer.Option(show_default=False, help="The folder to write tokenizer.json to.")],
+    as_json: Json = False,
+) -> None:
+    """Download the tokenizer of the data that the run was trained on."""
+    with server.attach() as client:
+        found = client.tokenizer_of_run()
+    if found is None or not found.file:
+        raise ValueError(
+            "the run keeps no tokenizer file: it was trained on bytes, or on ids whose tokenizer is not known"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / TOKENIZER_FILE
+    path.write_bytes(found.file)
+    result = {
+        "file": path,
+        "tokenizer": found.name,
+        "document_start": found.document_start,
+        "document_end": found.document_end,
+    }
+    show(result, as_json, lambda: f"wrote {path} ({found.name})")
+
+
+def _dropped(metadata: PreparedMetadata) -> str:
+    return f"{dropped_words(metadata.dropped)}\n" if metadata.dropped else ""
+
+
+def _special_tokens(metadata: PreparedMetadata) -> str:
+    """A line about the special tokens around each document; empty for texts as bytes."""
     parts = [
         f"{where} {', '.join(map(str, ids))}"
         for where, ids in (
@@ -87,7 +149,9 @@ def _special_tokens(metadata: PreparedMetadata, wanted: bool) -> str:
         )
         if ids
     ]
-    if not parts:
-        return "special tokens around each document: none, because the tokenizer adds none\n"
-    words = " and ".join(parts)
-    return f"each document {words}, added by the tokenizer (--no-special-tokens leaves them out)\n"
+    if parts:
+        leave = "" if metadata.prompts else " (--no-special-tokens leaves special tokens out)"
+        return f"each document {' and '.join(parts)}{leave}\n"
+    if metadata.tokenizer == BYTES:
+        return ""
+    return "special tokens around each document: none (--no-special-tokens)\n"

@@ -15,7 +15,10 @@ from maskwire.cli.options import (
     Length,
     Paths,
     Pattern,
+    PromptField,
+    ResponseField,
     ServerConnection,
+    TextField,
     row_length,
     with_server,
 )
@@ -72,6 +75,9 @@ def evaluate(
     pattern: Pattern = "*",
     dtype: Dtype = None,
     any_format: AnyFormat = False,
+    text_field: TextField = None,
+    prompt_field: PromptField = None,
+    response_field: ResponseField = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate the model on files: the negative ELBO with error bars, or an exact likelihood.
@@ -85,7 +91,8 @@ def evaluate(
         raise ValueError("--order needs --chain-rule: without it, the evaluation averages over all orders")
     data = open_data(
         paths, length=1 if length is None else length, batch_size=1, pattern=pattern, dtype=dtype,
-        any_format=any_format,
+        any_format=any_format, text_field=text_field, prompt_field=prompt_field,
+        response_field=response_field,
     )  # fmt: skip
     options: EvalOptions = {"draws": draws, "seed": seed, "raw_weights": raw_weights}
     if chain_rule:
@@ -108,7 +115,7 @@ def _evaluate(
     """Evaluate, and report the progress on stderr, also when Ctrl-C ends it."""
     from maskwire.progress_bar import row_progress
 
-    done, total = 0, len(data.whole()) if rows is None else rows
+    done, total = 0, data.rows if rows is None else rows
     if shown and not on_terminal():  # the first call can take long, and shows no progress
         tell(
             f"evaluating {total:,} rows"

@@ -14,6 +14,7 @@ from rich.live import Live
 from maskwire.cli.display import show, to_json
 from maskwire.cli.generation_text import Prompt, decode_row, read_prompts, render_rows
 from maskwire.cli.options import Json, ServerConnection, with_server
+from maskwire.data.text_codec import TextCodec, codec_of
 from maskwire.errors import UnavailableError
 from maskwire.nonfatal_output import tell
 from maskwire.results import GenerateResult, ModelInfo
@@ -34,15 +35,16 @@ def generate(
     length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens per row. By default the longest row that the model takes, or the length of the "
-            "prompt. Shorter prompts are extended with gaps.",
+            help="Tokens per row. By default the longest row that the model takes, or the length of a prompt "
+            "with gaps. Shorter prompts are extended with gaps.",
             rich_help_panel=_PROMPTS,
         ),
     ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text with gaps to fill, such as 'once upon a ~~~~'. For models of bytes. May be repeated.",
+            help="Text with gaps to fill, such as 'once upon a ~~~~'; a text without a gap is continued. For "
+            "models of bytes, and runs that keep their tokenizer. May be repeated.",
             show_default=False,
             rich_help_panel=_PROMPTS,
         ),
@@ -170,7 +172,8 @@ def generate(
         if status.model is None:
             raise UnavailableError("the server is still building the model; run the command again")
         model = status.model
-        given = read_prompts(prompt or [], prompt_ids or [], gap=gap, length=length, model=model)
+        codec = codec_of(model, client.tokenizer_of_run())
+        given = read_prompts(prompt or [], prompt_ids or [], gap=gap, length=length, model=model, codec=codec)
         rows = [each for each in given for _ in range(count)]
         options: dict[str, Any] = {
             "steps": steps,
@@ -194,12 +197,17 @@ def generate(
         if as_json or not console.is_terminal:
             found, seen = client.generate(prompts, **options), False
         else:
-            found, seen = _live(client.generate_steps(prompts, **options), rows, model, console)
-        _show(found, model, as_json, seen=seen)
+            states = client.generate_steps(prompts, **options)
+            found, seen = _live(states, rows, model, codec, console)
+        _show(found, model, codec, as_json, seen=seen)
 
 
 def _live(
-    states: Iterator[GenerateResult], rows: list[Prompt], model: ModelInfo, console: Console
+    states: Iterator[GenerateResult],
+    rows: list[Prompt],
+    model: ModelInfo,
+    codec: TextCodec | None,
+    console: Console,
 ) -> tuple[GenerateResult, bool]:
     """Show the rows as they are unmasked. Returns the last state, and whether it was shown."""
     shown, seen = 0.0, True
@@ -209,15 +217,17 @@ def _live(
             if seen and (found.done or now - shown >= 1 / _FRAMES_PER_SECOND):
                 shown = now
                 try:
-                    live.update(render_rows(found, rows, model), refresh=True)
+                    live.update(render_rows(found, rows, model, codec), refresh=True)
                 except Exception:  # showing is optional: the rows are printed at the end instead
                     seen = False
     return found, seen
 
 
-def _show(found: GenerateResult, model: ModelInfo, as_json: bool, *, seen: bool) -> None:
+def _show(
+    found: GenerateResult, model: ModelInfo, codec: TextCodec | None, as_json: bool, *, seen: bool
+) -> None:
     def texts() -> list[str | None]:
-        return [decode_row(row, model) for row in found.tokens]
+        return [decode_row(row, model, codec) for row in found.tokens]
 
     def words() -> str:
         return "\n".join(

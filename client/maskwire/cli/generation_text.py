@@ -11,10 +11,10 @@ from rich.console import Group
 from rich.text import Text
 
 from maskwire.cli.options import row_length
+from maskwire.data.text_codec import TextCodec
 from maskwire.results import GenerateResult, ModelInfo
 
 MASKED = "░"
-_BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -24,28 +24,34 @@ class Prompt:
     ids: tuple[int, ...]
 
 
-def is_byte_model(model: ModelInfo) -> bool:
-    """Whether the vocabulary is that of a model of bytes: 256 ids and the mask id."""
-    return model.num_tokens == _BYTES + 1 and model.mask_id == _BYTES
-
-
 def read_prompts(
-    texts: Sequence[str], lists: Sequence[str], *, gap: str, length: int | None, model: ModelInfo
+    texts: Sequence[str],
+    lists: Sequence[str],
+    *,
+    gap: str,
+    length: int | None,
+    model: ModelInfo,
+    codec: TextCodec | None,
 ) -> list[Prompt]:
     """Parse texts and lists of ids as prompts, and extend each with gaps up to `length`.
 
-    Raises ValueError for a text if the model's ids are not bytes, for a length that the model does not take,
+    Without a length, a text without a gap is extended to the longest row of the model.
+    Raises ValueError for a text if the run has no codec for texts, for a length that the model does not take,
     and for a malformed list of ids.
     """
     if not gap:
         raise ValueError("--gap must not be empty: it is the character that marks one token to fill")
-    if texts and not is_byte_model(model):
+    if texts and codec is None:
         raise ValueError(
-            "--prompt needs a model of bytes (num_tokens 257, mask_id 256), but this one has num_tokens "
-            f"{model.num_tokens}, mask_id {model.mask_id}; give token ids with --prompt-ids"
+            "--prompt needs a model of bytes (num_tokens 257, mask_id 256) or a run that keeps its "
+            f"tokenizer, but it has num_tokens {model.num_tokens}, mask_id {model.mask_id} and none; give "
+            "token ids with --prompt-ids"
         )
-    row_length(length, model)
-    rows = [_from_text(text, gap, model.mask_id) for text in texts]
+    longest_row = row_length(length, model)
+    rows = [] if codec is None else [_from_text(text, gap, model.mask_id, codec) for text in texts]
+    for row in rows:
+        if length is None and model.mask_id not in row:
+            row += [model.mask_id] * (longest_row - len(row))
     rows += [_from_list(words, gap, model.mask_id) for words in lists]
     longest = max((len(row) for row in rows), default=0)
     if length is not None and longest > length:
@@ -55,13 +61,13 @@ def read_prompts(
     return [Prompt((*row, *[model.mask_id] * ((length or 0) - len(row)))) for row in rows]
 
 
-def _from_text(text: str, gap: str, mask_id: int) -> list[int]:
-    ids: list[int] = []
+def _from_text(text: str, gap: str, mask_id: int, codec: TextCodec) -> list[int]:
+    if not text:
+        raise ValueError("--prompt must not be empty; leave it out to sample without a prompt")
+    ids = list(codec.start)
     for place, part in enumerate(text.split(gap)):
         ids += [mask_id] * bool(place)
-        ids += part.encode(errors="surrogateescape")
-    if not ids:
-        raise ValueError("--prompt must not be empty; leave it out to sample without a prompt")
+        ids += codec.encode(part) if part else []
     return ids
 
 
@@ -77,13 +83,17 @@ def _from_list(words: str, gap: str, mask_id: int) -> list[int]:
         ) from None
 
 
-def decode_row(row: npt.NDArray[np.int64], model: ModelInfo) -> str | None:
-    """Decode a row of bytes, with invalid UTF-8 replaced; None if the model's ids are not bytes."""
-    if not is_byte_model(model):
+def decode_row(row: npt.NDArray[np.int64], model: ModelInfo, codec: TextCodec | None) -> str | None:
+    """Decode a row up to the id that ends a text; None without a codec."""
+    if codec is None:
         return None
+    begin = len(codec.start) if tuple(row[: len(codec.start)]) == codec.start else 0
+    row = row[begin:]
+    if codec.end and (ends := np.flatnonzero(row == codec.end[-1])).size:
+        row = row[: ends[0]]
     parts, start = [], 0
     for place in [*np.flatnonzero(row == model.mask_id), len(row)]:
-        parts.append(row[start:place].astype(np.uint8).tobytes().decode(errors="replace"))
+        parts.append(codec.decode(row[start:place].tolist()))
         start = place + 1
     return MASKED.join(parts)
 
@@ -93,7 +103,9 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
 
 
-def render_rows(found: GenerateResult, prompts: Sequence[Prompt], model: ModelInfo) -> Group:
+def render_rows(
+    found: GenerateResult, prompts: Sequence[Prompt], model: ModelInfo, codec: TextCodec | None
+) -> Group:
     """Render unfinished rows: masked tokens dim, prompt tokens plain, sampled tokens bright."""
     lines = []
     for place, row in enumerate(found.tokens):
@@ -108,10 +120,11 @@ def render_rows(found: GenerateResult, prompts: Sequence[Prompt], model: ModelIn
         for end in ends:
             part = row[start:end]
             if style[start] == 0:
-                words = MASKED * len(part) if is_byte_model(model) else f"{MASKED} " * len(part)
+                words = f"{MASKED} " * len(part) if codec is None else MASKED * len(part)
+            elif codec is None:
+                words = "".join(f"{id_} " for id_ in part)
             else:
-                text = decode_row(part, model)
-                words = "".join(f"{id_} " for id_ in part) if text is None else _printable(text)
+                words = _printable(codec.decode(part.tolist()))
             line.append(words, style=("dim", "", "bold green")[style[start]])
             start = end
         lines.append(line)

@@ -25,15 +25,41 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout, and errors as JSON on stderr.")
 ]
 Paths = Annotated[
-    list[Path],
+    list[str],
     typer.Argument(
         metavar="PATH",
         show_default=False,
-        help="Text files or folders of them, each byte a token; or one .npy file of ids, one folder written "
-        "by `maskwire data prepare`, or with --dtype one file of packed ids.",
+        help="Text files or folders of them, each byte a token; JSON Lines, CSV, Parquet or Arrow files; an "
+        "address such as s3://BUCKET/FOLDER; or one .npy file of ids, one folder written by `maskwire data "
+        "prepare`, or with --dtype one file of packed ids.",
     ),
 ]
 DATA_PANEL = "Data"
+TextField = Annotated[
+    str | None,
+    typer.Option(
+        help="The field of a record that holds its text. By default 'text'.",
+        show_default=False,
+        rich_help_panel=DATA_PANEL,
+    ),
+]
+PromptField = Annotated[
+    str | None,
+    typer.Option(
+        help="The field of a record that holds a prompt, which is given and never masked. With "
+        "--response-field.",
+        show_default=False,
+        rich_help_panel=DATA_PANEL,
+    ),
+]
+ResponseField = Annotated[
+    str | None,
+    typer.Option(
+        help="The field of a record that holds the response to train on. With --prompt-field.",
+        show_default=False,
+        rich_help_panel=DATA_PANEL,
+    ),
+]
 Pattern = Annotated[
     str,
     typer.Option(

@@ -18,7 +18,10 @@ from maskwire.cli.options import (
     Length,
     Paths,
     Pattern,
+    PromptField,
+    ResponseField,
     ServerConnection,
+    TextField,
     row_length,
     with_server,
 )
@@ -40,13 +43,21 @@ def train(
     server: ServerConnection,
     paths: Paths,
     until_step: Annotated[
-        int,
+        int | None,
         typer.Option(
             show_default=False,
             help="Train until the run has reached this step. An absolute number: a run at step 800 trains "
             "200 steps for --until-step 1000.",
         ),
-    ],
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            show_default=False,
+            help="In place of --until-step: train on each row this many times, in a new random order each "
+            "time. An absolute number too. Without it, rows are random crops of the texts.",
+        ),
+    ] = None,
     length: Length = None,
     batch_size: Annotated[int, typer.Option(help="Rows per batch.", rich_help_panel=DATA_PANEL)] = 32,
     seed: Annotated[
@@ -55,6 +66,9 @@ def train(
     pattern: Pattern = "*",
     dtype: Dtype = None,
     any_format: AnyFormat = False,
+    text_field: TextField = None,
+    prompt_field: PromptField = None,
+    response_field: ResponseField = None,
     held_out: Annotated[
         float | None,
         typer.Option(
@@ -64,7 +78,7 @@ def train(
         ),
     ] = None,
     eval_data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Evaluate on this data, and train on all of PATH.", rich_help_panel=_EVALUATION),
     ] = None,
     eval_every: Annotated[
@@ -131,10 +145,14 @@ def train(
 
     After an interruption, run the same command again: training resumes.
     """
-    if until_step < 0:
+    if (until_step is None) == (epochs is None):
+        given = "neither" if epochs is None else f"--until-step {until_step} and --epochs {epochs}"
+        raise ValueError(f"give --until-step or --epochs, which say when to stop, got {given}")
+    if until_step is not None and until_step < 0:
         raise ValueError(f"--until-step must be at least 0, got {until_step}")
     for option, value in (
-        ("--eval-every", eval_every), ("--checkpoint-every", checkpoint_every), ("--eval-rows", eval_rows)
+        ("--eval-every", eval_every), ("--checkpoint-every", checkpoint_every), ("--eval-rows", eval_rows),
+        ("--epochs", epochs),
     ):  # fmt: skip
         if value is not None and value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
@@ -156,26 +174,32 @@ def train(
         "seed": seed,
         "pattern": pattern,
         "any_format": any_format,
+        "text_field": text_field,
+        "prompt_field": prompt_field,
+        "response_field": response_field,
     }
+    if epochs is not None:
+        options["sampling"] = "epochs"
     # Report bad data before waiting for the server.
     data, apart = open_data(paths, dtype=dtype, **options), None
     if eval_data is not None:
-        apart = open_data(eval_data, dtype=None if holds_tokens(eval_data) else dtype, **options)
+        apart = _open_evaluation(eval_data, dtype, options)
         check_tokenizer(data.tokenizer, apart.tokenizer, "the training data")
     elif eval_every:
         data, apart = _split(data, _HELD_OUT if held_out is None else held_out)
     with server.connect(name=name, takeover=takeover, window=window) as trainer:
         columns = row_length(length, trainer.model)
         data = data.cropped(columns)
+        target = data.steps_of(epochs) if epochs is not None else until_step or 0
         evaluate = None if apart is None else _evaluation(apart.cropped(columns), eval_rows)
-        if trainer.step < until_step and not as_json:
+        if trainer.step < target and not as_json:
             tell(
-                f"training from step {trainer.step} to {until_step}: {batch_size} rows of {columns} tokens "
+                f"training from step {trainer.step} to {target}: {batch_size} rows of {columns} tokens "
                 f"per step, as {trainer.name!r}"
             )
         result = trainer.fit(
             data,
-            until_step=until_step,
+            until_step=target,
             evaluate=evaluate,
             eval_every=eval_every,
             checkpoint_every=checkpoint_every,
@@ -199,9 +223,10 @@ def train(
             summary,
             as_json,
             lambda: (
-                f"nothing to train: the run is at step {trainer.step} already, and --until-step {until_step} "
-                "is an absolute number; give a larger one to train further"
-                if trainer.step >= until_step and not steps
+                f"nothing to train: the run is at step {trainer.step} already, and "
+                + (f"--until-step {target}" if epochs is None else f"--epochs {epochs} (step {target})")
+                + " is an absolute number; give a larger one to train further"
+                if trainer.step >= target and not steps
                 else f"step {trainer.step}"
                 + ("" if result.last is None else f"  loss {result.last.loss:.4f}")
                 + f"  {result.tokens_per_second:,.0f} tokens/s  digest {trainer.digest.hex()[:16]}"
@@ -212,6 +237,14 @@ def train(
             raise exit_codes.interrupted()
         if result.metrics_failure:
             raise OutputError(result.metrics_failure)
+
+
+def _open_evaluation(path: str, dtype: str | None, options: dict[str, Any]) -> TokenData:
+    """Open --eval-data; the options that describe texts do not apply to a file or folder of ids."""
+    if not holds_tokens(path):
+        return open_data(path, dtype=dtype, **options)
+    fields = ("text_field", "prompt_field", "response_field")
+    return open_data(path, **{name: value for name, value in options.items() if name not in fields})
 
 
 def check_tokenizer(ours: str, theirs: str, whose: str) -> None:

@@ -1,27 +1,37 @@
-"""Open files and folders as token data: text as bytes, `.npy` arrays, packed ids and prepared text."""
+"""Open files and folders as token data: text as bytes, `.npy` arrays, packed ids, prepared text, records."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from maskwire.data.file_array import FileArray
+from maskwire.data.file_array import FileArray, Ids
 from maskwire.data.file_discovery import find_files
 from maskwire.data.file_types import refuse_other_than_packed
+from maskwire.data.pair_data import PairData
 from maskwire.data.prepared_folder import (
     BYTES,
     DOCUMENTS,
     METADATA,
+    PROMPTS,
     TOKENS,
     PreparedMetadata,
     refuse_part,
 )
+from maskwire.data.record import Fields
+from maskwire.data.sources import Paths, Source, TextFile, find_sources
 from maskwire.data.token_data import TokenData
 from maskwire.data.token_documents import Documents, load_array
+from maskwire.data.tokenizer import TOKENIZER_FILE, ByteTokenizer
+from maskwire.v1.values import TokenizerDescription
 
+log = logging.getLogger(__name__)
+
+_LARGEST_IN_MEMORY = 2**30  # bytes of text
 PACKED_TYPES = ("uint8", "uint16", "int32")
 _OTHER_TYPES = {
     "uint32": "open it as int32 (--dtype int32): ids below 2^31 have the same bytes in both types",
@@ -44,6 +54,7 @@ class ByteData(TokenData):
         length: int,
         batch_size: int,
         seed: int = 0,
+        sampling: str = "crops",
         pattern: str = "*",
         any_format: bool = False,
     ) -> None:
@@ -57,16 +68,25 @@ class ByteData(TokenData):
         files = find_files(paths, pattern, any_format=any_format)
         self._initialize(
             Documents.from_files(files),
-            length=length, batch_size=batch_size, seed=seed, tokenizer=BYTES, bytes_per_token=1.0,
+            length=length, batch_size=batch_size, seed=seed, sampling=sampling, tokenizer=BYTES,
+            bytes_per_token=1.0,
         )  # fmt: skip
         self.files = files
+        self.tokenizer_description = TokenizerDescription(BYTES)
 
 
 class FileTokens(TokenData):
     """Token ids in one file or folder: packed ids, a `.npy` array or prepared text; read batch by batch."""
 
     def __init__(
-        self, path: str | Path, *, length: int, batch_size: int, seed: int = 0, dtype: str | None = None
+        self,
+        path: str | Path,
+        *,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        sampling: str = "crops",
+        dtype: str | None = None,
     ) -> None:
         """`path` is a folder written by `maskwire data prepare`, a `.npy` file or, with `dtype`, packed ids.
 
@@ -82,10 +102,11 @@ class FileTokens(TokenData):
             refuse_part(path)
         if (path / METADATA).is_file():
             metadata = PreparedMetadata.read(path)
-            flat = FileArray(path / TOKENS, _little_endian(metadata.dtype))
-            ends, _ = load_array(path / DOCUMENTS)
-            documents = Documents.from_packed(flat, ends[:].astype(np.int64))
+            if metadata.prompts:
+                raise ValueError(f"{path} holds prompts with responses; open it with maskwire.open_data")
+            documents = _prepared_documents(path, metadata)
             tokenizer, bytes_per_token = metadata.tokenizer, metadata.text_bytes / metadata.tokens
+            self.tokenizer_description = _description(path, metadata)
         elif path.suffix == ".npy":
             documents = Documents.from_packed(*load_array(path))
         elif dtype in PACKED_TYPES and path.is_file():
@@ -101,39 +122,132 @@ class FileTokens(TokenData):
         else:
             raise ValueError(_not_token_ids(path, dtype))
         self._initialize(
-            documents, length=length, batch_size=batch_size, seed=seed, tokenizer=tokenizer,
-            bytes_per_token=bytes_per_token,
+            documents, length=length, batch_size=batch_size, seed=seed, sampling=sampling,
+            tokenizer=tokenizer, bytes_per_token=bytes_per_token,
         )  # fmt: skip
         self.files = []
 
 
 def open_data(
-    paths: str | Path | Sequence[str | Path],
+    paths: Paths,
     *,
     length: int,
     batch_size: int,
     seed: int = 0,
+    sampling: str = "crops",
     pattern: str = "*",
     dtype: str | None = None,
     any_format: bool = False,
+    text_field: str | None = None,
+    prompt_field: str | None = None,
+    response_field: str | None = None,
 ) -> TokenData:
     """Open data by what the paths hold.
 
-    `paths` are one folder written by `maskwire data prepare`, one `.npy` file, one file of packed ids with
-    its `dtype` (uint8, uint16 or int32), or files and folders of text, whose bytes become the tokens. With
-    `any_format`, files of any type are read as bytes. Raises ValueError for anything else.
+    paths: One folder written by `maskwire data prepare`, one `.npy` file, one file of packed ids with its
+        `dtype` (uint8, uint16 or int32), or texts, whose bytes become the tokens: files and folders, JSON
+        Lines, Parquet and Arrow files, addresses of fsspec, or a data set of the package `datasets`. The
+        texts of records and of addresses are held in memory; prepare larger ones.
+    sampling: "crops" for rows at random places, or "epochs" for each row once per epoch.
+    text_field: The field of a record that holds its text; "text" by default.
+    prompt_field, response_field: The fields of a prompt and its response; the result is a PairData.
+    any_format: Read files of any type as bytes.
+
+    Raises ValueError for anything else.
     """
-    paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    if dtype is not None or any(holds_tokens(path) for path in paths):
-        if len(paths) != 1:
+    fields = Fields(text_field, prompt_field, response_field)
+    options: dict[str, Any] = {
+        "length": length, "batch_size": batch_size, "seed": seed, "sampling": sampling,
+    }  # fmt: skip
+    given = paths if isinstance(paths, list | tuple) else [paths]
+    ids = [each for each in given if isinstance(each, str | Path) and holds_tokens(each)]
+    if dtype is not None or ids:
+        if len(given) != 1:
             raise ValueError(
-                f"a file or folder of token ids must be the only path, got {len(paths)} paths; prepare the "
+                f"a file or folder of token ids must be the only path, got {len(given)} paths; prepare the "
                 "texts together, into one folder"
             )
-        return FileTokens(paths[0], length=length, batch_size=batch_size, seed=seed, dtype=dtype)
-    return ByteData(
-        paths, length=length, batch_size=batch_size, seed=seed, pattern=pattern, any_format=any_format
-    )
+        if fields.given:
+            raise ValueError(
+                f"{given[0]} holds token ids, which have no fields; leave out the names of fields"
+            )
+        if _holds_pairs(Path(given[0])):
+            return open_pairs(Path(given[0]), **options)
+        return FileTokens(given[0], dtype=dtype, **options)
+    sources = find_sources(paths, fields, pattern=pattern, any_format=any_format)
+    if all(isinstance(source, TextFile) for source in sources):
+        return ByteData(given, pattern=pattern, any_format=any_format, **options)
+    return _in_memory(sources, fields, options)
+
+
+def open_pairs(path: Path, **options: Any) -> PairData:
+    """Open a prepared folder of prompts and responses."""
+    metadata = PreparedMetadata.read(path)
+    prompts, _ = load_array(path / PROMPTS)
+    if metadata.end_id is None:
+        raise ValueError(f"{path / METADATA}: the id that ends a response is missing; prepare the data again")
+    found = PairData(
+        _prepared_documents(path, metadata), prompts[:], end_id=metadata.end_id, tokenizer=metadata.tokenizer,
+        **options,
+    )  # fmt: skip
+    found.tokenizer_description = _description(path, metadata)
+    return found
+
+
+def _holds_pairs(path: Path) -> bool:
+    return (path / METADATA).is_file() and PreparedMetadata.read(path).prompts
+
+
+def _prepared_documents(path: Path, metadata: PreparedMetadata) -> Documents:
+    flat = FileArray(path / TOKENS, _little_endian(metadata.dtype))
+    ends, _ = load_array(path / DOCUMENTS)
+    return Documents.from_packed(flat, ends[:].astype(np.int64))
+
+
+def _description(path: Path, metadata: PreparedMetadata) -> TokenizerDescription | None:
+    """What the run keeps of the tokenizer; None if its file was deleted."""
+    file = path / TOKENIZER_FILE
+    if metadata.tokenizer != BYTES and not file.is_file():
+        return None
+    content = b"" if metadata.tokenizer == BYTES else file.read_bytes()
+    around = tuple(metadata.document_start), tuple(metadata.document_end)
+    return TokenizerDescription(metadata.tokenizer, content, *around)
+
+
+def _in_memory(sources: list[Source], fields: Fields, options: dict[str, Any]) -> TokenData:
+    """The bytes of records and of remote files, each a document."""
+    tokenizer = ByteTokenizer(special_tokens=fields.prompt is not None)
+    arrays: list[Ids] = []
+    prompts: list[int] = []
+    size, dropped = 0, 0
+    for item in (item for source in sources for item in source.read(0)):
+        if item.record is None:
+            dropped += 1
+            continue
+        for encoded in tokenizer.encode([item.record]):
+            arrays.append(
+                np.concatenate(list(encoded.parts)).astype(np.uint16 if tokenizer.end else np.uint8)
+            )
+            prompts.append(encoded.prompt)
+        size += item.record.size
+        if size > _LARGEST_IN_MEMORY:
+            raise ValueError(
+                f"the texts have more than {_LARGEST_IN_MEMORY:,} bytes, and records are held in memory; run "
+                "`maskwire data prepare` on them, and train on its folder"
+            )
+    if dropped:
+        log.warning("%s records without text are left out", f"{dropped:,}")
+    if not arrays:
+        raise ValueError("no record has text; check the name of the field")
+    documents = Documents.from_packed(np.concatenate(arrays), np.cumsum([array.size for array in arrays]))
+    if tokenizer.end_id is None:
+        data = object.__new__(TokenData)
+        data.files = []
+        data._initialize(documents, tokenizer=BYTES, bytes_per_token=1.0, **options)
+    else:
+        data = PairData(documents, np.array(prompts), end_id=tokenizer.end_id, tokenizer=BYTES, **options)
+    data.tokenizer_description = TokenizerDescription(BYTES, document_end=tuple(tokenizer.end))
+    return data
 
 
 def holds_tokens(path: str | Path) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from maskwire.data.file_types import FileType, detect, read_head, unsupported
+from maskwire.data.file_types import RECORD_TYPES, FileType, detect, read_head, unsupported
 from maskwire.data.maskwire_files import MaskwireFiles
 from maskwire.data.prepared_folder import METADATA, refuse_part
 
@@ -14,11 +14,18 @@ log = logging.getLogger(__name__)
 
 
 def find_files(
-    paths: str | Path | Iterable[str | Path], pattern: str = "*", *, any_format: bool = False
+    paths: str | Path | Iterable[str | Path],
+    pattern: str = "*",
+    *,
+    any_format: bool = False,
+    is_records: Callable[[str], object] | None = None,
+    only_records: bool = False,
 ) -> list[Path]:
     """Return the non-empty data files, sorted by path, without files that maskwire itself wrote.
 
-    Raises ValueError for a path that does not exist and, unless `any_format`, for files that are not text.
+    `is_records(name)` is true of files with records, such as JSON Lines, which are then data too; with
+    `only_records` other files are left out. Raises ValueError for a path that does not exist and, unless
+    `any_format`, for files that are neither text nor records.
     """
     if isinstance(paths, str | Path):
         paths = [paths]
@@ -35,30 +42,43 @@ def find_files(
             found |= {path} if path.stat().st_size else set()
         else:
             raise ValueError(f"{path}: no such file or folder")
-    return _select_text(sorted(found), any_format)
+    return _select(sorted(found), any_format, is_records or (lambda _: False), only_records)
 
 
-def _select_text(files: list[Path], any_format: bool) -> list[Path]:
+def _select(
+    files: list[Path], any_format: bool, is_records: Callable[[str], object], only_records: bool
+) -> list[Path]:
     maskwire_files = MaskwireFiles()
     data: list[Path] = []
     skipped: list[Path] = []
     refused: dict[Path, FileType] = {}
     binary: list[Path] = []
+    others: list[Path] = []
     for path in files:
         head = read_head(path)
         if maskwire_files.includes(path, head):
             skipped.append(path)
             continue
+        if only_records and not is_records(path.name):
+            others.append(path)
+            continue
         data.append(path)
         if not any_format:
             file_type = detect(path, head)
+            if is_records(path.name):
+                file_type = None if file_type in RECORD_TYPES else file_type
             if file_type is not None:
                 refused[path] = file_type
-            elif b"\0" in head:
+            elif b"\0" in head and not is_records(path.name):
                 binary.append(path)
     if refused:
         raise unsupported(refused)
     own = "written by maskwire itself (run directory, metrics, configuration, log or printed result)"
+    if others:
+        words = f"{_names(others)}: no records with fields (.jsonl, .csv, .tsv, .parquet, .arrow)"
+        if not data:
+            raise ValueError(f"{words}; leave out the names of fields to read texts")
+        log.warning("skipped %s", words)
     if not data:
         raise ValueError(
             "no data found in the given paths: "

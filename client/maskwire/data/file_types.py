@@ -13,7 +13,7 @@ import numpy as np
 
 HEAD_BYTES = 4096
 """How much of a file's beginning is read to tell its type."""
-_TEXTS = "write each text to a .txt file of its own, or run `maskwire data prepare` on such files"
+_TEXTS = "open it with maskwire.open_data or `maskwire data prepare`, which read the field of its texts"
 _ARRAY = "save the ids as one array with np.save, as a .npy file"
 
 
@@ -95,6 +95,8 @@ _MAGIC = {
     b"\xff\xfe": _UTF16,
     b"\xfe\xff": _UTF16,
 }
+RECORD_TYPES = (None, _JSON_LINES, _PARQUET, _ARROW)
+"""The types of files with one text per record, whose names say so; CSV has none."""
 _BZIP2 = re.compile(rb"BZh[1-9]1AY&SY")
 _TAR, _TAR_AT = b"ustar", 257
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from maskwire.data.file_types import HEAD_BYTES
 
 JOURNAL, CHECKPOINTS, LOCK, MANIFEST = "journal.sqlite", "checkpoints", "lock", "manifest.json"
-_RUN_FILES = {LOCK, "computing"}
+_RUN_FILES = {LOCK, "computing", "data-tokenizer.json"}
 _RUN_SUFFIXES = {".toml", ".log"}
 _PARTIAL = re.compile(r"\.[0-9a-f]{12}\.part$|^manifest\.json\.part$")  # of a download
 _TENSORS = ".safetensors"

@@ -3,199 +3,206 @@
 OUT/maskwire-data.json   metadata: tokenizer, vocabulary, sizes
 OUT/tokens.bin           little-endian ids, one document after another
 OUT/documents.npy        where each document ends
+OUT/prompts.npy          how many of its first ids are the prompt, of data with prompts and responses
 OUT/tokenizer.json       a copy of the tokenizer file, if one was used
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
 
-import numpy as np
+from maskwire.data.draft_folder import DraftFolder, Progress
+from maskwire.data.prepared_folder import BYTES, METADATA, PreparedMetadata
+from maskwire.data.record import Fields, Item, Record
+from maskwire.data.sources import Paths, Source, find_sources, identity_of
+from maskwire.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, FileTokenizer
 
-from maskwire.data.file_array import Ids
-from maskwire.data.file_discovery import find_files
-from maskwire.data.prepared_folder import BYTES, DOCUMENTS, METADATA, TOKENS, PreparedMetadata
-from maskwire.data.token_documents import Documents
+log = logging.getLogger(__name__)
 
-_BATCH_BYTES, _BATCH_FILES = 8 * 2**20, 64  # tokenized in parallel on all cores
-
-Encode = Callable[[list[Path]], Iterable[Iterable[Ids]]]
-"""Tokenizes files; yields the ids of each file, in one part or several."""
+_VERSION = 1  # of what is written for the same sources and options
+_BATCH_BYTES, _BATCH_RECORDS = 2**20, 1024  # tokenized in parallel on all cores
+_SAVE_BYTES, _SAVE_SECONDS = 2**26, 10.0  # of text, between two saves of the progress
+NO_TOKENS = "no tokens"
 
 
 def prepare(
-    paths: str | Path | Iterable[str | Path],
+    paths: Paths,
     out: str | Path,
     *,
     tokenizer: str | Path = BYTES,
     pattern: str = "*",
     any_format: bool = False,
-    special_tokens: bool = True,
+    text_field: str | None = None,
+    prompt_field: str | None = None,
+    response_field: str | None = None,
+    special_tokens: bool | None = None,
+    parse_special_tokens: bool = False,
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PreparedMetadata:
-    """Tokenize files and folders and write the ids to the folder `out`. Each file becomes a document.
+    """Tokenize texts and write the ids to the folder `out`. Each file or record becomes a document.
 
-    Files are selected as in `ByteData`. `tokenizer` is "bytes" or the path of a tokenizer.json, which needs
-    the extra `maskwire[tokenizers]` and UTF-8 text. The mask id follows the tokenizer's last id. With
-    `special_tokens`, each document gets the tokens that the tokenizer adds around a text, such as BOS and
-    EOS; `document_start` and `document_end` of the result list them.
-    `on_progress(done, total)` receives bytes of text. `out` is created only once it is complete; an existing
-    prepared folder is replaced only with `force`. Raises ValueError and OSError.
+    paths: Files, folders, addresses of fsspec (s3://...), or a data set of the package `datasets`. A file of
+        text is a document; JSON Lines, Parquet and Arrow have one per record, and CSV, if a field is named.
+        Files in folders are selected as in `ByteData`.
+    tokenizer: "bytes", or the path of a tokenizer.json or of a folder with one, which needs the extra
+        `maskwire[tokenizers]` and UTF-8 text. The mask id is the tokenizer's own, or follows its last id.
+    text_field: The field of a record that holds its text; "text" by default.
+    prompt_field, response_field: The fields of a prompt and of the response to train on. Prompts are given
+        to the model and never masked.
+    special_tokens: Whether documents get the tokens that the tokenizer adds around a text, such as BOS, and
+        end with EOS, which is added where the tokenizer has none. By default yes for a tokenizer and for
+        responses, and no for texts as bytes. `document_start` and `document_end` of the result list them.
+    parse_special_tokens: Take special tokens that a text spells out, such as "[MASK]", for these tokens, and
+        not for text.
+    on_progress: `on_progress(done, total)` receives bytes of the sources.
+
+    `out` is created only once it is complete; an existing prepared folder is replaced only with `force`. If
+    the process is stopped, the same call continues where it was (`.NAME.part` beside `out`), and writes the
+    same bytes. Records without text are dropped and counted in `dropped`. Raises ValueError and OSError.
     """
     out = Path(out)
+    fields = Fields(text_field, prompt_field, response_field)
+    _check_out(out, force)
+    sources = find_sources(paths, fields, pattern=pattern, any_format=any_format)
+    chosen = _tokenizer(tokenizer, fields, special_tokens, parse_special_tokens)
+    options = [_VERSION, chosen.name, chosen.num_tokens, special_tokens, parse_special_tokens, fields.names]
+    identity = hashlib.sha256(json.dumps([identity_of(sources), *options]).encode()).hexdigest()
+    dtype = _dtype(chosen)
+    with DraftFolder(out, identity, dtype, prompts=fields.prompt is not None) as draft:
+        if draft.resumed:
+            log.warning(
+                "resuming after %s documents that an earlier call prepared", f"{draft.progress.documents:,}"
+            )
+        _write(sources, draft, chosen, on_progress or (lambda *_: None))
+        metadata = _metadata(draft.progress, chosen, fields, dtype)
+        copies = {TOKENIZER_FILE: chosen.file} if isinstance(chosen, FileTokenizer) else {}
+        draft.complete(metadata, out, copies)
+    return metadata
+
+
+def _check_out(out: Path, force: bool) -> None:
     prepared = (out / METADATA).is_file()
     if out.exists() and not (force and prepared):
         advice = "choose another folder"
         if prepared:
             advice += ", or replace the prepared data in it with --force (force=True)"
         raise ValueError(f"{out} already exists; {advice}")
-    files = find_files(paths, pattern, any_format=any_format)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        draft, old = Path(temporary) / "new", Path(temporary) / "old"
-        draft.mkdir()
-        metadata = _write(files, draft, tokenizer, special_tokens, on_progress or (lambda *_: None))
-        if out.exists():
-            out.rename(old)
-        draft.rename(out)
-    return metadata
+
+
+def _tokenizer(
+    tokenizer: str | Path, fields: Fields, special_tokens: bool | None, parse: bool
+) -> ByteTokenizer | FileTokenizer:
+    if fields.prompt is not None and special_tokens is False:
+        raise ValueError(
+            "special_tokens=False (--no-special-tokens) does not go with prompts and responses: the model "
+            "learns from the id at its end where a response ends"
+        )
+    if tokenizer != BYTES:
+        return FileTokenizer(
+            Path(tokenizer), special_tokens=special_tokens is not False, parse_special_tokens=parse
+        )
+    if parse:
+        raise ValueError(
+            "parse_special_tokens (--parse-special-tokens) needs a tokenizer file; bytes have no names"
+        )
+    return ByteTokenizer(special_tokens=bool(special_tokens) or fields.prompt is not None)
+
+
+def _dtype(tokenizer: ByteTokenizer | FileTokenizer) -> str:
+    if tokenizer.name == BYTES and not tokenizer.end:
+        return "uint8"
+    return "uint16" if tokenizer.num_tokens - 1 < 2**16 else "int32"
 
 
 def _write(
-    files: list[Path],
-    folder: Path,
-    tokenizer: str | Path,
-    special_tokens: bool,
+    sources: list[Source],
+    draft: DraftFolder,
+    tokenizer: ByteTokenizer | FileTokenizer,
     report: Callable[[int, int], None],
+) -> None:
+    progress, total = draft.progress, sum(source.size for source in sources)
+    if isinstance(tokenizer, FileTokenizer):
+        tokenizer.resume(progress.start, progress.end)
+    before = sum(source.size for source in sources[: progress.source])
+    saved_bytes, saved = progress.text_bytes, time.monotonic()
+    for source in sources[progress.source :]:
+        for items in _batches(source.read(progress.place)):
+            _add(items, draft, tokenizer)
+            progress.place = items[-1].place
+            report(before + min(items[-1].done, source.size), total)
+            if progress.text_bytes - saved_bytes >= _SAVE_BYTES or time.monotonic() - saved >= _SAVE_SECONDS:
+                draft.save()
+                saved_bytes, saved = progress.text_bytes, time.monotonic()
+        progress.source, progress.place = progress.source + 1, 0
+        before += source.size
+    report(total, total)
+
+
+def _add(items: list[Item], draft: DraftFolder, tokenizer: ByteTokenizer | FileTokenizer) -> None:
+    progress = draft.progress
+    records = [item.record for item in items if item.record is not None]
+    for reason in (item.dropped for item in items if item.record is None):
+        progress.drop(reason)
+    for record, encoded in zip(records, tokenizer.encode(records), strict=True):
+        progress.text_bytes += record.size
+        if encoded is None:
+            progress.drop(NO_TOKENS)
+        else:
+            draft.add(encoded.parts, encoded.prompt)
+    progress.start, progress.end = tokenizer.start, tokenizer.end
+
+
+def _metadata(
+    progress: Progress, tokenizer: ByteTokenizer | FileTokenizer, fields: Fields, dtype: str
 ) -> PreparedMetadata:
-    total, done = sum(path.stat().st_size for path in files), 0
-    encode: Encode = _bytes
-    name, mask_id = BYTES, 256
-    loaded: _Tokenizer | None = None
-    if tokenizer != BYTES:
-        loaded = _Tokenizer(Path(tokenizer), special_tokens)
-        name, mask_id, encode = loaded.name, loaded.mask_id, loaded.encode
-        shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    dtype = "uint8" if tokenizer == BYTES else "uint16" if mask_id < 2**16 else "int32"
-    sizes: list[int] = []
-    with (folder / TOKENS).open("wb") as file:
-        for batch in _batches(files):
-            for parts in encode(batch):
-                sizes.append(0)
-                for ids in parts:
-                    ids.astype(np.dtype(dtype).newbyteorder("<"), copy=False).tofile(file)
-                    sizes[-1] += ids.size
-            done += sum(path.stat().st_size for path in batch)
-            report(done, total)
-        _flush(file)
-    ends = np.cumsum([size for size in sizes if size], dtype=np.int64)
-    around = ([], []) if loaded is None else loaded.around
-    if not ends.size or around is None:  # special tokens alone are nothing to train on
-        raise ValueError("the tokenizer produced no tokens from the text; check that it fits the text")
-    with (folder / DOCUMENTS).open("wb") as file:
-        np.save(file, ends)
-        _flush(file)
-    metadata = PreparedMetadata(name, mask_id + 1, mask_id, dtype, int(ends[-1]), ends.size, total, *around)
-    with (folder / METADATA).open("w") as text:
-        text.write(metadata.to_json())
-        _flush(text)
-    return metadata
+    if not progress.documents:
+        raise ValueError(
+            "the tokenizer produced no tokens from the text; check that it fits the text"
+            if progress.dropped.get(NO_TOKENS)
+            else f"no record has text: {dropped_words(progress.dropped)}; check the name of the field"
+        )
+    return PreparedMetadata(
+        tokenizer.name,
+        tokenizer.num_tokens,
+        tokenizer.mask_id,
+        dtype,
+        progress.tokens,
+        progress.documents,
+        progress.text_bytes,
+        tokenizer.start,
+        tokenizer.end,
+        tokenizer.pad_id,
+        tokenizer.end_id,
+        fields.prompt is not None,
+        progress.longest,
+        progress.dropped,
+    )
 
 
-def _flush(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def dropped_words(dropped: dict[str, int]) -> str:
+    """What was dropped, in words; empty if nothing was."""
+    return ", ".join(f"{count:,} dropped ({reason})" for reason, count in sorted(dropped.items()))
 
 
-def _batches(files: list[Path]) -> Iterator[list[Path]]:
-    batch, size = [], 0
-    for path in files:
-        batch.append(path)
-        size += path.stat().st_size
-        if size >= _BATCH_BYTES or len(batch) >= _BATCH_FILES:
-            yield batch
-            batch, size = [], 0
-    if batch:
+def _batches(items: Iterator[Item]) -> Iterator[list[Item]]:
+    """Groups of items that are tokenized together."""
+    for first in items:
+        batch, size = [first], _size(first.record)
+        if size < _BATCH_BYTES:
+            for item in chain(items):
+                batch.append(item)
+                size += _size(item.record)
+                if size >= _BATCH_BYTES or len(batch) >= _BATCH_RECORDS:
+                    break
         yield batch
 
 
-def _bytes(files: list[Path]) -> Iterator[Iterator[Ids]]:
-    documents = Documents.from_files(files)
-    return (documents.chunks(index) for index in range(len(documents)))
-
-
-class _Tokenizer:
-    """A tokenizer file: encodes texts, and records the special tokens that it adds around them."""
-
-    def __init__(self, path: Path, special_tokens: bool) -> None:
-        """Raises ValueError if the file is not a tokenizer, or the package `tokenizers` is missing."""
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise ValueError(
-                'a tokenizer file needs the package `tokenizers`: pip install "maskwire[tokenizers]"'
-            ) from None
-        if not path.is_file():
-            raise ValueError(
-                f"tokenizer must be 'bytes' or the path of a tokenizer.json, but there is no file {path}"
-            )
-        try:
-            self._loaded: Any = Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises bare Exception
-            raise ValueError(f"{path}: not a tokenizer.json of the package `tokenizers`: {error}") from error
-        self._loaded.no_truncation()
-        self._loaded.no_padding()
-        self._path, self._special_tokens = path, special_tokens
-        self.name = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
-        self.mask_id = max(self._loaded.get_vocab(with_added_tokens=True).values()) + 1
-        """The id after the last one of the tokenizer."""
-        self.around: tuple[list[int], list[int]] | None = None
-        """The special ids before and after each text; None until a text has yielded other tokens."""
-
-    def encode(self, files: list[Path]) -> Iterator[list[Ids]]:
-        """Yield the ids of each file. Raises ValueError for a file that cannot be encoded."""
-        texts = [_text(file) for file in files]
-        try:
-            found = self._loaded.encode_batch(texts, add_special_tokens=self._special_tokens)
-        except Exception:  # it does not name the text that failed
-            for file, text in zip(files, texts, strict=True):
-                self._check(file, text)
-            raise
-        for one in found:
-            if self.around is None:
-                self.around = _around(one)
-            yield [np.array(one.ids, dtype=np.int64)]
-
-    def _check(self, file: Path, text: str) -> None:
-        try:
-            self._loaded.encode(text, add_special_tokens=self._special_tokens)
-        except Exception as error:
-            raise ValueError(
-                f"{file}: the tokenizer {self._path} cannot encode it ({error}); use a byte-level tokenizer "
-                "or one with an unknown token, or exclude the file with --pattern"
-            ) from error
-
-
-def _around(encoding: Any) -> tuple[list[int], list[int]] | None:
-    """The special ids before and after the other tokens; None if there are no other tokens."""
-    ids, special = encoding.ids, encoding.special_tokens_mask
-    own = [place for place, added in enumerate(special) if not added]
-    return (ids[: own[0]], ids[own[-1] + 1 :]) if own else None
-
-
-def _text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 at byte {error.start} ({data[error.start : error.end]!r}); convert the file, "
-            "exclude it with --pattern, or use --tokenizer bytes"
-        ) from None
+def _size(record: Record | None) -> int:
+    return 0 if record is None else record.size

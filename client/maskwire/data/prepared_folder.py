@@ -10,9 +10,13 @@ from pathlib import Path
 import numpy as np
 
 METADATA, TOKENS, DOCUMENTS = "maskwire-data.json", "tokens.bin", "documents.npy"
+PROMPTS = "prompts.npy"
+"""How many of each document's first ids are its prompt; only of data with prompts and responses."""
 BYTES = "bytes"
 """The `tokenizer` of data whose ids are bytes."""
-_FORMAT = 1
+_FORMAT = 2
+_READABLE = (1, 2)
+"""Format 1 has no prompts, and no end of a document other than the tokenizer's own."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,16 @@ class PreparedMetadata:
     """The special ids that each document begins with, such as BOS."""
     document_end: list[int] = field(default_factory=list)
     """The special ids that each document ends with, such as EOS."""
+    pad_id: int | None = None
+    """The tokenizer's pad id, if it has one."""
+    end_id: int | None = None
+    """The id that ends a document, the last of `document_end`; None if none does."""
+    prompts: bool = False
+    """Whether the documents are prompts with responses."""
+    longest: int = 0
+    """The size of the longest document; 0: not recorded."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """How many records were left out, by reason."""
 
     def to_json(self) -> str:
         """The text of `maskwire-data.json`."""
@@ -44,8 +58,8 @@ class PreparedMetadata:
         path = folder / METADATA
         try:
             fields = json.loads(path.read_text())
-            if (version := fields.pop("format")) != _FORMAT:
-                raise ValueError(f"format {version!r}, expected {_FORMAT}")
+            if (version := fields.pop("format")) not in _READABLE:
+                raise ValueError(f"format {version!r}, expected {' or '.join(map(str, _READABLE))}")
             metadata = PreparedMetadata(**fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: cannot be read ({error}); prepare the data again") from error
@@ -61,5 +75,5 @@ class PreparedMetadata:
 
 def refuse_part(path: Path) -> None:
     """Raise ValueError for a single file of a prepared folder, which can only be opened as a whole."""
-    if path.name in (METADATA, TOKENS, DOCUMENTS) and (path.parent / METADATA).is_file():
+    if path.name in (METADATA, TOKENS, DOCUMENTS, PROMPTS) and (path.parent / METADATA).is_file():
         raise ValueError(f"{path} is part of prepared data; give the whole folder instead: {path.parent}")

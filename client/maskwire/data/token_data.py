@@ -14,11 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from maskwire.arguments import check_whole
+from maskwire.batch import Batch
+from maskwire.data.epoch_order import EpochOrder
 from maskwire.data.file_array import Ids
 from maskwire.data.fingerprint import content_hash
 from maskwire.data.token_documents import DocumentRows, Documents
+from maskwire.v1.values import TokenizerDescription
 
 Rows = Ids | list[Ids]
+SAMPLING = ("crops", "epochs")
 
 _MAX_TOKENS = 2**28  # more than any server accepts in a batch
 
@@ -26,12 +30,16 @@ _MAX_TOKENS = 2**28  # more than any server accepts in a batch
 class TokenData:
     """Documents of token ids, and batches of rows cropped from them.
 
-    A row is a random crop of `length` ids from one document; every position is equally likely. A document
-    shorter than `length` is a row by itself.
+    With `sampling="crops"` a row is a random crop of `length` ids from one document; every position is
+    equally likely. A document shorter than `length` is a row by itself. With "epochs" documents are cut into
+    adjacent rows, of which the last of a document may be shorter; each row comes once per epoch, in random
+    order.
     """
 
     files: list[Path]
     """The files that the documents come from; empty for arrays."""
+    tokenizer_description: TokenizerDescription | None = None
+    """What the run keeps of the tokenizer, if it is known."""
 
     def __init__(
         self,
@@ -40,6 +48,7 @@ class TokenData:
         length: int,
         batch_size: int,
         seed: int = 0,
+        sampling: str = "crops",
         tokenizer: str = "",
         bytes_per_token: float | None = None,
     ) -> None:
@@ -56,7 +65,7 @@ class TokenData:
         self.files = []
         self._initialize(
             Documents.from_arrays([array for array in arrays if array.size]),
-            length=length, batch_size=batch_size, seed=seed, tokenizer=tokenizer,
+            length=length, batch_size=batch_size, seed=seed, sampling=sampling, tokenizer=tokenizer,
             bytes_per_token=bytes_per_token,
         )  # fmt: skip
 
@@ -67,15 +76,20 @@ class TokenData:
         length: int,
         batch_size: int,
         seed: int,
+        sampling: str,
         tokenizer: str,
         bytes_per_token: float | None,
     ) -> None:
         for name, value in (("length", length), ("batch_size", batch_size)):
             check_whole(name, value, 1, _MAX_TOKENS)
         check_whole("seed", seed, 0)
+        if sampling not in SAMPLING:
+            raise ValueError(f"sampling must be one of {', '.join(SAMPLING)}, got {sampling!r}")
         if not len(documents):
             raise ValueError("the data is empty: it has no document with at least one id")
         self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.sampling = sampling
+        """How rows are chosen: "crops" at random places, or "epochs" without replacement."""
         self.tokenizer = tokenizer
         """What the ids encode: "bytes", the hash of a tokenizer file, or empty if unknown."""
         self.bytes_per_token = bytes_per_token
@@ -84,6 +98,10 @@ class TokenData:
         self._content: str | None = None
         self._held_out = 0.0
         self._ends = np.cumsum(np.maximum(1, documents.sizes - length + 1))
+        self._order: EpochOrder | None = None
+        if sampling == "epochs":
+            self._every = self.whole()
+            self._order = EpochOrder(max(1, len(self._every)), seed)
 
     @property
     def size(self) -> int:
@@ -106,6 +124,7 @@ class TokenData:
             "documents": self.documents,
         }
         parts = {name: str(value) for name, value in sizes.items()} | {"content": self._content}
+        parts |= {"sampling": self.sampling} if self.sampling != "crops" else {}
         return parts | ({"held_out": str(self._held_out)} if self._held_out else {})
 
     @property
@@ -113,11 +132,27 @@ class TokenData:
         """Number of documents."""
         return len(self._documents)
 
+    @property
+    def rows(self) -> int:
+        """How many rows an epoch has: all documents, cut into rows of `length`."""
+        return len(self.whole())
+
+    def steps_of(self, epochs: int) -> int:
+        """The step at which so many epochs are complete, with `sampling="epochs"`."""
+        check_whole("epochs", epochs, 1)
+        return -(-epochs * self.rows // self.batch_size)
+
     def batch(self, step: int) -> Rows:
         """The batch of a step: integers [batch_size, length], or a list of rows if some are shorter."""
+        if self._order is not None:
+            return _stacked([self._every[row] for row in self._order.batch(step, self.batch_size)])
         return self._crops(
             np.random.default_rng((self.seed, step)).integers(self._ends[-1], size=self.batch_size)
         )
+
+    def evaluation_rows(self, rows: int | None) -> Batch:
+        """All rows, or so many that are evenly spread, to evaluate on."""
+        return Batch(self.whole() if rows is None else self.spread(rows))
 
     def spread(self, rows: int) -> Rows:
         """Rows evenly spread over the data, the same on every call; for evaluation."""
@@ -140,7 +175,7 @@ class TokenData:
             document = int(np.searchsorted(self._ends, place, side="right"))
             start = int(place) - (int(self._ends[document - 1]) if document else 0)
             crops.append(self._documents.crop(document, start, self.length))
-        return np.stack(crops) if len({crop.size for crop in crops}) == 1 else crops
+        return _stacked(crops)
 
     def split(self, held_out: float) -> tuple[Self, Self]:
         """Split into (training, held out) by a hash of each document, so that copies stay together.
@@ -175,12 +210,16 @@ class TokenData:
         return same
 
     def _subset(self, chosen: npt.NDArray[np.bool_], length: int | None = None) -> Self:
-        part = object.__new__(type(self))
+        return self._fill(object.__new__(type(self)), chosen, length)
+
+    def _fill(self, part: Self, chosen: npt.NDArray[np.bool_], length: int | None) -> Self:
         part.files = [file for file, here in zip(self.files, chosen, strict=False) if here]
         part._initialize(
             self._documents.choose(chosen), length=length or self.length, batch_size=self.batch_size,
-            seed=self.seed, tokenizer=self.tokenizer, bytes_per_token=self.bytes_per_token,
+            seed=self.seed, sampling=self.sampling, tokenizer=self.tokenizer,
+            bytes_per_token=self.bytes_per_token,
         )  # fmt: skip
+        part.tokenizer_description = self.tokenizer_description
         return part
 
     def unigram_bits(self) -> float:
@@ -193,6 +232,11 @@ class TokenData:
                 counts = found
         share = counts[counts > 0] / counts.sum()
         return float(-(share * np.log2(share)).sum())
+
+
+def _stacked(rows: list[Ids]) -> Rows:
+    """Rows as an array, if they have the same length."""
+    return np.stack(rows) if len({row.size for row in rows}) == 1 else rows
 
 
 def _working_share(fractions: npt.NDArray[np.float64]) -> str:

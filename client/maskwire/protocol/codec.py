@@ -200,6 +200,16 @@ def read_step(response: pb.TrainStepResponse) -> results.StepResult:
     )
 
 
+def read_tokenizer(response: pb.GetTokenizerResponse) -> results.TokenizerDescription | None:
+    """The tokenizer that the run keeps, if any."""
+    if not response.HasField("tokenizer"):
+        return None
+    found = response.tokenizer
+    return results.TokenizerDescription(
+        found.name, found.file, tuple(found.document_start), tuple(found.document_end)
+    )
+
+
 def read_steps(response: pb.ListStepsResponse) -> results.StepsPage:
     """A page of recorded steps."""
     return results.StepsPage(

@@ -44,7 +44,10 @@ class EvaluationPlan:
                 check_whole(name, value, 1, cure=", or None")
         self._rows: Any
         if isinstance(data, TokenData):
-            self._rows = data.whole() if rows is None else data.spread(rows)
+            chosen = data.evaluation_rows(rows)
+            self._rows = chosen.tokens
+            if chosen.prompt_mask is not None:
+                options.setdefault("prompt_mask", chosen.prompt_mask)
             if self.text_bytes is None and data.bytes_per_token is not None:
                 tokens = data.size if rows is None else sum(len(row) for row in self._rows)
                 self.text_bytes = max(1, round(tokens * data.bytes_per_token))

@@ -20,6 +20,7 @@ from maskwire.errors import DataMismatchError, UnimplementedError
 from maskwire.loggers.metrics import Metrics, evaluation_line
 from maskwire.loggers.progress import TrainingProgress, training_progress
 from maskwire.protocol import codec
+from maskwire.protocol.data_tokenizer import keep_tokenizer
 from maskwire.protocol.effects import Work
 from maskwire.protocol.fit_window import Data, FitResult, Fitting, FitWindow, ResultOf
 from maskwire.protocol.keyword_arguments import StepOptions
@@ -228,6 +229,7 @@ def _record_data(trainer: Any, data: Any, allow_changed: bool) -> Fitting[None]:
     """Record the data's tokenizer and fingerprint with the run."""
     if getattr(data, "tokenizer", ""):
         yield partial(trainer.use_tokenizer, data.tokenizer)
+        yield from keep_tokenizer(trainer, data)
     if hasattr(data, "fingerprint"):
         fingerprint = yield Work(data.fingerprint)
         try:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from maskwire.arguments import call_back, check_rows
+from maskwire.batch import Batch
 from maskwire.errors import ConflictError, MaskwireError
 from maskwire.loggers.metrics import Metrics, step_line
 from maskwire.loggers.progress import TrainingProgress
@@ -25,7 +26,7 @@ class Data(Protocol):
     """Where batches come from."""
 
     def batch(self, step: int) -> Any:
-        """Return the rows to train on at a step. Must depend on nothing but the step."""
+        """Return the rows to train on at a step, or a Batch. Must depend on nothing but the step."""
 
 
 @dataclass
@@ -90,9 +91,11 @@ class FitWindow:
     def train(self, until_step: int) -> Fitting[None]:
         """Train up to and including a step, with as many steps in flight as the trainer allows."""
         for step in range(self._result.step + 1, until_step + 1):
-            rows, tokens = self._batch(step)
+            batch, tokens = self._batch(step)
+            given = {"lengths": batch.lengths, "prompt_mask": batch.prompt_mask}
+            options = self._options | {name: value for name, value in given.items() if value is not None}
             try:
-                future = yield partial(self._trainer.submit, rows, step=step, **self._options)
+                future = yield partial(self._trainer.submit, batch.tokens, step=step, **options)
             except ConflictError:
                 while self._in_flight:  # the step that was refused raises the cause
                     yield from self._take()
@@ -103,14 +106,18 @@ class FitWindow:
         while self._in_flight:
             yield from self._take()
 
-    def _batch(self, step: int) -> tuple[Any, int]:
-        """The rows of a step, and how many tokens they have."""
-        rows = call_back("data.batch", self._data.batch, step)
+    def _batch(self, step: int) -> tuple[Batch, int]:
+        """The batch of a step, and how many tokens it has."""
+        found = call_back("data.batch", self._data.batch, step)
+        batch = found if isinstance(found, Batch) else Batch(found)
+        rows = batch.tokens
         if rows is None:
             raise TypeError(f"data.batch({step}) must return rows of token ids, it returned None")
         check_rows(rows, f"data.batch({step})")
         try:
-            return rows, sum(len(row) for row in rows)
+            if batch.lengths is not None:
+                return batch, int(sum(batch.lengths))
+            return batch, sum(len(row) for row in rows)
         except TypeError as error:
             raise TypeError(
                 f"data.batch({step}) must return rows of token ids, it returned ids that are in no row: "

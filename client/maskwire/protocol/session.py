@@ -15,6 +15,7 @@ from maskwire.protocol.retry import RetryPolicy
 from maskwire.protocol.sessionless_calls import Calls
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import VERSIONS
+from maskwire.v1.values import TokenizerDescription
 
 
 class Session(Calls):
@@ -36,6 +37,7 @@ class Session(Calls):
         self.model: results.ModelInfo
         self.limits: results.Limits
         self.tokenizer = ""
+        self._kept_tokenizer_digest = ""
         self.inexact_replays: tuple[results.InexactReplay, ...] = ()
         self.data: dict[str, str] = {}
         self.evaluated = (0, 0)
@@ -93,6 +95,7 @@ class Session(Calls):
         self.model = codec.read_model(response.model)
         self.limits = codec.read_limits(response.limits)
         self.tokenizer = response.tokenizer
+        self._kept_tokenizer_digest = response.kept_tokenizer_digest
         self.inexact_replays = codec.read_inexact_replays(response.inexact_replays)
         self.data = dict(response.data)
         self.evaluated = (response.evaluated_lineage, response.evaluated_step)
@@ -122,6 +125,17 @@ class Session(Calls):
         """
         if tokenizer and tokenizer != self.tokenizer:
             yield from self.open(tokenizer=tokenizer)
+
+    def keep_tokenizer(self, tokenizer: TokenizerDescription) -> Operation[None]:
+        """Give the run the tokenizer of its data, so that prompts can be encoded as the data was.
+
+        Nothing is sent if the run keeps it already. `fit` does this for data with a `tokenizer_description`.
+        """
+        if tokenizer.digest == self._kept_tokenizer_digest:
+            return
+        sent = pb.Tokenizer(**vars(tokenizer))
+        yield from self._ask("KeepTokenizer", lambda: pb.KeepTokenizerRequest(tokenizer=sent))
+        self._kept_tokenizer_digest = tokenizer.digest
 
     def use_data(self, fingerprint: Mapping[str, str], *, allow_changed: bool = False) -> Operation[None]:
         """Record the fingerprint of the run's training data; DataMismatchError if it has another one.

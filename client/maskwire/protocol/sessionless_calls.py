@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, Unpack
 
 from maskwire import arguments, results
-from maskwire.errors import CheckpointError, Failure, UnavailableError
+from maskwire.errors import CheckpointError, Failure, UnavailableError, UnimplementedError
 from maskwire.protocol import codec
 from maskwire.protocol.download import Download, DownloadProgress
 from maskwire.protocol.effects import Emit, Operation, Pause, Receive, Work
@@ -236,6 +236,14 @@ class Calls(RetriedCalls):
         finally:
             download.finish()
         return download.folder
+
+    def tokenizer_of_run(self) -> Operation[results.TokenizerDescription | None]:
+        """Return the tokenizer that the run keeps; None if it keeps none, or the server is too old to."""
+        try:
+            response = yield from self._ask("GetTokenizer", pb.GetTokenizerRequest)
+        except UnimplementedError:
+            return None
+        return codec.read_tokenizer(response)
 
     def status(self) -> Operation[results.Status]:
         """Return the run's state, its progress and what it is waiting for."""

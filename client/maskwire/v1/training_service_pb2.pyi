@@ -220,7 +220,7 @@ class OpenSessionRequest(_message.Message):
     def __init__(self, client_name: _Optional[str] = ..., nonce: _Optional[str] = ..., takeover: _Optional[bool] = ..., held_epoch: _Optional[int] = ..., history: _Optional[_Union[History, _Mapping]] = ..., tokenizer: _Optional[str] = ..., process: _Optional[_Union[ClientProcess, _Mapping]] = ..., gone_epoch: _Optional[int] = ..., evaluated_step: _Optional[int] = ..., data: _Optional[_Mapping[str, str]] = ..., allow_changed_data: _Optional[bool] = ..., digest_versions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
-    __slots__ = ("session", "step", "durable_step", "digest", "model", "limits", "tokenizer", "inexact_replays", "superseded", "evaluated_lineage", "evaluated_step", "data", "digest_version")
+    __slots__ = ("session", "step", "durable_step", "digest", "model", "limits", "tokenizer", "inexact_replays", "superseded", "evaluated_lineage", "evaluated_step", "data", "digest_version", "kept_tokenizer_digest")
     class DataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -241,6 +241,7 @@ class OpenSessionResponse(_message.Message):
     EVALUATED_STEP_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     DIGEST_VERSION_FIELD_NUMBER: _ClassVar[int]
+    KEPT_TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     step: int
     durable_step: int
@@ -254,7 +255,8 @@ class OpenSessionResponse(_message.Message):
     evaluated_step: int
     data: _containers.ScalarMap[str, str]
     digest_version: int
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., tokenizer: _Optional[str] = ..., inexact_replays: _Optional[_Iterable[_Union[InexactReplay, _Mapping]]] = ..., superseded: _Optional[_Union[SessionHolder, _Mapping]] = ..., evaluated_lineage: _Optional[int] = ..., evaluated_step: _Optional[int] = ..., data: _Optional[_Mapping[str, str]] = ..., digest_version: _Optional[int] = ...) -> None: ...
+    kept_tokenizer_digest: str
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., step: _Optional[int] = ..., durable_step: _Optional[int] = ..., digest: _Optional[bytes] = ..., model: _Optional[_Union[ModelInfo, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., tokenizer: _Optional[str] = ..., inexact_replays: _Optional[_Iterable[_Union[InexactReplay, _Mapping]]] = ..., superseded: _Optional[_Union[SessionHolder, _Mapping]] = ..., evaluated_lineage: _Optional[int] = ..., evaluated_step: _Optional[int] = ..., data: _Optional[_Mapping[str, str]] = ..., digest_version: _Optional[int] = ..., kept_tokenizer_digest: _Optional[str] = ...) -> None: ...
 
 class InexactReplay(_message.Message):
     __slots__ = ("lineage", "first_step", "last_step", "accepted")
@@ -657,6 +659,38 @@ class DownloadCheckpointResponse(_message.Message):
     data: bytes
     crc32: int
     def __init__(self, file: _Optional[_Union[CheckpointFile, _Mapping]] = ..., offset_bytes: _Optional[int] = ..., data: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
+
+class Tokenizer(_message.Message):
+    __slots__ = ("name", "file", "document_start", "document_end")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENT_START_FIELD_NUMBER: _ClassVar[int]
+    DOCUMENT_END_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    file: bytes
+    document_start: _containers.RepeatedScalarFieldContainer[int]
+    document_end: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., file: _Optional[bytes] = ..., document_start: _Optional[_Iterable[int]] = ..., document_end: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class KeepTokenizerRequest(_message.Message):
+    __slots__ = ("tokenizer",)
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    tokenizer: Tokenizer
+    def __init__(self, tokenizer: _Optional[_Union[Tokenizer, _Mapping]] = ...) -> None: ...
+
+class KeepTokenizerResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetTokenizerRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetTokenizerResponse(_message.Message):
+    __slots__ = ("tokenizer",)
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    tokenizer: Tokenizer
+    def __init__(self, tokenizer: _Optional[_Union[Tokenizer, _Mapping]] = ...) -> None: ...
 
 class ListStepsRequest(_message.Message):
     __slots__ = ("run_id", "lineage", "first_step", "last_step", "page_size", "page_token")

@@ -85,6 +85,16 @@ class TrainingServiceStub:
                 request_serializer=maskwire_dot_v1_dot_training__service__pb2.DownloadCheckpointRequest.SerializeToString,
                 response_deserializer=maskwire_dot_v1_dot_training__service__pb2.DownloadCheckpointResponse.FromString,
                 _registered_method=True)
+        self.KeepTokenizer = channel.unary_unary(
+                '/maskwire.v1.TrainingService/KeepTokenizer',
+                request_serializer=maskwire_dot_v1_dot_training__service__pb2.KeepTokenizerRequest.SerializeToString,
+                response_deserializer=maskwire_dot_v1_dot_training__service__pb2.KeepTokenizerResponse.FromString,
+                _registered_method=True)
+        self.GetTokenizer = channel.unary_unary(
+                '/maskwire.v1.TrainingService/GetTokenizer',
+                request_serializer=maskwire_dot_v1_dot_training__service__pb2.GetTokenizerRequest.SerializeToString,
+                response_deserializer=maskwire_dot_v1_dot_training__service__pb2.GetTokenizerResponse.FromString,
+                _registered_method=True)
         self.ListSteps = channel.unary_unary(
                 '/maskwire.v1.TrainingService/ListSteps',
                 request_serializer=maskwire_dot_v1_dot_training__service__pb2.ListStepsRequest.SerializeToString,
@@ -275,6 +285,31 @@ class TrainingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def KeepTokenizer(self, request, context):
+        """KeepTokenizer gives the run the tokenizer of its data, so that prompts can be encoded as the data was. The
+        run directory keeps it; it is no part of the history.
+
+        OK: kept, in place of an earlier one.
+        INVALID_ARGUMENT (INVALID_FIELD): the file does not have the hash that the name states, or more than 64
+        special ids are sent.
+        FAILED_PRECONDITION (TOKENIZER_MISMATCH): the run's ids are of another tokenizer.
+        UNAVAILABLE (RECOVERING, DRAINING): retry after RetryInfo.
+        INTERNAL (INTERNAL): it could not be written; training is not affected.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTokenizer(self, request, context):
+        """GetTokenizer returns the tokenizer that the run keeps.
+
+        OK: the tokenizer; absent if the run keeps none.
+        UNAVAILABLE (RECOVERING, DRAINING): retry after RetryInfo.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListSteps(self, request, context):
         """ListSteps lists the recorded steps of one lineage in order: those after the step that the lineage
         started from. The steps up to that one belong to its parent lineage. It answers while a step runs.
@@ -353,6 +388,16 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.DownloadCheckpoint,
                     request_deserializer=maskwire_dot_v1_dot_training__service__pb2.DownloadCheckpointRequest.FromString,
                     response_serializer=maskwire_dot_v1_dot_training__service__pb2.DownloadCheckpointResponse.SerializeToString,
+            ),
+            'KeepTokenizer': grpc.unary_unary_rpc_method_handler(
+                    servicer.KeepTokenizer,
+                    request_deserializer=maskwire_dot_v1_dot_training__service__pb2.KeepTokenizerRequest.FromString,
+                    response_serializer=maskwire_dot_v1_dot_training__service__pb2.KeepTokenizerResponse.SerializeToString,
+            ),
+            'GetTokenizer': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTokenizer,
+                    request_deserializer=maskwire_dot_v1_dot_training__service__pb2.GetTokenizerRequest.FromString,
+                    response_serializer=maskwire_dot_v1_dot_training__service__pb2.GetTokenizerResponse.SerializeToString,
             ),
             'ListSteps': grpc.unary_unary_rpc_method_handler(
                     servicer.ListSteps,
@@ -636,6 +681,60 @@ class TrainingService:
             '/maskwire.v1.TrainingService/DownloadCheckpoint',
             maskwire_dot_v1_dot_training__service__pb2.DownloadCheckpointRequest.SerializeToString,
             maskwire_dot_v1_dot_training__service__pb2.DownloadCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def KeepTokenizer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maskwire.v1.TrainingService/KeepTokenizer',
+            maskwire_dot_v1_dot_training__service__pb2.KeepTokenizerRequest.SerializeToString,
+            maskwire_dot_v1_dot_training__service__pb2.KeepTokenizerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTokenizer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/maskwire.v1.TrainingService/GetTokenizer',
+            maskwire_dot_v1_dot_training__service__pb2.GetTokenizerRequest.SerializeToString,
+            maskwire_dot_v1_dot_training__service__pb2.GetTokenizerResponse.FromString,
             options,
             channel_credentials,
             insecure,

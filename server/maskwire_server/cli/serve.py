@@ -1,11 +1,10 @@
-"""`maskwire-server serve`, `init` and `check`."""
+"""`maskwire-server serve` and `check`."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +14,6 @@ from maskwire_server.cli.options import (
     ConfigFile,
     RunDir,
     Settings,
-    check_extra,
     loaded,
     read_run,
     start_log,
@@ -81,20 +79,6 @@ def _launched(chosen: Launch, arguments: list[str]) -> int:
         return launch(chosen, arguments)
     except ConfigError as error:
         stop(*str(error).splitlines())
-
-
-def init(
-    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("maskwire.toml"),
-    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
-) -> None:
-    """Write a commented configuration file with all settings and their defaults."""
-    check_extra()
-    from maskwire_server.config.template import template
-
-    if path.exists() and not force:
-        stop(f"{path} exists; choose another name, or overwrite it with --force")
-    path.write_text(template(), encoding="utf-8")
-    typer.echo(f"wrote {path}; next: maskwire-server check --config {path}")
 
 
 def check(

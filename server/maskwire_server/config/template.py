@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ _HEAD = """\
 """
 
 
-def template() -> str:
-    """A commented file with every setting. Loading it gives the defaults."""
+def template(chosen: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """A commented file with every setting, those chosen set. Loading it gives the defaults for the others."""
     sections = [_HEAD]
     for name, field in Config.model_fields.items():
         section = field.default
@@ -29,7 +30,10 @@ def template() -> str:
         for key, setting in type(section).model_fields.items():
             lines += _comment(setting.description or "")
             value = _written_value(section, key)
-            lines += [f"# {key} = {toml(value)}" if value is not None else f"# {key} =   (not set)", ""]
+            line = f"# {key} = {toml(value)}" if value is not None else f"# {key} =   (not set)"
+            if key in (chosen or {}).get(name, {}):
+                line = f"{key} = {toml((chosen or {})[name][key])}"
+            lines += [line, ""]
         sections.append("\n".join(lines))
     return "\n".join(sections)
 

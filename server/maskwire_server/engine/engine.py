@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 
-from maskwire.v1.values import Limits, ModelInfo, RestoreResult, RunState
+from maskwire.v1.values import Limits, ModelInfo, RestoreResult, RunState, TokenizerDescription
 from maskwire_server import failpoints
 from maskwire_server.checkpoints import download
 from maskwire_server.checkpoints.catalogue import Catalogue
@@ -24,6 +24,7 @@ from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Drain, Evaluation, Save
 from maskwire_server.engine.executor import Executor
 from maskwire_server.engine.generation_stream import Generation
+from maskwire_server.engine.kept_tokenizer import KeptTokenizer
 from maskwire_server.engine.mirror import mirror_of
 from maskwire_server.engine.progress import Progress
 from maskwire_server.engine.publisher import Publisher
@@ -68,6 +69,7 @@ class Engine:
         self._run.conditions.last_error = setup.last_error
         self._catalogue = Catalogue()
         self._checkpoints = Checkpoints(setup.run_dir, catalogue=self._catalogue)
+        self._tokenizer = KeptTokenizer(setup.run_dir)
         self._disk = Reserve(setup.run_dir, setup.serve.reserve_bytes)
         self._saver = Saver(
             self._checkpoints, self._catalogue, setup.checkpoints, setup.configuration, self._versions,
@@ -231,6 +233,26 @@ class Engine:
         return self._unanswered.add(
             self._committer.ask(listing.page, self._run.head.computed.run_id, request)
         )
+
+    def keep_tokenizer(self, given: TokenizerDescription) -> None:
+        """Keep the tokenizer of the run's data. Raises OSError if it cannot be written."""
+        self._unanswered.require_serving()
+        with self._run.mutex:
+            name = self._run.head.tokenizer
+        self._tokenizer.keep(given, name)
+
+    def tokenizer(self) -> TokenizerDescription | None:
+        """The tokenizer that the run keeps; None if it keeps none, or has another one since."""
+        self._unanswered.require_serving()
+        with self._run.mutex:
+            name = self._run.head.tokenizer
+        found = self._tokenizer.read()
+        return None if found is None or found.name != name else found
+
+    @property
+    def kept_tokenizer_digest(self) -> str:
+        """The digest of the tokenizer that the run keeps; empty: it keeps none."""
+        return self._tokenizer.digest
 
     def status(self) -> RunStatus:
         """Show state, progress and what the run is waiting for. Never waits for the device or the disk."""

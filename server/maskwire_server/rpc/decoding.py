@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire.v1.values import Limits, ModelInfo
+from maskwire.v1.values import Limits, ModelInfo, TokenizerDescription
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.errors import invalid_field
 from maskwire_server.position import HistoryPosition
@@ -35,6 +35,7 @@ DEFAULT_DRAWS = 16
 MAX_NAME = 128
 MAX_DATA_PARTS = 16
 MAX_DIGEST_VERSIONS = 16
+MAX_SPECIAL_IDS = 64
 MAX_LABELS, MAX_LABEL = 32, 256
 
 
@@ -200,6 +201,23 @@ def read_open(request: pb.OpenSessionRequest) -> SessionRequest:
         data=_read_fingerprint(request.data),
         allow_changed_data=request.allow_changed_data,
         digest_versions=_digest_versions(request.digest_versions),
+    )
+
+
+def read_tokenizer(request: pb.KeepTokenizerRequest) -> TokenizerDescription:
+    """A KeepTokenizer request, checked."""
+    sent = request.tokenizer
+    for name in ("document_start", "document_end"):
+        count = len(getattr(sent, name))
+        if count > MAX_SPECIAL_IDS:
+            raise invalid_field(
+                f"tokenizer.{name}", f"tokenizer.{name} must have at most {MAX_SPECIAL_IDS} ids, got {count}"
+            )
+    return TokenizerDescription(
+        _name("tokenizer.name", sent.name, required=True) or "",
+        sent.file,
+        tuple(sent.document_start),
+        tuple(sent.document_end),
     )
 
 

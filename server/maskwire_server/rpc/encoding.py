@@ -6,7 +6,15 @@ import time
 import zlib
 
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire.v1.values import InexactReplay, Limits, Losses, MirrorStatus, ModelInfo, RestoreResult
+from maskwire.v1.values import (
+    InexactReplay,
+    Limits,
+    Losses,
+    MirrorStatus,
+    ModelInfo,
+    RestoreResult,
+    TokenizerDescription,
+)
 from maskwire_server.results import CheckpointInfo, Chunk, EvalAnswer, FileInfo, SessionAnswer, StepAnswer
 from maskwire_server.rpc import run_figures
 from maskwire_server.run_status import RunStatus
@@ -80,7 +88,16 @@ def evaluation(value: EvalAnswer) -> pb.EvalLossResponse:
     )
 
 
-def session(value: SessionAnswer, info: ModelInfo, bounds: Limits) -> pb.OpenSessionResponse:
+def tokenizer(value: TokenizerDescription | None) -> pb.GetTokenizerResponse:
+    """The tokenizer that the run keeps."""
+    if value is None:
+        return pb.GetTokenizerResponse()
+    return pb.GetTokenizerResponse(tokenizer=pb.Tokenizer(**vars(value)))
+
+
+def session(
+    value: SessionAnswer, info: ModelInfo, bounds: Limits, kept_tokenizer_digest: str
+) -> pb.OpenSessionResponse:
     """The answer to a new writer."""
     return pb.OpenSessionResponse(
         session=pb.SessionRef(run_id=value.run_id, lineage=value.lineage, epoch=value.epoch),
@@ -96,6 +113,7 @@ def session(value: SessionAnswer, info: ModelInfo, bounds: Limits) -> pb.OpenSes
         evaluated_step=value.evaluated_step,
         inexact_replays=[_inexact_replay(replay) for replay in value.inexact_replays],
         digest_version=value.digest_version,
+        kept_tokenizer_digest=kept_tokenizer_digest,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Protocol
 
-from maskwire.v1.values import Limits, ModelInfo, RestoreResult
+from maskwire.v1.values import Limits, ModelInfo, RestoreResult, TokenizerDescription
 from maskwire_server.requests import (
     DownloadRequest,
     EvalRequest,
@@ -85,6 +85,16 @@ class EngineInterface(Protocol):
 
     def list_steps(self, request: StepsRequest) -> Future[StepsPage]:
         """A page of recorded steps."""
+
+    def keep_tokenizer(self, given: TokenizerDescription) -> None:
+        """Keep the tokenizer of the run's data."""
+
+    def tokenizer(self) -> TokenizerDescription | None:
+        """The tokenizer that the run keeps; None if it keeps none."""
+
+    @property
+    def kept_tokenizer_digest(self) -> str:
+        """The digest of the tokenizer that the run keeps; empty: it keeps none."""
 
     def status(self) -> RunStatus:
         """State, progress and what the run is waiting for."""

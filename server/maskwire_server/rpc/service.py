@@ -47,7 +47,8 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
     ) -> pb.OpenSessionResponse:
         with abort_on_error(context):
             session = _wait(self._engine.open_session(decoding.read_open(request)), context)
-            return encoding.session(session, self._model_info(), self._engine.limits)
+            kept = self._engine.kept_tokenizer_digest
+            return encoding.session(session, self._model_info(), self._engine.limits, kept)
 
     def CloseSession(
         self, request: pb.CloseSessionRequest, context: grpc.ServicerContext
@@ -121,6 +122,21 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
     ) -> Iterator[pb.DownloadCheckpointResponse]:
         with abort_on_error(context), self._downloads:
             yield from map(encoding.chunk, self._engine.download(decoding.read_download(request)))
+
+    def KeepTokenizer(
+        self, request: pb.KeepTokenizerRequest, context: grpc.ServicerContext
+    ) -> pb.KeepTokenizerResponse:
+        with abort_on_error(context):
+            self._engine.keep_tokenizer(decoding.read_tokenizer(request))
+            return pb.KeepTokenizerResponse()
+
+    def GetTokenizer(
+        self,
+        request: pb.GetTokenizerRequest,  # noqa: ARG002
+        context: grpc.ServicerContext,
+    ) -> pb.GetTokenizerResponse:
+        with abort_on_error(context):
+            return encoding.tokenizer(self._engine.tokenizer())
 
     def ListSteps(self, request: pb.ListStepsRequest, context: grpc.ServicerContext) -> pb.ListStepsResponse:
         with abort_on_error(context):

@@ -1,0 +1,183 @@
+"""A prepared folder that is being written: what was written survives a kill, and writing continues there.
+
+The folder is hidden and beside its final place, `.NAME.part`. Its files only grow. `progress.json` says how
+much of them counts and where the sources were; it is replaced after the files were flushed. So after a kill
+the files are cut back to what it says, and the same bytes follow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from maskwire.data.file_array import Ids
+from maskwire.data.prepared_folder import DOCUMENTS, METADATA, PROMPTS, TOKENS, PreparedMetadata
+
+_PROGRESS, _LOCK = "progress.json", "lock"
+_BUFFER = 2**20
+
+
+@dataclass
+class Progress:
+    """How far preparing has come."""
+
+    identity: str
+    """Of the sources and options: other ones start anew."""
+    source: int = 0
+    place: int = 0
+    """Where source number `source` continues."""
+    tokens: int = 0
+    documents: int = 0
+    text_bytes: int = 0
+    longest: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    start: list[int] = field(default_factory=list)
+    end: list[int] = field(default_factory=list)
+
+    def drop(self, reason: str) -> None:
+        """Count a record that was left out."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+
+class DraftFolder:
+    """Appends documents, and remembers how far it has come. Use it in a `with` statement."""
+
+    def __init__(self, out: Path, identity: str, dtype: str, *, prompts: bool) -> None:
+        """Open the draft of the folder `out`. A draft of other sources or options is deleted.
+
+        Raises ValueError while another process writes it.
+        """
+        self.path = out.parent / f".{out.name}.part"
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._prompts = prompts
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / _LOCK).open("wb")
+        _lock(self._lock, self.path)
+        found = self._saved()
+        self.resumed = found is not None and found.identity == identity
+        """Whether an earlier call was stopped here."""
+        self.progress = found if found is not None and self.resumed else Progress(identity)
+        self._files = {
+            TOKENS: self._open(TOKENS, self.progress.tokens * self._dtype.itemsize),
+            DOCUMENTS: self._open(f"{DOCUMENTS}.raw", self.progress.documents * 8),
+        }
+        if prompts:
+            self._files[PROMPTS] = self._open(f"{PROMPTS}.raw", self.progress.documents * 8)
+
+    def _saved(self) -> Progress | None:
+        """What an earlier call saved; None without it, or if the files have less than it says."""
+        try:
+            found = Progress(**json.loads((self.path / _PROGRESS).read_bytes()))
+            whole = (self.path / TOKENS).stat().st_size >= found.tokens * self._dtype.itemsize
+            for name in (DOCUMENTS, PROMPTS) if self._prompts else (DOCUMENTS,):
+                whole = whole and (self.path / f"{name}.raw").stat().st_size >= found.documents * 8
+        except (OSError, ValueError, TypeError):
+            return None
+        return found if whole else None
+
+    def _open(self, name: str, size: int) -> IO[bytes]:
+        path = self.path / name
+        path.touch()
+        file = path.open("r+b", buffering=_BUFFER)
+        file.truncate(size)
+        file.seek(size)
+        return file
+
+    def add(self, parts: Iterable[Ids], prompt: int = 0) -> None:
+        """Append a document, of which the first `prompt` ids are given."""
+        size = 0
+        for ids in parts:
+            self._files[TOKENS].write(ids.astype(self._dtype, copy=False).tobytes())
+            size += ids.size
+        self.progress.tokens += size
+        self.progress.documents += 1
+        self.progress.longest = max(self.progress.longest, size)
+        self._files[DOCUMENTS].write(self.progress.tokens.to_bytes(8, "little"))
+        if self._prompts:
+            self._files[PROMPTS].write(prompt.to_bytes(8, "little"))
+
+    def save(self) -> None:
+        """Make what was written durable."""
+        for file in self._files.values():
+            _flush(file)
+        draft = self.path / f"{_PROGRESS}.new"
+        with draft.open("w") as text:
+            json.dump(dataclasses.asdict(self.progress), text)
+            _flush(text)
+        draft.replace(self.path / _PROGRESS)
+
+    def complete(self, metadata: PreparedMetadata, out: Path, copies: dict[str, bytes]) -> None:
+        """Write the remaining files, and move the folder to `out`, in place of one that is there."""
+        for name, file in self._files.items():
+            _flush(file)
+            if name != TOKENS:
+                self._to_array(name)
+        for name, content in copies.items():
+            with (self.path / name).open("wb") as copy:
+                copy.write(content)
+                _flush(copy)
+        with (self.path / METADATA).open("w") as text:
+            text.write(metadata.to_json())
+            _flush(text)
+        self._close()
+        for name in (_PROGRESS, _LOCK):
+            (self.path / name).unlink(missing_ok=True)
+        old = self.path.with_suffix(".old")
+        if out.exists():
+            out.rename(old)
+        self.path.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _to_array(self, name: str) -> None:
+        """Put the header of a `.npy` file before raw int64 numbers."""
+        raw = self.path / f"{name}.raw"
+        with raw.open("rb") as source, (self.path / name).open("wb") as file:
+            header = {"descr": "<i8", "fortran_order": False, "shape": (self.progress.documents,)}
+            np.lib.format.write_array_header_1_0(file, header)
+            shutil.copyfileobj(source, file, _BUFFER)
+            _flush(file)
+        raw.unlink()
+
+    def _close(self) -> None:
+        for file in [*self._files.values(), self._lock]:
+            file.close()
+
+    def __enter__(self) -> DraftFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Keep the draft of a call that was stopped; delete that of one that cannot succeed."""
+        with contextlib.suppress(OSError):
+            self._close()
+        stopped = kind is not None and not issubclass(kind, ValueError)
+        if not stopped or not (self.path / _PROGRESS).is_file():
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _lock(file: IO[bytes], folder: Path) -> None:
+    """Lock a file until it is closed, also by a kill. Without fcntl (on Windows) nothing is locked."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"{folder}: another process prepares the same folder; wait, or choose another"
+        ) from None
+
+
+def _flush(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())

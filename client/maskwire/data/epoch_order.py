@@ -1,0 +1,62 @@
+"""The order of rows without replacement: a random permutation per epoch, computed by index.
+
+A Feistel network permutes the numbers below a power of four, whatever its round function is; numbers beyond
+the rows are permuted again until they are among them ("cycle walking", Black and Rogaway 2002, "Ciphers with
+arbitrary finite domains"). So an index is found without the permutation: nothing is stored, at any size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+_ROUNDS = 8
+_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)  # of splitmix64
+
+Numbers = npt.NDArray[np.uint64]
+
+
+class EpochOrder:
+    """Each row once per epoch, in an order of its own; the last batch continues into the next epoch."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        """`rows` must be at least 1."""
+        self._rows, self._seed = rows, seed
+        self._half_bits = max(1, ((rows - 1).bit_length() + 1) // 2)
+
+    def batch(self, step: int, size: int) -> npt.NDArray[np.int64]:
+        """The numbers of the rows [size] of a step, at least 1. Raises ValueError for a step below."""
+        if step < 1:
+            raise ValueError(f"step must be at least 1 for data in epochs, got {step}")
+        first = (step - 1) * size
+        found = []
+        while size:
+            epoch, place = divmod(first, self._rows)
+            part = min(size, self._rows - place)
+            found.append(self._permuted(epoch, np.arange(place, place + part, dtype=np.uint64)))
+            first, size = first + part, size - part
+        return np.concatenate(found)
+
+    def _permuted(self, epoch: int, places: Numbers) -> npt.NDArray[np.int64]:
+        keys = np.frombuffer(hashlib.sha512(f"{self._seed} {epoch}".encode()).digest(), dtype="<u8")
+        places = self._feistel(places, keys)
+        while (outside := places >= self._rows).any():
+            places[outside] = self._feistel(places[outside], keys)
+        return places.astype(np.int64)
+
+    def _feistel(self, numbers: Numbers, keys: Numbers) -> Numbers:
+        bits = np.uint64(self._half_bits)
+        mask = np.uint64(2**self._half_bits - 1)
+        left, right = numbers >> bits, numbers & mask
+        for key in keys[:_ROUNDS]:
+            left, right = right, left ^ (_mixed(right + key) & mask)
+        return (left << bits) | right
+
+
+def _mixed(numbers: Numbers) -> Numbers:
+    """The finalizer of splitmix64 (Steele, Lea and Flood 2014), modulo 2^64."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * _MIX_1
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * _MIX_2
+    return numbers ^ (numbers >> np.uint64(31))

@@ -1,0 +1,88 @@
+"""Data sets of the package `datasets`: objects, and folders that `save_to_disk` wrote."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from maskwire.data.record import Fields, Item
+
+_ROWS = 1024  # read at once
+_STATE, _SPLITS = "state.json", "dataset_dict.json"
+
+
+def is_dataset(value: object) -> bool:
+    """Whether an object is a data set of the package `datasets`, which is not imported for it."""
+    datasets: Any = sys.modules.get("datasets")  # a data set exists only where it was imported
+    if datasets is None:
+        return False
+    kinds = (datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict, datasets.IterableDatasetDict)
+    return isinstance(value, kinds)
+
+
+def is_dataset_folder(path: Path) -> bool:
+    """Whether `save_to_disk` wrote a folder."""
+    return (path / _SPLITS).is_file() or (
+        (path / _STATE).is_file() and (path / "dataset_info.json").is_file()
+    )
+
+
+def load(path: Path) -> Any:
+    """Load a folder that `save_to_disk` wrote. Its files are mapped, not read."""
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f'{path}: a Hugging Face data set needs the package `datasets`: pip install "maskwire[data]"'
+        ) from None
+    try:
+        return datasets.load_from_disk(str(path))
+    except Exception as error:  # the package raises errors of many types
+        raise ValueError(f"{path}: cannot be loaded as a data set: {error}") from error
+
+
+class DatasetSource:
+    """The rows of a data set; a place is a number of rows."""
+
+    def __init__(self, dataset: Any, fields: Fields) -> None:
+        if isinstance(dataset, dict):
+            raise ValueError(
+                f"the data set has the splits {', '.join(map(str, dataset))}: give one of them, such as "
+                f"FOLDER/{next(iter(dataset), 'train')} or dataset[{next(iter(dataset), 'train')!r}]"
+            )
+        names = dataset.column_names
+        if names is not None and any(field not in names for field in fields.names):
+            raise ValueError(f"data set: {fields.missing(list(names))}")
+        self._fields = fields
+        self._dataset = dataset.select_columns(fields.names) if names is not None else dataset
+        self._random_access = hasattr(dataset, "__len__")
+        self.name = "data set"
+        self.size = int(self._dataset.data.nbytes) if self._random_access else 0
+        self.identity = str(getattr(dataset, "_fingerprint", uuid.uuid4().hex))
+
+    def read(self, start: int) -> Iterator[Item]:
+        """Yield the rows from a place on."""
+        dataset = self._dataset
+        rows = len(dataset) if self._random_access else 0
+        if self._random_access and start >= rows:  # `datasets` selects no empty range
+            return
+        if self._random_access:
+            dataset = dataset.select(range(start, rows))
+        elif start:
+            dataset = dataset.skip(start)
+        number = start
+        for batch in dataset.iter(_ROWS):
+            for field in self._fields.names:
+                if field not in batch:
+                    raise ValueError(f"data set, row {number + 1:,}: {self._fields.missing(list(batch))}")
+            for values in zip(*(batch[field] for field in self._fields.names), strict=True):
+                number += 1
+                done = self.size * number // rows if rows else 0
+                where = f"data set, row {number:,}"
+                try:
+                    yield self._fields.item(where, list(values), number, done)
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from None

@@ -1,0 +1,153 @@
+"""Prompts with responses: rows whose prompt is given, and whose response is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from maskwire.batch import Batch
+from maskwire.data.file_array import Ids
+from maskwire.data.token_data import TokenData
+from maskwire.data.token_documents import Documents
+
+log = logging.getLogger(__name__)
+
+
+class PairData(TokenData):
+    """Pairs of a prompt and a response, a row each.
+
+    A row is the prompt, the response, and the end id up to `length`: the model learns from the end ids how
+    long a response is, as in the fine-tuning of LLaDA (Nie et al. 2025, "Large Language Diffusion Models").
+    So generate rows of the same `length`. Pairs that do not fit, with one end id, are left out.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        prompts: npt.NDArray[np.integer[Any]],
+        *,
+        end_id: int,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        sampling: str = "crops",
+        tokenizer: str = "",
+    ) -> None:
+        """Each document is a prompt of `prompts[i]` ids, its response and `end_id`.
+
+        Raises ValueError unless there is a prompt length per document, below the document's size.
+        """
+        prompts = np.asarray(prompts, dtype=np.int64)
+        fit = prompts.shape == documents.sizes.shape and bool((prompts < documents.sizes).all())
+        if not fit or (prompts < 0).any():
+            raise ValueError("the lengths of the prompts do not fit the documents; prepare the data again")
+        self.files = []
+        self.end_id = end_id
+        """The id after a response."""
+        self._prompts = prompts
+        self._initialize(
+            documents, length=length, batch_size=batch_size, seed=seed, sampling=sampling,
+            tokenizer=tokenizer, bytes_per_token=None,
+        )  # fmt: skip
+
+    def _initialize(self, documents: Documents, **options: Any) -> None:
+        self._fitting = np.flatnonzero(documents.sizes <= options["length"])
+        self._told = False
+        super()._initialize(documents, **options)
+
+    @property
+    def too_long(self) -> int:
+        """How many pairs do not fit into `length`, and are left out."""
+        return len(self._documents) - self._fitting.size
+
+    def fingerprint(self) -> dict[str, str]:
+        """As for other data, and a hash of the lengths of the prompts."""
+        found = hashlib.sha256(self._prompts.astype("<i8").tobytes())
+        return super().fingerprint() | {"prompts": f"sha256:{found.hexdigest()}"}
+
+    def batch(self, step: int) -> Batch:  # type: ignore[override]  # fit takes either
+        """The batch of a step: tokens [batch_size, length], and their prompt_mask."""
+        self._check()
+        if self._order is not None:
+            numbers = self._order.batch(step, self.batch_size)
+        else:
+            numbers = np.random.default_rng((self.seed, step)).integers(
+                self._fitting.size, size=self.batch_size
+            )
+        return self._batch(numbers)
+
+    def evaluation_rows(self, rows: int | None) -> Batch:
+        """All rows, or so many that are evenly spread, with their prompt masks."""
+        self._check()
+        if rows is not None:
+            numbers = (np.arange(rows) + 0.5) / rows * self._fitting.size
+            return self._batch(numbers.astype(np.int64))
+        count = self._fitting.size
+        return Batch(_Computed(self._row, count), prompt_mask=_Computed(self._mask, count))
+
+    def whole(self) -> Any:
+        """Every pair that fits, as a row."""
+        return _Computed(self._row, self._fitting.size)
+
+    def spread(self, rows: int) -> Any:
+        """Rows evenly spread over the data, the same on every call."""
+        return self.evaluation_rows(rows).tokens
+
+    def _batch(self, numbers: npt.NDArray[np.int64]) -> Batch:
+        return Batch(
+            np.stack([self._row(number) for number in numbers]),
+            prompt_mask=np.stack([self._mask(number) for number in numbers]),
+        )
+
+    def _row(self, number: int) -> Ids:
+        found = self._documents.crop(int(self._fitting[number]), 0, self.length)
+        kind = np.promote_types(found.dtype, np.min_scalar_type(self.end_id))
+        row = np.full(self.length, self.end_id, dtype=kind)
+        row[: found.size] = found
+        return row
+
+    def _mask(self, number: int) -> npt.NDArray[np.bool_]:
+        mask: npt.NDArray[np.bool_] = np.arange(self.length) < self._prompts[self._fitting[number]]
+        return mask
+
+    def _check(self) -> None:
+        """Raise ValueError if no pair fits; log once how many do not."""
+        if not self._fitting.size:
+            raise ValueError(
+                f"none of the {len(self._documents):,} pairs fits into rows of length {self.length}: the "
+                f"shortest has {int(self._documents.sizes.min())} tokens, with its end; set a larger length "
+                "(--length)"
+            )
+        if self.too_long and not self._told:
+            self._told = True
+            log.warning(
+                "%s of %s pairs are longer than length %s, and are left out",
+                f"{self.too_long:,}", f"{len(self._documents):,}", self.length,
+            )  # fmt: skip
+
+    def _subset(self, chosen: npt.NDArray[np.bool_], length: int | None = None) -> Self:
+        part = object.__new__(type(self))
+        part.end_id, part._prompts = self.end_id, self._prompts[chosen]
+        return self._fill(part, chosen, length)
+
+
+class _Computed(Sequence[Any]):
+    """A sequence whose items are computed on access."""
+
+    def __init__(self, item: Callable[[int], Any], size: int) -> None:
+        self._item, self._size = item, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._item(i) for i in range(*index.indices(self._size))]
+        if not -self._size <= index < self._size:
+            raise IndexError(f"row must be 0 to {self._size - 1}, got {index}")
+        return self._item(index % self._size)

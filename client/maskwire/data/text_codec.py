@@ -1,0 +1,77 @@
+"""Prompts as ids, and sampled ids as text, by the tokenizer of a run's data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from maskwire.data.prepared_folder import BYTES
+from maskwire.data.tokenizer import FileTokenizer
+from maskwire.results import ModelInfo
+from maskwire.v1.values import TokenizerDescription
+
+_BYTES = 256
+
+
+class TextCodec(Protocol):
+    """Encodes parts of a text, and decodes ids."""
+
+    start: tuple[int, ...]
+    """The special ids before a text."""
+    end: tuple[int, ...]
+    """The special ids after a text."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a part of a text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special ones are left out."""
+
+
+class ByteCodec:
+    """Each byte is an id. Bytes that are not UTF-8 are shown as replacement characters."""
+
+    def __init__(self, start: tuple[int, ...] = (), end: tuple[int, ...] = ()) -> None:
+        self.start, self.end = start, end
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of a part of a text; what a command line could not decode keeps its bytes."""
+        return list(text.encode(errors="surrogateescape"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids below 256."""
+        return bytes(id_ for id_ in ids if id_ < _BYTES).decode(errors="replace")
+
+
+class FileCodec:
+    """The tokenizer file that a run keeps."""
+
+    def __init__(self, description: TokenizerDescription) -> None:
+        """Raises ValueError without the package `tokenizers`."""
+        self.start, self.end = description.document_start, description.document_end
+        self._tokenizer = FileTokenizer.of(description.file, "the run's tokenizer")
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a part of a text. Raises ValueError if it cannot be encoded."""
+        try:
+            return self._tokenizer.encode_part(text)
+        except Exception as error:  # the package raises bare Exception
+            raise ValueError(f"the run's tokenizer cannot encode {text!r}: {error}") from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special ones, and those that the tokenizer does not have, are left out."""
+        return self._tokenizer.decode(ids)
+
+
+def is_byte_model(model: ModelInfo) -> bool:
+    """Whether the vocabulary is that of a model of bytes: 256 ids and the mask id."""
+    return model.num_tokens == _BYTES + 1 and model.mask_id == _BYTES
+
+
+def codec_of(model: ModelInfo, description: TokenizerDescription | None) -> TextCodec | None:
+    """The codec of a run's texts; None for a model of ids whose tokenizer the run does not keep."""
+    if description is not None and description.name != BYTES:
+        return FileCodec(description)
+    if description is not None:
+        return ByteCodec(description.document_start, description.document_end)
+    return ByteCodec() if is_byte_model(model) else None

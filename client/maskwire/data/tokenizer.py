@@ -1,0 +1,271 @@
+"""Tokenizers that prepare text: bytes, and the files of the package `tokenizers`.
+
+A tokenizer knows its special ids: mask, pad and the end of a document. Mask and end are those of the file
+where it has them, and follow its last id where it has none. No pad id is added: rows have lengths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from maskwire.data.file_array import Ids
+from maskwire.data.prepared_folder import BYTES
+from maskwire.data.record import Record
+from maskwire.data.token_documents import Documents
+
+MASK_ID_OF_BYTES, END_ID_OF_BYTES = 256, 257
+TOKENIZER_FILE = "tokenizer.json"
+_CONFIGURATIONS = ("special_tokens_map.json", "tokenizer_config.json")  # the second counts more
+_NAMES = {
+    "mask": ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>", "<MASK>"),
+    "eos": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<EOS>"),
+    "pad": ("[PAD]", "<pad>", "<|pad|>", "<|padding|>", "<PAD>"),
+}
+"""The special tokens of published tokenizers, for files that do not say which is which."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The ids of a record."""
+
+    parts: Iterable[Ids]
+    """In one part or several, because a document may be larger than memory."""
+    prompt: int = 0
+    """How many of the first ids are given, as the prompt."""
+
+
+class Tokenizer(Protocol):
+    """What `prepare` needs of a tokenizer."""
+
+    name: str
+    """"bytes", or "sha256:" and the hash of the tokenizer's file."""
+    mask_id: int
+    pad_id: int | None
+    end_id: int | None
+    """The id that ends a document; None if none does."""
+    num_tokens: int
+    start: list[int]
+    """The special ids before a text."""
+    end: list[int]
+    """The special ids after a text."""
+
+    def encode(self, records: Sequence[Record]) -> Iterator[Encoded | None]:
+        """Yield the ids of each record; None for one without tokens of its own."""
+
+
+class ByteTokenizer:
+    """Each byte is an id."""
+
+    name, mask_id, pad_id = BYTES, MASK_ID_OF_BYTES, None
+
+    def __init__(self, special_tokens: bool) -> None:
+        """With `special_tokens`, each document ends with id 257."""
+        self.end_id = END_ID_OF_BYTES if special_tokens else None
+        self.num_tokens = (END_ID_OF_BYTES if special_tokens else MASK_ID_OF_BYTES) + 1
+        self.start: list[int] = []
+        self.end = [END_ID_OF_BYTES] if special_tokens else []
+
+    def encode(self, records: Sequence[Record]) -> Iterator[Encoded]:
+        """Yield the bytes of each record."""
+        for record in records:
+            yield Encoded(self._parts(record), len(record.prompt or b""))
+
+    def _parts(self, record: Record) -> Iterator[Ids]:
+        if record.prompt:
+            yield np.frombuffer(record.prompt, dtype=np.uint8)
+        if isinstance(record.text, Path):
+            yield from Documents.from_files([record.text]).chunks(0)
+        else:
+            yield np.frombuffer(record.text, dtype=np.uint8)
+        if self.end:
+            yield np.array(self.end)
+
+
+class FileTokenizer:
+    """A tokenizer.json, or the folder of a Hugging Face tokenizer that contains one."""
+
+    def __init__(
+        self, path: Path, *, special_tokens: bool = True, parse_special_tokens: bool = False
+    ) -> None:
+        """With `special_tokens`, texts get the tokens that the tokenizer adds around them, and an end.
+
+        With `parse_special_tokens`, a special token that a text spells out is that token; else it is text.
+        Raises ValueError if the file is not a tokenizer, or the package `tokenizers` is missing.
+        """
+        self.path = path / TOKENIZER_FILE if path.is_dir() else path
+        if not self.path.is_file():
+            raise ValueError(_no_file(path))
+        self._load(self.path.read_bytes(), str(self.path), special_tokens, parse_special_tokens)
+        known = _special_ids(self._loaded, _configured(self.path.parent) if path.is_dir() else {})
+        self.mask_id = known.get("mask", self._vocabulary)
+        self._eos = known.get("eos", max(self._vocabulary, self.mask_id + 1))
+        pad = known.get("pad")
+        self.pad_id = None if pad in (self._eos, self.mask_id) else pad
+
+    @classmethod
+    def of(cls, file: bytes, name: str) -> FileTokenizer:
+        """The tokenizer of a file's content, to encode parts of texts and to decode ids."""
+        found = object.__new__(cls)
+        found._load(file, name, special_tokens=False, parse_special_tokens=False)
+        return found
+
+    def _load(self, file: bytes, name: str, special_tokens: bool, parse_special_tokens: bool) -> None:
+        try:
+            from tokenizers import Tokenizer as Loaded
+        except ImportError:
+            raise ValueError(
+                f'{name} needs the package `tokenizers`: pip install "maskwire[tokenizers]"'
+            ) from None
+        self.file = file
+        try:
+            self._loaded: Any = Loaded.from_str(self.file.decode())
+        except Exception as error:  # the package raises bare Exception
+            raise ValueError(f"{name}: not a tokenizer.json of the package `tokenizers`: {error}") from error
+        self._loaded.no_truncation()
+        self._loaded.no_padding()
+        self._loaded.encode_special_tokens = not parse_special_tokens
+        self._special_tokens = special_tokens
+        self.name = f"sha256:{hashlib.sha256(self.file).hexdigest()}"
+        self.start: list[int] = []
+        self.end: list[int] = []
+        self._learned = False
+        self._vocabulary = max(self._loaded.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def end_id(self) -> int | None:
+        """The id that ends a document."""
+        return self.end[-1] if self.end else self._eos if self._special_tokens else None
+
+    @property
+    def num_tokens(self) -> int:
+        """The size of the vocabulary, with the ids that were added."""
+        return max(self._vocabulary, self.mask_id + 1, (self.end_id or 0) + 1)
+
+    def resume(self, start: list[int], end: list[int]) -> None:
+        """Continue with the special ids that earlier texts showed."""
+        if start or end:
+            self.start, self.end, self._learned = start, end, True
+
+    def encode(self, records: Sequence[Record]) -> Iterator[Encoded | None]:
+        """Yield the ids of each record. Raises ValueError for a text that cannot be encoded."""
+        texts = self._encodings(records, [record.content() for record in records])
+        with_prompt = [record for record in records if record.prompt is not None]
+        prompts = iter(self._encodings(with_prompt, [record.prompt or b"" for record in with_prompt]))
+        for record, text in zip(records, texts, strict=True):
+            own = self._own(text)
+            prompt = None if record.prompt is None else self._own(next(prompts))
+            if not own:
+                yield None
+                continue
+            given = [*self.start, *(prompt or [])]
+            yield Encoded(
+                [np.array([*given, *own, *self.end], dtype=np.int64)],
+                0 if record.prompt is None else len(given),
+            )
+
+    def encode_part(self, text: str) -> list[int]:
+        """The ids of a part of a text, without special tokens around it."""
+        ids: list[int] = self._loaded.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special ones and those that the file does not have are left out."""
+        text: str = self._loaded.decode([id_ for id_ in ids if id_ < self._vocabulary])
+        return text
+
+    def _encodings(self, records: Sequence[Record], contents: Sequence[bytes]) -> list[Any]:
+        texts = [_text(record.name, content) for record, content in zip(records, contents, strict=True)]
+        try:
+            found: list[Any] = self._loaded.encode_batch_fast(texts, add_special_tokens=self._special_tokens)
+        except Exception:  # it does not name the text that failed
+            for record, text in zip(records, texts, strict=True):
+                self._check(record.name, text)
+            raise
+        return found
+
+    def _check(self, name: str, text: str) -> None:
+        try:
+            self._loaded.encode(text, add_special_tokens=self._special_tokens)
+        except Exception as error:
+            raise ValueError(
+                f"{name}: the tokenizer {self.path} cannot encode it ({error}); use a byte-level tokenizer "
+                "or one with an unknown token, or exclude the file with --pattern"
+            ) from error
+
+    def _own(self, encoding: Any) -> list[int]:
+        """The ids between the special ones around a text; those around it are learned from the first text."""
+        ids, added = encoding.ids, encoding.special_tokens_mask
+        own = [place for place, special in enumerate(added) if not special]
+        if not own:
+            return []
+        first, last = own[0], own[-1] + 1
+        if not self._learned:
+            self._learned = True
+            self.start, self.end = ids[:first], ids[last:]
+            if self._special_tokens and not self.end:
+                self.end = [self._eos]
+        found: list[int] = ids[first:last]
+        return found
+
+
+def _no_file(path: Path) -> str:
+    if path.is_dir():
+        return (
+            f"{path}: the folder has no {TOKENIZER_FILE}; write one with transformers: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    return (
+        "tokenizer must be 'bytes', the path of a tokenizer.json, or the folder of a Hugging Face tokenizer, "
+        f"but there is no file {path}"
+    )
+
+
+def _configured(folder: Path) -> dict[str, str]:
+    """The special tokens that the files beside a tokenizer.json name, by role."""
+    found: dict[str, str] = {}
+    for name in _CONFIGURATIONS:
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            fields = json.loads(path.read_bytes())
+            for role in _NAMES:
+                token = fields.get(f"{role}_token")
+                token = token.get("content") if isinstance(token, dict) else token
+                if isinstance(token, str):
+                    found[role] = token
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: cannot be read: {error}") from error
+    return found
+
+
+def _special_ids(loaded: Any, configured: dict[str, str]) -> dict[str, int]:
+    """The ids of the mask, the pad and the end of a text, where the tokenizer has them."""
+    special = {
+        token.content: id_ for id_, token in loaded.get_added_tokens_decoder().items() if token.special
+    }
+    found = {}
+    for role, names in _NAMES.items():
+        id_ = loaded.token_to_id(configured[role]) if role in configured else None
+        if id_ is None:
+            id_ = next((special[name] for name in names if name in special), None)
+        if id_ is not None:
+            found[role] = id_
+    return found
+
+
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name}: not UTF-8 at byte {error.start} ({data[error.start : error.end]!r}); convert the file, "
+            "exclude it with --pattern, or use --tokenizer bytes"
+        ) from None

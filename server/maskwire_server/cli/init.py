@@ -1,0 +1,58 @@
+"""`maskwire-server init`: write a configuration file, for prepared data where a folder is given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from maskwire_server.cli.options import check_extra, stop
+
+_METADATA = "maskwire-data.json"  # of a folder that `maskwire data prepare` wrote
+
+
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("maskwire.toml"),
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            show_default=False,
+            help="A folder written by `maskwire data prepare`, whose vocabulary and special ids go into "
+            "[model].",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Write a commented configuration file with all settings and their defaults."""
+    check_extra()
+    from maskwire_server.config.model import ModelConfig
+    from maskwire_server.config.template import template
+
+    if path.exists() and not force:
+        stop(f"{path} exists; choose another name, or overwrite it with --force")
+    longest_row = ModelConfig.model_fields["max_seq_len"].default
+    chosen = {} if data is None else {"model": _model_settings(data, longest_row)}
+    path.write_text(template(chosen), encoding="utf-8")
+    for name, value in chosen.get("model", {}).items():
+        typer.echo(f"model.{name} = {value}")
+    typer.echo(f"wrote {path}; next: maskwire-server check --config {path}")
+
+
+def _model_settings(folder: Path, longest_row: int) -> dict[str, int]:
+    """The settings of [model] that fit prepared data."""
+    path = folder / _METADATA
+    if not path.is_file():
+        stop(f"--data must be a folder written by `maskwire data prepare`, but there is no file {path}")
+    try:
+        fields: dict[str, Any] = json.loads(path.read_bytes())
+        settings = {"num_tokens": int(fields["num_tokens"]), "mask_id": int(fields["mask_id"])}
+        if fields.get("pad_id") is not None:
+            settings["pad_id"] = int(fields["pad_id"])
+        # Rows of pairs are filled up to their length, so that a longer one than needed costs time.
+        if fields.get("prompts") and fields.get("longest"):
+            settings["max_seq_len"] = min(longest_row, int(fields["longest"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        stop(f"{path}: cannot be read ({error}); prepare the data again")
+    return settings

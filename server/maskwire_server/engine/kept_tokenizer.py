@@ -1,0 +1,83 @@
+"""The tokenizer of the run's data, which the run directory keeps for those who send prompts."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import threading
+from pathlib import Path
+
+from maskwire.v1.values import TokenizerDescription
+from maskwire_server.errors import Refused, invalid_field
+from maskwire_server.journal.fsync import flush_folder
+
+log = logging.getLogger(__name__)
+
+NAME = "data-tokenizer.json"
+"""The file in the run directory."""
+_BYTES = "bytes"
+
+
+class KeptTokenizer:
+    """One file, replaced as a whole. Safe to use from several threads."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / NAME
+        self._lock = threading.Lock()
+        self._digest: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """The digest of what is kept; empty: nothing is."""
+        if self._digest is None:
+            found = self.read()
+            self._digest = "" if found is None else found.digest
+        return self._digest
+
+    def read(self) -> TokenizerDescription | None:
+        """What is kept; None if nothing is, or the file is damaged: the next training sends it again."""
+        try:
+            fields = json.loads(self._path.read_bytes())
+            return TokenizerDescription(
+                fields["name"],
+                base64.b64decode(fields["file"]),
+                tuple(fields["document_start"]),
+                tuple(fields["document_end"]),
+            )
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s cannot be read (%s): prompts have no tokenizer until training starts again",
+                        self._path, error)  # fmt: skip
+            return None
+
+    def keep(self, given: TokenizerDescription, of_run: str) -> None:
+        """Keep the tokenizer of the run's ids, whose name is `of_run`. Raises Refused and OSError."""
+        if given.name != of_run:
+            raise Refused(
+                "TOKENIZER_MISMATCH",
+                f"the run uses tokenizer {of_run or '(none yet)'}, got {given.name}: train on data of this "
+                "tokenizer first",
+                tokenizer=of_run,
+                client_tokenizer=given.name,
+            )
+        name = f"sha256:{hashlib.sha256(given.file).hexdigest()}" if given.file else _BYTES
+        if name != given.name:
+            raise invalid_field(
+                "tokenizer.file",
+                f"tokenizer.file must be the file that tokenizer.name names, {given.name}, got {name}",
+            )
+        fields = dataclasses.asdict(given) | {"file": base64.b64encode(given.file).decode()}
+        with self._lock:
+            draft = self._path.with_suffix(".part")
+            with draft.open("w") as file:
+                json.dump(fields, file)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(self._path)
+            flush_folder(self._path.parent)
+            self._digest = given.digest

@@ -1,0 +1,139 @@
+"""Preparing that is stopped anywhere continues, and writes the bytes of one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maskwire.data import prepare as preparing
+from maskwire.data.draft_folder import DraftFolder
+from maskwire.data.prepare import prepare
+from maskwire.data.record import Item
+from maskwire.data.record_files import read_json_lines
+
+FIELDS = {"prompt_field": "q", "response_field": "a"}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name in ("a", "b"):
+        rows = [
+            {"q": f"{name}{n}" * (n % 7), "a": None if n % 11 == 3 else str(n) * (n % 5)} for n in range(60)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenize a few records at a time, and save the progress after each group."""
+    monkeypatch.setattr(preparing, "_BATCH_RECORDS", 7)
+    monkeypatch.setattr(preparing, "_SAVE_BYTES", 0)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("after", [1, 7, 8, 40, 61, 100, 119])
+@pytest.mark.usefixtures("small_parts")
+def test_stopped_anywhere_it_continues_with_the_same_bytes(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, caplog: Any
+) -> None:
+    expected = prepare(corpus, tmp_path / "whole", **FIELDS)  # type: ignore[arg-type]
+    left, read = after, []
+
+    def stopping(*arguments: Any) -> Iterator[Item]:
+        nonlocal left
+        for item in read_json_lines(*arguments):
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            read.append(item)
+            yield item
+
+    monkeypatch.setattr("maskwire.data.record_files._READERS", {".jsonl": stopping})
+    with pytest.raises(KeyboardInterrupt):
+        prepare(corpus, tmp_path / "out", **FIELDS)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+    left = 1000
+    read.clear()
+    assert prepare(corpus, tmp_path / "out", **FIELDS) == expected  # type: ignore[arg-type]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert len(read) <= 120 - after + 7, "only the last group is read again"
+    assert ("resuming after" in caplog.text) == (after >= 7)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out", "whole"]
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_other_sources_or_options_start_anew(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def stop(draft: DraftFolder, *_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DraftFolder, "complete", stop)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(corpus, tmp_path / "out", **FIELDS)  # type: ignore[arg-type]
+    assert (tmp_path / ".out.part" / "progress.json").is_file(), "a full disk can be given room"
+    (corpus / "b.jsonl").write_text('{"q": "new", "a": "file"}\n')
+    prepare(corpus, tmp_path / "out", **FIELDS)  # type: ignore[arg-type]
+    assert "resuming" not in caplog.text
+    prepare(corpus, tmp_path / "again", **FIELDS)  # type: ignore[arg-type]
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+def test_two_processes_do_not_write_the_same_folder(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    with DraftFolder(tmp_path / "out", "one", "uint8", prompts=False):
+        with pytest.raises(ValueError, match="another process prepares the same folder"):
+            prepare(corpus, tmp_path / "out", **FIELDS)  # type: ignore[arg-type]
+        assert (tmp_path / ".out.part").exists(), "the other's draft is left alone"
+
+
+KILLED = textwrap.dedent(
+    """
+    import os, signal, sys
+    from maskwire.data import prepare as preparing
+    from maskwire.data.draft_folder import DraftFolder
+
+    preparing._BATCH_RECORDS, preparing._SAVE_BYTES = 7, 0
+    add, count = DraftFolder.add, 0
+
+    def killed(draft, parts, prompt=0):
+        global count
+        add(draft, parts, prompt)
+        draft._files["tokens.bin"].flush()  # ids beyond those that count
+        count += 1
+        if count == 50:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    DraftFolder.add = killed
+    preparing.prepare(sys.argv[1], sys.argv[2], prompt_field="q", response_field="a")
+    """
+)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_after_kill_9_the_same_bytes_come_out(corpus: Path, tmp_path: Path, caplog: Any) -> None:
+    command = [sys.executable, "-c", KILLED, str(corpus), str(tmp_path / "out")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    draft = tmp_path / ".out.part"
+    saved = json.loads((draft / "progress.json").read_text())
+    assert 0 < saved["tokens"] < (draft / "tokens.bin").stat().st_size / 2
+    expected = prepare(corpus, tmp_path / "whole", **FIELDS)  # type: ignore[arg-type]
+    assert prepare(corpus, tmp_path / "out", **FIELDS) == expected  # type: ignore[arg-type]
+    assert f"resuming after {saved['documents']} documents" in caplog.text
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
