@@ -15,6 +15,7 @@ from maskwire._version import __version__
 
 if TYPE_CHECKING:
     from maskwire import aio
+    from maskwire.batch import Batch
     from maskwire.client import Client, Trainer, attach, connect
     from maskwire.data.file_data import ByteData, FileTokens, open_data
     from maskwire.data.token_data import TokenData
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from maskwire.protocol.fit import StopTraining
 
 __all__ = [
+    "Batch",
     "ByteData",
     "Client",
     "FileTokens",
@@ -39,6 +41,7 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("connect", "attach", "Trainer", "Client"), "client"),
     **dict.fromkeys(("open_data", "TokenData", "ByteData", "FileTokens"), "data"),
+    "Batch": "batch",
     "MaskwireError": "errors",
     "StopTraining": "protocol.fit",
 }
