@@ -177,7 +177,7 @@ def test_a_full_disk_under_the_metrics_loses_no_step(server: ServerProcess, text
     result = json.loads(done.stdout)
     assert (result["step"], result["steps"], step(server)) == (until, 5, until)
     error = json.loads(done.stderr.splitlines()[-1])
-    assert error["error"].startswith("/dev/full: no more lines are written (No space left on device)")
+    assert error["error"].startswith("/dev/full: no more records are written (No space left on device)")
     done = command(*train(server, text, until + 1, "--metrics", text.parent / "none" / "metrics.jsonl"))
     assert (done.returncode, step(server)) == (2, until), (
         "a path that does not exist is refused before any step"

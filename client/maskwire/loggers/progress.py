@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Protocol
 
 from maskwire.nonfatal_output import PLAIN_EVERY_SECONDS, on_terminal, tell
+
+log = logging.getLogger(__name__)
 
 
 class TrainingProgress(Protocol):
@@ -42,6 +45,14 @@ def training_progress(
 
         return Bar(step, until_step, elapsed)
     return ProgressLines(step, until_step, elapsed)
+
+
+def warn(progress: TrainingProgress, words: str) -> None:
+    """Show a warning that stays: in the progress output, or in the log if there is none."""
+    if isinstance(progress, NoProgress):
+        log.warning("%s", words)
+    else:
+        progress.say(words)
 
 
 class NoProgress:

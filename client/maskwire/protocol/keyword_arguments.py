@@ -6,13 +6,18 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
 
 
-class StepOptions(TypedDict, total=False):
-    """Options of a training step."""
+class BatchOptions(TypedDict, total=False):
+    """What is known about the rows of a batch."""
 
     lengths: Any
     """Integers [rows]: tokens after a row's length are padding."""
     prompt_mask: Any
     """bool [rows, columns]: True at positions that are given and never masked."""
+
+
+class FitOptions(BatchOptions, total=False):
+    """Options that `fit` passes to each step."""
+
     only_train_generator: bool
     """Compute and train the generator alone."""
     only_train_critic: bool
@@ -21,6 +26,11 @@ class StepOptions(TypedDict, total=False):
     """Temperature of the critic's input, 0 for the most probable token; None: drawn from [0, 1) for each
     step.
     """
+
+
+class StepOptions(FitOptions, total=False):
+    """Options of a training step."""
+
     learning_rate: float | None
     """Learning rate of this step alone, instead of the schedule's."""
 

@@ -11,8 +11,14 @@ from typing import Any
 import pytest
 
 from maskwire.errors import UnimplementedError
-from maskwire.loggers.metrics import Metrics, step_line
+from maskwire.loggers.history import catch_up
+from maskwire.loggers.json_lines import JsonLines
+from maskwire.loggers.log_thread import LogThread
+from maskwire.loggers.records import Place, step_record
+from maskwire.protocol.effects import Work
 from maskwire.results import Losses, Outcome, RecordedStep, StepMetrics, StepResult, StepsPage
+
+START = Place("run", 1, 0)
 
 
 class Server:
@@ -54,15 +60,16 @@ class Server:
 
 def use(path: Path, server: Server, seen: range = range(0)) -> list[dict[str, Any]]:
     """Open the file as a call of `fit` does, write the steps that it sees, and read all lines."""
-    metrics = Metrics(path)
-    asking = metrics.catch_up(server)
+    here = Place(server.run_id, server.lineage, server.step)
+    thread = LogThread(JsonLines(path), here)
+    asking = catch_up(server, thread.opened(), here, thread)
     reply, raised = None, None
     with contextlib.suppress(StopIteration):
         while True:
             wish = asking.send(reply) if raised is None else asking.throw(raised)
             reply = raised = None
             try:
-                reply = wish()
+                reply = wish.function() if isinstance(wish, Work) else wish()
             except UnimplementedError as error:
                 raised = error
     for step in seen:
@@ -70,8 +77,9 @@ def use(path: Path, server: Server, seen: range = range(0)) -> list[dict[str, An
             step, Losses(1.0, 1.0, None), Outcome.APPLIED, False, server.digest_of(server.lineage, step),
             StepMetrics(None, 1e-3, 0, 0, 0, 0, 0),
         )  # fmt: skip
-        metrics.write(step_line(server.run_id, server.lineage, result, 8))
-    metrics.close()
+        thread.write(step_record(server.run_id, server.lineage, result, 8))
+    thread.close()
+    assert thread.failure == ""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -190,12 +198,13 @@ def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path, t
     path = tmp_path / "data.csv"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"data\.csv is not a metrics file: its last line is b"):
-        Metrics(path)
+        JsonLines(path).open(START)
     assert path.read_text() == text
 
 
 def test_what_is_no_file_is_only_written_to() -> None:
-    metrics = Metrics("/dev/null")
+    metrics = JsonLines("/dev/null")
+    metrics.open(START)
     metrics.write({"step": 1})
     metrics.close()
 
@@ -204,9 +213,10 @@ def test_an_evaluation_that_the_file_ends_with_is_not_written_again(tmp_path: Pa
     path = tmp_path / "m.jsonl"
     line = {"run_id": "run", "lineage": 1, "step": 4, "eval_bits_per_token": 2.0}
     for _ in range(2):
-        metrics = Metrics(path)
-        metrics.write_evaluation(line)
-        metrics.write_evaluation({**line, "step": 8})
+        metrics = JsonLines(path)
+        metrics.open(START)
+        metrics.write(line)
+        metrics.write({**line, "step": 8})
         metrics.write({**line, "step": 4})
         metrics.close()
     assert [json.loads(text)["step"] for text in path.read_text().splitlines()] == [4, 8, 4, 8, 4]
