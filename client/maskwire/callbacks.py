@@ -9,7 +9,7 @@ with `maskwire.aio` it may be a coroutine function.
     on_checkpoint(info)   after each checkpoint that `fit` or a callback saved, with its CheckpointInfo
     on_end(result)        when `fit` ends, also by an error, with its FitResult
 
-A method that saves a checkpoint with `trainer.checkpoint(...)` returns what that call returns; `fit` reports it.
+A method that saves a checkpoint with `trainer.checkpoint(...)` returns its result; `fit` reports it.
 
 Raising StopTraining ends `fit`. Any other exception is reported, in the progress output, in the log and in
 `FitResult.failures`, and that callback is not called again; training continues. Only an error that a call

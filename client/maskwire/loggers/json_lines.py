@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from maskwire.loggers.logger import Logger
-from maskwire.loggers.records import Place, Record, is_evaluation
+from maskwire.loggers.records import Place, Record, is_evaluation, same_step
 from maskwire.nonfatal_output import LineFile
 
 _BLOCK = 2**20  # bytes at the end of the file that are searched for the last step
@@ -53,7 +53,7 @@ class JsonLines(Logger):
     def write(self, record: Record) -> None:
         """Append a line. OSError if it cannot be written."""
         assert self._file is not None
-        repeated = is_evaluation(record) and is_evaluation(self._last) and _same_step(record, self._last)
+        repeated = is_evaluation(record) and is_evaluation(self._last) and same_step(record, self._last)
         begins = (
             record.get("event") == "started"
             and not self._last
@@ -77,10 +77,6 @@ def _place(line: Record) -> Place | None:
         return Place(str(line["run_id"]), int(line["lineage"]), int(line["step"]))
     step = int(line.get("step", 0))
     return Place("", 0, step, str(line["digest"])) if step else None  # of an older version
-
-
-def _same_step(record: Record, other: Record) -> bool:
-    return all(record[key] == other.get(key) for key in ("run_id", "lineage", "step"))
 
 
 def _repair(file: IO[bytes], path: str | Path) -> tuple[dict[str, Any], bool]:

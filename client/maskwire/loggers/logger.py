@@ -6,10 +6,19 @@ does not slow training down. A logger of your own derives from `Logger`.
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from pathlib import Path
 
 from maskwire.loggers.records import Place, Record
+
+
+def needs(module: str, extra: str) -> None:
+    """Raise ImportError, with what to install, unless a package is there. Does not import it."""
+    if importlib.util.find_spec(module) is None:
+        raise ImportError(
+            f"this logger needs the package {module}: pip install 'maskwire[{extra}]'", name=module
+        )
 
 
 class Logger(ABC):

@@ -137,6 +137,11 @@ def is_evaluation(record: Record) -> bool:
     return "eval_bits_per_token" in record
 
 
+def same_step(record: Record, other: Record) -> bool:
+    """Whether two records are of one step of one history."""
+    return all(str(record[key]) == str(other.get(key)) for key in ("run_id", "lineage", "step"))
+
+
 def _losses(losses: Losses) -> dict[str, float | None]:
     return _finite(loss=losses.loss, generator_loss=losses.generator_loss, critic_loss=losses.critic_loss)
 
