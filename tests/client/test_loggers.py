@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from maskwire.loggers.json_lines import JsonLines
 from maskwire.loggers.logger import Logger
 from maskwire.loggers.records import Place
 from maskwire.loggers.tensorboard import TensorBoard
+from maskwire.loggers.trackio import Trackio
+from maskwire.loggers.wandb import WandB
 
 Curves = dict[int, dict[str, list[tuple[int, float]]]]
 """By lineage and name: (step, value)."""
@@ -23,6 +27,8 @@ Curves = dict[int, dict[str, list[tuple[int, float]]]]
 
 class Kind:
     """A logger in a folder, and a reader of what it wrote."""
+
+    package: str | None = None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -71,8 +77,9 @@ class CsvKind(Kind):
 
 
 class TensorBoardKind(Kind):
+    package = "tensorboard"
+
     def logger(self) -> Logger:
-        pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
         return TensorBoard(self.folder / "tb")
 
     def curves(self) -> Curves:
@@ -93,17 +100,119 @@ class TensorBoardKind(Kind):
         truncate(max((self.folder / "tb" / "run").iterdir()), 10)
 
 
+class WandBKind(Kind):
+    package = "wandb"
+
+    def logger(self) -> Logger:
+        return WandB("project", mode="offline", folder=self.folder)
+
+    def tear(self) -> None:
+        truncate(max(self.folder.glob("wandb/offline-run-*/*.wandb")), 1000)
+
+    def curves(self) -> Curves:
+        from wandb.proto.wandb_internal_pb2 import Record
+
+        from maskwire.loggers.wandb_offline import messages
+
+        found: Curves = {}
+        for path in sorted(self.folder.glob("wandb/offline-run-*/*.wandb")):
+            lineage = int(path.stem.removeprefix("run-run").removeprefix("-lineage-") or 1)
+            curves = found.setdefault(lineage, {})
+            for message in messages(path.read_bytes()):
+                row = Record.FromString(message).history
+                for item in row.item:
+                    name = {"train/generator_loss": "train/loss"}.get(item.nested_key[0], item.nested_key[0])
+                    if name != "train/loss" or item.nested_key[0] == "train/generator_loss":
+                        curves.setdefault(name, []).append((row.step.num, float(json.loads(item.value_json))))
+        return found
+
+
+class TrackioKind(Kind):
+    package = "trackio"
+
+    def logger(self) -> Logger:
+        return Trackio(self.project)
+
+    @property
+    def project(self) -> str:
+        return self.folder.name
+
+    def curves(self) -> Curves:
+        import trackio
+        from trackio.sqlite_storage import SQLiteStorage
+
+        found: Curves = {}
+        for run in trackio.Api().runs(self.project):
+            curves = found.setdefault(int(run.name.removeprefix("run").removeprefix("-") or 1), {})
+            for row in SQLiteStorage.get_logs(self.project, run.name):
+                for name, field in (("train/loss", "train/generator_loss"), ("eval/bits_per_token",) * 2):
+                    if field in row:
+                        curves.setdefault(name, []).append((row["step"], row[field]))
+        return found
+
+
 def truncate(path: Path, count: int) -> None:
     os.truncate(path, path.stat().st_size - count)
 
 
-KINDS = [JsonKind, CsvKind, TensorBoardKind]
+KINDS = [JsonKind, CsvKind, TensorBoardKind, WandBKind, TrackioKind]
 
 
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__.removesuffix("Kind"))
-def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Kind:
-    made: Kind = request.param(tmp_path)
-    return made
+def interrupted(kind: Kind) -> None:
+    log_steps(kind.logger(), Server((0, 0, 0)), range(1, 6), evaluated=5)
+    log_steps(kind.logger(), Server((0, 0, 9)), range(10, 12), evaluated=11)  # 6 to 9 were not seen
+    log_steps(kind.logger(), Server((0, 0, 11)))  # nothing is missing
+
+
+def torn(kind: Kind) -> None:
+    log_steps(kind.logger(), Server((0, 0, 0)), range(1, 6))
+    kind.tear()
+    log_steps(kind.logger(), Server((0, 0, 5)), range(6, 8))
+
+
+def evaluated_again(kind: Kind) -> None:
+    log_steps(kind.logger(), Server((0, 0, 0)), range(1, 6), evaluated=5)
+    log_steps(kind.logger(), Server((0, 0, 5)), evaluated=5)
+
+
+def begun_later(kind: Kind) -> None:
+    log_steps(kind.logger(), Server((0, 0, 4)))  # stopped before its first step
+    log_steps(kind.logger(), Server((0, 0, 6)), range(7, 8))
+
+
+def restored(kind: Kind) -> None:
+    log_steps(kind.logger(), Server((0, 0, 0)), range(1, 5))
+    log_steps(kind.logger(), Server((0, 0, 6), (1, 2, 3)), range(4, 6))
+    log_steps(kind.logger(), Server((0, 0, 6), (1, 2, 6)))
+
+
+def ahead_of_its_run(kind: Kind) -> None:
+    log_steps(kind.logger(), Server((0, 0, 0)), range(1, 9))
+    log_steps(kind.logger(), Server((0, 0, 3)), range(4, 6))  # a backup of the run was put back
+
+
+SCENARIOS = [interrupted, torn, evaluated_again, begun_later, restored, ahead_of_its_run]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.__name__.removesuffix("Kind"))
+def curves(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curves]:
+    """What each scenario leaves, as the logger's own reader reads it."""
+    kind, folder = request.param, tmp_path_factory.mktemp("logs")
+    if kind.package is not None:
+        pytest.importorskip(kind.package, reason=f"the package {kind.package} is not installed")
+    if kind is WandBKind:  # its own processes end with the one that logs
+        command = [sys.executable, __file__, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    else:
+        write_all(kind, folder)
+    return {scenario.__name__: kind(folder / scenario.__name__).curves() for scenario in SCENARIOS}
+
+
+def write_all(kind: type[Kind], folder: Path) -> None:
+    for scenario in SCENARIOS:
+        (folder / scenario.__name__).mkdir()
+        scenario(kind(folder / scenario.__name__))
 
 
 def steps_of(curves: Curves, lineage: int, name: str = "train/loss") -> list[int]:
@@ -111,53 +220,39 @@ def steps_of(curves: Curves, lineage: int, name: str = "train/loss") -> list[int
     return [step for step, _ in one.get(name, [])]
 
 
-def test_each_step_is_read_once_after_an_interruption(kind: Kind) -> None:
-    log_steps(kind.logger(), Server((0, 0, 0)), range(1, 6), evaluated=5)
-    log_steps(kind.logger(), Server((0, 0, 9)), range(10, 12), evaluated=11)  # 6 to 9 were not seen
-    log_steps(kind.logger(), Server((0, 0, 11)))  # nothing is missing
-    curves = kind.curves()
-    assert steps_of(curves, 1) == [*range(1, 12)]
-    assert steps_of(curves, 1, "eval/bits_per_token") == [5, 11]
-    values = {value for by_name in curves.values() for _, value in by_name["eval/bits_per_token"]}
+def test_each_step_is_read_once_after_an_interruption(curves: dict[str, Curves]) -> None:
+    found = curves["interrupted"]
+    assert steps_of(found, 1) == [*range(1, 12)]
+    assert steps_of(found, 1, "eval/bits_per_token") == [5, 11]
+    values = {value for by_name in found.values() for _, value in by_name["eval/bits_per_token"]}
     assert values == {2.5}
 
 
-def test_a_record_that_was_not_written_whole_is_filled_in(kind: Kind) -> None:
-    log_steps(kind.logger(), Server((0, 0, 0)), range(1, 6))
-    kind.tear()
-    log_steps(kind.logger(), Server((0, 0, 5)), range(6, 8))
-    assert steps_of(kind.curves(), 1) == [*range(1, 8)]
+def test_a_record_that_was_not_written_whole_is_filled_in(curves: dict[str, Curves]) -> None:
+    assert steps_of(curves["torn"], 1) == [*range(1, 8)]
 
 
-def test_an_evaluation_that_was_repeated_is_read_once(kind: Kind) -> None:
-    log_steps(kind.logger(), Server((0, 0, 0)), range(1, 6), evaluated=5)
-    log_steps(kind.logger(), Server((0, 0, 5)), evaluated=5)
-    assert steps_of(kind.curves(), 1, "eval/bits_per_token") == [5]
+def test_an_evaluation_that_was_repeated_is_read_once(curves: dict[str, Curves]) -> None:
+    assert steps_of(curves["evaluated_again"], 1, "eval/bits_per_token") == [5]
 
 
-def test_a_log_that_was_begun_later_has_the_steps_from_there(kind: Kind) -> None:
-    log_steps(kind.logger(), Server((0, 0, 4)))  # stopped before its first step
-    log_steps(kind.logger(), Server((0, 0, 6)), range(7, 8))
-    assert steps_of(kind.curves(), 1) == [5, 6, 7]
+def test_a_log_that_was_begun_later_has_the_steps_from_there(curves: dict[str, Curves]) -> None:
+    assert steps_of(curves["begun_later"], 1) == [5, 6, 7]
 
 
-def test_after_a_restore_the_new_lineage_begins_at_its_checkpoint(kind: Kind) -> None:
-    log_steps(kind.logger(), Server((0, 0, 0)), range(1, 5))
-    log_steps(kind.logger(), Server((0, 0, 6), (1, 2, 3)), range(4, 6))
-    curves = kind.curves()
-    if 0 in curves:  # one curve, of the history that the run has now
-        assert steps_of(curves, 0) == [1, 2, 3, 4, 5]
+def test_after_a_restore_the_new_lineage_begins_at_its_checkpoint(curves: dict[str, Curves]) -> None:
+    found = curves["restored"]
+    if 0 in found:  # one curve, of the history that the run has now
+        assert steps_of(found, 0) == [1, 2, 3, 4, 5, 6]
     else:
-        assert steps_of(curves, 1) == [1, 2, 3, 4, 5, 6]
-        assert steps_of(curves, 2) == [3, 4, 5]
+        assert steps_of(found, 1) == [1, 2, 3, 4, 5, 6]
+        assert steps_of(found, 2) == [3, 4, 5, 6]
 
 
-def test_a_log_ahead_of_its_run_begins_again(kind: Kind) -> None:
-    log_steps(kind.logger(), Server((0, 0, 0)), range(1, 9))
-    log_steps(kind.logger(), Server((0, 0, 3)), range(4, 6))  # a backup of the run was put back
-    found = steps_of(kind.curves(), 1)
+def test_a_log_ahead_of_its_run_begins_again(curves: dict[str, Curves]) -> None:
+    found = steps_of(curves["ahead_of_its_run"], 1)
     assert found[-2:] == [4, 5]
-    if 0 in kind.curves():
+    if 0 in curves["ahead_of_its_run"]:
         assert found == [1, 2, 3, 4, 5]
 
 
@@ -192,3 +287,7 @@ def test_a_csv_file_cut_anywhere_is_completed(tmp_path: Path, kept: int) -> None
     log_steps(CsvFile(path), Server((0, 0, 4)), range(5, 6))
     assert read(path)[-1] == "5"
     assert read(path) == [str(step) for step in range(int(read(path)[0]), 6)]
+
+
+if __name__ == "__main__":
+    write_all(WandBKind, Path(sys.argv[1]))

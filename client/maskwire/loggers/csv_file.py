@@ -26,6 +26,7 @@ class CsvFile(Logger):
     def __init__(self, path: str | Path) -> None:
         self.path: Path = Path(path)
         self._last: Record = {}
+        self._begun = False
         self._file: LineFile | None = None
 
     @property
@@ -42,8 +43,7 @@ class CsvFile(Logger):
         if size and self.path.is_file():
             size = self._repair(size)
         self._file = LineFile(self.path)
-        if not size:
-            self._file.write(_line(COLUMNS))
+        self._begun = size > 0
         if not self._last:
             return None
         return Place(self._last["run_id"], int(self._last["lineage"]), int(self._last["step"]))
@@ -53,7 +53,9 @@ class CsvFile(Logger):
         assert self._file is not None
         # An evaluation that its job was stopped just after writing is made again.
         if not (is_evaluation(record) and is_evaluation(self._last) and same_step(record, self._last)):
-            self._file.write(_line([_cell(record.get(name)) for name in COLUMNS]))
+            header = b"" if self._begun else _line(COLUMNS)
+            self._file.write(header + _line([_cell(record.get(name)) for name in COLUMNS]))
+            self._begun = True
         self._last = record
 
     def close(self) -> None:
