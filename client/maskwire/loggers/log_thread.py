@@ -52,7 +52,7 @@ class LogThread:
         self._opened: queue.SimpleQueue[_Opened] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._pid = os.getpid()
-        self._behind = self._broken = False
+        self._behind = self._broken = self._stuck = False
         self._thread = threading.Thread(target=self._run, name=f"maskwire-log {logger.label}", daemon=True)
         self._thread.start()
 
@@ -60,6 +60,7 @@ class LogThread:
         """Wait until the log is open, and return its last place. Raises its ValueError or OSError."""
         found = _wait(self._opened, self.logger.open_seconds)
         if found is None:
+            self._stuck = True
             self._fail(f"it did not open within {self.logger.open_seconds:g} s")
             return None
         if isinstance(found.error, ValueError | OSError | ImportError):
@@ -88,6 +89,8 @@ class LogThread:
         if self._inherited:
             return
         self._queue.put(None)
+        if self._stuck:
+            return  # it would not finish either
         seconds = self.logger.close_seconds if seconds is None else seconds
         if _wait(self._done, seconds) is None and not self.failure:
             self._fail(f"it did not finish within {seconds:g} s, and {self._queue.qsize():,} records wait")
