@@ -16,20 +16,22 @@ from maskwire._version import __version__
 if TYPE_CHECKING:
     from maskwire import aio
     from maskwire.batch import Batch
+    from maskwire.callbacks import EarlyStopping, SaveBest, StopTraining
     from maskwire.client import Client, Trainer, attach, connect
     from maskwire.data.file_data import ByteData, FileTokens, open_data
     from maskwire.data.pair_data import PairData
     from maskwire.data.token_data import TokenData
     from maskwire.errors import MaskwireError
-    from maskwire.protocol.fit import StopTraining
 
 __all__ = [
     "Batch",
     "ByteData",
     "Client",
+    "EarlyStopping",
     "FileTokens",
     "MaskwireError",
     "PairData",
+    "SaveBest",
     "StopTraining",
     "TokenData",
     "Trainer",
@@ -45,7 +47,7 @@ _HOMES = {
     **dict.fromkeys(("open_data", "TokenData", "ByteData", "FileTokens", "PairData"), "data"),
     "Batch": "batch",
     "MaskwireError": "errors",
-    "StopTraining": "protocol.fit",
+    **dict.fromkeys(("EarlyStopping", "SaveBest", "StopTraining"), "callbacks"),
 }
 
 

@@ -27,7 +27,7 @@ from maskwire.protocol.effects import (
     end_operation,
 )
 from maskwire.protocol.sessionless_calls import Calls
-from maskwire.signatures import keep_signature
+from maskwire.signatures import check_keywords, keep_signature
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 
 P = ParamSpec("P")
@@ -196,8 +196,11 @@ def awaited(
 ) -> Callable[Concatenate[Driver, P], Coroutine[Any, Any, T]]:
     """Make an operation a coroutine method, with its signature and docstring."""
 
+    check = check_keywords(method)
+
     @keep_signature(method)
     async def call(self: Driver, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        check(kwargs)
         return await self._drive(method(self._calls, *args, **kwargs))
 
     return call
@@ -208,8 +211,11 @@ def iterating(
 ) -> Callable[Concatenate[Driver, P], AsyncIterator[T]]:
     """Make an operation that emits values a method whose result `async for` iterates over."""
 
+    check = check_keywords(method)
+
     @keep_signature(method)
     def call(self: Driver, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
+        check(kwargs)
         return self._iterate(method(self._calls, *args, **kwargs))
 
     return call

@@ -32,7 +32,9 @@ _OTHER_NAMES = {
     "password": "token",
     "epochs": "until_step",
     "max_steps": "until_step",
-    "callback": "on_step",
+    "callback": "callbacks",
+    "logger": "callbacks",
+    "loggers": "callbacks",
     "save_every": "checkpoint_every",
     "evaluate_every": "eval_every",
 }

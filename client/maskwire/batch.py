@@ -16,3 +16,5 @@ class Batch:
     """Integers [rows]: the positions of a row after its length are padding. Not with rows that differ."""
     prompt_mask: Any = None
     """Bool [rows, columns], or a list of rows: True for positions that are given and never masked."""
+    segment_ids: Any = None
+    """Integers, one per token: its document, where rows are packed with several. From 0, not decreasing."""

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 from pathlib import Path
-
-log = logging.getLogger(__name__)
 
 PLAIN_EVERY_SECONDS = 10.0
 """How often progress that is not shown as a bar prints a line."""
@@ -35,35 +32,21 @@ def on_terminal() -> bool:
 
 
 class LineFile:
-    """A file to append lines to. After the first failure it logs a warning and drops all later lines.
-
-    It does not retry, since a file with a gap would look complete.
-    """
+    """A file to append lines to."""
 
     def __init__(self, path: str | Path) -> None:
         """Raises OSError if the file cannot be opened."""
-        self._path = path
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-        self.failure = ""
-        """Why lines are missing; empty: none is missing."""
 
     def write(self, line: bytes) -> None:
-        """Append a line that ends with a newline."""
+        """Append a line that ends with a newline. OSError: it is not, or only partly, written.
+
+        Do not write again after an error: a file with a gap would look complete.
+        """
         left = memoryview(line)
-        while left and not self.failure:
-            try:
-                left = left[os.write(self._file, left) :]
-            except OSError as error:
-                self._fail(error)
+        while left:
+            left = left[os.write(self._file, left) :]
 
     def close(self) -> None:
-        """Close the file."""
-        try:
-            os.close(self._file)
-        except OSError as error:  # some file systems report failed writes only here
-            if not self.failure:
-                self._fail(error)
-
-    def _fail(self, error: OSError) -> None:
-        self.failure = f"{self._path}: no more lines are written ({error.strerror}); training is not affected"
-        log.warning("%s", self.failure)
+        """Close the file. Some file systems report only here, by OSError, that a write failed."""
+        os.close(self._file)

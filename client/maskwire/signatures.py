@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
+
+from maskwire.arguments import check_options
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,6 +30,18 @@ def keep_signature(source: Callable[..., Any]) -> Callable[[F], F]:
         return function
 
     return decorate
+
+
+def check_keywords(source: Callable[..., Any]) -> Callable[[Iterable[str]], None]:
+    """Return a check of a call's keywords that names the argument that was probably meant.
+
+    An operation with options of its own (`**options`) checks them itself.
+    """
+    parameters = inspect.signature(source).parameters.values()
+    known = [one.name for one in parameters if one.name != "self"]
+    if any(one.kind is one.VAR_KEYWORD for one in parameters):
+        return lambda given: None  # noqa: ARG005
+    return lambda given: check_options(source.__name__, given, known)
 
 
 def _result(operation: Callable[..., Any]) -> str:

@@ -16,6 +16,7 @@ from maskwire.data.file_data import open_data
 from maskwire.data.file_discovery import find_files
 from maskwire.data.maskwire_files import SETTINGS
 from maskwire.data.prepare import prepare
+from maskwire.loggers.csv_file import COLUMNS
 
 TEXT = "some text about nothing in particular\n" * 40
 OPTIONS: dict[str, Any] = {"length": 16, "batch_size": 2}
@@ -207,3 +208,21 @@ def test_a_file_that_this_process_prints_to_is_not_data(tmp_path: Path) -> None:
     with (tmp_path / "nohup.out").open("w") as out, (tmp_path / "errors.txt").open("w") as err:
         done = subprocess.run([sys.executable, "-c", code], stdout=out, stderr=err, cwd=tmp_path, check=False)
     assert done.returncode == 0, (tmp_path / "errors.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "events.out.tfevents.1795821454.maskwire.lineage-1",
+        "wandb/offline-run-20261127_234145-0123/run-0123.wandb",
+        "wandb/run-20261127_234145-0123/files/output.log",
+        "metrics.csv",
+    ],
+)
+def test_what_loggers_write_is_no_data(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = ",".join(COLUMNS) if name == "metrics.csv" else "words of a log"
+    path.write_text(f"{header}\n" * 4)
+    assert [found.name for found in open_data(tmp_path, **OPTIONS).files] == ["a.txt"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import io
 import json
@@ -177,11 +178,32 @@ def test_a_full_disk_under_the_metrics_loses_no_step(server: ServerProcess, text
     result = json.loads(done.stdout)
     assert (result["step"], result["steps"], step(server)) == (until, 5, until)
     error = json.loads(done.stderr.splitlines()[-1])
-    assert error["error"].startswith("/dev/full: no more lines are written (No space left on device)")
+    assert error["error"].startswith("/dev/full: no more records are written (No space left on device)")
     done = command(*train(server, text, until + 1, "--metrics", text.parent / "none" / "metrics.jsonl"))
     assert (done.returncode, step(server)) == (2, until), (
         "a path that does not exist is refused before any step"
     )
+
+
+def test_a_run_is_logged_where_the_command_says(server: ServerProcess, text: Path, tmp_path: Path) -> None:
+    until = step(server) + 2
+    logs = ["--log", f"csv:{tmp_path / 'm.csv'}", "--log", f"jsonl:{tmp_path / 'm.jsonl'}"]
+    done = command(*train(server, text, until, *logs))
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "m.csv").open(newline="") as file:
+        rows = [row["step"] for row in csv.DictReader(file)]
+    lines = [json.loads(line)["step"] for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert rows[-2:] == [str(number) for number in lines[-2:]] == [f"{until - 1}", f"{until}"]
+    for wrong, words in (
+        ("tensorbord:runs", "a log is KIND:PLACE with KIND one of jsonl, csv, tensorboard"),
+        ("csv:", "got 'csv:'"),
+        ("csv:/nowhere/m.csv", "No such file or directory"),
+    ):
+        done = command(*train(server, text, until + 1, "--log", wrong))
+        assert (done.returncode, step(server)) == (2, until), "before any step"
+        assert words in done.stderr.decode()
+    done = command(*train(server, text, until + 2, "--log", "csv:/dev/full", "--json"))
+    assert (done.returncode, step(server)) == (7, until + 2)
 
 
 class Answering:

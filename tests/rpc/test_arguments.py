@@ -59,6 +59,8 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "evaluate": (lambda t: t.evaluate(TOKENS, draw=2), "did you mean 'draws'"),
     "generate": (lambda t: t.generate(max_new_tokens=4), r"generate\(\).*did you mean 'length'"),
     "nothing near": (lambda t: t.generate(xyzzy=4), "it has lengths, prompt_mask"),
+    "checkpoint": (lambda t: t.checkpoint("a", lables={}), r"checkpoint\(\).*did you mean 'labels'"),
+    "download": (lambda t: t.download("a", "b", weigths=True), "did you mean 'weights'"),
     "fit": (lambda t: t.fit(DATA, until_step=1, checkpoint_evry=1), r"fit\(\).*'checkpoint_every'"),
     "fit with epochs": (lambda t: t.fit(DATA, until_step=1, epochs=1), "did you mean 'until_step'"),
     "a DataLoader": (lambda t: t.fit(DataLoader(), until_step=1), "got DataLoader.*maskwire.TokenData"),

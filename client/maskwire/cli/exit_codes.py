@@ -37,8 +37,8 @@ CODES = {
     SESSION: "session lost or refused: another writer has the run or took it over, or the run was restored",
     HISTORY: "history mismatch: server and client disagree on what was trained; check the server's storage",
     ACCESS: "access denied: TLS or token rejected",
-    OUTPUT: "output lost: the result, `--metrics` or another file could not be written, as on a full disk; "
-    "what was trained is safe",
+    OUTPUT: "output lost: the result, `--metrics`, `--log` or another file could not be written, as on a "
+    "full disk; what was trained is safe",
     INTERRUPTED: "interrupted by Ctrl-C; the same command resumes",
     TERMINATED: "terminated by SIGTERM; the same command resumes",
 }
@@ -107,7 +107,7 @@ def errors(as_json: bool) -> Iterator[None]:
         _fail(_for_command(str(error), error.reason), _code(error), error.reason, as_json)
     except OutputError as error:
         _fail(str(error), OUTPUT, "", as_json)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         lost = isinstance(error, UnicodeEncodeError) or getattr(error, "errno", None) in _NO_ROOM
         reason = DATA_IN_USE if isinstance(error, DataChangedError) else ""
         _fail(_for_command(str(error), reason), OUTPUT if lost else USAGE, "", as_json)

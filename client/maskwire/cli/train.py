@@ -29,6 +29,7 @@ from maskwire.client import Trainer
 from maskwire.data.file_data import holds_tokens, open_data
 from maskwire.data.token_data import TokenData
 from maskwire.errors import TokenizerError
+from maskwire.loggers.specification import open_logger
 from maskwire.nonfatal_output import tell
 from maskwire.results import EvalResult
 
@@ -107,6 +108,15 @@ def train(
             help="Append one JSON line per step and per evaluation to this file.", rich_help_panel=_SAVING
         ),
     ] = None,
+    log: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND:PLACE",
+            help="Also log to jsonl:FILE, csv:FILE, tensorboard:FOLDER, wandb:PROJECT or trackio:PROJECT. May"
+            " be repeated. Steps that a log lacks, after an interruption, are filled in.",
+            rich_help_panel=_SAVING,
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(
@@ -168,6 +178,7 @@ def train(
             f"--eval-data {eval_data} and --held-out {held_out:g} exclude each other: the first evaluates on "
             "other data and trains on all of PATH; leave one of them out"
         )
+    loggers = [open_logger(specification) for specification in log or []]
     options: dict[str, Any] = {
         "length": 1 if length is None else length,
         "batch_size": batch_size,
@@ -205,6 +216,7 @@ def train(
             checkpoint_every=checkpoint_every,
             save_best=save_best,
             metrics=metrics,
+            callbacks=loggers,
             allow_changed_data=allow_changed_data,
             progress=not as_json,
         )
@@ -235,8 +247,8 @@ def train(
         if result.interrupted:
             trainer.close(grace=0)
             raise exit_codes.interrupted()
-        if result.metrics_failure:
-            raise OutputError(result.metrics_failure)
+        if result.failures:
+            raise OutputError("; ".join(result.failures))
 
 
 def _open_evaluation(path: str, dtype: str | None, options: dict[str, Any]) -> TokenData:

@@ -20,6 +20,10 @@ _RUN_FILES = {LOCK, "computing", "data-tokenizer.json"}
 _RUN_SUFFIXES = {".toml", ".log"}
 _PARTIAL = re.compile(r"\.[0-9a-f]{12}\.part$|^manifest\.json\.part$")  # of a download
 _TENSORS = ".safetensors"
+# What loggers write: TensorBoard's event files, the folders of W&B's runs, and the header of a CSV file.
+_EVENTS = ".tfevents."
+_WANDB_RUN = re.compile(r"(offline-)?run-\d{8}_\d{6}-")
+_CSV_HEADER = b"run_id,lineage,step,event,loss,"
 
 SETTINGS = {
     "run": "dir seed",
@@ -109,6 +113,8 @@ class MaskwireFiles:
         path = path.absolute()
         if path.name.startswith(JOURNAL) or self._is_checkpoint(path.parent) or self._in_run(path):
             return True
+        if _EVENTS in path.name or any(_WANDB_RUN.match(part) for part in path.parts):
+            return True
         if _PARTIAL.search(path.name) or (path.suffix == _TENSORS and self._is_download(path.parent)):
             return True
         found = path.stat()
@@ -162,6 +168,8 @@ def _outputs() -> Iterator[tuple[int, int]]:
 
 def is_metrics(head: bytes) -> bool:
     """Whether a file begins with lines that `fit` writes to its `metrics` file."""
+    if head.startswith(_CSV_HEADER):
+        return True
     if b'"step"' not in head:
         return False
     lines = head.splitlines()[:3]  # the first may be truncated by log rotation

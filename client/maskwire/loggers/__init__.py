@@ -1,1 +1,10 @@
-"""Reports of training: the metrics file and progress."""
+"""Reports of training: progress, and loggers, which write a run's history somewhere."""
+
+from maskwire.loggers.csv_file import CsvFile
+from maskwire.loggers.json_lines import JsonLines
+from maskwire.loggers.logger import Logger
+from maskwire.loggers.tensorboard import TensorBoard
+from maskwire.loggers.trackio import Trackio
+from maskwire.loggers.wandb import WandB
+
+__all__ = ["CsvFile", "JsonLines", "Logger", "TensorBoard", "Trackio", "WandB"]

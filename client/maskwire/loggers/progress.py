@@ -1,12 +1,16 @@
-"""Progress of training, as lines for logs. The live bar for terminals is `maskwire.progress_bar`."""
+"""Progress of training, as lines for logs. The bars are in `maskwire.progress_bar` and `notebook`."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Protocol
 
+from maskwire.loggers.notebook import NotebookBar, in_notebook
 from maskwire.nonfatal_output import PLAIN_EVERY_SECONDS, on_terminal, tell
+
+log = logging.getLogger(__name__)
 
 
 class TrainingProgress(Protocol):
@@ -25,7 +29,7 @@ class TrainingProgress(Protocol):
 def training_progress(
     wanted: bool, step: int, until_step: int, waited: Callable[[], float] = lambda: 0.0
 ) -> TrainingProgress:
-    """Return a live bar on a terminal and lines elsewhere, or no progress at all.
+    """Return a live bar on a terminal or in a notebook and lines elsewhere, or no progress at all.
 
     `waited()` returns the seconds for which the client has waited for the server. They do not count for the
     rate and the time left.
@@ -37,11 +41,21 @@ def training_progress(
     def elapsed() -> float:
         return max(time.monotonic() - waited() - start, 1e-9)
 
+    if in_notebook():
+        return NotebookBar(step, until_step, elapsed)
     if on_terminal():
         from maskwire.progress_bar import Bar  # imports rich, which takes a while
 
         return Bar(step, until_step, elapsed)
     return ProgressLines(step, until_step, elapsed)
+
+
+def warn(progress: TrainingProgress, words: str) -> None:
+    """Show a warning that stays: in the progress output, or in the log if there is none."""
+    if isinstance(progress, NoProgress):
+        log.warning("%s", words)
+    else:
+        progress.say(words)
 
 
 class NoProgress:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
 
 
-class StepOptions(TypedDict, total=False):
-    """Options of a training step."""
+class BatchOptions(TypedDict, total=False):
+    """What is known about the rows of a batch."""
 
     lengths: Any
     """Integers [rows]: tokens after a row's length are padding."""
@@ -15,6 +15,11 @@ class StepOptions(TypedDict, total=False):
     """bool [rows, columns]: True at positions that are given and never masked."""
     segment_ids: Any
     """Integers [rows, columns]: the document of each token of a packed row, from 0 and not decreasing."""
+
+
+class FitOptions(BatchOptions, total=False):
+    """Options that `fit` passes to each step."""
+
     only_train_generator: bool
     """Compute and train the generator alone."""
     only_train_critic: bool
@@ -23,6 +28,11 @@ class StepOptions(TypedDict, total=False):
     """Temperature of the critic's input, 0 for the most probable token; None: drawn from [0, 1) for each
     step.
     """
+
+
+class StepOptions(FitOptions, total=False):
+    """Options of a training step."""
+
     learning_rate: float | None
     """Learning rate of this step alone, instead of the schedule's."""
 

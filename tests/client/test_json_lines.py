@@ -2,76 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from recorded_run import Server, log_steps
 
 from maskwire.errors import UnimplementedError
-from maskwire.loggers.metrics import Metrics, step_line
-from maskwire.results import Losses, Outcome, RecordedStep, StepMetrics, StepResult, StepsPage
+from maskwire.loggers.json_lines import JsonLines
+from maskwire.loggers.records import Place
+from maskwire.results import StepsPage
 
-
-class Server:
-    """A trainer's place and its server's records: lineage -> (parent, start, last step)."""
-
-    def __init__(self, *lineages: tuple[int, int, int], run_id: str = "run") -> None:
-        self.run_id = run_id
-        self.lineages = dict(enumerate(lineages, 1))
-        self.lineage = len(lineages)
-        self.step = lineages[-1][2]
-        self.digest = self.digest_of(self.lineage, self.step)
-        self.asked = 0
-
-    @staticmethod
-    def digest_of(lineage: int, step: int) -> bytes:
-        return bytes([lineage, step]) * 16
-
-    def steps_page(
-        self, *, lineage: int = 0, first_step: int = 0, last_step: int = 0, run_id: str = "",
-        page_size: int = 0, page_token: str = "",
-    ) -> StepsPage:  # fmt: skip
-        self.asked += 1
-        assert run_id in ("", self.run_id)
-        lineage = lineage or self.lineage
-        parent, start, last = self.lineages[lineage]
-        first = int(page_token) if page_token else max(first_step, start + 1)
-        through = min(last, last_step or last, first + 2)  # pages of three
-        more = through < min(last, last_step or last)
-        steps = tuple(
-            RecordedStep(
-                lineage, step, Outcome.APPLIED, Losses(float("inf"), 1.0, None), 0.5,
-                self.digest_of(lineage, step),
-            )
-            for step in range(first, through + 1)
-        )  # fmt: skip
-        token = str(through + 1) if more else ""
-        return StepsPage(self.run_id, lineage, parent, start, f"from-{start}", steps, token)
+START = Place("run", 1, 0)
 
 
 def use(path: Path, server: Server, seen: range = range(0)) -> list[dict[str, Any]]:
     """Open the file as a call of `fit` does, write the steps that it sees, and read all lines."""
-    metrics = Metrics(path)
-    asking = metrics.catch_up(server)
-    reply, raised = None, None
-    with contextlib.suppress(StopIteration):
-        while True:
-            wish = asking.send(reply) if raised is None else asking.throw(raised)
-            reply = raised = None
-            try:
-                reply = wish()
-            except UnimplementedError as error:
-                raised = error
-    for step in seen:
-        result = StepResult(
-            step, Losses(1.0, 1.0, None), Outcome.APPLIED, False, server.digest_of(server.lineage, step),
-            StepMetrics(None, 1e-3, 0, 0, 0, 0, 0),
-        )  # fmt: skip
-        metrics.write(step_line(server.run_id, server.lineage, result, 8))
-    metrics.close()
+    log_steps(JsonLines(path), server, seen)
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -190,12 +139,13 @@ def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path: Path, t
     path = tmp_path / "data.csv"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"data\.csv is not a metrics file: its last line is b"):
-        Metrics(path)
+        JsonLines(path).open(START)
     assert path.read_text() == text
 
 
 def test_what_is_no_file_is_only_written_to() -> None:
-    metrics = Metrics("/dev/null")
+    metrics = JsonLines("/dev/null")
+    metrics.open(START)
     metrics.write({"step": 1})
     metrics.close()
 
@@ -204,9 +154,10 @@ def test_an_evaluation_that_the_file_ends_with_is_not_written_again(tmp_path: Pa
     path = tmp_path / "m.jsonl"
     line = {"run_id": "run", "lineage": 1, "step": 4, "eval_bits_per_token": 2.0}
     for _ in range(2):
-        metrics = Metrics(path)
-        metrics.write_evaluation(line)
-        metrics.write_evaluation({**line, "step": 8})
+        metrics = JsonLines(path)
+        metrics.open(START)
+        metrics.write(line)
+        metrics.write({**line, "step": 8})
         metrics.write({**line, "step": 4})
         metrics.close()
     assert [json.loads(text)["step"] for text in path.read_text().splitlines()] == [4, 8, 4, 8, 4]

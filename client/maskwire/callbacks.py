@@ -1,0 +1,109 @@
+"""Callbacks of `fit`: what they are called with, and the library's own.
+
+A callback is any object with one or more of these methods. Each is called on the thread that called `fit`;
+with `maskwire.aio` it may be a coroutine function.
+
+    on_start(trainer)     before the first step of this call of `fit`
+    on_step(result)       after each step, with its StepResult; later steps are in flight
+    on_evaluate(result)   after each evaluation, with its EvalResult; no step is in flight
+    on_checkpoint(info)   after each checkpoint that `fit` or a callback saved, with its CheckpointInfo
+    on_end(result)        when `fit` ends, also by an error, with its FitResult
+
+A method that saves a checkpoint with `trainer.checkpoint(...)` returns its result; `fit` reports it.
+
+Raising StopTraining ends `fit`. Any other exception is reported, in the progress output, in the log and in
+`FitResult.failures`, and that callback is not called again; training continues. Only an error that a call
+of maskwire raised (MaskwireError) ends `fit`: it concerns the run and not the callback.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from functools import partial
+from typing import Any
+
+from maskwire.arguments import check_whole
+from maskwire.results import CheckpointInfo, EvalResult
+
+HOOKS = ("on_start", "on_step", "on_evaluate", "on_checkpoint", "on_end")
+"""The methods that a callback may have."""
+
+
+class StopTraining(Exception):
+    """Raise it in a callback, `evaluate`, `data.batch` or `learning_rate` to end `fit` early.
+
+    `fit` takes the results of the steps in flight, at most a window, saves a checkpoint of the step that the
+    run is then at, and returns with `.stopped`, and with this exception's text as `.stop_reason`. With
+    `checkpoint=False` it saves none.
+    """
+
+    def __init__(self, *reason: object, checkpoint: bool = True) -> None:
+        super().__init__(*reason)
+        self.checkpoint = checkpoint
+
+
+class EarlyStopping:
+    """Ends training when the evaluation has stopped improving."""
+
+    def __init__(self, patience: int = 3, min_delta: float = 0.0) -> None:
+        """Stop after `patience` evaluations in a row that are not better than the best one before them.
+
+        An evaluation is better if its `nats_per_token` is lower by more than `min_delta`. Evaluations of
+        earlier calls of `fit` do not count.
+        """
+        check_whole("patience", patience, 1)
+        if not (math.isfinite(min_delta) and min_delta >= 0):
+            raise ValueError(f"min_delta must be finite and at least 0, in nats per token, got {min_delta!r}")
+        self._patience, self._min_delta = patience, float(min_delta)
+        self._best = math.inf
+        self._waited = 0
+
+    def on_start(self, trainer: Any) -> None:  # noqa: ARG002
+        """Forget the evaluations of an earlier call."""
+        self._best, self._waited = math.inf, 0
+
+    def on_evaluate(self, result: EvalResult) -> None:
+        """Count the evaluations without an improvement. Raises StopTraining after the last one."""
+        if result.nats_per_token < self._best - self._min_delta:
+            self._best, self._waited = result.nats_per_token, 0
+            return
+        self._waited += 1  # also for NaN
+        if self._waited >= self._patience:
+            raise StopTraining(
+                f"{self._patience} evaluations in a row were not better than {self._best:.4f} nats per token"
+            )
+
+
+class SaveBest:
+    """Saves the state of each best evaluation so far, with its `nats_per_token` as the score.
+
+    The best so far is that of the run's checkpoints, so that a call resumes where an earlier one was. The
+    server keeps the best checkpoint (`checkpoints.keep_best`).
+    """
+
+    def __init__(self) -> None:
+        self._trainer: Any = None
+        self._best = math.inf
+
+    # Generators of calls, which `fit` performs: the calls of the asyncio client must be awaited.
+
+    def on_start(self, trainer: Any) -> Generator[Any, Any, None]:
+        """Find the best evaluation so far."""
+        self._trainer = trainer
+        saved = yield trainer.checkpoints
+        self._best = min([info.score for info in saved if info.score is not None], default=math.inf)
+
+    def on_evaluate(self, result: EvalResult) -> Generator[Any, Any, CheckpointInfo | None]:
+        """Save a checkpoint if the evaluation is the best."""
+        if not result.nats_per_token < self._best:
+            return None
+        trainer = self._trainer
+        saved: CheckpointInfo = yield partial(
+            trainer.checkpoint,
+            score=result.nats_per_token,
+            expected_lineage=trainer.lineage,
+            expected_step=result.step,
+        )
+        self._best = result.nats_per_token
+        return saved

@@ -1,0 +1,93 @@
+"""A CSV file: one row per step and evaluation, with a header."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from maskwire.loggers.logger import Logger
+from maskwire.loggers.records import Place, Record, is_evaluation, same_step
+from maskwire.nonfatal_output import LineFile
+
+COLUMNS = (
+    "run_id", "lineage", "step", "event", "loss", "generator_loss", "critic_loss", "gradient_norm",
+    "learning_rate", "compute_seconds", "tokens", "outcome", "digest", "time", "filled_in",
+    "eval_bits_per_token", "eval_standard_error_bits", "parent_lineage", "checkpoint",
+)  # fmt: skip
+"""The fields of all kinds of records. A cell is empty where a record has no such field, or no number."""
+
+_BLOCK = 2**20  # bytes at the end of the file that are searched for the last row
+
+
+class CsvFile(Logger):
+    """Appends a row per step and evaluation to a file. Give each job a file of its own."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path: Path = Path(path)
+        self._last: Record = {}
+        self._begun = False
+        self._file: LineFile | None = None
+
+    @property
+    def label(self) -> str:
+        """The file's path."""
+        return str(self.path)
+
+    def open(self, place: Place) -> Place | None:  # noqa: ARG002
+        """Remove a partial last row, and return the place of the one before it.
+
+        ValueError: the file contains something else.
+        """
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size and self.path.is_file():
+            size = self._repair(size)
+        self._file = LineFile(self.path)
+        self._begun = size > 0
+        if not self._last:
+            return None
+        return Place(self._last["run_id"], int(self._last["lineage"]), int(self._last["step"]))
+
+    def write(self, record: Record) -> None:
+        """Append a row. OSError if it cannot be written."""
+        assert self._file is not None
+        # An evaluation that its job was stopped just after writing is made again.
+        if not (is_evaluation(record) and is_evaluation(self._last) and same_step(record, self._last)):
+            header = b"" if self._begun else _line(COLUMNS)
+            self._file.write(header + _line([_cell(record.get(name)) for name in COLUMNS]))
+            self._begun = True
+        self._last = record
+
+    def close(self) -> None:
+        """Close the file. OSError if the file system reports only now that a row was not written."""
+        if self._file is not None:
+            self._file.close()
+
+    def _repair(self, size: int) -> int:
+        """Remove a partial last row and read the last one; return the size that is left."""
+        header = _line(COLUMNS)
+        with self.path.open("r+b") as file:
+            if not header.startswith(head := file.read(len(header))):
+                raise ValueError(
+                    f"{self.path} is not a metrics file: it begins with {head[:40]!r}; choose another file"
+                )
+            file.seek(max(0, size - _BLOCK))
+            whole, newline, torn = file.read().rpartition(b"\n")
+            size -= len(torn)
+            if torn:
+                file.truncate(size)
+        if size > len(header):
+            row = (whole + newline).splitlines()[-1].decode()
+            values = dict(zip(COLUMNS, next(csv.reader([row])), strict=False))
+            self._last = {name: value for name, value in values.items() if value}
+        return size
+
+
+def _line(cells: tuple[str, ...] | list[str]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue().encode()
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

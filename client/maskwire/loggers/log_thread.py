@@ -1,0 +1,152 @@
+"""A thread that runs a logger, and the bounded queue of records in front of it.
+
+The training loop never waits for a logger, except for a bounded time before the first step, at an evaluation
+and at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from maskwire.loggers.logger import Logger
+from maskwire.loggers.records import Place, Record
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+QUEUE_RECORDS = 10_000
+"""The most records that wait for a logger."""
+_SIGNAL_SECONDS = 0.5  # a signal may reach another thread: the waiting one wakes this often
+
+
+@dataclass(frozen=True, eq=False)
+class _Flush:
+    """Queue entry: flush, and report that all earlier records were written."""
+
+    done: queue.SimpleQueue[bool] = field(default_factory=queue.SimpleQueue)
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """What `open` returned or raised."""
+
+    last: Place | None
+    error: Exception | None = None
+
+
+class LogThread:
+    """Runs one logger. Its methods are called by one thread at a time; none of them raises but `opened`."""
+
+    def __init__(self, logger: Logger, place: Place) -> None:
+        self.logger = logger
+        self.failure = ""
+        """Why records are missing; empty: none is."""
+        self._place = place
+        self._queue: queue.SimpleQueue[Record | _Flush | None] = queue.SimpleQueue()  # no lock to leave held
+        self._opened: queue.SimpleQueue[_Opened] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._pid = os.getpid()
+        self._behind = self._broken = self._stuck = False
+        self._thread = threading.Thread(target=self._run, name=f"maskwire-log {logger.label}", daemon=True)
+        self._thread.start()
+
+    def opened(self) -> Place | None:
+        """Wait until the log is open, and return its last place. Raises its ValueError or OSError."""
+        found = _wait(self._opened, self.logger.open_seconds)
+        if found is None:
+            self._stuck = True
+            self._fail(f"it did not open within {self.logger.open_seconds:g} s")
+            return None
+        if isinstance(found.error, ValueError | OSError | ImportError):
+            raise found.error
+        return found.last
+
+    def write(self, record: Record) -> None:
+        """Queue a record. If too many wait already, this one and all later ones are dropped."""
+        if self.failure:
+            return
+        if self._queue.qsize() >= QUEUE_RECORDS:
+            self._fail(f"{QUEUE_RECORDS:,} records wait already")
+            return
+        self._queue.put(record)
+
+    def flush(self) -> None:
+        """Wait until all records are written, for at most `close_seconds`; not again while it is behind."""
+        if self.failure or self._inherited or (self._behind and self._queue.qsize()):
+            return
+        entry = _Flush()
+        self._queue.put(entry)
+        self._behind = _wait(entry.done, self.logger.close_seconds) is None
+
+    def close(self, seconds: float | None = None) -> None:
+        """Write what is queued and close the log, and wait for at most `close_seconds`."""
+        if self._inherited:
+            return
+        self._queue.put(None)
+        if self._stuck:
+            return  # it would not finish either
+        seconds = self.logger.close_seconds if seconds is None else seconds
+        if _wait(self._done, seconds) is None and not self.failure:
+            self._fail(f"it did not finish within {seconds:g} s, and {self._queue.qsize():,} records wait")
+
+    @property
+    def _inherited(self) -> bool:
+        """Whether this is a forked child, where the thread does not exist."""
+        return os.getpid() != self._pid
+
+    def _fail(self, reason: str) -> None:
+        self.failure = (
+            f"{self.logger.label}: no more records are written ({reason}); training is not affected"
+        )
+
+    def _run(self) -> None:
+        """Run the logger; the thread's function."""
+        try:
+            last = self.logger.open(self._place)
+        except Exception as error:
+            self._failed(error)
+            self._opened.put(_Opened(None, error))
+        else:
+            self._opened.put(_Opened(last))
+        while (entry := self._queue.get()) is not None:
+            try:
+                if isinstance(entry, _Flush):
+                    if not self._broken:
+                        self.logger.flush()
+                    entry.done.put(True)
+                elif not self._broken:  # a log with a gap would look complete
+                    self.logger.write(entry)
+            except Exception as error:
+                self._failed(error)
+                if isinstance(entry, _Flush):
+                    entry.done.put(False)
+        try:
+            self.logger.close()
+        except Exception as error:
+            if not self._broken:
+                self._failed(error)
+        self._done.put(True)
+
+    def _failed(self, error: Exception) -> None:
+        self._broken = True
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else None
+        self._fail(reason or f"{type(error).__name__}: {error}")
+        log.debug("%s", self.failure, exc_info=error)
+
+
+def _wait(answers: queue.SimpleQueue[T], seconds: float) -> T | None:
+    """The next answer, so that Ctrl-C interrupts the wait; None after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return answers.get(timeout=max(0.0, min(_SIGNAL_SECONDS, left)))
+        except queue.Empty:
+            if left <= 0:
+                return None

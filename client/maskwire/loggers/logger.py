@@ -1,0 +1,60 @@
+"""Loggers: callbacks that write a run's history somewhere, without gaps and each step once.
+
+`fit` runs each logger in a thread of its own (`maskwire.loggers.log_thread`), so that a slow disk or network
+does not slow training down. A logger of your own derives from `Logger`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from maskwire.loggers.records import Place, Record
+
+
+def needs(module: str, extra: str) -> None:
+    """Raise ImportError, with what to install, unless a package is there. Does not import it."""
+    if importlib.util.find_spec(module) is None:
+        raise ImportError(
+            f"this logger needs the package {module}: pip install 'maskwire[{extra}]'", name=module
+        )
+
+
+class Logger(ABC):
+    """Writes the records of a run. All methods are called on one thread, and may block.
+
+    An exception of a method is reported and ends the logging of that call of `fit`, not its training. The
+    next call fills in what is missing, from the last place that `open` returns.
+    """
+
+    path: Path | None = None
+    """The file or folder that it writes, if there is one."""
+    open_seconds: float = 30.0
+    """How long `fit` waits for `open` before it trains without this logger."""
+    close_seconds: float = 10.0
+    """How long `fit` waits at its end for what is not written yet."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """Name of this log in messages, such as its path."""
+
+    @abstractmethod
+    def open(self, place: Place) -> Place | None:
+        """Open or resume the log of a run that is at `place`, and return the last place in the log.
+
+        None: the log has nothing of this run, and will start at `place`. Raises ValueError for a place where
+        something else is, and OSError for one that cannot be written: `fit` raises these before it trains.
+        Anything else that it raises is reported, and `fit` trains without this logger.
+        """
+
+    @abstractmethod
+    def write(self, record: Record) -> None:
+        """Write a record (`maskwire.loggers.records`). Records arrive in the order of the history."""
+
+    def flush(self) -> None:  # noqa: B027
+        """Pass on what was written, so that it survives the end of this process."""
+
+    def close(self) -> None:  # noqa: B027
+        """Finish. Nothing is written after it. Also called if `open` or `write` failed."""

@@ -1,0 +1,136 @@
+"""Weights & Biases. Needs the package `wandb`.
+
+A run of maskwire is a run of W&B with the same id, and each lineage after a restore one of its own, with the
+lineage's number behind the id, in one group. W&B's step is the step of training.
+
+Without a network, set `mode="offline"` (or WANDB_MODE=offline) and upload later with `wandb sync`.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from maskwire.loggers.logger import Logger, needs
+from maskwire.loggers.records import Place, Record, is_evaluation, scalars
+from maskwire.loggers.wandb_offline import LINEAGE, START, is_finished, offline_log
+
+_POLL_SECONDS = 0.05
+
+
+class WandB(Logger):
+    """Writes the curves of a run to a W&B project."""
+
+    open_seconds = 120.0  # it starts a process, and reaches the network
+    close_seconds = 60.0
+
+    def __init__(
+        self,
+        project: str,
+        *,
+        mode: Literal["online", "offline"] | None = None,
+        folder: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        """Log to `project`.
+
+        mode: By default that of W&B's own settings, as in WANDB_MODE.
+        folder: Where W&B keeps its files; by default the current folder, in `wandb`.
+        options: Further arguments of `wandb.init`, such as `entity`, `name`, `tags` or `config`.
+        """
+        needs("wandb", "wandb")
+        self._project, self._mode, self._options = project, mode, options
+        self._folder = None if folder is None else Path(folder)
+        self._run: Any = None
+        self._evaluated = (0, 0)  # lineage and step
+
+    @property
+    def label(self) -> str:
+        """Its name in messages."""
+        return f"wandb {self._project}"
+
+    def open(self, place: Place) -> Place | None:
+        """Resume the W&B run of the run's newest lineage, or begin one."""
+        import wandb
+
+        settings = wandb.setup().settings
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        if (self._mode or settings.mode) == "offline":
+            found = offline_log(_folder_of(self._folder or Path(settings.root_dir)), place.run_id)
+            if found is None:
+                self._begin(place)
+                return None
+            self._begin(found.place)
+            self._evaluated = found.place.order if found.evaluated else (0, 0)
+            return found.place
+        self._begin(place)
+        if not self._run.resumed:
+            return None
+        last = max(self._run.starting_step - 1, int(self._run.config.get(START, 0)))
+        return Place(place.run_id, place.lineage, last)
+
+    def write(self, record: Record) -> None:
+        """Log the numbers of a record at its step."""
+        place = Place(record["run_id"], record["lineage"], record["step"])
+        if record.get("event") == "restored":
+            self._finish()
+            self._begin(place)
+        numbers: dict[str, Any] = scalars(record)
+        if is_evaluation(record):
+            if self._evaluated == place.order:
+                return
+            self._evaluated = place.order
+        if numbers:
+            self._run.log(numbers, step=place.step)
+
+    def close(self) -> None:
+        """Finish the W&B run: wait until it is uploaded, or written if it is offline."""
+        if self._run is not None:
+            self._finish()
+
+    def _finish(self) -> None:
+        self._run.finish()
+        folder = Path(self._run.dir).parent
+        deadline = time.monotonic() + self.close_seconds
+        # W&B's process may still be writing, and the next call of `fit` reads what it wrote.
+        while self._run.offline and time.monotonic() < deadline and not is_finished(folder):
+            time.sleep(_POLL_SECONDS)
+
+    def _begin(self, place: Place) -> None:
+        """Begin or resume the W&B run of a lineage."""
+        import wandb
+
+        settings = wandb.Settings(
+            console="off",  # it would replace stdout
+            disable_git=True,
+            save_code=False,
+            reinit="create_new",  # leaves the program's own W&B run alone
+        )
+        try:
+            self._run = wandb.init(
+                project=self._project,
+                id=_name(place),
+                group=place.run_id,
+                resume="allow",
+                mode=self._mode,
+                dir=self._folder,
+                settings=settings,
+                **self._options,
+            )
+        except OSError as error:  # of the network: training can start without this logger
+            raise RuntimeError(f"wandb.init failed: {error}") from error
+        if not self._run.resumed:
+            self._run.config.update({"run_id": place.run_id, "lineage": place.lineage, START: place.step})
+
+
+def _name(place: Place) -> str:
+    """The id of a lineage's W&B run."""
+    return place.run_id if place.lineage == 1 else f"{place.run_id}{LINEAGE}{place.lineage}"
+
+
+def _folder_of(root: Path) -> Path:
+    """Where W&B keeps its files in a folder."""
+    hidden = root / ".wandb"
+    return hidden if hidden.exists() else root / "wandb"

@@ -1,0 +1,168 @@
+"""Calling the callbacks of a training loop, so that the failure of one costs no step."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from maskwire.arguments import call_back
+from maskwire.callbacks import HOOKS, StopTraining
+from maskwire.errors import MaskwireError
+from maskwire.loggers.logger import Logger
+from maskwire.loggers.progress import TrainingProgress, warn
+from maskwire.protocol.actions import Fitting
+from maskwire.protocol.fit_result import FitResult
+from maskwire.results import CheckpointInfo, EvalResult, StepResult
+
+log = logging.getLogger(__name__)
+
+_NEAR = 0.8  # how similar a method's name must be to be taken for a mistyped one
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A callback, and whether it is still called."""
+
+    callback: Any
+    name: str
+    required: bool
+    """Its errors end `fit`."""
+    failed: bool = False
+    stopped: bool = False
+    """It raised StopTraining: it is told of no further step."""
+
+
+class Callbacks:
+    """The callbacks of one call of `fit`, called in order."""
+
+    def __init__(
+        self,
+        trainer: Any,
+        result: FitResult,
+        progress: TrainingProgress,
+        callbacks: Sequence[Any],
+        on_step: Callable[[StepResult], object] | None,
+    ) -> None:
+        self._trainer, self._result, self._progress = trainer, result, progress
+        self._entries = [_Entry(one, type(one).__name__, required=False) for one in callbacks]
+        if on_step is not None:
+            self._entries.append(_Entry(_OnStep(on_step), "", required=True))
+        self._stop: StopTraining | None = None
+        self._ended = False
+        self.stopping = False
+        """`fit` is ending: a further StopTraining changes nothing."""
+
+    def start(self) -> Fitting[None]:
+        """Before the first step."""
+        yield from self._call_all("on_start", self._trainer)
+        self.raise_stop()
+
+    def step(self, answer: StepResult) -> Fitting[None]:
+        """After a step."""
+        for entry in self._entries:
+            if not entry.stopped:
+                yield from self._call(entry, "on_step", answer)
+        self.raise_stop()
+
+    def evaluated(self, found: EvalResult) -> Fitting[None]:
+        """After an evaluation. The caller calls `raise_stop` once the evaluation is marked as finished."""
+        yield from self._call_all("on_evaluate", found)
+
+    def saved(self, info: CheckpointInfo) -> Fitting[None]:
+        """After a checkpoint."""
+        self._progress.say(f"step {self._result.step}: checkpoint {info.name}")
+        yield from self._call_all("on_checkpoint", info)
+
+    def end(self) -> Fitting[None]:
+        """When `fit` ends. All errors are only reported, so that the result is returned."""
+        self.stopping = self._ended = True
+        yield from self._call_all("on_end", self._result)
+
+    def raise_stop(self) -> None:
+        """Raise the StopTraining of a callback, after the others were called."""
+        stop, self._stop = self._stop, None
+        if stop is not None and not self.stopping:
+            self.stopping = True
+            raise stop
+
+    def _call_all(self, hook: str, argument: object) -> Fitting[None]:
+        for entry in self._entries:
+            yield from self._call(entry, hook, argument)
+
+    def _call(self, entry: _Entry, hook: str, argument: object) -> Fitting[None]:
+        """Call one method of a callback, if it has it and has not failed."""
+        method = getattr(entry.callback, hook, None)
+        if method is None or entry.failed:
+            return
+        name = f"{entry.name}.{hook}" if entry.name else hook
+        try:
+            found = yield partial(call_back, name, method, argument)
+            if inspect.isgenerator(found):  # one of the library's own, written once for both clients
+                found = yield from found
+        except StopTraining as stop:
+            entry.stopped = True
+            self._stop = self._stop or stop
+        except Exception as error:
+            # What a call of maskwire raises concerns the run.
+            if entry.required or (isinstance(error, MaskwireError) and not self._ended):
+                raise
+            entry.failed = True
+            self._report(name, error)
+        else:
+            if isinstance(found, CheckpointInfo) and hook != "on_checkpoint":
+                yield from self.saved(found)
+
+    def _report(self, name: str, error: Exception) -> None:
+        words = (
+            f"{name} raised {type(error).__name__}: {error}; this callback is not called again, training "
+            "is not affected"
+        )
+        self._result.failures.append(words)
+        warn(self._progress, words)
+        log.warning("%s failed at step %d", name, self._result.step, exc_info=error)
+
+
+class _OnStep:
+    """The function that `fit` is given as `on_step`, as a callback."""
+
+    def __init__(self, function: Callable[[StepResult], object]) -> None:
+        self.on_step = function
+
+
+def check_callbacks(callbacks: Iterable[Any]) -> list[Any]:
+    """Return the callbacks as a list. TypeError for an object that is none, with what was probably meant."""
+    if not isinstance(callbacks, Iterable) or isinstance(callbacks, str | bytes):
+        raise TypeError(
+            f"callbacks must be a list of objects, got {type(callbacks).__name__}: write [callback]"
+        )
+    found = list(callbacks)
+    for position, callback in enumerate(found):
+        where = f"callbacks[{position}]"
+        if isinstance(callback, Logger):
+            continue
+        if isinstance(callback, type):
+            raise TypeError(
+                f"{where} is the class {callback.__name__}: pass an object, {callback.__name__}()"
+            )
+        if inspect.isroutine(callback):
+            raise TypeError(f"{where} is a function: pass it as on_step=, or make it a method of an object")
+        known = [hook for hook in HOOKS if callable(getattr(callback, hook, None))]
+        others = [name for name in dir(callback) if name.startswith("on_") and name not in HOOKS]
+        for name in others:
+            near = difflib.get_close_matches(name, HOOKS, n=1, cutoff=_NEAR)
+            if near and near[0] not in known:
+                raise TypeError(
+                    f"{where}, a {type(callback).__name__}, has a method {name!r}, which is never called: "
+                    f"did you mean {near[0]!r}? fit calls {', '.join(HOOKS)}"
+                )
+        if not known:
+            raise TypeError(
+                f"{where}, a {type(callback).__name__}, has no method that fit calls: give it one of "
+                f"{', '.join(HOOKS)}"
+            )
+    return found

@@ -1,0 +1,190 @@
+"""A logger that raises, blocks or falls behind costs no step, and is reported."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from counting_trainer import Counting, Numbered, evaluation, fit
+
+from maskwire.loggers import log_thread
+from maskwire.loggers.json_lines import JsonLines
+from maskwire.loggers.log_thread import LogThread
+from maskwire.loggers.logger import Logger
+from maskwire.loggers.records import Place, Record
+
+PLACE = Place("run", 1, 0)
+
+
+class Faulty(Logger):
+    """Raises or blocks in one of its methods, at a step."""
+
+    label = "faulty"
+
+    def __init__(self, method: str = "", error: Exception | None = None, step: int = 0) -> None:
+        self.fault = (method, error, step)
+        short = error is None and method != ""
+        self.open_seconds = 0.2 if short and method == "open" else 60.0
+        self.close_seconds = 0.2 if short and method != "open" else 60.0
+        self.written: list[int] = []
+        self.closed = False
+        self.gate = threading.Event()
+        """Ends a block."""
+
+    def _fail(self, method: str, step: int = 0) -> None:
+        name, error, at = self.fault
+        if (name, at) == (method, step):
+            if error is not None:
+                raise error
+            self.gate.wait(60)
+
+    def open(self, place: Place) -> Place | None:
+        self._fail("open")
+        return place
+
+    def write(self, record: Record) -> None:
+        self._fail("write", record["step"])
+        self.written.append(record["step"])
+
+    def flush(self) -> None:
+        self._fail("flush")
+
+    def close(self) -> None:
+        self._fail("close")
+        self.closed = True
+
+
+@pytest.fixture
+def release() -> Iterator[list[Faulty]]:
+    """Ends the threads of the loggers that a test puts here."""
+    made: list[Faulty] = []
+    yield made
+    for one in made:
+        one.gate.set()
+
+
+@pytest.mark.parametrize(
+    ("method", "step", "error", "words"),
+    [
+        ("open", 0, RuntimeError("no network"), "RuntimeError: no network"),
+        ("write", 3, RuntimeError("gone"), "RuntimeError: gone"),
+        ("write", 3, OSError(errno.ENOSPC, "No space left on device"), "(No space left on device)"),
+        ("flush", 0, ValueError("bad"), "ValueError: bad"),
+        ("close", 0, OSError("late"), "OSError: late"),
+        ("open", 0, None, "it did not open within 0.2 s"),
+        ("write", 3, None, "it did not finish within 0.2 s, and"),
+        ("flush", 0, None, "it did not finish within 0.2 s"),
+        ("close", 0, None, "it did not finish within 0.2 s"),
+    ],
+)
+def test_a_logger_that_fails_or_blocks_costs_no_step(
+    method: str, step: int, error: Exception | None, words: str, release: list[Faulty], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    faulty, trainer = Faulty(method, error, step), Counting()
+    release.append(faulty)
+    intact = JsonLines(tmp_path / "m.jsonl")
+    result = fit(
+        trainer, Numbered(), until_step=8, evaluate=evaluation, eval_every=4, callbacks=[faulty, intact]
+    )
+    assert (result.step, trainer.step, trainer.marked) == (8, 8, [4, 8])
+    (failure,) = result.failures
+    assert failure.startswith("faulty: no more records are written (")
+    assert failure.endswith("; training is not affected")
+    assert words in failure
+    assert failure in capsys.readouterr().err
+    assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 10, "another logger is not affected"
+    if method == "write":
+        assert faulty.written == [1, 2], "nothing is written behind the gap"
+    assert faulty.closed is (error is not None and method != "close")
+
+
+@pytest.mark.parametrize("error", [ValueError("not mine"), OSError("no such folder"), ImportError("pip")])
+def test_a_log_that_can_never_work_is_refused_before_any_step(error: Exception) -> None:
+    trainer, faulty = Counting(), Faulty("open", error)
+    with pytest.raises(type(error), match=str(error)):
+        fit(trainer, Numbered(), until_step=8, callbacks=[faulty], progress=False)
+    assert (trainer.batches, faulty.closed) == ([], True)
+
+
+def test_records_that_a_slow_logger_has_no_room_for_are_dropped_from_there_on(
+    monkeypatch: pytest.MonkeyPatch, release: list[Faulty], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(log_thread, "QUEUE_RECORDS", 5)
+    slow = Faulty("write", None, 2)
+    release.append(slow)
+    thread = LogThread(slow, PLACE)
+    thread.opened()
+    for step in range(1, 5):
+        thread.write({"step": step})
+    deadline = time.monotonic() + 60
+    while slow.written != [1] and time.monotonic() < deadline:
+        time.sleep(0.001)
+    for step in range(5, 20):
+        thread.write({"step": step})
+    assert "5 records wait already" in thread.failure
+    slow.gate.set()
+    thread.close(60)
+    assert slow.written == [*range(1, len(slow.written) + 1)]
+    assert 5 <= len(slow.written) <= 8
+
+
+def test_what_a_failed_call_did_not_log_the_next_one_fills_in(tmp_path: Path) -> None:
+    class Broken(JsonLines):
+        def write(self, record: Record) -> None:
+            if record["step"] == 4:
+                raise OSError("disk")
+            super().write(record)
+
+    trainer, path = Counting(), tmp_path / "m.jsonl"
+    assert fit(trainer, Numbered(), until_step=6, callbacks=[Broken(path)], progress=False).failures
+    assert fit(trainer, Numbered(), until_step=8, callbacks=[JsonLines(path)], progress=False).failures == []
+    text = path.read_text().splitlines()
+    assert [f'"step": {step}' in line for step, line in enumerate(text, 1)] == [True] * 8
+
+
+def test_a_failure_without_progress_goes_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        fit(
+            Counting(),
+            Numbered(),
+            until_step=2,
+            callbacks=[Faulty("open", RuntimeError("x"))],
+            progress=False,
+        )
+    assert [record.getMessage()[:6] for record in caplog.records] == ["faulty"]
+
+
+def test_ctrl_c_ends_the_wait_for_a_logger() -> None:
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        threading.Timer(0.1, os.kill, (os.getpid(), 2)).start()
+        log_thread._wait(waiting, 60)
+
+
+def test_a_forked_child_does_not_wait_for_the_parents_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = Faulty()
+    thread = LogThread(logger, PLACE)
+    thread.opened()
+    with monkeypatch.context() as patch:
+        patch.setattr(log_thread.os, "getpid", lambda: -1)
+        thread.flush()
+        thread.close()
+        assert thread._queue.qsize() == 0
+    assert not logger.closed
+    thread.close()
+    assert logger.closed
+
+
+def test_two_logs_in_one_place_are_refused(tmp_path: Path) -> None:
+    path: Any = tmp_path / "m.jsonl"
+    with pytest.raises(ValueError, match=r"two loggers write to .*m\.jsonl"):
+        fit(Counting(), Numbered(), until_step=1, metrics=path, callbacks=[JsonLines(path)], progress=False)
