@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import psutil
 
 WORKER = Path(__file__).parent / "ranks" / "parity_worker.py"
@@ -48,7 +49,7 @@ class RankServer:
 
     def __init__(self, folder: Path, ranks: int | None, *settings: str, fault: str = "",
                  prefix: Sequence[str] = (), flags: Sequence[str] = ()) -> None:  # fmt: skip
-        """Without `ranks`: a single process. `fault` is RANK:NAME:COUNT:KIND, see `ranks/site`."""
+        """Without `ranks`: one process, forked. `fault` is RANK:NAME:COUNT:KIND, see `ranks/site`."""
         self.folder, self.run_dir, self.log = folder, folder / "run", folder / "log"
         socket = folder / "s"
         self.target = f"unix:{socket}"
@@ -60,13 +61,14 @@ class RankServer:
         if ranks is not None:
             words.append(f"--ranks={ranks}")
         folder.mkdir(parents=True, exist_ok=True)
-        environment = dict(os.environ)
+        environment = {**os.environ, **fork_server.ONE_THREAD}
         self.fired = folder / "fired"
         if fault:
             environment["MASKWIRE_TEST_FAULT"] = f"{fault}:{self.fired}"
             environment["PYTHONPATH"] = os.pathsep.join([str(SITE), os.environ.get("PYTHONPATH", "")])
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
+            process = fork_server.Process if ranks is None else subprocess.Popen
+            self.process = process(
                 [*prefix, sys.executable, "-m", "maskwire_server", "serve", *words, *flags],
                 env=environment, stdout=log, stderr=log,
             )  # fmt: skip

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +22,10 @@ from maskwire_server.cli.options import (
     stop,
 )
 from maskwire_server.errors import ConfigError, RunDirectoryError
-from maskwire_server.ranks.launcher import Launch, launch
+from maskwire_server.ranks.launcher import Launch, check_layout, launch
+
+if TYPE_CHECKING:
+    from maskwire_server.config import DistributedConfig  # needs the extra `server`
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +61,9 @@ def serve(
         arguments = [f"--{name}={value}" for name, value in given.items() if value is not None]
         arguments += [f"--set={each}" for each in settings or []]
         arguments += ["--accept-inexact-replay"] * accept_inexact_replay
-        raise typer.Exit(_launched(Launch(ranks, nodes, rendezvous), ["serve", *arguments]))
+        raise typer.Exit(
+            _launched(chosen.distributed, Launch(ranks, nodes, rendezvous), ["serve", *arguments])
+        )
     if config is None:
         log.info("no configuration file (--config): using the defaults, flags and the environment")
     # Read when grpc is imported. Without it, grpc logs every connection that fails its TLS handshake.
@@ -75,9 +80,10 @@ def serve(
     raise typer.Exit(run(chosen, **how))
 
 
-def _launched(chosen: Launch, arguments: list[str]) -> int:
+def _launched(distributed: DistributedConfig, group: Launch, arguments: list[str]) -> int:
     try:
-        return launch(chosen, arguments)
+        check_layout(distributed, group.ranks * group.nodes)
+        return launch(group, arguments)
     except ConfigError as error:
         stop(*str(error).splitlines())
 
