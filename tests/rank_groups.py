@@ -23,15 +23,13 @@ def compare(folder: Path, size: int, steps: int, scenarios: dict[str, Any]) -> d
     """What each scenario found on a group of this size; fails with what a rank that failed said last."""
     given, out = folder / "scenarios.json", folder / "out.json"
     given.write_text(json.dumps({"steps": steps, "scenarios": scenarios}))
-    path = os.pathsep.join([str(WORKER.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
+    if fork_server.Process is fork_server.Forked:
+        fork_server.CONNECTION.preload("pytest", "maskwire_server.training.sharding", environment={})
     processes = []
     for rank in range(size):
         words = [str(WORKER), str(rank), str(size), str(folder / "store"), str(given), str(out)]
         with (folder / f"rank{rank}.log").open("w") as log:
-            processes.append(
-                subprocess.Popen([sys.executable, *words], env=environment, stdout=log, stderr=log)
-            )
+            processes.append(fork_server.Process([sys.executable, *words], stdout=log, stderr=log))
     try:
         codes = [process.wait(SECONDS + 30 * steps) for process in processes]
     finally:
