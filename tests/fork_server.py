@@ -37,7 +37,6 @@ PRELOADED = (
     "maskwire_server.import_export", "maskwire_server.training.models.x_transformers",
     "maskwire_server.training.trainer",
     "rich.live", "rich.progress", "rich.table", "einops._torch_specific",
-    "torch._dynamo",  # which torch.optim imports when the first optimizer is made
 )  # fmt: skip
 FIXED = ("PYTHON", "LD_", "MALLOC_", "OMP_", "MKL_", "CUDA", "TORCH")
 """Beginnings of variables that a process reads when it starts or imports: those of the fork server stay."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import psutil
 
 WORKER = Path(__file__).parent / "ranks" / "parity_worker.py"
@@ -22,15 +23,13 @@ def compare(folder: Path, size: int, steps: int, scenarios: dict[str, Any]) -> d
     """What each scenario found on a group of this size; fails with what a rank that failed said last."""
     given, out = folder / "scenarios.json", folder / "out.json"
     given.write_text(json.dumps({"steps": steps, "scenarios": scenarios}))
-    path = os.pathsep.join([str(WORKER.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
+    if fork_server.Process is fork_server.Forked:
+        fork_server.CONNECTION.preload("pytest", "maskwire_server.training.sharding", environment={})
     processes = []
     for rank in range(size):
         words = [str(WORKER), str(rank), str(size), str(folder / "store"), str(given), str(out)]
         with (folder / f"rank{rank}.log").open("w") as log:
-            processes.append(
-                subprocess.Popen([sys.executable, *words], env=environment, stdout=log, stderr=log)
-            )
+            processes.append(fork_server.Process([sys.executable, *words], stdout=log, stderr=log))
     try:
         codes = [process.wait(SECONDS + 30 * steps) for process in processes]
     finally:
@@ -48,7 +47,7 @@ class RankServer:
 
     def __init__(self, folder: Path, ranks: int | None, *settings: str, fault: str = "",
                  prefix: Sequence[str] = (), flags: Sequence[str] = ()) -> None:  # fmt: skip
-        """Without `ranks`: a single process. `fault` is RANK:NAME:COUNT:KIND, see `ranks/site`."""
+        """Without `ranks`: one process, forked. `fault` is RANK:NAME:COUNT:KIND, see `ranks/site`."""
         self.folder, self.run_dir, self.log = folder, folder / "run", folder / "log"
         socket = folder / "s"
         self.target = f"unix:{socket}"
@@ -60,13 +59,14 @@ class RankServer:
         if ranks is not None:
             words.append(f"--ranks={ranks}")
         folder.mkdir(parents=True, exist_ok=True)
-        environment = dict(os.environ)
+        environment = {**os.environ, **fork_server.ONE_THREAD}
         self.fired = folder / "fired"
         if fault:
             environment["MASKWIRE_TEST_FAULT"] = f"{fault}:{self.fired}"
             environment["PYTHONPATH"] = os.pathsep.join([str(SITE), os.environ.get("PYTHONPATH", "")])
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
+            process = fork_server.Process if ranks is None else subprocess.Popen
+            self.process = process(
                 [*prefix, sys.executable, "-m", "maskwire_server", "serve", *words, *flags],
                 env=environment, stdout=log, stderr=log,
             )  # fmt: skip

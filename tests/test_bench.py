@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import fork_server
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 
 import maskwire
 from bench import __main__ as command
-from bench import generation, gpu, learning, peer, picture
+from bench import generation, gpu, gpu_kills, learner, learning, peer, picture
 from bench.harness import Row, in_flight_steps, in_turn, module, process, ratio
 from bench.serving import durable_insert, in_flight
 from bench.sources import flip_chain, pairs
@@ -90,13 +92,19 @@ def test_what_the_known_sources_are_worth_is_their_entropy() -> None:
     assert (twins[:, ::2] == twins[:, 1::2]).all()
 
 
-def test_a_run_of_l3_gives_ten_points() -> None:
+@pytest.mark.parametrize("arm", ["peer", "linear"])
+def test_a_run_of_l3_gives_ten_points(
+    arm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("x_transformers")
-    for arm in ("peer", "linear"):
-        done = fork_server.run(module("learner", arm, 0, 10, 2), text=True, check=True)
-        points = json.loads(done.stdout)
-        assert [step for step, _ in points] == list(range(1, 11))
-        assert points[-1][1] < points[0][1]
+    files = learner.python_sources()[:30]
+    monkeypatch.setattr(learner, "ROWS", 8)
+    monkeypatch.setattr(learner, "python_sources", lambda: files)
+    monkeypatch.setattr("sys.argv", ["learner", arm, "0", "10", "2"])
+    learner.main()
+    points = json.loads(capsys.readouterr().out)
+    assert [step for step, _ in points] == list(range(1, 11))
+    assert points[-1][1] < points[0][1]
 
 
 def test_the_flops_of_a_step_are_those_of_its_matrices() -> None:
@@ -116,8 +124,13 @@ def test_a_row_without_its_peer_says_how_to_install_it(monkeypatch: pytest.Monke
     assert all("pip install" in row.note for row in rows)
 
 
-def test_the_gpu_benchmark_runs_on_a_cpu_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_gpu_benchmark_runs_on_a_cpu_in_small(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("x_transformers")
+    forking = SimpleNamespace(Popen=fork_server.Process, PIPE=subprocess.PIPE)
+    for owner in (gpu, gpu_kills):
+        monkeypatch.setattr(owner, "subprocess", forking)
     assert command.main(["--gpu", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     rows = [Row(**row) for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]]
     assert [row.name for row in rows] == ["P10", "P10", "P10", "R11", "R11"]

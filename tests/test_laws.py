@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -32,16 +33,23 @@ FOUNDATIONS = {
 }
 
 
-def imports(path: Path) -> set[str]:
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    """The syntax of a file."""
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """Every module that a file imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    found: set[str] = set()
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def sources(folder: Path) -> list[Path]:
@@ -153,9 +161,7 @@ def test_no_pickle_travels_between_ranks_or_is_loaded() -> None:
     objects = ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list",
                "send_object_list", "recv_object_list")  # fmt: skip
     for path in sources(SERVER):
-        called = {
-            node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
-        }
+        called = {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
         assert not called & set(objects), path
         assert not knows(path, "pickle"), path
         assert not knows(path, "torch.distributed.checkpoint"), f"{path}: it pickles plans and metadata"
@@ -182,7 +188,7 @@ def test_no_pickle_anywhere_but_foreign_weights_and_those_without_their_code() -
         assert not knows(path, "pickle"), path
         calls = [
             node
-            for node in ast.walk(ast.parse(path.read_text()))
+            for node in ast.walk(tree(path))
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
         ]
         assert path.read_text().count("torch.load") == len(calls), f"{path}: torch.load by another name"
@@ -228,7 +234,7 @@ def module_graph(folder: Path) -> dict[str, set[str]]:
 
 def _imported_for_names(path: Path, modules: dict[str, Path]) -> set[str]:
     """The modules from which a file imports a name that is no module."""
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    nodes = [node for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom)]
     return {
         node.module or ""
         for node in nodes

@@ -26,8 +26,8 @@ def test_a_fault_at_a_failpoint_loses_nothing(tmp_path: Path, place: str, kind: 
 
 @pytest.mark.skipif(power_loss.strace() is None, reason="records system calls with strace, which is not here")
 def test_a_power_loss_after_any_call_loses_nothing_acknowledged(tmp_path: Path) -> None:
-    found = power_loss.campaign(tmp_path / "p", 0, every=3, singles=3)
-    assert found["outcomes"]["recovered"] > 200
+    found = power_loss.campaign(tmp_path / "p", 0, every=6, singles=2)
+    assert found["outcomes"]["recovered"] > 80
 
 
 def test_damaged_files_are_found_or_change_nothing(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_malformed_requests_are_refused(tmp_path: Path) -> None:
 
 
 def test_many_calls_leave_no_thread_and_no_descriptor(tmp_path: Path) -> None:
-    assert soak.run(tmp_path / "s", 3, 4_000)["calls"] == 4_000
+    assert soak.run(tmp_path / "s", 3, 2_000)["calls"] == 2_000
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -53,10 +53,16 @@ def test_sigterm_at_a_random_instant_ends_cleanly(tmp_path: Path, seed: int) -> 
     failpoint_faults.terminate(tmp_path / "s", seed)
 
 
-@pytest.mark.parametrize("name", planted.BUGS)
+FOUND_BY_MUCH_WORK = {
+    "answer-before-the-journal", "another-payload-under-one-id", "restored-steps-answered",  # the model
+    "checkpoint-files-not-verified",  # damage to every file
+    *(name for name, bug in planted.BUGS.items() if planted.traced(bug)),  # power losses
+}  # fmt: skip
+"""Takes a minute; `make robustness ONLY=R9` plants them too."""
+
+
+@pytest.mark.parametrize("name", [name for name in planted.BUGS if name not in FOUND_BY_MUCH_WORK])
 def test_a_planted_bug_is_caught(name: str) -> None:
-    if planted.traced(planted.BUGS[name]) and power_loss.strace() is None:
-        pytest.skip("records system calls with strace, which is not here")
     assert planted.caught(name)
 
 

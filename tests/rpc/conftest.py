@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fork_server
 import grpc
 import pytest
 
@@ -11,7 +12,7 @@ from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from serving import COUNTING, ServerProcess
+from serving import COUNTING, OFFLINE, ServerProcess
 
 
 @pytest.fixture
@@ -48,6 +49,16 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     server = ServerProcess(tmp_path_factory.mktemp("shared")).start()
     yield server
     assert server.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def preloaded() -> None:
+    """Servers that have the libraries of other models imported: each would spend seconds on it."""
+    for name in ("transformers", "peft", "x_transformers"):
+        pytest.importorskip(name, reason="needs the extras huggingface and x-transformers")
+    if fork_server.Process is fork_server.Forked:
+        modules = ("transformers.models.bert.modeling_bert", "peft", "x_transformers.x_transformers")
+        fork_server.CONNECTION.preload(*modules, environment=OFFLINE)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import fork_server
 READY = "maskwire-server listening on "
 WAIT = 60.0
 COUNTING = [sys.executable, str(Path(__file__).with_name("counting_server.py"))]
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 TINY = {
     "model.num_tokens": "17",
     "model.mask_id": "16",

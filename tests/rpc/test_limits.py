@@ -19,11 +19,11 @@ import maskwire.aio
 from maskwire.errors import InvalidRequestError, MaskwireError, RequestError, StepMovedError
 from maskwire.results import EvalResult, GenerateResult
 
-WHAT = {"objective__self_cond": "true", "objective__critic": "token", "model__max_seq_len": "64"}
+WHAT = {"objective__self_cond": "true", "objective__critic": "token", "model__max_seq_len": "32"}
 SMALL = {
-    "serve__max_batch_tokens": "128",  # two rows of 64
+    "serve__max_batch_tokens": "64",  # two rows of 32
     "serve__max_draws": "4",
-    "serve__max_read_tokens": "24576",  # two rows of 64 over 64 passes that count thrice
+    "serve__max_read_tokens": "8192",  # two rows of 32 over 32 passes that count thrice
     "serve__max_message_bytes": "65536",
 }
 
@@ -62,7 +62,7 @@ def awaited(server: ServerProcess, method: str, *arguments: Any, **options: Any)
 BOTH_CLIENTS = pytest.mark.parametrize("ask", [blocking, awaited])
 
 
-def rows(count: int = 9, longest: int = 64) -> list[np.ndarray[Any, Any]]:
+def rows(count: int = 9, longest: int = 32) -> list[np.ndarray[Any, Any]]:
     rng = np.random.default_rng(1)
     return [rng.integers(0, 16, longest if n == 4 else rng.integers(1, longest)) for n in range(count)]
 
@@ -93,7 +93,7 @@ def alike(ours: GenerateResult, theirs: GenerateResult) -> None:
 def test_the_limits_are_told(small: ServerProcess) -> None:
     with maskwire.connect(small.address) as trainer:
         assert trainer.limits == trainer.status().limits
-        assert (trainer.limits.max_read_tokens, trainer.limits.max_batch_tokens) == (24576, 128)
+        assert (trainer.limits.max_read_tokens, trainer.limits.max_batch_tokens) == (8192, 64)
         assert trainer.model.self_cond
 
 
@@ -142,8 +142,8 @@ def test_prompts_given_by_a_mask_and_padding_stay_what_they_are(
     large: ServerProcess, small: ServerProcess, ask: Any
 ) -> None:
     rng = np.random.default_rng(3)
-    ids = rng.integers(0, 16, (9, 40))
-    options = {"lengths": rng.integers(20, 41, 9), "prompt_mask": rng.random((9, 40)) < 0.5, "count": 8}
+    ids = rng.integers(0, 16, (9, 20))
+    options = {"lengths": rng.integers(10, 21, 9), "prompt_mask": rng.random((9, 20)) < 0.5, "count": 8}
     alike(ask(small, "generate", ids, **options), ask(large, "generate", ids, **options))
 
 
@@ -187,12 +187,12 @@ def test_rows_of_several_calls_are_of_one_step(serve: Callable[..., ServerProces
 @BOTH_CLIENTS
 def test_messages_stay_within_the_servers(serve: Callable[..., ServerProcess], ask: Any) -> None:
     server = serve(model__max_seq_len="100000", serve__max_message_bytes="65536")
-    # Together 160,000 bytes of ids, and a bit a position of the mask.
-    ids = np.random.default_rng(5).integers(0, 16, (40, 4000))
-    prompts = np.zeros((40, 4000), dtype=bool)
+    # Together 150,000 bytes of ids, and a bit a position of the mask.
+    ids = np.random.default_rng(5).integers(0, 16, (150, 1000))
+    prompts = np.zeros((150, 1000), dtype=bool)
     prompts[:, 2:] = True
-    found = ask(server, "evaluate", ids, prompt_mask=prompts, draws=1, batch_size=40)
-    assert (found.tokens, len(found.rows)) == (80, 40)
+    found = ask(server, "evaluate", ids, prompt_mask=prompts, draws=1, batch_size=150)
+    assert (found.tokens, len(found.rows)) == (300, 150)
     made = ask(server, "generate", ids, prompt_mask=prompts, steps=1)
     assert (made.tokens[:, 2:] == ids[:, 2:]).all()
     # A row that is too long by itself.
@@ -208,13 +208,13 @@ def test_messages_stay_within_the_servers(serve: Callable[..., ServerProcess], a
 
 @BOTH_CLIENTS
 @pytest.mark.parametrize(("method", "arguments", "options", "words"), [
-    ("evaluate", [[0] * 64] * 2, {"estimator": "chain_rule", "chain_order": "random", "draws": 4},
-     r"at most 24576 positions .*\(serve.max_read_tokens\), got 32768"),
-    ("evaluate", [[0] * 64] * 2, {"draws": 5},
+    ("evaluate", [[0] * 32] * 2, {"estimator": "chain_rule", "chain_order": "random", "draws": 4},
+     r"at most 8192 positions .*\(serve.max_read_tokens\), got 16384"),
+    ("evaluate", [[0] * 32] * 2, {"draws": 5},
      r"draws must be 1 to 4 \(serve.max_draws\), or 0 for 4, got 5"),
-    ("generate", [[16] * 65, [16] * 3, [16] * 64], {}, r"at most 64 tokens \(max_seq_len\), got 65"),
-    ("generate", None, {"count": 3, "length": 2**30}, r"length must be 1 to 64 \(max_seq_len\)"),
-    ("generate", None, {"count": 3, "length": -1}, r"length must be 1 to 64 .* got -1"),
+    ("generate", [[16] * 33, [16] * 3, [16] * 32], {}, r"at most 32 tokens \(max_seq_len\), got 33"),
+    ("generate", None, {"count": 3, "length": 2**30}, r"length must be 1 to 32 \(max_seq_len\)"),
+    ("generate", None, {"count": 3, "length": -1}, r"length must be 1 to 32 .* got -1"),
     ("generate", [[3], [4]], {}, "every position is given"),
 ], ids=str)  # fmt: skip
 def test_a_row_that_is_too_much_by_itself_is_told_the_limit(

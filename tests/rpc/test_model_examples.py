@@ -58,8 +58,10 @@ def test_the_page_has_an_example_of_each_source() -> None:
 
 @pytest.mark.parametrize("name", NEEDS)
 def test_an_example_trains_recovers_and_is_exported(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
+    if "transformers" in NEEDS[name]:
+        request.getfixturevalue("preloaded")
     for package in NEEDS[name]:
         pytest.importorskip(package)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import numpy as np
 import pytest
 import torch
@@ -72,37 +74,56 @@ def test_one_rank_under_the_launcher_gives_the_bits_of_a_plain_server(start: Sta
     assert plain.stop() == 0
 
 
-def test_a_killed_rank_costs_a_restart_and_no_step(start: Start, tmp_path: Path) -> None:
-    undisturbed, killed = start(2), start(2)
-    expected = trained(undisturbed, 12)
+SETTINGS = ("objective.self_cond=true", "distributed.rank_timeout_seconds=2")
 
-    def kill(step: int) -> None:
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RankServer, dict[str, Any]]]:
+    """Two ranks that nothing happens to, and what they gave in 12 steps; the leader gathers what it saves."""
+    server = RankServer(tmp_path_factory.mktemp("ranks"), 2, *SETTINGS, "distributed.checkpoints_by=leader")
+    try:
+        yield server, trained(server, 12)
+        assert server.stop() == 0
+        assert not server.ranks()
+    finally:
+        server.kill()
+
+
+def test_a_lost_rank_costs_a_restart_and_no_step(
+    start: Start, undisturbed: tuple[RankServer, dict[str, Any]], tmp_path: Path
+) -> None:
+    """A rank without memory; the leader is killed, then its follower; one freezes."""
+    lossy = start(2, *SETTINGS, fault="1:rank.ordered:6:memory")
+
+    def lose(step: int) -> None:
         if step in (4, 8):
-            killed.ranks()[step // 4 - 1].kill()  # the leader, then its follower
+            lossy.ranks()[step // 4 - 1].kill()
+        if step == 10:
+            lossy.ranks()[1].send_signal(signal.SIGSTOP)
 
-    assert trained(killed, 12, kill) == expected
+    expected, found = dict(undisturbed[1]), trained(lossy, 12, lose)
+    assert set(expected.pop("files")) == {"model.safetensors", "optimizer.safetensors"}
+    assert {name: value for name, value in found.items() if name != "files"} == expected
     assert expected["layout"] == "1 x 2"
-    with maskwire.attach(killed.target) as client:
-        assert client.status().last_error == "rank 1 ended"
-    log = killed.log.read_text()
-    assert "rank 1 ended: all ranks restart" in log
+    with maskwire.attach(lossy.target) as client:
+        assert client.status().last_error == "rank 1 was silent for 2 s"
+    log = lossy.log.read_text()
+    assert lossy.fired.exists()
+    assert "rank 1 failed in" in log
     assert "the leader ended: all ranks restart" in log
-    assert killed.stop() == 0
-    assert not killed.ranks()
-    with maskwire.connect(undisturbed.target, takeover=True, on_wait=lambda _: None) as trainer:
-        trainer.train_step(batch(13))
-    undisturbed.kill()
-    alone = start(None, folder=undisturbed.folder)  # another layout must not compute that step again
-    assert alone.process.wait(120) == 3
-    assert "fingerprint.world_size was '1 x 2'" in alone.log.read_text()
+    assert "rank 1 ended: all ranks restart" in log
+    assert lossy.stop() == 0
     pickles = [
         path
-        for path in killed.run_dir.rglob("*")
+        for path in lossy.run_dir.rglob("*")
         if path.is_file()
         and path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
     ]
     assert not pickles
-    check_on_one_process(start, killed, expected, tmp_path)
+    check_on_one_process(start, lossy, found, tmp_path)
+    gathered = maskwire_server.load(undisturbed[0].run_dir / "checkpoints" / "end").state_dict()
+    for name, tensor in maskwire_server.load(lossy.run_dir / "checkpoints" / "end").state_dict().items():
+        assert torch.equal(gathered[name], tensor), name
 
 
 def check_on_one_process(start: Start, ranks: RankServer, expected: dict[str, Any], room: Path) -> None:
@@ -135,44 +156,53 @@ def check_on_one_process(start: Start, ranks: RankServer, expected: dict[str, An
         maskwire_server.load(room / "all")
 
 
-def test_unusual_requests_hold_nothing_up(start: Start) -> None:
-    """A rank without memory, one that freezes, one row, prompts alone, a generation that is left."""
-    server = start(
-        2, "objective.self_cond=true", "distributed.rank_timeout_seconds=2",
-        "distributed.checkpoints_by=leader", fault="1:rank.ordered:6:memory",
-    )  # fmt: skip
-    with maskwire.connect(server.target, retry_for=120, on_wait=lambda _: None) as trainer:
-        assert trainer.train_step(batch(1)[:1]).step == 1
+def test_unusual_requests_hold_nothing_up(
+    start: Start, undisturbed: tuple[RankServer, dict[str, Any]], tmp_path: Path
+) -> None:
+    """One row, prompts alone, a generation that is left, ids that the model does not have."""
+    with maskwire.connect(
+        undisturbed[0].target, takeover=True, retry_for=120, on_wait=lambda _: None
+    ) as trainer:
+        step = trainer.step
+        assert trainer.train_step(batch(1)[:1]).step == step + 1
         with pytest.raises(maskwire.errors.MaskwireError, match="leave at least one to predict"):
             trainer.train_step(batch(2), prompt_mask=np.ones((6, 32), dtype=bool))
-        assert trainer.train_step(batch(2)).step == 2
+        assert trainer.train_step(batch(2)).step == step + 2
         for state in trainer.generate_steps(count=3, length=12, seed=1):
             assert not state.done
             break
         with pytest.raises(maskwire.errors.MaskwireError):
             trainer.train_step(np.full((2, 8), 256))
-        for step in range(3, 7):
-            assert trainer.train_step(batch(step)).step == step
-        assert server.fired.exists()
-        server.ranks()[1].send_signal(signal.SIGSTOP)
-        assert trainer.train_step(batch(7)).step == 7
-        files = trainer.checkpoint("end").files
-        assert set(files) == {"model.safetensors", "optimizer.safetensors"}, "gathered by the leader"
-    assert "rank 1 failed in" in server.log.read_text()
-    assert "rank 1 was silent for 2 s" in server.log.read_text()
-    assert server.stop() == 0
+        assert trainer.train_step(batch(3)).step == step + 3
+        # As after a kill: steps behind the newest checkpoint, which another layout must not compute again.
+        shutil.copytree(undisturbed[0].run_dir, tmp_path / "copy" / "run")
+    alone = start(None, folder=tmp_path / "copy")
+    assert alone.process.wait(120) == 3
+    assert "fingerprint.world_size was '1 x 2'" in alone.log.read_text()
 
 
 def test_a_server_that_is_stopped_while_it_starts_ends_with_0(start: Start) -> None:
-    server = start(2)
+    server = start(1)
     while not server.ranks():
         assert server.process.poll() is None
     assert server.stop() == 0
     assert "listening on" not in server.log.read_text()
 
 
-def test_ranks_that_do_not_form_the_layout_are_refused_once(start: Start) -> None:
+LAYOUT = "distributed: replicate x shard must be the number of ranks, 2, got 3 x off"
+
+
+def test_ranks_that_do_not_form_the_layout_are_refused_before_any_starts(start: Start) -> None:
     server = start(2, "distributed.replicate=3")
     assert server.process.wait(120) == 2
-    log = server.log.read_text()
-    assert "distributed: replicate x shard must be the number of ranks, 2, got 3 x off" in log
+    assert server.log.read_text() == f"maskwire-server: {LAYOUT}\n"
+
+
+def test_a_rank_of_another_launcher_that_is_not_in_the_layout_is_refused(tmp_path: Path) -> None:
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    done = fork_server.run(
+        ["-m", "maskwire_server", "serve", f"--run-dir={tmp_path}", "--set=distributed.replicate=3"],
+        env={**os.environ, **fork_server.ONE_THREAD, **place}, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"maskwire-server: {LAYOUT}\n" in done.stderr

@@ -17,7 +17,7 @@ import fork_server
 import numpy as np
 import pytest
 import torch
-from serving import ServerProcess
+from serving import OFFLINE, ServerProcess
 from source_models import MASK, MODERN_ENCODER, VOCABULARY, write_folder
 
 import maskwire
@@ -28,7 +28,6 @@ from maskwire_server.results import FROZEN_FILE
 Serve = Callable[..., ServerProcess]
 KILLS = int(os.environ.get("MASKWIRE_KILLS", "1"))
 STEPS = 10 + 4 * KILLS
-OFFLINE = {"HF_HUB_OFFLINE": "1"}
 FACTORY = "my_models.mine:build"
 CODE = """
 from torch import nn
@@ -57,16 +56,6 @@ pytestmark = pytest.mark.filterwarnings(  # of the libraries themselves
 
 def tokens(seed: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).integers(3, 38, (4, 12))
-
-
-@pytest.fixture(scope="module")
-def preloaded() -> None:
-    """Servers that have the libraries imported: each would spend seconds on it."""
-    for name in ("transformers", "peft", "x_transformers"):
-        pytest.importorskip(name, reason="needs the extras huggingface and x-transformers")
-    if fork_server.Process is fork_server.Forked:
-        modules = ("transformers.models.bert.modeling_bert", "peft", "x_transformers.x_transformers")
-        fork_server.CONNECTION.preload(*modules, environment=OFFLINE)
 
 
 @pytest.fixture(scope="module")

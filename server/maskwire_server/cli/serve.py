@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,7 +20,10 @@ from maskwire_server.cli.options import (
     stop,
 )
 from maskwire_server.errors import ConfigError, RunDirectoryError
-from maskwire_server.ranks.launcher import Launch, launch
+from maskwire_server.ranks.launcher import Launch, check_layout, launch
+
+if TYPE_CHECKING:
+    from maskwire_server.config import DistributedConfig  # needs the extra `server`
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +60,8 @@ def serve(
         arguments += [f"--set={each}" for each in settings or []]
         arguments += ["--accept-inexact-replay"] * accept_inexact_replay
         follows = bool(chosen.serve.certificate_files or chosen.serve.token_files)
-        raise typer.Exit(_launched(Launch(ranks, nodes, rendezvous, follows), ["serve", *arguments]))
+        launched = Launch(ranks, nodes, rendezvous, follows)
+        raise typer.Exit(_launched(chosen.distributed, launched, ["serve", *arguments]))
     if config is None:
         log.info("no configuration file (--config): using the defaults, flags and the environment")
     # Read when grpc is imported. Without it, grpc logs every connection that fails its TLS handshake.
@@ -74,9 +78,10 @@ def serve(
     raise typer.Exit(run(chosen, **how))
 
 
-def _launched(chosen: Launch, arguments: list[str]) -> int:
+def _launched(distributed: DistributedConfig, group: Launch, arguments: list[str]) -> int:
     try:
-        return launch(chosen, arguments)
+        check_layout(distributed, group.ranks * group.nodes)
+        return launch(group, arguments)
     except ConfigError as error:
         stop(*str(error).splitlines())
 

@@ -24,8 +24,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from maskwire_server.errors import ConfigError
+
+if TYPE_CHECKING:
+    from maskwire_server.config import DistributedConfig  # needs the extra `server`
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +97,16 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
         if noted is not None:
             return noted
         return code if code >= 0 else _FAILURE  # 0: the leader, on another host, ended for good
+
+
+def check_layout(distributed: DistributedConfig, size: int) -> None:
+    """Raise ConfigError if `size` ranks do not form the configured layout."""
+    shard = distributed.shard or size // distributed.replicate
+    if shard * distributed.replicate != size:
+        raise ConfigError(
+            f"distributed: replicate x shard must be the number of ranks, {size}, got "
+            f"{distributed.replicate} x {distributed.shard or 'off'}"
+        )
 
 
 def note_leader() -> None:

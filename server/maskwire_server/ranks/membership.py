@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from maskwire_server.config import DistributedConfig, ServeConfig
 from maskwire_server.errors import ConfigError
-from maskwire_server.ranks.launcher import FOLDER, LEADER, address_towards, note_loss
+from maskwire_server.ranks.launcher import FOLDER, LEADER, address_towards, check_layout, note_loss
 from maskwire_server.ranks.liveness import LOOPBACK, LeaderAddress, Monitor, exit_now, watch_leader
 from maskwire_server.ranks.orders import Order
 from maskwire_server.training.numerics import choose_device, cores
@@ -127,12 +127,7 @@ class Member:
 def join(distributed: DistributedConfig, serve: ServeConfig) -> Member:
     """Join the group of the launcher. Raises ConfigError if the ranks do not fit the configuration."""
     place = Place.from_environment()
-    shard = distributed.shard or place.size // distributed.replicate
-    if shard * distributed.replicate != place.size:
-        raise ConfigError(
-            f"distributed: replicate x shard must be the number of ranks, {place.size}, got "
-            f"{distributed.replicate} x {distributed.shard or 'off'}"
-        )
+    check_layout(distributed, place.size)
     device = choose_device(serve.device)
     if device.type == "cuda":
         device = torch.device("cuda", place.local_rank)

@@ -9,12 +9,12 @@ bfloat16, and takes a stack of several matrices for one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from maskwire_server.training.optimizer import Optimizer
 from maskwire_server.training.ranks import assign, whole
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -75,21 +75,21 @@ def hidden_matrices(network: nn.Module) -> dict[Tensor, tuple[int, ...]]:
     return found
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Optimizer):
     """m = mu m + (1 - mu) g, then w = (1 - lr decay) w - lr scale NS((1 - mu) g + mu m), for each matrix."""
 
     def __init__(
         self, rows: Mapping[Tensor, tuple[int, ...]], *, momentum: float, dtype: torch.dtype
     ) -> None:
         """`rows` holds the weights, each with the rows of its matrices; `dtype` is that of the iteration."""
-        super().__init__([{"params": []}], {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum})
+        super().__init__(momentum=momentum)
         self._rows = dict(rows)
         self._dtype = dtype
         for weight in rows:  # allocated now, so that the first update cannot run out of memory
             self.state[weight] = {"momentum": torch.zeros_like(weight)}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+    def step(self) -> None:
         """Update the weights that have a gradient."""
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]

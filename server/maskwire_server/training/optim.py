@@ -20,6 +20,7 @@ from maskwire_server.errors import ConfigError
 from maskwire_server.training import module_state
 from maskwire_server.training.muon import Muon, hidden_matrices
 from maskwire_server.training.numerics import NUMERICS_VERSION
+from maskwire_server.training.optimizer import AdamW
 from maskwire_server.training.parameter_groups import Matched, frozen, matched, trainable
 from maskwire_server.training.ranks import Ranks, own_part
 
@@ -105,9 +106,7 @@ class Group:
             name: math.inf if weight not in decays else 2 if "_emb." in name else 1
             for name, weight in named.items()
         }
-        self.optimizer = torch.optim.AdamW(
-            [{"params": []}], lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused
-        )
+        self.optimizer = AdamW(fused=fused)
         hidden = hidden_matrices(module)
         self._muon = Muon(
             {named[name]: hidden[named[name]] for name, rule in self.rules.items() if rule == "muon"},
@@ -117,11 +116,7 @@ class Group:
         self.configure(config, own)
         for name, weight in named.items():  # allocated now, so that the first update cannot lack memory
             if self.rules[name] == "adamw":
-                self.optimizer.state[weight] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=weight.device),
-                    "exp_avg": torch.zeros_like(weight),
-                    "exp_avg_sq": torch.zeros_like(weight),
-                }
+                self.optimizer.allocate(weight)
         self.updates = 0
         """Number of steps that trained this group."""
         self.ema = (average or self._copy(module)) if config.ema_decay else None

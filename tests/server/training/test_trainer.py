@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,15 @@ def test_a_step_can_set_its_learning_rate() -> None:
     weights = {name for name in changed(before, state(trainer, "generator")) if name.startswith("model.")}
     assert not weights
     assert trainer.train_step(1, 2, BATCH, Modes()).learning_rate == 0.01
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_training_does_not_load_torchs_compiler(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # importing it raises
+    trainer = make({"critic": "token", "self_cond": True}, {**HEAVY, "name": name})
+    assert trainer.train_step(1, 1, BATCH, Modes()).outcome is Outcome.APPLIED
+    trainer.eval_loss(BATCH, EvalOptions(tuple(range(6)), 1))
+    trainer.snapshot()
 
 
 def decaying(group: optim.Group) -> set[str]:
