@@ -317,6 +317,19 @@ def test_the_copy_of_a_follower_is_there_before_the_ranks_agree() -> None:
     assert agreed[0][0] == 4
 
 
+def test_the_folder_of_checkpoints_can_be_a_link(tmp_path: Path) -> None:
+    """To a folder that several hosts share at the same path."""
+    shared, run_dir = tmp_path / "shared", tmp_path / "run"
+    shared.mkdir()
+    run_dir.mkdir()
+    (run_dir / "checkpoints").symlink_to(shared)
+    path, _ = shared_folder.place_probe(run_dir / "checkpoints")
+    assert path.parent == shared
+    path.unlink()
+    Checkpoints(run_dir).write(Group().copy(), manifest())
+    assert_is_the_state(shared / "a")
+
+
 def test_frozen_weights_are_stored_once_whichever_ranks_wrote_them(saved: Saved) -> None:
     checkpoints, first = saved
     second = checkpoints.write(Group().copy(), manifest("b", 2))

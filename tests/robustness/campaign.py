@@ -121,6 +121,10 @@ def _r12_network(folder: Path) -> Any:
     return rank_faults.cut_network(folder / "n")
 
 
+def _r12_hidden(folder: Path) -> Any:
+    return rank_faults.hidden_folder(folder / "h")
+
+
 def _r13(steps: int, _: Path) -> Any:
     environment = {**os.environ, "MASKWIRE_PARITY_STEPS": str(steps)}
     command = [sys.executable, "-m", "pytest", "-q", "--timeout=0", str(processes.ROOT / "tests" / "ranks")]
@@ -192,6 +196,7 @@ def cases(full: bool) -> list[Case]:
     made.append(case("R12", "hung follower", _r12_hung))
     if os.geteuid() == 0 and shutil.which("ip"):
         made.append(case("R12", "network", _r12_network))
+        made.append(case("R12", "no shared folder", _r12_hidden))
     made.append(case("R13", "parity", _r13, share(50, 5)))
     made.append(case("R13", "other layouts", _r13_layouts))
     for acknowledge in ("local", "mirrored"):

@@ -180,6 +180,41 @@ def cut_network(folder: Path) -> dict[str, Any]:
     return {"noticed": noticed, "back": back}
 
 
+def hidden_folder(folder: Path) -> dict[str, Any]:
+    """Two hosts, of which one does not see the other's run directory: the leader saves, unless ranks must.
+
+    Needs root, iproute2 and unshare. Raises AssertionError.
+    """
+    found = {}
+    for saved_by in ("auto", "ranks"):
+        room = folder / saved_by
+        (room / "a" / "run").mkdir(parents=True)
+        hide = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs none {room / "a"}; exec "$@"', "sh"]
+        with Hosts() as hosts, contextlib.ExitStack() as ends:
+            servers = [
+                RankServer(room / name, 1, *SETTINGS, f"distributed.checkpoints_by={saved_by}",
+                           prefix=[*hosts.command(name), *(hide if name == "b" else [])],
+                           flags=["--nodes=2", f"--rendezvous={hosts.address('a')}:29400"])
+                for name in ("a", "b")
+            ]  # fmt: skip
+            for server in servers:
+                ends.callback(server.kill)
+            leader = servers[0]
+            if saved_by == "ranks":
+                assert leader.process.wait(180) == 2, leader.log.read_text()[-2000:]
+                assert "is not the same folder on rank" in leader.log.read_text()
+                continue
+            with maskwire.connect(leader.target, retry_for=180, on_wait=lambda _: None) as trainer:
+                trainer.train_step(batch(1))
+                found = {"files": len(trainer.checkpoint("end").files)}
+            assert set(files(leader, "end")) == {
+                "model.safetensors", "ema.safetensors", "optimizer.safetensors",
+            }  # fmt: skip
+            assert "is not the same folder on rank" in leader.log.read_text()
+            assert leader.stop() == 0
+    return found
+
+
 class Hosts:
     """Two network namespaces, a and b, joined by a pair of virtual interfaces."""
 

@@ -118,6 +118,18 @@ def test_what_a_volume_holds_by_itself_is_no_leftover(tmp_path: Path, name: str)
     refuse_leftovers(tmp_path)
 
 
+def test_a_folder_for_checkpoints_may_be_there_before_the_run_if_it_is_empty(tmp_path: Path) -> None:
+    """It can be a link to a folder that several hosts share."""
+    shared, run_dir = tmp_path / "shared", tmp_path / "run"
+    shared.mkdir()
+    run_dir.mkdir()
+    (run_dir / "checkpoints").symlink_to(shared)
+    refuse_leftovers(run_dir)
+    (shared / "step-000000100").mkdir()
+    with pytest.raises(RunDirectoryError, match="checkpoints without a journal"):
+        refuse_leftovers(run_dir)
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "data.txt", "lost", "Trash-1000", "journal"])
 def test_other_leftovers_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "lost+found").mkdir()

@@ -21,7 +21,7 @@ from maskwire_server.checkpoints.catalogue import newest_first
 from maskwire_server.checkpoints.files import NOT_A_MANIFEST, describe, flush, write_manifest_bytes
 from maskwire_server.checkpoints.membership import foreign_save, recorded_saves
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.errors import StoreError
+from maskwire_server.errors import Refused
 from maskwire_server.journal.fsync import flush_folder, make_folder
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.object_store import ObjectStore
@@ -76,7 +76,7 @@ class MirroredCheckpoints:
         return [manifest for manifest in self._checkpoints.own() if manifest.to_json() not in there]
 
     def upload(self, manifest: Manifest) -> None:
-        """Upload one checkpoint, unless it is there. Raises StoreError; Refused when it is gone."""
+        """Upload one checkpoint, unless it is there. Raises StoreError; Refused if it is gone or damaged."""
         with self._uploading:
             if any(each.to_json() == manifest.to_json() for each in self._there.values()):
                 return
@@ -97,7 +97,11 @@ class MirroredCheckpoints:
                 self._store.copy(f"{twin}/{file.name}", f"{folder}/{file.name}")
                 continue
             if describe(path / file.name) != file:
-                raise StoreError(f"checkpoint {manifest.info.name}: {file.name} was changed on this disk")
+                raise Refused(
+                    "CHECKPOINT_DAMAGED",
+                    f"{file.name} does not match its manifest; the next save sets the checkpoint aside",
+                    name=manifest.info.name,
+                )
             self._store.put_file(f"{folder}/{file.name}", path / file.name)
         failpoints.passing("mirror.files_uploaded")
         self._store.put(f"{folder}/{MANIFEST}", data)

@@ -196,8 +196,6 @@ class Mirror:
             while not self._stopping:
                 try:
                     more = self._upload()
-                except FencedError:
-                    raise
                 except (StoreError, OSError) as error:
                     self._note(error)
                     self._committer.mirror_failed(f"the mirror: {self._problem}")
@@ -207,8 +205,6 @@ class Mirror:
                 seconds = RETRY_SECONDS
                 if not more:
                     self._work.wait(None if self.awaited else self._settings.segment_seconds)
-        except Refused:  # the committer has ended
-            pass
         except BaseException as error:
             log.critical("the mirror failed: the server exits", exc_info=not isinstance(error, FencedError))
             self._on_fatal(error)
@@ -217,7 +213,9 @@ class Mirror:
         """Upload one segment, if there is something; whether there is more."""
         more = False
         if self._writer.pending is None:
-            page = self._committer.ask_unmirrored(_page, self._sent, self._settings.segment_bytes).result()
+            page = self._next_page()
+            if page is None:
+                return False
             if not page.last and not self._saves.announcing:
                 self._advance(page.position)
                 return False
@@ -228,9 +226,7 @@ class Mirror:
         segment = self._writer.pending
         assert segment is not None
         self._writer.send()
-        if self._problem:
-            log.warning("the mirror at %s can be written again", self._store.address)
-        self._problem, self._at = "", segment.at
+        self._at = segment.at
         self._bytes += sum(size for batches in segment.batches for _, size in batches.steps)
         steps = [change.values[:2] for change in segment.changes if change.table == "steps"]
         if steps:
@@ -241,8 +237,21 @@ class Mirror:
         self._saves.announced(segment.deletes)
         return more
 
+    def _next_page(self) -> Page | None:
+        """The changes that the mirror lacks; None while the server shuts down. StoreError: try again."""
+        try:
+            size = self._settings.segment_bytes
+            return self._committer.ask_unmirrored(_page, self._sent, size).result()
+        except Refused as refusal:
+            if refusal.reason == "DRAINING":
+                return None
+            raise StoreError(f"the journal cannot be read: {refusal}") from refusal
+
     def _advance(self, mark: int) -> None:
         """The mirror has everything up to this mark."""
+        if self._problem:
+            log.warning("the mirror at %s can be written again", self._store.address)
+        self._problem = ""
         self._sent = max(self._sent, mark)
         self._committer.mirrored_through(self._sent)
         self._saves.mirrored(self._sent)

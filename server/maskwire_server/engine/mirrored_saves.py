@@ -13,6 +13,7 @@ from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.engine.wakeup import Wakeup
 from maskwire_server.errors import Refused, StoreError
+from maskwire_server.manifest import Manifest
 from maskwire_server.results import CheckpointInfo
 
 log = logging.getLogger(__name__)
@@ -110,10 +111,10 @@ class MirroredSaves:
             self._work.set()
 
     def upload(self, name: str) -> None:
-        """Upload a checkpoint now, if it is here. Raises StoreError."""
+        """Upload a checkpoint now, if it is here and intact. Raises StoreError."""
         for manifest in self._copies.missing():
             if manifest.info.name == name:
-                self._copies.upload(manifest)
+                self._upload(manifest)
 
     def stop(self) -> None:
         """End the thread."""
@@ -150,10 +151,7 @@ class MirroredSaves:
         self._delete()
         for manifest in self._copies.missing():
             self._wait_mirrored()
-            try:
-                self._copies.upload(manifest)
-            except Refused as refusal:
-                log.info("checkpoint %s is not uploaded: %s", manifest.info.name, refusal)
+            self._upload(manifest)
             self._answer_waiters()
         self._answer_waiters()
         with self._run.mutex:
@@ -166,6 +164,12 @@ class MirroredSaves:
         if new:
             self._announcing.set()
         self._busy = False
+
+    def _upload(self, manifest: Manifest) -> None:
+        try:
+            self._copies.upload(manifest)
+        except Refused as refusal:
+            log.warning("checkpoint %s is not uploaded: %s", manifest.info.name, refusal)
 
     def _wait_mirrored(self) -> None:
         """Wait until the mirror has every record that the journal has now. Refused at shutdown."""

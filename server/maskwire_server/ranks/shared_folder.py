@@ -57,6 +57,7 @@ class SavePlace:
     def decide(self, blind: list[int]) -> bool:
         """Whether each rank writes its own files, if these do not see the folder. Raises ConfigError."""
         if not blind:
+            log.info("each rank writes its part of checkpoints to %s", self.folder.resolve())
             return True
         problem = (
             f"{self.folder.resolve()} is not the same folder on rank {blind[0]}"
