@@ -120,6 +120,7 @@ if has maskwire_server.rpc.credential_files; then
   at=$(acknowledged)
   wait_for 90 "the new certificate" shows_another
   wait_for 300 "a step after the new certificate" trained $((at + 50))
+  compose run --rm train status >"$work/err" 2>&1 || fail "a new client is refused: $(cat "$work/err")"
   [ "$at" -lt 950 ] || fail "the job had ended before the certificate was replaced"
   docker logs "$job" >"$work/after" 2>&1
   [ "$(grep -c waiting "$work/before" || true)" = "$(grep -c waiting "$work/after" || true)" ] || fail "a step had to wait"
