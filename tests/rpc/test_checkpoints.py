@@ -132,10 +132,10 @@ def test_a_checkpoint_of_the_first_format_is_read_and_one_of_a_later_is_refused_
         assert (trainer.step, trainer.digest) == (1, last.digest)
         assert trainer.checkpoints()[0].score is None
     server.kill()
-    rewrite(manifest, format=3)
+    rewrite(manifest, format=4)
     refused = fork_server.run(server._command, text=True)
     assert refused.returncode == 3
-    assert "checkpoint 'old': its format is 3, this version reads up to 2" in refused.stderr
+    assert "checkpoint 'old': its format is 4, this version reads up to 3" in refused.stderr
 
 
 FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors", "ema.safetensors"]

@@ -148,6 +148,9 @@ def check_on_one_process(start: Start, ranks: RankServer, expected: dict[str, An
     weights = [maskwire_server.load(room / each).state_dict() for each in ("weights", "all", "joined")]
     for name, tensor in maskwire_server.load(folder).state_dict().items():
         assert all(torch.equal(each[name], tensor) for each in weights), name
+    shutil.copy(folder / "model-r0000-001.safetensors", folder / "model-r0002-001.safetensors")
+    found = verify(ranks.run_dir).problems
+    assert [problem.split(" is ")[0] for problem in found] == ["checkpoint end: model-r0002-001.safetensors:"]
     shutil.copy(folder / "model-r0000-001.safetensors", room / "weights" / "model-r0002-001.safetensors")
     with pytest.raises(ValueError, match=r"model-r0002-001.safetensors is not listed in manifest.json"):
         maskwire_server.load(room / "weights")
