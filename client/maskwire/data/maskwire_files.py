@@ -86,6 +86,7 @@ _RESULTS = (
     {"name", "lineage", "step", "digest", "files"},  # checkpoint save, list
     {"lineage", "step", "digest"},  # checkpoint restore
     {"folder", "tokenizer", "num_tokens", "mask_id", "text_bytes"},  # data prepare
+    {"file", "tokenizer", "document_start", "document_end"},  # data tokenizer
     {"error", "reason", "exit_code"},
 )
 _LARGEST_RESULT = 2**26  # bytes
