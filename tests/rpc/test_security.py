@@ -20,11 +20,12 @@ import pytest
 from certificates import EXPIRED, TOKENS, Authority, bearer, token_files
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from serving import COUNTING, ServerProcess
+from serving import COUNTING, ServerProcess, wait_until
 
 import maskwire
 from maskwire.errors import PermissionDeniedError, TlsError, UnauthenticatedError, UnavailableError
 from maskwire.v1 import training_service_pb2 as pb
+from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 from maskwire_server.rpc.auth import REQUIRED_ROLES
 
 Serve = Callable[..., ServerProcess]
@@ -328,3 +329,27 @@ def test_a_trainer_over_tls_resumes_after_the_server_is_killed(
         began = time.monotonic()
         assert trainer.train_step(np.ones((2, 4), dtype=int)).step == 2
         assert time.monotonic() - began < 30
+
+
+def test_a_token_has_a_limited_number_of_evaluations_that_wait(serve: Serve, secrets: Path) -> None:
+    server = serve(held=True, serve__max_reads_per_credential="1", **token_files(secrets / "tokens"))
+    batch = pb.TokenBatch(data=bytes(8), shape=[2, 4], dtype=pb.DATA_TYPE_UINT8)
+    with grpc.insecure_channel(server.address) as channel:
+
+        def call(method: str, request: Any, role: str) -> Any:
+            stub = getattr(pb_grpc.TrainingServiceStub(channel), method)
+            return stub.future(request, timeout=60, metadata=bearer(TOKENS[role]))
+
+        step = call("TrainStep", pb.TrainStepRequest(batch=batch), "train")
+        server.wait_for_step()
+        first = call("EvalLoss", pb.EvalLossRequest(batch=batch), "read")
+        status = pb_grpc.TrainingServiceStub(channel).GetStatus
+        asked = {"request": pb.GetStatusRequest(), "metadata": bearer(TOKENS["read"])}
+        wait_until(lambda: status(**asked).device_share.waiting_reads == 1, "the first to wait")
+        refused = call("EvalLoss", pb.EvalLossRequest(batch=batch), "read").exception()
+        assert (reason_of(refused), refused.code()) == ("QUEUE_FULL", grpc.StatusCode.RESOURCE_EXHAUSTED)
+        other = call("EvalLoss", pb.EvalLossRequest(batch=batch), "train")
+        wait_until(lambda: status(**asked).device_share.waiting_reads == 2, "the other token's to wait")
+        assert status(**asked).device_share.refused_reads == 1
+        server.release()
+        assert [step.result().step, first.result().step, other.result().step] == [1, 1, 1]
