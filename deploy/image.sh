@@ -54,7 +54,7 @@ run; ready
 say "   healthy and ready, as $(docker exec "$name" sh -c 'echo "uid $(id -u)"'), $(docker inspect --format '{{.HostConfig.ReadonlyRootfs}}' "$name" | sed 's/true/root file system read-only/')"
 
 say "4. refused: no token; another authority"
-common=(--target "127.0.0.1:$port" --retry-for 60)
+common=(--target "127.0.0.1:$port" --retry-for 300)
 code=0; "$maskwire" status "${common[@]}" --ca "$work/secrets/client/ca.crt" 2>"$work/err" || code=$?
 [ "$code" = 6 ] || fail "without a token: exit code $code, not 6: $(cat "$work/err")"
 say "   $(cat "$work/err")"
