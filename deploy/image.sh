@@ -74,12 +74,12 @@ for _ in $(seq 600); do
   sleep 0.1
 done
 docker kill --signal KILL "$name" >/dev/null
-say "   killed after step $(tail -1 "$work/metrics.jsonl" | sed 's/^{"step": \([0-9]*\),.*/\1/'), exit code $(docker wait "$name")"
+say "   killed after step $(tail -1 "$work/metrics.jsonl" | grep -o '"step": [0-9]*' | tr -dc 0-9), exit code $(docker wait "$name")"
 docker start "$name" >/dev/null
 wait "$job" || fail "the job did not go on: $(cat "$work/train.err")"
 job=
 say "   $(tail -1 "$work/train.out")"
-steps=$(sed 's/^{"step": \([0-9]*\),.*/\1/' "$work/metrics.jsonl" | uniq | wc -l)
+steps=$(grep -o '"step": [0-9]*' "$work/metrics.jsonl" | sort -u | wc -l)
 [ "$steps" = 400 ] || fail "$steps steps were acknowledged, not 400"
 
 say "6. weights out: the training token may not, the admin's may"
