@@ -132,7 +132,7 @@ fi
 code=$(docker wait "$job")
 docker logs "$job" >"$work/job.log" 2>&1
 [ "$code" = 0 ] || fail "the job ended with exit code $code: $(tail -5 "$work/job.log")"
-steps=$(sed 's/^{"step": \([0-9]*\),.*/\1/' "$work/out/metrics.jsonl" | uniq | wc -l)
+steps=$(grep -o '"step": [0-9]*' "$work/out/metrics.jsonl" | sort -u | wc -l)
 [ "$steps" = 1000 ] || fail "$steps steps were acknowledged, not 1000"
 say "   $(grep digest "$work/job.log" | tail -1)"
 

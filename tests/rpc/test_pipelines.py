@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -65,6 +65,14 @@ sys.exit(pipeline["main"](arguments))
 """
 
 
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server whose run every pipeline here brings to the same state."""
+    server = ServerProcess(tmp_path_factory.mktemp("calm"), **TINY).start()
+    yield server
+    server.kill()
+
+
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
     for name, count in (("texts", 12), ("held-out", 3)):
@@ -95,10 +103,12 @@ def records(work: Path) -> dict[str, Any]:
     return {name: json.loads((work / f"{name}.json").read_text()) for name in STAGES}
 
 
-def test_killed_at_every_boundary_it_exports_what_an_undisturbed_one_does(serve: Serve, texts: Path) -> None:
-    calm = run(serve("calm", **TINY), arguments(texts, "calm"))
-    assert calm.returncode == 0, calm.stderr
-    assert [json.loads(line)["stage"] for line in calm.stdout.splitlines()] == STAGES
+def test_killed_at_every_boundary_it_exports_what_an_undisturbed_one_does(
+    serve: Serve, calm: ServerProcess, texts: Path
+) -> None:
+    undisturbed = run(calm, arguments(texts, "calm"))
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    assert [json.loads(line)["stage"] for line in undisturbed.stdout.splitlines()] == STAGES
     rough, given = serve("rough", **TINY), arguments(texts, "rough")
     for name in STAGES:
         for moment in ("before", "after"):
@@ -114,16 +124,15 @@ def test_killed_at_every_boundary_it_exports_what_an_undisturbed_one_does(serve:
     assert (with_more_steps.returncode, "another until_step" in with_more_steps.stderr) == (2, True)
 
 
-def test_a_closed_gate_exports_nothing_and_opens_with_another_bound(serve: Serve, texts: Path) -> None:
-    server = serve(**TINY)
-    closed = run(server, arguments(texts, "work", bound=0.5))
+def test_a_closed_gate_exports_nothing_and_opens_with_another_bound(calm: ServerProcess, texts: Path) -> None:
+    closed = run(calm, arguments(texts, "work", bound=0.5))
     assert closed.returncode == 10
     assert "exceed --bound 0.5" in closed.stderr
     assert not (texts / "work" / "model").exists()
-    assert "ran" not in run(server, arguments(texts, "work", bound=0.5)).stderr, "and costs nothing again"
-    opened = run(server, arguments(texts, "work"))
+    assert "ran" not in run(calm, arguments(texts, "work", bound=0.5)).stderr, "and costs nothing again"
+    opened = run(calm, arguments(texts, "work"))
     assert opened.returncode == 0, opened.stderr
-    beyond = run(server, arguments(texts, "beyond", **{"until-step": 3}))
+    beyond = run(calm, arguments(texts, "beyond", **{"until-step": 3}))
     assert (beyond.returncode, "is at step 6" in beyond.stderr) == (11, True)
 
 
