@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields
 from datetime import UTC
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
 
 from maskwire import arguments, results
-from maskwire.protocol import run_figures
 from maskwire.protocol.token_batch import decode_batch, encode_batch, ids_of
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import DigestVersion, payload_hash
@@ -335,48 +333,3 @@ def read_inexact_replays(replays: Iterable[pb.InexactReplay]) -> tuple[results.I
         results.InexactReplay(replay.lineage, replay.first_step, replay.last_step, replay.accepted)
         for replay in replays
     )
-
-
-def read_device_share(share: pb.DeviceShare) -> results.DeviceShare:
-    """How the device was divided between training and reads; zeros: an older server."""
-    return results.DeviceShare(**{each.name: getattr(share, each.name) for each in share.DESCRIPTOR.fields})
-
-
-def read_status(status: pb.GetStatusResponse) -> results.Status:
-    """Decode state, progress and what the run is waiting for."""
-    newest = status.newest_checkpoint if status.HasField("newest_checkpoint") else None
-    return results.Status(
-        state=results.RunState(status.state),
-        state_since=status.state_time.ToDatetime(tzinfo=UTC),
-        waiting_for=status.waiting_for,
-        run_id=status.run_id,
-        lineage=status.lineage,
-        step=status.step,
-        durable_step=status.durable_step,
-        digest=status.digest,
-        queue_length=status.queue_length,
-        queue_limit=status.queue_limit,
-        steps_per_second=status.steps_per_second,
-        tokens_per_second=status.tokens_per_second,
-        last_error=status.last_error,
-        writer=status.writer,
-        epoch=status.epoch,
-        model=read_model(status.model) if status.HasField("model") else None,
-        newest_checkpoint=None if newest is None else read_checkpoint(newest),
-        versions=dict(status.versions),
-        uptime_seconds=status.uptime.ToTimedelta().total_seconds(),
-        tokenizer=status.tokenizer,
-        limits=read_limits(status.limits),
-        data=dict(status.data),
-        inexact_replays=read_inexact_replays(status.inexact_replays),
-        digest_version=status.digest_version,
-        figures=run_figures.read(status),
-        device_share=read_device_share(status.device_share),
-        step_timeout_seconds=status.step_timeout_seconds,
-        mirror=_read_mirror(status.mirror) if status.HasField("mirror") else None,
-    )
-
-
-def _read_mirror(mirror: pb.MirrorStatus) -> results.MirrorStatus:
-    names = (each.name for each in fields(results.MirrorStatus))
-    return results.MirrorStatus(**{name: getattr(mirror, name) for name in names})

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, Unpack
 
 from maskwire import arguments, results
 from maskwire.errors import CheckpointError, Failure, UnavailableError, UnimplementedError
-from maskwire.protocol import codec
+from maskwire.protocol import codec, status_codec
 from maskwire.protocol.download import Download, DownloadProgress
 from maskwire.protocol.effects import Emit, Operation, Pause, Receive, Work
 from maskwire.protocol.evaluation_plan import EvaluationPlan, EvaluationProgress, EvaluationSum
@@ -247,7 +247,7 @@ class Calls(RetriedCalls):
 
     def status(self) -> Operation[results.Status]:
         """Return the run's state, its progress and what it is waiting for."""
-        return codec.read_status((yield from self._ask("GetStatus", pb.GetStatusRequest)))
+        return status_codec.read_status((yield from self._ask("GetStatus", pb.GetStatusRequest)))
 
     def _bounds(self) -> Operation[Bounds]:
         """The server's limits on one call, once it has built its model."""

@@ -59,8 +59,7 @@ class Committer:
         mirrored: bool = False,
     ) -> None:
         """`mirrored`: answers wait until the mirror has what they say; `mirrored_through` says so."""
-        self._run = run
-        self._journal = journal
+        self._run, self._journal = run, journal
         self._disk = disk
         self._clock = clock
         self._on_fatal = on_fatal

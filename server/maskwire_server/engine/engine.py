@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 
-from maskwire.v1.values import Limits, ModelInfo, RestoreResult, RunState, TokenizerDescription
+from maskwire.v1.values import Limits, ModelInfo, RestoreResult, RunState
 from maskwire_server import failpoints
 from maskwire_server.checkpoints import download
 from maskwire_server.checkpoints.catalogue import Catalogue
@@ -69,7 +69,7 @@ class Engine:
         self._run.conditions.last_error = setup.last_error
         self._catalogue = Catalogue()
         self._checkpoints = Checkpoints(setup.run_dir, catalogue=self._catalogue)
-        self._tokenizer = KeptTokenizer(setup.run_dir)
+        self._tokenizer = KeptTokenizer(setup.run_dir, self._run)
         self._disk = Reserve(setup.run_dir, setup.serve.reserve_bytes)
         self._saver = Saver(
             self._checkpoints, self._catalogue, setup.checkpoints, setup.configuration, self._versions,
@@ -158,17 +158,8 @@ class Engine:
         """Save a checkpoint; answered when it is durable and verified."""
         future: Future[CheckpointInfo] = Future()
         with self._unanswered.answering(future):
-            saved = self._saver.find(request)
-            if saved is not None:
-                self._saves.answer_saved(saved, [future])
+            if self._saves.join(request, future):
                 return future
-            with self._run.mutex:
-                twin = self._saves.with_id(request.request_id)
-                if twin is not None:  # a retry
-                    if twin.request != request:
-                        raise admission_rules.other_save(twin.request)
-                    twin.waiters.append(future)
-                    return future
             here = self._run.head.computed
             if request.expected_step is not None and request.expected_step < here.step:
                 admission_rules.refuse_unexpected(request, here)  # refuse now: the step cannot come back
@@ -234,25 +225,11 @@ class Engine:
             self._committer.ask(listing.page, self._run.head.computed.run_id, request)
         )
 
-    def keep_tokenizer(self, given: TokenizerDescription) -> None:
-        """Keep the tokenizer of the run's data. Raises OSError if it cannot be written."""
-        self._unanswered.require_serving()
-        with self._run.mutex:
-            name = self._run.head.tokenizer
-        self._tokenizer.keep(given, name)
-
-    def tokenizer(self) -> TokenizerDescription | None:
-        """The tokenizer that the run keeps; None if it keeps none, or has another one since."""
-        self._unanswered.require_serving()
-        with self._run.mutex:
-            name = self._run.head.tokenizer
-        found = self._tokenizer.read()
-        return None if found is None or found.name != name else found
-
     @property
-    def kept_tokenizer_digest(self) -> str:
-        """The digest of the tokenizer that the run keeps; empty: it keeps none."""
-        return self._tokenizer.digest
+    def tokenizer(self) -> KeptTokenizer:
+        """The tokenizer of the run's data. Raises Refused until the run serves."""
+        self._unanswered.require_serving()
+        return self._tokenizer
 
     def status(self) -> RunStatus:
         """Show state, progress and what the run is waiting for. Never waits for the device or the disk."""
@@ -334,12 +311,9 @@ class Engine:
 
     def _build(self, ready: Ready) -> None:
         """Build the collaborators that serve the recovered run."""
-        run, serve, clock = self._run, self._serve, self._setup.clock
-        journal, disk = ready.journal, self._disk
-        mirror = self._mirror
-        self._committer = Committer(
-            run, journal, disk, clock, self._must_end, mirrored=mirror is not None and mirror.awaited
-        )
+        run, serve, clock, mirror = self._run, self._serve, self._setup.clock, self._mirror
+        journal, disk, mirrored = ready.journal, self._disk, mirror is not None and mirror.awaited
+        self._committer = Committer(run, journal, disk, clock, self._must_end, mirrored=mirrored)
         self._saves = Saves(
             run, self._committer, self._catalogue, self._saver, self._setup.checkpoints, serve, clock, mirror
         )

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 from maskwire.v1.values import TokenizerDescription
+from maskwire_server.engine.shared_state import Run
 from maskwire_server.errors import Refused, invalid_field
 from maskwire_server.journal.fsync import flush_folder
 
@@ -25,8 +26,9 @@ _BYTES = "bytes"
 class KeptTokenizer:
     """One file, replaced as a whole. Safe to use from several threads."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, run: Run) -> None:
         self._path = run_dir / NAME
+        self._run = run
         self._lock = threading.Lock()
         self._digest: str | None = None
 
@@ -55,8 +57,19 @@ class KeptTokenizer:
                         self._path, error)  # fmt: skip
             return None
 
-    def keep(self, given: TokenizerDescription, of_run: str) -> None:
-        """Keep the tokenizer of the run's ids, whose name is `of_run`. Raises Refused and OSError."""
+    def of_run(self) -> TokenizerDescription | None:
+        """What is kept, if it is the tokenizer of the run's ids; None: none is, or the run has another."""
+        found = self.read()
+        return None if found is None or found.name != self._name else found
+
+    @property
+    def _name(self) -> str:
+        with self._run.mutex:
+            return self._run.head.tokenizer
+
+    def keep(self, given: TokenizerDescription) -> None:
+        """Keep the tokenizer of the run's ids. Raises Refused and OSError."""
+        of_run = self._name
         if given.name != of_run:
             raise Refused(
                 "TOKENIZER_MISMATCH",

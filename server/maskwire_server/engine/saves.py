@@ -26,6 +26,7 @@ from maskwire_server.events import CheckpointWritten
 from maskwire_server.journal import reserve
 from maskwire_server.journal.journal import Journal
 from maskwire_server.position import HistoryPosition
+from maskwire_server.requests import SaveRequest
 from maskwire_server.results import CheckpointInfo
 
 log = logging.getLogger(__name__)
@@ -89,12 +90,26 @@ class Saves:
         self._before = self._saved_at, self._overdue
         self._saved_at, self._overdue = self._clock(), False
 
-    def with_id(self, request_id: str | None) -> Save | None:
-        """The save of a request id that is queued, made or written."""
-        known = [*self._run.queue.saves(), *([self.current] if self.current else [])]
-        return next((save for save in known if request_id and save.request.request_id == request_id), None)
-
     # Any thread.
+
+    def join(self, request: SaveRequest, future: Future[CheckpointInfo]) -> bool:
+        """Answer a request that was carried out, or join the save that it repeats; False: it is new.
+
+        Raises Refused if the save with its id is another one.
+        """
+        saved = self._saver.find(request)
+        if saved is not None:
+            self.answer_saved(saved, [future])
+            return True
+        with self._run.mutex:
+            known = [*self._run.queue.saves(), *([self.current] if self.current else [])]
+            for save in known:
+                if request.request_id and save.request.request_id == request.request_id:
+                    if save.request != request:
+                        raise admission_rules.other_save(save.request)
+                    save.waiters.append(future)
+                    return True
+        return False
 
     def start(self, save: Save, snapshot: Snapshot, position: HistoryPosition, save_id: str) -> None:
         """Write a snapshot whose step is durable, and whose save is recorded."""

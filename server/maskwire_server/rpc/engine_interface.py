@@ -39,6 +39,20 @@ class GenerationInterface(Protocol):
         """Stop the generation: the client has left."""
 
 
+class Tokenizer(Protocol):
+    """The tokenizer of the run's data, which the run keeps."""
+
+    @property
+    def digest(self) -> str:
+        """The digest of what is kept; empty: nothing is."""
+
+    def keep(self, given: TokenizerDescription) -> None:
+        """Keep it."""
+
+    def of_run(self) -> TokenizerDescription | None:
+        """What is kept; None: nothing is."""
+
+
 class EngineInterface(Protocol):
     """The engine, as the service sees it. Each method, or the future that it returns, may raise Refused."""
 
@@ -86,15 +100,9 @@ class EngineInterface(Protocol):
     def list_steps(self, request: StepsRequest) -> Future[StepsPage]:
         """A page of recorded steps."""
 
-    def keep_tokenizer(self, given: TokenizerDescription) -> None:
-        """Keep the tokenizer of the run's data."""
-
-    def tokenizer(self) -> TokenizerDescription | None:
-        """The tokenizer that the run keeps; None if it keeps none."""
-
     @property
-    def kept_tokenizer_digest(self) -> str:
-        """The digest of the tokenizer that the run keeps; empty: it keeps none."""
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the run's data."""
 
     def status(self) -> RunStatus:
         """State, progress and what the run is waiting for."""

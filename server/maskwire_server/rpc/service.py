@@ -47,7 +47,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
     ) -> pb.OpenSessionResponse:
         with abort_on_error(context):
             session = _wait(self._engine.open_session(decoding.read_open(request)), context)
-            kept = self._engine.kept_tokenizer_digest
+            kept = self._engine.tokenizer.digest
             return encoding.session(session, self._model_info(), self._engine.limits, kept)
 
     def CloseSession(
@@ -127,7 +127,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         self, request: pb.KeepTokenizerRequest, context: grpc.ServicerContext
     ) -> pb.KeepTokenizerResponse:
         with abort_on_error(context):
-            self._engine.keep_tokenizer(decoding.read_tokenizer(request))
+            self._engine.tokenizer.keep(decoding.read_tokenizer(request))
             return pb.KeepTokenizerResponse()
 
     def GetTokenizer(
@@ -136,7 +136,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
         context: grpc.ServicerContext,
     ) -> pb.GetTokenizerResponse:
         with abort_on_error(context):
-            return encoding.tokenizer(self._engine.tokenizer())
+            return encoding.tokenizer(self._engine.tokenizer.of_run())
 
     def ListSteps(self, request: pb.ListStepsRequest, context: grpc.ServicerContext) -> pb.ListStepsResponse:
         with abort_on_error(context):

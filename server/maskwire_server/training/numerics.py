@@ -36,6 +36,11 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
+def processor_of(device: torch.device) -> str:
+    """The model of a device: of the GPU, or of the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+
+
 def choose_device(wish: str) -> torch.device:
     """The device of `serve.device`. Raises ConfigError if this machine does not have it."""
     if wish == "auto":

@@ -73,8 +73,7 @@ class TorchTrainer:
         self._ranks = ranks or Ranks()
         torch.set_num_threads(serve.threads or self._ranks.cores or numerics.cores())
         self._model, self._objective, self._optimizer = model, objective, optimizer
-        self._seed = seed
-        self._numerics_version = numerics.NUMERICS_VERSION
+        self._seed, self._numerics_version = seed, numerics.NUMERICS_VERSION
         self._initial_sha256 = ""
         self._device = self._ranks.device or numerics.choose_device(serve.device)
         self._bf16 = numerics.choose_bf16(serve.precision, self._device)
@@ -124,8 +123,7 @@ class TorchTrainer:
     @property
     def versions(self) -> dict[str, str]:
         """What results depend on, apart from the configuration."""
-        on_gpu = self._device.type == "cuda"
-        name = torch.cuda.get_device_name(self._device) if on_gpu else numerics.processor()
+        name = numerics.processor_of(self._device)
         return {
             "torch": torch.__version__,
             "device": f"{self._device}{f' ({name})' if name else ''}",
@@ -152,8 +150,7 @@ class TorchTrainer:
         Raises ValueError that names the key if the state does not fit the section: another optimizer, other
         frozen parameters, or a moving average that the state has and the section does not, or the reverse.
         """
-        config = OptimizerConfig(**optimizer)
-        current = self._optimizer
+        config, current = OptimizerConfig(**optimizer), self._optimizer
         if config.name != current.name or bool(config.ema_decay) != bool(current.ema_decay):
             key = "name" if config.name != current.name else "ema_decay"
             raise ValueError(f"optimizer.{key} was {getattr(config, key)!r}, is {getattr(current, key)!r}")
@@ -202,8 +199,8 @@ class TorchTrainer:
         """
         self.check_modes(modes)
         at = StepKey(self._seed, lineage, step)
-        rate = modes.learning_rate
-        rate = optim.learning_rate(self._optimizer, step) if rate is None else rate
+        chosen = modes.learning_rate
+        rate = optim.learning_rate(self._optimizer, step) if chosen is None else chosen
         try:
             sums = self._gradients(self._host(batch), modes, at)
             self._ranks.add(sums.sums)
