@@ -47,7 +47,8 @@ class Looped(Saving):
     _run_fit = Trainer._run_fit
 
     async def submit(self, *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
-        return asyncio.wrap_future(super().submit(*arguments, **options))
+        # As in the asyncio client, a cancelled task leaves its steps in flight.
+        return asyncio.shield(asyncio.wrap_future(super().submit(*arguments, **options)))
 
 
 class Recording:
@@ -382,6 +383,8 @@ def test_a_cancelled_task_of_the_asyncio_client_leaves_its_log_closed(tmp_path: 
         )
         with pytest.raises(asyncio.CancelledError):
             await trainer._run_fit(loop)
+        while trainer.in_flight:
+            await asyncio.sleep(0.001)
 
     asyncio.run(main())
     steps: list[int] = []

@@ -170,6 +170,19 @@ def test_ctrl_c_ends_the_wait_for_a_logger() -> None:
         log_thread._wait(waiting, 60)
 
 
+def test_ctrl_c_while_a_log_opens_returns_interrupted(release: list[Faulty]) -> None:
+    class Interrupting(Faulty):
+        def open(self, place: Place) -> Place | None:
+            os.kill(os.getpid(), 2)
+            return super().open(place)
+
+    opening = Interrupting("open")
+    opening.open_seconds = 60.0
+    release.append(opening)
+    result = fit(Counting(), Numbered(), until_step=8, callbacks=[opening], progress=False)
+    assert (result.interrupted, result.step) == (True, 0)
+
+
 def test_a_forked_child_does_not_wait_for_the_parents_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     logger = Faulty()
     thread = LogThread(logger, PLACE)

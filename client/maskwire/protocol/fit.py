@@ -116,10 +116,9 @@ def fit(
     began, waited = time.monotonic(), trainer.seconds_waited
     try:
         try:
-            if result.step < until_step:
-                yield from record_data(trainer, data, allow_changed_data)
-            yield from loggers.open()
-            yield from _train(until_step, window, milestones, calls, result, progress)
+            recording = record_data(trainer, data, allow_changed_data) if result.step < until_step else None
+            beginning = _begin(recording, loggers, calls)
+            yield from _train(beginning, until_step, window, milestones, calls, result, progress)
         finally:
             result.seconds = time.monotonic() - began
             result.seconds_waited = trainer.seconds_waited - waited
@@ -137,7 +136,16 @@ def fit(
     return result
 
 
+def _begin(recording: Fitting[None] | None, loggers: Loggers, callbacks: Callbacks) -> Fitting[None]:
+    """What comes before the first step."""
+    if recording is not None:
+        yield from recording
+    yield from loggers.open()
+    yield from callbacks.start()
+
+
 def _train(
+    beginning: Fitting[None],
     until_step: int,
     window: FitWindow,
     milestones: Milestones,
@@ -147,7 +155,7 @@ def _train(
 ) -> Fitting[None]:
     """Train until `until_step`, StopTraining or Ctrl-C."""
     try:
-        yield from callbacks.start()
+        yield from beginning
         yield from milestones.make_up()
         while result.step < until_step:
             yield from window.train(milestones.next_step(until_step))
