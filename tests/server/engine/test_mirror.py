@@ -305,3 +305,31 @@ def test_ids_survive_as_they_are(mirrored: MirroredRig) -> None:
     again = mirrored.start().train_step(bare(1, odd)).result(WAIT)
     assert again.replayed
     assert np.array_equal([again.step, *again.digest], [first.step, *first.digest])
+
+
+def test_a_damaged_checkpoint_does_not_keep_the_others_from_the_mirror(local: MirroredRig) -> None:
+    engine = local.start()
+    train(engine, 1)
+    with down("put_file"):
+        for name in ("older", "newer"):
+            engine.save(SaveRequest(name)).result(WAIT)
+            train(engine, 1, first=1 if name == "older" else 2)
+        state = local.folder / "run" / "checkpoints" / "newer" / "state.json"
+        state.write_bytes(state.read_bytes().replace(b'"state"', b'"staTe"'))
+    wait_for(lambda: mirror(engine).checkpoint == "older")
+    wait_for(lambda: mirror(engine).problem == "")
+
+
+def test_a_checkpoint_that_lacks_a_file_in_the_mirror_is_passed_over(local: MirroredRig) -> None:
+    engine = local.start()
+    train(engine, 2)
+    engine.save(SaveRequest("two")).result(WAIT)
+    train(engine, 2, first=2)
+    engine.drain(WAIT)
+    lose_the_machine(local, engine)
+    newest = sorted((local.folder / "mirror" / "checkpoints").glob("step-000000004*"))[0]
+    (newest / "state.json").unlink()
+    assert local.restore("run")
+    again = local.start()
+    assert again.status().durable_step == 4
+    assert [info.name for info in again.checkpoints()] == ["two", "step-000000000"]
