@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from mirrors import MirroredRig, down, tables
 from rig import WAIT, Rig, bare, open_session, payload, reason, reason_of, wait_for
 
 from maskwire.v1.values import MirrorStatus, RunState
+from maskwire_server.checkpoints.mirrored_checkpoints import MirroredCheckpoints
 from maskwire_server.engine import mirror as engine_mirror
 from maskwire_server.engine import mirrored_saves
 from maskwire_server.engine.engine import Engine
 from maskwire_server.errors import FencedError, Refused
 from maskwire_server.journal.object_store import ObjectStore
+from maskwire_server.journal.records import Lineage
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import (
     EvalRequest,
@@ -278,10 +281,15 @@ def test_the_mirror_keeps_two_checkpoints_and_the_batches_after_the_older_one(lo
 def test_a_mirror_that_is_turned_off_and_on_again_has_everything(local: MirroredRig, tmp_path: Path) -> None:
     engine = local.start()
     train(engine, 2)
+    engine.save(SaveRequest("deleted")).result(WAIT)
+    for name in ("kept", "kept-too"):
+        engine.save(SaveRequest(name)).result(WAIT)
     engine.drain(WAIT)
     engine.close()
     alone = Rig(tmp_path / "run").start()
+    alone.delete("deleted").result(WAIT)
     train(alone, 2, first=2)
+    wait_for(lambda: alone._catalogue.is_recorded)
     alone.close()
     engine = local.start()
     train(engine, 2, first=4)
@@ -333,3 +341,20 @@ def test_a_checkpoint_that_lacks_a_file_in_the_mirror_is_passed_over(local: Mirr
     again = local.start()
     assert again.status().durable_step == 4
     assert [info.name for info in again.checkpoints()] == ["two", "step-000000000"]
+
+
+def test_what_a_start_from_the_mirror_may_need_stays_though_it_is_gone_here(local: MirroredRig) -> None:
+    engine = local.start()
+    for step in range(3):
+        train(engine, 1, first=step)
+        engine.save(SaveRequest(f"at-{step + 1}")).result(WAIT)
+    engine.drain(WAIT)
+    copies = MirroredCheckpoints(local.store, mock.Mock(own=list))
+    copies.load({folder: manifest for folder, (manifest, _) in copies.read_all().items()})
+    run = engine._run
+    gone = copies.collectable(run.lineages, 1, batches=False)
+    assert sorted(name.split("/")[1].split(".")[0] for name in gone) == ["at-1", "step-000000000"]
+    parent = Lineage(2, 1, 1, b"d" * 32, None, "at-1")
+    gone = copies.collectable({**run.lineages, 2: parent}, 2, batches=False)
+    kept = {"at-1", "step-000000000"}  # the two newest of this ancestry, and where it started
+    assert not kept & {name.split("/")[1].split(".")[0] for name in gone}
