@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
-from mirrors import MirroredRig, down, tables
+from mirrors import MirroredRig, down, lose_the_machine, mirror, tables, train
 from rig import WAIT, Rig, bare, open_session, payload, reason, reason_of, wait_for
 
-from maskwire.v1.values import MirrorStatus, RunState
-from maskwire_server.checkpoints.mirrored_checkpoints import MirroredCheckpoints
+from maskwire.v1.values import RunState
 from maskwire_server.engine import mirror as engine_mirror
 from maskwire_server.engine import mirrored_saves
 from maskwire_server.engine.engine import Engine
 from maskwire_server.errors import FencedError, Refused
 from maskwire_server.journal.object_store import ObjectStore
-from maskwire_server.journal.records import Lineage
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import (
     EvalRequest,
@@ -54,24 +50,6 @@ def mirrored(tmp_path: Path) -> Iterator[MirroredRig]:
     rig = MirroredRig(tmp_path, "mirrored")
     yield rig
     rig.close()
-
-
-def mirror(engine: Engine) -> MirrorStatus:
-    found = engine.status().mirror
-    assert found is not None
-    return found
-
-
-def train(engine: Engine, count: int, first: int = 0) -> None:
-    for step in range(first, first + count):
-        engine.train_step(bare(step, f"step-{step}")).result(WAIT)
-
-
-def lose_the_machine(rig: MirroredRig, engine: Engine) -> None:
-    """The process ends without a word, and its directory is gone."""
-    with down():
-        engine.close()
-    shutil.rmtree(rig.folder / "run")
 
 
 def held_back(future: Future[Any]) -> bool:
@@ -313,48 +291,3 @@ def test_ids_survive_as_they_are(mirrored: MirroredRig) -> None:
     again = mirrored.start().train_step(bare(1, odd)).result(WAIT)
     assert again.replayed
     assert np.array_equal([again.step, *again.digest], [first.step, *first.digest])
-
-
-def test_a_damaged_checkpoint_does_not_keep_the_others_from_the_mirror(local: MirroredRig) -> None:
-    engine = local.start()
-    train(engine, 1)
-    with down("put_file"):
-        for name in ("older", "newer"):
-            engine.save(SaveRequest(name)).result(WAIT)
-            train(engine, 1, first=1 if name == "older" else 2)
-        state = local.folder / "run" / "checkpoints" / "newer" / "state.json"
-        state.write_bytes(state.read_bytes().replace(b'"state"', b'"staTe"'))
-    wait_for(lambda: mirror(engine).checkpoint == "older")
-    wait_for(lambda: mirror(engine).problem == "")
-
-
-def test_a_checkpoint_that_lacks_a_file_in_the_mirror_is_passed_over(local: MirroredRig) -> None:
-    engine = local.start()
-    train(engine, 2)
-    engine.save(SaveRequest("two")).result(WAIT)
-    train(engine, 2, first=2)
-    engine.drain(WAIT)
-    lose_the_machine(local, engine)
-    newest = sorted((local.folder / "mirror" / "checkpoints").glob("step-000000004*"))[0]
-    (newest / "state.json").unlink()
-    assert local.restore("run")
-    again = local.start()
-    assert again.status().durable_step == 4
-    assert [info.name for info in again.checkpoints()] == ["two", "step-000000000"]
-
-
-def test_what_a_start_from_the_mirror_may_need_stays_though_it_is_gone_here(local: MirroredRig) -> None:
-    engine = local.start()
-    for step in range(3):
-        train(engine, 1, first=step)
-        engine.save(SaveRequest(f"at-{step + 1}")).result(WAIT)
-    engine.drain(WAIT)
-    copies = MirroredCheckpoints(local.store, mock.Mock(own=list))
-    copies.load({folder: manifest for folder, (manifest, _) in copies.read_all().items()})
-    run = engine._run
-    gone = copies.collectable(run.lineages, 1, batches=False)
-    assert sorted(name.split("/")[1].split(".")[0] for name in gone) == ["at-1", "step-000000000"]
-    parent = Lineage(2, 1, 1, b"d" * 32, None, "at-1")
-    gone = copies.collectable({**run.lineages, 2: parent}, 2, batches=False)
-    kept = {"at-1", "step-000000000"}  # the two newest of this ancestry, and where it started
-    assert not kept & {name.split("/")[1].split(".")[0] for name in gone}
