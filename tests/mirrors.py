@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -10,8 +11,9 @@ from typing import Any
 from unittest import mock
 
 from counter import CounterTrainer
-from rig import WAIT, make_engine
+from rig import WAIT, bare, make_engine
 
+from maskwire.v1.values import MirrorStatus
 from maskwire_server import config
 from maskwire_server.config import StorageConfig
 from maskwire_server.engine.engine import Engine
@@ -69,6 +71,24 @@ def tables(run_dir: Path) -> Tables:
             for name in names
             if name not in OWN
         }
+
+
+def mirror(engine: Engine) -> MirrorStatus:
+    found = engine.status().mirror
+    assert found is not None
+    return found
+
+
+def train(engine: Engine, count: int, first: int = 0) -> None:
+    for step in range(first, first + count):
+        engine.train_step(bare(step, f"step-{step}")).result(WAIT)
+
+
+def lose_the_machine(rig: MirroredRig, engine: Engine) -> None:
+    """The process ends without a word, and its directory is gone."""
+    with down():
+        engine.close()
+    shutil.rmtree(rig.folder / "run")
 
 
 @contextmanager

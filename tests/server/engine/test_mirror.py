@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -11,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mirrors import MirroredRig, down, tables
+from mirrors import MirroredRig, down, lose_the_machine, mirror, tables, train
 from rig import WAIT, Rig, bare, open_session, payload, reason, reason_of, wait_for
 
-from maskwire.v1.values import MirrorStatus, RunState
+from maskwire.v1.values import RunState
 from maskwire_server.engine import mirror as engine_mirror
 from maskwire_server.engine import mirrored_saves
 from maskwire_server.engine.engine import Engine
@@ -51,24 +50,6 @@ def mirrored(tmp_path: Path) -> Iterator[MirroredRig]:
     rig = MirroredRig(tmp_path, "mirrored")
     yield rig
     rig.close()
-
-
-def mirror(engine: Engine) -> MirrorStatus:
-    found = engine.status().mirror
-    assert found is not None
-    return found
-
-
-def train(engine: Engine, count: int, first: int = 0) -> None:
-    for step in range(first, first + count):
-        engine.train_step(bare(step, f"step-{step}")).result(WAIT)
-
-
-def lose_the_machine(rig: MirroredRig, engine: Engine) -> None:
-    """The process ends without a word, and its directory is gone."""
-    with down():
-        engine.close()
-    shutil.rmtree(rig.folder / "run")
 
 
 def held_back(future: Future[Any]) -> bool:
@@ -278,10 +259,15 @@ def test_the_mirror_keeps_two_checkpoints_and_the_batches_after_the_older_one(lo
 def test_a_mirror_that_is_turned_off_and_on_again_has_everything(local: MirroredRig, tmp_path: Path) -> None:
     engine = local.start()
     train(engine, 2)
+    engine.save(SaveRequest("deleted")).result(WAIT)
+    for name in ("kept", "kept-too"):
+        engine.save(SaveRequest(name)).result(WAIT)
     engine.drain(WAIT)
     engine.close()
     alone = Rig(tmp_path / "run").start()
+    alone.delete("deleted").result(WAIT)
     train(alone, 2, first=2)
+    wait_for(lambda: alone._catalogue.is_recorded)
     alone.close()
     engine = local.start()
     train(engine, 2, first=4)

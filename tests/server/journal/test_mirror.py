@@ -13,7 +13,7 @@ import pytest
 from mirrors import MirroredRig, down, tables
 from rig import WAIT, bare, open_session, wait_for
 
-from maskwire_server.errors import ConfigError, FencedError, RunDirectoryError, StoreError
+from maskwire_server.errors import FencedError, RunDirectoryError, StoreError
 from maskwire_server.journal import outbox, schema
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.object_store import ObjectStore
@@ -323,22 +323,6 @@ def test_a_restore_reads_a_faster_writer_first(rig: MirroredRig, tmp_path: Path)
     with pytest.raises(FencedError):
         old.send()
     journal.close()
-
-
-def test_a_store_without_conditional_create_is_refused(rig: MirroredRig) -> None:
-    with pytest.raises(ConfigError, match="ftp:// has no conditional create"):
-        ObjectStore("ftp://host/prefix")
-
-    def overwrite(store: ObjectStore, name: str, data: bytes) -> None:
-        store.put(name, data)
-
-    with (
-        mock.patch.object(ObjectStore, "create", overwrite),
-        pytest.raises(ConfigError, match="If-None-Match"),
-    ):
-        rig.store.probe()
-    rig.store.probe()
-    assert rig.store.names("") == []
 
 
 def test_a_start_waits_for_the_store(rig: MirroredRig) -> None:

@@ -1,0 +1,52 @@
+"""Which stores are accepted, and what happens when the answer to a conditional create is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from mirrors import MirroredRig
+
+from maskwire_server.errors import ConfigError
+from maskwire_server.journal.object_store import ObjectStore
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[MirroredRig]:
+    rig = MirroredRig(tmp_path)
+    yield rig
+    rig.close()
+
+
+def test_a_store_without_conditional_create_is_refused(rig: MirroredRig) -> None:
+    with pytest.raises(ConfigError, match="ftp:// has no conditional create"):
+        ObjectStore("ftp://host/prefix")
+
+    def overwrite(store: ObjectStore, name: str, data: bytes) -> None:
+        store.put(name, data)
+
+    with (
+        mock.patch.object(ObjectStore, "create", overwrite),
+        pytest.raises(ConfigError, match="If-None-Match"),
+    ):
+        rig.store.probe()
+    rig.store.probe()
+    assert rig.store.names("") == []
+
+
+def test_a_probe_whose_answer_is_lost_succeeds_at_the_next_try(rig: MirroredRig) -> None:
+    create, answers = ObjectStore._create, [OSError("the connection was reset")]
+
+    def lose_the_first_answer(store: ObjectStore, name: str, data: bytes) -> None:
+        create(store, name, data)
+        if answers:
+            raise answers.pop()
+
+    store = rig.store
+    store.patience = lambda _: True
+    with mock.patch.object(ObjectStore, "_create", lose_the_first_answer):
+        store.probe()
+    assert not answers
+    assert store.names("") == []
