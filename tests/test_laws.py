@@ -124,9 +124,7 @@ def test_no_pickle_travels_between_ranks_or_is_loaded() -> None:
     objects = ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list",
                "send_object_list", "recv_object_list")  # fmt: skip
     for path in sources(SERVER):
-        called = {
-            node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)
-        }
+        called = {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
         assert not called & set(objects), path
         assert not knows(path, "pickle"), path
 
