@@ -281,6 +281,8 @@ class Engine:
             self._serving.set_exception(error)
             return
         self._build(recovered)
+        if self._start.stopping:  # `close` found no executor to stop
+            self._executor.stop()
         self._committer.start()
         with self._run.mutex:
             self._run.lease.opened()  # its idle time starts now, however long the start took
