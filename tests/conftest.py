@@ -24,17 +24,16 @@ if "MASKWIRE_MODEL_RUNS" not in os.environ:
     settings.load_profile("suite")
 
 LONGEST = (
-    "robustness/test_samples.py", "rpc/test_ranks.py", "ranks/test_parity.py",
-    "test_bench.py", "rpc/test_jobs.py", "rpc/test_limits.py",
-    "server/recovery/test_inexact_replay.py", "client/test_nonfatal_output.py", "rpc/test_durability.py",
-    "server/training/test_generation.py", "rpc/test_model_examples.py", "test_wheel.py",
-    "rpc/test_sources.py", "server/training/test_dense_reference.py",
-    "server/training/test_known_answers.py", "rpc/test_processes.py", "rpc/test_run_directory.py",
-    "rpc/test_both_clients.py", "test_suite.py", "server/training/test_trainer.py",
-    "server/training/test_importing.py", "rpc/test_service_over_the_wire.py", "rpc/test_generate.py",
-    "rpc/test_weights.py", "rpc/test_made_up.py", "rpc/test_exchange.py", "test_laws.py",
-    "test_fork_server.py", "rpc/test_evaluation.py", "test_scale.py", "rpc/test_object_stores.py",
-    "server/engine/test_mirror.py",
+    "rpc/test_ranks.py", "robustness/test_samples.py", "ranks/test_parity.py", "rpc/test_limits.py",
+    "rpc/test_model_examples.py", "test_wheel.py", "server/training/test_generation.py",
+    "server/recovery/test_inexact_replay.py", "rpc/test_jobs.py", "client/test_nonfatal_output.py",
+    "rpc/test_sources.py", "server/training/test_dense_reference.py", "rpc/test_durability.py",
+    "test_bench.py",
+    "server/training/test_known_answers.py", "rpc/test_service_over_the_wire.py", "rpc/test_run_directory.py",
+    "rpc/test_weights.py", "rpc/test_processes.py", "server/training/test_trainer.py", "rpc/test_security.py",
+    "server/training/test_importing.py", "test_suite.py", "rpc/test_made_up.py", "rpc/test_both_clients.py",
+    "rpc/test_exchange.py", "rpc/test_docs.py", "test_laws.py", "test_fork_server.py",
+    "rpc/test_evaluation.py", "test_scale.py",
 )  # fmt: skip
 """The files that take ten seconds or more, the longest first."""
 CHILDREN = pytest.StashKey[set[int]]()
@@ -44,6 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """The suite computes on the CPU wherever it runs; `pytest -m gpu` tests the GPU."""
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # torch.compile in this process: a pool of others would import torch in each.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -293,6 +293,8 @@ class Engine:
             self._serving.set_exception(error)
             return
         self._build(recovered)
+        if self._start.stopping:  # `close` found no executor to stop
+            self._executor.stop()
         self._committer.start()
         if self._mirror is not None:
             self._mirror.start(self._committer)

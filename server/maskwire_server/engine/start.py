@@ -71,7 +71,8 @@ class Start:
         self._setup = setup
         self._versions = versions
         self._mirror = mirror
-        self._stopping = False
+        self.stopping = False
+        """Whether `stop` was called."""
         self._journal: Journal | None = None
         self.read_tokens: int | None = None
         """Default of `Limits.max_read_tokens`; None until the model is built."""
@@ -80,7 +81,7 @@ class Start:
 
     def stop(self) -> None:
         """Stop waiting for disk space and the mirror. Any thread."""
-        self._stopping = True
+        self.stopping = True
         if self._mirror is not None:
             self._mirror.stop()
 
@@ -275,14 +276,14 @@ class Start:
             try:
                 return act()
             except Exception as error:
-                if self._stopping or not (is_full(error) or is_full(error.__cause__)):
+                if self.stopping or not (is_full(error) or is_full(error.__cause__)):
                     raise
                 if not waits:
                     log.error("disk full: startup waits until space is freed: %s", error)
                 waits = True
             self._wait_for("room on the disk")
             until = time.monotonic() + RETRY_SECONDS
-            while not self._stopping and time.monotonic() < until:
+            while not self.stopping and time.monotonic() < until:
                 time.sleep(0.05)
             if self._journal is not None:
                 make_room(self._journal, self._disk)

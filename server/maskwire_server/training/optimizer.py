@@ -6,6 +6,7 @@ after importing torch. Nothing here compiles an optimizer.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 
-class Optimizer:
+class Optimizer(ABC):
     """Groups of weights with their settings, and the state of each weight, as in `torch.optim.Optimizer`."""
 
     def __init__(self, **defaults: float) -> None:
@@ -26,9 +27,9 @@ class Optimizer:
         """Add weights (`params`) with their settings."""
         self.param_groups.append({**self._defaults, **group})
 
+    @abstractmethod
     def step(self) -> None:
         """Update the weights that have a gradient."""
-        raise NotImplementedError
 
 
 class AdamW(Optimizer):

@@ -21,7 +21,19 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 from counter import FAIL_ID, NAN_ID, CounterSnapshot, CounterTrainer
-from rig import DIGEST, WAIT, FullDisk, Rig, bare, open_session, payload, reason, reason_of, wait_for
+from rig import (
+    DIGEST,
+    WAIT,
+    FullDisk,
+    Rig,
+    bare,
+    make_engine,
+    open_session,
+    payload,
+    reason,
+    reason_of,
+    wait_for,
+)
 
 from maskwire.v1.digest import step_digest
 from maskwire.v1.values import Outcome, RunState
@@ -344,6 +356,24 @@ def test_everything_acknowledged_is_there_after_a_restart(rig: Rig) -> None:
     assert again.train_step(StepRequest(payload(8), session, 8, "r8")).result(WAIT).step == 8, (
         "the session lives"
     )
+
+
+def test_an_engine_that_is_closed_while_it_starts_ends(rig: Rig) -> None:
+    reached, release = threading.Event(), threading.Event()
+
+    class Slow(CounterTrainer):
+        def warm_up(self) -> None:
+            reached.set()
+            assert release.wait(WAIT)
+
+    engine = make_engine(rig.folder, rig.config(), Slow)
+    assert reached.wait(WAIT)
+    closing = threading.Thread(target=engine.close, daemon=True)
+    closing.start()
+    wait_for(lambda: engine._start.stopping)
+    release.set()
+    closing.join(WAIT)
+    assert not closing.is_alive()
 
 
 def test_a_restart_after_a_drain_replays_nothing(rig: Rig) -> None:
