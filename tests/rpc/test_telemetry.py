@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import gzip
 import itertools
@@ -24,6 +25,7 @@ import pytest
 from serving import COUNTING, ServerProcess, wait_until
 
 import maskwire
+import maskwire.aio
 from maskwire.errors import MaskwireError
 
 prometheus_client = pytest.importorskip("prometheus_client", reason="prometheus-client is not installed")
@@ -291,6 +293,7 @@ def test_a_step_is_one_trace_across_client_and_server(
             trainer.submit(batch(2)).result()
             with pytest.raises(MaskwireError):
                 trainer.train_step(batch(3, first=8))
+        asyncio.run(step_of_the_asyncio_client(server.address))
         tracing.exporting_provider("maskwire").shutdown()
         assert server.stop() == 0
     finally:
@@ -300,8 +303,10 @@ def test_a_step_is_one_trace_across_client_and_server(
     for service, span in collector.spans:
         by_service[service].append(span)
     clients, servers = by_service["maskwire"], by_service["maskwire-server"]
-    assert [span.name for span in clients] == ["train_step"] * 3
-    assert len({span.trace_id for span in clients}) == 3
+    assert [span.name for span in clients] == ["train_step"] * 4
+    assert len({span.trace_id for span in clients}) == 4
+    calls = [span for span in servers if span.name == "TrainStep"]
+    assert {span.parent_span_id for span in calls} == {span.span_id for span in clients}
     client = next(span for span in clients if _attributes(span).get("maskwire.step") == 1)
     trace = [span for span in servers if span.trace_id == client.trace_id]
     (root,) = [span for span in trace if span.name == "TrainStep"]
@@ -322,6 +327,11 @@ def test_a_step_is_one_trace_across_client_and_server(
     (failed,) = [span for span in servers if _attributes(span).get("maskwire.reason")]
     assert _attributes(failed)["maskwire.reason"] == "INTERNAL"
     assert sum(span.trace_id == failed.trace_id for span in clients) == 1
+
+
+async def step_of_the_asyncio_client(address: str) -> None:
+    async with await maskwire.aio.connect(address) as trainer:
+        await trainer.train_step(batch(9))
 
 
 def _attributes(span: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from maskwire_server.telemetry.samples import as_markdown
 FOLDER = "tensorboard"
 _FLUSH_SECONDS = 1.0
 _EVALUATION_SECONDS = 5.0
+_RETRY_SECONDS = 60.0
 _SPEED_STEPS = 20
 _files = itertools.count()
 
@@ -69,6 +70,7 @@ class EventFiles:
         self._decoder = decoder
         self._file: _File | None = None
         self._flushed = time.monotonic()
+        self._retry_at = 0.0
         self._evaluation: _Evaluation | None = None
         self._recent: deque[tuple[float, int]] = deque(maxlen=_SPEED_STEPS + 1)
 
@@ -172,13 +174,17 @@ class EventFiles:
         self._write(FileEvent(wall_time=event.time, step=event.step, summary=Summary(value=[value])))
 
     def _write(self, event: FileEvent) -> None:
-        if self._file is None:
-            self._file = _File(self._folder)
+        if time.monotonic() < self._retry_at:
+            raise OSError("the event file could not be written; another is begun in a minute")
         try:
+            if self._file is None:
+                self._file = _File(self._folder)
             self._file.write(event)
-        except OSError:  # of a full disk: the end of the file is torn, so the next event begins another
+        except OSError:  # of a full disk: the end of the file is torn, so that another must be begun
             torn, self._file = self._file, None
-            torn.close()
+            self._retry_at = time.monotonic() + _RETRY_SECONDS  # not one for each event
+            if torn is not None:
+                torn.close()
             raise
 
 

@@ -63,7 +63,7 @@ class Sources:
 
     def read(self) -> Reading:
         """Everything that the metrics show."""
-        return Reading(self.status(), self._journal_bytes(), self._free_bytes(), self._device_memory())
+        return Reading(self.status(), self._journal_bytes(), self._free_bytes(), self._memory())
 
     def decoder(self) -> Callable[[Sequence[int]], str]:
         """How to show ids of the run as text."""
@@ -75,6 +75,12 @@ class Sources:
             return sum(path.stat().st_size for path in self.run_dir.glob(f"{self._journal_file}*"))
         except OSError:
             return None
+
+    def _memory(self) -> Mapping[str, int]:
+        try:
+            return self._device_memory()
+        except RuntimeError:  # the device has failed; the process is about to end
+            return {}
 
     def _free_bytes(self) -> int | None:
         try:

@@ -165,7 +165,11 @@ def test_after_a_full_disk_the_curves_continue_in_another_file(
     monkeypatch.setattr(files._file._records, "write", full)
     with pytest.raises(OSError, match="No space"):
         files.receive(step(2))
-    files.receive(step(3))
+    with pytest.raises(OSError, match="another is begun"):
+        files.receive(step(3))
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1, "no file for each event that is lost"
+    files._retry_at = 0.0
+    files.receive(step(4))
     files.close()
-    assert curve(read(tmp_path), "loss/total") == [(1, 11.0), (3, 13.0)]
+    assert curve(read(tmp_path), "loss/total") == [(1, 11.0), (4, 14.0)]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
