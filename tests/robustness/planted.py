@@ -21,6 +21,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import FlakyStrategyDefinition
 from hypothesis.stateful import run_state_machine_as_test
+from rig import wait_for
 
 from maskwire.loggers import metrics
 from maskwire.protocol import fit
@@ -437,7 +438,9 @@ def held_journal(folder: Path) -> Iterator[tuple[Any, Any]]:
         finally:
             failpoints.install(None)
             release.set()
-        assert step.result(damage.WAIT).step == 1
+        wait_for(lambda: step.done() or bool(run.fatal))
+        assert not run.fatal, f"the journal refused it: {run.fatal[0]}"
+        assert step.result().step == 1
 
 
 def a_read_beside_a_held_journal(folder: Path) -> None:
