@@ -31,7 +31,7 @@ FOLDER = Path("demo-run")
 MARK = "made-by-maskwire-demo"
 CURVE, REPORT = FOLDER / "learning-curve.png", FOLDER / "report.html"
 LENGTH, ROWS, HELD_OUT, EVAL_ROWS = 128, 32, 0.05, 128
-EVALUATIONS = 4
+EVALUATIONS = 5
 PROBE_STEPS, FEWEST_STEPS = 20, 450
 LAST_RATE = 1e-3  # of the last fifth
 CONFIG = f"""\
@@ -129,19 +129,18 @@ def run(
         say(f"Held out before training: {start.bits_per_byte:.2f} bits per byte. Measuring this machine …")
         probe = trainer.fit(training, until_step=PROBE_STEPS, metrics=metrics, progress=False)
         total = max(FEWEST_STEPS, int(seconds * PROBE_STEPS / probe.seconds) // 10 * 10)
-        killer.at_step, last_part = total // 2, total * 4 // 5
+        killer.at_step = total // 2
         say(f"Training {total} steps of {ROWS} rows of {LENGTH} bytes. Half-way the server is killed.\n")
         result = trainer.fit(
             training,
-            until_step=last_part,
+            until_step=total,
             evaluate=evaluate,
-            eval_every=max(1, last_part // EVALUATIONS),
+            eval_every=max(1, total // EVALUATIONS),
             metrics=metrics,
             on_step=killer.on_step,
+            learning_rate=lambda step: LAST_RATE if step > total * 4 // 5 else None,
         )
-        if not result.interrupted:
-            finish = trainer.fit(training, until_step=total, metrics=metrics, learning_rate=LAST_RATE)
-        if result.interrupted or finish.interrupted:
+        if result.interrupted:
             raise KeyboardInterrupt
         end = evaluate(trainer)
         writing.trained(trainer)
@@ -150,7 +149,7 @@ def run(
     from demo.plot import learning_curve
 
     show_writing(writing)
-    points = [start, *result.evaluations, end]
+    points = [start, *(found for found in result.evaluations if found.step < total), end]
     learning_curve(metrics, points, CURVE, unigram=unigram, killed_at=killer.at_step)
     assert start.bits_per_byte is not None
     assert end.bits_per_byte is not None
@@ -166,7 +165,7 @@ def run(
         "samples_fewer_bits": round(writing.fewer, 4),
         "steps": total,
         "tokens_per_second": round(PROBE_STEPS * ROWS * LENGTH / probe.seconds),
-        "seconds_training": round(probe.seconds + result.seconds + finish.seconds, 1),
+        "seconds_training": round(probe.seconds + result.seconds, 1),
         "parameters": model.parameters,
         "killed_at_step": killer.at_step,
         "restart_seconds": round(killer.restart_seconds, 2),

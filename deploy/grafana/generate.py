@@ -75,6 +75,22 @@ ROWS: dict[str, list[Panel]] = {
                 "sum by (method, code, reason, instance) (rate(maskwire_requests_total{$S}[5m])) > 0"
         }),
     ],
+    "Evaluation and generation": [
+        Panel("Share of the device", "percentunit",
+              {"{{use}}": "rate(maskwire_device_seconds_total{$S}[5m])"}),
+        Panel("Reads that wait", "none", {"reads": "maskwire_waiting_reads{$S}"}),
+        Panel("Reads refused or ended", "none",
+              {"{{reason}}": "rate(maskwire_reads_refused_total{$S}[5m])"}),
+    ],
+    "Object store": [
+        Panel("Steps", "none", {"trained": "maskwire_step{$S}", "mirrored": "maskwire_mirror_step{$S}"}),
+        Panel("Since the last upload", "s", {"seconds": "maskwire_mirror_age_seconds{$S}"}),
+        Panel("Uploads", "Bps", {
+            "batches": "rate(maskwire_mirror_uploaded_bytes_total{$S}[5m])",
+            "failures": "rate(maskwire_mirror_failures_total{$S}[5m])",
+            "failing": "maskwire_mirror_failing{$S}",
+        }),
+    ],
     "Resources": [
         Panel("Device memory", "bytes", {"{{kind}}": "maskwire_device_memory_bytes{$S}"}),
         Panel("Disk", "bytes", {

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire.v1.values import Outcome, RunState
+from maskwire.v1.values import MirrorStatus, Outcome, RunState
 from maskwire_server.run_figures import HistogramFigures
 from maskwire_server.run_status import RunStatus
 
@@ -109,6 +109,26 @@ def _requests(reading: Reading) -> list[Sample]:
     return [(labels, count) for labels, count in sorted({**zeros, **reading.status.figures.calls}.items())]
 
 
+def _device_seconds(reading: Reading) -> list[Sample]:
+    share = reading.status.device_share
+    return [(("read",), share.read_seconds), (("step",), share.step_seconds)]
+
+
+def _reads_not_answered(reading: Reading) -> list[Sample]:
+    share = reading.status.device_share
+    return [(("queue_full",), share.refused_reads), (("too_long",), share.ended_reads)]
+
+
+def _of_mirror(read: Callable[[MirrorStatus], float]) -> Callable[[Reading], list[Sample]]:
+    """Nothing, if the run has no mirror."""
+
+    def sample(reading: Reading) -> list[Sample]:
+        mirror = reading.status.mirror
+        return _one(None if mirror is None else read(mirror))
+
+    return sample
+
+
 METRICS = (
     Metric(
         "maskwire_steps_total",
@@ -199,6 +219,56 @@ METRICS = (
         "Memory of the device: allocated, reserved, peak and total of the GPUs, or the process's resident.",
         lambda reading: _each(reading.device_memory),
         ("kind",),
+    ),
+    Metric(
+        "maskwire_device_seconds_total",
+        "counter",
+        "Seconds of the device spent on training steps, and on evaluations and generations.",
+        _device_seconds,
+        ("use",),
+    ),
+    Metric(
+        "maskwire_waiting_reads",
+        "gauge",
+        "Evaluations and generations that wait for the device.",
+        lambda reading: _one(reading.status.device_share.waiting_reads),
+    ),
+    Metric(
+        "maskwire_reads_refused_total",
+        "counter",
+        "Evaluations and generations refused because too many waited, or ended for a step that waited.",
+        _reads_not_answered,
+        ("reason",),
+    ),
+    Metric(
+        "maskwire_mirror_step",
+        "gauge",
+        "The newest step in the object store.",
+        _of_mirror(lambda mirror: mirror.step),
+    ),
+    Metric(
+        "maskwire_mirror_age_seconds",
+        "gauge",
+        "Seconds since records were last written to the object store.",
+        _of_mirror(lambda mirror: mirror.seconds_since_segment),
+    ),
+    Metric(
+        "maskwire_mirror_failing",
+        "gauge",
+        "1 while nothing can be uploaded to the object store, else 0.",
+        _of_mirror(lambda mirror: bool(mirror.problem)),
+    ),
+    Metric(
+        "maskwire_mirror_failures_total",
+        "counter",
+        "Uploads to the object store that failed; each is tried again.",
+        _of_mirror(lambda mirror: mirror.failures),
+    ),
+    Metric(
+        "maskwire_mirror_uploaded_bytes_total",
+        "counter",
+        "Size of the batches uploaded to the object store.",
+        _of_mirror(lambda mirror: mirror.uploaded_bytes),
     ),
     Metric(
         "maskwire_events_dropped_total",
