@@ -100,6 +100,11 @@ class Job:
             for each in in_flight:
                 self._answered(each.result(60))
 
+    def train_while_alive(self, server: Server) -> None:
+        """Train, and again if the server refuses for too long, until it ends."""
+        while server.alive:
+            self.train(server.address)
+
     def _answered(self, answer: Any) -> None:
         self.acknowledged[answer.step] = answer.digest
 
@@ -277,7 +282,8 @@ def two_servers(folder: Path, acknowledge: str, rounds: int, seed: int = 0) -> d
         for number in range(1, rounds + 1):
             second = server_at(folder / str(number), proxy, prefix, acknowledge, seconds=0.002)
             job = Job(seed)
-            thread = threading.Thread(target=job.train, args=(first.address,))
+            # A server that trains nothing does not notice that it is fenced: the job does not give up.
+            thread = threading.Thread(target=job.train_while_alive, args=(first,))
             thread.start()
             time.sleep(0.2 + draw.random())
             start(second)
