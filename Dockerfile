@@ -2,7 +2,7 @@
 #
 #   docker build -t maskwire .                                               torch with CUDA
 #   docker build -t maskwire --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .     a CPU build
-#   docker build -t maskwire --build-arg EXTRAS=telemetry,huggingface,x-transformers .     other models than the encoder
+#   docker build -t maskwire --build-arg EXTRAS=storage,telemetry,huggingface,x-transformers .     other models than the encoder
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim-bookworm AS build
 
@@ -15,7 +15,7 @@ COPY constraints.txt .
 # torch by itself: a layer that a change of the sources leaves as it is.
 RUN if [ -n "$TORCH_INDEX" ]; then pip install -c constraints.txt --index-url "$TORCH_INDEX" torch; \
     else pip install -c constraints.txt torch; fi
-ARG EXTRAS=server,telemetry
+ARG EXTRAS=server,storage,telemetry
 COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY server server
