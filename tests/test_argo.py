@@ -63,8 +63,8 @@ def test_the_stages_come_in_order_and_their_commands_exist() -> None:
     ]  # fmt: skip
     assert [name for name, _ in stages()].index("gate") == 4
     values = dict(ran)
-    assert values["train"]["paths"] == [values["prepare-texts"]["out"]]
-    assert values["evaluate"]["paths"] == [values["prepare-held-out"]["out"]]
+    assert values["train"]["paths"] == [str(values["prepare-texts"]["out"])]
+    assert values["evaluate"]["paths"] == [str(values["prepare-held-out"]["out"])]
     assert (values["train"]["until_step"], values["train"]["name"]) == (1000, "maskwire-abc12")
     assert all(found["as_json"] for _, found in ran)
 

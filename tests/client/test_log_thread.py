@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -163,6 +164,15 @@ def test_a_failure_without_progress_goes_to_the_log(caplog: pytest.LogCaptureFix
     assert [record.getMessage()[:6] for record in caplog.records] == ["faulty"]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C works also where the suite runs in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_the_wait_for_a_logger() -> None:
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     with pytest.raises(KeyboardInterrupt):  # noqa: PT012
@@ -170,6 +180,7 @@ def test_ctrl_c_ends_the_wait_for_a_logger() -> None:
         log_thread._wait(waiting, 60)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_a_log_opens_returns_interrupted(release: list[Faulty]) -> None:
     class Interrupting(Faulty):
         def open(self, place: Place) -> Place | None:

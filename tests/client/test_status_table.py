@@ -5,12 +5,12 @@ from __future__ import annotations
 from rich.console import Console
 
 from maskwire.cli.display import status_table, to_json
-from maskwire.protocol import codec
+from maskwire.protocol import status_codec
 from maskwire.v1 import training_service_pb2 as pb
 
 
 def shown(**fields: object) -> str:
-    status = codec.read_status(pb.GetStatusResponse(state="RUN_STATE_SERVING", **fields))
+    status = status_codec.read_status(pb.GetStatusResponse(state="RUN_STATE_SERVING", **fields))
     console = Console(width=200)
     with console.capture() as captured:
         console.print(status_table(status))
@@ -45,7 +45,7 @@ def test_losses_times_refusals_and_lost_events_are_rows() -> None:
 
 def test_a_step_without_an_update_has_no_norm_in_the_json() -> None:
     answer = pb.GetStatusResponse(newest_step=pb.NewestStep(step=1, losses=pb.Losses(loss=float("nan"))))
-    newest = to_json(codec.read_status(answer).figures)["newest_step"]
+    newest = to_json(status_codec.read_status(answer).figures)["newest_step"]
     assert newest == {
         "step": 1,
         "outcome": "UNKNOWN",

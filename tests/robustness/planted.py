@@ -23,9 +23,10 @@ from hypothesis.errors import FlakyStrategyDefinition
 from hypothesis.stateful import run_state_machine_as_test
 from rig import wait_for
 
-from maskwire.loggers import metrics
-from maskwire.protocol import fit
+from maskwire.loggers import history
+from maskwire.protocol import fit_milestones
 from maskwire.v1.values import InexactReplay, Losses, Outcome
+from maskwire_server.checkpoints import files as checkpoint_files
 from maskwire_server.checkpoints import membership, retention, saver, store
 from maskwire_server.engine import (
     admission,
@@ -586,7 +587,7 @@ def _journal_without_flushes() -> list[Patch]:
 
 
 def _checkpoint_files_not_flushed() -> list[Patch]:
-    return [(store, "flush", store.describe)]
+    return [(checkpoint_files, "flush", store.describe)]
 
 
 def _checkpoint_folder_not_flushed() -> list[Patch]:
@@ -737,7 +738,7 @@ def _owed_evaluations_left_out() -> list[Patch]:
     def nothing(_: Any) -> Iterator[Any]:
         yield lambda: None
 
-    return [(fit, "_not_evaluated", nothing)]
+    return [(fit_milestones, "_not_evaluated", nothing)]
 
 
 def _evaluations_in_memory_only() -> list[Patch]:
@@ -745,7 +746,7 @@ def _evaluations_in_memory_only() -> list[Patch]:
 
 
 def _metrics_not_filled_in() -> list[Patch]:
-    return [(metrics.Metrics, "_fill", lambda *_: iter(()))]
+    return [(history, "_fill", lambda *_: iter(()))]
 
 
 def _critic_alone_weighted() -> list[Patch]:

@@ -12,7 +12,7 @@ import pytest
 import maskwire
 
 pytest.importorskip("s3fs", reason='object stores need: pip install "maskwire[storage]"')
-pytest.importorskip("moto.server", reason="the S3 server of the tests needs: pip install "moto[s3]" flask flask-cors")
+pytest.importorskip("moto.server", reason="the S3 server needs: pip install moto[s3] flask flask-cors")
 
 from robustness.expected import batch
 from robustness.mirror_faults import FENCED, Job, expected_at, one_more, server_at, store

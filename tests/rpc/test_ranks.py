@@ -120,10 +120,10 @@ def test_a_lost_rank_costs_a_restart_and_no_step(
         and path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
     ]
     assert not pickles
-    check_on_one_process(start, lossy, found, tmp_path)
     gathered = maskwire_server.load(undisturbed[0].run_dir / "checkpoints" / "end").state_dict()
     for name, tensor in maskwire_server.load(lossy.run_dir / "checkpoints" / "end").state_dict().items():
         assert torch.equal(gathered[name], tensor), name
+    check_on_one_process(start, lossy, found, tmp_path)
 
 
 def check_on_one_process(start: Start, ranks: RankServer, expected: dict[str, Any], room: Path) -> None:

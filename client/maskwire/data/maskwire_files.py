@@ -42,7 +42,9 @@ SETTINGS = {
     "activation_checkpointing max_message_bytes queue_limit window max_draws max_generation_steps "
     "max_read_tokens max_read_seconds max_reads_per_credential step_timeout_seconds session_idle_seconds "
     "gap_seconds drain_seconds",
-    "distributed": "replicate shard rank_timeout_seconds",
+    "distributed": "replicate shard rank_timeout_seconds checkpoints_by",
+    "telemetry": "metrics_address tensorboard log_format",
+    "storage": "mirror acknowledge segment_seconds segment_bytes",
 }
 """The sections of the server's configuration and the keys of each."""
 

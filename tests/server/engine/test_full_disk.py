@@ -19,7 +19,7 @@ from rig import WAIT, Rig, bare, make_engine, payload, reason, wait_for
 
 from maskwire.v1.values import RunState
 from maskwire_server.batch import Batch, Modes, Payload
-from maskwire_server.checkpoints import store
+from maskwire_server.checkpoints import files
 from maskwire_server.engine.engine import Engine
 from maskwire_server.journal import disk, reserve
 from maskwire_server.journal.journal import Journal
@@ -256,17 +256,17 @@ def test_a_write_that_fails_though_there_is_room_ends_the_process(rig: Rig) -> N
 def test_a_checkpoint_over_the_quota_fails_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = rig.start(checkpoints=LONG)
     engine.train_step(bare(0)).result(WAIT)
-    whole = store.flush
+    whole = files.flush
 
     def over(_: Path) -> Any:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-    monkeypatch.setattr(store, "flush", over)
+    monkeypatch.setattr(files, "flush", over)
     failed = engine.save(SaveRequest("one"))
     assert reason(failed) == "CHECKPOINT_FAILED"
     assert "make room" in str(failed.exception())
     assert engine.train_step(bare(1)).result(WAIT).step == 2
-    monkeypatch.setattr(store, "flush", whole)
+    monkeypatch.setattr(files, "flush", whole)
     assert engine.save(SaveRequest("one")).result(WAIT).step == 2
 
 

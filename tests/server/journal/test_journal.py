@@ -166,7 +166,7 @@ def test_a_directory_with_something_else_in_it_is_left_alone(tmp_path: Path) -> 
 
 
 def test_checkpoints_without_a_journal_are_a_lost_journal(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-000000001").mkdir(parents=True)
     with pytest.raises(RunDirectoryError, match="the journal was lost"):
         Journal(tmp_path)
 

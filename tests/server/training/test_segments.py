@@ -89,12 +89,13 @@ def test_packed_rows_are_evaluated_as_their_documents(chain_rule: bool) -> None:
 def test_a_segment_depends_on_no_other() -> None:
     """Without segments a row attends to all of its documents, so that one changes the loss of another."""
     trainer, options = make({}, threads=1), EvalOptions(tuple(range(12)), 2)
-    batch = packed()
+    full = packed()
+    batch = Batch(full.ids, full.rows, full.columns, full.lengths, segment_ids=full.segment_ids)
     sizes = batch.segments()[1]
     other = batch.ids.copy()
     before = int(sum(sizes[:3]))
     other[before] = (other[before] + 1) % 15  # the fourth document's only token
-    changed = Batch(other, batch.rows, batch.columns, batch.lengths, batch.prompt_bits, batch.segment_ids)
+    changed = Batch(other, batch.rows, batch.columns, batch.lengths, segment_ids=batch.segment_ids)
     one, two = (trainer.eval_loss(each, options).rows for each in (batch, changed))
     assert [a for a in one if a.row_id != 3] == [b for b in two if b.row_id != 3]
     assert one[3] != two[3]
