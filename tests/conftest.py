@@ -24,13 +24,14 @@ if "MASKWIRE_MODEL_RUNS" not in os.environ:
     settings.load_profile("suite")
 
 LONGEST = (
-    "rpc/test_ranks.py", "robustness/test_samples.py", "ranks/test_parity.py", "rpc/test_limits.py",
-    "rpc/test_model_examples.py", "test_wheel.py", "server/training/test_generation.py",
+    "rpc/test_ranks.py", "robustness/test_samples.py", "server/training/test_trainer.py",
+    "ranks/test_parity.py", "rpc/test_limits.py", "rpc/test_model_examples.py", "test_wheel.py",
+    "server/training/test_generation.py",
     "server/recovery/test_inexact_replay.py", "rpc/test_jobs.py", "client/test_nonfatal_output.py",
     "rpc/test_sources.py", "server/training/test_dense_reference.py", "rpc/test_durability.py",
     "test_bench.py",
     "server/training/test_known_answers.py", "rpc/test_service_over_the_wire.py", "rpc/test_run_directory.py",
-    "rpc/test_weights.py", "rpc/test_processes.py", "server/training/test_trainer.py", "rpc/test_security.py",
+    "rpc/test_weights.py", "rpc/test_processes.py", "rpc/test_security.py",
     "server/training/test_importing.py", "test_suite.py", "rpc/test_made_up.py", "rpc/test_both_clients.py",
     "rpc/test_exchange.py", "rpc/test_docs.py", "test_laws.py", "test_fork_server.py",
     "rpc/test_evaluation.py", "test_scale.py",
