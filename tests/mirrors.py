@@ -38,15 +38,23 @@ class MirroredRig:
     def store(self) -> ObjectStore:
         return ObjectStore(self.address)
 
-    def start(self, name: str = "run", *, wait: bool = True, **sections: Any) -> Engine:
+    def start(
+        self,
+        name: str = "run",
+        trainer: Callable[[], CounterTrainer] = CounterTrainer,
+        *,
+        wait: bool = True,
+        accept_inexact_replay: bool = False,
+        **sections: Any,
+    ) -> Engine:
         seconds = sections.pop("segment_seconds", 0.02)
         storage = StorageConfig(
             mirror=self.address, acknowledge=self.acknowledge, segment_seconds=seconds,  # type: ignore[arg-type]
             **sections.pop("storage", {}),
         )  # fmt: skip
         engine = make_engine(
-            self.folder / name, config.load(None, **sections), CounterTrainer, storage=storage,
-            store=self.store, on_fatal=self.fatal.append,
+            self.folder / name, config.load(None, **sections), trainer, storage=storage,
+            store=self.store, on_fatal=self.fatal.append, accept_inexact_replay=accept_inexact_replay,
         )  # fmt: skip
         self.engines.append(engine)
         if wait:

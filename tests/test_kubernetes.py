@@ -43,7 +43,13 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Manifests]:
     (folder / "kustomization.yaml").write_text(
         f"resources: [{above}/overlays/gpu]\ncomponents: [{above}/components/monitoring]\n"
     )
+    mirrored = tmp_path_factory.mktemp("mirrored").resolve()
+    above = Path(os.path.relpath(KUBERNETES, mirrored))
+    (mirrored / "kustomization.yaml").write_text(
+        f"resources: [{above}/overlays/cpu]\ncomponents: [{above}/components/mirror]\n"
+    )
     folders = {
+        "mirrored": mirrored,
         "cpu": KUBERNETES / "overlays" / "cpu",
         "gpu": KUBERNETES / "overlays" / "gpu",
         "monitored": folder,
@@ -75,7 +81,7 @@ def test_every_object_is_valid_for_kubernetes(rendered: dict[str, Manifests]) ->
         for each in manifests.values()
         if "coreos" not in each["apiVersion"]
     ]
-    assert len(checked) == 3 * 5 + 1
+    assert len(checked) == 4 * 5 + 1
     for each in checked:
         kubernetes_validate.validate(each, VERSION, strict=True)
     wrong = copy.deepcopy(rendered["cpu"]["StatefulSet"])
@@ -104,6 +110,19 @@ def test_the_service_monitor_fits_its_documented_fields_and_finds_the_service(
     assert [rule["ports"] for rule in rules] == [[{"port": "grpc"}], [{"port": "metrics"}]]
     endpoint["ports"] = endpoint.pop("port")
     assert len(list(check.iter_errors(monitor))) >= 1
+
+
+def test_a_mirrored_server_reaches_its_store_and_may_take_hours_to_restore(
+    rendered: dict[str, Manifests],
+) -> None:
+    manifests = rendered["mirrored"]
+    (rule,) = manifests["NetworkPolicy"]["spec"]["egress"]
+    assert {each["port"] for each in rule["ports"]} == {53, 443}
+    assert rendered["cpu"]["NetworkPolicy"]["spec"]["egress"] == []
+    probe = container(manifests)["startupProbe"]
+    assert probe["failureThreshold"] * probe["periodSeconds"] == 24 * 3600
+    (given,) = container(manifests)["envFrom"]
+    assert given["secretRef"]["name"] in (ROOT / "docs" / "kubernetes.md").read_text()
 
 
 @pytest.mark.parametrize("name", SERVER)

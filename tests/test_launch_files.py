@@ -207,7 +207,7 @@ def test_what_needs_a_person_is_not_restarted() -> None:
     for job in jobs(jobset).values():
         (rule,) = job["podFailurePolicy"]["rules"]
         assert rule["action"] == "FailJob"
-        assert rule["onExitCodes"]["values"] == [2, 3, 4]
+        assert rule["onExitCodes"]["values"] == [2, 3, 4, 9]
         assert rule["onExitCodes"]["containerName"] == pod(job)["containers"][0]["name"]
 
 

@@ -93,7 +93,7 @@ def test_the_secrets_are_those_that_the_pods_mount(tmp_path: Path) -> None:
     shutil.copy(ROOT / "deploy" / "secrets.sh", tmp_path / "deploy")
     made: dict[str, set[str]] = {}
     lines = [line for line in commands(PAGES[0]) if "secrets.sh" in line or "create secret" in line]
-    assert len(lines) == 6
+    assert len(lines) == 7
     for line in lines:
         command = line.partition(" | ")[0]
         if "create secret" in command:
@@ -110,6 +110,7 @@ def test_the_secrets_are_those_that_the_pods_mount(tmp_path: Path) -> None:
         "maskwire-server": {"ca.crt", "server.crt", "server.key", "read.token", "train.token", "admin.token"},
         "maskwire-client": {"ca.crt", "client.crt", "client.key", "read.token", "train.token"},
         "maskwire-admin": {"ca.crt", "client.crt", "client.key", "admin.token"},
+        "maskwire-object-store": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"},
     }
     names = subprocess.run(
         ["openssl", "x509", "-noout", "-ext", "subjectAltName", "-in", "secrets/server/server.crt"],

@@ -43,6 +43,7 @@ class MirroredCheckpoints:
         self._checkpoints = checkpoints
         self._there: dict[str, Manifest] = {}  # by the folder's name
         self._uploading = threading.Lock()
+        self._changing = threading.Lock()  # of `_there`
 
     def read_all(self) -> dict[str, tuple[Manifest, bytes]]:
         """Every complete checkpoint in the mirror by its folder, with the bytes of its manifest."""
@@ -96,16 +97,18 @@ class MirroredCheckpoints:
             if twin is not None:  # such as weights that are never trained
                 self._store.copy(f"{twin}/{file.name}", f"{folder}/{file.name}")
                 continue
-            if describe(path / file.name) != file:
+            if not (path / file.name).is_file() or describe(path / file.name) != file:
                 raise Refused(
                     "CHECKPOINT_DAMAGED",
-                    f"{file.name} does not match its manifest; the next save sets the checkpoint aside",
+                    f"{file.name} is missing or does not match its manifest; the next save sets the "
+                    "checkpoint aside",
                     name=manifest.info.name,
                 )
             self._store.put_file(f"{folder}/{file.name}", path / file.name)
         failpoints.passing("mirror.files_uploaded")
         self._store.put(f"{folder}/{MANIFEST}", data)
-        self._there = {**self._there, folder: manifest}
+        with self._changing:
+            self._there = {**self._there, folder: manifest}
         log.info("checkpoint %s uploaded: %.1f MB", manifest.info.name, manifest.info.size_bytes / 1e6)
         failpoints.passing("mirror.checkpoint_uploaded")
 
@@ -140,7 +143,8 @@ class MirroredCheckpoints:
         for name in names:
             failpoints.passing("mirror.deleting")
             if name.startswith(f"{FOLDER}/"):
-                self._there = {folder: m for folder, m in self._there.items() if folder != name}
+                with self._changing:
+                    self._there = {folder: m for folder, m in self._there.items() if folder != name}
                 self._store.delete(f"{name}/{MANIFEST}")
                 for file in self._store.names(name):
                     self._store.delete(file)

@@ -309,6 +309,7 @@ class Executor:
 
     def _drain(self, drain: Drain) -> None:
         """Save if steps were trained since the newest checkpoint and the disk is not full, then answer."""
+        began, most = self._clock(), self._serve.drain_seconds
         if self._committer.wait_durable():
             self._saves.wait_written()
             newest, here = self._saves.newest, self._run.head.computed
@@ -317,5 +318,6 @@ class Executor:
                 if self._committer.wait_durable():
                     self._saves.wait_written()
         if self._mirror is not None:
-            self._mirror.flush(self._serve.drain_seconds / 2)
+            left = most - (self._clock() - began) - 1.0  # so that the drain ends in time
+            self._mirror.flush(min(left, most / 2))
         answer(drain.future, None)

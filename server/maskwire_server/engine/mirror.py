@@ -31,7 +31,6 @@ from maskwire_server.journal.object_store import ObjectStore
 from maskwire_server.journal.outbox import Page
 from maskwire_server.journal.records import Lineage
 from maskwire_server.journal.segment_writer import SegmentWriter, resume
-from maskwire_server.journal.segments import Segment
 from maskwire_server.results import CheckpointInfo
 
 log = logging.getLogger(__name__)
@@ -69,10 +68,9 @@ class Mirror:
         self._sent = 0  # the newest mark of the outbox that is in the mirror
         self._step = (0, 0)
         self._restored = ""
-        self._at = 0.0
+        self._at = time.time()
         self._problem = ""
         self._bytes = self._failures = 0
-        self._unrecorded: Segment | None = None
 
     @property
     def awaited(self) -> bool:
@@ -98,11 +96,13 @@ class Mirror:
         self._copies.load(members(journal, found))
         self._restored = state.restored if state else ""
         self._step, self._at = journal.outbox.last_uploaded_step(), time.time()
+        self._problem = ""  # it answers again
 
-    def settle(self, journal: Journal) -> None:
+    def settle(self, journal: Journal, *, with_newest: bool) -> None:
         """Before the run is served: where answers wait for the mirror, upload what was recorded before.
 
-        Then every record that an answer can be given from is in the mirror, and so is a checkpoint.
+        Then every record that an answer can be given from is in the mirror, and so is a checkpoint. With
+        `with_newest` it is the newest one here: the run cannot be recovered from those before it.
         """
         if not self.awaited:
             return
@@ -113,9 +113,15 @@ class Mirror:
             record = _UploadedCommit(self._writer, page.last)
             journal.transaction(partial(record.write, journal))
         self._step = journal.outbox.last_uploaded_step()
-        if self._copies.newest is None:
-            for manifest in self._copies.missing()[:1]:
+        missing = self._copies.missing()
+        wanted = missing[:1] if with_newest else missing if self._copies.newest is None else []
+        for manifest in wanted:
+            try:
                 self._copies.upload(manifest)
+                break
+            except Refused as refusal:  # damaged: the next one
+                log.warning("checkpoint %s is not uploaded: %s", manifest.info.name, refusal)
+        self._problem = ""
 
     def _wait(self, tell: Callable[[str], None], failure: StoreError) -> bool:
         """Wait before a call of the store is tried again; False if the server is stopping."""

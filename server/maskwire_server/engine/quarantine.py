@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from maskwire_server.errors import DeviceLost
+from maskwire_server.errors import DeviceLost, StateLost
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +42,14 @@ class Quarantine:
 
     @contextlib.contextmanager
     def watch(self, payload_hash: bytes) -> Iterator[None]:
-        """Note a batch while it is computed. An exception is not a crash, unless the device is lost."""
+        """Note a batch while it is computed. An exception is not a crash, unless it ends the process."""
         crashes = self._crashes if payload_hash == self._hash else 0
         with _best_effort():
             self._path.write_bytes(_NOTE.pack(payload_hash, crashes))
         lost = False
         try:
             yield
-        except DeviceLost:
+        except (DeviceLost, StateLost):
             lost = True
             raise
         finally:

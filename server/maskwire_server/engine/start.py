@@ -178,7 +178,8 @@ class Start:
             self._save_where_needed(journal, trainer, recovered, numerics)
         configuration_id = self._when_there_is_room(partial(self._record, journal, numerics))
         if self._mirror is not None:
-            self._when_there_is_room(partial(self._mirror.settle, journal))
+            settle = partial(self._mirror.settle, journal, with_newest=recovered.replayed_inexactly)
+            self._when_there_is_room(settle)
         here = head.computed
         run.events.publish(LineageOpened(time.time(), run_id, here.lineage, here.step))
         log.info("run %s is at step %d after %.1f s", run_id, here.step, self._setup.clock() - began)

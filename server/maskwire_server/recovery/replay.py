@@ -164,7 +164,7 @@ def replay(
         if allowed is None:
             problem: str | None = f"loss {result.losses.loss!r}, acknowledged was {record.losses.loss!r}"
         else:
-            problem = excess(record, result, allowed, sent.batch.rows * sent.batch.columns)
+            problem = excess(record, result, allowed, sent.batch.tokens)
         if problem is None:
             continue
         message = f"step {record.step} computed again gave {problem}"

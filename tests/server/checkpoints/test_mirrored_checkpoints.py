@@ -24,7 +24,10 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MirroredR
     rig.close()
 
 
-def test_a_damaged_checkpoint_does_not_keep_the_others_from_the_mirror(local: MirroredRig) -> None:
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_damaged_checkpoint_does_not_keep_the_others_from_the_mirror(
+    local: MirroredRig, gone: bool
+) -> None:
     engine = local.start()
     train(engine, 1)
     with down("put_file"):
@@ -32,7 +35,10 @@ def test_a_damaged_checkpoint_does_not_keep_the_others_from_the_mirror(local: Mi
             engine.save(SaveRequest(name)).result(WAIT)
             train(engine, 1, first=1 if name == "older" else 2)
         state = local.folder / "run" / "checkpoints" / "newer" / "state.json"
-        state.write_bytes(state.read_bytes().replace(b'"state"', b'"staTe"'))
+        if gone:
+            state.unlink()
+        else:
+            state.write_bytes(state.read_bytes().replace(b'"state"', b'"staTe"'))
     wait_for(lambda: mirror(engine).checkpoint == "older")
     wait_for(lambda: mirror(engine).problem == "")
 

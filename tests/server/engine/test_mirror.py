@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from counter import CounterTrainer
 from mirrors import MirroredRig, down, lose_the_machine, mirror, tables, train
 from rig import WAIT, Rig, bare, open_session, payload, reason, reason_of, wait_for
 
-from maskwire.v1.values import RunState
+from maskwire.v1.values import Losses, RunState
 from maskwire_server.engine import mirror as engine_mirror
 from maskwire_server.engine import mirrored_saves
 from maskwire_server.engine.engine import Engine
@@ -27,7 +29,7 @@ from maskwire_server.requests import (
     SessionRequest,
     StepRequest,
 )
-from maskwire_server.results import EvalOptions
+from maskwire_server.results import EvalOptions, StepResult
 from maskwire_server.step_listing import StepsRequest
 
 
@@ -191,6 +193,22 @@ def test_what_was_recorded_but_not_uploaded_before_a_crash_is_uploaded_before_se
     assert mirror(again).step == 2
     answer = again.train_step(bare(1, "step-1")).result(WAIT)
     assert (answer.step, answer.replayed) == (2, True)
+
+
+def test_a_state_that_no_replay_gives_again_is_in_the_mirror_before_it_is_served(
+    mirrored: MirroredRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Drifting(CounterTrainer):
+        def train_step(self, *given: Any) -> StepResult:
+            result = super().train_step(*given)
+            return replace(result, losses=Losses(result.losses.loss + 1))
+
+    engine = mirrored.start()
+    train(engine, 2)
+    engine.close()
+    monkeypatch.setattr(mirrored_saves.MirroredSaves, "_copy", lambda _: None)  # it comes later, if at all
+    again = mirrored.start(trainer=Drifting, accept_inexact_replay=True)
+    assert mirror(again).checkpoint.startswith("accepted-")
 
 
 @pytest.mark.parametrize("acknowledge", ["local", "mirrored"])

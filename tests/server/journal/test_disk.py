@@ -8,7 +8,7 @@ import pytest
 
 from maskwire_server.engine.committer import Reserve
 from maskwire_server.engine.quarantine import Quarantine
-from maskwire_server.errors import RunDirectoryError
+from maskwire_server.errors import DeviceLost, RunDirectoryError, StateLost
 from maskwire_server.journal import database, disk
 from maskwire_server.journal.journal import Journal
 
@@ -67,3 +67,11 @@ def test_a_batch_that_kills_the_process_is_set_aside_after_so_many_deaths(tmp_pa
     with pytest.raises(ValueError, match="no death"), poison.watch(bad):
         raise ValueError("no death")
     assert not Quarantine(tmp_path, 2).holds(bad), "it ended by itself, so it is not counted on"
+
+
+@pytest.mark.parametrize("error", [DeviceLost, StateLost])
+def test_an_error_that_ends_the_process_counts_as_a_death(tmp_path: Path, error: type[Exception]) -> None:
+    for _ in range(2):
+        with pytest.raises(error), Quarantine(tmp_path, 2).watch(b"b" * 32):
+            raise error("such as of one rank")
+    assert Quarantine(tmp_path, 2).holds(b"b" * 32)
