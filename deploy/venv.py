@@ -49,7 +49,10 @@ def main() -> int:
     began = time.monotonic()
     STAMP.unlink(missing_ok=True)
     run(interpreter(), "-m", "venv", "--clear", str(VENV))
-    pip = (str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    # What is imported is compiled then: most of it never is.
+    pip = (
+        str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"
+    )  # fmt: skip
     constrained = (*pip, "--constraint", str(ROOT / "constraints.txt"))
     if index:
         print("  torch …", flush=True)

@@ -438,7 +438,8 @@ def test_a_missing_device_is_named() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_blocks_are_warm_before_the_first_step_and_compute_the_same() -> None:
-    plain, compiled = make(), make(compile="default")
+    small = {"depth": 1}  # compiling takes seconds for each block
+    plain, compiled = make(model=small), make(model=small, compile="default")
     compiled.warm_up()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for step, batch in enumerate((BATCH, Batch(IDS[:3, :7], 3, 7), BATCH), 1):
