@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from maskwire.v1.values import Outcome
-from maskwire_server.events import CheckpointWritten, StepCommitted
+from maskwire_server.events import StepCommitted
 
 STEP_PHASES = ("queue", "compute", "commit")
 """A step waits, is computed, and becomes durable."""
@@ -53,7 +53,6 @@ class RunFigures:
     tokens: int = 0
     """Maskable and prompt tokens of the durable steps."""
     newest_step: StepCommitted | None = None
-    newest_checkpoint: CheckpointWritten | None = None
     step_seconds: Mapping[str, HistogramFigures] = field(default_factory=dict)
     """By phase, one of STEP_PHASES."""
     commit_seconds: HistogramFigures | None = None

@@ -117,8 +117,8 @@ def fit(
     try:
         try:
             recording = record_data(trainer, data, allow_changed_data) if result.step < until_step else None
-            beginning = _begin(recording, loggers, calls)
-            yield from _train(beginning, until_step, window, milestones, calls, result, progress)
+            first_actions = _begin(recording, loggers, calls)
+            yield from _train(first_actions, until_step, window, milestones, calls, result, progress)
         finally:
             result.seconds = time.monotonic() - began
             result.seconds_waited = trainer.seconds_waited - waited
@@ -145,7 +145,7 @@ def _begin(recording: Fitting[None] | None, loggers: Loggers, callbacks: Callbac
 
 
 def _train(
-    beginning: Fitting[None],
+    first_actions: Fitting[None],
     until_step: int,
     window: FitWindow,
     milestones: Milestones,
@@ -155,7 +155,7 @@ def _train(
 ) -> Fitting[None]:
     """Train until `until_step`, StopTraining or Ctrl-C."""
     try:
-        yield from beginning
+        yield from first_actions
         yield from milestones.make_up()
         while result.step < until_step:
             yield from window.train(milestones.next_step(until_step))

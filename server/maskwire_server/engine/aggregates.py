@@ -33,7 +33,6 @@ class Aggregates:
         self._steps: Counter[Outcome] = Counter()
         self._tokens = 0
         self._newest_step: StepCommitted | None = None
-        self._newest_checkpoint: CheckpointWritten | None = None
         self._phases = tuple(_Histogram(STEP_BOUNDS) for _ in STEP_PHASES)
         self._commits = _Histogram(STEP_BOUNDS)
         self._checkpoints = _Histogram(CHECKPOINT_BOUNDS)
@@ -50,7 +49,6 @@ class Aggregates:
             elif isinstance(event, Committed):
                 self._commits.add(event.seconds)
             elif isinstance(event, CheckpointWritten):
-                self._newest_checkpoint = event
                 self._checkpoints.add(event.seconds)
             elif isinstance(event, RecoveryPhase):
                 self._recovery[event.phase] = self._recovery.get(event.phase, 0.0) + event.seconds
@@ -76,7 +74,6 @@ class Aggregates:
                 steps=dict(self._steps),
                 tokens=self._tokens,
                 newest_step=self._newest_step,
-                newest_checkpoint=self._newest_checkpoint,
                 step_seconds={
                     phase: histogram.figures()
                     for phase, histogram in zip(STEP_PHASES, self._phases, strict=True)

@@ -21,7 +21,7 @@ from maskwire_server.engine.journal_reads import JournalRead
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.engine.step_timeout import LEAST_SECONDS
 from maskwire_server.engine.wakeup import Wakeup
-from maskwire_server.engine.withheld import Withheld, give
+from maskwire_server.engine.withheld import Withheld, answer_all
 from maskwire_server.events import Committed
 from maskwire_server.journal import reserve
 from maskwire_server.journal.database import JournalError, is_full
@@ -320,7 +320,7 @@ class Committer:
         with self._run.mutex:
             commits, answers = self._withheld.release()
         self._announce(commits)
-        give(answers)
+        answer_all(answers)
 
     def _announce(self, commits: list[Commit]) -> None:
         for commit in commits:

@@ -45,11 +45,6 @@ class Rate:
         last.compute += compute
         last.commit += commit
 
-    def per_second(self) -> tuple[float, float]:
-        """(steps, tokens) per second; safe from any thread."""
-        found = self.recent()
-        return found.steps_per_second, found.tokens_per_second
-
     def recent(self) -> Recent:
         """Speed and mean times; safe from any thread."""
         now = self._clock()

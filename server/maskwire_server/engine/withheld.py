@@ -71,7 +71,7 @@ class Withheld(Generic[C]):
             refuse(self._answers.popleft()[1], admission_rules.mirror_fails())
 
 
-def give(answers: list[tuple[Future[Any], Any]]) -> None:
+def answer_all(answers: list[tuple[Future[Any], Any]]) -> None:
     """Answer those who waited."""
     for future, value in answers:
         answer(future, value)
