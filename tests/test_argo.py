@@ -134,7 +134,7 @@ def test_the_gate_opens_for_a_model_below_the_bound(
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     gate = dict(stages())["gate"]
     done = subprocess.run(
-        [sys.executable, "-c", gate["source"].replace("/work", str(tmp_path))],
+        [sys.executable, "-c", gate["source"].replace("/pipeline", str(tmp_path))],
         env={**os.environ, **{each["name"]: each["value"] for each in gate["env"]}},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -16,10 +16,10 @@ if docker compose version >/dev/null 2>&1; then program=(docker compose); else p
 files=(--project-directory "$PWD" --file "$work/compose.yaml" --file "$work/small.yaml")
 compose() { "${program[@]}" --project-name "$project" "${files[@]}" "$@"; }
 fail() { say "FAILED: $*" >&2; compose logs --tail 30 server prometheus tensorboard >&2 2>&1 || true; exit 1; }
-own() { docker run --rm --user 0 --entrypoint chown --volume "$work:/work" "$image" -R "$1" /work/secrets/"$2" >/dev/null; }
+own() { docker run --rm --user 0 --entrypoint chown --volume "$work:/mnt" "$image" -R "$1" /mnt/secrets/"$2" >/dev/null; }
 clean() {
   compose --profile train --profile monitoring down --volumes --timeout 5 >/dev/null 2>&1 || true
-  docker run --rm --user 0 --entrypoint chown --volume "$work:/work" "$image" -R "$(id -u):$(id -g)" /work >/dev/null 2>&1 || true
+  docker run --rm --user 0 --entrypoint chown --volume "$work:/mnt" "$image" -R "$(id -u):$(id -g)" /mnt >/dev/null 2>&1 || true
   rm -rf "$work"
 }
 trap clean EXIT

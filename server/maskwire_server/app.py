@@ -158,7 +158,8 @@ def serve_rank(
 ) -> NoReturn:
     """Be one rank of the group that a launcher started: the leader serves, the others follow it."""
     from maskwire_server.ranks import follower, launcher, membership
-    from maskwire_server.ranks.leader import GRACE_SECONDS, LeaderTrainer, fatal
+    from maskwire_server.ranks.leader import LeaderTrainer, fatal
+    from maskwire_server.ranks.liveness import GRACE_SECONDS
     from maskwire_server.ranks.orders import Order
     from maskwire_server.ranks.shard_saver import ShardSaver
     from maskwire_server.ranks.shared_folder import SavePlace

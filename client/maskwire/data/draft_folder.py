@@ -31,7 +31,7 @@ class Progress:
     """How far preparing has come."""
 
     identity: str
-    """Of the sources and options: other ones start anew."""
+    """Identifies sources and options: if they changed, preparing restarts from the beginning."""
     source: int = 0
     place: int = 0
     """Where source number `source` continues."""

@@ -82,7 +82,7 @@ class PairData(TokenData):
         return self._batch(numbers)
 
     def evaluation_rows(self, rows: int | None) -> Batch:
-        """All rows, or so many that are evenly spread, with their prompt masks."""
+        """Rows with their prompt masks: all of them, or the given number, evenly spaced."""
         self._check()
         if rows is not None:
             numbers = (np.arange(rows) + 0.5) / rows * self._fitting.size

@@ -138,7 +138,7 @@ class TokenData:
         return len(self.whole())
 
     def steps_of(self, epochs: int) -> int:
-        """The step at which so many epochs are complete, with `sampling="epochs"`."""
+        """The step that completes the given number of epochs, with `sampling="epochs"`."""
         check_whole("epochs", epochs, 1)
         return -(-epochs * self.rows // self.batch_size)
 
@@ -151,7 +151,7 @@ class TokenData:
         )
 
     def evaluation_rows(self, rows: int | None) -> Batch:
-        """All rows, or so many that are evenly spread, to evaluate on."""
+        """The rows to evaluate on: all of them, or the given number, evenly spaced."""
         return Batch(self.whole() if rows is None else self.spread(rows))
 
     def spread(self, rows: int) -> Rows:

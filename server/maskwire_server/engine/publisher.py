@@ -1,6 +1,6 @@
 """The publisher of a run's events. It never blocks: a subscriber that is slow, blocked or fails loses events.
 
-Each subscriber has a bounded queue and a thread of its own, so that none holds up the run or another
+Each subscriber has a bounded queue and a thread of its own, so that none delays the run or another
 subscriber. Without subscribers there is neither queue nor thread.
 """
 

@@ -15,6 +15,7 @@ from maskwire_server.batch import Batch, Modes, Payload, Prompts
 from maskwire_server.errors import StateLost
 from maskwire_server.ranks import shared_folder
 from maskwire_server.ranks.launcher import note_loss
+from maskwire_server.ranks.liveness import GRACE_SECONDS
 from maskwire_server.ranks.membership import Member
 from maskwire_server.ranks.orders import Order
 from maskwire_server.ranks.shard_saver import ShardSaver, ShardSnapshot
@@ -26,9 +27,6 @@ from maskwire_server.training.trainer import TorchTrainer
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-GRACE_SECONDS = 2.0
-"""If a rank is gone, `liveness` ends this process within this time, and names that rank as the cause."""
 
 
 class LeaderTrainer:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
+GRACE_SECONDS = 2.0
+"""When a rank is lost, every other process is ended within this time, with that rank as the cause."""
 LOOPBACK = "127.0.0.1"
 _BEAT, _END = b".", b"E"
 _TOKEN_BYTES = 16

@@ -1,6 +1,6 @@
 """Saving by all ranks: each writes the parts that it copied, on a thread of its own; the leader joins them.
 
-The leader's saver sends an order on a group of its own, so that training goes on meanwhile. All write their
+The leader's saver sends an order on a group of its own, so that training continues meanwhile. All write their
 files, make them durable and report name, size and SHA-256. The leader then moves the files into place, and
 the manifest, which lists them, makes them a checkpoint.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from maskwire_server import failpoints
+from maskwire_server.ranks.liveness import GRACE_SECONDS
 from maskwire_server.ranks.membership import Member
 from maskwire_server.ranks.orders import Order
 from maskwire_server.results import FROZEN_FILE, FileInfo
@@ -25,9 +26,6 @@ from maskwire_server.training import saved_state
 from maskwire_server.training.shards import Shards
 
 log = logging.getLogger(__name__)
-
-GRACE_SECONDS = 2.0
-"""If a rank is gone, `liveness` ends this process within this time, and names that rank as the cause."""
 
 
 class PartFiles(Protocol):
