@@ -323,7 +323,7 @@ def test_the_folder_of_checkpoints_can_be_a_link(tmp_path: Path) -> None:
     shared.mkdir()
     run_dir.mkdir()
     (run_dir / "checkpoints").symlink_to(shared)
-    path, _ = shared_folder.place_probe(run_dir / "checkpoints")
+    path = shared_folder.place_probe(run_dir / "checkpoints")
     assert path.parent == shared
     path.unlink()
     Checkpoints(run_dir).write(Group().copy(), manifest())
@@ -346,11 +346,14 @@ def test_ranks_that_do_not_share_the_folder_are_told_apart(tmp_path: Path) -> No
     stale = place.folder / ".probe-old"
     place.folder.mkdir(parents=True)
     stale.touch()
-    path, content = shared_folder.place_probe(place.folder)
+    path = shared_folder.place_probe(place.folder)
     assert not stale.exists()
-    assert shared_folder.sees(path, content)
-    assert not shared_folder.sees(path, "what another host has there")
-    assert not shared_folder.sees(path.with_name("elsewhere"), content)
+    assert path.stat().st_size == 0, "so that a full disk takes it"
+    assert shared_folder.sees(path)
+    assert not shared_folder.sees(path.with_name("elsewhere"))
+    other = tmp_path / "another host" / "checkpoints"
+    other.mkdir(parents=True)
+    assert shared_folder.place_probe(other).name != path.name, "no two folders have the same file"
     assert list(place.folder.iterdir()) == [path], "nothing is left beside it"
 
 

@@ -190,7 +190,7 @@ class Mirror:
     def close(self) -> None:
         """End the threads. A call of the store that hangs is left alone."""
         self.stop()
-        for thread in (self._thread, *self._saves.threads):
+        for thread in (self._thread, self._saves.thread):
             if thread.ident is not None:
                 thread.join(1.0)
 

@@ -52,19 +52,14 @@ class MirroredSaves:
         self.problem = ""
         """Why the last upload failed; empty: it did not."""
         self.failures = 0
-        self._thread = threading.Thread(target=self._main, name="maskwire-mirror-checkpoints", daemon=True)
-
-    @property
-    def threads(self) -> tuple[threading.Thread, ...]:
-        """Its thread."""
-        return (self._thread,)
+        self.thread = threading.Thread(target=self._main, name="maskwire-mirror-checkpoints", daemon=True)
 
     # Any thread.
 
     def start(self, committer: Committer) -> None:
         """Start to upload."""
         self._committer = committer
-        self._thread.start()
+        self.thread.start()
 
     def look(self) -> None:
         """A checkpoint was saved or deleted here."""

@@ -47,7 +47,7 @@ def call(member: Member, trainer: TorchTrainer, saver: ShardSaver, order: Order)
     if order.name == "copy_shards":
         return lambda: saver.keep(given["save"], trainer.copy_shards)
     if order.name == "probe":
-        return lambda: member.ranks.which(not shared_folder.sees(Path(given["path"]), given["content"]))
+        return lambda: member.ranks.which(not shared_folder.sees(Path(given["path"])))
     if order.name == "train_step":
         payload = Payload.decode(order.payload)
         return lambda: trainer.train_step(given["lineage"], given["step"], payload.batch, payload.modes)

@@ -119,12 +119,12 @@ class LeaderTrainer:
     def _blind(self) -> list[int]:
         """The ranks that do not see the folder of the checkpoints."""
         try:
-            path, content = shared_folder.place_probe(self._place.folder)
+            path = shared_folder.place_probe(self._place.folder)
         except OSError as error:
             log.error("%s cannot be written (%s)", self._place.folder, error.strerror)
             return [self._member.place.rank]
         try:
-            order = Order("probe", {"path": str(path), "content": content})
+            order = Order("probe", {"path": str(path)})
             return self._together(order, lambda: self._member.ranks.which(False), changes=False)
         finally:
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Whether all ranks see the folder of the checkpoints: a file of the leader there, read by each of them."""
+"""Whether all ranks see the folder of the checkpoints: a file of the leader there, found by each of them."""
 
 from __future__ import annotations
 
@@ -15,24 +15,23 @@ log = logging.getLogger(__name__)
 _PREFIX = ".probe-"
 
 
-def place_probe(folder: Path) -> tuple[Path, str]:
-    """Write a file that the other ranks must see. Returns it with its content. Raises OSError."""
+def place_probe(folder: Path) -> Path:
+    """Create a file that the other ranks must see; it is empty, for full disks. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(f"{_PREFIX}*"):  # of a process that was killed
         old.unlink()
-    content = secrets.token_hex(16)
-    path = folder.resolve() / f"{_PREFIX}{content[:8]}"
-    path.write_text(content)
-    return path, content
+    path = folder.resolve() / f"{_PREFIX}{secrets.token_hex(16)}"
+    path.touch(exist_ok=False)
+    return path
 
 
-def sees(path: Path, content: str) -> bool:
-    """Whether this rank reads what the leader wrote, and can write beside it."""
+def sees(path: Path) -> bool:
+    """Whether this rank finds what the leader created, and can create a file beside it."""
     own = path.with_name(f"{path.name}-{secrets.token_hex(4)}")
     try:
-        if path.read_text() != content:
+        if not path.exists():
             return False
-        own.write_text(content)
+        own.touch()
     except OSError:
         return False
     finally:
