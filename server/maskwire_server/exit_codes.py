@@ -19,6 +19,6 @@ EXIT_CODES = {  # acknowledged steps are safe in each case
     EXIT_FAILURE: "an unexpected error, which the log describes; start the server again",
     EXIT_HUNG: "a step or a read hung for `serve.step_timeout_seconds`, and the log has the stack of "
     "every thread; start the server again",
-    EXIT_DEVICE: "the device failed, such as by a CUDA error that lasts until the process ends; start the "
-    "server again, on another machine if it fails again",
+    EXIT_DEVICE: "the device failed, for example with a CUDA error that only a new process clears; start the "
+    "server again, on another machine if it repeats",
 }
