@@ -61,26 +61,17 @@ def _buckets(value: HistogramFigures) -> list[tuple[str, float]]:
     return buckets
 
 
-class MetricsServer:
-    """Serves GET /metrics on an address."""
-
-    def __init__(self, address: str, read: Callable[[], Reading]) -> None:
-        """Raises ConfigError if it cannot listen there."""
-        registry = CollectorRegistry()
-        registry.register(RunCollector(read))
-        ProcessCollector(registry=registry)
-        host, _, port = address.rpartition(":")
-        try:
-            self._server, self._thread = start_http_server(int(port), host.strip("[]"), registry)
-        except OSError as error:
-            raise ConfigError(
-                f"telemetry.metrics_address: cannot listen on {address!r} ({error.strerror or error}): "
-                "choose another address, or port 0 for a free port"
-            ) from None
-        self.address = f"{host}:{self._server.server_port}"
-        log.info("metrics on http://%s/metrics", self.address)
-
-    def close(self) -> None:
-        """Stop to serve."""
-        self._server.shutdown()
-        self._server.server_close()
+def serve_metrics(address: str, read: Callable[[], Reading]) -> None:
+    """Serve GET /metrics on an address, until the process ends. Raises ConfigError if it cannot."""
+    registry = CollectorRegistry()
+    registry.register(RunCollector(read))
+    ProcessCollector(registry=registry)
+    host, _, port = address.rpartition(":")
+    try:
+        server, _ = start_http_server(int(port), host.strip("[]"), registry)
+    except OSError as error:
+        raise ConfigError(
+            f"telemetry.metrics_address: cannot listen on {address!r} ({error.strerror or error}): "
+            "choose another address, or port 0 for a free port"
+        ) from None
+    log.info("metrics on http://%s:%d/metrics", host, server.server_port)

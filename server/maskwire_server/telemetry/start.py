@@ -37,13 +37,6 @@ class Subscriber(Protocol):
         """The last event has come."""
 
 
-class Server(Protocol):
-    """What answers requests of its own."""
-
-    def close(self) -> None:
-        """Stop to answer."""
-
-
 class Sources:
     """What telemetry reads of the run and its machine."""
 
@@ -90,10 +83,8 @@ class Sources:
         return found.f_bavail * found.f_frsize
 
 
-def start(
-    config: TelemetryConfig, sources: Sources, subscribe: Callable[[Subscriber], None]
-) -> Server | None:
-    """Start what is configured. Returns the server of metrics, if there is one. Raises ConfigError."""
+def start(config: TelemetryConfig, sources: Sources, subscribe: Callable[[Subscriber], None]) -> None:
+    """Start what is configured; it ends with the process. Raises ConfigError."""
     log_formats.show_run(sources.status)
     if config.tensorboard:
         require("tensorboard", "tensorboard")
@@ -107,12 +98,11 @@ def start(
             from maskwire_server.telemetry.traces import Traces
 
             subscribe(Traces(tracing.exporting_provider("maskwire-server")))
-    if config.metrics_address is None:
-        return None
-    require("metrics_address", "prometheus_client")
-    from maskwire_server.telemetry.prometheus import MetricsServer
+    if config.metrics_address is not None:
+        require("metrics_address", "prometheus_client")
+        from maskwire_server.telemetry.prometheus import serve_metrics
 
-    return MetricsServer(config.metrics_address, sources.read)
+        serve_metrics(config.metrics_address, sources.read)
 
 
 def require(setting: str, package: str) -> None:
