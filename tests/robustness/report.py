@@ -112,8 +112,8 @@ def _r4(items: list[tuple[str, Any]]) -> str:
 
 
 def _r5(items: list[tuple[str, Any]]) -> str:
-    found = items[0][1]["found"]
-    size = f"{found['runs']:,} runs of {found['operations']} operations"
+    runs = sum(note["found"]["runs"] for _, note in items)
+    size = f"{runs:,} runs of {items[0][1]['found']['operations']} operations"
     return f"{size}, crashes at the places of a step and of the journal and full disks among them"
 
 
