@@ -71,7 +71,7 @@ def api() -> str:
     lines += _members(client.Client)
     for name in ("EvalOptions", "GenerateOptions", "ListOptions"):
         lines += _options(name)
-    lines += _function("maskwire.protocol.evaluation_plan.combine", evaluation_plan.combine)
+    lines += _function("combine", evaluation_plan.combine)
     lines += ["## asyncio\n", *_asyncio()]
     lines += ["## Data\n", *_function("open_data", maskwire.open_data)]
     for kind in _DATA:
