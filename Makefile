@@ -39,8 +39,10 @@ model: venv ## Compare engine and journal with a small model: 10,000 random runs
 robustness: venv ## Inject faults, write docs/robustness.md (FULL=1, ONLY="R1 R4"); resumes where it stopped
 	@PYTHONPATH=tests:. $(BIN)/python -m robustness $(ONLY) $(if $(FULL),--full)
 
-docs: venv ## Generate the reference pages from the code
+docs: venv ## Generate the reference pages from the code, and build the site into docs/_site
 	$(BIN)/python docs/generate.py
+	@$(PYTHON) deploy/venv.py docs
+	@$(BIN)/python docs/website/build.py
 
 proto: venv ## Generate the stubs from the proto files
 	$(BIN)/python proto/generate.py

@@ -1,7 +1,8 @@
 """Make `.venv` with everything that maskwire's demo, tests and checks need.
 
 Run it with any Python; it checks the machine first and says what to do. Set TORCH_INDEX to an index
-URL to take torch from there, a CPU build for instance.
+URL to take torch from there, a CPU build for instance. Names of extras as arguments (`docs`) are added to
+the environment that is there: what only one target needs does not delay the others.
 """
 
 from __future__ import annotations
@@ -23,8 +24,17 @@ OLDEST = (3, 11)
 CPU_GB, CUDA_GB = 2, 8  # on disk, torch included
 
 
-def main() -> int:
+def main(*extras: str) -> int:
     """Entry point; exit status 1 when the machine lacks something."""
+    status = make()
+    for extra in extras:
+        if status == 0:
+            add(extra)
+    return status
+
+
+def make() -> int:
+    """Make the environment, unless it is there already."""
     wanted = stamp()
     made_from, index_then = recorded()
     # An index that was named once stays: a later `make test` must not fetch CUDA after all.
@@ -49,19 +59,41 @@ def main() -> int:
     began = time.monotonic()
     STAMP.unlink(missing_ok=True)
     run(interpreter(), "-m", "venv", "--clear", str(VENV))
+    if index:
+        print("  torch …", flush=True)
+        install("--index-url", index, "torch")
+    print("  the rest …" if index else "  everything …", flush=True)
+    install("--editable", f"{ROOT}[dev]")
+    STAMP.write_text(f"{wanted}\n{index}")
+    print(f"Set up in {time.monotonic() - began:.0f} s.", flush=True)
+    return 0
+
+
+def add(extra: str) -> None:
+    """Add an extra to the environment, unless it was added since the environment was made."""
+    added = VENV / f"maskwire-{extra}-stamp"
+    if not added.exists():
+        print(f"Adding the extra {extra} to {VENV} (once) …", flush=True)
+        install(*requirements(extra))
+        added.touch()
+
+
+def requirements(extra: str) -> list[str]:
+    """What an extra consists of."""
+    import tomllib  # not at the top: Python 3.10 has none, and is told first that it is too old
+
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        extras: dict[str, list[str]] = tomllib.load(file)["project"]["optional-dependencies"]
+    return extras[extra]
+
+
+def install(*wanted: str) -> None:
+    """Install packages into the environment, in the versions that the tests run with."""
     # What is imported is compiled then: most of it never is.
     pip = (
         str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"
     )  # fmt: skip
-    constrained = (*pip, "--constraint", str(ROOT / "constraints.txt"))
-    if index:
-        print("  torch …", flush=True)
-        run(*constrained, "--index-url", index, "torch")
-    print("  the rest …" if index else "  everything …", flush=True)
-    run(*constrained, "--editable", f"{ROOT}[dev]")
-    STAMP.write_text(f"{wanted}\n{index}")
-    print(f"Set up in {time.monotonic() - began:.0f} s.", flush=True)
-    return 0
+    run(*pip, "--constraint", str(ROOT / "constraints.txt"), *wanted)
 
 
 def interpreter() -> str:
@@ -127,4 +159,4 @@ def run(*command: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 docs/configuration.md          from maskwire_server.config
 docs/commands.md               from the two commands' own options
+docs/api.md                    from the client's signatures and docstrings
 docs/images/architecture.svg   from the imports and threads of both packages
 docs/monitoring.md             its table of metrics, from maskwire_server.telemetry
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from api_reference import api
 from architecture import picture
 from metrics_table import monitoring
 
@@ -207,6 +209,7 @@ def _help(option: Any) -> str:
 PAGES = {
     "configuration.md": configuration,
     "commands.md": commands,
+    "api.md": api,
     "images/architecture.svg": picture,
     "monitoring.md": monitoring,
 }

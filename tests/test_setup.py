@@ -84,6 +84,20 @@ def test_it_is_made_anew_when_its_inputs_change_and_keeps_the_index_that_was_nam
     assert made("") == [], "an empty index takes torch from the usual one again"
 
 
+def test_an_extra_is_added_once_in_the_versions_of_the_tests(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(setup, "VENV", tmp_path)
+    monkeypatch.setattr(setup, "make", lambda: 0)
+    monkeypatch.setattr(setup, "run", lambda *command: commands.append(command))
+    assert setup.main("docs") == 0
+    assert setup.main("docs") == 0
+    (command,) = commands
+    assert command[command.index("--constraint") + 1] == str(setup.ROOT / "constraints.txt")
+    assert any(wanted.startswith("Sphinx") for wanted in command)
+
+
 def test_a_command_that_fails_shows_why_and_what_to_do(
     setup: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -39,6 +39,11 @@ class StopTraining(Exception):
     """
 
     def __init__(self, *reason: object, checkpoint: bool = True) -> None:
+        """Make the exception.
+
+        reason: Why, in words.
+        checkpoint: Save a checkpoint of the step that the run is at.
+        """
         super().__init__(*reason)
         self.checkpoint = checkpoint
 
@@ -47,10 +52,13 @@ class EarlyStopping:
     """Ends training when the evaluation has stopped improving."""
 
     def __init__(self, patience: int = 3, min_delta: float = 0.0) -> None:
-        """Stop after `patience` evaluations in a row that are not better than the best one before them.
+        """Stop after a number of evaluations in a row that are not better than the best one before them.
 
-        An evaluation is better if its `nats_per_token` is lower by more than `min_delta`. Evaluations of
-        earlier calls of `fit` do not count.
+        patience: That number.
+        min_delta: An evaluation is better if its `nats_per_token` is lower by more than this.
+
+        Evaluations of earlier calls of `fit` do not count. Raises ValueError for a patience below 1 and a
+        min_delta below 0.
         """
         check_whole("patience", patience, 1)
         if not (math.isfinite(min_delta) and min_delta >= 0):

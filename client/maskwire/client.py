@@ -92,7 +92,11 @@ def attach(
 ) -> Client:
     """Return a Client without a session, to evaluate, save, list and download while another client trains.
 
-    The arguments mean the same as in `connect`. Nothing is sent before the first call.
+    target, retry_for, timeout, on_wait: As in `connect`.
+    credentials: TLS and token, see `maskwire.credentials.CredentialOptions`.
+
+    Nothing is sent before the first call. Raises ValueError for wrong arguments and OSError for unreadable
+    files.
     """
     calls = Calls(target, RetryPolicy(retry_for, timeout), on_wait or log.warning, time.monotonic)
     return Client(Endpoint.of(target, **credentials), calls)
@@ -192,8 +196,13 @@ class Trainer(RunView, Client):
     def train_step(self, tokens: Any, **options: Unpack[StepOptions]) -> results.StepResult:
         """Train on one batch. Returns once the step is durable.
 
-        `tokens` are integers [rows, columns], or a list of rows that may differ in length: an array, a list
-        or a torch tensor.
+        tokens: Integers [rows, columns], or a list of rows that may differ in length: an array, a list or a
+            torch tensor.
+
+        Raises InvalidRequestError for a batch that the server refuses, such as an id outside the vocabulary,
+        ConflictError if the step's number is taken, HaltedError after three steps in a row that were not
+        finite, FencedError if another writer took over, and DigestMismatchError or HistoryLostError if server
+        and client disagree about what was trained.
         """
         self._check_process()
         pending = self._writer.new_step(tokens, **options)
@@ -211,10 +220,14 @@ class Trainer(RunView, Client):
     ) -> Future[results.StepResult]:
         """Submit a batch as `train_step` does, and return a future of its result.
 
+        tokens: As in `train_step`.
+        step: The number that the step must have; None: whichever is next.
+
         Steps are numbered in the order of submission. A step that is refused leaves its number to the next
         one, unless that was submitted as a certain `step`: it then raises ConflictError. Waits while the
         window is full, or while another step takes the number of a refused one. The future cannot be
-        cancelled: a step that was sent may be applied, and only its answer says so.
+        cancelled: a step that was sent may be applied, and only its answer says so. It raises what
+        `train_step` raises.
         """
         self._check_process()
         pending = self._writer.new_step(tokens, step, **options)
@@ -228,7 +241,8 @@ class Trainer(RunView, Client):
     def close(self, grace: float | None = None) -> None:
         """End the session and the connection, after the steps in flight.
 
-        With `grace`, waits at most that many seconds. Steps still in flight then may or may not be applied.
+        grace: The most seconds to wait for them; None: no limit. Steps that are then still in flight may or
+            may not be applied.
         """
         self._close(grace, patient=True)
 

@@ -8,42 +8,23 @@ from datetime import datetime
 import numpy as np
 import numpy.typing as npt
 
+# One statement, where the formatter would make twelve.
+# isort: off
 from maskwire.v1.values import (
     FractionResult as FractionResult,
-)
-from maskwire.v1.values import (
     InexactReplay as InexactReplay,
-)
-from maskwire.v1.values import (
     Limits as Limits,
-)
-from maskwire.v1.values import (
     Losses as Losses,
-)
-from maskwire.v1.values import (
     LossSums as LossSums,
-)
-from maskwire.v1.values import (
     MirrorStatus as MirrorStatus,
-)
-from maskwire.v1.values import (
     ModelInfo as ModelInfo,
-)
-from maskwire.v1.values import (
     Outcome as Outcome,
-)
-from maskwire.v1.values import (
     RestoreResult as RestoreResult,
-)
-from maskwire.v1.values import (
     RowResult as RowResult,
-)
-from maskwire.v1.values import (
     RunState as RunState,
-)
-from maskwire.v1.values import (
     TokenizerDescription as TokenizerDescription,
 )
+# isort: on
 
 
 @dataclass(frozen=True)
@@ -51,12 +32,19 @@ class StepMetrics:
     """Measurements of a step."""
 
     gradient_norm: float | None
+    """The gradient's global norm before clipping; None: no update was computed."""
     learning_rate: float
+    """The learning rate that the step used."""
     masked_tokens: int
+    """The number of masked positions."""
     maskable_tokens: int
+    """The number of positions that are neither padding nor prompt."""
     queue_seconds: float
+    """From admission to the start of the computation."""
     compute_seconds: float
+    """Duration of the computation."""
     commit_seconds: float
+    """From the computation's end until the step was durable."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +52,17 @@ class StepResult:
     """A consumed, durable step."""
 
     step: int
+    """The step's number, from 1."""
     losses: Losses
+    """Not finite exactly when the outcome says so."""
     outcome: Outcome
+    """What became of the step."""
     replayed: bool
     """The answer was recorded by an earlier attempt."""
     digest: bytes
+    """The run's digest after the step, 32 bytes."""
     metrics: StepMetrics
+    """Measurements of the step."""
 
     @property
     def loss(self) -> float:
@@ -92,6 +85,7 @@ class RecordedStep:
     """The permanent record of a consumed step."""
 
     lineage: int
+    """The number of the lineage, from 1."""
     step: int
     outcome: Outcome
     losses: Losses
@@ -104,6 +98,7 @@ class StepsPage:
     """A page of recorded steps of one lineage, in order, and where the lineage started."""
 
     run_id: str
+    """The run's id."""
     lineage: int
     parent_lineage: int
     """0 for the first lineage."""
@@ -112,6 +107,7 @@ class StepsPage:
     checkpoint: str
     """The checkpoint that was restored to start it; empty for the first lineage."""
     steps: tuple[RecordedStep, ...]
+    """The steps of this page, in order."""
     next_page_token: str
     """Empty on the last page."""
 
@@ -124,22 +120,38 @@ class EvalResult:
     """
 
     losses: Losses
+    """The losses that training would report, without augmentation, averaged over the draws."""
     nats_per_token: float
+    """Per maskable token."""
     bits_per_token: float
+    """The same in bits."""
     perplexity: float
+    """exp(nats_per_token)."""
     standard_error: float | None
+    """Of nats_per_token, over the population of rows; None: a single row."""
     monte_carlo_error: float | None
+    """Of nats_per_token, from the draws alone; None: a single draw."""
     accuracy: float
+    """The share of masked positions whose most probable token was right."""
     critic_accuracy: float | None
+    """The share of maskable positions where the critic's sign was right; None: no critic."""
     by_masked_fraction: tuple[FractionResult, ...]
+    """Parts of the evaluation by masked fraction, ascending."""
     rows: tuple[RowResult, ...]
+    """Each row's sum, in the order of the rows."""
     bits_per_byte: float | None
+    """None unless `text_bytes` was given."""
     tokens: int
+    """The number of maskable positions."""
     step: int
+    """The training step whose weights were evaluated."""
     digest: bytes
     ema_weights: bool
+    """Whether the weights were the moving average."""
     draws: int
+    """Draws per row."""
     sums: LossSums
+    """The sums behind `losses`."""
 
     @property
     def loss(self) -> float:
@@ -166,6 +178,7 @@ class GenerateResult:
     unmasking_step: int
     """Number of the unmasking pass, from 1."""
     done: bool
+    """The rows are finished; nothing follows."""
     still_masked: tuple[int, ...]
     """Number of positions still masked, one per row."""
     step: int
@@ -179,7 +192,9 @@ class FileInfo:
     """One file of a checkpoint."""
 
     size_bytes: int
+    """Its size."""
     sha256: bytes
+    """Its SHA-256, 32 bytes."""
 
 
 @dataclass(frozen=True)
@@ -187,13 +202,20 @@ class CheckpointInfo:
     """A complete checkpoint."""
 
     name: str
+    """Its name."""
     lineage: int
     step: int
+    """The last step that it contains."""
     digest: bytes
+    """The run's digest after that step, 32 bytes."""
     size_bytes: int
+    """The size of all files."""
     files: dict[str, FileInfo]
+    """Its files by name."""
     created: datetime
+    """When it was saved, in UTC."""
     labels: dict[str, str]
+    """Texts that were given when it was saved."""
     score: float | None = None
     """The rating given when it was saved, lower is better."""
 
@@ -207,6 +229,7 @@ class NewestStep:
     losses: Losses
     gradient_norm: float | None
     learning_rate: float
+    """The learning rate that the step used."""
 
 
 @dataclass(frozen=True)
@@ -214,6 +237,7 @@ class RunFigures:
     """What the server has counted since its process started; all empty of a server of version 0.1."""
 
     newest_step: NewestStep | None = None
+    """The newest step that this process made durable; None: none yet."""
     steps: dict[str, int] = field(default_factory=dict)
     """Durable steps by outcome."""
     tokens: int = 0
@@ -221,7 +245,9 @@ class RunFigures:
     queue_seconds: float | None = None
     """Mean of the last minute, of a step's time in the queue; None: no step."""
     compute_seconds: float | None = None
+    """Mean of the last minute, of a step's computation."""
     commit_seconds: float | None = None
+    """Mean of the last minute, from a step's computation until it was durable."""
     recovery_seconds: dict[str, float] = field(default_factory=dict)
     """By phase of the start."""
     events_dropped: dict[str, int] = field(default_factory=dict)
@@ -253,24 +279,41 @@ class Status:
     """The run's state, its progress and what it is waiting for."""
 
     state: RunState
+    """The run's state."""
     state_since: datetime
+    """When the state began."""
     waiting_for: str
+    """What the run is waiting for, in words; empty: nothing."""
     run_id: str
     lineage: int
     step: int
+    """The last step that was applied."""
     durable_step: int
+    """The last durable step."""
     digest: bytes
+    """The digest after the durable step, 32 bytes."""
     queue_length: int
+    """Queued requests."""
     queue_limit: int
+    """The most queued requests."""
     steps_per_second: float
+    """Over the last minute."""
     tokens_per_second: float
+    """Maskable and prompt tokens, over the last minute."""
     last_error: str
+    """Id of the last unexpected error, which the log explains; empty: none."""
     writer: str
+    """Name of the client that may train; empty: no session is open."""
     epoch: int
+    """The number of the newest session; 0: none yet."""
     model: ModelInfo | None
+    """None: it is not built yet."""
     newest_checkpoint: CheckpointInfo | None
+    """None: there is none."""
     versions: dict[str, str]
+    """Versions by name: maskwire, torch, python and the device."""
     uptime_seconds: float
+    """How long the process has run."""
     tokenizer: str
     """Tokenizer of the run's ids: "bytes", or the SHA-256 of a tokenizer file; empty: not recorded."""
     limits: Limits
@@ -278,10 +321,13 @@ class Status:
     data: dict[str, str] = field(default_factory=dict)
     """Fingerprint of the training data, in named parts; empty: not recorded."""
     inexact_replays: tuple[InexactReplay, ...] = ()
+    """Steps that recovery recomputed with results that were close but not equal."""
     digest_version: int = 0
     """The version of the run's digest; 0 before the first step, and of a server of version 0.1."""
     figures: RunFigures = field(default_factory=RunFigures)
+    """What the server has counted since its process started."""
     device_share: DeviceShare = DeviceShare()
+    """How the device has been divided between steps and reads."""
     step_timeout_seconds: float = 0.0
     """How long a step may take before the server counts it as hung; 0: an older server."""
     mirror: MirrorStatus | None = None

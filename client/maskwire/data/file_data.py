@@ -58,12 +58,19 @@ class ByteData(TokenData):
         pattern: str = "*",
         any_format: bool = False,
     ) -> None:
-        """`paths` are files, or folders that are searched for files matching `pattern`.
+        """Open files.
+
+        paths: Files, or folders that are searched for files.
+        length: Tokens per row.
+        batch_size: Rows per batch.
+        seed: Seed of the choice of rows.
+        sampling: "crops" for rows at random places, or "epochs" for each row once per epoch.
+        pattern: Use only the files in folders whose names match, such as "*.txt".
+        any_format: Also read files that are not text: packed ids, arrays, archives, JSON Lines.
 
         Hidden and empty files are ignored, and so are files that maskwire itself wrote: metrics, run
         directories, checkpoints, prepared data. Raises ValueError for a length or batch size below 1, if no
-        file is left, and unless `any_format` for files that are not text: packed ids, arrays, archives, JSON
-        Lines.
+        file is left, and for files that are not text unless `any_format`.
         """
         files = find_files(paths, pattern, any_format=any_format)
         self._initialize(
@@ -88,7 +95,14 @@ class FileTokens(TokenData):
         sampling: str = "crops",
         dtype: str | None = None,
     ) -> None:
-        """`path` is a folder written by `maskwire data prepare`, a `.npy` file or, with `dtype`, packed ids.
+        """Open a file or folder.
+
+        path: A folder written by `maskwire data prepare`, a `.npy` file or, with `dtype`, packed ids.
+        length: Tokens per row.
+        batch_size: Rows per batch.
+        seed: Seed of the choice of rows.
+        sampling: "crops" for rows at random places, or "epochs" for each row once per epoch.
+        dtype: The type of packed ids: uint8, uint16 or int32.
 
         A `.npy` file holds integers [n], one document, or [rows, n], one document per row. Packed ids are
         little-endian integers of `dtype` (uint8, uint16 or int32) without a header, one document.
@@ -148,7 +162,12 @@ def open_data(
         `dtype` (uint8, uint16 or int32), or texts, whose bytes become the tokens: files and folders, JSON
         Lines, Parquet and Arrow files, addresses of fsspec, or a data set of the package `datasets`. The
         texts of records and of addresses are held in memory; prepare larger ones.
+    length: Tokens per row.
+    batch_size: Rows per batch.
+    seed: Seed of the choice of rows.
     sampling: "crops" for rows at random places, or "epochs" for each row once per epoch.
+    pattern: Use only the files in folders whose names match, such as "*.txt".
+    dtype: The type of packed ids: uint8, uint16 or int32.
     text_field: The field of a record that holds its text; "text" by default.
     prompt_field, response_field: The fields of a prompt and its response; the result is a PairData.
     any_format: Read files of any type as bytes.

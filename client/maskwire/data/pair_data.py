@@ -38,7 +38,16 @@ class PairData(TokenData):
         sampling: str = "crops",
         tokenizer: str = "",
     ) -> None:
-        """Each document is a prompt of `prompts[i]` ids, its response and `end_id`.
+        """Made by `open_data`, from records with a prompt and a response or from a prepared folder.
+
+        documents: Each is a prompt, its response and `end_id`.
+        prompts: Integers [documents]: how many ids of each document are its prompt.
+        end_id: The id after a response, which also fills the row.
+        length: Tokens per row.
+        batch_size: Rows per batch.
+        seed: Seed of the choice of rows.
+        sampling: "crops" for rows at random places, or "epochs" for each row once per epoch.
+        tokenizer: What the ids encode: "bytes", "sha256:" and the hash of a tokenizer's file, or empty.
 
         Raises ValueError unless there is a prompt length per document, below the document's size.
         """
@@ -71,7 +80,10 @@ class PairData(TokenData):
         return super().fingerprint() | {"prompts": f"sha256:{found.hexdigest()}"}
 
     def batch(self, step: int) -> Batch:  # type: ignore[override]  # fit takes either
-        """The batch of a step: tokens [batch_size, length], and their prompt_mask."""
+        """The batch of a step: tokens [batch_size, length], and their prompt_mask.
+
+        step: The step's number, from 1.
+        """
         self._check()
         if self._order is not None:
             numbers = self._order.batch(step, self.batch_size)
@@ -82,7 +94,10 @@ class PairData(TokenData):
         return self._batch(numbers)
 
     def evaluation_rows(self, rows: int | None) -> Batch:
-        """Rows with their prompt masks: all of them, or the given number, evenly spaced."""
+        """Rows with their prompt masks.
+
+        rows: How many, evenly spaced; None: every pair that fits.
+        """
         self._check()
         if rows is not None:
             numbers = (np.arange(rows) + 0.5) / rows * self._fitting.size
@@ -95,7 +110,10 @@ class PairData(TokenData):
         return _Computed(self._row, self._fitting.size)
 
     def spread(self, rows: int) -> Any:
-        """Rows evenly spread over the data, the same on every call."""
+        """Rows evenly spread over the data, the same on every call.
+
+        rows: How many.
+        """
         return self.evaluation_rows(rows).tokens
 
     def _batch(self, numbers: npt.NDArray[np.int64]) -> Batch:

@@ -52,7 +52,15 @@ class TokenData:
         tokenizer: str = "",
         bytes_per_token: float | None = None,
     ) -> None:
-        """`documents` are arrays or lists of ids of any length; empty ones are ignored.
+        """Keep documents of ids in memory.
+
+        documents: Arrays or lists of ids, integers [n] of any length; empty ones are ignored.
+        length: Tokens per row.
+        batch_size: Rows per batch.
+        seed: Seed of the choice of rows.
+        sampling: "crops" for rows at random places, or "epochs" for each row once per epoch.
+        tokenizer: What the ids encode: "bytes", "sha256:" and the hash of a tokenizer's file, or empty.
+        bytes_per_token: Average bytes of text per token; None: no bits per byte.
 
         Raises ValueError for a length or batch size below 1, and if no ids are left.
         """
@@ -138,12 +146,18 @@ class TokenData:
         return len(self.whole())
 
     def steps_of(self, epochs: int) -> int:
-        """The step that completes the given number of epochs, with `sampling="epochs"`."""
+        """The step that completes a number of epochs, with `sampling="epochs"`.
+
+        epochs: How often each row is trained on.
+        """
         check_whole("epochs", epochs, 1)
         return -(-epochs * self.rows // self.batch_size)
 
     def batch(self, step: int) -> Rows:
-        """The batch of a step: integers [batch_size, length], or a list of rows if some are shorter."""
+        """The batch of a step: integers [batch_size, length], or a list of rows if some are shorter.
+
+        step: The step's number, from 1.
+        """
         if self._order is not None:
             return _stacked([self._every[row] for row in self._order.batch(step, self.batch_size)])
         return self._crops(
@@ -151,11 +165,17 @@ class TokenData:
         )
 
     def evaluation_rows(self, rows: int | None) -> Batch:
-        """The rows to evaluate on: all of them, or the given number, evenly spaced."""
+        """The rows to evaluate on.
+
+        rows: How many, evenly spaced; None: all, so that every token is evaluated once.
+        """
         return Batch(self.whole() if rows is None else self.spread(rows))
 
     def spread(self, rows: int) -> Rows:
-        """Rows evenly spread over the data, the same on every call; for evaluation."""
+        """Rows evenly spread over the data, the same on every call; for evaluation.
+
+        rows: How many.
+        """
         check_whole("rows", rows, 1, _MAX_TOKENS)
         return self._crops((np.arange(rows) + 0.5) / rows * self._ends[-1])
 
@@ -164,7 +184,10 @@ class TokenData:
         return DocumentRows(self._documents, self.length)
 
     def text_bytes(self, rows: Rows) -> int | None:
-        """Estimate the bytes of text that rows encode, from the average of all data; None if unknown."""
+        """Estimate the bytes of text that rows encode, from the average of all data; None if unknown.
+
+        rows: Integers [rows, columns], or a list of rows.
+        """
         if self.bytes_per_token is None:
             return None
         return max(1, round(sum(len(row) for row in rows) * self.bytes_per_token))
@@ -179,6 +202,8 @@ class TokenData:
 
     def split(self, held_out: float) -> tuple[Self, Self]:
         """Split into (training, held out) by a hash of each document, so that copies stay together.
+
+        held_out: The share of documents to hold out, above 0 and below 1.
 
         Raises ValueError unless both parts get at least one document.
         """
@@ -203,7 +228,10 @@ class TokenData:
         return training, evaluation
 
     def cropped(self, length: int) -> Self:
-        """The same documents, cropped to rows of another length."""
+        """The same documents, cropped to rows of another length.
+
+        length: Tokens per row.
+        """
         every = np.ones(len(self._documents), dtype=bool)
         same = self._subset(every, length)
         same._content, same._held_out = self._content, self._held_out

@@ -24,6 +24,10 @@ class CsvFile(Logger):
     """Appends a row per step and evaluation to a file. Give each job a file of its own."""
 
     def __init__(self, path: str | Path) -> None:
+        """Log to a file.
+
+        path: The file; it is created, or resumed if it is of the same run.
+        """
         self.path: Path = Path(path)
         self._last: Record = {}
         self._begun = False

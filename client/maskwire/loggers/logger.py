@@ -42,7 +42,9 @@ class Logger(ABC):
 
     @abstractmethod
     def open(self, place: Place) -> Place | None:
-        """Open or resume the log of a run that is at `place`, and return the last place in the log.
+        """Open or resume the log of a run, and return the last place in the log.
+
+        place: Where the run is.
 
         None: the log has nothing of this run, and will start at `place`. Raises ValueError for a place where
         something else is, and OSError for one that cannot be written: `fit` raises these before it trains.
@@ -51,7 +53,10 @@ class Logger(ABC):
 
     @abstractmethod
     def write(self, record: Record) -> None:
-        """Write a record (`maskwire.loggers.records`). Records arrive in the order of the history."""
+        """Write a record. Records arrive in the order of the history.
+
+        record: A dict of values that JSON can hold; `maskwire.loggers.records` describes its kinds.
+        """
 
     def flush(self) -> None:  # noqa: B027
         """Pass on what was written, so that it survives the end of this process."""

@@ -17,10 +17,19 @@ class TrainingProgress(Protocol):
     """Shows the progress of training."""
 
     def update(self, step: int, loss: float, tokens: int, note: str = "") -> None:
-        """Show that a step was trained."""
+        """Show that a step was trained.
+
+        step: The step's number.
+        loss: Its loss, in nats.
+        tokens: Tokens sent with it.
+        note: Words to add, such as the result of an evaluation.
+        """
 
     def say(self, text: str) -> None:
-        """Show a line that stays."""
+        """Show a line that stays.
+
+        text: The line.
+        """
 
     def close(self) -> None:
         """Stop: training has ended."""

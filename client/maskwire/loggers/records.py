@@ -25,8 +25,11 @@ class Place:
     """A position in a run's history."""
 
     run_id: str
+    """The run's id."""
     lineage: int
+    """The number of the lineage."""
     step: int
+    """The step; 0: before the first."""
     digest: str = ""
     """Of a log that names no run: the digest at the step, which tells whether it is this one."""
 

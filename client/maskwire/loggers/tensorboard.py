@@ -27,6 +27,10 @@ class TensorBoard(Logger):
     """Writes the curves of a run to `folder`/RUN_ID, for `tensorboard --logdir folder`."""
 
     def __init__(self, folder: str | Path) -> None:
+        """Log to a folder. Raises ImportError without the package tensorboard.
+
+        folder: The folder, with a folder inside for each run.
+        """
         needs("tensorboard", "tensorboard")
         self.path: Path = Path(folder)
         self._run = self.path

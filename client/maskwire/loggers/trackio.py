@@ -23,7 +23,11 @@ class Trackio(Logger):
     close_seconds = 60.0
 
     def __init__(self, project: str, **options: Any) -> None:
-        """Log to `project`. `options` are further arguments of `trackio.init`, such as `space_id`."""
+        """Log to a project. Raises ImportError without the package trackio.
+
+        project: Its name.
+        options: Further arguments of `trackio.init`, such as `space_id`.
+        """
         needs("trackio", "trackio")
         self._project, self._options = project, options
         self._run: Any = None

@@ -33,8 +33,9 @@ class WandB(Logger):
         folder: str | Path | None = None,
         **options: Any,
     ) -> None:
-        """Log to `project`.
+        """Log to a project. Raises ImportError without the package wandb.
 
+        project: Its name.
         mode: By default that of W&B's own settings, as in WANDB_MODE.
         folder: Where W&B keeps its files; by default the current folder, in `wandb`.
         options: Further arguments of `wandb.init`, such as `entity`, `name`, `tags` or `config`.

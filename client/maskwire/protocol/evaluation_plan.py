@@ -225,7 +225,10 @@ class EvaluationSum:
 
 
 def combine(found: Sequence[EvalResult], text_bytes: int | None = None) -> EvalResult:
-    """Combine evaluations of different rows into one.
+    """Combine evaluations of different rows into one. In `maskwire.protocol.evaluation_plan`.
+
+    found: The results of `eval_loss` or `evaluate`, of the same step and with the same options.
+    text_bytes: Bytes of text that all rows encode; None: no bits per byte.
 
     Raises StepMovedError if they are of different steps, ValueError if they do not add up.
     """

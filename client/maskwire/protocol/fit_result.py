@@ -12,6 +12,7 @@ class FitResult:
     """What a call of `fit` did."""
 
     first_step: int
+    """The first step that this call was to train."""
     step: int
     """The last step trained."""
     seconds: float = 0.0
@@ -27,7 +28,9 @@ class FitResult:
     stop_reason: str = ""
     """The text of that StopTraining."""
     last: StepResult | None = None
+    """The result of the last step; None: no step was trained."""
     evaluations: list[EvalResult] = field(default_factory=list)
+    """The results of the evaluations, in order."""
     metrics_failure: str = ""
     """Why lines of the metrics file are missing, such as a full disk; empty: none is missing."""
     failures: list[str] = field(default_factory=list)

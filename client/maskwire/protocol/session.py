@@ -119,15 +119,19 @@ class Session(Calls):
         return pb.CloseSessionRequest(session=self.acknowledged.session) if self.acknowledged.digest else None
 
     def use_tokenizer(self, tokenizer: str) -> Operation[None]:
-        """Record with the run which tokenizer its ids belong to; TokenizerError if it has another one.
+        """Record with the run which tokenizer its ids belong to.
 
-        `fit` does this for data with a `tokenizer`.
+        tokenizer: "bytes", or "sha256:" and the hash of the tokenizer's file; empty: nothing is recorded.
+
+        `fit` does this for data with a `tokenizer`. Raises TokenizerError if the run has another one.
         """
         if tokenizer and tokenizer != self.tokenizer:
             yield from self.open(tokenizer=tokenizer)
 
     def keep_tokenizer(self, tokenizer: TokenizerDescription) -> Operation[None]:
         """Give the run the tokenizer of its data, so that prompts can be encoded as the data was.
+
+        tokenizer: The description, whose hash must be that of `use_tokenizer`.
 
         Nothing is sent if the run keeps it already. `fit` does this for data with a `tokenizer_description`.
         """
@@ -138,10 +142,12 @@ class Session(Calls):
         self._kept_tokenizer_digest = tokenizer.digest
 
     def use_data(self, fingerprint: Mapping[str, str], *, allow_changed: bool = False) -> Operation[None]:
-        """Record the fingerprint of the run's training data; DataMismatchError if it has another one.
+        """Record the fingerprint of the run's training data.
 
-        With `allow_changed` the new fingerprint replaces the recorded one. `fit` does this for data with a
-        `fingerprint()`.
+        fingerprint: Named parts, such as those of `TokenData.fingerprint`; empty: nothing is recorded.
+        allow_changed: Replace another fingerprint that is recorded, instead of raising DataMismatchError.
+
+        `fit` does this for data with a `fingerprint()`.
         """
         if fingerprint and dict(fingerprint) != self.data:
             yield from self.open(data=fingerprint, allow_changed_data=allow_changed)

@@ -33,7 +33,13 @@ class Calls(RetriedCalls):
     """Operations of a client without a session. Each is retried until there is an answer."""
 
     def eval_loss(self, tokens: Any, **options: Unpack[EvalOptions]) -> Operation[results.EvalResult]:
-        """Evaluate one batch. Changes nothing. `tokens` are as in `Trainer.train_step`."""
+        """Evaluate one batch. Changes nothing.
+
+        tokens: As in `Trainer.train_step`.
+
+        Raises DivergedError if the weights give losses that are not finite, and RequestError with the reason
+        READ_TOO_LONG if training had to wait too long for it.
+        """
         return (yield from self._evaluated(codec.eval_request(tokens, **options)))
 
     def _evaluated(self, request: pb.EvalLossRequest) -> Operation[results.EvalResult]:
@@ -50,13 +56,15 @@ class Calls(RetriedCalls):
     ) -> Operation[results.EvalResult]:
         """Evaluate a whole data set with as many calls as it takes. Changes nothing.
 
-        `data` is a `maskwire.data.TokenData`, or rows as in `eval_loss`. Of a TokenData every token is
-        evaluated once, or, with `rows`, that many rows spread evenly over it. Each call evaluates
-        `batch_size` rows; by default as many as keep a call short. The server's limits cap it, and the result
-        does not depend on it. `row_ids` default to the rows' positions in the data. `on_progress(rows_done,
-        rows, nats_per_token)` is called after each call (by the asyncio client on another thread).
+        data: A `maskwire.data.TokenData`, or rows as in `eval_loss`.
+        rows: Of a TokenData, evaluate this many rows, spread evenly over it; None: every token once.
+        batch_size: Rows per call; None: as many as keep a call short. The server's limits cap it, and the
+            result does not depend on it.
+        on_progress: `on_progress(rows_done, rows, nats_per_token)` is called after each call (by the asyncio
+            client on another thread).
 
-        Raises StepMovedError if the run's step changes meanwhile.
+        `row_ids` default to the rows' positions in the data. Raises StepMovedError if the run's step changes
+        meanwhile, ValueError if every row consists of prompts only, and what `eval_loss` raises.
         """
         if not hasattr(data, "batch"):  # a TokenData has one
             arguments.check_rows(data, "data")
@@ -75,10 +83,12 @@ class Calls(RetriedCalls):
     ) -> Operation[results.GenerateResult]:
         """Sample rows, or fill the gaps in prompts. Changes nothing.
 
-        `prompts` are integers [rows, columns] or a list of rows, with the mask id at the positions to fill or
-        with a `prompt_mask`. Without prompts, `count` rows of `length` tokens are sampled. If the rows exceed
-        what the server accepts in one call, several calls are made; StepMovedError is raised if the run's
-        step changes between them.
+        prompts: Integers [rows, columns] or a list of rows that may differ in length, with the mask id at the
+            positions to fill or with a `prompt_mask`. None: `count` rows of `length` tokens are sampled.
+
+        If the rows exceed what the server accepts in one call, several calls are made; StepMovedError is
+        raised if the run's step changes between them. Raises DivergedError if the weights give logits that
+        are not finite, and RequestError with the reason READ_TOO_LONG if training had to wait too long.
         """
         return (yield from self._sample(codec.generate_request(prompts, **options)))
 
@@ -86,6 +96,8 @@ class Calls(RetriedCalls):
         self, prompts: Any = None, **options: Unpack[GenerateOptions]
     ) -> Operation[results.GenerateResult]:
         """Iterate over the unmasking passes of a `generate` call; the last result is `done`.
+
+        prompts: As in `generate`.
 
         A reader that is slower than the device can miss passes, but never the last one. Closing the iterator,
         or an exception that leaves it, frees the device.
@@ -136,9 +148,15 @@ class Calls(RetriedCalls):
     ) -> Operation[results.CheckpointInfo]:
         """Save the run's state. Returns once the checkpoint is durable and verified.
 
-        `score` rates the state, lower is better; of the scored checkpoints without a name the server keeps
-        the best. With `expected_lineage` or `expected_step` the call is refused if the run is elsewhere, so
-        that a score is saved with the step at which it was measured.
+        name: Lower-case letters, digits, _ and -, at most 64. Empty: the server names it after the step, and
+            may delete it once newer ones exist.
+        labels: Texts to keep with it, by name: at most 32 entries of at most 256 characters.
+        score: Rates the state, lower is better; of the scored checkpoints without a name the server keeps the
+            best.
+        expected_lineage, expected_step: Refuse the call with WrongRunError if the run is elsewhere, so that a
+            score is saved with the step at which it was measured.
+
+        Raises CheckpointError if the name is taken, or if writing failed.
         """
         request = pb.CheckpointRequest(
             request_id=new_id(),
@@ -165,7 +183,8 @@ class Calls(RetriedCalls):
     def list_steps(self, **options: Unpack[ListOptions]) -> Operation[results.RecordedStep | None]:
         """Iterate over the recorded steps of one lineage, in order, requesting one page at a time.
 
-        `lineage` defaults to the newest; `first_step` and `last_step` limit the range.
+        Raises WrongRunError if `run_id` is given and the server has another run, and UnimplementedError for a
+        server that does not list steps.
         """
         token = ""
         while True:
@@ -179,18 +198,31 @@ class Calls(RetriedCalls):
     def steps_page(
         self, *, page_size: int = 0, page_token: str = "", **options: Unpack[ListOptions]
     ) -> Operation[results.StepsPage]:
-        """Return one page of `list_steps`, with the step that the lineage started from."""
+        """Return one page of `list_steps`, with the step that the lineage started from.
+
+        page_size: The most steps to return; 0: 100. The server returns at most 250.
+        page_token: `next_page_token` of the page before; empty: the first page.
+        """
         request = pb.ListStepsRequest(page_size=page_size, page_token=page_token, **options)
         return codec.read_steps((yield from self._ask("ListSteps", lambda: request)))
 
     def delete(self, name: str) -> Operation[None]:
-        """Delete a checkpoint. Refused while recovery, a lineage or a download needs it."""
+        """Delete a checkpoint.
+
+        name: The checkpoint's name.
+
+        Raises CheckpointError if there is no such checkpoint, or while recovery, a lineage or a download
+        needs it.
+        """
         yield from self._ask("DeleteCheckpoint", lambda: pb.DeleteCheckpointRequest(name=name))
 
     def restore(self, name: str, *, expected_step: int | None = None) -> Operation[results.RestoreResult]:
         """Restore a checkpoint as the start of a new lineage. The run's writer must connect again.
 
-        With `expected_step` the call is refused if the run is at another step.
+        name: The checkpoint's name.
+        expected_step: Refuse the call with WrongRunError if the run is at another step; None: restore anyway.
+
+        Raises CheckpointError if there is no such checkpoint, or if it is damaged.
         """
         request = pb.RestoreCheckpointRequest(request_id=new_id(), name=name, expected_step=expected_step)
         response = yield from self._ask("RestoreCheckpoint", lambda: request)
@@ -205,11 +237,17 @@ class Calls(RetriedCalls):
         ema: bool = False,
         on_progress: DownloadProgress | None = None,
     ) -> Operation[Path]:
-        """Download a checkpoint into `folder`, which `maskwire_server.load` can read.
+        """Download a checkpoint into a folder, which `maskwire_server.load` can read, and return the folder.
 
-        `weights`: only the weights, with their moving average if the run keeps one. `ema`: only the moving
-        average. An interrupted download resumes where it stopped, and each file is checked against its
-        SHA-256. `on_progress(bytes_done, bytes_total)` is called for each chunk.
+        name: The checkpoint's name.
+        folder: Where to write; it is created if it does not exist.
+        weights: Only the weights, with their moving average if the run keeps one.
+        ema: Only the moving average.
+        on_progress: `on_progress(bytes_done, bytes_total)` is called for each chunk.
+
+        An interrupted download resumes where it stopped, and each file is checked against its SHA-256. Raises
+        CheckpointError if there is no such checkpoint or a file is damaged, and OSError if the folder cannot
+        be written.
         """
         listed = yield from self.checkpoints()
         info = next((info for info in listed if info.name == name), None)

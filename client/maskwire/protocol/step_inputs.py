@@ -18,10 +18,17 @@ LearningRate = float | Callable[[int], float | None] | None
 
 
 class Data(Protocol):
-    """Where batches come from."""
+    """What `fit` needs of data: any object with this method.
+
+    If it also has `tokenizer`, `tokenizer_description`, `fingerprint()` or `files`, they are used as those of
+    a TokenData are.
+    """
 
     def batch(self, step: int) -> Any:
-        """Return the rows of a step, or a `maskwire.Batch`. Must depend on nothing but the step."""
+        """Return the rows of a step, or a `maskwire.Batch`. Must depend on nothing but the step.
+
+        step: The step's number, from 1.
+        """
 
 
 @dataclass(frozen=True, eq=False)

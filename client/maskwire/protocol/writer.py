@@ -74,8 +74,11 @@ class Writer(Session):
     def restore(self, name: str, *, expected_step: int | None = None) -> Operation[results.RestoreResult]:
         """Restore a checkpoint as the start of a new lineage, and continue from there as its writer.
 
-        Waits for the steps in flight first. With `expected_step` the call is refused if the run is at another
-        step.
+        name: The checkpoint's name.
+        expected_step: Refuse the call with WrongRunError if the run is at another step; None: restore anyway.
+
+        Waits for the steps in flight first. Raises CheckpointError if there is no such checkpoint, or if it
+        is damaged.
         """
         yield Until(lambda: not self._restoring)
         self._restoring = True  # later steps wait
