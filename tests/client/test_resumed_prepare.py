@@ -87,6 +87,9 @@ def test_stopped_while_rows_are_packed_it_packs_them_again_and_reads_nothing(
     assert expected.rows > 5
     rows = RowPacker.rows
 
+    def unread(*_: Any) -> Iterator[Item]:
+        raise AssertionError("the sources are read again")
+
     def stopping(packer: RowPacker, sizes: Any) -> Iterator[list[int]]:
         for number, row in enumerate(rows(packer, sizes)):
             if number == after:
@@ -98,7 +101,7 @@ def test_stopped_while_rows_are_packed_it_packs_them_again_and_reads_nothing(
         with pytest.raises(KeyboardInterrupt):
             prepare(corpus, tmp_path / "out", **options)
     with monkeypatch.context() as patch:
-        patch.setattr("maskwire.data.record_files._READERS", {".jsonl": None})
+        patch.setattr("maskwire.data.record_files._READERS", {".jsonl": unread})
         assert prepare(corpus, tmp_path / "out", **options) == expected
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
