@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -94,6 +94,7 @@ def test_a_tiny_corpus_is_packed_as_computed_by_hand(packed: Path, sampling: str
     assert [bytes(row).decode() for row in data.evaluation_rows(3).tokens] == ["bbbbbb", "dd", "e"]
 
 
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=14),
     length=st.integers(1, 16),
