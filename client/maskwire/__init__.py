@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from maskwire.callbacks import EarlyStopping, SaveBest, StopTraining
     from maskwire.client import Client, Trainer, attach, connect
     from maskwire.data.file_data import ByteData, FileTokens, open_data
+    from maskwire.data.packed_data import PackedData
     from maskwire.data.pair_data import PairData
     from maskwire.data.token_data import TokenData
     from maskwire.errors import MaskwireError
@@ -30,6 +31,7 @@ __all__ = [
     "EarlyStopping",
     "FileTokens",
     "MaskwireError",
+    "PackedData",
     "PairData",
     "SaveBest",
     "StopTraining",
@@ -44,7 +46,7 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("connect", "attach", "Trainer", "Client"), "client"),
-    **dict.fromkeys(("open_data", "TokenData", "ByteData", "FileTokens", "PairData"), "data"),
+    **dict.fromkeys(("open_data", "TokenData", "ByteData", "FileTokens", "PackedData", "PairData"), "data"),
     "Batch": "batch",
     "MaskwireError": "errors",
     **dict.fromkeys(("EarlyStopping", "SaveBest", "StopTraining"), "callbacks"),

@@ -18,6 +18,7 @@ from maskwire.data.draft_folder import DraftFolder
 from maskwire.data.prepare import prepare
 from maskwire.data.record import Item
 from maskwire.data.record_files import read_json_lines
+from maskwire.data.row_packing import RowPacker
 
 FIELDS = {"prompt_field": "q", "response_field": "a"}
 
@@ -45,12 +46,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.parametrize("pack", [None, 20])
 @pytest.mark.parametrize("after", [1, 7, 8, 40, 61, 100, 119])
 @pytest.mark.usefixtures("small_parts")
 def test_stopped_anywhere_it_continues_with_the_same_bytes(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, caplog: Any
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, pack: int | None, caplog: Any
 ) -> None:
-    expected = prepare(corpus, tmp_path / "whole", **FIELDS)  # type: ignore[arg-type]
+    options: Any = {**FIELDS, "pack": pack}
+    expected = prepare(corpus, tmp_path / "whole", **options)
     left, read = after, []
 
     def stopping(*arguments: Any) -> Iterator[Item]:
@@ -64,15 +67,59 @@ def test_stopped_anywhere_it_continues_with_the_same_bytes(
 
     monkeypatch.setattr("maskwire.data.record_files._READERS", {".jsonl": stopping})
     with pytest.raises(KeyboardInterrupt):
-        prepare(corpus, tmp_path / "out", **FIELDS)  # type: ignore[arg-type]
+        prepare(corpus, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
     left = 1000
     read.clear()
-    assert prepare(corpus, tmp_path / "out", **FIELDS) == expected  # type: ignore[arg-type]
+    assert prepare(corpus, tmp_path / "out", **options) == expected
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert len(read) <= 120 - after + 7, "only the last group is read again"
     assert ("resuming after" in caplog.text) == (after >= 7)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out", "whole"]
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_stopped_while_rows_are_packed_it_packs_them_again_and_reads_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    options: Any = {**FIELDS, "pack": 20}
+    expected = prepare(corpus, tmp_path / "whole", **options)
+    assert expected.rows > 5
+    rows = RowPacker.rows
+
+    def unread(*_: Any) -> Iterator[Item]:
+        raise AssertionError("the sources are read again")
+
+    def stopping(packer: RowPacker, sizes: Any) -> Iterator[list[int]]:
+        for number, row in enumerate(rows(packer, sizes)):
+            if number == after:
+                raise KeyboardInterrupt
+            yield row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RowPacker, "rows", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(corpus, tmp_path / "out", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("maskwire.data.record_files._READERS", {".jsonl": unread})
+        assert prepare(corpus, tmp_path / "out", **options) == expected
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_draft_with_other_options_leaves_no_files(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(draft: DraftFolder, *_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    options: Any = {**FIELDS, "pack": 20}
+    with monkeypatch.context() as patch:
+        patch.setattr(DraftFolder, "complete", stop)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(corpus, tmp_path / "out", **options)
+    assert (tmp_path / ".out.part" / "rows.npy").exists()
+    prepare(corpus, tmp_path / "out", text_field="q")
+    assert sorted(contents(tmp_path / "out")) == ["documents.npy", "maskwire-data.json", "tokens.bin"]
 
 
 @pytest.mark.usefixtures("small_parts")

@@ -93,9 +93,24 @@ def test_the_same_texts_give_the_same_batches_in_every_form(tmp_path: Path, name
         path = tmp_path / "texts" if name == "prepared" else FORMS[name](tmp_path / name)
         found = open_data(path, **OPTIONS)
         prepare(path, tmp_path / "out")
-    packed = open_data(tmp_path / "out", **OPTIONS)
-    assert found.fingerprint() == packed.fingerprint() == expected.fingerprint()
-    assert batches(found) == batches(packed) == batches(expected)
+    prepared = open_data(tmp_path / "out", **OPTIONS)
+    assert found.fingerprint() == prepared.fingerprint() == expected.fingerprint()
+    assert batches(found) == batches(prepared) == batches(expected)
+
+
+@pytest.mark.parametrize("name", [*FORMS, "texts.csv"])
+def test_the_same_texts_give_the_same_packed_rows_from_every_form(tmp_path: Path, name: str) -> None:
+    prepare(folder(tmp_path / "texts"), tmp_path / "expected", pack=32)
+    form = {**FORMS, "texts.csv": comma_separated}[name]
+    prepare(form(tmp_path / name), tmp_path / "out", pack=32, text_field="text")
+    expected, found = (open_data(tmp_path / out, batch_size=5, seed=7) for out in ("expected", "out"))
+    assert isinstance(found, maskwire.PackedData)
+    assert found.fingerprint() == expected.fingerprint()
+    for step in (1, 2, 9):
+        ours, theirs = found.batch(step), expected.batch(step)
+        for name in ("tokens", "segment_ids"):
+            rows = zip(getattr(ours, name), getattr(theirs, name), strict=True)
+            assert all(row.tolist() == same.tolist() for row, same in rows)
 
 
 @pytest.mark.parametrize("name", [*FORMS, "texts.csv"])
@@ -266,7 +281,7 @@ def test_a_folder_that_the_first_format_wrote_gives_the_same_batches(
 def test_a_folder_of_a_newer_format_is_refused(tmp_path: Path) -> None:
     prepare(json_lines(tmp_path / "a.jsonl"), tmp_path / "out")
     path = tmp_path / "out" / "maskwire-data.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
-    with pytest.raises(ValueError, match="format 3, expected 1 or 2"):
+    path.write_text(path.read_text().replace('"format": 2', '"format": 4'))
+    with pytest.raises(ValueError, match="format 4, expected 1 to 3"):
         open_data(tmp_path / "out", **OPTIONS)
     assert np.load(tmp_path / "out" / "documents.npy").dtype == np.int64

@@ -43,6 +43,32 @@ def tokenizer(tmp_path: Path) -> Path:
     return tmp_path / "t.json"
 
 
+def test_samples_in_tensorboard_are_text_of_the_data_s_tokenizer(
+    serve: Callable[..., ServerProcess], tmp_path: Path, tokenizer: Path
+) -> None:
+    accumulators = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="TensorBoard is not installed"
+    )
+    (tmp_path / "sums.txt").write_text("".join(q + a for q, a in SUMS))
+    command(
+        app, "data", "prepare", tmp_path / "sums.txt", "--out", tmp_path / "sums", "--tokenizer", tokenizer
+    )
+    meta = json.loads((tmp_path / "sums" / "maskwire-data.json").read_text())
+    server = serve(
+        telemetry__tensorboard="true",
+        **{f"model__{name}": str(meta[name]) for name in ("num_tokens", "mask_id")},
+    )
+    command(app, "train", tmp_path / "sums", "--until-step", 1, "--length", 8, "--target", server.address)
+    words = ["generate", "--prompt", "3+4=", "--length", 8, "--temperature", 0, "--target", server.address]
+    command(app, *words)
+    assert server.stop() == 0
+    folder = server.folder / "run" / "tensorboard"
+    found = accumulators.EventAccumulator(str(folder), {"tensors": 0}).Reload()
+    (event,) = found.Tensors("samples")
+    (text,) = event.tensor_proto.string_val
+    assert text.decode().startswith("    3+4=")
+
+
 @pytest.mark.parametrize("kind", ["bytes", "file"])
 def test_a_prompt_is_answered_by_a_run_that_was_trained_on_pairs(
     serve: Callable[..., ServerProcess], tmp_path: Path, kind: str, request: pytest.FixtureRequest

@@ -75,6 +75,15 @@ def prepare(
             "for text.",
         ),
     ] = False,
+    pack: Annotated[
+        int | None,
+        typer.Option(
+            metavar="LENGTH",
+            show_default=False,
+            help="Fill rows of this many tokens with several documents each; attention stays inside a "
+            "document. Longer documents are cut into pieces. No more than the model's max_seq_len.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace data prepared earlier in --out.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -90,18 +99,19 @@ def prepare(
             metadata = prepare_data(
                 paths, out, tokenizer=tokenizer, pattern=pattern, any_format=any_format,
                 text_field=text_field, prompt_field=prompt_field, response_field=response_field,
-                special_tokens=special_tokens, parse_special_tokens=parse_special_tokens, force=force,
-                on_progress=report,
+                special_tokens=special_tokens, parse_special_tokens=parse_special_tokens, pack=pack,
+                force=force, on_progress=report,
             )  # fmt: skip
         show(
-            {"folder": out, **dataclasses.asdict(metadata)},
+            {"folder": out, **dataclasses.asdict(metadata), "filled": metadata.filled},
             as_json,
             lambda: (
                 f"{out}: {metadata.tokens:,} tokens ({metadata.dtype}) in {metadata.documents:,} documents, "
                 f"{metadata.text_bytes / metadata.tokens:.2f} bytes per token\n"
-                f"{_dropped(metadata)}{_special_tokens(metadata)}"
+                f"{_packed(metadata)}{_dropped(metadata)}{_special_tokens(metadata)}"
                 f"num_tokens = {metadata.num_tokens}\nmask_id = {metadata.mask_id}\n"
                 + ("" if metadata.pad_id is None else f"pad_id = {metadata.pad_id}\n")
+                + (f"max_seq_len = {metadata.row_length}\n" if metadata.row_length else "")
                 + "Put these settings into [model] of the server's configuration, as `maskwire-server init "
                 f"--data {out}` does, unless the model comes from Hugging Face and has its own; start a new "
                 f"run, then: maskwire train {out} --until-step N"
@@ -133,6 +143,24 @@ def tokenizer(
         "document_end": found.document_end,
     }
     show(result, as_json, lambda: f"wrote {path} ({found.name})")
+
+
+def _packed(metadata: PreparedMetadata) -> str:
+    """Lines about packed rows; empty without them."""
+    if metadata.filled is None:
+        return ""
+    words = (
+        f"packed into {metadata.rows:,} rows of {metadata.row_length:,} tokens: {metadata.filled:.1%} of "
+        "their positions hold tokens\n"
+    )
+    if metadata.cut:
+        words += f"documents longer than a row, which were cut into pieces: {metadata.cut:,}\n"
+    if metadata.prompts:
+        words += (
+            "a packed pair ends with one end id and is not filled up: the model does not learn where a "
+            "response ends in a longer row\n"
+        )
+    return words
 
 
 def _dropped(metadata: PreparedMetadata) -> str:

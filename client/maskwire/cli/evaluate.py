@@ -19,6 +19,7 @@ from maskwire.cli.options import (
     ResponseField,
     ServerConnection,
     TextField,
+    length_of_paths,
     row_length,
     with_server,
 )
@@ -90,7 +91,7 @@ def evaluate(
     if order is not None and not chain_rule:
         raise ValueError("--order needs --chain-rule: without it, the evaluation averages over all orders")
     data = open_data(
-        paths, length=1 if length is None else length, batch_size=1, pattern=pattern, dtype=dtype,
+        paths, length=length_of_paths(length, paths), batch_size=1, pattern=pattern, dtype=dtype,
         any_format=any_format, text_field=text_field, prompt_field=prompt_field,
         response_field=response_field,
     )  # fmt: skip
@@ -103,7 +104,7 @@ def evaluate(
         if status.model is None:
             raise UnavailableError("the server is still building the model; run the command again")
         check_tokenizer(status.tokenizer, data.tokenizer, "the run")
-        data = data.cropped(row_length(length, status.model))
+        data = data.cropped(row_length(length, status.model, data))
         found = _evaluate(client, data, rows, shown=not as_json, batch_size=batch_size, **options)
     words = None if not chain_rule else f"chain rule, {(order or 'left_to_right').replace('_', ' ')}"
     show(found, as_json, lambda: eval_table(found, words))

@@ -16,6 +16,8 @@ import typer
 from maskwire.cli import exit_codes
 from maskwire.client import Client, Trainer, attach, connect
 from maskwire.credentials import CredentialOptions
+from maskwire.data.file_data import packed_length
+from maskwire.data.token_data import TokenData
 from maskwire.nonfatal_output import tell
 from maskwire.results import ModelInfo
 
@@ -90,8 +92,25 @@ Length = Annotated[
 ]
 
 
-def row_length(length: int | None, model: ModelInfo) -> int:
-    """Tokens per row: --length, or the longest row of the model. Raises ValueError if it is too long."""
+def length_of_paths(length: int | None, paths: Any) -> int:
+    """The length to open data with, before the model's is known: --length, or that of packed rows."""
+    return packed_length(paths) or 1 if length is None else length
+
+
+def row_length(length: int | None, model: ModelInfo, data: TokenData | None = None) -> int:
+    """Tokens per row: --length, or that of packed rows, or the longest row of the model.
+
+    Raises ValueError if it is too long.
+    """
+    packed = None if data is None else data.packed_length
+    if packed is not None and packed > model.max_seq_len:
+        raise ValueError(
+            f"the data is packed into rows of {packed} tokens, and the longest row of the model has "
+            f"{model.max_seq_len} (max_seq_len): prepare the data again with --pack {model.max_seq_len}, or "
+            f"start a run with max_seq_len = {packed}"
+        )
+    if packed is not None:
+        return packed
     if length is not None and not 1 <= length <= model.max_seq_len:
         raise ValueError(
             f"--length must be 1 to {model.max_seq_len}, the longest row of the model, got {length}"

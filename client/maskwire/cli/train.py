@@ -22,11 +22,12 @@ from maskwire.cli.options import (
     ResponseField,
     ServerConnection,
     TextField,
+    length_of_paths,
     row_length,
     with_server,
 )
 from maskwire.client import Trainer
-from maskwire.data.file_data import holds_tokens, open_data
+from maskwire.data.file_data import holds_tokens, open_data, packed_length
 from maskwire.data.token_data import TokenData
 from maskwire.errors import TokenizerError
 from maskwire.loggers.specification import open_logger
@@ -180,7 +181,7 @@ def train(
         )
     loggers = [open_logger(specification) for specification in log or []]
     options: dict[str, Any] = {
-        "length": 1 if length is None else length,
+        "length": length_of_paths(length, paths),
         "batch_size": batch_size,
         "seed": seed,
         "pattern": pattern,
@@ -194,15 +195,19 @@ def train(
     # Report bad data before waiting for the server.
     data, apart = open_data(paths, dtype=dtype, **options), None
     if eval_data is not None:
-        apart = _open_evaluation(eval_data, dtype, options)
+        apart = _open_evaluation(eval_data, dtype, options | {"length": packed_length(eval_data) or 1})
         check_tokenizer(data.tokenizer, apart.tokenizer, "the training data")
     elif eval_every:
         data, apart = _split(data, _HELD_OUT if held_out is None else held_out)
     with server.connect(name=name, takeover=takeover, window=window) as trainer:
-        columns = row_length(length, trainer.model)
+        columns = row_length(length, trainer.model, data)
         data = data.cropped(columns)
         target = data.steps_of(epochs) if epochs is not None else until_step or 0
-        evaluate = None if apart is None else _evaluation(apart.cropped(columns), eval_rows)
+        evaluate = (
+            None
+            if apart is None
+            else _evaluation(apart, row_length(columns, trainer.model, apart), eval_rows)
+        )
         if trainer.step < target and not as_json:
             tell(
                 f"training from step {trainer.step} to {target}: {batch_size} rows of {columns} tokens "
@@ -277,5 +282,6 @@ def _split(data: TokenData, held_out: float) -> tuple[TokenData, TokenData]:
         raise ValueError(words.replace("evaluate on other data", "give --eval-data")) from None
 
 
-def _evaluation(data: TokenData, rows: int) -> Callable[[Trainer], EvalResult]:
+def _evaluation(data: TokenData, length: int, rows: int) -> Callable[[Trainer], EvalResult]:
+    data = data.cropped(length)
     return lambda trainer: trainer.evaluate(data, rows=rows)

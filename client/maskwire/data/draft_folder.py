@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +20,16 @@ from typing import IO, Any
 import numpy as np
 
 from maskwire.data.file_array import Ids
-from maskwire.data.prepared_folder import DOCUMENTS, METADATA, PROMPTS, TOKENS, PreparedMetadata
+from maskwire.data.prepared_folder import (
+    DOCUMENTS,
+    METADATA,
+    PIECES,
+    PROMPTS,
+    ROWS,
+    TOKENS,
+    PreparedMetadata,
+)
+from maskwire.data.row_packing import OPEN_ROWS, RowPacker
 
 _PROGRESS, _LOCK = "progress.json", "lock"
 _BUFFER = 2**20
@@ -66,6 +75,10 @@ class DraftFolder:
         self.resumed = found is not None and found.identity == identity
         """Whether an earlier call was stopped here."""
         self.progress = found if found is not None and self.resumed else Progress(identity)
+        if not self.resumed:
+            for path in self.path.iterdir():
+                if path.name != _LOCK:  # of other options, which may have written other files
+                    path.unlink()
         self._files = {
             TOKENS: self._open(TOKENS, self.progress.tokens * self._dtype.itemsize),
             DOCUMENTS: self._open(f"{DOCUMENTS}.raw", self.progress.documents * 8),
@@ -115,12 +128,38 @@ class DraftFolder:
             _flush(text)
         draft.replace(self.path / _PROGRESS)
 
+    def pack(self, length: int) -> tuple[int, int]:
+        """Fill rows of `length` with the documents. Returns (rows, documents that were cut).
+
+        The rows follow from the sizes of the documents. So if this is stopped, it is done again.
+        """
+        self.save()
+        packer, rows, pieces = RowPacker(length, OPEN_ROWS), 0, 0
+        paths = [self.path / f"{name}.raw" for name in (ROWS, PIECES)]
+        with paths[0].open("wb", _BUFFER) as ends, paths[1].open("wb", _BUFFER) as numbers:
+            for row in packer.rows(self._sizes()):
+                rows, pieces = rows + 1, pieces + len(row)
+                ends.write(pieces.to_bytes(8, "little"))
+                numbers.write(np.array(row, dtype="<i8").tobytes())
+        self._to_array(ROWS, rows)
+        self._to_array(PIECES, pieces)
+        return rows, packer.cut
+
+    def _sizes(self) -> Iterator[int]:
+        """The sizes of the documents, read in parts."""
+        before = 0
+        with (self.path / f"{DOCUMENTS}.raw").open("rb") as file:
+            while part := file.read(_BUFFER):
+                ends = np.frombuffer(part, dtype="<i8")
+                yield from np.diff(ends, prepend=before).tolist()
+                before = int(ends[-1])
+
     def complete(self, metadata: PreparedMetadata, out: Path, copies: dict[str, bytes]) -> None:
         """Write the remaining files, and move the folder to `out`, in place of one that is there."""
         for name, file in self._files.items():
             _flush(file)
             if name != TOKENS:
-                self._to_array(name)
+                self._to_array(name, self.progress.documents)
         for name, content in copies.items():
             with (self.path / name).open("wb") as copy:
                 copy.write(content)
@@ -137,11 +176,11 @@ class DraftFolder:
         self.path.rename(out)
         shutil.rmtree(old, ignore_errors=True)
 
-    def _to_array(self, name: str) -> None:
+    def _to_array(self, name: str, count: int) -> None:
         """Put the header of a `.npy` file before raw int64 numbers."""
         raw = self.path / f"{name}.raw"
         with raw.open("rb") as source, (self.path / name).open("wb") as file:
-            header = {"descr": "<i8", "fortran_order": False, "shape": (self.progress.documents,)}
+            header = {"descr": "<i8", "fortran_order": False, "shape": (count,)}
             np.lib.format.write_array_header_1_0(file, header)
             shutil.copyfileobj(source, file, _BUFFER)
             _flush(file)

@@ -12,12 +12,15 @@ import numpy as np
 from maskwire.data.file_array import FileArray, Ids
 from maskwire.data.file_discovery import find_files
 from maskwire.data.file_types import refuse_other_than_packed
+from maskwire.data.packed_data import PackedData, check_length
 from maskwire.data.pair_data import PairData
 from maskwire.data.prepared_folder import (
     BYTES,
     DOCUMENTS,
     METADATA,
+    PIECES,
     PROMPTS,
+    ROWS,
     TOKENS,
     PreparedMetadata,
     refuse_part,
@@ -112,12 +115,13 @@ class FileTokens(TokenData):
         tokenizer, bytes_per_token = "", None
         if dtype is not None and holds_tokens(path):
             raise ValueError(f"{path} records the type of its ids; leave out dtype (--dtype), got {dtype!r}")
-        if path.name == DOCUMENTS:
+        if path.suffix == ".npy":
             refuse_part(path)
         if (path / METADATA).is_file():
             metadata = PreparedMetadata.read(path)
-            if metadata.prompts:
-                raise ValueError(f"{path} holds prompts with responses; open it with maskwire.open_data")
+            if metadata.prompts or metadata.row_length:
+                kind = "packed rows" if metadata.row_length else "prompts with responses"
+                raise ValueError(f"{path} holds {kind}; open it with maskwire.open_data")
             documents = _prepared_documents(path, metadata)
             tokenizer, bytes_per_token = metadata.tokenizer, metadata.text_bytes / metadata.tokens
             self.tokenizer_description = _description(path, metadata)
@@ -145,7 +149,7 @@ class FileTokens(TokenData):
 def open_data(
     paths: Paths,
     *,
-    length: int,
+    length: int | None = None,
     batch_size: int,
     seed: int = 0,
     sampling: str = "crops",
@@ -162,10 +166,11 @@ def open_data(
         `dtype` (uint8, uint16 or int32), or texts, whose bytes become the tokens: files and folders, JSON
         Lines, Parquet and Arrow files, addresses of fsspec, or a data set of the package `datasets`. The
         texts of records and of addresses are held in memory; prepare larger ones.
-    length: Tokens per row.
+    length: Tokens per row. A folder of packed rows has a length of its own; the result is a PackedData.
     batch_size: Rows per batch.
     seed: Seed of the choice of rows.
-    sampling: "crops" for rows at random places, or "epochs" for each row once per epoch.
+    sampling: "crops" for rows at random places, or "epochs" for each row once per epoch. Packed rows are
+        never cropped: "crops" draws whole rows.
     pattern: Use only the files in folders whose names match, such as "*.txt".
     dtype: The type of packed ids: uint8, uint16 or int32.
     text_field: The field of a record that holds its text; "text" by default.
@@ -175,6 +180,12 @@ def open_data(
     Raises ValueError for anything else.
     """
     fields = Fields(text_field, prompt_field, response_field)
+    packed = packed_length(paths)
+    if packed is not None:
+        check_length(length, packed)
+        length = packed
+    if length is None:
+        raise ValueError("length is missing: give the number of tokens per row, such as length=512")
     options: dict[str, Any] = {
         "length": length, "batch_size": batch_size, "seed": seed, "sampling": sampling,
     }  # fmt: skip
@@ -190,6 +201,8 @@ def open_data(
             raise ValueError(
                 f"{given[0]} holds token ids, which have no fields; leave out the names of fields"
             )
+        if dtype is None and packed is not None:
+            return _open_packed(Path(given[0]), options)
         if _holds_pairs(Path(given[0])):
             return open_pairs(Path(given[0]), **options)
         return FileTokens(given[0], dtype=dtype, **options)
@@ -208,6 +221,27 @@ def open_pairs(path: Path, **options: Any) -> PairData:
     found = PairData(
         _prepared_documents(path, metadata), prompts[:], end_id=metadata.end_id, tokenizer=metadata.tokenizer,
         **options,
+    )  # fmt: skip
+    found.tokenizer_description = _description(path, metadata)
+    return found
+
+
+def packed_length(paths: Paths) -> int | None:
+    """The tokens per row of a folder of packed rows; None for anything else."""
+    given = paths if isinstance(paths, list | tuple) else [paths]
+    if len(given) != 1 or not isinstance(given[0], str | Path) or not (Path(given[0]) / METADATA).is_file():
+        return None
+    return PreparedMetadata.read(Path(given[0])).row_length or None
+
+
+def _open_packed(path: Path, options: dict[str, Any]) -> PackedData:
+    metadata = PreparedMetadata.read(path)
+    (pieces, _), (ends, _) = load_array(path / PIECES), load_array(path / ROWS)
+    prompts = load_array(path / PROMPTS)[0][:] if metadata.prompts else None
+    bytes_per_token = None if metadata.prompts else metadata.text_bytes / metadata.tokens
+    found = PackedData(
+        _prepared_documents(path, metadata), pieces[:].astype(np.int64), ends[:].astype(np.int64),
+        tokenizer=metadata.tokenizer, bytes_per_token=bytes_per_token, prompts=prompts, **options,
     )  # fmt: skip
     found.tokenizer_description = _description(path, metadata)
     return found

@@ -51,10 +51,7 @@ class PairData(TokenData):
 
         Raises ValueError unless there is a prompt length per document, below the document's size.
         """
-        prompts = np.asarray(prompts, dtype=np.int64)
-        fit = prompts.shape == documents.sizes.shape and bool((prompts < documents.sizes).all())
-        if not fit or (prompts < 0).any():
-            raise ValueError("the lengths of the prompts do not fit the documents; prepare the data again")
+        prompts = check_prompts(prompts, documents)
         self.files = []
         self.end_id = end_id
         """The id after a response."""
@@ -76,8 +73,7 @@ class PairData(TokenData):
 
     def fingerprint(self) -> dict[str, str]:
         """As for other data, and a hash of the lengths of the prompts."""
-        found = hashlib.sha256(self._prompts.astype("<i8").tobytes())
-        return super().fingerprint() | {"prompts": f"sha256:{found.hexdigest()}"}
+        return super().fingerprint() | {"prompts": prompts_hash(self._prompts)}
 
     def batch(self, step: int) -> Batch:  # type: ignore[override]  # fit takes either
         """The batch of a step: tokens [batch_size, length], and their prompt_mask.
@@ -103,11 +99,11 @@ class PairData(TokenData):
             numbers = (np.arange(rows) + 0.5) / rows * self._fitting.size
             return self._batch(numbers.astype(np.int64))
         count = self._fitting.size
-        return Batch(_Computed(self._row, count), prompt_mask=_Computed(self._mask, count))
+        return Batch(Computed(self._row, count), prompt_mask=Computed(self._mask, count))
 
     def whole(self) -> Any:
         """Every pair that fits, as a row."""
-        return _Computed(self._row, self._fitting.size)
+        return Computed(self._row, self._fitting.size)
 
     def spread(self, rows: int) -> Any:
         """Rows evenly spread over the data, the same on every call.
@@ -154,7 +150,21 @@ class PairData(TokenData):
         return self._fill(part, chosen, length)
 
 
-class _Computed(Sequence[Any]):
+def check_prompts(prompts: npt.NDArray[np.integer[Any]], documents: Documents) -> npt.NDArray[np.int64]:
+    """The lengths of prompts. Raises ValueError unless each document has one that is below its size."""
+    found = np.asarray(prompts, dtype=np.int64)
+    fit = found.shape == documents.sizes.shape and bool((found < documents.sizes).all())
+    if not fit or (found < 0).any():
+        raise ValueError("the lengths of the prompts do not fit the documents; prepare the data again")
+    return found
+
+
+def prompts_hash(prompts: npt.NDArray[np.int64]) -> str:
+    """A hash of the lengths of prompts."""
+    return f"sha256:{hashlib.sha256(prompts.astype('<i8').tobytes()).hexdigest()}"
+
+
+class Computed(Sequence[Any]):
     """A sequence whose items are computed on access."""
 
     def __init__(self, item: Callable[[int], Any], size: int) -> None:

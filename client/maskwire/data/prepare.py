@@ -4,22 +4,27 @@ OUT/maskwire-data.json   metadata: tokenizer, vocabulary, sizes
 OUT/tokens.bin           little-endian ids, one document after another
 OUT/documents.npy        where each document ends
 OUT/prompts.npy          how many of its first ids are the prompt, of data with prompts and responses
+OUT/rows.npy, pieces.npy which pieces of documents share a row, of packed data
 OUT/tokenizer.json       a copy of the tokenizer file, if one was used
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
+from maskwire.arguments import check_whole
 from maskwire.data.draft_folder import DraftFolder, Progress
+from maskwire.data.file_array import Ids
 from maskwire.data.prepared_folder import BYTES, METADATA, PreparedMetadata
 from maskwire.data.record import Fields, Item, Record
+from maskwire.data.row_packing import OPEN_ROWS
 from maskwire.data.sources import Paths, Source, find_sources, identity_of
 from maskwire.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, FileTokenizer
 
@@ -28,6 +33,7 @@ log = logging.getLogger(__name__)
 _VERSION = 1  # of what is written for the same sources and options
 _BATCH_BYTES, _BATCH_RECORDS = 2**20, 1024  # tokenized in parallel on all cores
 _SAVE_BYTES, _SAVE_SECONDS = 2**26, 10.0  # of text, between two saves of the progress
+_LONGEST_ROW = 2**20  # tokens; model.max_seq_len allows no more
 NO_TOKENS = "no tokens"
 
 
@@ -43,6 +49,7 @@ def prepare(
     response_field: str | None = None,
     special_tokens: bool | None = None,
     parse_special_tokens: bool = False,
+    pack: int | None = None,
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PreparedMetadata:
@@ -61,18 +68,23 @@ def prepare(
         responses, and no for texts as bytes. `document_start` and `document_end` of the result list them.
     parse_special_tokens: Take special tokens that a text spells out, such as "[MASK]", for these tokens, and
         not for text.
+    pack: Fill rows of this many tokens with several documents each. Longer documents are cut into pieces,
+        and pairs that are longer are dropped. `rows` and `filled` of the result say how full the rows are.
     on_progress: `on_progress(done, total)` receives bytes of the sources.
 
     `out` is created only once it is complete; an existing prepared folder is replaced only with `force`. If
     the process is stopped, the same call continues where it was (`.NAME.part` beside `out`), and writes the
     same bytes. Records without text are dropped and counted in `dropped`. Raises ValueError and OSError.
     """
+    if pack is not None:
+        check_whole("pack (--pack), the tokens of a row,", pack, 1, _LONGEST_ROW)
     out = Path(out)
     fields = Fields(text_field, prompt_field, response_field)
     _check_out(out, force)
     sources = find_sources(paths, fields, pattern=pattern, any_format=any_format)
     chosen = _tokenizer(tokenizer, fields, special_tokens, parse_special_tokens)
     options = [_VERSION, chosen.name, chosen.num_tokens, special_tokens, parse_special_tokens, fields.names]
+    options += [] if pack is None else [{"pack": pack, "open_rows": OPEN_ROWS}]
     identity = hashlib.sha256(json.dumps([identity_of(sources), *options]).encode()).hexdigest()
     dtype = _dtype(chosen)
     with DraftFolder(out, identity, dtype, prompts=fields.prompt is not None) as draft:
@@ -80,8 +92,12 @@ def prepare(
             log.warning(
                 "resuming after %s documents that an earlier call prepared", f"{draft.progress.documents:,}"
             )
-        _write(sources, draft, chosen, on_progress or (lambda *_: None))
-        metadata = _metadata(draft.progress, chosen, fields, dtype)
+        longest = pack if fields.prompt is not None else None
+        _write(sources, draft, chosen, longest, on_progress or (lambda *_: None))
+        metadata = _metadata(draft.progress, chosen, fields, dtype, longest)
+        if pack is not None:
+            rows, cut = draft.pack(pack)
+            metadata = dataclasses.replace(metadata, row_length=pack, rows=rows, cut=cut)
         copies = {TOKENIZER_FILE: chosen.file} if isinstance(chosen, FileTokenizer) else {}
         draft.complete(metadata, out, copies)
     return metadata
@@ -125,8 +141,10 @@ def _write(
     sources: list[Source],
     draft: DraftFolder,
     tokenizer: ByteTokenizer | FileTokenizer,
+    longest: int | None,
     report: Callable[[int, int], None],
 ) -> None:
+    """Append the texts of the sources; those of more than `longest` ids are dropped."""
     progress, total = draft.progress, sum(source.size for source in sources)
     if isinstance(tokenizer, FileTokenizer):
         tokenizer.resume(progress.start, progress.end)
@@ -134,7 +152,7 @@ def _write(
     saved_bytes, saved = progress.text_bytes, time.monotonic()
     for source in sources[progress.source :]:
         for items in _batches(source.read(progress.place)):
-            _add(items, draft, tokenizer)
+            _add(items, draft, tokenizer, longest)
             progress.place = items[-1].place
             report(before + min(items[-1].done, source.size), total)
             if progress.text_bytes - saved_bytes >= _SAVE_BYTES or time.monotonic() - saved >= _SAVE_SECONDS:
@@ -145,7 +163,9 @@ def _write(
     report(total, total)
 
 
-def _add(items: list[Item], draft: DraftFolder, tokenizer: ByteTokenizer | FileTokenizer) -> None:
+def _add(
+    items: list[Item], draft: DraftFolder, tokenizer: ByteTokenizer | FileTokenizer, longest: int | None
+) -> None:
     progress = draft.progress
     records = [item.record for item in items if item.record is not None]
     for reason in (item.dropped for item in items if item.record is None):
@@ -154,15 +174,30 @@ def _add(items: list[Item], draft: DraftFolder, tokenizer: ByteTokenizer | FileT
         progress.text_bytes += record.size
         if encoded is None:
             progress.drop(NO_TOKENS)
-        else:
-            draft.add(encoded.parts, encoded.prompt)
+            continue
+        parts: Iterable[Ids] = encoded.parts
+        if longest is not None:
+            parts = list(parts)
+            if sum(part.size for part in parts) > longest:
+                progress.drop(_too_long(longest))
+                continue
+        draft.add(parts, encoded.prompt)
     progress.start, progress.end = tokenizer.start, tokenizer.end
 
 
 def _metadata(
-    progress: Progress, tokenizer: ByteTokenizer | FileTokenizer, fields: Fields, dtype: str
+    progress: Progress,
+    tokenizer: ByteTokenizer | FileTokenizer,
+    fields: Fields,
+    dtype: str,
+    longest: int | None,
 ) -> PreparedMetadata:
     if not progress.documents:
+        if longest is not None and _too_long(longest) in progress.dropped:
+            raise ValueError(
+                f"no pair fits into a row of {longest:,} tokens: {dropped_words(progress.dropped)}; pack "
+                "into longer rows (--pack)"
+            )
         raise ValueError(
             "the tokenizer produced no tokens from the text; check that it fits the text"
             if progress.dropped.get(NO_TOKENS)
@@ -184,6 +219,10 @@ def _metadata(
         progress.longest,
         progress.dropped,
     )
+
+
+def _too_long(longest: int) -> str:
+    return f"longer than a row of {longest:,} tokens"
 
 
 def dropped_words(dropped: dict[str, int]) -> str:

@@ -12,11 +12,20 @@ import numpy as np
 METADATA, TOKENS, DOCUMENTS = "maskwire-data.json", "tokens.bin", "documents.npy"
 PROMPTS = "prompts.npy"
 """How many of each document's first ids are its prompt; only of data with prompts and responses."""
+ROWS, PIECES = "rows.npy", "pieces.npy"
+"""Where each packed row ends among the pieces, and the numbers of the pieces in it; only of packed data.
+
+A document longer than a row is cut into pieces; every other document is one piece. They are numbered in
+the order of the documents. So the sizes of the pieces, and with them the segment ids, follow from
+`documents.npy`.
+"""
 BYTES = "bytes"
 """The `tokenizer` of data whose ids are bytes."""
-_FORMAT = 2
-_READABLE = (1, 2)
-"""Format 1 has no prompts, and no end of a document other than the tokenizer's own."""
+_FORMAT, _PACKED_FORMAT = 2, 3
+_READABLE = (1, 2, 3)
+"""Format 1 has no prompts, and no end of a document other than the tokenizer's own. Only packed data has
+format 3, so that earlier versions read all other data."""
+_OF_PACKED = ("row_length", "rows", "cut")
 
 
 @dataclass(frozen=True)
@@ -47,10 +56,25 @@ class PreparedMetadata:
     """The size of the longest document; 0: not recorded."""
     dropped: dict[str, int] = field(default_factory=dict)
     """How many records were left out, by reason."""
+    row_length: int = 0
+    """The most tokens of a packed row; 0: the data is not packed."""
+    rows: int = 0
+    """The number of packed rows."""
+    cut: int = 0
+    """How many documents are longer than a packed row, and were cut into pieces."""
+
+    @property
+    def filled(self) -> float | None:
+        """The share of the positions of packed rows that hold tokens; None: the data is not packed."""
+        return self.tokens / (self.rows * self.row_length) if self.rows else None
 
     def to_json(self) -> str:
         """The text of `maskwire-data.json`."""
-        return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n"
+        fields = dataclasses.asdict(self)
+        if not self.row_length:
+            fields = {name: value for name, value in fields.items() if name not in _OF_PACKED}
+        version = _PACKED_FORMAT if self.row_length else _FORMAT
+        return json.dumps({"format": version, **fields}, indent=1) + "\n"
 
     @staticmethod
     def read(folder: Path) -> PreparedMetadata:
@@ -59,7 +83,7 @@ class PreparedMetadata:
         try:
             fields = json.loads(path.read_text())
             if (version := fields.pop("format")) not in _READABLE:
-                raise ValueError(f"format {version!r}, expected {' or '.join(map(str, _READABLE))}")
+                raise ValueError(f"format {version!r}, expected {_READABLE[0]} to {_READABLE[-1]}")
             metadata = PreparedMetadata(**fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: cannot be read ({error}); prepare the data again") from error
@@ -75,5 +99,8 @@ class PreparedMetadata:
 
 def refuse_part(path: Path) -> None:
     """Raise ValueError for a single file of a prepared folder, which can only be opened as a whole."""
-    if path.name in (METADATA, TOKENS, DOCUMENTS, PROMPTS) and (path.parent / METADATA).is_file():
+    if (
+        path.name in (METADATA, TOKENS, DOCUMENTS, PROMPTS, ROWS, PIECES)
+        and (path.parent / METADATA).is_file()
+    ):
         raise ValueError(f"{path} is part of prepared data; give the whole folder instead: {path.parent}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from maskwire.data.fingerprint import content_hash
 from maskwire.data.token_documents import DocumentRows, Documents
 from maskwire.v1.values import TokenizerDescription
 
+Number = TypeVar("Number", bound=np.generic)
 Rows = Ids | list[Ids]
 SAMPLING = ("crops", "epochs")
 
@@ -116,6 +117,11 @@ class TokenData:
         """Number of tokens in all documents."""
         return int(self._documents.sizes.sum())
 
+    @property
+    def packed_length(self) -> int | None:
+        """The length of packed rows, which cannot be cropped to another; None for other data."""
+        return None
+
     def fingerprint(self) -> dict[str, str]:
         """Everything that determines the batches: data with equal fingerprints gives equal batches.
 
@@ -159,7 +165,7 @@ class TokenData:
         step: The step's number, from 1.
         """
         if self._order is not None:
-            return _stacked([self._every[row] for row in self._order.batch(step, self.batch_size)])
+            return stacked([self._every[row] for row in self._order.batch(step, self.batch_size)])
         return self._crops(
             np.random.default_rng((self.seed, step)).integers(self._ends[-1], size=self.batch_size)
         )
@@ -198,7 +204,7 @@ class TokenData:
             document = int(np.searchsorted(self._ends, place, side="right"))
             start = int(place) - (int(self._ends[document - 1]) if document else 0)
             crops.append(self._documents.crop(document, start, self.length))
-        return _stacked(crops)
+        return stacked(crops)
 
     def split(self, held_out: float) -> tuple[Self, Self]:
         """Split into (training, held out) by a hash of each document, so that copies stay together.
@@ -216,7 +222,7 @@ class TokenData:
                 "one document cannot be split into training and held-out data: give several files, or "
                 "evaluate on other data"
             )
-        fractions = np.array([self._documents.fraction(i) for i in range(len(self._documents))])
+        fractions = self._fractions()
         apart = fractions < held_out
         if apart.all() or not apart.any():
             raise ValueError(
@@ -226,6 +232,10 @@ class TokenData:
         training, evaluation = self._subset(~apart), self._subset(apart)
         training._held_out = held_out
         return training, evaluation
+
+    def _fractions(self) -> npt.NDArray[np.float64]:
+        """For each document the number in [0, 1) that says which side it is on."""
+        return np.array([self._documents.fraction(i) for i in range(len(self._documents))])
 
     def cropped(self, length: int) -> Self:
         """The same documents, cropped to rows of another length.
@@ -262,7 +272,7 @@ class TokenData:
         return float(-(share * np.log2(share)).sum())
 
 
-def _stacked(rows: list[Ids]) -> Rows:
+def stacked(rows: list[npt.NDArray[Number]]) -> npt.NDArray[Number] | list[npt.NDArray[Number]]:
     """Rows as an array, if they have the same length."""
     return np.stack(rows) if len({row.size for row in rows}) == 1 else rows
 

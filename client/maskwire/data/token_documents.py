@@ -93,6 +93,18 @@ class DocumentRows(Sequence[Ids]):
         self._ends = np.cumsum(-(-documents.sizes // length))
 
     @property
+    def ends(self) -> npt.NDArray[np.int64]:
+        """For each document the number of the row after its last one."""
+        return self._ends
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """The number of tokens in each row."""
+        found = np.full(len(self), self._length, dtype=np.int64)
+        found[self._ends - 1] = (self._documents.sizes - 1) % self._length + 1
+        return found
+
+    @property
     def tokens(self) -> int:
         """Number of tokens in all rows."""
         return int(self._documents.sizes.sum())

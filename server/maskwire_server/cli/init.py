@@ -19,8 +19,8 @@ def init(
         Path | None,
         typer.Option(
             show_default=False,
-            help="A folder written by `maskwire data prepare`, whose vocabulary and special ids go into "
-            "[model].",
+            help="A folder written by `maskwire data prepare`, whose vocabulary, special ids and "
+            "length of packed rows go into [model].",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
@@ -50,8 +50,10 @@ def _model_settings(folder: Path, longest_row: int) -> dict[str, int]:
         settings = {"num_tokens": int(fields["num_tokens"]), "mask_id": int(fields["mask_id"])}
         if fields.get("pad_id") is not None:
             settings["pad_id"] = int(fields["pad_id"])
+        if fields.get("row_length"):  # packed rows are never cropped
+            settings["max_seq_len"] = int(fields["row_length"])
         # Rows of pairs are filled up to their length, so that a longer one than needed costs time.
-        if fields.get("prompts") and fields.get("longest"):
+        elif fields.get("prompts") and fields.get("longest"):
             settings["max_seq_len"] = min(longest_row, int(fields["longest"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         stop(f"{path}: cannot be read ({error}); prepare the data again")

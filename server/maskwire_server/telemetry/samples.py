@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from maskwire.v1.values import ModelInfo
+from maskwire.v1.values import ModelInfo, TokenizerDescription
+
+log = logging.getLogger(__name__)
 
 _BYTES = 256
+Decoder = Callable[[Sequence[int]], str]
 
 
-def decoder(model: ModelInfo | None, tokenizer: Path) -> Callable[[Sequence[int]], str]:
+def decoder(
+    model: ModelInfo | None,
+    tokenizer: Path,
+    of_data: Callable[[], TokenizerDescription | None] = lambda: None,
+) -> Decoder:
     """A function from ids to text.
 
-    `tokenizer`: a folder that may hold the `tokenizer.json` of the run. Without it, and unless the ids are
-    bytes, the text is the ids themselves.
+    `tokenizer`: a folder that may hold the `tokenizer.json` of the model. `of_data` gives the tokenizer of
+    the run's data, which is used without that file. Without both, and unless the ids are bytes, the text is
+    the ids themselves.
     """
     if model is not None and model.num_tokens == _BYTES + 1 and model.mask_id == _BYTES:
         return _from_bytes
     path = tokenizer / "tokenizer.json"
     if path.is_file():
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            return _ids
-        found: Callable[[Sequence[int]], str] = Tokenizer.from_file(str(path)).decode
-        return found
-    return _ids
+        return _of_file(path.read_bytes())
+    description = of_data()
+    if description is None:
+        return _ids
+    return _of_file(description.file) if description.file else _from_bytes
+
+
+def _of_file(content: bytes) -> Decoder:
+    """The decoder of a tokenizer.json; ids are shown if it cannot be read, or `tokenizers` is missing."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        return _ids
+    try:
+        found: Decoder = Tokenizer.from_str(content.decode()).decode
+    except Exception as error:  # the package raises bare Exception
+        log.warning("samples are shown as ids, because the tokenizer cannot be read: %s", error)
+        return _ids
+    return found
 
 
 def _from_bytes(ids: Sequence[int]) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 from maskwire.v1 import tracing
+from maskwire.v1.values import TokenizerDescription
 from maskwire_server.config import TelemetryConfig
-from maskwire_server.errors import ConfigError
+from maskwire_server.errors import ConfigError, Refused
 from maskwire_server.events import Event
 from maskwire_server.run_status import RunStatus
 from maskwire_server.telemetry import log_formats
@@ -47,12 +48,14 @@ class Sources:
         tokenizer_folder: str,
         status: Callable[[], RunStatus],
         device_memory: Callable[[], Mapping[str, int]],
+        tokenizer_of_data: Callable[[], TokenizerDescription | None],
     ) -> None:
         self.run_dir = run_dir
         self.status = status
         self._journal_file = journal_file
         self._tokenizer = run_dir / tokenizer_folder
         self._device_memory = device_memory
+        self._tokenizer_of_data = tokenizer_of_data
 
     def read(self) -> Reading:
         """Everything that the metrics show."""
@@ -60,7 +63,14 @@ class Sources:
 
     def decoder(self) -> Callable[[Sequence[int]], str]:
         """How to show ids of the run as text."""
-        return decoder(self.status().model, self._tokenizer)
+        return decoder(self.status().model, self._tokenizer, self._of_data)
+
+    def _of_data(self) -> TokenizerDescription | None:
+        """The tokenizer of the run's data; None without one, or while the run does not serve."""
+        try:
+            return self._tokenizer_of_data()
+        except Refused:
+            return None
 
     def _journal_bytes(self) -> int | None:
         """The size of the database and its log."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskwire.v1.values import Losses, ModelInfo, Outcome
+from maskwire.v1.values import Losses, ModelInfo, Outcome, TokenizerDescription
 from maskwire_server.events import Evaluated, Generated, LineageOpened, StepCommitted
 from maskwire_server.telemetry.samples import as_markdown, decoder
 
@@ -147,6 +147,15 @@ def test_ids_of_a_tokenizer_are_decoded_with_the_run_s_file_and_shown_as_ids_wit
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"red": 5, "fish": 6}, unk_token="red"))
     made.save(str(tmp_path / "tokenizer.json"))
     assert decoder(words, tmp_path)([5, 6]) == "red fish"
+    content = (tmp_path / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").unlink()
+    for of_data, text in (
+        (TokenizerDescription("sha256:", content), "red fish"),
+        (TokenizerDescription("sha256:", b"no tokenizer"), "5 6"),
+        (TokenizerDescription("bytes", document_end=(257,)), "\x05\x06"),
+        (None, "5 6"),
+    ):
+        assert decoder(words, tmp_path, lambda found=of_data: found)([5, 6]) == text  # type: ignore[misc]
     assert as_markdown("x") == "    x"
 
 

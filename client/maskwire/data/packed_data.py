@@ -1,0 +1,189 @@
+"""Rows that several documents share, as `maskwire data prepare --pack` has placed them."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from maskwire.batch import Batch
+from maskwire.data.epoch_order import EpochOrder
+from maskwire.data.file_array import Ids
+from maskwire.data.pair_data import Computed, check_prompts, prompts_hash
+from maskwire.data.token_data import TokenData, stacked
+from maskwire.data.token_documents import Documents
+
+Numbers = npt.NDArray[np.int64]
+
+
+class PackedData(TokenData):
+    """Packed rows, of which a batch has several, with the segment ids of their documents.
+
+    Each document is one segment; one longer than a row is cut into pieces, of which each is a segment. With
+    `sampling="crops"` every row is equally likely, and rows are drawn with replacement; nothing is cropped.
+    With "epochs" each row comes once per epoch. Evaluations take each segment as a row by itself, which gives
+    the same losses. `split` keeps the documents of a row on one side, and all pieces of a document.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        pieces: Numbers,
+        row_ends: Numbers,
+        *,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        sampling: str = "crops",
+        tokenizer: str = "",
+        bytes_per_token: float | None = None,
+        prompts: npt.NDArray[np.integer[Any]] | None = None,
+    ) -> None:
+        """`pieces` are the numbers of the pieces in each row, one row after another.
+
+        Pieces are numbered in the order of the documents. `row_ends`: where each row ends among them.
+        `prompts`: how many of each document's first ids are its prompt. Raises ValueError unless each piece
+        is in one row, and each row fits into `length`.
+        """
+        self.files = []
+        self._prompts = None if prompts is None else check_prompts(prompts, documents)
+        self._pieces, self._row_ends = pieces, row_ends
+        self._initialize(
+            documents, length=length, batch_size=batch_size, seed=seed, sampling=sampling,
+            tokenizer=tokenizer, bytes_per_token=bytes_per_token,
+        )  # fmt: skip
+        self._check()
+
+    def _initialize(self, documents: Documents, **options: Any) -> None:
+        super()._initialize(documents, **options)
+        self._every = self.whole()
+        if self._order is not None:
+            self._order = EpochOrder(max(1, self.rows), self.seed)
+
+    def _check(self) -> None:
+        count = len(self._every)
+        ends = np.concatenate(([0], self._row_ends))
+        fit = bool((np.diff(ends) >= 1).all()) and ends[-1] == self._pieces.size == count
+        fit = fit and int(self._pieces.min()) >= 0 and int(self._pieces.max()) < count
+        fit = fit and bool((np.bincount(self._pieces, minlength=count) == 1).all())
+        if fit:
+            sizes = self._every.sizes[self._pieces]
+            fit = int(np.add.reduceat(sizes, ends[:-1]).max()) <= self.length
+        if not fit:
+            raise ValueError("the rows do not fit the documents; prepare the data again")
+
+    @property
+    def packed_length(self) -> int:
+        """The most tokens of a row."""
+        return self.length
+
+    @property
+    def rows(self) -> int:
+        """The number of packed rows."""
+        return int(self._row_ends.size)
+
+    def fingerprint(self) -> dict[str, str]:
+        """As for other data, and a hash of which documents share a row."""
+        found = hashlib.sha256(self._row_ends.astype("<i8").tobytes())
+        found.update(self._pieces.astype("<i8").tobytes())
+        parts = super().fingerprint() | {"packing": f"sha256:{found.hexdigest()}"}
+        return parts if self._prompts is None else parts | {"prompts": prompts_hash(self._prompts)}
+
+    def batch(self, step: int) -> Batch:  # type: ignore[override]  # fit takes either
+        """The batch of a step: rows of tokens, their segment_ids, and prompt_mask if there are prompts."""
+        if self._order is not None:
+            numbers = self._order.batch(step, self.batch_size)
+        else:
+            numbers = np.random.default_rng((self.seed, step)).integers(self.rows, size=self.batch_size)
+        tokens, segments, masks = [], [], []
+        for row in numbers:
+            pieces = self._row(int(row))
+            parts = [self._every[piece] for piece in pieces]
+            tokens.append(np.concatenate(parts))
+            places = np.arange(len(parts), dtype=np.int32)
+            segments.append(np.repeat(places, [part.size for part in parts]))
+            if self._prompts is not None:
+                masks.append(np.concatenate([self._mask(piece) for piece in pieces]))
+        return Batch(
+            stacked(tokens),
+            segment_ids=stacked(segments),
+            prompt_mask=None if self._prompts is None else stacked(masks),
+        )
+
+    def _row(self, row: int) -> list[int]:
+        """The pieces of a row."""
+        start = int(self._row_ends[row - 1]) if row else 0
+        found: list[int] = self._pieces[start : int(self._row_ends[row])].tolist()
+        return found
+
+    def _mask(self, piece: int) -> npt.NDArray[np.bool_]:
+        """The prompt mask of a pair, which is one piece."""
+        assert self._prompts is not None
+        mask: npt.NDArray[np.bool_] = np.arange(self._documents.sizes[piece]) < self._prompts[piece]
+        return mask
+
+    def evaluation_rows(self, rows: int | None) -> Batch:
+        """Segments as rows: all, in the order of the documents, or the given number, evenly spaced."""
+        count = len(self._every)
+        chosen = range(count) if rows is None else self._spread(rows)
+        if self._prompts is None:
+            return Batch(self._every if rows is None else self.spread(rows))
+        return Batch(
+            Computed(lambda place: self._every[chosen[place]], len(chosen)),
+            prompt_mask=Computed(lambda place: self._mask(chosen[place]), len(chosen)),
+        )
+
+    def spread(self, rows: int) -> list[Ids]:
+        """Segments evenly spread over the data, the same on every call."""
+        return [self._every[piece] for piece in self._spread(rows)]
+
+    def _spread(self, rows: int) -> list[int]:
+        found: list[int] = ((np.arange(rows) + 0.5) / rows * len(self._every)).astype(np.int64).tolist()
+        return found
+
+    def _fractions(self) -> npt.NDArray[np.float64]:
+        """For each document the hash of the row that has its last piece.
+
+        All other pieces fill a row alone. So documents with equal numbers are those that share a row.
+        """
+        own = super()._fractions()
+        last = self._every.ends - 1  # the last piece of each document
+        places = np.empty(self._pieces.size, dtype=np.int64)
+        places[self._pieces] = np.arange(self._pieces.size)
+        row_of = np.searchsorted(self._row_ends, places[last], side="right")
+        order = np.argsort(places[last])
+        bounds = np.flatnonzero(np.diff(row_of[order], prepend=-1))
+        found = np.empty_like(own)
+        for members in np.split(order, bounds[1:]):
+            digest = hashlib.sha256(own[members].astype("<f8").tobytes()).digest()
+            found[members] = int.from_bytes(digest[:4], "little") / 2**32
+        return found
+
+    def cropped(self, length: int) -> Self:
+        """The same rows. Raises ValueError for another length: the rows were packed when prepared."""
+        check_length(length, self.length)
+        return super().cropped(length)
+
+    def _subset(self, chosen: npt.NDArray[np.bool_], length: int | None = None) -> Self:
+        part = object.__new__(type(self))
+        part._prompts = None if self._prompts is None else self._prompts[chosen]
+        sizes = np.diff(self._every.ends, prepend=0)
+        kept = np.repeat(chosen, sizes)  # by the number of a piece
+        numbers = np.cumsum(kept) - 1  # of the pieces that are kept
+        inside = kept[self._pieces]
+        part._pieces = numbers[self._pieces[inside]]
+        starts = np.concatenate(([0], self._row_ends[:-1]))
+        whole = inside[starts]
+        part._row_ends = np.cumsum(np.diff(self._row_ends, prepend=0)[whole])
+        return self._fill(part, chosen, length)
+
+
+def check_length(length: int | None, packed: int) -> None:
+    """Raise ValueError if a length is given, and it is not that of the packed rows."""
+    if length is not None and length != packed:
+        raise ValueError(
+            f"length (--length) must be {packed}, or left out, for data that is packed into rows of {packed} "
+            f"tokens, got {length}; for other rows prepare the data again with --pack {length}"
+        )
