@@ -33,6 +33,8 @@ TUTORIALS = Path(__file__).resolve().parent / "tutorials"
 ROOT = TUTORIALS.parent.parent
 READY = "maskwire-server listening on "
 ADDRESS = "127.0.0.1:50051"
+SHELL = {"|", "||", "&&", ">", "&"}
+"""A line with one of these words is left to bash."""
 _PARTS = re.compile(r"^```(\w*)\n(.*?)^```$|(Stop the server)", re.MULTILINE | re.DOTALL)
 _VARIES = re.compile(r"\b[0-9a-f]{7,}\b|\d[\d,.:]*(?:e[+-]?\d+)?")
 
@@ -139,7 +141,7 @@ class Tutorial:
             words = [""]
         if words[:2] == ["maskwire-server", "serve"]:
             return self._serve(words)
-        if words[0] in ("maskwire", "maskwire-server") and not set(words) & {"|", ">", "&&"}:
+        if words[0] in ("maskwire", "maskwire-server") and not set(words) & SHELL:
             command = [str(self._binaries / words[0]), *words[1:]]
             return self._watch(command) if "--watch" in words else self._finish(command)
         return self._finish(["bash", "-euo", "pipefail", "-c", line])
