@@ -32,7 +32,7 @@ from typing import Any
 TUTORIALS = Path(__file__).resolve().parent / "tutorials"
 ROOT = TUTORIALS.parent.parent
 READY = "maskwire-server listening on "
-ADDRESS = "127.0.0.1:50051"
+ADDRESS = r"(127\.0\.0\.1|localhost):50051"
 SHELL = {"|", "||", "&&", ">", "&"}
 """A line with one of these words is left to bash."""
 _PARTS = re.compile(r"^```(\w*)\n(.*?)^```$|(Stop the server)", re.MULTILINE | re.DOTALL)
@@ -100,7 +100,7 @@ class Tutorial:
         }
         self._server: Any = None
         self._log = folder / ".server.log"
-        self._address = ADDRESS
+        self._address = "127.0.0.1:50051"
         for words in self._shorter:
             if words not in self.page:
                 raise TutorialError(f"{name}.md does not contain {words!r}")
@@ -123,7 +123,7 @@ class Tutorial:
         elif kind != "sh":
             for old, new in self._shorter.items():
                 code = code.replace(old, new)
-            code = code.replace(ADDRESS, self._address)
+            code = re.sub(ADDRESS, self._address, code)
             if kind == "python":
                 self.output.append(self._finish([sys.executable, "-c", code]))
             elif kind == "toml":
@@ -139,6 +139,9 @@ class Tutorial:
             words = shlex.split(line)
         except ValueError:
             words = [""]
+        if words[0] == "export":
+            self._environment.update(word.split("=", 1) for word in words[1:])
+            return ""
         if words[:2] == ["maskwire-server", "serve"]:
             return self._serve(words)
         if words[0] in ("maskwire", "maskwire-server") and not set(words) & SHELL:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import fork_server
+import numpy as np
 import pytest
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "docs"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "docs"))
 
 from tutorial import TUTORIALS, Tutorial, TutorialError, blocks, missing
 
@@ -62,3 +66,115 @@ def test_addition(run: Run) -> None:
     assert "step 3  loss" in said
     assert "\n12+34=" in said
     assert re.search(rf"\d% of {held_out} held-out sums are exact", said)
+
+
+def test_own_corpus(run: Run) -> None:
+    pytest.importorskip("tokenizers")
+    said = run(
+        "own-corpus",
+        {
+            '"*.py"))[:200]': '"*.py"))[:24]',
+            "vocab_size=4096": "vocab_size=300",
+            "model.dim=128 ": "model.dim=32 ",
+            "--until-step 600": "--until-step 6",
+            "--eval-every 100 --checkpoint-every 200": "--eval-every 3 --checkpoint-every 3",
+            "--rows 256": "--rows 4",
+        },
+    )
+    assert re.findall(r"step (\d): [\d.]+ bits per token on held-out text", said) == ["3", "6"]
+    assert "bits per byte" in said
+    assert re.search(r"\nimport os", said)
+    assert len(re.findall(r"\ndef .*\(self\):", said)) == 2
+    probabilities = [float(found) for found in re.findall(r"^([01]\.\d{3}) '", said, re.MULTILINE)]
+    assert len(probabilities) == 5
+    assert probabilities == sorted(probabilities, reverse=True)
+
+
+def test_fine_tune_bert(run: Run, preloaded: None) -> None:
+    said = run(
+        "fine-tune-bert",
+        {
+            "pairs[320:]": "pairs[4200:]",
+            "pairs[:320]": "pairs[:40]",
+            "--until-step 300": "--until-step 4",
+            "--eval-every 100": "--eval-every 2",
+        },
+    )
+    assert len(re.findall(r"step 4: held out ", said)) == 2, "the whole model's run, and that of the adapters"
+    assert re.search(r"\d% of 40 held-out answers are right", said)
+    parameters, frozen = re.findall(r"parameters +([\d,]+), ([\d,]+) frozen", said)[0]
+    assert int(parameters.replace(",", "")) > int(frozen.replace(",", "")) > 100_000
+
+
+def test_image_tokens(run: Run, tmp_path: Path) -> None:
+    run(
+        "image-tokens",
+        {
+            "count, size, patch, codes = 4000": "count, size, patch, codes = 300",
+            "8000": "400",
+            "range(12)": "range(2)",
+            "--until-step 800": "--until-step 4",
+            "--eval-every 200": "--eval-every 4",
+            "dim = 128": "dim = 32",
+        },
+    )
+    generated = np.load(tmp_path / "generated.npy")
+    assert generated.shape == (16, 64)
+    assert generated.max() < 64, "the mask id is never sampled"
+    with Image.open(tmp_path / "pictures.png") as picture:
+        assert picture.size == (16 * 68, 3 * 68)
+        book, tokens = np.load(tmp_path / "book.npy"), np.load(tmp_path / "held-out.npy")
+        first = book[tokens[0, 0]].reshape(4, 4, 3)[0, 0].round()
+        assert np.asarray(picture)[68 + 2, 2].tolist() == first.tolist(), "the second row is drawn from tokens"
+
+
+def test_infilling(run: Run) -> None:
+    said = run(
+        "infilling",
+        {"< 8000": "< 60", "--until-step 1000": "--until-step 4", "model.dim=128 ": "model.dim=32 "},
+    )
+    assert len(re.findall(r"^on .{6} anna buys 3 plums and . nuts, 5 in all\.", said, re.MULTILINE | re.DOTALL)) == 3
+    masked = [int(found) for found in re.findall(r"on friday carla buys [^\0]{19}, 4 in all\. \[(\d+)\]", said)]
+    assert len(masked) == 5
+    assert masked == sorted(masked, reverse=True)
+    assert masked[-1] == 0
+    nats = [float(found) for found in re.findall(r"^ *([\d.]+) nats  on sunday ", said, re.MULTILINE)]
+    assert len(nats) == 4
+    assert nats == sorted(nats)
+
+
+def test_cluster(run: Run, tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    (tmp_path / "deploy").symlink_to(ROOT / "deploy")
+    said = run("cluster", {})
+    assert said.count("step 20  loss") == 1, "the second command trains nothing"
+    assert (tmp_path / "secrets" / "ca.key").exists()
+
+
+def test_gpu(run: Run) -> None:
+    said = run(
+        "gpu",
+        {
+            'device = "cuda" ': 'device = "cpu" ',
+            'compile = "default" ': 'compile = "off" ',
+            "dim = 768\ndepth = 12\nheads = 12": "dim = 32\ndepth = 1\nheads = 2",
+            "50, 512, 256": "5, 4, 256",
+        },
+    )
+    assert re.search(r"precision +fp32\n", said)
+    assert re.search(r"[\d,]+ tokens/s; the device computed \d+% of the time", said)
+
+
+def test_sizing(run: Run) -> None:
+    said = run(
+        "sizing", {"every_steps=100": "every_steps=10", "until_step=450": "until_step=45"}
+    )
+    per_parameter = [float(found) for found in re.findall(r"bytes, ([\d.]+) per parameter", said)]
+    assert len(per_parameter) == 3, "keep_last"
+    assert all(12 <= each < 12.2 for each in per_parameter), "weights and two moments in fp32"
+    steps, kept, batch = map(int, re.findall(r"(\d+) steps, the batches of (\d+) kept, (\d+) bytes", said)[0])
+    assert (steps, kept) == (45, 5), "those that the two newest checkpoints do not cover"
+    assert 16 * 64 <= batch < 16 * 64 + 64, "a byte for each id"
+    assert "the same run, step and digest" in said
+    assert len(re.findall(r"is at step 45 ", said)) == 3, "after the upgrade and after going back too"
