@@ -37,7 +37,9 @@ def test_every_tutorial_has_a_test() -> None:
 
 
 def test_output_is_compared_but_for_numbers() -> None:
-    assert missing("step 12  loss 3.4\nrun … done\n", "step 7 loss 1e-05\nrun 3f9a02bb of b: all done\n") == []
+    assert (
+        missing("step 12  loss 3.4\nrun … done\n", "step 7 loss 1e-05\nrun 3f9a02bb of b: all done\n") == []
+    )
     assert missing("step 12  losses 3.4\n", "step 7 loss 1e-05\n") == ["step 12  losses 3.4"]
 
 
@@ -111,7 +113,7 @@ def test_image_tokens(run: Run, tmp_path: Path) -> None:
         "image-tokens",
         {
             "count, size, patch, codes = 4000": "count, size, patch, codes = 300",
-            "8000": "400",
+            "20000": "2000",
             "range(12)": "range(2)",
             "--until-step 800": "--until-step 4",
             "--eval-every 200": "--eval-every 4",
@@ -125,16 +127,18 @@ def test_image_tokens(run: Run, tmp_path: Path) -> None:
         assert picture.size == (16 * 68, 3 * 68)
         book, tokens = np.load(tmp_path / "book.npy"), np.load(tmp_path / "held-out.npy")
         first = book[tokens[0, 0]].reshape(4, 4, 3)[0, 0].round()
-        assert np.asarray(picture)[68 + 2, 2].tolist() == first.tolist(), "the second row is drawn from tokens"
+        assert np.asarray(picture)[68 + 2, 2].tolist() == first.tolist(), (
+            "the second row is drawn from tokens"
+        )
 
 
 def test_infilling(run: Run) -> None:
     said = run(
         "infilling",
-        {"< 8000": "< 60", "--until-step 1000": "--until-step 4", "model.dim=128 ": "model.dim=32 "},
+        {"< 3000": "< 60", "--until-step 1000": "--until-step 4", "model.dim=128 ": "model.dim=32 "},
     )
-    assert len(re.findall(r"^on .{6} anna buys 3 plums and . nuts, 5 in all\.", said, re.MULTILINE | re.DOTALL)) == 3
-    masked = [int(found) for found in re.findall(r"on friday carla buys [^\0]{19}, 4 in all\. \[(\d+)\]", said)]
+    assert len(re.findall(r"\non .* anna buys 3 plums and .* nuts, 5 in all\.", said)) == 3
+    masked = [int(found) for found in re.findall(r"on friday carla buys [^\0]{19}, 4 in all\. (\d+)", said)]
     assert len(masked) == 5
     assert masked == sorted(masked, reverse=True)
     assert masked[-1] == 0
@@ -167,9 +171,7 @@ def test_gpu(run: Run) -> None:
 
 
 def test_sizing(run: Run) -> None:
-    said = run(
-        "sizing", {"every_steps=100": "every_steps=10", "until_step=450": "until_step=45"}
-    )
+    said = run("sizing", {"every_steps=100": "every_steps=10", "until_step=450": "until_step=45"})
     per_parameter = [float(found) for found in re.findall(r"bytes, ([\d.]+) per parameter", said)]
     assert len(per_parameter) == 3, "keep_last"
     assert all(12 <= each < 12.2 for each in per_parameter), "weights and two moments in fp32"
