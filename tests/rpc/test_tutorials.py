@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "docs"))
+from docs.tutorial import TUTORIALS, Tutorial, TutorialError, blocks, missing
 
-from tutorial import TUTORIALS, Tutorial, TutorialError, blocks, missing
+ROOT = Path(__file__).resolve().parents[2]
 
 Run = Callable[..., str]
 
@@ -44,7 +42,7 @@ def test_output_is_compared_but_for_numbers() -> None:
 
 
 def test_a_page_that_prints_something_else_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tutorial.TUTORIALS", tmp_path)
+    monkeypatch.setattr("docs.tutorial.TUTORIALS", tmp_path)
     (tmp_path / "page.md").write_text("```\necho one\n```\n```text\ntwo\n```\n")
     with pytest.raises(TutorialError, match="two"):
         Tutorial("page", tmp_path).run()
