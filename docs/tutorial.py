@@ -140,7 +140,9 @@ class Tutorial:
         except ValueError:
             words = [""]
         if words[0] == "export":
-            self._environment.update(word.split("=", 1) for word in words[1:])
+            for word in words[1:]:
+                name, _, value = word.partition("=")
+                self._environment[name] = value
             return ""
         if words[:2] == ["maskwire-server", "serve"]:
             return self._serve(words)

@@ -1,4 +1,4 @@
-"""The commands in docs/kubernetes.md, docs/pipelines.md and the tutorial cluster.md: run where that needs no cluster, else parsed."""
+"""The commands in pages about clusters: run where that needs no cluster, else parsed."""
 
 from __future__ import annotations
 
