@@ -1,4 +1,4 @@
-"""The commands in docs/kubernetes.md and docs/pipelines.md: run where that needs no cluster, else parsed."""
+"""The commands in pages about clusters: run where that needs no cluster, else parsed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ import yaml
 from launch_files import ROOT, parsed
 
 PAGES = [ROOT / "docs" / "kubernetes.md", ROOT / "docs" / "pipelines.md"]
+CLUSTER = ROOT / "docs" / "tutorials" / "cluster.md"
+"""Its commands without a language are run by tests/rpc/test_tutorials.py."""
 needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
 
 
-def commands(page: Path) -> list[str]:
-    """The lines of the blocks that have no language."""
+def commands(page: Path, kind: str = "") -> list[str]:
+    """The lines of the blocks of a kind; by default those that have no language."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    return [line for language, block in blocks if not language for line in block.splitlines()]
+    return [line for language, block in blocks if language == kind for line in block.splitlines()]
 
 
 def check_kubectl(line: str) -> None:
@@ -30,6 +32,8 @@ def check_kubectl(line: str) -> None:
     kind, options = words[1], words[2:]
     if "--" in words:
         parsed(words[words.index("--") + 1 :])
+    elif kind == "kustomize":
+        assert rendered(ROOT / options[0])
     elif kind == "apply":
         assert rendered(ROOT / options[options.index("-k") + 1])
     elif kind == "create" and "-f" in options:
@@ -53,6 +57,12 @@ def check_sbatch(line: str) -> None:
     parsed(words[script + 1 :])
 
 
+def check_ranks(line: str) -> None:
+    given = dict(word.split("=", 1) for word in shlex.split(line) if not word.startswith("-") and "=" in word)
+    script = (ROOT / shlex.split(line)[-1]).read_text()
+    assert all(f"${{{name}:?" in script for name in given), "tests/test_launch_scripts.py runs it"
+
+
 def check_pipeline(line: str) -> None:
     words = shlex.split(line)
     help_text = subprocess.run(
@@ -70,6 +80,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "sbatch": check_sbatch,
     "python": check_pipeline,
     "CONTAINER_UID=$(id": check_secrets,
+    "RUN_DIR=/local/run-1": check_ranks,
     "maskwire": lambda line: print(parsed(shlex.split(line))),
 }
 
@@ -80,7 +91,9 @@ def rendered(folder: Path) -> list[dict[str, object]]:
 
 
 @needs_kubectl
-@pytest.mark.parametrize("line", [line for page in PAGES for line in commands(page)])
+@pytest.mark.parametrize(
+    "line", [*(line for page in PAGES for line in commands(page)), *commands(CLUSTER, "sh")]
+)
 def test_a_command_in_the_docs_exists(line: str) -> None:
     CHECKS[line.split()[0]](line)
 
