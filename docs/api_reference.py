@@ -50,7 +50,9 @@ _RESULTS: tuple[type, ...] = (
     results.RunFigures, results.DeviceShare, results.MirrorStatus, results.InexactReplay,
     results.TokenizerDescription, records.Place,
 )  # fmt: skip
-_DATA: tuple[type, ...] = (maskwire.TokenData, maskwire.ByteData, maskwire.FileTokens, maskwire.PairData)
+_DATA: tuple[type, ...] = (
+    maskwire.TokenData, maskwire.ByteData, maskwire.FileTokens, maskwire.PairData, maskwire.PackedData,
+)  # fmt: skip
 _CALLBACKS: tuple[type, ...] = (maskwire.SaveBest, maskwire.EarlyStopping, maskwire.StopTraining)
 _LOGGERS: tuple[type, ...] = tuple(getattr(loggers, name) for name in loggers.__all__ if name != "Logger")
 _LINKED = {kind.__name__ for kind in (*_RESULTS, *_DATA, maskwire.Trainer, maskwire.Client, maskwire.Batch)}

@@ -41,11 +41,21 @@ class PackedData(TokenData):
         bytes_per_token: float | None = None,
         prompts: npt.NDArray[np.integer[Any]] | None = None,
     ) -> None:
-        """`pieces` are the numbers of the pieces in each row, one row after another.
+        """Made by `open_data` from a folder that `data prepare --pack` wrote.
 
-        Pieces are numbered in the order of the documents. `row_ends`: where each row ends among them.
-        `prompts`: how many of each document's first ids are its prompt. Raises ValueError unless each piece
-        is in one row, and each row fits into `length`.
+        documents: The documents, each with integers of shape [its size].
+        pieces: Integers [pieces]: the numbers of the pieces in each row, one row after another. Pieces are
+            numbered in the order of the documents.
+        row_ends: Integers [rows]: where each row ends in `pieces`.
+        length: Tokens per row.
+        batch_size: Rows per batch.
+        seed: Seed of the choice of rows.
+        sampling: "crops" for rows drawn with replacement, or "epochs" for each row once per epoch.
+        tokenizer: What the ids encode: "bytes", "sha256:" and the hash of a tokenizer's file, or empty.
+        bytes_per_token: Bytes of text per token, for figures per byte.
+        prompts: Integers [documents]: how many ids of each document are its prompt.
+
+        Raises ValueError unless each piece is in one row, and each row fits into `length`.
         """
         self.files = []
         self._prompts = None if prompts is None else check_prompts(prompts, documents)
@@ -92,7 +102,10 @@ class PackedData(TokenData):
         return parts if self._prompts is None else parts | {"prompts": prompts_hash(self._prompts)}
 
     def batch(self, step: int) -> Batch:  # type: ignore[override]  # fit takes either
-        """The batch of a step: rows of tokens, their segment_ids, and prompt_mask if there are prompts."""
+        """The batch of a step: rows of tokens, their segment_ids, and prompt_mask if there are prompts.
+
+        step: The step's number, from 1.
+        """
         if self._order is not None:
             numbers = self._order.batch(step, self.batch_size)
         else:
@@ -125,7 +138,10 @@ class PackedData(TokenData):
         return mask
 
     def evaluation_rows(self, rows: int | None) -> Batch:
-        """Segments as rows: all, in the order of the documents, or the given number, evenly spaced."""
+        """Segments as rows, in the order of the documents.
+
+        rows: How many, evenly spaced; None for all.
+        """
         count = len(self._every)
         chosen = range(count) if rows is None else self._spread(rows)
         if self._prompts is None:
@@ -136,7 +152,10 @@ class PackedData(TokenData):
         )
 
     def spread(self, rows: int) -> list[Ids]:
-        """Segments evenly spread over the data, the same on every call."""
+        """Segments evenly spread over the data, the same on every call.
+
+        rows: How many.
+        """
         return [self._every[piece] for piece in self._spread(rows)]
 
     def _spread(self, rows: int) -> list[int]:
@@ -162,7 +181,12 @@ class PackedData(TokenData):
         return found
 
     def cropped(self, length: int) -> Self:
-        """The same rows. Raises ValueError for another length: the rows were packed when prepared."""
+        """The same rows.
+
+        length: The length of the packed rows; they cannot be cut.
+
+        Raises ValueError for another length.
+        """
         check_length(length, self.length)
         return super().cropped(length)
 
