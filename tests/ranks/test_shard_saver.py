@@ -32,7 +32,7 @@ from maskwire_server.ranks.orders import Order
 from maskwire_server.ranks.shard_saver import ShardSaver
 from maskwire_server.ranks.shared_folder import SavePlace
 from maskwire_server.results import FROZEN_FILE, CheckpointInfo
-from maskwire_server.training import saved_state, shards
+from maskwire_server.training import checkpoint_tensors, shards
 from maskwire_server.training.shards import Piece, Shards
 
 STATE: dict[str, dict[str, Tensor]] = {
@@ -105,7 +105,10 @@ def manifest(name: str = "a", step: int = 1) -> Manifest:
 
 def read(folder: Path) -> dict[str, dict[str, Tensor]]:
     return {
-        file: saved_state.read(saved_state.find(saved_state.files_of(folder, file), file)) for file in STATE
+        file: checkpoint_tensors.read(
+            checkpoint_tensors.find(checkpoint_tensors.files_of(folder, file), file)
+        )
+        for file in STATE
     }
 
 
@@ -212,7 +215,7 @@ def test_no_file_is_larger_than_the_limit(tmp_path: Path, monkeypatch: pytest.Mo
     for path in tmp_path.iterdir():
         header = int.from_bytes(path.read_bytes()[:8], "little")
         assert path.stat().st_size - 8 - header <= 22
-    assert len(saved_state.files_of(tmp_path, "ema.safetensors")) == 7, "a row of 20 bytes in each"
+    assert len(checkpoint_tensors.files_of(tmp_path, "ema.safetensors")) == 7, "a row of 20 bytes in each"
     assert_is_the_state(tmp_path)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from maskwire.cli.display import checkpoint_table, show
-from maskwire.cli.merge import merge
+from maskwire.cli.merge_adapters import merge
 from maskwire.cli.options import Json, ServerConnection, with_server
 from maskwire.progress_bar import byte_progress
 from maskwire.protocol.download import MANIFEST

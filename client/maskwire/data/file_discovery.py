@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from maskwire.data.file_types import RECORD_TYPES, FileType, detect, read_head, unsupported
-from maskwire.data.maskwire_files import MaskwireFiles
+from maskwire.data.maskwire_output import MaskwireOutput
 from maskwire.data.prepared_folder import METADATA, refuse_part
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def find_files(
 def _select(
     files: list[Path], any_format: bool, is_records: Callable[[str], object], only_records: bool
 ) -> list[Path]:
-    maskwire_files = MaskwireFiles()
+    maskwire_output = MaskwireOutput()
     data: list[Path] = []
     skipped: list[Path] = []
     refused: dict[Path, FileType] = {}
@@ -56,7 +56,7 @@ def _select(
     others: list[Path] = []
     for path in files:
         head = read_head(path)
-        if maskwire_files.includes(path, head):
+        if maskwire_output.includes(path, head):
             skipped.append(path)
             continue
         if only_records and not is_records(path.name):

@@ -20,7 +20,7 @@ from pathlib import Path
 from maskwire.data.draft_folder import DraftFolder, Progress
 from maskwire.data.prepared_folder import BYTES, METADATA, PreparedMetadata
 from maskwire.data.record import Fields, Item, Record
-from maskwire.data.sources import Paths, Source, find_sources, identity_of
+from maskwire.data.text_sources import Paths, Source, find_sources, identity_of
 from maskwire.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, FileTokenizer
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import numpy as np
 
 from maskwire.arguments import call_back, check_rows
 from maskwire.batch import Batch
-from maskwire.protocol.keyword_arguments import FitOptions
+from maskwire.protocol.option_types import FitOptions
 from maskwire.protocol.token_batch import to_array
 
 LearningRate = float | Callable[[int], float | None] | None

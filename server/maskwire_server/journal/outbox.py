@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 
+from maskwire_server.journal.mirror_segments import DELETE, PUT, RESET, Change
 from maskwire_server.journal.schema import FORMAT
-from maskwire_server.journal.segments import DELETE, PUT, RESET, Change
 
 BATCHES = "payloads"
 """The table whose rows are noted by their key, and whose deletions are not: the mirror keeps its own."""

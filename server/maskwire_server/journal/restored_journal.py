@@ -14,12 +14,8 @@ from pathlib import Path
 from maskwire_server import failpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal.fsync import flush_folder, make_folder
-from maskwire_server.journal.object_store import ObjectStore
-from maskwire_server.journal.outbox import MirrorState, Outbox, apply
-from maskwire_server.journal.run_directory import JOURNAL_FILE, lock
-from maskwire_server.journal.schema import FORMAT, TABLES
-from maskwire_server.journal.segment_writer import NOTHING, SegmentWriter, new_instance
-from maskwire_server.journal.segments import (
+from maskwire_server.journal.mirror_segment_writer import NOTHING, SegmentWriter, new_instance
+from maskwire_server.journal.mirror_segments import (
     BATCHES,
     FOLDER,
     BatchObject,
@@ -29,6 +25,10 @@ from maskwire_server.journal.segments import (
     segment_number,
     split,
 )
+from maskwire_server.journal.object_store import ObjectStore
+from maskwire_server.journal.outbox import MirrorState, Outbox, apply
+from maskwire_server.journal.run_directory import JOURNAL_FILE, lock
+from maskwire_server.journal.schema import FORMAT, TABLES
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from maskwire_server.errors import StateLost
 from maskwire_server.ranks import shared_folder
 from maskwire_server.ranks.launcher import note_loss
 from maskwire_server.ranks.liveness import GRACE_SECONDS
-from maskwire_server.ranks.membership import Member
 from maskwire_server.ranks.orders import Order
+from maskwire_server.ranks.process_group import Member
 from maskwire_server.ranks.shard_saver import ShardSaver, ShardSnapshot
 from maskwire_server.ranks.shared_folder import SavePlace
 from maskwire_server.results import EvalOptions, EvalResult, GenerateOptions, GenerationState, StepResult

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from maskwire_server.checkpoints import membership
+from maskwire_server.checkpoints import provenance
 from maskwire_server.checkpoints.saver import kept_sections
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import Refused, RunDirectoryError
@@ -99,7 +99,7 @@ def _write(
             None,
             kept_sections(configuration),
             versions | trainer.versions,
-            save_id=membership.new_save_id(),
+            save_id=provenance.new_save_id(),
         )
         info = Checkpoints(folder).write(trainer.snapshot(), manifest).info
         # These weights cannot be recreated from the seed: the run must not start without this checkpoint.
@@ -112,5 +112,5 @@ def _write(
 def _record(journal: Journal, manifest: Manifest) -> None:
     info = manifest.info
     place = HistoryPosition(manifest.run_id, info.lineage, info.step, info.digest)
-    membership.record_save(journal, place, manifest.save_id or "")
+    provenance.record_save(journal, place, manifest.save_id or "")
     journal.add_event(STARTED_FROM, {"checkpoint": NAME})

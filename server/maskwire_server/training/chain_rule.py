@@ -29,8 +29,8 @@ from maskwire_server.training import draws, objective
 from maskwire_server.training.corruption import Corruption, Vocabulary, random_ranks
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.evaluation_figures import Bins, combine, summarize
+from maskwire_server.training.micro_batch_split import split
 from maskwire_server.training.objective import Model
-from maskwire_server.training.parts import split
 from maskwire_server.training.tensor_batch import TensorBatch
 
 

@@ -16,7 +16,7 @@ from maskwire.data.file_data import open_data
 from maskwire.data.prepare import prepare
 from maskwire.data.prepared_folder import PreparedMetadata
 from maskwire.data.record import Fields
-from maskwire.data.sources import find_sources
+from maskwire.data.text_sources import find_sources
 
 TEXTS = [
     "the dog sat on the log\n",

@@ -46,7 +46,7 @@ def foreign_save(manifest: Manifest, saves: set[str]) -> str | None:
     return "it was saved by another copy of the run, whose weights may differ"
 
 
-class Membership:
+class Provenance:
     """The run's id, and the digest of its history at each step that has a checkpoint.
 
     The journal's thread adds to it and any thread reads it. A checkpoint whose step was not looked up in the

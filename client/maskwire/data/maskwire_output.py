@@ -102,7 +102,7 @@ _METRICS_LINE = re.compile(
 )
 
 
-class MaskwireFiles:
+class MaskwireOutput:
     """Tells maskwire's own files from data; remembers the folders that it has looked at."""
 
     def __init__(self) -> None:
