@@ -317,15 +317,9 @@ class Engine:
         journal, disk, mirrored = ready.journal, self._disk, mirror is not None and mirror.awaited
         self._committer = Committer(run, journal, disk, clock, self._must_end, mirrored=mirrored)
         self._saves = Saves(
-            run,
-            self._committer,
-            self._catalogue,
-            self._saver,
-            self._options.checkpoints,
-            serve,
-            clock,
-            mirror,
-        )
+            run, self._committer, self._catalogue, self._saver, self._options.checkpoints,
+            serve, clock, mirror,
+        )  # fmt: skip
         self._sessions = Sessions(run, self._committer, pretrained=self._options.pretrained)
         self._restores = Restores(run, self._committer, self._checkpoints, ready.trainer)
         self._steps = StepAdmission(run, self._committer, serve, clock)
