@@ -67,7 +67,7 @@ class Manifest:
 
     @staticmethod
     def from_json(data: bytes) -> Manifest:
-        """Parse what `to_json` wrote; ValueError when it was changed."""
+        """Parse what `to_json` wrote. Raises ValueError if it was changed."""
         body = json.loads(data)
         if not isinstance(body, dict) or body.pop("manifest_sha256", None) != _body_hash(body):
             raise ValueError("the manifest does not match its own hash")

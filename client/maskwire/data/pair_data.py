@@ -91,7 +91,7 @@ class PairData(TokenData):
         return Batch(_Computed(self._row, count), prompt_mask=_Computed(self._mask, count))
 
     def whole(self) -> Any:
-        """Every pair that fits, as a row."""
+        """Every pair no longer than `length` tokens, each as one row."""
         return _Computed(self._row, self._fitting.size)
 
     def spread(self, rows: int) -> Any:

@@ -156,7 +156,7 @@ def _rows(
     first: int,
     done: Callable[[int], int],
 ) -> Iterator[Item]:
-    """The rows of record batches, of which the first row has the number `first`, from `start` on."""
+    """The rows of record batches, of which the first row has the number `first`, from row `start` onwards."""
     for batch in batches:
         skipped = min(max(0, start - first), batch.num_rows)
         for offset in range(skipped, batch.num_rows, _ROWS):

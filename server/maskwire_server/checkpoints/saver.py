@@ -60,7 +60,7 @@ class Saver:
         self.newest = next((manifest.info for manifest in self._checkpoints.own()), None)
 
     def find(self, request: SaveRequest) -> CheckpointInfo | None:
-        """The checkpoint that an earlier try of this request saved; Refused when its name is taken."""
+        """The checkpoint that an earlier try of this request saved. Raises Refused if its name is taken."""
         if request.request_id is not None:
             for manifest in self._checkpoints.own():
                 if manifest.request_id == request.request_id and self._checkpoints.named(manifest.info.name):
@@ -190,7 +190,7 @@ class Saver:
         self.refresh()
 
     def delete(self, name: str, lineages: dict[int, Lineage], lineage: int) -> None:
-        """Delete a checkpoint on request; Refused when something needs it."""
+        """Delete a checkpoint on request. Raises Refused if something needs it."""
         self._checkpoints.get(name)
         self._set_damaged_aside(lineages, lineage)  # a start needs none of them
         why = retention.needed(self._checkpoints.own(), lineages, lineage).get(name)
@@ -228,7 +228,7 @@ def _is(saved: Manifest, wanted: Manifest) -> bool:
 
 
 def _same(request: SaveRequest, saved: CheckpointInfo) -> CheckpointInfo:
-    """The checkpoint that this request id saved; Refused when it came with other arguments then."""
+    """The checkpoint that this request id saved. Raises Refused if its arguments were others."""
     generated = AUTOMATIC_NAME.fullmatch(saved.name) is not None
     name_fits = generated if request.name is None else request.name == saved.name
     if not name_fits or request.labels != saved.labels or request.score != saved.score:

@@ -60,7 +60,7 @@ class ShardSaver:
         self._kept = number, copy()
 
     def snapshot(self, number: int, shards: Shards) -> ShardSnapshot:
-        """The leader's copy, with which it writes those of all ranks."""
+        """The leader's handle on copy `number`. Writing it writes the copies of all ranks."""
         return ShardSnapshot(self, number, shards)
 
     def write(self, number: int, shards: Shards, folder: Path) -> list[FileInfo]:

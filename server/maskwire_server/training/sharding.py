@@ -70,7 +70,10 @@ class ManyRanks(Ranks):
 
     @property
     def versions(self) -> dict[str, str]:
-        """The layout, as replicate x shard. Another one rounds sums differently."""
+        """The layout, replicate x shard, for the environment fingerprint.
+
+        In another layout, sums are rounded differently.
+        """
         return {"world_size": f"{self.replicate} x {self.size // self.replicate}"}
 
     def record(self, order: bytes) -> None:

@@ -170,7 +170,7 @@ class TorchTrainer:
         return self._initial_sha256
 
     def _load_initial_weights(self, ranks: Ranks) -> str:
-        """What `begin` does, without the moving averages. The weights must be whole."""
+        """`begin` without the averages, for weights that are not divided yet. Returns the SHA-256."""
         exact = self._numerics["deterministic"] == "yes" and self._numerics["compile"] == "off"
         at, networks = StepKey(self._seed, 0, 0), self.networks
         return model_checks.begin(
