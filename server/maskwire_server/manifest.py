@@ -75,8 +75,8 @@ class Manifest:
             body = _MIGRATIONS[body["format"]](body)
         if body["format"] not in (WHOLE, SHARDED):
             raise UnknownFormatError(
-                f"its format is {body['format']}, this version reads up to {SHARDED}; use the version that "
-                "wrote it"
+                f"its format is {body['format']}, but this version reads formats up to {SHARDED}; use the "
+                "version that wrote it"
             )
         for name in body["files"]:
             if not _FILE_NAME.fullmatch(name):  # it becomes a path

@@ -203,7 +203,9 @@ def test_files_without_a_part_of_a_tensor_are_not_read(saved: Saved) -> None:
             read(folder)
         path.with_suffix(".kept").rename(path)
     shutil.copy(folder / "model-r0001-001.safetensors", folder / "model-r0007-001.safetensors")
-    with pytest.raises(ValueError, match=r"model-r0007.*generator.a has rows from 3, which another file has"):
+    with pytest.raises(
+        ValueError, match=r"model-r0007.*generator.a repeats rows from row 3 on, which another file holds"
+    ):
         read(folder)
 
 

@@ -29,8 +29,9 @@ def find_files(
     """
     if isinstance(paths, str | Path):
         paths = [paths]
+    given = list(map(Path, paths))
     found: set[Path] = set()
-    for path in map(Path, paths):
+    for path in given:
         if path.is_dir():
             prepared = {metadata.parent for metadata in path.rglob(METADATA)}
             visible = (p for p in path.rglob(pattern) if not _hidden(p.relative_to(path)))
@@ -42,6 +43,11 @@ def find_files(
             found |= {path} if path.stat().st_size else set()
         else:
             raise ValueError(f"{path}: no such file or folder")
+    if not found:
+        raise ValueError(
+            f"no data found in {_names(given)}: all files are empty or hidden, are in a prepared folder, or "
+            f"do not match {pattern!r}"
+        )
     return _select(sorted(found), any_format, is_records or (lambda _: False), only_records)
 
 
@@ -80,14 +86,7 @@ def _select(
             raise ValueError(f"{words}; leave out the names of fields to read texts")
         log.warning("skipped %s", words)
     if not data:
-        raise ValueError(
-            "no data found in the given paths: "
-            + (
-                f"{_names(skipped)} skipped, {own}"
-                if skipped
-                else "there is no non-empty file that matches the pattern"
-            )
-        )
+        raise ValueError(f"no data found in the given paths: {_names(skipped)} skipped, {own}")
     if skipped:
         log.warning("skipped %s: %s", _names(skipped), own)
     if binary:

@@ -78,7 +78,7 @@ def read_csv(name: str, opened: Open, fields: Fields, start: int, delimiter: str
                     continue
                 where = f"{name}, row {number:,}"
                 if len(row) != len(header):
-                    raise ValueError(f"{where}: it has {len(row)} fields, the header has {len(header)}")
+                    raise ValueError(f"{where}: it has {len(row)} fields, but the header has {len(header)}")
                 yield fields.item(where, [row[column] for column in columns], number, _tell(file))
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{name}, after row {number:,}: cannot be read as CSV: {error}") from None

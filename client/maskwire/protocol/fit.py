@@ -207,7 +207,7 @@ def _check_paths(loggers: Sequence[Logger], files: Sequence[Path]) -> None:
             continue
         path = logger.path.resolve()
         if path in data:
-            raise ValueError(f"{logger.label} is a file of the data; name another file")
+            raise ValueError(f"{logger.label} is a file of the data; choose another file")
         if path in seen:
-            raise ValueError(f"two loggers write to {logger.label}; name another place for one")
+            raise ValueError(f"two loggers write to {logger.label}; choose another place for one")
         seen.add(path)

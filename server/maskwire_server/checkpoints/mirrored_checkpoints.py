@@ -173,7 +173,7 @@ class MirroredCheckpoints:
             there = self._store.get_file(f"{folder}/{file.name}", path / file.name)
             if not there or flush(path / file.name) != file:
                 log.error(
-                    "%s/%s/%s is missing or does not match its manifest",
+                    "%s/%s/%s is missing or does not match its manifest; the checkpoint is not restored",
                     self._store.address,
                     folder,
                     file.name,

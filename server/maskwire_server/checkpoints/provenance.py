@@ -92,7 +92,7 @@ class Provenance:
         """Why a checkpoint is not of the run's history; None when it is."""
         info = manifest.info
         if manifest.run_id != self.run_id:
-            return f"it belongs to run {manifest.run_id}, this is run {self.run_id}"
+            return f"it belongs to run {manifest.run_id}, and this is run {self.run_id}"
         digest = self._digests.get((info.lineage, info.step))
         if digest is None:
             return f"the journal does not have its step {info.step} (lineage {info.lineage})"

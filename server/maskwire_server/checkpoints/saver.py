@@ -120,7 +120,7 @@ class Saver:
             for name in retention.collectable(own, lineages, lineage, self._settings):
                 self._collect(name)
         except OSError as error:
-            log.error("checkpoints could not be collected (%s); the next save tries again", error)
+            log.error("retention could not delete checkpoints (%s); the next save tries again", error)
             return []
         return retention.droppable(own, lineages, lineage)
 
@@ -137,9 +137,13 @@ class Saver:
     def _collect(self, name: str) -> None:
         try:
             if self._checkpoints.delete(name):
-                log.info("checkpoint %s collected", name)
+                log.info("checkpoint %s deleted by retention", name)
         except OSError as error:  # the next start sweeps what is left of it
-            log.error("checkpoint %s could not be collected: %s", name, error)
+            log.error(
+                "checkpoint %s could not be deleted by retention (%s); the next save or start tries again",
+                name,
+                error,
+            )
 
     def _set_damaged_aside(self, lineages: dict[int, Lineage], lineage: int) -> None:
         """Set damaged checkpoints aside, newest first, until a start has enough to fall back on."""
@@ -202,7 +206,8 @@ class Saver:
                 raise
             raise Refused(
                 "CHECKPOINT_FAILED",
-                f"checkpoint {name!r} could not be deleted ({error.strerror or error}); look at the disk",
+                f"checkpoint {name!r} could not be deleted ({error.strerror or error}); check the server's "
+                "disk",
                 name=name,
             ) from error
         if not gone:

@@ -118,7 +118,7 @@ class Checkpoints:
                 self._catalogue.remove(name)
             if is_shortage(error):
                 raise
-            cure = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "look at the disk"
+            cure = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the server's disk"
             raise Refused(
                 "CHECKPOINT_FAILED",
                 f"checkpoint {name!r} could not be written ({error.strerror}); {cure}, and save again",

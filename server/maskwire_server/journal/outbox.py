@@ -308,7 +308,9 @@ def _triggers(db: sqlite3.Connection) -> dict[str, str]:
     for table in _tables(db):
         columns = _noted(db, table)
         if len(columns) > _COLUMNS:
-            raise ValueError(f"{table} has {len(columns)} columns, the outbox {_COLUMNS}; raise _COLUMNS")
+            raise ValueError(
+                f"{table} has {len(columns)} columns, but the outbox has {_COLUMNS}; raise _COLUMNS"
+            )
         into = ", ".join(f"c{number}" for number in range(len(columns)))
         moments = [("insert", PUT, "NEW")]
         if table != BATCHES:

@@ -50,10 +50,11 @@ def begin(
     try:
         if run_dir.is_mount():  # nothing can be renamed into its place
             raise RunDirectoryError(
-                f"{run_dir} is the root of a volume: name a folder in it with --run-dir, as {run_dir / 'run'}"
+                f"{run_dir} is the root of a volume, where no run can be imported; choose a folder in it, "
+                f"for example --run-dir {run_dir / 'run'}"
             )
         if run_dir.exists() and any(run_dir.iterdir()):
-            raise RunDirectoryError(f"{run_dir} is not empty: name another folder with --run-dir")
+            raise RunDirectoryError(f"{run_dir} is not empty; choose another folder with --run-dir")
         place = run_dir.absolute()
         draft = place.with_name(f"{place.name}.importing")
         if draft.exists():

@@ -192,7 +192,7 @@ def _check_rows(networks: Networks, batch: TensorBatch) -> None:
                         raise ConfigError(
                             f"model: a row must not depend on {what}, got outputs that differ by "
                             f"{difference:.3g} (up to {limit:.3g} is rounding); the model must respect its "
-                            "mask"
+                            "attention mask"
                         )
     finally:
         networks.train()

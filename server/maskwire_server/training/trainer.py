@@ -233,7 +233,7 @@ class TorchTrainer:
         if modes.only_train_generator and modes.only_train_critic:
             raise ValueError("only_train_generator and only_train_critic exclude each other, got both")
         if modes.only_train_critic and self.critic is None:
-            raise ValueError("only_train_critic needs a critic, this model has none")
+            raise ValueError("only_train_critic needs a critic, and this model has none; leave it out")
 
     def eval_loss(
         self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool] = lambda: True
@@ -266,7 +266,7 @@ class TorchTrainer:
         Between two states nothing is left running or changed, so the caller may stop at any of them.
         """
         if options.order is Order.CRITIC and self.critic is None:
-            raise ValueError("order 'critic' needs a critic, this model has none; use another order")
+            raise ValueError("order 'critic' needs a critic, and this model has none; use another order")
         averaged = self.reads_average(raw=options.raw_weights)
         networks = self._gathered.of(self._live(averaged=averaged))
         limit = numerics.sampled_budget(self._device, self._model.num_tokens, options.top_p < 1)
