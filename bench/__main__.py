@@ -122,7 +122,8 @@ def on_gpu(device: str, quick: bool, out: Path | None) -> int:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:  # before minutes are spent on figures that would have no place
             print(
-                f"bench: --out {out} cannot be made ({error.strerror}); name another folder", file=sys.stderr
+                f"bench: --out {out} cannot be made ({error.strerror}); choose another folder",
+                file=sys.stderr,
             )
             return 2
     signal.signal(signal.SIGTERM, end_servers)

@@ -25,11 +25,11 @@ from maskwire.data.file_data import ByteData
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.results import EvalOptions
-from maskwire_server.training import evaluation, optim
+from maskwire_server.training import evaluation, optimizers
 from maskwire_server.training.corruption import Vocabulary
 from maskwire_server.training.head import Head
-from maskwire_server.training.models.x_transformers import import_state_dict
-from maskwire_server.training.ranks import Ranks
+from maskwire_server.training.models.x_transformers_import import import_state_dict
+from maskwire_server.training.ranks_interface import Ranks
 from maskwire_server.training.tensor_batch import TensorBatch
 from maskwire_server.training.trainer import TorchTrainer
 
@@ -134,12 +134,12 @@ def ours_step(trainer: TorchTrainer) -> Callable[[int, Any], None]:
 
 def peer_step(wrapper: Any, settings: config.OptimizerConfig) -> Callable[[int, Any], None]:
     """A step of theirs, under the same settings of the same optimizer."""
-    group = optim.Group(wrapper, settings, fused=True)
+    group = optimizers.Group(wrapper, settings, fused=True)
 
     def step(number: int, ids: Any) -> None:
         wrapper(torch.from_numpy(ids.astype(np.int64))).loss.backward()
-        optim.clip([group], settings.clip_grad_norm, Ranks())
-        group.update(optim.learning_rate(settings, number))
+        optimizers.clip([group], settings.clip_grad_norm, Ranks())
+        group.update(optimizers.learning_rate(settings, number))
         group.clear_gradients()
 
     return step

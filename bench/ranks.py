@@ -63,7 +63,7 @@ def main() -> None:
 
     from maskwire_server import config
     from maskwire_server.batch import Batch, Modes
-    from maskwire_server.training.ranks import Ranks
+    from maskwire_server.training.ranks_interface import Ranks
     from maskwire_server.training.sharding import ManyRanks
     from maskwire_server.training.trainer import TorchTrainer
 

@@ -28,7 +28,7 @@ from bench.harness import cores
 from bench.scale_ranks import BUDGET, BYTES, COLUMNS, ROWS, SIZES, Measured, measure
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.training.corruption import Masking, StepKey, Vocabulary
-from maskwire_server.training.parts import split
+from maskwire_server.training.micro_batch_split import split
 from maskwire_server.training.tensor_batch import TensorBatch
 
 FP32 = 4

@@ -21,7 +21,7 @@ folder=${1:?"usage: deploy/secrets.sh [--renew] FOLDER [NAME ...]"}; shift
 case $folder in */) folder=${folder%"${folder##*[!/]}"} ;; esac  # a trailing slash, as completion gives it
 if [ -n "$renew" ]; then
   [ -f "$folder/ca.key" ] || { echo "$folder has no ca.key; name the folder that this script made" >&2; exit 1; }
-elif [ -e "$folder" ]; then echo "$folder exists; name another folder, or remove it" >&2; exit 1; fi
+elif [ -e "$folder" ]; then echo "$folder exists; choose another folder, or remove it" >&2; exit 1; fi
 command -v openssl >/dev/null || { echo "openssl is needed: apt install openssl" >&2; exit 1; }
 
 names="DNS:localhost,IP:127.0.0.1,IP:::1"

@@ -34,7 +34,7 @@ import psutil
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 PRELOADED = (
     "counter", "faults", "maskwire.aio", "maskwire.cli", "maskwire_server.app", "maskwire_server.cli",
-    "maskwire_server.import_export", "maskwire_server.training.models.x_transformers",
+    "maskwire_server.weight_import_export", "maskwire_server.training.models.x_transformers_import",
     "maskwire_server.training.trainer",
     "rich.live", "rich.progress", "rich.table", "einops._torch_specific",
 )  # fmt: skip

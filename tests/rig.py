@@ -17,7 +17,7 @@ from maskwire_server import config
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.config import Config
 from maskwire_server.engine.engine import Engine
-from maskwire_server.engine.setup import Setup
+from maskwire_server.engine.engine_options import EngineOptions
 from maskwire_server.errors import Refused
 from maskwire_server.requests import SessionRef, SessionRequest, StepRequest
 
@@ -35,12 +35,12 @@ def make_engine(
     **options: Any,
 ) -> Engine:
     """An engine on a run directory, started and not waited for."""
-    setup = Setup(
+    engine_options = EngineOptions(
         trainer, run_dir, seed=whole.run.seed, canonical=whole.canonical(),
         configuration=whole.as_json(), serve=whole.serve, checkpoints=whole.checkpoints,
         versions={}, **options,
     )  # fmt: skip
-    engine = Engine(setup, on_fatal)
+    engine = Engine(engine_options, on_fatal)
     engine.start()
     return engine
 

@@ -91,7 +91,7 @@ def test_groups_of_packages_never_import_one_another(group: tuple[str, ...]) -> 
         for path in sources(SERVER / package):
             for other in others:
                 assert not knows(path, f"maskwire_server.{other}"), path
-            for composition in ("app", "cli", "import_export"):
+            for composition in ("app", "cli", "weight_import_export"):
                 assert not knows(path, f"maskwire_server.{composition}"), path
 
 
@@ -142,7 +142,7 @@ def test_only_the_modules_that_join_packages_know_telemetry_and_it_knows_only_va
 
 def test_the_packages_of_telemetry_are_imported_where_a_setting_asks_for_them() -> None:
     heavy = ("prometheus_client", "opentelemetry", "tensorboard")
-    for name in ("start", "metrics", "samples", "log_formats"):
+    for name in ("start", "metrics", "sample_text", "log_formats"):
         for package in heavy:
             assert not knows(SERVER / "telemetry" / f"{name}.py", package), name
     for path in sources(CLIENT):
@@ -171,19 +171,19 @@ def test_the_objective_knows_no_model_and_the_model_no_objective() -> None:
     training = SERVER / "training"
     names = (
         "objective", "evaluation", "chain_rule", "evaluation_figures", "sampling", "corruption",
-        "masking_schedule", "draws", "cross_entropy", "quadrature", "micro_batches",
+        "masking_schedule", "draws", "cross_entropy", "quadrature", "batch_losses",
     )  # fmt: skip
     for name in names:
-        for other in ("models", "optim", "trainer"):
+        for other in ("models", "optimizers", "trainer"):
             assert not knows(training / f"{name}.py", f"maskwire_server.training.{other}"), name
-    for other in ("objective", "optim", "trainer", "evaluation"):
+    for other in ("objective", "optimizers", "trainer", "evaluation"):
         for path in sources(training / "models"):
             assert not knows(path, f"maskwire_server.training.{other}"), path
     assert not knows(SERVER / "rpc" / "service.py", "numpy"), "the service knows no tensor"
 
 
 def test_no_pickle_anywhere_but_foreign_weights_and_those_without_their_code() -> None:
-    importer = SERVER / "training" / "models" / "state_dict.py"
+    importer = SERVER / "training" / "models" / "weight_files.py"
     for path in [*sources(SERVER), *sources(CLIENT)]:
         assert not knows(path, "pickle"), path
         calls = [

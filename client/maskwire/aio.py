@@ -24,10 +24,10 @@ from maskwire.credentials import CredentialOptions, Endpoint
 from maskwire.protocol.effects import Operation, Work
 from maskwire.protocol.fit import Fitting, ResultOf
 from maskwire.protocol.fit import fit as training_loop
-from maskwire.protocol.keyword_arguments import StepOptions
+from maskwire.protocol.option_types import StepOptions
 from maskwire.protocol.retry import RetryPolicy
-from maskwire.protocol.run_view import RunView
 from maskwire.protocol.sessionless_calls import Calls
+from maskwire.protocol.trainer_properties import TrainerProperties
 from maskwire.protocol.writer import Writer
 from maskwire.signatures import keep_signature
 from maskwire.step_spans import step_spans
@@ -137,7 +137,7 @@ def _fitting(
     return call
 
 
-class Trainer(RunView, Client):
+class Trainer(TrainerProperties, Client):
     """Drives one run. Made by `connect`; leaving `async with` closes it.
 
     A step whose task is cancelled stays in flight, and the next one has the next number.

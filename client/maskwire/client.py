@@ -18,10 +18,10 @@ from maskwire.errors import UnavailableError
 from maskwire.protocol.effects import Operation, Work
 from maskwire.protocol.fit import Fitting, ResultOf
 from maskwire.protocol.fit import fit as training_loop
-from maskwire.protocol.keyword_arguments import StepOptions
+from maskwire.protocol.option_types import StepOptions
 from maskwire.protocol.retry import RetryPolicy
-from maskwire.protocol.run_view import RunView
 from maskwire.protocol.sessionless_calls import Calls
+from maskwire.protocol.trainer_properties import TrainerProperties
 from maskwire.protocol.writer import Writer
 from maskwire.signatures import keep_signature
 from maskwire.step_spans import step_spans
@@ -167,7 +167,7 @@ def run_fit(trainer: Any, fitting: Fitting[T]) -> T:
             raised = error
 
 
-class Trainer(RunView, Client):
+class Trainer(TrainerProperties, Client):
     """Drives one run. Made by `connect`.
 
     Safe to use from several threads. Leaving its `with` block ends the session, after the steps in flight; if

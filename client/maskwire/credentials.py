@@ -87,8 +87,8 @@ class Endpoint:
         token = _token(options.get("token"), options.get("token_file"))
         if token and not tls and not options.get("allow_insecure") and not is_local(target):
             raise ValueError(
-                f"a token would travel to {target} in plaintext: use TLS (tls, ca), a tunnel to this "
-                "machine, or allow_insecure"
+                f"the bearer token would be sent to {target} in plaintext; use TLS (tls, ca), a tunnel to "
+                "this machine, or allow_insecure"
             )
         metadata = (("authorization", f"Bearer {token}"),) if token else ()
         return Endpoint(target, credentials, server_name, metadata)

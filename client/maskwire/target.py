@@ -48,7 +48,7 @@ def _own(scheme: str, rest: str) -> str:
             return "the path is missing"
         size = len(os.fsencode(path))
         if size > _UNIX_PATH_BYTES:
-            return f"a Unix socket's path has at most {_UNIX_PATH_BYTES} bytes, this one {size}"
+            return f"a Unix socket's path has at most {_UNIX_PATH_BYTES} bytes, got {size}"
         if path != rest and not path.startswith("/"):
             return (
                 f"gRPC takes the text between unix:// and the next / for a host: unix:/{path} or unix:{path}"

@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         write(work / "arguments.json", fixed)
     first = read(work / "arguments.json")
     if changed := sorted(key for key in fixed if first.get(key) != fixed[key]):
-        fail(USAGE, f"{work} was begun with another {', '.join(changed)}; name another folder")
+        fail(USAGE, f"{work} was begun with another {', '.join(changed)}; choose another folder")
     records: dict[str, Record] = {}
     for stage in STAGES:
         name = stage.__name__

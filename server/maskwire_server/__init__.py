@@ -10,7 +10,7 @@ them are in `config`, `errors`, `batch`, `manifest`, `position`, `requests` and 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from maskwire_server.training.models.pretrained import MaskedModel, load
+    from maskwire_server.training.models.standalone_model import MaskedModel, load
 
 __all__ = ["MaskedModel", "load"]
 
@@ -19,6 +19,6 @@ def __getattr__(name: str) -> Any:
     # Imported on first use, because importing torch takes seconds.
     if name not in __all__:
         raise AttributeError(f"module 'maskwire_server' has no attribute {name!r}")
-    from maskwire_server.training.models import pretrained
+    from maskwire_server.training.models import standalone_model
 
-    return getattr(pretrained, name)
+    return getattr(standalone_model, name)

@@ -17,13 +17,13 @@ from types import FrameType
 from typing import NoReturn
 
 from maskwire._version import __version__
-from maskwire_server import served_config, tokenizer_files
+from maskwire_server import effective_config, tokenizer_files
 from maskwire_server.checkpoints.parts import PartFiles
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import Config
 from maskwire_server.engine import step_timeout
 from maskwire_server.engine.engine import Engine
-from maskwire_server.engine.setup import Setup
+from maskwire_server.engine.engine_options import EngineOptions
 from maskwire_server.engine.trainer_interface import Trainer
 from maskwire_server.engine.watchdog import Watchdog
 from maskwire_server.errors import ConfigError, DeviceLost, FencedError, Refused, RunDirectoryError
@@ -40,7 +40,7 @@ from maskwire_server.exit_codes import (
 from maskwire_server.journal.object_store import ObjectStore
 from maskwire_server.journal.run_directory import JOURNAL_FILE
 from maskwire_server.ranks.launcher import note_loss
-from maskwire_server.recovery import from_mirror, point_in_time
+from maskwire_server.recovery import from_mirror, state_at_step
 from maskwire_server.recovery.replay import InexactReplayError
 from maskwire_server.rpc.server import Server
 from maskwire_server.telemetry import start as telemetry
@@ -78,7 +78,7 @@ def serve(
             from_mirror.restore_journal(config, store, stop)
             if stop.is_set():
                 return _leave(finish(0))
-        config = served_config.completed(config)
+        config = effective_config.completed(config)
     except RunDirectoryError as error:
         say(error)
         return EXIT_RUN_DIRECTORY
@@ -86,7 +86,7 @@ def serve(
         say(error)
         return EXIT_CONFIG
     log.info("run directory: %s", config.run.dir.absolute())
-    setup = Setup(
+    options = EngineOptions(
         partial(factory or build_trainer, config),
         config.run.dir,
         seed=config.run.seed,
@@ -98,12 +98,12 @@ def serve(
         pretrained=config.model.huggingface is not None and config.model.huggingface.pretrained,
         accept_inexact_replay=accept_inexact_replay,
         accept_lost_history=accept_lost_history,
-        identity=served_config.identity(config),
+        identity=effective_config.identity(config),
         last_error=last_error,
         storage=config.storage,
         store=store,
     )
-    engine = Engine(setup, partial(_die, finish))
+    engine = Engine(options, partial(_die, finish))
     try:
         server = Server(engine, config.serve, engine.events.publish)
         sources = telemetry.Sources(
@@ -158,7 +158,7 @@ def serve_rank(
     config: Config, *, accept_inexact_replay: bool = False, accept_lost_history: int | None = None
 ) -> NoReturn:
     """Be one rank of the group that a launcher started: the leader serves, the others follow it."""
-    from maskwire_server.ranks import follower, launcher, membership
+    from maskwire_server.ranks import follower, launcher, process_group
     from maskwire_server.ranks.leader import LeaderTrainer, fatal
     from maskwire_server.ranks.liveness import GRACE_SECONDS
     from maskwire_server.ranks.orders import Order
@@ -170,7 +170,7 @@ def serve_rank(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the leader ends its followers
     try:
-        member = membership.join(config.distributed, config.serve)
+        member = process_group.join(config.distributed, config.serve)
     except ConfigError as error:  # on every rank
         say(error)
         _leave(launcher.note_exit(EXIT_CONFIG))
@@ -227,8 +227,8 @@ def serve_rank(
 def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_replay: bool = False) -> int:
     """Compute a run again up to a step, and return the exit code."""
     try:
-        config = served_config.completed(config)
-        info, inexact = point_in_time.rewind(
+        config = effective_config.completed(config)
+        info, inexact = state_at_step.rewind(
             config.run.dir,
             partial(build_trainer, config),
             config.as_json(),

@@ -183,7 +183,7 @@ class Payload:
 
     @staticmethod
     def decode(data: bytes) -> Payload:
-        """The payload that `encode` wrote; ValueError for another version or a wrong size."""
+        """The payload that `encode` wrote. Raises ValueError for another version or a wrong size."""
         version, width, rows, columns, count, prompt_bytes, flags, temperature, rate = _HEADER.unpack_from(
             data
         )

@@ -67,7 +67,7 @@ class Manifest:
 
     @staticmethod
     def from_json(data: bytes) -> Manifest:
-        """Parse what `to_json` wrote; ValueError when it was changed."""
+        """Parse what `to_json` wrote. Raises ValueError if it was changed."""
         body = json.loads(data)
         if not isinstance(body, dict) or body.pop("manifest_sha256", None) != _body_hash(body):
             raise ValueError("the manifest does not match its own hash")
@@ -75,8 +75,8 @@ class Manifest:
             body = _MIGRATIONS[body["format"]](body)
         if body["format"] not in (WHOLE, SHARDED):
             raise UnknownFormatError(
-                f"its format is {body['format']}, this version reads up to {SHARDED}; use the version that "
-                "wrote it"
+                f"its format is {body['format']}, but this version reads formats up to {SHARDED}; use the "
+                "version that wrote it"
             )
         for name in body["files"]:
             if not _FILE_NAME.fullmatch(name):  # it becomes a path

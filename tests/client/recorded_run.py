@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from maskwire.errors import UnimplementedError
-from maskwire.loggers.history import catch_up
+from maskwire.loggers.backfill import catch_up
 from maskwire.loggers.log_thread import LogThread
 from maskwire.loggers.logger import Logger
 from maskwire.loggers.records import Place, evaluation_record, step_record

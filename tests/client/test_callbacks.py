@@ -333,8 +333,8 @@ def test_a_batch_says_its_lengths_and_prompts_and_a_function_the_learning_rate(t
     [
         ("fast", TypeError, r"learning_rate\(1\) must return a number.*'fast'"),
         (True, TypeError, r"learning_rate\(1\) must return a number.*True"),
-        (float("nan"), ValueError, r"learning_rate\(1\) must be finite and at least 0, it returned nan"),
-        (-0.5, ValueError, r"at least 0, it returned -0.5"),
+        (float("nan"), ValueError, r"learning_rate\(1\) must be finite and at least 0, got nan"),
+        (-0.5, ValueError, r"at least 0, got -0.5"),
     ],
 )
 def test_a_learning_rate_that_is_none_is_named_by_its_step(rate: Any, error: Any, words: str) -> None:

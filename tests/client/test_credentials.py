@@ -29,7 +29,7 @@ def test_what_stays_on_this_machine(target: str, local: bool) -> None:
 
 
 def test_a_token_goes_nowhere_in_plaintext_unless_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"would travel to box\.example:1 in plaintext"):
+    with pytest.raises(ValueError, match=r"would be sent to box\.example:1 in plaintext"):
         Endpoint.of("box.example:1", token=TOKEN)
     assert Endpoint.of("box.example:1", token=TOKEN, allow_insecure=True).metadata
     assert Endpoint.of("127.0.0.1:1", token=TOKEN).metadata == (("authorization", f"Bearer {TOKEN}"),)

@@ -112,7 +112,7 @@ class WandBKind(Kind):
     def curves(self) -> Curves:
         from wandb.proto.wandb_internal_pb2 import Record
 
-        from maskwire.loggers.wandb_offline import messages
+        from maskwire.loggers.wandb_offline_reader import messages
 
         found: Curves = {}
         for path in sorted(self.folder.glob("wandb/offline-run-*/*.wandb")):

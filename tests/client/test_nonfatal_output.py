@@ -266,7 +266,7 @@ def test_fit_trains_without_stderr_and_with_a_broken_one(monkeypatch: pytest.Mon
 def test_a_metrics_file_among_the_data_is_refused(text: Path) -> None:
     before, data = text.read_bytes(), Rows()
     data.files = [text]
-    with pytest.raises(ValueError, match=r"a\.txt is a file of the data; name another file"):
+    with pytest.raises(ValueError, match=r"a\.txt is a file of the data; choose another file"):
         fit(Answering(), data, until_step=1, progress=False, metrics=text.parent / ".." / "texts" / "a.txt")
     assert text.read_bytes() == before
 

@@ -62,7 +62,7 @@ def test_what_grpc_can_reach_is_let_through(target: str) -> None:
         ("", "give the server's address"),
         (" \n", "give the server's address"),
         ("unix:", "the path is missing"),
-        ("unix://" + "a" * 108, "at most 107 bytes, this one 108"),
+        ("unix://" + "a" * 108, "at most 107 bytes, got 108"),
         ("ipv4:127.0.0.1", "the port is missing"),
         ("ipv4:127.0.0.1:1,10.0.0.1:70000", "not 70000"),
         ("ipv6:::1", "in brackets"),

@@ -109,7 +109,7 @@ def test_hidden_and_empty_files_are_ignored_and_missing_ones_are_errors(folder: 
     with pytest.raises(ValueError, match="nowhere: no such file"):
         find_files(folder / "nowhere")
     with pytest.raises(
-        ValueError, match="no data found in the given paths: there is no non-empty file that matches"
+        ValueError, match=r"no data found in .*: all files are empty .* do not match .\*\.csv."
     ):
         find_files(folder, "*.csv")
 
@@ -235,7 +235,9 @@ def test_invalid_token_files_are_refused_with_the_reason(tmp_path: Path) -> None
         ValueError, match=r"good\.npy records the type of its ids; leave out dtype .*got 'uint16'"
     ):
         open_data(tmp_path / "good.npy", dtype="uint16", **options)
-    with pytest.raises(ValueError, match=r"a document must hold integers of shape \[n\], got float64"):
+    with pytest.raises(
+        ValueError, match=r"documents\[0\] must be a one-dimensional array of integers, got float64"
+    ):
         TokenData([[0.5]], **options)
     with pytest.raises(ValueError, match="the data is empty"):
         TokenData([[]], **options)

@@ -28,11 +28,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
-from maskwire_server.training import objective, optim, saved_state, snapshot
+from maskwire_server.training import checkpoint_tensors, objective, optimizers, snapshot
 from maskwire_server.training.corruption import StepKey
 from maskwire_server.training.models.backbone import Backbone
-from maskwire_server.training.models.networks import Networks
-from maskwire_server.training.ranks import Ranks, assign, whole
+from maskwire_server.training.models.generator_critic import Networks
+from maskwire_server.training.ranks_interface import Ranks, assign, whole
 from maskwire_server.training.sharding import ManyRanks
 from maskwire_server.training.trainer import TorchTrainer
 
@@ -181,8 +181,8 @@ class Comparison:
         dist.barrier()
         if self.ranks.is_leader:
             for file, tensors in state.files.items():
-                paths = saved_state.files_of(folder, file)
-                found = saved_state.read(saved_state.find(paths, file))
+                paths = checkpoint_tensors.files_of(folder, file)
+                found = checkpoint_tensors.read(checkpoint_tensors.find(paths, file))
                 same = found.keys() == tensors.keys() and all(
                     torch.equal(found[name], tensor) for name, tensor in tensors.items()
                 )
@@ -198,7 +198,7 @@ class Comparison:
             trainer._host(self._batch(number)), modes, StepKey(3, 1, number), trainer._ranks
         )
         trainer._ranks.add(sums.sums)
-        norm = optim.clip(trainer._learners(modes), None, trainer._ranks)
+        norm = optimizers.clip(trainer._learners(modes), None, trainer._ranks)
         losses = [each or 0.0 for each in sums.read(norm)]
         found = {
             f"{part}.{name}": whole(weight.grad).clone()

@@ -32,7 +32,7 @@ from maskwire_server.ranks.orders import Order
 from maskwire_server.ranks.shard_saver import ShardSaver
 from maskwire_server.ranks.shared_folder import SavePlace
 from maskwire_server.results import FROZEN_FILE, CheckpointInfo
-from maskwire_server.training import saved_state, shards
+from maskwire_server.training import checkpoint_tensors, shards
 from maskwire_server.training.shards import Piece, Shards
 
 STATE: dict[str, dict[str, Tensor]] = {
@@ -105,7 +105,10 @@ def manifest(name: str = "a", step: int = 1) -> Manifest:
 
 def read(folder: Path) -> dict[str, dict[str, Tensor]]:
     return {
-        file: saved_state.read(saved_state.find(saved_state.files_of(folder, file), file)) for file in STATE
+        file: checkpoint_tensors.read(
+            checkpoint_tensors.find(checkpoint_tensors.files_of(folder, file), file)
+        )
+        for file in STATE
     }
 
 
@@ -200,7 +203,9 @@ def test_files_without_a_part_of_a_tensor_are_not_read(saved: Saved) -> None:
             read(folder)
         path.with_suffix(".kept").rename(path)
     shutil.copy(folder / "model-r0001-001.safetensors", folder / "model-r0007-001.safetensors")
-    with pytest.raises(ValueError, match=r"model-r0007.*generator.a has rows from 3, which another file has"):
+    with pytest.raises(
+        ValueError, match=r"model-r0007.*generator.a repeats rows from row 3 on, which another file holds"
+    ):
         read(folder)
 
 
@@ -212,7 +217,7 @@ def test_no_file_is_larger_than_the_limit(tmp_path: Path, monkeypatch: pytest.Mo
     for path in tmp_path.iterdir():
         header = int.from_bytes(path.read_bytes()[:8], "little")
         assert path.stat().st_size - 8 - header <= 22
-    assert len(saved_state.files_of(tmp_path, "ema.safetensors")) == 7, "a row of 20 bytes in each"
+    assert len(checkpoint_tensors.files_of(tmp_path, "ema.safetensors")) == 7, "a row of 20 bytes in each"
     assert_is_the_state(tmp_path)
 
 

@@ -23,11 +23,11 @@ from hypothesis.errors import FlakyStrategyDefinition
 from hypothesis.stateful import run_state_machine_as_test
 from rig import wait_for
 
-from maskwire.loggers import history
+from maskwire.loggers import backfill
 from maskwire.protocol import fit_milestones
 from maskwire.v1.values import InexactReplay, Losses, Outcome
 from maskwire_server.checkpoints import files as checkpoint_files
-from maskwire_server.checkpoints import membership, retention, saver, store
+from maskwire_server.checkpoints import provenance, retention, saver, store
 from maskwire_server.engine import (
     admission,
     admission_rules,
@@ -35,9 +35,9 @@ from maskwire_server.engine import (
     committer,
     executor,
     queue,
-    saves,
+    save_thread,
     sessions,
-    start,
+    startup,
 )
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal import database, fsync, inexact_replays, journal, reserve
@@ -519,7 +519,7 @@ def _checkpoint_before_the_flush() -> list[Patch]:
     appended = committer.Committer.append
 
     def at_once(self: Any, commit: Any) -> None:
-        if isinstance(commit, saves.SaveCommit):
+        if isinstance(commit, save_thread.SaveCommit):
             commit.committed()
             commit.committed = lambda: None  # type: ignore[method-assign]
         appended(self, commit)
@@ -723,7 +723,7 @@ def _skipped_steps_said_applied() -> list[Patch]:
 
 
 def _checkpoints_of_other_runs_count() -> list[Patch]:
-    return [(membership.Membership, "problem", lambda *_: None)]
+    return [(provenance.Provenance, "problem", lambda *_: None)]
 
 
 def _fallbacks_not_read_again() -> list[Patch]:
@@ -742,11 +742,11 @@ def _owed_evaluations_left_out() -> list[Patch]:
 
 
 def _evaluations_in_memory_only() -> list[Patch]:
-    return [(start, "recorded_evaluation", lambda _: (0, 0))]
+    return [(startup, "recorded_evaluation", lambda _: (0, 0))]
 
 
 def _metrics_not_filled_in() -> list[Patch]:
-    return [(history, "_fill", lambda *_: iter(()))]
+    return [(backfill, "_fill", lambda *_: iter(()))]
 
 
 def _critic_alone_weighted() -> list[Patch]:

@@ -16,7 +16,7 @@ import maskwire
 import maskwire.aio
 from maskwire.protocol import codec
 from maskwire.protocol.evaluation_plan import EvaluationPlan
-from maskwire.protocol.keyword_arguments import EvalOptions, GenerateOptions, StepOptions
+from maskwire.protocol.option_types import EvalOptions, GenerateOptions, StepOptions
 from maskwire.protocol.token_batch import encode_batch
 
 Serve = Callable[..., ServerProcess]

@@ -150,7 +150,7 @@ async def trains_evaluates_and_checkpoints(server: ServerProcess, client: Any) -
         status = await trainer.status()
         assert (status.step, status.digest) == (10, trainer.digest)
         await trainer.train_step(tokens(11))
-        with pytest.raises(WrongRunError, match="expected_step is 10, the run is at step 11"):
+        with pytest.raises(WrongRunError, match="expected_step is 10, but the run is at step 11"):
             await trainer.checkpoint(score=1.0, expected_step=10)
         back = await trainer.restore("ten", expected_step=11)
         assert (back.step, back.lineage, trainer.lineage, trainer.step) == (10, 2, 2, 10)
@@ -212,7 +212,9 @@ async def fits_with_evaluations_and_metrics(server: ServerProcess, client: Any) 
         assert [found.step for found in result.evaluations] == [4, 8]
         assert (await trainer.fit(Numbered(), until_step=10, progress=False)).last is None, "nothing is left"
         assert (await trainer.status()).tokenizer == "bytes", "the data's tokenizer was kept with the run"
-        with pytest.raises(TokenizerError, match="the run uses tokenizer bytes, this client sha256:0"):
+        with pytest.raises(
+            TokenizerError, match="the run uses tokenizer bytes, but this client uses sha256:0"
+        ):
             await trainer.use_tokenizer("sha256:0")
         data = {"content": "sha256:0", "length": "16"}
         await trainer.use_data(data)

@@ -127,7 +127,7 @@ def test_files_are_replaced_under_load_without_a_failed_step(serve: Serve, tmp_p
     # An invalid file: the old ones stay in use, and the log says what is wrong.
     files.replace(Pair(cert=new.cert, key=old.key))
     hang_up("serve.tls_certificate, serve.tls_key: ")
-    assert "; the files read before stay in use" in server.log.read_text()
+    assert "; the previous certificates or tokens stay in use" in server.log.read_text()
     training.go_on()
     assert served_certificate(server, old_client) == first_of(old)
     Path(files.token).write_text("short\n")

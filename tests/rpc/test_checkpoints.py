@@ -135,7 +135,7 @@ def test_a_checkpoint_of_the_first_format_is_read_and_one_of_a_later_is_refused_
     rewrite(manifest, format=4)
     refused = fork_server.run(server._command, text=True)
     assert refused.returncode == 3
-    assert "checkpoint 'old': its format is 4, this version reads up to 3" in refused.stderr
+    assert "checkpoint 'old': its format is 4, but this version reads formats up to 3" in refused.stderr
 
 
 FILES = ["manifest.json", "model.safetensors", "optimizer.safetensors", "ema.safetensors"]

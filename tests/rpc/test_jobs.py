@@ -207,7 +207,7 @@ def test_the_tokenizer_stays_with_the_run(serve: Serve, text: Path, tmp_path: Pa
         for command in (["train", other, "--until-step", 4], ["eval", other]):
             found = run(*command, "--length", 16, "--target", server.address)
             assert found.returncode == 1, found.stderr
-            assert "the run uses tokenizer bytes, this" in found.stderr
+            assert "the run uses tokenizer bytes, but this" in found.stderr
         server.kill()
         server.start()
     assert run("train", text, "--until-step", 4, "--length", 16, "--target", server.address).returncode == 0

@@ -18,8 +18,8 @@ from rank_groups import RankServer
 
 import maskwire
 import maskwire_server
-from maskwire_server.import_export import export
 from maskwire_server.recovery.verify import verify
+from maskwire_server.weight_import_export import export
 
 Start = Callable[..., RankServer]
 

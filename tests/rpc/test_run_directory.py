@@ -143,7 +143,9 @@ def test_an_import_into_a_volumes_root_is_refused_before_anything_is_computed() 
         raise AssertionError("it was computed")
 
     for root in (Path("/proc"), Path("/")):
-        with pytest.raises(RunDirectoryError, match=r"is the root of a volume: name a folder in it"):
+        with pytest.raises(
+            RunDirectoryError, match=r"is the root of a volume, where .*; choose a folder in it"
+        ):
             imported_run.begin(
                 root, never, {}, seed=0, canonical=b"", versions={}, labels={}, texts={}  # type: ignore[arg-type]
             )  # fmt: skip

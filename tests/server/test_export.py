@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import maskwire_server
-from maskwire_server import export_format, import_export, tokenizer_files
+from maskwire_server import export_format, tokenizer_files, weight_import_export
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
@@ -85,7 +85,7 @@ def same_logits(run_dir: Path, theirs: Callable[[torch.Tensor], torch.Tensor], *
 
 
 def export(run_dir: Path, out: Path, to: Any, **options: Any) -> int:
-    return import_export.export(run_dir, None, out, to=to, **{"weights": "auto", **options})
+    return weight_import_export.export(run_dir, None, out, to=to, **{"weights": "auto", **options})
 
 
 def hugging_face(folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -188,11 +188,11 @@ def test_a_downloaded_folder_is_exported_without_a_run_directory(adapted: Path, 
     shutil.copytree(adapted / "run" / "checkpoints" / "three", folder)
     out = tmp_path / "out"
     options: Any = {"to": "huggingface", "weights": "auto"}
-    assert import_export.export_folder(folder, out, **options) == 2
+    assert weight_import_export.export_folder(folder, out, **options) == 2
     assert not out.exists()
-    assert import_export.export_folder(folder, out, **options, merged=True) == 0
+    assert weight_import_export.export_folder(folder, out, **options, merged=True) == 0
     same_logits(adapted / "run", hugging_face(out))
-    assert import_export.export_folder(tmp_path, tmp_path / "other", **options) == 2
+    assert weight_import_export.export_folder(tmp_path, tmp_path / "other", **options) == 2
 
 
 def test_the_folder_of_an_export_appears_only_if_it_is_whole(

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from maskwire.cli.display import checkpoint_table, show
-from maskwire.cli.merge import merge
+from maskwire.cli.merge_adapters import merge
 from maskwire.cli.options import Json, ServerConnection, with_server
 from maskwire.progress_bar import byte_progress
 from maskwire.protocol.download import MANIFEST
@@ -144,7 +144,7 @@ def download(
             name = found[0].name
         out = out or Path(name)
         if merged and out.exists():
-            raise ValueError(f"{out} exists; name another folder with --out")
+            raise ValueError(f"{out} exists; choose another folder with --out")
         folder = out.with_name(f"{out.name}.unmerged") if merged else out
         with byte_progress(f"checkpoint {name}", shown=not as_json) as report:
             weights = weights or (merged and not ema)

@@ -29,7 +29,7 @@ from maskwire.data.file_data import open_data
 from maskwire.data.token_data import TokenData
 from maskwire.errors import UnavailableError
 from maskwire.nonfatal_output import on_terminal, tell
-from maskwire.protocol.keyword_arguments import EvalOptions
+from maskwire.protocol.option_types import EvalOptions
 from maskwire.results import EvalResult
 
 

@@ -37,7 +37,7 @@ _BUFFER = 2**20
 
 @dataclass
 class Progress:
-    """How far preparing has come."""
+    """How far the preparation has got: what is written, and where the sources were."""
 
     identity: str
     """Identifies sources and options: if they changed, preparing restarts from the beginning."""
@@ -58,7 +58,7 @@ class Progress:
 
 
 class DraftFolder:
-    """Appends documents, and remembers how far it has come. Use it in a `with` statement."""
+    """Appends documents, and remembers how far it has got. Use it in a `with` statement."""
 
     def __init__(self, out: Path, identity: str, dtype: str, *, prompts: bool) -> None:
         """Open the draft of the folder `out`. A draft of other sources or options is deleted.

@@ -26,7 +26,7 @@ from maskwire.data.prepared_folder import (
     refuse_part,
 )
 from maskwire.data.record import Fields
-from maskwire.data.sources import Paths, Source, TextFile, find_sources
+from maskwire.data.text_sources import Paths, Source, TextFile, find_sources
 from maskwire.data.token_data import TokenData
 from maskwire.data.token_documents import Documents, load_array
 from maskwire.data.tokenizer import TOKENIZER_FILE, ByteTokenizer

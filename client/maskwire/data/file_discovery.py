@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from maskwire.data.file_types import RECORD_TYPES, FileType, detect, read_head, unsupported
-from maskwire.data.maskwire_files import MaskwireFiles
+from maskwire.data.maskwire_output import MaskwireOutput
 from maskwire.data.prepared_folder import METADATA, refuse_part
 
 log = logging.getLogger(__name__)
@@ -29,8 +29,9 @@ def find_files(
     """
     if isinstance(paths, str | Path):
         paths = [paths]
+    given = list(map(Path, paths))
     found: set[Path] = set()
-    for path in map(Path, paths):
+    for path in given:
         if path.is_dir():
             prepared = {metadata.parent for metadata in path.rglob(METADATA)}
             visible = (p for p in path.rglob(pattern) if not _hidden(p.relative_to(path)))
@@ -42,13 +43,18 @@ def find_files(
             found |= {path} if path.stat().st_size else set()
         else:
             raise ValueError(f"{path}: no such file or folder")
+    if not found:
+        raise ValueError(
+            f"no data found in {_names(given)}: all files are empty or hidden, are in a prepared folder, or "
+            f"do not match {pattern!r}"
+        )
     return _select(sorted(found), any_format, is_records or (lambda _: False), only_records)
 
 
 def _select(
     files: list[Path], any_format: bool, is_records: Callable[[str], object], only_records: bool
 ) -> list[Path]:
-    maskwire_files = MaskwireFiles()
+    maskwire_output = MaskwireOutput()
     data: list[Path] = []
     skipped: list[Path] = []
     refused: dict[Path, FileType] = {}
@@ -56,7 +62,7 @@ def _select(
     others: list[Path] = []
     for path in files:
         head = read_head(path)
-        if maskwire_files.includes(path, head):
+        if maskwire_output.includes(path, head):
             skipped.append(path)
             continue
         if only_records and not is_records(path.name):
@@ -80,14 +86,7 @@ def _select(
             raise ValueError(f"{words}; leave out the names of fields to read texts")
         log.warning("skipped %s", words)
     if not data:
-        raise ValueError(
-            "no data found in the given paths: "
-            + (
-                f"{_names(skipped)} skipped, {own}"
-                if skipped
-                else "there is no non-empty file that matches the pattern"
-            )
-        )
+        raise ValueError(f"no data found in the given paths: {_names(skipped)} skipped, {own}")
     if skipped:
         log.warning("skipped %s: %s", _names(skipped), own)
     if binary:

@@ -64,7 +64,7 @@ class DatasetSource:
         self.identity = str(getattr(dataset, "_fingerprint", uuid.uuid4().hex))
 
     def read(self, start: int) -> Iterator[Item]:
-        """Yield the rows from a place on."""
+        """Yield the rows from row number `start` onwards; the first has the number 0."""
         dataset = self._dataset
         rows = len(dataset) if self._random_access else 0
         if self._random_access and start >= rows:  # `datasets` selects no empty range

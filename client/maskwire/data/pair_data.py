@@ -102,7 +102,7 @@ class PairData(TokenData):
         return Batch(Computed(self._row, count), prompt_mask=Computed(self._mask, count))
 
     def whole(self) -> Any:
-        """Every pair that fits, as a row."""
+        """Every pair no longer than `length` tokens, each as one row."""
         return Computed(self._row, self._fitting.size)
 
     def spread(self, rows: int) -> Any:

@@ -25,7 +25,7 @@ from maskwire.data.file_array import Ids
 from maskwire.data.prepared_folder import BYTES, METADATA, PreparedMetadata
 from maskwire.data.record import Fields, Item, Record
 from maskwire.data.row_packing import OPEN_ROWS
-from maskwire.data.sources import Paths, Source, find_sources, identity_of
+from maskwire.data.text_sources import Paths, Source, find_sources, identity_of
 from maskwire.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, FileTokenizer
 
 log = logging.getLogger(__name__)

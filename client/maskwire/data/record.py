@@ -99,8 +99,7 @@ class Fields:
                 return Item(None, NULL, place, done)
             if not isinstance(value, str):
                 raise ValueError(
-                    f"the field {field!r} must hold text, it holds {type(value).__name__} "
-                    f"({str(value)[:40]!r})"
+                    f"the field {field!r} must hold text, got {type(value).__name__} ({str(value)[:40]!r})"
                 )
             try:
                 parts.append(value.encode())

@@ -78,7 +78,7 @@ def read_csv(name: str, opened: Open, fields: Fields, start: int, delimiter: str
                     continue
                 where = f"{name}, row {number:,}"
                 if len(row) != len(header):
-                    raise ValueError(f"{where}: it has {len(row)} fields, the header has {len(header)}")
+                    raise ValueError(f"{where}: it has {len(row)} fields, but the header has {len(header)}")
                 yield fields.item(where, [row[column] for column in columns], number, _tell(file))
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{name}, after row {number:,}: cannot be read as CSV: {error}") from None
@@ -156,7 +156,7 @@ def _rows(
     first: int,
     done: Callable[[int], int],
 ) -> Iterator[Item]:
-    """The rows of record batches, of which the first row has the number `first`, from `start` on."""
+    """The rows of record batches, of which the first row has the number `first`, from row `start` onwards."""
     for batch in batches:
         skipped = min(max(0, start - first), batch.num_rows)
         for offset in range(skipped, batch.num_rows, _ROWS):

@@ -66,10 +66,11 @@ class TokenData:
         Raises ValueError for a length or batch size below 1, and if no ids are left.
         """
         arrays = [np.asarray(document) for document in documents]
-        for array in filter(np.size, arrays):
-            if array.ndim != 1 or array.dtype.kind not in "iu":
+        for index, array in enumerate(arrays):
+            if array.size and (array.ndim != 1 or array.dtype.kind not in "iu"):
                 raise ValueError(
-                    f"a document must hold integers of shape [n], got {array.dtype} {list(array.shape)}"
+                    f"documents[{index}] must be a one-dimensional array of integers, got {array.dtype} "
+                    f"{list(array.shape)}"
                 )
         self.files = []
         self._initialize(

@@ -61,7 +61,7 @@ class Documents:
         return self.sizes.size
 
     def crop(self, index: int, start: int, length: int) -> Ids:
-        """Read at most `length` ids of a document, from `start` on."""
+        """Read at most `length` ids of a document, from the id at `start` onwards."""
         begin = int(self._starts[index])
         end = begin + int(self.sizes[index])
         return np.asarray(self._arrays[self._which[index]][begin + start : min(end, begin + start + length)])

@@ -94,9 +94,10 @@ class FileTokenizer:
     def __init__(
         self, path: Path, *, special_tokens: bool = True, parse_special_tokens: bool = False
     ) -> None:
-        """With `special_tokens`, texts get the tokens that the tokenizer adds around them, and an end.
+        """With `special_tokens`, each text is wrapped in the tokens that the tokenizer adds.
 
-        With `parse_special_tokens`, a special token that a text spells out is that token; else it is text.
+        If it adds none at the end, an end-of-document id follows the text. With `parse_special_tokens`,
+        special tokens spelled out in a text become those tokens; otherwise they are encoded as plain text.
         Raises ValueError if the file is not a tokenizer, or the package `tokenizers` is missing.
         """
         self.path = path / TOKENIZER_FILE if path.is_dir() else path

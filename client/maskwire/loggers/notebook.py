@@ -26,7 +26,10 @@ class NotebookBar:
     """Steps, loss, tokens per second and the time left, and below them the lines that stay."""
 
     def __init__(self, step: int, until_step: int, elapsed: Callable[[], float]) -> None:
-        """`elapsed()` returns the seconds of training so far, without waits for the server."""
+        """`elapsed()` returns the seconds spent training so far.
+
+        Time spent waiting for the server to answer again is excluded.
+        """
         self._first_step, self._until_step, self._elapsed = step, until_step, elapsed
         self._step, self._tokens, self._words = step, 0, ""
         self._lines: list[str] = []

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from maskwire.loggers.logger import Logger, needs
 from maskwire.loggers.records import Place, Record, is_evaluation, scalars
-from maskwire.loggers.wandb_offline import LINEAGE, START, is_finished, offline_log
+from maskwire.loggers.wandb_offline_reader import LINEAGE, START, is_finished, offline_log
 
 _POLL_SECONDS = 0.05
 

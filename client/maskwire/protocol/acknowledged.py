@@ -43,7 +43,7 @@ class AcknowledgedHistory:
         )
 
     def next_position(self, response: pb.TrainStepResponse, payload_hash: bytes) -> tuple[int, bytes]:
-        """Return the position after an answer; DigestMismatchError if it does not match what was sent."""
+        """The position after an answer. Raises DigestMismatchError if it does not match what was sent."""
         if response.step != self.step + 1:
             raise DigestMismatchError(
                 f"the server answered with step {response.step}; expected step {self.step + 1}; stop, and "

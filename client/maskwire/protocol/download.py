@@ -90,7 +90,7 @@ class Download:
         except (ValueError, KeyError, TypeError):
             same = False
         if not same:
-            raise CheckpointError(f"{self.folder} holds another checkpoint; name another folder")
+            raise CheckpointError(f"{self.folder} holds another checkpoint; choose another folder")
         return True
 
     def missing(self) -> list[PartialFile]:
@@ -99,7 +99,7 @@ class Download:
             file.open()
             if file.name_taken and not self._resuming:
                 raise CheckpointError(
-                    f"{self.folder / file.name} exists and is not this checkpoint's; name another folder"
+                    f"{self.folder / file.name} exists and is not this checkpoint's; choose another folder"
                 )
         missing = [file for file in self._files if not file.complete]
         self._report()
@@ -136,7 +136,7 @@ def _lock(folder: Path) -> int:
     except OSError:
         os.close(descriptor)
         raise CheckpointError(
-            f"another download writes into {folder}; wait for it, or name another folder"
+            f"another download writes into {folder}; wait for it, or choose another folder"
         ) from None
     return descriptor
 

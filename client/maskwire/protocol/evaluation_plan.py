@@ -160,7 +160,8 @@ class EvaluationSum:
             if (found.step, found.digest) != (first.step, first.digest):
                 raise StepMovedError(
                     f"the run went from step {first.step} to step {found.step} during the evaluation: "
-                    "evaluate while nothing trains, from the training loop (fit's evaluate), or fewer rows"
+                    "evaluate while no client is training, from the training loop (fit's `evaluate`), or "
+                    "with fewer rows"
                 )
             for name in ("draws", "ema_weights"):
                 if getattr(found, name) != getattr(first, name):

@@ -20,12 +20,12 @@ from maskwire.loggers.logger import Logger
 from maskwire.loggers.progress import TrainingProgress, training_progress
 from maskwire.protocol.actions import Fitting, ResultOf
 from maskwire.protocol.fit_callbacks import Callbacks, check_callbacks
-from maskwire.protocol.fit_data import files_of, record_data
+from maskwire.protocol.fit_data_check import files_of, record_data
 from maskwire.protocol.fit_loggers import Loggers
 from maskwire.protocol.fit_milestones import Milestones
 from maskwire.protocol.fit_result import FitResult
 from maskwire.protocol.fit_window import FitWindow
-from maskwire.protocol.keyword_arguments import FitOptions
+from maskwire.protocol.option_types import FitOptions
 from maskwire.protocol.step_inputs import Data, LearningRate, StepInputs
 from maskwire.results import StepResult
 
@@ -207,7 +207,7 @@ def _check_paths(loggers: Sequence[Logger], files: Sequence[Path]) -> None:
             continue
         path = logger.path.resolve()
         if path in data:
-            raise ValueError(f"{logger.label} is a file of the data; name another file")
+            raise ValueError(f"{logger.label} is a file of the data; choose another file")
         if path in seen:
-            raise ValueError(f"two loggers write to {logger.label}; name another place for one")
+            raise ValueError(f"two loggers write to {logger.label}; choose another place for one")
         seen.add(path)

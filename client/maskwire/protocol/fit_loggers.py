@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from maskwire.loggers.history import catch_up
+from maskwire.loggers.backfill import catch_up
 from maskwire.loggers.log_thread import LogThread
 from maskwire.loggers.logger import Logger
 from maskwire.loggers.progress import TrainingProgress, warn

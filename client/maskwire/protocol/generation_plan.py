@@ -165,8 +165,8 @@ class GeneratedRows:
         if (found.step, found.digest) != (first.step, first.digest):
             raise StepMovedError(
                 f"the run went from step {first.step} to step {found.step} during a generation that takes "
-                "several calls: generate while nothing trains, or fewer rows (one call is limited by "
-                "serve.max_batch_tokens, serve.max_read_tokens and serve.max_message_bytes)"
+                "several calls: generate while no client is training, or with fewer rows (one call is "
+                "limited by serve.max_batch_tokens, serve.max_read_tokens and serve.max_message_bytes)"
             )
         self._first = first
         for row, ids, left in zip(part.rows, found.tokens, found.still_masked, strict=True):

@@ -17,8 +17,8 @@ from maskwire.protocol.download import Download, DownloadProgress
 from maskwire.protocol.effects import Emit, Operation, Pause, Receive, Work
 from maskwire.protocol.evaluation_plan import EvaluationPlan, EvaluationProgress, EvaluationSum
 from maskwire.protocol.generation_plan import GeneratedRows, GenerationPlan, rows_of
-from maskwire.protocol.keyword_arguments import EvalOptions, GenerateOptions, ListOptions
 from maskwire.protocol.limits import Bounds
+from maskwire.protocol.option_types import EvalOptions, GenerateOptions, ListOptions
 from maskwire.protocol.retried_calls import RetriedCalls, new_id
 from maskwire.v1 import training_service_pb2 as pb
 

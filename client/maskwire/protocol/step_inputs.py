@@ -11,7 +11,7 @@ import numpy as np
 
 from maskwire.arguments import call_back, check_rows
 from maskwire.batch import Batch
-from maskwire.protocol.keyword_arguments import FitOptions
+from maskwire.protocol.option_types import FitOptions
 from maskwire.protocol.token_batch import to_array
 
 LearningRate = float | Callable[[int], float | None] | None
@@ -58,7 +58,7 @@ class StepInputs:
         else:
             rows = found
         if rows is None:
-            raise TypeError(f"{where} must return rows of token ids, it returned {found}")
+            raise TypeError(f"{where} must return rows of token ids, got {found}")
         check_rows(rows, where)
         tokens = _count(rows, options.get("lengths"), where)
         rate = self._rate(step)
@@ -87,11 +87,11 @@ class StepInputs:
             return None
         if isinstance(found, bool) or not isinstance(found, int | float | np.integer | np.floating):
             raise TypeError(
-                f"learning_rate({step}) must return a number, or None for the schedule's, it returned "
+                f"learning_rate({step}) must return a number, or None to use the server's schedule, got "
                 f"{found!r}"
             )
         if not math.isfinite(found) or found < 0:
-            raise ValueError(f"learning_rate({step}) must be finite and at least 0, it returned {found!r}")
+            raise ValueError(f"learning_rate({step}) must be finite and at least 0, got {found!r}")
         return float(found)
 
 
@@ -101,7 +101,7 @@ def _count(rows: Any, lengths: Any, where: str) -> int:
         whole = sum(len(row) for row in rows)
     except TypeError as error:
         raise TypeError(
-            f"{where} must return rows of token ids, it returned ids that are in no row: "
+            f"{where} must return rows of token ids, got ids that are in no row: "
             "return [row] for a batch of one row"
         ) from error
     return whole if lengths is None else int(to_array(lengths, "lengths").sum())

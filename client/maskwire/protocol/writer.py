@@ -14,8 +14,8 @@ from maskwire.arguments import check_whole
 from maskwire.errors import ConflictError, MaskwireError
 from maskwire.protocol import codec
 from maskwire.protocol.effects import Operation, Pause, Until
-from maskwire.protocol.keyword_arguments import StepOptions
 from maskwire.protocol.limits import too_long
+from maskwire.protocol.option_types import StepOptions
 from maskwire.protocol.pending_step import PendingStep
 from maskwire.protocol.retried_calls import new_id
 from maskwire.protocol.retry import RetryPolicy

@@ -78,7 +78,10 @@ def payload_hash(
     id_type = version.id_type
     if version.number == 1:
         if len(segments):
-            raise ValueError("digest version 1 does not cover segment ids: the run must have version 2")
+            raise ValueError(
+                "segment_ids needs digest version 2, and the run has version 1: send each segment as a row "
+                "of its own, with lengths, or start a new run"
+            )
         prefix, of_segments = b"maskwire.v1.payload\0", b""
     else:
         prefix = b"maskwire.v2.payload\0" + struct.pack("<B", id_type.itemsize)

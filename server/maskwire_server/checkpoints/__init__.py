@@ -1,1 +1,1 @@
-"""Checkpoints of a run: store, catalogue, saver, retention, membership and downloads."""
+"""Checkpoints of a run: store, catalogue, saver, retention, provenance and downloads."""

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Iterable
 
-from maskwire_server.checkpoints.membership import Membership
+from maskwire_server.checkpoints.provenance import Provenance
 from maskwire_server.journal.journal import Journal
 from maskwire_server.manifest import Manifest
 from maskwire_server.position import HistoryPosition
@@ -23,7 +23,7 @@ class Catalogue:
     """The complete checkpoints in the run's folder. Safe from any thread."""
 
     def __init__(self) -> None:
-        self._membership = Membership()
+        self._provenance = Provenance()
         self._manifests: dict[str, Manifest] = {}
         self._rebuild = False  # the table holds something else than the folder
         self._unrecorded: dict[str, Manifest | None] = {}  # since the table was written; None: removed
@@ -32,7 +32,7 @@ class Catalogue:
     @property
     def run_id(self) -> str:
         """The run's id; empty until `load`."""
-        return self._membership.run_id
+        return self._provenance.run_id
 
     def load(self, journal: Journal, manifests: Iterable[Manifest]) -> None:
         """Take over what the folder holds, and note where the journal's table differs from it."""
@@ -48,11 +48,11 @@ class Catalogue:
 
     def look_up(self, journal: Journal) -> None:
         """Look up in the journal the steps of checkpoints not looked up before."""
-        self._membership.look_up(journal, list(self._manifests.values()))
+        self._provenance.look_up(journal, list(self._manifests.values()))
 
     def expect(self, position: HistoryPosition, save_id: str) -> None:
         """A checkpoint of this durable position, whose save is recorded, is about to be written."""
-        self._membership.expect(position, save_id)
+        self._provenance.expect(position, save_id)
 
     def put(self, manifest: Manifest) -> None:
         """A complete checkpoint is in the folder."""
@@ -80,11 +80,11 @@ class Catalogue:
 
     def unknown(self, manifest: Manifest) -> bool:
         """Whether the journal must be read to decide whether the checkpoint belongs to the run."""
-        return self._membership.unknown(manifest)
+        return self._provenance.unknown(manifest)
 
     def problem(self, manifest: Manifest) -> str | None:
         """Why a checkpoint is not of the run's history; None when it is."""
-        return self._membership.problem(manifest)
+        return self._provenance.problem(manifest)
 
     # The journal's table.
 

@@ -39,7 +39,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def write_manifest_bytes(folder: Path, data: bytes) -> None:
-    """Write the bytes of a manifest, as `write_manifest`."""
+    """Write an encoded manifest, as durably and atomically as `write_manifest` does."""
     draft = folder / (MANIFEST + ".draft")
     with draft.open("wb") as file:
         file.write(data)

@@ -19,14 +19,14 @@ from maskwire_server import failpoints
 from maskwire_server.checkpoints import retention
 from maskwire_server.checkpoints.catalogue import newest_first
 from maskwire_server.checkpoints.files import NOT_A_MANIFEST, describe, flush, write_manifest_bytes
-from maskwire_server.checkpoints.membership import foreign_save, recorded_saves
+from maskwire_server.checkpoints.provenance import foreign_save, recorded_saves
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import Refused
 from maskwire_server.journal.fsync import flush_folder, make_folder
 from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.mirror_segments import BATCHES, steps_of_batches
 from maskwire_server.journal.object_store import ObjectStore
 from maskwire_server.journal.records import Lineage
-from maskwire_server.journal.segments import BATCHES, steps_of_batches
 from maskwire_server.manifest import MANIFEST, Manifest
 from maskwire_server.results import CheckpointInfo
 
@@ -173,7 +173,7 @@ class MirroredCheckpoints:
             there = self._store.get_file(f"{folder}/{file.name}", path / file.name)
             if not there or flush(path / file.name) != file:
                 log.error(
-                    "%s/%s/%s is missing or does not match its manifest",
+                    "%s/%s/%s is missing or does not match its manifest; the checkpoint is not restored",
                     self._store.address,
                     folder,
                     file.name,

@@ -60,7 +60,7 @@ class Saver:
         self.newest = next((manifest.info for manifest in self._checkpoints.own()), None)
 
     def find(self, request: SaveRequest) -> CheckpointInfo | None:
-        """The checkpoint that an earlier try of this request saved; Refused when its name is taken."""
+        """The checkpoint that an earlier try of this request saved. Raises Refused if its name is taken."""
         if request.request_id is not None:
             for manifest in self._checkpoints.own():
                 if manifest.request_id == request.request_id and self._checkpoints.named(manifest.info.name):
@@ -120,7 +120,7 @@ class Saver:
             for name in retention.collectable(own, lineages, lineage, self._settings):
                 self._collect(name)
         except OSError as error:
-            log.error("checkpoints could not be collected (%s); the next save tries again", error)
+            log.error("retention could not delete checkpoints (%s); the next save tries again", error)
             return []
         return retention.droppable(own, lineages, lineage)
 
@@ -137,9 +137,13 @@ class Saver:
     def _collect(self, name: str) -> None:
         try:
             if self._checkpoints.delete(name):
-                log.info("checkpoint %s collected", name)
+                log.info("checkpoint %s deleted by retention", name)
         except OSError as error:  # the next start sweeps what is left of it
-            log.error("checkpoint %s could not be collected: %s", name, error)
+            log.error(
+                "checkpoint %s could not be deleted by retention (%s); the next save or start tries again",
+                name,
+                error,
+            )
 
     def _set_damaged_aside(self, lineages: dict[int, Lineage], lineage: int) -> None:
         """Set damaged checkpoints aside, newest first, until a start has enough to fall back on."""
@@ -190,7 +194,7 @@ class Saver:
         self.refresh()
 
     def delete(self, name: str, lineages: dict[int, Lineage], lineage: int) -> None:
-        """Delete a checkpoint on request; Refused when something needs it."""
+        """Delete a checkpoint on request. Raises Refused if something needs it."""
         self._checkpoints.get(name)
         self._set_damaged_aside(lineages, lineage)  # a start needs none of them
         why = retention.needed(self._checkpoints.own(), lineages, lineage).get(name)
@@ -202,7 +206,8 @@ class Saver:
                 raise
             raise Refused(
                 "CHECKPOINT_FAILED",
-                f"checkpoint {name!r} could not be deleted ({error.strerror or error}); look at the disk",
+                f"checkpoint {name!r} could not be deleted ({error.strerror or error}); check the server's "
+                "disk",
                 name=name,
             ) from error
         if not gone:
@@ -228,7 +233,7 @@ def _is(saved: Manifest, wanted: Manifest) -> bool:
 
 
 def _same(request: SaveRequest, saved: CheckpointInfo) -> CheckpointInfo:
-    """The checkpoint that this request id saved; Refused when it came with other arguments then."""
+    """The checkpoint that this request id saved. Raises Refused if its arguments were others."""
     generated = AUTOMATIC_NAME.fullmatch(saved.name) is not None
     name_fits = generated if request.name is None else request.name == saved.name
     if not name_fits or request.labels != saved.labels or request.score != saved.score:

@@ -73,8 +73,8 @@ class Checkpoints:
     def write(self, snapshot: Snapshot, manifest: Manifest) -> Manifest:
         """Write a checkpoint durably, read it back, and return its manifest with the list of files.
 
-        Raises Refused: CHECKPOINT_FAILED when it cannot be written, and nothing of it remains then;
-        CHECKPOINT_EXISTS when the name is taken.
+        Raises Refused: CHECKPOINT_FAILED if it cannot be written, in which case nothing of it remains;
+        CHECKPOINT_EXISTS if the name is taken.
         """
         name = manifest.info.name
         folder = self.path(name)
@@ -118,7 +118,7 @@ class Checkpoints:
                 self._catalogue.remove(name)
             if is_shortage(error):
                 raise
-            cure = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "look at the disk"
+            cure = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the server's disk"
             raise Refused(
                 "CHECKPOINT_FAILED",
                 f"checkpoint {name!r} could not be written ({error.strerror}); {cure}, and save again",
@@ -157,7 +157,10 @@ class Checkpoints:
         return newest_first(manifest for manifest in map(read_manifest, folders) if manifest is not None)
 
     def own(self) -> list[Manifest]:
-        """The checkpoints of the run's own history, newest first, from the catalogue if there is one."""
+        """The checkpoints of the run's own history, newest first, from the catalogue.
+
+        Without a catalogue: every complete checkpoint in the folder, wherever it comes from.
+        """
         return self.all() if self._catalogue is None else self._catalogue.own()
 
     def named(self, name: str) -> list[Manifest]:
@@ -185,7 +188,7 @@ class Checkpoints:
         return [manifest for name in sorted(there - known) for manifest in self.named(name)]
 
     def unreadable(self) -> dict[str, str]:
-        """Checkpoints whose manifest cannot be read, and why; RunDirectoryError for a newer format."""
+        """Checkpoints whose manifest cannot be read, and why. Raises RunDirectoryError for a newer format."""
         problems = {}
         for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
             if not CHECKPOINT_NAME.fullmatch(folder.name):
@@ -205,7 +208,7 @@ class Checkpoints:
         return problems
 
     def get(self, name: str) -> Manifest:
-        """A complete checkpoint of the run by name; Refused CHECKPOINT_NOT_FOUND, CHECKPOINT_DAMAGED."""
+        """A complete checkpoint by name. Raises Refused: CHECKPOINT_NOT_FOUND or CHECKPOINT_DAMAGED."""
         manifest = next(iter(self.named(name)), None)
         if manifest is None:
             names = ", ".join(m.info.name for m in self.own()[:3]) or "none"
@@ -262,7 +265,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[Manifest]:
-        """Protect a checkpoint from deletion while it is read; Refused as `get`."""
+        """Protect a checkpoint from deletion while it is read. Raises Refused in the same cases as `get`."""
         with self._lock:
             manifest = self.get(name)
             self._readers[name] += 1
@@ -274,7 +277,7 @@ class Checkpoints:
                 self._read_until[name] = self._clock() + LEASE_SECONDS
 
     def pin(self, name: str) -> Manifest:
-        """Protect a checkpoint from deletion for a restore; Refused as `get`."""
+        """Protect a checkpoint from deletion while a restore uses it. Raises Refused as `get` does."""
         with self._lock:
             manifest = self.get(name)
             self._pins[name] += 1

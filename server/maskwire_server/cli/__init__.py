@@ -9,7 +9,7 @@ import typer
 from maskwire._version import __version__
 from maskwire_server.cli import streams
 from maskwire_server.cli.init import init
-from maskwire_server.cli.runs import inspect, replay, verify
+from maskwire_server.cli.inspection import inspect, replay, verify
 from maskwire_server.cli.serve import check, serve
 from maskwire_server.cli.weights import export, import_x_transformers
 

@@ -111,10 +111,10 @@ def check(
         stop(f"{'--memory' if memory is not None else '--nodes'} needs --ranks, got none")
     size = None if memory is None else _bytes(memory)
     chosen = loaded(config, run_dir, address, settings)
+    from maskwire_server.effective_config import with_model, with_schedule
     from maskwire_server.recovery import recorded_config
-    from maskwire_server.served_config import with_model, with_schedule
     from maskwire_server.training.footprint import footprint
-    from maskwire_server.training.layouts import Machines, layouts
+    from maskwire_server.training.rank_memory import Machines, layouts
 
     operators = chosen
     try:

@@ -41,7 +41,7 @@ def import_x_transformers(
     directory, with which you can serve the run.
     """
     chosen = loaded(config, run_dir, None, settings)
-    from maskwire_server.import_export import import_x_transformers as run
+    from maskwire_server.weight_import_export import import_x_transformers as run
 
     raise typer.Exit(run(chosen, state_dict, gains=gains))
 
@@ -78,12 +78,16 @@ def export(
     A model of x-transformers or transformers is exported as its library saves it.
     """
     check_extra()
-    from maskwire_server import import_export
+    from maskwire_server import weight_import_export
 
     if folder is not None:
         if run_dir is not None or checkpoint is not None:
             stop("--folder names the checkpoint; leave out --run-dir and --checkpoint")
-        raise typer.Exit(import_export.export_folder(folder, out, to=to, weights=weights, merged=merged))
+        raise typer.Exit(
+            weight_import_export.export_folder(folder, out, to=to, weights=weights, merged=merged)
+        )
     if run_dir is None:
         stop("--run-dir must be set, or --folder for a downloaded checkpoint")
-    raise typer.Exit(import_export.export(run_dir, checkpoint, out, to=to, weights=weights, merged=merged))
+    raise typer.Exit(
+        weight_import_export.export(run_dir, checkpoint, out, to=to, weights=weights, merged=merged)
+    )

@@ -93,7 +93,8 @@ def refuse_full(queue_length: int, queue_limit: int) -> None:
     if queue_length >= queue_limit:
         raise Refused(
             "QUEUE_FULL",
-            f"{queue_length} requests are queued, the limit is {queue_limit}; retry with the same request id",
+            f"{queue_length} requests are queued, and the limit is {queue_limit}; retry with the same "
+            "request id",
             queue_length=queue_length,
             queue_limit=queue_limit,
         )
@@ -104,8 +105,8 @@ def refuse_many_reads(waiting: int, limit: int) -> None:
     if waiting >= limit:
         raise Refused(
             "QUEUE_FULL",
-            f"{waiting} evaluations and generations of this token or certificate wait for the device, the "
-            "limit (serve.max_reads_per_credential); retry",
+            f"{waiting} evaluations and generations of this token or certificate wait for the device, which "
+            "is the limit (serve.max_reads_per_credential); retry",
             queue_length=waiting,
             queue_limit=limit,
         )
@@ -296,7 +297,7 @@ def refuse_unexpected(request: SaveRequest | RestoreRequest, position: HistoryPo
         if expected is not None and expected != actual:
             raise Refused(
                 "WRONG_RUN",
-                f"expected_{name} is {expected}, the run is at {name} {actual}",
+                f"expected_{name} is {expected}, but the run is at {name} {actual}",
                 lineage=position.lineage,
                 step=position.step,
             )

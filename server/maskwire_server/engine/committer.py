@@ -90,14 +90,14 @@ class Committer:
         self.wake()
 
     def enqueue(self, commit: Commit) -> None:
-        """Queue a commit. `wake` follows when the caller has left the mutex."""
+        """Queue a commit. The caller must call `wake`, once it has released the mutex."""
         with self._run.mutex:
             self._commits.append(commit)
 
     def read(self, question: Callable[[Journal, *Ts], T], *arguments: *Ts) -> T:
         """Return `question(journal, …)`, called between two transactions. `question` must be short.
 
-        Its errors are passed on: Refused, HISTORY_LOST for a damaged record.
+        Re-raises errors of `question`. A damaged record raises Refused with reason HISTORY_LOST.
         """
         return self.ask(question, *arguments).result()
 

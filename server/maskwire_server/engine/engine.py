@@ -21,20 +21,20 @@ from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.engine import admission_rules, status
 from maskwire_server.engine.admission import StepAdmission
 from maskwire_server.engine.committer import Committer
+from maskwire_server.engine.engine_options import EngineOptions
 from maskwire_server.engine.entries import Drain, Evaluation, Save
+from maskwire_server.engine.event_publisher import Publisher
 from maskwire_server.engine.executor import Executor
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.engine.kept_tokenizer import KeptTokenizer
 from maskwire_server.engine.mirror import mirror_of
 from maskwire_server.engine.progress import Progress
-from maskwire_server.engine.publisher import Publisher
 from maskwire_server.engine.reads import refuse_waiting_reads
 from maskwire_server.engine.restore import Restores
-from maskwire_server.engine.saves import Saves
+from maskwire_server.engine.save_thread import Saves
 from maskwire_server.engine.sessions import Sessions
-from maskwire_server.engine.setup import Setup
 from maskwire_server.engine.shared_state import Run
-from maskwire_server.engine.start import Ready, Start
+from maskwire_server.engine.startup import Ready, Startup
 from maskwire_server.engine.unanswered import Unanswered
 from maskwire_server.errors import Refused
 from maskwire_server.journal import listing
@@ -60,24 +60,24 @@ log = logging.getLogger(__name__)
 class Engine:
     """One run. Public methods may be called from any thread; their futures raise `Refused`."""
 
-    def __init__(self, setup: Setup, on_fatal: Callable[[BaseException], None]) -> None:
-        self._setup = setup
-        self._serve = setup.serve
+    def __init__(self, options: EngineOptions, on_fatal: Callable[[BaseException], None]) -> None:
+        self._options = options
+        self._serve = options.serve
         self._on_fatal = on_fatal
-        self._versions = dict(setup.versions)
-        self._run = Run(setup.serve, setup.clock)
-        self._run.conditions.last_error = setup.last_error
+        self._versions = dict(options.versions)
+        self._run = Run(options.serve, options.clock)
+        self._run.conditions.last_error = options.last_error
         self._catalogue = Catalogue()
-        self._checkpoints = Checkpoints(setup.run_dir, catalogue=self._catalogue)
-        self._tokenizer = KeptTokenizer(setup.run_dir, self._run)
-        self._disk = Reserve(setup.run_dir, setup.serve.reserve_bytes)
+        self._checkpoints = Checkpoints(options.run_dir, catalogue=self._catalogue)
+        self._tokenizer = KeptTokenizer(options.run_dir, self._run)
+        self._disk = Reserve(options.run_dir, options.serve.reserve_bytes)
         self._saver = Saver(
-            self._checkpoints, self._catalogue, setup.checkpoints, setup.configuration, self._versions,
-            setup.clock,
+            self._checkpoints, self._catalogue, options.checkpoints, options.configuration, self._versions,
+            options.clock,
         )  # fmt: skip
-        self._mirror = mirror_of(setup, self._run, self._checkpoints, self._must_end)
-        self._start = Start(
-            self._run, self._checkpoints, self._catalogue, self._saver, self._disk, setup, self._versions,
+        self._mirror = mirror_of(options, self._run, self._checkpoints, self._must_end)
+        self._start = Startup(
+            self._run, self._checkpoints, self._catalogue, self._saver, self._disk, options, self._versions,
             self._mirror,
         )  # fmt: skip
         self._thread = threading.Thread(target=self._main, name="maskwire-executor", daemon=True)
@@ -313,13 +313,14 @@ class Engine:
 
     def _build(self, ready: Ready) -> None:
         """Build the collaborators that serve the recovered run."""
-        run, serve, clock, mirror = self._run, self._serve, self._setup.clock, self._mirror
+        run, serve, clock, mirror = self._run, self._serve, self._options.clock, self._mirror
         journal, disk, mirrored = ready.journal, self._disk, mirror is not None and mirror.awaited
         self._committer = Committer(run, journal, disk, clock, self._must_end, mirrored=mirrored)
         self._saves = Saves(
-            run, self._committer, self._catalogue, self._saver, self._setup.checkpoints, serve, clock, mirror
-        )
-        self._sessions = Sessions(run, self._committer, pretrained=self._setup.pretrained)
+            run, self._committer, self._catalogue, self._saver, self._options.checkpoints,
+            serve, clock, mirror,
+        )  # fmt: skip
+        self._sessions = Sessions(run, self._committer, pretrained=self._options.pretrained)
         self._restores = Restores(run, self._committer, self._checkpoints, ready.trainer)
         self._steps = StepAdmission(run, self._committer, serve, clock)
         self._executor = Executor(

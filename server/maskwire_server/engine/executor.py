@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from maskwire.v1.digest import step_digest
 from maskwire.v1.values import Losses, Outcome, RunState
 from maskwire_server import call_context, failpoints
-from maskwire_server.checkpoints import membership
+from maskwire_server.checkpoints import provenance
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine import admission_rules
 from maskwire_server.engine.commits import StepCommit
@@ -22,7 +22,7 @@ from maskwire_server.engine.mirror import Mirror
 from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.engine.reads import Reads
 from maskwire_server.engine.restore import Restores
-from maskwire_server.engine.saves import SaveCommit, Saves
+from maskwire_server.engine.save_thread import SaveCommit, Saves
 from maskwire_server.engine.sessions import Sessions
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.engine.trainer_interface import Trainer, guarded, snapshot
@@ -302,7 +302,7 @@ class Executor:
                 save,
                 copy,
                 here,
-                membership.new_save_id(),
+                provenance.new_save_id(),
                 flush=self._serve.durability == "off",
             )
         )

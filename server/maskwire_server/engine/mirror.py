@@ -20,17 +20,17 @@ from maskwire_server import failpoints
 from maskwire_server.checkpoints.mirrored_checkpoints import MirroredCheckpoints, members
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import StorageConfig
+from maskwire_server.engine.checkpoint_uploader import CheckpointUploader
 from maskwire_server.engine.committer import Committer
-from maskwire_server.engine.mirrored_saves import MirroredSaves
-from maskwire_server.engine.setup import Setup
+from maskwire_server.engine.engine_options import EngineOptions
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.engine.wakeup import Wakeup
 from maskwire_server.errors import FencedError, Refused, StoreError
 from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.mirror_segment_writer import SegmentWriter, resume
 from maskwire_server.journal.object_store import ObjectStore
 from maskwire_server.journal.outbox import Page
 from maskwire_server.journal.records import Lineage
-from maskwire_server.journal.segment_writer import SegmentWriter, resume
 from maskwire_server.results import CheckpointInfo
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Mirror:
         self._on_fatal = on_fatal
         self._work = Wakeup()
         self._stopping = False
-        self._saves = MirroredSaves(
+        self._saves = CheckpointUploader(
             run, self._copies, self._work, drops_batches=drops_batches, waits=self.awaited
         )
         self._writer: SegmentWriter
@@ -270,14 +270,14 @@ class Mirror:
 
 
 def mirror_of(
-    setup: Setup, run: Run, checkpoints: Checkpoints, on_fatal: Callable[[BaseException], None]
+    options: EngineOptions, run: Run, checkpoints: Checkpoints, on_fatal: Callable[[BaseException], None]
 ) -> Mirror | None:
     """The mirror that the settings name, if any."""
-    if setup.store is None:
+    if options.store is None:
         return None
-    drops_batches = setup.serve.keep_payloads == "recovery"
+    drops_batches = options.serve.keep_payloads == "recovery"
     return Mirror(
-        run, checkpoints, setup.storage, setup.store, drops_batches=drops_batches, on_fatal=on_fatal
+        run, checkpoints, options.storage, options.store, drops_batches=drops_batches, on_fatal=on_fatal
     )
 
 

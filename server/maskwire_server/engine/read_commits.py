@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from maskwire_server.engine.commits import AnswerCommit
-from maskwire_server.engine.publisher import Publisher
+from maskwire_server.engine.event_publisher import Publisher
 from maskwire_server.events import MOST_SAMPLES, Evaluated, Generated
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import GenerateRequest

@@ -158,7 +158,7 @@ class Restores:
         answer(restore.future, restored)
 
     def _record(self, lineage: Lineage) -> SessionRecord:
-        """Make the lineage durable. Refused when the disk is full: nothing has changed then."""
+        """Make the lineage durable. Raises Refused if the disk is full, and changes nothing."""
         # Advance the epoch, which fences the writer of the old lineage.
         session = SessionRecord(
             self.run.lease.epoch + 1, "restore", None, False, lineage.lineage, lineage.step, True

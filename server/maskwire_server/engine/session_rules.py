@@ -55,8 +55,8 @@ def admit_session(facts: SessionFacts, at: Situation) -> bool:
     if request.tokenizer and facts.tokenizer and request.tokenizer != facts.tokenizer:
         raise Refused(
             "TOKENIZER_MISMATCH",
-            f"the run uses tokenizer {facts.tokenizer}, this client {request.tokenizer}: prepare the "
-            "data with the run's tokenizer, or start a new run",
+            f"the run uses tokenizer {facts.tokenizer}, but this client uses {request.tokenizer}: prepare "
+            "the data with the run's tokenizer, or start a new run",
             tokenizer=facts.tokenizer,
             client_tokenizer=request.tokenizer,
         )
@@ -111,7 +111,7 @@ def _check_history(history: HistoryPosition, facts: SessionFacts, at: Situation)
     if history.step > facts.durable_step:
         raise Refused(
             "HISTORY_LOST",
-            f"the client holds step {history.step}, the server only {facts.durable_step}: acknowledged "
+            f"the client holds step {history.step}, but the server only {facts.durable_step}: acknowledged "
             "steps are missing; check the server's storage before you continue",
             client_step=history.step,
             durable_step=facts.durable_step,

@@ -11,9 +11,9 @@ from maskwire_server.config import ServeConfig
 from maskwire_server.engine.admission_rules import Situation
 from maskwire_server.engine.aggregates import Aggregates
 from maskwire_server.engine.device_share import DeviceShare
+from maskwire_server.engine.event_publisher import Publisher
 from maskwire_server.engine.lease import Lease
 from maskwire_server.engine.progress import Progress
-from maskwire_server.engine.publisher import Publisher
 from maskwire_server.engine.queue import Queue
 from maskwire_server.engine.state import Conditions, Head
 from maskwire_server.engine.step_timeout import StepTimeout

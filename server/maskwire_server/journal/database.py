@@ -95,8 +95,8 @@ class Database:
             self.transaction(partial(migrate, self._db))
         if self.fact("format") != FORMAT:
             raise RunDirectoryError(
-                f"{self._path}: format {self.fact('format')}, this version reads up to {FORMAT}; use the "
-                "version that wrote it"
+                f"{self._path}: its format is {self.fact('format')}, but this version reads formats up to "
+                f"{FORMAT}; use the version that wrote it"
             )
         if self.fact("hash") != facts_hash(self._db):
             raise damaged("what the run is")
@@ -205,5 +205,5 @@ def explained(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except _UNREADABLE as error:
-        cure = "make room" if is_full(error) else "look at the disk, or restore the run directory from a copy"
+        cure = "make room" if is_full(error) else "check the disk, or restore the run directory from a copy"
         raise RunDirectoryError(f"{run_dir}: the journal cannot be used ({error}); {cure}") from error

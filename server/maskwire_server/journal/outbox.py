@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 
+from maskwire_server.journal.mirror_segments import DELETE, PUT, RESET, Change
 from maskwire_server.journal.schema import FORMAT
-from maskwire_server.journal.segments import DELETE, PUT, RESET, Change
 
 BATCHES = "payloads"
 """The table whose rows are noted by their key, and whose deletions are not: the mirror keeps its own."""
@@ -308,7 +308,9 @@ def _triggers(db: sqlite3.Connection) -> dict[str, str]:
     for table in _tables(db):
         columns = _noted(db, table)
         if len(columns) > _COLUMNS:
-            raise ValueError(f"{table} has {len(columns)} columns, the outbox {_COLUMNS}; raise _COLUMNS")
+            raise ValueError(
+                f"{table} has {len(columns)} columns, but the outbox has {_COLUMNS}; raise _COLUMNS"
+            )
         into = ", ".join(f"c{number}" for number in range(len(columns)))
         moments = [("insert", PUT, "NEW")]
         if table != BATCHES:

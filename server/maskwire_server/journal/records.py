@@ -45,7 +45,7 @@ class StepRecord:
 
     @staticmethod
     def read(row: tuple[Any, ...]) -> StepRecord:
-        """The record of a row of `steps`; RunDirectoryError when the row's hash does not fit it."""
+        """The record of a row of `steps`. Raises RunDirectoryError if the row's hash does not fit it."""
         lineage, step, request_id, configuration, payload_hash, outcome, numbers, digest, row_hash = row
         try:
             present, loss, *values = _NUMBERS.unpack(numbers)
@@ -73,7 +73,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Lineage:
-    """A lineage: the first one, or one that a restore started."""
+    """A branch of the run's history: the first one, or one that a restore started."""
 
     lineage: int
     parent: int | None
@@ -90,7 +90,7 @@ class Lineage:
 
     @staticmethod
     def read(row: tuple[Any, ...]) -> Lineage:
-        """The lineage of a row; RunDirectoryError when the row's hash does not fit it."""
+        """The lineage of a row. Raises RunDirectoryError if the row's hash does not fit it."""
         record = Lineage(*row[:-1])
         if not isinstance(record.digest, bytes) or record.row_hash() != row[-1]:
             raise damaged(f"the record of lineage {record.lineage}")
@@ -127,7 +127,7 @@ class SessionRecord:
 
     @staticmethod
     def read(row: tuple[Any, ...]) -> SessionRecord:
-        """The session of a row; RunDirectoryError when the row's hash does not fit it."""
+        """The session of a row. Raises RunDirectoryError if the row's hash does not fit it."""
         epoch, client_name, nonce, takeover, lineage, step, closed, row_hash = row
         record = SessionRecord(epoch, client_name, nonce, bool(takeover), lineage, step, bool(closed))
         if record.row_hash() != row_hash:

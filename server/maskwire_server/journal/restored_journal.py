@@ -14,12 +14,8 @@ from pathlib import Path
 from maskwire_server import failpoints
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal.fsync import flush_folder, make_folder
-from maskwire_server.journal.object_store import ObjectStore
-from maskwire_server.journal.outbox import MirrorState, Outbox, apply
-from maskwire_server.journal.run_directory import JOURNAL_FILE, lock
-from maskwire_server.journal.schema import FORMAT, TABLES
-from maskwire_server.journal.segment_writer import NOTHING, SegmentWriter, new_instance
-from maskwire_server.journal.segments import (
+from maskwire_server.journal.mirror_segment_writer import NOTHING, SegmentWriter, new_instance
+from maskwire_server.journal.mirror_segments import (
     BATCHES,
     FOLDER,
     BatchObject,
@@ -29,6 +25,10 @@ from maskwire_server.journal.segments import (
     segment_number,
     split,
 )
+from maskwire_server.journal.object_store import ObjectStore
+from maskwire_server.journal.outbox import MirrorState, Outbox, apply
+from maskwire_server.journal.run_directory import JOURNAL_FILE, lock
+from maskwire_server.journal.schema import FORMAT, TABLES
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,10 @@ def restore(
     try:
         _Restore(run_dir, store, acknowledge).run(newest, check)
     except sqlite3.Error as error:
-        raise RunDirectoryError(f"{run_dir}: the journal cannot be restored ({error})") from error
+        raise RunDirectoryError(
+            f"{run_dir}: the journal cannot be restored ({error}); check the disk and the room on it, and "
+            "start again"
+        ) from error
     finally:
         os.close(held)
     return True
@@ -122,8 +125,8 @@ class _Restore:
             facts = dict(db.execute("SELECT key, value FROM run").fetchall())
             if self._last is None or "run_id" not in facts:
                 raise RunDirectoryError(
-                    f"{self._store.address}: holds no complete copy of a run: its server was lost while it "
-                    "uploaded the run for the first time"
+                    f"{self._store.address} holds no complete copy of a run: its server was lost during the "
+                    "first upload; to start a new run, set storage.mirror to an address that holds nothing"
                 )
             check(facts["seed"], facts["canonical"])
             writer = SegmentWriter(
@@ -159,7 +162,7 @@ class _Restore:
                 raise ValueError("it does not follow the one before it")
             if segment.journal_format != FORMAT:
                 raise ValueError(
-                    f"it is of journal format {segment.journal_format}, this version reads {FORMAT}; "
+                    f"its journal format is {segment.journal_format}, but this version reads {FORMAT}; "
                     "restore with the version that wrote it"
                 )
             for change in segment.changes:

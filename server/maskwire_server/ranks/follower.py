@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 from maskwire_server.batch import Payload
 from maskwire_server.ranks import shared_folder
 from maskwire_server.ranks.leader import carried_out
-from maskwire_server.ranks.membership import Member
 from maskwire_server.ranks.orders import Order
+from maskwire_server.ranks.process_group import Member
 from maskwire_server.ranks.shard_saver import ShardSaver
 from maskwire_server.training.trainer import TorchTrainer
 

@@ -16,8 +16,8 @@ from maskwire_server.errors import StateLost
 from maskwire_server.ranks import shared_folder
 from maskwire_server.ranks.launcher import note_loss
 from maskwire_server.ranks.liveness import GRACE_SECONDS
-from maskwire_server.ranks.membership import Member
 from maskwire_server.ranks.orders import Order
+from maskwire_server.ranks.process_group import Member
 from maskwire_server.ranks.shard_saver import ShardSaver, ShardSnapshot
 from maskwire_server.ranks.shared_folder import SavePlace
 from maskwire_server.results import EvalOptions, EvalResult, GenerateOptions, GenerationState, StepResult
@@ -74,12 +74,12 @@ class LeaderTrainer:
         self._together(Order("use_threads", {"count": count}), lambda: self._trainer.use_threads(count))
 
     def configure(self, optimizer: dict[str, Any], numerics_version: int) -> None:
-        """Continue under another [optimizer] section and numerics version; ValueError if it cannot."""
+        """Continue under another [optimizer] section and numerics version. Raises ValueError if it cannot."""
         order = Order("configure", {"optimizer": optimizer, "numerics_version": numerics_version})
         self._together(order, lambda: self._trainer.configure(optimizer, numerics_version))
 
     def load(self, folder: Path) -> None:
-        """Load a checkpoint, which this rank reads for all; ValueError if it does not fit."""
+        """Load a checkpoint, which this rank reads for all. Raises ValueError if it does not fit."""
         saved = self._trainer.read(folder)
         self._together(Order("receive"), lambda: self._trainer.receive(saved))
 

@@ -156,7 +156,7 @@ def _send(links: Iterable[socket.socket], data: bytes) -> None:
 
 
 def _greeting(line: bytes) -> tuple[bytes, int, int]:
-    """Token, rank and process id; ValueError for anything else."""
+    """Token, rank and process id. Raises ValueError for anything else."""
     token, rank, pid = line.split()
     return token, int(rank), int(pid)
 

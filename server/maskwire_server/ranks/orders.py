@@ -27,7 +27,7 @@ class Order:
 
     @staticmethod
     def decode(data: bytes) -> Order:
-        """What `encode` wrote; ValueError if the sizes are wrong."""
+        """What `encode` wrote. Raises ValueError if the sizes are wrong."""
         head, payload = _HEADER.unpack_from(data)
         if len(data) != _HEADER.size + head + payload:
             raise ValueError(f"an order must have {_HEADER.size + head + payload} bytes, got {len(data)}")

@@ -19,10 +19,10 @@ from typing import Protocol
 
 from maskwire_server import failpoints
 from maskwire_server.ranks.liveness import GRACE_SECONDS
-from maskwire_server.ranks.membership import Member
 from maskwire_server.ranks.orders import Order
+from maskwire_server.ranks.process_group import Member
 from maskwire_server.results import FROZEN_FILE, FileInfo
-from maskwire_server.training import saved_state
+from maskwire_server.training import checkpoint_tensors
 from maskwire_server.training.shards import Shards
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class ShardSaver:
         self._kept = number, copy()
 
     def snapshot(self, number: int, shards: Shards) -> ShardSnapshot:
-        """The leader's copy, with which it writes those of all ranks."""
+        """The leader's handle on copy `number`. Writing it writes the copies of all ranks."""
         return ShardSnapshot(self, number, shards)
 
     def write(self, number: int, shards: Shards, folder: Path) -> list[FileInfo]:
@@ -144,9 +144,9 @@ def _joined(reports: Sequence[bytes]) -> list[FileInfo]:
 def _has_frozen(folder: Path, shards: Shards) -> bool:
     """Whether the folder has the weights that are never trained, linked; if only a part, it is removed."""
     names = shards.names.get(FROZEN_FILE, frozenset())
-    paths = saved_state.files_of(folder, FROZEN_FILE)
+    paths = checkpoint_tensors.files_of(folder, FROZEN_FILE)
     try:
-        if paths and saved_state.find(paths, FROZEN_FILE).keys() == names:
+        if paths and checkpoint_tensors.find(paths, FROZEN_FILE).keys() == names:
             return True
     except ValueError as error:
         log.warning("frozen weights are written again: %s", error)
@@ -159,7 +159,7 @@ def _check_complete(folder: Path, shards: Shards) -> None:
     """Raise OSError unless the files have all tensors of the state, each of their rows once."""
     try:
         for file, names in shards.names.items():
-            found = saved_state.find(saved_state.files_of(folder, file), file)
+            found = checkpoint_tensors.find(checkpoint_tensors.files_of(folder, file), file)
             if found.keys() != names:
                 raise ValueError(f"{file}: {sorted(found.keys() ^ names)[0]} is missing, or not of the state")
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from maskwire_server.checkpoints.membership import foreign_save, recorded_saves
+from maskwire_server.checkpoints.provenance import foreign_save, recorded_saves
 from maskwire_server.checkpoints.retention import on_path
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError

@@ -53,7 +53,10 @@ def open_journal(run_dir: Path, *, seed: int, canonical: bytes, durable: bool = 
 def open_recorded(run_dir: Path) -> Journal:
     """Open the run in a directory. Raises RunDirectoryError when there is none."""
     if not (run_dir / JOURNAL_FILE).is_file():
-        raise RunDirectoryError(f"{run_dir}: there is no run here ({JOURNAL_FILE} is missing)")
+        raise RunDirectoryError(
+            f"{run_dir}: there is no run here ({JOURNAL_FILE} is missing); check the path, --run-dir or "
+            "run.dir"
+        )
     return Journal(run_dir)
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from maskwire_server.checkpoints import membership
+from maskwire_server.checkpoints import provenance
 from maskwire_server.checkpoints.saver import kept_sections
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import Refused, RunDirectoryError
@@ -50,10 +50,11 @@ def begin(
     try:
         if run_dir.is_mount():  # nothing can be renamed into its place
             raise RunDirectoryError(
-                f"{run_dir} is the root of a volume: name a folder in it with --run-dir, as {run_dir / 'run'}"
+                f"{run_dir} is the root of a volume, where no run can be imported; choose a folder in it, "
+                f"for example --run-dir {run_dir / 'run'}"
             )
         if run_dir.exists() and any(run_dir.iterdir()):
-            raise RunDirectoryError(f"{run_dir} is not empty: name another folder with --run-dir")
+            raise RunDirectoryError(f"{run_dir} is not empty; choose another folder with --run-dir")
         place = run_dir.absolute()
         draft = place.with_name(f"{place.name}.importing")
         if draft.exists():
@@ -99,7 +100,7 @@ def _write(
             None,
             kept_sections(configuration),
             versions | trainer.versions,
-            save_id=membership.new_save_id(),
+            save_id=provenance.new_save_id(),
         )
         info = Checkpoints(folder).write(trainer.snapshot(), manifest).info
         # These weights cannot be recreated from the seed: the run must not start without this checkpoint.
@@ -112,5 +113,5 @@ def _write(
 def _record(journal: Journal, manifest: Manifest) -> None:
     info = manifest.info
     place = HistoryPosition(manifest.run_id, info.lineage, info.step, info.digest)
-    membership.record_save(journal, place, manifest.save_id or "")
+    provenance.record_save(journal, place, manifest.save_id or "")
     journal.add_event(STARTED_FROM, {"checkpoint": NAME})

@@ -24,10 +24,10 @@ class ReplayTrainer(Protocol):
         """Compute with this many threads."""
 
     def configure(self, optimizer: dict[str, Any], numerics_version: int) -> None:
-        """Continue under another [optimizer] section and numerics version; ValueError if it cannot."""
+        """Continue under another [optimizer] section and numerics version. Raises ValueError if it cannot."""
 
     def load(self, folder: Path) -> None:
-        """Load the state of a checkpoint; ValueError if it does not fit."""
+        """Load the state of a checkpoint. Raises ValueError if it does not fit."""
 
     def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
         """Apply one step."""

@@ -19,7 +19,7 @@ from typing import Any
 from maskwire.v1.digest import initial_digest, lineage_digest, step_digest
 from maskwire.v1.values import InexactReplay, Outcome
 from maskwire_server.batch import Payload
-from maskwire_server.checkpoints.membership import Membership
+from maskwire_server.checkpoints.provenance import Provenance
 from maskwire_server.checkpoints.retention import FALLBACKS, on_path
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import RunDirectoryError
@@ -137,12 +137,12 @@ def _verify_checkpoints(
     journal: Journal, checkpoints: Checkpoints, audit: Audit, tell: Callable[[str], None]
 ) -> None:
     found = checkpoints.all()
-    membership = Membership()
-    membership.look_up(journal, found)
+    provenance = Provenance()
+    provenance.look_up(journal, found)
     for manifest in found:
         info = manifest.info
         tell(f"checkpoint {info.name}")
-        problem = membership.problem(manifest) or checkpoints.damage(manifest)
+        problem = provenance.problem(manifest) or checkpoints.damage(manifest)
         if problem is None:
             audit.checkpoints.append(info.name)
         else:

@@ -119,8 +119,8 @@ class TokenInterceptor(grpc.ServerInterceptor):
         if found.role < required:
             raise Refused(
                 "PERMISSION_DENIED",
-                f"{method.rpartition('/')[2]} requires a token of role {required.name.lower()}, this one has "
-                f"role {found.role.name.lower()}; use another token",
+                f"{method.rpartition('/')[2]} requires a token of role {required.name.lower()}, and this one "
+                f"has role {found.role.name.lower()}; use another token",
                 role=found.role.name.lower(),
                 needed_role=required.name.lower(),
             )

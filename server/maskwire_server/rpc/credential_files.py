@@ -1,8 +1,8 @@
 """The server's certificate and token files, which are read again when they change.
 
 New connections get the new certificate, and new calls are checked against the new tokens. Connections and
-calls that exist are not touched. If a new file is invalid, the old ones stay in use and the log says what is
-wrong.
+calls that exist are not touched. If a new file is invalid, the previous ones stay in use and the log says
+what is wrong.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class _Files(Generic[T]):
         except ConfigError as error:
             if self._sign() == signature:
                 self._signature = signature  # logged once
-                log.error("%s; the files read before stay in use", error)
+                log.error("%s; the previous certificates or tokens stay in use", error)
             return False
         if self._sign() != signature:  # they are being replaced: read them at the next check
             return False

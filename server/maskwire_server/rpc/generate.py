@@ -88,14 +88,14 @@ def _order(request: pb.GenerateRequest, info: ModelInfo) -> Order:
     if order is Order.CRITIC and not info.has_critic:
         raise invalid_field(
             "order",
-            "order critic needs a critic, and this model has none: choose another order, or serve a model "
+            "order 'critic' needs a critic, and this model has none: choose another order, or serve a model "
             "with objective.critic",
         )
     if request.remasking and order not in (Order.CONFIDENCE, Order.CRITIC):
         raise invalid_field(
             "remasking",
-            f"remasking requires order confidence or critic, got {order.name.lower()}: it ranks the revealed "
-            "positions by probability or by the critic",
+            f"remasking requires order 'confidence' or 'critic', got {order.name.lower()!r}; remasking ranks "
+            "the revealed positions by probability or by the critic's score",
         )
     return order
 

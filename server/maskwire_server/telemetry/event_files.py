@@ -26,7 +26,7 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from maskwire_server.events import Evaluated, Event, Generated, LineageOpened, StepCommitted
-from maskwire_server.telemetry.samples import as_markdown
+from maskwire_server.telemetry.sample_text import as_markdown
 
 FOLDER = "tensorboard"
 _FLUSH_SECONDS = 1.0

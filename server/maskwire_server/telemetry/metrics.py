@@ -29,7 +29,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric."""
+    """A metric: its name, type and help text, and how its samples are read."""
 
     name: str
     """With prefix and unit, and _total for a counter."""

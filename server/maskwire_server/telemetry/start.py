@@ -17,7 +17,7 @@ from maskwire_server.events import Event
 from maskwire_server.run_status import RunStatus
 from maskwire_server.telemetry import log_formats
 from maskwire_server.telemetry.metrics import Reading
-from maskwire_server.telemetry.samples import decoder
+from maskwire_server.telemetry.sample_text import decoder
 
 log = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from maskwire_server.training import draws, objective
 from maskwire_server.training.corruption import Corruption, Vocabulary, random_ranks
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.evaluation_figures import Bins, combine, summarize
+from maskwire_server.training.micro_batch_split import split
 from maskwire_server.training.objective import Model
-from maskwire_server.training.parts import split
 from maskwire_server.training.tensor_batch import TensorBatch
 
 
@@ -90,7 +90,9 @@ def evaluate(
 
 
 def ranks(maskable_bn: Tensor, options: EvalOptions, row_b: Tensor, draw_b: Tensor) -> Tensor:
-    """The rank of each position in the order of its row, int64 [b, n]. It is n or more if it has none.
+    """The rank of each position in the order of its row, int64 [b, n].
+
+    Positions that are not in the order have n or more.
 
     A random order depends on the seed, the id of the row and the draw. It covers the maskable positions, so
     that padding, prompts and other rows do not change it.

@@ -17,7 +17,7 @@ from torch import Tensor
 from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.training import draws, masking_schedule
 from maskwire_server.training.draws import Purpose
-from maskwire_server.training.parts import Part
+from maskwire_server.training.micro_batch_split import Part
 from maskwire_server.training.tensor_batch import TensorBatch
 
 

@@ -28,8 +28,8 @@ from maskwire_server.training import draws, masking_schedule, objective
 from maskwire_server.training.corruption import Corruption, Vocabulary, mask_exactly
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.evaluation_figures import Bins, combine, halves, summarize
+from maskwire_server.training.micro_batch_split import split_by_length
 from maskwire_server.training.objective import Model
-from maskwire_server.training.parts import split_by_length
 from maskwire_server.training.tensor_batch import TensorBatch
 
 

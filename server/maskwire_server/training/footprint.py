@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
-from maskwire_server.training import cgroup, cross_entropy, model_checks, optim
-from maskwire_server.training.models.networks import Networks
+from maskwire_server.training import cgroup, cross_entropy, model_checks, optimizers
+from maskwire_server.training.models.generator_critic import Networks
 from maskwire_server.training.numerics import choose_device, default_budget
 
 
@@ -46,7 +46,7 @@ def footprint(
         networks = Networks(model, objective)
     parameters = sum(weight.numel() for weight in networks.parameters())
     parts = {"generator": networks.generator, "critic": networks.critic}
-    learning = optim.counts(parts, optimizer)
+    learning = optimizers.counts(parts, optimizer)
     trained = sum(learning.values())
     numbers_of = {
         "weights": parameters,
@@ -83,7 +83,7 @@ def footprint(
             "lower model.dim, model.depth or model.num_tokens"
         ),
     ]
-    return Footprint(lines, fits, optim.listed(parts, optimizer))
+    return Footprint(lines, fits, optimizers.listed(parts, optimizer))
 
 
 def of_activations(

@@ -8,8 +8,8 @@ import torch
 
 from maskwire_server.errors import StateLost
 from maskwire_server.training import module_state
-from maskwire_server.training.models.networks import Networks
-from maskwire_server.training.ranks import Ranks, whole
+from maskwire_server.training.models.generator_critic import Networks
+from maskwire_server.training.ranks_interface import Ranks, whole
 
 
 class Gathered:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.errors import ConfigError
-from maskwire_server.training import schedule_function
+from maskwire_server.training import masking_schedule_function
 from maskwire_server.training.quadrature import gauss_legendre
 from maskwire_server.training.user_code import import_object
 
@@ -48,9 +48,9 @@ SCHEDULES = {schedule.name: schedule for schedule in (LINEAR, COSINE, QUADRATIC)
 
 
 def schedule_of(function: object, name: str = "custom") -> Schedule:
-    """A schedule from m alone; see `schedule_function`. Raises ValueError."""
-    fraction = schedule_function.checked(function, name)
-    return Schedule(name, fraction, schedule_function.inverse_of(fraction))
+    """A schedule from m alone; see `masking_schedule_function`. Raises ValueError."""
+    fraction = masking_schedule_function.checked(function, name)
+    return Schedule(name, fraction, masking_schedule_function.inverse_of(fraction))
 
 
 @functools.cache
@@ -84,7 +84,7 @@ def fingerprint(config: ObjectiveConfig, n: int) -> str:
                 f"every count of masked positions, but it never masks {missing} of {n}: m jumps at t = "
                 f"{t:.6g}; remove the jump, or set objective.weighting = 'masked_mean'"
             )
-    return schedule_function.fingerprint(schedule.fraction)
+    return masking_schedule_function.fingerprint(schedule.fraction)
 
 
 def stratified_times(offset: float, permutation_b: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from maskwire_server.training import draws, module_state
 from maskwire_server.training.corruption import Vocabulary, random_ids
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.models import sources
-from maskwire_server.training.models.networks import Networks
-from maskwire_server.training.ranks import whole
+from maskwire_server.training.models.generator_critic import Networks
+from maskwire_server.training.ranks_interface import whole
 from maskwire_server.training.tensor_batch import TensorBatch
 from maskwire_server.training.user_code import one_line
 
@@ -192,7 +192,7 @@ def _check_rows(networks: Networks, batch: TensorBatch) -> None:
                         raise ConfigError(
                             f"model: a row must not depend on {what}, got outputs that differ by "
                             f"{difference:.3g} (up to {limit:.3g} is rounding); the model must respect its "
-                            "mask"
+                            "attention mask"
                         )
     finally:
         networks.train()

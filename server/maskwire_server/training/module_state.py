@@ -31,6 +31,8 @@ def load(module: nn.Module, found: dict[str, Tensor]) -> None:
         if name not in live:
             raise ValueError(f"{name} is not part of this model")
         if found[name].shape != live[name].shape:
-            raise ValueError(f"{name} must be {tuple(live[name].shape)}, got {tuple(found[name].shape)}")
+            raise ValueError(
+                f"{name} must have shape {tuple(live[name].shape)}, got {tuple(found[name].shape)}"
+            )
     for name, tensor in found.items():
         live[name].data.copy_(tensor)

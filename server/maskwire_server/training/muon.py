@@ -14,8 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from maskwire_server.training.optimizer import Optimizer
-from maskwire_server.training.ranks import assign, whole
+from maskwire_server.training.adamw import Optimizer
+from maskwire_server.training.ranks_interface import assign, whole
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration: chosen for the steepest slope at 0 that still keeps the values close to 1."""

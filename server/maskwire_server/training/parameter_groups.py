@@ -39,7 +39,8 @@ def matched(groups: Sequence[ParameterGroup], networks: Mapping[str, Sequence[st
             found[network][name] = group
     if all(name in frozen(found[network]) for network, name in whole):
         raise ConfigError(
-            "optimizer.groups: no parameter is left to train: the model or train = false freezes every one"
+            "optimizer.groups: no parameter is left to train, because the model or train = false freezes all "
+            "of them; unfreeze at least one"
         )
     return found
 

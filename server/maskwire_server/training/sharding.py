@@ -26,10 +26,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from maskwire_server.errors import ConfigError, StateLost
-from maskwire_server.training import division
+from maskwire_server.training import weight_partition
+from maskwire_server.training.micro_batch_split import Part, split, split_by_length
 from maskwire_server.training.models.backbone import Backbone
-from maskwire_server.training.parts import Part, split, split_by_length
-from maskwire_server.training.ranks import Ranks
+from maskwire_server.training.ranks_interface import Ranks
 from maskwire_server.training.shards import Piece
 
 
@@ -70,7 +70,10 @@ class ManyRanks(Ranks):
 
     @property
     def versions(self) -> dict[str, str]:
-        """The layout, as replicate x shard. Another one rounds sums differently."""
+        """The layout, replicate x shard, for the environment fingerprint.
+
+        In another layout, sums are rounded differently.
+        """
         return {"world_size": f"{self.replicate} x {self.size // self.replicate}"}
 
     def record(self, order: bytes) -> None:
@@ -93,7 +96,7 @@ class ManyRanks(Ranks):
         The blocks' weights are gathered one block at a time. The others stay gathered from the forward pass
         to the end of the backward pass, because the output layer reads them outside of `forward`.
         """
-        division.check_divisible(module, self.size // self.replicate)
+        weight_partition.check_divisible(module, self.size // self.replicate)
         blocks = list(module.blocks) if isinstance(module, Backbone) else []
         for block in blocks:
             fully_shard(block, mesh=self.mesh, reshard_after_forward=True)

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from maskwire_server.errors import StateLost
 from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES
-from maskwire_server.training import module_state, saved_state
-from maskwire_server.training.optim import Group
-from maskwire_server.training.ranks import Ranks, assign, whole
-from maskwire_server.training.saved_state import SavedTensors
+from maskwire_server.training import checkpoint_tensors, module_state
+from maskwire_server.training.checkpoint_tensors import SavedTensors
+from maskwire_server.training.optimizers import Group
+from maskwire_server.training.ranks_interface import Ranks, assign, whole
 from maskwire_server.training.shards import Piece, Shards, save
 
 MODEL_FILE, EMA_FILE = WEIGHT_FILES
@@ -42,7 +42,7 @@ class Snapshot:
 
     def write(self, folder: Path) -> None:
         """Write the files to `folder`, but a file of frozen weights that is there. Raises OSError."""
-        for path in saved_state.files_of(folder, FROZEN_FILE):
+        for path in checkpoint_tensors.files_of(folder, FROZEN_FILE):
             if path.name != FROZEN_FILE:  # in parts, as ranks write it
                 path.unlink()
         for file, tensors in self.files.items():
@@ -54,7 +54,7 @@ class Snapshot:
 
 def _has(path: Path, tensors: dict[str, Tensor]) -> bool:
     """Whether a file has tensors of these names. Frozen weights of one run differ in nothing else."""
-    return path.exists() and saved_state.find([path], path.name).keys() == tensors.keys()
+    return path.exists() and checkpoint_tensors.find([path], path.name).keys() == tensors.keys()
 
 
 class Copier:
@@ -181,7 +181,7 @@ def read(folder: Path, groups: Mapping[str, Group]) -> SavedState:
     optimizer = _found(folder, OPTIMIZER_FILE)
     counts = [int(tensor.read()) for name, tensor in optimizer.items() if name.endswith(".updates")]
     untrained = bool(counts) and not any(counts)
-    if untrained or not saved_state.files_of(folder, EMA_FILE):
+    if untrained or not checkpoint_tensors.files_of(folder, EMA_FILE):
         live.pop(EMA_FILE, None)
     found = _find_weights(folder, live)
     if not untrained:
@@ -216,15 +216,15 @@ def load(saved: SavedState | None, groups: Mapping[str, Group], ranks: Ranks) ->
 
 
 def _found(folder: Path, file: str) -> SavedTensors:
-    paths = saved_state.files_of(folder, file)
-    return saved_state.find(paths or [folder / file], file)
+    paths = checkpoint_tensors.files_of(folder, file)
+    return checkpoint_tensors.find(paths or [folder / file], file)
 
 
 def _find_weights(folder: Path, live: Files) -> dict[str, SavedTensors]:
     """The weights by file, whichever of them were frozen when they were saved."""
     files = [file for file in (MODEL_FILE, FROZEN_FILE) if file in live]
     saved = dict(_found(folder, MODEL_FILE))
-    if saved_state.files_of(folder, FROZEN_FILE):
+    if checkpoint_tensors.files_of(folder, FROZEN_FILE):
         kept = _found(folder, FROZEN_FILE)
         if kept.keys() != live.get(FROZEN_FILE, {}).keys():  # later checkpoints link the same file
             raise ValueError(f"{FROZEN_FILE}: holds other weights than those that are frozen now{_FIXED}")

@@ -14,12 +14,12 @@ import torch
 from maskwire_server.batch import Modes
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.training import draws, objective
+from maskwire_server.training.batch_losses import BatchLosses
 from maskwire_server.training.corruption import Masking, StepKey, Vocabulary, empty_part
 from maskwire_server.training.draws import Purpose
-from maskwire_server.training.micro_batches import BatchLosses
-from maskwire_server.training.models.networks import Networks
-from maskwire_server.training.parts import split
-from maskwire_server.training.ranks import Ranks
+from maskwire_server.training.micro_batch_split import split
+from maskwire_server.training.models.generator_critic import Networks
+from maskwire_server.training.ranks_interface import Ranks
 from maskwire_server.training.tensor_batch import TensorBatch
 
 

@@ -36,19 +36,19 @@ from maskwire_server.training import (
     evaluation_figures,
     model_checks,
     numerics,
-    optim,
+    optimizers,
     sampling,
     snapshot,
 )
+from maskwire_server.training.batch_losses import BatchLosses
 from maskwire_server.training.corruption import StepKey, Vocabulary
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.gathered import Gathered
-from maskwire_server.training.micro_batches import BatchLosses
 from maskwire_server.training.model_info import described
 from maskwire_server.training.models import sources
-from maskwire_server.training.models.networks import Networks
-from maskwire_server.training.optim import Group
-from maskwire_server.training.ranks import Ranks
+from maskwire_server.training.models.generator_critic import Networks
+from maskwire_server.training.optimizers import Group
+from maskwire_server.training.ranks_interface import Ranks
 from maskwire_server.training.shards import Shards
 from maskwire_server.training.snapshot import SavedState
 from maskwire_server.training.step_gradients import StepSettings, accumulate
@@ -93,7 +93,7 @@ class TorchTrainer:
             self._initial_sha256, before = self._load_initial_weights(host), self._small_gradients(host)
         averages = self._ranks.divide(parts, with_averages=bool(optimizer.ema_decay))
         self.networks.to(self._device)
-        groups = optim.make_groups(parts, optimizer, self._device, bf16=self._bf16, averages=averages)
+        groups = optimizers.make_groups(parts, optimizer, self._device, bf16=self._bf16, averages=averages)
         self.generator, self.critic = groups["generator"], groups.get("critic")
         self._copier = snapshot.Copier(self._ranks)
         self._gathered = Gathered(self._ranks, lambda: Networks(model, objective).to(self._device))
@@ -154,7 +154,7 @@ class TorchTrainer:
         if config.name != current.name or bool(config.ema_decay) != bool(current.ema_decay):
             key = "name" if config.name != current.name else "ema_decay"
             raise ValueError(f"optimizer.{key} was {getattr(config, key)!r}, is {getattr(current, key)!r}")
-        optim.configure(self._groups(), config, numerics_version)
+        optimizers.configure(self._groups(), config, numerics_version)
         self._optimizer, self._numerics_version = config, numerics_version
 
     def begin(self) -> str:
@@ -170,7 +170,7 @@ class TorchTrainer:
         return self._initial_sha256
 
     def _load_initial_weights(self, ranks: Ranks) -> str:
-        """What `begin` does, without the moving averages. The weights must be whole."""
+        """`begin` without the averages, for weights that are not divided yet. Returns the SHA-256."""
         exact = self._numerics["deterministic"] == "yes" and self._numerics["compile"] == "off"
         at, networks = StepKey(self._seed, 0, 0), self.networks
         return model_checks.begin(
@@ -200,12 +200,12 @@ class TorchTrainer:
         self.check_modes(modes)
         at = StepKey(self._seed, lineage, step)
         chosen = modes.learning_rate
-        rate = optim.learning_rate(self._optimizer, step) if chosen is None else chosen
+        rate = optimizers.learning_rate(self._optimizer, step) if chosen is None else chosen
         try:
             sums = self._gradients(self._host(batch), modes, at)
             self._ranks.add(sums.sums)
             learners = self._learners(modes)
-            norm = optim.clip(learners, self._optimizer.clip_grad_norm, self._ranks)
+            norm = optimizers.clip(learners, self._optimizer.clip_grad_norm, self._ranks)
             generator, critic, gradient_norm = sums.read(norm)
         except BaseException as error:
             self._clear_gradients()
@@ -233,7 +233,7 @@ class TorchTrainer:
         if modes.only_train_generator and modes.only_train_critic:
             raise ValueError("only_train_generator and only_train_critic exclude each other, got both")
         if modes.only_train_critic and self.critic is None:
-            raise ValueError("only_train_critic needs a critic, this model has none")
+            raise ValueError("only_train_critic needs a critic, and this model has none; leave it out")
 
     def eval_loss(
         self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool] = lambda: True
@@ -266,7 +266,7 @@ class TorchTrainer:
         Between two states nothing is left running or changed, so the caller may stop at any of them.
         """
         if options.order is Order.CRITIC and self.critic is None:
-            raise ValueError("order 'critic' needs a critic, this model has none; use another order")
+            raise ValueError("order 'critic' needs a critic, and this model has none; use another order")
         averaged = self.reads_average(raw=options.raw_weights)
         networks = self._gathered.of(self._live(averaged=averaged))
         limit = numerics.sampled_budget(self._device, self._model.num_tokens, options.top_p < 1)

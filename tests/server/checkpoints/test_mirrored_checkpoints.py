@@ -11,14 +11,14 @@ from mirrors import MirroredRig, down, lose_the_machine, mirror, train
 from rig import WAIT, wait_for
 
 from maskwire_server.checkpoints.mirrored_checkpoints import MirroredCheckpoints
-from maskwire_server.engine import mirrored_saves
+from maskwire_server.engine import checkpoint_uploader
 from maskwire_server.journal.records import Lineage
 from maskwire_server.requests import SaveRequest
 
 
 @pytest.fixture
 def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MirroredRig]:
-    monkeypatch.setattr(mirrored_saves, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(checkpoint_uploader, "RETRY_SECONDS", 0.05)
     rig = MirroredRig(tmp_path)
     yield rig
     rig.close()

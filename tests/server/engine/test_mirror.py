@@ -16,8 +16,8 @@ from mirrors import MirroredRig, down, lose_the_machine, mirror, tables, train
 from rig import WAIT, Rig, bare, open_session, payload, reason, reason_of, wait_for
 
 from maskwire.v1.values import Losses, RunState
+from maskwire_server.engine import checkpoint_uploader
 from maskwire_server.engine import mirror as engine_mirror
-from maskwire_server.engine import mirrored_saves
 from maskwire_server.engine.engine import Engine
 from maskwire_server.errors import FencedError, Refused
 from maskwire_server.journal.object_store import ObjectStore
@@ -35,7 +35,7 @@ from maskwire_server.step_listing import StepsRequest
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (engine_mirror, mirrored_saves):
+    for module in (engine_mirror, checkpoint_uploader):
         monkeypatch.setattr(module, "RETRY_SECONDS", 0.05)
     monkeypatch.setattr(engine_mirror, "START_RETRY_SECONDS", 0.05)
 
@@ -206,7 +206,9 @@ def test_a_state_that_no_replay_gives_again_is_in_the_mirror_before_it_is_served
     engine = mirrored.start()
     train(engine, 2)
     engine.close()
-    monkeypatch.setattr(mirrored_saves.MirroredSaves, "_copy", lambda _: None)  # it comes later, if at all
+    monkeypatch.setattr(
+        checkpoint_uploader.CheckpointUploader, "_copy", lambda _: None
+    )  # it comes later, if at all
     again = mirrored.start(trainer=Drifting, accept_inexact_replay=True)
     assert mirror(again).checkpoint.startswith("accepted-")
 

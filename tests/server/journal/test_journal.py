@@ -182,7 +182,7 @@ def test_what_is_no_journal_is_not_taken_for_one(open_journal: Open, tmp_path: P
     journal = open_journal()
     journal.transaction(lambda: journal._db.execute("UPDATE run SET value = 99 WHERE key = 'format'"))
     journal.close()
-    with pytest.raises(RunDirectoryError, match="format 99, this version reads up to 3"):
+    with pytest.raises(RunDirectoryError, match="its format is 99, but this version reads formats up to 3"):
         Journal(tmp_path / "run")
 
 

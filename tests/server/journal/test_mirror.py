@@ -16,11 +16,11 @@ from rig import WAIT, bare, open_session, wait_for
 from maskwire_server.errors import FencedError, RunDirectoryError, StoreError
 from maskwire_server.journal import outbox, schema
 from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.mirror_segment_writer import NOTHING, SegmentWriter, resume
+from maskwire_server.journal.mirror_segments import Change, Segment, segment_name
 from maskwire_server.journal.object_store import ObjectStore
 from maskwire_server.journal.outbox import MirrorState, apply
 from maskwire_server.journal.records import Stretch
-from maskwire_server.journal.segment_writer import NOTHING, SegmentWriter, resume
-from maskwire_server.journal.segments import Change, Segment, segment_name
 from maskwire_server.requests import RestoreRequest, SaveRequest
 
 

@@ -30,8 +30,8 @@ from maskwire_server.engine.engine import Engine
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal.journal import Journal
 from maskwire_server.recovery import recorded_config, verify
-from maskwire_server.recovery.point_in_time import rewind
 from maskwire_server.recovery.replay import InexactReplayError
+from maskwire_server.recovery.state_at_step import rewind
 from maskwire_server.requests import StepRequest
 
 SERVER = str(Path(sys.executable).with_name("maskwire-server"))

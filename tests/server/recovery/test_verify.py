@@ -21,7 +21,7 @@ from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.engine.engine import Engine
 from maskwire_server.errors import RunDirectoryError
 from maskwire_server.recovery import verify
-from maskwire_server.recovery.point_in_time import rewind
+from maskwire_server.recovery.state_at_step import rewind
 from maskwire_server.requests import RestoreRequest, SaveRequest, StepRequest
 
 WAIT = 20

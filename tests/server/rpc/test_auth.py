@@ -92,7 +92,7 @@ def test_the_role_for_downloads_is_configurable(tmp_path: Path) -> None:
     assert interceptor is not None
     sent = [("authorization", f"Bearer {GOOD}")]
     interceptor._check("/maskwire.v1.TrainingService/DownloadCheckpoint", sent)
-    with pytest.raises(Refused, match="requires a token of role admin, this one has role read"):
+    with pytest.raises(Refused, match="requires a token of role admin, and this one has role read"):
         interceptor._check("/maskwire.v1.TrainingService/RestoreCheckpoint", sent)
 
 
@@ -203,7 +203,9 @@ def test_invalid_files_are_reported_once_and_the_old_ones_stay_in_use(
     for _ in range(3):
         followed.after_a_minute()
     errors = [record.getMessage() for record in caplog.records]
-    assert [error.rpartition("; ")[2] for error in errors] == ["the files read before stay in use"] * 2
+    assert [error.rpartition("; ")[2] for error in errors] == [
+        "the previous certificates or tokens stay in use"
+    ] * 2
     assert "serve.tls_key: " in errors[0]
     assert "contains no token" in errors[1]
     assert (followed.ask(), followed.admits(GOOD)) == (None, True)

@@ -15,7 +15,7 @@ from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from maskwire_server.errors import Refused
 from maskwire_server.results import EvalOptions, GenerateOptions, Order, SelfCondMode
 from maskwire_server.rpc import decoding, error_status, generate, token_batch, work_limits
-from maskwire_server.training.models.networks import Networks
+from maskwire_server.training.models.generator_critic import Networks
 from maskwire_server.training.trainer import TorchTrainer
 
 PLAIN = ModelInfo(257, 256, None, 8192, 1, "", True, False)

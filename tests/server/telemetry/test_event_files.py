@@ -13,7 +13,7 @@ import pytest
 
 from maskwire.v1.values import Losses, ModelInfo, Outcome, TokenizerDescription
 from maskwire_server.events import Evaluated, Generated, LineageOpened, StepCommitted
-from maskwire_server.telemetry.samples import as_markdown, decoder
+from maskwire_server.telemetry.sample_text import as_markdown, decoder
 
 accumulators = pytest.importorskip(
     "tensorboard.backend.event_processing.event_accumulator", reason="TensorBoard is not installed"

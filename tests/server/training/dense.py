@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from maskwire_server.config import ObjectiveConfig
-from maskwire_server.training.models.networks import Networks
+from maskwire_server.training.models.generator_critic import Networks
 
 Predict = Callable[[torch.Tensor], torch.Tensor]
 Mask = tuple[int, ...]

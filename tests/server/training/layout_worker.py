@@ -23,7 +23,7 @@ from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ModelConfig
 from maskwire_server.errors import ConfigError
 from maskwire_server.training.corruption import StepKey
-from maskwire_server.training.ranks import own_part
+from maskwire_server.training.ranks_interface import own_part
 from maskwire_server.training.sharding import ManyRanks
 from maskwire_server.training.trainer import TorchTrainer
 

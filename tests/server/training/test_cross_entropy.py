@@ -12,7 +12,7 @@ from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.training import cross_entropy, objective
 from maskwire_server.training.corruption import Vocabulary
 from maskwire_server.training.head import Head
-from maskwire_server.training.models.networks import Networks
+from maskwire_server.training.models.generator_critic import Networks
 
 VOCABULARY = Vocabulary(11, 10, 4)
 IDS = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 9])  # neither the mask nor the pad id

@@ -17,7 +17,7 @@ from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.results import EvalOptions, EvalResult
 from maskwire_server.training import chain_rule, evaluation, evaluation_figures
 from maskwire_server.training.corruption import Vocabulary
-from maskwire_server.training.models.networks import Networks
+from maskwire_server.training.models.generator_critic import Networks
 from maskwire_server.training.tensor_batch import TensorBatch
 
 SYMBOLS, MASK_ID = 4, 4

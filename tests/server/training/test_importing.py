@@ -19,8 +19,8 @@ from torch import nn
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.results import EvalOptions
-from maskwire_server.training.models import state_dict, x_transformers, x_transformers_export
-from maskwire_server.training.models.networks import Networks
+from maskwire_server.training.models import weight_files, x_transformers_export, x_transformers_import
+from maskwire_server.training.models.generator_critic import Networks
 from maskwire_server.training.trainer import TorchTrainer
 
 with warnings.catch_warnings():
@@ -54,8 +54,8 @@ def wrapped(kind: str = "none", self_cond: bool = False, **options: Any) -> Any:
     return model.eval()
 
 
-def brought(state: Any, **said: Any) -> tuple[x_transformers.Imported, Networks]:
-    found = x_transformers.import_state_dict(
+def brought(state: Any, **said: Any) -> tuple[x_transformers_import.Imported, Networks]:
+    found = x_transformers_import.import_state_dict(
         state,
         ModelConfig(**MODEL, **said.pop("model", {})),
         ObjectiveConfig(**said.pop("objective", {})),
@@ -66,7 +66,7 @@ def brought(state: Any, **said: Any) -> tuple[x_transformers.Imported, Networks]
     return found, networks.eval()
 
 
-def trainer_of(found: x_transformers.Imported, **optimizer: Any) -> TorchTrainer:
+def trainer_of(found: x_transformers_import.Imported, **optimizer: Any) -> TorchTrainer:
     serve = ServeConfig(device="cpu", threads=1)
     trainer = TorchTrainer(found.model, found.objective, OptimizerConfig(**optimizer), serve, seed=1)
     trainer.adopt(found.weights)
@@ -351,9 +351,11 @@ def test_a_critic_of_other_sizes_and_a_missing_mask_id_are_rejected() -> None:
     with pytest.raises(ValueError, match="token_critic: depth is 3, but the generator's is 2"):
         brought(model.state_dict())
     with pytest.raises(ValueError, match=r"model.mask_id must be set"):
-        x_transformers.import_state_dict(model.state_dict(), ModelConfig(), ObjectiveConfig())
+        x_transformers_import.import_state_dict(model.state_dict(), ModelConfig(), ObjectiveConfig())
     with pytest.raises(ValueError, match="mask_id must be below num_tokens = 12, got 99"):
-        x_transformers.import_state_dict(wrapped().state_dict(), ModelConfig(mask_id=99), ObjectiveConfig())
+        x_transformers_import.import_state_dict(
+            wrapped().state_dict(), ModelConfig(mask_id=99), ObjectiveConfig()
+        )
 
 
 def test_files_are_read_without_running_their_code(tmp_path: Path) -> None:
@@ -363,7 +365,7 @@ def test_files_are_read_without_running_their_code(tmp_path: Path) -> None:
     alone = {name: t for name, t in state.items() if not name.startswith("token_critic.net.")}
     save_file(alone, tmp_path / "model.safetensors")
     for name in ("model.pt", "parallel.pt", "model.safetensors"):
-        read = state_dict.read(tmp_path / name)
+        read = weight_files.read(tmp_path / name)
         assert torch.equal(read["net.to_logits.weight"], state["net.to_logits.weight"])
         found, _ = brought(read)
         assert found.objective.critic == "self"
@@ -386,10 +388,10 @@ def test_files_are_read_without_running_their_code(tmp_path: Path) -> None:
         ("noise.safetensors", "cannot be read as safetensors"),
     ):
         with pytest.raises(ValueError, match=words):
-            state_dict.read(tmp_path / name)
+            weight_files.read(tmp_path / name)
     assert not marker.exists()
     with pytest.raises(OSError, match="nothing"):
-        state_dict.read(tmp_path / "nothing.pt")
+        weight_files.read(tmp_path / "nothing.pt")
 
 
 def renamed(state: dict[str, Any], pattern: str, by: str) -> dict[str, Any]:
@@ -431,7 +433,7 @@ def test_the_parts_of_names_that_wrappers_add_are_removed_anywhere(
 ) -> None:
     state = wrapped(kind, self_cond=True).state_dict()
     torch.save(WRAPPED[how](state), tmp_path / "model.pt")
-    read = state_dict.read(tmp_path / "model.pt")
+    read = weight_files.read(tmp_path / "model.pt")
     assert read.keys() == state.keys()
     assert all(torch.equal(read[name], state[name]) for name in state)
     assert brought(read)[0].objective.critic == kind
@@ -445,23 +447,23 @@ def test_real_wrappers_add_the_parts_of_names_that_are_removed(tmp_path: Path) -
     for name, module in (("net.pt", model), ("all.pt", torch.compile(model)),
                          ("mean.pt", torch.optim.swa_utils.AveragedModel(model))):  # fmt: skip
         torch.save(module.state_dict(), tmp_path / name)
-        assert state_dict.read(tmp_path / name).keys() == expected.keys()
+        assert weight_files.read(tmp_path / name).keys() == expected.keys()
 
 
 def test_the_prefixes_of_lightning_stay_if_removing_them_does_not_help(tmp_path: Path) -> None:
     state = renamed(wrapped().state_dict(), "^", "model.") | {"criterion.weight": torch.ones(2)}
     torch.save(state, tmp_path / "more.pt")
-    assert state_dict.read(tmp_path / "more.pt").keys() == state.keys()
+    assert weight_files.read(tmp_path / "more.pt").keys() == state.keys()
 
 
 def test_two_models_in_one_file_and_counters_without_an_average_are_rejected(tmp_path: Path) -> None:
     state = wrapped().state_dict()
     torch.save({**state, **{f"module.{n}": t + 1 for n, t in state.items()}}, tmp_path / "two.pt")
     with pytest.raises(ValueError, match="twice with different values"):
-        state_dict.read(tmp_path / "two.pt")
+        weight_files.read(tmp_path / "two.pt")
     torch.save({**state, "step": torch.tensor(3.0)}, tmp_path / "step.pt")
     with pytest.raises(ValueError, match="step is not a weight"):
-        brought(state_dict.read(tmp_path / "step.pt"))
+        brought(weight_files.read(tmp_path / "step.pt"))
 
 
 @pytest.fixture(scope="module")

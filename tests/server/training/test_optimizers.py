@@ -18,7 +18,7 @@ from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.errors import ConfigError
 from maskwire_server.results import EvalOptions
-from maskwire_server.training import cross_entropy, muon, optim
+from maskwire_server.training import cross_entropy, muon, optimizers
 from maskwire_server.training.corruption import Vocabulary
 from maskwire_server.training.footprint import footprint
 from maskwire_server.training.head import Head
@@ -445,5 +445,5 @@ def test_check_counts_the_state_that_the_trainer_has(optimizer: dict[str, Any], 
 def test_a_parameter_that_a_model_freezes_itself_has_no_state() -> None:
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     network[0].requires_grad_(False)
-    group = optim.Group(network, whole_config().optimizer, fused=True)
+    group = optimizers.Group(network, whole_config().optimizer, fused=True)
     assert {name.partition(".")[0] for name in group.state()} == {"updates", "1"}

@@ -18,9 +18,9 @@ from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.errors import ConfigError, StateLost
 from maskwire_server.results import EvalOptions
-from maskwire_server.training import optim
+from maskwire_server.training import optimizers
+from maskwire_server.training.micro_batch_split import split, split_by_length
 from maskwire_server.training.numerics import choose_device
-from maskwire_server.training.parts import split, split_by_length
 from maskwire_server.training.snapshot import Snapshot, live_tensors
 from maskwire_server.training.tensor_batch import TensorBatch
 from maskwire_server.training.trainer import TorchTrainer
@@ -274,7 +274,7 @@ def test_the_learning_rate_warms_up_and_falls_as_configured() -> None:
     settings = config.OptimizerConfig(
         learning_rate=1.0, warmup_steps=10, schedule="cosine", total_steps=110, min_learning_rate=0.1
     )
-    rates = [optim.learning_rate(settings, step) for step in range(1, 131)]
+    rates = [optimizers.learning_rate(settings, step) for step in range(1, 131)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == 1.0
     assert rates[59] == pytest.approx(0.55), "half-way down the cosine"
@@ -282,7 +282,7 @@ def test_the_learning_rate_warms_up_and_falls_as_configured() -> None:
     assert rates[129] == pytest.approx(0.1)
     assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
     constant = config.OptimizerConfig(learning_rate=0.5, warmup_steps=0)
-    assert optim.learning_rate(constant, 1) == optim.learning_rate(constant, 9999) == 0.5
+    assert optimizers.learning_rate(constant, 1) == optimizers.learning_rate(constant, 9999) == 0.5
 
 
 def test_a_step_can_set_its_learning_rate() -> None:
@@ -304,7 +304,7 @@ def test_training_does_not_load_torchs_compiler(name: str, monkeypatch: pytest.M
     trainer.snapshot()
 
 
-def decaying(group: optim.Group) -> set[str]:
+def decaying(group: optimizers.Group) -> set[str]:
     groups = group.optimizer.param_groups
     assert {part["weight_decay"] for part in groups} == {0.3, 0.0}
     decayed = [weight for part in groups if part["weight_decay"] for weight in part["params"]]
@@ -340,7 +340,7 @@ def test_a_checkpoint_of_numerics_version_1_loads_to_the_bit(
     options: dict[str, Any] = {"objective": {"critic": "token"}, "model": {"emb_dim": 24}}
     with monkeypatch.context() as patch:
         patch.setattr(  # the rule before: project_emb.weight was spared for its name
-            optim,
+            optimizers,
             "_decayed",
             lambda module: {
                 w for name, w in module.named_parameters() if w.ndim >= 2 and "_emb." not in name

@@ -9,9 +9,9 @@ from maskwire.v1.values import whole_file
 from maskwire_server.manifest import Manifest
 from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES
 from maskwire_server.training import shards
-from maskwire_server.training.models import state_dict, transformer_wrapper, x_transformers_export
+from maskwire_server.training.models import transformer_wrapper, weight_files, x_transformers_export
 from maskwire_server.training.models.masked_lm import MaskedLM
-from maskwire_server.training.models.pretrained import MaskedModel, read_weights
+from maskwire_server.training.models.standalone_model import MaskedModel, read_weights
 
 
 def write_state_dict(module: MaskedModel, out: Path) -> str:
@@ -26,7 +26,7 @@ def write_state_dict(module: MaskedModel, out: Path) -> str:
     else:
         state = x_transformers_export.renamed(weights)
         network = transformer_wrapper.constructor(module.config)
-    state_dict.write(out, state)
+    weight_files.write(out, state)
     return network
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from maskwire_server.errors import ConfigError
-from maskwire_server.training.conditioning import Conditioning
 from maskwire_server.training.head import Head
 from maskwire_server.training.models.backbone import Backbone, attended, mark_fused_maps, packed
+from maskwire_server.training.self_conditioning import Conditioning
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,10 @@ class MaskedLM(Backbone):
         return e_bnd if read_m is None else packed(e_bnd, read_m)
 
     def head(self, e_md: Tensor) -> Head:
-        """The output layer, or the critic's."""
+        """The head for `e_md`: the model's output layer, or a critic's score layer.
+
+        It has no weights if `e_md` already holds logits.
+        """
         layer = self.to_scores or self._output_layer()
         return Head(e_md, None) if self.gives_logits else Head(e_md, layer.weight, layer.bias)
 

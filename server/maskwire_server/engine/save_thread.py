@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from maskwire_server.checkpoints import membership
+from maskwire_server.checkpoints import provenance
 from maskwire_server.checkpoints.catalogue import Catalogue
 from maskwire_server.checkpoints.files import Snapshot
 from maskwire_server.checkpoints.saver import Saver
@@ -237,7 +237,7 @@ class SaveCommit:
 
     def write(self, journal: Journal) -> None:
         """Record the save."""
-        membership.record_save(journal, self.position, self.save_id)
+        provenance.record_save(journal, self.position, self.save_id)
 
     def committed(self) -> None:
         """Write the checkpoint, which must not be ahead of the journal after a power loss."""

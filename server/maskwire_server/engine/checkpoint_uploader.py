@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 2.0
 
 
-class MirroredSaves:
+class CheckpointUploader:
     """Uploads each checkpoint once the mirror has the records before it."""
 
     def __init__(

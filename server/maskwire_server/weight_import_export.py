@@ -17,16 +17,16 @@ from maskwire._version import __version__
 from maskwire_server import export_format, tokenizer_files
 from maskwire_server.app import build_trainer, say
 from maskwire_server.checkpoints.files import describe, write_manifest
-from maskwire_server.checkpoints.membership import Membership
+from maskwire_server.checkpoints.provenance import Provenance
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import Config, recorded_sections, template
+from maskwire_server.effective_config import with_schedule
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
 from maskwire_server.exit_codes import EXIT_CONFIG, EXIT_RUN_DIRECTORY
 from maskwire_server.export_format import Format
 from maskwire_server.manifest import MANIFEST, SHARDED, WHOLE, Manifest
 from maskwire_server.recovery import boot, imported_run
 from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES
-from maskwire_server.served_config import with_schedule
 
 CONFIG_FILE = "maskwire.toml"
 """The configuration with which to serve an imported run, in its run directory."""
@@ -34,7 +34,11 @@ CONFIG_FILE = "maskwire.toml"
 
 def import_x_transformers(config: Config, source: Path, *, gains: Literal["auto", "offset", "plain"]) -> int:
     """Start a run from the weights of an x-transformers state dict, and return the exit code."""
-    from maskwire_server.training.models import state_dict, x_transformers, x_transformers_hosted
+    from maskwire_server.training.models import (
+        weight_files,
+        x_transformers_import,
+        x_transformers_import_unchanged,
+    )
 
     hosted = config.model.source == "x-transformers"
     try:
@@ -47,11 +51,13 @@ def import_x_transformers(config: Config, source: Path, *, gains: Literal["auto"
             raise ValueError(
                 f"model.source must be encoder or x-transformers to import, got {config.model.source!r}"
             )
-        tensors = state_dict.read(source)
+        tensors = weight_files.read(source)
         if hosted:
-            found = x_transformers_hosted.import_state_dict(tensors, config.model, config.objective)
+            found = x_transformers_import_unchanged.import_state_dict(tensors, config.model, config.objective)
         else:
-            found = x_transformers.import_state_dict(tensors, config.model, config.objective, gains=gains)
+            found = x_transformers_import.import_state_dict(
+                tensors, config.model, config.objective, gains=gains
+            )
         sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
         imported = config.model_copy(update={"model": found.model, "objective": found.objective})
         config = with_schedule(imported, config)
@@ -124,12 +130,12 @@ def export_folder(
     folder: Path, out: Path, *, to: Format, weights: Literal["auto", "ema", "raw"], merged: bool = False
 ) -> int:
     """The same for the folder of a checkpoint, in a run directory or downloaded."""
-    from maskwire_server.training.models import pretrained
+    from maskwire_server.training.models import standalone_model
 
     try:
         if out.exists():
             raise ValueError(f"{out} exists; choose another name")
-        manifest = pretrained.manifest(folder)
+        manifest = standalone_model.manifest(folder)
         model, _ = recorded_sections(manifest.configuration)
         export_format.check(model, to, merged=merged)
         notes = _write(folder, manifest, out, to=to, weights=weights, merged=merged)
@@ -151,7 +157,7 @@ def _write(
     merged: bool,
 ) -> list[str]:
     """Write one export, and return the lines to print about it. Raises ValueError and OSError."""
-    from maskwire_server.training.models import exports, pretrained
+    from maskwire_server.training.models import exports, standalone_model
 
     if to == "maskwire":
         with _draft(out) as draft:
@@ -167,7 +173,7 @@ def _write(
                         raise ValueError(f"{folder / file.name} does not match the manifest's SHA-256")
             shutil.copyfile(folder / MANIFEST, draft / MANIFEST)
         return []
-    module = pretrained.load(folder, weights=weights)  # checks the SHA-256 hashes
+    module = standalone_model.load(folder, weights=weights)  # checks the SHA-256 hashes
     if to == "x-transformers":
         network = exports.write_state_dict(module, out)
         return [f"fits NonAutoregressiveWrapper(net, mask_id={module.config.mask_id}) with net = {network}"]
@@ -201,9 +207,9 @@ def _newest(run_dir: Path, checkpoints: Checkpoints) -> Manifest:
     with contextlib.suppress(RunDirectoryError):  # a server uses the journal, or there is no journal
         journal = boot.open_recorded(run_dir)
         try:
-            membership = Membership()
-            membership.look_up(journal, found)
-            found = [manifest for manifest in found if membership.problem(manifest) is None]
+            provenance = Provenance()
+            provenance.look_up(journal, found)
+            found = [manifest for manifest in found if provenance.problem(manifest) is None]
         finally:
             journal.close()
     if not found:

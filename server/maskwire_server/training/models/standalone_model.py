@@ -18,10 +18,10 @@ from maskwire_server.config import ModelConfig, ObjectiveConfig, recorded_sectio
 from maskwire_server.errors import ConfigError
 from maskwire_server.manifest import MANIFEST, Manifest
 from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES
-from maskwire_server.training import module_state, saved_state
+from maskwire_server.training import checkpoint_tensors, module_state
 from maskwire_server.training.corruption import Vocabulary
 from maskwire_server.training.cross_entropy import forbid_special
-from maskwire_server.training.models.networks import Networks
+from maskwire_server.training.models.generator_critic import Networks
 from maskwire_server.training.models.sources import Factory
 
 RAW, EMA = WEIGHT_FILES
@@ -118,10 +118,10 @@ def read_weights(folder: Path, found: Manifest, file: str, instead: str = "") ->
         with path.open("rb") as opened:
             if hashlib.file_digest(opened, "sha256").digest() != described.sha256:
                 raise ValueError(f"{path} does not match the manifest's SHA-256; download it again")
-    for path in saved_state.files_of(folder, file):
+    for path in checkpoint_tensors.files_of(folder, file):
         if path.name not in listed:
             raise ValueError(f"{path} is not listed in {MANIFEST}; move it out of the folder")
-    return saved_state.read(saved_state.find([folder / name for name in listed], file))
+    return checkpoint_tensors.read(checkpoint_tensors.find([folder / name for name in listed], file))
 
 
 def _build(model: ModelConfig, objective: ObjectiveConfig, factory: Factory | None) -> MaskedModel:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from maskwire.cli.merge import merge
+from maskwire.cli.merge_adapters import merge
 
 
 @pytest.fixture

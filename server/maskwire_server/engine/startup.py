@@ -12,16 +12,16 @@ from functools import partial
 from typing import Any, TypeVar
 
 from maskwire.v1.values import ModelInfo, RunState
-from maskwire_server.checkpoints import membership
+from maskwire_server.checkpoints import provenance
 from maskwire_server.checkpoints.catalogue import Catalogue
 from maskwire_server.checkpoints.retention import INITIAL
 from maskwire_server.checkpoints.saver import Saver
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.engine.committer import RETRY_SECONDS
+from maskwire_server.engine.engine_options import EngineOptions
 from maskwire_server.engine.mirror import Mirror
 from maskwire_server.engine.quarantine import Quarantine
 from maskwire_server.engine.sessions import recorded_digest_versions, recorded_evaluation, recorded_process
-from maskwire_server.engine.setup import Setup
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.engine.trainer_interface import Trainer, guarded, snapshot
 from maskwire_server.errors import Refused, RunDirectoryError
@@ -49,7 +49,7 @@ class Ready:
     configuration_id: int
 
 
-class Start:
+class Startup:
     """Recovers a run, on the thread that will own its trainer."""
 
     def __init__(
@@ -59,7 +59,7 @@ class Start:
         catalogue: Catalogue,
         saver: Saver,
         disk: Reserve,
-        setup: Setup,
+        options: EngineOptions,
         versions: dict[str, str],
         mirror: Mirror | None = None,
     ) -> None:
@@ -68,7 +68,7 @@ class Start:
         self._catalogue = catalogue
         self._saver = saver
         self._disk = disk
-        self._setup = setup
+        self._options = options
         self._versions = versions
         self._mirror = mirror
         self.stopping = False
@@ -92,26 +92,26 @@ class Start:
 
     def recover(self) -> Ready:
         """Bring the trainer to the last durable step. Raises RunDirectoryError."""
-        with explained(self._setup.run_dir):
+        with explained(self._options.run_dir):
             return self._recover()
 
     def _recover(self) -> Ready:
-        began = self._setup.clock()
+        began = self._options.clock()
         run, head = self._run, self._run.head
-        trainer, canonical = None, self._setup.canonical
-        if self._setup.identity is not None:
+        trainer, canonical = None, self._options.canonical
+        if self._options.identity is not None:
             with self._phase("build"):
-                trainer = self._setup.factory()
+                trainer = self._options.factory()
                 with guarded(trainer):
-                    canonical = self._setup.identity(trainer.begin())
-        opening = self._setup.clock()
+                    canonical = self._options.identity(trainer.begin())
+        opening = self._options.clock()
         self._journal = journal = self._when_there_is_room(
             partial(
                 boot.open_journal,
-                self._setup.run_dir,
-                seed=self._setup.seed,
+                self._options.run_dir,
+                seed=self._options.seed,
                 canonical=canonical,
-                durable=self._setup.serve.durability == "full",
+                durable=self._options.serve.durability == "full",
             )
         )
         run_id = journal.fact("run_id")
@@ -126,29 +126,29 @@ class Start:
         said = journal.last_event("data")
         head.data = said[1] if said else {}
         head.evaluated = recorded_evaluation(journal)
-        self._ended("open", self._setup.clock() - opening)
+        self._ended("open", self._options.clock() - opening)
         if trainer is None:
             with self._phase("build"):
-                trainer = self._setup.factory()
-        threads = None if self._setup.serve.threads else fingerprint.pinned_threads(journal)
+                trainer = self._options.factory()
+        threads = None if self._options.serve.threads else fingerprint.pinned_threads(journal)
         if threads is not None:
             trainer.use_threads(threads)
         self.info, self.read_tokens = trainer.info, trainer.read_tokens
         run.num_tokens = trainer.info.num_tokens
         self._versions.update(trainer.versions)
         where = self._versions.get("device", "?")
-        log.info("trainer built on %s in %.1f s", where, self._setup.clock() - began)
+        log.info("trainer built on %s in %.1f s", where, self._options.clock() - began)
 
         self._wait_for("the newest checkpoint")
-        numerics = fingerprint.numerics(self._setup.configuration, trainer.versions)
+        numerics = fingerprint.numerics(self._options.configuration, trainer.versions)
         with guarded(trainer):
             recovered = boot.recover(
                 journal,
                 self._checkpoints,
                 trainer,
                 numerics,
-                accept_inexact=self._setup.accept_inexact_replay,
-                accept_lost=self._setup.accept_lost_history is not None,
+                accept_inexact=self._options.accept_inexact_replay,
+                accept_lost=self._options.accept_lost_history is not None,
                 tell=self._wait_for,
                 with_room=self._when_there_is_room,
             )
@@ -156,13 +156,13 @@ class Start:
         self._ended("replay", recovered.replay_seconds)
         self._saver.refresh()  # recovery may have renamed damaged checkpoints
         self._wait_for("the warm-up")
-        warming = self._setup.clock()
+        warming = self._options.clock()
         with self._phase("warm_up"), guarded(trainer):
             trainer.warm_up()
-        log.info("warmed up in %.1f s", self._setup.clock() - warming)
-        if self._setup.accept_lost_history is not None:
+        log.info("warmed up in %.1f s", self._options.clock() - warming)
+        if self._options.accept_lost_history is not None:
             recovered = boot.accept_lost_history(
-                journal, recovered, self._setup.accept_lost_history, with_room=self._when_there_is_room
+                journal, recovered, self._options.accept_lost_history, with_room=self._when_there_is_room
             )
 
         run.lineages = journal.lineages()
@@ -182,16 +182,16 @@ class Start:
             self._when_there_is_room(settle)
         here = head.computed
         run.events.publish(LineageOpened(time.time(), run_id, here.lineage, here.step))
-        log.info("run %s is at step %d after %.1f s", run_id, here.step, self._setup.clock() - began)
-        after = self._setup.serve.poison_after
-        quarantine = Quarantine(self._setup.run_dir, after) if after else None
+        log.info("run %s is at step %d after %.1f s", run_id, here.step, self._options.clock() - began)
+        after = self._options.serve.poison_after
+        quarantine = Quarantine(self._options.run_dir, after) if after else None
         return Ready(journal, trainer, quarantine, configuration_id)
 
     @contextlib.contextmanager
     def _phase(self, name: str) -> Iterator[None]:
-        began = self._setup.clock()
+        began = self._options.clock()
         yield
-        self._ended(name, self._setup.clock() - began)
+        self._ended(name, self._options.clock() - began)
 
     def _ended(self, phase: str, seconds: float) -> None:
         self._run.events.publish(RecoveryPhase(time.time(), phase, seconds))
@@ -222,7 +222,7 @@ class Start:
             try:
                 self._when_there_is_room(partial(self._save, journal, trainer, word))
             except Refused as refused:
-                raise RunDirectoryError(f"{self._setup.run_dir}: {refused.message}") from refused
+                raise RunDirectoryError(f"{self._options.run_dir}: {refused.message}") from refused
         elif not self._has_two_bases(journal, trainer, numerics):
             with contextlib.suppress(Refused):  # best effort: without it the run still serves
                 self._save(journal, trainer, "changed")
@@ -254,12 +254,12 @@ class Start:
         The initial weights, if the seed does not make them, are saved as if a client had named them:
         retention keeps them.
         """
-        here, save_id = self._run.head.computed, membership.new_save_id()
+        here, save_id = self._run.head.computed, provenance.new_save_id()
         name = f"{word}-{here.step:09d}-{uuid.uuid4().hex[:6]}" if word else None
         automatic = word != INITIAL
         copy = snapshot(trainer)
         try:
-            journal.transaction(partial(membership.record_save, journal, here, save_id))
+            journal.transaction(partial(provenance.record_save, journal, here, save_id))
             self._saver.write(SaveRequest(name), automatic, copy, here, save_id, self._run.lineages)
             self._saver.collect(self._run.lineages, here.lineage)
         except Refused as refusal:

@@ -13,7 +13,7 @@ from rig import WAIT, Rig, bare, wait_for
 from maskwire.v1.values import Outcome, RunState
 from maskwire_server.batch import Batch, Prompts
 from maskwire_server.engine.aggregates import Aggregates
-from maskwire_server.engine.publisher import Publisher
+from maskwire_server.engine.event_publisher import Publisher
 from maskwire_server.events import (
     CheckpointWritten,
     Committed,

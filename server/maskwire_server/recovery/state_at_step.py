@@ -51,7 +51,7 @@ def rewind(
         if digest is None:
             raise RunDirectoryError(f"{run_dir}: there is no step {to_step} in the run's history")
         if out is not None and out.exists():
-            raise RunDirectoryError(f"{out} exists; name another folder")
+            raise RunDirectoryError(f"{out} exists; choose another folder with --out")
         checkpoints = Checkpoints(run_dir)
         trainer = factory()
         threads = fingerprint.pinned_threads(journal)

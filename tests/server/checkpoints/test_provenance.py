@@ -13,9 +13,9 @@ import pytest
 from counter import CounterTrainer
 from rig import WAIT, Rig, bare, reason, wait_for
 
-from maskwire_server import import_export
+from maskwire_server import weight_import_export
 from maskwire_server.app import EXIT_RUN_DIRECTORY
-from maskwire_server.checkpoints import membership
+from maskwire_server.checkpoints import provenance
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.engine.engine import Engine
 from maskwire_server.errors import Refused
@@ -265,13 +265,13 @@ def test_a_listing_asks_the_journal_once_about_a_step_that_it_does_not_have(
     engine = rig.start(checkpoints=LONG)
     shutil.copytree(later.folder / "checkpoints" / "later", rig.folder / "checkpoints" / "later")
     asked: list[object] = []
-    look_up = membership.Membership.look_up
+    look_up = provenance.Provenance.look_up
 
-    def counted(self: membership.Membership, *arguments: Any) -> None:
+    def counted(self: provenance.Provenance, *arguments: Any) -> None:
         asked.append(arguments)
         look_up(self, *arguments)
 
-    monkeypatch.setattr(membership.Membership, "look_up", counted)
+    monkeypatch.setattr(provenance.Provenance, "look_up", counted)
     for _ in range(3):
         assert "later" not in {info.name for info in engine.checkpoints()}
     assert len(asked) == 1
@@ -285,9 +285,9 @@ def test_export_takes_the_newest_of_the_run_and_asks_where_it_cannot_tell(
     engine.save(SaveRequest("own")).result(WAIT)
     copy_in(strangers, rig)
     checkpoints = Checkpoints(rig.folder)
-    code = import_export.export(rig.folder, None, tmp_path / "out", to="maskwire", weights="auto")
+    code = weight_import_export.export(rig.folder, None, tmp_path / "out", to="maskwire", weights="auto")
     assert code == EXIT_RUN_DIRECTORY
     assert "name one with --checkpoint" in capsys.readouterr().err
     stop(rig)
-    newest: Manifest = import_export._newest(rig.folder, checkpoints)
+    newest: Manifest = weight_import_export._newest(rig.folder, checkpoints)
     assert newest.info.name == "own"

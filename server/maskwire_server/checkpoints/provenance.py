@@ -46,7 +46,7 @@ def foreign_save(manifest: Manifest, saves: set[str]) -> str | None:
     return "it was saved by another copy of the run, whose weights may differ"
 
 
-class Membership:
+class Provenance:
     """The run's id, and the digest of its history at each step that has a checkpoint.
 
     The journal's thread adds to it and any thread reads it. A checkpoint whose step was not looked up in the
@@ -92,7 +92,7 @@ class Membership:
         """Why a checkpoint is not of the run's history; None when it is."""
         info = manifest.info
         if manifest.run_id != self.run_id:
-            return f"it belongs to run {manifest.run_id}, this is run {self.run_id}"
+            return f"it belongs to run {manifest.run_id}, and this is run {self.run_id}"
         digest = self._digests.get((info.lineage, info.step))
         if digest is None:
             return f"the journal does not have its step {info.step} (lineage {info.lineage})"

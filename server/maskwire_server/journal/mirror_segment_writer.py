@@ -12,10 +12,10 @@ from functools import partial
 from maskwire_server import failpoints
 from maskwire_server.errors import FencedError, RunDirectoryError, StoreError
 from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.mirror_segments import Segment, batch_object, hash_of, segment_name
 from maskwire_server.journal.object_store import ObjectStore
 from maskwire_server.journal.outbox import MirrorState, Page
 from maskwire_server.journal.schema import FORMAT
-from maskwire_server.journal.segments import Segment, batch_object, hash_of, segment_name
 
 log = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from maskwire_server.config import OptimizerConfig
 from maskwire_server.errors import ConfigError
 from maskwire_server.training import module_state
+from maskwire_server.training.adamw import AdamW
 from maskwire_server.training.muon import Muon, hidden_matrices
 from maskwire_server.training.numerics import NUMERICS_VERSION
-from maskwire_server.training.optimizer import AdamW
 from maskwire_server.training.parameter_groups import Matched, frozen, matched, trainable
-from maskwire_server.training.ranks import Ranks, own_part
+from maskwire_server.training.ranks_interface import Ranks, own_part
 
 Rule = Literal["adamw", "muon", "frozen"]
 

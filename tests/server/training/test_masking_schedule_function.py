@@ -17,7 +17,7 @@ from maskwire_server.batch import Batch, Modes, Prompts
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.errors import ConfigError
 from maskwire_server.results import EvalOptions, GenerateOptions
-from maskwire_server.training import masking_schedule, schedule_function
+from maskwire_server.training import masking_schedule, masking_schedule_function
 from maskwire_server.training.trainer import TorchTrainer
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -186,11 +186,13 @@ def test_an_error_of_the_module_is_told_in_one_line(tmp_path: Path, monkeypatch:
 
 def test_the_fingerprint_tells_functions_apart_and_ignores_rounding() -> None:
     def of(function: Callable[[Tensor], Tensor]) -> str:
-        return schedule_function.fingerprint(masking_schedule.schedule_of(function).fraction)
+        return masking_schedule_function.fingerprint(masking_schedule.schedule_of(function).fraction)
 
     every = [of(function) for function in FUNCTIONS.values()]
     assert len(set(every)) == 3
-    assert every == [schedule_function.fingerprint(s.fraction) for s in masking_schedule.SCHEDULES.values()]
+    assert every == [
+        masking_schedule_function.fingerprint(s.fraction) for s in masking_schedule.SCHEDULES.values()
+    ]
     assert of(lambda t: 1 - t - 1e-5 * t * (1 - t)) != every[0]
     for function, expected in zip(FUNCTIONS.values(), every, strict=True):
         for change in (-1e-14, -1e-15, 1e-15, 1e-14):

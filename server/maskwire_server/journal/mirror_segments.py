@@ -87,7 +87,7 @@ class Segment:
 
     @staticmethod
     def decode(data: bytes) -> Segment:
-        """Parse what `encode` wrote; ValueError when it was changed."""
+        """Parse what `encode` wrote. Raises ValueError if it was changed."""
         stated, _, body = data.partition(b"\n")
         if hashlib.sha256(body).hexdigest().encode() != stated:
             raise ValueError("its content does not match its hash")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig
-from maskwire_server.training.models.networks import Networks
+from maskwire_server.training.models.generator_critic import Networks
 from maskwire_server.training.models.x_transformers_export import their_name
 from maskwire_server.training.models.x_transformers_names import Tensors
-from maskwire_server.training.models.x_transformers_parts import (
+from maskwire_server.training.models.x_transformers_state_dict import (
     Imported,
     Parts,
     contradictions,

@@ -1,9 +1,9 @@
 """The memory that each rank needs, in every layout of replicate x shard, from the shapes of the tensors.
 
-A rank holds a part of every weight, gradient, moment and average (`division.part_size`). During a step it
-gathers more (torch's `fully_shard`): the weights outside the blocks, from the forward pass to the end of the
-backward pass, and a whole gradient of them; and the weights and gradients of two blocks, because one is
-communicated while another computes. In the backward pass the activations of a micro-batch become its
+A rank holds a part of every weight, gradient, moment and average (`weight_partition.part_size`). During a
+step it gathers more (torch's `fully_shard`): the weights outside the blocks, from the forward pass to the
+end of the backward pass, and a whole gradient of them; and the weights and gradients of two blocks, because
+one is communicated while another computes. In the backward pass the activations of a micro-batch become its
 gradients, which are kept apart from those of the batch until it ends: the larger of the two counts.
 """
 
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig, OptimizerConfig, ServeConfig
 from maskwire_server.errors import ConfigError
-from maskwire_server.training import numerics, optim
-from maskwire_server.training.division import check_divisible, is_replicated_only, part_size
+from maskwire_server.training import numerics, optimizers
 from maskwire_server.training.footprint import (
     Footprint,
     Term,
@@ -29,7 +28,8 @@ from maskwire_server.training.footprint import (
     of_logits,
     size_text,
 )
-from maskwire_server.training.models.networks import Networks
+from maskwire_server.training.models.generator_critic import Networks
+from maskwire_server.training.weight_partition import check_divisible, is_replicated_only, part_size
 
 
 @dataclass(frozen=True)
@@ -186,14 +186,14 @@ def layouts(
         fitting += [shard] * room.fits(part)
     lines.append(_advice(fitting, machines))
     parts = {"generator": networks.generator, "critic": networks.critic}
-    return Footprint(lines, bool(fitting), optim.listed(parts, optimizer))
+    return Footprint(lines, bool(fitting), optimizers.listed(parts, optimizer))
 
 
 def _learning(
     networks: Networks, optimizer: OptimizerConfig, size: Callable[[Tensor], int]
-) -> Counter[optim.Rule]:
+) -> Counter[optimizers.Rule]:
     parts = {"generator": networks.generator, "critic": networks.critic}
-    return optim.counts(parts, optimizer, size)
+    return optimizers.counts(parts, optimizer, size)
 
 
 def _device(serve: ServeConfig, machines: Machines) -> torch.device:

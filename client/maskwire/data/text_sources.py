@@ -1,6 +1,6 @@
 """Where texts come from: files and folders, remote addresses, and Hugging Face data sets.
 
-A source yields Items from a place on, so that preparing can continue where it was stopped.
+A source yields Items from any position, so that preparing can continue where it was stopped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Source(Protocol):
     """Changes when the source changes."""
 
     def read(self, start: int) -> Iterator[Item]:
-        """Yield the items from a place on, where 0 is the start."""
+        """Yield the items from position `start` onwards: 0, or the `place` of an earlier Item."""
 
 
 class TextFile:
@@ -62,7 +62,7 @@ class RecordFile:
         return self._path.open("rb")
 
     def read(self, start: int) -> Iterator[Item]:
-        """Yield the records from a place on."""
+        """Yield the records from position `start` onwards, as an earlier Item gave it."""
         return self._reader(self.name, self._open, self._fields, start)
 
 
@@ -75,7 +75,7 @@ class RemoteFile:
         self._reader = reader_of(file.address, fields)
 
     def read(self, start: int) -> Iterator[Item]:
-        """Yield the text or the records from a place on."""
+        """Yield the text, or the records from position `start` onwards, as an earlier Item gave it."""
         if self._reader is not None:
             yield from self._reader(self.name, self._file.open, self._fields, start)
         elif start == 0:

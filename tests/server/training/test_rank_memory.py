@@ -14,9 +14,9 @@ import torch
 
 from maskwire_server import config
 from maskwire_server.errors import ConfigError
-from maskwire_server.training.division import check_divisible, part_size
-from maskwire_server.training.layouts import Machines, held, layouts
-from maskwire_server.training.models.networks import Networks
+from maskwire_server.training.models.generator_critic import Networks
+from maskwire_server.training.rank_memory import Machines, held, layouts
+from maskwire_server.training.weight_partition import check_divisible, part_size
 
 WORKER = Path(__file__).with_name("layout_worker.py")
 RANKS = 2

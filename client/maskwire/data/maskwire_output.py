@@ -56,7 +56,7 @@ _SERVER_LINE = re.compile(r"\d\d:\d\d:\d\d (DEBUG  |INFO   |WARNING|ERROR  |CRIT
 _SERVER_MESSAGE = re.compile(
     r"imported torch in [\d.]+ s|trainer built on |warmed up in |ready after [\d.]+ s|state [A-Z]+"
     r"|run [0-9a-f]{32} is at step |replayed \d+ steps? in |restored checkpoint "
-    r"|(loaded )?checkpoint \S+ (\(step \d+\)|saved: |collected|deleted on request)"
+    r"|(loaded )?checkpoint \S+ (\(step \d+\)|saved: |collected|deleted (by retention|on request))"
     r"|.*: stopping; (acknowledged steps are durable|what was acknowledged is safe)"
     r"|run directory: |no configuration file \(--config\)"
 )
@@ -102,7 +102,7 @@ _METRICS_LINE = re.compile(
 )
 
 
-class MaskwireFiles:
+class MaskwireOutput:
     """Tells maskwire's own files from data; remembers the folders that it has looked at."""
 
     def __init__(self) -> None:

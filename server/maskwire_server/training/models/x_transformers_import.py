@@ -3,7 +3,8 @@
 They are those of a `NonAutoregressiveWrapper` or a `TransformerWrapper(Encoder)`.
 
 Sizes, tied embeddings, critic and self-conditioning are read from the state dict. Settings that contradict it
-are errors, and so are options that the built-in encoder does not have; x_transformers_hosted.py takes them.
+are errors, and so are options that the built-in encoder does not have;
+x_transformers_import_unchanged.py takes them.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from torch import Tensor
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.training.models import x_transformers_unsupported
-from maskwire_server.training.models.networks import Networks
+from maskwire_server.training.models.generator_critic import Networks
 from maskwire_server.training.models.x_transformers_names import (
     INVERSE_WAVELENGTHS,
     Tensors,
     from_x_transformers,
     x_transformers_names,
 )
-from maskwire_server.training.models.x_transformers_parts import (
+from maskwire_server.training.models.x_transformers_sizes import sizes
+from maskwire_server.training.models.x_transformers_state_dict import (
     Imported,
     Parts,
     contradictions,
@@ -32,7 +34,6 @@ from maskwire_server.training.models.x_transformers_parts import (
     take_apart,
     with_objective,
 )
-from maskwire_server.training.models.x_transformers_sizes import sizes
 from maskwire_server.training.models.x_transformers_unsupported import HOSTED
 
 Gains = Literal["auto", "offset", "plain"]

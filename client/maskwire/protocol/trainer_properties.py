@@ -6,7 +6,7 @@ from maskwire import results
 from maskwire.protocol.session import Session
 
 
-class RunView:
+class TrainerProperties:
     """Properties of both trainers, as of the last answer."""
 
     _writer: Session

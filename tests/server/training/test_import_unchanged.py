@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig
-from maskwire_server.training.models import x_transformers_hosted
-from maskwire_server.training.models.networks import Networks
+from maskwire_server.training.models import x_transformers_import_unchanged
+from maskwire_server.training.models.generator_critic import Networks
 
 xt = pytest.importorskip("x_transformers")
 
@@ -29,7 +29,7 @@ def transformer(wrapper: dict[str, Any], layers: dict[str, Any]) -> Any:
 def imported(state: Any, options: dict[str, Any], **said: Any) -> tuple[Any, Networks]:
     model = {"mask_id": MASK_ID, "max_seq_len": N, **said.pop("model", {})}
     section = ModelConfig(source="x-transformers", x_transformers=options, **model)
-    found = x_transformers_hosted.import_state_dict(state, section, ObjectiveConfig(**said))
+    found = x_transformers_import_unchanged.import_state_dict(state, section, ObjectiveConfig(**said))
     networks = Networks(found.model, found.objective)
     networks.load_state_dict(found.weights, strict=True)
     return found, networks.eval()
@@ -106,7 +106,9 @@ def test_ids_and_lengths_that_no_weight_shows_must_be_set() -> None:
     layers = {**LAYERS, "rotary_pos_emb": True}
     section = ModelConfig(source="x-transformers", x_transformers=layers)
     with pytest.raises(ValueError, match=r"(?s)mask_id must be set.*max_seq_len must be set"):
-        x_transformers_hosted.import_state_dict(state(rotary_pos_emb=True), section, ObjectiveConfig())
+        x_transformers_import_unchanged.import_state_dict(
+            state(rotary_pos_emb=True), section, ObjectiveConfig()
+        )
 
 
 def test_names_are_those_of_the_file() -> None:

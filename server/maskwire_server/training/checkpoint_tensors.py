@@ -99,11 +99,15 @@ def _check_complete(file: str, name: str, shape: tuple[int, ...], parts: list[_S
     row = 0
     for part in parts:
         if part.first < row:
-            raise ValueError(f"{part.path.name}: {name} has rows from {part.first}, which another file has")
+            raise ValueError(
+                f"{part.path.name}: {name} repeats rows from row {part.first} on, which another file holds"
+            )
         if part.first > row:
             raise ValueError(f"{file}: no file has rows {row} to {part.first - 1} of {name}")
         if part.shape[1:] != shape[1:]:
-            raise ValueError(f"{part.path.name}: rows of {name} must be {shape[1:]}, got {part.shape[1:]}")
+            raise ValueError(
+                f"{part.path.name}: rows of {name} must have shape {shape[1:]}, got {part.shape[1:]}"
+            )
         row += part.shape[0]
     if row != shape[0]:
         raise ValueError(f"{file}: no file has rows {row} to {shape[0] - 1} of {name}")

@@ -14,7 +14,7 @@ from maskwire_server.journal.object_store import ObjectStore
 
 
 @dataclass(frozen=True)
-class Setup:
+class EngineOptions:
     """The run directory, how to build the trainer, and the settings of this start."""
 
     factory: Callable[[], Trainer]

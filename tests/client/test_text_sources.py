@@ -16,7 +16,7 @@ from maskwire.data.file_data import open_data
 from maskwire.data.prepare import prepare
 from maskwire.data.prepared_folder import PreparedMetadata
 from maskwire.data.record import Fields
-from maskwire.data.sources import find_sources
+from maskwire.data.text_sources import find_sources
 
 TEXTS = [
     "the dog sat on the log\n",
@@ -187,7 +187,7 @@ def test_texts_and_records_in_a_folder_are_read_together_unless_a_field_is_named
         ),
         ('{"text": "a"}\n\n{"text": \n', r"a\.jsonl, line 3: not valid JSON"),
         ('["a"]\n', r"a\.jsonl, line 1: it must be a JSON object with fields, got list"),
-        ('{"text": 7}\n', r"a\.jsonl, line 1: the field 'text' must hold text, it holds int \('7'\)"),
+        ('{"text": 7}\n', r"a\.jsonl, line 1: the field 'text' must hold text, got int \('7'\)"),
         ('{"text": ""}\n', "no record has text"),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_record_that_cannot_be_read_is_named(tmp_path: Path, lines: str, words
 
 def test_a_table_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text,other\na,b\nc\n")
-    with pytest.raises(ValueError, match=r"a\.csv, row 2: it has 1 fields, the header has 2"):
+    with pytest.raises(ValueError, match=r"a\.csv, row 2: it has 1 fields, but the header has 2"):
         open_data(tmp_path / "a.csv", text_field="text", **OPTIONS)
     with pytest.raises(ValueError, match=r"a\.csv: there is no field 'body'; the fields are text, other"):
         open_data(tmp_path / "a.csv", text_field="body", **OPTIONS)

@@ -14,7 +14,7 @@ import pytest
 
 from maskwire.data.file_data import open_data
 from maskwire.data.file_discovery import find_files
-from maskwire.data.maskwire_files import SETTINGS
+from maskwire.data.maskwire_output import SETTINGS
 from maskwire.data.prepare import prepare
 from maskwire.loggers.csv_file import COLUMNS
 

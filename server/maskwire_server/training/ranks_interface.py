@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskwire_server.training.parts import Part, split, split_by_length
+from maskwire_server.training.micro_batch_split import Part, split, split_by_length
 from maskwire_server.training.shards import Piece
 
 
