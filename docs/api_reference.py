@@ -14,7 +14,7 @@ from api_docstrings import Docstring, attribute_docs, field_docs
 import maskwire
 from maskwire import aio, client, credentials, errors, loggers, results
 from maskwire.loggers import progress, records
-from maskwire.protocol import evaluation_plan, fit_result, keyword_arguments, run_view
+from maskwire.protocol import evaluation_plan, fit_result, option_types, trainer_properties
 from maskwire.protocol.step_inputs import Data
 
 _MADE = (
@@ -35,11 +35,11 @@ Every public name of `import maskwire`, with its arguments and results. [The Pyt
 
 _FIRST = ("fit", "train_step", "submit", "evaluate", "eval_loss", "generate")
 _OPTIONS = {
-    "StepOptions": ("Options of a step", keyword_arguments.StepOptions),
-    "FitOptions": ("Options of every step of fit", keyword_arguments.FitOptions),
-    "EvalOptions": ("Options of an evaluation", keyword_arguments.EvalOptions),
-    "GenerateOptions": ("Options of a generation", keyword_arguments.GenerateOptions),
-    "ListOptions": ("Options of list_steps", keyword_arguments.ListOptions),
+    "StepOptions": ("Options of a step", option_types.StepOptions),
+    "FitOptions": ("Options of every step of fit", option_types.FitOptions),
+    "EvalOptions": ("Options of an evaluation", option_types.EvalOptions),
+    "GenerateOptions": ("Options of a generation", option_types.GenerateOptions),
+    "ListOptions": ("Options of list_steps", option_types.ListOptions),
     "CredentialOptions": ("Credentials", credentials.CredentialOptions),
 }
 _RESULTS: tuple[type, ...] = (
@@ -67,7 +67,7 @@ def api() -> str:
     lines.append(
         "A Trainer also has the calls of a [Client](#client), and these values, as of the last answer:\n"
     )
-    lines += [*_properties(run_view.RunView), *_members(client.Trainer)]
+    lines += [*_properties(trainer_properties.TrainerProperties), *_members(client.Trainer)]
     lines += [*_options("StepOptions"), *_options("FitOptions")]
     lines += ["## Evaluate, generate, checkpoints\n", *_class(maskwire.Client, constructor=False)]
     lines += _members(client.Client)
