@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 import threading
+import traceback
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +122,11 @@ class WriterModel(RuleBasedStateMachine):
         self.engine = make_engine(
             self.folder / "run", CONFIG, on_fatal=self.fatal.append, clock=lambda: self.now
         )
-        self.engine.wait_serving(WAIT)
+        try:
+            self.engine.wait_serving(WAIT)
+        except TimeoutError:
+            stacks = ("".join(traceback.format_stack(frame)) for frame in sys._current_frames().values())
+            raise AssertionError(f"not serving after {WAIT} s:\n" + "\n".join(stacks)) from None
 
     def teardown(self) -> None:
         failpoints.install(None)
@@ -298,6 +304,7 @@ class WriterModel(RuleBasedStateMachine):
             assert (answer.step, answer.digest) == (self.step, self.digest)
         if session is not None:
             self.active = self.now
+        self.fill()  # nothing waits, and what was refused before it came is forgotten
 
     @rule(data=st.data())
     @precondition(lambda self: self.known)

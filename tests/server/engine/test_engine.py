@@ -745,6 +745,15 @@ def test_three_steps_that_are_not_finite_halt_until_a_takeover(rig: Rig) -> None
     assert good.result.outcome is Outcome.APPLIED
 
 
+def test_a_halted_run_says_so_behind_a_step_that_was_refused_before_it_came(rig: Rig) -> None:
+    engine = rig.start()
+    session = open_session(engine, "me", "n")
+    engine.step_refused(session, 5)
+    for seed in range(3):
+        engine.train_step(StepRequest(payload(seed, NAN_ID), session)).result(WAIT)
+    assert reason(engine.train_step(StepRequest(payload(7), session, 6))) == "HALTED"
+
+
 def test_a_full_disk_holds_and_goes_on_when_there_is_room(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = rig.start()
     engine.train_step(bare(0)).result(WAIT)
