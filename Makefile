@@ -39,8 +39,9 @@ model: venv ## Compare engine and journal with a small model: 10,000 random runs
 robustness: venv ## Inject faults, write docs/robustness.md (FULL=1, ONLY="R1 R4"); resumes where it stopped
 	@PYTHONPATH=tests:. $(BIN)/python -m robustness $(ONLY) $(if $(FULL),--full)
 
-docs: venv ## Generate the reference pages from the code, and build the site into docs/_site
+docs: venv ## Generate the reference pages, run all tutorials, and build the site into docs/_site
 	$(BIN)/python docs/generate.py
+	@MASKWIRE_TUTORIALS=1 $(BIN)/python -m pytest -q tests/rpc/test_tutorials.py
 	@$(PYTHON) deploy/venv.py docs
 	@$(BIN)/python docs/website/build.py
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from docs.tutorial import TUTORIALS, Tutorial, TutorialError, blocks, missing
 ROOT = Path(__file__).resolve().parents[2]
 
 Run = Callable[..., str]
+LONG = pytest.mark.skipif(
+    "MASKWIRE_TUTORIALS" not in os.environ, reason="takes half a minute; `make docs` runs it"
+)
 
 
 @pytest.fixture
@@ -90,6 +94,7 @@ def test_own_corpus(run: Run) -> None:
     assert probabilities == sorted(probabilities, reverse=True)
 
 
+@LONG
 def test_fine_tune_bert(run: Run, preloaded: None) -> None:
     said = run(
         "fine-tune-bert",
@@ -145,6 +150,7 @@ def test_infilling(run: Run) -> None:
     assert nats == sorted(nats)
 
 
+@LONG
 def test_cluster(run: Run, tmp_path: Path) -> None:
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl")
@@ -168,6 +174,7 @@ def test_gpu(run: Run) -> None:
     assert re.search(r"[\d,]+ tokens/s; the device computed \d+% of the time", said)
 
 
+@LONG
 def test_sizing(run: Run) -> None:
     said = run("sizing", {"every_steps=100": "every_steps=10", "until_step=450": "until_step=45"})
     per_parameter = [float(found) for found in re.findall(r"bytes, ([\d.]+) per parameter", said)]
