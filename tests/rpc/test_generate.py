@@ -145,7 +145,7 @@ CASES: dict[str, tuple[pb.GenerateRequest, str, list[str]]] = {
     "a top_p above 1": (R(count=1, top_p=1.5), "top_p", ["1.5"]),
     "a top_p that is none": (R(count=1, top_p=math.nan), "top_p", ["nan"]),
     "remasking in random order": (R(count=1, remasking=True), "remasking",
-                                  ["confidence or critic", "random"]),
+                                  ["'confidence' or 'critic'", "random"]),
     "an unknown mode": (R(count=1, self_cond_mode=3), "self_cond_mode", ["SelfCondMode", "3"]),
     "seeds for other rows": (R(count=2, row_seeds=[1]), "row_seeds", ["one seed per row, 2", "got 1"]),
     "a seed without room": (R(count=2, seed=2**63 - 1), "seed", ["each of the 2 rows"]),
