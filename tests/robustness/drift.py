@@ -33,7 +33,11 @@ class PerturbedTrainer(TorchTrainer):
     """Rounds otherwise than its like at every step, and never twice the same way."""
 
     rounding = ROUNDING["fp32"]
-    noise = torch.Generator().manual_seed(1)
+    noise_seed = 1
+
+    def __init__(self, *arguments: Any) -> None:
+        self.noise = torch.Generator().manual_seed(self.noise_seed)
+        super().__init__(*arguments)
 
     def _gradients(self, *arguments: Any) -> Any:
         shares = super()._gradients(*arguments)
