@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
+# What is imported is compiled once, and not in every process: importing torch takes half as long then.
+unexport PYTHONDONTWRITEBYTECODE
 SOURCES := client server demo deploy proto tests
 
 .PHONY: help venv demo test lint proto docs image bench model robustness

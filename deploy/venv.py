@@ -89,7 +89,7 @@ def requirements(extra: str) -> list[str]:
 
 def install(*wanted: str) -> None:
     """Install packages into the environment, in the versions that the tests run with."""
-    # What is imported is compiled then: most of it never is.
+    # What is imported is compiled then, if bytecode may be written (see the Makefile): most of it never is.
     pip = (
         str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"
     )  # fmt: skip
