@@ -89,7 +89,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rank
         server.kill()
 
 
-@pytest.mark.timeout(480)  # five groups of ranks start one after another: two minutes on a free machine
 def test_a_lost_rank_costs_a_restart_and_no_step(
     start: Start, undisturbed: tuple[RankServer, dict[str, Any]], tmp_path: Path
 ) -> None:
