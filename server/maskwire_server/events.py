@@ -1,4 +1,4 @@
-"""What happened in a run: values that the engine and the service publish, and telemetry subscribes to.
+"""The events of a run, which the engine and the service publish, and the interface of their subscribers.
 
 `time` is in seconds since the epoch, at the end of what happened; durations are in seconds. No event holds a
 token of access, and only `Generated` holds ids.
@@ -7,6 +7,7 @@ token of access, and only `Generated` holds ids.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -159,3 +160,21 @@ Event = (
     | Generated
     | CallEnded
 )
+
+
+class Subscriber(Protocol):
+    """Receives events, one at a time, on a thread of its own."""
+
+    name: str
+    """A label of metrics and logs."""
+    kinds: frozenset[type[Event]]
+    """The events that it wants."""
+
+    def receive(self, event: Event) -> None:
+        """Handle an event. What it raises is logged, and the event counts as dropped."""
+
+    def idle(self) -> bool:
+        """Called when no event waits. True: call it again in a second, unless an event comes first."""
+
+    def close(self) -> None:
+        """Called after the last event."""

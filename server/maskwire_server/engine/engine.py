@@ -221,9 +221,8 @@ class Engine:
     def list_steps(self, request: StepsRequest) -> Future[StepsPage]:
         """A page of recorded steps of one lineage."""
         self._unanswered.require_serving()
-        return self._unanswered.add(
-            self._committer.ask(listing.page, self._run.head.computed.run_id, request)
-        )
+        page = self._committer.ask(listing.page, self._run.head.computed.run_id, request)
+        return self._unanswered.add(page)
 
     @property
     def tokenizer(self) -> KeptTokenizer:

@@ -11,9 +11,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
-from maskwire_server.events import Event
+from maskwire_server.events import Event, Subscriber
 
 log = logging.getLogger(__name__)
 
@@ -22,24 +21,6 @@ PAUSE_SECONDS = 0.05
 """Events are handled together this often: waking a thread for each would delay the next step."""
 QUEUED_EVENTS = 4096
 """The most events that wait for one subscriber; a step is one to three events."""
-
-
-class Subscriber(Protocol):
-    """Receives events, one at a time, on a thread of its own."""
-
-    name: str
-    """A label of metrics and logs."""
-    kinds: frozenset[type[Event]]
-    """The events that it wants."""
-
-    def receive(self, event: Event) -> None:
-        """Handle an event. What it raises is logged, and the event counts as dropped."""
-
-    def idle(self) -> bool:
-        """Called when no event waits. True: call it again in a second, unless an event comes first."""
-
-    def close(self) -> None:
-        """Called after the last event."""
 
 
 class Publisher:

@@ -7,35 +7,18 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
 
 from maskwire.v1 import tracing
 from maskwire.v1.values import TokenizerDescription
 from maskwire_server.config import TelemetryConfig
 from maskwire_server.errors import ConfigError, Refused
-from maskwire_server.events import Event
+from maskwire_server.events import Subscriber
 from maskwire_server.run_status import RunStatus
 from maskwire_server.telemetry import log_formats
 from maskwire_server.telemetry.metrics import Reading
 from maskwire_server.telemetry.sample_text import decoder
 
 log = logging.getLogger(__name__)
-
-
-class Subscriber(Protocol):
-    """What receives events, as the publisher calls it."""
-
-    name: str
-    kinds: frozenset[type[Event]]
-
-    def receive(self, event: Event) -> None:
-        """Handle an event."""
-
-    def idle(self) -> bool:
-        """Write out what is buffered; True: call again in a second."""
-
-    def close(self) -> None:
-        """The last event has come."""
 
 
 class Sources:
