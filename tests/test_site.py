@@ -151,3 +151,11 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     for page in pages:
         loaded = re.findall(r"<(?:script|link|img)[^>]* (?:src|href)=\"([^\"]+)\"", page.read_text())
         assert not [address for address in loaded if re.match(r"(https?:)?//", address)], page.name
+    kept = site / "index.html"
+    again = subprocess.run(
+        [sys.executable, str(DOCS / "website" / "build.py"), str(site)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert again.returncode == 1
+    assert f"{site} must be a new or an empty folder" in again.stderr
+    assert kept.is_file()

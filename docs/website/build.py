@@ -1,6 +1,6 @@
-"""Build the documentation site into docs/_site, or into the folder that is named; a warning is an error.
+"""Build the documentation site into docs/_site, or into an empty folder that is named; a warning is an error.
 
-A folder from an earlier build is replaced, so that no page of it stays.
+docs/_site is replaced, so that no page of an earlier build stays.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ ROOT = HERE.parents[1]
 
 def main() -> int:
     """Entry point; exit status 1 after a warning."""
-    site = Path(sys.argv[1]) if sys.argv[1:] else ROOT / "docs" / "_site"
-    shutil.rmtree(site, ignore_errors=True)
+    if sys.argv[1:]:
+        site = Path(sys.argv[1])
+        if site.exists() and (not site.is_dir() or any(site.iterdir())):
+            sys.exit(f"{site} must be a new or an empty folder, because the site is all that it will hold")
+    else:
+        site = ROOT / "docs" / "_site"
+        shutil.rmtree(site, ignore_errors=True)
     # The parsed pages of an earlier build are not used: their warnings would not be repeated.
     with tempfile.TemporaryDirectory() as parsed:
         status = build(
