@@ -105,8 +105,8 @@ def refuse_many_reads(waiting: int, limit: int) -> None:
     if waiting >= limit:
         raise Refused(
             "QUEUE_FULL",
-            f"{waiting} evaluations and generations of this token or certificate wait for the device, which "
-            "is the limit (serve.max_reads_per_credential); retry",
+            f"{waiting} evaluations and generations of this token or certificate already wait for the "
+            "device; that is the limit (serve.max_reads_per_credential); retry",
             queue_length=waiting,
             queue_limit=limit,
         )
