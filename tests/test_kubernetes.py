@@ -112,6 +112,18 @@ def test_the_service_monitor_fits_its_documented_fields_and_finds_the_service(
     assert len(list(check.iter_errors(monitor))) >= 1
 
 
+def test_the_operator_gets_the_alerts_for_the_job_that_it_scrapes(rendered: dict[str, Manifests]) -> None:
+    manifests = rendered["monitored"]
+    alerts = yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yml").read_text())
+    rule = manifests["PrometheusRule"]
+    assert rule["apiVersion"] == "monitoring.coreos.com/v1"
+    assert rule["spec"] == alerts
+    # Without a jobLabel the operator calls the job after the Service.
+    assert "jobLabel" not in manifests["ServiceMonitor"]["spec"]
+    jobs = set(re.findall(r'job="([^"]*)"', json.dumps(alerts).replace('\\"', '"')))
+    assert jobs == {manifests["Service"]["metadata"]["name"]}
+
+
 def test_a_mirrored_server_reaches_its_store_and_may_take_hours_to_restore(
     rendered: dict[str, Manifests],
 ) -> None:

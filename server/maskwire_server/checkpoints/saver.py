@@ -211,7 +211,10 @@ class Saver:
                 name=name,
             ) from error
         if not gone:
-            why = "it is being downloaded, or was a minute ago, or the run was restored to it"
+            why = (
+                "it is being downloaded or copied to the mirror, was downloaded in the last minute, or the run "
+                "was restored to it"
+            )
             cure = "wait, or save another checkpoint first"
         if why is not None:
             raise Refused(

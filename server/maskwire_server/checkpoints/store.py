@@ -277,14 +277,14 @@ class Checkpoints:
                 self._read_until[name] = self._clock() + LEASE_SECONDS
 
     def pin(self, name: str) -> Manifest:
-        """Protect a checkpoint from deletion while a restore uses it. Raises Refused as `get` does."""
+        """Protect a checkpoint from deletion while a restore or an upload uses it. Raises Refused as `get` does."""
         with self._lock:
             manifest = self.get(name)
             self._pins[name] += 1
         return manifest
 
     def unpin(self, name: str) -> None:
-        """Release a checkpoint: its restore was refused."""
+        """Release a checkpoint: its restore was refused, or its upload has ended."""
         with self._lock:
             self._pins[name] -= 1
 

@@ -167,7 +167,7 @@ class _Restore:
                 )
             for change in segment.changes:
                 apply(db, change)
-        except ValueError as error:
+        except (ValueError, sqlite3.IntegrityError) as error:
             raise RunDirectoryError(f"{self._store.address}/{segment_name(number)}: {error}") from error
         self._last, self._hash = segment, hash_of(data)
         if segment.changes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -297,6 +298,20 @@ def test_a_missing_segment_and_a_damaged_one_stop_a_restore(rig: MirroredRig, tm
     with pytest.raises(RunDirectoryError, match="000000000002: it is missing"):
         rig.restore("other")
     assert not (tmp_path / "other" / "journal.sqlite").exists()
+
+
+def test_a_segment_with_a_row_that_no_journal_takes_is_named(rig: MirroredRig, tmp_path: Path) -> None:
+    engine = rig.start()
+    engine.train_step(bare(0)).result(WAIT)
+    wait_for(lambda: engine.status().mirror.step == 1)  # type: ignore[union-attr]
+    engine.close()
+    newest = max((tmp_path / "mirror" / "segments").iterdir())
+    segment = Segment.decode(newest.read_bytes())
+    row = next(change for change in segment.changes if change.table == "steps")
+    changed = Change(row.table, row.kind, (*row.values[:3], None, *row.values[4:]))
+    newest.write_bytes(dataclasses.replace(segment, changes=(changed,)).encode())
+    with pytest.raises(RunDirectoryError, match=rf"{newest.name}: NOT NULL constraint failed: steps\."):
+        rig.restore("other")
 
 
 def test_a_restore_reads_a_faster_writer_first(rig: MirroredRig, tmp_path: Path) -> None:
