@@ -30,24 +30,29 @@ from maskwire.results import EvalResult, StepResult
 FOLDER = Path("demo-run")
 MARK = "made-by-maskwire-demo"
 CURVE, REPORT = FOLDER / "learning-curve.png", FOLDER / "report.html"
-LENGTH, ROWS, HELD_OUT, EVAL_ROWS = 128, 32, 0.05, 128
+LENGTH, ROWS, HELD_OUT, EVAL_ROWS = 128, 8, 0.05, 128
 EVALUATIONS = 5
-PROBE_STEPS, FEWEST_STEPS = 20, 450
-LAST_RATE = 1e-3  # of the last fifth
+PROBE_STEPS, FEWEST_STEPS = 40, 800
+PEAK_RATE = 8e-3
 CONFIG = f"""\
-# A byte-level model small enough for two CPU cores.
+# A byte-level model small enough for two CPU cores: the best of docs/recipe.md.
 [model]
 num_tokens = 257   # 256 bytes and the mask id
 mask_id = 256
 max_seq_len = {LENGTH}
-dim = 128
-depth = 3
+dim = 64
+depth = 4
 heads = 2
+dim_head = 32
 positions = "rotary"
+norm = "rmsnorm"
+qk_norm = true
+
+[objective]
+schedule = "quadratic"
 
 [optimizer]
-learning_rate = 4e-3
-warmup_steps = 60
+name = "muon"
 ema_decay = 0.99
 
 [checkpoints]
@@ -127,7 +132,13 @@ def run(
         start = evaluate(trainer)
         writing.untrained(trainer)
         say(f"Held out before training: {start.bits_per_byte:.2f} bits per byte. Measuring this machine …")
-        probe = trainer.fit(training, until_step=PROBE_STEPS, metrics=metrics, progress=False)
+        probe = trainer.fit(
+            training,
+            until_step=PROBE_STEPS,
+            metrics=metrics,
+            learning_rate=lambda step: PEAK_RATE * step / PROBE_STEPS,
+            progress=False,
+        )
         total = max(FEWEST_STEPS, int(seconds * PROBE_STEPS / probe.seconds) // 10 * 10)
         killer.at_step = total // 2
         say(f"Training {total} steps of {ROWS} rows of {LENGTH} bytes. Half-way the server is killed.\n")
@@ -138,7 +149,7 @@ def run(
             eval_every=max(1, total // EVALUATIONS),
             metrics=metrics,
             on_step=killer.on_step,
-            learning_rate=lambda step: LAST_RATE if step > total * 4 // 5 else None,
+            learning_rate=lambda step: falling(step, total),
         )
         if result.interrupted:
             raise KeyboardInterrupt
@@ -172,6 +183,12 @@ def run(
         "checkpoint": saved.name,
         "digest": digest.hex(),
     }
+
+
+def falling(step: int, total: int) -> float:
+    """Half a cosine from the peak, after the probe, to 0 behind the last step."""
+    done = (step - PROBE_STEPS) / (total + 1 - PROBE_STEPS)
+    return PEAK_RATE * (1 + math.cos(math.pi * done)) / 2
 
 
 def show_writing(writing: Writing) -> None:

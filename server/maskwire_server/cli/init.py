@@ -25,17 +25,17 @@ def init(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write a commented configuration file with all settings and their defaults."""
+    """Write a commented configuration file with all settings: a recipe for the encoder, else the defaults."""
     check_extra()
     from maskwire_server.config.model import ModelConfig
-    from maskwire_server.config.template import template
+    from maskwire_server.config.template import RECIPE, template
 
     if path.exists() and not force:
         stop(f"{path} exists; choose another name, or overwrite it with --force")
     longest_row = ModelConfig.model_fields["max_seq_len"].default
-    chosen = {} if data is None else {"model": _model_settings(data, longest_row)}
-    path.write_text(template(chosen), encoding="utf-8")
-    for name, value in chosen.get("model", {}).items():
+    fitting = {} if data is None else _model_settings(data, longest_row)
+    path.write_text(template({**RECIPE, "model": {**RECIPE["model"], **fitting}}), encoding="utf-8")
+    for name, value in fitting.items():
         typer.echo(f"model.{name} = {value}")
     typer.echo(f"wrote {path}; next: maskwire-server check --config {path}")
 
