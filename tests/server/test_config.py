@@ -21,7 +21,7 @@ from maskwire_server.cli import options
 from maskwire_server.config import Config, ObjectiveConfig, load
 from maskwire_server.config.record import ALWAYS_RECORDED
 from maskwire_server.config.sections import SECTIONS
-from maskwire_server.config.template import template, written
+from maskwire_server.config.template import RECIPE, template, written
 from maskwire_server.errors import ConfigError
 
 
@@ -224,13 +224,21 @@ def test_the_server_reports_each_mistake_in_a_line_and_does_not_start(tmp_path: 
     )
 
 
+def test_init_writes_the_recipe_and_leaves_the_rest_at_its_default(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    assert run("init", str(file)).returncode == 0
+    assert load(file).model_dump() == load(None, **RECIPE).model_dump()
+    assert load(file).optimizer.name == "muon"
+
+
 def test_init_does_not_overwrite_and_check_reports_memory(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     assert run("init", str(file)).returncode == 0
     again = run("init", str(file))
     assert again.returncode == 2
     assert "--force" in again.stderr
-    small = run("check", "--config", str(file), "--set", "model.dim=32", "--set", "model.depth=1")
+    narrow = ("--set", "model.dim=32", "--set", "model.depth=1", "--set", "optimizer.name=adamw")
+    small = run("check", "--config", str(file), *narrow)
     assert small.returncode == 0
     assert "parameters" in small.stdout
     assert "fits" in small.stdout

@@ -212,8 +212,8 @@ class Saver:
             ) from error
         if not gone:
             why = (
-                "it is being downloaded or copied to the mirror, was downloaded in the last minute, or the run "
-                "was restored to it"
+                "it is being downloaded or copied to the mirror, was downloaded in the last minute, or the "
+                "run was restored to it"
             )
             cure = "wait, or save another checkpoint first"
         if why is not None:

@@ -277,7 +277,7 @@ class Checkpoints:
                 self._read_until[name] = self._clock() + LEASE_SECONDS
 
     def pin(self, name: str) -> Manifest:
-        """Protect a checkpoint from deletion while a restore or an upload uses it. Raises Refused as `get` does."""
+        """Protect a checkpoint from deletion while a restore or an upload uses it. Raises as `get` does."""
         with self._lock:
             manifest = self.get(name)
             self._pins[name] += 1

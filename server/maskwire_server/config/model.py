@@ -120,7 +120,7 @@ class ModelConfig(Section):
                 "python": "[model.python.options]",
             }[self.source]
             raise ValueError(
-                f'{own[0]} is a setting of source = "encoder"; remove it, this model is described in {where}, '
+                f'{own[0]} is a setting of source = "encoder"; remove it; this model is given by {where}, '
                 f"got {getattr(self, own[0])!r}"
             )
         if self.source == "huggingface" and not (self.huggingface and self.huggingface.path):
