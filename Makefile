@@ -26,7 +26,7 @@ test: venv ## The whole test suite, in two processes (WORKERS=N)
 lint: venv ## Check style, types, and that generated files are current
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers $(WORKERS)
 	$(BIN)/python proto/generate.py --check
 	$(BIN)/python docs/generate.py --check
 	@if command -v buf >/dev/null; then cd proto && buf lint && buf format --diff --exit-code; \

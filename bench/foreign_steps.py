@@ -106,7 +106,7 @@ def hugging_face(ids: Any, steps: int, tokens: int) -> Seconds:
 
     mask_id, began, seconds = tokens - 1, [0.0], []
 
-    class Masked(transformers.Trainer):
+    class Masked(transformers.Trainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
             clean = inputs["input_ids"]
             chance = torch.rand(len(clean), 1).clamp(min=1e-3)
@@ -115,14 +115,14 @@ def hugging_face(ids: Any, steps: int, tokens: int) -> Seconds:
             each = F.cross_entropy(logits.transpose(1, 2), clean, reduction="none")
             return (each * masked / chance).sum() / clean.numel()
 
-    class Clock(transformers.TrainerCallback):
+    class Clock(transformers.TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             began[0] = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seconds.append(time.perf_counter() - began[0])
 
-    model = transformers.AutoModelForMaskedLM.from_config(modern_bert(ids.shape[1], tokens))  # type: ignore[no-untyped-call]
+    model = transformers.AutoModelForMaskedLM.from_config(modern_bert(ids.shape[1], tokens))
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder, per_device_train_batch_size=len(ids), max_steps=steps, save_strategy="no",

@@ -142,9 +142,7 @@ def test_infilling(run: Run) -> None:
     )
     assert len(re.findall(r"\non .* anna buys 3 plums and .* nuts, 5 in all\.", said)) == 3
     masked = [int(found) for found in re.findall(r"on friday carla buys [^\0]{19}, 4 in all\. (\d+)", said)]
-    assert len(masked) == 5
-    assert masked == sorted(masked, reverse=True)
-    assert masked[-1] == 0
+    assert masked == [12, 6, 3, 0], "19 (1 - t)^2, rounded down, at t = 1/5 to 4/5"
     nats = [float(found) for found in re.findall(r"^ *([\d.]+) nats  on sunday ", said, re.MULTILINE)]
     assert len(nats) == 4
     assert nats == sorted(nats)

@@ -157,5 +157,5 @@ def _library() -> Any:
     except ImportError as error:
         raise ConfigError(_INSTALL) from error
     if not sys.stderr.isatty():  # a bar would fill the log with its redrawings
-        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers.utils.logging.disable_progress_bar()
     return transformers
