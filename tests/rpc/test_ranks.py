@@ -92,13 +92,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rank
 def test_a_lost_rank_costs_a_restart_and_no_step(
     start: Start, undisturbed: tuple[RankServer, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """A follower ends without memory; the leader is killed; a follower freezes. R12 does the rest."""
+    """A follower runs out of memory; the leader is killed, then the follower; the follower freezes."""
     lossy = start(2, *SETTINGS, fault="1:rank.ordered:6:memory")
 
     def lose(step: int) -> None:
-        if step == 4:
-            lossy.ranks()[0].kill()
-        if step == 8:
+        if step in (4, 8):
+            lossy.ranks()[step // 4 - 1].kill()
+        if step == 10:
             lossy.ranks()[1].send_signal(signal.SIGSTOP)
 
     expected, found = dict(undisturbed[1]), trained(lossy, 12, lose)
