@@ -33,6 +33,7 @@ from maskwire_server.results import CheckpointInfo
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
+_UPLOADED = "it is being copied to the mirror"
 
 
 class MirroredCheckpoints:
@@ -82,11 +83,11 @@ class MirroredCheckpoints:
             if any(each.to_json() == manifest.to_json() for each in self._there.values()):
                 return
             name = manifest.info.name
-            self._checkpoints.pin(name)
+            self._checkpoints.pin(name, _UPLOADED)
             try:
                 self._upload(manifest)
             finally:
-                self._checkpoints.unpin(name)
+                self._checkpoints.unpin(name, _UPLOADED)
 
     def _upload(self, manifest: Manifest) -> None:
         path = self._checkpoints.path(manifest.info.name)

@@ -136,7 +136,7 @@ class Saver:
 
     def _collect(self, name: str) -> None:
         try:
-            if self._checkpoints.delete(name):
+            if not self._checkpoints.delete(name):
                 log.info("checkpoint %s deleted by retention", name)
         except OSError as error:  # the next start sweeps what is left of it
             log.error(
@@ -200,7 +200,7 @@ class Saver:
         why = retention.needed(self._checkpoints.own(), lineages, lineage).get(name)
         cure = "save another checkpoint first"
         try:
-            gone = why is not None or self._checkpoints.delete(name)
+            in_use = "" if why is not None else self._checkpoints.delete(name)
         except OSError as error:
             if is_shortage(error):
                 raise
@@ -210,12 +210,8 @@ class Saver:
                 "disk",
                 name=name,
             ) from error
-        if not gone:
-            why = (
-                "it is being downloaded or copied to the mirror, was downloaded in the last minute, or the "
-                "run was restored to it"
-            )
-            cure = "wait, or save another checkpoint first"
+        if in_use:
+            why, cure = in_use, "wait, or save another checkpoint first"
         if why is not None:
             raise Refused(
                 "CHECKPOINT_NEEDED", f"checkpoint {name!r} cannot be deleted: {why}; {cure}",

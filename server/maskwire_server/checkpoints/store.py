@@ -15,7 +15,6 @@ import logging
 import shutil
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +40,7 @@ from maskwire_server.results import FROZEN_FILE, FileInfo
 log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 60.0
+_DOWNLOADED, _LATELY = "it is being downloaded", "it was downloaded in the last minute"
 _ASIDE = ".aside"  # no checkpoint's name contains a dot
 
 
@@ -59,10 +59,9 @@ class Checkpoints:
         self.folder = run_dir / "checkpoints"
         self._catalogue = catalogue
         self._clock = clock
-        self._readers: Counter[str] = Counter()
         self._read_until: dict[str, float] = {}  # a client may request another file
         self._verified: set[str] = set()
-        self._pins: Counter[str] = Counter()
+        self._pins: list[tuple[str, str]] = []  # name and reason
         self._changing: set[str] = set()  # being written or deleted
         self._lock = threading.RLock()  # held while a name is looked up, leased, added or removed
 
@@ -266,42 +265,38 @@ class Checkpoints:
     @contextlib.contextmanager
     def reading(self, name: str) -> Iterator[Manifest]:
         """Protect a checkpoint from deletion while it is read. Raises Refused in the same cases as `get`."""
-        with self._lock:
-            manifest = self.get(name)
-            self._readers[name] += 1
+        manifest = self.pin(name, _DOWNLOADED)
         try:
             yield manifest
         finally:
             with self._lock:
-                self._readers[name] -= 1
+                self.unpin(name, _DOWNLOADED)
                 self._read_until[name] = self._clock() + LEASE_SECONDS
 
-    def pin(self, name: str) -> Manifest:
-        """Protect a checkpoint from deletion while a restore or an upload uses it. Raises as `get` does."""
+    def pin(self, name: str, reason: str) -> Manifest:
+        """Protect a checkpoint from deletion until `unpin`. Raises Refused in the same cases as `get`."""
         with self._lock:
             manifest = self.get(name)
-            self._pins[name] += 1
+            self._pins.append((name, reason))
         return manifest
 
-    def unpin(self, name: str) -> None:
-        """Release a checkpoint: its restore was refused, or its upload has ended."""
+    def unpin(self, name: str, reason: str) -> None:
+        """Release a checkpoint that was pinned for this reason."""
         with self._lock:
-            self._pins[name] -= 1
+            self._pins.remove((name, reason))
 
-    def delete(self, name: str) -> bool:
+    def delete(self, name: str) -> str:
         """Delete a checkpoint, its manifest first, so that part of one is never taken for a complete one.
 
-        Returns False, and deletes nothing, while it is pinned or read and for a minute after it was read.
+        Returns "", or why it was not deleted: it is pinned, or being read, or was read in the last minute.
         """
         folder = self.path(name)
         with self._lock:
-            if self._pins[name] or self._readers[name]:
-                return False
-            if self._clock() < self._read_until.get(name, 0.0):
-                return False
+            if in_use := self._in_use(name):
+                return in_use
             if not folder.exists():
                 self.named(name)
-                return True
+                return ""
             self._changing.add(name)
             if self._catalogue is not None:
                 self._catalogue.remove(name)
@@ -316,7 +311,12 @@ class Checkpoints:
         finally:
             self._changing.discard(name)
             self.named(name)  # it may still be complete
-        return True
+        return ""
+
+    def _in_use(self, name: str) -> str:
+        """Why a checkpoint cannot be deleted now; "": it can."""
+        lately = _LATELY if self._clock() < self._read_until.get(name, 0.0) else ""
+        return next((reason for pinned, reason in self._pins if pinned == name), lately)
 
     def set_aside(self, name: str) -> str:
         """Rename a checkpoint, so that nothing relies on it, and return its new name."""

@@ -120,8 +120,8 @@ class ModelConfig(Section):
                 "python": "[model.python.options]",
             }[self.source]
             raise ValueError(
-                f'{own[0]} is a setting of source = "encoder"; remove it; this model is given by {where}, '
-                f"got {getattr(self, own[0])!r}"
+                f'{own[0]} is a setting of source = "encoder", got {getattr(self, own[0])!r}; remove it: '
+                f"this model is described by {where}"
             )
         if self.source == "huggingface" and not (self.huggingface and self.huggingface.path):
             raise ValueError('model.huggingface.path must be set with source = "huggingface", got none')

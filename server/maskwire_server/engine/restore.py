@@ -28,6 +28,8 @@ from maskwire_server.requests import RestoreRequest, SaveRequest
 
 log = logging.getLogger(__name__)
 
+_RESTORED = "the run was restored to it"
+
 
 @dataclass
 class Restores:
@@ -49,7 +51,7 @@ class Restores:
                 return
             self.run.conditions.set(RunState.RESTORING, waiting_for="the checkpoint's files to be read")
         try:
-            restore = Restore(request, self.checkpoints.pin(request.name), future)  # before it is read
+            restore = Restore(request, self.checkpoints.pin(request.name, _RESTORED), future)
         except BaseException:
             with self.run.mutex:
                 self.run.conditions.set(RunState.RESTORING, False)
@@ -113,7 +115,7 @@ class Restores:
             )
 
     def _give_up(self, restore: Restore, refusal: Refused) -> None:
-        self.checkpoints.unpin(restore.manifest.info.name)
+        self.checkpoints.unpin(restore.manifest.info.name, _RESTORED)
         with self.run.mutex:
             self.run.conditions.set(RunState.RESTORING, False)
         refuse(restore.future, refusal)

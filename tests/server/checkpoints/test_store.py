@@ -193,12 +193,18 @@ def test_what_a_kill_in_the_middle_of_a_file_leaves_is_swept(tmp_path: Path) -> 
 def test_what_a_restore_goes_back_to_stays_unless_the_restore_is_refused(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.write(Files(), manifest())
-    assert checkpoints.pin("a").info.name == "a"
-    assert not checkpoints.delete("a")
-    checkpoints.unpin("a")
-    assert checkpoints.delete("a")
+    assert checkpoints.pin("a", "it is restored").info.name == "a"
+    for _ in range(2):
+        checkpoints.pin("a", "it is copied")
+    assert checkpoints.delete("a") == "it is restored"
+    checkpoints.unpin("a", "it is restored")
+    checkpoints.unpin("a", "it is copied")
+    assert checkpoints.delete("a") == "it is copied"
+    checkpoints.unpin("a", "it is copied")
+    assert checkpoints.delete("a") == ""
+    assert not checkpoints.path("a").exists()
     with pytest.raises(Refused, match="no checkpoint"):
-        checkpoints.pin("a")
+        checkpoints.pin("a", "it is restored")
 
 
 def test_what_is_read_stays_and_a_minute_longer_for_the_next_file(tmp_path: Path) -> None:
@@ -206,11 +212,11 @@ def test_what_is_read_stays_and_a_minute_longer_for_the_next_file(tmp_path: Path
     checkpoints = Checkpoints(tmp_path, clock=lambda: now)
     checkpoints.write(Files(), manifest())
     with checkpoints.reading("a"), checkpoints.reading("a"):
-        assert not checkpoints.delete("a")
+        assert checkpoints.delete("a") == "it is being downloaded"
     now = 59.9
-    assert not checkpoints.delete("a")
+    assert checkpoints.delete("a") == "it was downloaded in the last minute"
     now = 60.1
-    assert checkpoints.delete("a")
+    assert checkpoints.delete("a") == ""
     with pytest.raises(Refused, match="no checkpoint"), checkpoints.reading("a"):
         pass
 
