@@ -186,7 +186,7 @@ def run(
 
 
 def falling(step: int, total: int) -> float:
-    """Half a cosine from the peak, after the probe, to 0 behind the last step."""
+    """Half a cosine: from the peak rate after the probe to 0 after the last step."""
     done = (step - PROBE_STEPS) / (total + 1 - PROBE_STEPS)
     return PEAK_RATE * (1 + math.cos(math.pi * done)) / 2
 

@@ -59,7 +59,7 @@ def make() -> int:
     began = time.monotonic()
     STAMP.unlink(missing_ok=True)
     run(interpreter(), "-m", "venv", "--clear", str(VENV))
-    install("--upgrade", "pip")  # the one that comes with Python may need twice as long for the rest
+    install("--upgrade", "pip")  # the pip of Python 3.11 takes twice as long
     if index:
         print("  torch …", flush=True)
         install("--index-url", index, "torch")

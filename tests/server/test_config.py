@@ -18,10 +18,11 @@ import pytest
 import maskwire
 from maskwire_server import config
 from maskwire_server.cli import options
+from maskwire_server.cli.init import RECIPE
 from maskwire_server.config import Config, ObjectiveConfig, load
 from maskwire_server.config.record import ALWAYS_RECORDED
 from maskwire_server.config.sections import SECTIONS
-from maskwire_server.config.template import RECIPE, template, written
+from maskwire_server.config.template import template, written
 from maskwire_server.errors import ConfigError
 
 

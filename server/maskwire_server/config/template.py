@@ -13,15 +13,8 @@ from maskwire_server.config.base import CAN_BE_OFF, OFF, Section
 from maskwire_server.config.config import Config
 from maskwire_server.config.model import SHARED, TABLES
 
-RECIPE: dict[str, dict[str, Any]] = {
-    "model": {"positions": "rotary", "norm": "rmsnorm", "qk_norm": True},
-    "objective": {"schedule": "quadratic"},
-    "optimizer": {"name": "muon"},
-}
-"""What learns fastest with the built-in encoder, by the measurements of docs/recipe.md."""
 _HEAD = """\
-# maskwire-server configuration. All settings are listed; those with a # keep their defaults.
-# The others are what the built-in encoder learns fastest with (docs/recipe.md), or what your data needs.
+# maskwire-server configuration: every setting. A line that is commented out shows a default.
 # A setting can also be set in the environment as MASKWIRE_SECTION__KEY, which wins over this
 # file. Flags win over both.
 """

@@ -300,7 +300,7 @@ def test_a_missing_segment_and_a_damaged_one_stop_a_restore(rig: MirroredRig, tm
     assert not (tmp_path / "other" / "journal.sqlite").exists()
 
 
-def test_a_segment_with_a_row_that_no_journal_takes_is_named(rig: MirroredRig, tmp_path: Path) -> None:
+def test_a_restore_names_the_segment_that_has_an_invalid_row(rig: MirroredRig, tmp_path: Path) -> None:
     engine = rig.start()
     engine.train_step(bare(0)).result(WAIT)
     wait_for(lambda: engine.status().mirror.step == 1)  # type: ignore[union-attr]
