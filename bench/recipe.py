@@ -1,13 +1,12 @@
-"""The contest of recipes: held-out bits per byte after equal seconds of training on the same machine.
+"""Compare recipes: bits per byte of held-out files after the same number of seconds of training.
 
 python -m bench.recipe [ARM ...] [--seconds 60] [--seeds 3] [--test]
 
-Every arm trains on the standard library's sources, as the demo does, for so many seconds of training:
-cheaper steps or a faster machine mean more steps. The arms of a seed run one after another, and nothing
-else should run meanwhile. They are chosen on the validation split; --test evaluates on the files that the
-demo holds out. The learning rate depends on the share p of the seconds that has passed: it rises over the
-first 5% and then falls as half a cosine to 0, except in the arm `before`, the demo as it was. Runs are kept
-in docs/recipe.json, and the tables of docs/recipe.md are made of them.
+Every arm trains on the standard library's sources, as the demo does. Only training counts as time, so an arm
+with cheaper steps makes more of them. Arms run one after another; nothing else should run meanwhile. They
+are chosen on the validation split; --test evaluates on the files that the demo holds out. The learning rate
+rises over the first 5% of the seconds and then falls as half a cosine to 0, except in the arm `before`, the
+demo's former recipe. Results are kept in docs/recipe.json; the tables of docs/recipe.md are made from them.
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,28 +30,29 @@ from maskwire.data.file_data import ByteData
 from maskwire_server import config
 from maskwire_server.batch import Batch, Modes
 from maskwire_server.results import EvalOptions
+from maskwire_server.training import optimizers
 from maskwire_server.training.trainer import TorchTrainer
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 KEPT, PAGE = DOCS / "recipe.json", DOCS / "recipe.md"
 BEGIN, END = "<!-- tables of bench/recipe.py -->\n", "<!-- end -->\n"
-LENGTH, TEST, VALIDATION = (
-    128,
-    0.05,
-    0.1,
-)  # shares of the files; the validation files are those between the two
-EVAL_ROWS, EVAL_DRAWS, WARM_UP = 192, 4, 0.05
+LENGTH, EVAL_ROWS, EVAL_DRAWS = 128, 192, 4
+TEST, HELD_OUT = 0.05, 0.1
+"""Shares of the files. The validation files are those that are held out and are not test files."""
+SCHEDULE = config.OptimizerConfig(learning_rate=1.0, warmup_steps=500, schedule="cosine", total_steps=10_000)
+"""The learning rate, as a share of its peak, in ten thousandths of the seconds."""
 
 
-class Recipe(NamedTuple):
-    """What an arm differs in."""
+@dataclass(frozen=True)
+class Recipe:
+    """Settings that differ from the defaults, rows of a batch, and peak learning rate."""
 
-    model: Mapping[str, Any]
-    optimizer: Mapping[str, Any] = MappingProxyType({})
-    objective: Mapping[str, Any] = MappingProxyType({})
+    model: dict[str, Any]
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
     rows: int = 8
     rate: float = 4e-3
-    decay: str = "cosine"
+    decay: Literal["cosine", "linear", "last fifth"] = "cosine"
 
 
 ROTARY = {"positions": "rotary"}
@@ -68,34 +67,34 @@ ARMS = {
     "before": Recipe(BEFORE, rows=32, decay="last fifth"),
     "before, cosine": Recipe(BEFORE, rows=32),
     "best": BEST,
-    "best, rate 4e-3": BEST._replace(rate=4e-3),
-    "best, rate 16e-3": BEST._replace(rate=16e-3),
-    "best, rate 4e-3, 16 rows": BEST._replace(rate=4e-3, rows=16),
-    "best, 4 rows": BEST._replace(rows=4),
-    "best, AdamW": BEST._replace(optimizer={}),
-    "best, AdamW, rate 4e-3": BEST._replace(optimizer={}, rate=4e-3),
-    "best, AdamW, rate 2e-3": BEST._replace(optimizer={}, rate=2e-3),
-    "best, linear schedule": BEST._replace(objective={}),
-    "best, LayerNorm and no qk_norm": BEST._replace(model={**NARROW, "norm": "layernorm", "qk_norm": False}),
-    "best, no qk_norm": BEST._replace(model={**NARROW, "qk_norm": False}),
-    "best, learned positions": BEST._replace(model={**NARROW, "positions": "learned"}),
-    "best, SwiGLU": BEST._replace(model={**NARROW, "feed_forward": "swiglu", "ff_mult": 8 / 3}),
-    "best, tied embeddings": BEST._replace(model={**NARROW, "tied_embeddings": True}),
-    "best, linear decay": BEST._replace(decay="linear"),
-    "best, no average": BEST._replace(optimizer={**MUON, "ema_decay": 0.0}),
-    "best, weight decay 0.1": BEST._replace(optimizer={**MUON, "weight_decay": 0.1}),
-    "4 x 48": BEST._replace(model={**NARROW, "dim": 48, "dim_head": 24}, rate=4e-3),
-    "6 x 64, 16 rows": BEST._replace(model={**NARROW, "depth": 6}, rate=4e-3, rows=16),
+    "best, rate 4e-3": replace(BEST, rate=4e-3),
+    "best, rate 16e-3": replace(BEST, rate=16e-3),
+    "best, rate 4e-3, 16 rows": replace(BEST, rate=4e-3, rows=16),
+    "best, 4 rows": replace(BEST, rows=4),
+    "best, AdamW": replace(BEST, optimizer={}),
+    "best, AdamW, rate 4e-3": replace(BEST, optimizer={}, rate=4e-3),
+    "best, AdamW, rate 2e-3": replace(BEST, optimizer={}, rate=2e-3),
+    "best, linear schedule": replace(BEST, objective={}),
+    "best, LayerNorm and no qk_norm": replace(BEST, model={**NARROW, "norm": "layernorm", "qk_norm": False}),
+    "best, no qk_norm": replace(BEST, model={**NARROW, "qk_norm": False}),
+    "best, learned positions": replace(BEST, model={**NARROW, "positions": "learned"}),
+    "best, SwiGLU": replace(BEST, model={**NARROW, "feed_forward": "swiglu", "ff_mult": 8 / 3}),
+    "best, tied embeddings": replace(BEST, model={**NARROW, "tied_embeddings": True}),
+    "best, linear decay": replace(BEST, decay="linear"),
+    "best, no average": replace(BEST, optimizer={**MUON, "ema_decay": 0.0}),
+    "best, weight decay 0.1": replace(BEST, optimizer={**MUON, "weight_decay": 0.1}),
+    "4 x 48": replace(BEST, model={**NARROW, "dim": 48, "dim_head": 24}, rate=4e-3),
+    "6 x 64, 16 rows": replace(BEST, model={**NARROW, "depth": 6}, rate=4e-3, rows=16),
     "4 x 96": WIDER,
-    "4 x 96, 16 rows": WIDER._replace(rows=16),
-    "4 x 96, rate 8e-3": WIDER._replace(rate=8e-3),
-    "4 x 96, rate 2e-3": WIDER._replace(rate=2e-3),
-    "4 x 96, AdamW": WIDER._replace(optimizer={}),
-    "4 x 96, AdamW, rate 8e-3": WIDER._replace(optimizer={}, rate=8e-3),
-    "4 x 96, linear schedule": WIDER._replace(objective={}),
-    "4 x 96, LayerNorm and no qk_norm": WIDER._replace(model={**WIDE, "norm": "layernorm", "qk_norm": False}),
-    "6 x 192, 16 rows": WIDER._replace(
-        model={**WIDE, "dim": 192, "depth": 6, "heads": 3, "dim_head": 64}, rows=16
+    "4 x 96, 16 rows": replace(WIDER, rows=16),
+    "4 x 96, rate 8e-3": replace(WIDER, rate=8e-3),
+    "4 x 96, rate 2e-3": replace(WIDER, rate=2e-3),
+    "4 x 96, AdamW": replace(WIDER, optimizer={}),
+    "4 x 96, AdamW, rate 8e-3": replace(WIDER, optimizer={}, rate=8e-3),
+    "4 x 96, linear schedule": replace(WIDER, objective={}),
+    "4 x 96, LayerNorm and no qk_norm": replace(WIDER, model={**WIDE, "norm": "layernorm", "qk_norm": False}),
+    "6 x 192, 16 rows": replace(
+        WIDER, model={**WIDE, "dim": 192, "depth": 6, "heads": 3, "dim_head": 64}, rows=16
     ),
 }
 
@@ -137,15 +136,14 @@ def train(recipe: Recipe, seconds: float, seed: int, *, test: bool) -> dict[str,
     whole = config.load(
         None,
         model={"num_tokens": 257, "mask_id": 256, "max_seq_len": LENGTH, **recipe.model},
-        objective=dict(recipe.objective),
+        objective=recipe.objective,
         optimizer={"ema_decay": 0.99, **recipe.optimizer, "learning_rate": recipe.rate},
         run={"seed": seed},
     )
     trainer = TorchTrainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed)
-    training, _ = ByteData(python_sources(), length=LENGTH, batch_size=recipe.rows, seed=seed).split(
-        VALIDATION
-    )
-    rows = held_out(test=test)
+    training, _ = ByteData(python_sources(), length=LENGTH, batch_size=recipe.rows, seed=seed).split(HELD_OUT)
+    spread = held_out(test=test).spread(2 * EVAL_ROWS)
+    rows = [row for row in spread if len(row) == LENGTH][:EVAL_ROWS]
     trainer.warm_up()
     points: list[float] = []
     step, spent = 0, 0.0
@@ -165,12 +163,11 @@ def train(recipe: Recipe, seconds: float, seed: int, *, test: bool) -> dict[str,
     return {"bits": found, "points": points, "steps": step, "parameters": trainer.info.parameters}
 
 
-def held_out(*, test: bool) -> list[np.ndarray]:
-    """Rows of files that no arm trains on, spread over the split."""
-    _, both = ByteData(python_sources(), length=LENGTH, batch_size=1).split(VALIDATION)
+def held_out(*, test: bool) -> ByteData:
+    """Files that no arm trains on."""
+    _, both = ByteData(python_sources(), length=LENGTH, batch_size=1).split(HELD_OUT)
     validation, test_files = both.split(TEST)
-    data = test_files if test else validation
-    return [row for row in data.spread(2 * EVAL_ROWS) if len(row) == LENGTH][:EVAL_ROWS]
+    return test_files if test else validation
 
 
 def bits(trainer: TorchTrainer, rows: list[np.ndarray]) -> float:
@@ -180,49 +177,48 @@ def bits(trainer: TorchTrainer, rows: list[np.ndarray]) -> float:
 
 
 def share(decay: str, p: float) -> float:
-    """The share of the learning rate after the share p of the seconds."""
-    if p < WARM_UP:
-        return max(p / WARM_UP, 1e-3)
-    left = (1 - p) / (1 - WARM_UP)
+    """The share of the peak learning rate after the share p of the seconds."""
+    step = max(1, int(p * 10_000))
+    if step < SCHEDULE.warmup_steps or decay == "cosine":
+        return optimizers.learning_rate(SCHEDULE, step)
     if decay == "last fifth":
         return 1.0 if p < 0.8 else 0.25
-    return left if decay == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+    return (10_000 - step) / (10_000 - SCHEDULE.warmup_steps)
 
 
 def write_tables(kept: dict[str, Any]) -> None:
     """Replace the tables of docs/recipe.md."""
-    runs: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    runs: dict[str, dict[str, dict[str, Any]]] = {}  # by split and seconds, arm, seed
     for name, found in kept.items():
         setting, _, arm = name.partition(": ")
-        runs.setdefault(setting.partition(", seed")[0], {}).setdefault(arm, []).append(found)
+        split, _, seed = setting.partition(", seed ")
+        runs.setdefault(split, {}).setdefault(arm, {})[seed] = found
     lines = []
-    for setting, arms in runs.items():
+    for split, arms in runs.items():
+        rows = [_row(arm, found, arms.get("before", {})) for arm, found in arms.items()]
         lines += [
-            f"### {setting.capitalize()} of training\n",
+            f"### {split.capitalize()} of training\n",
             "| arm | bits per byte | of `before` | steps | parameters |",
             "|---|---|---|---|---|",
+            *(row for _, row in sorted(rows)),
+            "",
         ]
-        before = arms.get("before", [])
-        for arm, found in sorted(
-            arms.items(), key=lambda each: statistics.mean(run["bits"] for run in each[1])
-        ):
-            lines.append(_row(arm, found, before))
-        lines.append("")
+    text = "\n".join(lines)
     head, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(f"{head}{BEGIN}\n{chr(10).join(lines)}\n{END}{rest.partition(END)[2]}")
+    PAGE.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
 
 
-def _row(arm: str, found: list[dict[str, Any]], before: list[dict[str, Any]]) -> str:
-    """An arm's row. Its ratio is that of each seed, with its standard error when there are several."""
-    bits = f"{statistics.mean(run['bits'] for run in found):.3f}"
-    ratios = [one["bits"] / other["bits"] for one, other in zip(found, before, strict=False)]
+def _row(arm: str, found: dict[str, Any], before: dict[str, Any]) -> tuple[float, str]:
+    """An arm's mean bits per byte and its row. Ratios are of runs with the same seed."""
+    mean = statistics.mean(run["bits"] for run in found.values())
+    ratios = [run["bits"] / before[seed]["bits"] for seed, run in found.items() if seed in before]
     ratio = f"{statistics.mean(ratios):.3f}" if ratios else ""
     if len(ratios) > 1:
         ratio += f" ± {statistics.stdev(ratios) / math.sqrt(len(ratios)):.3f}"
-    if len(found) > 1:
-        bits += f" ({len(found)} seeds)"
-    steps = round(statistics.mean(run["steps"] for run in found))
-    return f"| {arm} | {bits} | {ratio} | {steps} | {found[0]['parameters']:,} |"
+    seeds = f" ({len(found)} seeds)" if len(found) > 1 else ""
+    steps = round(statistics.mean(run["steps"] for run in found.values()))
+    parameters = next(iter(found.values()))["parameters"]
+    return mean, f"| {arm} | {mean:.3f}{seeds} | {ratio} | {steps} | {parameters:,} |"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The demo's 4-gram model of bytes, and its report."""
+"""The demo: its recipe, its 4-gram model of bytes, and its report."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import math
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from bench import recipe
+from demo import __main__ as demo
 from demo import report
 from demo.fourgram import FourGram
 from demo.generating import Writing
 from maskwire.data.file_data import ByteData
+from maskwire_server.cli.init import RECIPE
 
 
 def test_probabilities_are_those_computed_by_hand() -> None:
@@ -83,3 +87,55 @@ def test_a_browser_plays_the_unmasking_to_its_end(page: Path, tmp_path: Path) ->
     )  # fmt: skip
     assert '<span id="count" class="muted">pass 3 of 3</span>' in found.stdout
     assert '<span class="">a</span><span class="">&lt;</span><span class="new">b</span></pre>' in found.stdout
+
+
+def test_the_demo_trains_the_best_recipe_and_init_writes_its_settings() -> None:
+    settings = tomllib.loads(demo.CONFIG)
+    best = recipe.ARMS["best"]
+    assert {**settings["model"], **best.model} == settings["model"]
+    assert settings["objective"] == best.objective
+    assert settings["optimizer"] == {"ema_decay": 0.99, **best.optimizer}
+    assert (best.rows, best.rate) == (demo.ROWS, demo.PEAK_RATE)
+    for section, values in RECIPE.items():
+        assert values.items() <= settings[section].items(), section
+
+
+def test_the_learning_rate_falls_from_its_peak_to_almost_zero() -> None:
+    rates = [demo.falling(step, 1000) for step in range(demo.PROBE_STEPS, 1001)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == demo.PEAK_RATE
+    assert demo.falling(520, 999) == pytest.approx(demo.PEAK_RATE / 2)
+    assert 0 < rates[-1] < 1e-5 * demo.PEAK_RATE
+
+
+def test_the_test_files_of_the_recipes_are_those_that_the_demo_holds_out() -> None:
+    _, demos = demo.sources()
+    validation, test = recipe.held_out(test=False).files, recipe.held_out(test=True).files
+    assert test == demos.files
+    assert not set(validation) & set(test)
+
+
+@pytest.mark.parametrize(
+    ("decay", "shares"),
+    [("cosine", (0.4, 1, 0.5, 0)), ("linear", (0.4, 1, 0.5, 0)), ("last fifth", (0.4, 1, 1, 0.25))],
+)
+def test_the_learning_rate_of_a_recipe_follows_the_time(decay: str, shares: tuple[float, ...]) -> None:
+    assert [recipe.share(decay, p) for p in (0.02, 0.05, 0.525, 1.0)] == pytest.approx(shares)
+
+
+def test_ratios_of_recipes_are_of_the_same_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "PAGE", tmp_path / "recipe.md")
+    recipe.PAGE.write_text(f"before\n{recipe.BEGIN}old\n{recipe.END}after\n")
+    run = {"steps": 10, "parameters": 1000}
+    recipe.write_tables(
+        {
+            "test, 9 s, seed 0: best": {**run, "bits": 1.0},
+            "test, 9 s, seed 1: before": {**run, "bits": 4.0},
+            "test, 9 s, seed 1: best": {**run, "bits": 3.0},
+        }
+    )
+    text = recipe.PAGE.read_text()
+    assert "| best | 2.000 (2 seeds) | 0.750 | 10 | 1,000 |\n| before | 4.000 | 1.000 | 10 | 1,000 |" in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
