@@ -108,10 +108,18 @@ def test_the_learning_rate_falls_from_its_peak_to_almost_zero() -> None:
     assert 0 < rates[-1] < 1e-5 * demo.PEAK_RATE
 
 
-def test_the_test_files_of_the_recipes_are_those_that_the_demo_holds_out() -> None:
+def test_the_test_files_of_the_recipes_are_those_that_the_demo_holds_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / f"{number}.py" for number in range(300)]
+    for number, file in enumerate(files):
+        file.write_text(f"print({number})\n" * 10)
+    for module in (demo, recipe):
+        monkeypatch.setattr(module, "python_sources", lambda: files)
     _, demos = demo.sources()
     validation, test = recipe.held_out(test=False).files, recipe.held_out(test=True).files
     assert test == demos.files
+    assert len(validation) > 5
     assert not set(validation) & set(test)
 
 
