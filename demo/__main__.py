@@ -73,7 +73,7 @@ def main() -> int:
     say(
         f"Data: {len(training.files)} of the Python standard library's own source files, "
         f"{training.size / 1e6:.1f} MB; {len(held_out.files)} more are held out.\n"
-        f"Knowing only how often each byte occurs is worth {unigram:.2f} bits per byte on those.\n"
+        f"A model that knows only how often each byte occurs needs {unigram:.2f} bits per byte for those.\n"
     )
     config = FOLDER / "maskwire.toml"
     config.write_text(CONFIG)
@@ -230,8 +230,8 @@ class Killer:
         say(f"[red]kill -9[/red] of the server after step {self.at_step}; it starts again …")
         self.restart_seconds = self._server.start()
         say(
-            f"[green]back[/green] after {self.restart_seconds:.1f} s: the newest checkpoint loaded, the "
-            "steps behind it computed again from the journal. The client goes on where it was."
+            f"[green]back[/green] after {self.restart_seconds:.1f} s: it loaded the newest checkpoint and "
+            "recomputed the later steps from the journal. The client resumes where it was."
         )
 
 
