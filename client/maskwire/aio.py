@@ -161,12 +161,12 @@ class Trainer(TrainerProperties, Client):
         return await self._start(self._writer.restore(name, expected_step=expected_step))
 
     @keep_signature(client.Trainer.train_step)
-    async def train_step(self, tokens: Any, **options: Unpack[StepOptions]) -> results.StepResult:
+    async def train_step(self, tokens: Any = None, **options: Unpack[StepOptions]) -> results.StepResult:
         return await (await self.submit(tokens, **options))
 
     @keep_signature(client.Trainer.submit)
     async def submit(
-        self, tokens: Any, *, step: int | None = None, **options: Unpack[StepOptions]
+        self, tokens: Any = None, *, step: int | None = None, **options: Unpack[StepOptions]
     ) -> asyncio.Future[results.StepResult]:
         self._enter()
         pending = self._writer.new_step(tokens, step, **options)

@@ -193,16 +193,19 @@ class Trainer(TrainerProperties, Client):
         # In the background: an interrupted one must not leave a trainer without a session.
         return result_of(self._start(self._writer.restore(name, expected_step=expected_step)))
 
-    def train_step(self, tokens: Any, **options: Unpack[StepOptions]) -> results.StepResult:
+    def train_step(self, tokens: Any = None, **options: Unpack[StepOptions]) -> results.StepResult:
         """Train on one batch. Returns once the step is durable.
 
         tokens: Integers [rows, columns], or a list of rows that may differ in length: an array, a list or a
-            torch tensor.
+            torch tensor. None with `batches`.
 
-        Raises InvalidRequestError for a batch that the server refuses, such as an id outside the vocabulary,
-        ConflictError if the step's number is taken, HaltedError after three steps in a row that were not
-        finite, FencedError if another writer took over, and DigestMismatchError or HistoryLostError if server
-        and client disagree about what was trained.
+        With `batches` all their rows are one batch: the step, its losses and its digest are those of a call
+        with all rows, and the limits of one batch apply to their total.
+
+        Raises TypeError or ValueError for arguments that are no batch, InvalidRequestError for a batch that
+        the server refuses, such as an id outside the vocabulary, ConflictError if the step's number is taken,
+        HaltedError after three steps in a row that were not finite, FencedError if another writer took over,
+        and DigestMismatchError or HistoryLostError if server and client disagree about what was trained.
         """
         self._check_process()
         pending = self._writer.new_step(tokens, **options)
@@ -216,7 +219,7 @@ class Trainer(TrainerProperties, Client):
             raise
 
     def submit(
-        self, tokens: Any, *, step: int | None = None, **options: Unpack[StepOptions]
+        self, tokens: Any = None, *, step: int | None = None, **options: Unpack[StepOptions]
     ) -> Future[results.StepResult]:
         """Submit a batch as `train_step` does, and return a future of its result.
 

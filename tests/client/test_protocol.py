@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from maskwire.batch import Batch
 from maskwire.errors import ConflictError, DigestMismatchError, Failure, InvalidRequestError, UnavailableError
 from maskwire.protocol.acknowledged import AcknowledgedHistory
 from maskwire.protocol.codec import hash_of, step_request
@@ -138,6 +139,65 @@ def test_prompts_are_packed_row_major_lowest_bit_first() -> None:
 def test_what_makes_no_batch_is_refused_before_it_travels(call: Any, words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
         call()
+
+
+MASK = np.array([[True, False, True], [False, True, False]])
+
+
+@pytest.mark.parametrize(
+    ("batches", "one", "about"),
+    [
+        ([IDS, np.array(IDS) + 300], [*IDS, *(np.array(IDS) + 300)], {}),
+        ([[[1, 2], [3]], [[4, 5, 6]]], [[1, 2], [3], [4, 5, 6]], {}),
+        ([[[1, 2, 3]], [[4]], [[5, 6]]], [[1, 2, 3], [4], [5, 6]], {}),
+        (
+            [Batch([[1, 2, 0], [3, 0, 0]], lengths=[2, 1]), [[4, 5, 6]]],
+            [[1, 2, 0], [3, 0, 0], [4, 5, 6]],
+            {"lengths": [2, 1, 3]},
+        ),
+        (
+            [IDS, Batch(IDS, prompt_mask=MASK), [[7, 8]]],
+            [*IDS, *IDS, [7, 8]],
+            {"prompt_mask": [*np.zeros((2, 3), dtype=bool), *MASK, np.zeros(2, dtype=bool)]},
+        ),
+        (
+            [IDS, Batch([[7, 8, 9]], segment_ids=[[0, 1, 1]])],
+            [*IDS, [7, 8, 9]],
+            {"segment_ids": [[0, 0, 0], [0, 0, 0], [0, 1, 1]]},
+        ),
+    ],
+)
+def test_several_batches_make_the_message_of_all_their_rows(
+    batches: list[Any], one: list[Any], about: dict[str, Any]
+) -> None:
+    several = step_request("r", None, 1000, batches=batches, learning_rate=0.5)
+    single = step_request("r", one, 1000, learning_rate=0.5, **about)
+    assert several == single
+    assert hash_of(several, DigestVersion(2, 1000)) == hash_of(single, DigestVersion(2, 1000))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "words"),
+    [
+        (None, {}, r"got None: pass tokens, or batches=\[...\]"),
+        (IDS, {"batches": [IDS]}, "takes tokens or batches, got both"),
+        (None, {"batches": [IDS], "lengths": [1, 1]}, r"Batch\(rows, lengths=...\)"),
+        (None, {"batches": []}, "at least one batch, got none"),
+        (None, {"batches": [IDS, [[0.5]]]}, r"batches\[1\]: tokens must be integers, got float64"),
+        (None, {"batches": [IDS, Batch(IDS, lengths=[9, 9])]}, r"batches\[1\]: lengths must be 1 to 3"),
+        (None, {"batches": [IDS], "batch": IDS}, "did you mean 'batches'"),
+    ],
+)
+def test_what_makes_no_step_of_several_batches_is_refused_before_it_travels(
+    tokens: Any, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises((ValueError, TypeError), match=words):
+        step_request("r", tokens, 1000, **options)
+
+
+def test_unsigned_and_signed_ids_of_64_bits_stay_whole_numbers_side_by_side() -> None:
+    rows = [np.array([1, 2**40], dtype=np.uint64), np.array([3], dtype=np.int64)]
+    assert [row.tolist() for row in decode_batch(encode_batch(rows))] == [[1, 2**40], [3]]
 
 
 def failing(**changes: Any) -> Failure:

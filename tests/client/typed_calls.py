@@ -25,6 +25,7 @@ class Rows:
 def right(trainer: maskwire.Trainer) -> None:
     assert_type(trainer.train_step([[1]], learning_rate=0.1), results.StepResult)
     assert_type(trainer.submit([[1]], step=3, lengths=[1]), Future[results.StepResult])
+    assert_type(trainer.train_step(batches=[[[1]], maskwire.Batch([[2]])]), results.StepResult)
     assert_type(trainer.eval_loss([[1]], draws=4, estimator="chain_rule"), results.EvalResult)
     assert_type(trainer.generate(count=2, temperature=0.5), results.GenerateResult)
     assert_type(trainer.generate_steps(count=2), Iterator[results.GenerateResult])

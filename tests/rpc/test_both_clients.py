@@ -372,6 +372,31 @@ def test_a_batch_over_the_size_limit_is_not_sent_and_those_behind_it_are_trained
     asyncio.run(body())
 
 
+@pytest.mark.parametrize("client", [Blocking(), Asyncio()], ids=lambda client: type(client).__name__)
+def test_several_batches_are_the_step_of_all_their_rows_and_keep_the_limits_of_one(
+    serve: Serve, client: Any
+) -> None:
+    limits = {"serve__max_batch_tokens": "256", "serve__max_message_bytes": "65536"}
+    single, several = serve("one", seconds=0, **limits), serve("several", seconds=0, **limits)
+    rows, mask = [*tokens(1), *tokens(2)[:, :5], *tokens(3)], np.zeros((4, 5), dtype=bool)
+    mask[:, :2] = True
+    masks = [np.zeros(16, dtype=bool)] * 4 + list(mask) + [np.zeros(16, dtype=bool)] * 4
+    batches = [tokens(1), maskwire.Batch(tokens(2)[:, :5], prompt_mask=mask), tokens(3)]
+    with maskwire.connect(single.address) as trainer:
+        first = trainer.train_step(rows, prompt_mask=masks, learning_rate=0.5)
+
+    async def body() -> None:
+        async with client.connect(several.address) as trainer:
+            result = await trainer.train_step(batches=batches, learning_rate=0.5)
+            assert (result.step, result.loss, result.digest) == (1, first.loss, first.digest)
+            with pytest.raises(InvalidRequestError, match=r"at most 256 .*, got 20 x 16"):
+                await trainer.train_step(batches=[tokens(seed) for seed in range(5)])
+            future = await trainer.submit(batches=batches[::2], step=2)
+            assert (await asyncio.wait_for(future, 30)).step == 2
+
+    asyncio.run(body())
+
+
 def test_a_cancelled_step_stays_in_flight_and_the_next_has_the_next_number(serve: Serve) -> None:
     server = serve(seconds=0.3)
 

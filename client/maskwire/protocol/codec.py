@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
 
 from maskwire import arguments, results
-from maskwire.protocol.token_batch import decode_batch, encode_batch, ids_of
+from maskwire.protocol.token_batch import decode_batch, encode_batch, encode_batches, ids_of
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import DigestVersion, payload_hash
 
@@ -22,7 +22,7 @@ def _names(kind: Any, *own: str) -> list[str]:
     return [*_OF_BATCH, *(name for name in kind.DESCRIPTOR.fields_by_name if name not in own)]
 
 
-STEP_OPTIONS = _names(pb.TrainStepRequest, "session", "step", "request_id", "batch")
+STEP_OPTIONS = [*_names(pb.TrainStepRequest, "session", "step", "request_id", "batch"), "batches"]
 EVAL_OPTIONS = _names(pb.EvalLossRequest, "batch")
 GENERATE_OPTIONS = [
     name for name in _names(pb.GenerateRequest, "prompts", "stream_steps") if name != "segment_ids"
@@ -59,23 +59,38 @@ def step_request(
     num_tokens: int = 0,
     /,
     *,
+    batches: Sequence[Any] | None = None,
     lengths: Any = None,
     prompt_mask: Any = None,
     segment_ids: Any = None,
     **modes: Any,
 ) -> pb.TrainStepRequest:
-    """One batch to train on; `modes` are fields of TrainStepRequest, `num_tokens` as in `encode_batch`."""
+    """One batch to train on, or several as one; `num_tokens` is as in `encode_batch`.
+
+    `modes` are fields of TrainStepRequest. Raises TypeError unless either `tokens` or `batches` is given.
+    """
     arguments.check_options("train_step", modes, STEP_OPTIONS)
+    about = {"lengths": lengths, "prompt_mask": prompt_mask, "segment_ids": segment_ids}
     request: pb.TrainStepRequest = _fill(pb.TrainStepRequest, request_id=request_id, **modes)
-    encode_batch(
-        tokens,
-        num_tokens,
-        lengths=lengths,
-        prompt_mask=prompt_mask,
-        segment_ids=segment_ids,
-        into=request.batch,
-    )
+    if batches is not None:
+        _check_alone(tokens, about)
+        encode_batches(batches, num_tokens, request.batch)
+    elif tokens is None:
+        raise TypeError("train_step() needs rows of token ids, got None: pass tokens, or batches=[...]")
+    else:
+        encode_batch(tokens, num_tokens, **about, into=request.batch)
     return request
+
+
+def _check_alone(tokens: Any, about: dict[str, Any]) -> None:
+    """Raise TypeError for what cannot be given besides `batches`."""
+    if tokens is not None:
+        raise TypeError("train_step() takes tokens or batches, got both: add the tokens to batches")
+    for name, value in about.items():
+        if value is not None:
+            raise TypeError(
+                f"{name} must be given for each batch: batches=[maskwire.Batch(rows, {name}=...), ...]"
+            )
 
 
 def eval_request(

@@ -33,6 +33,10 @@ class FitOptions(BatchOptions, total=False):
 class StepOptions(FitOptions, total=False):
     """Options of a training step."""
 
+    batches: Sequence[Any]
+    """Instead of `tokens`: batches whose rows, in this order, are the batch of one step. Each is a
+    `maskwire.Batch` or rows of token ids.
+    """
     learning_rate: float | None
     """Learning rate of this step alone, instead of the schedule's."""
 

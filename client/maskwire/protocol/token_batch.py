@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from maskwire import arguments
+from maskwire.batch import Batch
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.digest import narrowest_type
 
@@ -25,8 +26,10 @@ def to_array(tokens: Any, name: str = "tokens") -> npt.NDArray[np.integer[Any]]:
     array = _host(tokens)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got {array.dtype}")
-    if array.dtype == np.uint64 and array.size and int(array.max()) >= 2**63:
-        raise ValueError(f"{name} must be below 2^63, got {int(array.max())}")
+    if array.dtype == np.uint64:
+        if array.size and int(array.max()) >= 2**63:
+            raise ValueError(f"{name} must be below 2^63, got {int(array.max())}")
+        return array.astype(np.int64)  # numpy would join uint64 and int64 to floats
     return array
 
 
@@ -165,6 +168,57 @@ def _padded(prompt_mask: Sequence[Any], shape: tuple[int, int], sizes: npt.NDArr
             )
         padded[number, :size] = row
     return padded
+
+
+def encode_batches(batches: Iterable[Any], num_tokens: int, into: pb.TokenBatch) -> None:
+    """Fill an empty TokenBatch with the rows of all `batches`, in order, as `encode_batch` encodes them.
+
+    Each is a `Batch` or rows of token ids. Batches of different width become rows of different length. A
+    batch without a prompt mask has no prompts, and a row of a batch without segment ids is one segment.
+    Raises TypeError or ValueError that names the batch by its index.
+    """
+    encoded = []
+    for index, given in enumerate(batches):
+        batch = given if isinstance(given, Batch) else Batch(given)
+        about = {
+            "lengths": batch.lengths,
+            "prompt_mask": batch.prompt_mask,
+            "segment_ids": batch.segment_ids,
+        }
+        try:
+            encoded.append(encode_batch(batch.tokens, num_tokens, **about))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"batches[{index}]: {error}") from error
+    if not encoded:
+        raise ValueError("batches must have at least one batch, got none")
+    _concatenate(encoded, into)
+
+
+def _concatenate(batches: Sequence[pb.TokenBatch], into: pb.TokenBatch) -> None:
+    ids = [ids_of(batch) for batch in batches]
+    rows = sum(batch.shape[0] for batch in batches)
+    columns = max(batch.shape[1] for batch in batches)
+    if any(batch.lengths or batch.shape[1] != columns for batch in batches):
+        for batch in batches:
+            into.lengths.extend(batch.lengths or [batch.shape[1]] * batch.shape[0])
+    if any(batch.prompt_mask for batch in batches):
+        mask = np.zeros((rows, columns), dtype=bool)
+        row = 0
+        for batch in batches:
+            height, width = batch.shape
+            if batch.prompt_mask:
+                bits = np.frombuffer(batch.prompt_mask, dtype=np.uint8)
+                mask[row : row + height, :width] = np.unpackbits(
+                    bits, count=height * width, bitorder="little"
+                ).reshape(height, width)
+            row += height
+        into.prompt_mask = np.packbits(mask, bitorder="little").tobytes()
+    if any(batch.segment_ids for batch in batches):
+        for batch, found in zip(batches, ids, strict=True):
+            into.segment_ids.extend(batch.segment_ids or [0] * found.size)
+    joined = np.concatenate(ids)
+    into.data, into.dtype = joined.tobytes(), _DTYPES[joined.dtype.newbyteorder("<")]
+    into.shape.extend((rows, columns))
 
 
 def decode_batch(batch: pb.TokenBatch) -> npt.NDArray[np.int64] | list[npt.NDArray[np.int64]]:
