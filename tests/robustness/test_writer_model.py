@@ -108,6 +108,7 @@ class WriterModel(RuleBasedStateMachine):
         self.of: dict[str, int] = {}  # request id -> lineage
         self.id_at: dict[tuple[int, int], str | None] = {}  # a computed step -> its request id
         self.remembered: dict[str, int] = {}  # the ids of this process's steps -> step
+        self.perhaps_remembered: set[str] = set()  # timing decides whether their steps are this process's
         self.epoch, self.writer, self.closed, self.active = 0, "", True, 0.0
         self.ended_at = -1.0  # when the session was idle for too long; steps that wait do not renew it
         self.nonces: dict[str, int] = {}
@@ -220,8 +221,9 @@ class WriterModel(RuleBasedStateMachine):
         number = data.draw(st.sampled_from([None, 0, 0, 0, -1, 1, 2, 3, WINDOW]))
         request_id: str | None = data.draw(st.sampled_from([None, "new", "new", "old"]))
         sent = payload(self.fresh(), finite)
-        if request_id == "old" and self.known:
-            request_id = data.draw(st.sampled_from(sorted(self.known)))
+        old = sorted(self.known.keys() - self.perhaps_remembered)  # the same in every run of these draws
+        if request_id == "old" and old:
+            request_id = data.draw(st.sampled_from(old))
         elif request_id is not None:
             request_id = f"r{self.fresh()}"
         step = None if number is None else max(1, self.step + 1 + number)
@@ -410,6 +412,7 @@ class WriterModel(RuleBasedStateMachine):
         self.engine.close()
         self.drop("DRAINING")
         self.remembered.clear()
+        self.perhaps_remembered.clear()
         self.start()
         self.active = self.now
 
@@ -457,6 +460,7 @@ class WriterModel(RuleBasedStateMachine):
             assert (answer.step, answer.digest) == (self.step, self.digest)
             assert answer.replayed == (position < there)
         self.remembered = {name: step for name, step in self.remembered.items() if step > before + there}
+        self.perhaps_remembered = set(names)
         self.active = self.now
 
     @rule()
