@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from maskwire._version import __version__
 from maskwire_server import effective_config, tokenizer_files
-from maskwire_server.checkpoints.parts import PartFiles
+from maskwire_server.checkpoints.rank_parts import PartFiles
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import Config
 from maskwire_server.engine import step_timeout

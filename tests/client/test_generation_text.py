@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from maskwire.cli.generation_text import MASKED, decode_row, read_prompts, render_rows
-from maskwire.data.text_codec import ByteCodec
+from maskwire.data.tokenizer_codec import ByteCodec
 from maskwire.results import GenerateResult, ModelInfo
 
 BYTES = ModelInfo(257, 256, None, 64, 1, "", True, False)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from maskwire_server import failpoints
 from maskwire_server.checkpoints.files import is_unfinished
-from maskwire_server.checkpoints.parts import PartFiles
+from maskwire_server.checkpoints.rank_parts import PartFiles
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import ConfigError, Refused
 from maskwire_server.manifest import SHARDED, Manifest

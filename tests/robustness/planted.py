@@ -41,7 +41,7 @@ from maskwire_server.engine import (
 )
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal import database, fsync, inexact_replays, journal, reserve
-from maskwire_server.recovery import boot, rebuild, recorded_settings, replay
+from maskwire_server.recovery import boot, rebuild, replay, replay_settings
 from maskwire_server.requests import EvalRequest, SaveRequest, StepRequest
 from maskwire_server.results import EvalOptions, StepResult
 
@@ -766,7 +766,7 @@ def _tolerance_without_a_bound() -> list[Patch]:
 
 
 def _no_tolerance() -> list[Patch]:
-    return [(recorded_settings, "reproducible", lambda _: True)]
+    return [(replay_settings, "reproducible", lambda _: True)]
 
 
 def _changed_outcome_accepted() -> list[Patch]:

@@ -14,7 +14,7 @@ from rich.live import Live
 from maskwire.cli.display import show, to_json
 from maskwire.cli.generation_text import Prompt, decode_row, read_prompts, render_rows
 from maskwire.cli.options import Json, ServerConnection, with_server
-from maskwire.data.text_codec import TextCodec, codec_of
+from maskwire.data.tokenizer_codec import TextCodec, codec_of
 from maskwire.errors import UnavailableError
 from maskwire.nonfatal_output import tell
 from maskwire.results import GenerateResult, ModelInfo

@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.text import Text
 
 from maskwire.cli.options import row_length
-from maskwire.data.text_codec import TextCodec
+from maskwire.data.tokenizer_codec import TextCodec
 from maskwire.results import GenerateResult, ModelInfo
 
 MASKED = "░"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from maskwire.loggers.notebook import NotebookBar, in_notebook
+from maskwire.loggers.notebook_bar import NotebookBar, in_notebook
 from maskwire.nonfatal_output import PLAIN_EVERY_SECONDS, on_terminal, tell
 
 log = logging.getLogger(__name__)

@@ -18,15 +18,15 @@ from maskwire.errors import ForkError
 from maskwire.loggers.json_lines import JsonLines
 from maskwire.loggers.logger import Logger
 from maskwire.loggers.progress import TrainingProgress, training_progress
-from maskwire.protocol.actions import Fitting, ResultOf
+from maskwire.protocol.fit_actions import Fitting, ResultOf
 from maskwire.protocol.fit_callbacks import Callbacks, check_callbacks
 from maskwire.protocol.fit_data_check import files_of, record_data
 from maskwire.protocol.fit_loggers import Loggers
 from maskwire.protocol.fit_milestones import Milestones
 from maskwire.protocol.fit_result import FitResult
+from maskwire.protocol.fit_step_inputs import Data, LearningRate, StepInputs
 from maskwire.protocol.fit_window import FitWindow
 from maskwire.protocol.option_types import FitOptions
-from maskwire.protocol.step_inputs import Data, LearningRate, StepInputs
 from maskwire.results import StepResult
 
 __all__ = ["Data", "FitResult", "Fitting", "ResultOf", "StopTraining", "fit"]

@@ -15,7 +15,7 @@ from maskwire.callbacks import HOOKS, StopTraining
 from maskwire.errors import MaskwireError
 from maskwire.loggers.logger import Logger
 from maskwire.loggers.progress import TrainingProgress, warn
-from maskwire.protocol.actions import Fitting
+from maskwire.protocol.fit_actions import Fitting
 from maskwire.protocol.fit_result import FitResult
 from maskwire.results import CheckpointInfo, EvalResult, StepResult
 

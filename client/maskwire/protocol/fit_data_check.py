@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from maskwire.errors import DataMismatchError
-from maskwire.protocol.actions import Fitting
 from maskwire.protocol.data_tokenizer import keep_tokenizer
 from maskwire.protocol.effects import Work
+from maskwire.protocol.fit_actions import Fitting
 
 _FILES_SHOWN = 3  # in an error
 

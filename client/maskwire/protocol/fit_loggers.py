@@ -10,8 +10,8 @@ from maskwire.loggers.log_thread import LogThread
 from maskwire.loggers.logger import Logger
 from maskwire.loggers.progress import TrainingProgress, warn
 from maskwire.loggers.records import Place, Record
-from maskwire.protocol.actions import Fitting
 from maskwire.protocol.effects import Work
+from maskwire.protocol.fit_actions import Fitting
 from maskwire.protocol.fit_result import FitResult
 
 _ABANDON_SECONDS = 1.0  # for all loggers, when `fit` is cancelled

@@ -11,7 +11,7 @@ from maskwire.arguments import call_back
 from maskwire.errors import MaskwireError, UnimplementedError
 from maskwire.loggers.progress import TrainingProgress, warn
 from maskwire.loggers.records import evaluation_record
-from maskwire.protocol.actions import Fitting
+from maskwire.protocol.fit_actions import Fitting
 from maskwire.protocol.fit_callbacks import Callbacks
 from maskwire.protocol.fit_loggers import Loggers
 from maskwire.protocol.fit_result import FitResult

@@ -10,11 +10,11 @@ from typing import Any
 from maskwire.errors import ConflictError, MaskwireError
 from maskwire.loggers.progress import TrainingProgress
 from maskwire.loggers.records import step_record
-from maskwire.protocol.actions import Fitting, ResultOf
+from maskwire.protocol.fit_actions import Fitting, ResultOf
 from maskwire.protocol.fit_callbacks import Callbacks
 from maskwire.protocol.fit_loggers import Loggers
 from maskwire.protocol.fit_result import FitResult
-from maskwire.protocol.step_inputs import StepInputs
+from maskwire.protocol.fit_step_inputs import StepInputs
 
 LEAVE_SECONDS = 10.0  # for the steps in flight after Ctrl-C
 

@@ -19,8 +19,8 @@ from maskwire_server.journal.ancestry import Segment
 from maskwire_server.journal.journal import Journal
 from maskwire_server.recovery import initial_weights
 from maskwire_server.recovery.base_checkpoint import newest_verified
-from maskwire_server.recovery.recorded_settings import RecordedSettings
 from maskwire_server.recovery.replay import Replayed, recorded_version, replay, steps_to_replay, with_progress
+from maskwire_server.recovery.replay_settings import ReplaySettings
 from maskwire_server.recovery.trainer_interface import ReplayTrainer
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def rebuild(
             ) from error
         failpoints.passing("recovery.loaded")
         log.info("loaded checkpoint %s (step %d) in %.1f s", info.name, info.step, time.monotonic() - loading)
-    recorded = RecordedSettings(
+    recorded = ReplaySettings(
         journal,
         settings,
         trainer.configure,

@@ -16,7 +16,7 @@ from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.values import RunState
 from maskwire_server.config import ServeConfig
 from maskwire_server.errors import ConfigError
-from maskwire_server.rpc import auth, handlers, unix_socket
+from maskwire_server.rpc import auth, method_handlers, unix_socket
 from maskwire_server.rpc.call_events import Publish
 from maskwire_server.rpc.credential_files import CredentialFiles
 from maskwire_server.rpc.engine_interface import EngineInterface
@@ -75,7 +75,7 @@ class Server:
             ],
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        server.add_generic_rpc_handlers((handlers.handler(self._service, self._publish),))
+        server.add_generic_rpc_handlers((method_handlers.handler(self._service, self._publish),))
         if self._config.reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             servicer = reflection.ReflectionServicer(names)

@@ -81,9 +81,9 @@ def start(config: TelemetryConfig, sources: Sources, subscribe: Callable[[Subscr
     log_formats.show_run(sources.status)
     if config.tensorboard:
         require("tensorboard", "tensorboard")
-        from maskwire_server.telemetry.event_files import EventFiles
+        from maskwire_server.telemetry.tensorboard_files import TensorBoardFiles
 
-        subscribe(EventFiles(sources.run_dir, sources.decoder))
+        subscribe(TensorBoardFiles(sources.run_dir, sources.decoder))
     if tracing.configured():
         if missing := tracing.missing():
             log.warning("%s; no step is traced", missing)

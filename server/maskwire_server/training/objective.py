@@ -18,10 +18,10 @@ from torch import Tensor
 
 from maskwire_server.config import ObjectiveConfig
 from maskwire_server.training import cross_entropy, draws, masking_schedule
+from maskwire_server.training.conditioning_type import Conditioning
 from maskwire_server.training.corruption import Corruption, StepKey, Vocabulary, coin
 from maskwire_server.training.draws import Purpose
 from maskwire_server.training.head import Head
-from maskwire_server.training.self_conditioning import Conditioning
 
 _SAMPLE_CHUNK = {"cpu": 2**21, "cuda": 2**24}  # fp64 probabilities at once: 16 and 128 MiB
 

@@ -27,8 +27,8 @@ from maskwire_server.errors import RunDirectoryError
 from maskwire_server.journal import inexact_replays
 from maskwire_server.journal.records import StepRecord
 from maskwire_server.recovery import fingerprint, verify
-from maskwire_server.recovery.recorded_settings import RecordedSettings
 from maskwire_server.recovery.replay import InexactReplayError
+from maskwire_server.recovery.replay_settings import ReplaySettings
 from maskwire_server.recovery.tolerance import TOLERANCES, Tolerance, excess, measured_steps
 from maskwire_server.requests import RestoreRequest, SaveRequest, SessionRequest, StepRequest
 from maskwire_server.results import StepResult
@@ -401,7 +401,7 @@ def test_the_largest_scale_of_a_group_counts_as_its_learning_rate() -> None:
             "optimizer.groups": [{"match": "*", "lr_scale": scale} for scale in scales],
         }  # fmt: skip
         journal: Any = SimpleNamespace(event=lambda _: was)
-        recorded = RecordedSettings(journal, was, lambda *_: None, strict=True)
+        recorded = ReplaySettings(journal, was, lambda *_: None, strict=True)
         record = StepRecord(1, 1, None, 1, b"", Outcome.APPLIED, Losses(1.0), 1.0, b"")
         assert len(list(recorded.apply(iter([(record, None)])))) == 1
         recorded.tolerance(None)

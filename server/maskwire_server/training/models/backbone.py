@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from maskwire_server.training.conditioning_type import Conditioning
 from maskwire_server.training.head import Head
-from maskwire_server.training.self_conditioning import Conditioning
 
 
 class Backbone(nn.Module):

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from maskwire_server.config import ModelConfig
+from maskwire_server.training.conditioning_type import Conditioning
 from maskwire_server.training.head import Head
 from maskwire_server.training.models.backbone import Backbone, packed
-from maskwire_server.training.self_conditioning import Conditioning
 
 
 class Norm(nn.Module):

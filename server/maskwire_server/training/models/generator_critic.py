@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.errors import ConfigError
+from maskwire_server.training.conditioning_type import Conditioning
 from maskwire_server.training.head import Head
 from maskwire_server.training.models import sources
 from maskwire_server.training.models.backbone import Backbone
-from maskwire_server.training.self_conditioning import Conditioning
 
 
 class Networks(nn.Module):

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from maskwire_server.errors import ConfigError
+from maskwire_server.training.conditioning_type import Conditioning
 from maskwire_server.training.head import Head
 from maskwire_server.training.models.backbone import Backbone, attended, mark_fused_maps, packed
-from maskwire_server.training.self_conditioning import Conditioning
 
 log = logging.getLogger(__name__)
 

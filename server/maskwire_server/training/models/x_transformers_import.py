@@ -25,7 +25,8 @@ from maskwire_server.training.models.x_transformers_names import (
     x_transformers_names,
 )
 from maskwire_server.training.models.x_transformers_sizes import sizes
-from maskwire_server.training.models.x_transformers_state_dict import (
+from maskwire_server.training.models.x_transformers_unsupported import HOSTED
+from maskwire_server.training.models.x_transformers_wrapper_parts import (
     Imported,
     Parts,
     contradictions,
@@ -34,7 +35,6 @@ from maskwire_server.training.models.x_transformers_state_dict import (
     take_apart,
     with_objective,
 )
-from maskwire_server.training.models.x_transformers_unsupported import HOSTED
 
 Gains = Literal["auto", "offset", "plain"]
 

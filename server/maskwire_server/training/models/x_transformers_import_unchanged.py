@@ -12,7 +12,7 @@ from maskwire_server.config import ModelConfig, ObjectiveConfig
 from maskwire_server.training.models.generator_critic import Networks
 from maskwire_server.training.models.x_transformers_export import their_name
 from maskwire_server.training.models.x_transformers_names import Tensors
-from maskwire_server.training.models.x_transformers_state_dict import (
+from maskwire_server.training.models.x_transformers_wrapper_parts import (
     Imported,
     Parts,
     contradictions,

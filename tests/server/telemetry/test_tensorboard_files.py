@@ -18,14 +18,14 @@ from maskwire_server.telemetry.sample_text import as_markdown, decoder
 accumulators = pytest.importorskip(
     "tensorboard.backend.event_processing.event_accumulator", reason="TensorBoard is not installed"
 )
-from maskwire_server.telemetry import event_files  # noqa: E402
-from maskwire_server.telemetry.event_files import EventFiles  # noqa: E402
+from maskwire_server.telemetry import tensorboard_files  # noqa: E402
+from maskwire_server.telemetry.tensorboard_files import TensorBoardFiles  # noqa: E402
 
 BYTES = ModelInfo(257, 256, None, 512, 1, "counting", True, False)
 
 
-def writer(run_dir: Path) -> EventFiles:
-    return EventFiles(run_dir, lambda: decoder(BYTES, run_dir / "tokenizer"))
+def writer(run_dir: Path) -> TensorBoardFiles:
+    return TensorBoardFiles(run_dir, lambda: decoder(BYTES, run_dir / "tokenizer"))
 
 
 def step(number: int, lineage: int = 1, **fields: Any) -> StepCommitted:
@@ -91,7 +91,7 @@ def test_after_a_restart_and_after_a_restore_each_step_has_one_point(
     now = time.time()
     # Killed at step 5; step 5 was written, and lost with the disk's cache: the server starts again at step 4.
     write(tmp_path, LineageOpened(0.0, "run", 1, 0), *[step(n) for n in range(1, 6)])
-    monkeypatch.setattr(event_files.time, "time", lambda: now + 10)
+    monkeypatch.setattr(tensorboard_files.time, "time", lambda: now + 10)
     write(tmp_path, LineageOpened(0.0, "run", 1, 4), *[step(n) for n in range(5, 9)],
           LineageOpened(0.0, "run", 2, 6), *[step(n, lineage=2) for n in (7, 8, 9)])  # fmt: skip
     assert curve(read(tmp_path), "loss/total") == [

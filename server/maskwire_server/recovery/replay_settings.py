@@ -18,7 +18,7 @@ from maskwire_server.recovery.fingerprint import (
 from maskwire_server.recovery.tolerance import TOLERANCES, Tolerance, measured_steps
 
 
-class RecordedSettings:
+class ReplaySettings:
     """Configures the trainer with each step's recorded settings before the step is recomputed.
 
     It also decides which steps must give the same bytes. Results may differ from the first step that (a) ran

@@ -58,7 +58,7 @@ class _Evaluation:
         self.correct += event.accuracy * event.tokens
 
 
-class EventFiles:
+class TensorBoardFiles:
     """A subscriber that writes event files."""
 
     name = "tensorboard"

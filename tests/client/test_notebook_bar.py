@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from counting_trainer import Counting, Numbered, evaluation, fit
 
-from maskwire.loggers.notebook import NotebookBar, in_notebook
+from maskwire.loggers.notebook_bar import NotebookBar, in_notebook
 
 
 class Display:
