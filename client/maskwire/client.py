@@ -170,9 +170,9 @@ def run_fit(trainer: Any, fitting: Fitting[T]) -> T:
 class Trainer(TrainerProperties, Client):
     """Drives one run. Made by `connect`.
 
-    Safe to use from several threads. Leaving its `with` block ends the session, after the steps in flight; if
-    an exception leaves the block, within a second or two. Ctrl-C during a step leaves the step in flight: it
-    is acknowledged in the background, and the next step has the next number.
+    Safe to use from several threads. Leaving its `with` block waits for the steps in flight and ends the
+    session; after an exception it waits two seconds at most. Ctrl-C during a step leaves the step in flight:
+    it is acknowledged in the background, and the next call trains the step after it.
     """
 
     def __init__(self, endpoint: Endpoint, writer: Writer, *, threads: int) -> None:

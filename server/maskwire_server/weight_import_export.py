@@ -190,7 +190,7 @@ def _write(
 
 @contextlib.contextmanager
 def _draft(out: Path) -> Iterator[Path]:
-    """A new folder that becomes `out` if the block ends well, and is removed otherwise."""
+    """A new folder that is renamed to `out` if the `with` block succeeds, and removed otherwise."""
     draft = out.with_name(f"{out.name}.part")
     draft.mkdir(parents=True)
     try:

@@ -50,7 +50,7 @@ def test_data_in_epochs_covers_every_token_once(tmp_path: Path) -> None:
     rows = [row for step in (1, 2, 3) for row in data.batch(step)]
     assert sorted(np.concatenate(rows)) == sorted(np.concatenate(documents))
     assert data.steps_of(4) == 12
-    with pytest.raises(ValueError, match="step must be at least 1 for data in epochs, got 0"):
+    with pytest.raises(ValueError, match="step must be at least 1, got 0: steps count from 1"):
         data.batch(0)
     with pytest.raises(ValueError, match="sampling must be one of crops, epochs, got 'shuffle'"):
         TokenData(documents, length=4, batch_size=3, sampling="shuffle")

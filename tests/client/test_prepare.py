@@ -185,7 +185,7 @@ def test_a_special_token_that_a_text_spells_out_is_text_unless_asked(tmp_path: P
         )
         found.append(meta.mask_id in np.fromfile(tmp_path / "out" / "tokens.bin", dtype="<u2"))
     assert found == [False, True]
-    with pytest.raises(ValueError, match="needs a tokenizer file; bytes have no names"):
+    with pytest.raises(ValueError, match="needs a tokenizer file, got tokenizer='bytes'"):
         prepare(tmp_path / "a.txt", tmp_path / "bytes", parse_special_tokens=True)
 
 

@@ -205,8 +205,14 @@ def test_a_part_that_was_damaged_here_is_found_and_fetched_again(serve: Serve, t
         client.download("big", folder)
         assert maskwire_server.load(folder) is not None
         client.checkpoint("other")
-        with pytest.raises(CheckpointError, match="holds another checkpoint"):
+        with pytest.raises(CheckpointError, match=r"holds checkpoint 'big' with digest .* not 'other' with"):
             client.download("other", folder)
+        strange = tmp_path / "strange"
+        strange.mkdir()
+        (strange / "manifest.json").write_text("[]")
+        with pytest.raises(CheckpointError, match=r"manifest\.json is not a checkpoint's manifest"):
+            client.download("big", strange)
+        assert (strange / "manifest.json").read_text() == "[]"
         part = next(iter(client.checkpoints()[0].files.values())).sha256.hex()[:12]
         again = tmp_path / "again"
         again.mkdir()
@@ -391,7 +397,7 @@ def test_what_is_not_of_the_checkpoint_stays_and_one_download_writes_at_a_time(
                 seen.append(str(raised.value))
 
         folder = client.download("big", tmp_path / "got", on_progress=second)
-    assert "another download writes into" in seen[1]
+    assert "another download is writing to" in seen[1]
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     maskwire_server.load(folder)
 

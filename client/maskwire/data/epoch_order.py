@@ -29,7 +29,7 @@ class EpochOrder:
     def batch(self, step: int, size: int) -> npt.NDArray[np.int64]:
         """The numbers of the rows [size] of a step, at least 1. Raises ValueError for a step below."""
         if step < 1:
-            raise ValueError(f"step must be at least 1 for data in epochs, got {step}")
+            raise ValueError(f"step must be at least 1, got {step}: steps count from 1")
         first = (step - 1) * size
         found = []
         while size:

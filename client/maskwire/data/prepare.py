@@ -126,7 +126,8 @@ def _tokenizer(
         )
     if parse:
         raise ValueError(
-            "parse_special_tokens (--parse-special-tokens) needs a tokenizer file; bytes have no names"
+            "parse_special_tokens (--parse-special-tokens) needs a tokenizer file, got tokenizer='bytes', "
+            "which has no named special tokens; give a tokenizer file, or leave the option out"
         )
     return ByteTokenizer(special_tokens=bool(special_tokens) or fields.prompt is not None)
 

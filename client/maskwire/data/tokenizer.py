@@ -112,7 +112,7 @@ class FileTokenizer:
 
     @classmethod
     def of(cls, file: bytes, name: str) -> FileTokenizer:
-        """The tokenizer of a file's content, to encode parts of texts and to decode ids."""
+        """Make a tokenizer from the bytes of a tokenizer.json, to encode parts of texts and decode ids."""
         found = object.__new__(cls)
         found._load(file, name, special_tokens=False, parse_special_tokens=False)
         return found

@@ -121,7 +121,10 @@ class WandB(Logger):
                 **self._options,
             )
         except OSError as error:  # of the network: training can start without this logger
-            raise RuntimeError(f"wandb.init failed: {error}") from error
+            raise RuntimeError(
+                f"wandb.init failed: {error}; check the network, or log with mode='offline' and upload later "
+                "with `wandb sync`"
+            ) from error
         if not self._run.resumed:
             self._run.config.update({"run_id": place.run_id, "lineage": place.lineage, START: place.step})
 

@@ -85,12 +85,17 @@ class Download:
         if not path.exists():
             return False
         try:
-            found = json.loads(path.read_bytes())
-            same = found["name"] == self._info.name and found["digest"] == self._info.digest.hex()
-        except (ValueError, KeyError, TypeError):
-            same = False
-        if not same:
-            raise CheckpointError(f"{self.folder} holds another checkpoint; choose another folder")
+            manifest = json.loads(path.read_bytes())
+            found = manifest["name"], manifest["digest"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is not a checkpoint's manifest ({error!r}); choose another folder"
+            ) from error
+        if found != (self._info.name, self._info.digest.hex()):
+            raise CheckpointError(
+                f"{self.folder} holds checkpoint {found[0]!r} with digest {found[1]}, not "
+                f"{self._info.name!r} with digest {self._info.digest.hex()}; choose another folder"
+            )
         return True
 
     def missing(self) -> list[PartialFile]:
@@ -136,7 +141,7 @@ def _lock(folder: Path) -> int:
     except OSError:
         os.close(descriptor)
         raise CheckpointError(
-            f"another download writes into {folder}; wait for it, or choose another folder"
+            f"another download is writing to {folder}; wait until it has finished, or choose another folder"
         ) from None
     return descriptor
 

@@ -26,7 +26,10 @@ class Bounds:
         return min((max(1, most // max(1, each)) for most, each in bounds if most), default=None)
 
     def passes(self, columns: int, options: Mapping[str, Any]) -> int:
-        """Return the passes over a row in an evaluation, without self-conditioning and the critic."""
+        """Return the number of passes over a row in an evaluation.
+
+        Those of self-conditioning and of the critic are not counted.
+        """
         draws = int(options.get("draws") or 0)
         if options.get("estimator") == "chain_rule":
             return columns * max(1, draws)

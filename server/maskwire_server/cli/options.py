@@ -86,7 +86,7 @@ def loaded(config: Path | None, run_dir: Path | None, address: str | None, setti
 
 
 def check_extra() -> None:
-    """Exit with the command that installs the server's packages, if they are missing."""
+    """If the server's packages are missing, print the command that installs them, and exit."""
     missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         stop(f'the server needs {", ".join(missing)}; install with: pip install "maskwire[server]"')

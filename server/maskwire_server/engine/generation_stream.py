@@ -51,7 +51,7 @@ class Generation:
         return not self.over
 
     def reveal(self, step: int, digest: bytes) -> None:
-        """Let the reader see the buffered states: the step whose weights are sampled is durable."""
+        """Let the reader see the buffered states, now that the step whose weights they use is durable."""
         with self._changed:
             self._seen = (step, digest)
             self._changed.notify_all()

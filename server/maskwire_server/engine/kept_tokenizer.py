@@ -82,7 +82,8 @@ class KeptTokenizer:
         if name != given.name:
             raise invalid_field(
                 "tokenizer.file",
-                f"tokenizer.file must be the file that tokenizer.name names, {given.name}, got {name}",
+                f"tokenizer.file must have the hash in tokenizer.name, {given.name}, got a file with {name}; "
+                "send the file that has this hash, or correct the name",
             )
         fields = dataclasses.asdict(given) | {"file": base64.b64encode(given.file).decode()}
         with self._lock:

@@ -111,9 +111,9 @@ class Monitor:
 def watch_leader(
     address: LeaderAddress, rank: int, timeout: float, on_loss: OnLoss, on_end: Callable[[], None]
 ) -> None:
-    """Connect to the leader's monitor, and watch it on threads of their own. Raises OSError.
+    """Connect to the leader's monitor, and watch it on two background threads. Raises OSError.
 
-    `on_end` is called when the leader says that it ends for good.
+    `on_end` is called when the leader announces that it shuts down for good.
     """
     link = socket.create_connection((address.host, address.port), timeout)
     link.sendall(f"{address.token} {rank} {os.getpid()}\n".encode())

@@ -21,7 +21,7 @@ class ConcurrencyLimit:
         if not self._slots.acquire(blocking=False):
             raise Refused(
                 "QUEUE_FULL",
-                f"{self._limit} {self._calls} are in progress, which is the limit; retry",
+                f"the limit of {self._limit} {self._calls} at a time is reached; retry when one has ended",
                 queue_limit=self._limit,
             )
 

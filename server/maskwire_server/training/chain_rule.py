@@ -92,7 +92,7 @@ def evaluate(
 def ranks(maskable_bn: Tensor, options: EvalOptions, row_b: Tensor, draw_b: Tensor) -> Tensor:
     """The rank of each position in the order of its row, int64 [b, n].
 
-    Positions that are not in the order have n or more.
+    Positions that are not in the order have rank n.
 
     A random order depends on the seed, the id of the row and the draw. It covers the maskable positions, so
     that padding, prompts and other rows do not change it.

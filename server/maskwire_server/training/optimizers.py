@@ -208,8 +208,9 @@ def _check_muon(modules: Mapping[str, nn.Module], config: OptimizerConfig) -> No
     """Raise ConfigError if Muon would train nothing."""
     if config.name == "muon" and not any(hidden_matrices(module) for module in modules.values()):
         raise ConfigError(
-            "optimizer.name: muon trains the nn.Linear maps in the model's layers, and found none; give the "
-            "model an attribute `blocks`, a list of its layers, or use adamw, got muon"
+            "optimizer.name must be adamw for this model, got muon, which trains the nn.Linear modules in "
+            "`blocks`: there are none; give the model an attribute `blocks`, the list of its layers, or use "
+            "adamw"
         )
 
 

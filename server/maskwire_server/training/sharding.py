@@ -181,8 +181,8 @@ class ManyRanks(Ranks):
         other = [rank for rank, each in enumerate(found) if bytes(each.tolist()) != own]
         if other:
             raise StateLost(
-                f"rank {self.rank} computed {facts}, and ranks {other} something else: the state of all is "
-                "thrown away, and recovered from the journal"
+                f"rank {self.rank} has the result {facts!r}, but ranks {other} have another one: all ranks "
+                "start again and recover the run from its journal; no acknowledged step is lost"
             )
 
 

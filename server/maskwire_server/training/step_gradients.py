@@ -93,7 +93,7 @@ def accumulate(
 
 @contextlib.contextmanager
 def _seeded(at: StepKey, ranks: Ranks, device: torch.device, *, draws_of_torch: bool) -> Iterator[None]:
-    """Seed torch's generator for the dropout of a step, on each rank otherwise."""
+    """Seed torch's generator for the dropout of a step, with a different seed on each rank."""
     if not draws_of_torch:
         yield
         return

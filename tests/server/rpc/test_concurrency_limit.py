@@ -11,7 +11,10 @@ from maskwire_server.rpc.concurrency_limit import ConcurrencyLimit
 def test_a_call_over_the_limit_is_refused_with_the_limit() -> None:
     limit = ConcurrencyLimit(2, "downloads")
     with limit, limit:
-        with pytest.raises(Refused, match="2 downloads are in progress, which is the limit") as raised, limit:
+        with (
+            pytest.raises(Refused, match="the limit of 2 downloads at a time is reached; retry") as raised,
+            limit,
+        ):
             pytest.fail("the third call was admitted")
         assert (raised.value.reason, raised.value.metadata) == ("QUEUE_FULL", {"queue_limit": "2"})
         with pytest.raises(Refused), limit:

@@ -134,7 +134,7 @@ def test_a_list_of_steps_keeps_its_slot_until_it_is_answered_or_cancelled() -> N
         for _ in lists:
             engine.listing.acquire()
         refused = RecordingContext(ended=False)
-        with pytest.raises(grpc.RpcError, match="2 lists of steps are in progress"):
+        with pytest.raises(grpc.RpcError, match="limit of 2 lists of steps at a time is reached"):
             service.ListSteps(pb.ListStepsRequest(), refused)  # type: ignore[arg-type]
         assert refused.reason == "QUEUE_FULL"
         engine.future.cancel()

@@ -317,7 +317,7 @@ def test_muon_trains_the_linear_maps_of_the_layers(factory: Callable[..., Any], 
 
 def test_muon_on_a_model_without_layers_is_refused() -> None:
     model, optimizer = of_factory(Mixer), OptimizerConfig(name="muon")
-    words = "optimizer.name: muon trains the nn.Linear maps in the model's layers, and found none; give"
+    words = "got muon, which trains the nn.Linear modules in `blocks`: there are none; give"
     serve = ServeConfig(device="cpu")
     with pytest.raises(ConfigError, match=words):
         TorchTrainer(model, ObjectiveConfig(), optimizer, serve, 0)
