@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,11 @@ from maskwire_server import failpoints
 
 
 def test_faults_on_the_wire_lose_and_double_nothing(tmp_path: Path) -> None:
-    found = wire_faults.run(tmp_path / "s", 7, steps=120, faults=60)
+    found = wire_faults.run(tmp_path / "s", 7, steps=80, faults=44)
     assert set(found["faults"]) == set(wire_faults.KINDS)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("place", failpoints.NAMES[::5])
+@pytest.mark.parametrize(("place", "kind"), list(zip(failpoints.NAMES[::2], cycle(KINDS), strict=False)))
 def test_a_fault_at_a_failpoint_loses_nothing(tmp_path: Path, place: str, kind: str) -> None:
     reached = failpoint_faults.run(tmp_path / "s", place, kind, 0)
     assert reached or place.startswith(("session.", "step.")), "the fault is not where it is looked for"
@@ -26,13 +26,13 @@ def test_a_fault_at_a_failpoint_loses_nothing(tmp_path: Path, place: str, kind: 
 
 @pytest.mark.skipif(power_loss.strace() is None, reason="records system calls with strace, which is not here")
 def test_a_power_loss_after_any_call_loses_nothing_acknowledged(tmp_path: Path) -> None:
-    found = power_loss.campaign(tmp_path / "p", 0, every=6, singles=2)
-    assert found["outcomes"]["recovered"] > 80
+    found = power_loss.campaign(tmp_path / "p", 0, every=9, singles=2)
+    assert found["outcomes"]["recovered"] > 50
 
 
 def test_damaged_files_are_found_or_change_nothing(tmp_path: Path) -> None:
-    found = damage.campaign(tmp_path / "d", 1, flips=8, cuts=4)
-    assert found["damages"] > 200
+    found = damage.campaign(tmp_path / "d", 1, flips=5, cuts=3)
+    assert found["damages"] > 130
 
 
 def test_the_files_of_two_checkpoints_exchanged_are_found(tmp_path: Path) -> None:
@@ -45,10 +45,10 @@ def test_malformed_requests_are_refused(tmp_path: Path) -> None:
 
 
 def test_many_calls_leave_no_thread_and_no_descriptor(tmp_path: Path) -> None:
-    assert soak.run(tmp_path / "s", 3, 2_000)["calls"] == 2_000
+    assert soak.run(tmp_path / "s", 3, 1_000)["calls"] == 1_000
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_sigterm_at_a_random_instant_ends_cleanly(tmp_path: Path, seed: int) -> None:
     failpoint_faults.terminate(tmp_path / "s", seed)
 

@@ -338,7 +338,7 @@ def test_refused_steps_leave_the_others_in_order_however_long_each_travels(serve
             stub = await client.stub_of(trainer)
             stub.TrainStep = late(stub.TrainStep, lambda: rng.choice((0, 0, 0.005, 0.02, 0.06)))
             step = 0
-            for _ in range(25):
+            for _ in range(12):
                 rows = [
                     rng.choice(not_taken) if rng.random() < 0.35 else tokens(rng.randrange(99))
                     for _ in range(8)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,12 @@ def awaited(server: ServerProcess, method: str, *arguments: Any, **options: Any)
 BOTH_CLIENTS = pytest.mark.parametrize("ask", [blocking, awaited])
 
 
+def in_turn(options: list[dict[str, Any]]) -> pytest.MarkDecorator:
+    """Each of the options with one of the clients, which share the code that divides the work."""
+    cases = list(zip(cycle((blocking, awaited)), options, strict=False))
+    return pytest.mark.parametrize(("ask", "options"), cases, ids=[str(each) for each in options])
+
+
 def rows(count: int = 9, longest: int = 32) -> list[np.ndarray[Any, Any]]:
     rng = np.random.default_rng(1)
     return [rng.integers(0, 16, longest if n == 4 else rng.integers(1, longest)) for n in range(count)]
@@ -97,14 +104,13 @@ def test_the_limits_are_told(small: ServerProcess) -> None:
         assert trainer.model.self_cond
 
 
-@BOTH_CLIENTS
-@pytest.mark.parametrize("options", [
+@in_turn([
     {"draws": 4},
     {"draws": 3, "seed": 5, "batch_size": 7, "row_ids": list(range(20, 29))},
     {"draws": 1, "only_train_generator": True},
     {"estimator": "chain_rule"},
     {"estimator": "chain_rule", "chain_order": "random", "draws": 2},
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_an_evaluation_is_the_same_whatever_one_call_takes(
     large: ServerProcess, small: ServerProcess, ask: Any, options: dict[str, Any]
 ) -> None:
@@ -120,15 +126,14 @@ def test_the_default_draws_are_as_many_as_the_server_takes(
     assert ask(large, "eval_loss", rows(1)).draws == 16
 
 
-@BOTH_CLIENTS
-@pytest.mark.parametrize("options", [
+@in_turn([
     {},
     {"seed": 7, "temperature": 0.7, "top_k": 5},
     {"steps": 3, "order": "confidence", "remasking": True, "choice_temperature": 1.0},
     {"order": "critic", "steps": 5, "row_seeds": list(range(40, 49))},
     {"self_cond_mode": "carry", "raw_weights": True},
     {"start_temperature": 2.0, "filter_thres": 0.5, "top_p": 0.9},
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_a_generation_is_the_same_whatever_one_call_takes(
     large: ServerProcess, small: ServerProcess, ask: Any, options: dict[str, Any]
 ) -> None:

@@ -53,18 +53,19 @@ def test_no_setting_generates_special_ids_or_changes_a_prompt(whole: TorchTraine
     )
     for options in EVERY:
         options = dataclasses.replace(options, row_seeds=(3, 1, 4, 1, 5))
-        *_, last = whole.generate(prompts, options)
+        states = list(whole.generate(prompts, options))
+        assert len(states) == (options.steps or 7)
+        last = states[-1]
         assert last.done
         assert last.ids.dtype == np.uint8
         assert not np.isin(last.ids[prompts.valid], [0, 4]).any()
         assert (last.ids[prompts.known] == prompts.ids[prompts.known]).all()
         assert (last.ids[~prompts.valid] == 0).all()
-        assert len(list(whole.generate(prompts, options))) == (options.steps or 7)
 
 
 def test_a_row_does_not_depend_on_other_rows_or_on_how_the_batch_is_split(whole: TorchTrainer) -> None:
     prompts = prompts_of([[1, *[None] * 5], [None] * 6, [None, 2, *[None] * 3, 3]])
-    for options in EVERY:
+    for options in EVERY[::5]:  # each value of each option, in changing company
         options = dataclasses.replace(options, row_seeds=(30, 31, 32))
         together = [state.ids for state in whole.generate(prompts, options)]
         again = [state.ids for state in whole.generate(prompts, options)]
@@ -150,11 +151,11 @@ def test_a_trained_model_makes_pairs_and_fills_them_in() -> None:
     made = trainer(
         model={"num_tokens": 5, "mask_id": 4, "max_seq_len": n, "dim": 64, "depth": 2, "heads": 2,
                "dim_head": 32},
-        optimizer={"learning_rate": 3e-3, "warmup_steps": 20},
+        optimizer={"learning_rate": 6e-3, "warmup_steps": 20},
     )  # fmt: skip
     rng = np.random.default_rng(0)
-    for step in range(1, 401):
-        made.train_step(1, step, Batch(pairs(rng, 64, n, symbols), 64, n), Modes())
+    for step in range(1, 201):
+        made.train_step(1, step, Batch(pairs(rng, 32, n, symbols), 32, n), Modes())
     options = GenerateOptions(tuple(range(256)), order=Order.CONFIDENCE)
     *_, last = made.generate(Prompts.nothing(256, n), options)
     assert (last.ids[:, ::2] == last.ids[:, 1::2]).mean() >= 0.99

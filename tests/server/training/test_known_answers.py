@@ -153,16 +153,16 @@ def test_the_critic_of_one_pair_has_the_known_best_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "steps"),
     [
-        {},
-        {"schedule": "quadratic", "masking": "bernoulli"},
-        {"preset": "x-transformers"},
-        {"self_cond": True, "critic": "token"},
+        ({}, 150),
+        ({"schedule": "quadratic", "masking": "bernoulli"}, 150),
+        ({"preset": "x-transformers"}, 300),  # other ids stand in some places: it learns more slowly
+        ({"self_cond": True, "critic": "token"}, 150),
     ],
     ids=str,
 )
-def test_a_trained_model_comes_within_three_percent_on_pairs(settings: dict[str, object]) -> None:
+def test_a_trained_model_comes_within_three_percent_on_pairs(settings: dict[str, object], steps: int) -> None:
     whole = config.load(
         None,
         model={
@@ -175,12 +175,12 @@ def test_a_trained_model_comes_within_three_percent_on_pairs(settings: dict[str,
             "dim_head": 32,
         },
         objective=settings,
-        optimizer={"learning_rate": 3e-3, "warmup_steps": 20, "ema_decay": 0.99},
+        optimizer={"learning_rate": 5e-3, "warmup_steps": 20, "ema_decay": 0.98},
         serve={"threads": 1},
     )
     trainer = TorchTrainer(whole.model, whole.objective, whole.optimizer, whole.serve, seed=0)
     rng = np.random.default_rng(0)
-    for step in range(1, 251):
+    for step in range(1, steps + 1):
         trainer.train_step(1, step, Batch(pairs(rng, 64, 8, 8), 64, 8), Modes())
     found = trainer.eval_loss(Batch(pairs(rng, 512, 8, 8), 512, 8), EvalOptions(tuple(range(512)), 16))
     assert found.nats_per_token == pytest.approx(math.log(8) / 2, rel=0.03)
