@@ -150,7 +150,7 @@ def encode(texts: list[str]) -> Rows:
 def prompted(tokens: Rows, given_n: npt.NDArray[np.bool_]) -> Batch:
     """A batch whose questions are prompts."""
     bits = np.packbits(np.broadcast_to(given_n, tokens.shape), bitorder="little").tobytes()
-    return Batch(tokens.astype(np.uint8), *tokens.shape, prompt_bits=bits)
+    return Batch(tokens.astype(np.uint8), len(tokens), tokens.shape[1], prompt_bits=bits)
 
 
 BatchOf = Callable[[np.random.Generator, int], Batch]
@@ -192,7 +192,7 @@ def ask(trainer: TorchTrainer, task: Task, questions: Questions) -> dict[str, li
     tokens = questions.tokens
     known = np.broadcast_to(questions.given_n, tokens.shape)
     prompts = Prompts(np.where(known, tokens, 0), np.ones_like(known), known)
-    found = {}
+    found: dict[str, list[float]] = {}
     for name, options in ANSWERS.items():
         found[name] = []
         for passes in task.passes:

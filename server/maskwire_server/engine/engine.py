@@ -232,8 +232,8 @@ class Engine:
 
     def status(self) -> RunStatus:
         """Show state, progress and what the run is waiting for. Never waits for the device or the disk."""
-        mirror = None if self._mirror is None else self._mirror.status()
-        return status.report(self._run, self._serve, self.info, self._saver.newest, self._versions, mirror)
+        newest = self._saver.newest
+        return status.report(self._run, self._serve, self.info, newest, self._versions, self._mirror)
 
     def drain(self, timeout: float) -> bool:
         """Refuse queued requests, finish the current one, save if needed; False after `timeout` seconds."""

@@ -154,6 +154,13 @@ class Mirror:
         """Whether a checkpoint may be shown."""
         return not self.awaited or self._copies.holds(info)
 
+    def newest_shown(self, here: CheckpointInfo | None) -> CheckpointInfo | None:
+        """The newest checkpoint that may be shown; `here` is the newest of the run directory."""
+        if here is None or self.shows(here):
+            return here
+        copied = self._copies.newest
+        return None if copied is None else copied.info
+
     def flush(self, seconds: float) -> None:
         """Wait until all is uploaded, at most so long, unless the store fails."""
         deadline = time.monotonic() + seconds

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from maskwire.v1.values import Limits, MirrorStatus, ModelInfo
+from maskwire.v1.values import Limits, ModelInfo
 from maskwire_server.config import ServeConfig
+from maskwire_server.engine.mirror import Mirror
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.results import CheckpointInfo
 from maskwire_server.run_status import DeviceShare, RunStatus
@@ -28,9 +29,9 @@ def report(
     run: Run,
     serve: ServeConfig,
     model: ModelInfo | None,
-    newest_checkpoint: CheckpointInfo | None,
+    newest_here: CheckpointInfo | None,
     versions: dict[str, str],
-    mirror: MirrorStatus | None = None,
+    mirror: Mirror | None,
 ) -> RunStatus:
     """State, progress and what the run is waiting for. Answers whatever thread of the run is stuck."""
     head, durable = run.head, run.head.durable
@@ -52,7 +53,7 @@ def report(
         writer=run.lease.present(run.queue.busy),
         epoch=run.lease.epoch,
         model=model,
-        newest_checkpoint=newest_checkpoint,
+        newest_checkpoint=newest_here if mirror is None else mirror.newest_shown(newest_here),
         versions=versions,
         tokenizer=head.tokenizer,
         data=head.data,
@@ -68,5 +69,5 @@ def report(
             run.share.ended_reads,
         ),
         step_timeout_seconds=run.step_timeout.seconds,
-        mirror=mirror,
+        mirror=None if mirror is None else mirror.status(),
     )

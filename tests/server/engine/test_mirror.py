@@ -152,11 +152,14 @@ def test_a_checkpoint_is_answered_and_listed_once_it_is_uploaded(mirrored: Mirro
         assert held_back(saved)
         again = engine.save(SaveRequest("named", "id"))
         assert held_back(again)
-        assert "named" not in [info.name for info in engine.checkpoints()]
+        shown = engine.checkpoints()
+        assert "named" not in [info.name for info in shown]
+        assert engine.status().newest_checkpoint == shown[0]
         wait_for(lambda: "the store is down" in mirror(engine).problem)
         assert engine.status().state is RunState.SERVING
     assert saved.result(WAIT).name == again.result(WAIT).name == "named"
-    assert "named" in [info.name for info in engine.checkpoints()]
+    assert engine.status().newest_checkpoint == engine.checkpoints()[0]
+    assert engine.checkpoints()[0].name == "named"
 
 
 def test_nothing_acknowledged_is_lost_with_the_machine(mirrored: MirroredRig) -> None:
