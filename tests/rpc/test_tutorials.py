@@ -138,7 +138,7 @@ def test_image_tokens(run: Run, tmp_path: Path) -> None:
 def test_infilling(run: Run) -> None:
     said = run(
         "infilling",
-        {"< 3000": "< 60", "--until-step 1000": "--until-step 4", "model.dim=128 ": "model.dim=32 "},
+        {"< 3000": "< 60", "--until-step 1000": "--until-step 4", "model.dim=64 ": "model.dim=32 "},
     )
     assert len(re.findall(r"\non .* anna buys 3 plums and .* nuts, 5 in all\.", said)) == 3
     masked = [int(found) for found in re.findall(r"on friday carla buys [^\0]{19}, 4 in all\. (\d+)", said)]
