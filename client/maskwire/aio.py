@@ -209,6 +209,7 @@ class Trainer(TrainerProperties, Client):
             log.debug("the session was not closed; it ends by itself when idle", exc_info=True)
         finally:
             self._closed = True
+            self._wake()
             for task in self._running:  # those left after `grace`
                 task.cancel()
             await self._channel.close()
@@ -221,10 +222,26 @@ class Trainer(TrainerProperties, Client):
 
     def _start(self, operation: Operation[T]) -> asyncio.Future[T]:
         """Drive an operation in a task that continues when the caller is cancelled."""
-        task = asyncio.create_task(self._drive(operation))
+        task = asyncio.create_task(self._finish(operation))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
-        return asyncio.shield(task)
+        answer = asyncio.shield(task)
+        answer.add_done_callback(self._forget_if_closed)
+        return answer
+
+    def _forget_if_closed(self, answer: asyncio.Future[Any]) -> None:
+        """After `close`, asyncio must not log the errors of steps that nobody awaits."""
+        if self._closed and not answer.cancelled():
+            answer.exception()
+
+    async def _finish(self, operation: Operation[T]) -> T:
+        """Drive an operation. Raises UnavailableError if `close` ends it."""
+        try:
+            return await self._drive(operation)
+        except asyncio.CancelledError:
+            if self._closed:
+                raise self._closed_meanwhile() from None
+            raise
 
     async def _run_fit(self, fitting: Fitting[T]) -> T:
         """Perform the actions of a training loop until it returns."""

@@ -11,7 +11,7 @@ import grpc.aio
 
 from maskwire.arguments import call_back
 from maskwire.credentials import Endpoint
-from maskwire.errors import EventLoopError, MaskwireError, read_failure
+from maskwire.errors import EventLoopError, MaskwireError, UnavailableError, read_failure
 from maskwire.process_bound import ProcessBound
 from maskwire.protocol.effects import (
     Call,
@@ -113,8 +113,10 @@ class Driver(ProcessBound):
             self._wake()
 
     async def _wait(self, holds: Callable[[], bool]) -> None:
-        """Wait until a condition holds."""
+        """Wait until a condition holds. Raises UnavailableError if the client is closed meanwhile."""
         while not holds():
+            if self._closed:
+                raise self._closed_meanwhile()
             waiter = holds, asyncio.get_running_loop().create_future()
             self._waiting.append(waiter)
             try:
@@ -123,10 +125,16 @@ class Driver(ProcessBound):
                 self._waiting.remove(waiter)
 
     def _wake(self) -> None:
-        """Wake the tasks whose condition now holds, and no others."""
+        """Wake the tasks whose condition now holds, and no others; all of them once the client is closed."""
         for holds, future in self._waiting:
-            if not future.done() and holds():
+            if not future.done() and (self._closed or holds()):
                 future.set_result(None)
+
+    def _closed_meanwhile(self) -> UnavailableError:
+        return UnavailableError(
+            f"the client was closed while {self.target} did not answer: the outcome is unknown",
+            reason="CANCELLED",
+        )
 
     def _end(
         self, operation: Operation[Any], effect: Effect | None = None, error: Exception | None = None

@@ -150,6 +150,8 @@ class Driver(ProcessBound):
                         finally:
                             self._wake()
                     self._waiting[woken] = holds
+                if self._closed.is_set():
+                    raise self._closed_meanwhile()
                 left = min(_SIGNAL_SECONDS, deadline - time.monotonic())
                 if left <= 0:
                     return None
@@ -243,10 +245,13 @@ class Driver(ProcessBound):
 
     def _pause(self, seconds: float) -> None:
         if self._closed.wait(seconds):
-            raise UnavailableError(
-                f"the client was closed while {self.target} did not answer: the outcome is unknown",
-                reason="CANCELLED",
-            )
+            raise self._closed_meanwhile()
+
+    def _closed_meanwhile(self) -> UnavailableError:
+        return UnavailableError(
+            f"the client was closed while {self.target} did not answer: the outcome is unknown",
+            reason="CANCELLED",
+        )
 
     def _check_open(self) -> None:
         if self._closed.is_set():

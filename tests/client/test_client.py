@@ -46,6 +46,25 @@ def test_a_retry_after_a_lost_request_confirms_the_history_first(script: Script)
     assert (second.history.step, second.history.digest, second.history.run_id) == (1, digest, "run")
 
 
+def test_a_step_that_was_given_up_is_named_to_those_behind_it(script: Script) -> None:
+    sent = threading.Event()
+    script.before = [lambda *_: sent.wait(20)]
+    script.after = [lost]
+    with connect(script, retry_for=0) as trainer:
+        given_up, behind = trainer.submit(TOKENS), trainer.submit(TOKENS)
+        while trainer._writer._pending[-1].sent_number != 2:
+            pass
+        sent.set()
+        with pytest.raises(UnavailableError, match="did not answer"):
+            given_up.result(timeout=20)
+        unknown = "step 1 got no answer and may have been applied.*: connect again"
+        with pytest.raises(UnavailableError, match=unknown):
+            behind.result(timeout=20)
+        script.before = [lambda _, context: refuse(context, "ALREADY_EXISTS", "STEP_TAKEN")]
+        with pytest.raises(UnavailableError, match=unknown):
+            trainer.train_step(TOKENS)
+
+
 def test_a_lost_history_stops_the_client(script: Script) -> None:
     with connect(script) as trainer:
         trainer.train_step(TOKENS)

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_server import TOKENS, Script, connect
+from scripted_server import TOKENS, Script, connect, refuse
 
 import maskwire
 import maskwire.aio
 from maskwire.driver import result_of
+from maskwire.errors import InvalidRequestError, MaskwireError, UnavailableError
 from maskwire.protocol.pending_step import PendingStep
 
 SOURCES = str(Path(maskwire.__file__).parent)
@@ -197,6 +198,96 @@ def test_an_interrupt_anywhere_in_a_step_leaves_the_trainer_in_order(script: Scr
         else:
             pytest.fail("a step has more places than are tried")
     assert interrupted > 50, "the places of a step were interrupted"
+
+
+def refused_behind(released: threading.Event) -> list[Any]:
+    """The first step is refused once `released` is set."""
+
+    def bad(_: Any, context: Any) -> None:
+        assert released.wait(20)
+        refuse(context, "INVALID_ARGUMENT", "INVALID_FIELD")
+
+    return [bad]
+
+
+def test_an_interrupted_step_is_repeated_under_its_number_though_another_is_its_own_by_now(
+    script: Script,
+) -> None:
+    refused, answered = threading.Event(), threading.Event()
+    script.before = [*refused_behind(refused), lambda *_: answered.wait(20)]
+    with connect(script) as trainer:
+        first = trainer.submit(TOKENS)
+        sent = []
+
+        def interrupted(request: Any, send: Any = trainer._stub.TrainStep, **options: Any) -> Any:
+            sent.append(send.future(request, **options))
+            refused.set()
+            with pytest.raises(InvalidRequestError):
+                first.result(timeout=20)
+            while len(script.requests) < 2:  # it has reached the server as step 2
+                pass
+            raise KeyboardInterrupt
+
+        trainer._stub.TrainStep = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train_step(TOKENS)
+        answered.set()
+        trainer.settle()
+        assert [request.step for request in script.requests] == [1, 2, 2, 1]
+        assert len({request.request_id for request in script.requests[1:]}) == 1
+        assert (trainer.step, script.step) == (1, 1)
+        assert trainer.train_step(TOKENS).step == 2
+
+
+def test_closing_ends_the_wait_of_a_step_that_was_not_sent(script: Script) -> None:
+    refused, answered = threading.Event(), threading.Event()
+    script.before = [*refused_behind(refused), lambda *_: answered.wait(20)]
+    with connect(script) as trainer:
+        first = trainer.submit(TOKENS)
+        refused.set()
+        with pytest.raises(InvalidRequestError):
+            first.result(timeout=20)
+        held = trainer.submit(TOKENS)
+        raised: list[BaseException] = []
+
+        def wait_behind() -> None:
+            try:
+                trainer.train_step(TOKENS)
+            except MaskwireError as error:
+                raised.append(error)
+
+        behind = threading.Thread(target=wait_behind)
+        behind.start()
+        while trainer._writer.in_flight < 2:
+            pass
+        trainer.close(grace=0)
+        behind.join(20)
+        assert ["closed" in str(error) for error in raised] == [True]
+        with pytest.raises(UnavailableError):
+            held.result(timeout=20)
+        answered.set()
+
+
+def test_closing_the_asyncio_client_ends_every_wait_with_an_error(script: Script) -> None:
+    refused, answered = threading.Event(), threading.Event()
+    refused.set()
+    script.before = [*refused_behind(refused), lambda *_: answered.wait(20)]
+
+    async def main() -> None:
+        trainer = await maskwire.aio.connect(script.target)  # type: ignore[attr-defined]
+        with pytest.raises(InvalidRequestError):
+            await trainer.train_step(TOKENS)
+        held = await trainer.submit(TOKENS)
+        behind = asyncio.create_task(trainer.train_step(TOKENS))
+        while trainer._writer.in_flight < 2:
+            await asyncio.sleep(0)
+        await trainer.close(grace=0.01)
+        for each in (held, behind):
+            with pytest.raises(UnavailableError, match="the client was closed"):
+                await asyncio.wait_for(each, 20)
+
+    asyncio.run(main())
+    answered.set()
 
 
 INTERRUPTED = """

@@ -26,7 +26,9 @@ class PendingStep:
         self.started = False
         """It may have been sent."""
         self.sent_number = 0
-        """The number under which an attempt is in flight; 0: none is."""
+        """The number under which an attempt is in flight; 0: none is. After an interrupt it may still be."""
+        self.sent_epoch = 0
+        """The session's epoch when that attempt was sent."""
         self.acknowledged_when_sent = 0
         """The last acknowledged step when the latest attempt was sent."""
         self.answer: pb.TrainStepResponse | None = None

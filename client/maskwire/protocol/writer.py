@@ -11,7 +11,7 @@ from typing import Any, Unpack
 
 from maskwire import results
 from maskwire.arguments import check_whole
-from maskwire.errors import ConflictError, MaskwireError
+from maskwire.errors import ConflictError, MaskwireError, UnavailableError
 from maskwire.protocol import codec
 from maskwire.protocol.effects import Operation, Pause, Until
 from maskwire.protocol.limits import too_long
@@ -58,6 +58,7 @@ class Writer(Session):
         self._spans = spans
         self._pending: deque[PendingStep] = deque()  # in order; the first is step acknowledged.step + 1
         self._refused = 0  # the lowest number that a refused step left and no acknowledged step has taken
+        self._unanswered = 0  # the lowest number that was given up and may have been applied
         self._restoring = False
         self._steps_at_rate_0 = 0
 
@@ -143,16 +144,31 @@ class Writer(Session):
             if self._pending[0] is not pending:
                 yield Until(lambda: self._pending[0] is pending)
             answer = pending.answer
+            if self._unanswered and answer.step > self.acknowledged.step + 1:
+                raise self._unknown_outcome()
             position = self.acknowledged.next_position(answer, pending.payload_hash())
             self.acknowledged.position = position
             self._pending.popleft()  # CPython delivers no signal between this line and the one before
         except Exception as error:
             self._leave(pending, error)
+            if isinstance(error, UnavailableError) and pending.request.step:
+                self._unanswered = min(self._unanswered or pending.request.step, pending.request.step)
+            elif self._unanswered and error.__class__ is ConflictError:
+                raise self._unknown_outcome() from error
             raise
+        if self.acknowledged.step >= self._unanswered:
+            self._unanswered = 0  # another step has the number
         if pending.span is not None:
             pending.span.end(answer.step)
         self._warn_at_rate_0(pending.request, answer)
         return codec.read_step(answer)
+
+    def _unknown_outcome(self) -> UnavailableError:
+        return UnavailableError(
+            f"step {self._unanswered} got no answer and may have been applied, so that later steps cannot be "
+            "checked: connect again to continue from the server's step",
+            reason="UNAVAILABLE",
+        )
 
     def withdraw(self, pending: PendingStep) -> bool:
         """Take a step out of the order if it was not sent. False: it may have been sent, so it must be
@@ -175,11 +191,15 @@ class Writer(Session):
 
     def _send(self, pending: PendingStep) -> pb.TrainStepRequest:
         """Return the step's request under its current number, in flight from here on."""
-        number = self._number_of(pending)
-        self._check_number(pending, number)
-        pending.request.session.CopyFrom(self.acknowledged.session)
+        number = self._on_its_way(pending)
+        if not number:
+            number = self._number_of(pending)
+            self._check_number(pending, number)
+        session = self.acknowledged.session
+        pending.request.session.CopyFrom(session)
         pending.request.step = number
-        pending.sent_number, pending.acknowledged_when_sent = number, self.acknowledged.step
+        pending.sent_number, pending.sent_epoch = number, session.epoch
+        pending.acknowledged_when_sent = self.acknowledged.step
         return pending.request
 
     def _check_number(self, pending: PendingStep, number: int) -> None:
@@ -195,20 +215,30 @@ class Writer(Session):
         """Whether another step may enter the window. Also true once closed: the wait ends with an error."""
         return self.closed or (len(self._pending) < self._limit and not self._restoring)
 
+    def _on_its_way(self, pending: PendingStep) -> int:
+        """The number of an attempt that this session may still have in flight; 0: there is none.
+
+        One that was interrupted is repeated under its number, whatever the step's number is by now: the
+        server may still hold it, and answers both.
+        """
+        return pending.sent_number if pending.sent_epoch == self.acknowledged.session.epoch else 0
+
     def _number_of(self, pending: PendingStep) -> int:
         """The number that follows from a step's position in the submission order."""
         return self.acknowledged.step + 1 + self._pending.index(pending)
 
     def _sendable(self, pending: PendingStep) -> bool:
-        """Whether a step can be sent.
+        """Whether a step can be sent. One that was interrupted can: it repeats an attempt.
 
         After a refusal, the server must first have answered every step that is in flight under a number that
         is no longer its own, or two steps could arrive under one number. And the step that takes the refused
         number must be acknowledged before later steps are sent, since the server remembers one missing
         number.
         """
+        if self._on_its_way(pending):
+            return True
         for number, other in enumerate(self._pending, self.acknowledged.step + 1):
-            if other.sent_number not in (0, number):
+            if self._on_its_way(other) not in (0, number):
                 return False
         return not self.acknowledged.step < self._refused < self._number_of(pending)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -20,6 +21,9 @@ from maskwire_server.journal.records import Lineage, StepRecord
 from maskwire_server.requests import SessionRef, StepRequest
 from maskwire_server.results import StepAnswer, StepResult
 
+_REFUSED_FOR_GOOD = {"DIGEST_VERSION", "PAYLOAD_MISMATCH"}
+"""Reasons for which the client leaves the step's number to another step."""
+
 
 class StepAdmission:
     """Queues new steps, joins retries to the step in flight, and answers repeated steps from the journal."""
@@ -34,6 +38,18 @@ class StepAdmission:
 
     def admit(self, request: StepRequest, future: Future[StepAnswer]) -> None:
         """Queue a step, or answer it from the journal. Raises Refused."""
+        try:
+            self._admit(request, future)
+        except Refused as refusal:
+            if (
+                refusal.reason in _REFUSED_FOR_GOOD
+                and request.session is not None
+                and request.step is not None
+            ):
+                self.refused(request.session, request.step)
+            raise
+
+    def _admit(self, request: StepRequest, future: Future[StepAnswer]) -> None:
         payload, version = request.payload, self._run.step_version(bare=request.session is None)
         step = Step(request, version, payload.encode(), [future], self._clock())
         failpoints.passing("step.admitted")
@@ -46,9 +62,11 @@ class StepAdmission:
         if new:
             self._run.work.set()
         # The hashes are computed without the mutex; that of a new step while the executor takes it.
-        _ = step.payload_hash
         if new:
+            with contextlib.suppress(MemoryError):  # the step is queued: the executor tries it again
+                _ = step.payload_hash
             return
+        _ = step.payload_hash
         if other is not None:
             _ = other.payload_hash
         with self._run.mutex:
@@ -58,12 +76,17 @@ class StepAdmission:
                 self._queue(step)
                 self._run.work.set()
                 return
+            step.looked_up = True
             self._run.queue.reserve_id(step)  # so that retries join it while the journal is read
         try:
             self._look_up(step, by_id)
         except Refused as refusal:
             with self._run.mutex:
                 self._run.queue.refuse_step(step, refusal)
+        except BaseException as error:
+            with self._run.mutex:  # retries that joined it, and the id
+                self._run.queue.refuse_step(step, self._run.conditions.failed("a request", error))
+            raise
 
     def _in_flight(self, step: Step) -> Step | None:
         """The step in flight that this one may repeat, if any. Under the mutex; raises Refused."""
@@ -76,6 +99,8 @@ class StepAdmission:
         if trained is not None and request.step not in (None, trained):
             raise admission_rules.other_step(trained)
         other = queue.with_id(request.request_id)
+        if other is not None and other.looked_up and _of_earlier_session(other.request, request):
+            other = None  # it will be refused as its session's
         if other is not None and other.abandoned and request.step not in (None, other.request.step):
             # The client renumbered it, and sends it again.
             other = None if queue.withdraw(other, run.next_number) else other
@@ -142,6 +167,7 @@ class StepAdmission:
         with self._run.mutex:
             admission_rules.check_writer(request.session, self._run.situation())
             if record is None:
+                step.looked_up = False
                 self._queue(step)
                 self._run.work.set()
                 return
@@ -169,6 +195,11 @@ class StepAdmission:
             within = run.next_number <= number < run.next_number + self._serve.window
             if within and queue.with_number(number) is None:
                 queue.refuse_number(number)
+
+
+def _of_earlier_session(other: StepRequest, request: StepRequest) -> bool:
+    """Whether another request belongs to an earlier session than a request whose session is the run's."""
+    return None not in (other.session, request.session) and other.session != request.session
 
 
 def _require_in_history(record: StepRecord, lineages: dict[int, Lineage], lineage: int) -> None:

@@ -39,6 +39,8 @@ class Step:
     call: CallContext | None = field(default_factory=call_context.current.get)
     """The call that brought the step."""
 
+    looked_up: bool = False
+    """Whether the journal is being read for its record; it is not queued."""
     room_requested: bool = False
     """Whether the committer has tried to make room for its batch."""
     _hash: bytes | None = None

@@ -79,7 +79,7 @@ class Executor:
 
     def stop(self) -> None:
         """Make `serve` return after the current entry. Any thread."""
-        self._stopping = True
+        self._stopping = self._restores.stopping = True
         self._run.work.set()
 
     def serve(self) -> None:
@@ -216,11 +216,12 @@ class Executor:
         step.started = self._clock()
         self._run.computing.begin(f"step {step.number}", self._run.step_timeout.of_shape(shape))
         failpoints.passing("step.computing")
-        if self._quarantine is not None and self._quarantine.holds(step.payload_hash):
+        payload_hash = step.payload_hash  # before the weights change: it can fail for want of memory
+        if self._quarantine is not None and self._quarantine.holds(payload_hash):
             result = StepResult(Outcome.POISON, Losses(math.nan))
         else:
             payload = step.request.payload
-            watch = self._quarantine.watch(step.payload_hash) if self._quarantine else nullcontext()
+            watch = self._quarantine.watch(payload_hash) if self._quarantine else nullcontext()
             with watch, guarded(self._trainer):
                 result = self._trainer.train_step(
                     self._run.head.computed.lineage, step.number, payload.batch, payload.modes

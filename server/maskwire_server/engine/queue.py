@@ -79,7 +79,7 @@ class Queue:
     @property
     def without_reads(self) -> int:
         """Entries that wait, besides reads: those take no place from steps and saves."""
-        return len(self) - self.reads()
+        return len(self) - sum(isinstance(entry, Evaluation | Generation) for entry in self._entries)
 
     def saves(self) -> list[Save]:
         """The saves that wait."""
@@ -232,6 +232,14 @@ class Queue:
         for number, step in list(self._early.items()):
             if step.abandoned:
                 self.settle(self._early.pop(number))
+
+    def forget_abandoned_reads(self) -> None:
+        """Drop evaluations and generations whose callers have left."""
+        self._entries = deque(
+            entry
+            for entry in self._entries
+            if not (isinstance(entry, Evaluation | Generation) and entry.future.done())
+        )
 
     def withdraw(self, step: Step, next_number: int) -> bool:
         """Remove an abandoned step and refuse those behind it; False if it is not queued, or not any more."""

@@ -18,6 +18,7 @@ from maskwire_server.results import EvalAnswer, GenerationState
 
 def refuse_waiting_reads(run: Run, serve: ServeConfig, credential: str) -> None:
     """Raise QUEUE_FULL if too many reads wait, of all callers or of this one. Under the mutex."""
+    run.queue.forget_abandoned_reads()
     try:
         admission_rules.refuse_full(len(run.queue), serve.queue_limit)
         if credential:

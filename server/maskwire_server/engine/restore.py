@@ -29,6 +29,8 @@ from maskwire_server.requests import RestoreRequest, SaveRequest
 log = logging.getLogger(__name__)
 
 _RESTORED = "the run was restored to it"
+WAIT_SECONDS = 0.1
+"""Between two looks for a shutdown while the mirror lacks a new lineage."""
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Restores:
     committer: Committer
     checkpoints: Checkpoints
     trainer: Trainer
+    stopping: bool = False
+    """The engine is being closed: wait for no mirror."""
 
     def begin(self, request: RestoreRequest, future: Future[RestoreResult]) -> None:
         """Verify the checkpoint on another thread, then queue the restore. Raises Refused.
@@ -137,7 +141,7 @@ class Restores:
                 restore.request.request_id,
                 info.name,
             )
-            session = self._record(lineage)
+            session, acknowledged = self._record(lineage)
         except Refused as refusal:
             self._give_up(restore, refusal)
             return
@@ -157,10 +161,16 @@ class Restores:
             if not self.run.conditions.holds(RunState.DRAINING):  # the drain saves
                 self.run.queue.push_first(Save(SaveRequest(), automatic=True))
             self.run.conditions.set(RunState.RESTORING, False)
-        answer(restore.future, restored)
+        if acknowledged:
+            answer(restore.future, restored)
+        else:
+            refuse(restore.future, admission_rules.shutting_down())
 
-    def _record(self, lineage: Lineage) -> SessionRecord:
-        """Make the lineage durable. Raises Refused if the disk is full, and changes nothing."""
+    def _record(self, lineage: Lineage) -> tuple[SessionRecord, bool]:
+        """Make the lineage durable. Raises Refused if the disk is full, and changes nothing.
+
+        The second value is False at shutdown: the mirror that the answer waits for does not have the lineage.
+        """
         # Advance the epoch, which fences the writer of the old lineage.
         session = SessionRecord(
             self.run.lease.epoch + 1, "restore", None, False, lineage.lineage, lineage.step, True
@@ -170,8 +180,13 @@ class Restores:
         self.committer.append(commit)
         if not self.committer.wait_durable() and self.committer.withdraw(commit):
             admission_rules.refuse_unavailable(RunState.HELD)
-        recorded.result()
-        return session
+        while True:
+            try:
+                recorded.result(WAIT_SECONDS)
+            except TimeoutError:
+                if not (self.stopping or self.run.conditions.holds(RunState.DRAINING)):
+                    continue
+            return session, recorded.done()
 
     def _move(self, manifest: Manifest, lineage: Lineage, session: SessionRecord) -> None:
         run, info, number = self.run, manifest.info, lineage.lineage

@@ -233,6 +233,19 @@ def test_the_reads_of_one_credential_that_wait_are_limited(rig: Rig, clock: Cloc
         read.result(WAIT)
 
 
+def test_reads_whose_callers_have_left_take_no_place_from_steps(rig: Rig) -> None:
+    engine = rig.start(serve={"queue_limit": 4})
+    rig.trainer.gate.clear()
+    first = engine.train_step(bare(1))
+    rig.trainer.entered.acquire()
+    for _ in range(6):  # one reader with a short deadline
+        assert engine.eval_loss(evaluation("a")).cancel()
+        assert engine.status().queue_length <= 1, "one that has left is forgotten when the next one comes"
+    second = engine.train_step(bare(2))
+    rig.trainer.gate.set()
+    assert [each.result(WAIT).step for each in (first, second)] == [1, 2]
+
+
 def test_a_pause_between_steps_counts_as_theirs_and_a_client_that_has_left_is_not_waited_for() -> None:
     clock = Clock()
     share = DeviceShare(clock, 30.0)

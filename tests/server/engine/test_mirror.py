@@ -314,3 +314,19 @@ def test_ids_survive_as_they_are(mirrored: MirroredRig) -> None:
     again = mirrored.start().train_step(bare(1, odd)).result(WAIT)
     assert again.replayed
     assert np.array_equal([again.step, *again.digest], [first.step, *first.digest])
+
+
+def test_a_restore_that_waits_for_the_mirror_holds_up_no_shutdown(mirrored: MirroredRig) -> None:
+    engine = mirrored.start()
+    train(engine, 2)
+    engine.save(SaveRequest("named")).result(WAIT)
+    train(engine, 2, first=2)
+    with down():
+        waiting = engine.restore(RestoreRequest("named", "id"))
+        wait_for(lambda: engine.status().state is RunState.HELD)
+        assert engine.drain(WAIT)
+        assert reason(waiting) == "DRAINING"
+    engine.close()
+    again = mirrored.start()
+    answer = again.restore(RestoreRequest("named", "id")).result(WAIT)
+    assert (answer.lineage, answer.step) == (again.status().lineage, 2)

@@ -15,6 +15,7 @@ from rig import WAIT, FullDisk, Rig, bare, open_session, payload, reason, wait_f
 
 from maskwire.v1.digest import DigestVersion, step_digest
 from maskwire.v1.values import RunState
+from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.entries import Takeover
 from maskwire_server.errors import Refused
@@ -238,3 +239,92 @@ def test_the_digest_follows_the_outcome(rig: Rig) -> None:
     payload_hash = request.payload.hash(DigestVersion(2, 257))
     assert answer.digest == step_digest(before, 1, 1, payload_hash, int(answer.result.outcome))
     assert np.isnan(answer.result.losses.loss)
+
+
+def test_a_number_refused_at_admission_is_refused_to_those_behind_it_too(rig: Rig) -> None:
+    engine = rig.start(serve={"gap_seconds": 600})
+    session = open_session(engine, digest_versions=(1,))
+    behind = engine.train_step(StepRequest(payload(2), session, 2, "b"))
+    ids = payload(1).batch.ids
+    packed = Payload(Batch(ids, *ids.shape, segment_ids=np.zeros(ids.size, np.int32)), Modes())
+    assert reason(engine.train_step(StepRequest(packed, session, 1, "a"))) == "DIGEST_VERSION"
+    assert reason(behind) == "GAP"
+
+
+def test_a_retry_of_the_next_session_does_not_share_the_end_of_the_last_ones(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = rig.start()
+    last = open_session(engine, "me", "n1")
+    engine.train_step(StepRequest(payload(1), last, 1, "x")).result(WAIT)
+    asked, taken_over = threading.Event(), threading.Event()
+    read = Committer.read
+
+    def slow(self: Committer, question: Any, *arguments: Any) -> Any:
+        if question is Journal.step_of_request and not asked.is_set():
+            asked.set()
+            assert taken_over.wait(WAIT)
+        return read(self, question, *arguments)
+
+    monkeypatch.setattr(Committer, "read", slow)
+    futures: list[Any] = []
+    request = StepRequest(payload(1), last, None, "x")
+    asking = threading.Thread(target=lambda: futures.append(engine.train_step(request)))
+    asking.start()
+    assert asked.wait(WAIT)
+    present = open_session(engine, "me", "n2")
+    again = engine.train_step(StepRequest(payload(1), present, 1, "x"))
+    assert again.result(WAIT).replayed
+    taken_over.set()
+    asking.join(WAIT)
+    assert reason(futures[0]) == "FENCED"
+
+
+def test_a_look_up_that_fails_leaves_no_id_behind(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = rig.start()
+    engine.train_step(bare(1, "x")).result(WAIT)
+    read, failures = Committer.read, [MemoryError()]
+
+    def failing(self: Committer, question: Any, *arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return read(self, question, *arguments)
+
+    monkeypatch.setattr(Committer, "read", failing)
+    assert reason(engine.train_step(bare(1, "x"))) == "OUT_OF_RESOURCES"
+    assert engine.train_step(bare(1, "x")).result(WAIT).replayed
+
+
+def test_a_queued_step_is_not_refused_for_want_of_memory_for_its_hash(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, caller, compute = rig.start(), threading.get_ident(), Payload.hash
+
+    def failing(self: Payload, version: DigestVersion) -> bytes:
+        if threading.get_ident() == caller:
+            raise MemoryError
+        return compute(self, version)
+
+    rig.trainer.gate.clear()
+    first = engine.train_step(bare(1))  # the executor has it
+    rig.trainer.entered.acquire()
+    monkeypatch.setattr(Payload, "hash", failing)
+    second = engine.train_step(bare(2))
+    rig.trainer.gate.set()
+    assert [each.result(WAIT).step for each in (first, second)] == [1, 2]
+
+
+def test_a_step_whose_hash_cannot_be_computed_is_refused_before_it_changes_the_weights(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, compute, failures = rig.start(), Payload.hash, [MemoryError(), MemoryError()]
+
+    def failing(self: Payload, version: DigestVersion) -> bytes:
+        if failures:
+            raise failures.pop()
+        return compute(self, version)
+
+    monkeypatch.setattr(Payload, "hash", failing)
+    assert reason(engine.train_step(bare(1))) == "OUT_OF_RESOURCES"
+    assert not rig.trainer.trained
+    assert engine.train_step(bare(1)).result(WAIT).step == 1
