@@ -51,9 +51,12 @@ def test_a_step_that_was_given_up_is_named_to_those_behind_it(script: Script) ->
     script.before = [lambda *_: sent.wait(20)]
     script.after = [lost]
     with connect(script, retry_for=0) as trainer:
-        given_up, behind = trainer.submit(TOKENS), trainer.submit(TOKENS)
+        given_up = trainer.submit(TOKENS)
+        while not script.requests:
+            time.sleep(0.001)
+        behind = trainer.submit(TOKENS)
         while trainer._writer._pending[-1].sent_number != 2:
-            pass
+            time.sleep(0.001)
         sent.set()
         with pytest.raises(UnavailableError, match="did not answer"):
             given_up.result(timeout=20)

@@ -8,6 +8,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,8 @@ def test_an_interrupted_step_is_repeated_under_its_number_though_another_is_its_
     script.before = [*refused_behind(refused), lambda *_: answered.wait(20)]
     with connect(script) as trainer:
         first = trainer.submit(TOKENS)
+        while not script.requests:
+            time.sleep(0.001)
         sent = []
 
         def interrupted(request: Any, send: Any = trainer._stub.TrainStep, **options: Any) -> Any:
@@ -225,7 +228,7 @@ def test_an_interrupted_step_is_repeated_under_its_number_though_another_is_its_
             with pytest.raises(InvalidRequestError):
                 first.result(timeout=20)
             while len(script.requests) < 2:  # it has reached the server as step 2
-                pass
+                time.sleep(0.001)
             raise KeyboardInterrupt
 
         trainer._stub.TrainStep = interrupted
@@ -259,7 +262,7 @@ def test_closing_ends_the_wait_of_a_step_that_was_not_sent(script: Script) -> No
         behind = threading.Thread(target=wait_behind)
         behind.start()
         while trainer._writer.in_flight < 2:
-            pass
+            time.sleep(0.001)
         trainer.close(grace=0)
         behind.join(20)
         assert ["closed" in str(error) for error in raised] == [True]

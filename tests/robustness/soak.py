@@ -18,8 +18,8 @@ from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 
 CLIENTS = 4
 MORE_WORKERS = 16
-"""gRPC makes a worker when calls overlap as never before, which depends on the machine's load. A thread that was
-lost with each cancelled call would be thousands."""
+"""gRPC makes a worker when calls overlap as never before, which depends on the machine's load. A thread lost
+with each cancelled call would be thousands."""
 
 
 def run(folder: Path, seed: int, count: int) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def test_the_run_keeps_only_the_tokenizer_of_its_data(
             trainer.keep_tokenizer(ours)
         trainer.use_tokenizer(ours.name)
         with pytest.raises(
-            InvalidRequestError, match=r"tokenizer\.file must be the file that tokenizer\.name"
+            InvalidRequestError, match=r"tokenizer\.file must have the hash in tokenizer\.name"
         ):
             trainer.keep_tokenizer(TokenizerDescription(ours.name, b"another file"))
         with pytest.raises(InvalidRequestError, match=r"document_end must have at most 64 ids, got 65"):

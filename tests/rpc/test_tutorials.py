@@ -78,10 +78,11 @@ def test_own_corpus(run: Run) -> None:
         "own-corpus",
         {
             '"*.py"))[:200]': '"*.py"))[:24]',
-            "vocab_size=4096": "vocab_size=300",
-            "model.dim=128 ": "model.dim=32 ",
-            "--until-step 600": "--until-step 6",
-            "--eval-every 100 --checkpoint-every 200": "--eval-every 3 --checkpoint-every 3",
+            "vocab_size=2048": "vocab_size=300",
+            "model.dim=64 ": "model.dim=32 ",
+            "optimizer.total_steps=1500": "optimizer.total_steps=200",
+            "--until-step 1500": "--until-step 6",
+            "--eval-every 250 --checkpoint-every 500": "--eval-every 3 --checkpoint-every 3",
             "--rows 256": "--rows 4",
         },
     )

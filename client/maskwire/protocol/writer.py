@@ -93,7 +93,7 @@ class Writer(Session):
             )
             response = yield from self._ask("RestoreCheckpoint", lambda: request)
             yield from self.open(replace=True)  # the restore ended the old epoch
-            self._refused = 0
+            self._refused = self._unanswered = 0
         finally:
             self._restoring = False
         return results.RestoreResult(response.lineage, response.step, response.digest)
