@@ -102,8 +102,8 @@ def test_fine_tune_bert(run: Run, preloaded: None) -> None:
         {
             "pairs[320:]": "pairs[4200:]",
             "pairs[:320]": "pairs[:40]",
-            "--until-step 300": "--until-step 4",
-            "--eval-every 100": "--eval-every 2",
+            "--until-step 600": "--until-step 4",
+            "--eval-every 200": "--eval-every 2",
         },
     )
     assert len(re.findall(r"step 4: held out ", said)) == 2, "the whole model's run, and that of the adapters"
