@@ -77,6 +77,26 @@ def test_only_the_thread_whose_condition_holds_is_woken(monkeypatch: pytest.Monk
         assert woken == [waiters[1], waiters[0]]
 
 
+def test_closing_ends_a_wait_whose_condition_never_holds() -> None:
+    client = maskwire.attach("127.0.0.1:1")
+    raised: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            client._when(lambda: False, lambda: None)
+        except UnavailableError as error:
+            raised.append(error)
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    while not client._waiting:
+        time.sleep(0.001)
+    client.close()
+    waiting.join(20)
+    assert [error.reason for error in raised] == ["CANCELLED"]
+    assert not client._waiting
+
+
 @pytest.mark.parametrize("error", [None, ValueError("bad batch")])
 def test_the_wait_for_a_future_holds_no_condition_that_an_interrupt_could_leave_locked(
     monkeypatch: pytest.MonkeyPatch, error: Exception | None
