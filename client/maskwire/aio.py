@@ -21,6 +21,7 @@ from maskwire import client, results
 from maskwire.aio_driver import Driver, awaited, iterating
 from maskwire.client import CLOSE_TIMEOUT, EXIT_GRACE
 from maskwire.credentials import CredentialOptions, Endpoint
+from maskwire.errors import closed_meanwhile
 from maskwire.protocol.effects import Operation, Work
 from maskwire.protocol.fit import Fitting, ResultOf
 from maskwire.protocol.fit import fit as training_loop
@@ -230,7 +231,7 @@ class Trainer(TrainerProperties, Client):
         return answer
 
     def _forget_if_closed(self, answer: asyncio.Future[Any]) -> None:
-        """After `close`, asyncio must not log the errors of steps that nobody awaits."""
+        """Keep asyncio from logging, after `close`, the error of an answer that nobody awaits."""
         if self._closed and not answer.cancelled():
             answer.exception()
 
@@ -240,7 +241,7 @@ class Trainer(TrainerProperties, Client):
             return await self._drive(operation)
         except asyncio.CancelledError:
             if self._closed:
-                raise self._closed_meanwhile() from None
+                raise closed_meanwhile(self.target) from None
             raise
 
     async def _run_fit(self, fitting: Fitting[T]) -> T:

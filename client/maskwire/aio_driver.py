@@ -11,7 +11,7 @@ import grpc.aio
 
 from maskwire.arguments import call_back
 from maskwire.credentials import Endpoint
-from maskwire.errors import EventLoopError, MaskwireError, UnavailableError, read_failure
+from maskwire.errors import EventLoopError, MaskwireError, closed_meanwhile, read_failure
 from maskwire.process_bound import ProcessBound
 from maskwire.protocol.effects import (
     Call,
@@ -116,7 +116,7 @@ class Driver(ProcessBound):
         """Wait until a condition holds. Raises UnavailableError if the client is closed meanwhile."""
         while not holds():
             if self._closed:
-                raise self._closed_meanwhile()
+                raise closed_meanwhile(self.target)
             waiter = holds, asyncio.get_running_loop().create_future()
             self._waiting.append(waiter)
             try:
@@ -129,12 +129,6 @@ class Driver(ProcessBound):
         for holds, future in self._waiting:
             if not future.done() and (self._closed or holds()):
                 future.set_result(None)
-
-    def _closed_meanwhile(self) -> UnavailableError:
-        return UnavailableError(
-            f"the client was closed while {self.target} did not answer: the outcome is unknown",
-            reason="CANCELLED",
-        )
 
     def _end(
         self, operation: Operation[Any], effect: Effect | None = None, error: Exception | None = None

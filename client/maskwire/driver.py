@@ -15,7 +15,7 @@ import grpc
 
 from maskwire.arguments import call_back
 from maskwire.credentials import Endpoint
-from maskwire.errors import MaskwireError, UnavailableError, read_failure
+from maskwire.errors import MaskwireError, closed_meanwhile, read_failure
 from maskwire.process_bound import ProcessBound
 from maskwire.protocol.effects import (
     Call,
@@ -151,7 +151,7 @@ class Driver(ProcessBound):
                             self._wake()
                     self._waiting[woken] = holds
                 if self._closed.is_set():
-                    raise self._closed_meanwhile()
+                    raise closed_meanwhile(self.target)
                 left = min(_SIGNAL_SECONDS, deadline - time.monotonic())
                 if left <= 0:
                     return None
@@ -245,13 +245,7 @@ class Driver(ProcessBound):
 
     def _pause(self, seconds: float) -> None:
         if self._closed.wait(seconds):
-            raise self._closed_meanwhile()
-
-    def _closed_meanwhile(self) -> UnavailableError:
-        return UnavailableError(
-            f"the client was closed while {self.target} did not answer: the outcome is unknown",
-            reason="CANCELLED",
-        )
+            raise closed_meanwhile(self.target)
 
     def _check_open(self) -> None:
         if self._closed.is_set():

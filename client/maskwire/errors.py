@@ -261,6 +261,13 @@ class Failure:
     """Seconds, if the server said."""
 
 
+def closed_meanwhile(target: str) -> UnavailableError:
+    """Make the error of a call that was waiting when its client was closed."""
+    return UnavailableError(
+        f"the client was closed while {target} did not answer: the outcome is unknown", reason="CANCELLED"
+    )
+
+
 def read_failure(error: grpc.RpcError) -> Failure:
     """Interpret a failed RPC."""
     call: Any = error  # the errors that a stub raises are also a grpc.Call

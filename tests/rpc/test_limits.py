@@ -64,7 +64,7 @@ BOTH_CLIENTS = pytest.mark.parametrize("ask", [blocking, awaited])
 
 
 def in_turn(options: list[dict[str, Any]]) -> pytest.MarkDecorator:
-    """Each of the options with one of the clients, which share the code that divides the work."""
+    """Alternate the clients over the options: both share the code that splits the work."""
     cases = list(zip(cycle((blocking, awaited)), options, strict=False))
     return pytest.mark.parametrize(("ask", "options"), cases, ids=[str(each) for each in options])
 

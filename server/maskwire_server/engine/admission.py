@@ -100,7 +100,7 @@ class StepAdmission:
             raise admission_rules.other_step(trained)
         other = queue.with_id(request.request_id)
         if other is not None and other.looked_up and _of_earlier_session(other.request, request):
-            other = None  # it will be refused as its session's
+            other = None  # the look-up of a session that is fenced by now
         if other is not None and other.abandoned and request.step not in (None, other.request.step):
             # The client renumbered it, and sends it again.
             other = None if queue.withdraw(other, run.next_number) else other

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 _RESTORED = "the run was restored to it"
 WAIT_SECONDS = 0.1
-"""Between two looks for a shutdown while the mirror lacks a new lineage."""
+"""How often a restore that waits for the mirror checks for a shutdown."""
 
 
 @dataclass

@@ -65,7 +65,7 @@ def test_no_setting_generates_special_ids_or_changes_a_prompt(whole: TorchTraine
 
 def test_a_row_does_not_depend_on_other_rows_or_on_how_the_batch_is_split(whole: TorchTrainer) -> None:
     prompts = prompts_of([[1, *[None] * 5], [None] * 6, [None, 2, *[None] * 3, 3]])
-    for options in EVERY[::5]:  # each value of each option, in changing company
+    for options in EVERY[::5]:  # a fifth of the combinations, with each value of each option
         options = dataclasses.replace(options, row_seeds=(30, 31, 32))
         together = [state.ids for state in whole.generate(prompts, options)]
         again = [state.ids for state in whole.generate(prompts, options)]

@@ -157,7 +157,7 @@ def test_the_critic_of_one_pair_has_the_known_best_loss() -> None:
     [
         ({}, 150),
         ({"schedule": "quadratic", "masking": "bernoulli"}, 150),
-        ({"preset": "x-transformers"}, 300),  # other ids stand in some places: it learns more slowly
+        ({"preset": "x-transformers"}, 300),  # its augmentation makes it learn more slowly
         ({"self_cond": True, "critic": "token"}, 150),
     ],
     ids=str,
