@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sqlite3
 import tempfile
 from collections import deque
 from collections.abc import Callable
@@ -17,12 +16,14 @@ import numpy as np
 
 import maskwire
 from bench.harness import Row, in_turn, module, process, ratio, seconds_of
+from bench.minimal_server import database
 from bench.stretches import SKIPPED
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 
 BATCH = np.random.default_rng(0).integers(0, 256, (128, 512)).astype(np.uint8)  # 64 KiB
 PAYLOAD = BATCH.tobytes()
+REQUEST = pb.TrainStepRequest(batch=pb.TokenBatch(data=PAYLOAD, shape=BATCH.shape, dtype=pb.DATA_TYPE_UINT8))
 
 
 def measure(quick: bool) -> list[Row]:
@@ -33,10 +34,15 @@ def measure(quick: bool) -> list[Row]:
         with (
             process(*module("null_server", room / "run"), log=room / "null.log") as target,
             process(*module("echo_server"), log=room / "echo.log") as echo_target,
+            process(
+                *module("minimal_server", room / "minimal.sqlite"), log=room / "minimal.log"
+            ) as least_target,
             maskwire.connect(target, name="one", window=8) as trainer,
             grpc.insecure_channel(echo_target) as channel,
+            grpc.insecure_channel(least_target) as least_channel,
         ):
             echo: Any = channel.unary_unary("/bench.Echo/Echo")
+            least: Any = pb_grpc.TrainingServiceStub(least_channel).TrainStep  # type: ignore[no-untyped-call]
             insert = durable_insert(room)
             ray = RayActor()
             measures: list[Callable[[], float]] = [
@@ -45,6 +51,8 @@ def measure(quick: bool) -> list[Row]:
                 lambda: seconds_of(insert, count),
                 lambda: in_flight(lambda: trainer.submit(BATCH), count),
                 lambda: in_flight(lambda: echo.future(PAYLOAD), count),
+                lambda: seconds_of(lambda: least(REQUEST), count),
+                lambda: in_flight(lambda: least.future(REQUEST), count),
             ]
             if ray.there:
                 measures += [
@@ -52,7 +60,9 @@ def measure(quick: bool) -> list[Row]:
                     lambda: in_flight(lambda: ray.submit(), count),
                 ]
             in_turn(1, *measures)  # warm
-            step, bare, disk, windowed, bare_windowed, *actor = in_turn(rounds, *measures)
+            step, bare, disk, windowed, bare_windowed, minimal, minimal_windowed, *actor = in_turn(
+                rounds, *measures
+            )
             ray.close()
         traced = where_time_goes(room, count)
     floor = [b + d for b, d in zip(bare, disk, strict=True)]
@@ -61,11 +71,16 @@ def measure(quick: bool) -> list[Row]:
         "step ms": median(step) * 1e3, "echo ms": median(bare) * 1e3, "insert ms": median(disk) * 1e3,
         "8 in flight, steps/s": 1 / median(windowed), "8 in flight, echoes/s": 1 / median(bare_windowed),
     }  # fmt: skip
+    least_parts = {"ms": median(minimal) * 1e3, "8 in flight, steps/s": 1 / median(minimal_windowed)}
     rows = [
         ratio(Row("P2", f"latency of {what} ÷ (grpcio echo + SQLite insert)", "≤ 1.3", None, parts=parts),
               step, floor, at_most=1.3),
+        ratio(Row("P2", "the same of bench/minimal_server.py: hash, insert, answer", "(the floor)", None,
+                  parts=least_parts), minimal, floor),
         ratio(Row("P3", "steps per second, 8 in flight ÷ echoes per second, 8 in flight", "≥ 0.5", None),
               bare_windowed, windowed, at_least=0.5),
+        ratio(Row("P3", "the same of bench/minimal_server.py", "(the floor)", None),
+              bare_windowed, minimal_windowed),
         Row("P2", f"CPU of the server for {what}, ms", "≤ 0.9", traced["cpu_ms"],
             met=traced["cpu_ms"] <= 0.9, parts={"a bare call from start to end, ms": traced["call_ms"]} | {
                 f"{words}, ms": ms for words, ms in traced["ms"].items()}),
@@ -92,10 +107,8 @@ def where_time_goes(room: Path, count: int) -> dict[str, Any]:
         grpc.insecure_channel(target) as channel,
     ):
         stub = pb_grpc.TrainingServiceStub(channel)  # type: ignore[no-untyped-call]
-        batch = pb.TokenBatch(data=PAYLOAD, shape=BATCH.shape, dtype=pb.DATA_TYPE_UINT8)
-        request = pb.TrainStepRequest(batch=batch)
-        seconds_of(lambda: stub.TrainStep(request), SKIPPED)
-        call = seconds_of(lambda: stub.TrainStep(request), 4 * count)
+        seconds_of(lambda: stub.TrainStep(REQUEST), SKIPPED)
+        call = seconds_of(lambda: stub.TrainStep(REQUEST), 4 * count)
     return {**json.loads(found.read_text()), "call_ms": 1e3 * call}
 
 
@@ -116,13 +129,10 @@ def in_flight(submit: Callable[[], Any], count: int, window: int = 8) -> float:
 
 def durable_insert(room: Path) -> Callable[[], None]:
     """One 64 KiB insert, flushed, under the journal's settings."""
-    database = sqlite3.connect(room / "insert.sqlite", isolation_level=None)
-    for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=0"):
-        database.execute(f"PRAGMA {pragma}")
-    database.execute("CREATE TABLE payloads (step INTEGER PRIMARY KEY, payload BLOB)")
+    opened = database(str(room / "insert.sqlite"))
 
     def insert() -> None:
-        database.execute("INSERT INTO payloads (payload) VALUES (?)", (PAYLOAD,))
+        opened.execute("INSERT INTO payloads (payload) VALUES (?)", (PAYLOAD,))
 
     return insert
 

@@ -19,6 +19,7 @@ from maskwire_server.journal.outbox import Outbox
 from maskwire_server.journal.records import damaged
 from maskwire_server.journal.run_directory import JOURNAL_FILE, lock, refuse_leftovers
 from maskwire_server.journal.schema import FORMAT, MIGRATIONS, facts_hash
+from maskwire_server.journal.write_ahead_log import WriteAheadLog
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Database:
 
     def __init__(self, run_dir: Path, *, durable: bool = True) -> None:
         self._path = run_dir / JOURNAL_FILE
-        self._log_path = str(run_dir / f"{JOURNAL_FILE}-wal")
+        self._log = WriteAheadLog(run_dir / f"{JOURNAL_FILE}-wal")
         self._log_bytes = 0
         self._batch_bytes = self._dropped = 0  # batches that the current transaction wrote, and deleted
         kind = network_file_system(run_dir.resolve())
@@ -148,12 +149,18 @@ class Database:
             full.sqlite_errorcode = sqlite3.SQLITE_FULL
             raise full from error
 
-    def merge_log(self) -> None:
-        """Merge the write-ahead log into the database file; afterwards everything is flushed."""
+    def merge_log(self, *, truncate: bool = False) -> None:
+        """Merge the write-ahead log into the database file; afterwards everything is flushed.
+
+        Its file is written again from the start, which is faster than letting it grow; `truncate` frees it.
+        """
         failpoints.passing("journal.tidying")
         growth = self.growth()
         try:
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            mode = "TRUNCATE" if truncate else "RESTART"
+            ((busy, *_),) = self._db.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
+            if not busy:
+                self._log.merged()
         except sqlite3.Error as error:
             self._raise_if_over_quota(error, growth + _MARGIN)
             raise
@@ -168,19 +175,23 @@ class Database:
         return max(0, pages * size - self._path.stat().st_size)
 
     def log_bytes(self) -> int:
-        """The size of the write-ahead log after the last transaction. Any thread; no system call."""
+        """The bytes of the write-ahead log to be merged, as of the last transaction. Any thread; no system
+        call.
+        """
         return self._log_bytes
 
+    def log_file_bytes(self) -> int:
+        """The size of the write-ahead log's file."""
+        return self._log.size()
+
     def _measure_log(self) -> None:
-        try:
-            self._log_bytes = os.stat(self._log_path).st_size  # noqa: PTH116 - once for each transaction
-        except FileNotFoundError:
-            self._log_bytes = 0
+        self._log_bytes = self._log.used_bytes()
 
     def close(self) -> None:
         """Close the file and release the run directory."""
         if hasattr(self, "_db"):  # absent where it could not be opened
             self._db.close()
+        self._log.close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1

@@ -33,10 +33,10 @@ class Reserve:
         return size <= free_bytes(self._run_dir)
 
 
-def merge_log(journal: Journal) -> bool:
+def merge_log(journal: Journal, *, truncate: bool = False) -> bool:
     """Merge the write-ahead log into the database. Returns False and changes nothing if the disk is full."""
     try:
-        journal.merge_log()
+        journal.merge_log(truncate=truncate)
     except JournalError as error:
         if not is_full(error):
             raise
@@ -49,9 +49,13 @@ def merge_log(journal: Journal) -> bool:
 
 
 def make_room(journal: Journal, reserve: Reserve) -> bool:
-    """Merge the write-ahead log into the database if that frees space; False when it was not merged.
+    """Merge the write-ahead log into the database and free its file; False when that changed nothing.
 
     The database file grows first, by less than the log's size, and may use the reserve meanwhile: no step is
     committed at the same time.
     """
-    return bool(journal.log_bytes()) and reserve.fits(journal.growth()) and merge_log(journal)
+    return (
+        bool(journal.log_file_bytes())
+        and reserve.fits(journal.growth())
+        and merge_log(journal, truncate=True)
+    )

@@ -26,6 +26,9 @@ class FakeJournal:
     def log_bytes(self) -> int:
         return 0
 
+    def log_file_bytes(self) -> int:
+        return 0
+
     def transaction(self, write: Callable[[], object]) -> None:
         if self.full:
             error = sqlite3.OperationalError("database or disk is full")

@@ -144,9 +144,9 @@ def test_the_log_is_folded_by_its_bytes_not_by_the_number_of_commits(
     folds: list[int] = []
     merge_log = Journal.merge_log
 
-    def counted(self: Journal) -> None:
+    def counted(self: Journal, *, truncate: bool = False) -> None:
         folds.append(self.log_bytes())
-        merge_log(self)
+        merge_log(self, truncate=truncate)
 
     monkeypatch.setattr(Journal, "merge_log", counted)
     monkeypatch.setattr(reserve, "MERGE_BYTES", 2**20)
@@ -212,7 +212,11 @@ class OverQuota:
         return getattr(self._database, name)
 
     def execute(self, statement: str, *values: Any) -> Any:
-        if self.used_up and statement in ("COMMIT", "PRAGMA wal_checkpoint(TRUNCATE)"):
+        if self.used_up and statement in (
+            "COMMIT",
+            "PRAGMA wal_checkpoint(RESTART)",
+            "PRAGMA wal_checkpoint(TRUNCATE)",
+        ):
             error = sqlite3.OperationalError("disk I/O error")
             error.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
             raise error

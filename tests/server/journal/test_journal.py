@@ -279,17 +279,6 @@ def test_an_index_that_lost_a_request_is_built_anew(open_journal: Open, tmp_path
     again.close()
 
 
-def test_the_write_ahead_log_is_folded_when_told(open_journal: Open, tmp_path: Path) -> None:
-    journal = open_journal()
-    log = tmp_path / "run" / f"{JOURNAL_FILE}-wal"
-    for step in range(1, 40):
-        journal.transaction(lambda step=step: journal.add_step(record(step), bytes(20_000)))
-    assert log.stat().st_size > 800_000
-    journal.merge_log()
-    assert log.stat().st_size == 0
-    assert len(list(journal.steps_after(1, 0))) == 39
-
-
 def test_every_folder_that_is_made_for_a_run_is_flushed_into_the_one_above(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -302,11 +302,11 @@ def test_the_log_is_folded_again_when_there_is_room(rig: Rig, monkeypatch: pytes
     engine = rig.start()
     merge_log, calls = Journal.merge_log, [0]
 
-    def failing(self: Journal) -> None:
+    def failing(self: Journal, *, truncate: bool = False) -> None:
         calls[0] += 1
         if calls[0] == 1:
             raise FullDisk("database or disk is full")
-        merge_log(self)
+        merge_log(self, truncate=truncate)
 
     monkeypatch.setattr(Journal, "merge_log", failing)
     monkeypatch.setattr(reserve, "MERGE_BYTES", 2**18)

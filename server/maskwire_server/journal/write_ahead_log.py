@@ -1,0 +1,76 @@
+"""The file of SQLite's write-ahead log: how much of it is in use.
+
+The file is written again from its start after a merge, because a flush is faster where the file does not
+grow. Its size says nothing then, so the frames are counted. The format is that of
+https://www.sqlite.org/fileformat2.html#walformat: the header has the page size at byte 8 and the salt at 16;
+each frame has the salt at its byte 8, and ends with a page. Frames from before the last merge have another
+salt.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_HEADER, _FRAME_HEADER = 32, 24
+_SALT = 8
+_STEP = 16  # frames: about those of one batch of 64 KiB
+
+
+class WriteAheadLog:
+    """The log of one journal, used by one thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = -1
+        self._salt = self._merged = b""
+        self._frames = 0
+
+    def size(self) -> int:
+        """The size of the file in bytes."""
+        try:
+            return self._path.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def used_bytes(self) -> int:
+        """The bytes that are not merged into the database yet. Within a transaction it may be less."""
+        header = self._read(_HEADER, 0)
+        if len(header) < _HEADER:
+            return 0
+        frame = _FRAME_HEADER + int.from_bytes(header[8:12], "big")
+        salt = header[16 : 16 + _SALT]
+        if salt == self._merged:  # SQLite writes a new header with the next frame
+            return 0
+        if salt != self._salt:
+            self._salt, self._frames = salt, 0
+        step = _STEP
+        while self._in_use(self._frames + step, frame):
+            self._frames += step
+            step *= 2
+        while step := step // 2:
+            if self._in_use(self._frames + step, frame):
+                self._frames += step
+        return _HEADER + self._frames * frame
+
+    def merged(self) -> None:
+        """Note that everything in the log is in the database."""
+        self._merged = self._read(_HEADER, 0)[16 : 16 + _SALT]
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _in_use(self, count: int, frame: int) -> bool:
+        """Whether the log has at least `count` frames."""
+        return self._read(_SALT, _HEADER + (count - 1) * frame + 8) == self._salt
+
+    def _read(self, size: int, at: int) -> bytes:
+        if self._file < 0:
+            try:
+                self._file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return b""
+        return os.pread(self._file, size, at)
