@@ -13,7 +13,8 @@ import os
 from pathlib import Path
 
 _HEADER, _FRAME_HEADER = 32, 24
-_SALT = 8
+_SALT = 8  # bytes
+_SALT_AT, _SALT_END, _FRAME_SALT_AT = 16, 24, 8
 _STEP = 16  # frames: about those of one batch of 64 KiB
 
 
@@ -24,7 +25,8 @@ class WriteAheadLog:
         self._path = path
         self._file = -1
         self._salt = self._merged = b""
-        self._frames = 0
+        self._frame = 0  # the size of a frame with its page
+        self._frames = self._added = 0
 
     def size(self) -> int:
         """The size of the file in bytes."""
@@ -35,27 +37,41 @@ class WriteAheadLog:
 
     def used_bytes(self) -> int:
         """The bytes that are not merged into the database yet. Within a transaction it may be less."""
-        header = self._read(_HEADER, 0)
-        if len(header) < _HEADER:
+        if not self._salt and not self._begin():
             return 0
-        frame = _FRAME_HEADER + int.from_bytes(header[8:12], "big")
-        salt = header[16 : 16 + _SALT]
-        if salt == self._merged:  # SQLite writes a new header with the next frame
-            return 0
-        if salt != self._salt:
-            self._salt, self._frames = salt, 0
-        step = _STEP
-        while self._in_use(self._frames + step, frame):
-            self._frames += step
-            step *= 2
-        while step := step // 2:
-            if self._in_use(self._frames + step, frame):
-                self._frames += step
-        return _HEADER + self._frames * frame
+        before = self._frames
+        as_before = before + self._added  # transactions are often of one size
+        if self._in_use(as_before) and not self._in_use(as_before + 1):
+            self._frames = as_before
+        else:
+            self._count()
+        self._added = self._frames - before
+        return _HEADER + self._frames * self._frame
 
     def merged(self) -> None:
         """Note that everything in the log is in the database."""
-        self._merged = self._read(_HEADER, 0)[16 : 16 + _SALT]
+        self._merged = self._read(_HEADER, 0)[_SALT_AT:_SALT_END]
+        self._salt = b""
+
+    def _begin(self) -> bool:
+        """Read the header; False if nothing was written since the merge: SQLite writes a new one then."""
+        header = self._read(_HEADER, 0)
+        salt = header[_SALT_AT:_SALT_END]
+        if len(header) < _HEADER or salt == self._merged:
+            return False
+        self._salt, self._frames = salt, 0
+        self._frame = _FRAME_HEADER + int.from_bytes(header[8:12], "big")
+        return True
+
+    def _count(self) -> None:
+        """Count the frames from those that are known to be in use."""
+        step = _STEP
+        while self._in_use(self._frames + step):
+            self._frames += step
+            step *= 2
+        while step := step // 2:
+            if self._in_use(self._frames + step):
+                self._frames += step
 
     def close(self) -> None:
         """Close the file."""
@@ -63,9 +79,10 @@ class WriteAheadLog:
             os.close(self._file)
             self._file = -1
 
-    def _in_use(self, count: int, frame: int) -> bool:
+    def _in_use(self, count: int) -> bool:
         """Whether the log has at least `count` frames."""
-        return self._read(_SALT, _HEADER + (count - 1) * frame + 8) == self._salt
+        at = _HEADER + (count - 1) * self._frame + _FRAME_SALT_AT
+        return not count or self._read(_SALT, at) == self._salt
 
     def _read(self, size: int, at: int) -> bytes:
         if self._file < 0:
