@@ -1,8 +1,8 @@
 """`python -m bench`: measure, print, and write docs/benchmarks.md and .json.
 
---quick takes about 5 minutes and writes nothing; --only P2,P3 measures some, and replaces their rows.
-L1, L3 and M3, what is learned, are measured by --only L1,L3,M3 alone. P10 and R11 need a GPU: --gpu --out DIR
-takes at most 6 minutes, prints their table last and writes gpu.json and gpu.png into DIR.
+--quick takes about 5 minutes and writes nothing; --only P2,P3 measures only these and replaces their rows.
+L1, L3 and M3 (what is learned) are measured only when named: --only L1,L3,M3. P10 and R11 need a GPU: --gpu
+--out DIR takes at most 6 minutes, prints their table at the end and writes gpu.json and gpu.png into DIR.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ PACKAGES = ("maskwire", "torch", "grpcio", "protobuf", "numpy", "ray", "x-transf
 def main(arguments: list[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, nothing is written")
-    parser.add_argument("--only", default="", help="targets, P1,P2,…")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds; nothing is written")
+    parser.add_argument("--only", default="", help="targets to measure, such as P1,P2")
     parser.add_argument("--gpu", action="store_true", help="P10 and R11 alone, on one GPU")
-    parser.add_argument("--out", type=Path, help="with --gpu: the folder of its table and picture")
-    parser.add_argument("--device", default="cuda", help="with --gpu --quick: cpu shows that it runs")
+    parser.add_argument("--out", type=Path, help="with --gpu: the folder for its table and picture")
+    parser.add_argument("--device", default="cuda", help="with --gpu --quick: cpu for a trial without a GPU")
     options = parser.parse_args(arguments)
     if options.gpu:
         return on_gpu(options.device, options.quick, options.out)
@@ -107,10 +107,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def on_gpu(device: str, quick: bool, out: Path | None) -> int:
-    """Measure P10 and R11; exit status 1 when nothing was measured, 2 without a device."""
+    """Measure P10 and R11; exit status 1 if nothing was measured or written, 2 for wrong options."""
     if device != "cpu" and not torch.cuda.is_available():
         print(
-            "bench: --gpu needs a CUDA device, torch finds none; --gpu --quick --device cpu is a trial",
+            "bench: --gpu needs a CUDA device, torch finds none; for a trial: --gpu --quick --device cpu",
             file=sys.stderr,
         )
         return 2
@@ -120,7 +120,7 @@ def on_gpu(device: str, quick: bool, out: Path | None) -> int:
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:  # before minutes are spent on figures that would have no place
+        except OSError as error:  # found before minutes are spent on figures that cannot be stored
             print(
                 f"bench: --out {out} cannot be made ({error.strerror}); choose another folder",
                 file=sys.stderr,
@@ -135,7 +135,7 @@ def on_gpu(device: str, quick: bool, out: Path | None) -> int:
     try:
         if out is not None:
             gpu.write(rows, about, out, picture.overview)
-    except OSError as error:  # the table is printed all the same
+    except OSError as error:  # the table is still printed
         unwritten = f"bench: --out {out} cannot be written: {error.strerror}"
     print(described(about), markdown(rows), sep="\n\n", flush=True)
     if unwritten is not None:
@@ -144,16 +144,17 @@ def on_gpu(device: str, quick: bool, out: Path | None) -> int:
 
 
 def end_servers(*_: object) -> NoReturn:
-    """On SIGTERM: no server outlives the measurement, nor keeps its memory on the device."""
+    """On SIGTERM, end all servers, so that none outlives the measurement or keeps device memory."""
     for server in list(Server.every):
         server.end()
     sys.exit(143)
 
 
 def replaced(before: list[dict[str, Any]], rows: list[Row], left: set[str]) -> list[Row]:
-    """The rows from before, those that were measured again in their places, new ones where they belong.
+    """The former rows, of which those that were measured again are replaced, and the new rows, in order.
 
-    `left` are the targets of suites that did not run; another one's rows that did not come again are gone.
+    `left` has the targets of suites that did not run. Former rows of other targets are dropped unless they
+    were measured again.
     """
     new = {(row.name, row.what): row for row in rows}
     kept = [
@@ -165,7 +166,7 @@ def replaced(before: list[dict[str, Any]], rows: list[Row], left: set[str]) -> l
 
 
 def machine() -> dict[str, str]:
-    """What the figures belong to."""
+    """The machine and the versions that the figures were measured with."""
     found = {"machine": f"{cores()} cores, {platform.machine()}", "python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -200,6 +201,6 @@ def markdown(rows: list[Row]) -> str:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    if "--gpu" in sys.argv:  # a client whose time was over may still ask for its server: nobody waits for it
+    if "--gpu" in sys.argv:  # do not wait for a thread whose client still retries a killed server
         os._exit(code)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""P9: the pause that a checkpoint causes, beside one copy of the state; and what saving often costs."""
+"""P9: the pause that a checkpoint causes, compared with one copy of the state; the cost of saving often."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def measure(quick: bool) -> list[Row]:
 
 
 def pause(trainer: maskwire.Trainer, other: maskwire.Client, ids: Any, name: str) -> float:
-    """Seconds that the device does not compute because of one save, above what it usually waits."""
+    """Seconds that one save keeps the device idle, beyond the usual wait between steps."""
     waits: list[tuple[float, float]] = []
     saving = threading.Thread(target=other.checkpoint, args=(name,))
     waiting: deque[Any] = deque()
@@ -85,13 +85,13 @@ def pause(trainer: maskwire.Trainer, other: maskwire.Client, ids: Any, name: str
 
 
 def state_of(checkpoint: Path) -> list[torch.Tensor]:
-    """The tensors that a checkpoint holds, in memory of their own."""
+    """Copies of the tensors in a checkpoint."""
     files = sorted(checkpoint.glob("*.safetensors"))
     return [tensor.clone() for file in files for tensor in load_file(file).values()]
 
 
 def copy(state: list[torch.Tensor], room: list[torch.Tensor]) -> float:
-    """Seconds of a copy of the state, nothing else going on, into memory that was written before."""
+    """Seconds to copy the state into memory that was written before, while nothing else runs."""
     began = time.perf_counter()
     for into, tensor in zip(room, state, strict=True):
         into.copy_(tensor)
@@ -99,7 +99,7 @@ def copy(state: list[torch.Tensor], room: list[torch.Tensor]) -> float:
 
 
 def training(trainer: maskwire.Trainer, ids: Any, seconds: float, saver: maskwire.Client | None) -> float:
-    """Steps per second over a while, with saves or without."""
+    """Steps per second over `seconds`, with regular saves if there is a `saver`."""
     stop = threading.Event()
 
     def save() -> None:

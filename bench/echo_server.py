@@ -1,4 +1,4 @@
-"""Bare grpcio: a method that answers 100 bytes to any. python -m bench.echo_server."""
+"""A bare grpcio server that answers each request with 100 bytes. python -m bench.echo_server."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""M3: a known answer of L1 with models of other libraries, through a real server that is killed twice.
+"""M3: the sources of L1 with models of other libraries, through a real server that is killed twice.
 
-A source of data is trained to its entropy, then sampled from, and the exported model is opened by its own
-library.
+A model is trained until its loss is about the entropy of the source, and sampled from. It is then exported,
+and opened by its own library.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Source:
     symbols: int
     length: int
     entropy: float
-    """Nats a symbol."""
+    """Nats per symbol."""
     steps: int
     draw: Callable[[np.random.Generator, int], Ids]
-    """Rows of symbols."""
+    """Returns rows of symbols."""
 
 
 PAIRS = Source("pairs", 4, 8, math.log(4) / 2, 2000, partial(pairs, n=8, symbols=4))
@@ -83,7 +83,7 @@ def modern_bert(source: Source, folder: Path) -> dict[str, object]:
 
 
 def encoder(source: Source, _: Path) -> dict[str, object]:
-    """The settings of an encoder of x-transformers, with what today's models have."""
+    """The settings of an x-transformers encoder with the features of current models."""
     options = {f"model.x_transformers.{key}": str(value).lower() for key, value in ENCODER.items()}
     sizes = {
         "num_tokens": source.symbols + 1, "mask_id": source.symbols, "max_seq_len": source.length,
@@ -157,7 +157,7 @@ def answer(
 
 
 class TrainedServer:
-    """A server that is killed on the way, with steps in flight, and started again."""
+    """A server that is killed during training, with steps in flight, and started again."""
 
     def __init__(self, command: list[str], folder: Path) -> None:
         self._command, self._log = command, folder / "log"
@@ -180,14 +180,14 @@ class TrainedServer:
             waiting.popleft().result()
 
     def end(self) -> None:
-        """Stop it."""
+        """Stop the server."""
         self._process.terminate()
         self._process.wait()
 
 
 @torch.no_grad()
 def difference(source: Source, ours: Any, theirs: Opened) -> float:
-    """The largest difference of logits, relative to the largest logit. Ours of the mask id are -inf."""
+    """The largest difference of logits, relative to the largest; without the mask id, where ours are -inf."""
     ids = torch.from_numpy(source.draw(np.random.default_rng(2), 64))
     ids[:, ::3] = source.symbols
     mine, other = ours(ids)[..., : source.symbols], theirs(ids)[..., : source.symbols]

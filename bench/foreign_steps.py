@@ -3,8 +3,8 @@
 python -m bench.foreign_steps WHO LIBRARY STEPS ROWS COLUMNS TOKENS
 
 WHO is `maskwire` or `library`, LIBRARY is `x-transformers` (its NonAutoregressiveWrapper in a plain loop) or
-`huggingface` (a Trainer whose loss is cross-entropy at masked positions over the masking probability, as
-dLLM's). Both train a model of random weights. Prints what `bench.inprocess` prints.
+`huggingface` (a Trainer whose loss is the cross-entropy at masked positions divided by the masking
+probability, as in dLLM). Both train a model with random weights. Prints what `bench.inprocess` prints.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""G1: Generate through the server beside x-transformers' `generate` in its own process, at the same steps."""
+"""G1: Generate through the server, compared with x-transformers' `generate` in this process."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def measure(quick: bool) -> list[Row]:
 
 
 def ours(client: maskwire.Client, order: str) -> float:
-    """Tokens per second through the server."""
+    """Tokens per second through the server, in as many passes as x-transformers."""
     began = time.perf_counter()
     found = client.generate(count=ROWS, length=LENGTH, steps=STEPS, order=order)
     seconds = time.perf_counter() - began

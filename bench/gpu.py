@@ -1,7 +1,7 @@
-"""P10 and R11, on one GPU and within a limit of time: python -m bench --gpu --out DIR.
+"""P10 and R11, on one GPU and within a time limit: python -m bench --gpu --out DIR.
 
-Everything that computes runs in a process of its own that can be ended, so that a part that hangs, or
-a machine that is slow, costs that part's rows and nothing else. P10's processes take turns on the
+Everything that computes runs in its own process, which can be killed, so that a part that hangs, or that is
+too slow on this machine, loses its own rows and no others. P10's processes take turns on the
 device: the trainer by itself, x-transformers, and a server with a client.
 """
 
@@ -31,13 +31,13 @@ from bench.gpu_worker import REPLY, Size
 from bench.harness import Row, cores, in_flight_steps, module, ratio
 from bench.peer import step_flops
 
-SECONDS = 340.0  # of the 6 minutes; the rest is for the imports before and the picture behind
-SHARE = 0.62  # of it P10 may take
+SECONDS = 340.0  # of the 6 minutes; the rest is for the imports before and the picture after
+SHARE = 0.62  # of these seconds, which P10 may take
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything."""
+    """How much is measured."""
 
     size: Size
     rounds: int
@@ -50,7 +50,7 @@ class Plan:
 
 
 def plan(device: str, quick: bool) -> Plan:
-    """P10 and R11 as targets, or the same path in a few seconds."""
+    """The full measurement, or a trial of the same code in a few seconds."""
     if quick:
         size = Size(4, 16, 64, 2, 1, 257, device, "fp32" if device == "cpu" else "bf16", "off", 256)
         return Plan(size, rounds=2, steps=2, products=4, kills=1, lanes=1, bad_tokens=20)
@@ -60,7 +60,7 @@ def plan(device: str, quick: bool) -> Plan:
 
 
 def measure(device: str, quick: bool, seconds: float = SECONDS) -> tuple[list[Row], dict[str, str]]:
-    """The rows, measured or saying why not, and what they were measured on."""
+    """The rows, each with a figure or a note why it has none, and the device and versions."""
     chosen = plan(device, quick)
     began = time.monotonic()
     about: dict[str, str] = {}
@@ -79,17 +79,17 @@ def measure(device: str, quick: bool, seconds: float = SECONDS) -> tuple[list[Ro
 
 
 def tell(line: str) -> None:
-    """Progress, on stderr."""
+    """Print progress on stderr."""
     print(line, file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException) -> str:
-    """An error in a table's cell."""
+    """An error as text for a table's cell."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300].replace("|", "/")
 
 
 class Rows:
-    """What P10 has measured so far: a part that runs out of time leaves what was there before."""
+    """What P10 has measured so far: a part that runs out of time does not lose earlier figures."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -135,7 +135,7 @@ class Rows:
             }
         if alone and self.peer:
             theirs = [found["steps_per_second"] for found in self.peer]
-            ratio(peer, alone[1 : len(theirs) + 1], theirs, at_least=1.3)  # the first was before the turns
+            ratio(peer, alone[1 : len(theirs) + 1], theirs, at_least=1.3)  # the first preceded the rounds
             peer.parts = {
                 "tokens/s": median(alone) * tokens, "tokens/s, x-transformers": median(theirs) * tokens,
                 "peak GiB, x-transformers": max(found["peak_gib"] for found in self.peer),
@@ -169,7 +169,7 @@ class Worker:
         self._replies.put(None)
 
     def reply(self, deadline: float) -> dict[str, Any]:
-        """The next reply. Raises TimeoutError, or RuntimeError with what the process said last."""
+        """The next reply. Raises TimeoutError, or RuntimeError with the end of the process's output."""
         try:
             line = self._replies.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
@@ -197,7 +197,7 @@ class Worker:
 
 
 def training(plan: Plan, rows: Rows, room: Path, deadline: float) -> dict[str, str]:
-    """P10. Fills `rows` as it goes; the device's name and torch's version."""
+    """Measure P10 into `rows`. Returns the device's name and torch's version."""
     workers: list[Worker] = []
     server: Server | None = None
     with_peer = importlib.util.find_spec("x_transformers") is not None
@@ -212,7 +212,7 @@ def training(plan: Plan, rows: Rows, room: Path, deadline: float) -> dict[str, s
         size = dataclasses.replace(plan.size, compile=found["compile"], parts=found["parts"])
         step(plan, rows, ours, deadline)
         server = Server(room / "served", flat(size.settings()))
-        server.spawn()  # it comes up while x-transformers compiles
+        server.spawn()  # it starts while x-transformers compiles
         peer = None
         if with_peer:
             try:
@@ -220,7 +220,7 @@ def training(plan: Plan, rows: Rows, room: Path, deadline: float) -> dict[str, s
             except Exception as error:
                 rows.peer_note = f"x-transformers: {one_line(error)}"
                 tell(f"  {rows.peer_note}")
-                for worker in workers[1:]:  # it may still compute
+                for worker in workers[1:]:  # it may still be computing
                     worker.end()
         else:
             rows.peer_note = 'pip install "maskwire[bench]"'
@@ -247,14 +247,14 @@ def training(plan: Plan, rows: Rows, room: Path, deadline: float) -> dict[str, s
 
 
 def step(plan: Plan, rows: Rows, ours: Worker, deadline: float) -> None:
-    """A round of ours: products, then steps."""
+    """One round of maskwire's trainer: matrix products, then steps."""
     product = ours.ask("products", plan.products, deadline)["flops"]
     rows.ours.append(ours.ask("steps", plan.steps, deadline))
     rows.products.append(product)
 
 
 def warm_peer(size: Size, rows: Rows, room: Path, deadline: float, workers: list[Worker]) -> Worker:
-    """x-transformers, compiled and warm."""
+    """Start x-transformers, compile it and warm it up."""
     tell("  x-transformers …")
     peer = Worker("x-transformers", size, room)
     workers.append(peer)
@@ -267,13 +267,13 @@ def warm_peer(size: Size, rows: Rows, room: Path, deadline: float, workers: list
 
 
 def serve(plan: Plan, rows: Rows, server: Server, size: Size, deadline: float) -> None:
-    """Steps through the server, its whole window in flight."""
+    """Measure steps through the server, with the full window in flight."""
     tell("  the server …")
     address = server.ready(deadline)
     ids = np.random.default_rng(0).integers(0, size.tokens - 1, (size.rows, size.columns))
     left = max(1.0, deadline - time.monotonic())
     with maskwire.connect(address, window=4, retry_for=10, on_wait=tell) as trainer:
-        over = threading.Timer(left, server.kill)  # a step that hangs ends with its server
+        over = threading.Timer(left, server.kill)  # kills the server if a step hangs
         over.daemon = True
         over.start()
         in_flight_steps(trainer, ids, 3)
@@ -285,7 +285,7 @@ def serve(plan: Plan, rows: Rows, server: Server, size: Size, deadline: float) -
 
 
 def flat(settings: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """SECTION.KEY of every setting."""
+    """The settings by SECTION.KEY."""
     return {
         f"{section}.{key}": str(value) for section, keys in settings.items() for key, value in keys.items()
     }
@@ -294,10 +294,10 @@ def flat(settings: dict[str, dict[str, Any]]) -> dict[str, str]:
 def write(
     rows: list[Row], about: dict[str, str], out: Path, picture: Callable[[list[Row], Path], None]
 ) -> None:
-    """gpu.json and, if it can be drawn, gpu.png."""
+    """Write gpu.json and, if it can be drawn, gpu.png."""
     found = {"machine": about, "rows": [dataclasses.asdict(row) for row in rows]}
     (out / "gpu.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     try:
         picture(rows, out / "gpu.png")
-    except Exception as error:  # the figures are there; a picture is not worth them
+    except Exception as error:  # the figures are written; they must not be lost for a picture
         tell(f"no picture: {one_line(error)}")

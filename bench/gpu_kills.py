@@ -1,7 +1,8 @@
-"""R11: servers on the device that are killed and started again, and one that is shown bad tokens.
+"""R11: servers on the device that are killed and started again, and one that receives bad tokens.
 
-The same run is trained by several servers side by side, because a restart is mostly imports. One of them
-is not killed; it is sent requests with bad tokens while it trains, and all must end as it does.
+Several servers train the same run side by side, because most of a restart is the time of imports. One of
+them is not killed; it receives requests with bad tokens while it trains. All must end with equal weights,
+optimizer state and digest.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ WINDOW = 4
 
 
 class Server:
-    """A `maskwire-server` process on a run directory, found by a Unix socket that stays the same."""
+    """A `maskwire-server` process on a run directory, at a Unix socket that restarts do not change."""
 
     every: ClassVar[weakref.WeakSet[Server]] = weakref.WeakSet()
-    """All that were made."""
+    """All servers that were made."""
 
     def __init__(self, folder: Path, settings: dict[str, str]) -> None:
         self.every.add(self)
@@ -65,7 +66,7 @@ class Server:
             self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=log, text=True)
 
     def ready(self, deadline: float) -> str:
-        """Wait until it serves, and return its TCP address; it is killed when the time is over."""
+        """Wait until it serves, and return its TCP address; kill it at the deadline."""
         process = self._process
         assert process is not None
         assert process.stdout is not None
@@ -102,7 +103,7 @@ class Server:
 
 
 class Lane:
-    """One run, trained to its end by a thread of its own, its server killed before some of the steps."""
+    """One run, which a thread trains to its end, and whose server is killed after some of the steps."""
 
     def __init__(
         self, plan: Plan, folder: Path, number: int, kills: int, steps: int, deadline: float, token: str = ""
@@ -127,14 +128,14 @@ class Lane:
         self.address = ""
         self.started = threading.Event()
         self.proceed = threading.Event()
-        """The last steps wait for it."""
+        """The last step waits for it."""
         self.proceed.set()
         self.fingerprint = ""
         self.error: BaseException | None = None
         self._restart_seconds = 0.0
 
     def run(self) -> None:
-        """Train to the end; what went wrong is in `error`."""
+        """Train to the end; an exception is kept in `error`."""
         try:
             self._run()
         except BaseException as error:
@@ -165,7 +166,7 @@ class Lane:
             )
 
     def _kill(self) -> None:
-        """Kill it with steps in flight, at any moment of a step, and start it again, if there is time."""
+        """Kill the server with steps in flight, at a random moment, and start it again, if there is time."""
         if time.monotonic() + 2 * self._restart_seconds + 5 > self._deadline:
             return
         time.sleep(self._moment.random() * 0.05)
@@ -186,7 +187,7 @@ def batch(step: int) -> Any:
 
 
 def fingerprint(checkpoint: Path, digest: bytes) -> str:
-    """SHA-256 of the weights' and the optimizer's files and of the history."""
+    """SHA-256 of the files of weights and optimizer state, and of the digest of the history."""
     sha = hashlib.sha256(digest)
     files = sorted(checkpoint.glob("*.safetensors"))
     assert files, f"no weights in {checkpoint}"
@@ -196,7 +197,7 @@ def fingerprint(checkpoint: Path, digest: bytes) -> str:
 
 
 def refused(address: str, count: int, deadline: float) -> int:
-    """Requests with bad tokens, 16 at a time; how many were refused as they must be."""
+    """Send requests with bad tokens, 16 at a time. Returns how many were refused as UNAUTHENTICATED."""
     methods = {
         "GetStatus": pb.GetStatusRequest(), "TrainStep": pb.TrainStepRequest(),
         "EvalLoss": pb.EvalLossRequest(), "OpenSession": pb.OpenSessionRequest(),
@@ -247,7 +248,7 @@ def resume(plan: Plan, room: Path, deadline: float, tell: Callable[[str], None])
 
 
 def killed(plan: Plan, reference: Lane, lanes: list[Lane], tell: Callable[[str], None]) -> Row:
-    """Kills after which the run ended as the undisturbed one."""
+    """The row of kills: those after which the run ended like the undisturbed one."""
     precision, device = plan.size.precision, plan.size.device
     what = f"kill -9 and resume, deterministic kernels, {precision}, {device}: kills, hashes equal"
     row = Row("R11", what, f"≥ {plan.kills}", None)
@@ -284,7 +285,7 @@ def said(lane: Lane) -> str:
 
 
 def tokens(plan: Plan, count: int, alive: bool, reference: Lane) -> Row:
-    """Requests with bad tokens."""
+    """The row of requests with bad tokens."""
     what = "requests with bad tokens refused while the server trains; the process lives and ends its run"
     row = Row("R11", what, f"≥ {plan.bad_tokens}", None)
     if not count:

@@ -1,8 +1,8 @@
-"""One side of P10 in a process of its own, told what to do on stdin: python -m bench.gpu_worker JSON.
+"""One arm of P10 in its own process, which reads commands from stdin: python -m bench.gpu_worker JSON.
 
 The JSON names the arm, `ours` or `x-transformers`, and the fields of `Size`. Commands and replies are
-JSON, one per line, replies marked by `REPLY`. All of a process's memory but its weights is given back
-to the device after each command, so that the next process has room.
+JSON, one per line, replies marked by `REPLY`. After each command the process releases the device memory
+that it does not use, so that the next process has space.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Size:
     product: int
     """Rows and columns of the matrices that measure the device's peak."""
     parts: int = 1
-    """How many parts a batch is computed in: more where one has no room."""
+    """How many parts a batch is computed in: more than one if the batch does not fit into memory."""
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """The server's configuration."""
@@ -62,10 +62,10 @@ class Size:
 
 
 class Arm(Protocol):
-    """Takes training steps; the time of a step may end on the device after the call."""
+    """Runs training steps; the device may finish a step after the call."""
 
     def step(self, ids: Any) -> int:
-        """Train on int64 [rows, columns]; how many positions were masked, 0 if unknown."""
+        """Train on int64 [rows, columns]. Returns how many positions were masked, 0 if unknown."""
 
 
 class Ours:
@@ -87,7 +87,7 @@ class Ours:
 
 
 class Peer:
-    """x-transformers' wrapper at its best: flash attention, fused AdamW, the masked-mean loss."""
+    """x-transformers' wrapper at its fastest: flash attention, fused AdamW, the masked-mean loss."""
 
     def __init__(self, size: Size) -> None:
         with warnings.catch_warnings():
@@ -128,7 +128,7 @@ ARMS: dict[str, Callable[[Size], Arm]] = {"ours": Ours, "x-transformers": Peer}
 
 
 class Worker:
-    """An arm and what is asked of it."""
+    """An arm, and the commands that it carries out."""
 
     def __init__(self, arm: str, size: Size) -> None:
         self._make, self._size, self._arm_name = ARMS[arm], size, arm
@@ -146,7 +146,7 @@ class Worker:
         return found
 
     def warm(self, count: int) -> dict[str, Any]:
-        """Compile, and find into how many parts a batch must be split to have room."""
+        """Compile, and find into how many parts a batch must be split to fit into memory."""
         while True:
             try:
                 began = time.perf_counter()
@@ -157,7 +157,7 @@ class Worker:
                 self._synchronize()
                 break
             except Exception as error:
-                found = error.with_traceback(None)  # its frames hold the tensors that had no room
+                found = error.with_traceback(None)  # its frames hold the tensors of the failed step
                 smaller = isinstance(error, torch.OutOfMemoryError) and self._size.parts < self._size.rows
             self._arm = None
             if self._device.type == "cuda":
@@ -175,7 +175,7 @@ class Worker:
         }  # fmt: skip
 
     def steps(self, count: int) -> dict[str, Any]:
-        """Steps per second; one more before them takes the memory again and is not timed."""
+        """Steps per second; an untimed step before them allocates the memory again."""
         assert self._arm is not None
         self._arm.step(self._ids)
         self._synchronize()
@@ -189,7 +189,7 @@ class Worker:
         return {"steps_per_second": count / seconds, "masked": masked / count, "peak_gib": peak}
 
     def products(self, count: int) -> dict[str, Any]:
-        """FLOP/s of large products in bf16, fp32 on a CPU, where bf16 is emulated."""
+        """FLOP/s of large matrix products in bf16, or in fp32 on a CPU, where bf16 is emulated."""
         n = self._size.product
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
         a, b = (torch.randn(n, n, device=self._device).to(dtype) for _ in range(2))
@@ -209,7 +209,7 @@ class Worker:
 
 
 def main() -> None:
-    """Obey until stdin ends."""
+    """Carry out commands until stdin ends."""
     chosen = json.loads(sys.argv[1])
     arm = chosen.pop("arm")
     replies = os.fdopen(os.dup(1), "w", buffering=1)

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 READY = "listening on "
-WARM = 3  # steps before what is measured
+WARM = 3  # steps before those that are measured
 HERE = Path(__file__).resolve().parent
 
 
 @dataclass
 class Row:
-    """One figure."""
+    """One row of the table."""
 
     name: str
     what: str
@@ -37,7 +37,7 @@ class Row:
     on: str = ""
     """The day that it was measured."""
     parts: dict[str, float] = field(default_factory=dict)
-    """What the ratio is made of."""
+    """The figures behind the value."""
 
 
 def ratio(
@@ -55,7 +55,7 @@ def ratio(
 
 
 def in_turn(rounds: int, *measures: Callable[[], float]) -> list[list[float]]:
-    """A B A B: each measure `rounds` times, one after another, so that the machine's moods meet all."""
+    """Run each measure `rounds` times in turn (A B A B), so that slow phases of the machine affect all."""
     found: list[list[float]] = [[] for _ in measures]
     for _ in range(rounds):
         for values, measure in zip(found, measures, strict=True):
@@ -65,7 +65,7 @@ def in_turn(rounds: int, *measures: Callable[[], float]) -> list[list[float]]:
 
 @contextmanager
 def process(*command: str, log: Path) -> Iterator[str]:
-    """A process that says where it listens, ended with the block."""
+    """Run a process and yield the address that it listens on; end it with the block."""
     with log.open("a") as stderr:
         started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     try:
@@ -88,7 +88,7 @@ def module(name: str, *arguments: object) -> list[str]:
 
 
 def seconds_of(act: Callable[[], object], count: int) -> float:
-    """Seconds of one of `count` calls."""
+    """Mean seconds of `count` calls."""
     began = time.perf_counter()
     for _ in range(count):
         act()
@@ -110,7 +110,7 @@ def in_flight_steps(trainer: Any, ids: Any, count: int) -> float:
 
 
 def report(seconds: list[float], masked: float, *, tokens: int = 0) -> None:
-    """Print what was measured. The median step is one that other guests of the machine did not stop."""
+    """Print what was measured. The median step is one that other guests of the host did not interrupt."""
     found = {
         "steps_per_second": len(seconds) / sum(seconds),
         "median_steps_per_second": 1 / statistics.median(seconds),

@@ -1,8 +1,9 @@
-"""The trainer by itself, no server: python -m bench.inprocess STEPS ROWS COLUMNS SECTION.KEY=VALUE …
+"""The trainer without a server: python -m bench.inprocess STEPS ROWS COLUMNS SECTION.KEY=VALUE …
 
-batch.rows=ragged takes rows of 1 to COLUMNS tokens, packed the same as documents of packed rows, padded the
-same in one part as wide as its longest row. Prints JSON: steps per second, the same of the median step, the
-peak of resident memory in MiB, the masked positions of a step, and the tokens of a batch.
+With batch.rows=ragged, rows have 1 to COLUMNS tokens; with `packed`, the same rows are the documents of
+packed rows; with `padded`, they are padded to COLUMNS and computed in one part. Prints JSON: steps per
+second, the same of the median step, the peak of resident memory in MiB, the masked positions per step, and
+the tokens per batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""P7's second half: the journal's and the queue's cost stays flat over many steps."""
+"""P7, second half: the cost of the journal and of the queue stays constant over many steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TINY = np.zeros((1, 16), dtype=np.uint8)
 
 
 def measure(quick: bool) -> list[Row]:
-    """Steps per second in the last tenth of a run beside the first."""
+    """Steps per second in the last tenth of a run, compared with the first."""
     total = 5_000 if quick else 100_000
     with tempfile.TemporaryDirectory() as folder:
         room = Path(folder)

@@ -3,8 +3,9 @@
 Prints JSON: [[step, held-out bits per byte], …] at ten steps.
 
 ARM is `linear` or `quadratic` (maskwire with its defaults and that schedule), or `peer`: x-transformers'
-wrapper with its weight mended to 1/m(t), which the paper that it cites has; as it is, it unlearns. All begin
-at the same weights, see the same batches, take the same optimizer steps, and are judged by one evaluator.
+wrapper with its loss weight corrected to 1/m(t), as in the paper that it cites; uncorrected, training makes
+the model worse. All begin with the same weights, see the same batches, use the same optimizer, and have the
+same evaluator.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def peer(seed: int) -> Any:
 
 
 class Foreign:
-    """x-transformers' network, as the evaluation wants to see it."""
+    """x-transformers' network, with the interface that the evaluation needs."""
 
     def __init__(self, net: Any) -> None:
         self._net = net
@@ -114,7 +115,7 @@ class Foreign:
         return logits_mv
 
     def conditioning(self, e_bnd: Tensor | None) -> Tensor | None:
-        """It is not conditioned."""
+        """None: it has no self-conditioning."""
         del e_bnd
         return None
 
@@ -124,7 +125,7 @@ class Foreign:
 
 
 def ours_step(trainer: TorchTrainer) -> Callable[[int, Any], None]:
-    """A step of ours."""
+    """A training step of maskwire."""
 
     def step(number: int, ids: Any) -> None:
         trainer.train_step(1, number, Batch(ids, *ids.shape), Modes())
@@ -133,7 +134,7 @@ def ours_step(trainer: TorchTrainer) -> Callable[[int, Any], None]:
 
 
 def peer_step(wrapper: Any, settings: config.OptimizerConfig) -> Callable[[int, Any], None]:
-    """A step of theirs, under the same settings of the same optimizer."""
+    """A training step of x-transformers, with the same settings of the same optimizer."""
     group = optimizers.Group(wrapper, settings, fused=True)
 
     def step(number: int, ids: Any) -> None:
@@ -146,7 +147,7 @@ def peer_step(wrapper: Any, settings: config.OptimizerConfig) -> Callable[[int, 
 
 
 def bits(networks: Any, ids: Tensor) -> float:
-    """Held-out bits per byte: the bound, the same draws every time."""
+    """Held-out bits per byte: the bound, with the same draws every time."""
     every = torch.ones(ids.shape, dtype=torch.bool)
     with torch.no_grad():
         found = evaluation.evaluate(

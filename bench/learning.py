@@ -1,7 +1,7 @@
-"""L1 and L3: what a training run learns, beside what can be known, and beside x-transformers.
+"""L1 and L3: what a training run learns, compared with the entropy of its data, and with x-transformers.
 
-Not part of `make bench`, it takes about 20 minutes: python -m bench --only L1,L3. The curves of L3 are
-kept in docs/learning.json, and drawn.
+Not part of `make bench`, because it takes about 20 minutes: python -m bench --only L1,L3. The curves of L3
+are stored in docs/learning.json, and drawn.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def measure(quick: bool) -> list[Row]:
 
 
 def known_answers() -> list[Row]:
-    """L1: sources whose entropy is known, met by a small model."""
+    """L1: sources whose entropy is known, and reached by a small model."""
     return [
         known("pairs of equal symbols", partial(pairs, n=LENGTH, symbols=8), math.log(8) / 2, 8),
         known(
@@ -49,12 +49,12 @@ def known_answers() -> list[Row]:
 
 
 LENGTH, FLIP = 16, 0.1
-# The first symbol, and 15 times whether it flips, over 16 positions: nats a symbol.
+# The first symbol, and 15 times whether it flips, over 16 positions: nats per symbol.
 FLIP_NATS = (math.log(2) - 15 * (FLIP * math.log(FLIP) + (1 - FLIP) * math.log(1 - FLIP))) / LENGTH
 
 
 def known(what: str, source: Callable[[np.random.Generator, int], Ids], best: float, symbols: int) -> Row:
-    """L1 on one source: nats a symbol by the chain rule, which is exact, above the entropy."""
+    """L1 on one source: nats per symbol by the chain rule, which is exact, ÷ the entropy."""
     whole = config.load(
         None,
         model={"num_tokens": symbols + 1, "mask_id": symbols, "max_seq_len": LENGTH, "dim": 64, "depth": 2,
@@ -74,12 +74,12 @@ def known(what: str, source: Callable[[np.random.Generator, int], Ids], best: fl
 
 
 def curves(seeds: int, steps: int) -> list[Row]:
-    """L3: held-out bits per byte at ten points, the same weights, batches and evaluator for all arms."""
+    """L3: held-out bits per byte at ten points; all arms have the same weights, batches and evaluator."""
     if importlib.util.find_spec("x_transformers") is None:
         note = 'not measured: pip install "maskwire[bench]"'
         return [Row("L3", "held-out bits per byte beside x-transformers'", "", None, note=note)]
     runs = [(arm, seed) for seed in range(seeds) for arm in ARMS]
-    with ThreadPoolExecutor(cores()) as pool:  # steps are counted, not timed: they may share the machine
+    with ThreadPoolExecutor(cores()) as pool:  # steps are counted, not timed, so runs may share the machine
         done = list(pool.map(lambda run: learned(run[0], run[1], steps), runs))
     found = {arm: [curve for (of, _), curve in zip(runs, done, strict=True) if of == arm] for arm in ARMS}
     rows = []
@@ -91,7 +91,7 @@ def curves(seeds: int, steps: int) -> list[Row]:
         named = f"x-transformers' held-out bits per byte, its weight mended, − ours, {arm} schedule"
         rows.append(difference(f"{named}, mean of 10 points", [mean(each) for each in fewer]))
         at_the_end = difference(f"{named}, at the end", [each[-1] for each in fewer])
-        if arm == "linear":  # our default, which is to be better
+        if arm == "linear":  # our default, which must be better
             at_the_end.target, at_the_end.met = "> 0", (at_the_end.value or 0) > 0
         rows.append(at_the_end)
     if seeds > 1:
@@ -101,14 +101,14 @@ def curves(seeds: int, steps: int) -> list[Row]:
 
 
 def learned(arm: str, seed: int, steps: int) -> Curve:
-    """One run in a process of its own."""
+    """One run, in its own process."""
     done = subprocess.run(module("learner", arm, seed, steps), capture_output=True, text=True, check=True)
     curve: Curve = json.loads(done.stdout)
     return curve
 
 
 def difference(what: str, values: list[float]) -> Row:
-    """The mean over seeds, held against two of its standard errors."""
+    """The mean over seeds, compared with two of its standard errors."""
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     row = Row("L3", what, "≥ −2 standard errors", mean(values), min(values), max(values))
     row.met = None if math.isnan(error) else mean(values) >= -2 * error

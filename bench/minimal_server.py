@@ -1,7 +1,9 @@
-"""The least that a server of durable steps does: hash, two hand-overs, one insert and flush, one answer.
+"""The least work of a server with durable steps: hash, two hand-overs, one insert and flush, one answer.
 
-It has maskwire's threads and messages, and none of its promises: no sessions, ids, digest or limits, and its
-log is never merged. What it takes is the floor of P2 and P3. python -m bench.minimal_server DATABASE
+It has maskwire's threads and messages, and none of its guarantees: no sessions, ids, digest or limits, and
+its write-ahead log is never merged. Its time is the floor of P2 and P3.
+
+python -m bench.minimal_server DATABASE
 """
 
 from __future__ import annotations

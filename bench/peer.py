@@ -1,4 +1,4 @@
-"""P4, P5 and P6: a training step beside x-transformers' wrapper, and beside what the machine can multiply."""
+"""P4, P5 and P6: a training step, compared with x-transformers' wrapper and with matrix products."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def measure(quick: bool) -> list[Row]:
 
 
 def pairs(quick: bool, *size: float, products: bool = False) -> tuple[list[Found], list[Found], list[float]]:
-    """Ours, the peer's if it is installed, and the machine's rate, in turn."""
+    """Measure maskwire, the peer if it is installed, and the rate of matrix products, in turn."""
     count, columns, dim, depth, heads, tokens = size
     settings = [
         f"model.dim={dim}", f"model.depth={depth}", f"model.heads={heads}",
@@ -69,7 +69,7 @@ def pairs(quick: bool, *size: float, products: bool = False) -> tuple[list[Found
 
 
 def compared(row: Row, mine: list[Found], theirs: list[Found], tokens: int, target: float) -> Row:
-    """P4."""
+    """The row of P4."""
     if not theirs:
         row.note = NO_PEER
         return row
@@ -79,7 +79,7 @@ def compared(row: Row, mine: list[Found], theirs: list[Found], tokens: int, targ
 
 
 def memory(name: str, mine: list[Found], theirs: list[Found]) -> Row:
-    """P5; the target is for one size."""
+    """The row of P5; only one size has a target."""
     row = Row("P5", f"peak resident memory ÷ x-transformers', {name}", "≤ 0.6", None)
     if not theirs:
         row.note = NO_PEER
@@ -93,7 +93,7 @@ def memory(name: str, mine: list[Found], theirs: list[Found]) -> Row:
 
 
 def run(name: str, *arguments: object) -> Found:
-    """What a process of its own measured."""
+    """Run a module in its own process, and return what it measured."""
     done = subprocess.run(module(name, *arguments), capture_output=True, text=True, check=True)
     found: Found = json.loads(done.stdout)
     return found
@@ -102,11 +102,11 @@ def run(name: str, *arguments: object) -> Found:
 def step_flops(
     rows: int, columns: int, dim: int, depth: int, heads: int, tokens: int, masked: float
 ) -> float:
-    """Multiplications and additions of a step that are needed: forward once, backward twice as much.
+    """The multiplications and additions that a step needs: forward once, backward twice as many.
 
     A block of width d and inner width i = 64 h has 4 d i weights of attention and 8 d² of feed-forward: 2
-    FLOP each and a token. Scores and their use take 4 n i a token. In the last block only keys and values
-    (2 d i weights) are needed where nothing is masked, and the projection's d V not at all.
+    FLOP per weight and token. Scores and their use take 4 n i per token. At positions that are not masked,
+    the last block needs keys and values only (2 d i weights), and the projection's d V are not needed.
     """
     inner = 64 * heads
     block = 2 * (4 * dim * inner + 8 * dim * dim) + 4 * columns * inner

@@ -1,4 +1,4 @@
-"""x-transformers' wrapper by itself, at its best.
+"""x-transformers' wrapper by itself, at its fastest.
 
 python -m bench.peer_inprocess STEPS ROWS COLUMNS DIM DEPTH HEADS TOKENS
 
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def train(wrapper: Any, ids: torch.Tensor, steps: int) -> list[float]:
-    """Train a NonAutoregressiveWrapper on one batch; the seconds of each step."""
+    """Train a NonAutoregressiveWrapper on one batch. Returns the seconds of each step."""
     optimizer = torch.optim.AdamW(wrapper.parameters(), lr=1e-3, fused=True)
     seconds: list[float] = []
     for _ in range(steps):

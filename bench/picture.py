@@ -19,7 +19,7 @@ NAMES = {
 
 
 def pyplot() -> Any:
-    """matplotlib, when a picture is drawn: a machine that only measures may lack it."""
+    """matplotlib, imported only to draw: a machine that only measures may lack it."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,7 +29,7 @@ def pyplot() -> Any:
 
 
 def overview(rows: list[Row], picture: Path) -> None:
-    """Each figure that has a target, as a share of it: right of the line is better."""
+    """Draw each figure that has a target as a share of the target: right of the line is better."""
     shown = [(row, share) for row in rows if (share := reached(row)) is not None]
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(9, 0.36 * len(shown) + 1.2), dpi=110)
@@ -58,7 +58,7 @@ def reached(row: Row) -> float | None:
 
 
 def learning_curves(found: dict[str, list[list[tuple[int, float]]]], picture: Path) -> None:
-    """Held-out bits per byte by step, a thin line a seed and a thick one for their mean."""
+    """Draw held-out bits per byte by step: a thin line per seed and a thick one for their mean."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=110)
     for arm, curves in found.items():

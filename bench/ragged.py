@@ -1,6 +1,6 @@
-"""P11: rows of different lengths beside full rows, and packed rows beside padded ones.
+"""P11: rows of different lengths compared with full rows, and packed rows compared with padded ones.
 
-x-transformers' wrapper takes rows of one length, so it trains on what it was padded to.
+x-transformers' wrapper takes rows of one length, so it also trains on the padding.
 """
 
 from __future__ import annotations

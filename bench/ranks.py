@@ -1,4 +1,4 @@
-"""P14: two ranks of one thread beside one process of two threads, on the same global batch.
+"""P14: two ranks of one thread compared with one process of two threads, on the same global batch.
 
 python -m bench.ranks RANK SIZE REPLICATE STORE STEPS    one rank of a group; rank 0 prints JSON
 """

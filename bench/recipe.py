@@ -40,7 +40,7 @@ LENGTH, EVAL_ROWS, EVAL_DRAWS = 128, 192, 4
 TEST, HELD_OUT = 0.05, 0.1
 """Shares of the files. The validation files are those that are held out and are not test files."""
 SCHEDULE = config.OptimizerConfig(learning_rate=1.0, warmup_steps=500, schedule="cosine", total_steps=10_000)
-"""The learning rate, as a share of its peak, in ten thousandths of the seconds."""
+"""The learning rate as a share of its peak; a step is one ten-thousandth of the seconds."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def held_out(*, test: bool) -> ByteData:
 
 
 def bits(trainer: TorchTrainer, rows: list[np.ndarray]) -> float:
-    """Bits per byte: the bound, the same draws every time."""
+    """Bits per byte: the bound, with the same draws every time."""
     batch = Batch(np.stack(rows), len(rows), LENGTH)
     return trainer.eval_loss(batch, EvalOptions(tuple(range(len(rows))), EVAL_DRAWS)).bits_per_token
 

@@ -27,7 +27,7 @@ PHASES = {
 
 
 def measure(quick: bool) -> list[Row]:
-    """The seconds that are neither import nor replay."""
+    """The row of P8: the seconds that are neither import nor replay."""
     found, phases = [], []
     ids = np.random.default_rng(0).integers(0, 256, (8, 128))
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +62,7 @@ def measure(quick: bool) -> list[Row]:
 
 
 class Started(subprocess.Popen):  # type: ignore[type-arg]
-    """A server and where it listens."""
+    """A server process and its address."""
 
     address = ""
 

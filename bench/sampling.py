@@ -2,10 +2,10 @@
 
 python -m bench.sampling [addition] [sorting] [text] [--steps N]
 
-One model is trained for each task, and asked by every sampler. Answers are exact or wrong. Text is scored by
-a 4-gram model of held-out files, and by how many of its 4-grams are different: a sampler that repeats itself
-scores well on the first alone. Results are kept in docs/sampling.json; the tables of docs/generate.md are
-made from them.
+One model is trained for each task, and every sampler is run on it. Answers are exact or wrong. Text is scored
+by a 4-gram model of held-out files, and by how many of its 4-grams are different: a sampler that repeats
+itself scores well on the first alone. Results are kept in docs/sampling.json; the tables of docs/generate.md
+are made from them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LENGTH, SAMPLES, HELD_OUT = 128, 48, 0.05
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned, how it is trained, and in how many passes it is asked for."""
+    """What is learned, how it is trained, and the numbers of passes to sample in."""
 
     model: dict[str, Any]
     rows: int
@@ -91,7 +91,7 @@ def main() -> int:
     """Measure the tasks, keep the results, and rewrite the page's tables."""
     parser = argparse.ArgumentParser(prog="python -m bench.sampling")
     parser.add_argument("tasks", nargs="*", choices=[*TASKS, []], help="default: all of them")
-    parser.add_argument("--steps", type=int, help="training steps of each, instead of its own number")
+    parser.add_argument("--steps", type=int, help="training steps per task, instead of the task's own number")
     chosen = parser.parse_args()
     kept: dict[str, Any] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     for name in chosen.tasks or TASKS:
@@ -103,7 +103,7 @@ def main() -> int:
 
 
 def measure(name: str, task: Task) -> dict[str, Any]:
-    """Train a model of a task, and ask it by every sampler: {sampler: a result for each of `task.passes`}."""
+    """Train a model of a task, and run every sampler: {sampler: a result for each of `task.passes`}."""
     if name == "text":
         sources = ByteData(python_sources(), length=LENGTH, batch_size=task.rows)
         training, held_out = sources.split(HELD_OUT)
@@ -188,7 +188,7 @@ def sorting() -> tuple[Questions, BatchOf]:
 
 
 def ask(trainer: TorchTrainer, task: Task, questions: Questions) -> dict[str, list[float]]:
-    """The share of exact answers."""
+    """The share of exact answers, by sampler, for each number of passes."""
     tokens = questions.tokens
     known = np.broadcast_to(questions.given_n, tokens.shape)
     prompts = Prompts(np.where(known, tokens, 0), np.ones_like(known), known)
@@ -210,7 +210,7 @@ def text_batch(texts: list[Any]) -> Batch:
 
 
 def ask_for_text(trainer: TorchTrainer, task: Task, held_out: ByteData) -> dict[str, list[list[float]]]:
-    """[bits per byte under the 4-gram model, different 4-grams / all 4-grams] of each, and of real text."""
+    """[bits per byte of the 4-gram model, different 4-grams / all 4-grams] by sampler; and of real text."""
     model = FourGram(path.read_bytes() for path in held_out.files)
     real = ByteData(python_sources(), length=LENGTH, batch_size=1).split(HELD_OUT)[0].spread(SAMPLES)
     found = {"text of the training files": [scores(model, [bytes(row) for row in real])]}
@@ -232,7 +232,7 @@ def scores(model: FourGram, texts: list[bytes]) -> list[float]:
 
 
 def with_tables(page: str, kept: dict[str, Any]) -> str:
-    """The page with the tables of what is kept."""
+    """The page with the tables of the kept results."""
     lines = []
     for name, titles in (("addition", "exact sums"), ("sorting", "lists in order"), ("text", "text")):
         if name not in kept:

@@ -1,11 +1,11 @@
-"""What a step costs on several ranks: a model of it, fitted and checked on 1, 2 and 4 ranks of this machine.
+"""What a step costs on several ranks: a model of it, fitted on 1 and 2 ranks of this machine, checked on 4.
 
     python -m bench.scale            measures for about 90 seconds, then prints every table of docs/scale.md
     python -m bench.scale --tables   the tables that are computed from a machine's figures, without measuring
 
 The costs of computing are fitted to 1 rank, those of communicating to collectives and steps of 2 ranks.
 Nothing is fitted to 4 ranks: these points are predicted. The times are CPU seconds of all ranks divided by
-the cores that they can use, which other processes disturb little; the wall-clock times stand beside.
+the cores that they can use, which other processes disturb little; wall-clock times are shown beside them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Shape:
 
     @property
     def units(self) -> int:
-        """What is gathered at once: each block, and the rest."""
+        """How many groups of weights are gathered one after another: each block, and the rest."""
         return self.blocks + 1
 
 
@@ -76,16 +76,16 @@ class Layout:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a machine takes, in seconds."""
+    """The costs of a machine, in seconds."""
 
     token: float
     """To compute the gradients at one position of a model."""
     part: float
     """Of each micro-batch, whatever its size."""
     unit: float
-    """Of each unit that is gathered and reduced, beside its collectives: copies, and torch's own work."""
+    """Of each unit that is gathered and reduced, besides its collectives: copies, and torch's own work."""
     divided: float
-    """Of each step on weights that are divided: what torch adds to the norm, the update and the release."""
+    """Of each step on sharded weights: what torch adds to the norm, the update and the release."""
     hop: float
     """A collective of no bytes, for each rank but one."""
     byte: float
@@ -100,7 +100,7 @@ def state_bytes(shape: Shape, shard: int) -> float:
 
 
 def gathered_bytes(shape: Shape, shard: int) -> float:
-    """Bytes that are whole at once: weights and gradients outside the blocks; two blocks, and a gradient."""
+    """Bytes gathered at once: the weights and gradients outside the blocks; two blocks and a gradient."""
     if shard == 1:
         return 0.0
     return FP32 * (2 * shape.outside + 3 * shape.block)
@@ -120,7 +120,7 @@ def traffic_bytes(shape: Shape, layout: Layout) -> tuple[float, float]:
 
 
 def collectives(shape: Shape, layout: Layout) -> int:
-    """Of one micro-batch, weighted with the ranks that take part, less one."""
+    """The collectives of one micro-batch, each counted once per participating rank but one."""
     passes = 3 + shape.self_conditioning
     sharded = (passes * shape.blocks + 2) * (layout.shard - 1)
     return sharded + 2 * shape.units * (layout.replicate - 1)
@@ -136,17 +136,17 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """Nothing overlaps."""
+        """The total if nothing overlaps."""
         return self.compute + self.communicate
 
     @property
     def overlapped(self) -> float:
-        """All communication behind computation, or the other way."""
+        """The total if communication and computation overlap fully."""
         return max(self.compute, self.communicate)
 
 
 def simulate(shape: Shape, layout: Layout, costs: Costs, lengths: list[int], budget: int) -> Step:
-    """A step over rows of these lengths, part by part: all wait for the rank with most positions."""
+    """A step over rows of these lengths, part by part: all ranks wait for the one with the most positions."""
     bounds = [rank * len(lengths) // layout.ranks for rank in range(layout.ranks + 1)]
     of_ranks = [
         [len(part) * columns for part, columns in split(lengths[start:stop], budget)]
@@ -160,7 +160,7 @@ def simulate(shape: Shape, layout: Layout, costs: Costs, lengths: list[int], bud
         compute += max(positions) * costs.token + costs.part
         communicate += collectives(shape, layout) * costs.hop + within * costs.byte + far * far_byte
         communicate += costs.unit * shape.units * (layout.ranks > 1)
-    if layout.ranks > 1:  # besides: the order's size and the order, the sums, the norm, the agreement
+    if layout.ranks > 1:  # the leader's order and its size, the sums, the norm, the agreement
         communicate += (layout.ranks - 1) * costs.hop * 5 + costs.divided
     return Step(parts, compute * layout.per_core, communicate * layout.per_core)
 
@@ -169,7 +169,7 @@ def simulate(shape: Shape, layout: Layout, costs: Costs, lengths: list[int], bud
 
 
 def fitted(found: Measured) -> Costs:
-    """The costs of this machine. Nothing measured on more than 2 ranks is read."""
+    """The costs of this machine. Nothing measured on more than 2 ranks is used."""
     small, large = ((2 * found.gathers[2, size] + found.scatters[2, size]) / 3 for size in BYTES)
     byte = (large - small) / ((BYTES[1] - BYTES[0]) / 2)
     token, part = _least_squares(found, 1, Costs(0, 0, 0, 0, 0, 0), ("token", "part"))
@@ -201,7 +201,7 @@ def _step(found: Measured, ranks: int, rows: int, costs: Costs) -> Step:
 
 @dataclass(frozen=True)
 class Front:
-    """Seconds of the leader, which do not shrink with the ranks."""
+    """Seconds of the leader's own work, which more ranks do not reduce."""
 
     hash_byte: float
     commit_byte: float
@@ -236,7 +236,7 @@ def measure_front() -> Front:
 
 
 def least(act: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
-    """Seconds of the fastest of a few calls, on the clock of the CPU unless another is given."""
+    """Seconds of the fastest of a few calls, by the CPU clock unless another is given."""
     seconds = []
     for _ in range(5):
         began = clock()
@@ -265,7 +265,7 @@ FLOPS, LINK, FAR = 989e12 * 0.4, 300e9, 50e9
 
 
 def device_costs(shape: Shape, link: float) -> Costs:
-    """Costs of a GPU from figures of its makers: computing 6 operations a weight and position."""
+    """Costs of a GPU from its data sheet: computing takes 6 operations per weight and position."""
     return Costs(6 * shape.weights / FLOPS, 0, 0, 0, 20e-6, 1 / link, 1 / FAR)
 
 

@@ -49,7 +49,7 @@ NUMBER = 4
 
 @dataclass
 class Measured:
-    """The least of each, by (ranks, rows) and by (ranks, bytes).
+    """The minimum of each measurement, by (ranks, rows) and by (ranks, bytes).
 
     Busy seconds are the CPU seconds of all ranks, divided by the cores that they can use: what a call takes
     where no other process runs and no core waits. Other processes lengthen the wall-clock time far more.
@@ -66,7 +66,7 @@ class Measured:
 
 
 def measure(seconds: float) -> Measured:
-    """Keep a group of processes of each size; let one after another work, until the time is over."""
+    """Start a group of processes of each size, and let the groups work in turn until the time is up."""
     found = Measured((0, 0, 0))
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""P2 and P3: what a durable step costs beside a bare echo of its bytes, a durable insert, and a Ray actor."""
+"""P2 and P3: the cost of a durable step, compared with a bare echo, a durable insert, and a Ray actor."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def where_time_goes(room: Path, count: int) -> dict[str, Any]:
 
 
 def in_flight(submit: Callable[[], Any], count: int, window: int = 8) -> float:
-    """Seconds a call, with `window` under way."""
+    """Seconds per call, with `window` calls in flight."""
 
     def run() -> None:
         waiting: deque[Any] = deque()

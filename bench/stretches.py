@@ -1,4 +1,4 @@
-"""Where the time of a step goes in the server: the stretches between the places that a step passes."""
+"""Where the time of a step goes in the server: the stretches between the points that a step passes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ STRETCHES = {
     "step.answered": "set the answer",
     "response": "hand over to the gRPC worker, encode",
 }
-"""The place where each stretch ends."""
+"""The stretches, by the point at which each ends."""
 
 
 class Stretches:
-    """Notes when each step passes each place. Steps must come one at a time."""
+    """Records when each step passes each point. Steps must come one at a time."""
 
     def __init__(self) -> None:
         self._steps: list[dict[str, float]] = []
@@ -51,7 +51,7 @@ class Stretches:
             self._steps[-1].setdefault(place, time.perf_counter())
 
     def write(self, path: Path) -> None:
-        """The median of each stretch in milliseconds, and the process's CPU time per step."""
+        """Write the median of each stretch in milliseconds, and the process's CPU time per step."""
         steps = [step for step in self._steps[SKIPPED:] if STRETCHES.keys() <= step.keys()]
         found, start = {}, "request"
         for end, words in STRETCHES.items():

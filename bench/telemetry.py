@@ -1,6 +1,6 @@
-"""P13: what all telemetry together costs, on beside off: the server's CPU per step, and a step's latency.
+"""P13: the cost of all telemetry, on compared with off: the server's CPU per step, and a step's latency.
 
-On is: metrics that are scraped, event files, traces of client and server to a collector, and a JSON log.
+On means: metrics that are scraped, event files, traces of client and server to a collector, and a JSON log.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def measure(quick: bool) -> list[Row]:
     """The rows of P13."""
     pairs = 5 if quick else 30
     rows, columns, _ = SIZES["100 ms"]
-    # Half the rows in one thread take as long; threads that wait for one another spin, which is CPU time too.
+    # Half the rows on one thread take as long; several threads spin while they wait, which costs CPU time.
     ids = np.random.default_rng(0).integers(0, 256, (rows // 2, columns))
     with tempfile.TemporaryDirectory() as folder, collector() as endpoint:
         room = Path(folder)

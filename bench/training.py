@@ -1,4 +1,4 @@
-"""P1: training through the server beside the same trainer by itself. P7: how its time grows."""
+"""P1: training through the server compared with the same trainer by itself. P7: how its time grows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def alone(steps: int, rows: int, columns: int, *settings: str) -> float:
 
 
 def served(quick: bool) -> list[Row]:
-    """P1."""
+    """The rows of P1."""
     rows_of = []
     for name, (rows, columns, target) in SIZES.items():
         steps = (20 if quick else 60) * (1 if name == "100 ms" else 8)
@@ -74,7 +74,7 @@ GROWTH: dict[str, list[tuple[tuple[int, int], tuple[str, ...]]]] = {
 
 
 def growth(quick: bool) -> list[Row]:
-    """P7: the time of a step over three doublings; 8 would be linear, attention's share of length is not."""
+    """P7: how step time grows over three doublings; 8 is linear, but attention is not linear in length."""
     rows = []
     for what, sizes in GROWTH.items():
         chosen = sizes[::3] if quick else sizes
@@ -87,7 +87,7 @@ def growth(quick: bool) -> list[Row]:
 
 
 def milliseconds(quick: bool, count: int, columns: int, settings: tuple[str, ...]) -> float:
-    """Of a step, with these settings in place of the model's own."""
+    """Milliseconds of a step, with these settings in place of the same ones in MODEL."""
     changed = {setting.partition("=")[0] for setting in settings}
     base = [setting for setting in MODEL if setting.partition("=")[0] not in changed]
     return 1e3 / alone(6 if quick else 10, count, columns, *base, *settings)

@@ -1,1 +1,1 @@
-"""`python -m demo`: train on real text through a real server, kill it in the middle, and go on."""
+"""`python -m demo`: train on real text through a real server, kill it in the middle, and resume."""

@@ -1,7 +1,7 @@
 """The demo, from an empty folder to a trained model and a picture.
 
 DEMO_SECONDS is about how long it trains, 120 by default: faster machines do more steps, and slow ones take
-longer for the fewest that show something.
+longer for the minimum number of steps.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def main() -> int:
 
 
 def prepare_folder() -> None:
-    """A fresh `demo-run`; one that the demo did not make is left alone."""
+    """Make a new `demo-run`; one that the demo did not make is left alone."""
     if FOLDER.exists():
         if any(FOLDER.iterdir()) and not (FOLDER / MARK).exists():
             sys.exit(f"{FOLDER}/ exists and is not the demo's; move it away and run `make demo` again")
@@ -116,7 +116,7 @@ def run(
     seconds: float,
     unigram: float,
 ) -> dict[str, Any]:
-    """Train for about `seconds`, with a kill in the middle; the figures of it."""
+    """Train for about `seconds`, with a kill in the middle. Returns the figures."""
     say(f"Server up after {server.start():.1f} s on {server.address}, loopback only.")
     rows = held_out.spread(EVAL_ROWS)
     text_bytes = sum(len(row) for row in rows)
@@ -208,7 +208,7 @@ def show_writing(writing: Writing) -> None:
 
 
 class Killer:
-    """Kills the server while it trains and starts it again; the client goes on by itself."""
+    """Kills the server while it trains and starts it again; the client resumes by itself."""
 
     def __init__(self, server: ServerProcess) -> None:
         self.at_step = 0
@@ -217,13 +217,13 @@ class Killer:
         self._thread: threading.Thread | None = None
 
     def on_step(self, result: StepResult) -> None:
-        """Strike once, at the step."""
+        """Kill the server once, after step `at_step`."""
         if result.step == self.at_step and self._thread is None:
             self._thread = threading.Thread(target=self._strike)
             self._thread.start()
 
     def on_wait(self, text: str) -> None:
-        """The client waits for the server: that is the point, so it is not worth an error message."""
+        """Print nothing while the client waits for the server: the demo says why it waits."""
 
     def _strike(self) -> None:
         self._server.kill()
@@ -247,7 +247,7 @@ def close(summary: dict[str, Any]) -> None:
         f"  {REPORT}          open it in a browser: the curve, the kill, a sample as it is unmasked\n"
         f"  {CURVE}   the picture\n"
         f"  {FOLDER}/summary.json         these figures\n"
-        f"  {FOLDER}/metrics.jsonl        a line a step\n\n"
+        f"  {FOLDER}/metrics.jsonl        one line per step\n\n"
         "Next, with your own text (in two terminals, after `source .venv/bin/activate`):\n"
         "  maskwire-server init && maskwire-server serve --config maskwire.toml\n"
         "  maskwire train FOLDER --until-step 1000 --eval-every 200 && maskwire status\n"
@@ -256,7 +256,7 @@ def close(summary: dict[str, Any]) -> None:
 
 
 def say(text: str) -> None:
-    """A line for people."""
+    """Print a line."""
     console.print(text, soft_wrap=True)
 
 

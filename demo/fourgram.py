@@ -33,7 +33,7 @@ class FourGram:
                 self._kinds[gram[:-1]] += 1
 
     def probability(self, history: bytes, byte: int) -> float:
-        """Of a byte behind at most three others."""
+        """The probability of a byte after at most three others."""
         p = 1 / 256
         for n in range(len(history) + 1):
             context = history[len(history) - n :]

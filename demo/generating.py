@@ -22,7 +22,7 @@ class Writing:
     length: int
     model: FourGram = field(init=False)
     real: float = 0.0
-    """Of text that the 4-gram model did not see."""
+    """Bits per byte of real text that the 4-gram model did not see."""
     before: float = 0.0
     after: float = 0.0
     texts: list[str] = field(default_factory=list)
@@ -36,11 +36,11 @@ class Writing:
         self.real = self.model.bits_per_byte(bytes(row) for row in self.training.spread(4 * SAMPLES))
 
     def untrained(self, client: maskwire.Client) -> None:
-        """Before training."""
+        """Score samples before training."""
         self.before = self.model.bits_per_byte(self._samples(client))
 
     def trained(self, client: maskwire.Client) -> None:
-        """After it; one row of held-out text gets a gap in its middle, and the model fills it in."""
+        """Score samples after training, and let the model fill in a gap in a row of held-out text."""
         samples = self._samples(client)
         self.after = self.model.bits_per_byte(samples)
         self.texts = [_text(sample) for sample in samples[:SHOWN]]
@@ -59,7 +59,7 @@ class Writing:
         self.filled = (_text(row[:start]), _text(row[start:end]), _text(found[start:end]), _text(row[end:]))
 
     def _samples(self, client: maskwire.Client) -> list[bytes]:
-        # Random order, one byte a pass, temperature 1: the model that was evaluated, and no better one.
+        # Random order, one byte per pass, temperature 1: this samples exactly the evaluated model.
         found = client.generate(count=SAMPLES, length=self.length)
         return [bytes(map(int, row)) for row in found.tokens]
 

@@ -1,4 +1,4 @@
-"""The text that there is on every machine with Python."""
+"""Text that exists on every machine with Python."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def write(summary: dict[str, Any], writing: Writing, curve: Path, page: Path) ->
     """Write the page. `summary` has the figures of `summary.json`, `curve` is a PNG file."""
     left, was, now, right = map(escape, writing.filled)
     rows = [(label, _shown(summary[name])) for name, label in FIGURES.items()]
-    frames = json.dumps(writing.frames, ensure_ascii=False).replace("<", "\\u003c")  # no end of the script
+    frames = json.dumps(writing.frames, ensure_ascii=False).replace("<", "\\u003c")  # or it ends the script
     page.write_text(
         Template(PAGE.read_text(encoding="utf-8")).substitute(
             bits_start=f"{summary['bits_per_byte_start']:.2f}",

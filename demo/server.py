@@ -1,4 +1,4 @@
-"""A `maskwire-server` process of the demo's own, on a free port of this machine."""
+"""The demo's own `maskwire-server` process, on a free port of this machine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ServerProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                start_new_session=True,  # Ctrl-C is for the demo, which then ends it
+                start_new_session=True,  # Ctrl-C reaches only the demo, which then stops it
             )
         stdout = self._process.stdout
         line = stdout.readline() if stdout is not None else ""
@@ -54,7 +54,7 @@ class ServerProcess:
             self._process.wait()
 
     def stop(self) -> int | None:
-        """SIGTERM: finish the step, save, leave. Returns the exit code; kills it if it takes too long."""
+        """SIGTERM: finish the step, save, exit. Returns the exit code; kills it if it takes too long."""
         if self._process is None or self._process.poll() is not None:
             return None if self._process is None else self._process.returncode
         self._process.send_signal(signal.SIGTERM)

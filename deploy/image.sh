@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Build the image and use it as in production: read-only, no capabilities, TLS and a token; train from outside,
-# kill it in the middle, start it again, go on, stop it cleanly; then the services of compose.yaml together
+# kill it in the middle, start it again, resume, stop it cleanly; then the services of compose.yaml together
 # (deploy/compose/check.sh). `make image` runs it; it needs a Docker daemon, and Compose for the second part.
 #
 #   IMAGE=maskwire:test     the tag           BUILD_OPTIONS="--build-arg TORCH_INDEX=…"     more for docker build
@@ -31,7 +31,7 @@ say "   $(tail -1 "$work/refused")"
 
 say "3. run: read-only, no capabilities, no new privileges, TLS, tokens"
 deploy/secrets.sh "$work/secrets" >/dev/null 2>&1
-own 10001:10001  # keys and tokens have mode 0600; root has done it already
+own 10001:10001  # keys and tokens have mode 0600; as root, secrets.sh has done it already
 run() {
   docker run --detach --name "$name" --read-only --cap-drop=ALL --security-opt=no-new-privileges --tmpfs /tmp \
     --publish "127.0.0.1:$port:50051" --volume "$name:/run-dir" --volume "$work/secrets/server:/secrets:ro" \
@@ -63,7 +63,7 @@ code=0; "$maskwire" status "${common[@]}" --ca "$work/other/client/ca.crt" 2>"$w
 [ "$code" = 6 ] || fail "another authority: exit code $code, not 6: $(cat "$work/err")"
 say "   $(head -c 160 "$work/err") …"
 
-say "5. train from outside, kill -9 in the middle, start again: the same job goes on"
+say "5. train from outside, kill -9 in the middle, start again: the same job resumes"
 common+=(--ca "$work/secrets/client/ca.crt" --token-file "$work/secrets/client/train.token")
 "$maskwire" train client --pattern '*.py' --until-step 400 --window 4 --length 64 --batch-size 16 "${common[@]}" \
   --metrics "$work/metrics.jsonl" >"$work/train.out" 2>"$work/train.err" &
@@ -76,7 +76,7 @@ done
 docker kill --signal KILL "$name" >/dev/null
 say "   killed after step $(tail -1 "$work/metrics.jsonl" | grep -o '"step": [0-9]*' | tr -dc 0-9), exit code $(docker wait "$name")"
 docker start "$name" >/dev/null
-wait "$job" || fail "the job did not go on: $(cat "$work/train.err")"
+wait "$job" || fail "the job did not resume: $(cat "$work/train.err")"
 job=
 say "   $(tail -1 "$work/train.out")"
 steps=$(grep -o '"step": [0-9]*' "$work/metrics.jsonl" | sort -u | wc -l)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Certificates and tokens for one server: an authority of its own, the server's certificate, one for clients, a token of each
-# role.
+# Certificates and tokens for one server: its own certificate authority, the server's certificate, one for clients, and a
+# token for each role.
 #
-#   deploy/secrets.sh FOLDER [NAME ...]     names and addresses that clients call the server by; localhost is there
+#   deploy/secrets.sh FOLDER [NAME ...]     names and addresses that clients use for the server, besides localhost
 #   deploy/secrets.sh --renew FOLDER [NAME ...]     a new key and certificate of the server, from the same authority
 #
 #   FOLDER/server/   ca.crt server.crt server.key read.token train.token admin.token     mount it as /secrets
@@ -12,13 +12,13 @@
 #
 # client.crt is needed where the server asks for it (serve.tls_client_ca).
 # Keys and tokens have mode 0600 from their first byte. The image's server runs as user 10001: run as root (sudo), this
-# script gives FOLDER/server to it, and the rest to the user who called sudo. Otherwise it says what is left to do.
+# script gives FOLDER/server to that user, and the rest to the user who called sudo. Otherwise it says what is left to do.
 # CONTAINER_UID names another user; CONTAINER_UID=$(id -u) where the server runs without the image.
 set -euo pipefail
 umask 077
 renew=; [ "${1:-}" != --renew ] || { renew=1; shift; }
 folder=${1:?"usage: deploy/secrets.sh [--renew] FOLDER [NAME ...]"}; shift
-case $folder in */) folder=${folder%"${folder##*[!/]}"} ;; esac  # a trailing slash, as completion gives it
+case $folder in */) folder=${folder%"${folder##*[!/]}"} ;; esac  # a trailing slash, as the shell completes it
 if [ -n "$renew" ]; then
   [ -f "$folder/ca.key" ] || { echo "$folder has no ca.key; name the folder that this script made" >&2; exit 1; }
 elif [ -e "$folder" ]; then echo "$folder exists; choose another folder, or remove it" >&2; exit 1; fi
@@ -32,7 +32,7 @@ done
 
 final=$folder; folder=$final.draft-$$
 trap 'rm -rf "$folder"' EXIT
-quietly() { "$@" 2>"$folder/log" || { cat "$folder/log" >&2; exit 1; }; }  # openssl chats where all is well
+quietly() { "$@" 2>"$folder/log" || { cat "$folder/log" >&2; exit 1; }; }  # openssl writes to stderr on success too
 curve=(-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes)
 issue() {  # issue CERTIFICATE KEY NAME EXTENSIONS CA CA_KEY
   quietly openssl req "${curve[@]}" -keyout "$2" -out "$folder/request" -subj "/CN=$3"
@@ -49,7 +49,7 @@ if [ -n "$renew" ]; then
   issue "$folder/server.crt" "$folder/server.key" maskwire "$server_extensions" "$final/client/ca.crt" "$final/ca.key"
   owner=$(stat -c %u:%g "$final/server/server.key")
   [ "$(id -u)" != 0 ] || chown "$owner" "$folder/server.crt" "$folder/server.key"
-  # One after the other: a server that reads them in between sees that they do not belong together, and reads them again.
+  # Not atomic: a server that reads them between the two renames sees that they do not match, and reads them again.
   mv "$folder/server.key" "$folder/server.crt" "$final/server/"
   echo "$final/server: a new certificate for $names, valid for 397 days"
   exit

@@ -1,8 +1,8 @@
 """Make `.venv` with everything that maskwire's demo, tests and checks need.
 
 Run it with any Python; it checks the machine first and says what to do. Set TORCH_INDEX to an index
-URL to take torch from there, a CPU build for instance. Names of extras as arguments (`docs`) are added to
-the environment that is there: what only one target needs does not delay the others.
+URL to take torch from there, a CPU build for instance. Extras named as arguments (`docs`) are added to the
+existing environment, so that what only one make target needs does not delay the others.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def main(*extras: str) -> int:
 
 
 def make() -> int:
-    """Make the environment, unless it is there already."""
+    """Make the environment, unless it is up to date."""
     wanted = stamp()
     made_from, index_then = recorded()
-    # An index that was named once stays: a later `make test` must not fetch CUDA after all.
+    # The index is remembered, so that a later `make test` without TORCH_INDEX does not fetch CUDA.
     index = os.environ.get("TORCH_INDEX", index_then)
     if made_from == wanted and index == index_then:
         return 0
@@ -90,7 +90,7 @@ def requirements(extra: str) -> list[str]:
 
 def install(*wanted: str) -> None:
     """Install packages into the environment, in the versions that the tests run with."""
-    # What is imported is compiled then, if bytecode may be written (see the Makefile): most of it never is.
+    # Modules are compiled on import, if bytecode may be written (see the Makefile); most are never imported.
     pip = (
         str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"
     )  # fmt: skip
@@ -98,7 +98,7 @@ def install(*wanted: str) -> None:
 
 
 def interpreter() -> str:
-    """The Python that runs this; not one of the environment that is about to be cleared, but its base."""
+    """The Python that runs this script, or its base if it is that of the environment to be cleared."""
     if Path(sys.prefix).resolve() != VENV.resolve():
         return sys.executable
     return str(Path(sys.base_prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}"))
@@ -113,7 +113,7 @@ def stamp() -> str:
 
 
 def recorded() -> tuple[str, str]:
-    """What the environment that is there was made from, and torch's index; both empty when there is none."""
+    """What the existing environment was made from, and torch's index; both empty if there is none."""
     if not STAMP.exists():
         return "", ""
     made_from, _, index = STAMP.read_text().partition("\n")
@@ -136,7 +136,7 @@ def missing(index: str) -> str | None:
     free = shutil.disk_usage(ROOT).free / 1e9
     need = CPU_GB if index or sys.platform != "linux" else CUDA_GB
     if free < CPU_GB:
-        return f"{need} GB of free disk are needed in {ROOT}, {free:.1f} GB are left; make room and try again"
+        return f"{need} GB of free disk are needed in {ROOT}, {free:.1f} GB are left; free some and try again"
     if free < need:
         print(
             f"maskwire: only {free:.1f} GB of disk are free, torch with CUDA needs about {need}; "
@@ -153,7 +153,7 @@ def run(*command: str) -> None:
         print(done.stdout, file=sys.stderr)
         print(
             f"maskwire: `{' '.join(command)}` failed (see above). Is the package index within reach? "
-            "Run the same make command again to go on.",
+            "Run the same make command again to resume.",
             file=sys.stderr,
         )
         sys.exit(1)

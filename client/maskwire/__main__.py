@@ -11,10 +11,10 @@ from maskwire import standard_streams
 
 def main() -> None:
     """Entry point."""
-    # Until the command has been imported, which takes half a second, and handles signals itself.
+    # These handlers serve until the command is imported, which takes half a second, and installs its own.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number))
-    # Read when grpc is imported. Our errors say what its core would log.
+    # grpc reads this when it is imported. Its core would log what the command's errors say already.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     standard_streams.protect()
     from maskwire.cli import exit_codes

@@ -129,7 +129,7 @@ class Client(Driver):
 def _fitting(
     method: Callable[Concatenate[Any, P], Fitting[T]],
 ) -> Callable[Concatenate[Trainer, P], Coroutine[Any, Any, T]]:
-    """Make a training loop a coroutine method."""
+    """Turn a training loop into a coroutine method."""
 
     @keep_signature(method)
     async def call(self: Trainer, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -158,7 +158,7 @@ class Trainer(TrainerProperties, Client):
 
     @keep_signature(Writer.restore)
     async def restore(self, name: str, *, expected_step: int | None = None) -> results.RestoreResult:
-        # A cancelled one must not leave a trainer without a session.
+        # A cancelled restore must not leave the trainer without a session.
         return await self._start(self._writer.restore(name, expected_step=expected_step))
 
     @keep_signature(client.Trainer.train_step)

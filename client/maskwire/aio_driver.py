@@ -35,7 +35,10 @@ T = TypeVar("T")
 
 
 class Driver(ProcessBound):
-    """A connection, and what drives operations over it. Belongs to the first event loop that uses it."""
+    """A connection, and the code that performs operations over it.
+
+    Belongs to the first event loop that uses it.
+    """
 
     def __init__(self, endpoint: Endpoint, calls: Calls) -> None:
         super().__init__()
@@ -50,7 +53,7 @@ class Driver(ProcessBound):
         self._waiting: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
 
     def _enter(self) -> None:
-        """Connect in the first event loop that gets here, and refuse any other."""
+        """Connect in the first event loop that calls this. Raises EventLoopError in any other."""
         self._check_process()
         loop = asyncio.get_running_loop()
         if self._loop is None:
@@ -133,7 +136,7 @@ class Driver(ProcessBound):
     def _end(
         self, operation: Operation[Any], effect: Effect | None = None, error: Exception | None = None
     ) -> None:
-        """End an operation early: by the error that its last effect raised, or because its caller left.
+        """End an operation early. `error`: raised by its last effect; None: interrupted or abandoned.
 
         Does nothing in a forked child: the operation belongs to the parent.
         """
@@ -196,7 +199,7 @@ class Driver(ProcessBound):
 def awaited(
     method: Callable[Concatenate[Any, P], Operation[T]],
 ) -> Callable[Concatenate[Driver, P], Coroutine[Any, Any, T]]:
-    """Make an operation a coroutine method, with its signature and docstring."""
+    """Turn an operation into a coroutine method with the same parameters and docstring."""
 
     check = check_keywords(method)
 
@@ -211,7 +214,7 @@ def awaited(
 def iterating(
     method: Callable[Concatenate[Any, P], Generator[Effect, Any, T | None]],
 ) -> Callable[Concatenate[Driver, P], AsyncIterator[T]]:
-    """Make an operation that emits values a method whose result `async for` iterates over."""
+    """Turn an operation that emits values into a method that returns an asynchronous iterator over them."""
 
     check = check_keywords(method)
 

@@ -106,7 +106,7 @@ def check_data(call: str, data: Any) -> None:
         cure = f"open it with maskwire.open_data({str(data)!r}, length=..., batch_size=...)"
     elif hasattr(data, "__next__") or hasattr(data, "batch_size"):
         cure = (
-            "an iterator cannot go on where a run stopped. Pass its documents to "
+            "an iterator cannot resume where a run stopped. Pass its documents to "
             "maskwire.TokenData(documents, length=..., batch_size=...), or write a class whose batch(step) "
             "returns the rows of a step; to train on what it yields, call train_step for each batch"
         )
@@ -116,7 +116,7 @@ def check_data(call: str, data: Any) -> None:
 
 
 def call_back(name: str, function: Callable[..., T], *arguments: Any) -> T:
-    """Call a user's function. Its StopIteration must not end one of our generators."""
+    """Call a user's function. Converts StopIteration, which would end the generator that called it."""
     try:
         return function(*arguments)
     except StopIteration as error:

@@ -13,8 +13,8 @@ class Batch:
     tokens: Any
     """Integers [rows, columns], or a list of rows that may differ in length."""
     lengths: Any = None
-    """Integers [rows]: the positions of a row after its length are padding. Not with rows that differ."""
+    """Integers [rows]: positions after a row's length are padding. Not allowed if rows differ in length."""
     prompt_mask: Any = None
     """Bool [rows, columns], or a list of rows: True for positions that are given and never masked."""
     segment_ids: Any = None
-    """Integers, one per token: its document, where rows are packed with several. From 0, not decreasing."""
+    """Integers, one per token: the number of its document in a packed row, from 0 and not decreasing."""

@@ -1,4 +1,4 @@
-"""Callbacks of `fit`: what they are called with, and the library's own.
+"""Callbacks of `fit`: the methods that it calls, and the callbacks that the library provides.
 
 A callback is any object with one or more of these methods. Each is called on the thread that called `fit`;
 with `maskwire.aio` it may be a coroutine function.
@@ -9,7 +9,8 @@ with `maskwire.aio` it may be a coroutine function.
     on_checkpoint(info)   after each checkpoint that `fit` or a callback saved, with its CheckpointInfo
     on_end(result)        when `fit` ends, also by an error, with its FitResult
 
-A method that saves a checkpoint with `trainer.checkpoint(...)` returns its result; `fit` reports it.
+A method that saves a checkpoint with `trainer.checkpoint(...)` should return the result: `fit` then reports
+the checkpoint.
 
 Raising StopTraining ends `fit`. Any other exception is reported, in the progress output, in the log and in
 `FitResult.failures`, and that callback is not called again; training continues. Only an error that a call
@@ -33,9 +34,8 @@ HOOKS = ("on_start", "on_step", "on_evaluate", "on_checkpoint", "on_end")
 class StopTraining(Exception):
     """Raise it in a callback, `evaluate`, `data.batch` or `learning_rate` to end `fit` early.
 
-    `fit` takes the results of the steps in flight, at most a window, saves a checkpoint of the step that the
-    run is then at, and returns with `.stopped`, and with this exception's text as `.stop_reason`. With
-    `checkpoint=False` it saves none.
+    `fit` waits for the steps in flight, at most one window, and saves a checkpoint of the last step, unless
+    `checkpoint=False`. Its result has `.stopped` set, and this exception's text as `.stop_reason`.
     """
 
     def __init__(self, *reason: object, checkpoint: bool = True) -> None:
@@ -49,12 +49,12 @@ class StopTraining(Exception):
 
 
 class EarlyStopping:
-    """Ends training when the evaluation has stopped improving."""
+    """Ends training when the evaluations have stopped improving."""
 
     def __init__(self, patience: int = 3, min_delta: float = 0.0) -> None:
-        """Stop after a number of evaluations in a row that are not better than the best one before them.
+        """Stop after `patience` evaluations in a row that are not better than the best earlier one.
 
-        patience: That number.
+        patience: The number of such evaluations.
         min_delta: An evaluation is better if its `nats_per_token` is lower by more than this.
 
         Evaluations of earlier calls of `fit` do not count. Raises ValueError for a patience below 1 and a
@@ -84,9 +84,9 @@ class EarlyStopping:
 
 
 class SaveBest:
-    """Saves the state of each best evaluation so far, with its `nats_per_token` as the score.
+    """Saves a checkpoint after each evaluation that is the best so far, with its `nats_per_token` as score.
 
-    The best so far is that of the run's checkpoints, so that a call resumes where an earlier one was. The
+    The best score so far is read from the run's checkpoints, so that it survives a restart of the client. The
     server keeps the best checkpoint (`checkpoints.keep_best`).
     """
 
@@ -94,7 +94,7 @@ class SaveBest:
         self._trainer: Any = None
         self._best = math.inf
 
-    # Generators of calls, which `fit` performs: the calls of the asyncio client must be awaited.
+    # These methods yield their calls to `fit`, which makes them: calls of the asyncio client must be awaited.
 
     def on_start(self, trainer: Any) -> Generator[Any, Any, None]:
         """Find the best evaluation so far."""

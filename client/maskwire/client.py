@@ -49,9 +49,9 @@ def connect(
     """Open a session with the server at `target` and return its Trainer.
 
     target: HOST:PORT, or unix:PATH for a Unix socket.
-    name: Identifies this job. A job that is restarted under its name takes its own session over at once. The
-        default is unique to this process; another process on this machine takes that session over once this
-        one has ended.
+    name: Identifies this job. A job that is restarted with the same name takes over its previous session at
+        once. The default is unique to this process; another process on this machine takes over its session
+        once this process has ended.
     takeover: Take over the session of any other client, and resume a HALTED run.
     retry_for: Seconds for which calls to a server that does not answer are retried.
     timeout: Deadline of one attempt of a call, in seconds.
@@ -137,7 +137,7 @@ class Client(Driver):
 
 
 def _fitting(method: Callable[Concatenate[Any, P], Fitting[T]]) -> Callable[Concatenate[Trainer, P], T]:
-    """Make a training loop a blocking method."""
+    """Turn a training loop into a blocking method."""
 
     @keep_signature(method)
     def call(self: Trainer, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -171,8 +171,9 @@ class Trainer(TrainerProperties, Client):
     """Drives one run. Made by `connect`.
 
     Safe to use from several threads. Leaving its `with` block waits for the steps in flight and ends the
-    session; after an exception it waits two seconds at most. Ctrl-C during a step leaves the step in flight:
-    it is acknowledged in the background, and the next call trains the step after it.
+    session. After an exception it waits at most 1 s for the steps and 2 s for the session to end; after
+    Ctrl-C it does not wait for the steps. Ctrl-C during a step leaves the step in flight: it is acknowledged
+    in the background, and the next call trains the step after it.
     """
 
     def __init__(self, endpoint: Endpoint, writer: Writer, *, threads: int) -> None:
@@ -190,7 +191,7 @@ class Trainer(TrainerProperties, Client):
 
     @keep_signature(Writer.restore)
     def restore(self, name: str, *, expected_step: int | None = None) -> results.RestoreResult:
-        # In the background: an interrupted one must not leave a trainer without a session.
+        # In the background: an interrupted restore must not leave the trainer without a session.
         return result_of(self._start(self._writer.restore(name, expected_step=expected_step)))
 
     def train_step(self, tokens: Any = None, **options: Unpack[StepOptions]) -> results.StepResult:
@@ -199,13 +200,14 @@ class Trainer(TrainerProperties, Client):
         tokens: Integers [rows, columns], or a list of rows that may differ in length: an array, a list or a
             torch tensor. None with `batches`.
 
-        With `batches` all their rows are one batch: the step, its losses and its digest are those of a call
-        with all rows, and the limits of one batch apply to their total.
+        The rows of all `batches` form one batch: the step, its losses and its digest are those of a call with
+        all the rows, and the limits of one batch apply to their total.
 
-        Raises TypeError or ValueError for arguments that are no batch, InvalidRequestError for a batch that
-        the server refuses, such as an id outside the vocabulary, ConflictError if the step's number is taken,
-        HaltedError after three steps in a row that were not finite, FencedError if another writer took over,
-        and DigestMismatchError or HistoryLostError if server and client disagree about what was trained.
+        Raises TypeError or ValueError for arguments that are not a batch, InvalidRequestError for a batch
+        that the server refuses, such as an id outside the vocabulary, ConflictError if the step's number is
+        taken, HaltedError after three steps in a row that were not finite, FencedError if another writer took
+        over, and DigestMismatchError or HistoryLostError if server and client disagree about what was
+        trained.
         """
         self._check_process()
         pending = self._writer.new_step(tokens, **options)
@@ -226,10 +228,10 @@ class Trainer(TrainerProperties, Client):
         tokens: As in `train_step`.
         step: The number that the step must have; None: whichever is next.
 
-        Steps are numbered in the order of submission. A step that is refused leaves its number to the next
-        one, unless that was submitted as a certain `step`: it then raises ConflictError. Waits while the
-        window is full, or while another step takes the number of a refused one. The future cannot be
-        cancelled: a step that was sent may be applied, and only its answer says so. It raises what
+        Steps are numbered in the order of submission. If a step is refused, the next one gets its number, or
+        raises ConflictError if it was submitted with a `step`. The call waits while the window is full, or
+        while another step takes the number of a refused one. The future cannot be cancelled: a step that was
+        sent may be applied, and only the server's answer says whether it was. The future raises what
         `train_step` raises.
         """
         self._check_process()
@@ -308,7 +310,7 @@ class Trainer(TrainerProperties, Client):
             )
 
     def _exiting(self) -> bool:
-        """Whether the interpreter is exiting: it joins the executor's threads, which accepts no more work."""
+        """Whether the interpreter is exiting: the executor then accepts no more work."""
         try:
             self._threads.submit(int)
         except RuntimeError:

@@ -31,7 +31,7 @@ class CredentialOptions(TypedDict, total=False):
     """Credentials of `connect` and `attach`."""
 
     tls: bool | None
-    """Use TLS; None: if `ca`, `cert` or `server_name` is given."""
+    """Use TLS; None: only if `ca`, `cert` or `server_name` is given."""
     ca: str | Path | None
     """PEM file of the certificate authorities to trust; None: the system's."""
     cert: str | Path | None
@@ -61,7 +61,10 @@ class Endpoint:
 
     @staticmethod
     def of(target: str, **options: Unpack[CredentialOptions]) -> Endpoint:
-        """Read the files. Raises ValueError for a wrong target or option, OSError for an unreadable file."""
+        """Check the arguments and read the files.
+
+        Raises ValueError for a wrong target or option, OSError for an unreadable file.
+        """
         check_target(target)
         for name in options:
             if name in _CONNECT:  # connect takes it as its own argument, so the caller is attach
@@ -96,7 +99,7 @@ class Endpoint:
     def channel(self, module: ModuleType = grpc) -> Any:
         """Open a channel of `grpc` or `grpc.aio`."""
         if self.credentials is None:
-            # Through the environment's HTTP proxy a token for this machine would leave it.
+            # An HTTP proxy of the environment would send a token for this machine to another one.
             plain = [*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)]
             return module.insecure_channel(self.target, options=plain)
         options: list[tuple[str, Any]] = list(_CHANNEL_OPTIONS)

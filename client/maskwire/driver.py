@@ -37,13 +37,13 @@ from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# The system may deliver a signal to another thread. The main thread, which runs Python's signal handlers,
-# would sleep on, so it wakes this often.
+# The system may deliver a signal to another thread, which does not wake the main thread. The main thread runs
+# Python's signal handlers, so it wakes up this often.
 _SIGNAL_SECONDS = 0.5
 
 
 def result_of(future: Future[T], timeout: float | None = None) -> T:
-    """Wait for a future's result, so that Ctrl-C interrupts; TimeoutError after `timeout` seconds.
+    """Wait for a future's result; Ctrl-C interrupts the wait. Raises TimeoutError after `timeout` seconds.
 
     A queue can be interrupted safely. A wait on the future's Condition cannot: it may stay locked, and the
     thread that sets the result would hang.
@@ -61,11 +61,11 @@ def result_of(future: Future[T], timeout: float | None = None) -> T:
 
 
 _abandoned: list[grpc.Channel] = []
-"""Channels that an interrupt may have left locked. They are never closed, nor collected before the end."""
+"""Channels that an interrupt may have left locked. They are kept until the process exits."""
 
 
 class Driver(ProcessBound):
-    """A connection, and what drives operations over it. Safe to use from several threads.
+    """A connection, and the code that performs operations over it. Safe to use from several threads.
 
     Python runs signal handlers on the main thread, and an exception from one, such as KeyboardInterrupt, can
     leave a lock of gRPC's channel held permanently. The main thread therefore has its own channel, which it
@@ -134,7 +134,7 @@ class Driver(ProcessBound):
     def _when(
         self, holds: Callable[[], bool], act: Callable[[], T], timeout: float | None = None
     ) -> T | None:
-        """Wait until a condition holds, and act with the lock held; None after `timeout` seconds.
+        """Wait until a condition holds, then call `act` with the lock held; None after `timeout` seconds.
 
         The lock is not held while waiting, so that an interrupt cannot leave it in the wrong state.
         """
@@ -177,14 +177,14 @@ class Driver(ProcessBound):
         return self._connections[main][1]
 
     def _abandon_channel(self) -> None:
-        """Give the main thread's channel up: a call on it was interrupted."""
+        """Stop using the main thread's channel: a call on it was interrupted."""
         if threading.current_thread() is threading.main_thread() and True in self._connections:
             _abandoned.append(self._connections.pop(True)[0])
 
     def _end(
         self, operation: Operation[Any], effect: Effect | None = None, error: Exception | None = None
     ) -> None:
-        """End an operation early: by the error that its last effect raised, or because its caller left.
+        """End an operation early. `error`: raised by its last effect; None: interrupted or abandoned.
 
         Does nothing in a forked child: the operation belongs to the parent.
         """
@@ -263,7 +263,8 @@ class Background:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
-        # The thread holds the queue and not this object, so that it ends with an unclosed client.
+        # The thread references the queue and not this object, so that it ends when an unclosed client is
+        # garbage-collected.
         threading.Thread(
             target=self._run, args=(self._queue,), name="maskwire-background", daemon=True
         ).start()
@@ -284,7 +285,7 @@ class Background:
 def blocking(
     method: Callable[Concatenate[Any, P], Operation[T]],
 ) -> Callable[Concatenate[Driver, P], T]:
-    """Make an operation a blocking method, with its signature and docstring."""
+    """Turn an operation into a blocking method with the same parameters and docstring."""
 
     check = check_keywords(method)
 
@@ -299,7 +300,7 @@ def blocking(
 def iterating(
     method: Callable[Concatenate[Any, P], Generator[Effect, Any, T | None]],
 ) -> Callable[Concatenate[Driver, P], Iterator[T]]:
-    """Make an operation that emits values a method that iterates over them."""
+    """Turn an operation that emits values into a method that returns an iterator over them."""
 
     check = check_keywords(method)
 

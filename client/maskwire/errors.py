@@ -3,7 +3,7 @@
     MaskwireError
     ├── RequestError             the server refused the request; nothing changed
     │   ├── InvalidRequestError      a field is wrong; `.field` names it
-    │   ├── ConflictError            the step or request id is already used
+    │   ├── ConflictError            the step or request id is already used, or a step before it is missing
     │   ├── HaltedError              three steps in a row were not finite
     │   ├── DivergedError            the weights give losses or logits that are not finite
     │   ├── CheckpointError          not found, taken, needed, damaged, or not written
@@ -66,7 +66,7 @@ class InvalidRequestError(RequestError):
 
 
 class ConflictError(RequestError):
-    """The step or the request id is already used for something else."""
+    """The step or the request id is already used for something else, or the step is not the next one."""
 
 
 class HaltedError(RequestError):
@@ -219,7 +219,7 @@ _BY_STATUS: dict[grpc.StatusCode, type[MaskwireError]] = {
 }
 
 
-# Messages of gRPC when a TLS connection fails, and the cure for each.
+# Messages of gRPC when a TLS connection fails, and what to do about each.
 _TLS: dict[str, str] = {
     "certificate has expired": "the server's certificate has expired: renew it",
     "certificate is not yet valid": "the server's certificate is not valid yet: check both machines' clocks",
@@ -232,8 +232,9 @@ _TLS: dict[str, str] = {
 }
 _TOO_LONG = "larger than max"
 _TOO_LONG_HINT = ": send fewer rows in one call, or raise the server's serve.max_message_bytes"
-# Messages of gRPC's resolvers for a name that does not exist. Not included are a name without an address (a
-# headless service whose pods are not ready yet), and a DNS server that fails or does not answer.
+# Messages of gRPC's resolvers for a name that does not exist. They do not cover temporary states: a name
+# without an address (a headless service whose pods are not ready yet), or a DNS server that fails or does not
+# answer.
 _NO_SUCH_NAME = ("Domain name not found", "Misformatted domain name", "Name or service not known")
 _CLOSED = "Socket closed"
 # What gRPC writes before the cause, as in "UNKNOWN: ipv4:127.0.0.1:1: Failed to connect to remote host: ".
@@ -300,12 +301,12 @@ def read_failure(error: grpc.RpcError) -> Failure:
 
 
 def _last(text: str) -> str:
-    """gRPC's message without the list of addresses it tried."""
+    """gRPC's message without the list of addresses that it tried."""
     return text.rpartition("last error: ")[2]
 
 
 def _cause(text: str) -> str:
-    """The last cause in gRPC's message that nothing answers, without status names and addresses."""
+    """The last cause in gRPC's message about an unreachable server, without status names and addresses."""
     cause = _last(text)
     if cause != text or _CLOSED in text:
         cause = _BEFORE_CAUSE.sub("", cause)

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 PLAIN_EVERY_SECONDS = 10.0
-"""How often progress that is not shown as a bar prints a line."""
+"""Seconds between two lines of progress that is not shown as a bar."""
 
 
 def tell(text: str) -> None:
-    """Print a line on stderr, if it exists and accepts it."""
+    """Print a line on stderr. Does nothing if stderr does not exist or cannot be written."""
     stream = sys.stderr
     if stream is None:
         return
@@ -39,7 +39,7 @@ class LineFile:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
 
     def write(self, line: bytes) -> None:
-        """Append a line that ends with a newline. OSError: it is not, or only partly, written.
+        """Append a line that ends with a newline. Raises OSError if the line was not written completely.
 
         Do not write again after an error: a file with a gap would look complete.
         """

@@ -22,7 +22,7 @@ class ProcessBound:
 
     @property
     def _inherited(self) -> bool:
-        """Whether this is the copy in a forked child, which must neither use nor close it."""
+        """Whether this is the copy in a forked child, which must neither use nor close the connection."""
         return os.getpid() != self._process
 
     def _check_process(self) -> None:

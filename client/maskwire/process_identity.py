@@ -18,7 +18,7 @@ from maskwire.v1 import training_service_pb2 as pb
 _TEXT = 128  # the most characters of a text in a request
 _TASK = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID")
 _RESTARTS = "SLURM_RESTART_COUNT"
-"""Slurm's variables: a task, which stays the same when its job is requeued, and how often that happened."""
+"""Slurm's variables: `_TASK` stays the same when the job is requeued, and `_RESTARTS` counts the requeues."""
 
 
 def this_process() -> pb.ClientProcess:
@@ -76,7 +76,7 @@ def holder_of(metadata: Mapping[str, str]) -> pb.ClientProcess:
 
 
 def _lives(process_id: int, start_time: int) -> bool:
-    """Whether a process may still be running. If it cannot be seen, it may."""
+    """Whether a process may still be running. True if the system does not say."""
     if process_id <= 0 or not start_time:
         return True
     try:

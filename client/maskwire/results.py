@@ -234,7 +234,7 @@ class NewestStep:
 
 @dataclass(frozen=True)
 class RunFigures:
-    """What the server has counted since its process started; all empty of a server of version 0.1."""
+    """What the server has counted since its process started; all empty for a server of version 0.1."""
 
     newest_step: NewestStep | None = None
     """The newest step that this process made durable; None: none yet."""
@@ -243,17 +243,17 @@ class RunFigures:
     tokens: int = 0
     """Maskable and prompt tokens of these steps."""
     queue_seconds: float | None = None
-    """Mean of the last minute, of a step's time in the queue; None: no step."""
+    """Mean time of a step in the queue, over the last minute; None: no step."""
     compute_seconds: float | None = None
-    """Mean of the last minute, of a step's computation."""
+    """Mean time of a step's computation, over the last minute."""
     commit_seconds: float | None = None
-    """Mean of the last minute, from a step's computation until it was durable."""
+    """Mean time from a step's computation until it was durable, over the last minute."""
     recovery_seconds: dict[str, float] = field(default_factory=dict)
-    """By phase of the start."""
+    """Duration of each phase of the server's start."""
     events_dropped: dict[str, int] = field(default_factory=dict)
-    """Events that a subscriber of telemetry lost."""
+    """Events that each subscriber of telemetry lost."""
     refused_calls: dict[str, int] = field(default_factory=dict)
-    """By reason."""
+    """Refused calls by reason."""
 
 
 @dataclass(frozen=True)
@@ -323,7 +323,7 @@ class Status:
     inexact_replays: tuple[InexactReplay, ...] = ()
     """Steps that recovery recomputed with results that were close but not equal."""
     digest_version: int = 0
-    """The version of the run's digest; 0 before the first step, and of a server of version 0.1."""
+    """The version of the run's digest; 0 before the first step, and for a server of version 0.1."""
     figures: RunFigures = field(default_factory=RunFigures)
     """What the server has counted since its process started."""
     device_share: DeviceShare = DeviceShare()

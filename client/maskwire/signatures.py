@@ -1,4 +1,4 @@
-"""One signature and one docstring for the same method of both clients."""
+"""Gives a method of both clients one signature and one docstring."""
 
 from __future__ import annotations
 
@@ -45,6 +45,6 @@ def check_keywords(source: Callable[..., Any]) -> Callable[[Iterable[str]], None
 
 
 def _result(operation: Callable[..., Any]) -> str:
-    """X of an operation whose annotation is `Operation[X]`; an iterator ends with None in place of an X."""
+    """X of an operation whose annotation is `Operation[X]`, or `Operation[X | None]` for an iterator."""
     annotation: str = operation.__annotations__["return"]
     return annotation.partition("[")[2].removesuffix("]").removesuffix(" | None")

@@ -1,4 +1,4 @@
-"""OpenTelemetry: a span for each step of a writer, whose context travels to the server."""
+"""OpenTelemetry: a span for each step of a writer, whose context is sent to the server."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class StepSpan:
         """What to add to the metadata of the step's calls."""
 
     def end(self, step: int) -> None:
-        """The step was acknowledged."""
+        """End the span: the step was acknowledged."""
         self._span.set_attribute("maskwire.step", step)
         self._span.end()
 
     def fail(self, reason: str) -> None:
-        """The step was refused, or was not sent."""
+        """End the span with an error: the step was refused, or was not sent."""
         from opentelemetry.trace import Status, StatusCode
 
         self._span.set_status(Status(StatusCode.ERROR, reason))
@@ -47,7 +47,7 @@ class StepSpans:
         self._target = target
 
     def begin(self) -> StepSpan:
-        """The span of a step that is submitted now."""
+        """Begin the span of a step that is being submitted."""
         from opentelemetry.trace import SpanKind
 
         attributes = {"rpc.system": "grpc", "rpc.method": "TrainStep", "server.address": self._target}
@@ -55,7 +55,7 @@ class StepSpans:
 
 
 def step_spans(target: str) -> StepSpans | None:
-    """Spans, if the program has set up OpenTelemetry or the environment says where to send them."""
+    """Return what begins the spans; None unless the program or the environment configures OpenTelemetry."""
     provider = tracing.program_provider()
     if provider is None and tracing.configured():
         if missing := tracing.missing():

@@ -1,4 +1,4 @@
-"""Checks of a server's address: gRPC would misread a wrong one, or retry it in vain."""
+"""Checks of a server's address: gRPC would misread an invalid one, or retry it without success."""
 
 from __future__ import annotations
 

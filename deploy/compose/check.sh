@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Use compose.yaml as in production: a server, a job over mutual TLS with a token, Prometheus and TensorBoard together. Kill
-# the server in the middle and start it again, replace its certificate while the job trains, and read all of it in the
-# scrape. deploy/image.sh runs it with the image that it built; it needs Docker and Compose.
+# the server in the middle and start it again, replace its certificate while the job trains, and check what Prometheus and
+# TensorBoard recorded. deploy/image.sh runs it with the image that it built; it needs Docker and Compose.
 #
-#   IMAGE=maskwire:test     the image        PROMETHEUS_IMAGE=…     without it and without a registry: Debian's, built here
+#   IMAGE=maskwire:test     the image
+#   PROMETHEUS_IMAGE=…      Prometheus; if it cannot be pulled, Debian's package is built into an image here
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 image=${IMAGE:-maskwire}
@@ -115,7 +116,7 @@ if has maskwire_server.rpc.credential_files; then
   own "$(id -u):$(id -g)" server
   deploy/secrets.sh --renew "$work/secrets" server >/dev/null
   own 10001:10001 server
-  docker kill --signal HUP "$server" >/dev/null # or within a minute, without it
+  docker kill --signal HUP "$server" >/dev/null # without the signal it takes up to a minute
   shows_another() { now=$(serial); [ -n "$now" ] && [ "$now" != "$before" ]; }
   at=$(acknowledged)
   wait_for 90 "the new certificate" shows_another
@@ -126,7 +127,7 @@ if has maskwire_server.rpc.credential_files; then
   [ "$(grep -c waiting "$work/before" || true)" = "$(grep -c waiting "$work/after" || true)" ] || fail "a step had to wait"
   say "   $before became $(serial), and no step failed or waited"
 else
-  say "   skipped: this image reads certificates at the start alone"
+  say "   skipped: this image reads certificates only at the start"
 fi
 
 code=$(docker wait "$job")

@@ -3,7 +3,7 @@
     python examples/pipelines/pipeline.py WORK --texts texts --held-out held-out --until-step 1000 --bound 2.5
 
 It runs the command `maskwire`, which takes the server, the certificates and the token from the environment
-(MASKWIRE_TARGET, MASKWIRE_CA, MASKWIRE_TOKEN_FILE). Each stage that is done leaves a record, WORK/STAGE.json.
+(MASKWIRE_TARGET, MASKWIRE_CA, MASKWIRE_TOKEN_FILE). Each finished stage leaves a record, WORK/STAGE.json.
 Run the same command again after any interruption: it resumes at the first stage without a record. See
 docs/pipelines.md.
 
@@ -97,13 +97,13 @@ def main(arguments: list[str] | None = None) -> int:
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, stop)
-    # The bound may change: a closed gate leaves no record. Everything else belongs to the records.
+    # The bound may change: a closed gate leaves no record. All other arguments must fit the records.
     fixed = {key: str(value) for key, value in vars(options).items() if key not in ("work", "bound", "name")}
     if not (work / "arguments.json").exists():
         write(work / "arguments.json", fixed)
     first = read(work / "arguments.json")
     if changed := sorted(key for key in fixed if first.get(key) != fixed[key]):
-        fail(USAGE, f"{work} was begun with another {', '.join(changed)}; choose another folder")
+        fail(USAGE, f"{work} was started with another {', '.join(changed)}; choose another folder")
     records: dict[str, Record] = {}
     for stage in STAGES:
         name = stage.__name__
@@ -121,7 +121,7 @@ def read(path: Path) -> Record:
 
 
 def write(path: Path, result: Record) -> None:
-    """Write a record: all of it, or nothing."""
+    """Write a record atomically."""
     draft = path.with_name(path.name + ".draft")
     with draft.open("w") as file:
         json.dump(result, file)
@@ -135,9 +135,7 @@ def run(*words: str) -> Any:
     program = shutil.which("maskwire") or str(Path(sys.executable).with_name("maskwire"))
     global _running
     with subprocess.Popen([program, *words, "--json"], stdout=subprocess.PIPE, text=True) as _running:
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # Ctrl-C reaches the command as well, which ends in order
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command as well, which ends cleanly
         output, _ = _running.communicate()
         signal.signal(signal.SIGINT, signal.default_int_handler)
     code = _running.returncode
@@ -158,9 +156,9 @@ def stop(number: int, _: FrameType | None) -> None:
 
 
 def check_step(found: Record, wanted: int) -> None:
-    """Exit if the run is not where the pipeline brings it."""
+    """Exit if the run is not at the step to which the pipeline trains it."""
     if found["step"] != wanted:
-        fail(MOVED, f"the run is at step {found['step']}, not at --until-step {wanted}; use a run of its own")
+        fail(MOVED, f"the run is at step {found['step']}, not at --until-step {wanted}; use a separate run")
 
 
 def fail(code: int, words: str) -> None:
@@ -170,7 +168,7 @@ def fail(code: int, words: str) -> None:
 
 
 def row_length(options: argparse.Namespace) -> list[str]:
-    """--length, if it is given; else the longest row that the model takes."""
+    """The option --length if it is given; without it, rows are as long as the model allows."""
     return [] if options.length is None else ["--length", str(options.length)]
 
 

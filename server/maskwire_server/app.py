@@ -49,7 +49,7 @@ from maskwire_server.training.device_memory import device_memory
 log = logging.getLogger(__name__)
 
 LAST_SECONDS = 0.5
-"""Between the report that the process hangs and its end."""
+"""The time between the report that the process hangs and its exit."""
 
 
 def serve(
@@ -64,8 +64,9 @@ def serve(
     """Serve one run until SIGTERM or SIGINT, and return the exit code.
 
     `factory` builds the trainer of a configuration, on the device thread. Default: `build_trainer`. `finish`
-    is called where the process ends for good without returning: it takes and gives the exit code. The status
-    shows `last_error`: why the processes that served before have ended.
+    is called if the process exits without returning here, and its launcher must not restart it; it takes the
+    exit code and returns the one to exit with. `last_error` says why earlier processes of the run ended; the
+    status shows it.
     """
     began = time.monotonic()
     stop, reread = threading.Event(), threading.Event()
@@ -157,7 +158,7 @@ def serve(
 def serve_rank(
     config: Config, *, accept_inexact_replay: bool = False, accept_lost_history: int | None = None
 ) -> NoReturn:
-    """Be one rank of the group that a launcher started: the leader serves, the others follow it."""
+    """Run as one rank of the group that a launcher started: the leader serves, the others follow it."""
     from maskwire_server.ranks import follower, launcher, process_group
     from maskwire_server.ranks.leader import LeaderTrainer, fatal
     from maskwire_server.ranks.liveness import GRACE_SECONDS
@@ -171,7 +172,7 @@ def serve_rank(
         signal.signal(number, signal.SIG_IGN)  # the leader ends its followers
     try:
         member = process_group.join(config.distributed, config.serve)
-    except ConfigError as error:  # on every rank
+    except ConfigError as error:  # every rank raises it
         say(error)
         _leave(launcher.note_exit(EXIT_CONFIG))
     saver = ShardSaver(member, PartFiles())
@@ -204,14 +205,14 @@ def serve_rank(
     if not member.is_leader:
         try:
             follower.follow(member, lambda sections: build(Config(**sections)), saver)
-        except ConfigError as error:  # the leader has the same, or ends without this rank
+        except ConfigError as error:  # the leader raises it too, or ends because this rank is missing
             time.sleep(config.distributed.rank_timeout_seconds)
             say(error)
         except Exception:
             time.sleep(GRACE_SECONDS)
             log.exception("rank %d failed", member.place.rank)
         _leave(EXIT_FAILURE)
-    if launcher.is_stopping():  # it ended while it stopped
+    if launcher.is_stopping():  # an earlier leader ended during the stop: there is nothing to serve
         _leave(finish(0))
     code = serve(
         config,
@@ -225,7 +226,7 @@ def serve_rank(
 
 
 def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_replay: bool = False) -> int:
-    """Compute a run again up to a step, and return the exit code."""
+    """Recompute a run up to a step, and return the exit code."""
     try:
         config = effective_config.completed(config)
         info, inexact = state_at_step.rewind(
@@ -257,7 +258,7 @@ def rewind(config: Config, to_step: int, out: Path | None, *, accept_inexact_rep
 
 
 def build_trainer(config: Config) -> Trainer:
-    """The configured trainer. Call it on the device thread."""
+    """Build the configured trainer. Must be called on the device thread."""
     # torch too is imported on the device thread, because its thread pools belong to the thread that first
     # uses them.
     began = time.monotonic()
@@ -309,7 +310,7 @@ def _fail(engine: Engine, server: Server, code: int, error: Exception) -> int:
 
 
 def say(error: Exception) -> None:
-    """Print an error to stderr, one line for each problem."""
+    """Print an error to stderr, one line per problem."""
     for line in str(error).splitlines():
         print(f"maskwire-server: {line}", file=sys.stderr)
 
@@ -326,8 +327,8 @@ def _die(finish: Callable[[int], int], error: BaseException) -> NoReturn:
 
 
 def _hung(server: Server, what: str) -> None:
-    """End the process: a hung call cannot be interrupted. On the watchdog's thread."""
-    # If a thread hangs that holds the log's lock, this thread would hang too.
+    """End the process: a hung call cannot be interrupted. Runs on the watchdog's thread."""
+    # Exit even if this thread hangs too: the hung thread may hold the log's lock.
     faulthandler.dump_traceback_later(LAST_SECONDS * 10, exit=True)
     server.on_hang()
     note_loss(what)
@@ -337,12 +338,12 @@ def _hung(server: Server, what: str) -> None:
         EXIT_HUNG,
     )
     faulthandler.dump_traceback(all_threads=True)
-    time.sleep(LAST_SECONDS)  # so that whoever watches its health learns why
+    time.sleep(LAST_SECONDS)  # so that clients of the health service see the change before the exit
     _leave(EXIT_HUNG)
 
 
 def _leave(code: int) -> NoReturn:
-    """Exit without waiting for other threads, for example one that computes."""
+    """Exit without waiting for other threads, such as one that computes."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -17,7 +17,7 @@ from maskwire.v1.digest import DigestVersion, payload_hash
 # version, bytes per id, rows, columns, lengths, prompt bytes, modes, temperature, learning rate
 _HEADER = struct.Struct("<BBqqqqBdd")
 _PLAIN, _WITH_SEGMENTS = 1, 2
-"""Versions of the encoding: the second has the segment ids, int32 each, behind the lengths."""
+"""Versions of the encoding: the second has the segment ids, int32 each, after the lengths."""
 _ID_TYPES: dict[int, np.dtype[np.integer]] = {
     1: np.dtype("<u1"),
     2: np.dtype("<u2"),
@@ -45,7 +45,7 @@ class Batch:
     prompt_bits: bytes = b""
     """Bits over [b, n], row-major, least significant first; empty for none."""
     segment_ids: npt.NDArray[np.int32] | None = None
-    """int32, one for each of `ids`: each run of equal numbers of a row is a sequence; None: each row is."""
+    """int32, one per id: equal consecutive numbers in a row form a sequence; None: each row is a sequence."""
 
     @property
     def tokens(self) -> int:
@@ -54,7 +54,7 @@ class Batch:
 
     @property
     def sequences(self) -> int:
-        """What the objective calls rows: the segments, or else the rows."""
+        """The number of rows for the objective: that of the segments, or of the rows if there are none."""
         return self.rows if self.segment_ids is None else int(self.segments()[0].size)
 
     def segments(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -62,7 +62,7 @@ class Batch:
         assert self.segment_ids is not None
         ends = self.row_ends()
         first = np.concatenate(([True], self.segment_ids[1:] != self.segment_ids[:-1]))
-        first[ends[:-1]] = True  # of a row
+        first[ends[:-1]] = True  # each row starts a segment
         at = np.flatnonzero(first)
         row = np.searchsorted(ends, at, side="right")
         begins = np.concatenate(([0], ends[:-1]))
@@ -128,7 +128,7 @@ class Modes:
     generator_sample_temperature: float | None = None
     """None: drawn from U[0, 1) with the step's random generator."""
     learning_rate: float | None = None
-    """Of this step; None: the schedule's."""
+    """The learning rate of this step; None: the schedule's."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The call that the current thread works for, so that logs and traces can name it."""
+"""The call that the current thread works on, so that logs and traces can name it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class CallContext:
     """What identifies a call."""
 
     number: int
-    """Counts the calls of this process."""
+    """The number of the call, counted per process."""
     request_id: str = ""
     """Empty: the request has none."""
 
 
 current: ContextVar[CallContext | None] = ContextVar("current", default=None)
-"""None: the thread works for no call."""
+"""None: the thread works on no call."""

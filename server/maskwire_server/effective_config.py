@@ -24,9 +24,9 @@ def completed(config: Config) -> Config:
 
 
 def with_model(config: Config, operators: Config) -> Config:
-    """The configuration with what the folder of a new run's model says. Raises ConfigError.
+    """The configuration, completed from the model's folder if the run is new. Raises ConfigError.
 
-    `operators` is the configuration before it was completed from the run's record.
+    `operators` is the operator's configuration, before it was completed from the run's record.
     """
     if not config.is_recorded:
         return config.model_copy(update={"model": filled_from_folder(config.model)})
@@ -42,7 +42,7 @@ def with_model(config: Config, operators: Config) -> Config:
 
 
 def identity(config: Config) -> Callable[[str], bytes] | None:
-    """Makes the canonical configuration of a new run from the SHA-256 of its initial weights.
+    """Return a function that makes a new run's canonical configuration from its initial weights' SHA-256.
 
     None if the run exists, or if its seed makes the weights.
     """
@@ -52,10 +52,10 @@ def identity(config: Config) -> Callable[[str], bytes] | None:
 
 
 def with_schedule(config: Config, operators: Config) -> Config:
-    """The configuration of a run with the fingerprint of its schedule, if that is the user's function.
+    """The configuration of a run with the fingerprint of its schedule, if that is a user's function.
 
-    Imports and checks the function. `operators` is the configuration before it was completed from the run's
-    record: the server imports no code that only a run directory names. Raises ConfigError, and
+    Imports and checks the function. `operators` is the operator's configuration, before it was completed from
+    the run's record: the server imports no code that only a run directory names. Raises ConfigError, and
     RunDirectoryError if the function is not the one that the run was created with.
     """
     objective = config.objective

@@ -6,8 +6,8 @@
     ├── RunDirectoryError  the run directory cannot be used; the server does not start
     │   └── FencedError    another server has taken the run over through its mirror
     ├── StoreError         the object store failed or refused; the same call may succeed later
-    ├── Unwanted           the caller has left, so that the computation stopped
-    ├── Diverged           the weights give results that are not finite
+    ├── Unwanted           the client no longer waits for the result, so the computation was stopped
+    ├── Diverged           the weights produce results that are not finite
     ├── DeviceLost         the device failed; the process must restart
     └── StateLost          an update failed half-way; the process must restart
 
@@ -102,7 +102,7 @@ _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAG
 
 
 def is_shortage(error: BaseException | None) -> bool:
-    """Whether the process or machine ran out of open files or memory, which does not mean a damaged file."""
+    """Whether the process or machine ran out of open files or memory, so that a file may still be intact."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _SHORTAGES)
 
 
@@ -139,7 +139,7 @@ class StoreError(MaskwireError):
 
 
 class Unwanted(MaskwireError):
-    """The caller has left, so that the computation stopped: its result would reach nobody."""
+    """The client no longer waits for the result, for example because it disconnected."""
 
 
 class DeviceLost(MaskwireError):
@@ -150,7 +150,7 @@ class DeviceLost(MaskwireError):
 
 
 class Diverged(MaskwireError):
-    """The weights give results that are not finite, so that they cannot be evaluated or sampled from."""
+    """The weights produce results that are not finite, so they cannot be evaluated or sampled from."""
 
 
 class StateLost(MaskwireError):

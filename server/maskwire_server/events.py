@@ -1,7 +1,7 @@
 """The events of a run, which the engine and the service publish, and the interface of their subscribers.
 
-`time` is in seconds since the epoch, at the end of what happened; durations are in seconds. No event holds a
-token of access, and only `Generated` holds ids.
+`time` is the end of the reported activity, in seconds since the Unix epoch; durations are in seconds. No
+event contains an access token, and only `Generated` contains token ids.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class StepCommitted:
     commit_seconds: float
     request_id: str | None = None
     call: int = 0
-    """The number of the call that brought the step, as in `CallEnded`; 0: it came by no call."""
+    """The number of the call that sent the step, as in `CallEnded`; 0: no call sent it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ RECOVERY_PHASES = ("build", "open", "load", "replay", "warm_up", "save")
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The journal made a transaction durable, `commits` requests in one."""
+    """The journal made a transaction durable, which grouped `commits` queued commits."""
 
     time: float
     seconds: float
@@ -144,7 +144,7 @@ class CallEnded:
     request_id: str = ""
     """Empty: the request has none."""
     call: int = 0
-    """Counts the calls of this process."""
+    """The number of the call, counted per process."""
     trace: str = ""
     """The W3C `traceparent` in the call's metadata; empty: it had none."""
 
@@ -168,13 +168,13 @@ class Subscriber(Protocol):
     name: str
     """A label of metrics and logs."""
     kinds: frozenset[type[Event]]
-    """The events that it wants."""
+    """The types of events that it receives."""
 
     def receive(self, event: Event) -> None:
         """Handle an event. What it raises is logged, and the event counts as dropped."""
 
     def idle(self) -> bool:
-        """Called when no event waits. True: call it again in a second, unless an event comes first."""
+        """Called when no event is waiting. Returns whether to call it again in a second without an event."""
 
     def close(self) -> None:
         """Called after the last event."""

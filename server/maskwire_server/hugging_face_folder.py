@@ -1,7 +1,6 @@
-"""What the folder of a masked language model says about it, read without torch or transformers.
+"""What the folder of a masked language model says about the model, read without torch or transformers.
 
-The run records the model's config.json, so that a server started again needs neither the folder nor the
-network.
+The run records the model's config.json, so that a restarted server needs neither the folder nor the network.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ _FIRST_POSITION_AFTER_PAD = (
 
 
 def filled_from_folder(model: ModelConfig) -> ModelConfig:
-    """The section with what the model's folder says: config, vocabulary, mask and pad ids, longest row.
+    """The [model] section, completed from the folder: config, vocabulary, mask and pad ids, longest row.
 
-    Settings of the section win. Raises ConfigError that names what is missing.
+    Settings of the section take precedence. Raises ConfigError that names what is missing.
     """
     source = model.huggingface
     if source is None or source.config:
@@ -60,13 +59,13 @@ def filled_from_folder(model: ModelConfig) -> ModelConfig:
         ids = config.get(key)
         others += ids if isinstance(ids, list) else [ids]
     if "pad_id" not in said and found["pad_id"] in others:
-        found["pad_id"] = None  # padding is where the lengths say: this id also occurs in the data
+        found["pad_id"] = None  # padding must then come from lengths, because this id also occurs in the data
     if "num_tokens" not in said and found["mask_id"] >= found["num_tokens"]:
         found["num_tokens"] = found["mask_id"] + 1
     fields = {key: getattr(model, key) for key in model.model_fields_set}
     known: dict[str, Any] = {"config": config}
     if folder.is_file():
-        known["pretrained"] = False  # there are no weights beside the settings
+        known["pretrained"] = False  # a config.json alone has no weights beside it
     return ModelConfig(**{**fields, **found, "huggingface": source.model_copy(update=known)})
 
 
@@ -92,7 +91,8 @@ def _folder(source: HuggingFaceConfig) -> Path:
         return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ConfigError(
-            f"model.huggingface.path: {source.path} is no folder here, and the hub does not give it: {error}"
+            f"model.huggingface.path: {source.path} is no folder here and cannot be loaded from the hub: "
+            f"{error}"
         ) from error
 
 

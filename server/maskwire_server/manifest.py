@@ -12,13 +12,13 @@ from maskwire.v1.values import InexactReplay
 from maskwire_server.results import CheckpointInfo, FileInfo
 
 WHOLE, SHARDED = 2, 3
-"""The format of a checkpoint in files of whole tensors, and of one in files that several ranks wrote."""
+"""The formats of checkpoints: files with complete tensors, and files that several ranks wrote."""
 MANIFEST = "manifest.json"
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class UnknownFormatError(ValueError):
-    """The manifest is intact, and of a format that this version does not know."""
+    """The manifest is intact, but this version does not know its format."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Manifest:
     info: CheckpointInfo
     run_id: str
     automatic: bool
-    """Saved by the server, so that retention may collect it."""
+    """Whether retention may delete it: saved by the server itself, or with a score and without a name."""
     request_id: str | None
     configuration: dict[str, Any]
-    """[model], [objective] and [optimizer]; not [serve], whose paths only concern the server."""
+    """The sections [model], [objective] and [optimizer]; not [serve], which concerns only the server."""
     versions: dict[str, str]
     inexact_replays: tuple[InexactReplay, ...] = ()
-    """Steps of its history that were replayed within a tolerance, not to the same bytes."""
+    """Steps of its history that were replayed, but not to the recorded bytes."""
     save_id: str | None = None
     """The id under which the journal recorded the save; None: saved by version 0.1, or outside the run."""
     format: int = WHOLE
@@ -67,7 +67,7 @@ class Manifest:
 
     @staticmethod
     def from_json(data: bytes) -> Manifest:
-        """Parse what `to_json` wrote. Raises ValueError if it was changed."""
+        """Parse what `to_json` wrote. Raises ValueError if it was changed, or has an unknown format."""
         body = json.loads(data)
         if not isinstance(body, dict) or body.pop("manifest_sha256", None) != _body_hash(body):
             raise ValueError("the manifest does not match its own hash")

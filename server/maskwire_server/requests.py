@@ -13,7 +13,7 @@ from maskwire_server.session_holder import ClientProcess
 
 CHECKPOINT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 AUTOMATIC_NAME = re.compile(r"(step|best)-\d+(-lineage-\d+)?(-\d+)?")
-"""Names of checkpoints that the server saves by itself; clients cannot use them, so they are always free."""
+"""Names that the server gives to checkpoints; clients cannot choose them."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SessionRef:
 
 @dataclass(frozen=True)
 class SessionRequest:
-    """Make the client the run's writer."""
+    """Open a session, which makes the client the run's writer."""
 
     client_name: str
     nonce: str
@@ -40,11 +40,11 @@ class SessionRequest:
     data: dict[str, str] = field(default_factory=dict)
     """The fingerprint of the client's data, in named parts; empty: not given."""
     allow_changed_data: bool = False
-    """Accept `data` although it differs from the run's, and keep it."""
+    """Accept `data` even if it differs from the run's, and record it."""
     process: ClientProcess | None = None
     """The client's process; None: not given."""
     gone_epoch: int | None = None
-    """Take over from this epoch, because the client found that its process has ended."""
+    """The epoch to take over from: the client found that the process of its holder has ended."""
     evaluated_step: int = 0
     """The last step that the writer has evaluated; 0: not given."""
     digest_versions: tuple[int, ...] = VERSIONS

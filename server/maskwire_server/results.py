@@ -92,14 +92,14 @@ class GenerateOptions:
     """Unmasking passes; 0: one position per pass."""
     order: Order = Order.RANDOM
     temperature: float = 1.0
-    """Of each pass, unless there is a start_temperature."""
+    """The temperature of each pass, unless there is a start_temperature."""
     start_temperature: float | None = None
-    """Falls to 0 over the passes; None: the temperature is constant."""
+    """The temperature at the start, which falls to 0 over the passes; None: it is constant."""
     top_k: int = 0
     """0: no limit."""
     top_p: float = 1.0
     choice_temperature: float | None = None
-    """Temperature of the noise on the order; None: the default of the order."""
+    """The temperature of the noise on the order; None: the default of the order."""
     remasking: bool = False
     self_cond_mode: SelfCondMode = SelfCondMode.TWO_PASS
     raw_weights: bool = False
@@ -138,7 +138,7 @@ class SessionAnswer:
     data: dict[str, str] = field(default_factory=dict)
     """The fingerprint of the run's data; empty: not known."""
     superseded: Holder | None = None
-    """The holder of the session that it took over, if any."""
+    """The holder of the session that was taken over, if any."""
     evaluated_lineage: int = 0
     evaluated_step: int = 0
     """The last step that a writer reported as evaluated; 0: none."""
@@ -149,7 +149,7 @@ class SessionAnswer:
 
 @dataclass(frozen=True)
 class StepAnswer:
-    """A consumed and durable step."""
+    """The answer to a step that is durable, whatever its outcome."""
 
     step: int
     result: StepResult
@@ -203,7 +203,7 @@ class CheckpointInfo:
     digest: bytes
     files: tuple[FileInfo, ...]
     created: float
-    """Seconds since the epoch."""
+    """Seconds since the Unix epoch."""
     labels: dict[str, str] = field(default_factory=dict)
     score: float | None = None
     """The client's score, lower is better; None: not given."""

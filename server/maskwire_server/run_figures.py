@@ -19,7 +19,7 @@ class HistogramFigures:
     bounds: tuple[float, ...]
     """The upper ends of the buckets, inclusive; the last bucket has none."""
     counts: tuple[int, ...]
-    """One more than bounds."""
+    """The number of values per bucket; one more than bounds."""
     total: float
     """The sum of the values."""
 
@@ -31,7 +31,7 @@ class HistogramFigures:
 
 @dataclass(frozen=True)
 class Recent:
-    """The last minute: speed, and mean seconds of a step; None without a step."""
+    """Figures of the last minute: speed, and mean seconds per step, which are None without a step."""
 
     steps_per_second: float
     tokens_per_second: float
@@ -45,21 +45,21 @@ NOTHING_RECENT = Recent(0.0, 0.0)
 
 @dataclass(frozen=True)
 class RunFigures:
-    """Counted since the process started."""
+    """Figures counted since the process started."""
 
     recent: Recent = NOTHING_RECENT
     steps: Mapping[Outcome, int] = field(default_factory=dict)
-    """Durable steps."""
+    """The number of durable steps, by outcome."""
     tokens: int = 0
     """Maskable and prompt tokens of the durable steps."""
     newest_step: StepCommitted | None = None
     step_seconds: Mapping[str, HistogramFigures] = field(default_factory=dict)
-    """By phase, one of STEP_PHASES."""
+    """The time of each phase of a step, by phase, one of STEP_PHASES."""
     commit_seconds: HistogramFigures | None = None
-    """Transactions of the journal, each of one or more steps."""
+    """The time of the journal's transactions."""
     checkpoint_seconds: HistogramFigures | None = None
     recovery_seconds: Mapping[str, float] = field(default_factory=dict)
-    """By phase of this start, one of events.RECOVERY_PHASES; a phase that was not needed is absent."""
+    """By phase of the start, one of events.RECOVERY_PHASES; a phase that was not needed is absent."""
     calls: Mapping[tuple[str, str, str], int] = field(default_factory=dict)
     """Calls that ended, by method, status code and reason."""
     events_dropped: Mapping[str, int] = field(default_factory=dict)

@@ -14,16 +14,16 @@ class DeviceShare:
     """How the device has been divided between training steps and reads since the process started."""
 
     step_seconds: float
-    """Spent on steps."""
+    """Device time spent on steps."""
     read_seconds: float
-    """Spent on evaluations and generations."""
+    """Device time spent on evaluations and generations."""
     owed_seconds: float
-    """What steps get before the next read, while a client trains."""
+    """Device time that steps get before the next read, while a client trains."""
     waiting_reads: int
     refused_reads: int
-    """Refused because too many waited."""
+    """Reads refused because too many were waiting."""
     ended_reads: int
-    """Ended because a step had waited for `serve.max_read_seconds`."""
+    """Reads ended because a step had waited for `serve.max_read_seconds`."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RunStatus:
 
     state: RunState
     state_since: float
-    """Seconds since the epoch."""
+    """Seconds since the Unix epoch."""
     waiting_for: str
     run_id: str
     lineage: int

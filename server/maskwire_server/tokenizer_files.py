@@ -1,6 +1,6 @@
 """The tokenizer's files of a Hugging Face model. The run directory keeps them, so that an export has them.
 
-A server started again, and an export, then need neither the model's folder nor the network.
+A restarted server and an export then need neither the model's folder nor the network.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PATTERNS = (
 
 
 def keep(config: Config) -> None:
-    """Copy the files into the directory of a run that has none yet. Without the files, does nothing."""
+    """Copy the files into the directory of a run that has none yet. Does nothing if the model has none."""
     source, folder = config.model.huggingface, config.run.dir / FOLDER
     if source is None or folder.exists():
         return
@@ -52,7 +52,7 @@ def copy(found: list[Path], to: Path) -> None:
 
 
 def _local(source: HuggingFaceConfig) -> Path | None:
-    """The model's folder, also that of a model which was downloaded from the hub. Uses no network."""
+    """The model's folder, or the cached folder of a model from the hub. Uses no network."""
     path = Path(source.path).expanduser()
     if path.exists():
         return path

@@ -115,7 +115,7 @@ def export(
     """Write the weights of a run's checkpoint to `out`, and return the exit code.
 
     `to` is the format: a folder for `maskwire_server.load`, an x-transformers state dict in safetensors, or a
-    folder of transformers or peft. `merged` folds adapters into the model.
+    folder of transformers or peft. `merged` merges adapters into the model's weights.
     """
     checkpoints = Checkpoints(run_dir)
     try:
@@ -129,7 +129,7 @@ def export(
 def export_folder(
     folder: Path, out: Path, *, to: Format, weights: Literal["auto", "ema", "raw"], merged: bool = False
 ) -> int:
-    """The same for the folder of a checkpoint, in a run directory or downloaded."""
+    """Do what `export` does for the folder of a checkpoint, in a run directory or downloaded."""
     from maskwire_server.training.models import standalone_model
 
     try:
@@ -202,7 +202,7 @@ def _draft(out: Path) -> Iterator[Path]:
 
 
 def _newest(run_dir: Path, checkpoints: Checkpoints) -> Manifest:
-    """The newest checkpoint of the run. Checkpoints copied from other runs are only used by name."""
+    """The newest checkpoint of the run. Checkpoints copied from other runs are used only if named."""
     found = checkpoints.all()
     with contextlib.suppress(RunDirectoryError):  # a server uses the journal, or there is no journal
         journal = boot.open_recorded(run_dir)

@@ -107,7 +107,7 @@ def test_an_evaluation_sends_the_prompt_mask(pairs: Path) -> None:
 
 
 def test_a_response_needs_an_end(pairs: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--no-special-tokens\) does not go with prompts and responses"):
+    with pytest.raises(ValueError, match=r"--no-special-tokens\) cannot be used with prompts and responses"):
         prepare(pairs, tmp_path / "out", special_tokens=False, **FIELDS)  # type: ignore[arg-type]
 
 

@@ -125,7 +125,7 @@ def test_a_mistake_is_found(bug: str, found: dict[str, Any]) -> None:
 
 
 def test_ranks_that_differ_notice_it_by_their_agreement_alone(found: dict[str, Any]) -> None:
-    assert "have another one" in found["agreement"]["error"]
+    assert "have a different one" in found["agreement"]["error"]
     assert not found["no agreement"]["error"]
 
 

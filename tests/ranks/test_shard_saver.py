@@ -229,7 +229,7 @@ def test_a_rank_that_cannot_write_refuses_the_save_and_leaves_nothing(tmp_path: 
             return super().describe(parts, names)
 
     checkpoints, group = Checkpoints(tmp_path), Group(Full())
-    with pytest.raises(Refused, match=r"rank 2: No space left on device.*make room") as raised:
+    with pytest.raises(Refused, match=r"rank 2: No space left on device.*free some space") as raised:
         checkpoints.write(group.copy(), manifest())
     assert raised.value.reason == "CHECKPOINT_FAILED"
     assert not checkpoints.path("a").exists()

@@ -64,7 +64,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "fit": (lambda t: t.fit(DATA, until_step=1, checkpoint_evry=1), r"fit\(\).*'checkpoint_every'"),
     "fit with epochs": (lambda t: t.fit(DATA, until_step=1, epochs=1), "did you mean 'until_step'"),
     "a DataLoader": (lambda t: t.fit(DataLoader(), until_step=1), "got DataLoader.*maskwire.TokenData"),
-    "an iterator": (lambda t: t.fit(iter([TOKENS]), until_step=1), "an iterator cannot go on"),
+    "an iterator": (lambda t: t.fit(iter([TOKENS]), until_step=1), "an iterator cannot resume"),
     "a path": (lambda t: t.fit("data/", until_step=1), r"maskwire\.open_data\('data/'"),
     "a Path": (lambda t: t.fit(Path("data"), until_step=1), r"maskwire\.open_data\('data'"),
     "an array": (lambda t: t.fit(TOKENS, until_step=1), "got ndarray: pass its documents"),

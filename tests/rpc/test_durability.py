@@ -105,7 +105,7 @@ def test_a_full_disk_holds_training_until_there_is_room(serve: Serve, small_disk
                 futures.append(trainer.submit(np.full((64, 256), 99)))
             time.sleep(0.05)
         status = trainer.status()
-        assert (status.state.name, status.waiting_for) == ("HELD", "room on the journal's disk")
+        assert (status.state.name, status.waiting_for) == ("HELD", "space on the journal's disk")
         before = status.durable_step
         other = maskwire.attach(server.address, retry_for=0.2, on_wait=lambda _: None)
         with other, pytest.raises(UnavailableError):

@@ -125,7 +125,7 @@ def download(
         bool,
         typer.Option(
             "--merged",
-            help="Write a Hugging Face folder, with the adapters ([model.lora]) folded into the model. Needs "
+            help="Write a Hugging Face folder, with the adapters ([model.lora]) merged into the model. Needs "
             "maskwire[huggingface] on this machine.",
         ),
     ] = False,

@@ -71,8 +71,8 @@ def prepare(
         bool,
         typer.Option(
             "--parse-special-tokens",
-            help="Take special tokens that a text spells out, such as '[MASK]', for these tokens, and not "
-            "for text.",
+            help="Encode special tokens that a text spells out, such as '[MASK]', as special tokens, not as "
+            "text.",
         ),
     ] = False,
     pack: Annotated[
@@ -92,7 +92,7 @@ def prepare(
     Not needed for a model of bytes: `maskwire train` reads text files directly.
 
     The texts are read as a stream. If the command is stopped, run it again:
-    it continues where it was.
+    it resumes where it stopped.
     """
     with exit_codes.errors(as_json):
         with byte_progress("preparing", shown=not as_json) as report:
@@ -157,8 +157,8 @@ def _packed(metadata: PreparedMetadata) -> str:
         words += f"documents longer than a row, which were cut into pieces: {metadata.cut:,}\n"
     if metadata.prompts:
         words += (
-            "a packed pair ends with one end id and is not filled up: the model does not learn where a "
-            "response ends in a longer row\n"
+            "a packed pair ends with one end id and is not filled up to the length of a row, so the model "
+            "does not learn where a response ends in a longer row\n"
         )
     return words
 

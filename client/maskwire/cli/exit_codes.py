@@ -44,7 +44,7 @@ CODES = {
 }
 
 RETRYABLE = frozenset({UNAVAILABLE, INTERRUPTED, TERMINATED})
-"""The codes after which the same command may succeed without a change; the others need a person."""
+"""The codes after which the same command may succeed without a change; the others need someone to act."""
 
 DATA_IN_USE = "DATA_IN_USE"  # only in this module: DataChangedError has no reason
 _REMEDIES = {

@@ -1,7 +1,7 @@
-"""Fold the adapters of a downloaded checkpoint into its model.
+"""Merge the adapters of a downloaded checkpoint into its model.
 
-The client has no torch, so `maskwire-server export` does it, on this machine. In the server's process it
-would take the memory of a second model, beside the one that is trained.
+The client has no torch, so the command `maskwire-server export` merges them, on this machine. In the server's
+process the merge would need memory for a second model, besides the one that is trained.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ COMMAND = "maskwire-server"
 
 
 def merge(folder: Path, out: Path, *, ema: bool) -> None:
-    """Write the model to `out` for `AutoModelForMaskedLM`. Raises ValueError with the cure."""
+    """Write the model to `out` for `AutoModelForMaskedLM`. Raises ValueError that says what to do."""
     beside = Path(sys.executable).with_name(COMMAND)
     command = str(beside) if beside.exists() else shutil.which(COMMAND)
     if command is None:

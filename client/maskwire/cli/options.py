@@ -93,12 +93,12 @@ Length = Annotated[
 
 
 def length_of_paths(length: int | None, paths: Any) -> int:
-    """The length to open data with, before the model's is known: --length, or that of packed rows."""
+    """The length to open data with, before the model is known: --length, or that of packed rows, or 1."""
     return packed_length(paths) or 1 if length is None else length
 
 
 def row_length(length: int | None, model: ModelInfo, data: TokenData | None = None) -> int:
-    """Tokens per row: --length, or that of packed rows, or the longest row of the model.
+    """Tokens per row: the length of packed rows, or --length, or the longest row of the model.
 
     Raises ValueError if it is too long.
     """

@@ -1,8 +1,9 @@
-"""A prepared folder that is being written: what was written survives a kill, and writing continues there.
+"""A prepared folder while it is being written, so that a preparation that was killed can resume.
 
-The folder is hidden and beside its final place, `.NAME.part`. Its files only grow. `progress.json` says how
-much of them counts and where the sources were; it is replaced after the files were flushed. So after a kill
-the files are cut back to what it says, and the same bytes follow.
+The draft is a hidden folder, `.NAME.part`, beside the final one. Its files are only appended to.
+`progress.json` records how much of them is valid and the position in the sources; it is replaced after the
+files were flushed. After a kill, the next call truncates the files to what `progress.json` records, and the
+same bytes follow.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ _BUFFER = 2**20
 
 @dataclass
 class Progress:
-    """How far the preparation has got: what is written, and where the sources were."""
+    """How far the preparation has got: what was written, and the position in the sources."""
 
     identity: str
     """Identifies sources and options: if they changed, preparing restarts from the beginning."""
     source: int = 0
     place: int = 0
-    """Where source number `source` continues."""
+    """The position in source number `source` at which reading continues."""
     tokens: int = 0
     documents: int = 0
     text_bytes: int = 0
@@ -58,7 +59,7 @@ class Progress:
 
 
 class DraftFolder:
-    """Appends documents, and remembers how far it has got. Use it in a `with` statement."""
+    """Appends documents, and records the progress. Use it in a `with` statement."""
 
     def __init__(self, out: Path, identity: str, dtype: str, *, prompts: bool) -> None:
         """Open the draft of the folder `out`. A draft of other sources or options is deleted.
@@ -73,11 +74,11 @@ class DraftFolder:
         _lock(self._lock, self.path)
         found = self._saved()
         self.resumed = found is not None and found.identity == identity
-        """Whether an earlier call was stopped here."""
+        """Whether this continues the draft of an earlier call that was stopped."""
         self.progress = found if found is not None and self.resumed else Progress(identity)
         if not self.resumed:
             for path in self.path.iterdir():
-                if path.name != _LOCK:  # of other options, which may have written other files
+                if path.name != _LOCK:  # a draft with other options may have other files
                     path.unlink()
         self._files = {
             TOKENS: self._open(TOKENS, self.progress.tokens * self._dtype.itemsize),
@@ -87,7 +88,7 @@ class DraftFolder:
             self._files[PROMPTS] = self._open(f"{PROMPTS}.raw", self.progress.documents * 8)
 
     def _saved(self) -> Progress | None:
-        """What an earlier call saved; None without it, or if the files have less than it says."""
+        """The progress that an earlier call saved; None if there is none or a file is too short for it."""
         try:
             found = Progress(**json.loads((self.path / _PROGRESS).read_bytes()))
             whole = (self.path / TOKENS).stat().st_size >= found.tokens * self._dtype.itemsize
@@ -106,7 +107,7 @@ class DraftFolder:
         return file
 
     def add(self, parts: Iterable[Ids], prompt: int = 0) -> None:
-        """Append a document, of which the first `prompt` ids are given."""
+        """Append a document, whose first `prompt` ids are its prompt."""
         size = 0
         for ids in parts:
             self._files[TOKENS].write(ids.astype(self._dtype, copy=False).tobytes())
@@ -129,9 +130,9 @@ class DraftFolder:
         draft.replace(self.path / _PROGRESS)
 
     def pack(self, length: int) -> tuple[int, int]:
-        """Fill rows of `length` with the documents. Returns (rows, documents that were cut).
+        """Pack the documents into rows of `length` tokens. Returns (rows, documents that were cut).
 
-        The rows follow from the sizes of the documents. So if this is stopped, it is done again.
+        The rows depend only on the sizes of the documents, so packing that was stopped starts over.
         """
         self.save()
         packer, rows, pieces = RowPacker(length, OPEN_ROWS), 0, 0
@@ -155,7 +156,7 @@ class DraftFolder:
                 before = int(ends[-1])
 
     def complete(self, metadata: PreparedMetadata, out: Path, copies: dict[str, bytes]) -> None:
-        """Write the remaining files, and move the folder to `out`, in place of one that is there."""
+        """Write the remaining files, and move the folder to `out`, replacing one that exists."""
         for name, file in self._files.items():
             _flush(file)
             if name != TOKENS:
@@ -194,7 +195,7 @@ class DraftFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Keep the draft of a call that was stopped; delete that of one that cannot succeed."""
+        """Keep the draft of a call that was stopped after it had saved progress; delete any other draft."""
         with contextlib.suppress(OSError):
             self._close()
         stopped = kind is not None and not issubclass(kind, ValueError)
@@ -203,7 +204,7 @@ class DraftFolder:
 
 
 def _lock(file: IO[bytes], folder: Path) -> None:
-    """Lock a file until it is closed, also by a kill. Without fcntl (on Windows) nothing is locked."""
+    """Lock a file until it is closed or the process ends. Without fcntl (on Windows) nothing is locked."""
     try:
         import fcntl
     except ImportError:

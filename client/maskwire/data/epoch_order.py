@@ -1,8 +1,8 @@
 """The order of rows without replacement: a random permutation per epoch, computed by index.
 
-A Feistel network permutes the numbers below a power of four, whatever its round function is; numbers beyond
-the rows are permuted again until they are among them ("cycle walking", Black and Rogaway 2002, "Ciphers with
-arbitrary finite domains"). So an index is found without the permutation: nothing is stored, at any size.
+A Feistel network permutes the numbers below a power of four, whatever its round function is. A result that
+is not below the number of rows is permuted again until it is ("cycle walking", Black and Rogaway 2002,
+"Ciphers with arbitrary finite domains"). Each index is computed by itself, so no permutation is stored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Numbers = npt.NDArray[np.uint64]
 
 
 class EpochOrder:
-    """Each row once per epoch, in an order of its own; the last batch continues into the next epoch."""
+    """Each row once per epoch, in a new order in each epoch; the last batch continues into the next epoch."""
 
     def __init__(self, rows: int, seed: int) -> None:
         """`rows` must be at least 1."""
@@ -27,7 +27,7 @@ class EpochOrder:
         self._half_bits = max(1, ((rows - 1).bit_length() + 1) // 2)
 
     def batch(self, step: int, size: int) -> npt.NDArray[np.int64]:
-        """The numbers of the rows [size] of a step, at least 1. Raises ValueError for a step below."""
+        """The row numbers of a step, integers [size]. Raises ValueError for a step below 1."""
         if step < 1:
             raise ValueError(f"step must be at least 1, got {step}: steps count from 1")
         first = (step - 1) * size

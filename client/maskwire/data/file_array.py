@@ -1,8 +1,8 @@
 """Arrays of integers in files, read slice by slice.
 
 The files are read, not memory-mapped: truncating a mapped file kills the process with SIGBUS, whereas a
-failed read raises an error that names the file. Pickling keeps the path alone, so that another process
-reads the same file.
+failed read raises an error that names the file. A pickled array holds the path and no ids, so that another
+process reads the same file.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class FileArray:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the file on another machine has a modification time of its own.
+        # A copy of the file on another machine has a different modification time.
         return {**self.__dict__, "_file": None, "_modified": _UNKNOWN}
 
 
@@ -103,7 +103,7 @@ class Files(Sequence[FileArray]):
         self._keep_open()
 
     def _keep_open(self) -> None:
-        # The cache must not refer to `self`: the files are closed as soon as this object is released.
+        # The cache must not refer to `self`, so that the files are closed as soon as this object is released.
         array = functools.partial(_array, self._paths, self.sizes, self._modified)
         self._arrays = functools.lru_cache(_MAX_OPEN)(array)
 

@@ -160,13 +160,13 @@ def open_data(
     prompt_field: str | None = None,
     response_field: str | None = None,
 ) -> TokenData:
-    """Open data by what the paths hold.
+    """Open data; what the paths hold decides how.
 
     paths: One folder written by `maskwire data prepare`, one `.npy` file, one file of packed ids with its
         `dtype` (uint8, uint16 or int32), or texts, whose bytes become the tokens: files and folders, JSON
-        Lines, Parquet and Arrow files, addresses of fsspec, or a data set of the package `datasets`. The
+        Lines, Parquet and Arrow files, fsspec addresses, or a data set of the package `datasets`. The
         texts of records and of addresses are held in memory; prepare larger ones.
-    length: Tokens per row. A folder of packed rows has a length of its own; the result is a PackedData.
+    length: Tokens per row. A folder of packed rows has its own length, and the result is a PackedData.
     batch_size: Rows per batch.
     seed: Seed of the choice of rows.
     sampling: "crops" for rows at random places, or "epochs" for each row once per epoch. Packed rows are
@@ -258,7 +258,7 @@ def _prepared_documents(path: Path, metadata: PreparedMetadata) -> Documents:
 
 
 def _description(path: Path, metadata: PreparedMetadata) -> TokenizerDescription | None:
-    """What the run keeps of the tokenizer; None if its file was deleted."""
+    """The description of the tokenizer, which the run keeps; None if the tokenizer's file was deleted."""
     file = path / TOKENIZER_FILE
     if metadata.tokenizer != BYTES and not file.is_file():
         return None
@@ -268,7 +268,7 @@ def _description(path: Path, metadata: PreparedMetadata) -> TokenizerDescription
 
 
 def _in_memory(sources: list[Source], fields: Fields, options: dict[str, Any]) -> TokenData:
-    """The bytes of records and of remote files, each a document."""
+    """Load records and remote files into memory; the bytes of each record or file are one document."""
     tokenizer = ByteTokenizer(special_tokens=fields.prompt is not None)
     arrays: list[Ids] = []
     prompts: list[int] = []

@@ -23,9 +23,9 @@ def find_files(
 ) -> list[Path]:
     """Return the non-empty data files, sorted by path, without files that maskwire itself wrote.
 
-    `is_records(name)` is true of files with records, such as JSON Lines, which are then data too; with
-    `only_records` other files are left out. Raises ValueError for a path that does not exist and, unless
-    `any_format`, for files that are neither text nor records.
+    `is_records(name)` says whether a file holds records, such as JSON Lines; these are accepted like text.
+    With `only_records`, all other files are left out. Raises ValueError for a path that does not exist and,
+    unless `any_format`, for files that are neither text nor records.
     """
     if isinstance(paths, str | Path):
         paths = [paths]

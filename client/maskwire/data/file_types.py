@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 HEAD_BYTES = 4096
-"""How much of a file's beginning is read to tell its type."""
+"""How much of a file's beginning is read to detect its type."""
 _TEXTS = "open it with maskwire.open_data or `maskwire data prepare`, which read the field of its texts"
 _ARRAY = "save the ids as one array with np.save, as a .npy file"
 
@@ -96,7 +96,7 @@ _MAGIC = {
     b"\xfe\xff": _UTF16,
 }
 RECORD_TYPES = (None, _JSON_LINES, _PARQUET, _ARROW)
-"""The types of files with one text per record, whose names say so; CSV has none."""
+"""What `detect` returns for files with one text per record; None is for CSV, which it takes for text."""
 _BZIP2 = re.compile(rb"BZh[1-9]1AY&SY")
 _TAR, _TAR_AT = b"ustar", 257
 

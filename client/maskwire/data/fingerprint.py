@@ -26,7 +26,7 @@ def content_hash(documents: Documents) -> str:
         index = int(np.searchsorted(ends, place, side="right"))
         size = int(documents.sizes[index])
         start = int(place) - (int(ends[index]) - size)
-        # Shifted back where it would pass the end of the document.
+        # A block that would pass the end of the document starts earlier.
         _add(digest, documents.crop(index, max(0, min(start, size - _BLOCK)), _BLOCK))
     return f"sha256:{digest.hexdigest()}"
 

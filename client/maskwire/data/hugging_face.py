@@ -15,8 +15,8 @@ _STATE, _SPLITS = "state.json", "dataset_dict.json"
 
 
 def is_dataset(value: object) -> bool:
-    """Whether an object is a data set of the package `datasets`, which is not imported for it."""
-    datasets: Any = sys.modules.get("datasets")  # a data set exists only where it was imported
+    """Whether an object is a data set of the package `datasets`. Does not import the package."""
+    datasets: Any = sys.modules.get("datasets")  # an object of the package exists only after its import
     if datasets is None:
         return False
     kinds = (datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict, datasets.IterableDatasetDict)
@@ -31,7 +31,7 @@ def is_dataset_folder(path: Path) -> bool:
 
 
 def load(path: Path) -> Any:
-    """Load a folder that `save_to_disk` wrote. Its files are mapped, not read."""
+    """Load a folder that `save_to_disk` wrote. Its files are memory-mapped, not read."""
     try:
         import datasets
     except ImportError:
@@ -45,7 +45,7 @@ def load(path: Path) -> Any:
 
 
 class DatasetSource:
-    """The rows of a data set; a place is a number of rows."""
+    """The rows of a data set; places in it are row numbers."""
 
     def __init__(self, dataset: Any, fields: Fields) -> None:
         if isinstance(dataset, dict):
@@ -67,7 +67,7 @@ class DatasetSource:
         """Yield the rows from row number `start` onwards; the first has the number 0."""
         dataset = self._dataset
         rows = len(dataset) if self._random_access else 0
-        if self._random_access and start >= rows:  # `datasets` selects no empty range
+        if self._random_access and start >= rows:  # `datasets` cannot select an empty range
             return
         if self._random_access:
             dataset = dataset.select(range(start, rows))

@@ -1,7 +1,7 @@
 """Recognise maskwire's own files: runs, checkpoints, metrics, configurations, logs and printed results.
 
-They end up beside the texts when somebody works in that folder. A run must never train on its own output:
-its batches would change while it trains.
+They lie beside the texts when maskwire is run in the folder of the texts. A run must never train on its own
+output: its batches would change while it trains.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ _METRICS_LINE = re.compile(
 
 
 class MaskwireOutput:
-    """Tells maskwire's own files from data; remembers the folders that it has looked at."""
+    """Distinguishes maskwire's own files from data; caches its findings about folders."""
 
     def __init__(self) -> None:
         self._runs: dict[Path, bool] = {}
@@ -178,7 +178,7 @@ def is_metrics(head: bytes) -> bool:
     lines = head.splitlines()[:3]  # the first may be truncated by log rotation
     if any(_is_metrics_line(line) for line in lines):
         return True
-    whole_file = len(head) < HEAD_BYTES  # then a full disk truncated the line
+    whole_file = len(head) < HEAD_BYTES  # if so, the line ends early because the disk was full
     return whole_file and len(lines) == 1 and not _parsed(lines[0]) and bool(_METRICS_LINE.match(lines[0]))
 
 

@@ -1,4 +1,4 @@
-"""Rows that several documents share, as `maskwire data prepare --pack` has placed them."""
+"""Rows that each hold several documents, as `maskwire data prepare --pack` has packed them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ Numbers = npt.NDArray[np.int64]
 
 
 class PackedData(TokenData):
-    """Packed rows, of which a batch has several, with the segment ids of their documents.
+    """Batches of packed rows, with segment ids that tell the documents of a row apart.
 
-    Each document is one segment; one longer than a row is cut into pieces, of which each is a segment. With
-    `sampling="crops"` every row is equally likely, and rows are drawn with replacement; nothing is cropped.
-    With "epochs" each row comes once per epoch. Evaluations take each segment as a row by itself, which gives
-    the same losses. `split` keeps the documents of a row on one side, and all pieces of a document.
+    Each document is one segment; a document longer than a row is cut into pieces, and each piece is a
+    segment. With `sampling="crops"` every row is equally likely, and rows are drawn with replacement; nothing
+    is cropped. With "epochs" each row comes once per epoch. Evaluations treat each segment as a separate row,
+    which gives the same losses. `split` keeps all documents of a row, and all pieces of a document, on the
+    same side.
     """
 
     def __init__(
@@ -41,9 +42,9 @@ class PackedData(TokenData):
         bytes_per_token: float | None = None,
         prompts: npt.NDArray[np.integer[Any]] | None = None,
     ) -> None:
-        """Made by `open_data` from a folder that `data prepare --pack` wrote.
+        """Use `open_data` to make one from a folder that `data prepare --pack` wrote.
 
-        documents: The documents, each with integers of shape [its size].
+        documents: The documents, integers [size] each.
         pieces: Integers [pieces]: the numbers of the pieces in each row, one row after another. Pieces are
             numbered in the order of the documents.
         row_ends: Integers [rows]: where each row ends in `pieces`.
@@ -55,7 +56,7 @@ class PackedData(TokenData):
         bytes_per_token: Bytes of text per token, for figures per byte.
         prompts: Integers [documents]: how many ids of each document are its prompt.
 
-        Raises ValueError unless each piece is in one row, and each row fits into `length`.
+        Raises ValueError unless each piece is in exactly one row, and each row fits into `length`.
         """
         self.files = []
         self._prompts = None if prompts is None else check_prompts(prompts, documents)
@@ -86,7 +87,7 @@ class PackedData(TokenData):
 
     @property
     def packed_length(self) -> int:
-        """The most tokens of a row."""
+        """The maximum number of tokens per row."""
         return self.length
 
     @property
@@ -95,7 +96,7 @@ class PackedData(TokenData):
         return int(self._row_ends.size)
 
     def fingerprint(self) -> dict[str, str]:
-        """As for other data, and a hash of which documents share a row."""
+        """As for other data, plus a hash of which documents share a row."""
         found = hashlib.sha256(self._row_ends.astype("<i8").tobytes())
         found.update(self._pieces.astype("<i8").tobytes())
         parts = super().fingerprint() | {"packing": f"sha256:{found.hexdigest()}"}
@@ -163,9 +164,9 @@ class PackedData(TokenData):
         return found
 
     def _fractions(self) -> npt.NDArray[np.float64]:
-        """For each document the hash of the row that has its last piece.
+        """For each document, a hash of the row that holds its last piece, as a number in [0, 1).
 
-        All other pieces fill a row alone. So documents with equal numbers are those that share a row.
+        All other pieces fill a row alone. So documents share a row if and only if their numbers are equal.
         """
         own = super()._fractions()
         last = self._every.ends - 1  # the last piece of each document
@@ -181,9 +182,9 @@ class PackedData(TokenData):
         return found
 
     def cropped(self, length: int) -> Self:
-        """The same rows.
+        """The same rows, which cannot be cropped.
 
-        length: The length of the packed rows; they cannot be cut.
+        length: Must be the length of the packed rows.
 
         Raises ValueError for another length.
         """
@@ -194,8 +195,8 @@ class PackedData(TokenData):
         part = object.__new__(type(self))
         part._prompts = None if self._prompts is None else self._prompts[chosen]
         sizes = np.diff(self._every.ends, prepend=0)
-        kept = np.repeat(chosen, sizes)  # by the number of a piece
-        numbers = np.cumsum(kept) - 1  # of the pieces that are kept
+        kept = np.repeat(chosen, sizes)  # indexed by piece
+        numbers = np.cumsum(kept) - 1  # the new number of each piece that is kept
         inside = kept[self._pieces]
         part._pieces = numbers[self._pieces[inside]]
         starts = np.concatenate(([0], self._row_ends[:-1]))
@@ -205,7 +206,7 @@ class PackedData(TokenData):
 
 
 def check_length(length: int | None, packed: int) -> None:
-    """Raise ValueError if a length is given, and it is not that of the packed rows."""
+    """Raise ValueError if a length is given that is not that of the packed rows."""
     if length is not None and length != packed:
         raise ValueError(
             f"length (--length) must be {packed}, or left out, for data that is packed into rows of {packed} "

@@ -1,4 +1,4 @@
-"""Prompts with responses: rows whose prompt is given, and whose response is trained."""
+"""Prompts with responses: rows whose prompt is given, and whose response is trained on."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 
 class PairData(TokenData):
-    """Pairs of a prompt and a response, a row each.
+    """Pairs of a prompt and a response, one row each.
 
-    A row is the prompt, the response, and the end id up to `length`: the model learns from the end ids how
-    long a response is, as in the fine-tuning of LLaDA (Nie et al. 2025, "Large Language Diffusion Models").
-    So generate rows of the same `length`. Pairs that do not fit, with one end id, are left out.
+    A row is the prompt, the response, and end ids up to `length`: the model learns from the end ids how long
+    a response is, as in the fine-tuning of LLaDA (Nie et al. 2025, "Large Language Diffusion Models"). So
+    generate rows of the same `length`. A pair that is longer than `length` with one end id is left out.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class PairData(TokenData):
         sampling: str = "crops",
         tokenizer: str = "",
     ) -> None:
-        """Made by `open_data`, from records with a prompt and a response or from a prepared folder.
+        """Use `open_data` to make one, from records with a prompt and a response or from a prepared folder.
 
         documents: Each is a prompt, its response and `end_id`.
         prompts: Integers [documents]: how many ids of each document are its prompt.
@@ -46,10 +46,10 @@ class PairData(TokenData):
         length: Tokens per row.
         batch_size: Rows per batch.
         seed: Seed of the choice of rows.
-        sampling: "crops" for rows at random places, or "epochs" for each row once per epoch.
+        sampling: "crops" for pairs drawn with replacement, or "epochs" for each pair once per epoch.
         tokenizer: What the ids encode: "bytes", "sha256:" and the hash of a tokenizer's file, or empty.
 
-        Raises ValueError unless there is a prompt length per document, below the document's size.
+        Raises ValueError unless each document has a prompt length below its size.
         """
         prompts = check_prompts(prompts, documents)
         self.files = []
@@ -68,11 +68,11 @@ class PairData(TokenData):
 
     @property
     def too_long(self) -> int:
-        """How many pairs do not fit into `length`, and are left out."""
+        """How many pairs are left out because they do not fit into `length`."""
         return len(self._documents) - self._fitting.size
 
     def fingerprint(self) -> dict[str, str]:
-        """As for other data, and a hash of the lengths of the prompts."""
+        """As for other data, plus a hash of the lengths of the prompts."""
         return super().fingerprint() | {"prompts": prompts_hash(self._prompts)}
 
     def batch(self, step: int) -> Batch:  # type: ignore[override]  # fit takes either
@@ -151,7 +151,7 @@ class PairData(TokenData):
 
 
 def check_prompts(prompts: npt.NDArray[np.integer[Any]], documents: Documents) -> npt.NDArray[np.int64]:
-    """The lengths of prompts. Raises ValueError unless each document has one that is below its size."""
+    """The lengths of prompts as int64. Raises ValueError unless each document has one below its size."""
     found = np.asarray(prompts, dtype=np.int64)
     fit = found.shape == documents.sizes.shape and bool((found < documents.sizes).all())
     if not fit or (found < 0).any():

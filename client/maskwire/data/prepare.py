@@ -3,8 +3,8 @@
 OUT/maskwire-data.json   metadata: tokenizer, vocabulary, sizes
 OUT/tokens.bin           little-endian ids, one document after another
 OUT/documents.npy        where each document ends
-OUT/prompts.npy          how many of its first ids are the prompt, of data with prompts and responses
-OUT/rows.npy, pieces.npy which pieces of documents share a row, of packed data
+OUT/prompts.npy          how many of each document's first ids are its prompt (only with prompts)
+OUT/rows.npy, pieces.npy which pieces of documents share a row (only with --pack)
 OUT/tokenizer.json       a copy of the tokenizer file, if one was used
 """
 
@@ -30,7 +30,7 @@ from maskwire.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, FileTokenizer
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # of what is written for the same sources and options
+_VERSION = 1  # to be increased if the same sources and options give other output
 _BATCH_BYTES, _BATCH_RECORDS = 2**20, 1024  # tokenized in parallel on all cores
 _SAVE_BYTES, _SAVE_SECONDS = 2**26, 10.0  # of text, between two saves of the progress
 _LONGEST_ROW = 2**20  # tokens; model.max_seq_len allows no more
@@ -56,7 +56,8 @@ def prepare(
     """Tokenize texts and write the ids to the folder `out`. Each file or record becomes a document.
 
     paths: Files, folders, addresses of fsspec (s3://...), or a data set of the package `datasets`. A file of
-        text is a document; JSON Lines, Parquet and Arrow have one per record, and CSV, if a field is named.
+        text is a document; JSON Lines, Parquet and Arrow have one per record, and so has CSV if a field is
+        named.
         Files in folders are selected as in `ByteData`.
     tokenizer: "bytes", or the path of a tokenizer.json or of a folder with one, which needs the extra
         `maskwire[tokenizers]` and UTF-8 text. The mask id is the tokenizer's own, or follows its last id.
@@ -64,17 +65,17 @@ def prepare(
     prompt_field, response_field: The fields of a prompt and of the response to train on. Prompts are given
         to the model and never masked.
     special_tokens: Whether documents get the tokens that the tokenizer adds around a text, such as BOS, and
-        end with EOS, which is added where the tokenizer has none. By default yes for a tokenizer and for
+        end with EOS, which maskwire adds if the tokenizer does not. By default yes for a tokenizer and for
         responses, and no for texts as bytes. `document_start` and `document_end` of the result list them.
-    parse_special_tokens: Take special tokens that a text spells out, such as "[MASK]", for these tokens, and
-        not for text.
+    parse_special_tokens: Encode special tokens that a text spells out, such as "[MASK]", as these tokens
+        and not as plain text.
     pack: Fill rows of this many tokens with several documents each. Longer documents are cut into pieces,
-        and pairs that are longer are dropped. `rows` and `filled` of the result say how full the rows are.
-    on_progress: `on_progress(done, total)` receives bytes of the sources.
+        and longer pairs are dropped. `rows` and `filled` of the result say how full the rows are.
+    on_progress: Called as `on_progress(done, total)`, in bytes of the sources.
 
     `out` is created only once it is complete; an existing prepared folder is replaced only with `force`. If
-    the process is stopped, the same call continues where it was (`.NAME.part` beside `out`), and writes the
-    same bytes. Records without text are dropped and counted in `dropped`. Raises ValueError and OSError.
+    the process is stopped, the same call resumes from `.NAME.part` beside `out`, and the result is the same
+    to the byte. Records without text are dropped and counted in `dropped`. Raises ValueError and OSError.
     """
     if pack is not None:
         check_whole("pack (--pack), the tokens of a row,", pack, 1, _LONGEST_ROW)
@@ -117,8 +118,8 @@ def _tokenizer(
 ) -> ByteTokenizer | FileTokenizer:
     if fields.prompt is not None and special_tokens is False:
         raise ValueError(
-            "special_tokens=False (--no-special-tokens) does not go with prompts and responses: the model "
-            "learns from the id at its end where a response ends"
+            "special_tokens=False (--no-special-tokens) cannot be used with prompts and responses: the model "
+            "learns where a response ends from the end id after it"
         )
     if tokenizer != BYTES:
         return FileTokenizer(

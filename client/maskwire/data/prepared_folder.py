@@ -15,16 +15,16 @@ PROMPTS = "prompts.npy"
 ROWS, PIECES = "rows.npy", "pieces.npy"
 """Where each packed row ends among the pieces, and the numbers of the pieces in it; only of packed data.
 
-A document longer than a row is cut into pieces; every other document is one piece. They are numbered in
-the order of the documents. So the sizes of the pieces, and with them the segment ids, follow from
+A document longer than a row is cut into pieces; every other document is one piece. Pieces are numbered
+in the order of the documents. So the sizes of the pieces, and with them the segment ids, follow from
 `documents.npy`.
 """
 BYTES = "bytes"
 """The `tokenizer` of data whose ids are bytes."""
 _FORMAT, _PACKED_FORMAT = 2, 3
 _READABLE = (1, 2, 3)
-"""Format 1 has no prompts, and no end of a document other than the tokenizer's own. Only packed data has
-format 3, so that earlier versions read all other data."""
+"""Format 1 has no prompts, and no document ends but the tokenizer's own. Only packed data is written in
+format 3, so that earlier versions of maskwire can read all other data."""
 _OF_PACKED = ("row_length", "rows", "cut")
 
 
@@ -57,11 +57,11 @@ class PreparedMetadata:
     dropped: dict[str, int] = field(default_factory=dict)
     """How many records were left out, by reason."""
     row_length: int = 0
-    """The most tokens of a packed row; 0: the data is not packed."""
+    """The maximum number of tokens in a packed row; 0: the data is not packed."""
     rows: int = 0
     """The number of packed rows."""
     cut: int = 0
-    """How many documents are longer than a packed row, and were cut into pieces."""
+    """How many documents were cut into pieces because they are longer than a packed row."""
 
     @property
     def filled(self) -> float | None:

@@ -16,9 +16,9 @@ class Record:
     """A text, or a prompt and its response."""
 
     name: str
-    """Where it is, for messages: "corpus.jsonl, line 7"."""
+    """Where the record is, for messages, such as "corpus.csv, row 7"."""
     text: bytes | Path
-    """The text in UTF-8, the response of a prompt, or a file whose bytes are the text."""
+    """The text, or the response to the prompt, in UTF-8; or a file whose bytes are the text."""
     prompt: bytes | None = None
 
     @property
@@ -28,7 +28,7 @@ class Record:
         return text + len(self.prompt or b"")
 
     def content(self) -> bytes:
-        """The text, read where it is a file."""
+        """The text, read from its file if it is in one."""
         return self.text.read_bytes() if isinstance(self.text, Path) else self.text
 
 
@@ -38,7 +38,7 @@ class Item:
 
     record: Record | None
     dropped: str
-    """The reason without a record; empty with one."""
+    """Why there is no record; empty if there is one."""
     place: int
     """Where reading continues after this record; 0 is the start of the source."""
     done: int
@@ -71,7 +71,7 @@ class Fields:
 
     @property
     def given(self) -> bool:
-        """Whether a field was named, so that only files with fields can be meant."""
+        """Whether a field was named; only files with fields are then read."""
         return self.text is not None or self.prompt is not None
 
     @property
@@ -103,7 +103,7 @@ class Fields:
                 )
             try:
                 parts.append(value.encode())
-            except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
+            except UnicodeEncodeError:  # half of a surrogate pair, which JSON can contain
                 return Item(None, NOT_UNICODE, place, done)
         if not parts[-1]:
             return Item(None, EMPTY, place, done)

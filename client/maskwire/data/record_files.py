@@ -1,7 +1,7 @@
 """Readers of files with records: JSON Lines, CSV, Parquet and Arrow.
 
 A reader takes a source's open function, the fields, and the place to start at. It yields an Item per record,
-and holds one part of the file in memory: a line, or a batch of rows.
+and holds one part of the file in memory at a time: a line, or a batch of rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from maskwire.data.record import Fields, Item
 Open = Callable[[], IO[bytes]]
 Reader = Callable[[str, Open, Fields, int], Iterator[Item]]
 
-_ROWS = 1024  # read at once from a file of columns
+_ROWS = 1024  # read at once from a columnar file
 _LONGEST_FIELD = 2**30  # of a CSV file, in characters
 _NEEDS_ARROW = 'needs the package `pyarrow`: pip install "maskwire[data]", or save the texts as JSON Lines'
 
@@ -90,7 +90,7 @@ def read_tsv(name: str, opened: Open, fields: Fields, start: int) -> Iterator[It
 
 
 def _tell(file: IO[bytes]) -> int:
-    """How much of a file has been read ahead for its rows; for progress."""
+    """How much of a file has been read, which runs ahead of the rows; for progress. 0 if unknown."""
     try:
         return file.tell()
     except OSError:
@@ -156,7 +156,7 @@ def _rows(
     first: int,
     done: Callable[[int], int],
 ) -> Iterator[Item]:
-    """The rows of record batches, of which the first row has the number `first`, from row `start` onwards."""
+    """The rows of record batches from row `start` onwards; the first batch begins with row `first`."""
     for batch in batches:
         skipped = min(max(0, start - first), batch.num_rows)
         for offset in range(skipped, batch.num_rows, _ROWS):
@@ -179,10 +179,10 @@ _READERS: dict[str, Reader] = {
     ".feather": read_arrow,
 }
 _WITH_FIELDS: dict[str, Reader] = {".json": read_json_lines, ".csv": read_csv, ".tsv": read_tsv}
-"""Text files, which are read as records only where a field is named."""
+"""Types of text files that are read as records only if a field is named."""
 
 
 def reader_of(name: str, fields: Fields) -> Reader | None:
-    """The reader of a file with this name; None for a file that is a text as a whole."""
+    """The reader of a file with this name; None for a file that is read as one text."""
     suffix = PurePosixPath(name).suffix.lower()
     return _READERS.get(suffix) or (_WITH_FIELDS.get(suffix) if fields.given else None)

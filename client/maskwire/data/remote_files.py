@@ -29,7 +29,7 @@ class Remote:
         self.identity = f"{self.address} {self.size} {sorted(version.items())}"
 
     def open(self) -> IO[bytes]:
-        """Open it for reading; the reader may seek."""
+        """Open the file for reading; the result can seek."""
         return cast(IO[bytes], self._system.open(self._path, "rb"))
 
 

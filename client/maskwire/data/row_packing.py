@@ -1,9 +1,9 @@
 """Fill rows with several documents: which pieces of documents share a row.
 
 Bounded-space best fit (Csirik and Johnson 2001, "Bounded space on-line bin packing: best is better than
-first"): a piece goes into the fullest open row that has room for it, and into a new row where none has. If
-too many rows are open, the fullest of them is closed. So memory is bounded, and the rows follow from the
-sizes of the documents alone.
+first"): a piece goes into the fullest open row that it fits into, or into a new row if it fits into none. If
+too many rows are open, the fullest of them is closed. So memory is bounded, and the rows depend only on the
+sizes of the documents.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 OPEN_ROWS = 256
-"""Of documents with sizes uniform in 1 to the length of a row, 64 open rows fill 98.1%, 256 99.3%, 1,024
-99.6%."""
+"""If document sizes are uniform between 1 and the length of a row, 64 open rows fill 98.1% of the
+positions, 256 fill 99.3%, and 1,024 fill 99.6%."""
 
 
 @dataclass
 class RowPacker:
-    """Rows that are being filled with pieces, which are numbered in the order of their documents.
+    """Fills rows with pieces of documents, which are numbered in the order of the documents.
 
-    A document longer than a row is cut into pieces as long as a row, and what is left.
+    A document longer than a row is cut into pieces as long as a row, and one with the rest.
     """
 
     length: int
     """Tokens per row."""
     most: int
-    """How many rows are open at a time."""
+    """How many rows may be open at a time."""
     cut: int = 0
     """How many documents were longer than a row."""
     _piece: int = 0
     _row: int = 0
-    _open: list[tuple[int, int]] = field(default_factory=list)  # (room, row), the fullest and oldest first
+    _open: list[tuple[int, int]] = field(default_factory=list)  # (free, row), the fullest and oldest first
     _pieces: dict[int, list[int]] = field(default_factory=dict)
 
     def rows(self, sizes: Iterable[int]) -> Iterator[list[int]]:
-        """Yield each row's pieces, in the order in which rows are complete."""
+        """Yield each row's pieces, in the order in which rows are completed."""
         for size in sizes:
             whole, rest = divmod(size, self.length)
             self.cut += whole > 1 or (whole == 1 and rest > 0)
@@ -46,7 +46,7 @@ class RowPacker:
             if rest:
                 yield from self._place(rest)
                 self._piece += 1
-        for row in sorted(self._pieces):  # they were opened in this order
+        for row in sorted(self._pieces):  # the order in which they were opened
             yield self._pieces[row]
 
     def _place(self, size: int) -> Iterator[list[int]]:

@@ -1,6 +1,6 @@
 """Where texts come from: files and folders, remote addresses, and Hugging Face data sets.
 
-A source yields Items from any position, so that preparing can continue where it was stopped.
+A source yields Items from any position, so that a preparation can resume where it was stopped.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TextFile:
         self.identity = f"{path.absolute()} {found.st_size} {found.st_mtime_ns}"
 
     def read(self, start: int) -> Iterator[Item]:
-        """Yield the text, unless it was read."""
+        """Yield the text, unless `start` says that it was read."""
         if start == 0:
             yield Item(Record(self.name, self._path), "", 1, self.size)
 
@@ -62,12 +62,12 @@ class RecordFile:
         return self._path.open("rb")
 
     def read(self, start: int) -> Iterator[Item]:
-        """Yield the records from position `start` onwards, as an earlier Item gave it."""
+        """Yield the records from `start` onwards, which is 0 or the `place` of an earlier Item."""
         return self._reader(self.name, self._open, self._fields, start)
 
 
 class RemoteFile:
-    """A file at an address of fsspec, read as a stream: one text, or one text per record."""
+    """A file at an fsspec address: one text, or one text per record."""
 
     def __init__(self, file: remote_files.Remote, fields: Fields) -> None:
         self.name, self.size, self.identity = file.address, file.size, file.identity
@@ -75,7 +75,7 @@ class RemoteFile:
         self._reader = reader_of(file.address, fields)
 
     def read(self, start: int) -> Iterator[Item]:
-        """Yield the text, or the records from position `start` onwards, as an earlier Item gave it."""
+        """Yield the text, or the records from `start` onwards: 0, or the `place` of an earlier Item."""
         if self._reader is not None:
             yield from self._reader(self.name, self._file.open, self._fields, start)
         elif start == 0:
@@ -87,10 +87,10 @@ class RemoteFile:
 def find_sources(
     paths: Paths, fields: Fields, *, pattern: str = "*", any_format: bool = False
 ) -> list[Source]:
-    """The sources that paths, addresses or data sets name, in the order of `ByteData` where they are files.
+    """The sources that paths, addresses and data sets name; local files are last, ordered as in `ByteData`.
 
-    With named fields only files with fields count, and folders are searched for these alone.
-    Raises ValueError for what cannot be read.
+    If a field is named, local files without fields are left out.
+    Raises ValueError for a source that cannot be read.
     """
     if any_format and fields.given:
         raise ValueError(

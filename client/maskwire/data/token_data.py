@@ -33,14 +33,14 @@ class TokenData:
 
     With `sampling="crops"` a row is a random crop of `length` ids from one document; every position is
     equally likely. A document shorter than `length` is a row by itself. With "epochs" documents are cut into
-    adjacent rows, of which the last of a document may be shorter; each row comes once per epoch, in random
+    adjacent rows, and the last row of a document may be shorter; each row comes once per epoch, in random
     order.
     """
 
     files: list[Path]
     """The files that the documents come from; empty for arrays."""
     tokenizer_description: TokenizerDescription | None = None
-    """What the run keeps of the tokenizer, if it is known."""
+    """The description of the tokenizer, which the run keeps; None if it is unknown."""
 
     def __init__(
         self,
@@ -120,13 +120,13 @@ class TokenData:
 
     @property
     def packed_length(self) -> int | None:
-        """The length of packed rows, which cannot be cropped to another; None for other data."""
+        """The length of packed rows, which cannot be changed; None for data that is not packed."""
         return None
 
     def fingerprint(self) -> dict[str, str]:
         """Everything that determines the batches: data with equal fingerprints gives equal batches.
 
-        `content` is a hash of all ids; beyond 2^24 ids, of each document's size and an even sample of ids.
+        `content` is a hash of the documents' sizes and all ids; beyond 2^24 ids, of an even sample of ids.
         Paths and file types do not matter.
         """
         if self._content is None:
@@ -235,7 +235,7 @@ class TokenData:
         return training, evaluation
 
     def _fractions(self) -> npt.NDArray[np.float64]:
-        """For each document the number in [0, 1) that says which side it is on."""
+        """For each document, the number in [0, 1) that decides which part of a split it belongs to."""
         return np.array([self._documents.fraction(i) for i in range(len(self._documents))])
 
     def cropped(self, length: int) -> Self:
@@ -262,7 +262,7 @@ class TokenData:
         return part
 
     def unigram_bits(self) -> float:
-        """The entropy of the ids' frequencies in bits per token: the loss of a model that knows only them."""
+        """The entropy of the id frequencies in bits per token: the loss of a model that knows only these."""
         counts: npt.NDArray[np.int64] = np.zeros(1, dtype=np.int64)
         for index in range(len(self._documents)):
             for ids in self._documents.chunks(index):
@@ -274,7 +274,7 @@ class TokenData:
 
 
 def stacked(rows: list[npt.NDArray[Number]]) -> npt.NDArray[Number] | list[npt.NDArray[Number]]:
-    """Rows as an array, if they have the same length."""
+    """Rows as one array if they have the same length, else as they are."""
     return np.stack(rows) if len({row.size for row in rows}) == 1 else rows
 
 

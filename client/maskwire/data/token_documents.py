@@ -81,7 +81,7 @@ class Documents:
 
 
 def narrowest(top: int) -> str:
-    """The narrowest type for ids up to `top`. Ids are hashed in it, whatever type they are stored in."""
+    """The narrowest type for ids up to `top`. Ids are hashed as this type, however they are stored."""
     return "<u1" if top < 2**8 else "<u2" if top < 2**16 else "<i4" if top < 2**31 else "<i8"
 
 
@@ -94,7 +94,7 @@ class DocumentRows(Sequence[Ids]):
 
     @property
     def ends(self) -> npt.NDArray[np.int64]:
-        """For each document the number of the row after its last one."""
+        """For each document, the number of the row after its last one."""
         return self._ends
 
     @property
@@ -132,7 +132,7 @@ def load_array(path: Path) -> tuple[FileArray, npt.NDArray[np.int64]]:
             raise ValueError("it is an .npz archive of several arrays; save one of them with np.save")
         if magic != _MAGIC:
             raise ValueError("its first bytes are not those of a .npy file")
-        # Mapping it checks the header against the size of the file.
+        # Memory-mapping checks the header against the size of the file.
         array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path}: cannot be read as a .npy file: {error}") from error

@@ -1,7 +1,8 @@
 """Tokenizers that prepare text: bytes, and the files of the package `tokenizers`.
 
-A tokenizer knows its special ids: mask, pad and the end of a document. Mask and end are those of the file
-where it has them, and follow its last id where it has none. No pad id is added: rows have lengths.
+A tokenizer has special ids for the mask, padding and the end of a document. The mask and end ids are those
+of the tokenizer's file; if it has none, they are new ids after its last one. No pad id is added, because
+batches carry the lengths of their rows.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from maskwire.data.token_documents import Documents
 
 MASK_ID_OF_BYTES, END_ID_OF_BYTES = 256, 257
 TOKENIZER_FILE = "tokenizer.json"
-_CONFIGURATIONS = ("special_tokens_map.json", "tokenizer_config.json")  # the second counts more
+_CONFIGURATIONS = ("special_tokens_map.json", "tokenizer_config.json")  # the second takes precedence
 _NAMES = {
     "mask": ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>", "<MASK>"),
     "eos": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<EOS>"),
     "pad": ("[PAD]", "<pad>", "<|pad|>", "<|padding|>", "<PAD>"),
 }
-"""The special tokens of published tokenizers, for files that do not say which is which."""
+"""The special tokens of published tokenizers, for files that do not say which token has which role."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Encoded:
     """The ids of a record."""
 
     parts: Iterable[Ids]
-    """In one part or several, because a document may be larger than memory."""
+    """The ids, in one part or several, because a document may be larger than memory."""
     prompt: int = 0
-    """How many of the first ids are given, as the prompt."""
+    """How many of the first ids are the prompt."""
 
 
 class Tokenizer(Protocol):
@@ -57,7 +58,7 @@ class Tokenizer(Protocol):
     """The special ids after a text."""
 
     def encode(self, records: Sequence[Record]) -> Iterator[Encoded | None]:
-        """Yield the ids of each record; None for one without tokens of its own."""
+        """Yield the ids of each record; None for one whose text has no tokens but special ones."""
 
 
 class ByteTokenizer:
@@ -146,11 +147,11 @@ class FileTokenizer:
 
     @property
     def num_tokens(self) -> int:
-        """The size of the vocabulary, with the ids that were added."""
+        """The size of the vocabulary, including the ids that maskwire added."""
         return max(self._vocabulary, self.mask_id + 1, (self.end_id or 0) + 1)
 
     def resume(self, start: list[int], end: list[int]) -> None:
-        """Continue with the special ids that earlier texts showed."""
+        """Set the special ids around a text, as they were learned before a preparation was stopped."""
         if start or end:
             self.start, self.end, self._learned = start, end, True
 
@@ -185,7 +186,7 @@ class FileTokenizer:
         texts = [_text(record.name, content) for record, content in zip(records, contents, strict=True)]
         try:
             found: list[Any] = self._loaded.encode_batch_fast(texts, add_special_tokens=self._special_tokens)
-        except Exception:  # it does not name the text that failed
+        except Exception:  # the error does not name the text that failed
             for record, text in zip(records, texts, strict=True):
                 self._check(record.name, text)
             raise
@@ -201,7 +202,7 @@ class FileTokenizer:
             ) from error
 
     def _own(self, encoding: Any) -> list[int]:
-        """The ids between the special ones around a text; those around it are learned from the first text."""
+        """The ids of a text without the special ids around it, which are learned from the first text."""
         ids, added = encoding.ids, encoding.special_tokens_mask
         own = [place for place, special in enumerate(added) if not special]
         if not own:

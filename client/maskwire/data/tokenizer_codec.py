@@ -1,4 +1,4 @@
-"""Prompts as ids, and sampled ids as text, by the tokenizer of a run's data."""
+"""Encode prompts to ids, and decode sampled ids to text, with the tokenizer of a run's data."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ByteCodec:
         self.start, self.end = start, end
 
     def encode(self, text: str) -> list[int]:
-        """The bytes of a part of a text; what a command line could not decode keeps its bytes."""
+        """The bytes of a part of a text, also those that Python could not decode from the command line."""
         return list(text.encode(errors="surrogateescape"))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -44,7 +44,7 @@ class ByteCodec:
 
 
 class FileCodec:
-    """The tokenizer file that a run keeps."""
+    """Encodes and decodes with the tokenizer file that a run keeps."""
 
     def __init__(self, description: TokenizerDescription) -> None:
         """Raises ValueError without the package `tokenizers`."""
@@ -69,7 +69,7 @@ def is_byte_model(model: ModelInfo) -> bool:
 
 
 def codec_of(model: ModelInfo, description: TokenizerDescription | None) -> TextCodec | None:
-    """The codec of a run's texts; None for a model of ids whose tokenizer the run does not keep."""
+    """The codec of a run's texts; None if the run keeps no tokenizer and the model is not of bytes."""
     if description is not None and description.name != BYTES:
         return FileCodec(description)
     if description is not None:

@@ -1,6 +1,6 @@
-"""What a log lacks of its run's history, fetched from the server.
+"""Fetch from the server what a log lacks of its run's history.
 
-A job that is killed leaves steps that were applied but whose answers it never saw, and records that its
+A job that is killed leaves steps that were applied but whose answers it never received, and records that its
 loggers had not written. The next job fills them in.
 """
 
@@ -21,14 +21,14 @@ T = TypeVar("T")
 _PAGE = 250  # the most steps that a server returns
 
 Asking = Generator[Callable[[], Any] | Work, Any, T]
-"""Calls of the trainer, which the caller performs as `fit` does."""
+"""A generator that yields calls of the trainer, which its caller performs, as `fit` does."""
 
 
 def catch_up(trainer: Any, last: Place | None, here: Place, log: LogThread) -> Asking[None]:
-    """Write the records between a log's `last` place and `here`, a page at a time.
+    """Write the records between a log's `last` place and `here`, one page at a time.
 
-    A "started" record says where the log begins, or begins again: if it has nothing of this run, if it is
-    ahead of the run, or if the server is too old to list its steps.
+    Writes a "started" record instead, which marks a beginning or a gap, if the log has nothing of this run,
+    if it is ahead of the run, or if the server is too old to list its steps.
     """
     try:
         if last is not None and last.digest:
@@ -42,7 +42,7 @@ def catch_up(trainer: Any, last: Place | None, here: Place, log: LogThread) -> A
 
 
 def _of_this_run(trainer: Any, last: Place) -> Asking[Place | None]:
-    """The place of a log of an older version, which does not name its run, if it is this run."""
+    """The place of a log of an older version, which does not name its run; None if it is another run."""
     page = yield partial(trainer.steps_page, first_step=last.step, last_step=last.step)
     known = [recorded.digest.hex() for recorded in page.steps]
     return Place(page.run_id, page.lineage, last.step) if known == [last.digest] else None

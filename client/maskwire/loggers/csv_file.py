@@ -26,7 +26,7 @@ class CsvFile(Logger):
     def __init__(self, path: str | Path) -> None:
         """Log to a file.
 
-        path: The file; it is created, or resumed if it is of the same run.
+        path: The file; it is created, or continued if it is of the same run.
         """
         self.path: Path = Path(path)
         self._last: Record = {}
@@ -39,9 +39,9 @@ class CsvFile(Logger):
         return str(self.path)
 
     def open(self, place: Place) -> Place | None:  # noqa: ARG002
-        """Remove a partial last row, and return the place of the one before it.
+        """Remove a partial last row, and return the place of the last complete row.
 
-        ValueError: the file contains something else.
+        Raises ValueError if the file contains something else.
         """
         size = self.path.stat().st_size if self.path.exists() else 0
         if size and self.path.is_file():
@@ -55,7 +55,7 @@ class CsvFile(Logger):
     def write(self, record: Record) -> None:
         """Append a row. OSError if it cannot be written."""
         assert self._file is not None
-        # An evaluation that its job was stopped just after writing is made again.
+        # A job that is stopped just after it wrote an evaluation repeats the evaluation.
         if not (is_evaluation(record) and is_evaluation(self._last) and same_step(record, self._last)):
             header = b"" if self._begun else _line(COLUMNS)
             self._file.write(header + _line([_cell(record.get(name)) for name in COLUMNS]))

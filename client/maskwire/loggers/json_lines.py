@@ -26,7 +26,7 @@ class JsonLines(Logger):
     def __init__(self, path: str | Path) -> None:
         """Log to a file.
 
-        path: The file; it is created, or resumed if it is of the same run.
+        path: The file; it is created, or continued if it is of the same run.
         """
         self.path: Path = Path(path)
         self._last: Record = {}
@@ -40,7 +40,7 @@ class JsonLines(Logger):
     def open(self, place: Place) -> Place | None:
         """Repair the file and return the place of its last line.
 
-        ValueError: it contains something else.
+        Raises ValueError if it contains something else.
         """
         emptied = ended = False
         if self.path.exists() and stat.S_ISREG(self.path.stat().st_mode):
@@ -63,8 +63,8 @@ class JsonLines(Logger):
             and not self._last
             and (record["lineage"], record["step"]) == (1, 0)
         )
-        # An evaluation that its job was stopped just after writing is made again. A file without a first line
-        # that says otherwise starts where the run does.
+        # A job that is stopped just after it wrote an evaluation repeats the evaluation. A file without a
+        # "started" record starts with the run, so that record is left out at the beginning of the run.
         if not (repeated or begins):
             self._file.write(json.dumps(record).encode() + b"\n")
         self._last = record
@@ -98,8 +98,8 @@ def _repair(file: IO[bytes], path: str | Path) -> tuple[dict[str, Any], bool]:
     if lines:
         _require("step" in (_object(lines[-1]) or {}), path, lines[-1])
     if torn and not unended:
-        # A full disk or a power loss leaves the beginning of a line, or zeros. If it is all that the file
-        # has, it must be the beginning of one of our lines, or as short as one.
+        # A full disk or a power loss leaves the beginning of a line, or zeros. If the file has nothing else,
+        # this must be the beginning of one of our lines, or zeros that are no longer than a line.
         ours = torn.startswith((b'{"run_id": ', b'{"step": ')) or b'{"run_id": '.startswith(torn)
         zeros = not torn.strip(b"\0")
         known = torn.startswith(b"{") or zeros if lines else ours or (zeros and size < _LONGEST_LINE)

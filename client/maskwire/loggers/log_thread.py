@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 QUEUE_RECORDS = 10_000
 """The most records that wait for a logger."""
-_SIGNAL_SECONDS = 0.5  # a signal may reach another thread: the waiting one wakes this often
+_SIGNAL_SECONDS = 0.5  # a signal may reach another thread, so waits wake this often
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +41,14 @@ class _Opened:
 
 
 class LogThread:
-    """Runs one logger. Its methods are called by one thread at a time; none of them raises but `opened`."""
+    """Runs one logger. Its methods are called by one thread at a time; only `opened` raises."""
 
     def __init__(self, logger: Logger, place: Place) -> None:
         self.logger = logger
         self.failure = ""
-        """Why records are missing; empty: none is."""
+        """Why records are missing; empty if none is."""
         self._place = place
-        self._queue: queue.SimpleQueue[Record | _Flush | None] = queue.SimpleQueue()  # no lock to leave held
+        self._queue: queue.SimpleQueue[Record | _Flush | None] = queue.SimpleQueue()  # no lock can stay held
         self._opened: queue.SimpleQueue[_Opened] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._pid = os.getpid()
@@ -57,7 +57,10 @@ class LogThread:
         self._thread.start()
 
     def opened(self) -> Place | None:
-        """Wait until the log is open, and return its last place. Raises its ValueError or OSError."""
+        """Wait until the log is open, and return its last place; None if it has none or did not open.
+
+        Raises the ValueError, OSError or ImportError that the logger's `open` raised.
+        """
         found = _wait(self._opened, self.logger.open_seconds)
         if found is None:
             self._stuck = True
@@ -77,7 +80,10 @@ class LogThread:
         self._queue.put(record)
 
     def flush(self) -> None:
-        """Wait until all records are written, for at most `close_seconds`; not again while it is behind."""
+        """Wait until all records are written, for at most `close_seconds`.
+
+        Does not wait if the last wait timed out and records are still queued.
+        """
         if self.failure or self._inherited or (self._behind and self._queue.qsize()):
             return
         entry = _Flush()
@@ -85,12 +91,12 @@ class LogThread:
         self._behind = _wait(entry.done, self.logger.close_seconds) is None
 
     def close(self, seconds: float | None = None) -> None:
-        """Write what is queued and close the log, and wait for at most `close_seconds`."""
+        """Write the queued records and close the log. Waits for at most `seconds`, or `close_seconds`."""
         if self._inherited:
             return
         self._queue.put(None)
         if self._stuck:
-            return  # it would not finish either
+            return  # it did not open in time, so it would not finish in time
         seconds = self.logger.close_seconds if seconds is None else seconds
         if _wait(self._done, seconds) is None and not self.failure:
             self._fail(f"it did not finish within {seconds:g} s, and {self._queue.qsize():,} records wait")
@@ -120,7 +126,7 @@ class LogThread:
                     if not self._broken:
                         self.logger.flush()
                     entry.done.put(True)
-                elif not self._broken:  # a log with a gap would look complete
+                elif not self._broken:  # later records would hide the gap
                     self.logger.write(entry)
             except Exception as error:
                 self._failed(error)
@@ -141,7 +147,7 @@ class LogThread:
 
 
 def _wait(answers: queue.SimpleQueue[T], seconds: float) -> T | None:
-    """The next answer, so that Ctrl-C interrupts the wait; None after `seconds`."""
+    """The next answer; None after `seconds`. Ctrl-C interrupts the wait."""
     deadline = time.monotonic() + seconds
     while True:
         left = deadline - time.monotonic()

@@ -1,4 +1,4 @@
-"""Loggers: callbacks that write a run's history somewhere, without gaps and each step once.
+"""Loggers: callbacks that record a run's history, without gaps and each step once.
 
 `fit` runs each logger in a thread of its own (`maskwire.loggers.log_thread`), so that a slow disk or network
 does not slow training down. A logger of your own derives from `Logger`.
@@ -14,7 +14,7 @@ from maskwire.loggers.records import Place, Record
 
 
 def needs(module: str, extra: str) -> None:
-    """Raise ImportError, with what to install, unless a package is there. Does not import it."""
+    """Raise ImportError, with what to install, unless a package is installed. Does not import it."""
     if importlib.util.find_spec(module) is None:
         raise ImportError(
             f"this logger needs the package {module}: pip install 'maskwire[{extra}]'", name=module
@@ -24,8 +24,8 @@ def needs(module: str, extra: str) -> None:
 class Logger(ABC):
     """Writes the records of a run. All methods are called on one thread, and may block.
 
-    An exception of a method is reported and ends the logging of that call of `fit`, not its training. The
-    next call fills in what is missing, from the last place that `open` returns.
+    An exception in a method is reported and ends the logging of that call of `fit`, not its training. The
+    next call writes the missing records, from the last place that `open` returns.
     """
 
     path: Path | None = None
@@ -33,7 +33,7 @@ class Logger(ABC):
     open_seconds: float = 30.0
     """How long `fit` waits for `open` before it trains without this logger."""
     close_seconds: float = 10.0
-    """How long `fit` waits at its end for what is not written yet."""
+    """How long `fit` waits at its end for records that are not written yet."""
 
     @property
     @abstractmethod
@@ -44,11 +44,12 @@ class Logger(ABC):
     def open(self, place: Place) -> Place | None:
         """Open or resume the log of a run, and return the last place in the log.
 
-        place: Where the run is.
+        place: The place that the run has reached.
 
-        None: the log has nothing of this run, and will start at `place`. Raises ValueError for a place where
-        something else is, and OSError for one that cannot be written: `fit` raises these before it trains.
-        Anything else that it raises is reported, and `fit` trains without this logger.
+        Returns None if the log has nothing of this run and will start at `place`. Raises ValueError if the
+        file or folder holds something else, OSError if it cannot be written, and ImportError if a package
+        is missing: `fit` raises these before it trains. Any other exception is reported, and `fit` trains
+        without this logger.
         """
 
     @abstractmethod

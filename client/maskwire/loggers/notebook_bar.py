@@ -1,4 +1,4 @@
-"""Progress in a notebook: one bar, which is drawn again in place."""
+"""Progress in a notebook: one bar, which is redrawn in place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 _DRAW_SECONDS = 0.2
-_LINES = 20  # below the bar, the newest ones
+_LINES = 20  # the newest ones, shown below the bar
 
 
 def in_notebook() -> bool:
@@ -28,7 +28,7 @@ class NotebookBar:
     def __init__(self, step: int, until_step: int, elapsed: Callable[[], float]) -> None:
         """`elapsed()` returns the seconds spent training so far.
 
-        Time spent waiting for the server to answer again is excluded.
+        Time in which the server did not answer is excluded.
         """
         self._first_step, self._until_step, self._elapsed = step, until_step, elapsed
         self._step, self._tokens, self._words = step, 0, ""

@@ -1,4 +1,4 @@
-"""Progress of training, as lines for logs. The bars are in `maskwire.progress_bar` and `notebook`."""
+"""Progress of training, as lines for logs. The bars are in `maskwire.progress_bar` and `notebook_bar`."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def training_progress(
 ) -> TrainingProgress:
     """Return a live bar on a terminal or in a notebook and lines elsewhere, or no progress at all.
 
-    `waited()` returns the seconds for which the client has waited for the server. They do not count for the
-    rate and the time left.
+    `waited()` returns the seconds for which the client has waited for the server. They are excluded
+    from the rate and the time left.
     """
     if not wanted:
         return NoProgress()

@@ -1,4 +1,4 @@
-"""What loggers write: records of a run's history, each with its run, lineage and step.
+"""The records of a run's history that loggers write, each with its run, lineage and step.
 
 A record is a dict that JSON can hold. Its kinds:
 
@@ -29,9 +29,9 @@ class Place:
     lineage: int
     """The number of the lineage."""
     step: int
-    """The step; 0: before the first."""
+    """The step; 0: before the first step."""
     digest: str = ""
-    """Of a log that names no run: the digest at the step, which tells whether it is this one."""
+    """For a log that does not name its run: the digest at the step, which identifies the run."""
 
     @property
     def order(self) -> tuple[int, int]:
@@ -72,7 +72,7 @@ def evaluation_record(run_id: str, lineage: int, found: EvalResult) -> Record:
 
 
 def filled_in_record(run_id: str, step: RecordedStep) -> Record:
-    """Return the record of a step whose answer was never seen. What the server does not record is None."""
+    """Return the record of a step whose answer never came. What the server does not record is None."""
     return {
         "run_id": run_id,
         "lineage": step.lineage,

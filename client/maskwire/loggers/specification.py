@@ -1,4 +1,4 @@
-"""Loggers by a word, such as `tensorboard:runs`, as commands take them."""
+"""Open the logger that an argument of a command describes, such as `tensorboard:runs`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS: dict[str, Callable[[str], Logger]] = {
     "wandb": WandB,
     "trackio": Trackio,
 }
-"""What `open_logger` accepts before the colon. A file, a folder or the name of a project follows it."""
+"""What `open_logger` accepts before the colon; after it comes a file, a folder or a project's name."""
 
 
 def open_logger(specification: str) -> Logger:

@@ -1,8 +1,8 @@
 """TensorBoard: event files of scalars, without TensorFlow. Needs the package `tensorboard`.
 
-Each run has a folder of its own, named by its id, and each call of `fit` begins a file there with a "START"
-event, which discards what earlier files have at later steps: so a run that returned to an earlier step shows
-one curve.
+Each run has its own folder, named by the run's id. Each call of `fit` begins a file there with a "START"
+event, which makes TensorBoard discard the later steps of earlier files: so a run that was restored to an
+earlier step shows one curve.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TensorBoard(Logger):
         return f"tensorboard {self.path}"
 
     def open(self, place: Place) -> Place | None:
-        """Find the last step that the run's event files have. OSError if the folder cannot be written."""
+        """Find the last step in the run's event files, and begin a file. OSError if it cannot be written."""
         self._run = self.path / place.run_id
         self._run.mkdir(parents=True, exist_ok=True)
         last = self._last_place(place.run_id)
@@ -76,7 +76,7 @@ class TensorBoard(Logger):
             self.flush()
 
     def flush(self) -> None:
-        """Pass on what was written."""
+        """Write what is buffered to the event file."""
         if self._file is not None:
             self._file.flush()
             self._flushed = time.monotonic()
@@ -110,7 +110,7 @@ class TensorBoard(Logger):
         return sorted(self._run.glob("events.out.tfevents.*.maskwire.lineage-*"))
 
     def _last_place(self, run_id: str) -> Place | None:
-        """The last step in the newest file; or where that file starts, if it has no step."""
+        """The last step in the newest file, or the step after which it starts if it has none."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         for path in reversed(self._files()):

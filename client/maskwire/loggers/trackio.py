@@ -1,7 +1,7 @@
 """Trackio, which keeps its curves on this machine. Needs the package `trackio`.
 
-A run of maskwire is a run of trackio with the same name, and each lineage after a restore one of its own,
-with the lineage's number behind the name, in one group.
+A maskwire run is a trackio run whose name is the run's id. Each lineage after a restore is another trackio
+run in the same group, with the lineage's number appended to the name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _START = "start"
 class Trackio(Logger):
     """Writes the curves of a run to a trackio project, for `trackio show --project PROJECT`."""
 
-    open_seconds = 120.0  # its import takes seconds, and with a remote server it reaches the network
+    open_seconds = 120.0  # its import takes seconds, and a remote trackio server is reached over the network
     close_seconds = 60.0
 
     def __init__(self, project: str, **options: Any) -> None:
@@ -39,7 +39,7 @@ class Trackio(Logger):
         return f"trackio {self._project}"
 
     def open(self, place: Place) -> Place | None:
-        """Resume the run of the newest lineage that has one, or begin one."""
+        """Resume the trackio run of the newest lineage that has one, or begin one."""
         import trackio
         from trackio import run, utils
 
@@ -84,7 +84,7 @@ class Trackio(Logger):
         options = {"auto_log_cpu": False, "auto_log_gpu": False, "embed": False, **self._options}
         try:
             self._run = trackio.init(self._project, name=name, group=place.run_id, resume="allow", **options)
-        except OSError as error:  # of the network: training can start without this logger
+        except OSError as error:  # a network error: training can start without this logger
             raise RuntimeError(f"trackio.init failed: {error}") from error
         step = self._run._next_step - 1
         if step < 0:

@@ -1,7 +1,7 @@
 """Weights & Biases. Needs the package `wandb`.
 
-A run of maskwire is a run of W&B with the same id, and each lineage after a restore one of its own, with the
-lineage's number behind the id, in one group. W&B's step is the step of training.
+A maskwire run is a W&B run with the same id. Each lineage after a restore is another W&B run in the same
+group, with the lineage's number appended to the id. W&B's step is the training step.
 
 Without a network, set `mode="offline"` (or WANDB_MODE=offline) and upload later with `wandb sync`.
 """
@@ -22,7 +22,7 @@ _POLL_SECONDS = 0.05
 class WandB(Logger):
     """Writes the curves of a run to a W&B project."""
 
-    open_seconds = 120.0  # it starts a process, and reaches the network
+    open_seconds = 120.0  # it starts a process, and uses the network
     close_seconds = 60.0
 
     def __init__(
@@ -37,7 +37,7 @@ class WandB(Logger):
 
         project: Its name.
         mode: By default that of W&B's own settings, as in WANDB_MODE.
-        folder: Where W&B keeps its files; by default the current folder, in `wandb`.
+        folder: The folder in which W&B keeps its folder `wandb`; by default the current one.
         options: Further arguments of `wandb.init`, such as `entity`, `name`, `tags` or `config`.
         """
         needs("wandb", "wandb")
@@ -120,7 +120,7 @@ class WandB(Logger):
                 settings=settings,
                 **self._options,
             )
-        except OSError as error:  # of the network: training can start without this logger
+        except OSError as error:  # a network error: training can start without this logger
             raise RuntimeError(
                 f"wandb.init failed: {error}; check the network, or log with mode='offline' and upload later "
                 "with `wandb sync`"
@@ -135,6 +135,6 @@ def _name(place: Place) -> str:
 
 
 def _folder_of(root: Path) -> Path:
-    """Where W&B keeps its files in a folder."""
+    """The folder in `root` in which W&B keeps its files."""
     hidden = root / ".wandb"
     return hidden if hidden.exists() else root / "wandb"

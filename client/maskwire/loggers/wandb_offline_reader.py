@@ -1,7 +1,7 @@
-"""What W&B's offline files have of a run: W&B itself resumes online runs only.
+"""Find the end of a run's log in W&B's offline files: W&B itself resumes online runs only.
 
-An offline run is a folder with a log of W&B's messages. After a header, the log consists of blocks, and a
-message of one or more chunks, as in LevelDB's logs (google/leveldb, doc/log_format.md).
+An offline run is a folder with a log of W&B's messages. After a header, the log consists of blocks, and each
+message consists of one or more chunks, as in LevelDB's logs (google/leveldb, doc/log_format.md).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from maskwire.loggers.records import Place
 LINEAGE = "-lineage-"
 """Stands between a run's id and the number of a lineage after the first."""
 START = "start_step"
-"""The setting of a W&B run that has the step after which its log begins."""
+"""The entry of a W&B run's config with the step after which its log begins."""
 
 _HEADER = b":W&B"
 _HEADER_BYTES = 7
@@ -34,7 +34,7 @@ class OfflineLog:
 
     place: Place
     evaluated: bool
-    """The last step has an evaluation."""
+    """Whether the last step has an evaluation."""
 
 
 def offline_log(folder: Path, run_id: str) -> OfflineLog | None:
@@ -53,7 +53,7 @@ def offline_log(folder: Path, run_id: str) -> OfflineLog | None:
 
 
 def _end(log: Path) -> tuple[int, bool] | None:
-    """The last step of a log, or the one that it starts after; and whether that has an evaluation."""
+    """The last step of a log, or the one after which it starts; and whether that step has an evaluation."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     found: tuple[int, bool] | None = None

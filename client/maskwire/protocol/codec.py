@@ -37,7 +37,7 @@ _NUMBERS = {
 
 
 def _fill(kind: Any, **fields: Any) -> Any:
-    """A message; TypeError or ValueError names the field whose value it cannot hold."""
+    """Make a message. Raises TypeError or ValueError with the name of a field that cannot hold its value."""
     for name, value in fields.items():
         field = kind.DESCRIPTOR.fields_by_name[name]
         if isinstance(value, bool | np.bool_) and field.cpp_type in _NUMBERS:
@@ -65,7 +65,7 @@ def step_request(
     segment_ids: Any = None,
     **modes: Any,
 ) -> pb.TrainStepRequest:
-    """One batch to train on, or several as one; `num_tokens` is as in `encode_batch`.
+    """Make the request to train on one batch, or on several as one; `num_tokens` is as in `encode_batch`.
 
     `modes` are fields of TrainStepRequest. Raises TypeError unless either `tokens` or `batches` is given.
     """
@@ -83,7 +83,7 @@ def step_request(
 
 
 def _check_alone(tokens: Any, about: dict[str, Any]) -> None:
-    """Raise TypeError for what cannot be given besides `batches`."""
+    """Raise TypeError for arguments that cannot be combined with `batches`."""
     if tokens is not None:
         raise TypeError("train_step() takes tokens or batches, got both: add the tokens to batches")
     for name, value in about.items():
@@ -96,7 +96,7 @@ def _check_alone(tokens: Any, about: dict[str, Any]) -> None:
 def eval_request(
     tokens: Any, *, lengths: Any = None, prompt_mask: Any = None, segment_ids: Any = None, **options: Any
 ) -> pb.EvalLossRequest:
-    """One batch to evaluate; `options` are those of `maskwire.Client.eval_loss`."""
+    """Make the request to evaluate one batch; `options` are those of `maskwire.Client.eval_loss`."""
     arguments.check_options("eval_loss", options, EVAL_OPTIONS)
     chosen: dict[str, Any] = {}
     for name, enum in (("estimator", pb.Estimator), ("chain_order", pb.ChainOrder)):
@@ -119,7 +119,7 @@ def generate_request(
     stream_steps: bool = False,
     **options: Any,
 ) -> pb.GenerateRequest:
-    """What to sample; `options` are fields of GenerateRequest.
+    """Make the request to sample rows; `options` are fields of GenerateRequest.
 
     Raises ValueError for an order or a mode that the protocol does not know, TypeError for an option.
     """
@@ -165,7 +165,7 @@ def _number(name: str, value: str, enum: Any) -> Any:
 def hash_of(request: pb.TrainStepRequest, version: DigestVersion) -> bytes:
     """The payload hash of a step request. Raises ValueError for an id that the version cannot hash.
 
-    The server refuses such a request, so that hashing it can wait until the request is on its way.
+    The server refuses such a request, so it may be sent before it is hashed.
     """
     batch = request.batch
     return payload_hash(
@@ -188,12 +188,12 @@ def _given(message: Any, name: str) -> Any:
 
 
 def read_losses(losses: pb.Losses) -> results.Losses:
-    """Unset losses stay None."""
+    """Decode losses; an unset one is None."""
     return results.Losses(losses.loss, _given(losses, "generator_loss"), _given(losses, "critic_loss"))
 
 
 def read_step(response: pb.TrainStepResponse) -> results.StepResult:
-    """The answer to a step."""
+    """Decode the answer to a step."""
     metrics = response.metrics
     return results.StepResult(
         step=response.step,
@@ -214,7 +214,7 @@ def read_step(response: pb.TrainStepResponse) -> results.StepResult:
 
 
 def read_tokenizer(response: pb.GetTokenizerResponse) -> results.TokenizerDescription | None:
-    """The tokenizer that the run keeps, if any."""
+    """Decode the tokenizer that the run keeps, if any."""
     if not response.HasField("tokenizer"):
         return None
     found = response.tokenizer
@@ -224,7 +224,7 @@ def read_tokenizer(response: pb.GetTokenizerResponse) -> results.TokenizerDescri
 
 
 def read_steps(response: pb.ListStepsResponse) -> results.StepsPage:
-    """A page of recorded steps."""
+    """Decode a page of recorded steps."""
     return results.StepsPage(
         run_id=response.run_id,
         lineage=response.lineage,
@@ -247,7 +247,7 @@ def read_steps(response: pb.ListStepsResponse) -> results.StepsPage:
 
 
 def read_eval(response: pb.EvalLossResponse) -> results.EvalResult:
-    """The answer to an evaluation."""
+    """Decode the answer to an evaluation."""
     return results.EvalResult(
         losses=read_losses(response.losses),
         nats_per_token=response.nats_per_token,
@@ -288,7 +288,7 @@ def read_eval(response: pb.EvalLossResponse) -> results.EvalResult:
 
 
 def read_generation(response: pb.GenerateResponse) -> results.GenerateResult:
-    """Rows, finished or on the way."""
+    """Decode sampled rows, finished or after an unmasking pass."""
     return results.GenerateResult(
         tokens=decode_batch(response.tokens),
         unmasking_step=response.unmasking_step,
@@ -301,7 +301,7 @@ def read_generation(response: pb.GenerateResponse) -> results.GenerateResult:
 
 
 def read_model(model: pb.ModelInfo) -> results.ModelInfo:
-    """The served model."""
+    """Decode the description of the served model."""
     return results.ModelInfo(
         model.num_tokens,
         model.mask_id,
@@ -316,7 +316,7 @@ def read_model(model: pb.ModelInfo) -> results.ModelInfo:
 
 
 def read_limits(limits: pb.Limits) -> results.Limits:
-    """The server's bounds."""
+    """Decode the server's limits."""
     return results.Limits(
         limits.max_batch_tokens,
         limits.max_message_bytes,
@@ -328,7 +328,7 @@ def read_limits(limits: pb.Limits) -> results.Limits:
 
 
 def read_checkpoint(info: pb.CheckpointInfo) -> results.CheckpointInfo:
-    """A complete checkpoint."""
+    """Decode the description of a complete checkpoint."""
     return results.CheckpointInfo(
         name=info.name,
         lineage=info.lineage,
@@ -343,7 +343,7 @@ def read_checkpoint(info: pb.CheckpointInfo) -> results.CheckpointInfo:
 
 
 def read_inexact_replays(replays: Iterable[pb.InexactReplay]) -> tuple[results.InexactReplay, ...]:
-    """Steps that a start of the server computed again with results that were only close."""
+    """Decode the steps that recovery recomputed with results that were close but not equal."""
     return tuple(
         results.InexactReplay(replay.lineage, replay.first_step, replay.last_step, replay.accepted)
         for replay in replays

@@ -1,4 +1,4 @@
-"""A training loop gives the run the tokenizer of its data."""
+"""Stores the tokenizer of a training loop's data with the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def keep_tokenizer(trainer: Any, data: Any) -> Generator[Any, Any, None]:
-    """Give the run the data's `tokenizer_description`, if it has one that prompts need.
+    """Store the data's `tokenizer_description` with the run, if prompts need it.
 
     Training does not need it on the server, so a failure is only reported.
     """

@@ -29,7 +29,7 @@ MANIFEST = "manifest.json"
 LOCK = ".maskwire-download"
 WEIGHTS, EMA = "model.safetensors", "ema.safetensors"
 FROZEN = "frozen.safetensors"
-"""Weights that are never trained, for example those beneath adapters. The others do not load without them."""
+"""Weights that are never trained, such as those below adapters. The other weights cannot be loaded alone."""
 _BLOCK = 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -148,7 +148,7 @@ def _lock(folder: Path) -> int:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Name the file and the cure in the error of a failed write; the system's error has neither."""
+    """Add the file's name, and what to do, to the error of a failed write."""
     try:
         yield
     except OSError as error:

@@ -27,9 +27,9 @@ class Call:
     on_message: Callable[[Any], None] | None = None
     """For a streaming method: called with each message; the outcome is then None."""
     meanwhile: Callable[[], object] | None = None
-    """Work that needs no answer, to be done while the request is on its way."""
+    """Work that does not need the response, to be done while the request is in flight."""
     headers: tuple[tuple[str, str], ...] = ()
-    """Metadata of this call, besides that of every call."""
+    """Metadata of this call, in addition to the metadata of every call."""
 
 
 @dataclass(eq=False)
@@ -96,7 +96,7 @@ Operation = Generator[Effect, Any, T]
 
 
 def end_operation(operation: Operation[object], error: Exception | None) -> None:
-    """End an operation early: by the error that its last effect raised, or None if its caller left."""
+    """End an operation early. `error`: raised by its last effect; None: interrupted or abandoned."""
     if error is not None and inspect.getgeneratorstate(operation) == inspect.GEN_SUSPENDED:
         with contextlib.suppress(Exception):  # the driver raises it
             operation.throw(error)

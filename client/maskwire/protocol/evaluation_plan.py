@@ -6,7 +6,7 @@ over all rows:
 
     nats per token   r = sum L / sum n
     standard error   sqrt(R/(R-1) sum (L - r n)^2) / sum n              R rows with n > 0
-    error of draws   sqrt(sum (L' - L'')^2) / (2 sum n)                 L', L'' by either half of the draws
+    error of draws   sqrt(sum (L' - L'')^2) / (2 sum n)                 L', L'' from the halves of the draws
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from maskwire.v1 import training_service_pb2 as pb
 
 EvaluationProgress = Callable[[int, int, float], None]
 
-_POSITIONS = 2**18  # computed per call: seconds on a CPU, so that progress shows and Ctrl-C is quick
+_POSITIONS = 2**18  # computed per call: seconds on a CPU, so that progress is shown and Ctrl-C is quick
 _MOST_ROWS = 4096
 
 
@@ -89,7 +89,8 @@ class EvaluationPlan:
         if prompts is None:
             return set()
         ends = [len(row) for row in self._rows] if lengths is None else lengths
-        for row, end in enumerate(ends):  # a call has some of the rows, and could not name the right one
+        # Checked here: the error of a call would give the row's position in the call, not in the data.
+        for row, end in enumerate(ends):
             mask = _host(prompts[row])
             if mask.dtype != np.bool_ or mask.ndim != 1 or mask.size < end:
                 raise ValueError(
@@ -154,7 +155,7 @@ class EvaluationSum:
         """Rows evaluated so far."""
 
     def add(self, found: EvalResult) -> None:
-        """Add the result of a call. Raises StepMovedError if it is of another step than those before it."""
+        """Add the result of a call. Raises StepMovedError if it is of another step than the earlier ones."""
         if self._found:
             first = self._found[0]
             if (found.step, found.digest) != (first.step, first.digest):
@@ -269,7 +270,7 @@ def _add_sums(parts: Sequence[LossSums]) -> LossSums:
 
 
 def _losses(sums: LossSums, shown: Losses) -> Losses:
-    """The ratios of the sums. What is absent in each call stays absent."""
+    """The ratios of the sums. A loss that no call reported stays absent."""
     generator = sums.generator_nats / sums.generator_weight if sums.generator_weight else 0.0
     if sums.critic_nats is None or not sums.critic_weight:
         return Losses(generator, generator, None)

@@ -52,8 +52,8 @@ def fit(
     """Train until the run is at `until_step`, and return a FitResult.
 
     data: An object whose `batch(step)` returns the rows of a step, or a `maskwire.Batch` of rows with their
-        lengths and prompt mask. If it has a `tokenizer`, that is recorded with the run, and so is its
-        `fingerprint()`.
+        lengths and prompt mask. If it has a `tokenizer` or a `fingerprint()`, they are recorded with
+        the run.
     until_step: An absolute step. If the run is there already, nothing is trained.
     evaluate, eval_every: `evaluate(trainer)` is called every `eval_every` steps and returns an EvalResult.
         With `maskwire.aio` it may be a coroutine function.
@@ -64,8 +64,8 @@ def fit(
         cannot be written, the result's `metrics_failure` has the reason.
     callbacks: Objects with methods such as `on_evaluate` (`maskwire.callbacks`), and loggers
         (`maskwire.loggers`), which write the run's history somewhere and fill in earlier steps that they
-        lack. What fails in one is reported in the result's `failures`, and training continues.
-    on_step: Called with the result of each step. What it raises, `fit` raises.
+        lack. A failure in one is reported in the result's `failures`, and training continues.
+    on_step: Called with the result of each step. `fit` raises its errors, except StopTraining.
     progress: False for none, or an object of your own (`maskwire.loggers.progress.TrainingProgress`).
     allow_changed_data: Train although the data differs from what the run was trained on, which otherwise
         raises DataMismatchError.
@@ -74,14 +74,14 @@ def fit(
     options: Passed to each step, such as `only_train_critic`.
 
     Evaluations and checkpoints happen at multiples of their intervals. If an earlier call was stopped before
-    the evaluation or checkpoint of the run's current step, that comes first.
+    the evaluation or checkpoint of the run's current step, this call makes it first.
 
-    StopTraining from a callback, `evaluate`, `data.batch` or `learning_rate` ends training early: `fit` takes
-    the steps in flight, saves a checkpoint, and returns with `.stopped`.
+    StopTraining from a callback, `evaluate`, `data.batch` or `learning_rate` ends training early: `fit` waits
+    for the steps in flight, saves a checkpoint, and returns a result with `.stopped` set.
 
-    Ctrl-C waits for the steps in flight, for at most 10 s, and returns with `.interrupted`. With
-    `maskwire.aio` a cancelled task ends at once and leaves the steps in flight to `close`. The next call
-    resumes.
+    After Ctrl-C `fit` waits at most 10 s for the steps in flight, and returns a result with `.interrupted`
+    set. With `maskwire.aio` a cancelled task ends at once and leaves the steps in flight to `close`. The next
+    call resumes.
 
     Raises ValueError for an `until_step` below 0 and for an interval below 1.
     """
@@ -95,7 +95,7 @@ def fit(
     lines = None if metrics is None else JsonLines(metrics)
     logging = [one for one in [lines, *called] if isinstance(one, Logger)]
     called = [one for one in called if not isinstance(one, Logger)]
-    yield trainer.settle  # steps that an interrupted call left in flight have their numbers already
+    yield trainer.settle  # an interrupted call may have left steps in flight
     result = FitResult(first_step=trainer.step + 1, step=trainer.step)
     _check_paths(logging, files_of(data))
     if isinstance(progress, bool):
@@ -131,13 +131,13 @@ def fit(
         yield from _end(loggers, calls)
     finally:
         window.forget()
-        loggers.abandon()  # unless they are closed: a cancelled task ends at once
+        loggers.abandon()  # for a cancelled task, which skips `_end`; otherwise they are closed already
         progress.close()
     return result
 
 
 def _begin(recording: Fitting[None] | None, loggers: Loggers, callbacks: Callbacks) -> Fitting[None]:
-    """What comes before the first step."""
+    """Record the data, open the loggers and call `on_start`."""
     if recording is not None:
         yield from recording
     yield from loggers.open()
@@ -187,7 +187,7 @@ _OWN = [name for name in inspect.signature(fit).parameters if name not in ("trai
 
 
 def _with_save_best(callbacks: list[Any], save_best: bool, evaluated: bool) -> list[Any]:
-    """Add the callback that `save_best` stands for. ValueError for one that needs evaluations without any."""
+    """Add the callback that `save_best` stands for. Raises ValueError if a callback lacks evaluations."""
     if save_best and not any(isinstance(one, SaveBest) for one in callbacks):
         callbacks = [*callbacks, SaveBest()]
     for one in callbacks:

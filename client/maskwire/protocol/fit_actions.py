@@ -19,6 +19,6 @@ class ResultOf:
     timeout: float | None
 
 
-# A plain callable is called, and awaited where it can be.
+# A plain callable is called, and its result awaited if it is awaitable.
 Action = ResultOf | Work | Callable[[], Any]
 Fitting = Generator[Action, Any, T]

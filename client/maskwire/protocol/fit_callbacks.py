@@ -1,4 +1,4 @@
-"""Calling the callbacks of a training loop, so that the failure of one costs no step."""
+"""Calls the callbacks of a training loop, so that the failure of one does not stop training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Entry:
     """Its errors end `fit`."""
     failed: bool = False
     stopped: bool = False
-    """It raised StopTraining: it is told of no further step."""
+    """It raised StopTraining: its `on_step` is not called again."""
 
 
 class Callbacks:
@@ -55,31 +55,31 @@ class Callbacks:
         self._stop: StopTraining | None = None
         self._ended = False
         self.stopping = False
-        """`fit` is ending: a further StopTraining changes nothing."""
+        """`fit` is ending: another StopTraining is ignored."""
 
     def start(self) -> Fitting[None]:
-        """Before the first step."""
+        """Call `on_start`, before the first step."""
         yield from self._call_all("on_start", self._trainer)
         self.raise_stop()
 
     def step(self, answer: StepResult) -> Fitting[None]:
-        """After a step."""
+        """Call `on_step`, after a step."""
         for entry in self._entries:
             if not entry.stopped:
                 yield from self._call(entry, "on_step", answer)
         self.raise_stop()
 
     def evaluated(self, found: EvalResult) -> Fitting[None]:
-        """After an evaluation. The caller calls `raise_stop` once the evaluation is marked as finished."""
+        """Call `on_evaluate`. The caller calls `raise_stop` once the evaluation is marked as finished."""
         yield from self._call_all("on_evaluate", found)
 
     def saved(self, info: CheckpointInfo) -> Fitting[None]:
-        """After a checkpoint."""
+        """Report a checkpoint and call `on_checkpoint`."""
         self._progress.say(f"step {self._result.step}: checkpoint {info.name}")
         yield from self._call_all("on_checkpoint", info)
 
     def end(self) -> Fitting[None]:
-        """When `fit` ends. All errors are only reported, so that the result is returned."""
+        """Call `on_end`, when `fit` ends. All errors are only reported, so that the result is returned."""
         self.stopping = self._ended = True
         yield from self._call_all("on_end", self._result)
 
@@ -108,7 +108,7 @@ class Callbacks:
             entry.stopped = True
             self._stop = self._stop or stop
         except Exception as error:
-            # What a call of maskwire raises concerns the run.
+            # A MaskwireError concerns the run and not the callback.
             if entry.required or (isinstance(error, MaskwireError) and not self._ended):
                 raise
             entry.failed = True
@@ -128,14 +128,14 @@ class Callbacks:
 
 
 class _OnStep:
-    """The function that `fit` is given as `on_step`, as a callback."""
+    """A callback that calls the function passed to `fit` as `on_step`."""
 
     def __init__(self, function: Callable[[StepResult], object]) -> None:
         self.on_step = function
 
 
 def check_callbacks(callbacks: Iterable[Any]) -> list[Any]:
-    """Return the callbacks as a list. TypeError for an object that is none, with what was probably meant."""
+    """Return the callbacks as a list. Raises TypeError for other objects, with what was probably meant."""
     if not isinstance(callbacks, Iterable) or isinstance(callbacks, str | bytes):
         raise TypeError(
             f"callbacks must be a list of objects, got {type(callbacks).__name__}: write [callback]"

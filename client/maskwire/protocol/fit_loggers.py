@@ -18,7 +18,7 @@ _ABANDON_SECONDS = 1.0  # for all loggers, when `fit` is cancelled
 
 
 class Loggers:
-    """Sends each record to all loggers, and reports once that one has failed."""
+    """Sends each record to all loggers, and reports the failure of each logger once."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Loggers:
         self._report()
 
     def flush(self) -> Fitting[None]:
-        """Wait a bounded time until all records are written: the server is told that this is done."""
+        """Wait a bounded time until all records are written, before the evaluation is marked as finished."""
         for thread in self._threads:
             yield Work(thread.flush)
         self._report()
@@ -65,7 +65,7 @@ class Loggers:
         self._report(threads)
 
     def abandon(self) -> None:
-        """As `close`, without actions and only for a moment; what is then missing the next call fills in."""
+        """As `close`, without actions and for at most a second; the next call fills in what is missing."""
         threads, self._threads = self._threads, []
         for thread in threads:
             thread.close(_ABANDON_SECONDS / len(threads))

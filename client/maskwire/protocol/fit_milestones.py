@@ -95,7 +95,7 @@ class Milestones:
         self._loggers.write(evaluation_record(self._trainer.run_id, self._trainer.lineage, found))
         yield from self._callbacks.evaluated(found)
         yield from self._loggers.flush()
-        yield self._trainer.mark_evaluated  # last: the next call makes up for what was not finished
+        yield self._trainer.mark_evaluated  # last: the next call repeats what was not finished
 
     def _show(self, found: EvalResult) -> None:
         error = f" ± {found.standard_error / math.log(2):.3f}" if found.standard_error is not None else ""

@@ -18,7 +18,7 @@ class FitResult:
     seconds: float = 0.0
     """Duration of the call, with evaluations, checkpoints and waits."""
     seconds_waited: float = 0.0
-    """Seconds of it for which the server did not answer or refused to work, each reported by `on_wait`."""
+    """Seconds of it spent in waits that `on_wait` reported: the server did not answer or refused to work."""
     tokens: int = 0
     """Tokens sent, prompts included and padding excluded."""
     interrupted: bool = False
@@ -34,7 +34,7 @@ class FitResult:
     metrics_failure: str = ""
     """Why lines of the metrics file are missing, such as a full disk; empty: none is missing."""
     failures: list[str] = field(default_factory=list)
-    """What failed in callbacks and loggers while training went on, the metrics file included."""
+    """Failures of callbacks and loggers that did not stop training, the metrics file included."""
 
     @property
     def tokens_per_second(self) -> float:

@@ -48,7 +48,7 @@ class StepInputs:
         self._data, self._options, self._learning_rate = data, options, learning_rate
 
     def of_step(self, step: int) -> StepInput:
-        """Return what to send for a step. TypeError or ValueError if the data returned something else."""
+        """Return what to send for a step. Raises TypeError or ValueError for an invalid batch or rate."""
         where = f"data.batch({step})"
         found = call_back("data.batch", self._data.batch, step)
         options: dict[str, Any] = dict(self._options)

@@ -42,7 +42,7 @@ class FitWindow:
             try:
                 future = yield partial(self._trainer.submit, given.rows, step=step, **given.options)
             except ConflictError:
-                while self._in_flight:  # the step that was refused raises the cause
+                while self._in_flight:  # the future of the refused step raises the cause
                     yield from self._take()
                 raise
             self._in_flight.append((given.tokens, future))
@@ -52,12 +52,12 @@ class FitWindow:
             yield from self._take()
 
     def finish(self) -> Fitting[None]:
-        """Take the steps in flight, after StopTraining. The callback that raised it is not told of them."""
+        """Take the steps in flight, after StopTraining, without `on_step` of the callback that raised it."""
         while self._in_flight:
             yield from self._take()
 
     def leave(self) -> Fitting[int]:
-        """Wait a little for the steps in flight; return how many were left."""
+        """Wait at most LEAVE_SECONDS for the steps in flight; return how many remain."""
         deadline = time.monotonic() + LEAVE_SECONDS
         try:
             while self._in_flight:

@@ -93,7 +93,10 @@ class GenerationPlan:
         if seeds not in (0, count):
             raise ValueError(f"row_seeds must be one per row, {count}, or none, got {seeds}")
         if not seeds and seed > 2**63 - count:
-            raise ValueError(f"seed must leave room for {count} rows below 2^63, got {seed}")
+            raise ValueError(
+                f"seed must be at most {2**63 - count}, so that the seeds of {count} rows are below 2^63, "
+                f"got {seed}"
+            )
         groups: list[list[int]] = []
         for row in range(count):
             if self.unknown[row]:

@@ -11,7 +11,7 @@ from maskwire.v1.digest import DigestVersion
 
 
 class PendingStep:
-    """One step: its request, and how far it has come.
+    """One step: its request and its progress.
 
     A step that was sent may have been applied, so it is repeated with the same request id until its answer is
     known, even if its caller was interrupted.
@@ -26,7 +26,7 @@ class PendingStep:
         self.started = False
         """It may have been sent."""
         self.sent_number = 0
-        """The number under which an attempt is in flight; 0: none is. After an interrupt it may still be."""
+        """The number under which an attempt is in flight, or may be after an interrupt; 0: there is none."""
         self.sent_epoch = 0
         """The session's epoch when that attempt was sent."""
         self.acknowledged_when_sent = 0

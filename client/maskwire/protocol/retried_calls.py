@@ -1,4 +1,4 @@
-"""Calls that are retried until there is an answer, or an error that a retry cannot cure."""
+"""Calls that are retried until there is an answer, or an error that a retry cannot fix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from maskwire.protocol.retry import RetryPolicy, given_up, without_advice
 
 
 class OrderedCall(Protocol):
-    """A call whose position in an order constrains each attempt."""
+    """A call with a position in an order, which decides when each attempt may be sent."""
 
     def before_attempt(self, began: float) -> Operation[None]:
         """Wait until the call may be sent. `began`: when the call was first tried."""
@@ -26,11 +26,11 @@ class OrderedCall(Protocol):
         """Whether to send the refused call again without waiting."""
 
     def compute_hash(self) -> object:
-        """Do what needs no answer, while the request is on its way."""
+        """Compute the hash of the payload, while the request is in flight."""
 
     @property
     def headers(self) -> tuple[tuple[str, str], ...]:
-        """Metadata of the call, besides that of every call."""
+        """Metadata of this call, in addition to the metadata of every call."""
 
 
 def new_id() -> str:
@@ -59,7 +59,7 @@ class RetriedCalls:
         self._wait_ended = now
 
     def _unreachable(self) -> None:
-        """The server could not be reached; it may have been restarted."""
+        """Called after an attempt that got no answer: the server may have been restarted."""
 
     def _ask(
         self,
@@ -72,12 +72,12 @@ class RetriedCalls:
         began: float | None = None,
         stream: bool = False,
     ) -> Operation[Any]:
-        """Call a method until there is an answer, or an error that a retry cannot cure.
+        """Call a method until there is an answer, or an error that a retry cannot fix.
 
-        With `stream` the outcome is a `Stream` and its first message. `order` constrains the attempts of a
-        call that has a position in an order. `progress` says how much of a download has arrived: an attempt
-        that makes progress restarts the retry time. `began` is when the operation that includes this call
-        began.
+        With `stream` the outcome is a `Stream` and its first message. `order` decides when each attempt of a
+        call in an order may be sent. `progress` says how much of a download has arrived: an attempt that
+        makes progress restarts the time limit for retries. `began` is when the operation that includes this
+        call began.
         """
         began, attempt, reported = self._clock() if began is None else began, 0, ""
         answered: tuple[MaskwireError, float] | None = None  # the server's own last error, and when it came

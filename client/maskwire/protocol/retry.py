@@ -1,4 +1,4 @@
-"""Retries: when a failed attempt is repeated, after how long, and what is raised in the end."""
+"""Retries: which failed attempts are repeated, after how long, and what is raised in the end."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _RETRY_ADVICE = re.compile(r"; retry(?: with the same request id)?$")
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long and how often a call is repeated."""
+    """How long and how often a call is retried."""
 
     retry_for: float = 300.0
-    """Seconds for which calls to a server that does not answer are repeated."""
+    """Seconds for which calls to a server that does not answer are retried."""
     attempt_timeout: float = 60.0
     """Deadline of one attempt, in seconds."""
     first_wait: float = 0.05
@@ -48,7 +48,7 @@ class RetryPolicy:
     def wait(
         self, failure: Failure, attempt: int, elapsed: float, jitter: Callable[[], float] = random.random
     ) -> float | None:
-        """Seconds to wait before attempt number `attempt` + 1; None: give up.
+        """Seconds to wait after attempt number `attempt`, counted from 0; None: give up.
 
         The wait grows exponentially up to `longest_wait`. A random factor in [0.5, 1) spreads the retries of
         many clients of a server that has just come back.

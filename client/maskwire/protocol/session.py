@@ -19,7 +19,7 @@ from maskwire.v1.values import TokenizerDescription
 
 
 class Session(Calls):
-    """Operations about the session, and what the server said about the run when it was last opened."""
+    """Operations on the session, and what the server reported about the run when the session was opened."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Session(Calls):
 
     @property
     def unreachable(self) -> bool:
-        """Whether the last attempt got no answer and the session was not confirmed since."""
+        """Whether the last attempt got no answer and the session has not been confirmed since."""
         return self._stale
 
     def open(
@@ -129,11 +129,11 @@ class Session(Calls):
             yield from self.open(tokenizer=tokenizer)
 
     def keep_tokenizer(self, tokenizer: TokenizerDescription) -> Operation[None]:
-        """Give the run the tokenizer of its data, so that prompts can be encoded as the data was.
+        """Store the tokenizer of the data with the run, so that prompts can be encoded as the data was.
 
-        tokenizer: The description, whose hash must be that of `use_tokenizer`.
+        tokenizer: The description, whose `name` must be the one given to `use_tokenizer`.
 
-        Nothing is sent if the run keeps it already. `fit` does this for data with a `tokenizer_description`.
+        Nothing is sent if the run has it already. `fit` does this for data with a `tokenizer_description`.
         """
         if tokenizer.digest == self._kept_tokenizer_digest:
             return
@@ -153,14 +153,14 @@ class Session(Calls):
             yield from self.open(data=fingerprint, allow_changed_data=allow_changed)
 
     def mark_evaluated(self) -> Operation[None]:
-        """Record that the current step was evaluated and the result was seen; `fit` does this."""
+        """Record that the current step was evaluated, so that `fit` does not repeat it; `fit` calls this."""
         yield from self.open(evaluated_step=self.acknowledged.step)
 
     def _unreachable(self) -> None:
         self._stale = True
 
     def _confirm(self, began: float) -> Operation[None]:
-        """After the server was unreachable: check that it still has what it acknowledged."""
+        """If the server was unreachable, check that it still has what it acknowledged."""
         if not self._stale:
             return
         yield Until(lambda: not self._reopening)

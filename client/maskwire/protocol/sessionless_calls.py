@@ -54,10 +54,10 @@ class Calls(RetriedCalls):
         on_progress: EvaluationProgress | None = None,
         **options: Unpack[EvalOptions],
     ) -> Operation[results.EvalResult]:
-        """Evaluate a whole data set with as many calls as it takes. Changes nothing.
+        """Evaluate a data set with as many calls as it needs. Changes nothing.
 
         data: A `maskwire.data.TokenData`, or rows as in `eval_loss`.
-        rows: Of a TokenData, evaluate this many rows, spread evenly over it; None: every token once.
+        rows: Evaluate only this many rows, spread evenly over a TokenData; None: every token once.
         batch_size: Rows per call; None: as many as keep a call short. The server's limits cap it, and the
             result does not depend on it.
         on_progress: `on_progress(rows_done, rows, nats_per_token)` is called after each call (by the asyncio
@@ -153,8 +153,8 @@ class Calls(RetriedCalls):
         labels: Texts to keep with it, by name: at most 32 entries of at most 256 characters.
         score: Rates the state, lower is better; of the scored checkpoints without a name the server keeps the
             best.
-        expected_lineage, expected_step: Refuse the call with WrongRunError if the run is elsewhere, so that a
-            score is saved with the step at which it was measured.
+        expected_lineage, expected_step: Refuse the call with WrongRunError if the run is at another lineage
+            or step, so that a score is saved with the step at which it was measured.
 
         Raises CheckpointError if the name is taken, or if writing failed.
         """
@@ -201,7 +201,7 @@ class Calls(RetriedCalls):
         """Return one page of `list_steps`, with the step that the lineage started from.
 
         page_size: The most steps to return; 0: 100. The server returns at most 250.
-        page_token: `next_page_token` of the page before; empty: the first page.
+        page_token: `next_page_token` of the previous page; empty: the first page.
         """
         request = pb.ListStepsRequest(page_size=page_size, page_token=page_token, **options)
         return codec.read_steps((yield from self._ask("ListSteps", lambda: request)))
@@ -276,7 +276,7 @@ class Calls(RetriedCalls):
         return download.folder
 
     def tokenizer_of_run(self) -> Operation[results.TokenizerDescription | None]:
-        """Return the tokenizer that the run keeps; None if it keeps none, or the server is too old to."""
+        """Return the tokenizer that the run keeps; None if there is none, or the server is too old."""
         try:
             response = yield from self._ask("GetTokenizer", pb.GetTokenizerRequest)
         except UnimplementedError:

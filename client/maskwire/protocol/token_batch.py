@@ -22,14 +22,14 @@ _DTYPES: dict[np.dtype[Any], pb.DataType] = {
 
 
 def to_array(tokens: Any, name: str = "tokens") -> npt.NDArray[np.integer[Any]]:
-    """A numpy array of integers from an array, a list or a torch tensor, without importing torch."""
+    """Make a numpy array of integers from an array, a list or a torch tensor, without importing torch."""
     array = _host(tokens)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must be integers, got {array.dtype}")
     if array.dtype == np.uint64:
         if array.size and int(array.max()) >= 2**63:
             raise ValueError(f"{name} must be below 2^63, got {int(array.max())}")
-        return array.astype(np.int64)  # numpy would join uint64 and int64 to floats
+        return array.astype(np.int64)  # numpy would promote uint64 and int64 to float64
     return array
 
 
@@ -48,7 +48,7 @@ def encode_batch(
     segment_ids: Any = None,
     into: pb.TokenBatch | None = None,
 ) -> pb.TokenBatch:
-    """A TokenBatch from rows of token ids; `num_tokens` is the size of the vocabulary, 0 if it is not known.
+    """Make a TokenBatch from rows of token ids; `num_tokens` is the size of the vocabulary, 0 if not known.
 
     `tokens` is an integer array [rows, columns], or a list of rows that may differ in length. With
     `lengths` [rows], the positions after a row's length are padding and are not sent. `prompt_mask` is a bool
@@ -127,8 +127,8 @@ def _lengths(lengths: Any, shape: tuple[int, int]) -> npt.NDArray[np.int32]:
 def _narrow(ids: npt.NDArray[np.integer[Any]], num_tokens: int) -> npt.NDArray[np.integer[Any]]:
     """The ids in the type in which they are sent.
 
-    The type used for hashing, so neither side converts. Ids already in a narrower type keep it. Ids outside
-    the vocabulary are sent too: the server's refusal names their position.
+    It is the type used for hashing, so that neither side converts. Ids already in a narrower type keep it.
+    Ids outside the vocabulary are sent too: the server's refusal names their position.
     """
     if num_tokens:
         id_type, own = narrowest_type(num_tokens), ids.dtype.newbyteorder("<")
@@ -230,6 +230,6 @@ def decode_batch(batch: pb.TokenBatch) -> npt.NDArray[np.int64] | list[npt.NDArr
 
 
 def ids_of(batch: pb.TokenBatch) -> npt.NDArray[np.integer[Any]]:
-    """The ids of a TokenBatch, flat, in the type in which they travel."""
+    """The ids of a TokenBatch, flat, in the type in which they are sent."""
     dtype = next(dtype for dtype, number in _DTYPES.items() if number == batch.dtype)
     return np.frombuffer(batch.data, dtype=dtype)

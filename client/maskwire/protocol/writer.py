@@ -35,9 +35,9 @@ _FOREIGN_HISTORY = {"GAP", "UNKNOWN_EPOCH", "WRONG_RUN"}  # also reported by a s
 class Writer(Session):
     """Operations of a client with a session.
 
-    Steps are sent in the order of their submission and acknowledged in that order, because each digest builds
-    on the one before. Interrupting an operation leaves the writer consistent: state changes after the
-    answer are single assignments, and an interrupted step can be finished by another operation.
+    Steps are sent in the order of their submission and acknowledged in that order, because each digest is
+    computed from the previous one. Interrupting an operation leaves the writer consistent: state changes
+    after the answer are single assignments, and an interrupted step can be finished by another operation.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class Writer(Session):
         self._window = window
         self._spans = spans
         self._pending: deque[PendingStep] = deque()  # in order; the first is step acknowledged.step + 1
-        self._refused = 0  # the lowest number that a refused step left and no acknowledged step has taken
-        self._unanswered = 0  # the lowest number that was given up and may have been applied
+        self._refused = 0  # the lowest number of a refused step that no acknowledged step has taken
+        self._unanswered = 0  # the lowest number of a step that got no answer and may have been applied
         self._restoring = False
         self._steps_at_rate_0 = 0
 
@@ -116,8 +116,8 @@ class Writer(Session):
         return pending
 
     def enter(self, pending: PendingStep) -> Operation[None]:
-        """Wait for room in the window, append the step to the submission order, and wait until it may be
-        sent.
+        """Wait for a free slot in the window, append the step to the submission order, and wait until it may
+        be sent.
 
         Raises ConflictError if the step must have a number that its position does not give it.
         """
@@ -148,7 +148,7 @@ class Writer(Session):
                 raise self._unknown_outcome()
             position = self.acknowledged.next_position(answer, pending.payload_hash())
             self.acknowledged.position = position
-            self._pending.popleft()  # CPython delivers no signal between this line and the one before
+            self._pending.popleft()  # CPython delivers no signal between the previous line and this one
         except Exception as error:
             self._leave(pending, error)
             if isinstance(error, UnavailableError) and pending.request.step:
@@ -171,9 +171,7 @@ class Writer(Session):
         )
 
     def withdraw(self, pending: PendingStep) -> bool:
-        """Take a step out of the order if it was not sent. False: it may have been sent, so it must be
-        finished.
-        """
+        """Remove a step from the order, unless it may have been sent; False: it must be finished."""
         if pending not in self._pending:
             return True
         if pending.started:
@@ -182,7 +180,7 @@ class Writer(Session):
         return True
 
     def _leave(self, pending: PendingStep, error: Exception | None = None) -> None:
-        """Take a step out of the order; the next one gets its number."""
+        """Remove a step from the submission order; the next one gets its number."""
         if pending.span is not None:
             pending.span.fail("not sent" if error is None else getattr(error, "reason", type(error).__name__))
         number = self._number_of(pending)
@@ -212,14 +210,14 @@ class Writer(Session):
             )
 
     def _has_room(self) -> bool:
-        """Whether another step may enter the window. Also true once closed: the wait ends with an error."""
+        """Whether another step may enter the window. Also true once closed: `enter` then raises an error."""
         return self.closed or (len(self._pending) < self._limit and not self._restoring)
 
     def _on_its_way(self, pending: PendingStep) -> int:
         """The number of an attempt that this session may still have in flight; 0: there is none.
 
-        One that was interrupted is repeated under its number, whatever the step's number is by now: the
-        server may still hold it, and answers both.
+        An interrupted attempt is repeated under the same number, even if the step's number has changed since:
+        the server may still have the first attempt, and answers both.
         """
         return pending.sent_number if pending.sent_epoch == self.acknowledged.session.epoch else 0
 
@@ -228,12 +226,12 @@ class Writer(Session):
         return self.acknowledged.step + 1 + self._pending.index(pending)
 
     def _sendable(self, pending: PendingStep) -> bool:
-        """Whether a step can be sent. One that was interrupted can: it repeats an attempt.
+        """Whether a step can be sent. An interrupted one can: it repeats its attempt.
 
-        After a refusal, the server must first have answered every step that is in flight under a number that
-        is no longer its own, or two steps could arrive under one number. And the step that takes the refused
-        number must be acknowledged before later steps are sent, since the server remembers one missing
-        number.
+        A refused step's number passes to the next step, and so on for all later steps. Until the server has
+        answered the steps that are in flight under their old numbers, no step is sent: two could arrive under
+        one number. And the step that takes the refused number must be acknowledged before later steps are
+        sent, since the server remembers only one missing number.
         """
         if self._on_its_way(pending):
             return True
@@ -243,7 +241,7 @@ class Writer(Session):
         return not self.acknowledged.step < self._refused < self._number_of(pending)
 
     def _check_size(self, request: pb.TrainStepRequest) -> None:
-        # Only the client can name the cure: the transport would reject the message without one.
+        # Checked here, since gRPC would reject the message without saying what to do.
         limit = self.limits.max_message_bytes
         rows, columns = request.batch.shape
         if not limit or rows * (columns + 1) * _MAX_ID_BYTES + _MAX_OTHER_BYTES <= limit:
@@ -276,7 +274,7 @@ class _Order:
         self._writer, self._pending = writer, pending
 
     def compute_hash(self) -> None:
-        """Hash the payload beforehand; ids that cannot be hashed are refused by the server."""
+        """Hash the payload in advance; the server refuses ids that cannot be hashed."""
         with contextlib.suppress(ValueError):
             self._pending.payload_hash()
 
@@ -286,7 +284,7 @@ class _Order:
         return () if self._pending.span is None else self._pending.span.headers
 
     def before_attempt(self, began: float) -> Operation[None]:
-        """Confirm the session if need be, and wait until the step can be sent."""
+        """Confirm the session if the server was unreachable, and wait until the step can be sent."""
         while True:
             yield from self._writer._confirm(began)
             if self._writer._sendable(self._pending):
@@ -302,7 +300,7 @@ class _Order:
 
         It can if the server expects one of the steps before it that were in flight when it was sent. A server
         that expects an acknowledged step, or reports GAP to a step that nothing precedes, has another
-        history: OpenSession decides.
+        history: opening the session again checks that.
         """
         pending, writer = self._pending, self._writer
         if error.reason == "GAP":

@@ -111,7 +111,7 @@ def payload_hash(
 
 
 def narrowed(ids: npt.NDArray[np.integer], id_type: np.dtype[np.integer]) -> npt.NDArray[np.integer]:
-    """The ids in another type, contiguous; those of that type already are not copied.
+    """The ids in another type, contiguous; ids that have the type already are not copied.
 
     Raises ValueError for an id that the type cannot hold.
     """
@@ -144,5 +144,5 @@ def step_digest(previous: bytes, lineage: int, step: int, payload: bytes, outcom
 
 
 def lineage_digest(parent: bytes, lineage: int) -> bytes:
-    """The digest that a restore opens `lineage` with, 32 bytes."""
+    """The digest with which a restore starts `lineage`, 32 bytes."""
     return hashlib.sha256(b"maskwire.v1.lineage\0" + parent + struct.pack("<q", lineage)).digest()

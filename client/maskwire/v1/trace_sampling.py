@@ -1,4 +1,4 @@
-"""Which steps are traced, unless the environment says: short steps would spend their time on traces."""
+"""Decides which steps are traced, unless the environment does: tracing each short step would be slow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opentelemetry.trace import Link, SpanKind, TraceState
 from opentelemetry.util.types import Attributes
 
 TRACES_PER_SECOND = 10
-"""All steps of 100 ms and longer."""
+"""Enough for each step that takes 100 ms or longer."""
 
 
 class RateLimited(Sampler):
@@ -51,5 +51,5 @@ class RateLimited(Sampler):
 
 
 def default_sampler() -> Sampler:
-    """Follows the parent's decision; begins at most TRACES_PER_SECOND."""
+    """Return a sampler that follows the parent's decision, and starts at most TRACES_PER_SECOND."""
     return ParentBased(RateLimited(TRACES_PER_SECOND))

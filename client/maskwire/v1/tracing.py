@@ -1,6 +1,7 @@
 """OpenTelemetry traces, for server and client. The packages come with the extra `telemetry`.
 
-Traces are on when the environment says where to send them; without that nothing is imported.
+Traces are on if the environment says where to send them; otherwise nothing is imported. The client also uses
+what the program itself has set up.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def configured() -> bool:
 
 
 def missing() -> str:
-    """What to install, if traces are configured and their packages are missing; else empty."""
+    """What to install, if the packages for traces are missing; else empty."""
     try:
         found = all(find_spec(name) is not None for name in _NEEDS)
     except ModuleNotFoundError:
@@ -42,7 +43,7 @@ def missing() -> str:
 
 
 def program_provider() -> TracerProvider | None:
-    """What the program has set up itself, if it has."""
+    """The provider that the program itself has set up, if any."""
     if "opentelemetry.sdk.trace" not in sys.modules:
         return None
     from opentelemetry import trace
@@ -54,9 +55,9 @@ def program_provider() -> TracerProvider | None:
 
 @functools.cache
 def exporting_provider(service: str) -> TracerProvider:
-    """A provider that exports by OTLP over HTTP, as the standard environment variables say.
+    """Return a provider that exports by OTLP over HTTP, as the standard environment variables say.
 
-    Unless OTEL_TRACES_SAMPLER says otherwise, it begins at most TRACES_PER_SECOND traces per second.
+    Unless OTEL_TRACES_SAMPLER says otherwise, it starts at most TRACES_PER_SECOND traces per second.
     """
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
@@ -77,7 +78,7 @@ def exporting_provider(service: str) -> TracerProvider:
 
 
 def end(provider: TracerProvider, seconds: float = EXIT_SECONDS) -> None:
-    """Send what is left, for at most `seconds`: a collector that does not answer must not hold up an exit."""
+    """Send the remaining spans, for at most `seconds`: an unresponsive collector must not delay an exit."""
     ending = threading.Thread(target=provider.shutdown, name="maskwire-traces", daemon=True)
     ending.start()
     ending.join(seconds)

@@ -118,8 +118,8 @@ class TrainingServiceServicer:
         OK: a session; the same nonce gets the same session again.
         INVALID_ARGUMENT (INVALID_FIELD): a name or nonce that is empty, too long or not printable.
         FAILED_PRECONDITION (WRITER_PRESENT): another client's session is open; wait, or set takeover. Metadata
-        has its epoch and, where its client said so, its process (writer_ and the fields of ClientProcess): a
-        client that finds this process gone can take over with gone_epoch.
+        has its epoch and, if its client sent it, its process (writer_ and the fields of ClientProcess): a
+        client that finds that this process has ended can take over with gone_epoch.
         FAILED_PRECONDITION (WRONG_RUN): the history sent belongs to another run or lineage.
         FAILED_PRECONDITION (UNKNOWN_EPOCH): the nonce's session was closed; use a new nonce.
         FAILED_PRECONDITION (DIGEST_VERSION): the client does not compute the version of the run's digest, which
@@ -164,8 +164,8 @@ class TrainingServiceServicer:
         FAILED_PRECONDITION (WRONG_RUN, UNKNOWN_EPOCH, WRITER_PRESENT, HALTED): open a session. HALTED
         means that three steps in a row were not finite: check the data, then take over. WRONG_RUN without a
         session means that a restore removed the step with this request id from the history.
-        FAILED_PRECONDITION (DIGEST_VERSION): a bare call trained the run's first step while the session was idle,
-        and the session's client does not compute the version of the digest that the run has since then.
+        FAILED_PRECONDITION (DIGEST_VERSION): a bare call trained the run's first step while the session was idle
+        and fixed a version of the digest that the session's client does not compute.
         ABORTED (FENCED): another writer took over; stop.
         RESOURCE_EXHAUSTED (QUEUE_FULL): retry after RetryInfo. A message over the size limit also
         answers RESOURCE_EXHAUSTED, with the limit in its text.
@@ -185,7 +185,7 @@ class TrainingServiceServicer:
         INVALID_ARGUMENT (INVALID_FIELD): as TrainStep; and an evaluation that needs more positions than
         Limits.max_read_tokens: send fewer rows, shorter ones, or fewer draws.
         RESOURCE_EXHAUSTED (READ_TOO_LONG): it kept a training step waiting for max_read_seconds (metadata) and
-        was ended: send less in one call, or wait until nothing trains.
+        was ended: send less in one call, or wait until no client trains.
         RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): retry
         after RetryInfo.
         FAILED_PRECONDITION (DIVERGED): the weights give losses that are not finite; restore a checkpoint.
@@ -221,8 +221,8 @@ class TrainingServiceServicer:
         INVALID_ARGUMENT (INVALID_FIELD): a name that does not match [a-z0-9][a-z0-9_-]{0,63}.
         INVALID_ARGUMENT (PAYLOAD_MISMATCH): the request id saved a checkpoint with other arguments.
         ALREADY_EXISTS (CHECKPOINT_EXISTS): the name is taken by another checkpoint.
-        FAILED_PRECONDITION (WRONG_RUN): the lineage or step expected is not that of the state, or it waited
-        and another checkpoint was restored meanwhile; nothing was saved.
+        FAILED_PRECONDITION (WRONG_RUN): the lineage or step expected is not that of the state, or a checkpoint
+        was restored while the save waited; nothing was saved.
         RESOURCE_EXHAUSTED (CHECKPOINT_FAILED): it could not be written; training is not affected.
         UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): retry after RetryInfo.
         """
@@ -262,7 +262,8 @@ class TrainingServiceServicer:
 
         OK: deleted.
         INVALID_ARGUMENT (INVALID_FIELD): a malformed name.
-        NOT_FOUND (CHECKPOINT_NOT_FOUND): no complete checkpoint has this name; a retry finds that too.
+        NOT_FOUND (CHECKPOINT_NOT_FOUND): no complete checkpoint has this name; a retry after a deletion gets this
+        too.
         FAILED_PRECONDITION (CHECKPOINT_NEEDED): it is one of the two that a start may need, a lineage began
         from it, or it is being downloaded; metadata says which.
         UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): retry after RetryInfo.
@@ -287,9 +288,9 @@ class TrainingServiceServicer:
 
     def KeepTokenizer(self, request, context):
         """KeepTokenizer gives the run the tokenizer of its data, so that prompts can be encoded as the data was. The
-        run directory keeps it; it is no part of the history.
+        run directory keeps it; it is not part of the history.
 
-        OK: kept, in place of an earlier one.
+        OK: kept; it replaces an earlier one.
         INVALID_ARGUMENT (INVALID_FIELD): the file does not have the hash that the name states, or more than 64
         special ids are sent.
         FAILED_PRECONDITION (TOKENIZER_MISMATCH): the run's ids are of another tokenizer.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 class _Known(enum.IntEnum):
-    """An enum of the wire. Values of a newer server become UNKNOWN."""
+    """An enum of the protocol. Values of a newer server become UNKNOWN."""
 
     @classmethod
     def _missing_(cls, value: object) -> _Known | None:  # noqa: ARG003
@@ -55,7 +55,7 @@ class RunState(_Known):
 
 @dataclass(frozen=True)
 class TokenizerDescription:
-    """A tokenizer, and the ids that its documents begin and end with; a run keeps that of its data."""
+    """A tokenizer, and the ids that its documents begin and end with; a run keeps the one of its data."""
 
     name: str
     """"bytes", or "sha256:" and the hash of the tokenizer's file."""
@@ -189,20 +189,20 @@ class InexactReplay:
 
 @dataclass(frozen=True)
 class MirrorStatus:
-    """What of a run is in its mirror, an object store."""
+    """Which part of a run its mirror, an object store, holds."""
 
     address: str
     """Where the mirror is."""
     acknowledge: str
-    """"local", or "mirrored": answers wait until the mirror has what they say."""
+    """"local", or "mirrored": answers wait until the mirror holds the steps that they report."""
     lineage: int
-    """The lineage of that step."""
+    """The lineage of `step`."""
     step: int
     """The newest step in the mirror; 0: none."""
     segment: int
     """The number of the newest segment of records."""
     seconds_since_segment: float
-    """How long ago it was written."""
+    """How long ago that segment was written."""
     checkpoint: str
     """The newest checkpoint in the mirror; empty: none."""
     problem: str
@@ -212,7 +212,7 @@ class MirrorStatus:
     uploaded_bytes: int
     """Size of the batches that this process has uploaded."""
     failures: int
-    """Failed uploads, each of which was or will be tried again."""
+    """Failed uploads, each of which was or will be retried."""
 
 
 @dataclass(frozen=True)
@@ -231,10 +231,10 @@ _SHARD = re.compile(r"([a-z]+)-r\d+-\d+\.safetensors")
 
 
 def whole_file(name: str) -> str:
-    """The file whose tensors a file of a checkpoint holds, whole or in part.
+    """Return the name that a checkpoint's file would have if one process wrote it.
 
-    `model-r0002-001.safetensors`, written by rank 2, has parts of what `model.safetensors` has if one process
-    writes it. Other names are returned as they are.
+    For `model-r0002-001.safetensors`, written by rank 2, it is `model.safetensors`: the file holds a part of
+    its tensors. Other names are returned as they are.
     """
     found = _SHARD.fullmatch(name)
     return f"{found[1]}.safetensors" if found else name

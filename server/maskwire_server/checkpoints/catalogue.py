@@ -1,8 +1,8 @@
 """The catalogue: which checkpoints a run has, without reading its folder.
 
-The folders are the truth. A start reads them. From then on the catalogue is updated on every save, deletion
-and re-read of a folder. Threads read it from memory; the journal holds the same in a table, so that the
-checkpoints of a run are known even if its folder is lost.
+The folders are authoritative. A start reads them. From then on the catalogue is updated on every save,
+deletion and re-read of a folder. Threads read it from memory; the journal holds a copy in a table, so that
+the checkpoints of a run are known even if its folder is lost.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Catalogue:
     def __init__(self) -> None:
         self._provenance = Provenance()
         self._manifests: dict[str, Manifest] = {}
-        self._rebuild = False  # the table holds something else than the folder
+        self._rebuild = False  # whether the table differs from the folder
         self._unrecorded: dict[str, Manifest | None] = {}  # since the table was written; None: removed
         self._lock = threading.Lock()
 
@@ -35,7 +35,7 @@ class Catalogue:
         return self._provenance.run_id
 
     def load(self, journal: Journal, manifests: Iterable[Manifest]) -> None:
-        """Take over what the folder holds, and note where the journal's table differs from it."""
+        """Load the manifests of the folder, and note whether the journal's table differs from them."""
         found = {manifest.info.name: manifest for manifest in manifests}
         recorded = journal.checkpoints()
         with self._lock:
@@ -47,15 +47,15 @@ class Catalogue:
         self.look_up(journal)
 
     def look_up(self, journal: Journal) -> None:
-        """Look up in the journal the steps of checkpoints not looked up before."""
+        """Look up the steps of checkpoints in the journal, unless they were found before."""
         self._provenance.look_up(journal, list(self._manifests.values()))
 
     def expect(self, position: HistoryPosition, save_id: str) -> None:
-        """A checkpoint of this durable position, whose save is recorded, is about to be written."""
+        """Note a durable position whose checkpoint is about to be written, and its recorded save."""
         self._provenance.expect(position, save_id)
 
     def put(self, manifest: Manifest) -> None:
-        """A complete checkpoint is in the folder."""
+        """Add a complete checkpoint that is in the folder, or replace it."""
         name = manifest.info.name
         with self._lock:
             if self._manifests.get(name) != manifest:
@@ -63,7 +63,7 @@ class Catalogue:
                 self._unrecorded[name] = manifest
 
     def remove(self, name: str) -> None:
-        """No complete checkpoint has this name any more."""
+        """Remove a checkpoint: no complete one has this name any more."""
         with self._lock:
             if name in self._manifests:
                 self._manifests = {key: value for key, value in self._manifests.items() if key != name}
@@ -83,13 +83,13 @@ class Catalogue:
         return self._provenance.unknown(manifest)
 
     def problem(self, manifest: Manifest) -> str | None:
-        """Why a checkpoint is not of the run's history; None when it is."""
+        """Why a checkpoint does not belong to the run's history; None if it does."""
         return self._provenance.problem(manifest)
 
     # The journal's table.
 
     def record(self, journal: Journal) -> dict[str, Manifest | None]:
-        """Write what changed to the journal, within a transaction; `recorded` takes what this returns."""
+        """Write the changes to the journal, within a transaction; `recorded` takes what this returns."""
         with self._lock:
             rebuild, changes = self._rebuild, dict(self._unrecorded)
         if rebuild:
@@ -102,7 +102,7 @@ class Catalogue:
         return changes
 
     def recorded(self, changes: dict[str, Manifest | None]) -> None:
-        """The transaction that wrote these changes is durable."""
+        """Note that the transaction that wrote these changes is durable."""
         with self._lock:
             self._rebuild = False
             for name, manifest in changes.items():
@@ -116,5 +116,5 @@ class Catalogue:
 
 
 def newest_first(manifests: Iterable[Manifest]) -> list[Manifest]:
-    """By lineage, step and time of the save."""
+    """Sort manifests by lineage, step and time of the save, newest first."""
     return sorted(manifests, key=lambda m: (m.info.lineage, m.info.step, m.info.created), reverse=True)

@@ -17,7 +17,7 @@ CHUNK_BYTES = 2**20
 
 
 def read(checkpoints: Checkpoints, request: DownloadRequest) -> Iterator[Chunk]:
-    """The requested chunks; the checkpoint is kept until the iterator ends or is closed.
+    """The requested chunks; the checkpoint is not deleted until the iterator ends or is closed.
 
     Raises Refused: CHECKPOINT_NOT_FOUND, CHECKPOINT_DAMAGED, INVALID_FIELD.
     """

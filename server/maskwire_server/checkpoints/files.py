@@ -19,7 +19,7 @@ NOT_A_MANIFEST = (OSError, ValueError, KeyError, TypeError, AttributeError, Recu
 """What reading a damaged manifest raises."""
 _SAVED = {".safetensors", ".json", ".draft"}
 PARTS = "parts-"
-"""The beginning of the name of the folder in which several ranks write the files of a checkpoint."""
+"""The prefix of the name of the folder in which several ranks write the files of a checkpoint."""
 _DRAFT = ".tmp"  # the prefix of the names that safetensors writes to before it renames the file
 
 
@@ -27,14 +27,14 @@ class Snapshot(Protocol):
     """A copy of the trainer's state in host memory."""
 
     def write(self, folder: Path) -> Sequence[FileInfo] | None:
-        """Write its files into `folder`, but those that are there already; the caller flushes them.
+        """Write the state's files into `folder`, except those that exist already; the caller flushes them.
 
-        If several ranks have written files of their parts: those files, which are durable.
+        Returns the files that several ranks have written, which are durable; None if there is one rank.
         """
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write a manifest durably, whole or not at all."""
+    """Write a manifest durably and atomically."""
     write_manifest_bytes(folder, manifest.to_json())
 
 
@@ -52,11 +52,11 @@ def write_manifest_bytes(folder: Path, data: bytes) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a checkpoint's folder; None when there is none that is whole and of that name."""
+    """The manifest of a checkpoint's folder; None if it is missing, damaged or of another name."""
     try:
         manifest = Manifest.from_json((folder / MANIFEST).read_bytes())
     except NOT_A_MANIFEST as error:
-        if is_shortage(error):  # the checkpoint may be whole
+        if is_shortage(error):  # the checkpoint may be intact
             raise
         return None
     return manifest if manifest.info.name == folder.name else None
@@ -79,14 +79,14 @@ def _is_of_save(path: Path) -> bool:
 
 
 def flush(path: Path) -> FileInfo:
-    """Make a file durable, and describe what the disk then holds."""
+    """Make a file durable, and describe it as read back from the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     return describe(path, from_disk=True)
 
 
 def described(path: Path, linked: Mapping[str, FileInfo], of_ranks: Mapping[str, FileInfo]) -> FileInfo:
-    """Make a file durable and describe it, unless a rank has, or it is a link to one that is."""
+    """Make a file durable and describe it, unless a rank did so, or it is a link to a durable file."""
     name = path.name
     if name in of_ranks:
         return of_ranks[name]
@@ -94,7 +94,7 @@ def described(path: Path, linked: Mapping[str, FileInfo], of_ranks: Mapping[str,
 
 
 def describe(path: Path, *, from_disk: bool = False) -> FileInfo:
-    """A file as a manifest lists it; `from_disk`: read it from the disk, not from the page cache."""
+    """Describe a file as a manifest lists it; `from_disk` reads it from the disk, not the page cache."""
     with path.open("rb") as file:
         if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

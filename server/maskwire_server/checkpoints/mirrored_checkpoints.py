@@ -1,9 +1,9 @@
-"""The checkpoints in a mirror: uploaded, fetched into a restored run, collected.
+"""The checkpoints in a mirror: uploaded, fetched into a restored run, deleted.
 
     checkpoints/NAME.HASH/  *.safetensors  *.json  manifest.json
 
-The manifest comes last; a folder without one is no checkpoint. HASH is that of the manifest, so that two
-servers never write the same object.
+The manifest is written last; a folder without one is no checkpoint. HASH is the start of the manifest's
+SHA-256, so that two servers never write the same object.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class MirroredCheckpoints:
     def __init__(self, store: ObjectStore, checkpoints: Checkpoints) -> None:
         self._store = store
         self._checkpoints = checkpoints
-        self._there: dict[str, Manifest] = {}  # by the folder's name
+        self._there: dict[str, Manifest] = {}  # by the name of the folder in the mirror
         self._uploading = threading.Lock()
-        self._changing = threading.Lock()  # of `_there`
+        self._changing = threading.Lock()  # held while `_there` is replaced
 
     def read_all(self) -> dict[str, tuple[Manifest, bytes]]:
         """Every complete checkpoint in the mirror by its folder, with the bytes of its manifest."""
         names = [name for name in self._store.names(FOLDER) if name.endswith(f"/{MANIFEST}")]
         found = {}
         for name, data in zip(names, self._store.get_all(names), strict=True):
-            if data is None:  # it was deleted since
+            if data is None:  # it has been deleted since
                 continue
             try:
                 found[name.removesuffix(f"/{MANIFEST}")] = Manifest.from_json(data), data
@@ -60,7 +60,7 @@ class MirroredCheckpoints:
         return found
 
     def load(self, found: dict[str, Manifest]) -> None:
-        """Take over what the mirror holds of the run's history."""
+        """Set the checkpoints that the mirror has of the run's own history."""
         self._there = dict(found)
 
     def holds(self, info: CheckpointInfo) -> bool:
@@ -73,7 +73,7 @@ class MirroredCheckpoints:
         return next(iter(newest_first(self._there.values())), None)
 
     def missing(self) -> list[Manifest]:
-        """The checkpoints here that the mirror lacks, newest first."""
+        """The checkpoints of the run directory that the mirror lacks, newest first."""
         there = {manifest.to_json() for manifest in self._there.values()}
         return [manifest for manifest in self._checkpoints.own() if manifest.to_json() not in there]
 
@@ -113,12 +113,12 @@ class MirroredCheckpoints:
         log.info("checkpoint %s uploaded: %.1f MB", manifest.info.name, manifest.info.size_bytes / 1e6)
         failpoints.passing("mirror.checkpoint_uploaded")
 
-    # Collecting.
+    # Deleting.
 
     def collectable(self, lineages: dict[int, Lineage], lineage: int, *, batches: bool) -> list[str]:
-        """What neither this server nor a restore from the mirror needs: folders, and objects of batches.
+        """The checkpoint folders that can be deleted from the mirror, and with `batches` the batch objects.
 
-        Checkpoints that are here stay there, and so do those that a start from the mirror may need.
+        Checkpoints that the run directory has are kept, and so is all that a restore may need.
         """
         there = newest_first(self._there.values())
         needed = retention.needed(there, lineages, lineage).keys()
@@ -140,7 +140,7 @@ class MirroredCheckpoints:
         return gone
 
     def delete(self, names: Iterable[str]) -> None:
-        """Delete what a segment has announced: of a checkpoint the manifest first."""
+        """Delete objects that a segment has announced; of a checkpoint, the manifest first."""
         for name in names:
             failpoints.passing("mirror.deleting")
             if name.startswith(f"{FOLDER}/"):
@@ -155,7 +155,7 @@ class MirroredCheckpoints:
     # Restoring.
 
     def fetch(self, journal: Journal, gone: tuple[str, ...]) -> None:
-        """Download the checkpoints of the run's history that are not here, the newest first."""
+        """Download the checkpoints of the run's history that the run directory lacks, newest first."""
         found = {folder: each for folder, each in self.read_all().items() if folder not in gone}
         own = members(journal, {folder: manifest for folder, (manifest, _) in found.items()})
         make_folder(self._checkpoints.folder)
@@ -168,7 +168,7 @@ class MirroredCheckpoints:
         failpoints.passing("mirror.fetched")
 
     def _fetch(self, folder: str, manifest: Manifest, data: bytes, path: Path) -> None:
-        shutil.rmtree(path, ignore_errors=True)  # of a fetch that was interrupted
+        shutil.rmtree(path, ignore_errors=True)  # left by an interrupted fetch
         path.mkdir()
         for file in manifest.info.files:
             there = self._store.get_file(f"{folder}/{file.name}", path / file.name)
@@ -187,7 +187,7 @@ class MirroredCheckpoints:
 
 
 def members(journal: Journal, found: dict[str, Manifest]) -> dict[str, Manifest]:
-    """Those checkpoints that belong to the run's history: a server that was fenced may leave others."""
+    """The checkpoints that belong to the run's history: a server that was fenced may leave others."""
     saves, run_id, lineages = recorded_saves(journal), journal.fact("run_id"), journal.lineages()
     own = {}
     for folder, manifest in found.items():

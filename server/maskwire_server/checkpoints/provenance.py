@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to this run's history or was copied in from elsewhere.
+"""The decision whether a checkpoint belongs to this run's history or was copied in from elsewhere.
 
 A folder in `checkpoints/` can come from another run, or from a copy of this run that diverged. If it were
 taken for one of the two checkpoints that a start falls back on, the batches that the start really needs
@@ -49,13 +49,13 @@ def foreign_save(manifest: Manifest, saves: set[str]) -> str | None:
 class Provenance:
     """The run's id, and the digest of its history at each step that has a checkpoint.
 
-    The journal's thread adds to it and any thread reads it. A checkpoint whose step was not looked up in the
-    journal is not a member.
+    The thread that uses the journal adds to it; any thread reads it. A checkpoint whose step was not looked
+    up in the journal does not count as part of the history.
     """
 
     def __init__(self) -> None:
         self.run_id = ""
-        """Empty until the first look-up."""
+        """Empty until the first `look_up`."""
         self._digests: dict[tuple[int, int], bytes] = {}
         self._saves: set[str] = set()
         self._absent: set[tuple[int, int]] = set()  # steps that the journal did not have
@@ -84,12 +84,12 @@ class Provenance:
         self._saves.add(save_id)
 
     def unknown(self, manifest: Manifest) -> bool:
-        """Whether the checkpoint's step was not looked up yet."""
+        """Whether the checkpoint's step has not been looked up yet."""
         place = manifest.info.lineage, manifest.info.step
         return manifest.run_id == self.run_id and place not in self._digests and place not in self._absent
 
     def problem(self, manifest: Manifest) -> str | None:
-        """Why a checkpoint is not of the run's history; None when it is."""
+        """Why a checkpoint does not belong to the run's history; None if it does."""
         info = manifest.info
         if manifest.run_id != self.run_id:
             return f"it belongs to run {manifest.run_id}, and this is run {self.run_id}"

@@ -1,4 +1,4 @@
-"""The files of one checkpoint that several ranks write: in a folder of their own, until all are durable."""
+"""The files of a checkpoint that several ranks write: in a folder of their own until all are durable."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from maskwire_server.results import FileInfo
 
 
 class PartFiles:
-    """What the ranks do with the files that they write. All methods raise OSError."""
+    """Operations of the ranks on the files that they write. All methods raise OSError."""
 
     def begin(self, folder: Path) -> Path:
-        """Create the folder for the ranks' files, in that of the checkpoint.
+        """Create a folder for the ranks' files within the checkpoint's folder.
 
-        No other save uses it. A rank of an earlier group, which ought to have ended, can therefore not
-        change the files of a later checkpoint.
+        No other save uses it, so that a rank of an earlier group that is still alive cannot change the files
+        of a later checkpoint.
         """
         parts = folder / f"{PARTS}{secrets.token_hex(8)}"
         parts.mkdir()
         return parts
 
     def describe(self, parts: Path, names: Iterable[str]) -> list[FileInfo]:
-        """Make the files that this rank wrote durable, and describe what the disk then holds."""
+        """Make the files that this rank wrote durable, and describe them as read back from the disk."""
         found = [flush(parts / name) for name in names]
         flush_folder(parts)
         return found

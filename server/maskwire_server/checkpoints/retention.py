@@ -1,8 +1,8 @@
 """Retention: which checkpoints may be deleted, and which batches may be dropped from the journal.
 
 Only the ancestry of the current state counts. Its two newest checkpoints are kept whatever the settings say:
-if one is damaged, recovery starts from the other and computes the steps after it again, for which their
-batches are kept.
+if one is damaged, recovery starts from the other and recomputes the steps after it, whose batches are
+therefore kept.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from maskwire_server.journal.records import Lineage, Stretch
 from maskwire_server.manifest import Manifest
 
 INITIAL = "initial"
-"""The beginning of the name of checkpoint 0, if it holds initial weights that the seed does not make."""
+"""The prefix of the name of the checkpoint at step 0, if the seed does not make the initial weights."""
 FALLBACKS = 2
-"""How many of the newest checkpoints a start can rely on."""
+"""How many of the newest checkpoints are kept for a start to fall back on."""
 
 
 def on_path(manifests: Iterable[Manifest], segments: list[Segment]) -> list[Manifest]:
@@ -43,7 +43,7 @@ def needed(manifests: list[Manifest], lineages: dict[int, Lineage], lineage: int
 def collectable(
     manifests: list[Manifest], lineages: dict[int, Lineage], lineage: int, settings: CheckpointsConfig
 ) -> list[str]:
-    """The automatic checkpoints to delete; those that a client saved, and other branches, are kept."""
+    """The automatic checkpoints of the ancestry to delete; all other checkpoints are kept."""
     own = [m.info for m in on_path(manifests, ancestry(lineages, lineage)) if m.automatic]
     scored = sorted((info for info in own if info.score is not None), key=lambda info: info.score or 0.0)
     plain = [info for info in own if info.score is None]

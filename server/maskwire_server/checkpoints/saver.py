@@ -1,4 +1,4 @@
-"""Saves of a run: checkpoints are named, written, collected by retention and deleted on request."""
+"""Saves of a run: checkpoints are named, written, and deleted by retention or on request."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Saver:
         self._versions = versions
         self._clock = clock
         self.inexact_replays: tuple[InexactReplay, ...] = ()
-        """Written into manifests."""
+        """The inexact replays of the run, which manifests list."""
         self.newest: CheckpointInfo | None = None
-        """The newest checkpoint of the run's own, as of the last `refresh`."""
+        """The run's own newest checkpoint, as of the last `refresh`."""
 
     def refresh(self) -> None:
-        """Look up the newest checkpoint."""
+        """Update `newest`."""
         self.newest = next((manifest.info for manifest in self._checkpoints.own()), None)
 
     def find(self, request: SaveRequest) -> CheckpointInfo | None:
@@ -108,10 +108,10 @@ class Saver:
         return info
 
     def collect(self, lineages: dict[int, Lineage], lineage: int) -> list[Stretch]:
-        """Delete the checkpoints that retention lets go, and return the steps whose batches nothing needs.
+        """Delete the checkpoints that retention does not keep; return the steps whose batches nothing needs.
 
-        First the checkpoints that a start would fall back on are read again on disk. If one is damaged,
-        nothing is deleted: the next save, which then relies on others, checks again.
+        First the checkpoints that a start would fall back on are read again from the disk. If one is damaged,
+        it is set aside and nothing is deleted: the next save checks again, with other checkpoints.
         """
         try:
             own = self._checkpoints.own()
@@ -138,7 +138,7 @@ class Saver:
         try:
             if not self._checkpoints.delete(name):
                 log.info("checkpoint %s deleted by retention", name)
-        except OSError as error:  # the next start sweeps what is left of it
+        except OSError as error:  # the next start removes what is left of it
             log.error(
                 "checkpoint %s could not be deleted by retention (%s); the next save or start tries again",
                 name,
@@ -157,7 +157,7 @@ class Saver:
                 self._set_aside(manifest.info.name, "its files were changed")
 
     def _write(self, request: SaveRequest, manifest: Manifest, snapshot: Snapshot) -> CheckpointInfo:
-        saved = self.find(request)  # again: another save may have come first
+        saved = self.find(request)  # again, because another save may have been faster
         if saved is not None:
             return saved
         if request.name is None:
@@ -177,7 +177,7 @@ class Saver:
         return info
 
     def _free_name(self, manifest: Manifest) -> Manifest:
-        """The manifest with a free name: the same state may have been saved for another request."""
+        """The manifest with an unused name: the same state may have been saved for another request."""
         name, number = manifest.info.name, 1
         while self._checkpoints.taken(name):
             number += 1
@@ -196,7 +196,7 @@ class Saver:
     def delete(self, name: str, lineages: dict[int, Lineage], lineage: int) -> None:
         """Delete a checkpoint on request. Raises Refused if something needs it."""
         self._checkpoints.get(name)
-        self._set_damaged_aside(lineages, lineage)  # a start needs none of them
+        self._set_damaged_aside(lineages, lineage)  # so that they do not count as those that a start needs
         why = retention.needed(self._checkpoints.own(), lineages, lineage).get(name)
         cure = "save another checkpoint first"
         try:
@@ -232,7 +232,7 @@ def _is(saved: Manifest, wanted: Manifest) -> bool:
 
 
 def _same(request: SaveRequest, saved: CheckpointInfo) -> CheckpointInfo:
-    """The checkpoint that this request id saved. Raises Refused if its arguments were others."""
+    """The checkpoint that this request id saved. Raises Refused if its arguments were different."""
     generated = AUTOMATIC_NAME.fullmatch(saved.name) is not None
     name_fits = generated if request.name is None else request.name == saved.name
     if not name_fits or request.labels != saved.labels or request.score != saved.score:

@@ -1,10 +1,10 @@
-"""The checkpoints of one run directory: written, read, kept while they are used, deleted.
+"""The checkpoints of one run directory: written, read, protected while in use, deleted.
 
     checkpoints/NAME/  *.safetensors  *.json  manifest.json
                        parts-*/  while several ranks write
 
-Each file is written and flushed, then read back and hashed; the manifest comes last, with each file's size
-and SHA-256 and a hash of itself. Without an intact manifest a checkpoint does not exist.
+Each file is written and flushed, then read back and hashed; the manifest is written last, with each file's
+size and SHA-256 and a hash of itself. Without an intact manifest a checkpoint does not exist.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Checkpoints:
         self.folder = run_dir / "checkpoints"
         self._catalogue = catalogue
         self._clock = clock
-        self._read_until: dict[str, float] = {}  # a client may request another file
+        self._read_until: dict[str, float] = {}  # a client may request another file soon
         self._verified: set[str] = set()
         self._pins: list[tuple[str, str]] = []  # name and reason
         self._changing: set[str] = set()  # being written or deleted
@@ -88,7 +88,7 @@ class Checkpoints:
         begun = False
         self._changing.add(name)
         try:
-            if (folder / MANIFEST).exists():  # damaged or renamed: kept for the operator
+            if (folder / MANIFEST).exists():  # damaged, or its folder was renamed: kept for the operator
                 self.set_aside(name)
             elif folder.exists():  # left by a save that was interrupted
                 shutil.rmtree(folder)
@@ -117,7 +117,11 @@ class Checkpoints:
                 self._catalogue.remove(name)
             if is_shortage(error):
                 raise
-            cure = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the server's disk"
+            cure = (
+                "free some space"
+                if error.errno in (errno.ENOSPC, errno.EDQUOT)
+                else "check the server's disk"
+            )
             raise Refused(
                 "CHECKPOINT_FAILED",
                 f"checkpoint {name!r} could not be written ({error.strerror}); {cure}, and save again",
@@ -129,7 +133,7 @@ class Checkpoints:
         return whole
 
     def _link_frozen(self, folder: Path) -> dict[str, FileInfo]:
-        """Link the files of weights that are never trained, so that they are stored once. Returns them."""
+        """Hard-link the files of weights that are never trained, to store them once. Returns those files."""
         for manifest in self.own():
             files = {f.name: f for f in manifest.info.files if whole_file(f.name) == FROZEN_FILE}
             if files and self.verified(manifest):
@@ -151,7 +155,7 @@ class Checkpoints:
         return read_manifest(self.path(name)) is not None or self.foreign(name)
 
     def all(self) -> list[Manifest]:
-        """Read every complete checkpoint's manifest, wherever it comes from, newest first; no other file."""
+        """Read the manifest of every complete checkpoint in the folder, of any origin, newest first."""
         folders = list(self.folder.iterdir()) if self.folder.is_dir() else []
         return newest_first(manifest for manifest in map(read_manifest, folders) if manifest is not None)
 
@@ -163,7 +167,7 @@ class Checkpoints:
         return self.all() if self._catalogue is None else self._catalogue.own()
 
     def named(self, name: str) -> list[Manifest]:
-        """Read the manifest of one checkpoint, if there is one, and update the catalogue."""
+        """Read the manifest of one checkpoint, update the catalogue, and return none or one."""
         if not CHECKPOINT_NAME.fullmatch(name):
             return []
         with self._lock:
@@ -178,7 +182,7 @@ class Checkpoints:
     def compare(self) -> list[Manifest]:
         """Compare the names in the folder with the catalogue, and return the checkpoints that it lacked.
 
-        Somebody may copy checkpoints in, or remove them, while the server runs.
+        An operator may copy checkpoints in, or remove them, while the server runs.
         """
         known = set() if self._catalogue is None else self._catalogue.names()
         there = {folder.name for folder in self.folder.iterdir()} if self.folder.is_dir() else set()
@@ -191,7 +195,7 @@ class Checkpoints:
         problems = {}
         for folder in sorted(self.folder.iterdir()) if self.folder.is_dir() else []:
             if not CHECKPOINT_NAME.fullmatch(folder.name):
-                continue  # set aside before
+                continue  # it was set aside
             try:
                 name = Manifest.from_json((folder / MANIFEST).read_bytes()).info.name
                 if name != folder.name:
@@ -230,7 +234,8 @@ class Checkpoints:
     def damage(self, manifest: Manifest) -> str | None:
         """Read and hash every file of a checkpoint. Return the damage in words, or None.
 
-        A checkpoint of several ranks has no other files: a reader could take one for a part of a tensor.
+        In a checkpoint of several ranks an unlisted file is damage too: a reader could take it for a part of
+        a tensor.
         """
         folder = self.path(manifest.info.name)
         self._verified.discard(manifest.info.name)
@@ -255,11 +260,11 @@ class Checkpoints:
         return None
 
     def doubt(self, name: str) -> None:
-        """Forget that a checkpoint was found intact: something was wrong with its files."""
+        """Forget that a checkpoint was found intact, because something is wrong with its files."""
         self._verified.discard(name)
 
     def verified(self, manifest: Manifest) -> bool:
-        """Whether its files are intact, read now or earlier in this process."""
+        """Whether a checkpoint's files are intact; reads them unless this process has before."""
         return manifest.info.name in self._verified or self.damage(manifest) is None
 
     @contextlib.contextmanager
@@ -286,7 +291,7 @@ class Checkpoints:
             self._pins.remove((name, reason))
 
     def delete(self, name: str) -> str:
-        """Delete a checkpoint, its manifest first, so that part of one is never taken for a complete one.
+        """Delete a checkpoint, its manifest first, so that a partly deleted one never counts as complete.
 
         Returns "", or why it was not deleted: it is pinned, or being read, or was read in the last minute.
         """
@@ -314,7 +319,7 @@ class Checkpoints:
         return ""
 
     def _in_use(self, name: str) -> str:
-        """Why a checkpoint cannot be deleted now; "": it can."""
+        """Why a checkpoint cannot be deleted now; "" if it can."""
         lately = _LATELY if self._clock() < self._read_until.get(name, 0.0) else ""
         return next((reason for pinned, reason in self._pins if pinned == name), lately)
 

@@ -1,4 +1,4 @@
-"""`maskwire-server init`: write a configuration file, for prepared data where a folder is given."""
+"""`maskwire-server init`: write a configuration file, optionally one that fits a folder of prepared data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RECIPE: dict[str, dict[str, Any]] = {
     "objective": {"schedule": "quadratic"},
     "optimizer": {"name": "muon"},
 }
-"""What the built-in encoder learned fastest with, by the measurements of docs/recipe.md."""
+"""The settings with which the built-in encoder learned fastest in the measurements of docs/recipe.md."""
 _METADATA = "maskwire-data.json"  # of a folder that `maskwire data prepare` wrote
 
 
@@ -26,15 +26,15 @@ def init(
         typer.Option(
             show_default=False,
             help="A folder written by `maskwire data prepare`, whose vocabulary, special ids and "
-            "length of packed rows go into [model].",
+            "row length go into [model].",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Write a commented configuration file with every setting.
 
-    All are at their defaults, except those that the built-in encoder learns faster with: positions, norm and
-    qk_norm of [model], the schedule of [objective], and Muon as the optimizer.
+    All have their default values, except those with which the built-in encoder learns faster: positions, norm
+    and qk_norm of [model], the schedule of [objective], and Muon as the optimizer.
     """
     check_extra()
     from maskwire_server.config.model import ModelConfig
@@ -62,7 +62,7 @@ def _model_settings(folder: Path, longest_row: int) -> dict[str, int]:
             settings["pad_id"] = int(fields["pad_id"])
         if fields.get("row_length"):  # packed rows are never cropped
             settings["max_seq_len"] = int(fields["row_length"])
-        # Rows of pairs are filled up to their length, so that a longer one than needed costs time.
+        # Rows of prompt-response pairs are padded to the row length, so a longer one than needed costs time.
         elif fields.get("prompts") and fields.get("longest"):
             settings["max_seq_len"] = min(longest_row, int(fields["longest"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -135,9 +135,9 @@ def replay(
     ] = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
-    """Compute a run again up to a step and compare its losses with the recorded ones. Changes nothing.
+    """Recompute a run up to a step and compare its losses with the recorded ones. Changes nothing.
 
-    With serve.keep_payloads = "all", any step can be computed. Otherwise only steps after the second-newest
+    With serve.keep_payloads = "all", any step can be recomputed, otherwise only steps after the second-newest
     checkpoint.
     """
     chosen = loaded(config, run_dir, None, settings)

@@ -1,4 +1,4 @@
-"""What the commands share: options, loading the configuration, and exiting with an error."""
+"""Code that the commands share: options, loading the configuration, and exiting with an error."""
 
 from __future__ import annotations
 

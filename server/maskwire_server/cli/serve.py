@@ -34,11 +34,11 @@ def serve(
     address: Address = None,
     settings: Settings = None,
     accept_inexact_replay: Annotated[
-        bool, typer.Option(help="Start once, even if recomputed steps differ from the recorded ones.")
+        bool, typer.Option(help="For this start, accept recomputed steps that differ from the recorded ones.")
     ] = False,
     accept_lost_history: Annotated[
         int | None,
-        typer.Option(help="Continue from this step, the last one that is left, on a new lineage."),
+        typer.Option(help="Continue from this step, the last one that was not lost, on a new lineage."),
     ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     ranks: Annotated[
@@ -96,17 +96,17 @@ def check(
     ] = False,
     ranks: Annotated[
         int | None,
-        typer.Option(min=1, help="Report each layout for `serve` with this many ranks on a host."),
+        typer.Option(min=1, help="Report each layout for `serve` with this many ranks per host."),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="With --ranks: the number of hosts.")] = 1,
     memory: Annotated[
         str | None,
         typer.Option(
-            help="With --ranks: the memory of a device, as 80GiB, to plan for GPUs that are not here."
+            help="With --ranks: the memory of a device, as 80GiB, to plan for GPUs of another machine."
         ),
     ] = None,
 ) -> None:
-    """Check a configuration and report its parameters and memory. Exits with 1 if it does not fit."""
+    """Check a configuration and report its parameters and memory. Exits with 1 if memory is too small."""
     if ranks is None and (memory is not None or nodes > 1):
         stop(f"{'--memory' if memory is not None else '--nodes'} needs --ranks, got none")
     size = None if memory is None else _bytes(memory)

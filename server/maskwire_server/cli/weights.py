@@ -36,8 +36,8 @@ def import_x_transformers(
     """Start a run from the weights of a model trained with x-transformers.
 
     The file holds a NonAutoregressiveWrapper or a TransformerWrapper(Encoder). Set model.mask_id, and the
-    settings that no weight shows, such as the activation: the command names them. Sizes, critic and
-    self-conditioning are read from the weights. The command also writes a maskwire.toml to the run
+    settings that the weights do not determine, such as the activation: the command names them. Sizes, critic
+    and self-conditioning are read from the weights. The command also writes a maskwire.toml to the run
     directory, with which you can serve the run.
     """
     chosen = loaded(config, run_dir, None, settings)
@@ -70,7 +70,7 @@ def export(
         ),
     ] = "auto",
     merged: Annotated[
-        bool, typer.Option("--merged", help="With --to huggingface: fold the adapters into the model.")
+        bool, typer.Option("--merged", help="With --to huggingface: merge the adapters into the model.")
     ] = False,
 ) -> None:
     """Export the weights of a checkpoint for use without the server.

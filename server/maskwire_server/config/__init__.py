@@ -1,7 +1,7 @@
-"""The configuration: one module for each section, frozen and checked where it is made.
+"""The configuration: one module per section. Sections are immutable, and validated when they are created.
 
-Flags win over the environment (`MASKWIRE_SECTION__KEY`), and the environment over the TOML file. Nothing
-reads more than its own section.
+Flags win over the environment (`MASKWIRE_SECTION__KEY`), and the environment over the TOML file. Components
+are given only the sections that they need.
 """
 
 from maskwire_server.config.base import CAN_BE_OFF, OFF

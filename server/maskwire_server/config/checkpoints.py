@@ -15,7 +15,8 @@ class CheckpointsConfig(Section):
     every_seconds: Positive = 300.0
     """Save this many seconds after the last checkpoint, if there are new steps. off: do not save by time."""
     keep_last: int = Field(3, ge=2)
-    """Keep this many of the newest automatic checkpoints. Those saved on request without a score are kept."""
+    """Keep this many of the newest automatic checkpoints. Checkpoints saved on request without a score are
+    always kept."""
     keep_every: Steps = None
     """Also keep checkpoints whose step is a multiple of this. off: none."""
     keep_best: int = Field(1, ge=0)

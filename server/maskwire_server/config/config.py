@@ -1,4 +1,4 @@
-"""The whole configuration."""
+"""The complete configuration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from maskwire_server.errors import ConfigError
 
 
 class Config(BaseSettings):
-    """The whole configuration."""
+    """The complete configuration: all sections."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -95,7 +95,7 @@ class Config(BaseSettings):
 
 
 def _same(recorded: Any, configured: Any, setting: Any) -> bool:
-    """Whether a setting has its recorded value. Of a table only the keys that are set here count."""
+    """Whether a setting has its recorded value. Of a table, only the keys set here are compared."""
     if isinstance(setting, Section) and isinstance(recorded, dict):
         return all(
             _same(recorded[key], configured[key], getattr(setting, key)) for key in setting.model_fields_set

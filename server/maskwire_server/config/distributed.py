@@ -10,15 +10,16 @@ from maskwire_server.config.base import Finite, Section, Steps
 
 
 class DistributedConfig(Section):
-    """[distributed]: how ranks share a run. Read if there are several (`maskwire-server serve --ranks N`)."""
+    """[distributed]: how several ranks (processes) share a run, with `maskwire-server serve --ranks N`."""
 
     replicate: int = Field(1, ge=1)
     """The number of copies of the model. Ranks of different copies train on different rows."""
     shard: Steps = None
     """The number of ranks that share one copy: each holds a part of every weight, gradient and moment. off:
-    all ranks, divided by `replicate`."""
+    the number of ranks divided by `replicate`."""
     rank_timeout_seconds: Annotated[Finite, Field(gt=0)] = 10.0
-    """End all ranks, and restart them, when one was silent for this long."""
+    """Restart all ranks when one has sent no heartbeat for this long."""
     checkpoints_by: Literal["auto", "ranks", "leader"] = "auto"
-    """Who writes checkpoints. ranks: each its part, into the checkpoints' folder, which all hosts must share.
-    leader: the leader, which gathers the state in its memory. auto: the ranks if they share the folder."""
+    """Who writes checkpoints. ranks: each rank writes its part to the folder of the checkpoints, which all
+    hosts must share. leader: the leader gathers the state in its memory and writes it. auto: the ranks if
+    they share the folder, otherwise the leader."""

@@ -19,8 +19,10 @@ def message(problem: ErrorDetails) -> str:
     value = problem["input"]
     if value == OFF:
         optional = _is_optional(problem["loc"])
-        instead = "leave it out for none or the automatic choice" if optional else "give it a value"
-        return f"{key}: cannot be off: {instead}; what can be off is {', '.join(can_be_off())}, got 'off'"
+        instead = "leave it out for its default" if optional else "give it a value"
+        return (
+            f"{key}: cannot be off: {instead}, got 'off'; settings that can be off: {', '.join(can_be_off())}"
+        )
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key"
     if problem["type"] == "missing":
@@ -44,7 +46,7 @@ def _is_optional(where: tuple[int | str, ...]) -> bool:
 
 
 def _inner(kind: type[Section], name: str) -> type[Section] | None:
-    """The section of a setting that holds tables."""
+    """The class of the tables in a setting; None if it has no tables."""
     field = kind.model_fields.get(name)
     annotation = None if field is None else field.annotation
     found = (annotation, *get_args(annotation))

@@ -15,7 +15,7 @@ TABLES: dict[str, str] = {"x_transformers": "x-transformers", "huggingface": "hu
                           "lora": "huggingface", "python": "python"}  # fmt: skip
 """The tables within [model], and the source that each belongs to."""
 SHARED = {"source", "num_tokens", "mask_id", "pad_id", "max_seq_len", "weights_sha256"}
-"""The settings of [model] that every source has. All others but the tables belong to the built-in encoder."""
+"""The settings of [model] that every source has. All others, except the tables, belong to the encoder."""
 
 
 class Dropouts(NamedTuple):
@@ -67,7 +67,7 @@ class ModelConfig(Section):
     positions: Literal["learned", "rotary"] = "learned"
     """Position encoding: learned embeddings, or rotary."""
     rotary_dim: int | None = Field(None, ge=2)
-    """Number of channels of a head that are rotated, the first ones; must be even. Default: dim_head."""
+    """Number of channels of each head that are rotated, from the first; must be even. Default: dim_head."""
     rotary_pairs: Literal["halves", "interleaved"] = "halves"
     """Channels that are rotated together: i and i + rotary_dim / 2 (halves, as in Hugging Face models), or 2i
     and 2i + 1 (interleaved, as in x-transformers)."""
@@ -89,11 +89,11 @@ class ModelConfig(Section):
     qk_norm_gain: Literal["shared", "per_head", "none"] = "shared"
     """Gains of qk_norm: one vector of width dim_head for all heads, one per head, or none."""
     qk_norm_scale: Finite | None = Field(None, gt=0)
-    """Factor of the cosine of a query and a key with qk_norm, besides the gains. Default: dim_head^1/2."""
+    """With qk_norm: factor of the cosine of a query and a key, besides the gains. Default: dim_head^1/2."""
     tied_embeddings: bool = False
     """Use the token embeddings, scaled by dim^-1/2, as the output projection."""
     x_transformers: dict[str, Any] = Field(default_factory=dict)
-    """Keywords of x-transformers' TransformerWrapper and Encoder, for source = "x-transformers"."""
+    """Keyword arguments of x-transformers' TransformerWrapper and Encoder, for source = "x-transformers"."""
     huggingface: HuggingFaceConfig | None = None
     """The model, for source = "huggingface"."""
     lora: LoraConfig | None = None
@@ -101,7 +101,7 @@ class ModelConfig(Section):
     python: FactoryConfig | None = None
     """The factory, for source = "python"."""
     weights_sha256: str = ""
-    """SHA-256 of the initial weights, if run.seed does not make them. The server sets it."""
+    """SHA-256 of the initial weights, if they are not drawn from run.seed. The server sets it."""
 
     @model_validator(mode="after")
     def _fits_the_source(self) -> ModelConfig:

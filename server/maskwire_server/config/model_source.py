@@ -26,11 +26,11 @@ class HuggingFaceConfig(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models that you trust like your own code."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """The model's config.json. The server reads it when the run begins, and the run records it."""
+    """The model's config.json. The server reads it when it creates the run, and the run records it."""
 
 
 class LoraConfig(Section):
-    """[model.lora]: train low-rank adapters of the model's matrices (peft) and leave its weights alone."""
+    """[model.lora]: train low-rank adapters of the model's matrices (peft) and freeze its weights."""
 
     rank: int = Field(8, ge=1)
     """Rank of each adapter."""
@@ -39,7 +39,7 @@ class LoraConfig(Section):
     dropout: float = Field(0, ge=0, lt=1)
     """Dropout rate of the adapters' inputs in training."""
     target_modules: tuple[str, ...] | None = None
-    """Names, or endings of names, of the linear maps to adapt. Default: all of them but the output layer."""
+    """Names, or endings of names, of the linear maps to adapt. Default: all except the output layer."""
 
 
 class FactoryConfig(Section):

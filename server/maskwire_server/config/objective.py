@@ -52,7 +52,7 @@ class ObjectiveConfig(Section):
     """Masked fraction m(t) at time t: 1-t, cos(pi t/2), (1-t)^2, or a function of your own as
     `package.module:function`, which the server imports from the current folder, PYTHONPATH or the installed
     packages. It maps times in [0, 1], an fp64 torch tensor, to masked fractions: m(0) = 1, m(1) = 0, never
-    rising, without jumps."""
+    increasing, continuous."""
     schedule_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     """Fingerprint of a schedule of your own: the SHA-256 of its values. The server records it with the run,
     and refuses to start if the function has changed since."""
@@ -113,7 +113,7 @@ class ObjectiveConfig(Section):
 
     @property
     def augments(self) -> bool:
-        """Whether masked positions can contain another id than the mask id."""
+        """Whether masked positions can contain an id other than the mask id."""
         return self.augment_prob > 0 and self.no_replace_prob + self.random_token_prob > 0
 
     @property

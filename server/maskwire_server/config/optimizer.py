@@ -53,8 +53,8 @@ class OptimizerConfig(Section):
     ema_decay: float = Field(0.0, ge=0, lt=1)
     """Decay of the moving average of the weights, which is then used in evaluation. 0: no average."""
     groups: tuple[ParameterGroup, ...] = ()
-    """Other settings for some parameters: tables of a pattern and what differs, as
-    `[{match = "blocks.*", lr_scale = 0.5}]`, or one `[[optimizer.groups]]` each."""
+    """Different settings for some parameters: a list of tables, each with a pattern and the settings that
+    differ, as `[{match = "blocks.*", lr_scale = 0.5}]`, or written as `[[optimizer.groups]]`."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> OptimizerConfig:

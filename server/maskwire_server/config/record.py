@@ -23,7 +23,7 @@ ALWAYS_RECORDED = {
         "self_cond", "self_cond_prob", "self_cond_start", "critic", "critic_loss_weight", "critic_labels",
     },
 }  # fmt: skip
-"""The options of the first format. Every run records them; a later option only if it is not at its default.
+"""The options of the first format. Every run records them. Later options are recorded if not default.
 
 A new option therefore changes neither the first digest nor the recorded configuration of runs that do not use
 it. Do not add options here."""

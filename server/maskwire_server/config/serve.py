@@ -47,7 +47,7 @@ class ServeConfig(Section):
     """Compile the blocks with torch.compile. For GPUs. reduce-overhead: with CUDA graphs; not benchmarked."""
     deterministic: bool = False
     """Use deterministic kernels on a GPU. They are slower, but a replay after a crash is then exact to the
-    bit instead of within a tolerance. On a CPU it always is."""
+    bit instead of within a tolerance. On a CPU, replay is always exact."""
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads for computing. Default: the cores that this process may use, within the CPU quota of its
     container. OMP_NUM_THREADS is not used."""
@@ -57,7 +57,7 @@ class ServeConfig(Section):
     keep_payloads: Literal["recovery", "all"] = "recovery"
     """recovery: keep batches as long as recovery may need them. all: keep every batch, for replay."""
     reserve_bytes: int = Field(32 * 2**20, ge=0)
-    """Disk space to reserve for the journal, in bytes. With less free, steps are rejected (HELD)."""
+    """Disk space to reserve for the journal, in bytes. With less free space, steps are rejected (HELD)."""
     poison_after: int = Field(0, ge=0)
     """Quarantine a batch after the server has crashed this many times while training on it. 0: never."""
     max_batch_tokens: int = Field(2**20, ge=1, le=2**28)
@@ -66,7 +66,7 @@ class ServeConfig(Section):
     """Split a batch into micro-batches of at most this many positions. Loss and gradient stay the same, apart
     from the random draws of model.dropout. Default: chosen for the device."""
     activation_checkpointing: bool = False
-    """Keep only the inputs of the blocks for the backward pass and compute the rest again. Takes a third
+    """Keep only the inputs of the blocks for the backward pass and recompute the rest. Takes a third
     more time and a fraction of the memory; the results are the same."""
     max_message_bytes: int = Field(64 * 2**20, ge=2**16, le=2**31 - 1)
     """Maximum size of a message, in bytes."""
@@ -79,10 +79,10 @@ class ServeConfig(Section):
     max_generation_steps: int = Field(1024, ge=1)
     """Maximum number of unmasking passes in a generation."""
     max_read_tokens: int | None = Field(None, ge=1, le=2**48)
-    """Maximum positions that one evaluation or generation may send through the model, because no step trains
-    meanwhile. Evaluation: rows times columns times draws, and times columns again with the chain rule.
-    Generation: rows times columns times passes. Self-conditioning doubles it, and a critic adds one pass.
-    Default: 67,108,864, on a CPU 4,194,304."""
+    """Maximum positions that one evaluation or generation may send through the model, because no step is
+    trained in the meantime. Evaluation: rows times columns times draws, and times columns again with the
+    chain rule. Generation: rows times columns times passes. Self-conditioning doubles it, and a critic adds
+    one pass. Default: 67,108,864, on a CPU 4,194,304."""
     max_read_seconds: Finite = Field(30.0, gt=0)
     """How long an evaluation or generation may keep a training step waiting before it is ended
     (READ_TOO_LONG). Keep it below the clients' deadline for a step, 60 s by default. Without waiting steps it
@@ -91,12 +91,12 @@ class ServeConfig(Section):
     """Maximum number of evaluations and generations of one token (without tokens, of one client certificate)
     that wait for the device."""
     step_timeout_seconds: Finite | None = Field(None, gt=0)
-    """A training step that takes longer counts as hung: the server logs what each thread does and exits with
-    code 71, to be started again. Work that may have to compile kernels (the first step of each batch shape,
-    evaluations, generations, copies for checkpoints) gets at least 600 s. Default: 20 times the median of the
-    last 100 steps, at least 600 s."""
+    """A training step that takes longer counts as hung: the server logs the stack of each thread and exits
+    with code 71, so that it can be restarted. Work that may have to compile kernels (the first step of each
+    batch shape, evaluations, generations, copies for checkpoints) gets at least 600 s. Default: 20 times the
+    median of the last 100 steps, at least 600 s."""
     session_idle_seconds: Finite = Field(60.0, gt=0)
-    """A session ends when none of its requests was queued or running for this long."""
+    """A session ends when none of its requests has been queued or running for this long."""
     gap_seconds: Finite = Field(5.0, gt=0)
     """How long a step waits for a missing predecessor before it is rejected."""
     drain_seconds: Finite = Field(30.0, ge=0)

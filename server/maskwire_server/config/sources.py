@@ -23,11 +23,11 @@ from maskwire_server.config.messages import message
 from maskwire_server.errors import ConfigError
 
 FREE_TABLES = (("model", "x_transformers"), ("model", "python", "options"))
-"""Tables whose values may have any type: text from a flag or the environment is read as TOML writes it."""
+"""Tables whose values may have any type: text from flags and the environment is parsed as TOML or JSON."""
 
 
 class _Environment(EnvSettingsSource):
-    """The environment."""
+    """Reads environment variables; tables and lists in TOML or JSON."""
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:  # noqa: ARG002
         return decoded(value)
@@ -46,7 +46,7 @@ class _Environment(EnvSettingsSource):
 
 
 def decoded(text: str) -> Any:
-    """A value in TOML or JSON. Any other text is returned as it is, so that an error names its key."""
+    """Parse a value in TOML or JSON. Other text is returned unchanged, so that validation reports its key."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -59,7 +59,7 @@ def decoded(text: str) -> Any:
 def load(file: Path | None = None, **flags: dict[str, Any]) -> Config:
     """Load the configuration from `file`, the environment and `flags` (settings by section).
 
-    Raises ConfigError with one line for each problem: the key, what would be right, and the value.
+    Raises ConfigError with one line per problem: the key, what would be right, and the value.
     """
 
     class _Sourced(Config):

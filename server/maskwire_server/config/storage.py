@@ -17,12 +17,12 @@ class StorageConfig(Section):
     checkpoints there, and restores the run from there if the run directory is empty. One run per address.
     Needs the extra maskwire[storage]."""
     acknowledge: Literal["local", "mirrored"] = "local"
-    """local: answer when a step is on the disk of this machine; if the machine is lost, so are the steps
-    since the last segment. mirrored: answer when it is in the mirror too."""
+    """local: acknowledge a step when it is on the disk of this machine; if the machine is lost, the steps
+    since the last upload are lost too. mirrored: acknowledge it when it is in the object store as well."""
     segment_seconds: Finite = Field(5.0, gt=0)
     """With acknowledge = local: upload new records this often."""
     segment_bytes: int = Field(4 * 2**20, ge=2**10, le=2**30)
-    """Upload at most about this much, records and batches together, at once."""
+    """Approximate maximum size of one upload of records and batches, in bytes."""
 
     @field_validator("mirror")
     @classmethod

@@ -21,7 +21,7 @@ _HEAD = """\
 
 
 def template(chosen: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-    """A commented file with every setting, those chosen set. Loading it gives the defaults for the others."""
+    """A commented file with every setting. Those in `chosen` are set; the rest are comments with defaults."""
     sections = [_HEAD]
     for name, field in Config.model_fields.items():
         section = field.default

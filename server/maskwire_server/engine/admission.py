@@ -22,7 +22,7 @@ from maskwire_server.requests import SessionRef, StepRequest
 from maskwire_server.results import StepAnswer, StepResult
 
 _REFUSED_FOR_GOOD = {"DIGEST_VERSION", "PAYLOAD_MISMATCH"}
-"""Reasons for which the client leaves the step's number to another step."""
+"""Reasons after which the client gives the step's number to another step."""
 
 
 class StepAdmission:
@@ -61,9 +61,9 @@ class StepAdmission:
                 self._queue(step)
         if new:
             self._run.work.set()
-        # The hashes are computed without the mutex; that of a new step while the executor takes it.
+        # Hashes are computed without the mutex. For a new step, the executor can take it meanwhile.
         if new:
-            with contextlib.suppress(MemoryError):  # the step is queued: the executor tries it again
+            with contextlib.suppress(MemoryError):  # the step is queued: the executor hashes it again
                 _ = step.payload_hash
             return
         _ = step.payload_hash
@@ -84,7 +84,7 @@ class StepAdmission:
             with self._run.mutex:
                 self._run.queue.refuse_step(step, refusal)
         except BaseException as error:
-            with self._run.mutex:  # retries that joined it, and the id
+            with self._run.mutex:  # also for retries that joined it, and to release the id
                 self._run.queue.refuse_step(step, self._run.conditions.failed("a request", error))
             raise
 
@@ -100,7 +100,7 @@ class StepAdmission:
             raise admission_rules.other_step(trained)
         other = queue.with_id(request.request_id)
         if other is not None and other.looked_up and _of_earlier_session(other.request, request):
-            other = None  # the look-up of a session that is fenced by now
+            other = None  # a look-up for a session that has been fenced since
         if other is not None and other.abandoned and request.step not in (None, other.request.step):
             # The client renumbered it, and sends it again.
             other = None if queue.withdraw(other, run.next_number) else other
@@ -162,7 +162,7 @@ class StepAdmission:
             number = self._recorded(step)
             lineages, lineage = self._run.lineages, self._run.head.computed.lineage
         if record is None and number is not None:
-            holder = lineage_of(ancestry(lineages, lineage), number)  # a restore's ancestry has earlier steps
+            holder = lineage_of(ancestry(lineages, lineage), number)  # after a restore: an older lineage
             record = self._committer.read(Journal.step, holder, number)
         with self._run.mutex:
             admission_rules.check_writer(request.session, self._run.situation())
@@ -198,7 +198,7 @@ class StepAdmission:
 
 
 def _of_earlier_session(other: StepRequest, request: StepRequest) -> bool:
-    """Whether another request belongs to an earlier session than a request whose session is the run's."""
+    """Whether `other` belongs to an earlier session than `request`, whose session is the current one."""
     return None not in (other.session, request.session) and other.session != request.session
 
 

@@ -40,7 +40,7 @@ class Situation:
     writer: str
     """The name of the client whose session is open; empty when none is."""
     closed: bool
-    """The newest epoch's session was closed by its owner."""
+    """Whether the newest epoch's session was closed, by its client or by a restore; False if it expired."""
     next_step: int
     """The first step that is neither applied nor in flight."""
     window: int
@@ -64,8 +64,8 @@ class Situation:
 _UNAVAILABLE = {
     RunState.RECOVERING: "the server is recovering the run",
     RunState.RESTORING: "a checkpoint is being restored",
-    RunState.HELD: "training pauses until the journal's disk has room and the mirror can be written (the "
-    "status says which); then it resumes by itself",
+    RunState.HELD: "training pauses until the journal's disk has space and the mirror can be written (the "
+    "status says which it waits for); then it resumes by itself",
     RunState.DRAINING: "the server is shutting down",
 }
 
@@ -79,8 +79,8 @@ def refuse_unavailable(state: RunState) -> None:
 
 
 def mirror_fails() -> Refused:
-    """The refusal of an answer that may not be given before the mirror has what it says."""
-    return Refused("HELD", "the mirror cannot be written, and the answer must wait; retry")
+    """The refusal in place of an answer that must wait for a mirror that cannot be written."""
+    return Refused("HELD", "the mirror cannot be written, and the answer must wait for it; retry")
 
 
 def shutting_down() -> Refused:
@@ -133,10 +133,10 @@ def halted() -> Refused:
 
 
 def no_room(size: int) -> Refused:
-    """The refusal of a batch that the journal's disk has no room for; a smaller one may fit."""
+    """The refusal of a batch that does not fit on the journal's disk; a smaller one may."""
     return Refused(
         "HELD",
-        f"the journal's disk has no room for this batch of {size} bytes; free some space, and training "
+        f"the journal's disk has no space for this batch of {size} bytes; free some space, and training "
         "resumes",
         batch_bytes=size,
     )
@@ -157,7 +157,7 @@ def check_session(session: SessionRef, at: Situation) -> None:
     if session.epoch < at.epoch:
         raise fenced(session.epoch, at)
     if session.epoch > at.epoch or session.epoch < 1 or at.closed:
-        why = "was closed" if session.epoch == at.epoch and at.closed else "was never given here"
+        why = "was closed" if session.epoch == at.epoch and at.closed else "was never issued for this run"
         raise Refused(
             "UNKNOWN_EPOCH",
             f"epoch {session.epoch} {why} (the newest is {at.epoch}): open a session",
@@ -192,9 +192,10 @@ def check_writer(session: SessionRef | None, at: Situation) -> None:
 
 
 def check_digest_version(offered: Sequence[int], at: Situation) -> None:
-    """Raise DIGEST_VERSION unless `offered` includes the run's version, or before the first step any of ours.
+    """Raise DIGEST_VERSION unless `offered` includes the run's version.
 
-    While the first step is being computed, the client is asked to retry.
+    Before the first step, any version that the server supports is accepted. While the first step is being
+    computed, the client is asked to retry.
     """
     version = at.digest_version
     if version not in offered and (version or not newest_common(offered)):

@@ -1,4 +1,4 @@
-"""The aggregation of a run's events: the only one, read by status, metrics and the command line."""
+"""The only aggregation of a run's events, read by status, metrics and the command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from maskwire_server.events import (
 from maskwire_server.run_figures import STEP_PHASES, HistogramFigures, Recent, RunFigures
 
 STEP_BOUNDS = tuple(float(f"{digit}e{power}") for power in range(-4, 3) for digit in (1, 2.5, 5))
-"""Seconds: 0.1 ms to 500 s."""
+"""Bounds of the histogram's buckets in seconds: 0.1 ms to 500 s."""
 CHECKPOINT_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0)
 
 
@@ -63,11 +63,11 @@ class Aggregates:
             histogram.add(value)
 
     def recent(self) -> Recent:
-        """The last minute."""
+        """The figures of the last minute."""
         return self._rate.recent()
 
     def figures(self, dropped: dict[str, int]) -> RunFigures:
-        """Everything, as of one moment. `dropped`: what the publisher counts."""
+        """All figures, as of one moment. `dropped`: the publisher's counts of lost events."""
         with self._lock:
             return RunFigures(
                 recent=self._rate.recent(),

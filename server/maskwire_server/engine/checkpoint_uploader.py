@@ -33,7 +33,7 @@ class CheckpointUploader:
         drops_batches: bool,
         waits: bool,
     ) -> None:
-        """`announced` is set when a segment should announce deletions. `waits`: who saves waits for it."""
+        """`announced` is set when a segment should announce deletions. `waits`: saves wait for the upload."""
         self._run = run
         self._copies = copies
         self._announcing = announced
@@ -46,7 +46,7 @@ class CheckpointUploader:
         self._deletions: list[str] = []
         self._waiters: list[tuple[CheckpointInfo, Future[CheckpointInfo]]] = []
         self._stopping = False
-        self._looking = True  # since it last looked, a checkpoint was saved or deleted here
+        self._looking = True  # a checkpoint was saved or deleted here since the thread last looked
         self._busy = False
         self._committer: Committer
         self.problem = ""
@@ -62,12 +62,12 @@ class CheckpointUploader:
         self.thread.start()
 
     def look(self) -> None:
-        """A checkpoint was saved or deleted here."""
+        """Note that a checkpoint was saved or deleted in the run directory."""
         self._looking = True
         self._work.set()
 
     def answer(self, info: CheckpointInfo, waiters: list[Future[CheckpointInfo]]) -> None:
-        """Answer who saved a checkpoint: when it is uploaded, if answers wait for the mirror."""
+        """Answer the callers that saved a checkpoint; if answers wait for the mirror, once it is uploaded."""
         if self._waits and not self._copies.holds(info):
             with self._progress:
                 self._waiters += [(info, waiter) for waiter in waiters]
@@ -87,19 +87,19 @@ class CheckpointUploader:
         return bool(self._announcements)
 
     def take_announcements(self) -> list[str]:
-        """The objects that the next segment names as deleted."""
+        """Remove and return the objects that the next segment names as deleted."""
         with self._progress:
             taken, self._announcements = self._announcements, []
         return taken
 
     def mirrored(self, through: int) -> None:
-        """The mirror has all up to this mark."""
+        """Note that the mirror has everything up to this mark."""
         with self._progress:
             self._through = through
             self._progress.notify_all()
 
     def announced(self, names: Sequence[str]) -> None:
-        """A segment has announced these deletions: no other server relies on the objects."""
+        """Queue deletions that a segment has announced: no other server relies on the objects."""
         if names:
             with self._progress:
                 self._deletions += names
@@ -140,7 +140,7 @@ class CheckpointUploader:
             self.problem = "the thread that uploads checkpoints failed; see the log"
 
     def _copy(self) -> None:
-        """Delete what was announced, upload what is missing, and find what nothing needs."""
+        """Delete what was announced, upload what is missing, and announce what nothing needs any more."""
         self._busy = True
         self._looking = False
         self._delete()
@@ -151,7 +151,7 @@ class CheckpointUploader:
         self._answer_waiters()
         with self._run.mutex:
             lineages, lineage = self._run.lineages, self._run.head.computed.lineage
-        self._wait_mirrored()  # the mirror must have the lineages that this is decided by
+        self._wait_mirrored()  # the mirror must have the lineages on which this decision rests
         gone = self._copies.collectable(lineages, lineage, batches=self._drops_batches)
         with self._progress:
             new = [name for name in gone if name not in self._deletions]
@@ -185,7 +185,7 @@ class CheckpointUploader:
                 self._deletions.remove(name)
 
     def _answer_waiters(self) -> None:
-        """Answer who waits for a checkpoint that is uploaded, and who waits for one that is gone."""
+        """Answer the callers whose checkpoint is uploaded, and refuse those whose checkpoint is gone."""
         missing = [manifest.info for manifest in self._copies.missing()]
         with self._progress:
             waiters = self._waiters

@@ -60,7 +60,7 @@ class StepCommit:
                 run.lease.touch()
             waiters = list(step.waiters)
             waiting = run.queue.first() is not None
-        if waiting:  # perhaps for this commit
+        if waiting:  # the executor may wait for this commit
             run.work.set()
         reply = StepAnswer(
             record.step,
@@ -76,7 +76,7 @@ class StepCommit:
         failpoints.passing("step.answered")
 
     def _publish(self, reply: StepAnswer) -> None:
-        """Publish the step. Before it is answered: a status that is asked for after the answer counts it."""
+        """Publish the step before it is answered, so that a status requested after the answer counts it."""
         result, step = self.result, self.step
         self.run.events.publish(
             StepCommitted(
@@ -99,7 +99,7 @@ class StepCommit:
 
 
 Events = tuple[tuple[str, dict[str, Any]], ...]
-"""Kinds and bodies."""
+"""Events to record in the journal, each as its kind and body."""
 
 
 @dataclass(eq=False)

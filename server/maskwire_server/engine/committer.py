@@ -42,7 +42,10 @@ class Commit(Protocol):
         """Write to the journal within a transaction; called again if the disk was full."""
 
     def committed(self) -> None:
-        """Called once it, and every commit before it, is durable."""
+        """Called once this commit and every earlier one are durable.
+
+        If answers wait for the mirror, the mirror has them too.
+        """
 
 
 class Committer:
@@ -58,7 +61,7 @@ class Committer:
         *,
         mirrored: bool = False,
     ) -> None:
-        """`mirrored`: answers wait until the mirror has what they say; `mirrored_through` says so."""
+        """`mirrored`: answers wait for the mirror, which reports its progress through `mirrored_through`."""
         self._run, self._journal = run, journal
         self._disk = disk
         self._clock = clock
@@ -106,7 +109,7 @@ class Committer:
         return self._ask(question, arguments, waits=True)
 
     def ask_unmirrored(self, question: Callable[[Journal, *Ts], T], *arguments: *Ts) -> Future[T]:
-        """Like `ask`, for the mirror itself: the answer does not wait until the mirror has what it says."""
+        """Like `ask`, but the answer never waits for the mirror: used by the mirror itself."""
         return self._ask(question, arguments, waits=False)
 
     def _ask(self, question: Callable[..., Any], arguments: tuple[Any, ...], *, waits: bool) -> Future[Any]:
@@ -120,16 +123,16 @@ class Committer:
 
     @property
     def position(self) -> int:
-        """The mark of the outbox that ends what is durable here."""
+        """The newest mark of the outbox: everything up to it is durable on this machine."""
         return self._journal.outbox.position
 
     @property
     def _held_position(self) -> int:
-        """The same, where answers wait for the mirror."""
+        """The same if answers wait for the mirror, else 0."""
         return self.position if self._withheld.waits else 0
 
     def mirrored_through(self, position: int) -> None:
-        """Everything up to this mark of the outbox is in the mirror, which works."""
+        """Note that the mirror works, and has everything up to this mark of the outbox."""
         with self._run.mutex:
             self._withheld.mirrored(position)
             self._withheld.problem = ""
@@ -137,7 +140,7 @@ class Committer:
         self.wake()
 
     def mirror_failed(self, problem: str) -> None:
-        """The mirror cannot be written: where answers wait for it, nothing new is admitted."""
+        """Note that the mirror cannot be written. If answers wait for it, enter HELD and refuse them."""
         with self._run.mutex:
             if not self._withheld.waits:
                 return
@@ -152,14 +155,14 @@ class Committer:
         self._work.set()
 
     def request_room(self) -> None:
-        """Let the thread merge the log if that frees space, and wake the executor then."""
+        """Ask the thread to merge the log if that frees space, and then to wake the executor."""
         self._room_requested = True
         self.wake()
 
     def hold(self) -> None:
-        """Enter HELD until there is room on the journal's disk. Called under the mutex."""
+        """Enter HELD until there is space on the journal's disk. Called under the mutex."""
         if not self._run.conditions.holds(RunState.HELD):
-            log.error("no room on the journal's disk: training pauses until space is freed")
+            log.error("no space on the journal's disk: training pauses until some is freed")
         if self._retry_at is None:  # requests that are refused must not postpone the next try
             self._retry_at = self._clock() + RETRY_SECONDS
         self._show_held()
@@ -168,14 +171,12 @@ class Committer:
 
     def _show_held(self) -> None:
         """Enter or leave HELD. Under the mutex."""
-        waiting_for = "room on the journal's disk" if self._retry_at is not None else self._withheld.problem
+        waiting_for = "space on the journal's disk" if self._retry_at is not None else self._withheld.problem
         self._run.conditions.set(RunState.HELD, bool(waiting_for), waiting_for=waiting_for)
         self._run.work.set()
 
     def wait_durable(self) -> bool:
-        """Wait until every queued commit is durable; False if the disk is full, the mirror fails, or at
-        shutdown.
-        """
+        """Wait until every queued commit is durable; False on a full disk, a failing mirror, or shutdown."""
         with self._run.mutex:
             while self._commits or self._committing:
                 if self._failed or self._stopped or self._withheld.problem:
@@ -184,7 +185,7 @@ class Committer:
             return True
 
     def withdraw(self, commit: Commit) -> bool:
-        """Remove a commit that waits for a full disk; False if it is durable or being written."""
+        """Remove a commit that waits for disk space; False if it is durable or being written."""
         with self._run.mutex:
             if commit not in self._commits:
                 return False
@@ -316,7 +317,7 @@ class Committer:
         self.on_written()
 
     def _release(self) -> None:
-        """Announce what the mirror has now."""
+        """Announce the commits and send the answers that the mirror has by now."""
         with self._run.mutex:
             commits, answers = self._withheld.release()
         self._announce(commits)
@@ -341,10 +342,10 @@ class Committer:
             if self._disk.left(self._journal.log_bytes()) < 0:
                 self._retry_at = self._clock() + RETRY_SECONDS
                 return
-            log.warning("the journal's disk has room again: training resumes, nothing was lost")
+            log.warning("the journal's disk has space again: training resumes, nothing was lost")
             self._retry_at = None
             self._show_held()
 
 
 def _nothing() -> None:
-    """Without a mirror nobody waits for transactions."""
+    """Do nothing: no mirror waits for transactions."""

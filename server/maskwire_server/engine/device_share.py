@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 IDLE_SECONDS = 5.0
-"""A client is taken to train on for this long after its last step, so that reads do not fill each pause
-between two steps of a client that sends one at a time."""
+"""A client counts as training for this long after its last step, so that reads do not fill each pause between
+two steps of a client that sends one at a time."""
 
 
 class DeviceShare:
@@ -25,7 +25,7 @@ class DeviceShare:
         self.read_seconds = 0.0
         """Spent on evaluations and generations since the process started."""
         self.owed_seconds = 0.0
-        """What steps get before the next read begins, while a client trains."""
+        """How much steps get before the next read begins, while a client trains."""
         self.ended_reads = 0
         """Reads that were ended because a step had waited for too long."""
         self.refused_reads = 0
@@ -45,7 +45,7 @@ class DeviceShare:
         return max(0.0, self._last_step + min(self.owed_seconds, IDLE_SECONDS) - self._clock())
 
     def begin_read(self) -> None:
-        """A read begins."""
+        """Note that a read begins."""
         self._read_began = self._clock()
 
     @property
@@ -54,14 +54,14 @@ class DeviceShare:
         return self._clock() - self._read_began
 
     def end_read(self) -> None:
-        """The read has ended: steps get as much time as it took."""
+        """Note that the read has ended: steps get as much time as it took."""
         now = self._clock()
         self.owed_seconds = now - self._read_began
         self.read_seconds += self.owed_seconds
         self._free_since = now
 
     def end_step(self, began: float) -> None:
-        """A step has ended. The pause before it counts as the steps' time: no read was let in."""
+        """Note that a step has ended. A short pause before it without a read counts as step time."""
         now = self._clock()
         self.step_seconds += now - began
         pause = began - self._free_since

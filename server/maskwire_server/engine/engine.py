@@ -1,8 +1,8 @@
 """The engine of one run: its public methods, and its start and shutdown.
 
-A step passes three threads in one direction. The caller's thread admits it to the queue, the executor
-numbers and computes it, the committer makes it durable and answers. The executor owns the trainer, the
-committer owns the journal.
+A step passes through three threads. The caller's thread admits it to the queue, the executor numbers and
+computes it, and the committer makes it durable and answers. The executor owns the trainer, the committer owns
+the journal.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Engine:
 
     @property
     def events(self) -> Publisher:
-        """What happens in the run, for subscribers."""
+        """The publisher of the run's events."""
         return self._run.events
 
     @property
@@ -162,7 +162,7 @@ class Engine:
                 return future
             here = self._run.head.computed
             if request.expected_step is not None and request.expected_step < here.step:
-                admission_rules.refuse_unexpected(request, here)  # refuse now: the step cannot come back
+                admission_rules.refuse_unexpected(request, here)  # refuse now: the run is past that step
             self._push(Save(request, [future]))
         return future
 
@@ -330,7 +330,10 @@ class Engine:
         self._executor.halt_if_due()
 
     def _must_end(self, error: BaseException) -> None:
-        """End the process: what was committed is unknown, or another server has the run. Any thread."""
+        """End the process after a fatal error of the committer or the mirror. Any thread.
+
+        What was committed may be unknown, or another server may have taken the run over.
+        """
         self._on_fatal(error)
         self._executor.stop()
 

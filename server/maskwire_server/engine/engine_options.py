@@ -24,21 +24,21 @@ class EngineOptions:
     canonical: bytes
     """The canonical configuration of model and objective: the history digest begins with it."""
     configuration: dict[str, Any]
-    """The whole configuration, as JSON values."""
+    """The complete configuration, as JSON values."""
     serve: ServeConfig
     checkpoints: CheckpointsConfig
     versions: dict[str, str]
     """Names and versions of the software. The trainer adds its own when it is built."""
     pretrained: bool = False
-    """Whether the model comes with weights that know the ids of a tokenizer of their own."""
+    """Whether the model starts from pretrained weights, which expect the ids of their own tokenizer."""
     accept_inexact_replay: bool = False
     accept_lost_history: int | None = None
     """Continue from this step although acknowledged steps after it are lost."""
     identity: Callable[[str], bytes] | None = None
-    """For a new run whose initial weights the seed does not make: the canonical configuration that covers
+    """Makes the canonical configuration of a new run whose initial weights do not come from the seed, given
     the SHA-256 of these weights. None: `canonical` is the run's."""
     last_error: str = ""
-    """Why the processes that served the run before have ended, if that is known."""
+    """Why earlier processes that served the run ended; empty: not known."""
     storage: StorageConfig = field(default_factory=StorageConfig)
     store: ObjectStore | None = None
     """The object store of the mirror that `storage` names; None: the run has no mirror."""

@@ -40,9 +40,9 @@ class Step:
     """The call that brought the step."""
 
     looked_up: bool = False
-    """Whether the journal is being read for its record; it is not queued."""
+    """Whether the journal is being searched for the step's record; until then the step is not queued."""
     room_requested: bool = False
-    """Whether the committer has tried to make room for its batch."""
+    """Whether the committer was asked to free disk space for the step's batch."""
     _hash: bytes | None = None
     _hashing: threading.Lock = field(default_factory=threading.Lock)
 
@@ -55,7 +55,7 @@ class Step:
             return self._hash
 
     def use_version(self, version: DigestVersion) -> None:
-        """Hash the payload with another version of the digest."""
+        """Set the version of the digest; a hash that was computed with another version is discarded."""
         with self._hashing:
             if version != self.digest_version:
                 self.digest_version, self._hash = version, None
@@ -91,7 +91,7 @@ class Save:
 
 @dataclass(eq=False)
 class Takeover:
-    """A session whose epoch has been raised in memory, to be recorded between two steps."""
+    """A new session: its epoch was advanced in memory, and is recorded between two steps."""
 
     epoch: int
     request: SessionRequest

@@ -1,4 +1,4 @@
-"""The publisher of a run's events. It never blocks: a subscriber that is slow, blocked or fails loses events.
+"""The publisher of a run's events. It never blocks: a subscriber that is slow, blocks or fails loses events.
 
 Each subscriber has a bounded queue and a thread of its own, so that none delays the run or another
 subscriber. Without subscribers there is neither queue nor thread.
@@ -18,9 +18,9 @@ log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 1.0
 PAUSE_SECONDS = 0.05
-"""Events are handled together this often: waking a thread for each would delay the next step."""
+"""How long a subscriber's thread sleeps between groups of events: waking it for each would delay a step."""
 QUEUED_EVENTS = 4096
-"""The most events that wait for one subscriber; a step is one to three events."""
+"""The most events that wait for one subscriber; a step publishes one to three."""
 
 
 class Publisher:
@@ -45,7 +45,7 @@ class Publisher:
                 feed.put(event)
 
     def wanted(self, kind: type[Event]) -> bool:
-        """Whether a subscriber wants events of this kind: whether one is worth making."""
+        """Whether a subscriber wants events of this kind; if not, none needs to be created."""
         return any(kind in feed.subscriber.kinds for feed in self._feeds)
 
     @property

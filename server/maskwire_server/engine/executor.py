@@ -136,7 +136,7 @@ class Executor:
                 queue.pop()
                 queue.park(entry)
             elif isinstance(entry, Evaluation | Generation):
-                if entry.future.done():  # its caller has left
+                if entry.future.done():  # no caller waits for it
                     queue.pop()
                 elif self._may_read():
                     queue.reading = entry
@@ -154,7 +154,7 @@ class Executor:
         return not left
 
     def _refuse_invalid(self, step: Step) -> bool:
-        """Pop the first step if it cannot be trained: abandoned, out of order, or hashed otherwise."""
+        """Pop the first step if it is abandoned, out of order, or hashed with another digest version."""
         run, queue = self._run, self._run.queue
         number = run.head.computed.step + 1
         fixed = run.head.digest_version
@@ -180,13 +180,13 @@ class Executor:
         return self._disk.left(self._journal.log_bytes()) >= needed
 
     def _refuse_without_room(self, step: Step) -> bool:
-        """Pop the first step, for which the disk has no room; False while that may still change."""
+        """Refuse the first step, which does not fit on the disk; False while space may still be freed."""
         queue, number = self._run.queue, self._run.head.computed.step + 1
         if self._run.uncommitted:
             return False
         if not step.room_requested:
             step.room_requested = True
-            self._committer.request_room()  # and wakes this thread
+            self._committer.request_room()  # the committer then wakes this thread
             return False
         if self._disk.left(self._journal.log_bytes()) < 0:
             self._committer.hold()
@@ -216,7 +216,7 @@ class Executor:
         step.started = self._clock()
         self._run.computing.begin(f"step {step.number}", self._run.step_timeout.of_shape(shape))
         failpoints.passing("step.computing")
-        payload_hash = step.payload_hash  # before the weights change: it can fail for want of memory
+        payload_hash = step.payload_hash  # before the weights change: it can fail for lack of memory
         if self._quarantine is not None and self._quarantine.holds(payload_hash):
             result = StepResult(Outcome.POISON, Losses(math.nan))
         else:
@@ -265,7 +265,7 @@ class Executor:
             if head.non_finite >= HALT_AFTER:
                 self.halt_if_due()
                 run.queue.refuse_steps(lambda _: admission_rules.halted())
-            if self._saves.due(step.number) and not run.conditions.holds(RunState.DRAINING):  # which saves
+            if self._saves.due(step.number) and not run.conditions.holds(RunState.DRAINING):  # a drain saves
                 run.queue.push_first(Save(SaveRequest(), automatic=True))
         self._committer.wake()
 
@@ -309,7 +309,10 @@ class Executor:
         )
 
     def _drain(self, drain: Drain) -> None:
-        """Save if steps were trained since the newest checkpoint and the disk is not full, then answer."""
+        """Save if steps were trained since the newest checkpoint and the disk is not full, then answer.
+
+        Before the answer, the mirror gets some time to upload the rest.
+        """
         began, most = self._clock(), self._serve.drain_seconds
         if self._committer.wait_durable():
             self._saves.wait_written()

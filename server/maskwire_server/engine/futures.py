@@ -1,4 +1,4 @@
-"""Setting futures that several threads may set: the first result counts, a cancelled future takes none."""
+"""Setters for futures that several threads may set: the first result wins, a cancelled future gets none."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Generation:
             self._changed.notify_all()
 
     def cancel(self) -> None:
-        """Stop the generation: the reader has left."""
+        """Stop the generation: the client disconnected."""
         self.future.cancel()
 
     def __iter__(self) -> Iterator[GenerateAnswer]:

@@ -25,7 +25,7 @@ class JournalRead:
     arguments: tuple[Any, ...]
     future: Future[Any]
     waits: bool
-    """Whether the answer must wait until the mirror has what it says."""
+    """Whether the answer must wait until the mirror has the records that it comes from."""
 
     def find(self, journal: Journal, run: Run) -> tuple[Any] | None:
         """The answer, in a tuple. None: the future is refused, or nobody waits for it."""

@@ -1,4 +1,4 @@
-"""The tokenizer of the run's data, which the run directory keeps for those who send prompts."""
+"""The tokenizer of the run's data, kept in the run directory for clients that send prompts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BYTES = "bytes"
 
 
 class KeptTokenizer:
-    """One file, replaced as a whole. Safe to use from several threads."""
+    """One file, replaced atomically. Safe to use from several threads."""
 
     def __init__(self, run_dir: Path, run: Run) -> None:
         self._path = run_dir / NAME
@@ -34,14 +34,17 @@ class KeptTokenizer:
 
     @property
     def digest(self) -> str:
-        """The digest of what is kept; empty: nothing is."""
+        """The digest of the kept tokenizer; empty: none is kept."""
         if self._digest is None:
             found = self.read()
             self._digest = "" if found is None else found.digest
         return self._digest
 
     def read(self) -> TokenizerDescription | None:
-        """What is kept; None if nothing is, or the file is damaged: the next training sends it again."""
+        """The kept tokenizer; None if none is kept, or if its file is damaged.
+
+        A client that trains sends a damaged one again.
+        """
         try:
             fields = json.loads(self._path.read_bytes())
             return TokenizerDescription(
@@ -58,7 +61,7 @@ class KeptTokenizer:
             return None
 
     def of_run(self) -> TokenizerDescription | None:
-        """What is kept, if it is the tokenizer of the run's ids; None: none is, or the run has another."""
+        """The kept tokenizer; None if there is none, or if the run's ids are of another."""
         found = self.read()
         return None if found is None or found.name != self._name else found
 

@@ -10,7 +10,10 @@ from maskwire_server.session_holder import ClientProcess, Holder
 
 
 class Lease:
-    """The newest epoch. Used under the run's mutex. A session ends when it is closed or idle for too long."""
+    """The lease of the newest epoch. A session ends when it is closed or idle for too long.
+
+    Used under the run's mutex; only status reports read it without.
+    """
 
     def __init__(self, idle_seconds: float, clock: Callable[[], float]) -> None:
         self._idle_seconds = idle_seconds
@@ -75,7 +78,7 @@ class Lease:
         self._ended = False
 
     def present(self, busy: bool) -> str:
-        """The client with an open session, by name, or "". `busy`: whether steps are queued or in flight."""
+        """The name of the client whose session is open, or "". `busy`: steps are queued or in flight."""
         if self.closed or not self.epoch:
             return ""
         if not busy and not self._opening and self._clock() - self._active >= self._idle_seconds:

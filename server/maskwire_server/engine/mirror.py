@@ -1,8 +1,7 @@
 """The mirror of a run in an object store, while the run starts and while it is served.
 
-Two threads upload: one the journal's changes as segments, the other checkpoints. Nothing on a step's path
-waits for them, unless `acknowledge = "mirrored"`: then the committer holds answers back until a segment has
-what they say.
+Two threads upload: one the journal's changes as segments, the other checkpoints. No step waits for them,
+unless `acknowledge = "mirrored"`: then the committer holds back each answer until a segment has its records.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ log = logging.getLogger(__name__)
 
 START_RETRY_SECONDS = 1.0
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 10.0
-"""How long to wait after a failure, twice as long after each one that follows."""
+"""The wait after a failure, which doubles with each further one, and its upper bound."""
 
 
 class Mirror:
@@ -80,7 +79,7 @@ class Mirror:
     # The start.
 
     def attach(self, journal: Journal, tell: Callable[[str], None]) -> None:
-        """Become the writer of the run's mirror, and fetch what a restored run lacks.
+        """Become the writer of the run's mirror, and fetch the checkpoints that a restored run lacks.
 
         Waits until the store answers. Raises FencedError, RunDirectoryError, ConfigError.
         """
@@ -96,13 +95,14 @@ class Mirror:
         self._copies.load(members(journal, found))
         self._restored = state.restored if state else ""
         self._step, self._at = journal.outbox.last_uploaded_step(), time.time()
-        self._problem = ""  # it answers again
+        self._problem = ""  # the store answers again
 
     def settle(self, journal: Journal, *, with_newest: bool) -> None:
-        """Before the run is served: where answers wait for the mirror, upload what was recorded before.
+        """If answers wait for the mirror, upload what was recorded before this start.
 
-        Then every record that an answer can be given from is in the mirror, and so is a checkpoint. With
-        `with_newest` it is the newest one here: the run cannot be recovered from those before it.
+        Called before the run is served. The mirror then has every record that an answer can come from, and a
+        checkpoint. With `with_newest` it has the newest checkpoint of the run directory: the run cannot be
+        recovered from earlier ones.
         """
         if not self.awaited:
             return
@@ -119,12 +119,12 @@ class Mirror:
             try:
                 self._copies.upload(manifest)
                 break
-            except Refused as refusal:  # damaged: the next one
+            except Refused as refusal:  # it is damaged: try the next one
                 log.warning("checkpoint %s is not uploaded: %s", manifest.info.name, refusal)
         self._problem = ""
 
     def _wait(self, tell: Callable[[str], None], failure: StoreError) -> bool:
-        """Wait before a call of the store is tried again; False if the server is stopping."""
+        """Wait before a call to the store is retried; False if the server is stopping."""
         self._note(failure)
         tell(f"the mirror: {failure}")
         self._work.wait(START_RETRY_SECONDS)
@@ -143,26 +143,26 @@ class Mirror:
         self._thread.start()
 
     def saved(self) -> None:
-        """A checkpoint was saved or deleted here."""
+        """Note that a checkpoint was saved or deleted in the run directory."""
         self._saves.look()
 
     def answer_saved(self, info: CheckpointInfo, waiters: list[Future[CheckpointInfo]]) -> None:
-        """Answer who saved this checkpoint, as soon as the settings allow."""
+        """Answer the callers that saved this checkpoint, as soon as the settings allow."""
         self._saves.answer(info, waiters)
 
     def shows(self, info: CheckpointInfo) -> bool:
-        """Whether a checkpoint may be shown."""
+        """Whether clients may see a checkpoint."""
         return not self.awaited or self._copies.holds(info)
 
     def newest_shown(self, here: CheckpointInfo | None) -> CheckpointInfo | None:
-        """The newest checkpoint that may be shown; `here` is the newest of the run directory."""
+        """The newest checkpoint that clients may see; `here` is the newest one of the run directory."""
         if here is None or self.shows(here):
             return here
         copied = self._copies.newest
         return None if copied is None else copied.info
 
     def flush(self, seconds: float) -> None:
-        """Wait until all is uploaded, at most so long, unless the store fails."""
+        """Wait until everything is uploaded or an upload fails, for at most `seconds`."""
         deadline = time.monotonic() + seconds
         self._saves.look()
         while time.monotonic() < deadline and not self._problem and not self._saves.problem:
@@ -172,7 +172,7 @@ class Mirror:
             time.sleep(0.02)
 
     def status(self) -> MirrorStatus:
-        """What of the run is in the mirror. Takes no lock."""
+        """How much of the run is in the mirror. Takes no lock."""
         newest = self._copies.newest
         writer = getattr(self, "_writer", None)
         return MirrorStatus(
@@ -189,13 +189,13 @@ class Mirror:
         )
 
     def stop(self) -> None:
-        """End waiting for the store."""
+        """Stop waiting for the store, and let the threads end."""
         self._stopping = True
         self._saves.stop()
         self._work.set()
 
     def close(self) -> None:
-        """End the threads. A call of the store that hangs is left alone."""
+        """End the threads. A thread whose call to the store hangs is left running."""
         self.stop()
         for thread in (self._thread, self._saves.thread):
             if thread.ident is not None:
@@ -223,7 +223,7 @@ class Mirror:
             self._on_fatal(error)
 
     def _upload(self) -> bool:
-        """Upload one segment, if there is something; whether there is more."""
+        """Upload one segment if there are changes; return whether there are more."""
         more = False
         if self._writer.pending is None:
             page = self._next_page()
@@ -233,7 +233,7 @@ class Mirror:
                 self._advance(page.position)
                 return False
             for name in _restored_checkpoints(page):
-                self._saves.upload(name)  # or the mirror would have a lineage and not what it started from
+                self._saves.upload(name)  # first: the lineage needs the checkpoint it starts from
             self._writer.compose(page, self._saves.take_announcements())
             more = page.more
         segment = self._writer.pending
@@ -251,7 +251,7 @@ class Mirror:
         return more
 
     def _next_page(self) -> Page | None:
-        """The changes that the mirror lacks; None while the server shuts down. StoreError: try again."""
+        """The changes that the mirror lacks; None while the server shuts down. Raises StoreError."""
         try:
             size = self._settings.segment_bytes
             return self._committer.ask_unmirrored(_page, self._sent, size).result()
@@ -261,7 +261,7 @@ class Mirror:
             raise StoreError(f"the journal cannot be read: {refusal}") from refusal
 
     def _advance(self, mark: int) -> None:
-        """The mirror has everything up to this mark."""
+        """Note that the mirror has everything up to this mark."""
         if self._problem:
             log.warning("the mirror at %s can be written again", self._store.address)
         self._problem = ""
@@ -290,7 +290,7 @@ def mirror_of(
 
 @dataclass(eq=False)
 class _UploadedCommit:
-    """Changes that are in the mirror are deleted from the outbox."""
+    """Deletes the changes from the outbox that are in the mirror."""
 
     writer: SegmentWriter
     last: int
@@ -299,18 +299,18 @@ class _UploadedCommit:
         self._number, self._hash = self.writer.number, self.writer.hash
 
     def write(self, journal: Journal) -> None:
-        """Delete them, and record the segment."""
+        """Delete the changes, and record the segment."""
         state = journal.outbox.state()
         assert state is not None
         state = replace(state, number=self._number, hash=self._hash, instances=(self.writer.instance,))
         journal.outbox.uploaded(self.last, state)
 
     def committed(self) -> None:
-        """Nobody waits for it."""
+        """Do nothing: no caller waits for it."""
 
 
 def _no_patience(_: StoreError) -> bool:
-    return False  # the threads wait themselves, and report it
+    return False  # the threads themselves wait, and report the failure
 
 
 def _page(journal: Journal, after: int, size: int) -> Page:
@@ -318,7 +318,7 @@ def _page(journal: Journal, after: int, size: int) -> Page:
 
 
 def _restored_checkpoints(page: Page) -> list[str]:
-    """The checkpoints from which the lineages among these changes start."""
+    """The checkpoints from which the new lineages in this page start."""
     found = [
         Lineage.read(change.values[:6] + change.values[7:])
         for change in page.changes

@@ -1,7 +1,7 @@
 """Quarantine of batches that crash the process.
 
-The batch that is being computed is noted in a small file. Not fsynced: surviving a process crash
-is enough. A note found at start names the batch that the last process crashed on.
+The batch that is being computed is noted in a small file, which is not fsynced: it only has to survive a
+crash of the process. A note found at start names the batch that the last process crashed on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NOTE = struct.Struct("<32si")  # payload hash, crashes so far
 
 
 class Quarantine:
-    """Counts crashes in a row of one batch, and holds it after `after` of them."""
+    """Counts consecutive crashes on one batch, and quarantines the batch after `after` of them."""
 
     def __init__(self, run_dir: Path, after: int) -> None:
         self._path = run_dir / FILE_NAME

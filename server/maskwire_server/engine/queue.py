@@ -17,7 +17,10 @@ from maskwire_server.errors import Refused
 
 
 class Queue:
-    """Entries for the executor in order. Every method is called under the run's mutex."""
+    """Entries for the executor in order. Methods are called under the run's mutex.
+
+    Status reports call `len`, `busy` and `reads` without the mutex.
+    """
 
     def __init__(self, clock: Callable[[], float], gap_seconds: float) -> None:
         self._clock = clock
@@ -66,19 +69,20 @@ class Queue:
         return next(entry.arrived for entry in self._entries if isinstance(entry, Step))
 
     def reads(self, credential: str | None = None) -> int:
-        """The number of evaluations and generations that wait, of one credential or of all. Also without the
-        mutex, for status reports.
-        """
+        """The number of evaluations and generations that wait, of one credential or of all."""
         return sum(
             isinstance(entry, Evaluation | Generation)
             and not entry.future.done()
             and credential in (None, entry.request.credential)
-            for entry in self._entries.copy()  # in one step, whatever other threads do
+            for entry in self._entries.copy()  # atomic, whatever other threads do
         )
 
     @property
     def without_reads(self) -> int:
-        """Entries that wait, besides reads: those take no place from steps and saves."""
+        """The number of entries that wait, without reads.
+
+        The limit on steps and saves is compared with this number, so that reads take no place from them.
+        """
         return len(self) - sum(isinstance(entry, Evaluation | Generation) for entry in self._entries)
 
     def saves(self) -> list[Save]:
@@ -211,12 +215,12 @@ class Queue:
             refuse(waiter, refusal)
 
     def refuse_number(self, number: int) -> None:
-        """Refuse steps numbered above `number`, whose step was refused, until another step takes `number`."""
+        """Mark step `number` as refused, and refuse later steps until another step takes its number."""
         self._refused.add(number)
         self.refuse_behind(number)
 
     def refuse_behind(self, number: int) -> None:
-        """Refuse queued and early steps that asked for a number higher than this one, which has no step."""
+        """Refuse queued and early steps that asked for a number above `number`, which no step has."""
         for entry in [entry for entry in self._entries if isinstance(entry, Step)]:
             if entry.request.step is not None and entry.request.step > number:
                 self._remove(entry)
@@ -228,13 +232,13 @@ class Queue:
             self.refuse_step(self._early.pop(number), gap(number, expected))
 
     def forget_abandoned_early(self) -> None:
-        """Drop early steps whose callers have left: the client may send them again under another number."""
+        """Drop early steps that no caller waits for: the client may send them again under another number."""
         for number, step in list(self._early.items()):
             if step.abandoned:
                 self.settle(self._early.pop(number))
 
     def forget_abandoned_reads(self) -> None:
-        """Drop evaluations and generations whose callers have left."""
+        """Drop evaluations and generations that no caller waits for."""
         self._entries = deque(
             entry
             for entry in self._entries
@@ -242,7 +246,7 @@ class Queue:
         )
 
     def withdraw(self, step: Step, next_number: int) -> bool:
-        """Remove an abandoned step and refuse those behind it; False if it is not queued, or not any more."""
+        """Remove an abandoned step and refuse those behind it; False if it is not in the queue."""
         steps = [entry for entry in self._entries if isinstance(entry, Step)]
         if step not in steps:
             return False
@@ -285,7 +289,7 @@ class Queue:
         """End the running evaluation or generation; the client can safely repeat it."""
         if self.reading is not None:
             refuse(self.reading.future, refusal)
-        self.reading = None  # refused once
+        self.reading = None  # so that it is refused only once
 
     def refuse_all(self, refusal: Refused) -> None:
         """Refuse every entry, and the running evaluation or generation."""

@@ -1,4 +1,4 @@
-"""The commits of evaluations and generations: they are published once the step that they read is durable."""
+"""The commits of evaluations and generations: they answer and publish once the step they used is durable."""
 
 from __future__ import annotations
 

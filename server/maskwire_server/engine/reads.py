@@ -17,7 +17,7 @@ from maskwire_server.results import EvalAnswer, GenerationState
 
 
 def refuse_waiting_reads(run: Run, serve: ServeConfig, credential: str) -> None:
-    """Raise QUEUE_FULL if too many reads wait, of all callers or of this one. Under the mutex."""
+    """Raise QUEUE_FULL if the queue is full, or too many reads of this credential wait. Under the mutex."""
     run.queue.forget_abandoned_reads()
     try:
         admission_rules.refuse_full(len(run.queue), serve.queue_limit)
@@ -29,10 +29,10 @@ def refuse_waiting_reads(run: Run, serve: ServeConfig, credential: str) -> None:
 
 
 class Reads:
-    """Runs reads. Each uses the weights of one step: no step is trained before it has ended.
+    """Runs reads. Each uses the weights of one step: no step is trained until the read has ended.
 
-    A read is computed in parts. Between two of them it ends if its caller has left, or if it has kept a
-    training step waiting for longer than `serve.max_read_seconds`.
+    A read is computed in parts. It ends between two parts if its client has disconnected, or if it has kept
+    a training step waiting for longer than `serve.max_read_seconds`.
     """
 
     def __init__(self, run: Run, committer: Committer, trainer: Trainer, serve: ServeConfig) -> None:
@@ -100,7 +100,7 @@ class Reads:
             )
 
     def _goes_on(self, entry: Evaluation | Generation) -> bool:
-        """Whether to compute the next part; refuses the read if it has run for too long."""
+        """Whether to compute the next part; refuses the read if it has kept a step waiting for too long."""
         run = self._run
         run.computing.beat()
         with run.mutex:

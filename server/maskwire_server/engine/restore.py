@@ -42,7 +42,7 @@ class Restores:
     checkpoints: Checkpoints
     trainer: Trainer
     stopping: bool = False
-    """The engine is being closed: wait for no mirror."""
+    """Whether the engine is being closed: a restore then does not wait for the mirror."""
 
     def begin(self, request: RestoreRequest, future: Future[RestoreResult]) -> None:
         """Verify the checkpoint on another thread, then queue the restore. Raises Refused.
@@ -67,7 +67,7 @@ class Restores:
         thread = threading.Thread(target=self._examine, args=(restore,), name="maskwire-restore", daemon=True)
         try:
             thread.start()
-        except RuntimeError as error:  # the machine has no thread left
+        except RuntimeError as error:  # no more threads can be started
             with self.run.mutex:
                 refusal = self.run.conditions.failed("the restore", error)
             self._give_up(restore, refusal)
@@ -88,7 +88,7 @@ class Restores:
         return False
 
     def _examine(self, restore: Restore) -> None:
-        """On a thread of its own: read and hash the files, and queue the restore unless they are damaged."""
+        """Read and hash the files, and queue the restore unless they are damaged. On a separate thread."""
         name = restore.manifest.info.name
         try:
             self._require_intact(restore)
@@ -157,7 +157,7 @@ class Restores:
         self.run.events.publish(LineageOpened(time.time(), here.run_id, number, info.step))
         log.info("restored checkpoint %s: lineage %d from step %d", info.name, number, info.step)
         with self.run.mutex:
-            # Its batches may have been dropped: save it again, so that the run survives damage to one copy.
+            # The batches before it may have been dropped: save a second copy, in case one is damaged.
             if not self.run.conditions.holds(RunState.DRAINING):  # the drain saves
                 self.run.queue.push_first(Save(SaveRequest(), automatic=True))
             self.run.conditions.set(RunState.RESTORING, False)
@@ -169,7 +169,8 @@ class Restores:
     def _record(self, lineage: Lineage) -> tuple[SessionRecord, bool]:
         """Make the lineage durable. Raises Refused if the disk is full, and changes nothing.
 
-        The second value is False at shutdown: the mirror that the answer waits for does not have the lineage.
+        The second value is whether to acknowledge the restore: False if the process shuts down before the
+        mirror, which the answer waits for, has the lineage.
         """
         # Advance the epoch, which fences the writer of the old lineage.
         session = SessionRecord(

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Saves:
-    """When a checkpoint is due, and the thread that writes, deletes and reads checkpoints."""
+    """Decides when a checkpoint is due, and has the thread that writes, verifies and deletes checkpoints."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Saves:
     def join(self, request: SaveRequest, future: Future[CheckpointInfo]) -> bool:
         """Answer a request that was carried out, or join the save that it repeats; False: it is new.
 
-        Raises Refused if the save with its id is another one.
+        Raises Refused if the save with this request id has other arguments.
         """
         saved = self._saver.find(request)
         if saved is not None:
@@ -119,7 +119,7 @@ class Saves:
             self._thread.submit(self._write, save, snapshot, position, save_id)
 
     def give_up(self, save: Save, refusal: Refused) -> None:
-        """A snapshot or its write failed; training continues."""
+        """End a save that failed, and refuse its callers; training continues."""
         if not save.automatic:  # a save that was due before is still due
             saved_at, overdue = self._before
             self._saved_at, self._overdue = saved_at, overdue or self._overdue
@@ -178,7 +178,7 @@ class Saves:
         self.answer_saved(info, save.waiters)
 
     def answer_saved(self, info: CheckpointInfo, waiters: list[Future[CheckpointInfo]]) -> None:
-        """Answer who saved a checkpoint, as soon as the settings of the mirror allow. Any thread."""
+        """Answer the callers that saved a checkpoint, as soon as the mirror's settings allow. Any thread."""
         if self._mirror is not None:
             self._mirror.answer_saved(info, waiters)
             self._mirror.saved()
@@ -233,14 +233,14 @@ class SaveCommit:
     position: HistoryPosition
     save_id: str
     flush: bool
-    """The steps before it are committed but not flushed: `durability = "off"`."""
+    """Whether the journal must be flushed first: with `durability = "off"`, commits are not flushed."""
 
     def write(self, journal: Journal) -> None:
         """Record the save."""
         provenance.record_save(journal, self.position, self.save_id)
 
     def committed(self) -> None:
-        """Write the checkpoint, which must not be ahead of the journal after a power loss."""
+        """Flush the journal if needed, then write the checkpoint: it must not be ahead after a power loss."""
         if self.flush and not reserve.merge_log(self.journal):
             full = "the journal's disk is full; free some space, and save again"
             self.saves.give_up(self.save, Refused("CHECKPOINT_FAILED", full))

@@ -33,7 +33,7 @@ class SessionFacts:
     tokenizer: str = ""
     """The run's tokenizer; empty: not known."""
     pretrained: bool = False
-    """Whether the run's model came with weights, which know the ids of a tokenizer of their own."""
+    """Whether the model started from pretrained weights, which expect the ids of their own tokenizer."""
     data: Mapping[str, str] = field(default_factory=dict)
     """The fingerprint of the run's data; empty: not known."""
 
@@ -48,7 +48,7 @@ def admit_session(facts: SessionFacts, at: Situation) -> bool:
     if request.tokenizer == _BYTES and facts.pretrained:
         raise Refused(
             "TOKENIZER_MISMATCH",
-            "the run's model was pretrained with a tokenizer, this client sends bytes, which have other ids: "
+            "the run's model was pretrained with a tokenizer, but this client sends bytes, whose ids differ: "
             "prepare the data with the model's tokenizer.json (maskwire data prepare --tokenizer)",
             client_tokenizer=request.tokenizer,
         )
@@ -111,8 +111,8 @@ def _check_history(history: HistoryPosition, facts: SessionFacts, at: Situation)
     if history.step > facts.durable_step:
         raise Refused(
             "HISTORY_LOST",
-            f"the client holds step {history.step}, but the server only {facts.durable_step}: acknowledged "
-            "steps are missing; check the server's storage before you continue",
+            f"the client has step {history.step}, but the server only has step {facts.durable_step}: "
+            "acknowledged steps are missing; check the server's storage before you continue",
             client_step=history.step,
             durable_step=facts.durable_step,
         )

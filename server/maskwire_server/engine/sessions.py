@@ -84,7 +84,10 @@ class Sessions:
             self._refuse(request.nonce, refusal)
 
     def _admit(self, request: SessionRequest, nonce_epoch: int | None, digest: bytes | None) -> None:
-        """Raise the epoch and queue its record, or return the nonce's own epoch. Under the mutex."""
+        """Advance the epoch and queue its record, or answer with the epoch that the nonce has already.
+
+        Under the mutex; raises Refused.
+        """
         run, at = self._run, self._run.situation()
         durable = run.head.durable.step
         # Tokenizer and data can be corrected until the first step.
@@ -231,7 +234,7 @@ def recorded_process(journal: Journal, session: SessionRecord | None) -> ClientP
 
 
 def recorded_digest_versions(journal: Journal, session: SessionRecord | None) -> tuple[int, ...]:
-    """The digest versions that the session's client supports. Clients of version 0.1 report none."""
+    """The digest versions that the session's client supports; (1,) for maskwire 0.1, which reports none."""
     found = journal.last_event(DIGEST_VERSIONS)
     recorded = session is not None and found is not None and found[1]["epoch"] == session.epoch
     return tuple(found[1]["versions"]) if recorded and found else (1,)

@@ -52,7 +52,7 @@ class Run:
         self.num_tokens = 0
         """The size of the vocabulary, which payload hashes depend on."""
         self.trained_ids: dict[str, int] = {}
-        """The numbers of the newest REMEMBERED_IDS steps that had a request id, while the process lives.
+        """The last REMEMBERED_IDS steps of this process that had a request id: their numbers, by that id.
 
         A client may renumber a step and keep its id: a delayed request under the old number must not train
         the batch again.

@@ -116,7 +116,7 @@ class Startup:
         )
         run_id = journal.fact("run_id")
         head.move(HistoryPosition(run_id, 1, 0, b""))
-        if journal.log_bytes() >= reserve.MERGE_BYTES:  # of a process that was killed
+        if journal.log_bytes() >= reserve.MERGE_BYTES:  # left by a process that was killed
             make_room(journal, self._disk)
         self._attach_mirror(journal)
         self._catalogue.load(journal, self._checkpoints.all())
@@ -200,11 +200,11 @@ class Startup:
         self._run.conditions.set(RunState.RECOVERING, waiting_for=words)
 
     def _attach_mirror(self, journal: Journal) -> None:
-        """Become the writer of the run's mirror, or stop noting what it lacks."""
+        """Become the writer of the run's mirror; without a mirror, stop recording changes for one."""
         if self._mirror is not None:
             self._when_there_is_room(partial(self._mirror.attach, journal, self._wait_for))
         elif journal.outbox.active:
-            log.warning("the run had a mirror, and storage.mirror is not set: it is no longer updated")
+            log.warning("the run had a mirror, but storage.mirror is not set: that mirror is not updated")
             self._when_there_is_room(partial(journal.transaction, journal.outbox.remove))
 
     def _save_where_needed(
@@ -212,8 +212,9 @@ class Startup:
     ) -> None:
         """Save the state that must be saved before any step is trained or answer sent.
 
-        Checkpoint 0 comes before the first step, and so does a state that an inexact replay led to: another
-        replay would lead to another state.
+        A run needs a checkpoint before its first step. A state that an inexact replay led to is saved because
+        another replay would lead to another state. A state that this server could not replay gets a second
+        checkpoint if possible, in case one is damaged.
         """
         if self._saver.newest is None or recovered.replayed_inexactly:
             word = "accepted" if recovered.accepted else "replayed"
@@ -251,8 +252,8 @@ class Startup:
     def _save(self, journal: Journal, trainer: Trainer, word: str) -> None:
         """Save before the first step is admitted, under a name with `word`. Raises Refused.
 
-        The initial weights, if the seed does not make them, are saved as if a client had named them:
-        retention keeps them.
+        Initial weights that do not come from the seed are saved like a checkpoint that a client named, so
+        that retention keeps them.
         """
         here, save_id = self._run.head.computed, provenance.new_save_id()
         name = f"{word}-{here.step:09d}-{uuid.uuid4().hex[:6]}" if word else None
@@ -282,7 +283,7 @@ class Startup:
                 if not waits:
                     log.error("disk full: startup waits until space is freed: %s", error)
                 waits = True
-            self._wait_for("room on the disk")
+            self._wait_for("space on the disk")
             until = time.monotonic() + RETRY_SECONDS
             while not self.stopping and time.monotonic() < until:
                 time.sleep(0.05)

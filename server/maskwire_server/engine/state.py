@@ -22,7 +22,7 @@ class Conditions:
         self.state = RunState.RECOVERING
         self.since = time.time()
         self.last_error = ""
-        self._holding = {RunState.RECOVERING: "the trainer"}  # and what each is waiting for
+        self._holding = {RunState.RECOVERING: "the trainer"}  # what each condition that holds is waiting for
         self._listeners: list[Callable[[RunState], None]] = []
 
     @property
@@ -56,8 +56,8 @@ class Conditions:
     def failed(self, what: str, error: BaseException) -> Refused:
         """Log an unexpected error and return the refusal to answer with; a Refused is returned as it is.
 
-        The answer carries an error id and none of the error's text. Diverged weights are the user's to fix,
-        so that answer says how.
+        The answer to an unexpected error carries an error id and none of the error's text. A shortage of
+        memory or open files and diverged weights are the user's to fix, so those answers say how.
         """
         if isinstance(error, Refused):
             return error

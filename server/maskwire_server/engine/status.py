@@ -33,7 +33,7 @@ def report(
     versions: dict[str, str],
     mirror: Mirror | None,
 ) -> RunStatus:
-    """State, progress and what the run is waiting for. Answers whatever thread of the run is stuck."""
+    """State, progress and what the run is waiting for. Works even if a thread of the run hangs."""
     head, durable = run.head, run.head.durable
     figures = run.aggregates.figures(run.events.dropped)
     return RunStatus(

@@ -6,11 +6,11 @@ import statistics
 from collections import deque
 
 LEAST_SECONDS = 600.0
-"""The shortest default, and the shortest limit for what may have to compile kernels first: the first step of
-each batch shape, an evaluation, a generation, a copy for a checkpoint."""
+"""The shortest default limit, and the shortest limit for work that may have to compile kernels first: the
+first step of each batch shape, an evaluation, a generation, a copy for a checkpoint."""
 _MEDIANS = 20
 _STEPS = 100
-_SHAPES = 4096  # that are remembered; beyond them, every shape counts as computed before
+_SHAPES = 4096  # the most that are remembered; after that, every shape counts as computed before
 
 
 class StepTimeout:

@@ -39,12 +39,12 @@ class Trainer(ReplayTrainer, Protocol):
         """Evaluate one batch. Raises Unwanted soon after `wanted` returns False."""
 
     def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
-        """Sample unknown positions of prompts; yields a state after each pass, and may be abandoned then."""
+        """Sample unknown positions of prompts. Yields a state after each pass; the caller may then stop."""
 
 
 @contextlib.contextmanager
 def guarded(trainer: Trainer) -> Iterator[None]:
-    """Raise errors after which the device is unusable as DeviceLost. Every use of the device is guarded."""
+    """Raise DeviceLost if an error has made the device unusable. Every use of the device is guarded."""
     try:
         yield
     except MaskwireError:

@@ -46,7 +46,7 @@ class Unanswered:
         """Register `future`: it is refused if the process shuts down before it is answered."""
         self._futures.add(future)
         future.add_done_callback(self._futures.discard)
-        if self._stopped:  # perhaps since `refuse_all` ran
+        if self._stopped:  # `refuse_all` may have run before `future` was added
             self.refuse_all()
         return future
 

@@ -7,10 +7,10 @@ import threading
 
 
 class Wakeup:
-    """Wakes the one thread that waits. A wake-up that comes before the wait is kept.
+    """Wakes the one thread that waits. A wake-up that arrives before the wait is not lost.
 
-    `Condition.notify` needs the mutex, on which the woken thread blocks again at once. A hand-over through a
-    lock of its own saves these context switches.
+    With `Condition.notify`, the woken thread blocks again at once on the mutex, which the notifier still
+    holds. A separate lock saves these context switches.
     """
 
     def __init__(self) -> None:
@@ -18,7 +18,7 @@ class Wakeup:
         self._lock.acquire()
 
     def set(self) -> None:
-        """Let the thread run. Best called without the mutex."""
+        """Wake the thread. Best called without the mutex."""
         with contextlib.suppress(RuntimeError):  # it is set already
             self._lock.release()
 

@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 
 _LEAST_INTERVAL, _MOST_INTERVAL = 0.05, 5.0
 _GRACE_SECONDS = 60.0
-"""If not even the watchdog's thread runs for this long after the limit, the interpreter's own timer ends the
-process. That happens when the hung call holds the interpreter's lock."""
+"""A hung call that holds the GIL stops the watchdog's thread too. `faulthandler`, which needs no GIL, then
+ends the process this long after the limit."""
 
 
 class Watchdog:
@@ -51,8 +51,8 @@ class Watchdog:
     def look(self) -> str:
         """Look once. Return what hangs, in words; empty: nothing.
 
-        A pause between two looks that is longer than two intervals is not counted in full: the process, or
-        the machine, was stopped then.
+        A pause of more than two intervals between two looks counts as two intervals: the process or the
+        machine was suspended.
         """
         now = self._clock()
         passed = min(now - self._looked, 2 * self._interval)

@@ -1,4 +1,4 @@
-"""What is durable on this machine and waits for the mirror, where answers wait for it."""
+"""Commits and answers that are durable on this machine, and are held back until the mirror has them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ C = TypeVar("C")
 
 
 class Withheld(Generic[C]):
-    """Commits and answers, each with the mark of the journal's outbox that it waits for.
+    """Commits and answers, each with the mark of the journal's outbox that the mirror must reach first.
 
-    Used under the run's mutex. Where answers need not wait (`waits` is false) it holds nothing.
+    Used under the run's mutex. If answers do not wait for the mirror (`waits` is false), it holds nothing.
     """
 
     def __init__(self, *, waits: bool) -> None:
@@ -27,7 +27,7 @@ class Withheld(Generic[C]):
         self._answers: deque[tuple[int, Future[Any], Any]] = deque()
 
     def mirrored(self, position: int) -> None:
-        """Everything up to this mark is in the mirror."""
+        """Note that the mirror has everything up to this mark."""
         self._through = max(self._through, position)
 
     def holds_back(self, position: int) -> bool:
@@ -36,7 +36,7 @@ class Withheld(Generic[C]):
 
     @property
     def holds_commits(self) -> bool:
-        """Whether commits wait: those that follow wait behind them."""
+        """Whether commits are held back: later ones must then wait behind them."""
         return bool(self._commits)
 
     def add_commits(self, position: int, commits: list[C]) -> None:
@@ -44,7 +44,7 @@ class Withheld(Generic[C]):
         self._commits.append((position, commits))
 
     def add_answer(self, position: int, future: Future[Any], value: Any) -> None:
-        """Hold back an answer that was read from the journal."""
+        """Hold back an answer that was read from the journal; refuse it if the mirror cannot be written."""
         if self.problem:
             refuse(future, admission_rules.mirror_fails())
         else:
@@ -52,11 +52,11 @@ class Withheld(Generic[C]):
 
     @property
     def due(self) -> bool:
-        """Whether `release` has something."""
+        """Whether `release` would return anything."""
         return any(each and each[0][0] <= self._through for each in (self._commits, self._answers))
 
     def release(self) -> tuple[list[C], list[tuple[Future[Any], Any]]]:
-        """What need not wait any longer."""
+        """Remove and return the commits and answers that the mirror has by now."""
         commits: list[C] = []
         answers = []
         while self._commits and self._commits[0][0] <= self._through:
@@ -66,12 +66,12 @@ class Withheld(Generic[C]):
         return commits, answers
 
     def refuse_answers(self) -> None:
-        """Refuse the answers, which can be asked for again."""
+        """Refuse the answers that are held back; their callers can ask again."""
         while self._answers:
             refuse(self._answers.popleft()[1], admission_rules.mirror_fails())
 
 
 def answer_all(answers: list[tuple[Future[Any], Any]]) -> None:
-    """Answer those who waited."""
+    """Set the result of each future."""
     for future, value in answers:
         answer(future, value)

@@ -18,7 +18,7 @@ class Segment:
 
 
 def lineage_of(segments: list[Segment], step: int) -> int:
-    """The lineage that has a step of the ancestry `segments`."""
+    """The lineage to which a step of the ancestry `segments` belongs."""
     return next(part.lineage for part in segments if part.through is None or step <= part.through)
 
 

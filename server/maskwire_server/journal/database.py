@@ -28,7 +28,7 @@ JournalError = sqlite3.Error
 Row = tuple[Any, ...]
 
 _WRITE_FAILED = sqlite3.SQLITE_IOERR_WRITE
-_MARGIN = 2**20  # what a transaction writes beside its batches
+_MARGIN = 2**20  # what a transaction writes besides its batches
 _UNREADABLE = (sqlite3.Error, UnicodeDecodeError)  # SQLite's message may quote damaged bytes
 
 
@@ -79,7 +79,9 @@ class Database:
         except _UNREADABLE as error:
             self.close()
             if is_full(error):
-                raise RunDirectoryError(f"{self._path}: no room on its disk ({error}); make room") from error
+                raise RunDirectoryError(
+                    f"{self._path}: no space left on its disk ({error}); free some space"
+                ) from error
             if "locked" in str(error):
                 raise RunDirectoryError(f"{self._path}: another process uses it; stop that one") from error
             raise RunDirectoryError(
@@ -100,10 +102,10 @@ class Database:
                 f"{FORMAT}; use the version that wrote it"
             )
         if self.fact("hash") != facts_hash(self._db):
-            raise damaged("what the run is")
+            raise damaged("the run's identity")
 
     def fact(self, key: str) -> Any:
-        """A fact that the run was created with; None when there is none of that name."""
+        """A fact about the run, such as its id or seed; None when there is none of that name."""
         row = self._row("SELECT value FROM run WHERE key = ?", key)
         return None if row is None else row[0]
 
@@ -145,14 +147,15 @@ class Database:
         """
         failed = getattr(error, "sqlite_errorcode", None) == _WRITE_FAILED
         if failed and not has_room(self._path.parent, size):
-            full = sqlite3.OperationalError("the disk, or the quota on it, has no room")
+            full = sqlite3.OperationalError("the disk, or the quota on it, has no space left")
             full.sqlite_errorcode = sqlite3.SQLITE_FULL
             raise full from error
 
     def merge_log(self, *, truncate: bool = False) -> None:
         """Merge the write-ahead log into the database file; afterwards everything is flushed.
 
-        Its file is written again from the start, which is faster than letting it grow; `truncate` frees it.
+        The log's file is kept and overwritten from its start, which is faster than letting it grow;
+        `truncate` frees its space.
         """
         failpoints.passing("journal.tidying")
         growth = self.growth()
@@ -175,8 +178,9 @@ class Database:
         return max(0, pages * size - self._path.stat().st_size)
 
     def log_bytes(self) -> int:
-        """The bytes of the write-ahead log to be merged, as of the last transaction. Any thread; no system
-        call.
+        """The bytes of the write-ahead log that are not merged yet, as of the last transaction or merge.
+
+        Can be called from any thread, and makes no system call.
         """
         return self._log_bytes
 
@@ -189,7 +193,7 @@ class Database:
 
     def close(self) -> None:
         """Close the file and release the run directory."""
-        if hasattr(self, "_db"):  # absent where it could not be opened
+        if hasattr(self, "_db"):  # absent if the file could not be opened
             self._db.close()
         self._log.close()
         if self._lock >= 0:
@@ -205,16 +209,20 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def is_damaged(error: BaseException) -> bool:
-    """Whether SQLite found a page that is not what it wrote."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # of an extended code, the primary one
+    """Whether SQLite found a page that differs from what it wrote."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code of an extended one
     return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 @contextlib.contextmanager
 def explained(run_dir: Path) -> Iterator[None]:
-    """Raise SQLite's errors as RunDirectoryError with what to do about them."""
+    """Re-raise SQLite's errors as RunDirectoryError, with what to do about them."""
     try:
         yield
     except _UNREADABLE as error:
-        cure = "make room" if is_full(error) else "check the disk, or restore the run directory from a copy"
+        cure = (
+            "free some space"
+            if is_full(error)
+            else "check the disk, or restore the run directory from a copy"
+        )
         raise RunDirectoryError(f"{run_dir}: the journal cannot be used ({error}); {cure}") from error

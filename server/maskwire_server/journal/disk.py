@@ -17,7 +17,7 @@ NETWORK = {
     "lustre", "ncpfs", "nfs", "nfs4", "smb3", "smbfs",
 }  # fmt: skip
 
-_ESCAPED = re.compile(r"\\([0-7]{3})")  # a space, tab, newline or backslash of a path
+_ESCAPED = re.compile(r"\\([0-7]{3})")  # how mountinfo writes a space, tab, newline or backslash in a path
 
 _OF_VOLUMES = {
     "lost+found", ".Trash", "$RECYCLE.BIN", "System Volume Information", ".DS_Store", ".Trashes",
@@ -58,9 +58,9 @@ def free_bytes(path: Path) -> int:
 
 
 def has_room(folder: Path, size: int) -> bool:
-    """Whether `size` bytes can be written there now, found out by writing them to an unnamed file.
+    """Whether `size` bytes can be written to a folder now, found out by writing them to an unnamed file.
 
-    No figure of the file system shows a quota. False only when the write fails for lack of space.
+    The statistics of the file system do not show a quota. False only if the write fails for lack of space.
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

@@ -1,4 +1,4 @@
-"""fsync of folders: a new file's name is durable only after its folder was flushed."""
+"""fsync of folders: a new file's name is durable only after its folder is flushed."""
 
 from __future__ import annotations
 

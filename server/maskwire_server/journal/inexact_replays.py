@@ -12,18 +12,18 @@ EVENT = "inexact_replay"
 
 
 def record(journal: Journal, replays: Iterable[InexactReplay], beyond: list[int]) -> None:
-    """Record the ranges of one replay, and the accepted steps that no tolerance covers."""
+    """Record the inexact ranges of one replay, and in `beyond` the steps accepted beyond the tolerance."""
     body = {"steps": beyond, "replays": [vars(replay) for replay in replays]}
     journal.transaction(lambda: journal.add_event(EVENT, body))
 
 
 def recorded(journal: Journal) -> tuple[InexactReplay, ...]:
-    """Every inexact replay of the run, by lineage and step; overlapping ones are merged."""
+    """Every inexact replay of the run, sorted by lineage and step; overlapping ones are merged."""
     found: list[InexactReplay] = []
     for at, body in journal.events(EVENT):
         if "replays" in body:
             found += [InexactReplay(**replay) for replay in body["replays"]]
-        elif body["steps"]:  # of version 0.1, which recorded the steps alone
+        elif body["steps"]:  # written by version 0.1, which recorded only the steps
             steps = body["steps"]
             found.append(InexactReplay(journal.lineage_at(at), min(steps), max(steps), True))
     merged: list[InexactReplay] = []

@@ -1,8 +1,8 @@
 """The journal: what happened in a run, in order, in one SQLite file.
 
-A step exists if and only if its record is durable. Its batch is kept beside it until checkpoints cover it, so
-that the step can be computed again; records are kept forever, so that a recorded answer can always be given.
-Each row carries a hash of itself, because SQLite silently drops everything after a flipped bit in the middle
+A step exists if and only if its record is durable. Its batch is stored with it until checkpoints cover it, so
+that the step can be computed again; records are kept forever, so that a retry can get the recorded answer.
+Each row contains a hash of itself, because SQLite silently drops everything after a flipped bit in the middle
 of its write-ahead log.
 """
 
@@ -64,7 +64,7 @@ class Journal(Database):
         return None if number is None else DigestVersion(number, self.fact("num_tokens") or 0)
 
     def fix_digest_version(self, version: DigestVersion) -> None:
-        """Record the version of the run's digest, with the run's first step."""
+        """Record the version of the run's digest, in the transaction of the run's first step."""
         facts = {"digest_version": version.number, "num_tokens": version.num_tokens}
         self._db.executemany("INSERT INTO run VALUES (?, ?)", facts.items())
         self._db.execute("UPDATE run SET value = ? WHERE key = 'hash'", (facts_hash(self._db),))
@@ -126,7 +126,7 @@ class Journal(Database):
         return None if row is None else StepRecord.read(row)
 
     def steps_between(self, lineage: int, first: int, last: int | None, count: int) -> list[StepRecord]:
-        """The records of a lineage from step `first` up to and with `last`, in order, at most `count`."""
+        """The records of a lineage from step `first` through `last`, in order, at most `count`."""
         rows = self._rows(
             "SELECT * FROM steps WHERE lineage = ? AND step >= ? AND step <= ? ORDER BY step LIMIT ?",
             lineage,
@@ -144,7 +144,7 @@ class Journal(Database):
         return None if row is None else StepRecord.read(row)
 
     def steps_after(self, lineage: int, step: int) -> Iterator[tuple[StepRecord, bytes | None]]:
-        """The records of a lineage after `step`, in order, each with its batch unless that was dropped."""
+        """The records of a lineage after `step`, in order, each with its batch; None if that was dropped."""
         while True:
             # One page at a time: a statement left unfinished would keep the file locked after `close`.
             rows = self._rows(
@@ -185,7 +185,7 @@ class Journal(Database):
     def drop_payloads(self, stretches: Sequence[Stretch], most: int) -> bool:
         """Delete batches of these steps, at most `most` in one transaction, and keep the steps' records.
 
-        Returns whether there may be more to delete. Batches that the mirror still lacks stay.
+        Returns whether there may be more to delete. Batches that the mirror still lacks are kept.
         """
         failpoints.passing("payloads.dropping")
         uploaded = UPLOADED if self.outbox.active else "TRUE"
@@ -216,7 +216,7 @@ class Journal(Database):
 
     def checkpoints(self) -> dict[str, bytes]:
         """The manifest of each checkpoint in the catalogue, by name."""
-        # As bytes: a start rebuilds rows that were damaged on the disk, so they must not fail to be read.
+        # Read as bytes, so that a damaged row does not raise: a start rebuilds the table from the folder.
         rows = self._rows("SELECT CAST(name AS BLOB), CAST(manifest AS BLOB) FROM checkpoints")
         return {(name or b"").decode(errors="replace"): manifest or b"" for name, manifest in rows}
 
@@ -247,7 +247,7 @@ class Journal(Database):
         return {row[0]: Lineage.read(row) for row in rows}
 
     def lineage_at(self, at: float) -> int:
-        """The newest lineage at a time."""
+        """The newest lineage that existed at a time."""
         row = self._row("SELECT max(lineage) FROM lineages WHERE at <= ?", at)
         return int((row and row[0]) or 1)
 
@@ -285,15 +285,15 @@ class Journal(Database):
             self.add_session(replace(session, closed=True))
 
     def last_session(self) -> SessionRecord | None:
-        """The newest epoch."""
+        """The record of the newest epoch."""
         return self._session("ORDER BY epoch DESC LIMIT 1")
 
     def last_takeover(self) -> SessionRecord | None:
-        """The newest epoch that was opened with takeover."""
+        """The record of the newest epoch that was opened with takeover."""
         return self._session("WHERE takeover ORDER BY epoch DESC LIMIT 1")
 
     def session_of_nonce(self, nonce: str) -> SessionRecord | None:
-        """The epoch that was opened with a nonce."""
+        """The record of the epoch that was opened with a nonce."""
         return self._session("WHERE nonce = ?", nonce)
 
     def _session(self, where: str, *values: object) -> SessionRecord | None:
@@ -301,7 +301,7 @@ class Journal(Database):
         return None if row is None else SessionRecord.read(row)
 
     def damage(self) -> list[str]:
-        """What SQLite finds wrong with pages and indexes, and each damaged event or session; reads all."""
+        """What SQLite finds wrong, damaged events and sessions, missing configurations. Reads everything."""
         problems = [
             f"journal: {words}" for (words,) in self._rows("PRAGMA integrity_check(20)") if words != "ok"
         ]

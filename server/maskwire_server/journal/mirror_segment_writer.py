@@ -1,4 +1,4 @@
-"""The writer of a run's segments: it owns the run as long as the next number is its own to write."""
+"""The writer of a run's segments: it owns the run until another writer takes the next segment number."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class SegmentWriter:
         self._acknowledge = acknowledge
         self.instance = instance
         self.number = number
-        """The newest segment of the chain."""
+        """The number of the newest segment."""
         self.hash = previous
-        """Its SHA-256; empty before the first."""
+        """The SHA-256 of the newest segment; empty before the first."""
         self.pending: Segment | None = None
-        """The segment that is being written. Until it is, a retry must send the same bytes."""
+        """The segment that is composed and not uploaded yet. A retry must send the same bytes."""
         self._data = b""
         self._objects: list[tuple[str, bytes]] = []
 
     def compose(self, page: Page, deletes: Sequence[str] = ()) -> None:
-        """Make the next segment of these changes, and of objects to delete."""
+        """Compose the next segment from these changes and the names of objects to delete."""
         number = self.number + 1
         objects = [batch_object(number, lineage, batches) for lineage, batches in page.batches.items()]
         self.pending = Segment(
@@ -53,7 +53,7 @@ class SegmentWriter:
         self._data = self.pending.encode()
 
     def send(self) -> None:
-        """Upload the composed segment, its batches first. Raises StoreError: try again; FencedError."""
+        """Upload the composed segment, batches first. Raises FencedError; StoreError if a retry can help."""
         assert self.pending is not None
         number = self.pending.number
         found = self.try_send()
@@ -61,7 +61,7 @@ class SegmentWriter:
             raise fenced(self._store, found, number)
 
     def try_send(self) -> bytes | None:
-        """Like `send`; return the bytes of another writer's segment if there is one of that number."""
+        """Like `send`, but return the bytes of another writer's segment of that number, if there is one."""
         assert self.pending is not None
         failpoints.passing("mirror.uploading")
         while self._objects:
@@ -75,7 +75,7 @@ class SegmentWriter:
             found = self._store.get(name)
             if found is None:
                 raise StoreError(f"{self._store.address}: {name} exists, and cannot be read") from None
-            if found != self._data:  # otherwise an earlier try succeeded and its answer was lost
+            if found != self._data:  # otherwise an earlier try succeeded, and its answer was lost
                 return found
         failpoints.passing("mirror.segment_uploaded")
         self.number, self.hash = self.pending.number, hash_of(self._data)
@@ -89,7 +89,7 @@ def new_instance() -> str:
 
 
 def fenced(store: ObjectStore, found: bytes, number: int) -> FencedError:
-    """The error of a writer that finds another one's segment at its next number."""
+    """The error for a writer that finds another writer's segment, `found`, at its next number."""
     try:
         writer = Segment.decode(found).instance
     except ValueError:
@@ -102,7 +102,7 @@ def fenced(store: ObjectStore, found: bytes, number: int) -> FencedError:
 
 
 def resume(journal: Journal, store: ObjectStore, acknowledge: str) -> SegmentWriter:
-    """Make this process the writer of the run's segments: it writes one. Raises FencedError.
+    """Make this process the writer of the run's segments, by writing an empty one. Raises FencedError.
 
     Raises RunDirectoryError when the address holds another run.
     """
@@ -118,7 +118,7 @@ def resume(journal: Journal, store: ObjectStore, acknowledge: str) -> SegmentWri
         outbox.fill(state, journal.transaction)
         state = replace(state, complete=True)
     instance = new_instance()
-    # First the instance, so that a start that dies after the next line knows its own segment.
+    # Record the instance first: if this start is killed after `send`, the next one recognises the segment.
     state = replace(state, instances=(*state.instances, instance))
     journal.transaction(lambda: outbox.keep(state))
     writer = SegmentWriter(store, run_id, acknowledge, instance, state.number, state.hash)
@@ -140,7 +140,7 @@ class _Chain:
         self.state = state
 
     def read(self) -> None:
-        """Take over the segments that an earlier process of this directory wrote before it died."""
+        """Record segments that an earlier process of this directory uploaded, but did not record."""
         while True:
             number = self.state.number + 1
             data = self._store.get(segment_name(number))

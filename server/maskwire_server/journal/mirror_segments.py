@@ -1,11 +1,12 @@
-"""Segments: what the mirror of a run consists of, beside batches and checkpoints.
+"""Segments: numbered objects of a run's mirror, each with the changes of some journal transactions.
 
     segments/000000000042                          changes of the journal's rows, in order
     batches/000000000042-LINEAGE-FIRST-LAST-HASH   the batches of the steps in that segment
 
 A segment is a line with the SHA-256 of what follows, a line of JSON, and one line of JSON for each change.
-It names the SHA-256 of the segment before it, so that the numbers are a chain, and the instance of the server
-that wrote it. Nothing in it is code, and no column is named: the journal's schema says what a row is.
+It contains the SHA-256 of the previous segment, which makes the segments a hash chain, and the instance of
+the server that wrote it. It contains no code and no column names: values are in the order of the journal's
+schema.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 FORMAT = 1
 FOLDER, BATCHES = "segments", "batches"
 PUT, DELETE, RESET = "put", "delete", "reset"
-"""A row was added or changed; a row was deleted; all rows of the journal follow."""
+"""A row was added or changed; a row was deleted; all rows are deleted, and the complete journal follows."""
 _OF_BATCHES = re.compile(rf"{BATCHES}/\d+-(\d+)-(\d+)-(\d+)-[0-9a-f]+")
 
 Value = int | float | str | bytes | None
@@ -33,7 +34,7 @@ class Change:
     table: str
     kind: str
     values: tuple[Value, ...]
-    """All columns; of a batch, lineage and step."""
+    """All columns; for a batch, only lineage and step."""
 
 
 @dataclass(frozen=True)
@@ -44,32 +45,33 @@ class BatchObject:
     sha256: str
     lineage: int
     steps: tuple[tuple[int, int], ...]
-    """Step and size in bytes of each."""
+    """Step number and size in bytes of each batch."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The changes of some transactions."""
+    """The changes of consecutive transactions."""
 
     run_id: str
     number: int
     """From 1."""
     previous: str
-    """The SHA-256 of the segment before it; empty for the first."""
+    """The SHA-256 of the previous segment; empty for the first."""
     instance: str
     """The server process that wrote it."""
     at: float
-    """When it was written, in seconds since the epoch."""
+    """When it was composed, in seconds since the Unix epoch."""
     acknowledge: str
-    """The writer's setting: "mirrored" if it answered nothing that was not in the mirror."""
+    """The writer's `storage.acknowledge`; with "mirrored" it acknowledged only what was in the mirror."""
     journal_format: int
     first: int
-    """The writer's numbers of the first and last change; 0: none."""
+    """The id of the first change in the writer's outbox; 0: no changes."""
     last: int
+    """The id of the outbox mark after the last change; 0: no changes."""
     changes: tuple[Change, ...] = ()
     batches: tuple[BatchObject, ...] = ()
     deletes: tuple[str, ...] = ()
-    """Objects that nothing needs: they count as deleted from here on, and are then deleted."""
+    """Objects that are no longer needed: they count as deleted from here on, and are deleted later."""
 
     def encode(self) -> bytes:
         """The bytes of the object."""
@@ -87,7 +89,7 @@ class Segment:
 
     @staticmethod
     def decode(data: bytes) -> Segment:
-        """Parse what `encode` wrote. Raises ValueError if it was changed."""
+        """Parse what `encode` wrote. Raises ValueError if it was changed, or if a newer version wrote it."""
         stated, _, body = data.partition(b"\n")
         if hashlib.sha256(body).hexdigest().encode() != stated:
             raise ValueError("its content does not match its hash")
@@ -122,28 +124,28 @@ def segment_number(name: str) -> int | None:
 
 
 def hash_of(data: bytes) -> str:
-    """The hash by which the next segment names this one."""
+    """The hash of a segment that the next segment contains."""
     return hashlib.sha256(data).hexdigest()
 
 
 def batch_object(number: int, lineage: int, batches: list[tuple[int, bytes]]) -> tuple[BatchObject, bytes]:
-    """The object of some batches, given by step, and its content."""
+    """Describe the object that holds these batches, given as (step, batch), and return its content too."""
     content = b"".join(batch for _, batch in batches)
     digest = hashlib.sha256(content).hexdigest()
     steps = tuple((step, len(batch)) for step, batch in batches)
-    # The hash keeps apart what two writers upload before one of them finds that it is fenced.
+    # With the hash two writers cannot overwrite each other's batches before one of them learns it is fenced.
     name = f"{BATCHES}/{number:012d}-{lineage}-{steps[0][0]}-{steps[-1][0]}-{digest[:16]}"
     return BatchObject(name, digest, lineage, steps), content
 
 
 def steps_of_batches(name: str) -> tuple[int, int, int] | None:
-    """Lineage, first and last step of an object of batches; None for another object."""
+    """Lineage, first step and last step, read from the name of a batch object; None for another object."""
     found = _OF_BATCHES.fullmatch(name)
     return (int(found[1]), int(found[2]), int(found[3])) if found else None
 
 
 def split(batches: BatchObject, content: bytes) -> list[tuple[int, bytes]] | None:
-    """The batches in an object, by step; None if the content was changed."""
+    """The batches in an object, as (step, batch); None if the content was changed."""
     if hashlib.sha256(content).hexdigest() != batches.sha256:
         return None
     found, at = [], 0

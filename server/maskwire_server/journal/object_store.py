@@ -1,7 +1,7 @@
 """The object store of a mirror, through fsspec. No other module knows fsspec.
 
-Whole objects are written, read, listed and deleted. One operation decides who owns a run: `create` writes an
-object only if there is none of that name, and of two writers at most one succeeds.
+Objects are written, read, listed and deleted as a unit. One operation decides who owns a run: `create` writes
+an object only if there is none of that name, so of two writers at most one succeeds.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _S3_OPTIONS = {
     "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 0}},
 }
 _AT_ONCE = 64
-"""How many objects are read at once."""
+"""How many objects are read in parallel."""
 
 
 class ObjectStore:
-    """The objects below one address. Raises StoreError for whatever the store does not do."""
+    """The objects below one address. Raises StoreError if the store fails or refuses a call."""
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
@@ -48,12 +48,12 @@ class ObjectStore:
             ) from error
         self._system: Any = None
         self.patience: Callable[[StoreError], bool] = _no_patience
-        """Called when a call failed; whether to call again."""
+        """Called with the error of each call that failed; returns whether to retry the call."""
 
     def probe(self) -> None:
         """Raise ConfigError unless a second `create` of the same name is refused. Raises StoreError."""
         name = f"probe-{uuid.uuid4().hex}"
-        with contextlib.suppress(FileExistsError):  # it was created, and the answer was lost
+        with contextlib.suppress(FileExistsError):  # an earlier try created it, and its answer was lost
             self.create(name, b"first")
         try:
             self.create(name, b"second")
@@ -69,7 +69,7 @@ class ObjectStore:
                 self.delete(name)
 
     def create(self, name: str, data: bytes) -> None:
-        """Write an object, whole or not at all; FileExistsError, and nothing changes, if it exists."""
+        """Create an object atomically. Raises FileExistsError, and changes nothing, if it exists."""
         self._call(f"create {name}", self._create, name, data)
 
     def _create(self, name: str, data: bytes) -> None:
@@ -81,7 +81,7 @@ class ObjectStore:
             self._fs.pipe_file(self._path(name), data, mode="create")
 
     def put(self, name: str, data: bytes) -> None:
-        """Write an object whose name stands for its content, whole or not at all."""
+        """Write an object atomically. Its name must determine its content, so that a retry is harmless."""
         with contextlib.suppress(FileExistsError):
             self._call(f"write {name}", self._put, name, data)
 
@@ -118,7 +118,7 @@ class ObjectStore:
             return None
 
     def get_all(self, names: list[str]) -> Iterator[bytes | None]:
-        """The contents of objects, in order, many read at once; None for one that is missing."""
+        """The contents of objects, in order, read in parallel; None for one that is missing."""
         for start in range(0, len(names), _AT_ONCE):
             part = names[start : start + _AT_ONCE]
             found = self._call("read objects", self._get_part, part) if len(part) > 1 else {}
@@ -164,7 +164,7 @@ class ObjectStore:
         return f"{self._root}/{name}".rstrip("/")
 
     def _stripped(self, path: str) -> str:
-        """A path as the file system names it in its answers."""
+        """A path as fsspec returns it."""
         return str(self._fs._strip_protocol(path))
 
     @property
@@ -174,11 +174,11 @@ class ObjectStore:
             if self._protocol in ("s3", "s3a"):
                 options |= _S3_OPTIONS
             self._system = self._class(**options)
-            self._system.retries = 1  # s3fs repeats calls for seconds: the mirror does, and says so
+            self._system.retries = 1  # s3fs would retry for seconds; the mirror retries, and reports it
         return self._system
 
     def _link(self, name: str, data: bytes) -> None:
-        """Write a local file under another name, and link it: that fails if the name exists."""
+        """Write a local file under a temporary name and hard-link it, which fails if the name exists."""
         path = Path(self._path(name))
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}-{uuid.uuid4().hex}.part")
@@ -192,7 +192,7 @@ class ObjectStore:
             draft.unlink(missing_ok=True)
 
     def _call(self, what: str, act: Callable[[*Ts], T], *arguments: *Ts) -> T:
-        """Call `act`; raise every error of the store as a StoreError, but FileExistsError."""
+        """Call `act`, and retry while `patience` says so. Raises FileExistsError; StoreError for the rest."""
         while True:
             try:
                 return act(*arguments)
@@ -214,6 +214,6 @@ def _no_patience(_: StoreError) -> bool:
 
 
 def _precondition_failed(error: BaseException) -> bool:
-    """Whether an S3 store answered 412: not every one says which condition failed, as fsspec expects."""
+    """Whether an S3 store answered 412. Some stores do not name the failed condition, as fsspec expects."""
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
     return bool(response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 412)

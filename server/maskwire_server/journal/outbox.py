@@ -1,9 +1,9 @@
 """The outbox: which changes of the journal are not in the mirror yet.
 
-Triggers on every table note each changed row in the transaction that changes it, with all columns, whatever
-code changed it. They are made from the tables that the file has, so that a table or a column cannot be
-forgotten. Of a batch they note lineage and step alone: its bytes stay in their table until they are uploaded.
-A mark ends each transaction. Changes are uploaded up to a mark, and are then deleted here.
+Triggers on every table copy each changed row, with all its columns, into the table `outbox`, in the
+transaction that changes the row. They are generated from the tables in the file, so that no table or column
+is forgotten. Of a batch they copy only lineage and step: its bytes stay in their own table until they are
+uploaded. A row called a mark ends each transaction. Changes are uploaded up to a mark, and then deleted here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from maskwire_server.journal.mirror_segments import DELETE, PUT, RESET, Change
 from maskwire_server.journal.schema import FORMAT
 
 BATCHES = "payloads"
-"""The table whose rows are noted by their key, and whose deletions are not: the mirror keeps its own."""
+"""The table of batches: the outbox has only their keys, and not their deletion, which the mirror decides."""
 _OWN = ("outbox", "mirror")
 _COLUMNS = 12
 _MARK = "mark"
@@ -34,7 +34,7 @@ UPLOADED = (
     f"NOT EXISTS (SELECT 1 FROM outbox WHERE source = '{BATCHES}' AND c0 = payloads.lineage "
     "AND c1 = payloads.step)"
 )
-"""The condition on a row of `payloads` that it is in the mirror."""
+"""The SQL condition that a row of `payloads` is in the mirror."""
 
 
 @dataclass(frozen=True)
@@ -45,43 +45,44 @@ class MirrorState:
     number: int = 0
     """The newest segment whose changes were deleted from the outbox."""
     hash: str = ""
-    """Its SHA-256."""
+    """The SHA-256 of that segment."""
     instances: tuple[str, ...] = ()
     """The server processes of this run directory that may have written a segment after that one."""
     complete: bool = False
-    """Whether all rows that the run had before are in the outbox or the mirror."""
+    """Whether every row of the journal is in the outbox or the mirror, also those older than the outbox."""
     fetching: bool = False
-    """The journal was restored from the mirror, and checkpoints are still to be fetched."""
+    """Whether the journal was restored from the mirror, and checkpoints are still to be fetched."""
     gone: tuple[str, ...] = ()
-    """Of these: those that count as deleted, although their objects may still be there."""
+    """The checkpoints in the mirror that count as deleted, although their objects may still exist."""
     restored: str = ""
-    """From which point the run was last restored, in words; empty: never."""
+    """The point to which the run was last restored, in words; empty: never."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """Changes of whole transactions, in order."""
+    """The changes of consecutive transactions, in order."""
 
     changes: tuple[Change, ...]
     first: int
+    """The id of the first change; 0: there are none."""
     last: int
-    """The mark that ends them; 0: there are none."""
+    """The id of the mark after the last change; 0: there are none."""
     batches: dict[int, list[tuple[int, bytes]]]
-    """The batches of their steps, with their numbers, by lineage."""
+    """The batches among the changes, as (step, batch), by lineage."""
     more: bool
     """Whether more changes follow."""
     position: int = 0
-    """The newest mark of the journal when this was read."""
+    """The newest mark in the outbox when this page was read."""
 
 
 class Outbox:
-    """The outbox of an open journal. Whatever writes is called within a transaction."""
+    """The outbox of an open journal. Methods that write, except `fill`, are called within a transaction."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self._db = db
         self._widths: dict[str, int] = {"": 0}
         self.active = self._is_there("outbox")
-        """Whether changes are noted."""
+        """Whether changes are copied into the outbox."""
         self.position = 0
         """The newest mark."""
         if self.active:
@@ -91,15 +92,15 @@ class Outbox:
         found = self._db.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (table,))
         return found.fetchone() is not None
 
-    # Setting it up.
+    # Setup.
 
     @property
     def is_current(self) -> bool:
-        """Whether the triggers are those that the tables need."""
+        """Whether the triggers match the tables."""
         return self.active and self._triggers() == _triggers(self._db)
 
     def state(self) -> MirrorState | None:
-        """What is known of the mirror; None if the run never had one."""
+        """What the journal knows of its mirror; None if the run never had one."""
         if not self._is_there("mirror"):
             return None
         row = self._db.execute("SELECT value FROM mirror WHERE key = 'state'").fetchone()
@@ -109,11 +110,11 @@ class Outbox:
         return MirrorState(**{**found, "instances": tuple(found["instances"]), "gone": tuple(found["gone"])})
 
     def keep(self, state: MirrorState) -> None:
-        """Record what is known of the mirror."""
+        """Record what the journal knows of its mirror."""
         self._db.execute("INSERT OR REPLACE INTO mirror VALUES ('state', ?)", (json.dumps(asdict(state)),))
 
     def create(self) -> None:
-        """Make the tables and triggers."""
+        """Create the tables and triggers."""
         for statement in _CREATE:
             self._db.execute(statement)
         self._remove_triggers()
@@ -122,13 +123,13 @@ class Outbox:
         self.active = True
 
     def remove(self) -> None:
-        """Stop noting changes: the run is served without a mirror. What is known of the mirror stays."""
+        """Drop the outbox, because the run is served without a mirror. `state` is kept."""
         self._remove_triggers()
         self._db.execute("DROP TABLE outbox")
         self.active = False
 
     def _triggers(self) -> dict[str, str]:
-        """The statements of the triggers that are there, by name."""
+        """The statements of the existing triggers, by name."""
         found = self._db.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'")
         return {name: sql for name, sql in found.fetchall() if name.startswith("mirror_")}
 
@@ -137,9 +138,10 @@ class Outbox:
             self._db.execute(f"DROP TRIGGER {name}")
 
     def fill(self, state: MirrorState, transaction: Callable[[Callable[[], object]], None]) -> None:
-        """Note every row of the journal, in several transactions. A crash in between starts it again.
+        """Copy every row of the journal into the outbox, in several transactions.
 
-        The facts of the run come last: without them a mirror holds no run.
+        After a crash in between it must be called again. The table `run` comes last: a mirror without it
+        holds no run.
         """
         transaction(partial(self._begin, state))
         for table in sorted(_tables(self._db), key=lambda table: table == "run"):
@@ -161,7 +163,7 @@ class Outbox:
         after: tuple[object, ...] | None,
         transaction: Callable[[Callable[[], object]], None],
     ) -> tuple[object, ...] | None:
-        """Note the rows after a key, at most _PAGE; return the last one's key, None at the end."""
+        """Copy at most _PAGE rows after a key into the outbox; return the last one's key, None at the end."""
         key = ", ".join(keys)
         where = "" if after is None else f"WHERE ({key}) > ({', '.join('?' * len(keys))})"
         rows = self._db.execute(
@@ -171,7 +173,7 @@ class Outbox:
             return None
         columns = _noted(self._db, table)
         into = ", ".join(f"c{number}" for number in range(len(columns)))
-        # By key, so that a page is what was read whatever the types of its keys.
+        # By key, so that exactly the rows read above are copied, whatever the types of their keys.
         copy = (
             f"INSERT INTO outbox (source, kind, {into}) SELECT '{table}', '{PUT}', {', '.join(columns)} "
             f"FROM {table} WHERE {' AND '.join(f'{name} = ?' for name in keys)}"
@@ -182,7 +184,7 @@ class Outbox:
     # While the run is served.
 
     def mark(self) -> None:
-        """End the transaction's changes, if there are any."""
+        """Add a mark after the transaction's changes, if there are any."""
         self._db.execute(
             "INSERT INTO outbox (source, kind) SELECT '', ? WHERE "
             "(SELECT kind FROM outbox ORDER BY id DESC LIMIT 1) <> ?",
@@ -190,16 +192,16 @@ class Outbox:
         )
 
     def measure(self) -> None:
-        """Look up the newest mark; after each transaction."""
+        """Look up the newest mark. Called after each transaction."""
         row = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'outbox'").fetchone()
         self.position = row[0] if row else 0
 
     def page(self, after: int, size: int) -> Page:
-        """The changes after a mark, up to the one at which they and their batches have about `size` bytes."""
+        """The changes after a mark, up to the first mark where they and their batches reach `size` bytes."""
         changes: list[Change] = []
         batches: dict[int, list[tuple[int, bytes]]] = {}
         first = last = written = at = 0
-        whole = 0  # the changes up to the last mark
+        whole = 0  # the number of changes up to the last mark
         while True:
             at = max(at, after)
             rows = self._db.execute(
@@ -231,13 +233,13 @@ class Outbox:
         return len(row[0])
 
     def _width(self, source: str) -> int:
-        """How many columns of a change are noted."""
+        """How many columns of a table the outbox has."""
         if source not in self._widths:
             self._widths[source] = len(_noted(self._db, source))
         return self._widths[source]
 
     def changes(self, first: int, last: int) -> tuple[Change, ...]:
-        """The changes with these numbers that are here."""
+        """The changes with these ids that are still in the outbox."""
         rows = self._db.execute("SELECT * FROM outbox WHERE id BETWEEN ? AND ? ORDER BY id", (first, last))
         found = []
         for _, source, kind, *values in rows.fetchall():
@@ -246,12 +248,12 @@ class Outbox:
         return tuple(found)
 
     def uploaded(self, last: int, state: MirrorState) -> None:
-        """The changes up to a mark are in the mirror."""
+        """Delete the changes up to a mark, which are in the mirror, and record the mirror's state."""
         self._db.execute("DELETE FROM outbox WHERE id <= ?", (last,))
         self.keep(state)
 
     def last_uploaded_step(self) -> tuple[int, int]:
-        """Lineage and number of the newest step in the mirror; zeros: none."""
+        """Lineage and number of the newest step in the mirror; (0, 0) if there is none."""
         row = self._db.execute(
             "SELECT lineage, step FROM steps WHERE NOT EXISTS (SELECT 1 FROM outbox WHERE source = 'steps' "
             "AND c0 = steps.lineage AND c1 = steps.step) ORDER BY lineage DESC, step DESC LIMIT 1"
@@ -260,13 +262,13 @@ class Outbox:
 
 
 def apply(db: sqlite3.Connection, change: Change) -> None:
-    """Make a change in another journal. ValueError if the journal has no such row."""
+    """Apply a change to another journal. Raises ValueError if no table of the journal fits it."""
     if change.kind == RESET:
         for table in _tables(db):
             db.execute(f"DELETE FROM {table}")
         return
     columns = _columns(db, change.table) if change.table in _tables(db) else []
-    if change.table == BATCHES:  # their bytes are in other objects
+    if change.table == BATCHES:  # their bytes are in objects of their own
         return
     if change.kind not in (PUT, DELETE) or len(columns) != len(change.values):
         raise ValueError(
@@ -284,7 +286,7 @@ def apply(db: sqlite3.Connection, change: Change) -> None:
 
 
 def _tables(db: sqlite3.Connection) -> list[str]:
-    """Every table of the journal but those of the mirror itself."""
+    """Every table of the journal except those of this module."""
     rows = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name").fetchall()
     return [name for (name,) in rows if name not in _OWN and not name.startswith("sqlite_")]
 

@@ -11,18 +11,18 @@ from typing import Any
 from maskwire.v1.values import Losses, Outcome
 from maskwire_server.errors import RunDirectoryError
 
-_NUMBERS = struct.Struct("<Bdddd")  # bits of those present, loss, generator loss, critic loss, gradient norm
+_NUMBERS = struct.Struct("<Bdddd")  # presence bits, loss, generator loss, critic loss, gradient norm
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """A consumed step."""
+    """The record of a step, whatever its outcome."""
 
     lineage: int
     step: int
     request_id: str | None
     configuration: int
-    """The id of the event that recorded the configuration it was computed under."""
+    """The id of the event with the configuration that the step was computed with."""
     payload_hash: bytes
     outcome: Outcome
     losses: Losses
@@ -30,7 +30,7 @@ class StepRecord:
     digest: bytes
 
     def numbers(self) -> bytes:
-        """Losses and gradient norm as raw bytes: a replay must reproduce them."""
+        """Losses and gradient norm as raw bytes, which an exact replay reproduces."""
         values = (self.losses.generator_loss, self.losses.critic_loss, self.gradient_norm)
         present = sum(1 << bit for bit, value in enumerate(values) if value is not None)
         return _NUMBERS.pack(
@@ -45,7 +45,7 @@ class StepRecord:
 
     @staticmethod
     def read(row: tuple[Any, ...]) -> StepRecord:
-        """The record of a row of `steps`. Raises RunDirectoryError if the row's hash does not fit it."""
+        """The record in a row of `steps`. Raises RunDirectoryError if the row does not match its hash."""
         lineage, step, request_id, configuration, payload_hash, outcome, numbers, digest, row_hash = row
         try:
             present, loss, *values = _NUMBERS.unpack(numbers)
@@ -78,9 +78,9 @@ class Lineage:
     lineage: int
     parent: int | None
     step: int
-    """The step that it starts after."""
+    """The step after which the lineage starts."""
     digest: bytes
-    """The digest that its chain starts with."""
+    """The digest with which its digest chain starts."""
     request_id: str | None
     checkpoint: str | None
 
@@ -90,7 +90,7 @@ class Lineage:
 
     @staticmethod
     def read(row: tuple[Any, ...]) -> Lineage:
-        """The lineage of a row. Raises RunDirectoryError if the row's hash does not fit it."""
+        """The lineage in a row. Raises RunDirectoryError if the row does not match its hash."""
         record = Lineage(*row[:-1])
         if not isinstance(record.digest, bytes) or record.row_hash() != row[-1]:
             raise damaged(f"the record of lineage {record.lineage}")
@@ -127,7 +127,7 @@ class SessionRecord:
 
     @staticmethod
     def read(row: tuple[Any, ...]) -> SessionRecord:
-        """The session of a row. Raises RunDirectoryError if the row's hash does not fit it."""
+        """The session in a row. Raises RunDirectoryError if the row does not match its hash."""
         epoch, client_name, nonce, takeover, lineage, step, closed, row_hash = row
         record = SessionRecord(epoch, client_name, nonce, bool(takeover), lineage, step, bool(closed))
         if record.row_hash() != row_hash:
@@ -146,7 +146,7 @@ def sealed_text(text: str) -> str:
 
 
 def text_of(sealed: object) -> str | None:
-    """The text that `sealed_text` was given; None when it was changed."""
+    """The text that was passed to `sealed_text`; None if it was changed since."""
     text = sealed if isinstance(sealed, str) else ""  # a changed byte can change a value's type
     return text[64:] if text and sealed_text(text[64:]) == text else None
 

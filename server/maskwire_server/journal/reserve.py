@@ -25,11 +25,11 @@ class Reserve:
         self._reserve_bytes = reserve_bytes
 
     def left(self, waiting: int) -> int:
-        """Bytes left beside the reserve and `waiting` bytes; negative when those do not fit."""
+        """Free bytes beyond the reserve and `waiting` bytes; negative when those do not fit."""
         return free_bytes(self._run_dir) - self._reserve_bytes - waiting
 
     def fits(self, size: int) -> bool:
-        """Whether `size` bytes fit if the reserve is used."""
+        """Whether `size` bytes fit if the reserve may be used."""
         return size <= free_bytes(self._run_dir)
 
 
@@ -49,7 +49,7 @@ def merge_log(journal: Journal, *, truncate: bool = False) -> bool:
 
 
 def make_room(journal: Journal, reserve: Reserve) -> bool:
-    """Merge the write-ahead log into the database and free its file; False when that changed nothing.
+    """Merge the write-ahead log into the database and free its space; False when that changed nothing.
 
     The database file grows first, by less than the log's size, and may use the reserve meanwhile: no step is
     committed at the same time.

@@ -34,17 +34,17 @@ log = logging.getLogger(__name__)
 
 _DRAFT = f"{JOURNAL_FILE}.restoring"
 _CATCH_UP = 8
-"""After so many attempts look for the newest segment: each attempt reads one."""
+"""After this many attempts, each of which reads one segment, the newest one is looked up again."""
 
 
 def restore(
     run_dir: Path, store: ObjectStore, acknowledge: str, check: Callable[[int, bytes], object]
 ) -> bool:
-    """Make the journal of a run directory that has none; False if the mirror holds no run.
+    """Restore the journal of a run directory that has none; False if the mirror holds no run.
 
-    First this process makes itself the run's writer, so that the segments it has read are all there will ever
-    be of the writer before. `check` is called before that with seed and canonical configuration, and raises
-    if this server cannot serve such a run. Raises RunDirectoryError for a damaged mirror, StoreError.
+    This process becomes the run's writer, after which the previous writer can add no segment that was not
+    read. Before that, `check` is called with the seed and the canonical configuration, and raises if this
+    server cannot serve such a run. Raises RunDirectoryError if the mirror is damaged; StoreError.
     """
     newest = _newest(store)
     if not newest:
@@ -58,7 +58,7 @@ def restore(
         _Restore(run_dir, store, acknowledge).run(newest, check)
     except sqlite3.Error as error:
         raise RunDirectoryError(
-            f"{run_dir}: the journal cannot be restored ({error}); check the disk and the room on it, and "
+            f"{run_dir}: the journal cannot be restored ({error}); check the disk and its free space, and "
             "start again"
         ) from error
     finally:
@@ -67,7 +67,7 @@ def restore(
 
 
 def _newest(store: ObjectStore) -> int:
-    """The number of the newest segment; 0: there is none."""
+    """The number of the newest segment; 0 if there is none."""
     return max(filter(None, map(segment_number, store.names(FOLDER))), default=0)
 
 
@@ -89,7 +89,7 @@ class _Restore:
         draft = self._run_dir / _DRAFT
         draft.unlink(missing_ok=True)
         with contextlib.closing(sqlite3.connect(draft.absolute(), isolation_level=None)) as db:
-            # Nothing of it counts before it is renamed, and it is flushed before that.
+            # The draft is not used before it is renamed, and it is flushed before that.
             db.execute("PRAGMA journal_mode=OFF")
             db.execute("PRAGMA synchronous=OFF")
             db.execute("BEGIN")
@@ -108,7 +108,7 @@ class _Restore:
             db.execute("COMMIT")
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
-        for suffix in ("-wal", "-shm", "-journal"):  # of a journal that is gone: SQLite would replay it
+        for suffix in ("-wal", "-shm", "-journal"):  # left by a lost journal: SQLite would replay it
             (self._run_dir / f"{JOURNAL_FILE}{suffix}").unlink(missing_ok=True)
         flush_folder(self._run_dir)
         failpoints.passing("mirror.restoring")
@@ -119,7 +119,7 @@ class _Restore:
     def _claim(
         self, db: sqlite3.Connection, newest: int, check: Callable[[int, bytes], object]
     ) -> SegmentWriter:
-        """Apply every segment, and write the next one. A writer that is faster is read first."""
+        """Apply every segment and write the next. If another writer is faster, apply its segment first."""
         self._apply_through(db, newest)
         for attempt in itertools.count(1):
             facts = dict(db.execute("SELECT key, value FROM run").fetchall())
@@ -138,20 +138,20 @@ class _Restore:
             if found is None:
                 failpoints.passing("mirror.claimed")
                 return writer
-            self._apply(db, found)  # the other writer is alive, and was faster
+            self._apply(db, found)  # the other writer is alive, and wrote it first
             if attempt % _CATCH_UP == 0:
                 self._apply_through(db, _newest(self._store))
         raise AssertionError
 
     def _apply_through(self, db: sqlite3.Connection, newest: int) -> None:
-        """Apply the segments after the last one that was applied."""
+        """Apply the segments after the last applied one, up to and including `newest`."""
         first = self._last.number + 1 if self._last else 1
         names = [segment_name(number) for number in range(first, newest + 1)]
         for data in self._store.get_all(names):
             self._apply(db, data)
 
     def _apply(self, db: sqlite3.Connection, data: bytes | None) -> None:
-        """Check the next segment, and make its changes."""
+        """Check the next segment, and apply its changes."""
         number = self._last.number + 1 if self._last else 1
         try:
             if data is None:
@@ -159,7 +159,7 @@ class _Restore:
             segment = Segment.decode(data)
             fits = (segment.number, segment.previous) == (number, self._hash)
             if not fits or (self._last and segment.run_id != self._last.run_id):
-                raise ValueError("it does not follow the one before it")
+                raise ValueError("it does not follow the previous segment")
             if segment.journal_format != FORMAT:
                 raise ValueError(
                     f"its journal format is {segment.journal_format}, but this version reads {FORMAT}; "
@@ -178,7 +178,7 @@ class _Restore:
                 self._gone.append(gone)
 
     def _insert_batches(self, db: sqlite3.Connection) -> None:
-        """Insert the batches that are there. Recovery says so if it needs one that is not."""
+        """Insert the batches that the mirror has. Recovery raises if it needs a missing one."""
         there = set(self._store.names(BATCHES))
         for name, batches in self._batches.items():
             content = self._store.get(name) if name in there else None
@@ -195,7 +195,7 @@ class _Restore:
             )
 
     def _words(self, db: sqlite3.Connection) -> str:
-        """From which point the run was restored, and what may be lost."""
+        """Describe the point to which the run was restored, and what may be lost."""
         lineage = db.execute("SELECT max(lineage) FROM lineages").fetchone()[0]
         step = db.execute(
             "SELECT coalesce((SELECT max(step) FROM steps WHERE lineage = ?1), "

@@ -17,7 +17,7 @@ def lock(run_dir: Path) -> int:
 
     Raises RunDirectoryError when another process holds it.
     """
-    # A file of its own: closing any descriptor of the database would drop SQLite's locks on it.
+    # A separate file: closing any descriptor of the database would drop SQLite's locks on it.
     descriptor = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -28,7 +28,7 @@ def lock(run_dir: Path) -> int:
             f"{run_dir}: another server (process {holder or 'unknown'}) uses this run directory; stop it, "
             "or choose another with --run-dir"
         ) from None
-    try:  # tells whoever finds the directory locked which process to stop
+    try:  # so that the message above can name the process to stop
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     except OSError as error:

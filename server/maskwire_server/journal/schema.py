@@ -33,7 +33,7 @@ TABLES = (
 
 
 def facts_hash(database: sqlite3.Connection) -> bytes:
-    """The hash of the facts that a run was created with."""
+    """The hash of the facts about a run: the rows of `run`, without the format and the hash itself."""
     rows = database.execute("SELECT key, value FROM run WHERE key NOT IN ('format', 'hash') ORDER BY key")
     return seal(*[(key, value.hex() if isinstance(value, bytes) else value) for key, value in rows])
 
@@ -66,8 +66,8 @@ def _migrate_to_3(database: sqlite3.Connection) -> None:
     database.execute("CREATE INDEX steps_by_request ON steps (request_id) WHERE request_id IS NOT NULL")
     database.execute(_CHECKPOINTS)
     sealed = database.execute("SELECT value FROM run WHERE key = 'hash'").fetchone()
-    if sealed is None or sealed[0] != facts_hash(database):  # or the new hash would hide the damage
-        raise damaged("what the run is")
+    if sealed is None or sealed[0] != facts_hash(database):  # otherwise the new hash would hide the damage
+        raise damaged("the run's identity")
     if database.execute("SELECT EXISTS (SELECT 1 FROM steps)").fetchone()[0]:
         database.execute("INSERT INTO run VALUES ('digest_version', 1)")
         database.execute("UPDATE run SET value = ? WHERE key = 'hash'", (facts_hash(database),))

@@ -1,7 +1,7 @@
 """The file of SQLite's write-ahead log: how much of it is in use.
 
-The file is written again from its start after a merge, because a flush is faster where the file does not
-grow. Its size says nothing then, so the frames are counted. The format is that of
+After a merge the file is overwritten from its start, because a flush is faster if the file does not grow. Its
+size then does not show how much is in use, so the frames are counted. The format is documented in
 https://www.sqlite.org/fileformat2.html#walformat: the header has the page size at byte 8 and the salt at 16;
 each frame has the salt at its byte 8, and ends with a page. Frames from before the last merge have another
 salt.
@@ -15,7 +15,7 @@ from pathlib import Path
 _HEADER, _FRAME_HEADER = 32, 24
 _SALT = 8  # bytes
 _SALT_AT, _SALT_END, _FRAME_SALT_AT = 16, 24, 8
-_STEP = 16  # frames: about those of one batch of 64 KiB
+_STEP = 16  # frames: about as many as one batch of 64 KiB takes
 
 
 class WriteAheadLog:
@@ -40,7 +40,7 @@ class WriteAheadLog:
         if not self._salt and not self._begin():
             return 0
         before = self._frames
-        as_before = before + self._added  # transactions are often of one size
+        as_before = before + self._added  # transactions often have the same size
         if self._in_use(as_before) and not self._in_use(as_before + 1):
             self._frames = as_before
         else:
@@ -54,7 +54,7 @@ class WriteAheadLog:
         self._salt = b""
 
     def _begin(self) -> bool:
-        """Read the header; False if nothing was written since the merge: SQLite writes a new one then."""
+        """Read the header; False if it is the old one: SQLite renews it at the first write after a merge."""
         header = self._read(_HEADER, 0)
         salt = header[_SALT_AT:_SALT_END]
         if len(header) < _HEADER or salt == self._merged:
@@ -64,7 +64,7 @@ class WriteAheadLog:
         return True
 
     def _count(self) -> None:
-        """Count the frames from those that are known to be in use."""
+        """Count the frames in use, starting from those already counted."""
         step = _STEP
         while self._in_use(self._frames + step):
             self._frames += step

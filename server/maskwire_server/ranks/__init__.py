@@ -1,1 +1,1 @@
-"""Several processes behind the trainer's interface: one leader, which serves, and its followers."""
+"""Several processes (ranks) behind the trainer's interface: one leader, which serves, and its followers."""

@@ -29,10 +29,10 @@ _CALLS: dict[str, Callable[..., Any]] = {
 
 
 def follow(member: Member, build: Callable[[dict[str, Any]], TorchTrainer], saver: ShardSaver) -> NoReturn:
-    """Build the trainer of the first order, which has the leader's configuration, and serve the others.
+    """Build the trainer from the first order, the leader's configuration, and carry out the later orders.
 
-    Ends with the process: `Member.watch` ends it when the leader ends. Raises what a call raised that not all
-    ranks refused alike.
+    Never returns: `Member.watch` exits the process when the leader ends. Raises StateLost if a call fails,
+    unless all ranks refuse it with the same ValueError.
     """
     trainer = build(member.next_order().arguments)
     while True:
@@ -42,7 +42,7 @@ def follow(member: Member, build: Callable[[dict[str, Any]], TorchTrainer], save
 
 
 def call(member: Member, trainer: TorchTrainer, saver: ShardSaver, order: Order) -> Callable[[], Any]:
-    """The call of the trainer that an order stands for."""
+    """The function that carries out an order on this rank."""
     given = order.arguments
     if order.name == "copy_shards":
         return lambda: saver.keep(given["save"], trainer.copy_shards)

@@ -1,9 +1,9 @@
-"""`maskwire-server serve --ranks N`: torch's elastic launcher in a process of its own, and its exit code.
+"""`maskwire-server serve --ranks N`: runs torch's elastic launcher as a child process.
 
 The launcher restarts every rank when one ends with an error. A configuration error must not be retried, and
-SIGTERM must reach the leader alone: it drains and then ends its followers, while the launcher would end all
-ranks at once. So a rank that ends for good exits with 0, the leader writes the code of `serve` to a file, and
-this process passes signals on to the leader. It imports no torch.
+SIGTERM must reach only the leader, which drains and then ends its followers: the launcher would end all ranks
+at once. Therefore a rank that must not be restarted exits with 0, the leader writes the exit code of `serve`
+to a file, and this process forwards signals to the leader. This process does not import torch.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FOLDER = "MASKWIRE_LAUNCH_DIR"
-"""Where the leader writes its process id and, when it ends for good, its exit code."""
+"""Variable that names the folder for the leader's process id and, when it ends for good, its exit code."""
 LEADER = "MASKWIRE_LEADER"
-"""Set to 1 on the host that has the run directory, if there are several hosts."""
+"""Variable that is 1 on the host that has the run directory, if there are several hosts."""
 _PID, _EXIT_CODE, _LOSS, _STOPPING = "leader.pid", "exit-code", "loss", "stopping"
 _RESTARTS = 1000
 _FAILURE = 70
@@ -58,7 +58,7 @@ class Launch:
 
 
 def launch(chosen: Launch, arguments: Sequence[str]) -> int:
-    """Run `maskwire-server ARGUMENTS` on every rank until the leader ends for good; its exit code.
+    """Run `maskwire-server ARGUMENTS` on every rank until the leader ends for good. Returns its exit code.
 
     Raises ConfigError.
     """
@@ -71,17 +71,17 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # each rank sets its own number
         }
         if chosen.nodes == 1:
-            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing listens beyond this host
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no rank listens on the network
         else:
             environment |= {LEADER: str(int(_is_here(_host(chosen))))}
             interface = _interface(address_towards(_host(chosen)))
-            if interface is not None:  # the one of this host's name may be the loopback
+            if interface is not None:  # gloo's default, that of the host's name, may be lo
                 environment.setdefault("GLOO_SOCKET_IFNAME", interface)
         command = [sys.executable, "-m", "torch.distributed.run", *_options(chosen, folder)]
         launcher = subprocess.Popen(
             [*command, "-m", "maskwire_server", *arguments],
             env=environment,
-            start_new_session=True,  # Ctrl-C reaches this process alone
+            start_new_session=True,  # Ctrl-C reaches only this process
             preexec_fn=_end_with_parent,
         )
         _forward_signals(Path(folder), launcher)
@@ -93,10 +93,10 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
             noted = int((Path(folder) / _EXIT_CODE).read_text())
         if code and not (Path(folder) / _STOPPING).exists():
             log.error("the launcher ended with %d; start the server again to resume", code)
-            return noted or _FAILURE  # it may have ended the leader, which then exits as if it was asked to
+            return noted or _FAILURE  # the launcher may have stopped the leader, which then noted 0
         if noted is not None:
             return noted
-        return code if code >= 0 else _FAILURE  # 0: the leader, on another host, ended for good
+        return code if code >= 0 else _FAILURE  # 0: the leader is on another host, and ended for good
 
 
 def check_layout(distributed: DistributedConfig, size: int) -> None:
@@ -115,7 +115,7 @@ def note_leader() -> None:
 
 
 def note_exit(code: int) -> int:
-    """Tell the launcher the exit code of `serve`, which ends for good. Returns the code to exit with."""
+    """Tell the launcher that `serve` ends for good, and its exit code. Returns the code to exit with."""
     return 0 if _write(_EXIT_CODE, code) else code
 
 
@@ -125,12 +125,12 @@ def note_loss(problem: str) -> None:
 
 
 def is_stopping() -> bool:
-    """Whether the launcher was asked to stop: a leader that is started again since then need not serve."""
+    """Whether the launcher was asked to stop: then a restarted leader must exit and not serve."""
     return (Path(os.environ.get(FOLDER, "/nowhere")) / _STOPPING).exists()
 
 
 def end_with_launcher() -> None:
-    """End this rank when torch's launcher is killed, instead of living on without it (Linux)."""
+    """Have the kernel kill this rank when torch's launcher ends, so that it does not outlive it (Linux)."""
     parent = os.getppid()
     _end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
@@ -161,8 +161,8 @@ def _options(chosen: Launch, folder: str) -> list[str]:
         "--monitor-interval=0.1",
     ]  # fmt: skip
     if chosen.nodes == 1:
-        # torch's launcher unpickles what its store holds: on one host a file that only this user can write,
-        # not a port that is open to the network.
+        # torch's launcher unpickles the values of its store. On one host the store is therefore a file that
+        # only this user can write, and not a port that is open to the network.
         rendezvous = Path(folder) / "rendezvous"
         return [
             *options, "--rdzv-backend=c10d", f"--rdzv-endpoint={rendezvous}", "--rdzv-conf=store_type=file",
@@ -186,7 +186,7 @@ def _host(chosen: Launch) -> str:
 
 
 def _is_here(host: str) -> bool:
-    """Whether a name is an address of this host: one that a socket can be bound to."""
+    """Whether a host name is an address of this host, to which a socket can be bound."""
     try:
         socket.create_server((host, 0)).close()
     except OSError:
@@ -195,9 +195,9 @@ def _is_here(host: str) -> bool:
 
 
 def address_towards(host: str) -> str:
-    """The address of this host from which it reaches another one. Raises ConfigError.
+    """The address from which this host reaches another one. Raises ConfigError.
 
-    Waits for a name that does not resolve yet: a pod may start before the leader's has its name.
+    Retries while the name does not resolve: a pod may start before the name of the leader's pod exists.
     """
     until = time.monotonic() + _NAME_SECONDS
     with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
@@ -228,13 +228,13 @@ def _interface(address: str) -> str | None:
 
 
 def _end_with_parent(number: int = signal.SIGTERM) -> None:
-    """Get a signal when the process that started this one is killed (Linux)."""
+    """Have the kernel send this process a signal when its parent process ends (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _forward_signals(folder: Path, launcher: subprocess.Popen[bytes]) -> None:
-    """SIGTERM and SIGINT go to the leader, or to the launcher while there is no leader or on another host."""
+    """Forward SIGTERM and SIGINT to the leader. Without a leader on this host, send the launcher SIGTERM."""
 
     def forward(number: int, _: FrameType | None) -> None:
         (folder / _STOPPING).touch()
@@ -252,7 +252,7 @@ def _forward_signals(folder: Path, launcher: subprocess.Popen[bytes]) -> None:
 
 
 def _forward_hang_up(folder: Path) -> None:
-    """SIGHUP goes to the leader, if it is on this host and ready for it."""
+    """Forward SIGHUP to the leader, if it is on this host and handles signals by now."""
 
     def forward(*_: object) -> None:
         with contextlib.suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The leader's trainer: each call becomes an order to the followers and the same call here."""
+"""The leader's trainer: each call becomes an order to the followers and the same call on this rank."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ T = TypeVar("T")
 class LeaderTrainer:
     """Has the methods of `TorchTrainer` that a server calls.
 
-    A call that fails on any rank leaves the others waiting, so that every error but a refusal that all ranks
-    raise alike is StateLost: the processes end, and a restart recovers the last durable step.
+    A call that fails on one rank leaves the others waiting. Every error is therefore raised as StateLost,
+    except a ValueError that all ranks raise alike: the processes exit, and a restart recovers the run from
+    its last durable step.
     """
 
     def __init__(
@@ -42,9 +43,9 @@ class LeaderTrainer:
         self._trainer, self._member, self._saver, self._place = trainer, member, saver, save_place
         self._saves = 0
         self._sharded = False
-        """Whether each rank saves its parts by itself."""
+        """Whether each rank saves its own part."""
         self._gathered: bool | None = None
-        """Which weights the last gathering read, if they have not changed since: the averaged ones?"""
+        """Whether the last gathered weights are the averaged ones; None if they are missing or outdated."""
 
     @property
     def info(self) -> ModelInfo:
@@ -58,7 +59,7 @@ class LeaderTrainer:
 
     @property
     def versions(self) -> dict[str, str]:
-        """What results depend on, the layout of the ranks included."""
+        """What results depend on, including the layout of the ranks."""
         return self._trainer.versions
 
     def usable_after(self, error: BaseException) -> bool:
@@ -66,7 +67,7 @@ class LeaderTrainer:
         return self._trainer.usable_after(error)
 
     def begin(self) -> str:
-        """The hash of the initial weights, which every rank has loaded."""
+        """The hash of the initial weights, which every rank has loaded; "" for the built-in encoder."""
         return self._trainer.begin()
 
     def use_threads(self, count: int) -> None:
@@ -74,12 +75,12 @@ class LeaderTrainer:
         self._together(Order("use_threads", {"count": count}), lambda: self._trainer.use_threads(count))
 
     def configure(self, optimizer: dict[str, Any], numerics_version: int) -> None:
-        """Continue under another [optimizer] section and numerics version. Raises ValueError if it cannot."""
+        """Continue with another [optimizer] section and numerics version. Raises ValueError if it cannot."""
         order = Order("configure", {"optimizer": optimizer, "numerics_version": numerics_version})
         self._together(order, lambda: self._trainer.configure(optimizer, numerics_version))
 
     def load(self, folder: Path) -> None:
-        """Load a checkpoint, which this rank reads for all. Raises ValueError if it does not fit."""
+        """Load a checkpoint, which this rank reads for all ranks. Raises ValueError if it does not fit."""
         saved = self._trainer.read(folder)
         self._together(Order("receive"), lambda: self._trainer.receive(saved))
 
@@ -96,7 +97,7 @@ class LeaderTrainer:
         return self._together(order, lambda: self._trainer.train_step(lineage, step, batch, modes))
 
     def snapshot(self) -> Snapshot | ShardSnapshot:
-        """A copy of the state: each rank's part in its memory, or all of it in this host's memory."""
+        """A copy of the state: each rank's part in its host's memory, or all of it in this host's memory."""
         if self._sharded:
             self._saves += 1
             order = Order("copy_shards", {"save": self._saves})
@@ -117,7 +118,7 @@ class LeaderTrainer:
         yield from self._trainer.generate(prompts, options)
 
     def _blind(self) -> list[int]:
-        """The ranks that do not see the folder of the checkpoints."""
+        """The ranks that do not see the folder of the checkpoints, or cannot write there."""
         try:
             path = shared_folder.place_probe(self._place.folder)
         except OSError as error:
@@ -137,7 +138,7 @@ class LeaderTrainer:
             self._gathered = averaged
 
     def _together(self, order: Order, call: Callable[[], T], *, changes: bool = True) -> T:
-        """Carry out an order on every rank. Raises ValueError if all refuse it alike, otherwise StateLost."""
+        """Carry out an order on every rank. Raises ValueError if all ranks raise it alike, else StateLost."""
         if changes:
             self._gathered = None
         failpoints.passing("rank.ordering")
@@ -147,7 +148,7 @@ class LeaderTrainer:
 
 
 def carried_out(member: Member, order: Order, call: Callable[[], T]) -> T:
-    """This rank's part of an order, and the agreement that all ranks carried it out or refused it."""
+    """Carry out an order on this rank, and check that all ranks either did so or refused it alike."""
     refusal: ValueError | None = None
     with fatal(member, order):
         failpoints.passing("rank.ordered")
@@ -157,7 +158,7 @@ def carried_out(member: Member, order: Order, call: Callable[[], T]) -> T:
             refusal = error
         if refusal is not None:
             member.ranks.agree(f"{order.name} refused: {refusal}")
-        elif order.name != "train_step":  # whose ranks agreed before the update
+        elif order.name != "train_step":  # its ranks agree before the update
             member.ranks.agree(f"{order.name} done")
     if refusal is not None:
         raise refusal
@@ -167,7 +168,7 @@ def carried_out(member: Member, order: Order, call: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def fatal(member: Member, order: Order) -> Iterator[None]:
-    """Raise every error as StateLost: the other ranks wait for this one, or are gone."""
+    """Raise every error as StateLost: the other ranks wait for this one, or have ended."""
     try:
         yield
     except StateLost:

@@ -1,7 +1,7 @@
 """Which ranks are alive: each follower and the leader send one another a byte every second.
 
-A dead process closes its connection at once. A frozen process or a lost host falls silent. Either ends this
-process, so that the launcher restarts all ranks. The collectives' own timeouts would take minutes.
+A dead process closes its connection at once. A frozen process or a lost host falls silent. In both cases
+this process exits, so that the launcher restarts all ranks. The collectives' own timeouts would take minutes.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 2.0
-"""When a rank is lost, every other process is ended within this time, with that rank as the cause."""
+"""How long a rank that failed waits before it exits. If the cause is the loss of another rank, this module
+ends the process within that time and reports that rank."""
 LOOPBACK = "127.0.0.1"
 _BEAT, _END = b".", b"E"
 _TOKEN_BYTES = 16
 
 OnLoss = Callable[[str], None]
-"""Called with what happened, on a thread of its own. It ends the process."""
+"""Called with a description of the loss, on a background thread. It ends the process."""
 
 
 @dataclass(frozen=True)
 class LeaderAddress:
-    """Where followers reach the leader's monitor."""
+    """The address at which followers connect to the leader's monitor."""
 
     host: str
     port: int
@@ -42,7 +43,7 @@ class LeaderAddress:
 
 
 class Monitor:
-    """The leader's side: listens, and watches one connection of each follower."""
+    """The leader's side: listens, and watches one connection per follower."""
 
     def __init__(self, host: str, followers: int, timeout: float, on_loss: OnLoss) -> None:
         """`timeout`, in seconds, is how long a follower may be silent, or take to connect."""
@@ -138,7 +139,7 @@ def watch_leader(
 
 
 def exit_now(code: int, note: Callable[[str], None]) -> OnLoss:
-    """An `OnLoss` that notes what happened and exits: the state of all ranks is thrown away."""
+    """An `OnLoss` that passes the problem to `note` and exits: the state in memory is discarded."""
 
     def end(problem: str) -> None:
         note(problem)
@@ -151,7 +152,7 @@ def exit_now(code: int, note: Callable[[str], None]) -> OnLoss:
 
 def _send(links: Iterable[socket.socket], data: bytes) -> None:
     for link in links:
-        with contextlib.suppress(OSError):  # who reads from it notices
+        with contextlib.suppress(OSError):  # the thread that reads from the link notices
             link.sendall(data)
 
 
@@ -162,9 +163,9 @@ def _greeting(line: bytes) -> tuple[bytes, int, int]:
 
 
 def _silence(link: socket.socket, timeout: float) -> tuple[str, bool]:
-    """Read until the other side is gone; what happened, and whether it may be frozen rather than dead.
+    """Read until the other side is gone. Returns the problem, and whether that side may be frozen, not dead.
 
-    Returns "" if it said that it ends for good.
+    The problem is "" if the leader announced that it ends for good.
     """
     link.settimeout(timeout)
     try:
@@ -181,6 +182,6 @@ def _silence(link: socket.socket, timeout: float) -> tuple[str, bool]:
 
 
 def _kill(pid: int) -> None:
-    """End a frozen process of this host, which the launcher would wait 30 seconds for."""
+    """Kill a frozen process on this host: the launcher would wait 30 seconds for it to end."""
     with contextlib.suppress(OSError):
         os.kill(pid, signal.SIGKILL)

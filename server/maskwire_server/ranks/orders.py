@@ -12,7 +12,7 @@ _HEADER = struct.Struct("<II")
 
 @dataclass(frozen=True)
 class Order:
-    """One call of the trainer, which every rank makes."""
+    """One operation that every rank carries out, in most cases a call of the trainer."""
 
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)

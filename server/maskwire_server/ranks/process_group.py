@@ -1,4 +1,4 @@
-"""This process as one rank of a group: joined from the launcher's environment variables."""
+"""This process as one rank of a group, which it joins using the launcher's environment variables."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from maskwire_server.training.sharding import ManyRanks
 log = logging.getLogger(__name__)
 
 EXIT_LOST = 75
-"""A rank was lost."""
-_COLLECTIVE = timedelta(minutes=30)  # a hung device; lost ranks are noticed long before
+"""Exit code: another rank was lost."""
+_COLLECTIVE = timedelta(minutes=30)  # limit for a hung device; lost ranks are noticed long before
 _SAVE = timedelta(hours=1)  # how long the files of one checkpoint may take
 _UNBOUNDED = timedelta(days=3650)  # between two orders, or two saves, a run may be idle
 
@@ -46,12 +46,12 @@ class Place:
 
     @property
     def may_lead(self) -> bool:
-        """Whether the run directory is here."""
+        """Whether this is the first rank of the host that has the run directory."""
         return self.local_rank == 0 and (self.hosts == 1 or os.environ.get(LEADER) == "1")
 
 
 class Member:
-    """This process in its group. One rank calls `order` while all others call `next_order`."""
+    """This process in its group. The leader calls `order` while all others call `next_order`."""
 
     def __init__(self, place: Place, ranks: ManyRanks, leader: int) -> None:
         self.place, self.ranks = place, ranks
@@ -60,7 +60,7 @@ class Member:
         self._orders = dist.new_group(backend="gloo", timeout=_UNBOUNDED)
         self._saves = dist.new_group(backend="gloo", timeout=_SAVE)  # used by the savers' threads alone
         self.lost = exit_now(EXIT_LOST, note_loss)
-        """Called with the reason, it ends this process, and with it the group."""
+        """Exits this process with the given reason; the other ranks then exit too."""
         self._monitor: Monitor | None = None
 
     def watch(self, timeout: float) -> None:
@@ -146,7 +146,7 @@ def join(distributed: DistributedConfig, serve: ServeConfig) -> Member:
 
 
 def _store(place: Place) -> str:
-    """Where the ranks meet: on one host a file of the launcher's folder, otherwise a port of rank 0."""
+    """The `init_method`: a file in the launcher's folder, or `env://` with several hosts or torchrun."""
     folder = os.environ.get(FOLDER)
     if folder is None or place.hosts > 1:
         return "env://"

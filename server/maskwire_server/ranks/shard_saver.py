@@ -1,8 +1,8 @@
-"""Saving by all ranks: each writes the parts that it copied, on a thread of its own; the leader joins them.
+"""Saving by all ranks: each writes the part of the state that it copied, on a background thread.
 
-The leader's saver sends an order on a group of its own, so that training continues meanwhile. All write their
-files, make them durable and report name, size and SHA-256. The leader then moves the files into place, and
-the manifest, which lists them, makes them a checkpoint.
+The leader sends the order to write through a separate process group, so that training continues in the
+meantime. Each rank writes its files, makes them durable and reports their names, sizes and SHA-256. The
+leader then moves the files into place, and the manifest, which lists them, makes them a checkpoint.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 
 
 class PartFiles(Protocol):
-    """What is done with the files of several ranks; see `checkpoints.parts`. All methods raise OSError."""
+    """Operations on the files of several ranks; see `checkpoints.rank_parts`. All methods raise OSError."""
 
     def begin(self, folder: Path) -> Path:
-        """Create a folder for the ranks' files in that of a checkpoint."""
+        """Create a folder for the ranks' files in the folder of a checkpoint."""
 
     def describe(self, parts: Path, names: Iterable[str]) -> list[FileInfo]:
         """Make files durable, and describe them."""
@@ -42,7 +42,7 @@ class PartFiles(Protocol):
 
 
 class ShardSaver:
-    """A rank's part of saving. `keep` is called by the thread that trains."""
+    """Saves this rank's part. `keep` is called by the training thread."""
 
     def __init__(self, member: Member, files: PartFiles) -> None:
         self._member, self._files = member, files
@@ -51,12 +51,12 @@ class ShardSaver:
             threading.Thread(target=self._serve, name="maskwire-saver", daemon=True).start()
 
     def keep(self, number: int, copy: Callable[[], Shards]) -> None:
-        """Make a follower's copy, and keep it until the leader orders to write it, or to make the next.
+        """Copy a follower's state, and keep the copy until the leader orders it to be written or replaced.
 
-        The ranks agree that they have carried out this order only afterwards, so that the copy is there when
-        the order to write it comes.
+        The ranks confirm this order only after the copy is made, so that the copy exists when the order to
+        write it arrives.
         """
-        self._kept = None  # its memory is used again
+        self._kept = None  # so that its memory can be reused
         self._kept = number, copy()
 
     def snapshot(self, number: int, shards: Shards) -> ShardSnapshot:
@@ -64,7 +64,7 @@ class ShardSaver:
         return ShardSnapshot(self, number, shards)
 
     def write(self, number: int, shards: Shards, folder: Path) -> list[FileInfo]:
-        """Write the files of all ranks into the folder of a checkpoint. Raises OSError if one cannot."""
+        """Write the files of all ranks into the folder of a checkpoint. Raises OSError if a rank cannot."""
         parts = self._files.begin(folder)
         with_frozen = not _has_frozen(folder, shards)
         order = Order("write", {"number": number, "parts": str(parts.resolve()), "frozen": with_frozen})
@@ -92,13 +92,13 @@ class ShardSaver:
                     report = _failed(errno.EIO, f"has no copy number {given['number']}")
                 else:
                     report = self._report(kept[1], Path(given["parts"]), with_frozen=given["frozen"])
-                del kept  # its memory is used for the next copy
+                del kept  # so that its memory can be reused for the next copy
                 self._member.exchange(report)
         except Exception as error:
             self._end(error)
 
     def _report(self, shards: Shards, parts: Path, *, with_frozen: bool) -> bytes:
-        """Write this rank's files, and describe them, or the error, for the others."""
+        """Write this rank's files, and encode their description, or the error, for the other ranks."""
         try:
             names = shards.write(parts, with_frozen=with_frozen)
             files = self._files.describe(parts, names)
@@ -108,7 +108,7 @@ class ShardSaver:
         return json.dumps([[file.name, file.size_bytes, file.sha256.hex()] for file in files]).encode()
 
     def _end(self, error: Exception) -> None:
-        """End this process: the other ranks wait for it, or are gone."""
+        """End this process: the other ranks wait for it, or have ended."""
         time.sleep(GRACE_SECONDS)
         self._member.lost(f"rank {self._member.place.rank} failed in a save: {error}")
 
@@ -142,7 +142,7 @@ def _joined(reports: Sequence[bytes]) -> list[FileInfo]:
 
 
 def _has_frozen(folder: Path, shards: Shards) -> bool:
-    """Whether the folder has the weights that are never trained, linked; if only a part, it is removed."""
+    """Whether the folder has links to all weights that are never trained. Incomplete links are removed."""
     names = shards.names.get(FROZEN_FILE, frozenset())
     paths = checkpoint_tensors.files_of(folder, FROZEN_FILE)
     try:
@@ -156,7 +156,7 @@ def _has_frozen(folder: Path, shards: Shards) -> bool:
 
 
 def _check_complete(folder: Path, shards: Shards) -> None:
-    """Raise OSError unless the files have all tensors of the state, each of their rows once."""
+    """Raise OSError unless the files contain all tensors of the state, with each row exactly once."""
     try:
         for file, names in shards.names.items():
             found = checkpoint_tensors.find(checkpoint_tensors.files_of(folder, file), file)

@@ -1,4 +1,4 @@
-"""Whether all ranks see the folder of the checkpoints: a file of the leader there, found by each of them."""
+"""Checks that all ranks see the folder of the checkpoints: each looks for a file of the leader."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _PREFIX = ".probe-"
 
 
 def place_probe(folder: Path) -> Path:
-    """Create a file that the other ranks must see; it is empty, for full disks. Raises OSError."""
+    """Create a file that the other ranks must see; it is empty, to work on a full disk. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(f"{_PREFIX}*"):  # of a process that was killed
+    for old in folder.glob(f"{_PREFIX}*"):  # left behind by a process that was killed
         old.unlink()
     path = folder.resolve() / f"{_PREFIX}{secrets.token_hex(16)}"
     path.touch(exist_ok=False)
@@ -26,7 +26,7 @@ def place_probe(folder: Path) -> Path:
 
 
 def sees(path: Path) -> bool:
-    """Whether this rank finds what the leader created, and can create a file beside it."""
+    """Whether this rank finds the file that the leader created, and can create another one beside it."""
     own = path.with_name(f"{path.name}-{secrets.token_hex(4)}")
     try:
         if not path.exists():
@@ -45,16 +45,16 @@ class SavePlace:
     """Where checkpoints are, and which ranks are to write them."""
 
     folder: Path
-    """Of all checkpoints of the run."""
+    """The folder of all checkpoints of the run."""
     saved_by: str
     """`distributed.checkpoints_by`."""
 
     def wanted(self, size: int) -> bool:
-        """Whether each of this many ranks is to write its own files, if it can."""
+        """Whether each of `size` ranks is to write its own files, if it can."""
         return size > 1 and self.saved_by != "leader"
 
     def decide(self, blind: list[int]) -> bool:
-        """Whether each rank writes its own files, if these do not see the folder. Raises ConfigError."""
+        """Whether each rank writes its own files; `blind` are the ranks that cannot. Raises ConfigError."""
         if not blind:
             log.info("each rank writes its part of checkpoints to %s", self.folder.resolve())
             return True
@@ -63,7 +63,7 @@ class SavePlace:
             f"{f' and {len(blind) - 1} others' if len(blind) > 1 else ''}, so that not every rank can write "
             "its part of a checkpoint"
         )
-        cure = f"replace {self.folder} by a link to a folder that all hosts share at the same path"
+        cure = f"replace {self.folder} with a link to a folder that all hosts share at the same path"
         if self.saved_by == "ranks":
             raise ConfigError(
                 f"distributed.checkpoints_by is ranks, and {problem}; {cure}, or set it to leader"

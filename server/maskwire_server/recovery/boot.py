@@ -1,4 +1,4 @@
-"""How a run is opened, and recovered to its last durable step."""
+"""Opening a run, and recovering it to its last durable step."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def open_journal(run_dir: Path, *, seed: int, canonical: bytes, durable: bool = 
     except JournalError as error:
         journal.close()
         raise RunDirectoryError(
-            f"{run_dir}: the journal cannot be written ({error}); make room on its disk, and start again"
+            f"{run_dir}: the journal cannot be written ({error}); free space on its disk, and start again"
         ) from error
     except BaseException:
         journal.close()
@@ -61,7 +61,7 @@ def open_recorded(run_dir: Path) -> Journal:
 
 
 def check_same_run(journal: Journal, run_dir: Path, seed: int, canonical: bytes) -> None:
-    """Raise RunDirectoryError, naming each difference, unless seed, model and objective are the run's."""
+    """Raise RunDirectoryError, naming each difference, unless seed, model and objective match the run."""
     differences = []
     if journal.fact("seed") != seed:
         differences.append(f"run.seed is {journal.fact('seed')} in the run, {seed} in the configuration")
@@ -88,15 +88,15 @@ class Recovered:
     step: int
     digest: bytes
     non_finite: int
-    """How many of the last steps were not finite, in a row and since the last takeover."""
+    """How many of the newest steps in a row were not finite, not counting those before the last takeover."""
     replayed_inexactly: bool
-    """An inexact replay led to the state: it must be saved before any step is trained or answer sent."""
+    """Whether the state comes from an inexact replay: it must then be saved before any training or answer."""
     accepted: bool
-    """A difference beyond the tolerance was accepted."""
+    """Whether a difference beyond the tolerance was accepted."""
     load_seconds: float = 0.0
-    """Of loading a checkpoint."""
+    """The time to load the checkpoint."""
     replay_seconds: float = 0.0
-    """Of computing the steps after it again."""
+    """The time to recompute the steps after it."""
 
 
 def recover(
@@ -112,8 +112,9 @@ def recover(
 ) -> Recovered:
     """Bring the trainer to the journal's last step, and set unusable checkpoints aside.
 
-    `tell` is called with the progress. `with_room` writes to the journal, and may wait until there is room.
-    Raises RunDirectoryError when the last step cannot be reached exactly.
+    `tell` is called with the progress. `with_room` calls a function that writes to the journal, and may wait
+    until the disk has space. Raises RunDirectoryError if the last step cannot be recomputed, and
+    InexactReplayError as `replay` does.
     """
     lineages = journal.lineages()
     lineage = max(lineages)
@@ -186,7 +187,7 @@ def accept_lost_history(
     def write() -> None:
         journal.add_lineage(Lineage(number, recovered.lineage, step, digest, None, None))
         journal.add_event("accepted_lost_history", {"lineage": number, "step": step})
-        epoch = (last.epoch if last else 0) + 1  # advanced, which fences the writer of the old lineage
+        epoch = (last.epoch if last else 0) + 1  # a new epoch fences the writer of the old lineage
         journal.add_session(SessionRecord(epoch, "lost history", None, False, number, step, True))
 
     with_room(partial(journal.transaction, write))

@@ -1,4 +1,4 @@
-"""The environment fingerprint: what a step's result depends on beside model, objective and seed."""
+"""The environment fingerprint: what a step's result depends on besides model, objective and seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FINGERPRINT = (
     "transformers", "peft", "x-transformers", "factory",
 )  # fmt: skip
 NUMERICS = "fingerprint.numerics"
-"""The version of the server's own mathematics. Steps of another version are replayed within the tolerance."""
+"""The key of the server's numerics version. Steps of another version are replayed within the tolerance."""
 
 
 def fingerprint(versions: dict[str, str]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def reproducible(settings: dict[str, Any]) -> bool:
 
 
 def numerics_version(settings: dict[str, Any]) -> int:
-    """The version of the mathematics; the first version recorded none."""
+    """The numerics version in recorded settings; 1 if there is none, as the first version recorded none."""
     return int(settings.get(NUMERICS, 1))
 
 
@@ -56,7 +56,7 @@ def record_start(journal: Journal, versions: dict[str, str], settings: dict[str,
 def replayable(
     journal: Journal, settings: dict[str, Any], configure: Callable[[dict[str, Any], int], None]
 ) -> bool:
-    """Whether this server could recompute the steps of the server before it."""
+    """Whether this server could recompute the steps of the previous one."""
     last = journal.last_event("configuration")
     if last is None:
         return True

@@ -20,11 +20,11 @@ RETRY_SECONDS = 2.0
 
 
 def restore_journal(config: Config, store: ObjectStore, stop: threading.Event) -> None:
-    """Restore the journal of a run directory that has none, if the mirror has the run; its start fetches the
-    checkpoints.
+    """Restore the journal of a run directory that has none, if the mirror has the run.
 
-    Waits until the store answers: a server that cannot look must not begin a new run in the run's place.
-    Returns when `stop` is set. Raises ConfigError, RunDirectoryError.
+    The checkpoints are fetched later, when the run starts. Waits until the store answers: while it cannot be
+    read, the server must not start a new run, because the mirror may hold one. Returns when `stop` is set.
+    Raises ConfigError, RunDirectoryError.
     """
     if (config.run.dir / JOURNAL_FILE).is_file():
         return
@@ -37,6 +37,6 @@ def restore_journal(config: Config, store: ObjectStore, stop: threading.Event) -
 
 
 def _wait(stop: threading.Event, failure: StoreError) -> bool:
-    """Wait before a call is tried again; False if the server is stopping."""
+    """Wait before a call is retried; False if the server is stopping."""
     log.error("%s; trying again", failure)
     return not stop.wait(RETRY_SECONDS)

@@ -1,7 +1,7 @@
 """A run that starts from imported weights.
 
-Its directory is made under another name and then renamed, so that an import that was interrupted is never
-served: it would start from other weights.
+Its directory is created under another name and then renamed, so that an interrupted import is never served:
+the run would start from other weights.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def begin(
     or cannot be written.
     """
     try:
-        if run_dir.is_mount():  # nothing can be renamed into its place
+        if run_dir.is_mount():  # a folder cannot be renamed to a mount point
             raise RunDirectoryError(
                 f"{run_dir} is the root of a volume, where no run can be imported; choose a folder in it, "
                 f"for example --run-dir {run_dir / 'run'}"

@@ -29,7 +29,7 @@ def require_source(journal: Journal) -> None:
 
 
 def restore(journal: Journal, trainer: ReplayTrainer) -> None:
-    """Bring a new trainer to the run's initial weights. Raises RunDirectoryError if they cannot be had."""
+    """Bring a new trainer to the run's initial weights. Raises RunDirectoryError if that is impossible."""
     require_source(journal)
     sha256 = recorded(journal)
     if sha256 is None:

@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 
 
 class InexactReplayError(RunDirectoryError):
-    """A recomputed step gave another result than the acknowledged one."""
+    """A recomputed step gave a result that differs from the acknowledged one."""
 
 
 def recorded_version(journal: Journal) -> DigestVersion:
-    """The version of the run's digest; for a run without steps, any version."""
+    """The version of the run's digest; for a run without steps, where any will do, the first one."""
     return journal.digest_version() or DigestVersion(VERSIONS[0])
 
 
@@ -45,7 +45,7 @@ def read_payload(record: StepRecord, encoded: bytes, version: DigestVersion) -> 
 def steps_to_replay(
     journal: Journal, segments: list[Segment], start: tuple[int, int]
 ) -> Iterator[tuple[StepRecord, bytes | None]]:
-    """The records after (lineage, step) along the ancestry; RunDirectoryError where the digests break."""
+    """The records after (lineage, step) along the ancestry; RunDirectoryError where the chain breaks."""
     lineages = journal.lineages()
     began = False
     for segment in segments:
@@ -76,7 +76,7 @@ def steps_to_replay(
 def with_progress(
     records: Iterator[tuple[StepRecord, bytes | None]], total: int, tell: Callable[[str], None]
 ) -> Iterator[tuple[StepRecord, bytes | None]]:
-    """Pass the records on; report progress to `tell` twice a second and to the log every ten seconds."""
+    """Yield the records; report progress to `tell` twice per second and to the log every ten seconds."""
     began = spoken = logged = time.monotonic()
     for count, item in enumerate(records):
         now = time.monotonic()
@@ -97,23 +97,23 @@ class Replayed:
     """The outcome of a replay."""
 
     count: int = 0
-    """The steps, including those that changed nothing."""
+    """The number of steps, including those that changed nothing."""
     differing: int = 0
-    """How many results were not the recorded bytes."""
+    """How many results differed from the recorded bytes."""
     beyond: list[int] = field(default_factory=list)
     """The steps among these that no tolerance covers and that were accepted."""
     stretches: dict[int, tuple[int, int]] = field(default_factory=dict)
     """By lineage, the first and last step whose weights are close to the run's but not the same bytes."""
     accepted: bool = False
-    """Something that no tolerance covers was accepted."""
+    """Whether something that no tolerance covers was accepted."""
     load_seconds: float = 0.0
-    """Of loading the checkpoint that the replay began from."""
+    """The time to load the checkpoint from which the replay started."""
     seconds: float = 0.0
-    """Of the replay."""
+    """The time of the replay."""
 
     @property
     def inexact(self) -> list[InexactReplay]:
-        """The steps whose weights are close to the recorded run's, and not the same bytes."""
+        """The ranges in `stretches`, as they are recorded in the journal."""
         return [InexactReplay(lineage, *steps, self.accepted) for lineage, steps in self.stretches.items()]
 
 
@@ -129,7 +129,7 @@ def replay(
 
     `tolerance` is called for each step with the learning rate of its batch; None requires the recorded bytes.
     Skipped and failed steps changed nothing and are not computed. Raises InexactReplayError at the first step
-    that differs by more, unless `accept_inexact`, and always at one with another outcome.
+    that differs by more, unless `accept_inexact`, and always at a step with a different outcome.
     """
     done = Replayed()
     for record, payload in records:
@@ -155,7 +155,7 @@ def replay(
         same, allowed = again.numbers() == record.numbers(), tolerance(sent.modes.learning_rate)
         if same and allowed is None and not done.stretches:
             continue
-        # The loss comes before the update: equal bytes do not show that the weights are equal.
+        # The loss is computed before the update: an equal loss does not show that the new weights are equal.
         first, _ = done.stretches.get(record.lineage, (record.step, record.step))
         done.stretches[record.lineage] = first, record.step
         if same:
@@ -171,7 +171,7 @@ def replay(
         if not accept_inexact:
             raise InexactReplayError(
                 f"{message}: software, hardware, threads, configuration or checkpoint differ from when it "
-                "was trained; start as it was then, or accept it once with --accept-inexact-replay"
+                "was trained; start with the same ones, or accept it once with --accept-inexact-replay"
             )
         done.beyond.append(record.step)
         log.warning("%s; accepted", message)

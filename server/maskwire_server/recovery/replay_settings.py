@@ -1,4 +1,4 @@
-"""The settings that steps were trained with, which their replay applies."""
+"""The settings that steps were trained with, applied again in their replay."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ReplaySettings:
         self._configure = configure
         self._in_use = trainer_settings(settings)
         self.accepted = False
-        """A changed fingerprint was accepted."""
+        """Whether a changed fingerprint was accepted."""
 
     def apply(
         self, records: Iterator[tuple[StepRecord, bytes | None]]
@@ -86,9 +86,9 @@ class ReplaySettings:
             raise RunDirectoryError(_changed(record, str(error))) from error
 
     def tolerance(self, learning_rate: float | None) -> Tolerance | None:
-        """The tolerance for the last record; None: must be equal.
+        """The tolerance for the record that `apply` yielded last; None: its results must be equal.
 
-        `learning_rate` is the step's own, if its batch came with one. Called once for each step.
+        `learning_rate` is the step's own, if its request had one. Called once for each step.
         """
         if not self._close:
             return None

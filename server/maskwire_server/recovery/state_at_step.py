@@ -36,9 +36,9 @@ def rewind(
 ) -> tuple[CheckpointInfo, int]:
     """Compute the current history up to a step, and write the state as a checkpoint in the folder `out`.
 
-    Starts from the newest intact checkpoint at or before the step, or from the seed; the losses must equal
-    the recorded ones. Returns the state's checkpoint, and how many recomputed steps differed. Raises
-    RunDirectoryError.
+    Starts from the newest intact checkpoint at or before the step, or from the initial weights. The losses
+    must equal the recorded ones, or lie within the tolerance where results are not reproducible. Returns the
+    state's checkpoint, and how many recomputed steps differed. Raises RunDirectoryError.
     """
     journal = boot.open_recorded(run_dir)
     try:

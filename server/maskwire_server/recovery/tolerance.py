@@ -1,7 +1,7 @@
 """Tolerances of replay, for environments where results are not reproducible.
 
 The tolerances are 1.3 to 4.6 times the largest drift measured over 3,000 replayed steps: a checkpoint
-interval of 300 seconds at 10 steps a second. docs/durability.md has the measurement, and the command
+interval of 300 seconds at 10 steps per second. docs/durability.md has the measurement, and the command
 that repeats it.
 """
 
@@ -24,13 +24,13 @@ class Tolerance:
     def after(self, steps: float) -> Tolerance:
         """The tolerance after this many `measured_steps` were computed again.
 
-        Drift grows with the steps, while a wrong checkpoint or seed shows at once.
+        Drift grows with the number of steps, while a wrong checkpoint or seed shows at once.
         """
         share = min(1.0, (_AT_ONCE + steps) / _REACHED)
         return Tolerance(share * self.generator_loss, share * self.critic_loss, share * self.gradient_norm)
 
 
-_AT_ONCE, _REACHED = 50, 1000  # 5 % of it at the first step, all of it from the 951st on
+_AT_ONCE, _REACHED = 50, 1000  # 5 % of the tolerance at the first step, all of it from the 951st on
 _MEASURED_RATE = 1e-3  # the learning rate that the drift was measured at
 
 
@@ -47,16 +47,19 @@ TOLERANCES = {
     "tf32": Tolerance(0.06, 0.3, 0.3),
     "bf16": Tolerance(0.1, 0.5, 0.4),
 }
-"""By the precision of the fingerprint."""
+"""The full tolerance, by the precision in the fingerprint."""
 
 SMALL = 0.1
 """Losses below this are compared absolutely."""
 _FLIP = 4.0
-"""The most that one sampled token, changed by rounding, can change the critic's loss, in nats."""
-_NORM_FLIP = 16.0
-"""The most that flipped tokens change the gradient norm, as a share of it, times the batch's positions.
+"""The most that one sampled token, changed by rounding, changes the critic's loss, times the positions.
 
-Measured: 11.2, at ten times the learning rate, where the other tokens are learnt and add little to the norm.
+In nats; the positions are those of the batch.
+"""
+_NORM_FLIP = 16.0
+"""The most that changed tokens change the gradient norm, as a share of it, times the batch's positions.
+
+Measured: 11.2, at ten times the learning rate, where the other tokens are learned and add little to the norm.
 """
 
 
@@ -68,8 +71,8 @@ def outcome_differs(record: StepRecord, result: StepResult) -> bool:
 def excess(record: StepRecord, result: StepResult, tolerance: Tolerance, tokens: int) -> str | None:
     """The first number that differs from the record by more than the tolerance; None: none does.
 
-    A critic's inputs are sampled from the generator, and one that flips weighs more the smaller the batch:
-    `tokens` is the number of positions of the batch.
+    A critic's inputs are sampled from the generator, and one token that rounding changes weighs more in a
+    smaller batch: `tokens` is the number of positions in the batch.
     """
     was, now = record.losses, result.losses
     flip, norm_flip = 0.0, 0.0
@@ -87,7 +90,7 @@ def excess(record: StepRecord, result: StepResult, tolerance: Tolerance, tokens:
             continue
         if recorded is not None and computed is not None:
             allowed = relative * max(abs(recorded), SMALL) + absolute
-            if abs(recorded - computed) <= allowed:  # False for what is not finite
+            if abs(recorded - computed) <= allowed:  # False if a number is not finite
                 continue
         return f"{name} {computed!r}, acknowledged was {recorded!r}, beyond the tolerance of {relative:g}"
     return None

@@ -15,10 +15,10 @@ class ReplayTrainer(Protocol):
 
     @property
     def versions(self) -> dict[str, str]:
-        """Names and versions of what it runs on."""
+        """Versions and settings that results depend on, apart from the configuration."""
 
     def begin(self) -> str:
-        """Load the initial weights that the seed does not make. Returns their SHA-256, or "" if it does."""
+        """Load the initial weights. Returns their SHA-256; "" if the seed makes them."""
 
     def use_threads(self, count: int) -> None:
         """Compute with this many threads."""

@@ -1,7 +1,7 @@
 """Verification and inspection of a run directory, without a device.
 
-    verify    every record's hash, the digest chain of every lineage, each batch that is kept, each
-              checkpoint's files
+    verify    every record's hash, the digest chain of every lineage, each batch that is kept, the
+              files of each checkpoint
     inspect   one step: its batch, outcome, losses and gradient norm
 
 Nothing is changed, except that SQLite merges its write-ahead log into the database and that a journal of
@@ -50,7 +50,7 @@ class Audit:
     checkpoints: list[str] = field(default_factory=list)
     """The intact ones, newest first."""
     inexact_replays: list[InexactReplay] = field(default_factory=list)
-    """Steps that a start computed again, within a tolerance and not to the same bytes."""
+    """Steps that a start recomputed, but not to the recorded bytes."""
     problems: list[str] = field(default_factory=list)
 
 
@@ -100,7 +100,7 @@ def _verify_start(journal: Journal, lineage: Lineage, lineages: dict[int, Lineag
 
 @contextlib.contextmanager
 def _noted(audit: Audit, run_dir: Path) -> Iterator[None]:
-    """Report what cannot be read as a problem, and continue."""
+    """Add what cannot be read to the problems, and continue."""
     try:
         with explained(run_dir):
             yield
@@ -166,7 +166,7 @@ def _verify_recovery(
     path = [m.info for m in on_path(checkpoints.all(), segments) if m.info.name in whole]
     if not path:
         require_source(journal)
-    # A start uses the newest, or the one before it if the newest is damaged.
+    # A start uses the newest checkpoint, or the second-newest if the newest is damaged.
     bases: list[CheckpointInfo | None] = [*path[:FALLBACKS]]
     for info in bases or [None]:
         start = (segments[0].lineage, 0) if info is None else (info.lineage, info.step)
@@ -174,7 +174,7 @@ def _verify_recovery(
         for record, encoded in steps_to_replay(journal, segments, start):
             if encoded is None and record.outcome is Outcome.APPLIED:
                 audit.problems.append(
-                    f"the batch of step {record.step} (lineage {record.lineage}), behind {behind}, was "
+                    f"the batch of step {record.step} (lineage {record.lineage}), after {behind}, was "
                     "dropped: the run cannot be recovered from there"
                 )
                 break
@@ -188,7 +188,7 @@ class Inspected:
     payload: Payload | None
     """None when checkpoints cover the step and its batch was dropped."""
     settings: dict[str, Any]
-    """What its result depends on beside model, objective and seed."""
+    """What its result depends on besides model, objective and seed."""
 
 
 def inspect(run_dir: Path, step: int, lineage: int | None = None) -> Inspected:

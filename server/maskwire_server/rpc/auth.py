@@ -1,4 +1,4 @@
-"""Access: TLS certificates, and bearer tokens with roles, checked before a request's body is read."""
+"""Access control: TLS certificates, and bearer tokens with roles, checked before reading a request's body."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ REQUIRED_ROLES: dict[str, Role] = {
     "DeleteCheckpoint": Role.ADMIN,
     "DownloadCheckpoint": Role.ADMIN,  # the default of serve.download_role
 }
-"""The least role that may call each method. A method that is not listed requires the role admin."""
+"""The lowest role that may call each method. A method that is not listed requires the role admin."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class Token:
 
 
 class TokenInterceptor(grpc.ServerInterceptor):
-    """Rejects calls without a valid token, health and reflection included: they too accept large bodies.
+    """Rejects calls without a valid token, even to health and reflection, which accept large bodies too.
 
-    A rejected call is handled as a stream, whose body is never read: rejecting 64 MiB in a unary handler
-    takes 227 MiB of memory, here 38 MiB.
+    A rejected call gets a streaming handler that never reads the body. Rejecting a request of 64 MiB takes
+    38 MiB of memory this way, and 227 MiB with a unary handler.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class TokenInterceptor(grpc.ServerInterceptor):
         clock: Callable[[], float] = time.time,
         publish: Publish = lambda _: None,
     ) -> None:
-        self._tokens = tokens  # replaced as a whole, by another thread
+        self._tokens = tokens  # another thread may assign a new list; no list is modified
         self._required_roles = {**REQUIRED_ROLES, "DownloadCheckpoint": download_role}
         self._clock = clock
         self._publish = publish
 
     def replace(self, tokens: list[Token]) -> None:
-        """Check new calls against other tokens."""
+        """Check new calls against these tokens from now on."""
         self._tokens = tokens
 
     def intercept_service(
@@ -142,9 +142,10 @@ def _rejecting_handler(refusal: Refused) -> grpc.RpcMethodHandler[Any, Any]:
 
 
 def caller(context: grpc.ServicerContext, *, has_tokens: bool) -> str:
-    """A name for the call's token, or client certificate, that reveals neither; empty: it has none.
+    """A name derived from the call's credential, which it does not reveal; empty if the call has none.
 
-    Without `has_tokens` nobody checks the header, and only the certificate counts.
+    The credential is the token with `has_tokens`, and the client certificate without, because then the
+    header is not checked.
     """
     secret = b"\0".join(context.peer_identities() or ())
     if has_tokens:
@@ -154,7 +155,7 @@ def caller(context: grpc.ServicerContext, *, has_tokens: bool) -> str:
 
 
 def read_tokens(config: ServeConfig) -> list[Token]:
-    """The tokens of the configured files, none without any. Raises ConfigError."""
+    """The tokens in the configured files; empty if no file is configured. Raises ConfigError."""
     tokens: dict[bytes, Token] = {}
     for role in Role:
         name = f"token_{role.name.lower()}_file"
@@ -207,7 +208,7 @@ def read_certificates(config: ServeConfig) -> grpc.ServerCertificateConfiguratio
     certificate = _read("serve.tls_certificate", config.tls_certificate)
     key = _read("serve.tls_key", config.tls_key)
     authority = None
-    # Load the files with OpenSSL first, which says what is wrong with one; gRPC would only fail to listen.
+    # Load the files with OpenSSL first: it says what is wrong with them, and gRPC would only fail to listen.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(config.tls_certificate, config.tls_key, password="")

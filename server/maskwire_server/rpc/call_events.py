@@ -18,7 +18,7 @@ from maskwire_server.events import CallEnded, Event
 Publish = Callable[[Event], None]
 
 OTHER = "other"
-"""The method of a rejected call to another service: its name may hold anything."""
+"""Published instead of the method of a rejected call to another service, whose name may be any text."""
 _METHODS = {method.name for method in pb.DESCRIPTOR.services_by_name["TrainingService"].methods}
 _STATUS_DETAILS = "grpc-status-details-bin"
 _TRACE = "traceparent"
@@ -31,7 +31,10 @@ _numbers = itertools.count(1)
 def observed(
     method: Callable[..., Any], name: str, publish: Publish, *, streams: bool
 ) -> Callable[[Any, grpc.ServicerContext], Any]:
-    """The method, with its end published. While it runs, `call_context.current` names the call."""
+    """Wrap a method, so that the end of each call is published.
+
+    While a unary method runs, `call_context.current` holds its call.
+    """
 
     def unary(request: Any, context: grpc.ServicerContext) -> Any:
         call, began = _call(request), time.monotonic()
@@ -52,7 +55,7 @@ def observed(
             for response in method(request, context):
                 finished = getattr(response, "done", False)
                 yield response
-        except GeneratorExit:  # the client has left, perhaps because it has what it wanted
+        except GeneratorExit:  # the client disconnected, perhaps after the last response
             code = "OK" if finished else "CANCELLED"
             publish(_ended(name, code, "" if finished else code, call, began, context))
             raise
@@ -79,7 +82,7 @@ def rejected(method: str, refusal: Refused) -> CallEnded:
 
 def _call(request: Any) -> CallContext:
     sent = getattr(request, "request_id", "")
-    valid = len(sent) <= _MAX_ID and sent.isprintable()  # it is not checked yet
+    valid = len(sent) <= _MAX_ID and sent.isprintable()  # the request is not validated yet
     return CallContext(next(_numbers), sent if valid else "")
 
 

@@ -8,10 +8,10 @@ from maskwire_server.errors import Refused
 
 
 class ConcurrencyLimit:
-    """A context manager for a call that keeps a worker for long; a call over the limit is refused."""
+    """A context manager for calls that occupy a worker for a long time; a call over the limit is refused."""
 
     def __init__(self, limit: int, calls: str) -> None:
-        """`calls` is the plural that the refusal names them by."""
+        """`calls` names the calls in the error message, in the plural."""
         self._limit = limit
         self._calls = calls
         self._slots = threading.Semaphore(limit)

@@ -1,8 +1,8 @@
 """The server's certificate and token files, which are read again when they change.
 
-New connections get the new certificate, and new calls are checked against the new tokens. Connections and
-calls that exist are not touched. If a new file is invalid, the previous ones stay in use and the log says
-what is wrong.
+New connections get the new certificate, and new calls are checked against the new tokens. Existing
+connections and running calls are not affected. If a new file is invalid, the previous content stays in use
+and the log says what is wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _Signature = tuple[tuple[int, int, int] | None, ...]
 
 
 class CredentialFiles:
-    """What the files contain now. `refresh` is called on one thread, the rest on gRPC's."""
+    """The current content of the files. `refresh` is called by one thread, `_changed` by gRPC's threads."""
 
     def __init__(
         self,
@@ -39,29 +39,29 @@ class CredentialFiles:
         clock: Callable[[], float] = time.monotonic,
         publish: Publish = lambda _: None,
     ) -> None:
-        """Read the files. `publish` is called with each call that is denied. Raises ConfigError."""
+        """Read the files. `publish` is called with each call that is rejected. Raises ConfigError."""
         self._clock = clock
         self._checked = clock()
         self._certificates = _Files(config.certificate_files, lambda: auth.read_certificates(config))
         self._tokens = _Files(config.token_files, lambda: auth.read_tokens(config))
         self._requires_client = config.tls_client_ca is not None
-        self._served = self._certificates.content  # the last that gRPC was given
+        self._served = self._certificates.content  # the certificates that gRPC was given last
         self.interceptor: auth.TokenInterceptor | None = None
-        """Checks the tokens; None if none is required."""
+        """Checks the tokens; None if the server requires no token."""
         if self._tokens.content:
             self.interceptor = auth.TokenInterceptor(
                 self._tokens.content, auth.Role[config.download_role.upper()], publish=publish
             )
 
     def server_credentials(self) -> grpc.ServerCredentials | None:
-        """Credentials that follow the files; None for plaintext."""
+        """Credentials that always use the current certificates; None for plaintext."""
         if self._served is None:
             return None
-        changed: Any = self._changed  # which may return None, although its type does not say so
+        changed: Any = self._changed  # Any, because grpc's stubs do not allow it to return None
         return grpc.dynamic_ssl_server_credentials(self._served, changed, self._requires_client)
 
     def _changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """What gRPC asks before each TLS handshake: new certificates, or None for the same. Reads no file."""
+        """New certificates, or None if they have not changed. gRPC calls this before each TLS handshake."""
         content = self._certificates.content
         if content is self._served:
             return None
@@ -69,7 +69,7 @@ class CredentialFiles:
         return content
 
     def refresh(self, *, now: bool = False) -> None:
-        """Read the files that have changed, at most every CHECK_SECONDS; `now`: all of them, at once."""
+        """Read the files that have changed, at most once per CHECK_SECONDS; `now`: all files, immediately."""
         if not now and self._clock() - self._checked < CHECK_SECONDS:
             return
         self._checked = self._clock()
@@ -81,7 +81,7 @@ class CredentialFiles:
 
 
 class _Files(Generic[T]):
-    """Files that belong together, and their content when it was last valid."""
+    """Files that are read together, and their last valid content."""
 
     def __init__(self, paths: tuple[Path, ...], read: Callable[[], T]) -> None:
         self._paths, self._read = paths, read
@@ -89,7 +89,7 @@ class _Files(Generic[T]):
         self.content = read()
 
     def refresh(self, *, now: bool) -> bool:
-        """Read the files if they have changed, or `now`; whether there is new content."""
+        """Read the files if they have changed, or if `now` is set. Returns whether there is new content."""
         signature = self._sign()
         if not self._paths or (signature == self._signature and not now):
             return False
@@ -97,7 +97,7 @@ class _Files(Generic[T]):
             content = self._read()
         except ConfigError as error:
             if self._sign() == signature:
-                self._signature = signature  # logged once
+                self._signature = signature  # so that the error is logged once
                 log.error("%s; the previous certificates or tokens stay in use", error)
             return False
         if self._sign() != signature:  # they are being replaced: read them at the next check
@@ -106,7 +106,7 @@ class _Files(Generic[T]):
         return True
 
     def _sign(self) -> _Signature:
-        """Time, size and inode of each file: a file that is put in another's place may have its time."""
+        """Time, size and inode of each file: a file that replaces another one may have the same time."""
         return tuple(_sign(path) for path in self._paths)
 
 

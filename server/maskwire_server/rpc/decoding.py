@@ -1,4 +1,4 @@
-"""Requests: from the proto's messages to the engine's values.
+"""Decodes requests: from the proto's messages to the engine's values.
 
 Every field is checked here, before the request reaches the engine. A refusal names the field, its value
 and what would be right.
@@ -45,7 +45,7 @@ def read_step(request: pb.TrainStepRequest, info: ModelInfo, limits: Limits) -> 
     if rate is not None and not (math.isfinite(rate) and rate >= 0):
         raise invalid_field("learning_rate", f"learning_rate must be finite and at least 0, got {rate}")
     if rate is not None:
-        rate += 0.0  # makes -0.0 the 0.0 that is hashed and journalled
+        rate += 0.0  # turns -0.0 into 0.0, so that both are hashed and journalled alike
     step = request.step if request.HasField("step") else None
     if step is not None and not 1 <= step < 2**62:
         raise invalid_field("step", f"step must be at least 1, got {step}: steps count from 1", value=step)
@@ -221,7 +221,7 @@ def read_tokenizer(request: pb.KeepTokenizerRequest) -> TokenizerDescription:
 
 
 def _digest_versions(sent: Sequence[int]) -> tuple[int, ...]:
-    # Version 0.1 of the client sends none, and computes version 1 alone.
+    # Version 0.1 of the client sends none, and supports digest version 1 only.
     if len(sent) > MAX_DIGEST_VERSIONS:
         raise invalid_field(
             "digest_versions",
@@ -326,7 +326,7 @@ def _temperature(request: pb.TrainStepRequest | pb.EvalLossRequest) -> float | N
             "generator_sample_temperature",
             f"generator_sample_temperature must be finite and at least 0, got {value}",
         )
-    return value + 0.0  # makes -0.0 the 0.0 that is hashed and journalled
+    return value + 0.0  # turns -0.0 into 0.0, so that both are hashed and journalled alike
 
 
 def _name(field: str, value: str, *, required: bool = False) -> str | None:

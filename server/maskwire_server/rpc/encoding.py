@@ -1,4 +1,4 @@
-"""From the engine's values to the proto's answers."""
+"""Encodes answers: from the engine's values to the proto's messages."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from maskwire_server.session_holder import Holder
 
 
 def losses(value: Losses) -> pb.Losses:
-    """Unset losses stay None."""
+    """The losses; those that are None stay unset."""
     return pb.Losses(loss=value.loss, generator_loss=value.generator_loss, critic_loss=value.critic_loss)
 
 
 def step(value: StepAnswer) -> pb.TrainStepResponse:
-    """The answer to a consumed step."""
+    """The answer to a step."""
     result = value.result
     return pb.TrainStepResponse(
         step=value.step,
@@ -98,7 +98,7 @@ def tokenizer(value: TokenizerDescription | None) -> pb.GetTokenizerResponse:
 def session(
     value: SessionAnswer, info: ModelInfo, bounds: Limits, kept_tokenizer_digest: str
 ) -> pb.OpenSessionResponse:
-    """The answer to a new writer."""
+    """The answer to OpenSession."""
     return pb.OpenSessionResponse(
         session=pb.SessionRef(run_id=value.run_id, lineage=value.lineage, epoch=value.epoch),
         step=value.step,
@@ -131,12 +131,12 @@ def _inexact_replay(replay: InexactReplay) -> pb.InexactReplay:
 
 
 def model(info: ModelInfo) -> pb.ModelInfo:
-    """The served model; the bound on reads is one of the limits."""
+    """The served model."""
     return pb.ModelInfo(**vars(info))
 
 
 def limits(bounds: Limits) -> pb.Limits:
-    """Bounds on one request."""
+    """The limits on one request."""
     return pb.Limits(**vars(bounds))
 
 
@@ -168,7 +168,7 @@ def chunk(value: Chunk) -> pb.DownloadCheckpointResponse:
 
 
 def restore(value: RestoreResult) -> pb.RestoreCheckpointResponse:
-    """The run's current position."""
+    """The run's position after a restore."""
     return pb.RestoreCheckpointResponse(lineage=value.lineage, step=value.step, digest=value.digest)
 
 

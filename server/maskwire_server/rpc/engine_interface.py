@@ -33,24 +33,24 @@ class GenerationInterface(Protocol):
     """A running generation; iterate over it for the answers."""
 
     def __iter__(self) -> Iterator[GenerateAnswer]:
-        """Answers until the last. Raises Refused, or CancelledError after `cancel`."""
+        """The answers, up to the last one. Raises Refused, or CancelledError after `cancel`."""
 
     def cancel(self) -> None:
-        """Stop the generation: the client has left."""
+        """Stop the generation, for example because the client disconnected."""
 
 
 class Tokenizer(Protocol):
-    """The tokenizer of the run's data, which the run keeps."""
+    """The tokenizer of the run's data, stored with the run."""
 
     @property
     def digest(self) -> str:
-        """The digest of what is kept; empty: nothing is."""
+        """The digest of the stored tokenizer; empty if none is stored."""
 
     def keep(self, given: TokenizerDescription) -> None:
-        """Keep it."""
+        """Store the tokenizer with the run. Raises Refused unless the run uses it."""
 
     def of_run(self) -> TokenizerDescription | None:
-        """What is kept; None: nothing is."""
+        """The stored tokenizer; None if there is none, or if the run uses another one."""
 
 
 class EngineInterface(Protocol):
@@ -62,13 +62,13 @@ class EngineInterface(Protocol):
 
     @property
     def limits(self) -> Limits:
-        """Bounds on one request."""
+        """The limits on one request."""
 
     def train_step(self, request: StepRequest) -> Future[StepAnswer]:
         """Train on one batch."""
 
     def step_refused(self, session: SessionRef | None, step: int | None) -> None:
-        """Report a step that the service refused, so that the steps after it are not kept waiting."""
+        """Report a step that the service refused, so that later steps do not wait for it."""
 
     def eval_loss(self, request: EvalRequest) -> Future[EvalAnswer]:
         """Evaluate one batch."""
@@ -86,7 +86,7 @@ class EngineInterface(Protocol):
         """Save a checkpoint."""
 
     def restore(self, request: RestoreRequest) -> Future[RestoreResult]:
-        """Return the run to a checkpoint."""
+        """Restore the run from a checkpoint."""
 
     def delete(self, name: str) -> Future[None]:
         """Delete a checkpoint."""

@@ -19,12 +19,12 @@ log = logging.getLogger(__name__)
 
 DOMAIN = "maskwire"
 _MAX_CHARACTERS = 1000
-"""Of a message or value, which may quote what a client sent: the status must fit into an HTTP/2 header."""
+"""In a message or value, which may quote a request: the status must fit into an HTTP/2 header."""
 
 
 @contextmanager
 def abort_on_error(context: grpc.ServicerContext) -> Iterator[None]:
-    """End the call with a status when the body raises an error, whichever it is."""
+    """End the call with an error status if the body raises any exception."""
     try:
         yield
     except Refused as refusal:
@@ -36,7 +36,7 @@ def abort_on_error(context: grpc.ServicerContext) -> Iterator[None]:
 
 
 def abort(context: grpc.ServicerContext, refusal: Refused) -> NoReturn:
-    """End the call with the refusal."""
+    """End the call with the status of a refusal."""
     context.abort_with_status(rpc_status.to_status(to_status(refusal)))
     raise AssertionError("abort_with_status raises")
 
@@ -77,7 +77,7 @@ def _cancelled(context: grpc.ServicerContext) -> Refused:
 
 
 def _internal() -> Refused:
-    """Log the error that is being handled, and refer to the log: its text may hold anything."""
+    """Log the current exception. The refusal refers to the log, because the text may contain anything."""
     error_id = uuid.uuid4().hex[:12]
     log.exception("unexpected error %s", error_id)
     return Refused(

@@ -1,7 +1,4 @@
-"""Generate: decode and check the request, encode the answers.
-
-Letters: b rows, n columns.
-"""
+"""Generate: decode and check the request, encode the answers."""
 
 from __future__ import annotations
 
@@ -230,7 +227,8 @@ def _start_temperature(request: pb.GenerateRequest) -> float | None:
         raise invalid_field(
             "start_temperature",
             f"start_temperature and temperature exclude each other, got {value} and {request.temperature}: "
-            "leave out temperature for one that falls to 0, or start_temperature for a constant one",
+            "leave out temperature to let it fall from start_temperature to 0, or start_temperature to keep "
+            "it constant",
         )
     return value
 
@@ -265,7 +263,7 @@ def _top_p(value: float) -> float:
 
 
 def answer(value: GenerateAnswer, lengths: npt.NDArray[np.int32] | None) -> pb.GenerateResponse:
-    """Encode the rows after a pass; `lengths` as in the request."""
+    """Encode the rows after an unmasking pass; `lengths` as in the request."""
     state = value.state
     ids, columns = state.ids, state.ids.shape[1]
     if lengths is not None:

@@ -1,4 +1,4 @@
-"""ListCheckpoints: the pages of a list that changes between two requests."""
+"""ListCheckpoints: pages of a list that may change between two requests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def answer(request: pb.ListCheckpointsRequest, engine: EngineInterface) -> pb.Li
 
 
 def _token(last: CheckpointInfo) -> str:
-    """The name of a page's last checkpoint: unlike an index, it stays right when others come and go."""
+    """The name of a page's last checkpoint: unlike an index, it stays valid when others come and go."""
     return base64.urlsafe_b64encode(last.name.encode()).decode()
 
 

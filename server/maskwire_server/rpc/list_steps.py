@@ -58,7 +58,7 @@ def answer(page: StepsPage) -> pb.ListStepsResponse:
 
 
 def _token(lineage: int, step: int) -> str:
-    """The token of the page from `step` on; with the lineage, because a restore may start a new one."""
+    """The token of the page from `step` on. It has the lineage, because a restore may start a new one."""
     return base64.urlsafe_b64encode(f"{lineage} {step}".encode()).decode()
 
 

@@ -1,4 +1,4 @@
-"""The service's method handlers for gRPC, which refuse bytes that are not the request's message.
+"""gRPC handlers for the service's methods, which refuse bytes that cannot be parsed as the request.
 
 grpcio 1.85.1 leaks about 8 KiB and logs a traceback for each request whose deserializer raises. These
 deserializers never raise: they return a marker, and the handler refuses the call.
@@ -23,7 +23,7 @@ _SERVICE = pb.DESCRIPTOR.services_by_name["TrainingService"]
 
 
 def handler(servicer: object, publish: Publish) -> grpc.GenericRpcHandler:
-    """A handler for all methods of the service, which calls those of the servicer and publishes the calls."""
+    """A handler for all methods of the service: it calls the servicer, and publishes the end of each call."""
     methods = {}
     for method in _SERVICE.methods:
         request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)

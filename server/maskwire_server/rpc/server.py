@@ -57,7 +57,7 @@ class Server:
         path = config.address.removeprefix("unix:") if config.address.startswith("unix:") else config.socket
         if path is not None:
             self._socket = unix_socket.UnixSocket(Path(path))
-            # The socket needs no token, but an interceptor cannot tell where a call comes from.
+            # The socket needs no token. An interceptor cannot tell where a call comes from: use two servers.
             self._socket_server = self._create([])
 
     def _create(self, interceptors: list[grpc.ServerInterceptor]) -> grpc.Server:
@@ -87,7 +87,7 @@ class Server:
 
     @staticmethod
     def _assign_pool(servicer: object, method: str, pool: ThreadPoolExecutor) -> None:
-        """Run a method of the servicer on its own threads."""
+        """Run a method of the servicer on the threads of `pool`."""
         original: Callable[[Any, Any], Any] = getattr(servicer, method)
 
         def on_pool(request: Any, context: Any) -> Any:
@@ -97,7 +97,7 @@ class Server:
         setattr(servicer, method, on_pool)
 
     def start(self) -> str:
-        """Start to listen, and return the address with the actual port. Raises ConfigError."""
+        """Start listening, and return the address with the actual port. Raises ConfigError."""
         if self._socket is not None and self._socket_server is not None:
             self._socket.bind(self._socket_server)
             self._socket_server.start()
@@ -120,7 +120,7 @@ class Server:
         return f"{address.rpartition(':')[0]}:{port}"
 
     def refresh_credentials(self, *, now: bool = False) -> None:
-        """Read certificate and token files that have changed, at most once a minute; `now`: all, at once."""
+        """Read changed certificate and token files, at most once per minute; `now`: all files, at once."""
         self._files.refresh(now=now)
 
     def on_state(self, state: RunState) -> None:
@@ -130,7 +130,7 @@ class Server:
         self._set_health(LIVENESS, state is not RunState.RECOVERY_FAILED)
 
     def on_hang(self) -> None:
-        """Report that the process is neither ready nor live: it is about to end."""
+        """Report that the process is neither ready nor live: it is about to exit."""
         for name in ("", SERVICE, LIVENESS):
             self._set_health(name, False)
 

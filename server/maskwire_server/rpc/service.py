@@ -23,9 +23,9 @@ from maskwire_server.rpc.error_status import abort_on_error
 
 T = TypeVar("T")
 
-MAX_DOWNLOADS = 4  # a download or generation keeps a worker for as long as its client reads
+MAX_DOWNLOADS = 4  # a download or generation occupies a worker for as long as its client reads
 MAX_GENERATIONS = 8
-MAX_LISTS = 2  # the committer reads a list of steps, between its transactions
+MAX_LISTS = 2  # lists of steps are read by the committer thread, between its transactions
 
 
 class TrainingService(pb_grpc.TrainingServiceServicer):
@@ -34,7 +34,7 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
     def __init__(
         self, engine: EngineInterface, caller: Callable[[grpc.ServicerContext], str] = lambda _: ""
     ) -> None:
-        """`caller` names the credential of a call; those without a name have no limit of their own."""
+        """`caller` returns the name of a call's credential, or "": then no limit per credential applies."""
         self._engine = engine
         self._caller = caller
         self._started = time.monotonic()
@@ -160,11 +160,11 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
 
 
 def _wait(future: Future[T], context: grpc.ServicerContext) -> T:
-    """The future's result. It is cancelled if the call ends first, by its deadline or its client."""
+    """Wait for the future's result. Cancels the future if the deadline or the client ends the call first."""
     if not context.add_callback(future.cancel):  # type: ignore[arg-type]  # gRPC ignores what it returns
         future.cancel()
         raise CancelledError
-    # A lock of its own: waiting in the future, this thread would wake while its lock is still held.
+    # Wait on a separate lock: future.result() wakes this thread while the future's lock is still held.
     done = threading.Lock()
     done.acquire()
     future.add_done_callback(lambda _: done.release())

@@ -1,6 +1,6 @@
-"""Token batches: from the proto's TokenBatch to a checked `Batch`.
+"""Decodes token batches: from the proto's TokenBatch to a checked `Batch`.
 
-Each function takes `field`, the name that the batch has in its request. A refusal names the field, the first
+The parameter `field` is the name of the batch in its request. A refusal names the field, the first
 offending position, the value and what would be right.
 """
 
@@ -139,7 +139,7 @@ def check_ids(
     reserved = {info.mask_id} if padded or info.pad_id is None else {info.mask_id, info.pad_id}
     first_wrong = min(reserved)  # every smaller id is allowed
     unsigned = ids.view(f"u{ids.itemsize}")  # a negative id becomes a large one
-    if first_wrong >= 2 ** (8 * ids.itemsize):  # the type holds no such id
+    if first_wrong >= 2 ** (8 * ids.itemsize):  # the type cannot represent a reserved id
         return
     top = int(unsigned.max())
     if top < first_wrong:
@@ -168,7 +168,7 @@ def _wrong_id(
         row = int(np.searchsorted(ends, at, side="right"))
         column = at - int(ends[row] - lengths[row])
     if value == info.mask_id:
-        right = "the mask id stands for masked positions: reserve an id for it that no data has"
+        right = "the mask id stands for masked positions: reserve an id for it that the data does not use"
     elif 0 <= value < info.num_tokens:
         right = "the pad id is not allowed in a batch with lengths or segment_ids: leave padding out"
     else:
@@ -219,12 +219,12 @@ def _segment_ids(field: str, sent: Sequence[int], count: int) -> npt.NDArray[np.
 
 
 def _check_segments(field: str, batch: Batch) -> None:
-    """Raise Refused for a segment id that is negative, or smaller than the one before it in its row."""
+    """Raise Refused for a segment id that is negative, or smaller than the previous one in its row."""
     numbers = batch.segment_ids
     assert numbers is not None
     falls = np.zeros(numbers.size, dtype=bool)
     falls[1:] = numbers[1:] < numbers[:-1]
-    falls[batch.row_ends()[:-1]] = False  # the first of a row
+    falls[batch.row_ends()[:-1]] = False  # the first id of a row has no previous one
     wrong = falls | (numbers < 0)
     if not wrong.any():
         return
@@ -234,7 +234,7 @@ def _check_segments(field: str, batch: Batch) -> None:
     raise invalid_field(
         f"{field}.segment_ids",
         f"{field}.segment_ids: row {row}, column {column} is {numbers[at]}; the segment ids of a row must be "
-        "from 0 and must not decrease",
+        "at least 0 and must not decrease",
         row=row,
         column=column,
         value=int(numbers[at]),

@@ -30,7 +30,7 @@ class UnixSocket:
                 f"Unix socket: the path must have at most {MAX_PATH_BYTES} bytes, got {len(name)} bytes: "
                 f"{self._path}; choose a shorter path"
             )
-        if not str(self._path).isprintable():  # the ready line contains it; false also for invalid UTF-8
+        if not str(self._path).isprintable():  # the ready line contains it; also rejects invalid UTF-8
             raise ConfigError(f"Unix socket: the path must be printable UTF-8, got {name!r}")
         if set("?#%") & set(str(self._path)):  # gRPC parses an address as a URI
             raise ConfigError(f"Unix socket: the path must not contain ?, # or %, got {self._path}")
@@ -61,7 +61,7 @@ class UnixSocket:
                 probe.settimeout(1)
                 probe.connect(str(self._path))
         except (FileNotFoundError, ConnectionRefusedError):
-            return  # no file, or one that a killed server left
+            return  # no file, or one that a killed server left behind
         except OSError as error:
             raise ConfigError(
                 f"Unix socket: {self._path} cannot be used ({error.strerror or error}); choose another path"

@@ -2,7 +2,8 @@
 
 The device executes one request at a time: while an evaluation runs for an hour, no step is trained. The
 work is therefore computed before a request is queued, with a formula that clients know too (Limits in the
-proto): the sum over rows of passes times columns, times the forward passes of the networks in one pass.
+proto): passes times columns, summed over the rows, and multiplied by the number of network calls per pass
+(one, and one each for self-conditioning and for the critic).
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ def evaluation_tokens(
 
 
 def generation_tokens(unknown: list[int], columns: int, options: GenerateOptions, info: ModelInfo) -> int:
-    """The positions that a generation sends through the model; `unknown` has each row's unknown positions."""
+    """The positions that a generation sends through the model; `unknown`: how many each row lacks."""
     passes = sum(min(options.steps or count, count) for count in unknown)
     first_pass = info.self_cond and options.self_cond_mode is SelfCondMode.TWO_PASS
     return passes * max(columns, MIN_COLUMNS) * (1 + first_pass + (options.order is Order.CRITIC))
 
 
 def check(field: str, what: str, tokens: int, limits: Limits, remedy: str) -> None:
-    """Raise Refused if `tokens` positions exceed the limit. `what` describes the work that they come from."""
+    """Raise Refused if `tokens` positions exceed the limit. `what` describes the work in the message."""
     if tokens <= limits.max_read_tokens:
         return
     raise invalid_field(

@@ -1,4 +1,4 @@
-"""The formats of the log: text for people, JSON for programs. What a message quotes cannot begin a line."""
+"""The formats of the log: text for people, JSON for programs. Line ends within a message are escaped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LINE_ENDS = {ord(end): repr(end)[1:-1] for end in "\n\r\v\f\x1c\x1d\x1e\x85\u20
 
 
 class TextFormatter(logging.Formatter):
-    """One line for each message, followed by the lines of its traceback if it has one."""
+    """One line per message, followed by the lines of its traceback if it has one."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
@@ -55,7 +55,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def show_run(status: Callable[[], RunStatus]) -> None:
-    """Let the process's JSON log name the run from now on; does nothing if the log is text."""
+    """Add run id, lineage and step to the process's JSON log from now on. Does nothing for a text log."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler.formatter, JsonFormatter):
             handler.formatter.status = status

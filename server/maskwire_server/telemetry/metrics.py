@@ -13,12 +13,12 @@ from maskwire_server.run_status import RunStatus
 
 Kind = Literal["counter", "gauge", "histogram"]
 Sample = tuple[tuple[str, ...], float | HistogramFigures]
-"""The values of the labels, in the order of Metric.labels, and a value; a histogram for that kind."""
+"""The label values, in the order of Metric.labels, and the value: HistogramFigures for a histogram."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a scrape reads."""
+    """The data that one scrape reads."""
 
     status: RunStatus
     journal_bytes: int | None = None
@@ -103,7 +103,7 @@ def _build(reading: Reading) -> list[Sample]:
 
 
 def _requests(reading: Reading) -> list[Sample]:
-    """Successes and unexpected errors begin at 0, so that the first one is an increase."""
+    """Counts of successes and unexpected errors start at 0, so that the first one appears as an increase."""
     methods = [method.name for method in pb.DESCRIPTOR.services_by_name["TrainingService"].methods]
     zeros = {(name, *end): 0 for name in methods for end in (("OK", ""), ("INTERNAL", "INTERNAL"))}
     return [(labels, count) for labels, count in sorted({**zeros, **reading.status.figures.calls}.items())]
@@ -120,7 +120,7 @@ def _reads_not_answered(reading: Reading) -> list[Sample]:
 
 
 def _of_mirror(read: Callable[[MirrorStatus], float]) -> Callable[[Reading], list[Sample]]:
-    """Nothing, if the run has no mirror."""
+    """One value of the mirror's status; no sample if the run has no mirror."""
 
     def sample(reading: Reading) -> list[Sample]:
         mirror = reading.status.mirror
@@ -216,7 +216,7 @@ METRICS = (
     Metric(
         "maskwire_device_memory_bytes",
         "gauge",
-        "Memory of the device: allocated, reserved, peak and total of the GPUs, or the process's resident.",
+        "Memory of the device: allocated, reserved, peak and total of the GPUs, or resident of the process.",
         lambda reading: _each(reading.device_memory),
         ("kind",),
     ),
@@ -236,7 +236,7 @@ METRICS = (
     Metric(
         "maskwire_reads_refused_total",
         "counter",
-        "Evaluations and generations refused because too many waited, or ended for a step that waited.",
+        "Evaluations and generations refused because too many waited, or ended to let a step run.",
         _reads_not_answered,
         ("reason",),
     ),

@@ -1,4 +1,4 @@
-"""The HTTP endpoint for Prometheus. A scrape reads the status; between scrapes it costs nothing."""
+"""The HTTP endpoint for Prometheus. A scrape reads the status; nothing is computed in between."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RunCollector(Collector):
         self._read = read
 
     def describe(self) -> Iterator[Family]:
-        """The names, without reading."""
+        """The names and types, without values."""
         for metric in METRICS:
             yield _family(metric)
 
@@ -53,7 +53,7 @@ def _family(metric: Metric) -> Family:
 
 
 def _buckets(value: HistogramFigures) -> list[tuple[str, float]]:
-    """Upper ends and cumulative counts."""
+    """Upper bounds and cumulative counts."""
     buckets, below = [], 0
     for bound, count in zip((*value.bounds, float("inf")), value.counts, strict=True):
         below += count

@@ -1,4 +1,4 @@
-"""Text of generated rows."""
+"""Decodes generated rows to text."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def decoder(
 ) -> Decoder:
     """A function from ids to text.
 
-    `tokenizer`: a folder that may hold the `tokenizer.json` of the model. `of_data` gives the tokenizer of
-    the run's data, which is used without that file. Without both, and unless the ids are bytes, the text is
-    the ids themselves.
+    If the ids are bytes, they are decoded as UTF-8. Otherwise the function uses the model's `tokenizer.json`
+    in the folder `tokenizer` or, without that file, the tokenizer of the run's data, which `of_data` returns.
+    Without either, the text is the ids.
     """
     if model is not None and model.num_tokens == _BYTES + 1 and model.mask_id == _BYTES:
         return _from_bytes
@@ -59,6 +59,6 @@ def _ids(ids: Sequence[int]) -> str:
 
 
 def as_markdown(text: str) -> str:
-    """A block of code, which TensorBoard shows as it is. An indented one: no text can end it."""
+    """An indented code block, which TensorBoard shows verbatim. Unlike a fenced one, no text can end it."""
     lines = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text).split("\n")
     return "\n".join(f"    {line}" for line in lines)

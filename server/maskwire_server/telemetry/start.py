@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Sources:
-    """What telemetry reads of the run and its machine."""
+    """Reads the data of the run and its machine for telemetry."""
 
     def __init__(
         self,
@@ -41,15 +41,15 @@ class Sources:
         self._tokenizer_of_data = tokenizer_of_data
 
     def read(self) -> Reading:
-        """Everything that the metrics show."""
+        """The data for all metrics."""
         return Reading(self.status(), self._journal_bytes(), self._free_bytes(), self._memory())
 
     def decoder(self) -> Callable[[Sequence[int]], str]:
-        """How to show ids of the run as text."""
+        """A function from ids of the run to text."""
         return decoder(self.status().model, self._tokenizer, self._of_data)
 
     def _of_data(self) -> TokenizerDescription | None:
-        """The tokenizer of the run's data; None without one, or while the run does not serve."""
+        """The tokenizer of the run's data; None if there is none, or while the run is not served."""
         try:
             return self._tokenizer_of_data()
         except Refused:
@@ -65,7 +65,7 @@ class Sources:
     def _memory(self) -> Mapping[str, int]:
         try:
             return self._device_memory()
-        except RuntimeError:  # the device has failed; the process is about to end
+        except RuntimeError:  # the device has failed; the process is about to exit
             return {}
 
     def _free_bytes(self) -> int | None:

@@ -1,7 +1,7 @@
 """Event files for TensorBoard: curves, evaluations and samples, in the folder `tensorboard` of the run.
 
 Each start of the server, and each restore, marks the step from which the history continues. TensorBoard then
-drops the points after that step which earlier files hold, so that every step has one point.
+drops the points after that step in earlier files, so that every step has one point.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _files = itertools.count()
 
 @dataclass
 class _Evaluation:
-    """The calls that evaluated one step; a client may divide one evaluation into several."""
+    """Sums over the calls that evaluated one step; a client may split one evaluation into several calls."""
 
     lineage: int
     step: int
@@ -65,7 +65,7 @@ class TensorBoardFiles:
     kinds: frozenset[type[Event]] = frozenset({StepCommitted, LineageOpened, Evaluated, Generated})
 
     def __init__(self, run_dir: Path, decoder: Callable[[], Callable[[Sequence[int]], str]]) -> None:
-        """`decoder` is called once a sample is to be decoded."""
+        """`decoder` is called when there are samples to decode."""
         self._folder = run_dir / FOLDER
         self._decoder = decoder
         self._file: _File | None = None
@@ -87,7 +87,7 @@ class TensorBoardFiles:
         self.idle()
 
     def idle(self) -> bool:
-        """Write an evaluation that is complete, and flush."""
+        """Write the evaluation if it is complete, and flush. Returns whether anything is still pending."""
         evaluation = self._evaluation
         if evaluation is not None and time.time() - evaluation.time >= _EVALUATION_SECONDS:
             self._write_evaluation(evaluation)
@@ -97,14 +97,14 @@ class TensorBoardFiles:
         return self._evaluation is not None or (self._file is not None and self._file.dirty)
 
     def close(self) -> None:
-        """Write everything."""
+        """Write what is pending, and close the file."""
         if self._evaluation is not None:
             self._write_evaluation(self._evaluation)
         if self._file is not None:
             self._file.close()
 
     def _open(self, event: LineageOpened) -> None:
-        """Continue the curves from a step: later points of earlier files no longer count."""
+        """Continue the curves from a step: TensorBoard drops later points of earlier files."""
         self._recent.clear()
         mark = SessionLog(status=SessionLog.START)
         self._write(FileEvent(wall_time=event.time, step=event.step + 1, session_log=mark))
@@ -123,7 +123,7 @@ class TensorBoardFiles:
         self._write_points(event.time, event.step, points)
 
     def _speed(self, event: StepCommitted) -> float | None:
-        """Tokens per second over the last steps, because several may be committed at the same time."""
+        """Tokens per second over several steps, because steps may be committed at the same time."""
         self._recent.append((event.time, event.tokens))
         (began, first), (ended, _) = self._recent[0], self._recent[-1]
         if ended <= began:
@@ -175,14 +175,14 @@ class TensorBoardFiles:
 
     def _write(self, event: FileEvent) -> None:
         if time.monotonic() < self._retry_at:
-            raise OSError("the event file could not be written; another is begun in a minute")
+            raise OSError("the event file could not be written; a new one is tried within a minute")
         try:
             if self._file is None:
                 self._file = _File(self._folder)
             self._file.write(event)
-        except OSError:  # of a full disk: the end of the file is torn, so that another must be begun
+        except OSError:  # such as a full disk: the last record is incomplete, so a new file is needed
             torn, self._file = self._file, None
-            self._retry_at = time.monotonic() + _RETRY_SECONDS  # not one for each event
+            self._retry_at = time.monotonic() + _RETRY_SECONDS  # not one file per event
             if torn is not None:
                 torn.close()
             raise

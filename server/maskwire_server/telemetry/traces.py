@@ -1,4 +1,4 @@
-"""OpenTelemetry: one span for each call of TrainStep, with a child for each stage of its step.
+"""OpenTelemetry: one span per call of TrainStep, with a child span per stage of its step.
 
     TrainStep                      from the request's arrival until its answer is handed to gRPC
     ├── admit                      decode and check the request, and queue it
@@ -25,7 +25,7 @@ from maskwire.v1 import tracing
 from maskwire_server.events import CallEnded, Event, StepCommitted
 
 MOST_WAITING = 1024
-"""Steps whose call has not ended; a call may end much later than its step, or be given up."""
+"""Maximum number of steps kept until their call ends. The oldest may be of a call that ended before it."""
 
 
 class Traces:
@@ -87,7 +87,7 @@ class Traces:
         span.end(_nanoseconds(ended))
 
     def _stages(self, parent: Context, step: StepCommitted, began: float, ended: float) -> None:
-        """Each stage begins where the one before ends."""
+        """Make a span per stage. Each stage starts when the previous one ends."""
         durable = min(step.time, ended)
         computed = durable - step.commit_seconds
         taken = computed - step.compute_seconds
@@ -108,12 +108,12 @@ class Traces:
         return False
 
     def close(self) -> None:
-        """Send what is left."""
+        """Export the remaining spans."""
         tracing.end(self._provider)
 
 
 def _is_sampled(trace: str) -> bool:
-    """The last bit of a trace context. True for one that cannot be read: then the sampler decides."""
+    """The sampled flag of a trace context. True if it cannot be read: then the sampler decides."""
     try:
         return bool(int(trace[-2:], 16) & 1)
     except ValueError:

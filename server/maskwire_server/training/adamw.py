@@ -1,7 +1,7 @@
-"""AdamW by torch's function, without the class `torch.optim.AdamW`.
+"""AdamW with torch's function `adamw`, without the class `torch.optim.AdamW`.
 
-Making any `torch.optim.Optimizer` imports `torch._dynamo`, which takes longer than all else that a start does
-after importing torch. Nothing here compiles an optimizer.
+Constructing any `torch.optim.Optimizer` imports `torch._dynamo`, which takes longer than the rest of a start
+after the import of torch. That import is not needed here: nothing compiles an optimizer.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class AdamW(Optimizer):
     """AdamW (Loshchilov, Hutter 2019). Each group has `lr`, `betas`, `eps` and `weight_decay`."""
 
     def __init__(self, *, fused: bool) -> None:
-        """`fused`: all weights of a group in one kernel."""
+        """`fused`: update all weights of a group in one kernel."""
         super().__init__()
         self._fused = fused
 
     def allocate(self, weight: Tensor) -> None:
-        """Make the state of a weight."""
+        """Allocate the state of a weight."""
         self.state[weight] = {
             "step": torch.zeros((), dtype=torch.float32, device=weight.device),
             "exp_avg": torch.zeros_like(weight),

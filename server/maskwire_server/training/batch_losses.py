@@ -1,4 +1,4 @@
-"""The losses of a logical batch, whose micro-batches are added up."""
+"""The losses of a logical batch, added up over its micro-batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class BatchLosses:
         self.maskable = maskable
         self._critic = critic
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-        """Of the generator's loss and the critic's, fp64 [2]."""
+        """The sums of the generator's loss and of the critic's, fp64 [2]."""
 
     def add(self, part: PartLosses) -> None:
         """Add the losses of one micro-batch."""

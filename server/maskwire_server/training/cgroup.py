@@ -1,6 +1,6 @@
 """The memory and CPU limits of a container, from Linux control groups of versions 1 and 2.
 
-A limit also applies to all groups below its own, so the smallest limit up the hierarchy counts. All files are
+A limit also holds for all groups below its own, so the smallest limit up the hierarchy applies. All files are
 read below `root`, by default the root of the file system.
 """
 
@@ -51,7 +51,7 @@ def allowed_cores(cores: int, root: Path = _ROOT) -> int:
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of this process's groups that can limit `controller`, from the innermost outwards."""
+    """The folders of this process's groups that can limit memory or CPU (`controller`), innermost first."""
     # Lines are HIERARCHY:CONTROLLERS:PATH. Version 2 has only hierarchy 0, without controllers.
     paths: dict[str, str] = {}
     for line in _lines(root / "proc/self/cgroup"):

@@ -5,8 +5,8 @@
 In pass i the prompt and the i - 1 positions before o(i) are visible. The other n - i + 1 positions are
 masked, and o(i) is predicted. The order is fixed or random, but never depends on the tokens, so this is the
 likelihood of a real sampling procedure. Two orders give the same likelihood only if the model's conditionals
-belong to one distribution. Over uniformly random orders the masked set of size k is uniformly random and
-o(i) is uniform in it, so the mean is sum over k of (1/k) E[CE sum at k masked]: the negative ELBO.
+are those of one joint distribution. Over uniformly random orders the masked set of size k is uniformly random
+and o(i) is uniform in it, so the mean is sum over k of (1/k) E[CE sum at k masked]: the negative ELBO.
 
 Letters: r rows, d draws (orders), b pseudo-rows (a row with one of its passes), n positions, v vocabulary.
 """

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, whichever ranks wrote their files: found by headers, read one by one."""
+"""Find a checkpoint's tensors by the headers of its files, whichever ranks wrote them, and read them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Stored:
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """A tensor of a checkpoint, which is in one file or in several."""
+    """A tensor of a checkpoint, stored in one file or in several."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -63,7 +63,7 @@ def files_of(folder: Path, file: str) -> list[Path]:
 def find(paths: Iterable[Path], file: str) -> dict[str, SavedTensor]:
     """The tensors of `file` that these files hold, by name.
 
-    Raises ValueError that names a file which cannot be read, or the rows that none of them has.
+    Raises ValueError that names a file that cannot be read, or rows that no file has.
     """
     kind = Path(file).stem
     found: dict[str, list[_Stored]] = {}
@@ -80,7 +80,9 @@ def find(paths: Iterable[Path], file: str) -> dict[str, SavedTensor]:
                     whole = (tuple(place[WHOLE]) if place else shape, dtype)
                     name = key.removeprefix(f"{kind}/") if place else key
                     if wholes.setdefault(name, whole) != whole:
-                        raise ValueError(f"{path.name}: {name} has another shape than in the other files")
+                        raise ValueError(
+                            f"{path.name}: {name} has a different shape or type than in the other files"
+                        )
                     found.setdefault(name, []).append(_Stored(path, key, first, shape))
         except (SafetensorError, OSError, KeyError, IndexError, TypeError) as error:
             raise ValueError(f"{path.name}: cannot be read as safetensors: {error}") from error
@@ -91,7 +93,7 @@ def find(paths: Iterable[Path], file: str) -> dict[str, SavedTensor]:
 
 
 def _check_complete(file: str, name: str, shape: tuple[int, ...], parts: list[_Stored]) -> None:
-    """Raise ValueError unless the parts are the whole tensor, each of its rows once."""
+    """Raise ValueError unless the parts contain each row of the tensor exactly once."""
     if not shape:
         if len(parts) > 1:
             raise ValueError(f"{file}: {name} is in {parts[0].path.name} and in {parts[1].path.name}")
@@ -123,5 +125,5 @@ def _read(part: _Stored) -> Tensor:
 
 
 def read(tensors: SavedTensors) -> dict[str, Tensor]:
-    """All of them, in memory. Raises ValueError if a file cannot be read."""
+    """Read all tensors into memory. Raises ValueError if a file cannot be read."""
     return {name: tensor.read() for name, tensor in tensors.items()}

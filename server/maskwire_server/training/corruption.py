@@ -1,7 +1,7 @@
 """The masked positions of a logical batch, and the ids that the model sees there.
 
-Each draw belongs to a sequence and to the order of its positions, so it does not depend on how the batch is
-split.
+Each draw belongs to a sequence, or to a position counted from the start of its sequence, so it does not
+depend on how the batch is split.
 
 Letters: s sequences of the logical batch, b sequences of a part, n positions.
 """
@@ -74,7 +74,7 @@ class Corruption:
 
 
 def empty_part(device: torch.device) -> Corruption:
-    """One position that cannot be masked: what a rank computes that has no rows left."""
+    """One position that cannot be masked: a rank that has no rows left computes it."""
     ids, no = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.bool)
     count = torch.zeros(1, dtype=torch.int64)
     return Corruption(ids, ~no, no, no, ids, count, count).to(device)
@@ -84,8 +84,8 @@ def empty_part(device: torch.device) -> Corruption:
 class Masking:
     """How the sequences of a logical batch are masked for training.
 
-    What rounding could change, the times and the counts, is computed on the host, so that every device masks
-    the same positions.
+    The times and the counts, which rounding could change, are computed on the host, so that every device
+    masks the same positions.
     """
 
     config: ObjectiveConfig
@@ -94,7 +94,7 @@ class Masking:
     n_s: Tensor
     """int64: maskable positions."""
     fraction_s: Tensor
-    """fp64: the masked fraction of each sequence's time."""
+    """fp64: the masked fraction m(t) at each sequence's time t."""
     k_s: Tensor
     """int64: masked positions."""
 
@@ -107,9 +107,10 @@ class Masking:
         parts: Iterable[Part],
         schedule: masking_schedule.Schedule | None = None,
     ) -> Masking:
-        """Draw the times and counts of a batch, on its device. `schedule` overrides the configured one.
+        """Draw the times and counts of a batch. `schedule` overrides the configured one.
 
-        `parts` are parts of all sequences: with Bernoulli masking the counts come from the masks.
+        `parts` must contain all sequences: with Bernoulli masking, each part is masked on the batch's device,
+        and the counts come from the masks.
         """
         at, n_s = (step.seed, step.lineage, step.number), batch.maskable_s
         chosen = schedule or masking_schedule.named(config.schedule)
@@ -166,7 +167,7 @@ def mask_exactly(keys_b: Tensor, maskable_bn: Tensor, k_b: Tensor) -> Tensor:
 
 
 def coin(step: StepKey, which: int, probability: float) -> bool:
-    """Toss a coin for the whole batch: 0 for kept ids, 1 for random ids, 2 for the first pass."""
+    """Toss a coin for the whole batch. `which`: 0 for kept ids, 1 for random ids, 2 for the first pass."""
     return draws.uniform_scalar(Purpose.COINS, step.seed, step.lineage, step.number, which) < probability
 
 

@@ -31,7 +31,7 @@ _LOST = (
 
 
 def usable_after(error: BaseException, device: torch.device) -> bool:
-    """Whether the device still computes after an error. An unknown error is tested by a small computation."""
+    """Whether the device can compute after an error. After an unknown one, a small computation tests it."""
     errors = list(_chain(error)) if device.type != "cpu" else _of_accelerator(error)
     if any(words in str(each) for each in errors for words in _LOST):
         return False
@@ -62,7 +62,7 @@ def probe(device: torch.device) -> None:
 
 
 def _of_accelerator(error: BaseException) -> list[BaseException]:
-    """The errors of an accelerator that led to an error: a model that runs on the CPU may still use one."""
+    """The accelerator's errors in the chain of an error: a model on the CPU may still use an accelerator."""
     return [each for each in _chain(error) if isinstance(each, torch.AcceleratorError)]
 
 

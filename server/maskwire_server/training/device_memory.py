@@ -1,4 +1,4 @@
-"""The memory of the device, for metrics. Any thread may ask; the device is not waited for."""
+"""The memory of the device, for metrics. Any thread may read it, without waiting for the device."""
 
 from __future__ import annotations
 

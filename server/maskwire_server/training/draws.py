@@ -1,7 +1,7 @@
 """Counter-based random numbers: each draw is a function of its purpose, not of earlier draws.
 
 A key is a hash of (purpose, seed, lineage, step, row), and the i-th number of a key is a hash of the key and
-i. So a step has the same draws to the bit on every device and however its batch is split, and there is no
+i. So the draws of a step are the same bits on every device, however its batch is split, and there is no
 generator state to save.
 
 SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014): the i-th

@@ -1,12 +1,14 @@
 """Evaluation: a low-variance estimate of the negative ELBO, and the configured losses.
 
-Each row has K draws. Their counts of masked positions are systematic: k_j = floor(n (j + u)/K) + 1 for
-j = 0 ... K-1, with one uniform u. On average over u, the points (j + u)/K fall equally often into each of the
-n intervals [(k-1)/n, k/n), so that each count is equally likely, for every n and K. With k uniform on 1 to n,
+Each row has K draws. Systematic sampling gives their counts of masked positions: k_j = floor(n (j + u)/K) + 1
+for j = 0 ... K-1, with one uniform u. On average over u, the points (j + u)/K fall equally often into each of
+the n intervals [(k-1)/n, k/n), so that each count is equally likely, for every n and K. With k uniform on 1
+to n,
 
     negative ELBO of a row = sum over k of (1/k) E[CE sum at k masked] = E[(n/k) CE sum].
 
-The K draws are two independent systematic halves, and their difference gives the Monte Carlo error.
+The K draws are two halves, each a systematic sample with a u of its own. Their difference gives the Monte
+Carlo error.
 
 Letters: r rows, d draws, b pseudo-rows (a row with one of its draws), n positions, m masked positions.
 """
@@ -35,7 +37,7 @@ from maskwire_server.training.tensor_batch import TensorBatch
 
 @dataclass(frozen=True)
 class DrawSums:
-    """The sums over each draw of each row, fp64 [r, d]."""
+    """The sums over the positions of each draw of each row, fp64 [r, d]."""
 
     ce: Tensor
     """Cross-entropy over masked positions, in nats."""
@@ -219,7 +221,7 @@ def figures(
 
 
 def _importance(config: ObjectiveConfig, n_r: Tensor, k_rd: Tensor) -> Tensor:
-    """n P(k): the probability of a count in training over that in evaluation, 0 where n = 0."""
+    """n P(k): the probability of a count in training, divided by that in evaluation; 0 where n = 0."""
     n_rd = n_r[:, None].expand_as(k_rd)
     probabilities = (
         masking_schedule.exact_probabilities

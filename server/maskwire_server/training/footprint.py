@@ -89,7 +89,7 @@ def footprint(
 def of_activations(
     model: ModelConfig, objective: ObjectiveConfig, serve: ServeConfig, networks: Networks, positions: int
 ) -> Term:
-    """What a micro-batch of `positions` keeps for its backward pass, for each of them.
+    """What a micro-batch keeps for its backward pass: words for one position, bytes for all `positions`.
 
     Per position, a block keeps about 8 vectors of size dim (norms, q, k, v, attention, residuals) and 2 of
     the feed-forward's width.
@@ -118,7 +118,7 @@ def of_logits(model: ModelConfig, device: torch.device, all_of: int | None = Non
 
 
 def gives_logits(model: ModelConfig, objective: ObjectiveConfig) -> bool:
-    """Whether the model's logits are no linear map of an embedding, found by building it on the CPU."""
+    """Whether the logits are no linear map of an embedding. Builds and runs the model on the CPU."""
     if model.source in ("encoder", "x-transformers"):
         return False
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""Whole weights of a model whose ranks divide them, for what one rank computes by itself."""
+"""The whole weights of a model that is divided among ranks, for computations on one rank alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from maskwire_server.training.ranks_interface import Ranks, whole
 
 
 class Gathered:
-    """The leader's copy of the weights. The other ranks take part in making it, and have none."""
+    """The leader's copy of the weights. The other ranks take part in gathering it, and keep nothing."""
 
     def __init__(self, ranks: Ranks, build: Callable[[], Networks]) -> None:
         """`build` makes networks of the model on this rank's device; it is called once, when needed."""

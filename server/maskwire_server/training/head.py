@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Head(NamedTuple):
-    """Packed positions' logits x w^T + b, before they are computed."""
+    """The operands of x w^T + b, the logits of packed positions."""
 
     x_md: Tensor
     """[m, d], or the logits themselves, [m, v], of a model without a linear output layer."""
@@ -38,10 +38,10 @@ def aligned(rows: Tensor | None) -> Tensor | None: ...
 
 
 def aligned(rows: Tensor | None) -> Tensor | None:
-    """A weight or bias on CUDA with rows of zeros up to a multiple of 8, [v, ...] -> [v', ...].
+    """Pad a weight or bias on CUDA with rows of zeros to a multiple of 8 rows, [v, ...] -> [v', ...].
 
-    Matrix products of other sizes, such as a vocabulary of 8,193, take kernels without aligned loads, a fifth
-    as fast (docs/benchmarks.md, P10).
+    Matrix products of other sizes, such as a vocabulary of 8,193, use kernels without aligned loads, which
+    are a fifth as fast (docs/benchmarks.md, P10).
     """
     if rows is None or rows.device.type == "cpu" or rows.shape[0] % 8 == 0:
         return rows

@@ -68,7 +68,8 @@ def named(name: str) -> Schedule:
 def fingerprint(config: ObjectiveConfig, n: int) -> str:
     """Check the user's schedule for rows of up to n positions, and return its fingerprint.
 
-    Raises ConfigError. Each number of masked positions must occur: the bound is a sum over all of them.
+    Raises ConfigError if weighting is elbo and some number of masked positions never occurs: the bound is a
+    sum over all of these numbers.
     """
     schedule = named(config.schedule)
     if config.weighting == "elbo":
@@ -123,7 +124,7 @@ def _bernoulli_probability(schedule: Schedule, k: int, n: int) -> float:
 
 
 def bernoulli_probabilities(schedule: Schedule, k_b: Tensor, n_b: Tensor) -> Tensor:
-    """P_B(k), fp64 [b]; for the linear schedule 1/(n+1), because int C(n,k) m^k (1-m)^(n-k) dm is."""
+    """P_B(k), fp64 [b]; for the linear schedule, int C(n,k) m^k (1-m)^(n-k) dm = 1/(n+1)."""
     if schedule is LINEAR:
         return 1 / (n_b + 1).to(torch.float64)
     pairs = zip(k_b.tolist(), n_b.tolist(), strict=True)

@@ -14,9 +14,8 @@ Fraction = Callable[[Tensor], Tensor]
 """m: times -> masked fractions, fp64 in the shape of the times."""
 
 INTERVALS = 1000
-"""A schedule is checked at the times i/1000. They are not binary fractions, at which the values of a
-polynomial would be binary fractions too, and sit exactly between two numbers that the fingerprint
-distinguishes."""
+"""A schedule is checked at the times i/1000. At times that are binary fractions, the values of a polynomial
+would be binary fractions too, and could lie exactly on the border between two units of the fingerprint."""
 ENDS = 1e-6
 """How far m(0) may be from 1, m(1) from 0, and any value outside [0, 1]."""
 _NOISE = 1e-9  # rounding errors of a function that is constant somewhere
@@ -31,8 +30,8 @@ def grid() -> Tensor:
 def checked(function: object, name: str) -> Fraction:
     """m from the user's function, clamped to [0, 1]. Raises ValueError that names the time and the value.
 
-    m may be constant over an interval. Then P(k) below is still right, because `inverse` finds the first time
-    at which at most a fraction is masked.
+    m may be constant over an interval. P(k) in `masking_schedule` is then still right, because the inverse is
+    the first time at which at most a fraction is masked.
     """
     if not callable(function):
         raise ValueError(f"{name} must be a function of the times, got {type(function).__name__}")
@@ -113,8 +112,8 @@ def _difference(values: Tensor, others: Tensor, times: Tensor) -> str:
 def inverse_of(fraction: Fraction) -> Fraction:
     """m^-1: masked fraction -> the first time at which at most that fraction is masked.
 
-    It is found as by bisection, but each round divides the interval into 16 parts instead of 2. That takes a
-    quarter of the calls, and with few rows the calls themselves are what takes time in a training step.
+    The search works like bisection, but each round divides the interval into 16 parts instead of 2. It needs
+    a quarter of the calls, and with few rows the overhead of each call dominates.
     """
     inner = torch.arange(1, _PARTS, dtype=torch.float64)
 
@@ -134,9 +133,9 @@ def fingerprint(fraction: Fraction) -> str:
     """The SHA-256 of m on the grid, in units of 2^-24, hexadecimal.
 
     Another processor or version of torch may round the last bits of cos or exp differently, which must not
-    prevent a run from starting. A value that is cut to units changes only if a border between two units lies
-    within its rounding error: with a probability below 1e-5 for the whole grid. The offset keeps simple
-    functions away from the borders.
+    prevent a run from starting. Values are rounded down to units: a fingerprint changes only if a border
+    between two units lies within the rounding error of a value, which has a probability below 1e-5 for the
+    whole grid. The offset keeps simple functions away from the borders.
     """
     units = torch.floor(fraction(grid()) * 2**24 + 0.381966).to(torch.int32)
     return hashlib.sha256(units.numpy().astype("<i4").tobytes()).hexdigest()

@@ -9,7 +9,7 @@ Part = tuple[list[int], int]
 
 
 def split(lengths: Iterable[int], budget: int) -> Iterator[Part]:
-    """Consecutive sequences with at most `budget` positions together, padding included, and at least one."""
+    """Split into parts of consecutive sequences: at most `budget` positions with padding, or one sequence."""
     start = stop = longest = 0
     for length in lengths:
         if stop > start and max(longest, length) * (stop + 1 - start) > budget:
@@ -23,11 +23,11 @@ def split(lengths: Iterable[int], budget: int) -> Iterator[Part]:
 def split_by_length(
     lengths: Sequence[int], chosen: Iterable[int], budget: int, smallest: int
 ) -> Iterator[Part]:
-    """The chosen sequences, the longest first, in parts with at most `budget` positions and little padding.
+    """Split the chosen sequences, longest first, into parts of at most `budget` positions.
 
-    A part ends before a sequence of less than 3/4 of its longest, once it has `smallest` positions: padding
-    then costs at most a quarter of it, and parts are large enough to compute efficiently. Sequences of equal
-    length keep their order.
+    Once a part has `smallest` positions, it ends before a sequence shorter than 3/4 of its longest. Each
+    sequence added from then on has at most a quarter of padding, and parts are large enough to compute
+    efficiently. A single sequence may exceed `budget`. Sequences of equal length keep their order.
     """
     part: list[int] = []
     for row in sorted(chosen, key=lambda row: -lengths[row]):

@@ -1,7 +1,7 @@
-"""The checks of a model that maskwire did not build, before it is trained.
+"""Checks, before training, of a model that maskwire did not build.
 
-A step must be computable again: the same state, batch and seed must give the same gradients, and computing
-them must change nothing. A row must not depend on its padding or on other rows.
+A step must be reproducible: the same state, batch and seed must give the same gradients, and computing them
+must change nothing. A row must not depend on its padding or on other rows.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from maskwire_server.training.tensor_batch import TensorBatch
 from maskwire_server.training.user_code import one_line
 
 SHORT = 16
-"""Columns of the short batches, at most."""
+"""The most columns of a short batch."""
 DIVIDED_TOLERANCE = 0.1
-"""Norm of the difference of two gradients of a tensor, relative to the tensor's: another device or precision
-differs by less, a gradient that is wrong by more."""
+"""Largest norm of the difference between two gradients of a tensor, relative to the norm of the first.
+Another device or precision causes a smaller difference, a wrong gradient a larger one."""
 TOLERANCE = 1e-3
-"""Largest difference of a row's embeddings, alone and in a batch, relative to the largest of them."""
+"""Largest difference between a row's embeddings alone and in a batch, relative to the largest of them."""
 
 
 def begin(
@@ -58,10 +58,10 @@ def check(
     *,
     exact: bool,
 ) -> None:
-    """Raise ConfigError that says what a model does that training cannot repeat.
+    """Raise ConfigError, with the reason, if steps of a model fail or cannot be reproduced.
 
-    `step` computes the gradients of a step, with the same seed each time. `exact`: the same step gives the
-    same bits on this device.
+    `step` computes the gradients of a step, with the same seed each time. `exact`: the same step must give
+    the same bits on this device.
     """
     vocabulary = Vocabulary.of(model)
     longest, ragged = _longest(model, vocabulary), _ragged(model.max_seq_len, vocabulary)
@@ -72,7 +72,7 @@ def check(
         first, second = _gradients(networks, step, longest), _gradients(networks, step, longest)
         _check_unchanged(networks, before, outside)
         _compare(first, second, exact)
-        # BigBird uses another kind of attention from its first short row on.
+        # After its first short row, BigBird uses another kind of attention.
         of_short = _gradients(networks, step, short)
         _compare(first, _gradients(networks, step, longest), exact)
         del first, second  # as large as the model
@@ -85,7 +85,7 @@ def check(
     except Exception as error:
         raise ConfigError(
             f"model: a step with rows of up to model.max_seq_len = {model.max_seq_len} tokens failed: "
-            f"{one_line(error)}; if the model takes no row as long, lower model.max_seq_len"
+            f"{one_line(error)}; if the model does not accept rows that long, lower model.max_seq_len"
         ) from error
 
 
@@ -126,7 +126,7 @@ def small_batch(model: ModelConfig) -> TensorBatch:
 
 
 def _state(networks: Networks) -> State:
-    """Which tensors hold weights and persistent buffers, and hashes of them: copies could fill the memory."""
+    """The identity and the hash of each weight and persistent buffer: copies could fill the memory."""
     live = networks.state_dict(keep_vars=True)
     return {name: (id(tensor), sources.sha256({name: tensor})) for name, tensor in live.items()}
 
@@ -215,7 +215,7 @@ def _batch(valid_rn: Tensor, vocabulary: Vocabulary) -> TensorBatch:
 
 
 def _outside() -> tuple[object, ...]:
-    """The states of the generators that a step's seed does not set."""
+    """The states of the random number generators that a step's seed does not set."""
     kind, keys, *rest = np.random.get_state()
     return random.getstate(), kind, np.asarray(keys).tobytes(), *rest
 
@@ -231,7 +231,7 @@ def small_gradients(
 
 
 def check_divided(before: dict[str, Tensor], step: Callable[[], dict[str, Tensor]]) -> None:
-    """Raise ConfigError if a step's gradients are others since the weights were divided among ranks.
+    """Raise ConfigError if dividing the weights among ranks changed a step's gradients.
 
     `before` and what `step` returns are whole gradients by name. A model that changes the output of one of
     its layers in place can lose the hook that gathers the layer's weights for the backward pass.
@@ -251,7 +251,7 @@ def check_divided(before: dict[str, Tensor], step: Callable[[], dict[str, Tensor
         limit = DIVIDED_TOLERANCE * float(expected.norm()) + 1e-6
         if found is None or not float((found - expected).norm()) <= limit:
             raise ConfigError(
-                f"distributed: the gradient of {name} is another one since the weights are divided; {cure}"
+                f"distributed: dividing the weights among ranks changed the gradient of {name}; {cure}"
             )
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters by name. A tied one has the name that comes first."""
+    """The parameters by name. A tied parameter appears once, under its first name."""
     return dict(module.named_parameters())
 
 
@@ -18,7 +18,7 @@ def buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
-    """All of them by name."""
+    """The weights and persistent buffers by name."""
     return weights(module) | buffers(module)
 
 

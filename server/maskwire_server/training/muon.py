@@ -3,7 +3,7 @@
 Sources: K. Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks" (the iteration, its
 coefficients, Nesterov momentum, and which weights it is for); J. Liu et al. 2025, "Muon is scalable for LLM
 training" (weight decay, and the scale of the update). `torch.optim.Muon` computes the same, but always in
-bfloat16, and takes a stack of several matrices for one.
+bfloat16, and treats a stack of several matrices as one.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
     """About U V^T, where U S V^T is the singular value decomposition of a matrix, in `dtype`.
 
     With X scaled to a norm of 1, p(x) = a x + b x^3 + c x^5 maps X to a X + (b A + c A^2) X, A = X X^T. This
-    keeps U and V and maps each singular value s to p(s), and so an odd polynomial of a matrix needs no
-    decomposition. Five times p takes values from 0.01 to 1 into 0.68 to 1.14; smaller ones grow by up to
-    a^5 = 485.
+    keeps U and V and maps each singular value s to p(s), so no decomposition is needed. Applied five times, p
+    maps values from 0.01 to 1 into 0.68 to 1.14; smaller ones grow by a factor of up to a^5 = 485.
     """
     a, b, c = COEFFICIENTS
     x: Tensor = (matrix / matrix.norm().clamp(min=_SMALLEST_NORM)).to(dtype)
@@ -55,8 +54,9 @@ def update_scale(rows: int, columns: int) -> float:
 def hidden_matrices(network: nn.Module) -> dict[Tensor, tuple[int, ...]]:
     """The weights of the linear maps in `network.blocks`, with the rows of the matrices that each stacks.
 
-    A module says in `stacked_rows`, by the name of its linear map, that the map computes several in one
-    product: Q, K and V, or the two halves of a SwiGLU. A network without blocks has no such weights.
+    A linear map can compute several matrices in one product: Q, K and V, or the two halves of a SwiGLU. Its
+    parent module lists their rows in `stacked_rows`, by the name of the map. A network without blocks has no
+    hidden matrices.
     """
     found: dict[Tensor, tuple[int, ...]] = {}
     for block in getattr(network, "blocks", ()):

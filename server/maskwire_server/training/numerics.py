@@ -94,7 +94,7 @@ def read_tokens(device: torch.device) -> int:
 
 
 def sampled_budget(device: torch.device, num_tokens: int, sorts: bool) -> int:
-    """The positions of a generation to compute together, so that their logits fit in memory.
+    """How many positions a generation computes together, so that their logits fit in memory.
 
     Before the first pass all positions may be masked and need logits: 5 copies of 4 bytes per id, or 10 if
     top_p sorts them. They may take 512 MiB on a CPU and 8 GiB on a GPU.

@@ -1,7 +1,7 @@
 """The losses of a masked batch: cross-entropy at masked positions, and the critic's.
 
 Letters: b rows, n positions, v vocabulary, m packed masked positions, p packed maskable positions.
-This module knows no model class. `Model` is the interface that it needs. Embeddings and the vocabulary
+This module depends on no model class. `Model` is the interface that it needs. Embeddings and the vocabulary
 projection are computed at masked positions only, the projection in chunks, so that there is no tensor of
 shape [b, n, v] or [m, v].
 """
@@ -208,9 +208,9 @@ def critic_labels(config: ObjectiveConfig, part: Corruption, filled_bn: Tensor) 
 def sample(logits_mv: Tensor, u_m: Tensor, temperature: float | Tensor) -> Tensor:
     """Sample an id for each row of logits, int64 [m], from softmax(logits / temperature) by its inverse CDF.
 
-    The distribution is that of an argmax over logits / temperature + Gumbel noise, but needs only one fp64
-    uniform number per position. Computed in fp64, in chunks. Temperature 0 takes the most probable id; the
-    temperature may also be an fp64 [m] tensor.
+    The distribution is that of an argmax over logits / temperature + Gumbel noise, but sampling needs only
+    one fp64 uniform number per position. Computed in fp64, in chunks. Temperature 0 takes the most probable
+    id; the temperature may also be an fp64 [m] tensor.
     """
     m, v = logits_mv.shape
     temperature_m = torch.as_tensor(temperature, dtype=torch.float64, device=logits_mv.device).expand(m)
@@ -228,8 +228,8 @@ def sample(logits_mv: Tensor, u_m: Tensor, temperature: float | Tensor) -> Tenso
     if not sampled:
         return greedy_m
     sampled_m = torch.cat(sampled)
-    # u times the total can round up to the total, which is beyond the last id. The sums of a GPU are rounded
-    # each in another order, and u can fall between those of an id of probability 0.
+    # u times the total can round up to the total, which is beyond the last id. A GPU rounds each prefix sum
+    # in a different order, so an id of probability 0 can get an interval, and u can fall into it.
     inside_m = sampled_m.clamp(max=v - 1)
     impossible_m = (sampled_m >= v) | logits_mv.gather(1, inside_m[:, None])[:, 0].isneginf()
     return torch.where(impossible_m | (temperature_m == 0), greedy_m, inside_m)

@@ -114,7 +114,7 @@ class Group:
             dtype=torch.bfloat16 if bf16 else torch.float32,
         )
         self.configure(config, own)
-        for name, weight in named.items():  # allocated now, so that the first update cannot lack memory
+        for name, weight in named.items():  # now, so that the first update cannot run out of memory
             if self.rules[name] == "adamw":
                 self.optimizer.allocate(weight)
         self.updates = 0
@@ -283,7 +283,7 @@ def configure(groups: Mapping[str, Group], config: OptimizerConfig, numerics_ver
 
 
 def clip(groups: Iterable[Group], limit: float | None, ranks: Ranks) -> Tensor:
-    """Scale the gradients to a global norm of at most `limit`. Returns the norm before, fp32 []."""
+    """Scale the gradients to a global norm of at most `limit`. Returns the norm before scaling, fp32 []."""
     gradients = [gradient for group in groups for gradient in group.gradients()]
     norm = ranks.norm(torch.nn.utils.get_total_norm(gradients))
     if limit is not None and gradients:

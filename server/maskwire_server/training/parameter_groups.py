@@ -1,4 +1,4 @@
-"""Which parameters each entry of `optimizer.groups` is for."""
+"""Which parameters each entry of `optimizer.groups` applies to."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Matched = dict[str, ParameterGroup]
 
 
 def trainable(network: nn.Module) -> list[str]:
-    """The names of the parameters that a network does not freeze itself, as it does those under adapters."""
+    """Names of parameters that a network does not freeze itself. With adapters, it freezes all others."""
     return [name for name, weight in network.named_parameters() if weight.requires_grad]
 
 
 def matched(groups: Sequence[ParameterGroup], networks: Mapping[str, Sequence[str]]) -> dict[str, Matched]:
-    """The groups of each network's parameters, given by name; the first pattern that matches one wins.
+    """Find the groups of each network's parameters by name. The first pattern that matches a name wins.
 
     A pattern matches a name with or without its network: `blocks.*` or `generator.blocks.*`. Raises
     ConfigError for a pattern that is the first match of no parameter, and if no parameter is left to train.
@@ -65,5 +65,5 @@ def _unused(pattern: str, whole: list[tuple[str, str]], shadowed: bool) -> str:
         ".".join(name.split(".")[:depth]) + ".*" for name in names for depth in range(1, name.count(".") + 1)
     }
     near = difflib.get_close_matches(pattern, [*sorted(prefixes), *names], n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"a name is, for example, {names[0]!r}"
+    hint = f"did you mean {near[0]!r}?" if near else f"an example of a name is {names[0]!r}"
     return f"must match the name of a parameter, got {pattern!r}; {hint}"

@@ -6,7 +6,7 @@ weights:
     nodes, weights = np.polynomial.legendre.leggauss(4096)
     np.save("gauss_legendre_4096.npy", np.stack([nodes[2048:], weights[2048:]]))
 
-That call takes 7 to 33 seconds of CPU, in each process, because it computes the eigenvalues of a dense
+That call takes 7 to 33 seconds of CPU time in each process, because it computes the eigenvalues of a dense
 4096 x 4096 matrix. Newton's iteration on the polynomial takes 0.8 s, but its weights differ from these by up
 to 5e-7 at the ends, and probabilities computed with them by up to 3e-13: the loss of a step would no longer
 be the recorded one.

@@ -2,9 +2,9 @@
 
 A rank holds a part of every weight, gradient, moment and average (`weight_partition.part_size`). During a
 step it gathers more (torch's `fully_shard`): the weights outside the blocks, from the forward pass to the
-end of the backward pass, and a whole gradient of them; and the weights and gradients of two blocks, because
-one is communicated while another computes. In the backward pass the activations of a micro-batch become its
-gradients, which are kept apart from those of the batch until it ends: the larger of the two counts.
+end of the backward pass, and their whole gradients; and the weights and gradients of two blocks, because one
+is communicated while another is computed. During the backward pass of a micro-batch, its activations are
+freed and its gradients allocated, separately from those of the batch: the larger of the two counts.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Machines:
     """On each host."""
     hosts: int = 1
     memory: int | None = None
-    """Bytes for each rank. None: what is free on this machine; ranks that compute on the CPU share it."""
+    """Bytes for each rank. None: the free memory of this machine, which ranks on the CPU share."""
 
     @property
     def size(self) -> int:
@@ -50,7 +50,7 @@ class Machines:
 
 @dataclass(frozen=True)
 class Held:
-    """The numbers that a rank holds: its parts of the tensors of the state, and of the gradients."""
+    """How many numbers a rank holds: of its parts of the state's tensors, and of the gradients."""
 
     weights: int
     gradients: int
@@ -79,13 +79,13 @@ class Held:
 
 @dataclass(frozen=True)
 class Room:
-    """What a rank needs beside its part of the state, and the memory that there is, in bytes."""
+    """What a rank needs besides its part of the state, and the available memory, in bytes."""
 
     gathered: int
     computed: int
     """Activations and logits."""
     leader: int
-    """What the leader alone needs."""
+    """What only the leader needs."""
     memory: int
     sharing: int
     """How many ranks share the memory."""
@@ -99,7 +99,7 @@ class Room:
         return self._needed(part) <= self.memory
 
     def sum(self, part: Held) -> str:
-        """The sum and its result."""
+        """The terms in words, their total, and whether it fits."""
         terms = {"state": part.size, "gathered": self.gathered, "activations and logits": self.computed}
         if self.computed < 4 * part.gradients:
             del terms["activations and logits"]
@@ -133,9 +133,9 @@ def layouts(
     serve: ServeConfig,
     machines: Machines,
 ) -> Footprint:
-    """Report the memory of each rank in each layout, and the one with the smallest `shard` that fits.
+    """Report the memory of each rank in each layout, and recommend the layout of `_advice`.
 
-    `Footprint.fits` is whether there is one. Raises ConfigError if the device does not exist, if
+    `Footprint.fits` is whether any layout fits. Raises ConfigError if the device does not exist, if
     `optimizer.groups` does not fit the parameters, or if the model cannot be trained by several ranks.
     """
     device = _device(serve, machines)
@@ -220,7 +220,7 @@ def _memory(device: torch.device, machines: Machines) -> tuple[int, int]:
 
 
 def _positions(model: ModelConfig, serve: ServeConfig, ranks: int, device: torch.device) -> tuple[int, str]:
-    """The positions of a rank's micro-batch, and what they are.
+    """The positions of a rank's micro-batch: their number, and where it comes from.
 
     A rank has at most ceil(rows / ranks) of the rows of a batch. With n columns, that is less than
     rows x n / ranks + n positions.
@@ -235,9 +235,9 @@ def _positions(model: ModelConfig, serve: ServeConfig, ranks: int, device: torch
 
 
 def _gathered(networks: Networks, optimizer: OptimizerConfig, *, copies: bool) -> Term:
-    """What a rank gathers during a step: numbers outside the blocks, and those of two of the largest.
+    """What a rank gathers during a step: weights and gradients outside the blocks, and of two large blocks.
 
-    `copies`: gloo, on the CPU, copies what it gathers once more.
+    `copies`: count the extra copy that gloo, on the CPU, makes of a gathered tensor.
     """
 
     def numbers(weights: Set[Tensor]) -> tuple[int, int]:
@@ -262,7 +262,7 @@ def _gathered(networks: Networks, optimizer: OptimizerConfig, *, copies: bool) -
 
 
 def _snapshot(whole: Held, optimizer: OptimizerConfig) -> Term:
-    """A copy of the state in host memory. The frozen weights of an average are not in it."""
+    """A copy of the state in host memory. It leaves out the averages of frozen weights."""
     average = whole.gradients if optimizer.ema_decay else 0
     numbers = whole.weights + 2 * whole.adamw + whole.muon + average
     return Term(f"{numbers:,} numbers x 4 bytes", 4 * numbers)

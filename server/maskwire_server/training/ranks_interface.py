@@ -1,6 +1,7 @@
-"""What the trainer asks of the processes that train together; one process alone answers for itself.
+"""The interface to the processes that train together, and its implementation for a single process.
 
-torch.distributed is not imported here: a single process does not pay for it. `sharding` has the many.
+torch.distributed is not imported here, so that a single process does not pay for it. `sharding` implements
+the interface for several processes.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from maskwire_server.training.shards import Piece
 
 
 class Ranks:
-    """The processes that train together: here this one alone, without any communication."""
+    """The processes that train together: here a single one, without any communication."""
 
     rank = 0
     is_leader = True
-    """Whether this rank answers: it holds the whole state of a snapshot and of an evaluation."""
+    """Whether this rank is the leader, which gets the whole state for snapshots and evaluations."""
     cores: int | None = None
     """The CPU cores of this rank; None: all that the process may use."""
     is_sharded = False
@@ -32,7 +33,7 @@ class Ranks:
 
     @property
     def versions(self) -> dict[str, str]:
-        """What results depend on: the layout of the ranks. Without a group there is none."""
+        """The layout of the ranks, on which results depend."""
         return {"world_size": "1"}
 
     def divide(
@@ -40,16 +41,17 @@ class Ranks:
     ) -> dict[str, nn.Module]:
         """Divide the weights of networks among the ranks, and move this rank's part to its device.
 
-        Returns copies, divided alike, for the moving averages; a single process makes its own.
+        Returns copies for the moving averages, divided in the same way. A single process returns none:
+        `optimizers.Group` then makes the copy.
         """
         del networks, with_averages
         return {}
 
     def release(self, module: nn.Module) -> None:
-        """Forget gathered weights after a step, which changed them."""
+        """Free gathered weights after a step, because the step changed the weights."""
 
     def parts(self, lengths: Sequence[int], budget: int, smallest: int | None) -> list[Part | None]:
-        """This rank's parts of a logical batch; None: an empty part, which it computes with the others.
+        """This rank's parts of a logical batch; None: an empty part, computed so that no other rank waits.
 
         `smallest` as in `split_by_length`; None: in the order of the batch, as before numerics version 3.
         """
@@ -62,13 +64,13 @@ class Ranks:
         return sums
 
     def share(self, full: Tensor | None, like: Tensor) -> Tensor:
-        """The leader's whole tensor, which the others do not have; it has the shape and type of `like`."""
+        """The leader's whole tensor, on every rank. The others pass None. `like` has its shape and type."""
         assert full is not None
         assert full.shape == like.shape
         return full
 
     def piece(self, live: Tensor, number: int) -> Piece | None:
-        """What this rank saves of the tensor with this number; None: others save it all."""
+        """The part that this rank saves of tensor `number` of a file; None: other ranks save all of it."""
         del number
         return Piece(live, (0,) * live.ndim, tuple(live.shape))
 
@@ -85,14 +87,14 @@ def _is_divided(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a divided tensor, gathered from the ranks, which must all call this."""
+    """The whole of a divided tensor, gathered from the ranks. Every rank must call this."""
     divided: Any = tensor
     full: Tensor = divided.full_tensor() if _is_divided(tensor) else tensor
     return full
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """The part of a divided tensor that this rank holds, in the same memory; others as they are."""
+    """The part of a divided tensor that this rank holds, in the same memory; else the tensor itself."""
     divided: Any = tensor
     part: Tensor = divided.to_local() if _is_divided(tensor) else tensor
     return part

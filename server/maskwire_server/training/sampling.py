@@ -1,16 +1,18 @@
 """Generation by iterative unmasking: all unknown positions are masked, and each pass reveals some of them.
 
-After pass s of S, min(floor(m(s/S) U), before - 1) of a row's U unknown positions are still masked (Chang
-et al. 2022, with the schedule m of the training). In random order, with one position per pass and temperature
-1, the tokens have the distribution
+After pass s of S, min(floor(m(s/S) U), before - 1) of a row's U unknown positions are still masked, where
+`before` were masked before the pass (Chang et al. 2022, with the schedule m of the training). In random
+order, with one position per pass and temperature 1, the tokens have the distribution
 
-    p(x) = mean over orders o of prod over i of p(x_o(i) | x_o(1) ... x_o(i-1)),
+    p(x) = mean over orders o of prod over i of p(x_o(i) | x_o(1) ... x_o(i-1)).
 
-whose bound the evaluation estimates (Uria et al. 2014). All other settings sample from other distributions.
+The evaluation estimates a lower bound of log p(x) (Uria et al. 2014). All other settings sample from other
+distributions.
 The draws of a row depend only on its seed, the pass and the position.
 
-Letters: b rows, n positions, v vocabulary, m packed positions, k ids that may be sampled. This module knows
-no model class. Logits are computed only where they are needed, so that there is no tensor [b, n, v].
+Letters: b rows, n positions, v vocabulary, m packed positions, k ids that may be sampled. This module
+depends on no model class. Logits are computed only where they are needed, so that there is no tensor
+[b, n, v].
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ from maskwire_server.training.objective import Model
 
 MASKGIT_CHOICE_TEMPERATURE = 4.5  # Chang et al. 2022
 COLDEST = 1e-3
-"""An annealed temperature below this one is 0. x-transformers raises it to this one, at which its samples are
-the most probable ids except for near-ties."""
+"""An annealed temperature below this value is set to 0. x-transformers raises it to this value instead, at
+which samples are the most probable ids except for near-ties."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Rows:
     token_keys_b: Tensor
     order_keys_b: Tensor
     noise_keys_b: Tensor
-    """int64 each: keys of the draws. A row has the same order in every pass, so it is a permutation."""
+    """int64 each: keys of the draws. All passes use the same order of a row's positions, a permutation."""
     carried_bnd: Tensor | None
     """The embeddings of the previous pass. None before the first pass, or if they are not used."""
 
@@ -124,9 +126,9 @@ def generate(
 
     Finished rows are left out of later passes, and at most `budget` positions are computed together. Each
     pass has the width of the batch, so that a row's result does not depend on the lengths of other rows. With
-    SelfCondMode.CARRY, embeddings are kept for at most `budget` positions: the rows that fit are finished
-    before the next ones start, which count their passes from 1. Raises Diverged if the model's output is not
-    finite.
+    SelfCondMode.CARRY, embeddings are kept for at most `budget` positions: the rows are computed in groups of
+    that size, one group after the other, and each group counts its passes from 1. Raises Diverged if the
+    model's output is not finite.
     """
     whole = begin(prompts, vocabulary, options.row_seeds, device)
     unknown_b = torch.from_numpy(prompts.unknown.sum(-1))
@@ -214,7 +216,7 @@ def stay_masked(
     """The number of positions that stay masked after a pass, int64 [b]: min(floor(m(s/S) U), before - 1).
 
     With `steps` 0, each pass reveals one position, whatever the schedule. The distribution that is evaluated
-    requires that. With the linear schedule it is the same as S = U.
+    requires this. With the linear schedule, it is the same as S = U.
     """
     one_less_b = (before_b - 1).clamp(min=0)
     if not steps:
@@ -237,7 +239,7 @@ def advance(
     n = rows.ids_bn.shape[1]
     read_bn = rows.mask_bn
     if options.order is Order.RANDOM:
-        # The order does not depend on the tokens, so logits are needed only where this pass reveals.
+        # The order does not depend on the tokens, so logits are needed only at positions to reveal.
         stay_bn = lowest(draws.uniform(rows.order_keys_b, n), rows.mask_bn, plan.stay_b)
         read_bn = rows.mask_bn & ~stay_bn
     read_m = objective.positions(read_bn)
@@ -283,9 +285,9 @@ def advance(
 def sample(logits_mv: Tensor, u_m: Tensor, temperature: float | Tensor, options: GenerateOptions) -> Tensor:
     """Sample an id for each row of logits, int64 [m], with top_k and top_p. The temperature may be fp64 [m].
 
-    top_k applies first. top_p then keeps the ids that, in descending order, have less than top_p of the
-    probability before them (Holtzman et al. 2020), at the temperature. Temperature 0 takes the most probable
-    id.
+    top_k applies first. top_p then sorts the ids by their probability at the temperature, and keeps each id
+    before which the probabilities sum to less than top_p (Holtzman et al. 2020). Temperature 0 takes the most
+    probable id.
     """
     if not isinstance(temperature, Tensor):
         if not temperature:
@@ -332,7 +334,7 @@ def gumbel(u: Tensor) -> Tensor:
 
 
 def lowest(scores_bn: Tensor, candidates_bn: Tensor, k_b: Tensor) -> Tensor:
-    """The k candidates of each row with the lowest scores, bool [b, n]. Ties: the later positions."""
+    """The k candidates of each row with the lowest scores, bool [b, n]. Among ties, the later ones."""
     scores_bn = scores_bn.masked_fill(~candidates_bn, float("-inf"))
     order_bn = scores_bn.argsort(dim=-1, descending=True, stable=True)
     place = torch.arange(scores_bn.shape[1], device=scores_bn.device).expand_as(order_bn)

@@ -1,12 +1,12 @@
-"""One model trained by several processes: its weights divided, its rows divided, its sums added up.
+"""Train one model with several processes: weights and rows are divided among them, and sums added up.
 
 The ranks form a grid of `replicate` x `shard`. Within a row of the grid each rank holds a part of every
-weight, gradient and moment (torch's `fully_shard`); the rows hold the same. All ranks train on different rows
-of a logical batch, and the losses and gradients are those of the whole batch: losses carry the denominators
-of the logical batch, so gradients are summed, not averaged.
+weight, gradient and moment (torch's `fully_shard`); all rows of the grid hold the same values. The ranks
+train on different rows of a logical batch, and the losses and gradients are those of the whole batch: losses
+have the denominators of the logical batch, so gradients are summed, not averaged.
 
-Every rank makes the same calls in the same order. What they compute must not depend on what one rank alone
-knows: a rank that computes fewer parts than the others, or none, would wait for them for ever.
+Every rank makes the same calls in the same order. The calls must not depend on anything that only one rank
+knows: if a rank computed fewer parts than the others, the ranks would wait for each other forever.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from maskwire_server.training.shards import Piece
 
 
 class ManyRanks(Ranks):
-    """Ranks of a torch process group that is initialised."""
+    """The ranks of torch's process group, which must be initialised."""
 
     is_sharded = True
 
@@ -53,18 +53,18 @@ class ManyRanks(Ranks):
         self.is_leader = self.rank == leader
         shard = self.size // replicate
         grid = {"replicate": replicate, "shard": shard} if replicate > 1 else {"shard": shard}
-        # Without copies one dimension: with two, torch keeps a second copy of the gradients.
+        # With replicate = 1, one dimension: with two, torch keeps a second copy of the gradients.
         self.mesh: DeviceMesh = init_device_mesh(device.type, (*grid.values(),), mesh_dim_names=(*grid,))
         self._shard_group = self.mesh.get_group("shard")
         self._copy = self.mesh.get_local_rank("replicate") if replicate > 1 else 0
-        if timeout is not None:  # groups of a mesh do not inherit that of init_process_group
+        if timeout is not None:  # a mesh's groups do not inherit it from init_process_group
             for group in self.mesh.get_all_groups():
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
         self._control = dist.new_group(backend="gloo", timeout=timeout)
         self._history = b""
 
     def use_device(self) -> None:
-        """Make this rank's device the default of the calling thread, as NCCL wants it."""
+        """Make this rank's device the default of the calling thread, as NCCL requires."""
         if self.device is not None and self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
@@ -77,13 +77,13 @@ class ManyRanks(Ranks):
         return {"world_size": f"{self.replicate} x {self.size // self.replicate}"}
 
     def record(self, order: bytes) -> None:
-        """Note an order that this rank carries out. Ranks agree only if they carried out the same ones."""
+        """Record an order of the leader that this rank executes. `agree` compares the ranks' records."""
         self._history = hashlib.sha256(self._history + order).digest()
 
     def divide(
         self, networks: Mapping[str, nn.Module | None], *, with_averages: bool
     ) -> dict[str, nn.Module]:
-        """Divide the networks, and a copy of each for its moving average. Raises ConfigError."""
+        """Divide the networks among ranks, and a copy of each for its average. Raises ConfigError."""
         modules = {name: module for name, module in networks.items() if module is not None}
         averages = {name: copy.deepcopy(module) for name, module in modules.items()} if with_averages else {}
         for module in (*modules.values(), *averages.values()):
@@ -91,7 +91,7 @@ class ManyRanks(Ranks):
         return {name: module.eval().requires_grad_(False) for name, module in averages.items()}
 
     def _shard(self, module: nn.Module) -> None:
-        """Divide each block's weights, then the others'. Raises ConfigError for a weight that cannot be.
+        """Divide the weights of each block, then all other weights. Raises ConfigError if that is impossible.
 
         The blocks' weights are gathered one block at a time. The others stay gathered from the forward pass
         to the end of the backward pass, because the output layer reads them outside of `forward`.
@@ -108,14 +108,14 @@ class ManyRanks(Ranks):
     def release(self, module: nn.Module) -> None:
         """Free gathered weights, so that the next pass gathers them again.
 
-        A pass without gradients leaves the weights outside the blocks gathered, and a change of the divided
-        weights would not be seen.
+        A pass without gradients leaves the weights outside the blocks gathered, so that later passes would
+        not see a change of the divided weights.
         """
         for each in _sharded(module):
             each.reshard()
 
     def parts(self, lengths: Sequence[int], budget: int, smallest: int | None) -> list[Part | None]:
-        """As many parts on every rank, and about as many positions."""
+        """This rank's parts. Every rank gets as many parts as the others, and about as many positions."""
         if smallest is None:  # consecutive rows for each rank
             bounds = [rank * len(lengths) // self.size for rank in range(self.size + 1)]
             of_ranks = [
@@ -148,7 +148,7 @@ class ManyRanks(Ranks):
         return there
 
     def piece(self, live: Tensor, number: int) -> Piece | None:
-        """This rank's rows. Each copy of the model saves some tensors; the leader those not divided."""
+        """This rank's rows. Each replica saves some of the tensors; the leader saves those not divided."""
         if not isinstance(live, DTensor):
             return super().piece(live, number) if self.is_leader else None
         if number % self.replicate != self._copy:
@@ -174,15 +174,15 @@ class ManyRanks(Ranks):
         return [rank for rank, each in enumerate(found) if int(each)]
 
     def agree(self, facts: str) -> None:
-        """Compare the facts, and the orders carried out so far, on every rank."""
+        """Raise StateLost unless the facts, and the orders executed so far, are the same on every rank."""
         own = hashlib.sha256(self._history + facts.encode()).digest()
         found = [torch.empty(len(own), dtype=torch.uint8) for _ in range(self.size)]
         dist.all_gather(found, torch.frombuffer(bytearray(own), dtype=torch.uint8), group=self._control)
         other = [rank for rank, each in enumerate(found) if bytes(each.tolist()) != own]
         if other:
             raise StateLost(
-                f"rank {self.rank} has the result {facts!r}, but ranks {other} have another one: all ranks "
-                "start again and recover the run from its journal; no acknowledged step is lost"
+                f"rank {self.rank} has the result {facts!r}, but ranks {other} have a different one: all "
+                "ranks restart and recover the run from its journal; no acknowledged step is lost"
             )
 
 

@@ -2,9 +2,9 @@
 
     model-r0002-001.safetensors     the first file of rank 2 with parts of the weights
 
-A file has whole tensors or consecutive rows of them, under the names `model/generator.…`, `ema/…`. Where the
-rows begin is in the file's metadata, as torch's distributed checkpoints record it: torch's
-`HuggingFaceStorageReader` reads a folder of these files, too.
+A file has whole tensors or consecutive rows of them, under the names `model/generator.…`, `ema/…`. The file's
+metadata says where the rows begin, in the format of torch's distributed checkpoints: torch's
+`HuggingFaceStorageReader` can also read a folder of these files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHARDING = "DCP_SHARDING_INFO"
 """The key of a file's metadata that says where each tensor begins: torch's name for it."""
 OFFSETS, WHOLE = "saved_offsets", "whole_shape"
 MAX_FILE_BYTES = 2**30 - 2**24
-"""Of tensors in one file; with its header it has at most 1 GiB."""
+"""The most bytes of tensors in one file. With its header, the file has at most 1 GiB."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None
 
 
 def _files(pieces: Mapping[str, Piece]) -> Iterator[dict[str, Piece]]:
-    """The pieces by file; a piece that is larger than a file is divided."""
+    """Distribute the pieces among files. A piece that is larger than a file is divided."""
     part: dict[str, Piece] = {}
     size = 0
     for name, piece in pieces.items():

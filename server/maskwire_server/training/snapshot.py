@@ -1,4 +1,4 @@
-"""The trainer's state in memory and in files. All files are safetensors, so a foreign file can run no code.
+"""The trainer's state in memory and in files. All are safetensors, so an untrusted file cannot run code.
 
 model.safetensors       generator.* and critic.*: weights, and buffers that belong to the state
 frozen.safetensors      the same for weights that are never trained; the same file in each checkpoint
@@ -41,7 +41,7 @@ class Snapshot:
     files: Files
 
     def write(self, folder: Path) -> None:
-        """Write the files to `folder`, but a file of frozen weights that is there. Raises OSError."""
+        """Write the files to `folder`, except frozen weights that are already there. Raises OSError."""
         for path in checkpoint_tensors.files_of(folder, FROZEN_FILE):
             if path.name != FROZEN_FILE:  # in parts, as ranks write it
                 path.unlink()
@@ -53,7 +53,7 @@ class Snapshot:
 
 
 def _has(path: Path, tensors: dict[str, Tensor]) -> bool:
-    """Whether a file has tensors of these names. Frozen weights of one run differ in nothing else."""
+    """Whether a file has tensors of these names. Frozen weights of one run are equal if their names are."""
     return path.exists() and checkpoint_tensors.find([path], path.name).keys() == tensors.keys()
 
 
@@ -74,8 +74,8 @@ class Copier:
     def copy(self, files: Files) -> Snapshot:
         """Copy live tensors. Training may continue at once.
 
-        While an earlier snapshot is in use, its memory is left alone and the copy gets new memory. Of several
-        ranks the leader gets the whole state; the others take part in gathering it, and keep nothing.
+        While an earlier snapshot is in use, its memory is left alone and the copy gets new memory. With
+        several ranks, the leader gets the whole state; the others help to gather it, and keep nothing.
         """
         self._renew()
         if self._frozen is None:  # these never change
@@ -162,10 +162,10 @@ class SavedState:
     has_average: bool
     """Whether it has a moving average; otherwise the average starts from the weights."""
     is_untrained: bool
-    """Whether it is from before the first update: the optimizer's state is zeros, whichever wrote it."""
+    """Whether it is from before the first update: its state is then zeros for any optimizer."""
 
     def tensor(self, file: str, name: str, like: Tensor) -> Tensor:
-        """The whole tensor that belongs in a live one. Raises ValueError if its file cannot be read."""
+        """The whole saved tensor for the live tensor `like`. Raises ValueError if its file cannot be read."""
         if file == OPTIMIZER_FILE and self.is_untrained:
             return torch.zeros(like.shape, dtype=like.dtype)
         return self.files[file][name].read()
@@ -192,10 +192,10 @@ def read(folder: Path, groups: Mapping[str, Group]) -> SavedState:
 
 
 def load(saved: SavedState | None, groups: Mapping[str, Group], ranks: Ranks) -> None:
-    """Load a state that was found into the groups.
+    """Load a state that `read` found into the groups.
 
-    Of several ranks only the leader has it, and gives the others their parts: None. Raises StateLost if a
-    file cannot be read any more.
+    With several ranks, only the leader passes `saved`, and sends the tensors to the others, which pass None.
+    Raises StateLost if a file can no longer be read.
     """
     live = live_tensors(groups)
     has_average = torch.tensor(int(saved is not None and saved.has_average))
@@ -221,7 +221,7 @@ def _found(folder: Path, file: str) -> SavedTensors:
 
 
 def _find_weights(folder: Path, live: Files) -> dict[str, SavedTensors]:
-    """The weights by file, whichever of them were frozen when they were saved."""
+    """Find the weights by file, whichever were frozen when they were saved."""
     files = [file for file in (MODEL_FILE, FROZEN_FILE) if file in live]
     saved = dict(_found(folder, MODEL_FILE))
     if checkpoint_tensors.files_of(folder, FROZEN_FILE):

@@ -1,4 +1,4 @@
-"""The losses and gradients of a training step, a micro-batch at a time.
+"""The losses and gradients of a training step, computed one micro-batch at a time.
 
 Letters: s sequences of the logical batch, b those of a part, n positions.
 """
@@ -25,14 +25,14 @@ from maskwire_server.training.tensor_batch import TensorBatch
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What the gradients of every step depend on."""
+    """The settings that the gradients of every step depend on."""
 
     objective: ObjectiveConfig
     vocabulary: Vocabulary
     budget: int
-    """Positions of a micro-batch, at most."""
+    """The most positions of a micro-batch."""
     smallest: int
-    """Positions of a micro-batch that may end early, before much shorter sequences."""
+    """A micro-batch with this many positions ends before a much shorter sequence: see `split_by_length`."""
     bf16: bool
     """Autocast to bfloat16."""
     has_dropout: bool
@@ -86,7 +86,7 @@ def accumulate(
                 )
             sums.add(losses)
             total = objective.minimized(losses, config, plan, numerics_version)
-            if total.requires_grad:  # False if all that this step trains is frozen
+            if total.requires_grad:  # False if everything that this step trains is frozen
                 total.backward()  # type: ignore[no-untyped-call]
     return sums
 

@@ -18,7 +18,7 @@ from maskwire_server.batch import Batch
 class TensorBatch:
     """Rows of ids, int64 and bool [r, n]. Each row is a sequence, or holds several one after another.
 
-    A sequence is what the objective calls a row: it has its own mask, and attends to itself alone.
+    A sequence is what the objective calls a row: it has its own mask, and attends only to itself.
     """
 
     ids_rn: Tensor
@@ -27,7 +27,7 @@ class TensorBatch:
     starts_s: Tensor | None = None
     """int64: where each sequence starts in the flattened grid; None: each row is one."""
     sizes_s: Tensor | None = None
-    """int64: the columns of each sequence; None as `starts_s`."""
+    """int64: the columns of each sequence; None if `starts_s` is."""
 
     @staticmethod
     def of(batch: Batch, pad_id: int | None) -> TensorBatch:

@@ -1,6 +1,6 @@
 """The trainer: the networks and their optimizers. It computes one step, evaluation or generation at a time.
 
-It keeps no step number: the caller says which step a batch is, and all random draws follow from that.
+It keeps no step number: the caller passes the step of each batch, and all random draws follow from it.
 Construct it and use it on the same thread. Once a second thread has entered a parallel region, OpenMP stops
 busy-waiting, and small steps take twice as long.
 """
@@ -69,7 +69,7 @@ class TorchTrainer:
         seed: int,
         ranks: Ranks | None = None,
     ) -> None:
-        """With several `ranks`, each constructs one alike, and makes the same calls in the same order."""
+        """Each of several `ranks` constructs an equal trainer, and makes the same calls in the same order."""
         self._ranks = ranks or Ranks()
         torch.set_num_threads(serve.threads or self._ranks.cores or numerics.cores())
         self._model, self._objective, self._optimizer = model, objective, optimizer
@@ -85,7 +85,7 @@ class TorchTrainer:
         self._step = StepSettings(objective, self._vocabulary, *sizes, self._bf16, draws_of_torch)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(draws.key(Purpose.WEIGHTS, seed))
-            self.networks = Networks(model, objective)  # on the CPU, for the same weights on each device
+            self.networks = Networks(model, objective)  # on the CPU: the same weights for every device
         self.networks.checkpoint_activations(serve.activation_checkpointing)
         parts = {"generator": self.networks.generator, "critic": self.networks.critic}
         if foreign := self._ranks.is_sharded and model.source != "encoder":
@@ -122,7 +122,7 @@ class TorchTrainer:
 
     @property
     def versions(self) -> dict[str, str]:
-        """What results depend on, apart from the configuration."""
+        """Versions and settings that results depend on, apart from the configuration."""
         name = numerics.processor_of(self._device)
         return {
             "torch": torch.__version__,
@@ -148,7 +148,7 @@ class TorchTrainer:
         """Continue with another [optimizer] section and another version of the numerics.
 
         Raises ValueError that names the key if the state does not fit the section: another optimizer, other
-        frozen parameters, or a moving average that the state has and the section does not, or the reverse.
+        frozen parameters, or a moving average that only one of the two has.
         """
         config, current = OptimizerConfig(**optimizer), self._optimizer
         if config.name != current.name or bool(config.ema_decay) != bool(current.ema_decay):
@@ -160,8 +160,8 @@ class TorchTrainer:
     def begin(self) -> str:
         """Load the initial weights, if the model's source has some, and check the model.
 
-        Returns the SHA-256 of the initial state, or "" for the built-in encoder, whose weights the seed
-        makes. Raises ConfigError.
+        Returns the SHA-256 of the initial state, or "" for the built-in encoder, whose weights follow
+        from the seed. Raises ConfigError.
         """
         if self._model.source != "encoder" and not self._initial_sha256:
             self._initial_sha256 = self._load_initial_weights(self._ranks)
@@ -170,7 +170,7 @@ class TorchTrainer:
         return self._initial_sha256
 
     def _load_initial_weights(self, ranks: Ranks) -> str:
-        """`begin` without the averages, for weights that are not divided yet. Returns the SHA-256."""
+        """Load and check the weights, divided or not yet, without the averages. Returns the SHA-256."""
         exact = self._numerics["deterministic"] == "yes" and self._numerics["compile"] == "off"
         at, networks = StepKey(self._seed, 0, 0), self.networks
         return model_checks.begin(
@@ -192,7 +192,7 @@ class TorchTrainer:
         self._clear_gradients()
 
     def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
-        """Train on one logical batch. Loss and gradient do not depend on how it is split.
+        """Train on one logical batch. Its split into micro-batches changes no loss or gradient.
 
         If losses or gradients are not finite, or if memory runs out before the update, the state does not
         change. Raises StateLost if the update itself fails.
@@ -238,7 +238,7 @@ class TorchTrainer:
     def eval_loss(
         self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool] = lambda: True
     ) -> EvalResult:
-        """Evaluate one batch, with the moving average if the run keeps one. Changes nothing."""
+        """Evaluate one batch, with the moving average if `reads_average` says so. Changes nothing."""
         averaged = self.reads_average(raw=options.raw_weights)
         networks = self._gathered.of(self._live(averaged=averaged))
         networks.eval()
@@ -255,15 +255,15 @@ class TorchTrainer:
             self.networks.train()
 
     def adopt(self, weights: dict[str, Tensor]) -> None:
-        """Start from these weights, all of those of `Networks`, by name."""
+        """Replace all weights, given by their names in `Networks`, and restart the moving averages."""
         self.networks.load_state_dict(weights, strict=True)
         for group in self._groups().values():
             group.begin_average()
 
     def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
-        """Fill in the prompts, with the moving average if the run keeps one. Yields a state after each pass.
+        """Fill in the prompts, and yield a state after each pass. `reads_average` says with which weights.
 
-        Between two states nothing is left running or changed, so the caller may stop at any of them.
+        Between two states nothing is left running or changed, so the caller may stop after any of them.
         """
         if options.order is Order.CRITIC and self.critic is None:
             raise ValueError("order 'critic' needs a critic, and this model has none; use another order")
@@ -296,7 +296,7 @@ class TorchTrainer:
         return self._copier.copy(snapshot.live_tensors(self._groups()))
 
     def copy_shards(self) -> Shards:
-        """A copy in host memory of what this rank saves of the state."""
+        """A copy in host memory of the parts of the state that this rank saves."""
         return self._copier.copy_shards(snapshot.live_tensors(self._groups()))
 
     def load(self, folder: Path) -> None:
@@ -308,7 +308,7 @@ class TorchTrainer:
         return snapshot.read(folder, self._groups())
 
     def receive(self, saved: SavedState | None = None) -> None:
-        """Load a state. Of several ranks only the leader has it; the others give None, and get their part."""
+        """Load a state. With several ranks, only the leader passes it; the others pass None."""
         snapshot.load(saved, self._groups(), self._ranks)
 
     def _groups(self) -> dict[str, Group]:

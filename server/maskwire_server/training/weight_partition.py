@@ -11,7 +11,7 @@ from maskwire_server.training.models.backbone import Backbone
 
 
 def part_size(shape: Sequence[int], shard: int, index: int = 0) -> int:
-    """The numbers that the rank at `index` among `shard` holds of a tensor of this shape.
+    """How many numbers of a tensor of this shape the rank at `index` of `shard` ranks holds.
 
     Each rank has ceil(rows / shard) consecutive rows; the last ones have fewer, or none (torch's `Shard(0)`).
     The first rank has the most, and the others reserve as much memory for weights and gradients.

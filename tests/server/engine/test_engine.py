@@ -769,7 +769,7 @@ def test_a_full_disk_holds_and_goes_on_when_there_is_room(rig: Rig, monkeypatch:
     held = engine.train_step(bare(1, "held"))
     wait_for(lambda: engine.status().state is RunState.HELD)
     assert engine.status().durable_step == 1
-    assert "room" in engine.status().waiting_for
+    assert "space" in engine.status().waiting_for
     assert reason(engine.train_step(bare(2))) == "HELD"
     assert not held.done()
     full.clear()

@@ -167,7 +167,7 @@ def test_a_start_on_a_full_disk_waits_for_room(small_disk: Path) -> None:
     filler = fill(small_disk)
     whole = rig.config(**sections)
     engine = make_engine(rig.folder, whole, on_fatal=rig.fatal.append)
-    wait_for(lambda: engine.status().waiting_for == "room on the disk")
+    wait_for(lambda: engine.status().waiting_for == "space on the disk")
     assert engine.status().state is RunState.RECOVERING
     filler.unlink()
     engine.wait_serving(WAIT)
@@ -181,7 +181,7 @@ def test_a_new_run_on_a_full_disk_waits_for_room(small_disk: Path) -> None:
     rig = Rig(small_disk / "run")
     filler = fill(small_disk)
     engine = make_engine(rig.folder, rig.config(serve={"reserve_bytes": 0}), on_fatal=rig.fatal.append)
-    wait_for(lambda: engine.status().waiting_for == "room on the disk")
+    wait_for(lambda: engine.status().waiting_for == "space on the disk")
     filler.unlink()
     engine.wait_serving(WAIT)
     assert engine.train_step(bare(1)).result(WAIT).step == 1
@@ -197,7 +197,7 @@ def test_a_start_that_waits_for_room_can_be_stopped(small_disk: Path) -> None:
     shutil.rmtree(small_disk / "run" / "checkpoints")
     fill(small_disk)
     engine = make_engine(rig.folder, rig.config(**sections), on_fatal=rig.fatal.append)
-    wait_for(lambda: engine.status().waiting_for == "room on the disk")
+    wait_for(lambda: engine.status().waiting_for == "space on the disk")
     engine.close()
 
 
@@ -268,7 +268,7 @@ def test_a_checkpoint_over_the_quota_fails_alone(rig: Rig, monkeypatch: pytest.M
     monkeypatch.setattr(files, "flush", over)
     failed = engine.save(SaveRequest("one"))
     assert reason(failed) == "CHECKPOINT_FAILED"
-    assert "make room" in str(failed.exception())
+    assert "free some space" in str(failed.exception())
     assert engine.train_step(bare(1)).result(WAIT).step == 2
     monkeypatch.setattr(files, "flush", whole)
     assert engine.save(SaveRequest("one")).result(WAIT).step == 2

@@ -236,7 +236,7 @@ def test_a_migration_does_not_hide_that_the_facts_of_the_run_were_damaged(
     journal._db.execute("UPDATE run SET value = 2 WHERE key = 'seed'")
     as_format_2(journal)
     for _ in range(2):
-        with pytest.raises(RunDirectoryError, match="what the run is does not match its hash"):
+        with pytest.raises(RunDirectoryError, match="the run's identity does not match its hash"):
             Journal(tmp_path / "run")
 
 
@@ -252,7 +252,7 @@ def test_the_version_of_the_digest_is_sealed_with_the_facts_of_the_run(
     assert again.digest_version() == version
     again._db.execute("DELETE FROM run WHERE key = 'digest_version'")
     again.close()
-    with pytest.raises(RunDirectoryError, match="what the run is does not match its hash"):
+    with pytest.raises(RunDirectoryError, match="the run's identity does not match its hash"):
         Journal(tmp_path / "run")
 
 

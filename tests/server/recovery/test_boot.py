@@ -656,7 +656,7 @@ def test_verify_looks_at_sessions_configurations_and_the_fallback(rig: Rig) -> N
             "UPDATE events SET kind = 'other' WHERE kind = 'configuration'",
             "the configuration of steps, is missing",
         ),
-        ("DELETE FROM payloads WHERE step = 3", "behind checkpoint at-2, was dropped"),
+        ("DELETE FROM payloads WHERE step = 3", "after checkpoint at-2, was dropped"),
     ):
         copy = rig.folder.with_name("copy")
         shutil.copytree(rig.folder, copy)

@@ -180,7 +180,7 @@ def test_a_full_disk_lets_the_run_serve_only_once_the_state_is_saved(
     monkeypatch.setattr(target, name, writing)
     engine = make_engine(rig.folder, rig.config(), rounding(1e-4), on_fatal=rig.fatal.append)
     rig.engines.append(engine)
-    wait_for(lambda: engine.status().waiting_for == "room on the disk")
+    wait_for(lambda: engine.status().waiting_for == "space on the disk")
     assert engine.status().state is RunState.RECOVERING
     full[0] = False
     engine.wait_serving(WAIT)

@@ -91,7 +91,7 @@ def test_each_kind_of_damage_is_named(
     ("statement", "words"),
     [
         ("UPDATE lineages SET digest = x'00' WHERE lineage = 2", "lineage 2 does not match its hash"),
-        ("UPDATE run SET value = 5 WHERE key = 'seed'", "what the run is does not match its hash"),
+        ("UPDATE run SET value = 5 WHERE key = 'seed'", "the run's identity does not match its hash"),
     ],
 )
 def test_damage_that_nothing_can_be_read_behind_is_said(run_dir: Path, statement: str, words: str) -> None:

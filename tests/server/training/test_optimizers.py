@@ -388,7 +388,7 @@ def test_what_a_checkpoint_holds_as_frozen_stays_frozen(tmp_path: Path) -> None:
                       r"did you mean 'blocks.\*'\?"),
         (["*.bias", "to_logit.weight"], r"optimizer.groups.1.match: .* did you mean 'to_logits.weight'\?"),
         (["critic.*"], r"optimizer.groups.0.match: must match"),
-        (["§"], "a name is, for example, 'token_emb.weight'"),
+        (["§"], "an example of a name is 'token_emb.weight'"),
         (["blocks.*", "blocks.0.*"], r"optimizer.groups.1.match: earlier groups have all parameters that "
                                      r"'blocks.0.\*' matches"),
     ],

@@ -1,6 +1,6 @@
 #!/bin/sh
-# A pod of the server. The server has no end of its own: a clean exit means that the pod was told to stop. JobSet would
-# count that as success when a node is drained, and never start the pod again, so it becomes 143.
+# A pod of the server. The server never ends by itself: exit code 0 means that the pod was told to stop. When a node is
+# drained, JobSet would count 0 as success and never start the pod again, so this script exits with 143 instead.
 server='' signal=''
 trap 'signal=1; [ -z "$server" ] || kill -TERM "$server"' TERM INT
 # The name of the leader's pod is not known before that pod has an address.

@@ -23,11 +23,11 @@ class Backbone(nn.Module):
     dim: int
     """The width of the embeddings."""
     blocks: nn.ModuleList | list[nn.Module]
-    """The layers, in order: what is compiled one by one, and recomputed in the backward pass."""
+    """The layers, in order. They are compiled one by one, and recomputed in the backward pass."""
     null_embed: nn.Parameter | None
     to_self_cond: nn.Linear | None
     gives_logits: bool
-    """Whether the forward pass gives logits, because they are no linear map of an embedding."""
+    """Whether the forward pass returns logits, because they are not a linear map of an embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,16 +53,16 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Embeddings, [b, n, d], or [m, d] at the positions `read_m`.
 
-        `valid_bn` is None if there is no padding. What `conditioning(cond)` gives is added to the input
-        embeddings. `read_m` holds indices into the flattened [b, n] grid, each at most once.
+        `valid_bn` is None if there is no padding. The result of `conditioning(cond)` is added to the
+        input embeddings. `read_m` holds indices into the flattened [b, n] grid, each at most once.
         """
         raise NotImplementedError
 
     def conditioning(self, cond: Conditioning) -> Tensor | None:
         """What self-conditioning adds to the input embeddings: [b, n, d], or [d] for all positions, or None.
 
-        Call it within `forward`: outside of it, a sharded model has no whole weights. The null embedding is
-        part of the graph in both cases, so that it always has a gradient.
+        Call it within `forward`: outside of it, the weights of a sharded model are not gathered. The null
+        embedding is part of the graph in both cases, so that it always has a gradient.
         """
         if cond is None or self.to_self_cond is None or self.null_embed is None:
             return None
@@ -80,7 +80,7 @@ class Backbone(nn.Module):
         return self.head(e_md).logits()
 
     def checkpoint_activations(self, on: bool) -> None:
-        """Whether to keep only the blocks' inputs for the backward pass, and compute the rest again."""
+        """Choose whether to keep only the blocks' inputs for the backward pass, and recompute the rest."""
         raise NotImplementedError
 
 
@@ -95,7 +95,7 @@ def attended(valid_bn: Tensor | None) -> Tensor | None:
 
 
 def mark_fused_maps(network: nn.Module, fused: Mapping[str, Mapping[str, int]]) -> None:
-    """Set `stacked_rows`, which says that a linear map computes several in one product (see `muon`).
+    """Set `stacked_rows` of modules in which a linear map stacks several matrices (see `muon`).
 
     `fused` holds, by the name of a library's class and of its linear map, the number of equal parts.
     """

@@ -1,7 +1,7 @@
 """The encoder: a pre-norm bidirectional transformer over token ids.
 
 Letters: b rows, n positions, d dim, e embedding width, h heads, v vocabulary, m packed positions.
-Outputs are computed only where they are needed: the queries of the last block and everything after them.
+The last block computes its queries, and everything after them, only at the positions that are read.
 
 It computes the same as x-transformers' `TransformerWrapper(attn_layers=Encoder(...))` with the corresponding
 options, so that weights trained with it can be imported (`x_transformers_names`).
@@ -46,7 +46,7 @@ class Norm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """Root-mean-square normalisation of queries or keys, with gains 1 + gamma of all heads or of each."""
+    """Root-mean-square normalisation of queries or keys. Gains 1 + gamma are shared, per head, or absent."""
 
     def __init__(self, config: ModelConfig, heads: int) -> None:
         super().__init__()
@@ -206,8 +206,10 @@ class Encoder(Backbone):
         cond: Conditioning = None,
         read_m: Tensor | None = None,
     ) -> Tensor:
-        """Embeddings after the final norm. The last block computes queries, output and feed-forward
-        only at `read_m`."""
+        """Embeddings after the final norm.
+
+        The last block computes queries, output and feed-forward only at `read_m`.
+        """
         n = ids_bn.shape[1]
         x = self.token_emb(ids_bn)
         if self.pos_emb is not None:
@@ -220,8 +222,8 @@ class Encoder(Backbone):
             x = self.project_emb(x)
         keep = None
         if valid_bn is not None:
-            # A row that is all padding attends to itself. A softmax over nothing would be NaN, which spoils
-            # the gradients even if its output is not used.
+            # A row that is all padding attends to itself. A softmax over nothing would be NaN, and so
+            # would be the gradients, even if its output is not used.
             keep = rearrange(valid_bn | ~valid_bn.any(-1, keepdim=True), "b n -> b 1 1 n")
         rotation = None if self.pos_emb is not None else _rotation(n, self.config, x.device)
         for index, block in enumerate(self.blocks, 1):
@@ -240,7 +242,7 @@ class Encoder(Backbone):
         return Head(e_md / math.sqrt(e_md.shape[-1]), self.token_emb.weight)
 
     def checkpoint_activations(self, on: bool) -> None:
-        """Whether to keep only the blocks' inputs for the backward pass, and compute the rest again."""
+        """Choose whether to keep only the blocks' inputs for the backward pass, and recompute the rest."""
         self._recomputes = on
 
 

@@ -31,7 +31,7 @@ def write_state_dict(module: MaskedModel, out: Path) -> str:
 
 
 def write_whole(folder: Path, manifest: Manifest, out: Path) -> list[str]:
-    """Join the weights of a checkpoint that several ranks wrote, in the folder `out`.
+    """Join the weights of a checkpoint that several ranks wrote, and write them to the folder `out`.
 
     Returns the names of the files. Raises ValueError if a file is missing or was changed, and OSError.
     """
@@ -66,7 +66,7 @@ def write_adapters(module: MaskedModel, folder: Path) -> None:
 
 
 def left_out(module: MaskedModel) -> list[str]:
-    """The parts of the model that a Hugging Face folder has no place for."""
+    """The parts of the model that a Hugging Face folder cannot hold."""
     objective = module.objective
     return ["the weights of self-conditioning"] * objective.self_cond + ["the critic"] * (
         objective.critic != "none"

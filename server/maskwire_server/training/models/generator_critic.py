@@ -16,7 +16,7 @@ from maskwire_server.training.models.backbone import Backbone
 
 
 class Networks(nn.Module):
-    """A generator and its critic: none, a head on the generator's trunk (`self`), or an encoder (`token`)."""
+    """A generator and its critic: none, a head on the generator's trunk (`self`), or a model (`token`)."""
 
     def __init__(
         self, model: ModelConfig, objective: ObjectiveConfig, factory: sources.Factory | None = None
@@ -31,7 +31,7 @@ class Networks(nn.Module):
         _make_contiguous(self)
 
     def with_modules(self, generator: nn.Module, critic: nn.Module | None) -> Networks:
-        """The same with other modules, for example those that hold the moving averages."""
+        """A copy with other modules, for example those that hold the moving averages."""
         if not isinstance(generator, Backbone):
             raise TypeError(f"generator must be a Backbone, got {type(generator).__name__}")
         other = copy.copy(self)
@@ -40,7 +40,7 @@ class Networks(nn.Module):
         return other
 
     def checkpoint_activations(self, on: bool) -> None:
-        """Whether to keep only the blocks' inputs for the backward pass, and compute the rest again."""
+        """Choose whether to keep only the blocks' inputs for the backward pass, and recompute the rest."""
         for backbone in self.backbones:
             backbone.checkpoint_activations(on)
 
@@ -61,7 +61,7 @@ class Networks(nn.Module):
 
     @property
     def backbones(self) -> list[Backbone]:
-        """The models within."""
+        """The generator, and the critic if it is a separate model."""
         return [each for each in (self.generator, self.critic) if isinstance(each, Backbone)]
 
     def embed(
@@ -80,7 +80,7 @@ class Networks(nn.Module):
         return self.generator.project(e_md)
 
     def conditioning(self, e_bnd: Tensor | None) -> Conditioning:
-        """The embeddings of a first pass, or the null embedding without one."""
+        """The embeddings of a first pass, or "null" without one. None without self-conditioning."""
         if self.generator.null_embed is None:
             return None
         return "null" if e_bnd is None else e_bnd
@@ -104,7 +104,7 @@ class Networks(nn.Module):
 
 
 def _make_contiguous(module: nn.Module) -> None:
-    """Give buffers and frozen weights memory of their own, which can be loaded into and saved."""
+    """Make buffers and frozen weights contiguous, so that they can be saved and loaded into."""
     for child in module.modules():
         for name, buffer in child.named_buffers(recurse=False):
             if not buffer.is_contiguous():

@@ -24,7 +24,7 @@ def architecture(model: ModelConfig) -> nn.Module:
     transformers = _library()
     try:
         values = {key: value for key, value in source.config.items() if key != "model_type"}
-        if source.trust_remote_code and "auto_map" in source.config:  # its code is not in the run
+        if source.trust_remote_code and "auto_map" in source.config:  # the run does not record its code
             config = transformers.AutoConfig.from_pretrained(
                 source.path, revision=source.revision, trust_remote_code=True
             )
@@ -51,7 +51,7 @@ def architecture(model: ModelConfig) -> nn.Module:
 def load_pretrained(module: nn.Module, model: ModelConfig) -> None:
     """Load the weights of the folder or hub into the model. Raises ConfigError.
 
-    Weights that are not there, rows of added ids included, keep their values, which the run's seed made.
+    Weights that are missing there, and rows of added ids, keep their values, drawn with the run's seed.
     """
     source = model.huggingface
     assert source is not None
@@ -88,7 +88,7 @@ def load_pretrained(module: nn.Module, model: ModelConfig) -> None:
 
 
 def with_adapters(module: nn.Module, model: ModelConfig) -> nn.Module:
-    """The model with low-rank adapters, which alone can be trained. Raises ConfigError."""
+    """The model with low-rank adapters, the only weights that are trained. Raises ConfigError."""
     lora, source = model.lora, model.huggingface
     assert lora is not None
     assert source is not None
@@ -156,6 +156,6 @@ def _library() -> Any:
         import transformers
     except ImportError as error:
         raise ConfigError(_INSTALL) from error
-    if not sys.stderr.isatty():  # a bar would fill the log with its redrawings
+    if not sys.stderr.isatty():  # each redraw of a progress bar would add to the log
         transformers.utils.logging.disable_progress_bar()
     return transformers

@@ -1,7 +1,8 @@
-"""Modules with an output embedding layer, as the masked language models of transformers have.
+"""Modules with an output embedding layer, such as the masked language models of transformers.
 
-Their logits are x w^T + b for the input x of that layer. A hook takes x and hands the layer no positions,
-so that the module's own forward pass computes no logits; they are computed later, for masked positions only.
+Their logits are x w^T + b for the input x of that layer. A hook keeps x and passes zero positions to the
+layer, so that the module's own forward pass computes no logits; they are computed later, for masked positions
+only.
 At the first use x w^T + b is compared with the module's own logits, at fixed values of the weights. If they
 differ (ESM adds its bias elsewhere, MobileBERT reads its decoder's weight directly), the module's own logits
 are used, at every position.
@@ -25,7 +26,7 @@ from maskwire_server.training.models.backbone import Backbone, attended, mark_fu
 log = logging.getLogger(__name__)
 
 _FUSED = {"ModernBertAttention": {"Wqkv": 3}, "ModernBertMLP": {"Wi": 2}}
-"""The linear maps of transformers' modules that are several in one, by class, with their number."""
+"""The linear maps of transformers' modules that stack several matrices: by class and name, how many."""
 
 
 class MaskedLM(Backbone):
@@ -180,8 +181,8 @@ class MaskedLM(Backbone):
         name = type(self.base).__name__
         if self.to_self_cond is not None:
             raise ConfigError(
-                f"objective.self_cond: the logits of {name} are no linear map of an embedding that its next "
-                "pass could get; set it to false, got true"
+                f"objective.self_cond: the logits of {name} are no linear map of an embedding that could "
+                "condition its next pass; set it to false, got true"
             )
         log.warning(
             "the logits of %s are not the product of its output layer: they are computed at all positions, "

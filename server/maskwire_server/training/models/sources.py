@@ -1,4 +1,4 @@
-"""The one place that builds models: [model] to a backbone, by its source."""
+"""Builds the model that [model] describes, for each source. No other module builds models."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def load_initial_weights(model: ModelConfig, backbones: Iterable[Backbone]) -> N
 
 
 def versions(model: ModelConfig) -> dict[str, str]:
-    """What a model's results depend on beside torch: versions of libraries, the hash of a factory's file."""
+    """What a model's results depend on besides torch: versions of libraries, the hash of a factory's file."""
     packages = {
         "encoder": [],
         "x-transformers": ["x-transformers"],

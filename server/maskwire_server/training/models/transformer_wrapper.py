@@ -1,8 +1,8 @@
 """Models of x-transformers: a bidirectional `TransformerWrapper(attn_layers=Encoder(...))`.
 
-Checked with x-transformers 2.31.10. Nearly every keyword of both classes works. Refused are those that make
-the model causal, keep state between calls, draw random numbers outside torch, need inputs that training does
-not have, or change the number or meaning of the outputs.
+Checked with x-transformers 2.31.10. Nearly every keyword of both classes works. A keyword is refused if
+it makes the model causal, keeps state between calls, draws random numbers outside torch, needs inputs that
+training does not have, or changes the number or meaning of the outputs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from maskwire_server.training.user_code import one_line
 
 _CAUSAL = "only makes sense for causal attention"
 _STATE = "keeps state between calls"
-_OUTPUTS = "changes what the model puts out"
+_OUTPUTS = "changes what the model outputs"
 _MODULE = 'takes a Python object; use source = "python"'
 _INPUT = "needs an input that training does not have"
 _RANDOM = "draws random numbers outside torch, so that steps could not be computed again"
@@ -45,7 +45,7 @@ REFUSED: dict[str, str] = {
     "cross_attn_tokens_dropout": _INPUT, "attn_dim_context": _INPUT, "dim_condition": _INPUT,
     "use_adaptive_layernorm": _INPUT, "use_adaptive_rmsnorm": _INPUT, "use_adaptive_layerscale": _INPUT,
     "adaptive_condition_mlp": _INPUT, "adaptive_condition_mlp_expansion": _INPUT,
-    "attn_z_loss_weight": "adds to a loss that training does not ask for",
+    "attn_z_loss_weight": "adds a loss that training does not use",
     "layer_dropout": _RANDOM, "recycling": _RANDOM, "train_max_recycle_steps": _RANDOM,
     "attn_gumbel_softmax": "draws random numbers in evaluation too",
     "attn_gumbel_softmax_temp": "draws random numbers in evaluation too",
@@ -62,7 +62,7 @@ UNDECAYED = (
     "qk_norm_q_scale", "qk_norm_k_scale", "head_scale_params", "memory_tokens", "mem_k", "mem_v",
     "ff_deep_embed", "stream_emb",
 )  # fmt: skip
-"""Gains and embeddings that are parameters of their own, which no weight decay is for."""
+"""Gains and embeddings without weight decay that are bare parameters, not modules for norms or embeddings."""
 
 
 class XTransformers(Backbone):
@@ -115,7 +115,7 @@ class XTransformers(Backbone):
         return Head(e_md * self.net.tie_embedding_scale, self.net.token_emb.emb.weight)
 
     def checkpoint_activations(self, on: bool) -> None:
-        """Refused: the library has no activation checkpointing."""
+        """Raise ConfigError if `on`: the library has no activation checkpointing."""
         if on:
             raise ConfigError(
                 "serve.activation_checkpointing: x-transformers has none; set it to false, got true"
@@ -173,7 +173,7 @@ def _written(options: dict[str, Any]) -> str:
 
 
 def _defaults(kind: type) -> dict[str, Any]:
-    """The keywords that have a default, with it."""
+    """The defaults by keyword, without the keywords that have none."""
     parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
     return {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
 

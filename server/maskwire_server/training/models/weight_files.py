@@ -16,7 +16,8 @@ from torch import Tensor
 # Parts of names that wrappers of a model or a module add: DistributedDataParallel and AveragedModel,
 # torch.compile, activation checkpointing, FSDP.
 _INSIDE = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-# Parts that Lightning adds. They can also be part of other names, so they are removed only if that helps.
+# Parts that Lightning adds. They can also be part of other names, so they are removed only
+# if every name then begins with one of `_ROOTS`.
 _LIGHTNING = {"_forward_module", "model"}
 _ROOTS = {
     "net", "token_critic", "null_embed", "to_self_cond", "token_emb", "pos_emb", "attn_layers", "to_logits"
@@ -69,7 +70,7 @@ def _without(parts: list[str], added: set[str]) -> str:
 
 
 def write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors, all or nothing. Raises OSError."""
+    """Write tensors as safetensors, by renaming a complete file. Raises OSError."""
     draft = path.with_name(f"{path.name}.part")
     try:
         save_file(tensors, draft)
@@ -89,7 +90,7 @@ def _torch(path: Path) -> dict[str, Tensor]:
     path.open("rb").close()  # raises OSError if it is not a readable file
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file can cause errors of pickle, zip and torch
+    except Exception as error:  # an untrusted file can cause errors of pickle, zip and torch
         raise ValueError(
             f"{path}: cannot be read with weights_only=True ({type(error).__name__}): it is damaged, or "
             "holds more than tensors, which is never loaded because it could run code; write it again with "

@@ -15,8 +15,8 @@ from maskwire_server.training.models.x_transformers_names import Tensors, to_x_t
 def export_state_dict(model: ModelConfig, objective: ObjectiveConfig, weights: Tensors) -> dict[str, Tensor]:
     """Export weights as the state dict of a `NonAutoregressiveWrapper`.
 
-    A self critic is exported without its copy of the generator's trunk, which loads with strict=False.
-    Raises ValueError that names an option that x-transformers does not have.
+    A self critic is exported without its copy of the generator's trunk, so load it with strict=False. Raises
+    ValueError that names an option that x-transformers does not have.
     """
     if model.heads == 1:
         raise ValueError("model.heads is 1, but x-transformers has no output projection for a single head")
@@ -36,7 +36,7 @@ def export_state_dict(model: ModelConfig, objective: ObjectiveConfig, weights: T
 def renamed(weights: Tensors) -> dict[str, Tensor]:
     """The state dict of a `NonAutoregressiveWrapper`, for weights of source x-transformers.
 
-    A self critic comes without its copy of the generator's trunk, which loads with strict=False.
+    A self critic is exported without its copy of the generator's trunk, so load it with strict=False.
     """
     return {  # copies: layers may share weights
         their_name(name): tensor.clone(memory_format=torch.contiguous_format)
@@ -67,7 +67,7 @@ def _exported(weights: Tensors, model: ModelConfig, ours: str, where: str) -> di
 
 
 def _their_biases(model: ModelConfig) -> tuple[bool, bool]:
-    """Which linear maps of their feed-forward have biases. A gated one always has the first."""
+    """Which linear maps of x-transformers' feed-forward have biases. If gated, the first always has one."""
     up, down = model.ff_biases
     return (True, down) if model.gated else (up or down, up or down)
 
@@ -106,7 +106,7 @@ def encoder_options(model: ModelConfig) -> dict[str, Any]:
         width = model.rotary_dim or model.dim_head
         options |= {"rotary_pos_emb": True, "rotary_emb_dim": width}
         if model.rotary_base != 10_000:
-            # Their base is 10,000 f^(r / (r - 2)).
+            # The base in x-transformers is 10,000 f^(r / (r - 2)).
             options["rotary_base_rescale_factor"] = (model.rotary_base / 10_000) ** ((width - 2) / width)
     flags = {
         "use_rmsnorm": model.norm == "rmsnorm",

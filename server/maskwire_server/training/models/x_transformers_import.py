@@ -1,10 +1,10 @@
 """Import weights of x-transformers.
 
-They are those of a `NonAutoregressiveWrapper` or a `TransformerWrapper(Encoder)`.
+The weights are those of a `NonAutoregressiveWrapper` or a `TransformerWrapper(Encoder)`.
 
 Sizes, tied embeddings, critic and self-conditioning are read from the state dict. Settings that contradict it
 are errors, and so are options that the built-in encoder does not have;
-x_transformers_import_unchanged.py takes them.
+x_transformers_import_unchanged.py accepts them.
 """
 
 from __future__ import annotations
@@ -168,11 +168,11 @@ def _encoder(net: Tensors, model: ModelConfig, ours: str, where: str) -> dict[st
 
 def _shift_gains(weights: dict[str, Tensor], gains: Gains) -> None:
     """Convert the gains of the norms to gamma + 1, as in our encoder."""
-    of_heads = ("q_norm.gamma", "k_norm.gamma")  # converted with their names
+    of_heads = ("q_norm.gamma", "k_norm.gamma")  # `from_x_transformers` has converted them
     names = [name for name in weights if name.endswith(".gamma") and not name.endswith(of_heads)]
     mean = float(torch.cat([weights[name] for name in names]).mean())
     if gains == "auto" and mean > 0.5:
-        # Untrained, gamma is 0 for offset and 1 for plain. Above 0.5 only the user can say which it is.
+        # Untrained, gamma is 0 for offset and 1 for plain. Above 0.5, only the user can say which kind it is.
         raise ValueError(
             f"the gains of the norms have the mean {mean:.2f}, which fits either kind: set --gains plain "
             "(norm_add_unit_offset=False, or an older x-transformers: the gain is gamma) or --gains offset "

@@ -73,7 +73,7 @@ def _named(parts: Parts) -> dict[str, Tensor]:
 
 
 def _compare(weights: dict[str, Tensor], wanted: dict[str, Tensor], where: str) -> None:
-    """Raise ValueError unless names and shapes are equal. The error has the names of the file."""
+    """Raise ValueError unless names and shapes are equal. The error uses the names in the file."""
 
     def line(ours: str) -> str:
         name = their_name(ours)

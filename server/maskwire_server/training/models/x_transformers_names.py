@@ -60,7 +60,7 @@ def x_transformers_names(model: ModelConfig) -> dict[str, tuple[str, ...]]:
 
 
 def from_x_transformers(net: Tensors, model: ModelConfig) -> dict[str, Tensor]:
-    """Our weights from theirs, fp32. All names must be there."""
+    """Our weights from those of x-transformers, fp32. All names must be there."""
     found: dict[str, Tensor] = {}
     for name, group in x_transformers_names(model).items():
         parts = [net[theirs].to(torch.float32) for theirs in group]
@@ -78,7 +78,7 @@ def from_x_transformers(net: Tensors, model: ModelConfig) -> dict[str, Tensor]:
 
 
 def to_x_transformers(weights: Tensors, model: ModelConfig) -> dict[str, Tensor]:
-    """Their weights and buffers from ours, for a model with the options of `x_transformers_export`."""
+    """The weights and buffers of x-transformers from ours, for the options of `x_transformers_export`."""
     found: dict[str, Tensor] = {}
     for name, group in x_transformers_names(model).items():
         parts = [weights[name]]
@@ -100,20 +100,22 @@ def to_x_transformers(weights: Tensors, model: ModelConfig) -> dict[str, Tensor]
 
 
 def _their_gain(gamma: Tensor, model: ModelConfig, kind: str) -> Tensor:
-    """The gain of queries ("q") or keys ("k"), [h, 1, c]."""
+    """The gain of queries ("q") or keys ("k") in x-transformers, [h, 1, c]."""
     heads = model.heads if kind == "q" else model.kv_heads or model.heads
     if model.qk_norm_gain == "shared":
         gamma = gamma.repeat(heads)
     gamma = _head_rows(gamma, model, kind, inverse=False)
-    if model.qk_norm_scale is not None:  # theirs are plain, and their cosine has the factor c^-1/2
+    if model.qk_norm_scale is not None:  # its gains are plain, its cosine has the factor c^-1/2
         factor = model.qk_norm_scale * math.sqrt(model.dim_head)
         gamma = (gamma + 1) * (factor if kind == "q" and not math.isclose(factor, 1) else 1)
     return gamma.view(heads, 1, model.dim_head)
 
 
 def _head_rows(rows: Tensor, model: ModelConfig, kind: str, *, inverse: bool) -> Tensor:
-    """Rows [h c, ...] of queries ("q"), keys ("k"), values ("v") or outputs ("o") in their order of heads and
-    channels. With `inverse`, from their order to ours."""
+    """Reorder rows [h c, ...] from our order of heads and channels to that of x-transformers.
+
+    `kind` is "q" for queries, "k" for keys, "v" for values or "o" for outputs. `inverse`: to our order.
+    """
     kv_heads = model.kv_heads or model.heads
     of_queries = kind in "qo"
     shape = (model.heads if of_queries else kv_heads, model.dim_head)

@@ -21,7 +21,7 @@ _COSINE_SCALE = 10.0
 def sizes(net: Tensors, where: str, said: ModelConfig) -> dict[str, Any]:
     """The settings of [model] for these weights. Raises ValueError for unsupported options.
 
-    Settings that no weight shows are those that the user set in `said`, if they are possible.
+    Settings that no weight shows are those that the user set in `said`, if they fit the weights.
     """
     lines = x_transformers_unsupported.named(net, where)
     if lines:
@@ -43,7 +43,9 @@ def sizes(net: Tensors, where: str, said: ModelConfig) -> dict[str, Any]:
         name = f"{where}pos_emb.emb.weight"
         raise ValueError(
             x_transformers_unsupported.message(
-                "disable_abs_pos_emb=False", f"{name} is beside rotary positions", "one kind of positions"
+                "disable_abs_pos_emb=False",
+                f"{name} in addition to rotary positions",
+                "one kind of positions",
             )
         )
     width, dim = net[embedding[0]].shape[1], net[query[0]].shape[1]
@@ -78,7 +80,7 @@ def sizes(net: Tensors, where: str, said: ModelConfig) -> dict[str, Any]:
 
 
 def _one_of(net: Tensors, *names: str) -> tuple[str, Tensor | None]:
-    """The first name that is there and its tensor, or the first name and None."""
+    """The first of the names that `net` has and its tensor, or else the first name and None."""
     return next(((name, net[name]) for name in names if name in net), (names[0], None))
 
 
@@ -91,7 +93,7 @@ def _heads(net: Tensors, where: str, said: ModelConfig) -> dict[str, Any]:
     inner: dict[str, int] = {}
     for part in "qk":
         name = f"{attention}to_{part}.weight"
-        inner[part] = net[name].shape[0] if name in net else inner["q"]  # a missing weight is named later
+        inner[part] = net[name].shape[0] if name in net else inner["q"]  # a missing weight is reported later
         if inner[part] % dim_head:
             raise ValueError(
                 f"{where}{name} has {inner[part]} rows, not a multiple of model.dim_head = "
@@ -113,7 +115,7 @@ def _qk_norm(net: Tensors, where: str, said: ModelConfig, dim_head: int) -> dict
             )
         )
     if f"{attention}qk_norm_q_scale" in net:
-        # Their products have the factor dim_head^-1/2, and the gains are plain.
+        # The products of x-transformers have the factor dim_head^-1/2, and its gains are plain.
         return {"qk_norm": True, "qk_norm_gain": "per_head", "qk_norm_scale": dim_head**-0.5}
     if said.qk_norm and said.qk_norm_gain == "none":  # without gains, no weight shows it
         scale = said.qk_norm_scale or _COSINE_SCALE
@@ -142,7 +144,9 @@ def _rotary(inverse: Tensor, where: str, said: ModelConfig) -> dict[str, Any]:
     if base is None:
         raise ValueError(
             x_transformers_unsupported.message(
-                "another rotary_pos_emb", f"{where}{INVERSE_WAVELENGTHS} are not the powers of one base", "it"
+                "another rotary_pos_emb",
+                f"{where}{INVERSE_WAVELENGTHS} are not the powers of one base",
+                "the powers of one base",
             )
         )
     pairs = said.rotary_pairs if "rotary_pairs" in said.model_fields_set else "interleaved"
@@ -155,7 +159,7 @@ def _rotary(inverse: Tensor, where: str, said: ModelConfig) -> dict[str, Any]:
 
 
 def _base(inverse: Tensor) -> float | None:
-    """The base with the fewest digits whose powers these are: in fp32, or as rounded to bf16 or fp16."""
+    """The base with the fewest digits that has these powers, in fp32 or rounded to bf16 or fp16."""
     count = inverse.numel()
     if count < 2:
         return 10_000.0

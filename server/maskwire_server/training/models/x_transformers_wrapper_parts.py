@@ -19,7 +19,7 @@ class Imported:
     model: ModelConfig
     objective: ObjectiveConfig
     weights: dict[str, Tensor]
-    """By the names of `Networks`, fp32."""
+    """By the names of `Networks`, in the types that `Networks` has."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ def objective_of(parts: Parts) -> dict[str, Any]:
 
 
 def with_objective(parts: Parts, objective: ObjectiveConfig) -> ObjectiveConfig:
-    """The section with what the parts show. Settings that the user made win where the parts show nothing."""
+    """The section with what the parts show. Where they show nothing, the user's settings apply."""
     unsaid: dict[str, Any] = {}
     if parts.conditioning:
-        # The weights do not show how often the first pass was taken. The default is that of x-transformers.
+        # The weights do not show how often training ran the first pass. The default is x-transformers' own.
         unsaid["self_cond_prob"] = PRESETS["x-transformers"]["self_cond_prob"]
     return ObjectiveConfig(**{**unsaid, **said(objective), **objective_of(parts)})
 
@@ -66,7 +66,7 @@ def contradictions(name: str, settings: dict[str, Any], shown: dict[str, Any]) -
 
 
 def take_apart(tensors: Tensors, *, integers: bool = False) -> Parts:
-    """Tell the parts of a state dict by their names. Raises ValueError.
+    """Split a state dict into its parts, by the names of its tensors. Raises ValueError.
 
     `integers` allows buffers of integers, which the built-in encoder does not have.
     """
