@@ -137,7 +137,7 @@ class Worker:
         self._why = ""
         self._arm: Arm | None = self._make(size)
 
-    def obey(self, command: dict[str, Any]) -> dict[str, Any]:
+    def execute(self, command: dict[str, Any]) -> dict[str, Any]:
         """Carry out one command."""
         what, count = command["do"], int(command.get("count", 1))
         found = {"warm": self.warm, "steps": self.steps, "products": self.products}[what](count)
@@ -223,7 +223,7 @@ def main() -> None:
         name = torch.cuda.get_device_name() if chosen["device"] != "cpu" else "cpu"
         reply({"device": name, "torch": torch.__version__, "cuda": torch.version.cuda or ""})
         for line in sys.stdin:
-            reply(worker.obey(json.loads(line)))
+            reply(worker.execute(json.loads(line)))
     except Exception as error:
         reply({"error": f"{type(error).__name__}: {str(error).strip()[:300]}"})
         raise

@@ -65,8 +65,8 @@ async def connect(
     trainer = Trainer(Endpoint.of(target, **credentials), writer)
     try:
         await trainer._drive(writer.open(takeover=takeover))
-        if writer.took_over:
-            (on_takeover or log.warning)(writer.took_over)
+        if writer.takeover_message:
+            (on_takeover or log.warning)(writer.takeover_message)
     except BaseException:
         await trainer.close()
         raise

@@ -74,8 +74,8 @@ def connect(
     trainer = Trainer(Endpoint.of(target, **credentials), writer, threads=window)
     try:
         trainer._drive(writer.open(takeover=takeover))
-        if writer.took_over:
-            (on_takeover or log.warning)(writer.took_over)
+        if writer.takeover_message:
+            (on_takeover or log.warning)(writer.takeover_message)
     except BaseException:
         trainer.close()
         raise

@@ -17,10 +17,10 @@ from maskwire.v1.digest import (
     DigestVersion,
     initial_digest,
     lineage_digest,
-    narrowed,
     newest_common,
     payload_hash,
     step_digest,
+    with_id_type,
 )
 
 PROTO = Path(__file__).resolve().parents[2] / "proto" / "maskwire" / "v1" / "training_service.proto"
@@ -133,7 +133,7 @@ def test_an_id_that_would_not_survive_the_narrowing_is_refused(version: DigestVe
 
 def test_ids_that_have_the_type_of_the_hash_are_not_copied() -> None:
     ids = np.arange(6, dtype="<u2").reshape(2, 3)
-    assert np.shares_memory(narrowed(ids, DigestVersion(2, 257).id_type), ids)
+    assert np.shares_memory(with_id_type(ids, DigestVersion(2, 257).id_type), ids)
 
 
 def test_chains_differ_by_each_of_their_parts() -> None:

@@ -363,8 +363,8 @@ def test_ranks_that_do_not_share_the_folder_are_told_apart(tmp_path: Path) -> No
 
 
 def test_without_a_shared_folder_the_leader_saves_unless_ranks_must(caplog: Any) -> None:
-    def decide(by: str, blind: list[int]) -> bool:
-        return SavePlace(Path("x"), by).decide(blind)
+    def decide(by: str, without: list[int]) -> bool:
+        return SavePlace(Path("x"), by).decide(without)
 
     assert decide("auto", [])
     assert not decide("auto", [2, 3])

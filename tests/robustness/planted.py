@@ -731,7 +731,7 @@ def _fallbacks_not_read_again() -> list[Patch]:
 
 
 def _the_log_stays_while_held() -> list[Patch]:
-    return [(committer.Committer, "_make_room", lambda _: False)]
+    return [(committer.Committer, "_free_log_space", lambda _: False)]
 
 
 def _owed_evaluations_left_out() -> list[Patch]:

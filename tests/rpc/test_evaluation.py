@@ -199,7 +199,7 @@ def test_the_client_names_what_it_cannot_send() -> None:
         for wrong, words in (
             ({"batch_size": 0}, "batch_size must be at least 1"),
             ({"rows": 3}, "rows goes with a maskwire.data.TokenData"),
-            ({"row_ids": [1]}, "row_ids must be one per row, 2"),
+            ({"row_ids": [1]}, r"row_ids must have one value per row \(2 rows\)"),
             ({"estimator": "best"}, "estimator must be one of systematic, chain_rule, got 'best'"),
         ):
             with pytest.raises(ValueError, match=words):

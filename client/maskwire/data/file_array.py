@@ -72,7 +72,7 @@ class FileArray:
         if found.st_mtime_ns != self._modified:
             raise self._changed("it was written to")
         if len(read) != wanted:
-            raise self._changed(f"it ended at byte {begin + len(read):,}")
+            raise self._changed(f"the file ended at byte {begin + len(read):,}")
         return np.frombuffer(read, self.dtype)
 
     def _open(self) -> _File:

@@ -71,7 +71,7 @@ class Fields:
 
     @property
     def given(self) -> bool:
-        """Whether a field was named; only files with fields are then read."""
+        """Whether the caller named a field. If so, only files of formats that have fields are read."""
         return self.text is not None or self.prompt is not None
 
     @property

@@ -137,7 +137,7 @@ class FileTokenizer:
         self.name = f"sha256:{hashlib.sha256(self.file).hexdigest()}"
         self.start: list[int] = []
         self.end: list[int] = []
-        self._learned = False
+        self._special_ids_known = False
         self._vocabulary = max(self._loaded.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
@@ -153,7 +153,7 @@ class FileTokenizer:
     def resume(self, start: list[int], end: list[int]) -> None:
         """Set the special ids around a text, as they were learned before a preparation was stopped."""
         if start or end:
-            self.start, self.end, self._learned = start, end, True
+            self.start, self.end, self._special_ids_known = start, end, True
 
     def encode(self, records: Sequence[Record]) -> Iterator[Encoded | None]:
         """Yield the ids of each record. Raises ValueError for a text that cannot be encoded."""
@@ -208,8 +208,8 @@ class FileTokenizer:
         if not own:
             return []
         first, last = own[0], own[-1] + 1
-        if not self._learned:
-            self._learned = True
+        if not self._special_ids_known:
+            self._special_ids_known = True
             self.start, self.end = ids[:first], ids[last:]
             if self._special_tokens and not self.end:
                 self.end = [self._eos]

@@ -76,7 +76,7 @@ class JsonLines(Logger):
 
 
 def _place(line: Record) -> Place | None:
-    """The place of a file's last line."""
+    """The position in the history that a line of the file belongs to; None if it has none."""
     if {"run_id", "lineage"} <= line.keys():
         return Place(str(line["run_id"]), int(line["lineage"]), int(line["step"]))
     step = int(line.get("step", 0))

@@ -52,7 +52,7 @@ class LogThread:
         self._opened: queue.SimpleQueue[_Opened] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._pid = os.getpid()
-        self._behind = self._broken = self._stuck = False
+        self._flush_timed_out = self._failed_once = self._open_timed_out = False
         self._thread = threading.Thread(target=self._run, name=f"maskwire-log {logger.label}", daemon=True)
         self._thread.start()
 
@@ -63,7 +63,7 @@ class LogThread:
         """
         found = _wait(self._opened, self.logger.open_seconds)
         if found is None:
-            self._stuck = True
+            self._open_timed_out = True
             self._fail(f"it did not open within {self.logger.open_seconds:g} s")
             return None
         if isinstance(found.error, ValueError | OSError | ImportError):
@@ -84,18 +84,18 @@ class LogThread:
 
         Does not wait if the last wait timed out and records are still queued.
         """
-        if self.failure or self._inherited or (self._behind and self._queue.qsize()):
+        if self.failure or self._inherited or (self._flush_timed_out and self._queue.qsize()):
             return
         entry = _Flush()
         self._queue.put(entry)
-        self._behind = _wait(entry.done, self.logger.close_seconds) is None
+        self._flush_timed_out = _wait(entry.done, self.logger.close_seconds) is None
 
     def close(self, seconds: float | None = None) -> None:
         """Write the queued records and close the log. Waits for at most `seconds`, or `close_seconds`."""
         if self._inherited:
             return
         self._queue.put(None)
-        if self._stuck:
+        if self._open_timed_out:
             return  # it did not open in time, so it would not finish in time
         seconds = self.logger.close_seconds if seconds is None else seconds
         if _wait(self._done, seconds) is None and not self.failure:
@@ -123,10 +123,10 @@ class LogThread:
         while (entry := self._queue.get()) is not None:
             try:
                 if isinstance(entry, _Flush):
-                    if not self._broken:
+                    if not self._failed_once:
                         self.logger.flush()
                     entry.done.put(True)
-                elif not self._broken:  # later records would hide the gap
+                elif not self._failed_once:  # later records would hide the gap
                     self.logger.write(entry)
             except Exception as error:
                 self._failed(error)
@@ -135,12 +135,12 @@ class LogThread:
         try:
             self.logger.close()
         except Exception as error:
-            if not self._broken:
+            if not self._failed_once:
                 self._failed(error)
         self._done.put(True)
 
     def _failed(self, error: Exception) -> None:
-        self._broken = True
+        self._failed_once = True
         reason = error.strerror if isinstance(error, OSError) and error.strerror else None
         self._fail(reason or f"{type(error).__name__}: {error}")
         log.debug("%s", self.failure, exc_info=error)

@@ -18,7 +18,7 @@ from pathlib import Path
 from maskwire.errors import CheckpointError
 from maskwire.results import CheckpointInfo, FileInfo
 from maskwire.v1 import training_service_pb2 as pb
-from maskwire.v1.values import whole_file
+from maskwire.v1.values import unsharded_name
 
 try:
     import fcntl
@@ -57,7 +57,7 @@ class Download:
             if not _NAME.fullmatch(name):
                 raise CheckpointError(f"checkpoint {info.name!r} has a file with an unsafe name: {name!r}")
         if weights or ema:
-            there = {whole_file(name) for name in names}
+            there = {unsharded_name(name) for name in names}
             average = {EMA} if ema else there & {EMA}  # the weights include it if there is one
             wanted = average | ({WEIGHTS} if weights else set()) | (there & {FROZEN})
             for name in sorted(wanted - there):
@@ -65,7 +65,7 @@ class Download:
                     f"checkpoint {info.name!r} has no {name}"
                     + ("; the run keeps no moving average: leave ema out" if name == EMA else "")
                 )
-            names = {name for name in names if whole_file(name) in wanted}
+            names = {name for name in names if unsharded_name(name) in wanted}
         self._files = [
             PartialFile(info.name, folder, name, info.files[name], self._report) for name in sorted(names)
         ]

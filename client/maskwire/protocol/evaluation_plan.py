@@ -70,7 +70,7 @@ class EvaluationPlan:
         self._by_row = {name: options.pop(name, None) for name in ("row_ids", "lengths", "prompt_mask")}
         for name, values in self._by_row.items():
             if values is not None and len(values) != self.rows:
-                raise ValueError(f"{name} must be one per row, {self.rows}, got {len(values)}")
+                raise ValueError(f"{name} must have one value per row ({self.rows} rows), got {len(values)}")
         if self._by_row["row_ids"] is None:
             self._by_row["row_ids"] = range(self.rows)
         token_batch.to_array(self._by_row["row_ids"], "row_ids")
@@ -81,7 +81,8 @@ class EvaluationPlan:
         self._longest = longest if lengths is None else max(int(length) for length in lengths)
         covered = self._covered()
         self._evaluated = [row for row in range(self.rows) if row not in covered]
-        self.passed_over = [RowResult(int(self._by_row["row_ids"][row]), 0.0, 0) for row in sorted(covered)]
+        ids = self._by_row["row_ids"]
+        self.prompt_only_rows = [RowResult(int(ids[row]), 0.0, 0) for row in sorted(covered)]
         """Rows that consist of prompts only, and have nothing to predict."""
 
     def _covered(self) -> set[int]:
@@ -147,11 +148,11 @@ def _host(values: Any) -> Any:
 class EvaluationSum:
     """The sum of several evaluations."""
 
-    def __init__(self, passed_over: Sequence[RowResult] = ()) -> None:
+    def __init__(self, prompt_only_rows: Sequence[RowResult] = ()) -> None:
         self._found: list[EvalResult] = []
-        self._passed_over = list(passed_over)
+        self._prompt_only_rows = list(prompt_only_rows)
         self._nats, self._tokens = 0.0, 0
-        self.rows = len(self._passed_over)
+        self.rows = len(self._prompt_only_rows)
         """Rows evaluated so far."""
 
     def add(self, found: EvalResult) -> None:
@@ -186,7 +187,7 @@ class EvaluationSum:
             raise ValueError("there is nothing to evaluate: every row consists of prompts only")
         first = self._found[0]
         rows = sorted(
-            [*self._passed_over, *(row for found in self._found for row in found.rows)],
+            [*self._prompt_only_rows, *(row for found in self._found for row in found.rows)],
             key=lambda row: row.row_id,
         )
         tokens = sum(row.tokens for row in rows)

@@ -73,8 +73,8 @@ class StepInputs:
         for name in found:
             if self._options.get(name) is not None:
                 raise ValueError(
-                    f"{where} returned a Batch with {name}, and fit was given {name} for every step: leave "
-                    f"{name} out of the call"
+                    f"{name} was given twice: in the Batch that {where} returned, and to fit for every step; "
+                    "leave it out of one of the two"
                 )
         return found
 

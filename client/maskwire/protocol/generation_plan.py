@@ -91,7 +91,9 @@ class GenerationPlan:
         """
         count, seeds, seed = len(self.rows), len(self._request.row_seeds), self._request.seed
         if seeds not in (0, count):
-            raise ValueError(f"row_seeds must be one per row, {count}, or none, got {seeds}")
+            raise ValueError(
+                f"row_seeds must have one seed per row ({count} rows), or be left out, got {seeds}"
+            )
         if not seeds and seed > 2**63 - count:
             raise ValueError(
                 f"seed must be at most {2**63 - count}, so that the seeds of {count} rows are below 2^63, "

@@ -22,7 +22,7 @@ class OrderedCall(Protocol):
     def after_attempt(self) -> None:
         """The attempt has ended, with or without an answer."""
 
-    def retry_at_once(self, error: MaskwireError) -> Operation[bool]:
+    def can_resend_now(self, error: MaskwireError) -> Operation[bool]:
         """Whether to send the refused call again without waiting."""
 
     def compute_hash(self) -> object:
@@ -114,7 +114,7 @@ class RetriedCalls:
             if progress() != before:
                 began, attempt = self._clock(), 0
             elapsed = self._clock() - began
-            if order and elapsed < self._policy.retry_for and (yield from order.retry_at_once(error)):
+            if order and elapsed < self._policy.retry_for and (yield from order.can_resend_now(error)):
                 continue
             wait = self._policy.wait(reply, attempt, elapsed)
             if wait is None:

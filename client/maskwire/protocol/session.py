@@ -31,7 +31,7 @@ class Session(Calls):
     ) -> None:
         super().__init__(target, policy, on_wait, clock)
         self.name = name or default_name()
-        self.took_over = ""
+        self.takeover_message = ""
         """A message about the open session that this one took over; empty: there was none."""
         self.acknowledged = AcknowledgedHistory()
         self.model: results.ModelInfo
@@ -61,7 +61,7 @@ class Session(Calls):
         data: Mapping[str, str] | None = None,
         allow_changed_data: bool = False,
     ) -> Operation[None]:
-        """Open the session, or confirm it and that the server has this client's history.
+        """Open the session, or confirm that it is still open and that the server has this client's steps.
 
         `replace`: open a new session without claiming any history.
         """
@@ -81,7 +81,7 @@ class Session(Calls):
         )
         response = yield from self._open(request, began)
         if response.HasField("superseded"):
-            self.took_over = _took_over(response.superseded, request)
+            self.takeover_message = _took_over(response.superseded, request)
         if replace or not self.acknowledged.digest:
             self._nonce = nonce
             self.acknowledged = AcknowledgedHistory()

@@ -69,7 +69,7 @@ class Calls(RetriedCalls):
         if not hasattr(data, "batch"):  # a TokenData has one
             arguments.check_rows(data, "data")
         plan = EvaluationPlan(data, rows=rows, batch_size=batch_size, **options)
-        total = EvaluationSum(plan.passed_over)
+        total = EvaluationSum(plan.prompt_only_rows)
         requests = plan.calls((yield from self._bounds()))
         # Reading the data takes time, and the callback may call the client.
         while (request := (yield Work(partial(next, requests, None)))) is not None:

@@ -189,7 +189,7 @@ class Writer(Session):
 
     def _send(self, pending: PendingStep) -> pb.TrainStepRequest:
         """Return the step's request under its current number, in flight from here on."""
-        number = self._on_its_way(pending)
+        number = self._number_in_flight(pending)
         if not number:
             number = self._number_of(pending)
             self._check_number(pending, number)
@@ -213,7 +213,7 @@ class Writer(Session):
         """Whether another step may enter the window. Also true once closed: `enter` then raises an error."""
         return self.closed or (len(self._pending) < self._limit and not self._restoring)
 
-    def _on_its_way(self, pending: PendingStep) -> int:
+    def _number_in_flight(self, pending: PendingStep) -> int:
         """The number of an attempt that this session may still have in flight; 0: there is none.
 
         An interrupted attempt is repeated under the same number, even if the step's number has changed since:
@@ -233,10 +233,10 @@ class Writer(Session):
         one number. And the step that takes the refused number must be acknowledged before later steps are
         sent, since the server remembers only one missing number.
         """
-        if self._on_its_way(pending):
+        if self._number_in_flight(pending):
             return True
         for number, other in enumerate(self._pending, self.acknowledged.step + 1):
-            if self._on_its_way(other) not in (0, number):
+            if self._number_in_flight(other) not in (0, number):
                 return False
         return not self.acknowledged.step < self._refused < self._number_of(pending)
 
@@ -274,7 +274,7 @@ class _Order:
         self._writer, self._pending = writer, pending
 
     def compute_hash(self) -> None:
-        """Hash the payload in advance; the server refuses ids that cannot be hashed."""
+        """Hash the payload while the request is sent. The server refuses an id that cannot be hashed."""
         with contextlib.suppress(ValueError):
             self._pending.payload_hash()
 
@@ -295,7 +295,7 @@ class _Order:
         """The step is no longer in flight."""
         self._pending.sent_number = 0
 
-    def retry_at_once(self, error: MaskwireError) -> Operation[bool]:
+    def can_resend_now(self, error: MaskwireError) -> Operation[bool]:
         """Whether the step can be sent under another number.
 
         It can if the server expects one of the steps before it that were in flight when it was sent. A server

@@ -96,7 +96,7 @@ def payload_hash(
             )
         )
     )
-    sha.update(narrowed(ids, id_type).data)
+    sha.update(with_id_type(ids, id_type).data)
     sha.update(
         b"".join(
             (
@@ -110,7 +110,7 @@ def payload_hash(
     return sha.digest()
 
 
-def narrowed(ids: npt.NDArray[np.integer], id_type: np.dtype[np.integer]) -> npt.NDArray[np.integer]:
+def with_id_type(ids: npt.NDArray[np.integer], id_type: np.dtype[np.integer]) -> npt.NDArray[np.integer]:
     """The ids in another type, contiguous; ids that have the type already are not copied.
 
     Raises ValueError for an id that the type cannot hold.

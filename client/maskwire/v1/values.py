@@ -230,7 +230,7 @@ class RestoreResult:
 _SHARD = re.compile(r"([a-z]+)-r\d+-\d+\.safetensors")
 
 
-def whole_file(name: str) -> str:
+def unsharded_name(name: str) -> str:
     """Return the name that a checkpoint's file would have if one process wrote it.
 
     For `model-r0002-001.safetensors`, written by rank 2, it is `model.safetensors`: the file holds a part of

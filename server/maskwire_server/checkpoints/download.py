@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-from maskwire.v1.values import whole_file
+from maskwire.v1.values import unsharded_name
 from maskwire_server.checkpoints.files import describe
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import Refused, invalid_field, is_shortage
@@ -45,7 +45,7 @@ def _chosen(checkpoints: Checkpoints, manifest: Manifest, request: DownloadReque
             )
         return found
     if request.weights_only:
-        return [file for file in files if whole_file(file.name) in (*WEIGHT_FILES, FROZEN_FILE, MANIFEST)]
+        return [file for file in files if unsharded_name(file.name) in (*WEIGHT_FILES, FROZEN_FILE, MANIFEST)]
     return files
 
 

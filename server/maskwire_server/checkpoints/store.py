@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from maskwire.v1.values import whole_file
+from maskwire.v1.values import unsharded_name
 from maskwire_server import failpoints
 from maskwire_server.checkpoints.catalogue import Catalogue, newest_first
 from maskwire_server.checkpoints.files import (
@@ -117,11 +117,8 @@ class Checkpoints:
                 self._catalogue.remove(name)
             if is_shortage(error):
                 raise
-            cure = (
-                "free some space"
-                if error.errno in (errno.ENOSPC, errno.EDQUOT)
-                else "check the server's disk"
-            )
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            cure = "free some space" if full else "check the server's disk"
             raise Refused(
                 "CHECKPOINT_FAILED",
                 f"checkpoint {name!r} could not be written ({error.strerror}); {cure}, and save again",
@@ -135,7 +132,7 @@ class Checkpoints:
     def _link_frozen(self, folder: Path) -> dict[str, FileInfo]:
         """Hard-link the files of weights that are never trained, to store them once. Returns those files."""
         for manifest in self.own():
-            files = {f.name: f for f in manifest.info.files if whole_file(f.name) == FROZEN_FILE}
+            files = {f.name: f for f in manifest.info.files if unsharded_name(f.name) == FROZEN_FILE}
             if files and self.verified(manifest):
                 try:
                     for name in files:
@@ -234,8 +231,7 @@ class Checkpoints:
     def damage(self, manifest: Manifest) -> str | None:
         """Read and hash every file of a checkpoint. Return the damage in words, or None.
 
-        In a checkpoint of several ranks an unlisted file is damage too: a reader could take it for a part of
-        a tensor.
+        An unlisted file in a checkpoint of several ranks is damage too: it could be read as part of a tensor.
         """
         folder = self.path(manifest.info.name)
         self._verified.discard(manifest.info.name)

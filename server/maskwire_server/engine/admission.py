@@ -194,7 +194,7 @@ class StepAdmission:
                 return
             within = run.next_number <= number < run.next_number + self._serve.window
             if within and queue.with_number(number) is None:
-                queue.refuse_number(number)
+                queue.mark_refused(number)
 
 
 def _of_earlier_session(other: StepRequest, request: StepRequest) -> bool:

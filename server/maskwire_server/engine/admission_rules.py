@@ -132,7 +132,7 @@ def halted() -> Refused:
     )
 
 
-def no_room(size: int) -> Refused:
+def no_space(size: int) -> Refused:
     """The refusal of a batch that does not fit on the journal's disk; a smaller one may."""
     return Refused(
         "HELD",
@@ -257,7 +257,8 @@ def other_save(request: SaveRequest) -> Refused:
     name = request.name or "without a name"
     return Refused(
         "PAYLOAD_MISMATCH",
-        f"this request id saves a checkpoint with other arguments ({name}); use a new id for a new request",
+        f"this request id was used to save a checkpoint with other arguments ({name}); use a new id for a "
+        "new request",
         name=name,
     )
 

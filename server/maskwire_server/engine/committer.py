@@ -1,8 +1,8 @@
 """The committer thread: the only user of the journal while the run serves.
 
 It writes all waiting commits in one transaction, then does what had to wait for that: answers callers,
-starts to write checkpoints, shows results of evaluations and generations. Between transactions it serves
-reads of the journal, also while the disk is full.
+starts to write checkpoints, shows results of evaluations and generations. Between transactions it answers
+queries of the journal, also while the disk is full.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar, TypeVarTuple
 from maskwire.v1.values import RunState
 from maskwire_server.engine import admission_rules
 from maskwire_server.engine.futures import answer, refuse
-from maskwire_server.engine.journal_reads import JournalRead
+from maskwire_server.engine.journal_queries import JournalQuery
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.engine.step_timeout import LEAST_SECONDS
 from maskwire_server.engine.wakeup import Wakeup
@@ -42,14 +42,11 @@ class Commit(Protocol):
         """Write to the journal within a transaction; called again if the disk was full."""
 
     def committed(self) -> None:
-        """Called once this commit and every earlier one are durable.
-
-        If answers wait for the mirror, the mirror has them too.
-        """
+        """Called once this commit and every earlier one are durable, and in the mirror if answers wait."""
 
 
 class Committer:
-    """Groups commits into transactions and serves reads; used from any thread."""
+    """Groups commits into transactions and answers queries; used from any thread."""
 
     def __init__(
         self,
@@ -70,12 +67,12 @@ class Committer:
         self._idle = threading.Condition(run.mutex)
         self._commits: list[Commit] = []
         self._committing = 0  # commits taken from the queue whose callers are not answered yet
-        self._reads: list[JournalRead] = []
+        self._queries: list[JournalQuery] = []
         self._withheld: Withheld[Commit] = Withheld(waits=mirrored)
         self.on_written: Callable[[], None] = _nothing
         """Called when a transaction is durable here. It must return quickly."""
         self._retry_at: float | None = None
-        self._room_requested = False
+        self._space_requested = False
         self._failed = False  # the disk was full: the same commits are tried again
         self._merge_after = 0.0  # earliest time to retry merging the log after the disk was full
         self._stopping = self._stopped = False
@@ -117,7 +114,7 @@ class Committer:
         with self._run.mutex:
             if self._stopped:
                 raise admission_rules.shutting_down()
-            self._reads.append(JournalRead(question, arguments, future, waits))
+            self._queries.append(JournalQuery(question, arguments, future, waits))
         self.wake()
         return future
 
@@ -151,12 +148,12 @@ class Committer:
         self.wake()
 
     def wake(self) -> None:
-        """Make the thread look for commits, reads and expired steps."""
+        """Make the thread look for commits, queries and expired steps."""
         self._work.set()
 
-    def request_room(self) -> None:
+    def request_space(self) -> None:
         """Ask the thread to merge the log if that frees space, and then to wake the executor."""
-        self._room_requested = True
+        self._space_requested = True
         self.wake()
 
     def hold(self) -> None:
@@ -213,40 +210,40 @@ class Committer:
         finally:
             with self._run.mutex:
                 self._stopped = True
-                reads, self._reads = self._reads, []
+                queries, self._queries = self._queries, []
                 self._withheld.refuse_answers()
                 self._idle.notify_all()
             self._run.work.set()
-            for read in reads:
-                refuse(read.future, admission_rules.shutting_down())
+            for query in queries:
+                refuse(query.future, admission_rules.shutting_down())
 
     def _cycle(self) -> bool:
         """Do what is due, or wait for work; False when the thread ends."""
         with self._run.mutex:
             self._run.queue.expire(self._run.next_number)
-            reads, self._reads = self._reads, []
+            queries, self._queries = self._queries, []
             commits: list[Commit] = []
             if self._ready():
                 commits, self._commits = self._commits, []
                 self._committing += len(commits)
             stopping = self._stopping
             room_due = self._retry_at is not None and self._clock() >= self._retry_at
-            requested, self._room_requested = self._room_requested, False
+            requested, self._space_requested = self._space_requested, False
             timeout = self._timeout()
             released = self._withheld.due
-        if not (reads or commits or stopping or room_due or requested or released):
+        if not (queries or commits or stopping or room_due or requested or released):
             self._work.wait(timeout)
             return True
         self._run.committing.begin("the journal's transaction", LEAST_SECONDS)
-        for read in reads:
-            self._answer(read)
+        for query in queries:
+            self._answer(query)
         if room_due or requested:
-            self._make_room()
+            self._free_log_space()
         if requested:
             self._run.work.set()
         written = bool(commits) and self._write_all(commits)
         if room_due and not self._failed:
-            self._look_for_room()
+            self._look_for_space()
         if written:
             self._publish(commits)
         if released:
@@ -273,17 +270,17 @@ class Committer:
         due = [at for at in (self._run.queue.expires_at(), self._retry_at) if at is not None]
         return max(0.0, min(due) - self._clock()) if due else None
 
-    def _answer(self, read: JournalRead) -> None:
-        found = read.find(self._journal, self._run)
+    def _answer(self, query: JournalQuery) -> None:
+        found = query.find(self._journal, self._run)
         if found is None:
             return
         position = self._held_position
         with self._run.mutex:
-            held_back = read.waits and self._withheld.holds_back(position)
+            held_back = query.waits and self._withheld.holds_back(position)
             if held_back:
-                self._withheld.add_answer(position, read.future, *found)
+                self._withheld.add_answer(position, query.future, *found)
         if not held_back:
-            answer(read.future, *found)
+            answer(query.future, *found)
 
     def _write_all(self, commits: list[Commit]) -> bool:
         """Write commits in one transaction; False if the disk is full: the commits stay queued."""
@@ -334,10 +331,10 @@ class Committer:
         for commit in commits:
             commit.write(self._journal)
 
-    def _make_room(self) -> bool:
-        return reserve.make_room(self._journal, self._disk)
+    def _free_log_space(self) -> bool:
+        return reserve.free_log_space(self._journal, self._disk)
 
-    def _look_for_room(self) -> None:
+    def _look_for_space(self) -> None:
         with self._run.mutex:
             if self._disk.left(self._journal.log_bytes()) < 0:
                 self._retry_at = self._clock() + RETRY_SECONDS

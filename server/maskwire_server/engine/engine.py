@@ -330,10 +330,7 @@ class Engine:
         self._executor.halt_if_due()
 
     def _must_end(self, error: BaseException) -> None:
-        """End the process after a fatal error of the committer or the mirror. Any thread.
-
-        What was committed may be unknown, or another server may have taken the run over.
-        """
+        """End the process after a fatal error of the committer or the mirror. Any thread."""
         self._on_fatal(error)
         self._executor.stop()
 

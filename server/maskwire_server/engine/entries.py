@@ -41,7 +41,7 @@ class Step:
 
     looked_up: bool = False
     """Whether the journal is being searched for the step's record; until then the step is not queued."""
-    room_requested: bool = False
+    space_requested: bool = False
     """Whether the committer was asked to free disk space for the step's batch."""
     _hash: bytes | None = None
     _hashing: threading.Lock = field(default_factory=threading.Lock)
@@ -90,7 +90,7 @@ class Save:
 
 
 @dataclass(eq=False)
-class Takeover:
+class SessionOpening:
     """A new session: its epoch was advanced in memory, and is recorded between two steps."""
 
     epoch: int
@@ -113,4 +113,4 @@ class Drain:
     future: Future[None]
 
 
-Entry = Step | Evaluation | Generation | Save | Takeover | Restore | Drain
+Entry = Step | Evaluation | Generation | Save | SessionOpening | Restore | Drain

@@ -15,7 +15,7 @@ from maskwire_server.config import ServeConfig
 from maskwire_server.engine import admission_rules
 from maskwire_server.engine.commits import StepCommit
 from maskwire_server.engine.committer import Committer
-from maskwire_server.engine.entries import Drain, Entry, Evaluation, Restore, Save, Step, Takeover
+from maskwire_server.engine.entries import Drain, Entry, Evaluation, Restore, Save, SessionOpening, Step
 from maskwire_server.engine.futures import answer
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.engine.mirror import Mirror
@@ -94,7 +94,7 @@ class Executor:
                 self._reads.run(entry)
             elif isinstance(entry, Save):
                 self._save(entry)
-            elif isinstance(entry, Takeover):
+            elif isinstance(entry, SessionOpening):
                 self._sessions.record(entry)
             elif isinstance(entry, Restore):
                 self._restores.restore(entry)
@@ -170,7 +170,7 @@ class Executor:
             queue.pop()  # hashed before a call without a session fixed the run's digest version
             offered = run.lease.digest_versions
             queue.refuse_step(step, admission_rules.other_digest_version(offered, fixed.number))
-            queue.refuse_number(number)
+            queue.mark_refused(number)
         else:
             return False
         return True
@@ -184,15 +184,15 @@ class Executor:
         queue, number = self._run.queue, self._run.head.computed.step + 1
         if self._run.uncommitted:
             return False
-        if not step.room_requested:
-            step.room_requested = True
-            self._committer.request_room()  # the committer then wakes this thread
+        if not step.space_requested:
+            step.space_requested = True
+            self._committer.request_space()  # the committer then wakes this thread
             return False
         if self._disk.left(self._journal.log_bytes()) < 0:
             self._committer.hold()
         queue.pop()
-        queue.refuse_step(step, admission_rules.no_room(len(step.encoded)))
-        queue.refuse_number(number)
+        queue.refuse_step(step, admission_rules.no_space(len(step.encoded)))
+        queue.mark_refused(number)
         return True
 
     # Steps.
@@ -206,7 +206,7 @@ class Executor:
             with self._run.mutex:
                 self._run.queue.computing = None
                 self._run.queue.refuse_step(step, self._run.conditions.failed(f"step {step.number}", error))
-                self._run.queue.refuse_number(step.number)
+                self._run.queue.mark_refused(step.number)
             return
         self._consume(step, result)
 

@@ -76,8 +76,8 @@ class KeptTokenizer:
         if given.name != of_run:
             raise Refused(
                 "TOKENIZER_MISMATCH",
-                f"the run uses tokenizer {of_run or '(none yet)'}, got {given.name}: train on data of this "
-                "tokenizer first",
+                f"the run uses tokenizer {of_run or '(none yet)'}, got {given.name}: train on data "
+                f"encoded with {given.name} first",
                 tokenizer=of_run,
                 client_tokenizer=given.name,
             )

@@ -68,7 +68,7 @@ class Lease:
         self.touch()
 
     def opened(self) -> None:
-        """Start the idle time: the epoch is durable."""
+        """Start the idle timer, once the new epoch is durable."""
         self._opening = False
         self.touch()
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 
 from maskwire_server.engine.admission_rules import gap
-from maskwire_server.engine.entries import Drain, Entry, Evaluation, Restore, Save, Step, Takeover
+from maskwire_server.engine.entries import Drain, Entry, Evaluation, Restore, Save, SessionOpening, Step
 from maskwire_server.engine.futures import refuse
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.errors import Refused
@@ -149,13 +149,13 @@ class Queue:
         """Queue an entry that is not a step."""
         self._entries.append(entry)
 
-    def push_first(self, entry: Save | Takeover) -> None:
+    def push_first(self, entry: Save | SessionOpening) -> None:
         """Queue an entry before all others."""
         self._entries.appendleft(entry)
 
     def push_restore(self, restore: Restore) -> None:
         """Queue a restore before all others but the sessions that were admitted before it."""
-        sessions = [at for at, entry in enumerate(self._entries) if isinstance(entry, Takeover)]
+        sessions = [at for at, entry in enumerate(self._entries) if isinstance(entry, SessionOpening)]
         self._entries.insert(sessions[-1] + 1 if sessions else 0, restore)
 
     def _arrived(self, number: int) -> None:
@@ -214,7 +214,7 @@ class Queue:
         for waiter in step.waiters:
             refuse(waiter, refusal)
 
-    def refuse_number(self, number: int) -> None:
+    def mark_refused(self, number: int) -> None:
         """Mark step `number` as refused, and refuse later steps until another step takes its number."""
         self._refused.add(number)
         self.refuse_behind(number)

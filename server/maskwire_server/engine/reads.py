@@ -59,7 +59,9 @@ class Reads:
             if future.done():
                 return
             with guarded(self._trainer):
-                result = self._trainer.eval_loss(request.batch, request.options, lambda: self._goes_on(entry))
+                result = self._trainer.eval_loss(
+                    request.batch, request.options, lambda: self._may_continue(entry)
+                )
         except Unwanted:
             return
         except (DeviceLost, StateLost):
@@ -86,7 +88,9 @@ class Reads:
                 with guarded(self._trainer):
                     for state in self._trainer.generate(request.prompts, request.options):
                         last = state
-                        if not generation.put(state) or (not state.done and not self._goes_on(generation)):
+                        if not generation.put(state) or (
+                            not state.done and not self._may_continue(generation)
+                        ):
                             break
         except (DeviceLost, StateLost):
             raise
@@ -99,7 +103,7 @@ class Reads:
                 GenerationCommit(generation.future, None, self._run.events, request, last, here, seconds)
             )
 
-    def _goes_on(self, entry: Evaluation | Generation) -> bool:
+    def _may_continue(self, entry: Evaluation | Generation) -> bool:
         """Whether to compute the next part; refuses the read if it has kept a step waiting for too long."""
         run = self._run
         run.computing.beat()

@@ -75,8 +75,8 @@ def admit_session(facts: SessionFacts, at: Situation) -> bool:
         return False
     if request.held_epoch is not None and request.held_epoch < at.epoch:
         raise fenced(request.held_epoch, at)
-    unasked = at.writer == request.client_name or request.gone_epoch == at.epoch
-    if at.writer and not unasked and not request.takeover:
+    may_supersede = at.writer == request.client_name or request.gone_epoch == at.epoch
+    if at.writer and not may_supersede and not request.takeover:
         raise writer_present(at, "wait until it is closed or idle, or take over")
     return True
 

@@ -13,7 +13,7 @@ from maskwire_server.engine import admission_rules
 from maskwire_server.engine.admission_rules import Situation
 from maskwire_server.engine.commits import AnswerCommit, Events, SessionEnd
 from maskwire_server.engine.committer import Committer
-from maskwire_server.engine.entries import Step, Takeover
+from maskwire_server.engine.entries import SessionOpening, Step
 from maskwire_server.engine.futures import answer, refuse
 from maskwire_server.engine.session_rules import SessionFacts, admit_session
 from maskwire_server.engine.shared_state import Run
@@ -125,10 +125,10 @@ class Sessions:
             supersedes=bool(at.writer),
         )
         run.queue.refuse_steps(partial(_superseded, at=run.situation()))
-        run.queue.push_first(Takeover(epoch, request))
+        run.queue.push_first(SessionOpening(epoch, request))
         run.work.set()
 
-    def record(self, takeover: Takeover) -> None:
+    def record(self, takeover: SessionOpening) -> None:
         """Hand an epoch to the committer, between two steps. On the executor's thread."""
         run, request, epoch = self._run, takeover.request, takeover.epoch
         failpoints.passing("session.opening")

@@ -29,7 +29,7 @@ from maskwire_server.events import LineageOpened, RecoveryPhase
 from maskwire_server.journal import inexact_replays, reserve
 from maskwire_server.journal.database import JournalError, explained, is_full
 from maskwire_server.journal.journal import Journal
-from maskwire_server.journal.reserve import Reserve, make_room
+from maskwire_server.journal.reserve import Reserve, free_log_space
 from maskwire_server.position import HistoryPosition
 from maskwire_server.recovery import boot, fingerprint, initial_weights
 from maskwire_server.requests import SaveRequest
@@ -105,7 +105,7 @@ class Startup:
                 with guarded(trainer):
                     canonical = self._options.identity(trainer.begin())
         opening = self._options.clock()
-        self._journal = journal = self._when_there_is_room(
+        self._journal = journal = self._when_there_is_space(
             partial(
                 boot.open_journal,
                 self._options.run_dir,
@@ -117,7 +117,7 @@ class Startup:
         run_id = journal.fact("run_id")
         head.move(HistoryPosition(run_id, 1, 0, b""))
         if journal.log_bytes() >= reserve.MERGE_BYTES:  # left by a process that was killed
-            make_room(journal, self._disk)
+            free_log_space(journal, self._disk)
         self._attach_mirror(journal)
         self._catalogue.load(journal, self._checkpoints.all())
         self._saver.refresh()
@@ -150,7 +150,7 @@ class Startup:
                 accept_inexact=self._options.accept_inexact_replay,
                 accept_lost=self._options.accept_lost_history is not None,
                 tell=self._wait_for,
-                with_room=self._when_there_is_room,
+                when_space=self._when_there_is_space,
             )
         self._ended("load", recovered.load_seconds)
         self._ended("replay", recovered.replay_seconds)
@@ -162,7 +162,7 @@ class Startup:
         log.info("warmed up in %.1f s", self._options.clock() - warming)
         if self._options.accept_lost_history is not None:
             recovered = boot.accept_lost_history(
-                journal, recovered, self._options.accept_lost_history, with_room=self._when_there_is_room
+                journal, recovered, self._options.accept_lost_history, when_space=self._when_there_is_space
             )
 
         run.lineages = journal.lineages()
@@ -176,10 +176,10 @@ class Startup:
         head.inexact_replays = self._saver.inexact_replays = inexact_replays.recorded(journal)
         with self._phase("save"):
             self._save_where_needed(journal, trainer, recovered, numerics)
-        configuration_id = self._when_there_is_room(partial(self._record, journal, numerics))
+        configuration_id = self._when_there_is_space(partial(self._record, journal, numerics))
         if self._mirror is not None:
             settle = partial(self._mirror.settle, journal, with_newest=recovered.replayed_inexactly)
-            self._when_there_is_room(settle)
+            self._when_there_is_space(settle)
         here = head.computed
         run.events.publish(LineageOpened(time.time(), run_id, here.lineage, here.step))
         log.info("run %s is at step %d after %.1f s", run_id, here.step, self._options.clock() - began)
@@ -202,10 +202,10 @@ class Startup:
     def _attach_mirror(self, journal: Journal) -> None:
         """Become the writer of the run's mirror; without a mirror, stop recording changes for one."""
         if self._mirror is not None:
-            self._when_there_is_room(partial(self._mirror.attach, journal, self._wait_for))
+            self._when_there_is_space(partial(self._mirror.attach, journal, self._wait_for))
         elif journal.outbox.active:
             log.warning("the run had a mirror, but storage.mirror is not set: that mirror is not updated")
-            self._when_there_is_room(partial(journal.transaction, journal.outbox.remove))
+            self._when_there_is_space(partial(journal.transaction, journal.outbox.remove))
 
     def _save_where_needed(
         self, journal: Journal, trainer: Trainer, recovered: boot.Recovered, numerics: dict[str, Any]
@@ -221,7 +221,7 @@ class Startup:
             first = recovered.step == 0 and initial_weights.recorded(journal) is not None
             word = word if recovered.replayed_inexactly else INITIAL if first else ""
             try:
-                self._when_there_is_room(partial(self._save, journal, trainer, word))
+                self._when_there_is_space(partial(self._save, journal, trainer, word))
             except Refused as refused:
                 raise RunDirectoryError(f"{self._options.run_dir}: {refused.message}") from refused
         elif not self._has_two_bases(journal, trainer, numerics):
@@ -271,7 +271,7 @@ class Startup:
                 raise
             raise self._run.conditions.failed("the checkpoint", error) from error
 
-    def _when_there_is_room(self, act: Callable[[], T]) -> T:
+    def _when_there_is_space(self, act: Callable[[], T]) -> T:
         """Call `act`, which writes to disk. While the disk is full, wait and retry, as in state HELD."""
         waits = False
         while True:
@@ -288,4 +288,4 @@ class Startup:
             while not self.stopping and time.monotonic() < until:
                 time.sleep(0.05)
             if self._journal is not None:
-                make_room(self._journal, self._disk)
+                free_log_space(self._journal, self._disk)

@@ -13,7 +13,7 @@ from typing import Any
 
 from maskwire_server import failpoints
 from maskwire_server.errors import RunDirectoryError
-from maskwire_server.journal.disk import FULL, has_room, network_file_system
+from maskwire_server.journal.disk import FULL, can_write, network_file_system
 from maskwire_server.journal.fsync import make_folder
 from maskwire_server.journal.outbox import Outbox
 from maskwire_server.journal.records import damaged
@@ -146,7 +146,7 @@ class Database:
         SQLite tells a full disk from other errors, but reports an exceeded quota as an I/O error.
         """
         failed = getattr(error, "sqlite_errorcode", None) == _WRITE_FAILED
-        if failed and not has_room(self._path.parent, size):
+        if failed and not can_write(self._path.parent, size):
             full = sqlite3.OperationalError("the disk, or the quota on it, has no space left")
             full.sqlite_errorcode = sqlite3.SQLITE_FULL
             raise full from error

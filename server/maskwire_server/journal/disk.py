@@ -57,7 +57,7 @@ def free_bytes(path: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-def has_room(folder: Path, size: int) -> bool:
+def can_write(folder: Path, size: int) -> bool:
     """Whether `size` bytes can be written to a folder now, found out by writing them to an unnamed file.
 
     The statistics of the file system do not show a quota. False only if the write fails for lack of space.

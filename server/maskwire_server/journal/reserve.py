@@ -48,7 +48,7 @@ def merge_log(journal: Journal, *, truncate: bool = False) -> bool:
     return True
 
 
-def make_room(journal: Journal, reserve: Reserve) -> bool:
+def free_log_space(journal: Journal, reserve: Reserve) -> bool:
     """Merge the write-ahead log into the database and free its space; False when that changed nothing.
 
     The database file grows first, by less than the log's size, and may use the reserve meanwhile: no step is

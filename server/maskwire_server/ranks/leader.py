@@ -88,7 +88,7 @@ class LeaderTrainer:
         """Compute a step and discard it. Raises ConfigError if the ranks cannot save as configured."""
         self._together(Order("warm_up"), self._trainer.warm_up)
         if self._place.wanted(self._member.place.size):
-            self._sharded = self._place.decide(self._blind())
+            self._sharded = self._place.decide(self._ranks_without_folder())
 
     def train_step(self, lineage: int, step: int, batch: Batch, modes: Modes) -> StepResult:
         """Apply one step on all ranks."""
@@ -117,7 +117,7 @@ class LeaderTrainer:
         self._gather(raw=options.raw_weights)
         yield from self._trainer.generate(prompts, options)
 
-    def _blind(self) -> list[int]:
+    def _ranks_without_folder(self) -> list[int]:
         """The ranks that do not see the folder of the checkpoints, or cannot write there."""
         try:
             path = shared_folder.place_probe(self._place.folder)

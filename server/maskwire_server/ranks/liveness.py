@@ -96,7 +96,7 @@ class Monitor:
                 return
             with self._lock:
                 self._links[rank] = link
-            problem, is_frozen = _silence(link, self._timeout)
+            problem, is_frozen = _read_until_gone(link, self._timeout)
             self._lost(f"rank {rank} {problem}", pid if is_frozen else None)
 
     def _lost(self, problem: str, frozen: int | None) -> None:
@@ -126,7 +126,7 @@ def watch_leader(
 
     def watch() -> None:
         with link:
-            problem, is_frozen = _silence(link, timeout)
+            problem, is_frozen = _read_until_gone(link, timeout)
         if not problem:
             on_end()
             return
@@ -162,7 +162,7 @@ def _greeting(line: bytes) -> tuple[bytes, int, int]:
     return token, int(rank), int(pid)
 
 
-def _silence(link: socket.socket, timeout: float) -> tuple[str, bool]:
+def _read_until_gone(link: socket.socket, timeout: float) -> tuple[str, bool]:
     """Read until the other side is gone. Returns the problem, and whether that side may be frozen, not dead.
 
     The problem is "" if the leader announced that it ends for good.

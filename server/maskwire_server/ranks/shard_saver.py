@@ -161,6 +161,8 @@ def _check_complete(folder: Path, shards: Shards) -> None:
         for file, names in shards.names.items():
             found = checkpoint_tensors.find(checkpoint_tensors.files_of(folder, file), file)
             if found.keys() != names:
-                raise ValueError(f"{file}: {sorted(found.keys() ^ names)[0]} is missing, or not of the state")
+                name = min(found.keys() ^ names)
+                problem = "is missing" if name in names else "was written, but the state has no such tensor"
+                raise ValueError(f"{file}: {name} {problem}")
     except ValueError as error:
         raise OSError(errno.EIO, str(error)) from error

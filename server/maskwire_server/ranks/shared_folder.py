@@ -53,15 +53,17 @@ class SavePlace:
         """Whether each of `size` ranks is to write its own files, if it can."""
         return size > 1 and self.saved_by != "leader"
 
-    def decide(self, blind: list[int]) -> bool:
-        """Whether each rank writes its own files; `blind` are the ranks that cannot. Raises ConfigError."""
-        if not blind:
+    def decide(self, without: list[int]) -> bool:
+        """Whether each rank writes its own files; `without` are the ranks that lack the folder. Raises
+        ConfigError.
+        """
+        if not without:
             log.info("each rank writes its part of checkpoints to %s", self.folder.resolve())
             return True
         problem = (
-            f"{self.folder.resolve()} is not the same folder on rank {blind[0]}"
-            f"{f' and {len(blind) - 1} others' if len(blind) > 1 else ''}, so that not every rank can write "
-            "its part of a checkpoint"
+            f"{self.folder.resolve()} is not the same folder on rank {without[0]}"
+            f"{f' and {len(without) - 1} others' if len(without) > 1 else ''}, so that not every rank can "
+            "write its part of a checkpoint"
         )
         cure = f"replace {self.folder} with a link to a folder that all hosts share at the same path"
         if self.saved_by == "ranks":

@@ -108,11 +108,11 @@ def recover(
     accept_inexact: bool = False,
     accept_lost: bool = False,
     tell: Callable[[str], None] = lambda _: None,
-    with_room: Callable[[Callable[[], None]], None] = lambda write: write(),
+    when_space: Callable[[Callable[[], None]], None] = lambda write: write(),
 ) -> Recovered:
     """Bring the trainer to the journal's last step, and set unusable checkpoints aside.
 
-    `tell` is called with the progress. `with_room` calls a function that writes to the journal, and may wait
+    `tell` is called with the progress. `when_space` calls a function that writes to the journal, and may wait
     until the disk has space. Raises RunDirectoryError if the last step cannot be recomputed, and
     InexactReplayError as `replay` does.
     """
@@ -142,12 +142,12 @@ def recover(
         step,
         accept_inexact=accept_inexact,
         accept_lost=accept_lost,
-        pass_over=set_aside,
+        on_unusable_checkpoint=set_aside,
         tell=tell,
     )
     inexact = rebuilt.inexact
     if inexact:
-        with_room(partial(inexact_replays.record, journal, inexact, rebuilt.beyond))
+        when_space(partial(inexact_replays.record, journal, inexact, rebuilt.beyond))
     non_finite = _non_finite(journal, lineage, step)
     return Recovered(
         lineage,
@@ -166,7 +166,7 @@ def accept_lost_history(
     recovered: Recovered,
     step: int,
     *,
-    with_room: Callable[[Callable[[], None]], None] = lambda write: write(),
+    when_space: Callable[[Callable[[], None]], None] = lambda write: write(),
 ) -> Recovered:
     """Continue from the last surviving step on a new lineage, so that clients notice the loss.
 
@@ -190,7 +190,7 @@ def accept_lost_history(
         epoch = (last.epoch if last else 0) + 1  # a new epoch fences the writer of the old lineage
         journal.add_session(SessionRecord(epoch, "lost history", None, False, number, step, True))
 
-    with_room(partial(journal.transaction, write))
+    when_space(partial(journal.transaction, write))
     log.warning("lost history accepted: lineage %d continues from step %d", number, step)
     return Recovered(number, step, digest, 0, recovered.replayed_inexactly, recovered.accepted)
 

@@ -36,18 +36,18 @@ def rebuild(
     *,
     accept_inexact: bool,
     accept_lost: bool = False,
-    pass_over: Callable[[str, str], None],
+    on_unusable_checkpoint: Callable[[str, str], None],
     tell: Callable[[str], None],
 ) -> Replayed:
     """Bring the trainer to `last_step`, where the ancestry `segments` ends.
 
-    `pass_over` is called with the name of each unusable checkpoint and what is wrong with it, `tell` with the
-    progress. Raises RunDirectoryError.
+    `on_unusable_checkpoint` is called with the name of each unusable checkpoint and what is wrong with it,
+    `tell` with the progress. Raises RunDirectoryError.
     """
     manifest, wrong = newest_verified(checkpoints, journal, segments, accept_lost=accept_lost)
     failpoints.passing("recovery.chosen")
     for name, problem in wrong.items():
-        pass_over(name, problem)
+        on_unusable_checkpoint(name, problem)
     start = (segments[0].lineage, 0)
     loading = time.monotonic()
     if manifest is None:

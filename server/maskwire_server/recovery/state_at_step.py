@@ -65,7 +65,7 @@ def rewind(
             segments,
             to_step,
             accept_inexact=accept_inexact,
-            pass_over=lambda name, problem: tell(f"checkpoint {name} cannot be used: {problem}"),
+            on_unusable_checkpoint=lambda name, problem: tell(f"checkpoint {name} cannot be used: {problem}"),
             tell=tell,
         )
         tell(

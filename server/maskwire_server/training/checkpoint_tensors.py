@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from maskwire.v1.values import whole_file
+from maskwire.v1.values import unsharded_name
 from maskwire_server.training.shards import OFFSETS, SHARDING, WHOLE
 
 _TYPES = {
@@ -57,7 +57,7 @@ SavedTensors = Mapping[str, SavedTensor]
 
 def files_of(folder: Path, file: str) -> list[Path]:
     """The files of a folder that hold the tensors of `file`, whole or in parts."""
-    return sorted(path for path in folder.glob("*.safetensors") if whole_file(path.name) == file)
+    return sorted(path for path in folder.glob("*.safetensors") if unsharded_name(path.name) == file)
 
 
 def find(paths: Iterable[Path], file: str) -> dict[str, SavedTensor]:

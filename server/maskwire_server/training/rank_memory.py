@@ -29,7 +29,7 @@ from maskwire_server.training.footprint import (
     size_text,
 )
 from maskwire_server.training.models.generator_critic import Networks
-from maskwire_server.training.weight_partition import check_divisible, is_replicated_only, part_size
+from maskwire_server.training.weight_partition import check_shardable, is_replicated_only, part_size
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def layouts(
         networks = Networks(model, objective)
     modules = [module for module in (networks.generator, networks.critic) if module is not None]
     for module in modules:
-        check_divisible(module, 1)
+        check_shardable(module, 1)
     whole = held(networks, optimizer, 1)
     positions, of_what = _positions(model, serve, machines.size, device)
     activations = of_activations(model, objective, serve, networks, positions)

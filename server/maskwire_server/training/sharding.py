@@ -96,7 +96,7 @@ class ManyRanks(Ranks):
         The blocks' weights are gathered one block at a time. The others stay gathered from the forward pass
         to the end of the backward pass, because the output layer reads them outside of `forward`.
         """
-        weight_partition.check_divisible(module, self.size // self.replicate)
+        weight_partition.check_shardable(module, self.size // self.replicate)
         blocks = list(module.blocks) if isinstance(module, Backbone) else []
         for block in blocks:
             fully_shard(block, mesh=self.mesh, reshard_after_forward=True)

@@ -24,7 +24,7 @@ def part_size(shape: Sequence[int], shard: int, index: int = 0) -> int:
     return own
 
 
-def check_divisible(module: nn.Module, shard: int) -> None:
+def check_shardable(module: nn.Module, shard: int) -> None:
     """Raise ConfigError if a network cannot be trained by groups of `shard` ranks that each hold a part."""
     for name, weight in module.named_parameters():
         if not weight.ndim:
@@ -34,8 +34,8 @@ def check_divisible(module: nn.Module, shard: int) -> None:
             )
     if shard > 1 and is_replicated_only(module):
         raise ConfigError(
-            "distributed.shard: a model without `blocks`, a list of its layers, can only be replicated: set "
-            f"shard to 1 and replicate to the number of ranks, got shard = {shard}"
+            f"distributed.shard must be 1, got {shard}: a model without `blocks` (a list of its layers) can "
+            "only be replicated; set distributed.replicate to the number of ranks"
         )
 
 

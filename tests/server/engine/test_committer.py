@@ -14,7 +14,7 @@ import pytest
 from maskwire.v1.values import RunState
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.committer import Committer
-from maskwire_server.engine.journal_reads import JournalRead
+from maskwire_server.engine.journal_queries import JournalQuery
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.errors import Refused, RunDirectoryError
 from maskwire_server.journal.reserve import Reserve
@@ -112,7 +112,7 @@ def test_a_question_that_fails_is_refused_with_what_happened(
         raise error
 
     future: Future[None] = Future()
-    committer._answer(JournalRead(question, (), future, True))
+    committer._answer(JournalQuery(question, (), future, True))
     with pytest.raises(Refused, match=words) as caught:
         future.result(0)
     assert caught.value.reason == reason
@@ -127,7 +127,7 @@ def test_a_question_that_fails_for_an_unknown_reason_ends_the_committer(tmp_path
             raise error
 
         with pytest.raises(type(error)):
-            committer._answer(JournalRead(question, (), Future(), True))
+            committer._answer(JournalQuery(question, (), Future(), True))
     cancelled: Future[None] = Future()
     cancelled.cancel()
-    committer._answer(JournalRead(question, (), cancelled, True))
+    committer._answer(JournalQuery(question, (), cancelled, True))

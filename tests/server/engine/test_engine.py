@@ -656,7 +656,7 @@ def test_changed_settings_copy_a_state_once_and_refuse_no_start_for_want_of_room
     engine.drain(WAIT)
     engine.close()
     with monkeypatch.context() as full:
-        full.setattr(CounterSnapshot, "write", no_room)
+        full.setattr(CounterSnapshot, "write", no_space)
         engine = rig.start(Elsewhere)
         assert [info.step for info in engine.checkpoints()] == [1, 0]
         engine.close()
@@ -666,7 +666,7 @@ def test_changed_settings_copy_a_state_once_and_refuse_no_start_for_want_of_room
         engine.close()
 
 
-def no_room(snapshot: CounterSnapshot, folder: Path) -> None:
+def no_space(snapshot: CounterSnapshot, folder: Path) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 

@@ -23,7 +23,7 @@ from maskwire_server.checkpoints import files
 from maskwire_server.engine.engine import Engine
 from maskwire_server.journal import disk, reserve
 from maskwire_server.journal.journal import Journal
-from maskwire_server.journal.reserve import Reserve, make_room
+from maskwire_server.journal.reserve import Reserve, free_log_space
 from maskwire_server.requests import SaveRequest, StepRequest
 
 LONG = {"every_seconds": 1e9, "keep_last": 2}
@@ -128,13 +128,13 @@ def test_a_log_is_not_folded_where_the_database_has_no_room_to_grow(tmp_path: Pa
             return size <= self.room
 
     kept = Room(copy, 0)
-    assert not make_room(journal, kept)
+    assert not free_log_space(journal, kept)
     assert journal.log_bytes() == waiting
     kept.room = growth
-    assert make_room(journal, kept)
+    assert free_log_space(journal, kept)
     assert journal.log_bytes() == 0
     assert (copy / "journal.sqlite").stat().st_size == size + growth
-    assert not make_room(journal, kept), "an empty log frees nothing"
+    assert not free_log_space(journal, kept), "an empty log frees nothing"
     journal.close()
 
 
@@ -275,7 +275,7 @@ def test_a_checkpoint_over_the_quota_fails_alone(rig: Rig, monkeypatch: pytest.M
 
 
 def test_the_probe_of_a_quota_leaves_no_file(tmp_path: Path) -> None:
-    assert disk.has_room(tmp_path, 3 * 2**20 + 5)
+    assert disk.can_write(tmp_path, 3 * 2**20 + 5)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,7 +17,7 @@ from maskwire.v1.digest import DigestVersion, step_digest
 from maskwire.v1.values import RunState
 from maskwire_server.batch import Batch, Modes, Payload
 from maskwire_server.engine.committer import Committer
-from maskwire_server.engine.entries import Takeover
+from maskwire_server.engine.entries import SessionOpening
 from maskwire_server.errors import Refused
 from maskwire_server.journal import reserve
 from maskwire_server.journal.journal import Journal
@@ -222,7 +222,7 @@ def test_a_takeover_goes_before_everything_that_waits(rig: Rig) -> None:
     evaluation = engine.eval_loss(EvalRequest(payload(1).batch, EvalOptions(row_ids=(0, 1))))
     new = engine.open_session(SessionRequest("new", "n2", takeover=True))
     assert reason(steps[1]) == "FENCED", "at once, while the first runs"
-    assert isinstance(engine._run.queue.first(), Takeover)
+    assert isinstance(engine._run.queue.first(), SessionOpening)
     rig.trainer.gate.set()
     assert steps[0].result(WAIT).step == 1
     assert new.result(WAIT).step == 1

@@ -16,7 +16,7 @@ from maskwire_server import config
 from maskwire_server.errors import ConfigError
 from maskwire_server.training.models.generator_critic import Networks
 from maskwire_server.training.rank_memory import Machines, held, layouts
-from maskwire_server.training.weight_partition import check_divisible, part_size
+from maskwire_server.training.weight_partition import check_shardable, part_size
 
 WORKER = Path(__file__).with_name("layout_worker.py")
 RANKS = 2
@@ -119,7 +119,7 @@ def test_each_rank_holds_exactly_the_predicted_numbers(name: str, measured: list
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("no blocks", "without `blocks`, a list of its layers, can only be replicated"), ("scalar", "scale")],
+    [("no blocks", r"without `blocks` \(a list of its layers\) can only be replicated"), ("scalar", "scale")],
 )
 def test_a_model_that_cannot_be_divided_is_refused_by_every_rank_and_by_check(
     name: str, words: str, measured: list[dict[str, Any]]
@@ -128,7 +128,7 @@ def test_a_model_that_cannot_be_divided_is_refused_by_every_rank_and_by_check(
     shard = RANKS // case.pop("replicate")
     network = networks_of(loaded(**case)).generator
     with pytest.raises(ConfigError, match=words) as refused:
-        check_divisible(network, shard)
+        check_shardable(network, shard)
     assert [found[name] for found in measured] == [str(refused.value)] * RANKS
 
 

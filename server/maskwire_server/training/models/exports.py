@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from maskwire.v1.values import whole_file
+from maskwire.v1.values import unsharded_name
 from maskwire_server.manifest import Manifest
 from maskwire_server.results import FROZEN_FILE, WEIGHT_FILES
 from maskwire_server.training import shards
@@ -35,7 +35,7 @@ def write_whole(folder: Path, manifest: Manifest, out: Path) -> list[str]:
 
     Returns the names of the files. Raises ValueError if a file is missing or was changed, and OSError.
     """
-    found = {whole_file(file.name) for file in manifest.info.files}
+    found = {unsharded_name(file.name) for file in manifest.info.files}
     written = sorted(found & {*WEIGHT_FILES, FROZEN_FILE})
     for file in written:
         shards.save(read_weights(folder, manifest, file), out / file)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from maskwire.v1.values import whole_file
+from maskwire.v1.values import unsharded_name
 from maskwire_server.config import ModelConfig, ObjectiveConfig, recorded_sections
 from maskwire_server.errors import ConfigError
 from maskwire_server.manifest import MANIFEST, Manifest
@@ -82,7 +82,7 @@ def load(
     names = {"auto": (EMA, RAW), "ema": (EMA,), "raw": (RAW,)}
     if weights not in names:
         raise ValueError(f"weights must be auto, ema or raw, got {weights!r}")
-    files = {whole_file(file.name) for file in found.info.files}
+    files = {unsharded_name(file.name) for file in found.info.files}
     name = next((name for name in names[weights] if name in files), None)
     if name is None:
         raise ValueError(f"{folder}: the run keeps no moving average; use weights = 'raw'")
@@ -110,7 +110,7 @@ def read_weights(folder: Path, found: Manifest, file: str, instead: str = "") ->
 
     Raises ValueError if a file is missing, is not one that the manifest lists, or was changed.
     """
-    listed = {each.name: each for each in found.info.files if whole_file(each.name) == file}
+    listed = {each.name: each for each in found.info.files if unsharded_name(each.name) == file}
     for name, described in listed.items():
         path = folder / name
         if not path.is_file():

@@ -34,7 +34,7 @@ def export_state_dict(model: ModelConfig, objective: ObjectiveConfig, weights: T
 
 
 def renamed(weights: Tensors) -> dict[str, Tensor]:
-    """The state dict of a `NonAutoregressiveWrapper`, for weights of source x-transformers.
+    """Rename the weights of an x-transformers model to the keys of a `NonAutoregressiveWrapper`.
 
     A self critic is exported without its copy of the generator's trunk, so load it with strict=False.
     """

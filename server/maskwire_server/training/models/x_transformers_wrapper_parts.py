@@ -52,7 +52,7 @@ def with_objective(parts: Parts, objective: ObjectiveConfig) -> ObjectiveConfig:
 
 
 def said(section: ModelConfig | ObjectiveConfig) -> dict[str, Any]:
-    """The settings that the user made."""
+    """The settings that the user gave, without defaults."""
     return {key: getattr(section, key) for key in section.model_fields_set}
 
 

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class JournalRead:
+class JournalQuery:
     """A question, and the future of its answer."""
 
     question: Callable[..., Any]
