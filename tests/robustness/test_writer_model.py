@@ -238,6 +238,8 @@ class WriterModel(RuleBasedStateMachine):
                 self.active = self.now
             return
         assert self.reason(future) == expected
+        if expected == "PAYLOAD_MISMATCH" and session is not None and step is not None:
+            self.refuse(session, step)  # its sender leaves the number to another step
         if expected == "" and ran:
             self.consume(request_id, sent)
             answer = future.result(WAIT)
@@ -286,6 +288,10 @@ class WriterModel(RuleBasedStateMachine):
         session = data.draw(st.sampled_from(self.sessions[-2:]))
         step = max(1, self.step + 1 + number)
         self.engine.step_refused(session, step)
+        self.refuse(session, step)
+
+    def refuse(self, session: SessionRef, step: int) -> None:
+        """A step of this number was refused before it was admitted."""
         if self.check_session(session) or not self.step < step <= self.step + WINDOW or step in self.ahead:
             return
         self.refused.add(step)
