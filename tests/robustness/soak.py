@@ -17,6 +17,8 @@ from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 
 CLIENTS = 4
+AT_ONCE = 200
+"""More calls than the server has worker threads."""
 
 
 def run(folder: Path, seed: int, count: int) -> dict[str, Any]:
@@ -28,6 +30,7 @@ def run(folder: Path, seed: int, count: int) -> dict[str, Any]:
         assert server.start(), server.tail()
         assert server.process is not None
         process = psutil.Process(server.process.pid)
+        _fill_pool(server.address)
         threads = [
             threading.Thread(target=_client, args=(server.address, seed + i, count // CLIENTS, done, i))
             for i in range(CLIENTS)
@@ -63,6 +66,18 @@ def run(folder: Path, seed: int, count: int) -> dict[str, Any]:
         "descriptors": list(zip(("warm", "end"), (first[1], last[1]), strict=True)),
         "seconds": round(time.monotonic() - began),
     }  # fmt: skip
+
+
+def _fill_pool(address: str) -> None:
+    """Make the server start all its worker threads, which it keeps: later ones would be a leak."""
+    batch = pb.TokenBatch(data=bytes([20]) * 32, shape=[2, 16], dtype=pb.DATA_TYPE_UINT8)
+    with grpc.insecure_channel(address) as channel:
+        service: Any = pb_grpc.TrainingServiceStub(channel)
+        for _ in range(5):
+            calls = [service.TrainStep.future(pb.TrainStepRequest(batch=batch)) for _ in range(AT_ONCE)]
+            for call in calls:
+                error = call.exception()
+                assert error is None or error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, error
 
 
 def _steps(address: str) -> int:
