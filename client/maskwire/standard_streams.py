@@ -1,8 +1,8 @@
 """Standard streams that never fail, so that a command's exit code depends on its work, not on its output.
 
-A reader that has closed the pipe, a full disk, a closed descriptor or a character that the encoding lacks
-must not stop a command halfway or look like a user error. Characters that cannot be encoded are replaced.
-After the first failed write the rest of the output is discarded, and `finish` reports it.
+A reader that has exited, a full disk, a closed descriptor or a character that the encoding lacks must not
+stop a command halfway or look like a user error. Characters that cannot be encoded are replaced. After the
+first failed write the rest of the output is discarded, and `finish` reports it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def protect() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            # Otherwise the next opened file would get this descriptor, and with it the stream's output.
+            # Otherwise the next file opened would get this descriptor, and receive the stream's output.
             with contextlib.suppress(OSError):
                 os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = _stream(sys.stdout, "replace")

@@ -324,7 +324,9 @@ def test_a_batch_says_its_lengths_and_prompts_and_a_function_the_learning_rate(t
     assert third.pop("prompt_mask").shape == (2, 5)
     assert third == {"only_train_generator": True, "lengths": [3, 1], "learning_rate": 1.5}
     assert result.tokens == 10 + 3 + 4, "padding is no token"
-    with pytest.raises(ValueError, match=r"data.batch\(2\) returned a Batch with lengths, and fit was given"):
+    with pytest.raises(
+        ValueError, match=r"lengths was given twice: in the Batch that data.batch\(2\) returned"
+    ):
         fit(Saving(step=1), Described(), until_step=3, lengths=[5, 5], progress=False)
 
 
