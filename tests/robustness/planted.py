@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import FlakyStrategyDefinition
 from hypothesis.stateful import run_state_machine_as_test
 from rig import wait_for
+from robustness import planted_mirror
 
 from maskwire.loggers import backfill
 from maskwire.protocol import fit_milestones
@@ -859,6 +860,7 @@ BUGS = {
         _inexact_replays_not_recorded, an_inexact_replay),
     "inexact-replays-not-in-manifests": Bug("checkpoints do not say that inexact replays led to them",
         _inexact_replays_not_in_manifests, an_inexact_replay),
+    **{name: Bug(*parts) for name, parts in planted_mirror.BUGS.items()},
 }  # fmt: skip
 
 
