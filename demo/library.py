@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from pathlib import Path
 
 from maskwire.data.file_discovery import find_files
 
-LEFT_OUT = {"test", "tests", "site-packages", "idle_test", "lib2to3"}
+LEFT_OUT = {"test", "tests", "site-packages", "dist-packages", "idle_test", "lib2to3"}
 
 
 def python_sources() -> list[Path]:
     """The standard library's own source files, without its tests."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    return [
-        path for path in find_files(library, "*.py") if not LEFT_OUT & set(path.relative_to(library).parts)
-    ]
+    found: list[Path] = []
+    for folder, folders, names in os.walk(sysconfig.get_paths()["stdlib"]):
+        folders[:] = [name for name in folders if name not in LEFT_OUT and not name.startswith(".")]
+        found += [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith(".")]
+    return find_files(found)

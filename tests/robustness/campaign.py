@@ -78,11 +78,14 @@ def _r4(seed: int, flips: int, cuts: int, folder: Path) -> Any:
 def _r5(runs: int, _: Path) -> Any:
     environment = {**os.environ, "MASKWIRE_MODEL_RUNS": str(runs), "MASKWIRE_MODEL_STEPS": "50"}
     test = processes.ROOT / "tests" / "robustness" / "test_writer_model.py"
-    command = [sys.executable, "-m", "pytest", "-q", "--show-capture=no", "--timeout=0", str(test)]
+    # Dumping the stacks of a process that takes hours, as the suite does after ten minutes, may crash it.
+    unlimited = ["--timeout=0", "-o", "faulthandler_timeout=0"]
+    command = [sys.executable, "-m", "pytest", "-q", "--show-capture=no", *unlimited, str(test)]
     done = subprocess.run(
         command, env=environment, cwd=processes.ROOT, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout[-4000:]
+    said = (done.stdout + done.stderr)[-4000:]
+    assert done.returncode == 0, f"pytest ended with {done.returncode}: {said}"
     return {"runs": runs, "operations": 50}
 
 

@@ -36,7 +36,9 @@ def find_files(
             prepared = {metadata.parent for metadata in path.rglob(METADATA)}
             visible = (p for p in path.rglob(pattern) if not _hidden(p.relative_to(path)))
             found |= {
-                p for p in visible if p.is_file() and p.stat().st_size and prepared.isdisjoint(p.parents)
+                p
+                for p in visible
+                if p.is_file() and p.stat().st_size and not (prepared and prepared.intersection(p.parents))
             }
         elif path.is_file():
             refuse_part(path)

@@ -7,6 +7,7 @@ output: its batches would change while it trains.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -109,6 +110,7 @@ class MaskwireOutput:
         self._runs: dict[Path, bool] = {}
         self._checkpoints: dict[Path, bool] = {}
         self._downloads: dict[Path, bool] = {}
+        self._in_checkpoints: dict[Path, bool] = {}
         self._outputs = set(_outputs())
 
     def includes(self, path: Path, head: bytes) -> bool:
@@ -127,14 +129,16 @@ class MaskwireOutput:
         return is_configuration(text) or _is_log(text) or _is_result(path, text)
 
     def _in_run(self, path: Path) -> bool:
-        if self._is_run(path.parent):
+        folder = path.parent
+        if self._is_run(folder):
             return path.name in _RUN_FILES or path.suffix in _RUN_SUFFIXES
-        inner = path
-        for folder in path.parents:
-            if inner.name == CHECKPOINTS and self._is_run(folder):
-                return True
-            inner = folder
-        return False
+        if folder not in self._in_checkpoints:
+            chain = (folder, *folder.parents)
+            self._in_checkpoints[folder] = any(
+                inner.name == CHECKPOINTS and self._is_run(outer)
+                for inner, outer in itertools.pairwise(chain)
+            )
+        return self._in_checkpoints[folder]
 
     def _is_run(self, folder: Path) -> bool:
         if folder not in self._runs:
@@ -214,9 +218,10 @@ def is_configuration(head: str) -> bool:
 def _is_log(head: str) -> bool:
     """Whether a text begins like the server's log or like the messages of a command."""
     lines = [line for line in head.splitlines() if line.strip()]
-    found = [_SERVER_LINE.fullmatch(line) for line in lines]
-    if any(found[:3]) and any(one and _SERVER_MESSAGE.match(one["message"]) for one in found):
-        return True
+    if any(map(_SERVER_LINE.fullmatch, lines[:3])):
+        found = map(_SERVER_LINE.fullmatch, lines)
+        if any(one and _SERVER_MESSAGE.match(one["message"]) for one in found):
+            return True
     if any(_PRINTED_LINE.match(line) for line in lines[:3]):
         return True
     return bool(lines) and all(_ERROR_LINE.match(line) for line in lines)
