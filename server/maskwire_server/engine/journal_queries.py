@@ -28,7 +28,7 @@ class JournalQuery:
     """Whether the answer must wait until the mirror has the records that it comes from."""
 
     def find(self, journal: Journal, run: Run) -> tuple[Any] | None:
-        """The answer, in a tuple. None: the future is refused, or nobody waits for it."""
+        """The answer, in a tuple. None: the future is refused, or its caller no longer waits."""
         future = self.future
         if future.cancelled():
             return None
