@@ -231,7 +231,7 @@ class Trainer(TrainerProperties, Client):
         return answer
 
     def _forget_if_closed(self, answer: asyncio.Future[Any]) -> None:
-        """Keep asyncio from logging an error that no caller awaits, such as that of a step ended by `close`."""
+        """Keep asyncio from logging the error of an answer that `close` ended and no caller awaits."""
         if self._closed and not answer.cancelled():
             answer.exception()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,20 @@ STEPS = 6
 
 def an_answer_while_the_store_is_down(folder: Path) -> None:
     """Where answers wait for the mirror, none comes while the store is down."""
-    rig = MirroredRig(folder, "mirrored")
-    engine = rig.start()
-    try:
+    with closing(MirroredRig(folder, "mirrored")) as rig:
+        engine = rig.start()
         train(engine, 1)
         with down():
             step = engine.train_step(bare(1, "step-1"))
             wait_for(lambda: step.done() or engine.status().state is RunState.HELD)
             assert not step.done(), "the step was answered before the mirror had it"
         assert step.result(WAIT).step == 2
-    finally:
-        rig.close()
 
 
 def a_lost_machine(folder: Path) -> None:
     """A run whose store fails for a while, and whose directory is lost, comes back from the address alone."""
-    rig = MirroredRig(folder)
-    engine = rig.start(checkpoints={"every_steps": 1000})
-    try:
+    with closing(MirroredRig(folder)) as rig:
+        engine = rig.start(checkpoints={"every_steps": 1000})
         train(engine, 2)
         with down():
             train(engine, STEPS - 2, first=2)
@@ -49,15 +46,12 @@ def a_lost_machine(folder: Path) -> None:
         again = rig.start()
         assert (again.status().durable_step, again.status().digest) == (STEPS, before.digest)
         train(again, 1, first=STEPS)
-    finally:
-        rig.close()
 
 
 def two_servers_at_one_address(folder: Path) -> None:
     """The first server ends when the second has taken the run over."""
-    rig = MirroredRig(folder)
-    first = rig.start()
-    try:
+    with closing(MirroredRig(folder)) as rig:
+        first = rig.start()
         train(first, 2)
         wait_for(lambda: mirror(first).step == 2)
         assert rig.restore("other")
@@ -66,15 +60,12 @@ def two_servers_at_one_address(folder: Path) -> None:
         wait_for(lambda: bool(rig.fatal) or mirror(first).step == 3)
         assert rig.fatal, "the first server went on"
         assert isinstance(rig.fatal[0], FencedError)
-    finally:
-        rig.close()
 
 
 def batches_beside_a_store_that_is_down(folder: Path) -> None:
     """Batches that the mirror lacks stay in the journal, whatever is to be dropped."""
-    rig = MirroredRig(folder)
-    engine = rig.start()
-    try:
+    with closing(MirroredRig(folder)) as rig:
+        engine = rig.start()
         wait_for(lambda: mirror(engine).segment > 0)
         with down():
             train(engine, 3)
@@ -84,8 +75,6 @@ def batches_beside_a_store_that_is_down(folder: Path) -> None:
         kept = [batch is not None for _, batch in opened.steps_after(1, 0)]
         opened.close()
         assert kept == [True, True, True]
-    finally:
-        rig.close()
 
 
 def _answers_before_the_mirror() -> list[Patch]:

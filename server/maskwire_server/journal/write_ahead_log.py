@@ -37,7 +37,7 @@ class WriteAheadLog:
 
     def used_bytes(self) -> int:
         """The bytes that are not merged into the database yet. Within a transaction it may be less."""
-        if not self._salt and not self._begin():
+        if not self._salt and not self._read_header():
             return 0
         before = self._frames
         as_before = before + self._added  # transactions often have the same size
@@ -53,7 +53,7 @@ class WriteAheadLog:
         self._merged = self._read(_HEADER, 0)[_SALT_AT:_SALT_END]
         self._salt = b""
 
-    def _begin(self) -> bool:
+    def _read_header(self) -> bool:
         """Read the header; False if it is the old one: SQLite renews it at the first write after a merge."""
         header = self._read(_HEADER, 0)
         salt = header[_SALT_AT:_SALT_END]
