@@ -105,7 +105,7 @@ def names(path: Path) -> set[str]:
 def missing(text: str) -> list[str]:
     """What a page names and the sources lack.
 
-    A page names a module as `engine/admission.py`, what it defines in brackets behind it, and methods as `Class.method`.
+    A page names a module as `engine/admission.py`, what it defines in brackets after it, and methods as `Class.method`.
     """
     wrong = []
     for file, said in re.findall(r"`((?:\w+/)*\w+\.py)`(?:\s\(([^)]*)\))?", text):

@@ -72,7 +72,7 @@ def test_a_job_that_was_stopped_before_its_first_line_began_with_the_run(tmp_pat
 def test_after_restores_the_file_has_each_lineage_and_says_where_it_begins(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     use(path, Server((0, 0, 0)), range(1, 4))
-    # Steps 4 to 6 were not seen; twice a checkpoint was restored, the first time without a step behind it.
+    # Steps 4 to 6 were not seen; twice a checkpoint was restored, the first time without a later step.
     lines = use(path, Server((0, 0, 6), (1, 5, 5), (1, 2, 4)), range(5, 7))
     assert places(lines) == [
         *steps(1, 1, 2, 3, 4, 5, 6), (2, 5, "restored"), (3, 2, "restored"),

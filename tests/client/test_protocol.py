@@ -376,7 +376,7 @@ def test_what_is_behind_a_refused_step_is_sent_once_another_has_its_number() -> 
     assert window.sent == [1, 0, 2, 0, 0]
     window.answer(0, window.applied(0))
     window.pass_time()
-    assert window.sent == [0, 0, 2, 0, 0], "step 2 is on its way, and nothing behind it"
+    assert window.sent == [0, 0, 2, 0, 0], "step 2 is in flight, and nothing after it"
     window.answer(2, REFUSED)
     window.pass_time()
     assert window.sent == [0, 0, 0, 0, 2]

@@ -123,7 +123,7 @@ def test_a_draft_with_other_options_leaves_no_files(
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_other_sources_or_options_start_anew(
+def test_other_sources_or_options_start_from_scratch(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     def stop(draft: DraftFolder, *_: Any) -> None:

@@ -1,7 +1,7 @@
 """The campaign: python -m robustness [R1 R4 …] [--full] [--jobs N], or `make robustness`.
 
 Each case is noted when it is done, in .robustness.json, so that a campaign that was stopped goes on;
---again begins anew. The table of docs/robustness.md is written from the notes.
+--again starts from scratch. The table of docs/robustness.md is written from the notes.
 """
 
 from __future__ import annotations

@@ -73,9 +73,9 @@ class Template:
     epoch: int
 
 
-def template(folder: Path, *, folded: bool) -> Template:
-    """Eleven steps, checkpoints at 0, 4 and 8, a session; `folded` or with its log as after a kill."""
-    run_dir = folder / ("folded" if folded else "killed")
+def template(folder: Path, *, merged: bool) -> Template:
+    """Eleven steps, checkpoints at 0, 4 and 8, a session; `merged` or with its log as after a kill."""
+    run_dir = folder / ("merged" if merged else "killed")
     with Run(run_dir) as run:
         engine = run.engine
         engine.open_session(SessionRequest("me", "nonce")).result(WAIT)
@@ -91,10 +91,10 @@ def template(folder: Path, *, folded: bool) -> Template:
         status = engine.status()
         history = HistoryPosition(status.run_id, 1, STEPS, status.digest)
         state, epoch = run.trainer.state, status.epoch
-        if not folded:
+        if not merged:
             copy = folder / "copied"
             shutil.copytree(run_dir, copy)
-    if not folded:
+    if not merged:
         shutil.rmtree(run_dir)
         copy.rename(run_dir)
     return Template(run_dir, history, state, answers, epoch)
@@ -148,8 +148,8 @@ def campaign(folder: Path, seed: int, *, flips: int = 200, cuts: int = 50) -> di
     logging.getLogger("maskwire_server").setLevel(logging.CRITICAL + 1)
     draw = random.Random(seed)
     results: dict[str, Counter[str]] = {}
-    other = template(folder / "other", folded=True)
-    for whole in (template(folder, folded=False), template(folder, folded=True)):
+    other = template(folder / "other", merged=True)
+    for whole in (template(folder, merged=False), template(folder, merged=True)):
         for file in sorted(path for path in whole.run_dir.rglob("*") if path.is_file()):
             name = file.relative_to(whole.run_dir)
             if name.name == "lock" or not file.stat().st_size:
@@ -191,7 +191,7 @@ def _room() -> str | None:
 
 def swap_of_checkpoints(folder: Path) -> str:
     """The files of two checkpoints of one run, exchanged."""
-    whole = template(folder, folded=True)
+    whole = template(folder, merged=True)
     checkpoints = whole.run_dir / "checkpoints"
     one, two = checkpoints / "at-4" / "state.json", checkpoints / "at-8" / "state.json"
     data = one.read_bytes()

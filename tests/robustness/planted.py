@@ -130,7 +130,7 @@ def every_row(folder: Path) -> None:
 
     from robustness import damage
 
-    whole = damage.template(folder, folded=True)
+    whole = damage.template(folder, merged=True)
     for number, statement in enumerate(
         (
             "UPDATE steps SET numbers = zeroblob(33) WHERE step = 10",
@@ -152,7 +152,7 @@ def the_newest_checkpoint_gone(folder: Path) -> None:
     """The newest checkpoint damaged: the one before it, and the batches behind that, count."""
     from robustness import damage
 
-    whole = damage.template(folder, folded=True)
+    whole = damage.template(folder, merged=True)
     path = whole.run_dir / "checkpoints" / "at-8" / "state.json"
     path.write_bytes(path.read_bytes()[:-1])
     assert damage.judge(whole.run_dir, whole) == damage.HELD
@@ -301,7 +301,7 @@ def a_checkpoint_damaged_between_saves(folder: Path) -> None:
 
 
 def a_full_disk_and_a_long_log(folder: Path) -> None:
-    """Training that is held for want of room goes on once the log is folded; nobody deletes anything."""
+    """Training that waits for disk space resumes once the log is merged, although no file is deleted."""
     from robustness import damage
 
     from maskwire_server.requests import StepRequest
@@ -839,7 +839,7 @@ BUGS = {
         _checkpoints_of_other_runs_count, checkpoints_of_another_run),
     "fallbacks-not-read-again": Bug("batches are dropped while a checkpoint that a start needs is damaged",
         _fallbacks_not_read_again, a_checkpoint_damaged_between_saves),
-    "log-stays-while-held": Bug("the log is not folded while training is held for want of room",
+    "log-stays-while-held": Bug("the log is not merged while training waits for disk space",
         _the_log_stays_while_held, a_full_disk_and_a_long_log),
     "owed-evaluation-left-out": Bug("nobody makes up for an evaluation that was broken off",
         _owed_evaluations_left_out, a_job_that_was_stopped),

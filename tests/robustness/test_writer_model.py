@@ -284,7 +284,7 @@ class WriterModel(RuleBasedStateMachine):
     @rule(data=st.data(), number=st.integers(-1, WINDOW))
     @precondition(lambda self: self.sessions)
     def refused_before_it_came(self, data: Any, number: int) -> None:
-        """What is behind it is told at once, and until another has its number."""
+        """Later steps are refused at once, and until another step takes the number."""
         session = data.draw(st.sampled_from(self.sessions[-2:]))
         step = max(1, self.step + 1 + number)
         self.engine.step_refused(session, step)
@@ -508,7 +508,7 @@ class WriterModel(RuleBasedStateMachine):
         self.now += seconds
         self.quiet()  # nothing else wakes it: the clock is ours
         expired = [number for number, item in self.ahead.items() if self.now - item.since >= GAP]
-        if expired:  # with what waits behind it
+        if expired:  # with the later steps that wait
             for number in sorted(n for n in self.ahead if n >= min(expired)):
                 assert self.reason(self.ahead.pop(number).future) == "GAP"
 

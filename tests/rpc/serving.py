@@ -85,7 +85,7 @@ class ServerProcess:
         self.gate.touch()
 
     def release(self) -> None:
-        """Let the held step, and those behind it, go on."""
+        """Let the held step and the later ones continue."""
         self.gate.unlink()
 
     def wait_for_step(self, count: int = 1) -> None:

@@ -254,7 +254,7 @@ def test_the_learning_rate_and_the_total_may_change_also_behind_a_kill(serve: Se
     for server in (calm, rough):
         server.stop()
         server._command += schedule("0.01", 40)
-        server.folder.joinpath("run").rename(server.folder / "old")  # begun anew with a moving average
+        server.folder.joinpath("run").rename(server.folder / "old")  # a new run with a moving average
         server.start()
         done(train(server, text, until=10))
         if server is calm:

@@ -80,7 +80,7 @@ def test_a_client_that_shares_no_version_with_the_server_is_refused_before_the_f
 
 @pytest.mark.parametrize("restarted", [False, True])
 @pytest.mark.parametrize(("first", "second", "version"), [(OLD, BOTH, 2), (BOTH, OLD, 1)])
-def test_a_takeover_before_the_first_step_decides_anew(
+def test_a_takeover_before_the_first_step_decides_again(
     rig: Rig, first: tuple[int, ...], second: tuple[int, ...], version: int, restarted: bool
 ) -> None:
     engine = rig.start()

@@ -50,7 +50,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(place: Path) -> Path:
-    """Take all the room there is, at once: what a fold of the log frees meanwhile stays free."""
+    """Fill the disk at once: what a merge of the log frees later stays free."""
     filler = place / "filler"
     with filler.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, disk.free_bytes(place))
@@ -58,7 +58,7 @@ def fill(place: Path) -> Path:
 
 
 def grow_a_log_over_dropped_batches(engine: Engine, count: int) -> None:
-    """Let batches go, whose pages the next ones take: folding the log makes the database no larger."""
+    """Drop batches whose pages later ones reuse, so that merging the log does not enlarge the database."""
     for step in range(count):
         engine.train_step(large(step)).result(WAIT)
     for name in ("one", "two"):
@@ -66,12 +66,12 @@ def grow_a_log_over_dropped_batches(engine: Engine, count: int) -> None:
         engine.train_step(bare(1)).result(WAIT)
 
 
-def test_a_large_log_is_folded_and_training_goes_on_though_the_disk_is_full(
+def test_a_large_log_is_merged_and_training_goes_on_though_the_disk_is_full(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig = Rig(small_disk / "run")
     grow_a_log_over_dropped_batches(rig.start(checkpoints=LONG, serve={"reserve_bytes": 0}), 100)
-    rig.engines.pop().close()  # folds
+    rig.engines.pop().close()  # merges
     monkeypatch.setattr(reserve, "MERGE_BYTES", 2**40)
     engine = rig.start(checkpoints=LONG, serve={"reserve_bytes": 0})
     for step in range(60):
@@ -87,7 +87,7 @@ def test_a_large_log_is_folded_and_training_goes_on_though_the_disk_is_full(
     engine.close()
 
 
-def test_what_was_computed_when_the_disk_filled_up_is_committed_by_folding(
+def test_what_was_computed_when_the_disk_filled_up_is_committed_by_merging(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rig = Rig(small_disk / "run")
@@ -108,7 +108,7 @@ def test_what_was_computed_when_the_disk_filled_up_is_committed_by_folding(
     engine.close()
 
 
-def test_a_log_is_not_folded_where_the_database_has_no_room_to_grow(tmp_path: Path) -> None:
+def test_a_log_is_not_merged_where_the_database_has_no_room_to_grow(tmp_path: Path) -> None:
     rig = Rig(tmp_path / "run")
     engine = rig.start()
     for step in range(20):
@@ -138,14 +138,14 @@ def test_a_log_is_not_folded_where_the_database_has_no_room_to_grow(tmp_path: Pa
     journal.close()
 
 
-def test_the_log_is_folded_by_its_bytes_not_by_the_number_of_commits(
+def test_the_log_is_merged_by_its_bytes_not_by_the_number_of_commits(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folds: list[int] = []
+    merges: list[int] = []
     merge_log = Journal.merge_log
 
     def counted(self: Journal, *, truncate: bool = False) -> None:
-        folds.append(self.log_bytes())
+        merges.append(self.log_bytes())
         merge_log(self, truncate=truncate)
 
     monkeypatch.setattr(Journal, "merge_log", counted)
@@ -153,8 +153,8 @@ def test_the_log_is_folded_by_its_bytes_not_by_the_number_of_commits(
     engine = rig.start()
     for step in range(200):
         engine.train_step(large(step)).result(WAIT)
-    assert 4 <= len(folds) <= 10
-    assert all(2**20 <= size < 2**20 + 2**18 for size in folds), folds
+    assert 4 <= len(merges) <= 10
+    assert all(2**20 <= size < 2**20 + 2**18 for size in merges), merges
 
 
 def test_a_start_on_a_full_disk_waits_for_room(small_disk: Path) -> None:
@@ -320,6 +320,6 @@ def test_writes_over_a_quota_injected_into_the_system_calls_lose_nothing(tmp_pat
 def test_a_batch_that_fits_nowhere_is_still_refused_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = rig.start()
     monkeypatch.setattr(Reserve, "left", lambda _, waiting: 2**13 - waiting)
-    engine.train_step(StepRequest(payload(1))).result(WAIT)  # the log is folded away for each
+    engine.train_step(StepRequest(payload(1))).result(WAIT)  # the log is merged at each step
     assert reason(engine.train_step(large(1))) == "HELD"
     assert engine.status().state is RunState.SERVING

@@ -256,7 +256,7 @@ def test_the_version_of_the_digest_is_sealed_with_the_facts_of_the_run(
         Journal(tmp_path / "run")
 
 
-def test_an_index_that_lost_a_request_is_built_anew(open_journal: Open, tmp_path: Path) -> None:
+def test_an_index_that_lost_a_request_is_rebuilt(open_journal: Open, tmp_path: Path) -> None:
     journal = open_journal()
     for step in range(1, 30):
         journal.transaction(partial(journal.add_step, record(step), b"payload"))

@@ -273,7 +273,7 @@ def test_a_damaged_checkpoint_is_no_cover(rig: Rig) -> None:
     for name in ("three",):
         (rig.folder / "checkpoints" / name / "state.json").write_text("{}")
     engine = rig.start()
-    assert engine.status().digest == last.digest, "one was intact, and the batches behind it were kept"
+    assert engine.status().digest == last.digest, "one was intact, and the batches after it were kept"
     assert rig.trainer.state == state
 
 
@@ -298,7 +298,7 @@ def test_the_second_newest_is_read_again_before_batches_go(rig: Rig) -> None:
     assert rig.trainer.state == state
 
 
-def test_the_log_is_folded_again_when_there_is_room(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_is_merged_again_when_there_is_room(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = rig.start()
     merge_log, calls = Journal.merge_log, [0]
 
@@ -448,7 +448,7 @@ def test_a_request_that_a_restore_went_back_behind_is_not_said_to_be_in_the_hist
     assert engine.train_step(bare(2, "r2-again")).result(WAIT).step == 2
 
 
-def test_a_save_at_the_step_of_a_damaged_checkpoint_writes_it_anew(rig: Rig) -> None:
+def test_a_save_at_the_step_of_a_damaged_checkpoint_writes_it_again(rig: Rig) -> None:
     engine = rig.start(checkpoints=LONG)
     engine.train_step(bare(1)).result(WAIT)
     engine.save(SaveRequest()).result(WAIT)

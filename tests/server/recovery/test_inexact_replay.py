@@ -301,7 +301,7 @@ def whole(seed: int = 3) -> Config:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 steps, a checkpoint, and 200 steps behind it."""
+    """40 steps, a checkpoint, and 200 steps after it."""
     folder = tmp_path_factory.mktemp("perturbed") / "run"
     run(folder, whole(), lambda: trainer(Perturbed, whole()), range(1, 41 + STEPS), 40).close()
     return folder
