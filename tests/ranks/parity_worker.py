@@ -244,8 +244,9 @@ def compare(scenario: dict[str, Any], steps: int, samples: Samples) -> dict[str,
                 return {"worst": {}, "wrong": [], "error": str(raised), "hash": ""}
             error = f"{type(raised).__name__}: {raised}"
             samples.take()
-        state = None if error else both.divided.snapshot()
-        if not error:
+        state = None
+        if not error and "bug" not in scenario:
+            state = both.divided.snapshot()
             with shared_folder() as folder:
                 both.save(folder)
     leads = state is not None and both.ranks.is_leader

@@ -52,13 +52,23 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture(scope="session")
-def preloaded() -> None:
-    """Servers that have the libraries of other models imported: each would spend seconds on it."""
-    for name in ("transformers", "peft", "x_transformers"):
-        pytest.importorskip(name, reason="needs the extras huggingface and x-transformers")
+def x_transformers_preloaded() -> None:
+    """Servers that have x-transformers imported: each would spend seconds on it."""
+    preload("x_transformers", "x_transformers.x_transformers")
+
+
+@pytest.fixture(scope="session")
+def preloaded(x_transformers_preloaded: None) -> None:
+    """Servers that have the libraries of all models of other libraries imported."""
+    preload("transformers", "transformers.models.bert.modeling_bert")
+    preload("peft", "peft")
+
+
+def preload(package: str, module: str) -> None:
+    """Import a module into the servers that are forked from now on; skips without its package."""
+    pytest.importorskip(package, reason="needs the extras huggingface and x-transformers")
     if fork_server.Process is fork_server.Forked:
-        modules = ("transformers.models.bert.modeling_bert", "peft", "x_transformers.x_transformers")
-        fork_server.CONNECTION.preload(*modules, environment=OFFLINE)
+        fork_server.CONNECTION.preload(module, environment=OFFLINE)
 
 
 @pytest.fixture

@@ -159,7 +159,9 @@ def test_a_failed_import_leaves_no_run_directory(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.importing"))
 
 
-def test_a_model_that_the_encoder_does_not_cover_is_imported_as_it_is(tmp_path: Path) -> None:
+def test_a_model_that_the_encoder_does_not_cover_is_imported_as_it_is(
+    x_transformers_preloaded: None, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     options = {"dim": 32, "depth": 1, "heads": 2, "attn_dim_head": 16, "dynamic_pos_bias": True}
     net = xt.TransformerWrapper(

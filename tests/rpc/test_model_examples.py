@@ -60,10 +60,9 @@ def test_the_page_has_an_example_of_each_source() -> None:
 def test_an_example_trains_recovers_and_is_exported(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    if "transformers" in NEEDS[name]:
-        request.getfixturevalue("preloaded")
-    for package in NEEDS[name]:
-        pytest.importorskip(package)
+    if NEEDS[name]:
+        alone = NEEDS[name] == ["x_transformers"]
+        request.getfixturevalue("x_transformers_preloaded" if alone else "preloaded")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     section = SECTIONS[name]

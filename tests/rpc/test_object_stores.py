@@ -5,21 +5,23 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-
-import maskwire
-
-pytest.importorskip("s3fs", reason='object stores need: pip install "maskwire[storage]"')
-pytest.importorskip("moto.server", reason="the S3 server needs: pip install moto[s3] flask flask-cors")
-
 from robustness.expected import batch
 from robustness.mirror_faults import FENCED, Job, expected_at, one_more, server_at, store
 from robustness.object_store import BUCKET, FAULTS, Proxy, environment
 
+import maskwire
 from maskwire_server.errors import StoreError
 from maskwire_server.journal.object_store import ObjectStore
+
+# Looked up, not imported: the servers import them, and collecting the tests would take seconds longer.
+pytestmark = [
+    pytest.mark.skipif(find_spec("s3fs") is None, reason='needs: pip install "maskwire[storage]"'),
+    pytest.mark.skipif(find_spec("moto") is None, reason="needs: pip install moto[s3] flask flask-cors"),
+]
 
 
 @pytest.fixture(scope="module")
