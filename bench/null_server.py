@@ -60,7 +60,9 @@ class NullTrainer:
     def eval_loss(self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool]) -> EvalResult:
         raise NotImplementedError
 
-    def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
+    def generate(
+        self, prompts: Prompts, options: GenerateOptions, wanted: Callable[[], bool]
+    ) -> Iterator[GenerationState]:
         raise NotImplementedError
 
     def snapshot(self) -> NullSnapshot:

@@ -15,6 +15,7 @@ import numpy as np
 
 from maskwire.v1.values import Losses, ModelInfo, Outcome, RowResult
 from maskwire_server.batch import Batch, Modes, Prompts
+from maskwire_server.errors import Unwanted
 from maskwire_server.results import EvalOptions, EvalResult, GenerateOptions, GenerationState, StepResult
 
 NAN_ID = 7
@@ -100,11 +101,15 @@ class CounterTrainer:
             losses, loss, loss, loss, None, None, 0.5, None, batch.tokens, False, options.draws, rows=rows
         )
 
-    def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
+    def generate(
+        self, prompts: Prompts, options: GenerateOptions, wanted: Callable[[], bool] = lambda: True
+    ) -> Iterator[GenerationState]:
         """From left to right, one position a pass, ids that tell the row's seed; as slow as a step is."""
         ids = np.where(prompts.known, prompts.ids, self.info.mask_id)
         masked, passes = prompts.unknown, 0
         while masked.any():
+            if not wanted():
+                raise Unwanted("cancelled")
             self.entered.release()
             self.gate.wait(60)
             passes += 1

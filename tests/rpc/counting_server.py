@@ -14,7 +14,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,11 @@ class SlowTrainer(CounterTrainer):
         if method == self.hanging:
             threading.Event().wait()
 
-    def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
+    def generate(
+        self, prompts: Prompts, options: GenerateOptions, wanted: Callable[[], bool] = lambda: True
+    ) -> Iterator[GenerationState]:
         self.hang("generate")
-        for state in super().generate(prompts, options):
+        for state in super().generate(prompts, options, wanted):
             time.sleep(self.seconds)
             logging.info("generation pass %d", state.unmasking_step)
             yield state

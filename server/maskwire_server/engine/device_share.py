@@ -1,7 +1,7 @@
 """How the device is divided between training steps and reads (evaluations and generations).
 
 After a read of t seconds, steps get the device for t seconds before the next read, while a client trains. A
-read that keeps a step waiting for longer than `serve.max_read_seconds` is ended. Together: readers cost a
+read that keeps a step or a save waiting for longer than `serve.max_read_seconds` is ended. Together: readers cost a
 training client at most half of its throughput, and a step waits for one read, never for a queue of them.
 """
 
@@ -27,7 +27,7 @@ class DeviceShare:
         self.owed_seconds = 0.0
         """How much steps get before the next read begins, while a client trains."""
         self.ended_reads = 0
-        """Reads that were ended because a step had waited for too long."""
+        """Reads that were ended because a step or save had waited for too long."""
         self.refused_reads = 0
         """Reads that were refused because too many waited."""
         self._last_step: float | None = None  # when it ended
@@ -70,8 +70,8 @@ class DeviceShare:
             self.owed_seconds = max(0.0, self.owed_seconds)
         self._last_step = self._free_since = now
 
-    def read_is_overdue(self, step_arrived: float | None) -> bool:
-        """Whether the running read has kept the first waiting step waiting for too long."""
-        if step_arrived is None:
+    def read_is_overdue(self, arrived: float | None) -> bool:
+        """Whether the running read has kept a step or save that arrived then waiting for too long."""
+        if arrived is None:
             return False
-        return self._clock() - max(step_arrived, self._read_began) >= self._max_read_seconds
+        return self._clock() - max(arrived, self._read_began) >= self._max_read_seconds

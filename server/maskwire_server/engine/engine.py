@@ -163,7 +163,7 @@ class Engine:
             here = self._run.head.computed
             if request.expected_step is not None and request.expected_step < here.step:
                 admission_rules.refuse_unexpected(request, here)  # refuse now: the run is past that step
-            self._push(Save(request, [future]))
+            self._push(Save(request, [future], arrived=self._options.clock()))
         return future
 
     def restore(self, request: RestoreRequest) -> Future[RestoreResult]:

@@ -87,6 +87,8 @@ class Save:
     request: SaveRequest
     waiters: list[Future[CheckpointInfo]] = field(default_factory=list)
     automatic: bool = False
+    arrived: float | None = None
+    """None: no client asked for it."""
 
 
 @dataclass(eq=False)

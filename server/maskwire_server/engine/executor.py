@@ -72,7 +72,7 @@ class Executor:
         self._serve = serve
         self._configuration_id = configuration_id
         self._clock = clock
-        self._reads = Reads(run, committer, trainer, serve)
+        self._reads = Reads(run, committer, trainer, sessions, serve)
         self._look_again: float | None = None  # seconds until a read that waits for steps may begin
         self._mirror = mirror
         self._stopping = False

@@ -62,11 +62,10 @@ class Queue:
         return bool(self._steps)
 
     @property
-    def first_step_arrived(self) -> float | None:
-        """When the first queued step arrived; None: none is queued."""
-        if not self._steps:
-            return None
-        return next(entry.arrived for entry in self._entries if isinstance(entry, Step))
+    def first_arrived(self) -> float | None:
+        """When the first queued step or requested save arrived; None: none is queued."""
+        waiting = (entry.arrived for entry in self._entries if isinstance(entry, Step | Save))
+        return next((arrived for arrived in waiting if arrived is not None), None)
 
     def reads(self, credential: str | None = None) -> int:
         """The number of evaluations and generations that wait, of one credential or of all."""
@@ -182,6 +181,14 @@ class Queue:
                 self._entries.appendleft(entry)
                 return True
         return False
+
+    def pop_session_opening(self) -> SessionOpening | None:
+        """Take the first entry if it is a session that opens."""
+        opening = self.first()
+        if not isinstance(opening, SessionOpening):
+            return None
+        self._entries.popleft()
+        return opening
 
     def pop_restore(self) -> Restore | None:
         """Take the restore that waits, if any."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+from maskwire.v1.values import RunState
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine import admission_rules
 from maskwire_server.engine.commits import RevealCommit
@@ -10,6 +13,7 @@ from maskwire_server.engine.entries import Evaluation
 from maskwire_server.engine.futures import refuse
 from maskwire_server.engine.generation_stream import Generation
 from maskwire_server.engine.read_commits import EvaluationCommit, GenerationCommit
+from maskwire_server.engine.sessions import Sessions
 from maskwire_server.engine.shared_state import Run
 from maskwire_server.engine.trainer_interface import Trainer, guarded
 from maskwire_server.errors import DeviceLost, Refused, StateLost, Unwanted
@@ -32,13 +36,17 @@ class Reads:
     """Runs reads. Each uses the weights of one step: no step is trained until the read has ended.
 
     A read is computed in parts. It ends between two parts if its client has disconnected, or if it has kept
-    a training step waiting for longer than `serve.max_read_seconds`.
+    a training step or a save waiting for longer than `serve.max_read_seconds`. Sessions are opened between
+    two parts, so that a client can start while a read runs.
     """
 
-    def __init__(self, run: Run, committer: Committer, trainer: Trainer, serve: ServeConfig) -> None:
+    def __init__(
+        self, run: Run, committer: Committer, trainer: Trainer, sessions: Sessions, serve: ServeConfig
+    ) -> None:
         self._run = run
         self._committer = committer
         self._trainer = trainer
+        self._sessions = sessions
         self._serve = serve
 
     def run(self, entry: Evaluation | Generation) -> None:
@@ -85,12 +93,12 @@ class Reads:
         self._committer.append(RevealCommit(generation, here))
         try:
             if not generation.over:
-                with guarded(self._trainer):
-                    for state in self._trainer.generate(request.prompts, request.options):
+                with guarded(self._trainer), suppress(Unwanted):
+                    for state in self._trainer.generate(
+                        request.prompts, request.options, lambda: self._may_continue(generation)
+                    ):
                         last = state
-                        if not generation.put(state) or (
-                            not state.done and not self._may_continue(generation)
-                        ):
+                        if not generation.put(state):
                             break
         except (DeviceLost, StateLost):
             raise
@@ -104,11 +112,14 @@ class Reads:
             )
 
     def _may_continue(self, entry: Evaluation | Generation) -> bool:
-        """Whether to compute the next part; refuses the read if it has kept a step waiting for too long."""
+        """Whether to compute the next part; refuses the read if others have waited for it for too long."""
         run = self._run
         run.computing.beat()
         with run.mutex:
-            overdue = run.share.read_is_overdue(run.queue.first_step_arrived)
+            opening = None if run.conditions.holds(RunState.HELD) else run.queue.pop_session_opening()
+            overdue = run.share.read_is_overdue(run.queue.first_arrived)
+        if opening is not None:
+            self._sessions.record(opening)
         if overdue and not entry.future.done():
             run.share.ended_reads += 1
             what = "evaluation" if isinstance(entry, Evaluation) else "generation"

@@ -38,8 +38,13 @@ class Trainer(ReplayTrainer, Protocol):
     def eval_loss(self, batch: Batch, options: EvalOptions, wanted: Callable[[], bool]) -> EvalResult:
         """Evaluate one batch. Raises Unwanted soon after `wanted` returns False."""
 
-    def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
-        """Sample unknown positions of prompts. Yields a state after each pass; the caller may then stop."""
+    def generate(
+        self, prompts: Prompts, options: GenerateOptions, wanted: Callable[[], bool]
+    ) -> Iterator[GenerationState]:
+        """Sample unknown positions of prompts. Yields a state after each pass; the caller may then stop.
+
+        Raises Unwanted soon after `wanted` returns False, also within a pass.
+        """
 
 
 @contextlib.contextmanager

@@ -112,10 +112,12 @@ class LeaderTrainer:
         self._gather(raw=options.raw_weights)
         return self._trainer.eval_loss(batch, options, wanted)
 
-    def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
+    def generate(
+        self, prompts: Prompts, options: GenerateOptions, wanted: Callable[[], bool] = lambda: True
+    ) -> Iterator[GenerationState]:
         """Fill in the prompts, on this rank, with weights gathered from all."""
         self._gather(raw=options.raw_weights)
-        yield from self._trainer.generate(prompts, options)
+        yield from self._trainer.generate(prompts, options, wanted)
 
     def _ranks_without_folder(self) -> list[int]:
         """The ranks that do not see the folder of the checkpoints, or cannot write there."""

@@ -17,7 +17,7 @@ depends on no model class. Logits are computed only where they are needed, so th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from maskwire_server.batch import Prompts
 from maskwire_server.config import ObjectiveConfig
-from maskwire_server.errors import Diverged
+from maskwire_server.errors import Diverged, Unwanted
 from maskwire_server.results import GenerateOptions, GenerationState, Order, SelfCondMode
 from maskwire_server.training import draws, masking_schedule, objective
 from maskwire_server.training.corruption import Vocabulary
@@ -121,6 +121,7 @@ def generate(
     budget: int,
     device: torch.device,
     ema_weights: bool = False,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> Iterator[GenerationState]:
     """Fill in the prompts, and yield a state after each pass. Run it without gradients.
 
@@ -128,7 +129,8 @@ def generate(
     pass has the width of the batch, so that a row's result does not depend on the lengths of other rows. With
     SelfCondMode.CARRY, embeddings are kept for at most `budget` positions: the rows are computed in groups of
     that size, one group after the other, and each group counts its passes from 1. Raises Diverged if the
-    model's output is not finite.
+    model's output is not finite. `wanted` is called before each part of a pass. If it returns False, Unwanted
+    is raised.
     """
     whole = begin(prompts, vocabulary, options.row_seeds, device)
     unknown_b = torch.from_numpy(prompts.unknown.sum(-1))
@@ -143,6 +145,8 @@ def generate(
             step += 1
             plan = plan_pass(config, options, unknown_b[group_b], left_b[group_b], step)
             for which_b in torch.split((left_b[group_b] > 0).nonzero()[:, 0], part_rows):
+                if not wanted():
+                    raise Unwanted("the generation was cancelled: its client no longer waits for it")
                 where_b = which_b.to(device)
                 part = advance(
                     model, config, vocabulary, rows.take(where_b), plan.rows(which_b, device), options

@@ -260,10 +260,13 @@ class TorchTrainer:
         for group in self._groups().values():
             group.begin_average()
 
-    def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
+    def generate(
+        self, prompts: Prompts, options: GenerateOptions, wanted: Callable[[], bool] = lambda: True
+    ) -> Iterator[GenerationState]:
         """Fill in the prompts, and yield a state after each pass. `reads_average` says with which weights.
 
         Between two states nothing is left running or changed, so the caller may stop after any of them.
+        Raises Unwanted soon after `wanted` returns False.
         """
         if options.order is Order.CRITIC and self.critic is None:
             raise ValueError("order 'critic' needs a critic, and this model has none; use another order")
@@ -271,15 +274,9 @@ class TorchTrainer:
         networks = self._gathered.of(self._live(averaged=averaged))
         limit = numerics.sampled_budget(self._device, self._model.num_tokens, options.top_p < 1)
         states = sampling.generate(
-            networks,
-            self._objective,
-            self._vocabulary,
-            prompts,
-            options,
-            budget=min(self._budget, limit),
-            device=self._device,
-            ema_weights=averaged,
-        )
+            networks, self._objective, self._vocabulary, prompts, options,
+            budget=min(self._budget, limit), device=self._device, ema_weights=averaged, wanted=wanted,
+        )  # fmt: skip
         while True:
             networks.eval()
             try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -18,8 +19,15 @@ from maskwire_server.config import ServeConfig
 from maskwire_server.engine.device_share import IDLE_SECONDS, DeviceShare
 from maskwire_server.engine.engine import Engine
 from maskwire_server.errors import Refused, Unwanted
-from maskwire_server.requests import EvalRequest, GenerateRequest, SaveRequest
-from maskwire_server.results import EvalOptions, EvalResult, GenerateOptions, GenerationState, StepResult
+from maskwire_server.requests import EvalRequest, GenerateRequest, SaveRequest, SessionRequest
+from maskwire_server.results import (
+    EvalOptions,
+    EvalResult,
+    GenerateOptions,
+    GenerationState,
+    SessionAnswer,
+    StepResult,
+)
 
 STEP_SECONDS, PART_SECONDS = 0.5, 1.0
 
@@ -38,6 +46,8 @@ class Slow(CounterTrainer):
     clock = Clock()
     parts = 10
     """Of an evaluation."""
+    parts_of_a_pass = 1
+    """Of a generation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,10 +80,16 @@ class Slow(CounterTrainer):
         self.used.append(("read", began, self.clock.now))
         return super().eval_loss(batch, options)
 
-    def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
+    def generate(
+        self, prompts: Prompts, options: GenerateOptions, wanted: Callable[[], bool] = lambda: True
+    ) -> Iterator[GenerationState]:
         began = self.clock.now
         for state in super().generate(prompts, options):
-            self.part()
+            for _ in range(self.parts_of_a_pass):
+                if not wanted():
+                    self.used.append(("ended", began, self.clock.now))
+                    raise Unwanted("ended")
+                self.part()
             yield state
         self.used.append(("read", began, self.clock.now))
 
@@ -152,24 +168,66 @@ def test_ten_of_the_longest_reads_cost_a_training_client_half_its_throughput_and
     assert share.step_seconds == pytest.approx(seconds(used, "step"))
 
 
-@pytest.mark.parametrize("kind", ["evaluation", "generation"])
-def test_a_read_that_keeps_a_step_waiting_for_too_long_is_ended(rig: Rig, clock: Clock, kind: str) -> None:
+READS: dict[str, tuple[int, Callable[[Engine], Future[Any]]]] = {
+    "evaluation": (1, lambda engine: engine.eval_loss(evaluation())),
+    "generation of many passes": (1, lambda engine: engine.generate(generation(100)).future),
+    "generation of one long pass": (100, lambda engine: engine.generate(generation(1)).future),
+}
+"""Reads of a hundred parts, and how many parts an unmasking pass has."""
+
+
+def begin_read(trainer: Slow, engine: Engine, kind: str) -> Future[Any]:
+    """A read that is in its first part, which ends with `parts_may_end`."""
     Slow.parts = 100
-    engine, trainer = start(rig, clock, max_read_seconds=7)
+    Slow.parts_of_a_pass, begin = READS[kind]
     trainer.parts_may_end.clear()
-    read = engine.eval_loss(evaluation()) if kind == "evaluation" else engine.generate(generation(100)).future
+    read = begin(engine)
     assert trainer.part_begins.acquire(timeout=WAIT)
+    return read
+
+
+@pytest.mark.parametrize("what", ["step", "save"])
+@pytest.mark.parametrize("kind", READS)
+def test_a_read_that_keeps_others_waiting_for_too_long_is_ended(
+    rig: Rig, clock: Clock, kind: str, what: str
+) -> None:
+    engine, trainer = start(rig, clock, max_read_seconds=7)
+    read = begin_read(trainer, engine, kind)
     clock.now += 50  # alone, it may take longer
-    step = engine.train_step(bare(1))
+    waits: Future[Any] = engine.train_step(bare(1)) if what == "step" else engine.save(SaveRequest("zero"))
     arrived = clock.now
     trainer.parts_may_end.set()
     error = read.exception(WAIT)
     assert isinstance(error, Refused)
     assert (error.reason, error.metadata) == ("READ_TOO_LONG", {"max_read_seconds": "7"})
     assert "the limit (serve.max_read_seconds)" in error.message
-    assert step.result(WAIT).step == 1
+    assert waits.result(WAIT).step == (what == "step")
     assert clock.now - arrived <= 7 + PART_SECONDS + STEP_SECONDS
     assert engine.status().device_share.ended_reads == 1
+
+
+@pytest.mark.parametrize("kind", READS)
+def test_a_session_is_opened_while_a_read_runs(rig: Rig, clock: Clock, kind: str) -> None:
+    engine, trainer = start(rig, clock)
+    read = begin_read(trainer, engine, kind)
+    opened: Future[SessionAnswer] = engine.open_session(SessionRequest("client", "nonce"))
+    began = clock.now
+    trainer.ready = lambda: clock.now == began or opened.done()  # the first part ends, and no other
+    trainer.parts_may_end.set()
+    assert opened.result(WAIT).epoch == 1
+    trainer.ready = lambda: True
+    assert read.exception(WAIT) is None
+
+
+@pytest.mark.parametrize("kind", READS)
+def test_a_read_whose_caller_has_left_ends_with_its_part(rig: Rig, clock: Clock, kind: str) -> None:
+    engine, trainer = start(rig, clock)
+    read = begin_read(trainer, engine, kind)
+    began = clock.now
+    assert read.cancel()
+    trainer.parts_may_end.set()
+    assert engine.train_step(bare(1)).result(WAIT).step == 1
+    assert clock.now - began == PART_SECONDS + STEP_SECONDS
 
 
 def test_reads_follow_one_another_while_nothing_trains(rig: Rig, clock: Clock) -> None:

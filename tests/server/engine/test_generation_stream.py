@@ -33,8 +33,10 @@ class Stepped(CounterTrainer):
         super().__init__()
         self.allowed = threading.Semaphore(0)
 
-    def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
-        states = super().generate(prompts, options)
+    def generate(
+        self, prompts: Prompts, options: GenerateOptions, wanted: Callable[[], bool] = lambda: True
+    ) -> Iterator[GenerationState]:
+        states = super().generate(prompts, options, wanted)
         while True:
             assert self.allowed.acquire(timeout=WAIT)
             try:
@@ -44,8 +46,10 @@ class Stepped(CounterTrainer):
 
 
 class Failing(CounterTrainer):
-    def generate(self, prompts: Prompts, options: GenerateOptions) -> Iterator[GenerationState]:
-        yield next(super().generate(prompts, options))
+    def generate(
+        self, prompts: Prompts, options: GenerateOptions, wanted: Callable[[], bool] = lambda: True
+    ) -> Iterator[GenerationState]:
+        yield next(super().generate(prompts, options, wanted))
         raise RuntimeError("the secret of the failing generation")
 
 
@@ -112,9 +116,9 @@ def test_a_cancelled_generation_frees_the_device_within_one_pass(start: Start) -
     assert [next(answers).state.unmasking_step for _ in range(3)] == [1, 2, 3]
     waiting = train(engine)
     running.cancel()
-    trainer.allowed.release()  # of the pass that was under way
+    trainer.allowed.release()
     assert waiting.result(WAIT).step == 1
-    assert trainer.passes == 4
+    assert trainer.passes == 3, "no pass begins after the cancellation"
     with pytest.raises(CancelledError):
         next(answers)
 
@@ -159,7 +163,7 @@ def test_draining_ends_a_generation_that_runs_and_those_that_wait(start: Start) 
             list(generation)
         assert raised.value.reason == "DRAINING"
     done.join(WAIT)
-    assert trainer.passes == 2
+    assert trainer.passes <= 2, "at most the pass that was under way"
 
 
 def test_a_failure_has_an_id_and_tells_nothing_else(start: Start) -> None:

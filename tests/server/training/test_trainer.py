@@ -6,6 +6,7 @@ import itertools
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import torch
 
 from maskwire.v1.values import Outcome
 from maskwire_server import config
-from maskwire_server.batch import Batch, Modes
-from maskwire_server.errors import ConfigError, StateLost
-from maskwire_server.results import EvalOptions
+from maskwire_server.batch import Batch, Modes, Prompts
+from maskwire_server.errors import ConfigError, StateLost, Unwanted
+from maskwire_server.results import EvalOptions, GenerateOptions
 from maskwire_server.training import optimizers
 from maskwire_server.training.micro_batch_split import split, split_by_length
 from maskwire_server.training.numerics import choose_device
@@ -244,6 +245,40 @@ def test_files_that_do_not_fit_are_rejected_by_name_and_change_nothing(tmp_path:
     with pytest.raises(ValueError, match="cannot be read"):
         make().load(tmp_path)
     assert not changed(before, state(other))
+
+
+ROWS = tuple(range(6))
+READS: dict[str, Callable[[TorchTrainer, Callable[[], bool]], object]] = {
+    "evaluation": lambda trainer, wanted: trainer.eval_loss(
+        BATCH, EvalOptions(ROWS, 1, raw_weights=True), wanted
+    ),
+    "chain rule": lambda trainer, wanted: trainer.eval_loss(
+        BATCH, EvalOptions(ROWS, 1, raw_weights=True, chain_rule=True), wanted
+    ),
+    "one unmasking pass": lambda trainer, wanted: list(
+        trainer.generate(Prompts.nothing(6, 12), GenerateOptions(ROWS, 1, raw_weights=True), wanted)
+    ),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_read_asks_before_each_part_whether_it_is_wanted(read: str) -> None:
+    trainer = make(micro_batch_tokens=12, threads=1)  # a row in each part
+    answers: list[bool] = []
+    forwards: list[int] = []
+    norm = trainer.networks.generator.final_norm
+    norm.register_forward_pre_hook(lambda *_: forwards.append(len(answers)))
+
+    def wanted() -> bool:
+        answers.append(len(answers) < 3)
+        return answers[-1]
+
+    with pytest.raises(Unwanted, match="its client no longer waits for it"):
+        READS[read](trainer, wanted)
+    assert answers == [True, True, True, False]
+    assert set(forwards) == {1, 2, 3}, "a part was computed after each answer but the last"
+    READS[read](trainer, lambda: True)
+    assert len(forwards) > 6
 
 
 def test_the_average_is_evaluated_unless_raw_weights_are_requested() -> None:
