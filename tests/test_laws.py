@@ -133,7 +133,7 @@ def test_only_the_modules_that_join_packages_know_telemetry_and_it_knows_only_va
         for path in sources(SERVER)
         if knows(path, "maskwire_server.telemetry") and path.relative_to(SERVER).parts[0] != "telemetry"
     }
-    assert users == {"app.py", "cli/options.py"}
+    assert users == {"app.py", "cli/options.py", "error_output.py"}
     for path in sources(SERVER / "telemetry"):
         for name in imports(path):
             if name.startswith("maskwire_server."):

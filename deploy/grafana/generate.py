@@ -61,6 +61,7 @@ ROWS: dict[str, list[Panel]] = {
         Panel("Mean time of a step", "s", {
             "{{phase}}": "rate(maskwire_step_seconds_sum{$S}[5m]) / rate(maskwire_step_seconds_count{$S}[5m])"
         }),
+        Panel("Time without progress", "s", {"seconds": "maskwire_computing_seconds{$S}"}),
         Panel("Time of a step, 99th percentile", "s",
               {"{{phase}}": quantile(0.99, "maskwire_step_seconds", "phase")}),
         Panel("Time of a transaction", "s", {

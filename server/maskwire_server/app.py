@@ -26,6 +26,7 @@ from maskwire_server.engine.engine import Engine
 from maskwire_server.engine.engine_options import EngineOptions
 from maskwire_server.engine.trainer_interface import Trainer
 from maskwire_server.engine.watchdog import Watchdog
+from maskwire_server.error_output import say
 from maskwire_server.errors import ConfigError, DeviceLost, FencedError, Refused, RunDirectoryError
 from maskwire_server.exit_codes import (
     EXIT_CONFIG,
@@ -309,20 +310,11 @@ def _fail(engine: Engine, server: Server, code: int, error: Exception) -> int:
     return code
 
 
-def say(error: Exception) -> None:
-    """Print an error to stderr, one line per problem."""
-    for line in str(error).splitlines():
-        print(f"maskwire-server: {line}", file=sys.stderr)
-
-
 def _die(finish: Callable[[int], int], error: BaseException) -> NoReturn:
     if isinstance(error, FencedError):
         say(error)
         _leave(finish(EXIT_FENCED))
-    print(
-        f"maskwire-server: {type(error).__name__}; see the log above; start the server again to resume",
-        file=sys.stderr,
-    )
+    say(f"{type(error).__name__}; see the log above; start the server again to resume")
     _leave(EXIT_DEVICE if isinstance(error, DeviceLost) else EXIT_FAILURE)
 
 

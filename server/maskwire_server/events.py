@@ -130,6 +130,10 @@ class Generated:
 MOST_SAMPLES = 4
 
 
+OTHER_METHOD = "other"
+"""Stands for the method of a rejected call to another service, whose name may be any text."""
+
+
 @dataclass(frozen=True, slots=True)
 class CallEnded:
     """A call of the service ended: with code OK, or refused with a reason. `time` is when."""

@@ -58,6 +58,8 @@ class RunStatus:
     """The version of the run's digest; 0 before the first step."""
     figures: RunFigures = field(default_factory=RunFigures)
     device_share: DeviceShare = DeviceShare(0.0, 0.0, 0.0, 0, 0, 0)
+    computing_seconds: float = 0.0
+    """For how long the computation that is under way has made no progress; 0: none is under way."""
     step_timeout_seconds: float = 0.0
     """How long a step may take before the process counts as hung."""
     mirror: MirrorStatus | None = None

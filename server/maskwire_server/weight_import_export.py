@@ -15,12 +15,13 @@ from typing import Literal
 
 from maskwire._version import __version__
 from maskwire_server import export_format, tokenizer_files
-from maskwire_server.app import build_trainer, say
+from maskwire_server.app import build_trainer
 from maskwire_server.checkpoints.files import describe, write_manifest
 from maskwire_server.checkpoints.provenance import Provenance
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.config import Config, recorded_sections, template
 from maskwire_server.effective_config import with_schedule
+from maskwire_server.error_output import say
 from maskwire_server.errors import ConfigError, Refused, RunDirectoryError
 from maskwire_server.exit_codes import EXIT_CONFIG, EXIT_RUN_DIRECTORY
 from maskwire_server.export_format import Format

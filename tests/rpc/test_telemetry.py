@@ -146,7 +146,12 @@ def test_prometheus_status_and_event_files_tell_the_same_of_a_server(server: Ser
     assert requests["OK", "TrainStep", ""] == 5
     assert requests["INTERNAL", "TrainStep", "INTERNAL"] == 1
     assert requests["UNAUTHENTICATED", "GetStatus", "UNAUTHENTICATED"] >= 1
+    assert requests["PERMISSION_DENIED", "Checkpoint", "PERMISSION_DENIED"] == 0, (
+        "the first one is an increase"
+    )
+    assert requests["UNAUTHENTICATED", "other", "UNAUTHENTICATED"] == 0
     assert requests["OK", "Generate", ""] == 1
+    assert found["maskwire_computing_seconds"] == {(): 0}
     assert figures.steps == {"APPLIED": 4, "SKIPPED_NON_FINITE": 1}
     assert figures.tokens == found["maskwire_tokens_total"][()]
     assert figures.refused_calls == {"INTERNAL": 1}

@@ -84,8 +84,8 @@ class ServeConfig(Section):
     chain rule. Generation: rows times columns times passes. Self-conditioning doubles it, and a critic adds
     one pass. Default: 67,108,864, on a CPU 4,194,304."""
     max_read_seconds: Finite = Field(30.0, gt=0)
-    """How long an evaluation or generation may keep a training step waiting before it is ended
-    (READ_TOO_LONG). Keep it below the clients' deadline for a step, 60 s by default. Without waiting steps it
+    """How long an evaluation or generation may keep a training step or a save waiting before it is ended
+    (READ_TOO_LONG). Keep it below the clients' deadline for a step, 60 s by default. While neither waits, it
     may take longer."""
     max_reads_per_credential: int = Field(8, ge=1, le=4096)
     """Maximum number of evaluations and generations of one token (without tokens, of one client certificate)

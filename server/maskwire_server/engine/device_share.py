@@ -1,8 +1,9 @@
 """How the device is divided between training steps and reads (evaluations and generations).
 
 After a read of t seconds, steps get the device for t seconds before the next read, while a client trains. A
-read that keeps a step or a save waiting for longer than `serve.max_read_seconds` is ended. Together: readers cost a
-training client at most half of its throughput, and a step waits for one read, never for a queue of them.
+read that keeps a step or a save waiting for longer than `serve.max_read_seconds` is ended. Together: readers
+cost a training client at most half of its throughput, and a step waits for one read, never for a queue of
+them.
 """
 
 from __future__ import annotations

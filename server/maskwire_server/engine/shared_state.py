@@ -43,9 +43,9 @@ class Run:
         self.conditions.on_change(self._publish_state)
         self.share = DeviceShare(clock, serve.max_read_seconds)
         self.step_timeout = StepTimeout(serve.step_timeout_seconds)
-        self.computing = Progress()
+        self.computing = Progress(clock)
         """What the executor is doing."""
-        self.committing = Progress()
+        self.committing = Progress(clock)
         """What the committer is doing."""
         self.lineages: dict[int, Lineage] = {}
         """Every recorded lineage, by number."""

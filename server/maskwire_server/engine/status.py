@@ -68,6 +68,7 @@ def report(
             run.share.refused_reads,
             run.share.ended_reads,
         ),
+        computing_seconds=run.computing.seconds_without,
         step_timeout_seconds=run.step_timeout.seconds,
         mirror=None if mirror is None else mirror.status(),
     )

@@ -104,14 +104,13 @@ class TokenInterceptor(grpc.ServerInterceptor):
         required = Role.READ
         if not method.startswith((_HEALTH, _REFLECTION)):
             required = self._required_roles.get(method.removeprefix(_SERVICE), Role.ADMIN)
-        headers = [value for key, value in metadata or () if key == "authorization"]
-        scheme, _, token = (headers[0] if len(headers) == 1 else "").partition(" ")
-        if scheme.lower() != "bearer" or not token:
+        token = _bearer_token(metadata)
+        if not token:
             raise Refused(
                 "UNAUTHENTICATED",
                 "this server requires one 'authorization: Bearer TOKEN' in the call's metadata",
             )
-        found = self._find(token.strip())
+        found = self._find(token)
         if found is None:
             raise Refused("UNAUTHENTICATED", "this server does not know the token; check it, or use another")
         if found.expires is not None and self._clock() >= found.expires:
@@ -134,6 +133,13 @@ class TokenInterceptor(grpc.ServerInterceptor):
         return found
 
 
+def _bearer_token(metadata: Any) -> str:
+    """The token of the only authorization header, however the header is spelled; empty if there is none."""
+    headers = [value for key, value in metadata or () if key == "authorization"]
+    scheme, _, token = (str(headers[0]) if len(headers) == 1 else "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
 def _rejecting_handler(refusal: Refused) -> grpc.RpcMethodHandler[Any, Any]:
     def reject(_: object, context: grpc.ServicerContext) -> object:
         abort(context, refusal)
@@ -149,8 +155,7 @@ def caller(context: grpc.ServicerContext, *, has_tokens: bool) -> str:
     """
     secret = b"\0".join(context.peer_identities() or ())
     if has_tokens:
-        headers = [value for key, value in context.invocation_metadata() if key == "authorization"]
-        secret = str(headers[0]).encode("utf-8", "surrogateescape") if headers else b""
+        secret = _bearer_token(context.invocation_metadata()).encode("utf-8", "surrogateescape")
     return hashlib.sha256(secret).hexdigest()[:16] if secret else ""
 
 

@@ -13,12 +13,10 @@ from google.rpc import error_details_pb2, status_pb2
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire_server.call_context import CallContext, current
 from maskwire_server.errors import REASONS, Refused
-from maskwire_server.events import CallEnded, Event
+from maskwire_server.events import OTHER_METHOD, CallEnded, Event
 
 Publish = Callable[[Event], None]
 
-OTHER = "other"
-"""Published instead of the method of a rejected call to another service, whose name may be any text."""
 _METHODS = {method.name for method in pb.DESCRIPTOR.services_by_name["TrainingService"].methods}
 _STATUS_DETAILS = "grpc-status-details-bin"
 _TRACE = "traceparent"
@@ -76,7 +74,7 @@ def rejected(method: str, refusal: Refused) -> CallEnded:
     service, _, name = method.rpartition("/")
     known = name in _METHODS and service.endswith("TrainingService")
     return CallEnded(
-        time.time(), name if known else OTHER, REASONS[refusal.reason].status, refusal.reason, 0.0
+        time.time(), name if known else OTHER_METHOD, REASONS[refusal.reason].status, refusal.reason, 0.0
     )
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import textwrap
 from collections.abc import Callable
 from datetime import UTC, datetime
+from typing import Any
 
 from maskwire_server import call_context
 from maskwire_server.run_status import RunStatus
 
 _LINE_ENDS = {ord(end): repr(end)[1:-1] for end in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"}
+_OTHER_LINE_ENDS = {end: escaped for end, escaped in _LINE_ENDS.items() if end != ord("\n")}
 
 
 class TextFormatter(logging.Formatter):
@@ -18,6 +21,10 @@ class TextFormatter(logging.Formatter):
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """The traceback, indented: what an exception quotes cannot look like a line of the log."""
+        return textwrap.indent(super().formatException(ei), "  ").translate(_OTHER_LINE_ENDS)
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         """The message, with its line ends escaped."""
@@ -52,6 +59,11 @@ class JsonFormatter(logging.Formatter):
         if record.stack_info:
             line["stack"] = self.formatStack(record.stack_info)
         return json.dumps(line, default=str)
+
+
+def writes_json() -> bool:
+    """Whether the process's log is JSON."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
 
 
 def show_run(status: Callable[[], RunStatus]) -> None:

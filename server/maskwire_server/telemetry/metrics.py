@@ -8,6 +8,7 @@ from typing import Literal
 
 from maskwire.v1 import training_service_pb2 as pb
 from maskwire.v1.values import MirrorStatus, Outcome, RunState
+from maskwire_server.events import OTHER_METHOD
 from maskwire_server.run_figures import HistogramFigures
 from maskwire_server.run_status import RunStatus
 
@@ -103,10 +104,14 @@ def _build(reading: Reading) -> list[Sample]:
 
 
 def _requests(reading: Reading) -> list[Sample]:
-    """Counts of successes and unexpected errors start at 0, so that the first one appears as an increase."""
+    """Counts that alerts look at start at 0, so that the first call of their kind appears as an increase."""
     methods = [method.name for method in pb.DESCRIPTOR.services_by_name["TrainingService"].methods]
     zeros = {(name, *end): 0 for name in methods for end in (("OK", ""), ("INTERNAL", "INTERNAL"))}
+    zeros |= {(name, denied, denied): 0 for name in (*methods, OTHER_METHOD) for denied in _DENIED}
     return [(labels, count) for labels, count in sorted({**zeros, **reading.status.figures.calls}.items())]
+
+
+_DENIED = ("UNAUTHENTICATED", "PERMISSION_DENIED")
 
 
 def _device_seconds(reading: Reading) -> list[Sample]:
@@ -164,6 +169,12 @@ METRICS = (
         "gauge",
         "Requests that wait for the device.",
         lambda reading: _one(reading.status.queue_length),
+    ),
+    Metric(
+        "maskwire_computing_seconds",
+        "gauge",
+        "Seconds for which a step, or a part of an evaluation or generation, has been computed; 0: none is.",
+        lambda reading: _one(reading.status.computing_seconds),
     ),
     Metric("maskwire_state", "gauge", "1 for the run's state, 0 for each other.", _states, ("state",)),
     Metric(

@@ -19,7 +19,7 @@ class Watched:
 
     def __init__(self, *, limit: float) -> None:
         self.now = 0.0
-        self.progress = Progress()
+        self.progress = Progress(lambda: self.now)
         self.limit = limit
         self.dog = Watchdog([Progress(), self.progress], 10.0, lambda: self.now, lambda _: None)
 
@@ -54,6 +54,20 @@ def test_parts_ends_and_beginnings_are_progress_and_waiting_for_work_is_no_hang(
     assert watched.after(29) == "", "the same words, another step"
     watched.progress.end()
     assert watched.after(1000) == ""
+
+
+def test_the_time_without_progress_is_that_of_the_work_under_way() -> None:
+    watched = Watched(limit=300)
+    watched.after(50)
+    assert watched.progress.seconds_without == 0.0, "idle"
+    watched.begin()
+    watched.after(20)
+    assert watched.progress.seconds_without == 20.0
+    watched.progress.beat()
+    watched.after(5)
+    assert watched.progress.seconds_without == 5.0
+    watched.progress.end()
+    assert watched.progress.seconds_without == 0.0
 
 
 def test_time_in_which_the_process_was_stopped_does_not_count() -> None:

@@ -238,15 +238,17 @@ def test_files_that_change_while_they_are_read_are_read_again(
 
 
 def test_a_call_is_named_by_its_token_or_else_its_certificate_and_neither_is_revealed() -> None:
-    def name(token: str, *identities: bytes, has_tokens: bool) -> str:
+    def name(token: str, *identities: bytes, has_tokens: bool, scheme: str = "Bearer ") -> str:
         context: Any = SimpleNamespace(
             peer_identities=lambda: identities or None,
-            invocation_metadata=lambda: [("authorization", f"Bearer {token}")] if token else [],
+            invocation_metadata=lambda: [("authorization", f"{scheme}{token}")] if token else [],
         )
         return auth.caller(context, has_tokens=has_tokens)
 
     ours = name(GOOD, b"a@example.org", has_tokens=True)
     assert ours == name(GOOD, has_tokens=True)
+    for scheme in ("bearer ", "BEARER    "):  # accepted too
+        assert ours == name(GOOD, has_tokens=True, scheme=scheme), "limits are those of the token"
     assert ours != name(OTHER, has_tokens=True)
     assert GOOD not in ours
     certificate = name("", b"a@example.org", has_tokens=False)

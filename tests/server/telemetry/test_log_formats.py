@@ -13,6 +13,8 @@ from rig import WAIT, Rig, bare
 
 from maskwire_server import call_context
 from maskwire_server.call_context import CallContext
+from maskwire_server.error_output import say
+from maskwire_server.errors import ConfigError
 from maskwire_server.telemetry.log_formats import JsonFormatter, TextFormatter
 
 INJECTED = "name 'a\n12:00:00 ERROR   forged\r\u2028\x85\x1eend'"
@@ -42,7 +44,37 @@ def test_a_traceback_is_a_field_of_one_json_object_and_lines_of_text() -> None:
     assert line["exception"].endswith("RuntimeError: the reason")
     assert (line["level"], line["logger"]) == ("warning", "maskwire_server.x")
     failed.exc_text = None
-    assert TextFormatter().format(failed).endswith("\nRuntimeError: the reason")
+    assert TextFormatter().format(failed).endswith("\n  RuntimeError: the reason")
+
+
+def test_what_an_exception_quotes_cannot_look_like_a_line_of_the_log() -> None:
+    try:
+        raise ValueError(INJECTED)
+    except ValueError:
+        failed = record("step %d failed", 3, error=True)
+    first, *traceback = TextFormatter().format(failed).splitlines()
+    assert first.endswith("step 3 failed")
+    assert "12:00:00 ERROR   forged" in traceback[-1]
+    assert all(line.startswith("  ") for line in traceback)
+
+
+def test_the_error_that_ends_the_server_is_an_object_of_a_json_log(
+    json_log: logging.FileHandler, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say(ConfigError("serve.window must be at least 1, got 0\nmodel.dim must be set"))
+    lines = [json.loads(line) for line in Path(json_log.baseFilename).read_text().splitlines()]
+    assert [line["message"] for line in lines] == [
+        "serve.window must be at least 1, got 0", "model.dim must be set",
+    ]  # fmt: skip
+    assert {line["level"] for line in lines} == {"critical"}
+    assert capsys.readouterr().err == ""
+
+
+def test_the_error_that_ends_the_server_is_a_plain_line_beside_a_text_log(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    say(ConfigError("serve.window must be at least 1, got 0"))
+    assert capsys.readouterr().err == "maskwire-server: serve.window must be at least 1, got 0\n"
 
 
 @pytest.fixture
