@@ -53,15 +53,19 @@ def commands(container: dict[str, Any]) -> list[list[str]]:
         return [words] if words[0] == "maskwire" else []
     if '"$@"' in words[2]:
         return [words[4:]]
-    return [shlex.split(line.split("||")[0].removeprefix("exec ")) for line in words[2].splitlines()]
+    lines = [re.split(r"\|\|| >", line)[0].removeprefix("exec ") for line in words[2].splitlines()]
+    return [shlex.split(line) for line in lines]
 
 
 def test_the_stages_come_in_order_and_their_commands_exist() -> None:
     ran = [(name, parsed(command)) for name, each in stages() for command in commands(each)]
     assert [name for name, _ in ran] == [
-        "prepare-texts", "prepare-held-out", "train", "evaluate", "export", "export",
+        "prepare-texts", "prepare-held-out", "train", "save", "save", "evaluate", "export",
     ]  # fmt: skip
-    assert [name for name, _ in stages()].index("gate") == 4
+    assert [name for name, _ in stages()][-2:] == ["gate", "export"]
+    assert [each["name"] for name, each in ran if name in ("save", "export") and "name" in each] == [
+        "maskwire-abc12", "maskwire-abc12",
+    ]  # fmt: skip
     values = dict(ran)
     assert values["train"]["paths"] == [str(values["prepare-texts"]["out"])]
     assert values["evaluate"]["paths"] == [str(values["prepare-held-out"]["out"])]
@@ -119,19 +123,26 @@ def test_a_stage_is_tried_again_where_that_helps() -> None:
 # ---- the scripts
 
 
+GOOD = {"digest": "a1", "bits_per_token": 2.3, "standard_error": 0.05}
+
+
 @pytest.mark.parametrize(
-    ("evaluation", "said"),
+    ("evaluation", "step", "said"),
     [
-        ({"step": 1000, "bits_per_token": 2.3, "standard_error": 0.05}, "2.4443 bits"),
-        ({"step": 1000, "bits_per_token": 2.45, "standard_error": 0.05}, "not good enough"),
-        ({"step": 1001, "bits_per_token": 2.3, "standard_error": 0.05}, "somebody else"),
-        ({"step": 1000, "bits_per_token": None, "standard_error": None}, "not finite"),
+        (GOOD, 1000, "2.4443 bits"),
+        (GOOD | {"bits_per_token": 2.45}, 1000, "not good enough"),
+        (GOOD, 1001, "the checkpoint is of step 1001: somebody else"),
+        (GOOD | {"digest": "b2"}, 1000, "not of the checkpoint: somebody else"),
+        (GOOD | {"bits_per_token": None, "standard_error": None}, 1000, "not finite"),
     ],
 )
-def test_the_gate_opens_for_a_model_below_the_bound(
-    tmp_path: Path, evaluation: dict[str, Any], said: str
+def test_the_gate_opens_for_a_checkpoint_below_the_bound(
+    tmp_path: Path, evaluation: dict[str, Any], step: int, said: str
 ) -> None:
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    saved = [{"name": "other", "step": 1000, "digest": "b2"}]
+    saved.append({"name": "maskwire-abc12", "step": step, "digest": "a1"})
+    (tmp_path / "checkpoints.json").write_text(json.dumps(saved))
     gate = dict(stages())["gate"]
     done = subprocess.run(
         [sys.executable, "-c", gate["source"].replace("/pipeline", str(tmp_path))],
@@ -142,22 +153,21 @@ def test_the_gate_opens_for_a_model_below_the_bound(
     assert done.returncode == (0 if "bits" in said else 1)
 
 
-@pytest.mark.parametrize(
-    ("save", "download", "code"), [(0, 0, 0), (1, 0, 0), (1, 1, 1), (3, 0, 3), (6, 0, 6)]
-)
-def test_the_export_is_repeatable_and_keeps_the_exit_code(
-    tmp_path: Path, save: int, download: int, code: int
+@pytest.mark.parametrize(("save", "listed", "code"), [(0, 0, 0), (1, 0, 0), (1, 3, 3), (3, 0, 3), (6, 0, 6)])
+def test_the_save_is_repeatable_and_keeps_the_exit_code(
+    tmp_path: Path, save: int, listed: int, code: int
 ) -> None:
     (tmp_path / "maskwire").write_text(
-        f'#!/bin/sh\necho "$2 $3" >>{tmp_path}/log\n[ $2 = save ] && exit {save}\nexit {download}\n'
+        f'#!/bin/sh\necho "$2 $3" >>{tmp_path}/log\n[ $2 = save ] && exit {save}\necho "[]"\nexit {listed}\n'
     )
     (tmp_path / "maskwire").chmod(0o755)
-    export = dict(stages())["export"]
+    stage = dict(stages())["save"]
     done = subprocess.run(
-        [*export["command"], *export["args"]],
+        [*stage["command"], *[each.replace("/pipeline", str(tmp_path)) for each in stage["args"]]],
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
         check=False,
     )
     assert done.returncode == code
     log = (tmp_path / "log").read_text().splitlines()
-    assert log == ["save maskwire-abc12", "download maskwire-abc12"][: 1 if save > 1 else 2]
+    assert log == ["save maskwire-abc12", "list --json"][: 1 if save > 1 else 2]
+    assert save > 1 or json.loads((tmp_path / "checkpoints.json").read_text()) == []

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,14 @@ def authority(secrets: Path) -> Authority:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, secrets: Path, authority: Authority) -> Iterator[Any]:
-    """TLS and tokens, around the counter trainer."""
+    """TLS and tokens, around the counter trainer, with all telemetry, and with a mirror if it is installed."""
     pair = authority.issue("server", "localhost", "127.0.0.1")
+    mirror = {"storage__mirror": f"file://{secrets / 'mirror'}"} if find_spec("fsspec") else {}
     made = ServerProcess(
         tmp_path_factory.mktemp("secure"), [*COUNTING, "0"], model__num_tokens="257", model__mask_id="256",
         serve__tls_certificate=pair.cert, serve__tls_key=pair.key, **token_files(secrets / "tokens"),
+        telemetry__metrics_address=":0", telemetry__tensorboard="true", telemetry__log_format="json",
+        **mirror,
     )  # fmt: skip
     made.forked = False  # the variable below is read when a process starts
     made.environment["MALLOC_ARENA_MAX"] = "1"  # otherwise each thread keeps a pool of freed memory
