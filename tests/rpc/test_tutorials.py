@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 Run = Callable[..., str]
 LONG = pytest.mark.skipif(
-    "MASKWIRE_TUTORIALS" not in os.environ, reason="takes half a minute; `make docs` runs it"
+    "MASKWIRE_TUTORIALS" not in os.environ, reason="takes half a minute or more; `make docs` runs it"
 )
 
 
@@ -70,6 +70,15 @@ def test_addition(run: Run) -> None:
     assert "step 3  loss" in said
     assert "\n12+34=" in said
     assert re.search(rf"\d% of {held_out} held-out sums are exact", said)
+
+
+@LONG
+@pytest.mark.timeout(1800)
+def test_addition_is_learned_in_the_steps_of_its_page(run: Run) -> None:
+    said = run("addition", {"--set model.dim=128 ": "--set run.seed=2 --set model.dim=128 "})
+    exact = float(re.findall(r"([\d.]+)% of 501 held-out sums are exact", said)[0])
+    assert exact >= 99.0
+    assert "\n12+34=46" in said
 
 
 def test_own_corpus(run: Run) -> None:
