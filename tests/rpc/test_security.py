@@ -74,7 +74,7 @@ def authority(secrets: Path) -> Authority:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, secrets: Path, authority: Authority) -> Iterator[Any]:
-    """TLS and tokens, around the counter trainer, with all telemetry, and with a mirror if it is installed."""
+    """TLS and tokens around the counter trainer, with all telemetry, and with a mirror if it is installed."""
     pair = authority.issue("server", "localhost", "127.0.0.1")
     mirror = {"storage__mirror": f"file://{secrets / 'mirror'}"} if find_spec("fsspec") else {}
     made = ServerProcess(
