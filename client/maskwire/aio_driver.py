@@ -45,7 +45,6 @@ class Driver(ProcessBound):
         self.target = endpoint.target
         self._calls = calls
         self._endpoint = endpoint
-        self._metadata = endpoint.metadata
         self._loop: asyncio.AbstractEventLoop | None = None
         self._channel: Any = None  # made in the loop, since gRPC binds it to the loop
         self._stub: Any = None
@@ -166,7 +165,7 @@ class Driver(ProcessBound):
         self._check_open()
         try:
             answer = getattr(self._stub, call.method)(
-                call.request, timeout=call.timeout, metadata=(*self._metadata, *call.headers)
+                call.request, timeout=call.timeout, metadata=(*self._endpoint.metadata, *call.headers)
             )
             if call.meanwhile is not None:
                 asyncio.get_running_loop().call_soon(
@@ -185,7 +184,7 @@ class Driver(ProcessBound):
         try:
             if stream.call is None:
                 method = getattr(self._stub, stream.method)
-                stream.call = method(stream.request, timeout=stream.timeout, metadata=self._metadata)
+                stream.call = method(stream.request, timeout=stream.timeout, metadata=self._endpoint.metadata)
             message = await stream.call.read()
         except grpc.RpcError as error:
             return read_failure(error)

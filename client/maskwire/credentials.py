@@ -43,9 +43,32 @@ class CredentialOptions(TypedDict, total=False):
     token: str | None
     """Bearer token, for a server that requires one."""
     token_file: str | Path | None
-    """File with the bearer token on its first line that is not a comment."""
+    """File with the bearer token on its first line that is not a comment. Read again when it changes."""
     allow_insecure: bool
     """Send the token in plaintext to another machine. Anyone on the network can read it."""
+
+
+class TokenFile:
+    """The token in a file. It can be replaced while a client uses it."""
+
+    def __init__(self, path: Path) -> None:
+        """Read it. Raises OSError and ValueError."""
+        self._path = path
+        self._stamp: tuple[int, ...] = ()
+        self._token = ""
+        self.read()
+
+    def read(self) -> str:
+        """The token; the former one while the file cannot be read or contains none."""
+        try:
+            found = self._path.stat()
+            stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
+            if stamp != self._stamp:
+                self._token, self._stamp = _token_in(self._path), stamp
+        except (OSError, ValueError):
+            if not self._token:
+                raise
+        return self._token
 
 
 @dataclass(frozen=True)
@@ -56,8 +79,14 @@ class Endpoint:
     credentials: grpc.ChannelCredentials | None = field(repr=False)
     """None: plaintext."""
     server_name: str | None
-    metadata: tuple[tuple[str, str], ...] = field(repr=False)
-    """Sent with every call."""
+    token: TokenFile | str = field(repr=False)
+    """Empty: none is sent."""
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What to send with a call. A token file is read again when it has changed."""
+        token = self.token.read() if isinstance(self.token, TokenFile) else self.token
+        return (("authorization", f"Bearer {token}"),) if token else ()
 
     @staticmethod
     def of(target: str, **options: Unpack[CredentialOptions]) -> Endpoint:
@@ -87,14 +116,16 @@ class Endpoint:
         if tls:
             credentials = grpc.ssl_channel_credentials(*(_pem(name, path) for name, path in (
                 ("ca", ca), ("key", key), ("cert", cert))))  # fmt: skip
-        token = _token(options.get("token"), options.get("token_file"))
-        if token and not tls and not options.get("allow_insecure") and not is_local(target):
+        token, file = options.get("token"), options.get("token_file")
+        if token is not None and file is not None:
+            raise ValueError("set token or token_file, not both")
+        found = _checked("token", token or "") if file is None else TokenFile(Path(file))
+        if found and not tls and not options.get("allow_insecure") and not is_local(target):
             raise ValueError(
                 f"the bearer token would be sent to {target} in plaintext; use TLS (tls, ca), a tunnel to "
                 "this machine, or allow_insecure"
             )
-        metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        return Endpoint(target, credentials, server_name, metadata)
+        return Endpoint(target, credentials, server_name, found)
 
     def channel(self, module: ModuleType = grpc) -> Any:
         """Open a channel of `grpc` or `grpc.aio`."""
@@ -128,17 +159,16 @@ def _pem(name: str, path: str | Path | None) -> bytes | None:
     return data
 
 
-def _token(token: str | None, file: str | Path | None) -> str:
-    if token is not None and file is not None:
-        raise ValueError("set token or token_file, not both")
-    if file is not None:
-        text = Path(file).read_text(errors="replace")
-        lines = [line.split("#")[0].split() for line in text.splitlines()]
-        token = next((words[0] for words in lines if words), "")
-        if not token:
-            raise ValueError(f"token_file {file} contains no token: write it on a line of its own")
-    token = (token or "").strip()
+def _token_in(file: Path) -> str:
+    lines = [line.split("#")[0].split() for line in file.read_text(errors="replace").splitlines()]
+    token = next((words[0] for words in lines if words), "")
+    if not token:
+        raise ValueError(f"token_file {file} contains no token: write it on a line of its own")
+    return _checked(f"the token in {file}", token)
+
+
+def _checked(where: str, token: str) -> str:
+    token = token.strip()
     if not token.isascii() or any(character.isspace() for character in token):
-        where = "token" if file is None else f"the token in {file}"
         raise ValueError(f"{where} must be ASCII without spaces")
     return token

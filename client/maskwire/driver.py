@@ -76,7 +76,6 @@ class Driver(ProcessBound):
         super().__init__()
         self.target = endpoint.target
         self._calls = calls
-        self._metadata = endpoint.metadata
         self._endpoint = endpoint
         self._connections: dict[bool, tuple[grpc.Channel, Any]] = {}  # by whether it is the main thread's
         self._lock = threading.Lock()  # held while an operation runs between two effects
@@ -213,7 +212,7 @@ class Driver(ProcessBound):
             self._background.run(call.meanwhile)
         try:
             answer = getattr(self._stub, call.method)(
-                call.request, timeout=call.timeout, metadata=(*self._metadata, *call.headers)
+                call.request, timeout=call.timeout, metadata=(*self._endpoint.metadata, *call.headers)
             )
             if call.on_message is None:
                 return answer
@@ -233,7 +232,7 @@ class Driver(ProcessBound):
         try:
             if stream.call is None:
                 method = getattr(self._stub, stream.method)
-                stream.call = method(stream.request, timeout=stream.timeout, metadata=self._metadata)
+                stream.call = method(stream.request, timeout=stream.timeout, metadata=self._endpoint.metadata)
             return next(stream.call, None)
         except grpc.RpcError as error:
             return read_failure(error)

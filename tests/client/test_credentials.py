@@ -39,6 +39,29 @@ def test_a_token_goes_nowhere_in_plaintext_unless_told(tmp_path: Path) -> None:
     assert TOKEN not in repr(endpoint)
 
 
+def test_a_token_file_is_read_again_when_it_changes_and_is_usable(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    with pytest.raises(FileNotFoundError):
+        Endpoint.of("127.0.0.1:1", token_file=file)
+    file.write_text(TOKEN)
+    endpoint = Endpoint.of("127.0.0.1:1", token_file=file)
+
+    def sent() -> str:
+        [(_, value)] = endpoint.metadata
+        return value.removeprefix("Bearer ")
+
+    for unusable in ("", "two\u00e4", None):
+        file.unlink()
+        if unusable is not None:
+            file.write_text(unusable)
+        assert sent() == TOKEN, "the former one stays in use"
+    file.write_text("another-token-0123456789")
+    assert sent() == "another-token-0123456789"
+    (tmp_path / "next").write_text("third-token-0123456789")
+    (tmp_path / "next").rename(file)
+    assert sent() == "third-token-0123456789"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

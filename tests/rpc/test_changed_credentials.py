@@ -179,3 +179,21 @@ def test_a_client_whose_token_is_revoked_is_refused_its_next_step(serve: Serve, 
         wait_until(lambda: "read the tokens again" in server.log.read_text(), "the new token")
         with pytest.raises(UnauthenticatedError):
             trainer.train_step(np.ones((2, 4), dtype=int))
+
+
+def test_a_client_takes_the_new_token_of_its_file_without_a_restart(serve: Serve, tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "client.token", tmp_path / "train.token"
+    ours.write_text(OLD)
+    theirs.write_text(f"{OLD}\n")
+    server = serve(seconds=0, serve__token_train_file=str(theirs))
+    with maskwire.connect(server.address, token_file=ours, retry_for=0) as trainer:
+        assert trainer.train_step(np.ones((2, 4), dtype=int)).step == 1
+        theirs.write_text(f"{OLD}\n{NEW}\n")  # they overlap
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "read the tokens again" in server.log.read_text(), "both tokens")
+        ours.write_text(NEW)
+        assert trainer.train_step(np.ones((2, 4), dtype=int)).step == 2
+        theirs.write_text(f"{NEW}\n")
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: server.log.read_text().count("read the tokens again") == 2, "the new token alone")
+        assert trainer.train_step(np.ones((2, 4), dtype=int)).step == 3
