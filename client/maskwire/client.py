@@ -274,7 +274,7 @@ class Trainer(TrainerProperties, Client):
                 lambda: not writer.in_flight or (writer.unreachable and not patient), lambda: None, grace
             )
             if (request := writer.close_request()) is not None:
-                self._stub.CloseSession(request, timeout=CLOSE_TIMEOUT, metadata=self._metadata)
+                self._stub.CloseSession(request, timeout=CLOSE_TIMEOUT, metadata=self._endpoint.metadata)
         except grpc.RpcError:
             log.debug("the session was not closed; it ends by itself when idle", exc_info=True)
         finally:
