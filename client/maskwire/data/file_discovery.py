@@ -119,8 +119,7 @@ def expand(
             raise ValueError(f"{path}: {SPECIAL}" if path.exists() else f"{path}: no such file or folder")
     if not found:
         why = [f"no other file matches {pattern!r}" if skipped else f"no file matches {pattern!r}"]
-        why = [*(f"{names(which)}: {reason}" for reason, which in skipped.items()), *why]
-        raise ValueError(f"no data found in {names(given)}: {'; '.join(why)}")
+        raise ValueError(f"no data found in {names(given)}: {'; '.join([*reasons(skipped), *why])}")
     return sorted(found)
 
 
@@ -226,8 +225,8 @@ def select(
                 f"{names(skipped[NO_FIELDS])}: {NO_FIELDS}; leave out the names of fields to read texts"
             )
         raise ValueError(f"no data found in the given paths: {names(skipped[OWN])} skipped, {OWN}")
-    for reason, which in skipped.items():
-        log.warning("skipped %s: %s", names(which), reason)
+    for words in reasons(skipped):
+        log.warning("skipped %s", words)
     if tables:
         log.warning(
             "%s: read as one text, with any header and field names in it; to read the records, name their "
@@ -246,6 +245,11 @@ def select(
 def skip(skipped: Skipped, reason: str, name: object) -> None:
     """Note that something is left out."""
     skipped.setdefault(reason, []).append(str(name))
+
+
+def reasons(skipped: Skipped) -> list[str]:
+    """What is left out and why, in words."""
+    return [f"{names(which)}: {reason}" for reason, which in skipped.items()]
 
 
 def names(paths: Sequence[object]) -> str:

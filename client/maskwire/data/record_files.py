@@ -119,7 +119,8 @@ def read_parquet(name: str, opened: Open, fields: Fields, start: int) -> Iterato
         raise ValueError(f"{name}: a Parquet file {_NEEDS_ARROW}") from None
     with opened() as file:
         with _damage_named(name, "Parquet"):
-            table = parquet.ParquetFile(file, buffer_size=_BUFFER)
+            # Pages of a column are read one after another: a row group is not held in memory.
+            table = parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
             columns = table.schema_arrow.names
             size = file.seek(0, io.SEEK_END)
         _check_columns(name, columns, fields)
@@ -147,10 +148,12 @@ def read_arrow(name: str, opened: Open, fields: Fields, start: int) -> Iterator[
         file: Any = stack.enter_context(opened())
         if isinstance(getattr(file, "raw", None), io.FileIO):  # local: mapped, a batch takes no memory
             file = stack.enter_context(pyarrow.memory_map(file.name))
+        begins = file.read(6)
+        if begins.startswith(b"FEA1"):
+            raise ValueError(
+                f"{name}: Feather version 1 cannot be read; write it again with pyarrow.feather.write_feather"
+            )
         with _damage_named(name, "Arrow"):
-            begins = file.read(6)
-            if begins.startswith(b"FEA1"):
-                raise ValueError("Feather version 1; write it again with pyarrow.feather.write_feather")
             size = file.seek(0, io.SEEK_END)
             file.seek(0)
             is_file = begins == b"ARROW1"

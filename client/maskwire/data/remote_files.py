@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from maskwire.data.file_discovery import EMPTY, HIDDEN, PREPARED, Skipped, names, skip
+from maskwire.data.file_discovery import EMPTY, HIDDEN, PREPARED, Skipped, names, reasons, skip
 from maskwire.data.file_types import HEAD_BYTES
 from maskwire.data.hugging_face import dataset_folders
 from maskwire.data.prepared_folder import METADATA
@@ -130,15 +130,15 @@ def find(address: str, pattern: str, skipped: Skipped) -> list[Remote]:
     paths = [each for each in paths if not prepared.intersection(PurePosixPath(each).parents)]
     with _named(address, "read", ValueError):
         files = [Remote(system, each) for each in sorted(paths)]
-        found = [file for file in files if file.size or len(files) == 1]
-        for file in files:
-            if file not in found:
-                skip(skipped, EMPTY, file.name)
         workers = _CONNECTIONS if getattr(system, "async_impl", False) else 1  # others may not be thread-safe
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(Remote.read_head, found))
+            list(pool.map(Remote.read_head, files))
+    found = [file for file in files if file.head]
+    for file in files:
+        if not file.head:
+            skip(skipped, EMPTY, file.name)
     if not found:
-        raise ValueError(f"{address}: there is no non-empty file that matches")
+        raise ValueError("; ".join([f"{address}: there is no non-empty file that matches", *reasons(skipped)]))
     return found
 
 
