@@ -64,7 +64,9 @@ def test_only_records_of_a_remote_folder_are_read_if_a_field_is_named(
         memory.pipe(f"/in/{name}", content)
     assert open_data("memory://in", text_field="text", **OPTIONS).documents == 9
     assert "skipped memory:///in/b.txt, memory:///in/c.gz: no records with fields" in _one_line(caplog)
-    with pytest.raises(ValueError, match=r"memory:///in/b\.txt: no records with fields .*leave out the names"):
+    with pytest.raises(
+        ValueError, match=r"memory:///in/b\.txt: no records with fields .*leave out the names"
+    ):
         open_data("memory://in/b.txt", text_field="text", **OPTIONS)
 
 
@@ -142,7 +144,7 @@ class Failing(fsspec.AbstractFileSystem):  # type: ignore[misc]
         found = [self.info(f"{path.rstrip('/')}/a.jsonl")]
         return found if detail else [each["name"] for each in found]
 
-    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **_: Any) -> Any:  # noqa: ARG002
+    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **_: Any) -> Any:
         self._check("head" if block_size == 4096 else "open")
         return FailingFile(self, "head" if block_size == 4096 else "read")
 
@@ -184,7 +186,9 @@ def test_every_error_of_a_backend_names_the_address_and_what_to_check(
         pytest.skip("a file's folder is not listed")
     monkeypatch.setattr(Failing, "fails", operation)
     for read in (lambda: open_data(address, **OPTIONS), lambda: prepare(address, tmp_path / "out")):
-        with pytest.raises((ValueError, OSError), match="no credentials; check the address, the net") as error:
+        with pytest.raises(
+            (ValueError, OSError), match="no credentials; check the address, the net"
+        ) as error:
             read()
         assert str(error.value).startswith("failing://in"), "the address or the file"
         assert "BackendError" in str(error.value)

@@ -138,7 +138,9 @@ def find(address: str, pattern: str, skipped: Skipped) -> list[Remote]:
         if not file.head:
             skip(skipped, EMPTY, file.name)
     if not found:
-        raise ValueError("; ".join([f"{address}: there is no non-empty file that matches", *reasons(skipped)]))
+        raise ValueError(
+            "; ".join([f"{address}: there is no non-empty file that matches", *reasons(skipped)])
+        )
     return found
 
 
