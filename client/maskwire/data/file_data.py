@@ -63,7 +63,7 @@ class ByteData(TokenData):
     ) -> None:
         """Open files.
 
-        paths: Files, or folders that are searched for files.
+        paths: Files, folders that are searched for files, or globs.
         length: Tokens per row.
         batch_size: Rows per batch.
         seed: Seed of the choice of rows.
@@ -71,8 +71,8 @@ class ByteData(TokenData):
         pattern: Use only the files in folders whose names match, such as "*.txt".
         any_format: Also read files that are not text: packed ids, arrays, archives, JSON Lines.
 
-        Hidden and empty files are ignored, and so are files that maskwire itself wrote: metrics, run
-        directories, checkpoints, prepared data. Raises ValueError for a length or batch size below 1, if no
+        Skipped with a message are hidden and empty files, links to folders, and files that maskwire itself
+        wrote: metrics, run directories, checkpoints, prepared data. Raises ValueError for a length or batch size below 1, if no
         file is left, and for files that are not text unless `any_format`.
         """
         files = find_files(paths, pattern, any_format=any_format)
@@ -163,7 +163,7 @@ def open_data(
     """Open data; what the paths hold decides how.
 
     paths: One folder written by `maskwire data prepare`, one `.npy` file, one file of packed ids with its
-        `dtype` (uint8, uint16 or int32), or texts, whose bytes become the tokens: files and folders, JSON
+        `dtype` (uint8, uint16 or int32), or texts, whose bytes become the tokens: files, folders, globs, JSON
         Lines, Parquet and Arrow files, fsspec addresses, or a data set of the package `datasets`. The
         texts of records and of addresses are held in memory; prepare larger ones.
     length: Tokens per row. A folder of packed rows has its own length, and the result is a PackedData.
