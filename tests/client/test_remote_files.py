@@ -92,8 +92,8 @@ def test_what_is_no_data_in_a_remote_folder_is_skipped_with_a_message(
     said = _one_line(caplog)
     for words in (
         "skipped memory:///in/empty.txt: empty",
-        "skipped /in/.git/head.txt: hidden",
-        "skipped /in/prepared: prepared data",
+        "skipped memory:///in/.git/head.txt: hidden",
+        "skipped memory:///in/prepared: prepared data",
         "m.jsonl, memory:///in/run/journal.sqlite-wal: written by maskwire itself",
     ):
         assert said.count(words) == 1, words
@@ -106,6 +106,33 @@ def test_empty_files_among_others_are_no_documents(memory: Any) -> None:
         memory.pipe(f"/in/{name}", content)
     for address in ("memory://in", "memory://in/*"):
         assert [source.name for source in find_sources(address, Fields())] == ["memory:///in/a.txt"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "stream.arrow", "a.csv"])
+def test_records_of_every_format_are_read_from_an_address_from_any_place(
+    tmp_path: Path, memory: Any, name: str
+) -> None:
+    texts = [f"text {number}" for number in range(3000)]
+    path = tmp_path / name
+    if name == "a.csv":
+        path.write_text("text\n" + "\n".join(texts) + "\n")
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        table = pyarrow.table({"text": texts})
+        if name == "a.parquet":
+            parquet.write_table(table, path, row_group_size=1100)
+        else:
+            make = pyarrow.ipc.new_stream if name == "stream.arrow" else pyarrow.ipc.new_file
+            with make(str(path), table.schema) as writer:
+                writer.write_table(table, max_chunksize=1100)
+    memory.pipe(f"/in/{name}", path.read_bytes())
+    (source,) = find_sources(f"memory://in/{name}", Fields(text="text"))
+    items = list(source.read(0))
+    assert [item.record.content().decode() for item in items if item.record is not None] == texts
+    for start in (1, 1100, 2999, 3000):
+        assert list(source.read(start)) == items[start:]
 
 
 def test_a_remote_data_set_is_refused_by_name(memory: Any) -> None:

@@ -72,8 +72,8 @@ class ByteData(TokenData):
         any_format: Also read files that are not text: packed ids, arrays, archives, JSON Lines.
 
         Skipped with a message are hidden and empty files, links to folders, and files that maskwire itself
-        wrote: metrics, run directories, checkpoints, prepared data. Raises ValueError for a length or batch size below 1, if no
-        file is left, and for files that are not text unless `any_format`.
+        wrote: metrics, run directories, checkpoints, prepared data. Raises ValueError for a length or batch
+        size below 1, if no file is left, and for files that are not text unless `any_format`.
         """
         files = find_files(paths, pattern, any_format=any_format)
         self._open(files, length=length, batch_size=batch_size, seed=seed, sampling=sampling)

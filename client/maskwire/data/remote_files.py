@@ -126,7 +126,7 @@ def find(address: str, pattern: str, skipped: Skipped) -> list[Remote]:
         )
     prepared = {PurePosixPath(each).parent for each in paths if PurePosixPath(each).name == METADATA}
     for folder in sorted(prepared):
-        skip(skipped, PREPARED, folder)
+        skip(skipped, PREPARED, system.unstrip_protocol(str(folder)))
     paths = [each for each in paths if not prepared.intersection(PurePosixPath(each).parents)]
     with _named(address, "read", ValueError):
         files = [Remote(system, each) for each in sorted(paths)]
@@ -150,8 +150,8 @@ def _in_folder(system: Any, folder: str, pattern: str, skipped: Skipped) -> list
         path = PurePosixPath(each)
         if path.name != METADATA and not fnmatch.fnmatch(path.name, pattern):
             continue
-        if any(part.startswith(".") for part in PurePosixPath(each[len(folder) :]).parts):
-            skip(skipped, HIDDEN, each)
+        if any(part.startswith(".") for part in PurePosixPath(each.removeprefix(folder)).parts):
+            skip(skipped, HIDDEN, system.unstrip_protocol(each))
         else:
             found.append(each)
     return found
