@@ -202,15 +202,20 @@ class FailingFile:
         pass
 
 
-@pytest.mark.parametrize("operation", ["connect", "info", "list", "head", "open", "read"])
-@pytest.mark.parametrize("address", ["failing://in", "failing://in/*.jsonl", "failing://in/a.jsonl"])
+@pytest.mark.parametrize(
+    ("address", "operation"),
+    [
+        (address, operation)
+        for address in ("failing://in", "failing://in/*.jsonl", "failing://in/a.jsonl")
+        for operation in ("connect", "info", "list", "head", "open", "read")
+        if (address, operation) != ("failing://in/a.jsonl", "list")  # the folder of a file is not listed
+    ],
+)
 def test_every_error_of_a_backend_names_the_address_and_what_to_check(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, address: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, operation: str
 ) -> None:
     fsspec.register_implementation("failing", Failing, clobber=True)
     assert open_data(address, **OPTIONS).documents == 9
-    if operation == "list" and address.endswith("a.jsonl"):
-        pytest.skip("a file's folder is not listed")
     monkeypatch.setattr(Failing, "fails", operation)
     for read in (lambda: open_data(address, **OPTIONS), lambda: prepare(address, tmp_path / "out")):
         with pytest.raises(
