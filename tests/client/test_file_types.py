@@ -78,6 +78,11 @@ FORMATS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a.txt.gz": (lambda path: path.write_bytes(gzip.compress(TEXT.encode())), "unpack it"),
     "a.zst": (lambda path: path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(90)), "unpack it"),
     "a.pkl": (lambda path: path.write_bytes(pickle.dumps(IDS)), r"np\.save"),
+    "a.pdf": (
+        lambda path: path.write_bytes(b"%PDF-1.7\n" + TEXT.encode()),
+        "PDF document: convert it to text",
+    ),
+    "a.jpg": (lambda path: path.write_bytes(b"\xff\xd8\xff\xe0" + bytes(90)), "an image: .*--pattern"),
     # Detected by their content, under names that do not tell.
     "tensors.txt": (tensors, r"np\.save"),
     "archive.txt": (zipped, "unpack it, or save the ids"),
@@ -91,13 +96,18 @@ FORMATS: dict[str, tuple[Callable[[Path], object], str]] = {
     "train.u32": (lambda path: packed(path, "<u4"), "--dtype int32"),
     "train.i64": (lambda path: packed(path, "<i8"), r"np\.save"),
     "bytes.u16": (lambda path: path.write_bytes((IDS % 256).astype("<u2").tobytes()), "--dtype uint16"),
+    "document.txt": (lambda path: path.write_bytes(b"%PDF-1.7\n" + TEXT.encode()), "convert it to text"),
+    "photo": (lambda path: path.write_bytes(b"\xff\xd8\xff\xdb" + TEXT.encode()), "an image"),
+    "picture.dat": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + TEXT.encode()), "an image"),
+    "old-moving.txt": (lambda path: path.write_bytes(b"GIF87a" + TEXT.encode()), "an image"),
+    "moving.txt": (lambda path: path.write_bytes(b"GIF89a" + TEXT.encode()), "an image"),
     "windows.txt": (lambda path: path.write_bytes(TEXT.encode("utf-16")), "convert it to UTF-8"),
     "plain16.txt": (lambda path: path.write_bytes(TEXT.encode("utf-16-le")), "UTF-16 text to UTF-8"),
 }
 
 
 RECORDS = ("a.jsonl", "a.parquet", "a.arrow")
-"""Only `ByteData` refuses them; test_sources.py reads them."""
+"""Only `ByteData` refuses them; test_text_sources.py reads them."""
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -109,7 +109,7 @@ def test_hidden_and_empty_files_are_ignored_and_missing_ones_are_errors(folder: 
     with pytest.raises(ValueError, match="nowhere: no such file"):
         find_files(folder / "nowhere")
     with pytest.raises(
-        ValueError, match=r"no data found in .*: all files are empty .* do not match .\*\.csv."
+        ValueError, match=r"no data found in .*\.hidden: hidden; no other file matches .\*\.csv."
     ):
         find_files(folder, "*.csv")
 

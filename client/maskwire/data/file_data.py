@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from maskwire.data.file_array import FileArray, Ids
-from maskwire.data.file_discovery import find_files
+from maskwire.data.file_discovery import find_files, names
 from maskwire.data.file_types import refuse_other_than_packed
 from maskwire.data.packed_data import PackedData, check_length
 from maskwire.data.pair_data import PairData
@@ -26,7 +26,7 @@ from maskwire.data.prepared_folder import (
     refuse_part,
 )
 from maskwire.data.record import Fields
-from maskwire.data.text_sources import Paths, Source, TextFile, find_sources
+from maskwire.data.text_sources import FileSource, Paths, Source, find_sources
 from maskwire.data.token_data import TokenData
 from maskwire.data.token_documents import Documents, load_array
 from maskwire.data.tokenizer import TOKENIZER_FILE, ByteTokenizer
@@ -63,7 +63,7 @@ class ByteData(TokenData):
     ) -> None:
         """Open files.
 
-        paths: Files, or folders that are searched for files.
+        paths: Files, folders that are searched for files, or globs.
         length: Tokens per row.
         batch_size: Rows per batch.
         seed: Seed of the choice of rows.
@@ -71,16 +71,16 @@ class ByteData(TokenData):
         pattern: Use only the files in folders whose names match, such as "*.txt".
         any_format: Also read files that are not text: packed ids, arrays, archives, JSON Lines.
 
-        Hidden and empty files are ignored, and so are files that maskwire itself wrote: metrics, run
-        directories, checkpoints, prepared data. Raises ValueError for a length or batch size below 1, if no
-        file is left, and for files that are not text unless `any_format`.
+        Skipped with a message are hidden and empty files, links to folders, and files that maskwire itself
+        wrote: metrics, run directories, checkpoints, prepared data. Raises ValueError for a length or batch
+        size below 1, if no file is left, and for files that are not text unless `any_format`.
         """
         files = find_files(paths, pattern, any_format=any_format)
-        self._initialize(
-            Documents.from_files(files),
-            length=length, batch_size=batch_size, seed=seed, sampling=sampling, tokenizer=BYTES,
-            bytes_per_token=1.0,
-        )  # fmt: skip
+        self._open(files, length=length, batch_size=batch_size, seed=seed, sampling=sampling)
+
+    def _open(self, files: list[Path], **options: Any) -> None:
+        documents = Documents.from_files(files)
+        self._initialize(documents, tokenizer=BYTES, bytes_per_token=1.0, **options)
         self.files = files
         self.tokenizer_description = TokenizerDescription(BYTES)
 
@@ -163,7 +163,7 @@ def open_data(
     """Open data; what the paths hold decides how.
 
     paths: One folder written by `maskwire data prepare`, one `.npy` file, one file of packed ids with its
-        `dtype` (uint8, uint16 or int32), or texts, whose bytes become the tokens: files and folders, JSON
+        `dtype` (uint8, uint16 or int32), or texts, whose bytes become the tokens: files, folders, globs, JSON
         Lines, Parquet and Arrow files, fsspec addresses, or a data set of the package `datasets`. The
         texts of records and of addresses are held in memory; prepare larger ones.
     length: Tokens per row. A folder of packed rows has its own length, and the result is a PackedData.
@@ -207,8 +207,12 @@ def open_data(
             return open_pairs(Path(given[0]), **options)
         return FileTokens(given[0], dtype=dtype, **options)
     sources = find_sources(paths, fields, pattern=pattern, any_format=any_format)
-    if all(isinstance(source, TextFile) for source in sources):
-        return ByteData(given, pattern=pattern, any_format=any_format, **options)
+    texts = [source.text_path for source in sources if isinstance(source, FileSource)]
+    files = [path for path in texts if path is not None]
+    if len(files) == len(sources):
+        data = object.__new__(ByteData)
+        data._open(files, **options)
+        return data
     return _in_memory(sources, fields, options)
 
 
@@ -291,7 +295,10 @@ def _in_memory(sources: list[Source], fields: Fields, options: dict[str, Any]) -
     if dropped:
         log.warning("%s records without text are left out", f"{dropped:,}")
     if not arrays:
-        raise ValueError("no record has text; check the name of the field")
+        raise ValueError(
+            f"no record has text in {names([source.name for source in sources])}"
+            + ("; check the name of the field" if dropped else ": there are no records; give other data")
+        )
     documents = Documents.from_packed(np.concatenate(arrays), np.cumsum([array.size for array in arrays]))
     if tokenizer.end_id is None:
         data = object.__new__(TokenData)

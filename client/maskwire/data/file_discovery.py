@@ -1,109 +1,258 @@
-"""Find the files to train on: expand folders, leave out maskwire's own files, refuse what is not text."""
+"""Find the files to train on: expand folders and globs, skip what is not data, refuse what is not text."""
 
 from __future__ import annotations
 
+import glob
 import logging
-from collections.abc import Callable, Iterable
-from pathlib import Path
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO, Protocol, TypeVar
 
-from maskwire.data.file_types import RECORD_TYPES, FileType, detect, read_head, unsupported
-from maskwire.data.maskwire_output import MaskwireOutput
+from maskwire.data.file_types import (
+    HEAD_BYTES,
+    RECORD_TYPES,
+    ZERO_BYTES,
+    FileType,
+    detect,
+    unsupported,
+)
+from maskwire.data.hugging_face import is_dataset_folder
+from maskwire.data.maskwire_output import MaskwireOutput, is_recognized
 from maskwire.data.prepared_folder import METADATA, refuse_part
+from maskwire.data.record import Fields
+from maskwire.data.record_files import TABULAR, TEXT_RECORDS, reader_of
 
 log = logging.getLogger(__name__)
 
+HIDDEN = "hidden"
+EMPTY = "empty"
+PREPARED = "prepared data; open a prepared folder alone"
+BROKEN = "a link to nothing"
+LINKED = "a link to a folder, which is not followed; give the folder as a path of its own"
+SPECIAL = "not a regular file"
+OWN = "written by maskwire itself (run directory, metrics, configuration, log or printed result)"
+NO_FIELDS = "no records with fields (.jsonl, .csv, .tsv, .parquet, .arrow)"
+
+Skipped = dict[str, list[str]]
+"""The names that are left out, by reason."""
+
+
+class File(Protocol):
+    """A local or a remote file."""
+
+    name: str
+    """Its path or address."""
+    size: int
+    """In bytes; 0 if unknown."""
+    identity: str
+    """Changes when the file changes."""
+
+    @property
+    def head(self) -> bytes:
+        """The first `HEAD_BYTES`."""
+
+    def open(self) -> IO[bytes]:
+        """Open the file for reading; the result can seek."""
+
+
+AnyFile = TypeVar("AnyFile", bound=File)
+
+
+class LocalFile:
+    """A file at a path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, str(path)
+        found = path.stat()
+        self.size = found.st_size
+        self.identity = f"{path.absolute()} {found.st_size} {found.st_mtime_ns}"
+
+    @property
+    def head(self) -> bytes:
+        """The first `HEAD_BYTES`."""
+        with self.open() as file:
+            return file.read(HEAD_BYTES)
+
+    def open(self) -> IO[bytes]:
+        """Open the file for reading."""
+        return self.path.open("rb")
+
 
 def find_files(
-    paths: str | Path | Iterable[str | Path],
-    pattern: str = "*",
-    *,
-    any_format: bool = False,
-    is_records: Callable[[str], object] | None = None,
-    only_records: bool = False,
+    paths: str | Path | Iterable[str | Path], pattern: str = "*", *, any_format: bool = False
 ) -> list[Path]:
-    """Return the non-empty data files, sorted by path, without files that maskwire itself wrote.
+    """Return the non-empty text files, sorted by path, without files that maskwire itself wrote.
 
-    `is_records(name)` says whether a file holds records, such as JSON Lines; these are accepted like text.
-    With `only_records`, all other files are left out. Raises ValueError for a path that does not exist and,
-    unless `any_format`, for files that are neither text nor records.
+    Raises ValueError for a path that does not exist and, unless `any_format`, for files that are not text.
     """
-    if isinstance(paths, str | Path):
-        paths = [paths]
-    given = list(map(Path, paths))
+    skipped: Skipped = {}
+    files = [LocalFile(path) for path in expand(paths, pattern, skipped)]
+    return [file.path for file in select(files, skipped, any_format=any_format)]
+
+
+def expand(
+    paths: str | Path | Iterable[str | Path], pattern: str, skipped: Skipped, *, datasets: bool = False
+) -> list[Path]:
+    """The non-empty files at paths, in folders and of globs, sorted.
+
+    With `datasets`, a folder that holds a saved data set is returned itself and not searched for files. What
+    is left out is added to `skipped`. Raises ValueError for a path that does not exist, and if nothing
+    is found.
+    """
+    given = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     found: set[Path] = set()
-    for path in given:
-        if path.is_dir():
-            prepared = {metadata.parent for metadata in path.rglob(METADATA)}
-            visible = (p for p in path.rglob(pattern) if not _hidden(p.relative_to(path)))
-            found |= {
-                p
-                for p in visible
-                if p.is_file() and p.stat().st_size and not (prepared and prepared.intersection(p.parents))
-            }
+    for path in (each for one in given for each in _matches(one)):
+        if datasets and is_dataset_folder(path):
+            found.add(path)
+        elif path.is_dir():
+            found |= _in_folder(path, pattern, skipped, datasets)
         elif path.is_file():
             refuse_part(path)
-            found |= {path} if path.stat().st_size else set()
+            if path.stat().st_size:
+                found.add(path)
+            else:
+                skip(skipped, EMPTY, path)
+        elif path.is_symlink():
+            raise ValueError(f"{path}: a link to {path.readlink()}, which does not exist")
         else:
-            raise ValueError(f"{path}: no such file or folder")
+            raise ValueError(f"{path}: {SPECIAL}" if path.exists() else f"{path}: no such file or folder")
     if not found:
-        raise ValueError(
-            f"no data found in {_names(given)}: all files are empty or hidden, are in a prepared folder, or "
-            f"do not match {pattern!r}"
-        )
-    return _select(sorted(found), any_format, is_records or (lambda _: False), only_records)
+        why = [f"no other file matches {pattern!r}" if skipped else f"no file matches {pattern!r}"]
+        raise ValueError(f"no data found in {names(given)}: {'; '.join([*reasons(skipped), *why])}")
+    return sorted(found)
 
 
-def _select(
-    files: list[Path], any_format: bool, is_records: Callable[[str], object], only_records: bool
-) -> list[Path]:
+def _matches(path: Path) -> list[Path]:
+    """The paths that match a glob; any other path, or one that exists literally, itself."""
+    if os.path.lexists(path) or not glob.has_magic(str(path)):
+        return [path]
+    found = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207 (takes absolute patterns)
+    if not found:
+        raise ValueError(f"{path}: no file or folder matches")
+    return found
+
+
+def _in_folder(root: Path, pattern: str, skipped: Skipped, datasets: bool) -> set[Path]:
+    found: set[Path] = set()
+    matching: set[Path] = set()
+    walked: set[Path] = set()
+    for parent, folders, _ in os.walk(root, onerror=_raise):
+        folder = Path(parent)
+        if (folder / METADATA).is_file():
+            skip(skipped, PREPARED, folder)
+            folders.clear()
+            continue
+        walked.add(folder)
+        matching.update(folder.glob(pattern))
+        for name in sorted(folders):
+            inner = folder / name
+            if name.startswith("."):
+                skip(skipped, HIDDEN, inner)
+            elif inner.is_symlink():
+                skip(skipped, LINKED, inner)
+            elif datasets and inner in matching and is_dataset_folder(inner):
+                found.add(inner)
+            else:
+                continue
+            folders.remove(name)
+    for path in sorted(path for path in matching if path.parent in walked):
+        if path.is_dir():
+            continue
+        if path.name.startswith("."):
+            skip(skipped, HIDDEN, path)
+        elif not path.exists():
+            skip(skipped, BROKEN, path)
+        elif not path.is_file():
+            skip(skipped, SPECIAL, path)
+        elif not path.stat().st_size:
+            skip(skipped, EMPTY, path)
+        else:
+            found.add(path)
+    return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def select(
+    files: Sequence[AnyFile],
+    skipped: Skipped,
+    *,
+    fields: Fields | None = None,
+    any_format: bool = False,
+    may_be_empty: bool = False,
+) -> list[AnyFile]:
+    """Leave out maskwire's own files, report what is skipped, and refuse files that are not data.
+
+    With `fields`, files with records such as JSON Lines are accepted like text; if a field is named, all
+    other files are left out. Raises ValueError if nothing is left, unless `may_be_empty`.
+    """
     maskwire_output = MaskwireOutput()
-    data: list[Path] = []
-    skipped: list[Path] = []
-    refused: dict[Path, FileType] = {}
-    binary: list[Path] = []
-    others: list[Path] = []
-    for path in files:
-        head = read_head(path)
-        if maskwire_output.includes(path, head):
-            skipped.append(path)
+    data: list[AnyFile] = []
+    refused: dict[str, FileType] = {}
+    binary: list[str] = []
+    tables: list[str] = []
+    for file in files:
+        head, path = file.head, PurePosixPath(file.name)
+        if isinstance(file, LocalFile):
+            own = maskwire_output.includes(file.path, head)
+        else:
+            own = is_recognized(path, head, file.size)
+        is_records = fields is not None and not any_format and reader_of(path.name, fields) is not None
+        if own or (fields is not None and fields.given and not is_records):
+            skip(skipped, OWN if own else NO_FIELDS, file.name)
             continue
-        if only_records and not is_records(path.name):
-            others.append(path)
+        data.append(file)
+        if any_format:
             continue
-        data.append(path)
-        if not any_format:
-            file_type = detect(path, head)
-            if is_records(path.name):
-                file_type = None if file_type in RECORD_TYPES else file_type
-            if file_type is not None:
-                refused[path] = file_type
-            elif b"\0" in head and not is_records(path.name):
-                binary.append(path)
+        file_type = detect(path.name, head, file.size)
+        if is_records and file_type in RECORD_TYPES:
+            zeros = path.suffix.lower() in TEXT_RECORDS and b"\0" in head
+            file_type = ZERO_BYTES if zeros else None
+        if file_type is not None:
+            refused[file.name] = file_type
+        elif b"\0" in head and not is_records:
+            binary.append(file.name)
+        elif fields is not None and not is_records and path.suffix.lower() in TABULAR:
+            tables.append(file.name)
     if refused:
         raise unsupported(refused)
-    own = "written by maskwire itself (run directory, metrics, configuration, log or printed result)"
-    if others:
-        words = f"{_names(others)}: no records with fields (.jsonl, .csv, .tsv, .parquet, .arrow)"
-        if not data:
-            raise ValueError(f"{words}; leave out the names of fields to read texts")
+    if not data and not may_be_empty:
+        if NO_FIELDS in skipped:
+            raise ValueError(
+                f"{names(skipped[NO_FIELDS])}: {NO_FIELDS}; leave out the names of fields to read texts"
+            )
+        raise ValueError(f"no data found in the given paths: {names(skipped[OWN])} skipped, {OWN}")
+    for words in reasons(skipped):
         log.warning("skipped %s", words)
-    if not data:
-        raise ValueError(f"no data found in the given paths: {_names(skipped)} skipped, {own}")
-    if skipped:
-        log.warning("skipped %s: %s", _names(skipped), own)
+    if tables:
+        log.warning(
+            "%s: read as one text, with any header and field names in it; to read the records, name their "
+            "field with --text-field (text_field=)",
+            names(tables),
+        )
     if binary:
         log.warning(
             "%s: not text (it contains zero bytes); each byte becomes a token. If it holds packed ids, give "
             "it alone, with --dtype",
-            _names(binary),
+            names(binary),
         )
     return data
 
 
-def _names(paths: list[Path]) -> str:
+def skip(skipped: Skipped, reason: str, name: object) -> None:
+    """Note that something is left out."""
+    skipped.setdefault(reason, []).append(str(name))
+
+
+def reasons(skipped: Skipped) -> list[str]:
+    """What is left out and why, in words."""
+    return [f"{names(which)}: {reason}" for reason, which in skipped.items()]
+
+
+def names(paths: Sequence[object]) -> str:
+    """At most three names, and how many more there are."""
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return ", ".join(map(str, paths[:3])) + more
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)

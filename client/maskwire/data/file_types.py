@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -44,6 +44,9 @@ _ZIP = FileType(
 )
 _ARCHIVE = FileType("an archive or a compressed file", "unpack it")
 _UTF16 = FileType("UTF-16 text", "convert it to UTF-8")
+ZERO_BYTES = FileType("a file with zero bytes, such as UTF-16 text or a damaged file", "convert it to UTF-8")
+_PDF = FileType("a PDF document", "convert it to text")
+_IMAGE = FileType("an image", "select the text files with --pattern, such as '*.txt'")
 _TWO_BYTES = FileType(
     "a file of 16-bit values",
     "give packed ids alone, with --dtype uint16; convert UTF-16 text to UTF-8",
@@ -70,6 +73,8 @@ _SUFFIXES = {
     **dict.fromkeys((".tfrecord", ".tfrecords"), _RECORDS),
     **dict.fromkeys((".sqlite", ".sqlite3"), _SQLITE),
     **dict.fromkeys((".zip",), _ZIP),
+    **dict.fromkeys((".pdf",), _PDF),
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".gif"), _IMAGE),
     **dict.fromkeys((".tar", ".gz", ".tgz", ".zst", ".xz", ".bz2", ".7z", ".lz4", ".zstd", ".rar"), _ARCHIVE),
 }
 _MAGIC = {
@@ -92,6 +97,11 @@ _MAGIC = {
     b"\x80\x04\x95": _PICKLE,
     b"\x80\x05\x95": _PICKLE,
     b"\x80\x02\x8a\x0al\xfc\x9cF\xf9": _TORCH,
+    b"%PDF-": _PDF,
+    b"\x89PNG\r\n\x1a\n": _IMAGE,
+    b"\xff\xd8\xff": _IMAGE,
+    b"GIF87a": _IMAGE,
+    b"GIF89a": _IMAGE,
     b"\xff\xfe": _UTF16,
     b"\xfe\xff": _UTF16,
 }
@@ -101,15 +111,9 @@ _BZIP2 = re.compile(rb"BZh[1-9]1AY&SY")
 _TAR, _TAR_AT = b"ustar", 257
 
 
-def read_head(path: Path) -> bytes:
-    """Read the first bytes of a file."""
-    with path.open("rb") as file:
-        return file.read(HEAD_BYTES)
-
-
-def detect(path: Path, head: bytes) -> FileType | None:
+def detect(name: str, head: bytes, size: int) -> FileType | None:
     """Return the type of a file that is not text; None for text, and for bytes of no known type."""
-    named = _SUFFIXES.get(path.suffix.lower())
+    named = _SUFFIXES.get(PurePosixPath(name).suffix.lower())
     if head.startswith(b"PK") and named in (_NPZ, _TORCH):
         return named
     for magic, found in _MAGIC.items():
@@ -117,7 +121,7 @@ def detect(path: Path, head: bytes) -> FileType | None:
             return found
     if _BZIP2.match(head) or head[_TAR_AT:].startswith(_TAR):
         return _ARCHIVE
-    if head[8:10] == b'{"' and 0 < int.from_bytes(head[:8], "little") < path.stat().st_size:
+    if head[8:10] == b'{"' and 0 < int.from_bytes(head[:8], "little") < size:
         return _SAFETENSORS
     return named or _packed(head)
 
@@ -139,7 +143,7 @@ def _packed(head: bytes) -> FileType | None:
     return None
 
 
-def unsupported(found: dict[Path, FileType]) -> ValueError:
+def unsupported(found: dict[str, FileType]) -> ValueError:
     """The error about files that are not text."""
     shown = [f"{path} is {each.name}: {each.remedy}" for path, each in list(found.items())[:3]]
     more = f"; and {len(found) - 3} more" if len(found) > 3 else ""

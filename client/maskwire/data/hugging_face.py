@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import uuid
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from maskwire.data.record import Fields, Item
 
 _ROWS = 1024  # read at once
-_STATE, _SPLITS = "state.json", "dataset_dict.json"
+_STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 
 
 def is_dataset(value: object) -> bool:
@@ -25,9 +25,15 @@ def is_dataset(value: object) -> bool:
 
 def is_dataset_folder(path: Path) -> bool:
     """Whether `save_to_disk` wrote a folder."""
-    return (path / _SPLITS).is_file() or (
-        (path / _STATE).is_file() and (path / "dataset_info.json").is_file()
-    )
+    return (path / _SPLITS).is_file() or ((path / _STATE).is_file() and (path / _INFO).is_file())
+
+
+def dataset_folders(files: Iterable[str]) -> list[str]:
+    """The folders that `save_to_disk` wrote, by the paths of the files in them."""
+    given = {PurePosixPath(file) for file in files}
+    found = {file.parent for file in given if file.name == _SPLITS}
+    found |= {file.parent for file in given if file.name == _STATE and file.with_name(_INFO) in given}
+    return sorted(map(str, found))
 
 
 def load(path: Path) -> Any:
@@ -47,19 +53,22 @@ def load(path: Path) -> Any:
 class DatasetSource:
     """The rows of a data set; places in it are row numbers."""
 
-    def __init__(self, dataset: Any, fields: Fields) -> None:
+    def __init__(self, dataset: Any, fields: Fields, folder: Path | None = None) -> None:
+        self.name = "data set" if folder is None else str(folder)
         if isinstance(dataset, dict):
+            first = next(iter(dataset), "train")
             raise ValueError(
-                f"the data set has the splits {', '.join(map(str, dataset))}: give one of them, such as "
-                f"FOLDER/{next(iter(dataset), 'train')} or dataset[{next(iter(dataset), 'train')!r}]"
+                f"{self.name} has the splits {', '.join(map(str, dataset))}: give one of them, such as "
+                f"{folder or 'FOLDER'}/{first} or dataset[{first!r}]"
             )
         names = dataset.column_names
         if names is not None and any(field not in names for field in fields.names):
-            raise ValueError(f"data set: {fields.missing(list(names))}")
+            raise ValueError(f"{self.name}: {fields.missing(list(names))}")
         self._fields = fields
-        self._dataset = dataset.select_columns(fields.names) if names is not None else dataset
+        self._dataset = (dataset.select_columns(fields.names) if names is not None else dataset).with_format(
+            None  # a format such as "arrow" or "numpy" gives values that are no Python strings
+        )
         self._random_access = hasattr(dataset, "__len__")
-        self.name = "data set"
         self.size = int(self._dataset.data.nbytes) if self._random_access else 0
         self.identity = str(getattr(dataset, "_fingerprint", uuid.uuid4().hex))
 
@@ -77,11 +86,11 @@ class DatasetSource:
         for batch in dataset.iter(_ROWS):
             for field in self._fields.names:
                 if field not in batch:
-                    raise ValueError(f"data set, row {number + 1:,}: {self._fields.missing(list(batch))}")
+                    raise ValueError(f"{self.name}, row {number + 1:,}: {self._fields.missing(list(batch))}")
             for values in zip(*(batch[field] for field in self._fields.names), strict=True):
                 number += 1
                 done = self.size * number // rows if rows else 0
-                where = f"data set, row {number:,}"
+                where = f"{self.name}, row {number:,}"
                 try:
                     yield self._fields.item(where, list(values), number, done)
                 except ValueError as error:

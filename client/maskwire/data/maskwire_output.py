@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from maskwire.data.file_types import HEAD_BYTES
 
@@ -71,7 +71,9 @@ _PRINTED_LINE = re.compile(
     r"|interrupted at step \d+; "
     r"|step \d+ \([\w ]+\), \d+ pass(es)?, digest [0-9a-f]{16}"
     r"|\s*step \d+: \d+ rows, \d+ tokens"
-    r"|not taken as data: .*, which maskwire wrote|skipped .*: written by maskwire itself"
+    r"|not taken as data: .*, which maskwire wrote"
+    r"|skipped .*: (written by maskwire itself|hidden$|empty$|prepared data; |a link to |not a regular file$)"
+    r"|skipped .*: no records with fields |.*: read as one text, with any header and field names in it; "
     r"|waiting for \S+: (UNAVAILABLE|DEADLINE_EXCEEDED|[A-Z_]+): "
     r"|nothing to train: the run is at step \d+"
     r"|restored \S+: training resumes from step \d+"
@@ -116,17 +118,14 @@ class MaskwireOutput:
     def includes(self, path: Path, head: bytes) -> bool:
         """Whether maskwire wrote the file at `path`, which begins with `head`."""
         path = path.absolute()
-        if path.name.startswith(JOURNAL) or self._is_checkpoint(path.parent) or self._in_run(path):
+        if self._is_checkpoint(path.parent) or self._in_run(path):
             return True
-        if _EVENTS in path.name or any(_WANDB_RUN.match(part) for part in path.parts):
-            return True
-        if _PARTIAL.search(path.name) or (path.suffix == _TENSORS and self._is_download(path.parent)):
+        if path.suffix == _TENSORS and self._is_download(path.parent):
             return True
         found = path.stat()
-        if (found.st_dev, found.st_ino) in self._outputs or is_metrics(head):
+        if (found.st_dev, found.st_ino) in self._outputs or is_recognized(path, head, found.st_size):
             return True
-        text = head.decode(errors="replace")
-        return is_configuration(text) or _is_log(text) or _is_result(path, text)
+        return _may_be_result(head, found.st_size) and _is_result(_first_line(path))
 
     def _in_run(self, path: Path) -> bool:
         folder = path.parent
@@ -156,6 +155,18 @@ class MaskwireOutput:
         if folder not in self._checkpoints:
             self._checkpoints[folder] = _holds_manifest(folder / MANIFEST)
         return self._checkpoints[folder]
+
+
+def is_recognized(path: PurePath, head: bytes, size: int) -> bool:
+    """Whether the name of a file, or what it begins with, shows that maskwire wrote it."""
+    if path.name.startswith(JOURNAL) or _EVENTS in path.name or _PARTIAL.search(path.name):
+        return True
+    if any(_WANDB_RUN.match(part) for part in path.parts) or is_metrics(head):
+        return True
+    text = head.decode(errors="replace")
+    if is_configuration(text) or _is_log(text):
+        return True
+    return _may_be_result(head, size) and _is_result(head.split(b"\n", 1)[0])
 
 
 def _holds_manifest(path: Path) -> bool:
@@ -227,17 +238,19 @@ def _is_log(head: str) -> bool:
     return bool(lines) and all(_ERROR_LINE.match(line) for line in lines)
 
 
-def _is_result(path: Path, head: str) -> bool:
-    """Whether the first line is a result that a command printed as JSON; it may be longer than `head`."""
-    if not head.startswith(('{"', '[{"')) or path.stat().st_size > _LARGEST_RESULT:
-        return False
+def _may_be_result(head: bytes, size: int) -> bool:
+    return head.startswith((b'{"', b'[{"')) and size <= _LARGEST_RESULT
+
+
+def _first_line(path: Path) -> bytes:
     with path.open("rb") as file:
-        line = file.readline()
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    one = found[0] if isinstance(found, list) else found
+        return file.readline()
+
+
+def _is_result(line: bytes) -> bool:
+    """Whether a line is a result that a command printed as JSON."""
+    found = _parsed(line)
+    one = found[0] if isinstance(found, list) and found else found
     return isinstance(one, dict) and any(
         keys == set(one) if len(keys) == 3 and "digest" in keys else keys <= set(one) for keys in _RESULTS
     )

@@ -203,7 +203,8 @@ def _metadata(
         raise ValueError(
             "the tokenizer produced no tokens from the text; check that it fits the text"
             if progress.dropped.get(NO_TOKENS)
-            else f"no record has text: {dropped_words(progress.dropped)}; check the name of the field"
+            else f"no record has text: {dropped_words(progress.dropped) or 'there are no records'}; "
+            "check the name of the field"
         )
     return PreparedMetadata(
         tokenizer.name,

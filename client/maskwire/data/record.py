@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ class Record:
         return text + len(self.prompt or b"")
 
     def content(self) -> bytes:
-        """The text, read from its file if it is in one."""
-        return self.text.read_bytes() if isinstance(self.text, Path) else self.text
+        """The text for a tokenizer, read from its file if it is in one, without a byte order mark."""
+        text = self.text.read_bytes() if isinstance(self.text, Path) else self.text
+        return text.removeprefix(codecs.BOM_UTF8)
 
 
 @dataclass(frozen=True)

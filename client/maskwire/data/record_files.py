@@ -10,6 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import PurePosixPath
 from typing import IO, Any
 
@@ -19,6 +20,7 @@ Open = Callable[[], IO[bytes]]
 Reader = Callable[[str, Open, Fields, int], Iterator[Item]]
 
 _ROWS = 1024  # read at once from a columnar file
+_BUFFER = 2**20  # bytes read at once from a column of a Parquet file
 _LONGEST_FIELD = 2**30  # of a CSV file, in characters
 _NEEDS_ARROW = 'needs the package `pyarrow`: pip install "maskwire[data]", or save the texts as JSON Lines'
 
@@ -41,6 +43,8 @@ def read_json_lines(name: str, opened: Open, fields: Fields, start: int) -> Iter
 def _from_line(name: str, line: bytes, fields: Fields, place: int) -> Item:
     try:
         found = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 ({error}); convert the file to UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error}); JSON Lines has one object per line") from None
     if not isinstance(found, dict):
@@ -70,8 +74,7 @@ def read_csv(name: str, opened: Open, fields: Fields, start: int, delimiter: str
         number = 0
         try:
             header = next(rows, [])
-            if any(field not in header for field in fields.names):
-                raise ValueError(f"{name}: {fields.missing(header)}")
+            _check_columns(name, header, fields)
             columns = [header.index(field) for field in fields.names]
             for number, row in enumerate(rows, 1):
                 if number <= start or not row:
@@ -80,8 +83,19 @@ def read_csv(name: str, opened: Open, fields: Fields, start: int, delimiter: str
                 if len(row) != len(header):
                     raise ValueError(f"{where}: it has {len(row)} fields, but the header has {len(header)}")
                 yield fields.item(where, [row[column] for column in columns], number, _tell(file))
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            where = f"{name}, after row {number:,}"
+            raise ValueError(f"{where}: not UTF-8 ({error}); convert it to UTF-8") from None
+        except csv.Error as error:
             raise ValueError(f"{name}, after row {number:,}: cannot be read as CSV: {error}") from None
+
+
+def _check_columns(name: str, columns: list[str], fields: Fields) -> None:
+    if any(field not in columns for field in fields.names):
+        raise ValueError(f"{name}: {fields.missing(columns)}")
+    for field in fields.names:
+        if (count := columns.count(field)) > 1:
+            raise ValueError(f"{name}: {count} columns are named {field!r}; rename all but one")
 
 
 def read_tsv(name: str, opened: Open, fields: Fields, start: int) -> Iterator[Item]:
@@ -100,20 +114,18 @@ def _tell(file: IO[bytes]) -> int:
 def read_parquet(name: str, opened: Open, fields: Fields, start: int) -> Iterator[Item]:
     """The rows of a Parquet file; `start` is a number of rows. Row groups before it are not read."""
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError:
         raise ValueError(f"{name}: a Parquet file {_NEEDS_ARROW}") from None
     with opened() as file:
-        try:
-            table = parquet.ParquetFile(file)
+        with _damage_named(name, "Parquet"):
+            # Pages of a column are read one after another: a row group is not held in memory.
+            table = parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
             columns = table.schema_arrow.names
-        except (ArrowException, OSError, ValueError) as error:
-            raise ValueError(f"{name}: cannot be read as Parquet: {error}") from None
-        if any(field not in columns for field in fields.names):
-            raise ValueError(f"{name}: {fields.missing(columns)}")
+            size = file.seek(0, io.SEEK_END)
+        _check_columns(name, columns, fields)
         groups = [table.metadata.row_group(index).num_rows for index in range(table.num_row_groups)]
         total, first = max(1, sum(groups)), 0
-        size = file.seek(0, io.SEEK_END)
         wanted: list[int] = []
         for index, rows in enumerate(groups):
             if wanted or first + rows > start:
@@ -122,53 +134,85 @@ def read_parquet(name: str, opened: Open, fields: Fields, start: int) -> Iterato
                 first += rows
         if wanted:
             batches = table.iter_batches(_ROWS, row_groups=wanted, columns=fields.names)
-            yield from _rows(name, batches, fields, start, first, lambda row: size * row // total)
+            values = _values(name, "Parquet", batches, fields, start, first)
+            yield from _items(name, values, fields, lambda row: size * row // total)
 
 
 def read_arrow(name: str, opened: Open, fields: Fields, start: int) -> Iterator[Item]:
     """The rows of an Arrow file, of the IPC file or stream format; `start` is a number of rows."""
     try:
-        from pyarrow import ArrowException, ipc
+        import pyarrow
     except ImportError:
         raise ValueError(f"{name}: an Arrow file {_NEEDS_ARROW}") from None
-    with opened() as file:
-        is_file = file.read(6) == b"ARROW1"
-        size = file.seek(0, io.SEEK_END)
-        file.seek(0)
-        try:
-            table = ipc.open_file(file) if is_file else ipc.open_stream(file)
-        except (ArrowException, OSError, ValueError) as error:
-            raise ValueError(f"{name}: cannot be read as Arrow: {error}") from None
-        columns = table.schema.names
-        if any(field not in columns for field in fields.names):
-            raise ValueError(f"{name}: {fields.missing(columns)}")
-        batches: Iterator[Any] = (
-            (table.get_batch(index) for index in range(table.num_record_batches)) if is_file else iter(table)
-        )
-        yield from _rows(name, batches, fields, start, 0, lambda _: min(size, _tell(file)))
+    with ExitStack() as stack:
+        file: Any = stack.enter_context(opened())
+        if isinstance(getattr(file, "raw", None), io.FileIO):  # local: mapped, a batch takes no memory
+            file = stack.enter_context(pyarrow.memory_map(file.name))
+        begins = file.read(6)
+        if begins.startswith(b"FEA1"):
+            raise ValueError(
+                f"{name}: Feather version 1 cannot be read; write it again with pyarrow.feather.write_feather"
+            )
+        with _damage_named(name, "Arrow"):
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
+            is_file = begins == b"ARROW1"
+            table = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
+        _check_columns(name, table.schema.names, fields)
+        done = 0
+
+        def batches() -> Iterator[Any]:
+            nonlocal done
+            if not is_file:
+                yield from table
+            for index in range(table.num_record_batches if is_file else 0):
+                done = size * index // table.num_record_batches
+                yield table.get_batch(index)
+
+        values = _values(name, "Arrow", batches(), fields, start, 0)
+        yield from _items(name, values, fields, lambda _: done if is_file else min(size, _tell(file)))
 
 
-def _rows(
-    name: str,
-    batches: Iterator[Any],
-    fields: Fields,
-    start: int,
-    first: int,
-    done: Callable[[int], int],
+@contextmanager
+def _damage_named(name: str, format_: str) -> Iterator[None]:
+    """Raise errors of pyarrow, which have many types, as ValueError with the file's name."""
+    try:
+        yield
+    except Exception as error:
+        if str(error).startswith(name):  # of a remote file, which names itself
+            raise
+        raise ValueError(
+            f"{name}: cannot be read as {format_}: {error or type(error).__name__}; if it is damaged or "
+            "truncated, copy or write it again"
+        ) from None
+
+
+def _values(
+    name: str, format_: str, batches: Iterator[Any], fields: Fields, start: int, first: int
+) -> Iterator[tuple[int, list[Any]]]:
+    """Number and values of the rows from `start` onwards; the first batch begins after row `first`."""
+    with _damage_named(name, format_):
+        for batch in batches:
+            skipped = min(max(0, start - first), batch.num_rows)
+            for offset in range(skipped, batch.num_rows, _ROWS):
+                columns = [batch.slice(offset, _ROWS).column(field) for field in fields.names]
+                for column in columns:
+                    column.validate(full=True)  # damaged offsets would read any memory
+                rows = zip(*(column.to_pylist() for column in columns), strict=True)
+                for number, values in enumerate(rows, first + offset + 1):
+                    yield number, list(values)
+            first += batch.num_rows
+
+
+def _items(
+    name: str, rows: Iterator[tuple[int, list[Any]]], fields: Fields, done: Callable[[int], int]
 ) -> Iterator[Item]:
-    """The rows of record batches from row `start` onwards; the first batch begins with row `first`."""
-    for batch in batches:
-        skipped = min(max(0, start - first), batch.num_rows)
-        for offset in range(skipped, batch.num_rows, _ROWS):
-            part = batch.slice(offset, _ROWS)
-            columns = [part.column(field).to_pylist() for field in fields.names]
-            for row, values in enumerate(zip(*columns, strict=True), first + offset + 1):
-                where = f"{name}, row {row:,}"
-                try:
-                    yield fields.item(where, list(values), row, done(row))
-                except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from None
-        first += batch.num_rows
+    for number, values in rows:
+        where = f"{name}, row {number:,}"
+        try:
+            yield fields.item(where, values, number, done(number))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
 
 
 _READERS: dict[str, Reader] = {
@@ -178,11 +222,13 @@ _READERS: dict[str, Reader] = {
     ".arrow": read_arrow,
     ".feather": read_arrow,
 }
-_WITH_FIELDS: dict[str, Reader] = {".json": read_json_lines, ".csv": read_csv, ".tsv": read_tsv}
+TABULAR: dict[str, Reader] = {".json": read_json_lines, ".csv": read_csv, ".tsv": read_tsv}
 """Types of text files that are read as records only if a field is named."""
+TEXT_RECORDS = (".jsonl", ".ndjson", *TABULAR)
+"""Types of files with records that are text themselves."""
 
 
 def reader_of(name: str, fields: Fields) -> Reader | None:
     """The reader of a file with this name; None for a file that is read as one text."""
     suffix = PurePosixPath(name).suffix.lower()
-    return _READERS.get(suffix) or (_WITH_FIELDS.get(suffix) if fields.given else None)
+    return _READERS.get(suffix) or (TABULAR.get(suffix) if fields.given else None)

@@ -1,13 +1,27 @@
-"""Files at addresses such as s3://bucket/texts/*.jsonl, opened through fsspec."""
+"""Files at addresses such as s3://bucket/texts/*.jsonl, opened through fsspec.
+
+Each backend raises exceptions of its own. Here they become errors that name the address.
+"""
 
 from __future__ import annotations
 
 import fnmatch
+import io
 import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, Any
+
+from maskwire.data.file_discovery import EMPTY, HIDDEN, PREPARED, Skipped, names, reasons, skip
+from maskwire.data.file_types import HEAD_BYTES
+from maskwire.data.hugging_face import dataset_folders
+from maskwire.data.prepared_folder import METADATA
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+(::|://)")
+_CONNECTIONS = 16  # at once, to read the beginnings of the files
+_BUFFER = 2**18  # bytes
 
 
 def is_remote(path: object) -> bool:
@@ -20,23 +34,76 @@ class Remote:
 
     def __init__(self, system: Any, path: str) -> None:
         self._system, self._path = system, path
-        self.address = system.unstrip_protocol(path)
+        self.name = str(system.unstrip_protocol(path))
         found = system.info(path)
         self.size = int(found.get("size") or 0)
         version = {
             name: str(found[name]) for name in ("ETag", "etag", "mtime", "LastModified") if name in found
         }
-        self.identity = f"{self.address} {self.size} {sorted(version.items())}"
+        self.identity = f"{self.name} {self.size} {sorted(version.items())}"
+        self.head = b""
+
+    def read_head(self) -> None:
+        """Read the first `HEAD_BYTES`, and no more than that where the backend reads blocks."""
+        with self._system.open(self._path, "rb", block_size=HEAD_BYTES) as file:
+            self.head = file.read(HEAD_BYTES)
 
     def open(self) -> IO[bytes]:
-        """Open the file for reading; the result can seek."""
-        return cast(IO[bytes], self._system.open(self._path, "rb"))
+        """Open the file for reading; the result can seek. Raises OSError that names the address."""
+        with _named(self.name, "opened", OSError):
+            file = self._system.open(self._path, "rb")
+        return io.BufferedReader(_Reads(self.name, file), _BUFFER)
 
 
-def find(address: str, pattern: str) -> list[Remote]:
+class _Reads(io.RawIOBase):
+    """Reads a file of fsspec; an error of the backend becomes an OSError that names the address."""
+
+    def __init__(self, name: str, file: Any) -> None:
+        self._name, self._file = name, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with _named(self._name, "read", OSError):
+            part = self._file.read(len(buffer))
+        buffer[: len(part)] = part
+        return len(part)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with _named(self._name, "read", OSError):
+            self._file.seek(offset, whence)
+        return self.tell()
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+@contextmanager
+def _named(name: str, done: str, kind: type[Exception]) -> Iterator[None]:
+    """Raise exceptions of a backend, which can have any type, as `kind` and with the address."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(
+            f"{name}: cannot be {done}: {type(error).__name__}: {error}; check the address, the network, and "
+            "the credentials that the package of the protocol reads"
+        ) from error
+
+
+def find(address: str, pattern: str, skipped: Skipped) -> list[Remote]:
     """The non-empty files at an address: one file, the files of a folder, or those that match a glob.
 
-    Sorted by path. Raises ValueError if there is none, or fsspec or the protocol's package is missing.
+    Sorted by path; what is left out is added to `skipped`. Raises ValueError if there is none, if fsspec or
+    the protocol's package is missing, and for any error of the backend.
     """
     try:
         from fsspec.core import url_to_fs
@@ -44,18 +111,47 @@ def find(address: str, pattern: str) -> list[Remote]:
         raise ValueError(
             f'{address}: a remote address needs the package `fsspec`: pip install "maskwire[data]"'
         ) from None
-    try:
+    with _named(address, "opened", ValueError):
         system, path = url_to_fs(address)
         if any(sign in path for sign in "*?["):
             paths = [each for each in system.glob(path) if system.isfile(each)]
         elif system.isdir(path):
-            paths = [each for each in system.find(path) if fnmatch.fnmatch(PurePosixPath(each).name, pattern)]
+            paths = _in_folder(system, path, pattern, skipped)
         else:
             paths = [path]
+    if data_sets := dataset_folders(paths):
+        raise ValueError(
+            f"{address}: {names(data_sets)} is a saved data set: copy it to a local folder, or give the "
+            "object that datasets.load_from_disk returns"
+        )
+    prepared = {PurePosixPath(each).parent for each in paths if PurePosixPath(each).name == METADATA}
+    for folder in sorted(prepared):
+        skip(skipped, PREPARED, system.unstrip_protocol(str(folder)))
+    paths = [each for each in paths if not prepared.intersection(PurePosixPath(each).parents)]
+    with _named(address, "read", ValueError):
         files = [Remote(system, each) for each in sorted(paths)]
-    except (ImportError, ValueError, OSError) as error:
-        raise ValueError(f"{address}: cannot be opened: {error or type(error).__name__}") from error
-    found = [file for file in files if file.size or len(files) == 1]
+        workers = _CONNECTIONS if getattr(system, "async_impl", False) else 1  # others may not be thread-safe
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(Remote.read_head, files))
+    found = [file for file in files if file.head]
+    for file in files:
+        if not file.head:
+            skip(skipped, EMPTY, file.name)
     if not found:
-        raise ValueError(f"{address}: there is no non-empty file that matches")
+        raise ValueError(
+            "; ".join([f"{address}: there is no non-empty file that matches", *reasons(skipped)])
+        )
+    return found
+
+
+def _in_folder(system: Any, folder: str, pattern: str, skipped: Skipped) -> list[str]:
+    found: list[str] = []
+    for each in system.find(folder):
+        path = PurePosixPath(each)
+        if path.name != METADATA and not fnmatch.fnmatch(path.name, pattern):
+            continue
+        if any(part.startswith(".") for part in PurePosixPath(each.removeprefix(folder)).parts):
+            skip(skipped, HIDDEN, system.unstrip_protocol(each))
+        else:
+            found.append(each)
     return found
