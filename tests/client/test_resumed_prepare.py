@@ -42,6 +42,10 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparing, "_SAVE_BYTES", 0)
 
 
+def stop(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -109,9 +113,6 @@ def test_stopped_while_rows_are_packed_it_packs_them_again_and_reads_nothing(
 def test_a_draft_with_other_options_leaves_no_files(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(draft: DraftFolder, *_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     options: Any = {**FIELDS, "pack": 20}
     with monkeypatch.context() as patch:
         patch.setattr(DraftFolder, "complete", stop)
@@ -126,9 +127,6 @@ def test_a_draft_with_other_options_leaves_no_files(
 def test_other_sources_or_options_start_from_scratch(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    def stop(draft: DraftFolder, *_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
         patch.setattr(DraftFolder, "complete", stop)
         with pytest.raises(OSError, match="No space left"):
@@ -184,3 +182,123 @@ def test_after_kill_9_the_same_bytes_come_out(corpus: Path, tmp_path: Path, capl
     assert prepare(corpus, tmp_path / "out", **FIELDS) == expected  # type: ignore[arg-type]
     assert f"resuming after {saved['documents']} documents" in caplog.text
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def invalid_forms(folder: Path, name: str) -> tuple[Path, str]:
+    """A file of 60 pairs whose record 50 cannot be read, and the words of the error about it."""
+    rows = [(f"question {n}", f"answer {n}") for n in range(60)]
+    path = folder / f"late.{name.split()[0]}"
+    if name.startswith("jsonl"):
+        lines = [json.dumps({"q": q, "a": a}).encode() for q, a in rows]
+        lines[49], words = {
+            "jsonl syntax": (b'{"q": "x",', "line 50: not valid JSON"),
+            "jsonl type": (b'{"q": "x", "a": 7}', "line 50: the field 'a' must hold text, got int"),
+            "jsonl field": (b'{"q": "x"}', "line 50: there is no field 'a'"),
+            "jsonl codec": (b'{"q": "x", "a": "\xff"}', "line 50: not valid JSON ('utf-8' codec"),
+        }[name]
+        path.write_bytes(b"\n".join(lines) + b"\n")
+    elif name.startswith("csv"):
+        lines = [f"{q},{a}".encode() for q, a in [("q", "a"), *rows]]
+        lines[50], words = {
+            "csv fields": (b"x", "row 50: it has 1 fields, but the header has 2"),
+            "csv codec": (b"x,\xff", "row 50: not UTF-8"),
+        }[name]
+        path.write_bytes(b"\n".join(lines) + b"\n")
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        values = [a.encode() for _, a in rows]
+        values[49] = b"\xff"
+        column = pyarrow.array(values).cast(pyarrow.large_binary()).view(pyarrow.large_string())
+        table = pyarrow.table({"q": [q for q, _ in rows], "a": column})
+        words = "row 50: the field 'a' must hold text, got UnicodeDecodeError"
+        if path.suffix == ".parquet":
+            parquet.write_table(table, path)
+        else:
+            with pyarrow.ipc.new_file(path, table.schema) as writer:
+                writer.write_table(table)
+    return path, f"{path}, {words}"
+
+
+INVALID_FORMS = (
+    "jsonl syntax", "jsonl type", "jsonl field", "jsonl codec", "csv fields", "csv codec", "parquet", "arrow"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INVALID_FORMS)
+@pytest.mark.usefixtures("small_parts")
+def test_an_invalid_record_keeps_the_draft_and_can_be_skipped(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, words = invalid_forms(tmp_path, name)
+    options: Any = FIELDS
+    with pytest.raises(ValueError, match=r"drop and count such records with --skip-invalid") as error:
+        prepare(path, tmp_path / "out", **options)
+    assert str(error.value).startswith(words)
+    with pytest.raises(ValueError, match="--skip-invalid") as again:
+        prepare(path, tmp_path / "out", **options)
+    assert "resuming after 49 documents" in caplog.text
+    assert str(again.value) == str(error.value), "the record is named in the same way"
+    caplog.clear()
+    meta = prepare(path, tmp_path / "out", skip_invalid=True, **options)
+    assert "resuming after 49 documents" in caplog.text
+    assert (meta.documents, meta.dropped) == (59, {"cannot be read": 1})
+    assert prepare(path, tmp_path / "whole", skip_invalid=True, **options) == meta
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_draft_that_skipped_a_record_does_not_resume_without_the_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, _ = invalid_forms(tmp_path, "jsonl syntax")
+    with monkeypatch.context() as patch:
+        patch.setattr(DraftFolder, "complete", stop)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(path, tmp_path / "out", skip_invalid=True, **FIELDS)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="line 50: not valid JSON"):
+        prepare(path, tmp_path / "out", **FIELDS)  # type: ignore[arg-type]
+    assert "resuming" not in caplog.text
+
+
+@pytest.mark.parametrize("skip_invalid", [False, True])
+def test_a_source_that_cannot_be_read_at_all_is_always_an_error(tmp_path: Path, skip_invalid: bool) -> None:
+    for name, content, words in (
+        ("a.csv", b'text,other\na,b\n\'c"d","e"f,g\n', "after row 1: cannot be read as CSV"),
+        ("b.csv", b"text,\xe4\na,b\n", "its header is not UTF-8; convert the file"),
+        ("c.csv", b"body\na\n", "there is no field 'text'"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            prepare(tmp_path / name, tmp_path / "out", text_field="text", skip_invalid=skip_invalid)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_interrupted_command_says_what_the_same_command_will_do(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool, as_json: bool
+) -> None:
+    from typer.testing import CliRunner
+
+    from maskwire.cli import app
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparing, "_BATCH_RECORDS", 7)
+    monkeypatch.setattr(preparing, "_SAVE_BYTES", 0 if saved else 2**40)
+    monkeypatch.setattr(DraftFolder, "complete", interrupt)
+    command = ["data", "prepare", str(corpus), "--out", str(tmp_path / "out"), "--text-field", "q"]
+    said = CliRunner().invoke(app, [*command, *(["--json"] if as_json else [])])
+    assert said.exit_code == 130
+    words = (
+        f"interrupted; the progress is saved in {tmp_path / '.out.part'}: the same command resumes"
+        if saved
+        else "interrupted; no progress was saved yet: the same command starts from the beginning"
+    )
+    if as_json:
+        expected = {"error": words, "reason": "", "exit_code": 130, "retryable": True}
+        assert json.loads(said.stderr) == expected
+    else:
+        assert f"maskwire: {words}\n" in said.stderr

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -58,22 +58,32 @@ class Progress:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
 
+def draft_path(out: Path) -> Path:
+    """Where the draft of the folder `out` is."""
+    return out.parent / f".{out.name}.part"
+
+
 class DraftFolder:
     """Appends documents, and records the progress. Use it in a `with` statement."""
 
-    def __init__(self, out: Path, identity: str, dtype: str, *, prompts: bool) -> None:
-        """Open the draft of the folder `out`. A draft of other sources or options is deleted.
+    def __init__(
+        self, out: Path, identity: str, dtype: str, *, prompts: bool, refused: Collection[str] = ()
+    ) -> None:
+        """Open the draft of the folder `out`.
 
-        Raises ValueError while another process writes it.
+        A draft of other sources or options is deleted, and one that dropped a record for a reason in
+        `refused`. Raises ValueError while another process writes it.
         """
-        self.path = out.parent / f".{out.name}.part"
+        self.path = draft_path(out)
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._prompts = prompts
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / _LOCK).open("wb")
         _lock(self._lock, self.path)
         found = self._saved()
-        self.resumed = found is not None and found.identity == identity
+        self.resumed = (
+            found is not None and found.identity == identity and not set(refused) & found.dropped.keys()
+        )
         """Whether this continues the draft of an earlier call that was stopped."""
         self.progress = found if found is not None and self.resumed else Progress(identity)
         if not self.resumed:
@@ -195,11 +205,11 @@ class DraftFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Keep the draft of a call that was stopped after it had saved progress; delete any other draft."""
+        """Keep the draft if it was not completed and its saved progress has documents; else delete it."""
         with contextlib.suppress(OSError):
             self._close()
-        stopped = kind is not None and not issubclass(kind, ValueError)
-        if not stopped or not (self.path / _PROGRESS).is_file():
+        saved = None if kind is None else self._saved()
+        if saved is None or not saved.documents:
             shutil.rmtree(self.path, ignore_errors=True)
 
 

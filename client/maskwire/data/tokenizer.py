@@ -18,12 +18,14 @@ import numpy as np
 
 from maskwire.data.file_array import Ids
 from maskwire.data.prepared_folder import BYTES
-from maskwire.data.record import Record
+from maskwire.data.record import InvalidRecordError, Record
 from maskwire.data.token_documents import Documents
 
 MASK_ID_OF_BYTES, END_ID_OF_BYTES = 256, 257
 TOKENIZER_FILE = "tokenizer.json"
 _CONFIGURATIONS = ("special_tokens_map.json", "tokenizer_config.json")  # the second takes precedence
+NOT_ENCODABLE, HAS_MASK = "cannot be encoded", "contains the mask token"
+"""Why a record is dropped if invalid records are skipped."""
 _NAMES = {
     "mask": ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>", "<MASK>"),
     "eos": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<EOS>"),
@@ -156,7 +158,7 @@ class FileTokenizer:
             self.start, self.end, self._special_ids_known = start, end, True
 
     def encode(self, records: Sequence[Record]) -> Iterator[Encoded | None]:
-        """Yield the ids of each record. Raises ValueError for a text that cannot be encoded."""
+        """Yield the ids of each record. Raises InvalidRecordError for a text that cannot be encoded."""
         texts = self._encodings(records, [record.content() for record in records])
         with_prompt = [record for record in records if record.prompt is not None]
         prompts = iter(self._encodings(with_prompt, [record.prompt or b"" for record in with_prompt]))
@@ -196,9 +198,10 @@ class FileTokenizer:
         try:
             self._loaded.encode(text, add_special_tokens=self._special_tokens)
         except Exception as error:
-            raise ValueError(
+            raise InvalidRecordError(
                 f"{name}: the tokenizer {self.path} cannot encode it ({error}); use a byte-level tokenizer "
-                "or one with an unknown token, or exclude the file with --pattern"
+                "or one with an unknown token, or exclude the file with --pattern",
+                NOT_ENCODABLE,
             ) from error
 
     def _own(self, encoding: Any) -> list[int]:
@@ -267,7 +270,7 @@ def _text(name: str, data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise InvalidRecordError(
             f"{name}: not UTF-8 at byte {error.start} ({data[error.start : error.end]!r}); convert the file, "
             "exclude it with --pattern, or use --tokenizer bytes"
         ) from None
