@@ -16,6 +16,7 @@ import pytest
 from maskwire.data import prepare as preparing
 from maskwire.data.draft_folder import DraftFolder
 from maskwire.data.prepare import prepare
+from maskwire.data.prepared_folder import PreparedMetadata
 from maskwire.data.record import Item
 from maskwire.data.record_files import read_json_lines
 from maskwire.data.row_packing import RowPacker
@@ -137,6 +138,80 @@ def test_other_sources_or_options_start_from_scratch(
     assert "resuming" not in caplog.text
     prepare(corpus, tmp_path / "again", **FIELDS)  # type: ignore[arg-type]
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+def tokenizer_folder(
+    folder: Path, name: str, words: str = "[MASK] <m> </s> <e> <pad> <p> x y", **roles: str
+) -> Path:
+    """A Hugging Face tokenizer of words, whose `tokenizer_config.json` names the tokens of some roles."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words.split())}, unk_token="x"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens([word for word in words.split() if not word.isalpha()])
+    path = folder / name
+    path.mkdir()
+    made.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({f"{role}_token": token for role, token in roles.items()})
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"text_field": "q"}),
+        ({"text_field": "q"}, {"text_field": "a"}),
+        ({}, {"any_format": True}),
+        ({"text_field": "q"}, FIELDS),
+        (FIELDS, {"prompt_field": "a", "response_field": "q"}),
+        (FIELDS, {"prompt_field": "q", "response_field": "q"}),
+        ({}, {"special_tokens": True}),
+        ({}, {"special_tokens": False}),
+        ({}, {"parse_special_tokens": True}),
+        ({}, {"pack": 8}),
+        ({"pack": 8}, {"pack": 9}),
+        ({}, {"tokenizer": "bytes"}),
+        ({}, {"tokenizer": "other"}),
+        ({}, {"tokenizer": "mask"}),
+        ({}, {"tokenizer": "eos"}),
+        ({}, {"tokenizer": "pad"}),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("small_parts")
+def test_any_other_option_starts_from_scratch(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    before: dict[str, Any],
+    after: dict[str, Any],
+) -> None:
+    tokenizers = {
+        "one": tokenizer_folder(tmp_path, "one"),
+        "other": tokenizer_folder(tmp_path, "other", "[MASK] <m> </s> <e> <pad> <p> y x"),
+        "mask": tokenizer_folder(tmp_path, "mask", mask="<m>"),
+        "eos": tokenizer_folder(tmp_path, "eos", eos="<e>"),
+        "pad": tokenizer_folder(tmp_path, "pad", pad="<p>"),
+        "bytes": "bytes",
+    }
+    path = tmp_path / "texts.csv"
+    path.write_text("q,a\nx,y <e>\ny x,x\n")
+
+    def prepared(out: str, options: dict[str, Any]) -> PreparedMetadata:
+        options = {"tokenizer": "one", **options}
+        return prepare(path, tmp_path / out, **options | {"tokenizer": tokenizers[options["tokenizer"]]})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DraftFolder, "complete", stop)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space left"):
+                prepared("out", before)
+        assert caplog.text.count("resuming") == 1, "the same options resume"
+    prepared("out", after)
+    assert caplog.text.count("resuming") == 1
+    prepared("fresh", after)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_two_processes_do_not_write_the_same_folder(corpus: Path, tmp_path: Path) -> None:
@@ -302,3 +377,40 @@ def test_the_interrupted_command_says_what_the_same_command_will_do(
         assert json.loads(said.stderr) == expected
     else:
         assert f"maskwire: {words}\n" in said.stderr
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_force_replaces_what_a_killed_replacement_left(corpus: Path, tmp_path: Path, left: bool) -> None:
+    prepare(corpus, tmp_path / "out", text_field="q")
+    if left:  # killed between the renaming and the deletion of the old folder
+        (tmp_path / ".out.old").mkdir()
+        (tmp_path / ".out.old" / "tokens.bin").write_bytes(b"old")
+    prepare(corpus, tmp_path / "out", text_field="a", force=True)
+    prepare(corpus, tmp_path / "fresh", text_field="a")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "fresh", "out"]
+
+
+@pytest.mark.parametrize("pack", [None, 20])
+@pytest.mark.parametrize("failing", ["_to_array", "rename", "to_json"])
+def test_an_error_while_a_finished_draft_is_completed_keeps_it(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, pack: int | None
+) -> None:
+    options: Any = {**FIELDS, "pack": pack}
+    prepare(corpus, tmp_path / "whole", **options)
+    prepare(corpus, tmp_path / "out", text_field="q")
+    before = contents(tmp_path / "out")
+    owner: Any = {"_to_array": DraftFolder, "rename": Path, "to_json": PreparedMetadata}[failing]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, failing, stop)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(corpus, tmp_path / "out", force=True, **options)
+    assert contents(tmp_path / "out") == before
+
+    def unread(*_: Any) -> Iterator[Item]:
+        raise AssertionError("the sources are read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("maskwire.data.record_files._READERS", {".jsonl": unread})
+        prepare(corpus, tmp_path / "out", force=True, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

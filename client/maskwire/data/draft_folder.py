@@ -166,9 +166,12 @@ class DraftFolder:
                 before = int(ends[-1])
 
     def complete(self, metadata: PreparedMetadata, out: Path, copies: dict[str, bytes]) -> None:
-        """Write the remaining files, and move the folder to `out`, replacing one that exists."""
-        for name, file in self._files.items():
-            _flush(file)
+        """Write the remaining files, and move the folder to `out`, replacing one that exists.
+
+        Until the folder was moved, it can resume: an error costs nothing.
+        """
+        self.save()
+        for name in self._files:
             if name != TOKENS:
                 self._to_array(name, self.progress.documents)
         for name, content in copies.items():
@@ -179,12 +182,14 @@ class DraftFolder:
             text.write(metadata.to_json())
             _flush(text)
         self._close()
-        for name in (_PROGRESS, _LOCK):
-            (self.path / name).unlink(missing_ok=True)
         old = self.path.with_suffix(".old")
+        if old.exists():  # a call was killed before it had deleted it
+            shutil.rmtree(old)
         if out.exists():
             out.rename(old)
         self.path.rename(out)
+        for path in [*out.glob("*.raw"), out / _PROGRESS, out / _LOCK]:
+            path.unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
 
     def _to_array(self, name: str, count: int) -> None:
@@ -195,7 +200,6 @@ class DraftFolder:
             np.lib.format.write_array_header_1_0(file, header)
             shutil.copyfileobj(source, file, _BUFFER)
             _flush(file)
-        raw.unlink()
 
     def _close(self) -> None:
         for file in [*self._files.values(), self._lock]:

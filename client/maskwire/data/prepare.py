@@ -97,9 +97,16 @@ def prepare(
     _check_out(out, force)
     sources = find_sources(paths, fields, pattern=pattern, any_format=any_format)
     chosen = _tokenizer(tokenizer, fields, special_tokens, parse_special_tokens)
-    options = [_VERSION, chosen.name, chosen.num_tokens, special_tokens, parse_special_tokens, fields.names]
-    options += [] if pack is None else [{"pack": pack, "open_rows": OPEN_ROWS}]
-    identity = hashlib.sha256(json.dumps([identity_of(sources), *options]).encode()).hexdigest()
+    options = {
+        "version": _VERSION,
+        "sources": identity_of(sources),
+        "any_format": any_format,
+        "fields": [fields.given, *fields.names],  # CSV without a named field is read as text
+        "tokenizer": [chosen.name, chosen.num_tokens, chosen.mask_id, chosen.end_id, chosen.pad_id],
+        "special_tokens": [special_tokens, parse_special_tokens],
+        "pack": [pack, OPEN_ROWS],
+    }
+    identity = hashlib.sha256(json.dumps(options).encode()).hexdigest()
     dtype = _dtype(chosen)
     refused = frozenset() if skip_invalid else _SKIPPED
     with DraftFolder(out, identity, dtype, prompts=fields.prompt is not None, refused=refused) as draft:
