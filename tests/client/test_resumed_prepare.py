@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from preparations import FIELDS, contents, stop, tokenizer_folder
 
 from maskwire.data import prepare as preparing
 from maskwire.data.draft_folder import DraftFolder
@@ -20,8 +21,6 @@ from maskwire.data.prepared_folder import PreparedMetadata
 from maskwire.data.record import Item
 from maskwire.data.record_files import read_json_lines
 from maskwire.data.row_packing import RowPacker
-
-FIELDS = {"prompt_field": "q", "response_field": "a"}
 
 
 @pytest.fixture
@@ -34,21 +33,6 @@ def corpus(tmp_path: Path) -> Path:
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenize a few records at a time, and save the progress after each group."""
-    monkeypatch.setattr(preparing, "_BATCH_RECORDS", 7)
-    monkeypatch.setattr(preparing, "_SAVE_BYTES", 0)
-
-
-def stop(*_: Any) -> None:
-    raise OSError(28, "No space left on device")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.mark.parametrize("pack", [None, 20])
@@ -138,24 +122,6 @@ def test_other_sources_or_options_start_from_scratch(
     assert "resuming" not in caplog.text
     prepare(corpus, tmp_path / "again", **FIELDS)  # type: ignore[arg-type]
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
-
-
-def tokenizer_folder(
-    folder: Path, name: str, words: str = "[MASK] <m> </s> <e> <pad> <p> x y", **roles: str
-) -> Path:
-    """A Hugging Face tokenizer of words, whose `tokenizer_config.json` names the tokens of some roles."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words.split())}, unk_token="x"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.add_special_tokens([word for word in words.split() if not word.isalpha()])
-    path = folder / name
-    path.mkdir()
-    made.save(str(path / "tokenizer.json"))
-    (path / "tokenizer_config.json").write_text(
-        json.dumps({f"{role}_token": token for role, token in roles.items()})
-    )
-    return path
 
 
 @pytest.mark.parametrize(
@@ -257,96 +223,6 @@ def test_after_kill_9_the_same_bytes_come_out(corpus: Path, tmp_path: Path, capl
     assert prepare(corpus, tmp_path / "out", **FIELDS) == expected  # type: ignore[arg-type]
     assert f"resuming after {saved['documents']} documents" in caplog.text
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def invalid_forms(folder: Path, name: str) -> tuple[Path, str]:
-    """A file of 60 pairs whose record 50 cannot be read, and the words of the error about it."""
-    rows = [(f"question {n}", f"answer {n}") for n in range(60)]
-    path = folder / f"late.{name.split()[0]}"
-    if name.startswith("jsonl"):
-        lines = [json.dumps({"q": q, "a": a}).encode() for q, a in rows]
-        lines[49], words = {
-            "jsonl syntax": (b'{"q": "x",', "line 50: not valid JSON"),
-            "jsonl type": (b'{"q": "x", "a": 7}', "line 50: the field 'a' must hold text, got int"),
-            "jsonl field": (b'{"q": "x"}', "line 50: there is no field 'a'"),
-            "jsonl codec": (b'{"q": "x", "a": "\xff"}', "line 50: not valid JSON ('utf-8' codec"),
-        }[name]
-        path.write_bytes(b"\n".join(lines) + b"\n")
-    elif name.startswith("csv"):
-        lines = [f"{q},{a}".encode() for q, a in [("q", "a"), *rows]]
-        lines[50], words = {
-            "csv fields": (b"x", "row 50: it has 1 fields, but the header has 2"),
-            "csv codec": (b"x,\xff", "row 50: not UTF-8"),
-        }[name]
-        path.write_bytes(b"\n".join(lines) + b"\n")
-    else:
-        pyarrow = pytest.importorskip("pyarrow")
-        from pyarrow import parquet
-
-        values = [a.encode() for _, a in rows]
-        values[49] = b"\xff"
-        column = pyarrow.array(values).cast(pyarrow.large_binary()).view(pyarrow.large_string())
-        table = pyarrow.table({"q": [q for q, _ in rows], "a": column})
-        words = "row 50: the field 'a' must hold text, got UnicodeDecodeError"
-        if path.suffix == ".parquet":
-            parquet.write_table(table, path)
-        else:
-            with pyarrow.ipc.new_file(path, table.schema) as writer:
-                writer.write_table(table)
-    return path, f"{path}, {words}"
-
-
-INVALID_FORMS = (
-    "jsonl syntax", "jsonl type", "jsonl field", "jsonl codec", "csv fields", "csv codec", "parquet", "arrow"
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", INVALID_FORMS)
-@pytest.mark.usefixtures("small_parts")
-def test_an_invalid_record_keeps_the_draft_and_can_be_skipped(
-    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    path, words = invalid_forms(tmp_path, name)
-    options: Any = FIELDS
-    with pytest.raises(ValueError, match=r"drop and count such records with --skip-invalid") as error:
-        prepare(path, tmp_path / "out", **options)
-    assert str(error.value).startswith(words)
-    with pytest.raises(ValueError, match="--skip-invalid") as again:
-        prepare(path, tmp_path / "out", **options)
-    assert "resuming after 49 documents" in caplog.text
-    assert str(again.value) == str(error.value), "the record is named in the same way"
-    caplog.clear()
-    meta = prepare(path, tmp_path / "out", skip_invalid=True, **options)
-    assert "resuming after 49 documents" in caplog.text
-    assert (meta.documents, meta.dropped) == (59, {"cannot be read": 1})
-    assert prepare(path, tmp_path / "whole", skip_invalid=True, **options) == meta
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-@pytest.mark.usefixtures("small_parts")
-def test_a_draft_that_skipped_a_record_does_not_resume_without_the_option(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    path, _ = invalid_forms(tmp_path, "jsonl syntax")
-    with monkeypatch.context() as patch:
-        patch.setattr(DraftFolder, "complete", stop)
-        with pytest.raises(OSError, match="No space left"):
-            prepare(path, tmp_path / "out", skip_invalid=True, **FIELDS)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="line 50: not valid JSON"):
-        prepare(path, tmp_path / "out", **FIELDS)  # type: ignore[arg-type]
-    assert "resuming" not in caplog.text
-
-
-@pytest.mark.parametrize("skip_invalid", [False, True])
-def test_a_source_that_cannot_be_read_at_all_is_always_an_error(tmp_path: Path, skip_invalid: bool) -> None:
-    for name, content, words in (
-        ("a.csv", b'text,other\na,b\n\'c"d","e"f,g\n', "after row 1: cannot be read as CSV"),
-        ("b.csv", b"text,\xe4\na,b\n", "its header is not UTF-8; convert the file"),
-        ("c.csv", b"body\na\n", "there is no field 'text'"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=words):
-            prepare(tmp_path / name, tmp_path / "out", text_field="text", skip_invalid=skip_invalid)
 
 
 @pytest.mark.parametrize("as_json", [False, True])

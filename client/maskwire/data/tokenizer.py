@@ -140,7 +140,10 @@ class FileTokenizer:
         self.start: list[int] = []
         self.end: list[int] = []
         self._special_ids_known = False
-        self._vocabulary = max(self._loaded.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = self._loaded.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise ValueError(f"{name}: the tokenizer has no tokens: its vocabulary is empty; train it first")
+        self._vocabulary = max(vocabulary.values()) + 1
 
     @property
     def end_id(self) -> int | None:
@@ -168,11 +171,22 @@ class FileTokenizer:
             if not own:
                 yield None
                 continue
+            if self.mask_id in own or (prompt and self.mask_id in prompt):
+                raise InvalidRecordError(self._has_mask(record.name), HAS_MASK)
             given = [*self.start, *(prompt or [])]
             yield Encoded(
                 [np.array([*given, *own, *self.end], dtype=np.int64)],
                 0 if record.prompt is None else len(given),
             )
+
+    def _has_mask(self, name: str) -> str:
+        token = self._loaded.id_to_token(self.mask_id)
+        parsed = not self._loaded.encode_special_tokens
+        advice = "leave out --parse-special-tokens (it is then encoded as text), " if parsed else ""
+        return (
+            f"{name}: it contains the mask token {token!r} (id {self.mask_id}), and training refuses rows "
+            f"with the mask id; {advice}remove the token from the text"
+        )
 
     def encode_part(self, text: str) -> list[int]:
         """The ids of a part of a text, without special tokens around it."""
@@ -252,10 +266,19 @@ def _configured(folder: Path) -> dict[str, str]:
 
 
 def _special_ids(loaded: Any, configured: dict[str, str]) -> dict[str, int]:
-    """The ids of the mask, the pad and the end of a text, where the tokenizer has them."""
-    special = {
-        token.content: id_ for id_, token in loaded.get_added_tokens_decoder().items() if token.special
-    }
+    """The ids of the mask, the pad and the end of a text, where the tokenizer has them.
+
+    Raises ValueError for a mask token that is an ordinary token of texts.
+    """
+    added = loaded.get_added_tokens_decoder()
+    special = {token.content: id_ for id_, token in added.items() if token.special}
+    mask = loaded.token_to_id(configured["mask"]) if "mask" in configured else None
+    if mask is not None and mask not in added:
+        raise ValueError(
+            f"the mask token (mask_token in {_CONFIGURATIONS[1]}) must be a special token of the tokenizer, "
+            f"got {configured['mask']!r}, an ordinary token of its vocabulary (id {mask}); name the mask token of "
+            "the tokenizer, or remove mask_token, and maskwire adds one"
+        )
     found = {}
     for role, names in _NAMES.items():
         id_ = loaded.token_to_id(configured[role]) if role in configured else None
