@@ -106,7 +106,8 @@ def test_a_source_that_cannot_be_read_at_all_is_always_an_error(tmp_path: Path, 
 
 MASKED = (
     "{place}: it contains the mask token '[MASK]' (id 0), and training refuses rows with the mask id; "
-    "{advice}remove the token from the text; or drop and count such records with --skip-invalid (skip_invalid=True)"
+    "{advice}remove the token from the text; or drop and count such records with --skip-invalid "
+    "(skip_invalid=True)"
 )
 PARSED = "leave out --parse-special-tokens (it is then encoded as text), "
 

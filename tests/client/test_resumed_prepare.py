@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -290,3 +291,20 @@ def test_an_error_while_a_finished_draft_is_completed_keeps_it(
         patch.setattr("maskwire.data.record_files._READERS", {".jsonl": unread})
         prepare(corpus, tmp_path / "out", force=True, **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
+@pytest.mark.usefixtures("small_parts")
+def test_a_name_that_is_not_utf8_is_read_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / os.fsdecode(b"caf\xe9.txt")).write_text("hello")
+    with monkeypatch.context() as patch:
+        patch.setattr(DraftFolder, "complete", stop)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(texts, tmp_path / "out")
+    assert prepare(texts, tmp_path / "out").documents == 1
+    assert "resuming after 1 documents" in caplog.text
+    assert (tmp_path / "out" / "tokens.bin").read_bytes() == b"hello"

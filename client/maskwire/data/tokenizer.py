@@ -276,8 +276,8 @@ def _special_ids(loaded: Any, configured: dict[str, str]) -> dict[str, int]:
     if mask is not None and mask not in added:
         raise ValueError(
             f"the mask token (mask_token in {_CONFIGURATIONS[1]}) must be a special token of the tokenizer, "
-            f"got {configured['mask']!r}, an ordinary token of its vocabulary (id {mask}); name the mask token of "
-            "the tokenizer, or remove mask_token, and maskwire adds one"
+            f"got {configured['mask']!r}, an ordinary token of its vocabulary (id {mask}); name the mask "
+            "token of the tokenizer, or remove mask_token, and maskwire adds one"
         )
     found = {}
     for role, names in _NAMES.items():
