@@ -37,7 +37,7 @@ from maskwire.data.tokenizer import (
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # to be increased if the same sources and options give other output
+_VERSION = 2  # to be increased if the same sources and options give other output
 _BATCH_BYTES, _BATCH_RECORDS = 2**20, 1024  # tokenized in parallel on all cores
 _SAVE_BYTES, _SAVE_SECONDS = 2**26, 10.0  # of text, between two saves of the progress
 _LONGEST_ROW = 2**20  # tokens; model.max_seq_len allows no more

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from maskwire.data.automatic_prefix import AutomaticPrefix
 from maskwire.data.file_array import Ids
 from maskwire.data.prepared_folder import BYTES
 from maskwire.data.record import InvalidRecordError, Record
@@ -140,6 +141,7 @@ class FileTokenizer:
         self.start: list[int] = []
         self.end: list[int] = []
         self._special_ids_known = False
+        self._prefix = AutomaticPrefix(self._loaded)
         vocabulary = self._loaded.get_vocab(with_added_tokens=True)
         if not vocabulary:
             raise ValueError(f"{name}: the tokenizer has no tokens: its vocabulary is empty; train it first")
@@ -166,8 +168,9 @@ class FileTokenizer:
         with_prompt = [record for record in records if record.prompt is not None]
         prompts = iter(self._encodings(with_prompt, [record.prompt or b"" for record in with_prompt]))
         for record, text in zip(records, texts, strict=True):
-            own = self._own(text)
             prompt = None if record.prompt is None else self._own(next(prompts))
+            # A response continues its prompt.
+            own = self._own(text, record.content().decode() if prompt else None)
             if not own:
                 yield None
                 continue
@@ -188,10 +191,14 @@ class FileTokenizer:
             f"with the mask id; {advice}remove the token from the text"
         )
 
-    def encode_part(self, text: str) -> list[int]:
-        """The ids of a part of a text, without special tokens around it."""
-        ids: list[int] = self._loaded.encode(text, add_special_tokens=False).ids
-        return ids
+    def encode_part(self, text: str, *, continued: bool = False) -> list[int]:
+        """The ids of a part of a text, without special tokens around it.
+
+        A part that is `continued` from another one is encoded without the tokenizer's automatic prefix.
+        """
+        encoding = self._loaded.encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        return self._prefix.remove(text, encoding, 0, len(ids)) if continued else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special ones and those that the file does not have are left out."""
@@ -201,7 +208,9 @@ class FileTokenizer:
     def _encodings(self, records: Sequence[Record], contents: Sequence[bytes]) -> list[Any]:
         texts = [_text(record.name, content) for record, content in zip(records, contents, strict=True)]
         try:
-            found: list[Any] = self._loaded.encode_batch_fast(texts, add_special_tokens=self._special_tokens)
+            pairs = self._prefix.symbol and any(record.prompt for record in records)
+            encode = self._loaded.encode_batch if pairs else self._loaded.encode_batch_fast  # has no offsets
+            found: list[Any] = encode(texts, add_special_tokens=self._special_tokens)
         except Exception:  # the error does not name the text that failed
             for record, text in zip(records, texts, strict=True):
                 self._check(record.name, text)
@@ -218,8 +227,11 @@ class FileTokenizer:
                 NOT_ENCODABLE,
             ) from error
 
-    def _own(self, encoding: Any) -> list[int]:
-        """The ids of a text without the special ids around it, which are learned from the first text."""
+    def _own(self, encoding: Any, continued: str | None = None) -> list[int]:
+        """The ids of a text without the special ids around it, which are learned from the first text.
+
+        `continued` is the text if it continues another one.
+        """
         ids, added = encoding.ids, encoding.special_tokens_mask
         own = [place for place, special in enumerate(added) if not special]
         if not own:
@@ -231,7 +243,7 @@ class FileTokenizer:
             if self._special_tokens and not self.end:
                 self.end = [self._eos]
         found: list[int] = ids[first:last]
-        return found
+        return found if continued is None else self._prefix.remove(continued, encoding, first, last)
 
 
 def _no_file(path: Path) -> str:
