@@ -129,6 +129,7 @@ def test_other_sources_or_options_start_from_scratch(
     ("before", "after"),
     [
         ({}, {"text_field": "q"}),
+        ({}, {"text_field": "text"}),
         ({"text_field": "q"}, {"text_field": "a"}),
         ({}, {"any_format": True}),
         ({"text_field": "q"}, FIELDS),
@@ -163,7 +164,7 @@ def test_any_other_option_starts_from_scratch(
         "bytes": "bytes",
     }
     path = tmp_path / "texts.csv"
-    path.write_text("q,a\nx,y <e>\ny x,x\n")
+    path.write_text("q,a,text\nx,y <e>,y\ny x,x,x y\n")
 
     def prepared(out: str, options: dict[str, Any]) -> PreparedMetadata:
         options = {"tokenizer": "one", **options}
