@@ -205,7 +205,9 @@ class Trainer(TrainerProperties, Client):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._settled(patient=patient), grace)
             if (request := self._writer.close_request()) is not None:
-                await self._stub.CloseSession(request, timeout=CLOSE_TIMEOUT, metadata=self._endpoint.metadata)
+                await self._stub.CloseSession(
+                    request, timeout=CLOSE_TIMEOUT, metadata=self._endpoint.metadata
+                )
         except grpc.RpcError:
             log.debug("the session was not closed; it ends by itself when idle", exc_info=True)
         finally:

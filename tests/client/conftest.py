@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from scripted_server import Script
 
+from maskwire.data import prepare as preparing
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 
 
@@ -24,3 +25,10 @@ def script() -> Iterator[Script]:
     server.start()
     yield servicer
     server.stop(0).wait()
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenize a few records at a time, and save the progress after each group."""
+    monkeypatch.setattr(preparing, "_BATCH_RECORDS", 7)
+    monkeypatch.setattr(preparing, "_SAVE_BYTES", 0)

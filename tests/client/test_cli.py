@@ -18,6 +18,7 @@ from serving import ServerProcess
 
 import maskwire
 from maskwire.cli import app, exit_codes
+from maskwire.cli.train import check_tokenizer
 from maskwire.client import Client
 from maskwire.errors import HaltedError
 from maskwire.process_identity import default_name
@@ -271,3 +272,32 @@ def test_a_halted_run_names_the_option_that_resumes_it(capsys: pytest.CaptureFix
     with pytest.raises(typer.Exit), exit_codes.errors(as_json=False):
         raise HaltedError(words, reason="HALTED")
     assert capsys.readouterr().err.endswith("look at the data, then run the command again with --takeover\n")
+
+
+def test_raw_text_for_a_run_of_a_tokenizer_names_the_commands_that_prepare_it(tmp_path: Path) -> None:
+    folder = tmp_path / "server"
+    folder.mkdir()
+    made = ServerProcess(folder, COUNTING, model__num_tokens="257", model__mask_id="256").start()
+    (tmp_path / "a.txt").write_text("raw text " * 9)
+    other = f"sha256:{'0' * 64}"
+    data = maskwire.TokenData([[1, 2, 3]], length=3, batch_size=2, tokenizer=other)
+    with maskwire.connect(made.address) as trainer:
+        trainer.fit(data, until_step=1, progress=False)
+    for arguments in (["train", tmp_path / "a.txt", "--until-step", 2], ["eval", tmp_path / "a.txt"]):
+        code, _, err = run(*arguments, "--target", made.address)
+        assert code == 1
+        assert f"the run uses tokenizer {other}, but this " in err
+        assert (
+            "uses bytes: download the run's tokenizer (maskwire data tokenizer --out TOKENIZER) and " in err
+        )
+        assert "(maskwire data prepare PATH --tokenizer TOKENIZER --out FOLDER)" in err
+    made.stop()
+
+
+def test_evaluation_data_of_another_tokenizer_names_the_command_that_prepares_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(typer.Exit), exit_codes.errors(as_json=False):
+        check_tokenizer("sha256:1", "bytes", "the training data")
+    words = "(maskwire data prepare PATH --tokenizer TRAINING/tokenizer.json --out FOLDER)"
+    assert words in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from preparations import FIELDS, contents, stop, tokenizer_folder
 
 from maskwire.data import prepare as preparing
 from maskwire.data.draft_folder import DraftFolder
 from maskwire.data.prepare import prepare
+from maskwire.data.prepared_folder import PreparedMetadata
 from maskwire.data.record import Item
 from maskwire.data.record_files import read_json_lines
 from maskwire.data.row_packing import RowPacker
-
-FIELDS = {"prompt_field": "q", "response_field": "a"}
 
 
 @pytest.fixture
@@ -33,17 +34,6 @@ def corpus(tmp_path: Path) -> Path:
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenize a few records at a time, and save the progress after each group."""
-    monkeypatch.setattr(preparing, "_BATCH_RECORDS", 7)
-    monkeypatch.setattr(preparing, "_SAVE_BYTES", 0)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.mark.parametrize("pack", [None, 20])
@@ -109,9 +99,6 @@ def test_stopped_while_rows_are_packed_it_packs_them_again_and_reads_nothing(
 def test_a_draft_with_other_options_leaves_no_files(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(draft: DraftFolder, *_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     options: Any = {**FIELDS, "pack": 20}
     with monkeypatch.context() as patch:
         patch.setattr(DraftFolder, "complete", stop)
@@ -126,9 +113,6 @@ def test_a_draft_with_other_options_leaves_no_files(
 def test_other_sources_or_options_start_from_scratch(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    def stop(draft: DraftFolder, *_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
         patch.setattr(DraftFolder, "complete", stop)
         with pytest.raises(OSError, match="No space left"):
@@ -139,6 +123,63 @@ def test_other_sources_or_options_start_from_scratch(
     assert "resuming" not in caplog.text
     prepare(corpus, tmp_path / "again", **FIELDS)  # type: ignore[arg-type]
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"text_field": "q"}),
+        ({}, {"text_field": "text"}),
+        ({"text_field": "q"}, {"text_field": "a"}),
+        ({}, {"any_format": True}),
+        ({"text_field": "q"}, FIELDS),
+        (FIELDS, {"prompt_field": "a", "response_field": "q"}),
+        (FIELDS, {"prompt_field": "q", "response_field": "q"}),
+        ({}, {"special_tokens": True}),
+        ({}, {"special_tokens": False}),
+        ({}, {"parse_special_tokens": True}),
+        ({}, {"pack": 8}),
+        ({"pack": 8}, {"pack": 9}),
+        ({}, {"tokenizer": "bytes"}),
+        ({}, {"tokenizer": "other"}),
+        ({}, {"tokenizer": "mask"}),
+        ({}, {"tokenizer": "eos"}),
+        ({}, {"tokenizer": "pad"}),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("small_parts")
+def test_any_other_option_starts_from_scratch(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    before: dict[str, Any],
+    after: dict[str, Any],
+) -> None:
+    tokenizers = {
+        "one": tokenizer_folder(tmp_path, "one"),
+        "other": tokenizer_folder(tmp_path, "other", "[MASK] <m> </s> <e> <pad> <p> y x"),
+        "mask": tokenizer_folder(tmp_path, "mask", mask="<m>"),
+        "eos": tokenizer_folder(tmp_path, "eos", eos="<e>"),
+        "pad": tokenizer_folder(tmp_path, "pad", pad="<p>"),
+        "bytes": "bytes",
+    }
+    path = tmp_path / "texts.csv"
+    path.write_text("q,a,text\nx,y <e>,y\ny x,x,x y\n")
+
+    def prepared(out: str, options: dict[str, Any]) -> PreparedMetadata:
+        options = {"tokenizer": "one", **options}
+        return prepare(path, tmp_path / out, **options | {"tokenizer": tokenizers[options["tokenizer"]]})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DraftFolder, "complete", stop)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space left"):
+                prepared("out", before)
+        assert caplog.text.count("resuming") == 1, "the same options resume"
+    prepared("out", after)
+    assert caplog.text.count("resuming") == 1
+    prepared("fresh", after)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_two_processes_do_not_write_the_same_folder(corpus: Path, tmp_path: Path) -> None:
@@ -184,3 +225,87 @@ def test_after_kill_9_the_same_bytes_come_out(corpus: Path, tmp_path: Path, capl
     assert prepare(corpus, tmp_path / "out", **FIELDS) == expected  # type: ignore[arg-type]
     assert f"resuming after {saved['documents']} documents" in caplog.text
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_interrupted_command_says_what_the_same_command_will_do(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool, as_json: bool
+) -> None:
+    from typer.testing import CliRunner
+
+    from maskwire.cli import app
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparing, "_BATCH_RECORDS", 7)
+    monkeypatch.setattr(preparing, "_SAVE_BYTES", 0 if saved else 2**40)
+    monkeypatch.setattr(DraftFolder, "complete", interrupt)
+    command = ["data", "prepare", str(corpus), "--out", str(tmp_path / "out"), "--text-field", "q"]
+    said = CliRunner().invoke(app, [*command, *(["--json"] if as_json else [])])
+    assert said.exit_code == 130
+    words = (
+        f"interrupted; the progress is saved in {tmp_path / '.out.part'}: the same command resumes"
+        if saved
+        else "interrupted; no progress was saved yet: the same command starts from the beginning"
+    )
+    if as_json:
+        expected = {"error": words, "reason": "", "exit_code": 130, "retryable": True}
+        assert json.loads(said.stderr) == expected
+    else:
+        assert f"maskwire: {words}\n" in said.stderr
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_force_replaces_what_a_killed_replacement_left(corpus: Path, tmp_path: Path, left: bool) -> None:
+    prepare(corpus, tmp_path / "out", text_field="q")
+    if left:  # killed between the renaming and the deletion of the old folder
+        (tmp_path / ".out.old").mkdir()
+        (tmp_path / ".out.old" / "tokens.bin").write_bytes(b"old")
+    prepare(corpus, tmp_path / "out", text_field="a", force=True)
+    prepare(corpus, tmp_path / "fresh", text_field="a")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "fresh", "out"]
+
+
+@pytest.mark.parametrize("pack", [None, 20])
+@pytest.mark.parametrize("failing", ["_to_array", "rename", "to_json"])
+def test_an_error_while_a_finished_draft_is_completed_keeps_it(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, pack: int | None
+) -> None:
+    options: Any = {**FIELDS, "pack": pack}
+    prepare(corpus, tmp_path / "whole", **options)
+    prepare(corpus, tmp_path / "out", text_field="q")
+    before = contents(tmp_path / "out")
+    owner: Any = {"_to_array": DraftFolder, "rename": Path, "to_json": PreparedMetadata}[failing]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, failing, stop)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(corpus, tmp_path / "out", force=True, **options)
+    assert contents(tmp_path / "out") == before
+
+    def unread(*_: Any) -> Iterator[Item]:
+        raise AssertionError("the sources are read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("maskwire.data.record_files._READERS", {".jsonl": unread})
+        prepare(corpus, tmp_path / "out", force=True, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such names")
+@pytest.mark.usefixtures("small_parts")
+def test_a_name_that_is_not_utf8_is_read_and_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / os.fsdecode(b"caf\xe9.txt")).write_text("hello")
+    with monkeypatch.context() as patch:
+        patch.setattr(DraftFolder, "complete", stop)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(texts, tmp_path / "out")
+    assert prepare(texts, tmp_path / "out").documents == 1
+    assert "resuming after 1 documents" in caplog.text
+    assert (tmp_path / "out" / "tokens.bin").read_bytes() == b"hello"

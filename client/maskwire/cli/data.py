@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +22,7 @@ from maskwire.cli.options import (
     TextField,
     with_server,
 )
+from maskwire.data.draft_folder import draft_path
 from maskwire.data.prepare import dropped_words
 from maskwire.data.prepare import prepare as prepare_data
 from maskwire.data.prepared_folder import BYTES, PreparedMetadata
@@ -84,6 +87,14 @@ def prepare(
             "document. Longer documents are cut into pieces. No more than the model's max_seq_len.",
         ),
     ] = None,
+    skip_invalid: Annotated[
+        bool,
+        typer.Option(
+            "--skip-invalid",
+            help="Drop records that cannot be read or encoded, and count them. By default the first one is "
+            "an error.",
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace data prepared earlier in --out.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -95,12 +106,12 @@ def prepare(
     it resumes where it stopped.
     """
     with exit_codes.errors(as_json):
-        with byte_progress("preparing", shown=not as_json) as report:
+        with _interruption(out, as_json), byte_progress("preparing", shown=not as_json) as report:
             metadata = prepare_data(
                 paths, out, tokenizer=tokenizer, pattern=pattern, any_format=any_format,
                 text_field=text_field, prompt_field=prompt_field, response_field=response_field,
                 special_tokens=special_tokens, parse_special_tokens=parse_special_tokens, pack=pack,
-                force=force, on_progress=report,
+                skip_invalid=skip_invalid, force=force, on_progress=report,
             )  # fmt: skip
         show(
             {"folder": out, **dataclasses.asdict(metadata), "filled": metadata.filled},
@@ -143,6 +154,20 @@ def tokenizer(
         "document_end": found.document_end,
     }
     show(result, as_json, lambda: f"wrote {path} ({found.name})")
+
+
+@contextmanager
+def _interruption(out: Path, as_json: bool) -> Iterator[None]:
+    """Say after Ctrl-C or SIGTERM what the same command will do."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        draft = draft_path(out)
+        found = f"the progress is saved in {draft}" if draft.exists() else "no progress was saved yet"
+        again = "resumes" if draft.exists() else "starts from the beginning"
+        code = exit_codes.interrupted().exit_code
+        exit_codes.show_error(f"interrupted; {found}: the same command {again}", code, as_json=as_json)
+        raise
 
 
 def _packed(metadata: PreparedMetadata) -> str:

@@ -56,6 +56,14 @@ _REMEDIES = {
     DATA_IN_USE: {
         "or open the data again": "or run the command again; `maskwire train` then needs --allow-changed-data"
     },
+    "TOKENIZER_MISMATCH": {
+        "prepare the data with the run's tokenizer": "download the run's tokenizer (maskwire data tokenizer "
+        "--out TOKENIZER) and prepare the data with it (maskwire data prepare PATH --tokenizer TOKENIZER "
+        "--out FOLDER); for a run of bytes give the texts themselves",
+        "prepare the data with the training data's tokenizer": "prepare the data with the training data's "
+        "tokenizer (maskwire data prepare PATH --tokenizer TRAINING/tokenizer.json --out FOLDER); for bytes "
+        "give the texts themselves",
+    },
     "HALTED": {"open a session with takeover": "run the command again with --takeover"},
     "WRITER_PRESENT": {"or take over": "or take over (--takeover)"},
     "UNAUTHENTICATED": {

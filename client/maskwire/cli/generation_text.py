@@ -67,7 +67,7 @@ def _from_text(text: str, gap: str, mask_id: int, codec: TextCodec) -> list[int]
     ids = list(codec.start)
     for place, part in enumerate(text.split(gap)):
         ids += [mask_id] * bool(place)
-        ids += codec.encode(part) if part else []
+        ids += codec.encode(part, continued=place > 0) if part else []
     return ids
 
 

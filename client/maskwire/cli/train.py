@@ -268,8 +268,8 @@ def check_tokenizer(ours: str, theirs: str, whose: str) -> None:
     """Raise TokenizerError if both tokenizers are known and differ: their ids mean different things."""
     if ours and theirs and ours != theirs:
         raise TokenizerError(
-            f"{whose} uses tokenizer {ours}, but this data uses {theirs}: prepare the data with the same "
-            "tokenizer",
+            f"{whose} uses tokenizer {ours}, but this data uses {theirs}: prepare the data with "
+            f"{whose}'s tokenizer",
             reason="TOKENIZER_MISMATCH",
         )
 

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -58,22 +58,32 @@ class Progress:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
 
+def draft_path(out: Path) -> Path:
+    """Where the draft of the folder `out` is."""
+    return out.parent / f".{out.name}.part"
+
+
 class DraftFolder:
     """Appends documents, and records the progress. Use it in a `with` statement."""
 
-    def __init__(self, out: Path, identity: str, dtype: str, *, prompts: bool) -> None:
-        """Open the draft of the folder `out`. A draft of other sources or options is deleted.
+    def __init__(
+        self, out: Path, identity: str, dtype: str, *, prompts: bool, refused: Collection[str] = ()
+    ) -> None:
+        """Open the draft of the folder `out`.
 
-        Raises ValueError while another process writes it.
+        A draft of other sources or options is deleted, and one that dropped a record for a reason in
+        `refused`. Raises ValueError while another process writes it.
         """
-        self.path = out.parent / f".{out.name}.part"
+        self.path = draft_path(out)
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._prompts = prompts
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / _LOCK).open("wb")
         _lock(self._lock, self.path)
         found = self._saved()
-        self.resumed = found is not None and found.identity == identity
+        self.resumed = (
+            found is not None and found.identity == identity and not set(refused) & found.dropped.keys()
+        )
         """Whether this continues the draft of an earlier call that was stopped."""
         self.progress = found if found is not None and self.resumed else Progress(identity)
         if not self.resumed:
@@ -156,9 +166,12 @@ class DraftFolder:
                 before = int(ends[-1])
 
     def complete(self, metadata: PreparedMetadata, out: Path, copies: dict[str, bytes]) -> None:
-        """Write the remaining files, and move the folder to `out`, replacing one that exists."""
-        for name, file in self._files.items():
-            _flush(file)
+        """Write the remaining files, and move the folder to `out`, replacing one that exists.
+
+        Until the folder was moved, it can resume: an error costs nothing.
+        """
+        self.save()
+        for name in self._files:
             if name != TOKENS:
                 self._to_array(name, self.progress.documents)
         for name, content in copies.items():
@@ -169,12 +182,14 @@ class DraftFolder:
             text.write(metadata.to_json())
             _flush(text)
         self._close()
-        for name in (_PROGRESS, _LOCK):
-            (self.path / name).unlink(missing_ok=True)
         old = self.path.with_suffix(".old")
+        if old.exists():  # a call was killed before it had deleted it
+            shutil.rmtree(old)
         if out.exists():
             out.rename(old)
         self.path.rename(out)
+        for path in [*out.glob("*.raw"), out / _PROGRESS, out / _LOCK]:
+            path.unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
 
     def _to_array(self, name: str, count: int) -> None:
@@ -185,7 +200,6 @@ class DraftFolder:
             np.lib.format.write_array_header_1_0(file, header)
             shutil.copyfileobj(source, file, _BUFFER)
             _flush(file)
-        raw.unlink()
 
     def _close(self) -> None:
         for file in [*self._files.values(), self._lock]:
@@ -195,11 +209,11 @@ class DraftFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Keep the draft of a call that was stopped after it had saved progress; delete any other draft."""
+        """Keep the draft if it was not completed and its saved progress has documents; else delete it."""
         with contextlib.suppress(OSError):
             self._close()
-        stopped = kind is not None and not issubclass(kind, ValueError)
-        if not stopped or not (self.path / _PROGRESS).is_file():
+        saved = None if kind is None else self._saved()
+        if saved is None or not saved.documents:
             shutil.rmtree(self.path, ignore_errors=True)
 
 

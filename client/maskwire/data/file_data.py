@@ -278,6 +278,8 @@ def _in_memory(sources: list[Source], fields: Fields, options: dict[str, Any]) -
     prompts: list[int] = []
     size, dropped = 0, 0
     for item in (item for source in sources for item in source.read(0)):
+        if item.error:
+            raise ValueError(item.error)
         if item.record is None:
             dropped += 1
             continue

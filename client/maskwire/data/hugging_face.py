@@ -94,4 +94,4 @@ class DatasetSource:
                 try:
                     yield self._fields.item(where, list(values), number, done)
                 except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from None
+                    yield Item.invalid(f"{where}: {error}", number, done)

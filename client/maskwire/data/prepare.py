@@ -23,18 +23,27 @@ from maskwire.arguments import check_whole
 from maskwire.data.draft_folder import DraftFolder, Progress
 from maskwire.data.file_array import Ids
 from maskwire.data.prepared_folder import BYTES, METADATA, PreparedMetadata
-from maskwire.data.record import Fields, Item, Record
+from maskwire.data.record import INVALID, Fields, InvalidRecordError, Item, Record
 from maskwire.data.row_packing import OPEN_ROWS
 from maskwire.data.text_sources import Paths, Source, find_sources, identity_of
-from maskwire.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, FileTokenizer
+from maskwire.data.tokenizer import (
+    HAS_MASK,
+    NOT_ENCODABLE,
+    TOKENIZER_FILE,
+    ByteTokenizer,
+    Encoded,
+    FileTokenizer,
+)
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # to be increased if the same sources and options give other output
+_VERSION = 2  # to be increased if the same sources and options give other output
 _BATCH_BYTES, _BATCH_RECORDS = 2**20, 1024  # tokenized in parallel on all cores
 _SAVE_BYTES, _SAVE_SECONDS = 2**26, 10.0  # of text, between two saves of the progress
 _LONGEST_ROW = 2**20  # tokens; model.max_seq_len allows no more
 NO_TOKENS = "no tokens"
+_SKIPPED = frozenset({INVALID, NOT_ENCODABLE, HAS_MASK})  # dropped only with skip_invalid
+_SKIP = "or drop and count such records with --skip-invalid (skip_invalid=True)"
 
 
 def prepare(
@@ -50,6 +59,7 @@ def prepare(
     special_tokens: bool | None = None,
     parse_special_tokens: bool = False,
     pack: int | None = None,
+    skip_invalid: bool = False,
     force: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PreparedMetadata:
@@ -71,11 +81,14 @@ def prepare(
         and not as plain text.
     pack: Fill rows of this many tokens with several documents each. Longer documents are cut into pieces,
         and longer pairs are dropped. `rows` and `filled` of the result say how full the rows are.
+    skip_invalid: Drop records that cannot be read or encoded, and count them in `dropped`. By default the
+        first one is an error. A source that cannot be read at all is always an error.
     on_progress: Called as `on_progress(done, total)`, in bytes of the sources.
 
     `out` is created only once it is complete; an existing prepared folder is replaced only with `force`. If
     the process is stopped, the same call resumes from `.NAME.part` beside `out`, and the result is the same
-    to the byte. Records without text are dropped and counted in `dropped`. Raises ValueError and OSError.
+    to the byte; so does a call with `skip_invalid` after a record that could not be read. Records without
+    text are dropped and counted in `dropped`. Raises ValueError and OSError.
     """
     if pack is not None:
         check_whole("pack (--pack), the tokens of a row,", pack, 1, _LONGEST_ROW)
@@ -84,17 +97,25 @@ def prepare(
     _check_out(out, force)
     sources = find_sources(paths, fields, pattern=pattern, any_format=any_format)
     chosen = _tokenizer(tokenizer, fields, special_tokens, parse_special_tokens)
-    options = [_VERSION, chosen.name, chosen.num_tokens, special_tokens, parse_special_tokens, fields.names]
-    options += [] if pack is None else [{"pack": pack, "open_rows": OPEN_ROWS}]
-    identity = hashlib.sha256(json.dumps([identity_of(sources), *options]).encode()).hexdigest()
+    options = {
+        "version": _VERSION,
+        "sources": identity_of(sources),
+        "any_format": any_format,
+        "fields": [fields.given, *fields.names],  # CSV without a named field is read as text
+        "tokenizer": [chosen.name, chosen.num_tokens, chosen.mask_id, chosen.end_id, chosen.pad_id],
+        "special_tokens": [special_tokens, parse_special_tokens],
+        "pack": [pack, OPEN_ROWS],
+    }
+    identity = hashlib.sha256(json.dumps(options).encode()).hexdigest()
     dtype = _dtype(chosen)
-    with DraftFolder(out, identity, dtype, prompts=fields.prompt is not None) as draft:
+    refused = frozenset() if skip_invalid else _SKIPPED
+    with DraftFolder(out, identity, dtype, prompts=fields.prompt is not None, refused=refused) as draft:
         if draft.resumed:
             log.warning(
                 "resuming after %s documents that an earlier call prepared", f"{draft.progress.documents:,}"
             )
         longest = pack if fields.prompt is not None else None
-        _write(sources, draft, chosen, longest, on_progress or (lambda *_: None))
+        _write(sources, draft, chosen, longest, skip_invalid, on_progress or (lambda *_: None))
         metadata = _metadata(draft.progress, chosen, fields, dtype, longest)
         if pack is not None:
             rows, cut = draft.pack(pack)
@@ -144,6 +165,7 @@ def _write(
     draft: DraftFolder,
     tokenizer: ByteTokenizer | FileTokenizer,
     longest: int | None,
+    skip_invalid: bool,
     report: Callable[[int, int], None],
 ) -> None:
     """Append the texts of the sources; those of more than `longest` ids are dropped."""
@@ -154,7 +176,7 @@ def _write(
     saved_bytes, saved = progress.text_bytes, time.monotonic()
     for source in sources[progress.source :]:
         for items in _batches(source.read(progress.place)):
-            _add(items, draft, tokenizer, longest)
+            _add(items, draft, tokenizer, longest, skip_invalid)
             progress.place = items[-1].place
             report(before + min(items[-1].done, source.size), total)
             if progress.text_bytes - saved_bytes >= _SAVE_BYTES or time.monotonic() - saved >= _SAVE_SECONDS:
@@ -166,13 +188,23 @@ def _write(
 
 
 def _add(
-    items: list[Item], draft: DraftFolder, tokenizer: ByteTokenizer | FileTokenizer, longest: int | None
+    items: list[Item],
+    draft: DraftFolder,
+    tokenizer: ByteTokenizer | FileTokenizer,
+    longest: int | None,
+    skip_invalid: bool,
 ) -> None:
     progress = draft.progress
     records = [item.record for item in items if item.record is not None]
-    for reason in (item.dropped for item in items if item.record is None):
-        progress.drop(reason)
-    for record, encoded in zip(records, tokenizer.encode(records), strict=True):
+    for item in items:
+        if item.error and not skip_invalid:
+            raise ValueError(f"{item.error}; {_SKIP}")
+        if item.record is None:
+            progress.drop(item.dropped)
+    for record, encoded in zip(records, _encode(records, tokenizer, skip_invalid), strict=True):
+        if isinstance(encoded, str):
+            progress.drop(encoded)
+            continue
         progress.text_bytes += record.size
         if encoded is None:
             progress.drop(NO_TOKENS)
@@ -185,6 +217,25 @@ def _add(
                 continue
         draft.add(parts, encoded.prompt)
     progress.start, progress.end = tokenizer.start, tokenizer.end
+
+
+def _encode(
+    records: list[Record], tokenizer: ByteTokenizer | FileTokenizer, skip_invalid: bool
+) -> list[Encoded | str | None]:
+    """What the tokenizer yields for each record; the reason in place of an invalid one if it is skipped."""
+    try:
+        return list(tokenizer.encode(records))
+    except InvalidRecordError as error:
+        if not skip_invalid:
+            raise ValueError(f"{error}; {_SKIP}") from error
+        if len(records) == 1:
+            return [error.reason]
+        half = len(records) // 2
+        return [
+            found
+            for part in (records[:half], records[half:])
+            for found in _encode(part, tokenizer, skip_invalid)
+        ]
 
 
 def _metadata(

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 DEFAULT_FIELD = "text"
-EMPTY, NULL, NOT_UNICODE = "empty", "null", "not valid Unicode"
-"""Why a record is dropped."""
+EMPTY, NULL, NOT_UNICODE, INVALID = "empty", "null", "not valid Unicode", "cannot be read"
+"""Why a record is dropped. One that is INVALID is an error, unless invalid records are skipped."""
 
 
 @dataclass(frozen=True)
 class Record:
     """A text, or a prompt and its response."""
 
-    name: str
+    name: str = dataclasses.field(compare=False)
     """Where the record is, for messages, such as "corpus.csv, row 7"."""
     text: bytes | Path
     """The text, or the response to the prompt, in UTF-8; or a file whose bytes are the text."""
@@ -34,6 +35,15 @@ class Record:
         return text.removeprefix(codecs.BOM_UTF8)
 
 
+class InvalidRecordError(ValueError):
+    """A record cannot be used, though the ones after it can."""
+
+    def __init__(self, message: str, reason: str = INVALID) -> None:
+        """`reason` is why the record is dropped if invalid records are skipped."""
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Item:
     """A record of a source, or why it was dropped, and where the next one starts."""
@@ -45,6 +55,13 @@ class Item:
     """Where reading continues after this record; 0 is the start of the source."""
     done: int
     """Bytes of the source that have been read."""
+    error: str = ""
+    """What is wrong with a record that is INVALID, and where it is. The records after it can be read."""
+
+    @staticmethod
+    def invalid(error: str, place: int, done: int) -> Item:
+        """The item of a record that cannot be read. An error of the whole source is raised instead."""
+        return Item(None, INVALID, place, done, error)
 
 
 @dataclass(frozen=True)
@@ -99,6 +116,8 @@ class Fields:
         for field, value in zip(self.names, values, strict=True):
             if value is None:
                 return Item(None, NULL, place, done)
+            if isinstance(value, UnicodeDecodeError):
+                raise ValueError(f"the field {field!r} is not UTF-8; convert it to UTF-8")
             if not isinstance(value, str):
                 raise ValueError(
                     f"the field {field!r} must hold text, got {type(value).__name__} ({str(value)[:40]!r})"

@@ -2,6 +2,10 @@
 
 A reader takes a source's open function, the fields, and the place to start at. It yields an Item per record,
 and holds one part of the file in memory at a time: a line, or a batch of rows.
+
+Some errors concern one record, and its Item says so: a line that is not a JSON object with the fields, a row
+of CSV with too few or too many fields, a value that is not text or not UTF-8. All others are raised, because
+it is not known where the next record begins.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from maskwire.data.record import Fields, Item
+from maskwire.data.record import NOT_UNICODE, Fields, Item
 
 Open = Callable[[], IO[bytes]]
 Reader = Callable[[str, Open, Fields, int], Iterator[Item]]
@@ -22,6 +26,7 @@ Reader = Callable[[str, Open, Fields, int], Iterator[Item]]
 _ROWS = 1024  # read at once from a columnar file
 _BUFFER = 2**20  # bytes read at once from a column of a Parquet file
 _LONGEST_FIELD = 2**30  # of a CSV file, in characters
+_NOT_UTF_8 = "not UTF-8; convert it to UTF-8"
 _NEEDS_ARROW = 'needs the package `pyarrow`: pip install "maskwire[data]", or save the texts as JSON Lines'
 
 
@@ -29,15 +34,17 @@ def read_json_lines(name: str, opened: Open, fields: Fields, start: int) -> Iter
     """One JSON object per line; `start` is a byte offset. Empty lines are skipped."""
     with opened() as file:
         file.seek(start)
-        place = start
-        for line in file:
-            began, place = place, place + len(line)
+        place, before = start, 0
+        after = f" after byte {start:,}" if start else ""
+        for number, line in enumerate(file, 1):
+            place += len(line)
             if not line.strip():
                 continue
             try:
-                yield _from_line(name, line, fields, place)
+                yield _from_line(f"{name}, line {number:,}{after}", line, fields, place)
             except ValueError as error:
-                raise ValueError(f"{name}, line {_line_number(opened, began):,}: {error}") from None
+                before = before or _line_number(opened, start)
+                yield Item.invalid(f"{name}, line {before + number - 1:,}: {error}", place, place)
 
 
 def _from_line(name: str, line: bytes, fields: Fields, place: int) -> Item:
@@ -69,11 +76,15 @@ def _line_number(opened: Open, offset: int) -> int:
 def read_csv(name: str, opened: Open, fields: Fields, start: int, delimiter: str = ",") -> Iterator[Item]:
     """A header, then one record per row; `start` is a number of rows."""
     csv.field_size_limit(_LONGEST_FIELD)
-    with opened() as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+    with (
+        opened() as file,
+        io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as text,
+    ):
         rows = csv.reader(text, delimiter=delimiter, strict=True)
         number = 0
         try:
             header = next(rows, [])
+            "".join(header).encode()
             _check_columns(name, header, fields)
             columns = [header.index(field) for field in fields.names]
             for number, row in enumerate(rows, 1):
@@ -81,11 +92,14 @@ def read_csv(name: str, opened: Open, fields: Fields, start: int, delimiter: str
                     continue
                 where = f"{name}, row {number:,}"
                 if len(row) != len(header):
-                    raise ValueError(f"{where}: it has {len(row)} fields, but the header has {len(header)}")
-                yield fields.item(where, [row[column] for column in columns], number, _tell(file))
-        except UnicodeDecodeError as error:
-            where = f"{name}, after row {number:,}"
-            raise ValueError(f"{where}: not UTF-8 ({error}); convert it to UTF-8") from None
+                    error = f"{where}: it has {len(row)} fields, but the header has {len(header)}"
+                    yield Item.invalid(error, number, _tell(file))
+                    continue
+                item = fields.item(where, [row[column] for column in columns], number, _tell(file))
+                wrong = item.dropped == NOT_UNICODE  # by "surrogateescape"
+                yield Item.invalid(f"{where}: {_NOT_UTF_8}", number, item.done) if wrong else item
+        except UnicodeEncodeError:
+            raise ValueError(f"{name}: its header is not UTF-8; convert the file to UTF-8") from None
         except csv.Error as error:
             raise ValueError(f"{name}, after row {number:,}: cannot be read as CSV: {error}") from None
 
@@ -197,8 +211,8 @@ def _values(
             for offset in range(skipped, batch.num_rows, _ROWS):
                 columns = [batch.slice(offset, _ROWS).column(field) for field in fields.names]
                 for column in columns:
-                    column.validate(full=True)  # damaged offsets would read any memory
-                rows = zip(*(column.to_pylist() for column in columns), strict=True)
+                    _check_offsets(column)
+                rows = zip(*map(_column_values, columns), strict=True)
                 for number, values in enumerate(rows, first + offset + 1):
                     yield number, list(values)
             first += batch.num_rows
@@ -212,7 +226,32 @@ def _items(
         try:
             yield fields.item(where, values, number, done(number))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            yield Item.invalid(f"{where}: {error}", number, done(number))
+
+
+def _check_offsets(column: Any) -> None:
+    """Raise an error for damaged offsets, which would read any memory. Texts need not be UTF-8."""
+    from pyarrow import binary, large_binary, types
+
+    if types.is_string(column.type):
+        column = column.view(binary())
+    elif types.is_large_string(column.type):
+        column = column.view(large_binary())
+    column.validate(full=True)
+
+
+def _column_values(column: Any) -> list[Any]:
+    """The values of a column, with the error in place of a value that is not UTF-8."""
+    try:
+        found: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        found = []
+        for value in column:
+            try:
+                found.append(value.as_py())
+            except UnicodeDecodeError as error:
+                found.append(error)
+    return found
 
 
 _READERS: dict[str, Reader] = {

@@ -121,4 +121,5 @@ def _saved(folder: Path, fields: Fields) -> DatasetSource:
 
 def identity_of(sources: list[Source]) -> str:
     """A hash that changes when the sources do."""
-    return hashlib.sha256("\n".join(source.identity for source in sources).encode()).hexdigest()
+    identities = "\n".join(source.identity for source in sources)
+    return hashlib.sha256(identities.encode(errors="surrogateescape")).hexdigest()  # names of any encoding

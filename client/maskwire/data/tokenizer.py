@@ -16,14 +16,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from maskwire.data.automatic_prefix import AutomaticPrefix
 from maskwire.data.file_array import Ids
 from maskwire.data.prepared_folder import BYTES
-from maskwire.data.record import Record
+from maskwire.data.record import InvalidRecordError, Record
 from maskwire.data.token_documents import Documents
 
 MASK_ID_OF_BYTES, END_ID_OF_BYTES = 256, 257
 TOKENIZER_FILE = "tokenizer.json"
 _CONFIGURATIONS = ("special_tokens_map.json", "tokenizer_config.json")  # the second takes precedence
+NOT_ENCODABLE, HAS_MASK = "cannot be encoded", "contains the mask token"
+"""Why a record is dropped if invalid records are skipped."""
 _NAMES = {
     "mask": ("[MASK]", "<mask>", "<|mask|>", "<|mdm_mask|>", "<MASK>"),
     "eos": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<EOS>"),
@@ -138,7 +141,11 @@ class FileTokenizer:
         self.start: list[int] = []
         self.end: list[int] = []
         self._special_ids_known = False
-        self._vocabulary = max(self._loaded.get_vocab(with_added_tokens=True).values()) + 1
+        self._prefix = AutomaticPrefix(self._loaded)
+        vocabulary = self._loaded.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise ValueError(f"{name}: the tokenizer has no tokens: its vocabulary is empty; train it first")
+        self._vocabulary = max(vocabulary.values()) + 1
 
     @property
     def end_id(self) -> int | None:
@@ -156,26 +163,42 @@ class FileTokenizer:
             self.start, self.end, self._special_ids_known = start, end, True
 
     def encode(self, records: Sequence[Record]) -> Iterator[Encoded | None]:
-        """Yield the ids of each record. Raises ValueError for a text that cannot be encoded."""
+        """Yield the ids of each record. Raises InvalidRecordError for a text that cannot be encoded."""
         texts = self._encodings(records, [record.content() for record in records])
         with_prompt = [record for record in records if record.prompt is not None]
         prompts = iter(self._encodings(with_prompt, [record.prompt or b"" for record in with_prompt]))
         for record, text in zip(records, texts, strict=True):
-            own = self._own(text)
             prompt = None if record.prompt is None else self._own(next(prompts))
+            # A response continues its prompt.
+            own = self._own(text, record.content().decode() if prompt else None)
             if not own:
                 yield None
                 continue
+            if self.mask_id in own or (prompt and self.mask_id in prompt):
+                raise InvalidRecordError(self._has_mask(record.name), HAS_MASK)
             given = [*self.start, *(prompt or [])]
             yield Encoded(
                 [np.array([*given, *own, *self.end], dtype=np.int64)],
                 0 if record.prompt is None else len(given),
             )
 
-    def encode_part(self, text: str) -> list[int]:
-        """The ids of a part of a text, without special tokens around it."""
-        ids: list[int] = self._loaded.encode(text, add_special_tokens=False).ids
-        return ids
+    def _has_mask(self, name: str) -> str:
+        token = self._loaded.id_to_token(self.mask_id)
+        parsed = not self._loaded.encode_special_tokens
+        advice = "leave out --parse-special-tokens (it is then encoded as text), " if parsed else ""
+        return (
+            f"{name}: it contains the mask token {token!r} (id {self.mask_id}), and training refuses rows "
+            f"with the mask id; {advice}remove the token from the text"
+        )
+
+    def encode_part(self, text: str, *, continued: bool = False) -> list[int]:
+        """The ids of a part of a text, without special tokens around it.
+
+        A part that is `continued` from another one is encoded without the tokenizer's automatic prefix.
+        """
+        encoding = self._loaded.encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        return self._prefix.remove(text, encoding, 0, len(ids)) if continued else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special ones and those that the file does not have are left out."""
@@ -185,7 +208,9 @@ class FileTokenizer:
     def _encodings(self, records: Sequence[Record], contents: Sequence[bytes]) -> list[Any]:
         texts = [_text(record.name, content) for record, content in zip(records, contents, strict=True)]
         try:
-            found: list[Any] = self._loaded.encode_batch_fast(texts, add_special_tokens=self._special_tokens)
+            pairs = self._prefix.symbol and any(record.prompt for record in records)
+            encode = self._loaded.encode_batch if pairs else self._loaded.encode_batch_fast  # has no offsets
+            found: list[Any] = encode(texts, add_special_tokens=self._special_tokens)
         except Exception:  # the error does not name the text that failed
             for record, text in zip(records, texts, strict=True):
                 self._check(record.name, text)
@@ -196,13 +221,17 @@ class FileTokenizer:
         try:
             self._loaded.encode(text, add_special_tokens=self._special_tokens)
         except Exception as error:
-            raise ValueError(
+            raise InvalidRecordError(
                 f"{name}: the tokenizer {self.path} cannot encode it ({error}); use a byte-level tokenizer "
-                "or one with an unknown token, or exclude the file with --pattern"
+                "or one with an unknown token, or exclude the file with --pattern",
+                NOT_ENCODABLE,
             ) from error
 
-    def _own(self, encoding: Any) -> list[int]:
-        """The ids of a text without the special ids around it, which are learned from the first text."""
+    def _own(self, encoding: Any, continued: str | None = None) -> list[int]:
+        """The ids of a text without the special ids around it, which are learned from the first text.
+
+        `continued` is the text if it continues another one.
+        """
         ids, added = encoding.ids, encoding.special_tokens_mask
         own = [place for place, special in enumerate(added) if not special]
         if not own:
@@ -214,7 +243,7 @@ class FileTokenizer:
             if self._special_tokens and not self.end:
                 self.end = [self._eos]
         found: list[int] = ids[first:last]
-        return found
+        return found if continued is None else self._prefix.remove(continued, encoding, first, last)
 
 
 def _no_file(path: Path) -> str:
@@ -249,10 +278,19 @@ def _configured(folder: Path) -> dict[str, str]:
 
 
 def _special_ids(loaded: Any, configured: dict[str, str]) -> dict[str, int]:
-    """The ids of the mask, the pad and the end of a text, where the tokenizer has them."""
-    special = {
-        token.content: id_ for id_, token in loaded.get_added_tokens_decoder().items() if token.special
-    }
+    """The ids of the mask, the pad and the end of a text, where the tokenizer has them.
+
+    Raises ValueError for a mask token that is an ordinary token of texts.
+    """
+    added = loaded.get_added_tokens_decoder()
+    special = {token.content: id_ for id_, token in added.items() if token.special}
+    mask = loaded.token_to_id(configured["mask"]) if "mask" in configured else None
+    if mask is not None and mask not in added:
+        raise ValueError(
+            f"the mask token (mask_token in {_CONFIGURATIONS[1]}) must be a special token of the tokenizer, "
+            f"got {configured['mask']!r}, an ordinary token of its vocabulary (id {mask}); name the mask "
+            "token of the tokenizer, or remove mask_token, and maskwire adds one"
+        )
     found = {}
     for role, names in _NAMES.items():
         id_ = loaded.token_to_id(configured[role]) if role in configured else None
@@ -267,7 +305,7 @@ def _text(name: str, data: bytes) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise InvalidRecordError(
             f"{name}: not UTF-8 at byte {error.start} ({data[error.start : error.end]!r}); convert the file, "
             "exclude it with --pattern, or use --tokenizer bytes"
         ) from None

@@ -21,8 +21,8 @@ class TextCodec(Protocol):
     end: tuple[int, ...]
     """The special ids after a text."""
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a part of a text."""
+    def encode(self, text: str, *, continued: bool = False) -> list[int]:
+        """The ids of a part of a text; `continued`: it is not the first part."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special ones are left out."""
@@ -34,7 +34,7 @@ class ByteCodec:
     def __init__(self, start: tuple[int, ...] = (), end: tuple[int, ...] = ()) -> None:
         self.start, self.end = start, end
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, continued: bool = False) -> list[int]:  # noqa: ARG002
         """The bytes of a part of a text, also those that Python could not decode from the command line."""
         return list(text.encode(errors="surrogateescape"))
 
@@ -51,10 +51,10 @@ class FileCodec:
         self.start, self.end = description.document_start, description.document_end
         self._tokenizer = FileTokenizer.of(description.file, "the run's tokenizer")
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, continued: bool = False) -> list[int]:
         """The ids of a part of a text. Raises ValueError if it cannot be encoded."""
         try:
-            return self._tokenizer.encode_part(text)
+            return self._tokenizer.encode_part(text, continued=continued)
         except Exception as error:  # the package raises bare Exception
             raise ValueError(f"the run's tokenizer cannot encode {text!r}: {error}") from error
 
