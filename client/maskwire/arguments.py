@@ -37,6 +37,7 @@ _OTHER_NAMES = {
     "loggers": "callbacks",
     "save_every": "checkpoint_every",
     "evaluate_every": "eval_every",
+    "dir": "folder",
 }
 _ADVICE = {
     "attention_mask": _PADDING,

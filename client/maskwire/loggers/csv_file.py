@@ -62,6 +62,11 @@ class CsvFile(Logger):
             self._begun = True
         self._last = record
 
+    def flush(self) -> None:
+        """Raise OSError if the file was deleted, moved or replaced. Nothing is buffered."""
+        if self._file is not None:
+            self._file.check()
+
     def close(self) -> None:
         """Close the file. OSError if the file system reports only now that a row was not written."""
         if self._file is not None:

@@ -69,6 +69,11 @@ class JsonLines(Logger):
             self._file.write(json.dumps(record).encode() + b"\n")
         self._last = record
 
+    def flush(self) -> None:
+        """Raise OSError if the file was deleted, moved or replaced. Nothing is buffered."""
+        if self._file is not None:
+            self._file.check()
+
     def close(self) -> None:
         """Close the file. OSError if the file system reports only now that a line was not written."""
         if self._file is not None:
