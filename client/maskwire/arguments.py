@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -77,6 +78,34 @@ def check_whole(name: str, value: Any, least: int, most: int | None = None, *, c
         raise ValueError(f"{name} must be at least {least}{cure}, got {value}")
     if most is not None and value > most:
         raise ValueError(f"{name} must be at most {most:,}, got {value}")
+
+
+def check_real(name: str, value: Any, cure: str = "") -> None:
+    """Raise TypeError unless a value is a number. True and False are not."""
+    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number{cure}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise TypeError unless a value is True or False: a text such as "no" would count as True."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_function(name: str, value: Any, *, awaited: bool = False) -> None:
+    """Raise TypeError unless a value is a function or None; `awaited`: or a coroutine function."""
+    if value is None:
+        return
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {value!r}")
+    if not awaited and any(
+        inspect.iscoroutinefunction(one) or inspect.isasyncgenfunction(one)
+        for one in (value, getattr(value, "__call__", None))  # noqa: B004
+    ):
+        raise TypeError(
+            f"{name} is a coroutine function, which would never run here: make it a plain function (def), or "
+            "use the asyncio client (maskwire.aio)"
+        )
 
 
 def check_rows(tokens: Any, name: str = "tokens") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Callable
@@ -163,6 +164,12 @@ def run_fit(trainer: Any, fitting: Fitting[T]) -> T:
                 reply = result_of(action.future, action.timeout)
             else:
                 reply = action.function() if isinstance(action, Work) else action()
+                if inspect.iscoroutine(reply):
+                    reply.close()
+                    raise TypeError(
+                        "a callback returned a coroutine, which the blocking client does not await: call "
+                        "plain functions there, or use the asyncio client (maskwire.aio)"
+                    )
         except BaseException as error:
             raised = error
 

@@ -222,8 +222,8 @@ def test_a_log_file_that_is_no_longer_in_its_place_is_reported(
         callbacks=[logger, Removing()], progress=False,
     )  # fmt: skip
     assert result.failures == [
-        f"{logger.label}: no more records are written (the file was deleted, moved or replaced while it was in "
-        "use); training is not affected"
+        f"{logger.label}: no more records are written (the file was deleted, moved or replaced while it was "
+        "in use); training is not affected"
     ]
     assert result.step == 4
 

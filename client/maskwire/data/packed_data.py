@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from maskwire.arguments import check_whole
 from maskwire.batch import Batch
 from maskwire.data.epoch_order import EpochOrder
 from maskwire.data.file_array import Ids
@@ -107,6 +108,7 @@ class PackedData(TokenData):
 
         step: The step's number, from 1.
         """
+        check_whole("step", step, 1)
         if self._order is not None:
             numbers = self._order.batch(step, self.batch_size)
         else:

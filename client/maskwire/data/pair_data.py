@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from maskwire.arguments import check_whole
 from maskwire.batch import Batch
 from maskwire.data.file_array import Ids
 from maskwire.data.token_data import TokenData
@@ -80,6 +81,7 @@ class PairData(TokenData):
 
         step: The step's number, from 1.
         """
+        check_whole("step", step, 1)
         self._check()
         if self._order is not None:
             numbers = self._order.batch(step, self.batch_size)

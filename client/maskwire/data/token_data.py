@@ -165,6 +165,7 @@ class TokenData:
 
         step: The step's number, from 1.
         """
+        check_whole("step", step, 1)
         if self._order is not None:
             return stacked([self._every[row] for row in self._order.batch(step, self.batch_size)])
         return self._crops(
