@@ -48,6 +48,12 @@ _ADVICE = {
     "labels": "leave it out: the server masks the tokens itself, and the labels are the tokens",
     "input_ids": "pass the token ids as the first argument",
 }
+_ADVICE_OF_CALLS = {
+    "attach": dict.fromkeys(
+        ("name", "takeover", "window", "on_takeover"),
+        "it opens no session; leave it out, or use connect()",
+    )
+}
 
 
 def check_options(call: str, given: Iterable[str], known: Iterable[str], also: Iterable[str] = ()) -> None:
@@ -58,7 +64,8 @@ def check_options(call: str, given: Iterable[str], known: Iterable[str], also: I
     known = list(known)
     for name in given:
         if name not in known:
-            raise TypeError(f"{call}() has no argument {name!r}: {_meant(name, [*also, *known])}")
+            cure = _ADVICE_OF_CALLS.get(call, {}).get(name) or _meant(name, [*also, *known])
+            raise TypeError(f"{call}() has no argument {name!r}: {cure}")
 
 
 def _meant(name: str, known: list[str]) -> str:
@@ -66,7 +73,7 @@ def _meant(name: str, known: list[str]) -> str:
         return _ADVICE[name]
     other = _OTHER_NAMES.get(name)
     near = [other] if other in known else difflib.get_close_matches(name, known, n=1)
-    every = ", ".join(known)
+    every = ", ".join(known) or "none"
     return f"did you mean {near[0]!r}? It has {every}" if near else f"it has {every}"
 
 

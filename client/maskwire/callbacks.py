@@ -26,11 +26,13 @@ from typing import Any
 
 from maskwire.arguments import check_flag, check_real, check_whole
 from maskwire.results import CheckpointInfo, EvalResult
+from maskwire.signatures import refuse_unknown_keywords
 
 HOOKS = ("on_start", "on_step", "on_evaluate", "on_checkpoint", "on_end")
 """The methods that a callback may have."""
 
 
+@refuse_unknown_keywords
 class StopTraining(Exception):
     """Raise it in a callback, `evaluate`, `data.batch` or `learning_rate` to end `fit` early.
 
@@ -49,6 +51,7 @@ class StopTraining(Exception):
         self.checkpoint = checkpoint
 
 
+@refuse_unknown_keywords
 class EarlyStopping:
     """Ends training when the evaluations have stopped improving."""
 
@@ -85,6 +88,7 @@ class EarlyStopping:
             )
 
 
+@refuse_unknown_keywords
 class SaveBest:
     """Saves a checkpoint after each evaluation that is the best so far, with its `nats_per_token` as score.
 

@@ -15,10 +15,12 @@ from maskwire.data.file_array import Ids
 from maskwire.data.pair_data import Computed, check_prompts, prompts_hash
 from maskwire.data.token_data import TokenData, stacked
 from maskwire.data.token_documents import Documents
+from maskwire.signatures import refuse_unknown_keywords
 
 Numbers = npt.NDArray[np.int64]
 
 
+@refuse_unknown_keywords
 class PackedData(TokenData):
     """Batches of packed rows, with segment ids that tell the documents of a row apart.
 

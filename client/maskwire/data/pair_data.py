@@ -15,10 +15,12 @@ from maskwire.batch import Batch
 from maskwire.data.file_array import Ids
 from maskwire.data.token_data import TokenData
 from maskwire.data.token_documents import Documents
+from maskwire.signatures import refuse_unknown_keywords
 
 log = logging.getLogger(__name__)
 
 
+@refuse_unknown_keywords
 class PairData(TokenData):
     """Pairs of a prompt and a response, one row each.
 

@@ -27,6 +27,7 @@ from maskwire.data.record import Fields, Item, Record
 from maskwire.data.row_packing import OPEN_ROWS
 from maskwire.data.text_sources import Paths, Source, find_sources, identity_of
 from maskwire.data.tokenizer import TOKENIZER_FILE, ByteTokenizer, FileTokenizer
+from maskwire.signatures import refuse_unknown_keywords
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ _LONGEST_ROW = 2**20  # tokens; model.max_seq_len allows no more
 NO_TOKENS = "no tokens"
 
 
+@refuse_unknown_keywords
 def prepare(
     paths: Paths,
     out: str | Path,

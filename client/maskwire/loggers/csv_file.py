@@ -9,6 +9,7 @@ from pathlib import Path
 from maskwire.loggers.logger import Logger
 from maskwire.loggers.records import Place, Record, is_evaluation, same_step
 from maskwire.nonfatal_output import LineFile
+from maskwire.signatures import refuse_unknown_keywords
 
 COLUMNS = (
     "run_id", "lineage", "step", "event", "loss", "generator_loss", "critic_loss", "gradient_norm",
@@ -20,6 +21,7 @@ COLUMNS = (
 _BLOCK = 2**20  # bytes at the end of the file that are searched for the last row
 
 
+@refuse_unknown_keywords
 class CsvFile(Logger):
     """Appends a row per step and evaluation to a file. Give each job a file of its own."""
 

@@ -15,11 +15,13 @@ from typing import IO, Any
 from maskwire.loggers.logger import Logger
 from maskwire.loggers.records import Place, Record, is_evaluation, same_step
 from maskwire.nonfatal_output import LineFile
+from maskwire.signatures import refuse_unknown_keywords
 
 _BLOCK = 2**20  # bytes at the end of the file that are searched for the last step
 _LONGEST_LINE = 4096  # bytes
 
 
+@refuse_unknown_keywords
 class JsonLines(Logger):
     """Appends a JSON object per step and evaluation to a file. Give each job a file of its own."""
 

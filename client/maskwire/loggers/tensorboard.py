@@ -17,6 +17,7 @@ from typing import IO, Any
 from maskwire.loggers.logger import Logger, needs
 from maskwire.loggers.records import Place, Record, is_evaluation, scalars
 from maskwire.nonfatal_output import check_in_place
+from maskwire.signatures import refuse_unknown_keywords
 
 _NAME = "events.out.tfevents.{:010d}.maskwire.lineage-{}"
 _HEADER = struct.Struct("<QI")  # a record: its length, and a checksum; then the data, and a checksum
@@ -24,6 +25,7 @@ _CHECKSUM = 4  # bytes
 _FLUSH_SECONDS = 5.0
 
 
+@refuse_unknown_keywords
 class TensorBoard(Logger):
     """Writes the curves of a run to `folder`/RUN_ID, for `tensorboard --logdir folder`."""
 

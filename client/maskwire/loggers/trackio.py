@@ -11,6 +11,7 @@ from typing import Any
 from maskwire.loggers.logger import Logger, check_further, needs
 from maskwire.loggers.records import Place, Record, is_evaluation, scalars
 from maskwire.nonfatal_output import tell
+from maskwire.signatures import refuse_unknown_keywords
 
 _START = "start"
 """A curve of one point, at the step after which a log begins."""
@@ -18,6 +19,7 @@ _SET_HERE = ("project", "name", "group", "resume")
 """The arguments of `trackio.init` that this logger sets."""
 
 
+@refuse_unknown_keywords
 class Trackio(Logger):
     """Writes the curves of a run to a trackio project, for `trackio show --project PROJECT`."""
 

@@ -17,12 +17,14 @@ from typing import Any, Literal
 from maskwire.loggers.logger import Logger, check_further, needs
 from maskwire.loggers.records import Place, Record, is_evaluation, scalars
 from maskwire.loggers.wandb_offline_reader import LINEAGE, START, is_finished, offline_log
+from maskwire.signatures import refuse_unknown_keywords
 
 _POLL_SECONDS = 0.05
 _SET_HERE = ("project", "id", "group", "resume", "reinit", "mode", "dir", "settings")
 """The arguments of `wandb.init` that this logger sets."""
 
 
+@refuse_unknown_keywords
 class WandB(Logger):
     """Writes the curves of a run to a W&B project."""
 
