@@ -201,6 +201,8 @@ SCENARIOS = [interrupted, torn, evaluated_again, begun_later, restored, ahead_of
 def curves(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curves]:
     """What each scenario leaves, as the logger's own reader reads it."""
     kind, folder = request.param, tmp_path_factory.mktemp("logs")
+    if kind is TrackioKind:  # read once, when trackio is imported; by default it writes to the home folder
+        os.environ["TRACKIO_DIR"] = str(folder / "trackio")
     if kind.package is not None:
         pytest.importorskip(kind.package, reason=f"the package {kind.package} is not installed")
     if kind is WandBKind:  # its own processes end with the one that logs
