@@ -165,7 +165,8 @@ def commands() -> str:
             shared = command.commands["status"].params
             lines += [*(_row(option) for option in shared if option.name in SHARED), ""]
         lines += _command(name, command)
-    return "\n".join(lines).rstrip() + "\n"
+    text = "\n".join(lines).rstrip() + "\n"
+    return text.replace("\\[", "[")  # rich, which prints the help, needs the escape
 
 
 def _command(path: str, command: Any) -> list[str]:

@@ -30,7 +30,7 @@ from maskwire.protocol.retry import RetryPolicy
 from maskwire.protocol.sessionless_calls import Calls
 from maskwire.protocol.trainer_properties import TrainerProperties
 from maskwire.protocol.writer import Writer
-from maskwire.signatures import keep_signature
+from maskwire.signatures import keep_signature, refuse_unknown_keywords
 from maskwire.step_spans import step_spans
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ def attach(
     return Client(Endpoint.of(target, **credentials), calls)
 
 
+@refuse_unknown_keywords
 class Client(Driver):
     """The calls that need no session. Made by `attach`.
 
@@ -138,6 +139,7 @@ def _fitting(
     return call
 
 
+@refuse_unknown_keywords
 class Trainer(TrainerProperties, Client):
     """Drives one run. Made by `connect`; leaving `async with` closes it.
 

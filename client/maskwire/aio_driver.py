@@ -27,7 +27,7 @@ from maskwire.protocol.effects import (
     end_operation,
 )
 from maskwire.protocol.sessionless_calls import Calls
-from maskwire.signatures import check_keywords, keep_signature
+from maskwire.signatures import keep_signature
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 
 P = ParamSpec("P")
@@ -200,11 +200,8 @@ def awaited(
 ) -> Callable[Concatenate[Driver, P], Coroutine[Any, Any, T]]:
     """Turn an operation into a coroutine method with the same parameters and docstring."""
 
-    check = check_keywords(method)
-
     @keep_signature(method)
     async def call(self: Driver, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        check(kwargs)
         return await self._drive(method(self._calls, *args, **kwargs))
 
     return call
@@ -215,11 +212,8 @@ def iterating(
 ) -> Callable[Concatenate[Driver, P], AsyncIterator[T]]:
     """Turn an operation that emits values into a method that returns an asynchronous iterator over them."""
 
-    check = check_keywords(method)
-
     @keep_signature(method)
     def call(self: Driver, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
-        check(kwargs)
         return self._iterate(method(self._calls, *args, **kwargs))
 
     return call

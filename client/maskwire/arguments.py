@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -37,6 +38,7 @@ _OTHER_NAMES = {
     "loggers": "callbacks",
     "save_every": "checkpoint_every",
     "evaluate_every": "eval_every",
+    "dir": "folder",
 }
 _ADVICE = {
     "attention_mask": _PADDING,
@@ -45,6 +47,12 @@ _ADVICE = {
     "mask": _PADDING + "; the server draws which tokens are masked",
     "labels": "leave it out: the server masks the tokens itself, and the labels are the tokens",
     "input_ids": "pass the token ids as the first argument",
+}
+_ADVICE_OF_CALLS = {
+    "attach": dict.fromkeys(
+        ("name", "takeover", "window", "on_takeover"),
+        "it opens no session; leave it out, or use connect()",
+    )
 }
 
 
@@ -56,7 +64,8 @@ def check_options(call: str, given: Iterable[str], known: Iterable[str], also: I
     known = list(known)
     for name in given:
         if name not in known:
-            raise TypeError(f"{call}() has no argument {name!r}: {_meant(name, [*also, *known])}")
+            cure = _ADVICE_OF_CALLS.get(call, {}).get(name) or _meant(name, [*also, *known])
+            raise TypeError(f"{call}() has no argument {name!r}: {cure}")
 
 
 def _meant(name: str, known: list[str]) -> str:
@@ -64,7 +73,7 @@ def _meant(name: str, known: list[str]) -> str:
         return _ADVICE[name]
     other = _OTHER_NAMES.get(name)
     near = [other] if other in known else difflib.get_close_matches(name, known, n=1)
-    every = ", ".join(known)
+    every = ", ".join(known) or "none"
     return f"did you mean {near[0]!r}? It has {every}" if near else f"it has {every}"
 
 
@@ -76,6 +85,34 @@ def check_whole(name: str, value: Any, least: int, most: int | None = None, *, c
         raise ValueError(f"{name} must be at least {least}{cure}, got {value}")
     if most is not None and value > most:
         raise ValueError(f"{name} must be at most {most:,}, got {value}")
+
+
+def check_real(name: str, value: Any, cure: str = "") -> None:
+    """Raise TypeError unless a value is a number. True and False are not."""
+    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number{cure}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise TypeError unless a value is True or False: a text such as "no" would count as True."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_function(name: str, value: Any, *, awaited: bool = False) -> None:
+    """Raise TypeError unless a value is a function or None; `awaited`: or a coroutine function."""
+    if value is None:
+        return
+    if not callable(value):
+        raise TypeError(f"{name} must be a function, got {value!r}")
+    if not awaited and any(
+        inspect.iscoroutinefunction(one) or inspect.isasyncgenfunction(one)
+        for one in (value, getattr(value, "__call__", None))  # noqa: B004
+    ):
+        raise TypeError(
+            f"{name} is a coroutine function, which would never run here: make it a plain function (def), or "
+            "use the asyncio client (maskwire.aio)"
+        )
 
 
 def check_rows(tokens: Any, name: str = "tokens") -> None:

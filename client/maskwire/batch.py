@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from maskwire.signatures import refuse_unknown_keywords
 
+
+@refuse_unknown_keywords
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Rows of token ids, and what is known about them. `data.batch(step)` may return one for `fit`."""

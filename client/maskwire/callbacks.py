@@ -1,7 +1,7 @@
 """Callbacks of `fit`: the methods that it calls, and the callbacks that the library provides.
 
 A callback is any object with one or more of these methods. Each is called on the thread that called `fit`;
-with `maskwire.aio` it may be a coroutine function.
+with `maskwire.aio` it may be a coroutine function, which the blocking client refuses.
 
     on_start(trainer)     before the first step of this call of `fit`
     on_step(result)       after each step, with its StepResult; later steps are in flight
@@ -24,13 +24,15 @@ from collections.abc import Generator
 from functools import partial
 from typing import Any
 
-from maskwire.arguments import check_whole
+from maskwire.arguments import check_flag, check_real, check_whole
 from maskwire.results import CheckpointInfo, EvalResult
+from maskwire.signatures import refuse_unknown_keywords
 
 HOOKS = ("on_start", "on_step", "on_evaluate", "on_checkpoint", "on_end")
 """The methods that a callback may have."""
 
 
+@refuse_unknown_keywords
 class StopTraining(Exception):
     """Raise it in a callback, `evaluate`, `data.batch` or `learning_rate` to end `fit` early.
 
@@ -44,10 +46,12 @@ class StopTraining(Exception):
         reason: Why, in words.
         checkpoint: Save a checkpoint of the step that the run is at.
         """
+        check_flag("checkpoint", checkpoint)
         super().__init__(*reason)
         self.checkpoint = checkpoint
 
 
+@refuse_unknown_keywords
 class EarlyStopping:
     """Ends training when the evaluations have stopped improving."""
 
@@ -58,9 +62,10 @@ class EarlyStopping:
         min_delta: An evaluation is better if its `nats_per_token` is lower by more than this.
 
         Evaluations of earlier calls of `fit` do not count. Raises ValueError for a patience below 1 and a
-        min_delta below 0.
+        min_delta below 0, and TypeError for a min_delta that is no number.
         """
         check_whole("patience", patience, 1)
+        check_real("min_delta", min_delta, " of nats per token")
         if not (math.isfinite(min_delta) and min_delta >= 0):
             raise ValueError(f"min_delta must be finite and at least 0, in nats per token, got {min_delta!r}")
         self._patience, self._min_delta = patience, float(min_delta)
@@ -83,6 +88,7 @@ class EarlyStopping:
             )
 
 
+@refuse_unknown_keywords
 class SaveBest:
     """Saves a checkpoint after each evaluation that is the best so far, with its `nats_per_token` as score.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from maskwire.protocol.retry import RetryPolicy
 from maskwire.protocol.sessionless_calls import Calls
 from maskwire.protocol.trainer_properties import TrainerProperties
 from maskwire.protocol.writer import Writer
-from maskwire.signatures import keep_signature
+from maskwire.signatures import keep_signature, refuse_unknown_keywords
 from maskwire.step_spans import step_spans
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ CLOSE_TIMEOUT = 2.0  # seconds
 EXIT_GRACE = 1.0  # seconds for the steps in flight when an exception leaves the `with` block
 
 
+@refuse_unknown_keywords
 def connect(
     target: str,
     *,
@@ -82,6 +84,7 @@ def connect(
     return trainer
 
 
+@refuse_unknown_keywords
 def attach(
     target: str,
     *,
@@ -102,6 +105,7 @@ def attach(
     return Client(Endpoint.of(target, **credentials), calls)
 
 
+@refuse_unknown_keywords
 class Client(Driver):
     """The calls that need no session. Made by `attach`.
 
@@ -163,10 +167,17 @@ def run_fit(trainer: Any, fitting: Fitting[T]) -> T:
                 reply = result_of(action.future, action.timeout)
             else:
                 reply = action.function() if isinstance(action, Work) else action()
+                if inspect.iscoroutine(reply):
+                    reply.close()
+                    raise TypeError(
+                        "a callback returned a coroutine, which the blocking client does not await: call "
+                        "plain functions there, or use the asyncio client (maskwire.aio)"
+                    )
         except BaseException as error:
             raised = error
 
 
+@refuse_unknown_keywords
 class Trainer(TrainerProperties, Client):
     """Drives one run. Made by `connect`.
 

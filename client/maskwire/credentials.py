@@ -10,7 +10,6 @@ from typing import Any, TypedDict, Unpack
 
 import grpc
 
-from maskwire.arguments import check_options
 from maskwire.target import check_target
 
 _CHANNEL_OPTIONS = [
@@ -21,10 +20,6 @@ _CHANNEL_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
-
-
-# The other arguments of `connect`.
-_CONNECT = ("name", "takeover", "retry_for", "timeout", "window", "on_wait", "on_takeover")
 
 
 class CredentialOptions(TypedDict, total=False):
@@ -95,12 +90,6 @@ class Endpoint:
         Raises ValueError for a wrong target or option, OSError for an unreadable file.
         """
         check_target(target)
-        for name in options:
-            if name in _CONNECT:  # connect takes it as its own argument, so the caller is attach
-                raise TypeError(
-                    f"attach() opens no session and has no argument {name!r}; leave it out, or use connect()"
-                )
-        check_options("connect", options, CredentialOptions.__annotations__, also=_CONNECT)
         ca, cert, key = options.get("ca"), options.get("cert"), options.get("key")
         server_name = options.get("server_name")
         if (cert is None) != (key is None):

@@ -31,7 +31,7 @@ from maskwire.protocol.effects import (
     end_operation,
 )
 from maskwire.protocol.sessionless_calls import Calls
-from maskwire.signatures import check_keywords, keep_signature
+from maskwire.signatures import keep_signature
 from maskwire.v1 import training_service_pb2_grpc as pb_grpc
 
 P = ParamSpec("P")
@@ -286,11 +286,8 @@ def blocking(
 ) -> Callable[Concatenate[Driver, P], T]:
     """Turn an operation into a blocking method with the same parameters and docstring."""
 
-    check = check_keywords(method)
-
     @keep_signature(method)
     def call(self: Driver, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        check(kwargs)
         return self._drive(method(self._calls, *args, **kwargs))
 
     return call
@@ -301,11 +298,8 @@ def iterating(
 ) -> Callable[Concatenate[Driver, P], Iterator[T]]:
     """Turn an operation that emits values into a method that returns an iterator over them."""
 
-    check = check_keywords(method)
-
     @keep_signature(method)
     def call(self: Driver, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
-        check(kwargs)
         return self._iterate(method(self._calls, *args, **kwargs))
 
     return call

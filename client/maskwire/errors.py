@@ -42,7 +42,10 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from maskwire.signatures import refuse_unknown_keywords
 
+
+@refuse_unknown_keywords
 class MaskwireError(Exception):
     """Base class. `reason` is the error's name on the wire; `metadata` has the values in its message."""
 

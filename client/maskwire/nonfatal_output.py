@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from pathlib import Path
@@ -31,22 +32,46 @@ def on_terminal() -> bool:
     return False
 
 
+def check_in_place(path: Path, file: int) -> None:
+    """Raise OSError if the path no longer names an open file: what is written to it would be lost.
+
+    path: Absolute, because the program may change its folder.
+    file: The file's descriptor.
+    """
+    with contextlib.suppress(OSError):
+        if os.path.samestat(path.stat(), os.fstat(file)):
+            return
+    raise OSError(errno.ENOENT, "the file was deleted, moved or replaced while it was in use")
+
+
 class LineFile:
     """A file to append lines to."""
 
     def __init__(self, path: str | Path) -> None:
         """Raises OSError if the file cannot be opened."""
+        self._path = Path(path).absolute()
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
 
     def write(self, line: bytes) -> None:
-        """Append a line that ends with a newline. Raises OSError if the line was not written completely.
+        """Append a line that ends with a newline.
 
-        Do not write again after an error: a file with a gap would look complete.
+        Raises OSError if the line was not written completely, or if the file is no longer in its place. Do
+        not write again after an error: a file with a gap would look complete.
         """
+        self.check()
         left = memoryview(line)
         while left:
             left = left[os.write(self._file, left) :]
 
+    def check(self) -> None:
+        """Raise OSError if the file was deleted, moved or replaced."""
+        check_in_place(self._path, self._file)
+
     def close(self) -> None:
-        """Close the file. Some file systems report only here, by OSError, that a write failed."""
-        os.close(self._file)
+        """Close the file. Raises OSError if a write failed, which some file systems report only here, or if
+        the file is no longer in its place.
+        """
+        try:
+            self.check()
+        finally:
+            os.close(self._file)

@@ -330,20 +330,6 @@ def test_a_batch_says_its_lengths_and_prompts_and_a_function_the_learning_rate(t
         fit(Saving(step=1), Described(), until_step=3, lengths=[5, 5], progress=False)
 
 
-@pytest.mark.parametrize(
-    ("rate", "error", "words"),
-    [
-        ("fast", TypeError, r"learning_rate\(1\) must return a number.*'fast'"),
-        (True, TypeError, r"learning_rate\(1\) must return a number.*True"),
-        (float("nan"), ValueError, r"learning_rate\(1\) must be finite and at least 0, got nan"),
-        (-0.5, ValueError, r"at least 0, got -0.5"),
-    ],
-)
-def test_a_learning_rate_that_is_none_is_named_by_its_step(rate: Any, error: Any, words: str) -> None:
-    with pytest.raises(error, match=words):
-        fit(Saving(), Numbered(), until_step=2, learning_rate=lambda _: rate, progress=False)
-
-
 def test_a_callback_of_the_asyncio_client_may_be_a_coroutine() -> None:
     class Awaited(Recording):
         async def on_step(self, result: Any) -> None:  # type: ignore[override]

@@ -156,6 +156,7 @@ def test_generate_samples_rows_and_fills_gaps(server: ServerProcess) -> None:
         (["--prompt", ""], 2, "must not be empty"),
         (["--prompt-ids", "1,x"], 2, "comma-separated ids and gaps"),
         (["--prompt", "a~", "--gap", ""], 2, "--gap must not be empty"),
+        (["--prompt", "a~", "--gap", "xy"], 2, "--gap must be one character, got 'xy'"),
         (["--prompt", "abc", "--length", 3], 1, "at least one position to sample"),
         (["--row-seed", 1, "--row-seed", 2], 1, "one seed per row"),
     ):
@@ -212,6 +213,7 @@ def test_each_mistake_has_its_exit_code_and_no_traceback(server: ServerProcess, 
         (["train", texts, "--target", server.address], 2, "--until-step"),
         (["train", texts, "--until-step", 99, "--save-best", "--target", server.address], 2, NO_INTERVAL),
         (["train", texts, "--until-step", 99, "--held-out", 0.05], 2, f"--held-out {NO_INTERVAL}"),
+        (["train", texts, "--until-step", 99, "--eval-rows", 8], 2, f"--eval-rows {NO_INTERVAL}"),
         (["train", texts / "0.txt", "--until-step", 99, "--eval-every", 9], 2, "or give --eval-data"),
         (
             ["train", texts, "--until-step", 99, "--eval-every", 9, "--held-out", 0.1, "--eval-data", texts],

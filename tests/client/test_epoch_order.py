@@ -50,10 +50,18 @@ def test_data_in_epochs_covers_every_token_once(tmp_path: Path) -> None:
     rows = [row for step in (1, 2, 3) for row in data.batch(step)]
     assert sorted(np.concatenate(rows)) == sorted(np.concatenate(documents))
     assert data.steps_of(4) == 12
-    with pytest.raises(ValueError, match="step must be at least 1, got 0: steps count from 1"):
-        data.batch(0)
     with pytest.raises(ValueError, match="sampling must be one of crops, epochs, got 'shuffle'"):
         TokenData(documents, length=4, batch_size=3, sampling="shuffle")
+
+
+def test_both_kinds_of_sampling_refuse_a_step_that_is_none() -> None:
+    documents = [np.arange(n) for n in (5, 8)]
+    for sampling in ("crops", "epochs"):
+        data = TokenData(documents, length=4, batch_size=3, sampling=sampling)
+        for step, words in ((0, "at least 1, got 0"), (-3, "at least 1, got -3"), (1.5, "a whole number")):
+            with pytest.raises(ValueError, match=f"step must be {words}"):
+                data.batch(step)  # type: ignore[arg-type]
+        assert len(data.batch(1)) == 3
 
 
 def test_sampling_and_batch_size_are_parts_of_the_fingerprint() -> None:

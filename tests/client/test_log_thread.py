@@ -6,7 +6,9 @@ import errno
 import logging
 import os
 import queue
+import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,13 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from counting_trainer import Counting, Numbered, evaluation, fit
 
 from maskwire.loggers import log_thread
+from maskwire.loggers.csv_file import CsvFile
 from maskwire.loggers.json_lines import JsonLines
 from maskwire.loggers.log_thread import LogThread
 from maskwire.loggers.logger import Logger
 from maskwire.loggers.records import Place, Record
+from maskwire.loggers.tensorboard import TensorBoard
 
 PLACE = Place("run", 1, 0)
 
@@ -30,7 +35,7 @@ class Faulty(Logger):
 
     label = "faulty"
 
-    def __init__(self, method: str = "", error: Exception | None = None, step: int = 0) -> None:
+    def __init__(self, method: str = "", error: BaseException | None = None, step: int = 0) -> None:
         self.fault = (method, error, step)
         short = error is None and method != ""
         self.open_seconds = 0.2 if short and method == "open" else 60.0
@@ -108,12 +113,133 @@ def test_a_logger_that_fails_or_blocks_costs_no_step(
     assert faulty.closed is (error is not None and method != "close")
 
 
-@pytest.mark.parametrize("error", [ValueError("not mine"), OSError("no such folder"), ImportError("pip")])
-def test_a_log_that_can_never_work_is_refused_before_any_step(error: Exception) -> None:
+def not_found(file: str) -> OSError:
+    return FileNotFoundError(errno.ENOENT, "No such file or directory", file)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValueError("not mine"), "not mine"),
+        (TypeError("no argument 'taggs'"), "no argument 'taggs'"),
+        (ImportError("pip"), "pip"),
+        (not_found("faulty"), r"the log faulty cannot be opened \(No such file or directory\); create the"),
+        (not_found("/nope/a"), r"the log faulty cannot be opened \(No such file or directory: /nope/a\); cr"),
+        (PermissionError(errno.EACCES, "Permission denied"), r"\(Permission denied\); choose a place that"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory"), r"\(Is a directory\); it is a folder: name a"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), r"\(Not a directory\); a part of the path"),
+    ],
+)
+def test_a_log_that_can_never_work_is_refused_before_any_step_in_one_message(
+    error: Exception, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer, faulty, other = Counting(), Faulty("open", error), Faulty("open", error)
+    with pytest.raises(type(error), match=words) as raised:
+        fit(trainer, Numbered(), until_step=8, callbacks=[faulty, other])
+    assert "Errno" not in str(raised.value)
+    assert (trainer.batches, faulty.closed, other.closed) == ([], True, True)
+    assert capsys.readouterr().err == "", "nothing says that training is not affected"
+
+
+class UnreachableError(requests.ConnectionError, ValueError):
+    """Some packages derive their network errors from ValueError too."""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "(Connection refused)"),
+        (TimeoutError("timed out"), "TimeoutError: timed out"),
+        (socket.gaierror(-2, "Name or service not known"), "(Name or service not known)"),
+        (requests.ConnectionError("no route"), "ConnectionError: no route"),
+        (UnreachableError("no route"), "UnreachableError: no route"),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), "(Network is unreachable)"),
+        (SystemExit("not logged in"), "SystemExit: not logged in"),
+        (KeyError("entity"), "KeyError: 'entity'"),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_a_log_that_cannot_be_reached_is_reported_and_training_starts(
+    error: BaseException, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     trainer, faulty = Counting(), Faulty("open", error)
-    with pytest.raises(type(error), match=str(error)):
-        fit(trainer, Numbered(), until_step=8, callbacks=[faulty], progress=False)
-    assert (trainer.batches, faulty.closed) == ([], True)
+    result = fit(trainer, Numbered(), until_step=3, callbacks=[faulty])
+    assert result.failures == [
+        f"faulty: no more records are written ({words.strip('()')}); training is not affected"
+    ]
+    assert (result.step, faulty.written, faulty.closed) == (3, [], True)
+    assert capsys.readouterr().err.count("faulty") == 1
+
+
+@pytest.mark.parametrize("method", ["write", "flush", "close"])
+def test_a_logger_that_exits_is_reported_at_once(method: str) -> None:
+    faulty = Faulty(method, SystemExit(3), step=2 if method == "write" else 0)
+    result = fit(
+        Counting(), Numbered(), until_step=4, evaluate=evaluation, eval_every=2, callbacks=[faulty],
+        progress=False,
+    )  # fmt: skip
+    assert result.failures == [
+        "faulty: no more records are written (SystemExit: 3); training is not affected"
+    ]
+    assert (result.step, faulty.closed) == (4, method != "close")
+
+
+@pytest.mark.parametrize("moment", ["before a step", "before an evaluation ends", "before the end"])
+@pytest.mark.parametrize("how", ["deleted", "moved", "replaced", "its folder deleted"])
+@pytest.mark.parametrize("kind", [JsonLines, CsvFile, TensorBoard])
+def test_a_log_file_that_is_no_longer_in_its_place_is_reported(
+    kind: Any, how: str, moment: str, tmp_path: Path
+) -> None:
+    logger = kind(tmp_path / "logs" / "a")
+    (tmp_path / "logs").mkdir()
+
+    def remove() -> None:
+        (file,) = [path for path in (tmp_path / "logs").rglob("*") if path.is_file()]
+        if how == "its folder deleted":
+            shutil.rmtree(tmp_path / "logs")
+        elif how == "deleted":
+            file.unlink()
+        else:
+            file.rename(tmp_path / "moved")
+        if how == "replaced":
+            file.write_bytes((tmp_path / "moved").read_bytes())
+
+    class Removing:
+        def on_step(self, result: Any) -> None:
+            if (moment, result.step) == ("before a step", 2):
+                remove()
+
+        def on_evaluate(self, result: Any) -> None:
+            if moment == "before an evaluation ends":
+                remove()
+
+        def on_checkpoint(self, info: Any) -> None:
+            if moment == "before the end":
+                remove()
+
+    result = fit(
+        Counting(), Numbered(), until_step=4, evaluate=evaluation, eval_every=4, checkpoint_every=4,
+        callbacks=[logger, Removing()], progress=False,
+    )  # fmt: skip
+    assert result.failures == [
+        f"{logger.label}: no more records are written (the file was deleted, moved or replaced while it was "
+        "in use); training is not affected"
+    ]
+    assert result.step == 4
+
+
+@pytest.mark.parametrize("kind", [JsonLines, CsvFile, TensorBoard])
+def test_a_log_with_a_relative_path_stays_in_its_place_when_the_program_changes_its_folder(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Moving:
+        def on_step(self, result: Any) -> None:
+            monkeypatch.chdir("/")
+
+    monkeypatch.chdir(tmp_path)
+    result = fit(Counting(), Numbered(), until_step=3, callbacks=[kind("a"), Moving()], progress=False)
+    assert result.failures == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
 
 
 def test_records_that_a_slow_logger_has_no_room_for_are_dropped_from_there_on(

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from recorded_run import Server, log_steps
 
 from maskwire.loggers.csv_file import COLUMNS, CsvFile
 from maskwire.loggers.json_lines import JsonLines
+from maskwire.loggers.log_thread import LogThread
 from maskwire.loggers.logger import Logger
 from maskwire.loggers.records import Place
 from maskwire.loggers.tensorboard import TensorBoard
@@ -198,6 +201,8 @@ SCENARIOS = [interrupted, torn, evaluated_again, begun_later, restored, ahead_of
 def curves(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Curves]:
     """What each scenario leaves, as the logger's own reader reads it."""
     kind, folder = request.param, tmp_path_factory.mktemp("logs")
+    if kind is TrackioKind:  # read once, when trackio is imported; by default it writes to the home folder
+        os.environ["TRACKIO_DIR"] = str(folder / "trackio")
     if kind.package is not None:
         pytest.importorskip(kind.package, reason=f"the package {kind.package} is not installed")
     if kind is WandBKind:  # its own processes end with the one that logs
@@ -287,6 +292,97 @@ def test_a_csv_file_cut_anywhere_is_completed(tmp_path: Path, kept: int) -> None
     log_steps(CsvFile(path), Server((0, 0, 4)), range(5, 6))
     assert read(path)[-1] == "5"
     assert read(path) == [str(step) for step in range(int(read(path)[0]), 6)]
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Stand-ins for wandb and trackio, with the arguments of their `init`."""
+
+    def wandb_init(project: str, id: str, group: str, tags: object = None, entity: object = None) -> Any: ...
+
+    def trackio_init(project: str, name: str, group: str, space_id: object = None, **_: object) -> Any: ...
+
+    made: dict[str, Any] = {}
+    for name, init in (("wandb", wandb_init), ("trackio", trackio_init)):
+        made[name] = module = types.ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        module.__dict__["init"] = init
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("run", "utils"):
+        setattr(made["trackio"], name, types.ModuleType(name))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        (WandB, {"taggs": ["a"]}, r"WandB\(\) has no argument 'taggs': did you mean 'tags'"),
+        (WandB, {"foldr": "a"}, r"WandB\(\) has no argument 'foldr': did you mean 'folder'"),
+        (WandB, {"dir": "a"}, r"WandB\(\) has no argument 'dir': did you mean 'folder'"),
+        (WandB, {"id": "a"}, r"WandB\(\) has no argument 'id'"),
+        (Trackio, {"space": "a"}, r"Trackio\(\) has no argument 'space': did you mean 'space_id'"),
+        (Trackio, {"name": "a"}, r"Trackio\(\) has no argument 'name'"),
+    ],
+)
+def test_an_option_that_the_package_does_not_have_is_refused_with_the_nearest(
+    packages: dict[str, Any], kind: Any, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(TypeError, match=words):
+        kind("project", **options)
+    kind("project", **{"tags" if kind is WandB else "space_id": "a"})
+
+
+@pytest.mark.parametrize(("kind", "option"), [(WandB, "tags"), (Trackio, "space_id")])
+def test_the_options_are_those_of_the_installed_package(kind: Any, option: str) -> None:
+    pytest.importorskip(kind.__name__.lower())
+    kind("project", **{option: "a"})
+    with pytest.raises(TypeError, match=f"did you mean {option!r}"):
+        kind("project", **{f"{option}s": "a"})
+
+
+@pytest.mark.usefixtures("packages")
+def test_a_mode_that_wandb_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="mode must be 'online', 'offline' or None, got 'ofline'"):
+        WandB("project", mode="ofline")  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("packages")
+def test_a_file_in_place_of_the_folder_of_wandb_is_refused_before_training(
+    packages: dict[str, Any], tmp_path: Path
+) -> None:
+    packages["wandb"].setup = lambda: types.SimpleNamespace(settings=None)
+    (tmp_path / "a").touch()
+    with pytest.raises(NotADirectoryError, match=r"the log wandb project cannot be opened \(Not a directory"):
+        LogThread(WandB("project", folder=tmp_path / "a"), Place("run", 1, 0)).opened()
+
+
+class CacheError(FileNotFoundError, ValueError):
+    """As huggingface_hub raises without a network."""
+
+
+@pytest.mark.parametrize("call", ["runs", "init"])
+@pytest.mark.parametrize("error", [ConnectionError("no route"), CacheError("no route")])
+def test_trackio_without_a_network_is_reported_and_does_not_stop_training(
+    packages: dict[str, Any], monkeypatch: pytest.MonkeyPatch, call: str, error: Exception
+) -> None:
+    trackio = packages["trackio"]
+
+    def answer(name: str) -> Any:
+        if name == call:
+            raise error
+        return []
+
+    trackio.Api = lambda: types.SimpleNamespace(runs=lambda _: answer("runs"))
+    trackio.init = lambda *_, **__: answer("init")
+    storage: Any = types.ModuleType("trackio.sqlite_storage")
+    storage.SQLiteStorage = None
+    monkeypatch.setitem(sys.modules, "trackio.sqlite_storage", storage)
+    thread = LogThread(Trackio("project"), Place("run", 1, 0))
+    assert thread.opened() is None
+    assert thread.failure == (
+        "trackio project: no more records are written (RuntimeError: trackio failed: no route); training is "
+        "not affected"
+    )
 
 
 if __name__ == "__main__":

@@ -202,6 +202,8 @@ def test_a_run_is_logged_where_the_command_says(server: ServerProcess, text: Pat
         done = command(*train(server, text, until + 1, "--log", wrong))
         assert (done.returncode, step(server)) == (2, until), "before any step"
         assert words in done.stderr.decode()
+        assert b"Errno" not in done.stderr
+        assert b"training is not affected" not in done.stderr
     done = command(*train(server, text, until + 2, "--log", "csv:/dev/full", "--json"))
     assert (done.returncode, step(server)) == (7, until + 2)
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 import maskwire.aio
 import maskwire.client
+import maskwire.data
+import maskwire.data.prepare
+import maskwire.loggers
+from maskwire.protocol.evaluation_plan import combine
 from maskwire.protocol.fit import fit
 from maskwire.protocol.sessionless_calls import Calls
 from maskwire.protocol.writer import Writer
-from maskwire.signatures import keep_signature
+from maskwire.signatures import keep_signature, refuse_unknown_keywords
 
 PAIRS = [
     (maskwire.client, maskwire.aio, ["attach", "connect"]),
@@ -115,3 +122,106 @@ def test_parameters_that_drift_apart_are_found() -> None:
 
     assert inspect.signature(drifted).parameters == inspect.signature(source).parameters
     assert declared(drifted) != declared(source)
+
+
+MADE_BY_OTHERS = {"Client", "Trainer"}
+"""Classes whose constructors are not public: `attach` and `connect` call them."""
+CHECKS_ITSELF = {"WandB", "Trackio"}
+"""Their options are those of a package (tests/client/test_loggers.py)."""
+
+
+def public_calls() -> Iterator[tuple[str, Any, bool]]:
+    """Each public callable with its name in messages, and whether it needs an object to be called on."""
+    packages: list[ModuleType] = [maskwire, maskwire.data, maskwire.loggers]
+    found = [getattr(package, name) for package in packages for name in package.__all__]  # type: ignore[attr-defined]
+    aio = [getattr(maskwire.aio, name) for name in ("attach", "connect", "Client", "Trainer")]
+    for one in dict.fromkeys([*found, *aio, maskwire.data.prepare.prepare, combine]):
+        if inspect.isfunction(one):
+            yield one.__name__, one, False
+        if not inspect.isclass(one) or inspect.isabstract(one):
+            continue
+        if one.__name__ not in MADE_BY_OTHERS | CHECKS_ITSELF:
+            yield one.__name__, one, False
+        for name in public(one):
+            if inspect.isfunction(member := getattr(one, name)):
+                yield name, member, True
+
+
+def keywords(call: Any) -> list[str]:
+    """The keywords of a call: its parameters, and the keys of its typed options."""
+    found = []
+    for one in inspect.signature(call).parameters.values():
+        if one.kind is one.VAR_KEYWORD:
+            kind = one.annotation.removeprefix("Unpack[").removesuffix("]")
+            homes = [maskwire.protocol.option_types, maskwire.credentials]
+            (options,) = {getattr(home, kind) for home in homes if hasattr(home, kind)}
+            found += options.__annotations__
+        elif one.kind is not one.VAR_POSITIONAL and one.name not in ("self", "trainer"):
+            found.append(one.name)
+    return found
+
+
+def refused(call: Any, bound: bool, keyword: str) -> None:
+    """Raise TypeError if the call names the keyword that was meant by a mistyped one."""
+    answer = call(*([object()] if bound else []), **{keyword: 1})
+    if inspect.iscoroutine(answer):
+        asyncio.run(answer)
+
+
+CALLS = list(public_calls())
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "bound"), CALLS, ids=[f"{call.__module__}.{call.__qualname__}" for _, call, _ in CALLS]
+)
+def test_each_public_call_names_itself_and_the_keyword_that_was_probably_meant(
+    name: str, call: Any, bound: bool
+) -> None:
+    for keyword in keywords(call):
+        mistyped = keyword + keyword[-1]
+        words = rf"^{name}\(\) has no argument '{mistyped}': did you mean '{keyword}'\? It has "
+        with pytest.raises(TypeError, match=words):
+            refused(call, bound, mistyped)
+    if keywords(call):
+        with pytest.raises(TypeError, match=rf"^{name}\(\) has no argument 'xyzzy': it has "):
+            refused(call, bound, "xyzzy")
+
+
+def test_the_public_calls_are_all_found() -> None:
+    names = {call.__qualname__ for _, call, _ in CALLS}
+    assert names > {
+        "open_data",
+        "prepare",
+        "combine",
+        "connect",
+        "attach",
+        "Batch",
+        "CsvFile",
+        "StopTraining",
+    }
+    assert names > {"TokenData.split", "TokenData.steps_of", "Trainer.submit", "Calls.evaluate", "fit"}
+
+
+def test_a_call_with_checked_keywords_keeps_what_others_read_from_it() -> None:
+    async def example(name: str, *, score: float = 0.0) -> None:
+        """Save."""
+
+    made = refuse_unknown_keywords(example)
+    assert inspect.iscoroutinefunction(made)
+    assert (made.__name__, made.__doc__) == ("example", "Save.")
+    assert inspect.signature(made) == inspect.signature(example)
+
+    @refuse_unknown_keywords
+    class Named:
+        def __init__(self, size: int) -> None:
+            self.size = size
+
+        def first(self, count: int = 1) -> int:
+            return self.size + count
+
+    class Derived(Named): ...
+
+    assert list(inspect.signature(Named).parameters) == ["size"]
+    assert Named(2).first(count=3) == 5
+    with pytest.raises(TypeError, match=r"^Derived\(\) has no argument 'sise': did you mean 'size'"):
+        Derived(sise=1)  # type: ignore[call-arg]

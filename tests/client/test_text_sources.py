@@ -231,6 +231,7 @@ def test_names_of_fields_must_make_sense(tmp_path: Path) -> None:
         ({"prompt_field": "q"}, r"prompt_field \(--prompt-field\) needs response_field"),
         ({"response_field": "a"}, r"response_field \(--response-field\) needs prompt_field"),
         ({"text_field": "t", "prompt_field": "q", "response_field": "a"}, "exclude each other"),
+        ({"prompt_field": "q", "response_field": "q"}, r"\(--response-field\) must differ, got 'q' for both"),
         ({"text_field": ""}, "must not be empty"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -56,9 +56,11 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "lr": (lambda t: t.submit(TOKENS, lr=1.0), "did you mean 'learning_rate'"),
     "what the client fills in": (lambda t: t.train_step(TOKENS, request_id="a"), "has no argument"),
     "eval": (lambda t: t.eval_loss(TOKENS, num_draws=2), r"eval_loss\(\).*did you mean 'draws'"),
-    "evaluate": (lambda t: t.evaluate(TOKENS, draw=2), "did you mean 'draws'"),
+    "evaluate": (lambda t: t.evaluate(TOKENS, draw=2), r"evaluate\(\).*did you mean 'draws'"),
+    "evaluate's own": (lambda t: t.evaluate(DATA, row=2), r"evaluate\(\).*did you mean 'rows'"),
+    "submit": (lambda t: t.submit(TOKENS, stp=1), r"submit\(\).*did you mean 'step'"),
     "generate": (lambda t: t.generate(max_new_tokens=4), r"generate\(\).*did you mean 'length'"),
-    "nothing near": (lambda t: t.generate(xyzzy=4), "it has lengths, prompt_mask"),
+    "nothing near": (lambda t: t.generate(xyzzy=4), "it has prompts, lengths, prompt_mask"),
     "checkpoint": (lambda t: t.checkpoint("a", lables={}), r"checkpoint\(\).*did you mean 'labels'"),
     "download": (lambda t: t.download("a", "b", weigths=True), "did you mean 'weights'"),
     "fit": (lambda t: t.fit(DATA, until_step=1, checkpoint_evry=1), r"fit\(\).*'checkpoint_every'"),
@@ -125,7 +127,7 @@ def test_a_number_out_of_range_is_refused_with_the_range(shared: ServerProcess, 
 @pytest.mark.parametrize("name", ["name", "takeover", "window", "on_takeover"])
 def test_attach_refuses_arguments_of_connect(name: str) -> None:
     for package in (maskwire, maskwire.aio):
-        words = rf"attach\(\) opens no session and has no argument '{name}'; leave it out, or use connect\(\)"
+        words = rf"attach\(\) has no argument '{name}': it opens no session; leave it out, or use connect\(\)"
         with pytest.raises(TypeError, match=words):
             package.attach("127.0.0.1:1", **{name: 1})
 

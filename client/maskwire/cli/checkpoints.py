@@ -125,8 +125,8 @@ def download(
         bool,
         typer.Option(
             "--merged",
-            help="Write a Hugging Face folder, with the adapters ([model.lora]) merged into the model. Needs "
-            "maskwire[huggingface] on this machine.",
+            help="Write a Hugging Face folder, with the adapters (\\[model.lora]) merged into the model. "
+            "Needs maskwire\\[huggingface] on this machine.",
         ),
     ] = False,
     as_json: Json = False,

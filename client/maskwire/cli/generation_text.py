@@ -39,8 +39,9 @@ def read_prompts(
     Raises ValueError for a text if the run has no codec for texts, for a length that the model does not take,
     and for a malformed list of ids.
     """
-    if not gap:
-        raise ValueError("--gap must not be empty: it is the character that marks one token to fill")
+    if len(gap) != 1:
+        state = "be one character" if gap else "not be empty"
+        raise ValueError(f"--gap must {state}, got {gap!r}: it is the character that marks one token to fill")
     if texts and codec is None:
         raise ValueError(
             "--prompt needs a model of bytes (num_tokens 257, mask_id 256) or a run that keeps its "

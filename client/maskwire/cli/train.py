@@ -38,6 +38,7 @@ _EVALUATION = "Evaluation"
 _SAVING = "Checkpoints and metrics"
 _SESSION = "Session"
 _HELD_OUT = 0.05
+_EVAL_ROWS = 64
 
 
 @with_server(retry_for=300.0)
@@ -87,7 +88,13 @@ def train(
         int | None,
         typer.Option(help="Evaluate every this many steps. By default never.", rich_help_panel=_EVALUATION),
     ] = None,
-    eval_rows: Annotated[int, typer.Option(help="Rows per evaluation.", rich_help_panel=_EVALUATION)] = 64,
+    eval_rows: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Rows per evaluation. By default {_EVAL_ROWS}.",
+            rich_help_panel=_EVALUATION,
+        ),
+    ] = None,
     checkpoint_every: Annotated[
         int | None,
         typer.Option(
@@ -170,6 +177,7 @@ def train(
     for option, wanted in (
         ("--eval-data", eval_data is not None),
         ("--held-out", held_out is not None),
+        ("--eval-rows", eval_rows is not None),
         ("--save-best", save_best),
     ):
         if wanted and not eval_every:
@@ -206,7 +214,7 @@ def train(
         evaluate = (
             None
             if apart is None
-            else _evaluation(apart, row_length(columns, trainer.model, apart), eval_rows)
+            else _evaluation(apart, row_length(columns, trainer.model, apart), eval_rows or _EVAL_ROWS)
         )
         if trainer.step < target and not as_json:
             tell(

@@ -30,6 +30,7 @@ from maskwire.data.text_sources import FileSource, Paths, Source, find_sources
 from maskwire.data.token_data import TokenData
 from maskwire.data.token_documents import Documents, load_array
 from maskwire.data.tokenizer import TOKENIZER_FILE, ByteTokenizer
+from maskwire.signatures import refuse_unknown_keywords
 from maskwire.v1.values import TokenizerDescription
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ _OTHER_TYPES = {
 }
 
 
+@refuse_unknown_keywords
 class ByteData(TokenData):
     """Files as documents whose tokens are their bytes; only what a batch needs is read."""
 
@@ -85,6 +87,7 @@ class ByteData(TokenData):
         self.tokenizer_description = TokenizerDescription(BYTES)
 
 
+@refuse_unknown_keywords
 class FileTokens(TokenData):
     """Token ids in one file or folder: packed ids, a `.npy` array or prepared text; read batch by batch."""
 
@@ -146,6 +149,7 @@ class FileTokens(TokenData):
         self.files = []
 
 
+@refuse_unknown_keywords
 def open_data(
     paths: Paths,
     *,

@@ -8,16 +8,19 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from maskwire.arguments import check_whole
 from maskwire.batch import Batch
 from maskwire.data.epoch_order import EpochOrder
 from maskwire.data.file_array import Ids
 from maskwire.data.pair_data import Computed, check_prompts, prompts_hash
 from maskwire.data.token_data import TokenData, stacked
 from maskwire.data.token_documents import Documents
+from maskwire.signatures import refuse_unknown_keywords
 
 Numbers = npt.NDArray[np.int64]
 
 
+@refuse_unknown_keywords
 class PackedData(TokenData):
     """Batches of packed rows, with segment ids that tell the documents of a row apart.
 
@@ -107,6 +110,7 @@ class PackedData(TokenData):
 
         step: The step's number, from 1.
         """
+        check_whole("step", step, 1)
         if self._order is not None:
             numbers = self._order.batch(step, self.batch_size)
         else:

@@ -10,14 +10,17 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from maskwire.arguments import check_whole
 from maskwire.batch import Batch
 from maskwire.data.file_array import Ids
 from maskwire.data.token_data import TokenData
 from maskwire.data.token_documents import Documents
+from maskwire.signatures import refuse_unknown_keywords
 
 log = logging.getLogger(__name__)
 
 
+@refuse_unknown_keywords
 class PairData(TokenData):
     """Pairs of a prompt and a response, one row each.
 
@@ -80,6 +83,7 @@ class PairData(TokenData):
 
         step: The step's number, from 1.
         """
+        check_whole("step", step, 1)
         self._check()
         if self._order is not None:
             numbers = self._order.batch(step, self.batch_size)

@@ -34,6 +34,7 @@ from maskwire.data.tokenizer import (
     Encoded,
     FileTokenizer,
 )
+from maskwire.signatures import refuse_unknown_keywords
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ _SKIPPED = frozenset({INVALID, NOT_ENCODABLE, HAS_MASK})  # dropped only with sk
 _SKIP = "or drop and count such records with --skip-invalid (skip_invalid=True)"
 
 
+@refuse_unknown_keywords
 def prepare(
     paths: Paths,
     out: str | Path,

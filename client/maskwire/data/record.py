@@ -84,6 +84,11 @@ class Fields:
                 f"text_field (--text-field) {self.text!r} and prompt_field (--prompt-field) {self.prompt!r} "
                 "exclude each other: a record is either a text, or a prompt and its response"
             )
+        if self.prompt is not None and self.prompt == self.response:
+            raise ValueError(
+                f"prompt_field (--prompt-field) and response_field (--response-field) must differ, got "
+                f"{self.prompt!r} for both: the prompt is given to the model, and would be the answer"
+            )
         for name in self.names:
             if not name:
                 raise ValueError("the name of a field must not be empty")

@@ -19,6 +19,7 @@ from maskwire.data.epoch_order import EpochOrder
 from maskwire.data.file_array import Ids
 from maskwire.data.fingerprint import content_hash
 from maskwire.data.token_documents import DocumentRows, Documents
+from maskwire.signatures import refuse_unknown_keywords
 from maskwire.v1.values import TokenizerDescription
 
 Number = TypeVar("Number", bound=np.generic)
@@ -28,6 +29,7 @@ SAMPLING = ("crops", "epochs")
 _MAX_TOKENS = 2**28  # more than any server accepts in a batch
 
 
+@refuse_unknown_keywords
 class TokenData:
     """Documents of token ids, and batches of rows cropped from them.
 
@@ -165,6 +167,7 @@ class TokenData:
 
         step: The step's number, from 1.
         """
+        check_whole("step", step, 1)
         if self._order is not None:
             return stacked([self._every[row] for row in self._order.batch(step, self.batch_size)])
         return self._crops(

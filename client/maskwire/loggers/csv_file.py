@@ -9,6 +9,7 @@ from pathlib import Path
 from maskwire.loggers.logger import Logger
 from maskwire.loggers.records import Place, Record, is_evaluation, same_step
 from maskwire.nonfatal_output import LineFile
+from maskwire.signatures import refuse_unknown_keywords
 
 COLUMNS = (
     "run_id", "lineage", "step", "event", "loss", "generator_loss", "critic_loss", "gradient_norm",
@@ -20,6 +21,7 @@ COLUMNS = (
 _BLOCK = 2**20  # bytes at the end of the file that are searched for the last row
 
 
+@refuse_unknown_keywords
 class CsvFile(Logger):
     """Appends a row per step and evaluation to a file. Give each job a file of its own."""
 
@@ -61,6 +63,11 @@ class CsvFile(Logger):
             self._file.write(header + _line([_cell(record.get(name)) for name in COLUMNS]))
             self._begun = True
         self._last = record
+
+    def flush(self) -> None:
+        """Raise OSError if the file was deleted, moved or replaced. Nothing is buffered."""
+        if self._file is not None:
+            self._file.check()
 
     def close(self) -> None:
         """Close the file. OSError if the file system reports only now that a row was not written."""

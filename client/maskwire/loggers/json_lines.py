@@ -15,11 +15,13 @@ from typing import IO, Any
 from maskwire.loggers.logger import Logger
 from maskwire.loggers.records import Place, Record, is_evaluation, same_step
 from maskwire.nonfatal_output import LineFile
+from maskwire.signatures import refuse_unknown_keywords
 
 _BLOCK = 2**20  # bytes at the end of the file that are searched for the last step
 _LONGEST_LINE = 4096  # bytes
 
 
+@refuse_unknown_keywords
 class JsonLines(Logger):
     """Appends a JSON object per step and evaluation to a file. Give each job a file of its own."""
 
@@ -68,6 +70,11 @@ class JsonLines(Logger):
         if not (repeated or begins):
             self._file.write(json.dumps(record).encode() + b"\n")
         self._last = record
+
+    def flush(self) -> None:
+        """Raise OSError if the file was deleted, moved or replaced. Nothing is buffered."""
+        if self._file is not None:
+            self._file.check()
 
     def close(self) -> None:
         """Close the file. OSError if the file system reports only now that a line was not written."""

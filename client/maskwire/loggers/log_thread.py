@@ -23,6 +23,13 @@ T = TypeVar("T")
 QUEUE_RECORDS = 10_000
 """The most records that wait for a logger."""
 _SIGNAL_SECONDS = 0.5  # a signal may reach another thread, so waits wake this often
+_FILE_ERRORS = {
+    FileNotFoundError: "create the folder first, or choose another place",
+    PermissionError: "choose a place that this user may write to",
+    IsADirectoryError: "it is a folder: name a file in it",
+    NotADirectoryError: "a part of the path is a file: choose another place",
+}
+"""What the caller of `fit` can mend, and how. The other OSErrors are those of a network or of a device."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +44,7 @@ class _Opened:
     """What `open` returned or raised."""
 
     last: Place | None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 class LogThread:
@@ -59,15 +66,17 @@ class LogThread:
     def opened(self) -> Place | None:
         """Wait until the log is open, and return its last place; None if it has none or did not open.
 
-        Raises the ValueError, OSError or ImportError that the logger's `open` raised.
+        Raises what the caller can mend: the ValueError, TypeError or ImportError that the logger's `open`
+        raised, or an error of a file or folder.
         """
         found = _wait(self._opened, self.logger.open_seconds)
         if found is None:
             self._open_timed_out = True
             self._fail(f"it did not open within {self.logger.open_seconds:g} s")
             return None
-        if isinstance(found.error, ValueError | OSError | ImportError):
-            raise found.error
+        if found.error is not None:
+            self._raise_if_mendable(found.error)
+            self._failed(found.error)
         return found.last
 
     def write(self, record: Record) -> None:
@@ -111,12 +120,26 @@ class LogThread:
             f"{self.logger.label}: no more records are written ({reason}); training is not affected"
         )
 
+    def _raise_if_mendable(self, error: BaseException) -> None:
+        """Raise the error of `open` if the caller can mend it before training."""
+        for kind, cure in _FILE_ERRORS.items():
+            if isinstance(error, kind):
+                reason, label = error.strerror or error, self.logger.label
+                file = "" if error.filename is None or str(error.filename) in label else f": {error.filename}"
+                raise kind(f"the log {label} cannot be opened ({reason}{file}); {cure}") from error
+        # The errors of a network are OSErrors, and some of them, as those of requests, ValueErrors too.
+        if isinstance(error, ValueError | TypeError | ImportError) and not isinstance(error, OSError):
+            raise error
+
     def _run(self) -> None:
-        """Run the logger; the thread's function."""
+        """Run the logger; the thread's function.
+
+        Catches SystemExit too, which libraries raise: the thread must report it and not end silently.
+        """
         try:
             last = self.logger.open(self._place)
-        except Exception as error:
-            self._failed(error)
+        except BaseException as error:
+            self._failed_once = True  # `opened` reports it
             self._opened.put(_Opened(None, error))
         else:
             self._opened.put(_Opened(last))
@@ -128,18 +151,18 @@ class LogThread:
                     entry.done.put(True)
                 elif not self._failed_once:  # later records would hide the gap
                     self.logger.write(entry)
-            except Exception as error:
+            except BaseException as error:
                 self._failed(error)
                 if isinstance(entry, _Flush):
                     entry.done.put(False)
         try:
             self.logger.close()
-        except Exception as error:
+        except BaseException as error:
             if not self._failed_once:
                 self._failed(error)
         self._done.put(True)
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: BaseException) -> None:
         self._failed_once = True
         reason = error.strerror if isinstance(error, OSError) and error.strerror else None
         self._fail(reason or f"{type(error).__name__}: {error}")

@@ -7,9 +7,13 @@ does not slow training down. A logger of your own derives from `Logger`.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
+from maskwire.arguments import check_options
 from maskwire.loggers.records import Place, Record
 
 
@@ -19,6 +23,21 @@ def needs(module: str, extra: str) -> None:
         raise ImportError(
             f"this logger needs the package {module}: pip install 'maskwire[{extra}]'", name=module
         )
+
+
+def check_further(
+    call: str, given: Iterable[str], init: Callable[..., Any], set_here: Iterable[str], also: Iterable[str]
+) -> None:
+    """Raise TypeError for an option that a package's `init` does not have, or that the logger sets itself.
+
+    call: The name of the logger's class.
+    given: The names of the options.
+    init: The function that they are passed to.
+    set_here: Its arguments that the logger sets.
+    also: The logger's own arguments.
+    """
+    known = [name for name in inspect.signature(init).parameters if name not in set_here]
+    check_options(call, given, known, also)
 
 
 class Logger(ABC):
@@ -47,9 +66,10 @@ class Logger(ABC):
         place: The place that the run has reached.
 
         Returns None if the log has nothing of this run and will start at `place`. Raises ValueError if the
-        file or folder holds something else, OSError if it cannot be written, and ImportError if a package
-        is missing: `fit` raises these before it trains. Any other exception is reported, and `fit` trains
-        without this logger.
+        file or folder holds something else, TypeError for a wrong argument, ImportError if a package is
+        missing, and FileNotFoundError, PermissionError, IsADirectoryError or NotADirectoryError if it cannot
+        be written there: `fit` raises these before it trains. Any other exception, such as the OSError of a
+        network, is reported, and `fit` trains without this logger.
         """
 
     @abstractmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from maskwire.loggers.notebook_bar import NotebookBar, in_notebook
 from maskwire.nonfatal_output import PLAIN_EVERY_SECONDS, on_terminal, tell
@@ -33,6 +33,17 @@ class TrainingProgress(Protocol):
 
     def close(self) -> None:
         """Stop: training has ended."""
+
+
+def check_progress(progress: Any) -> None:
+    """Raise TypeError unless it is True, False or a TrainingProgress."""
+    if not isinstance(progress, bool) and not all(
+        callable(getattr(progress, name, None)) for name in ("update", "say", "close")
+    ):
+        raise TypeError(
+            "progress must be True, False or an object with the methods update, say and close, got "
+            f"{progress!r}"
+        )
 
 
 def training_progress(

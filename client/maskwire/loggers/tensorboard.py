@@ -16,6 +16,8 @@ from typing import IO, Any
 
 from maskwire.loggers.logger import Logger, needs
 from maskwire.loggers.records import Place, Record, is_evaluation, scalars
+from maskwire.nonfatal_output import check_in_place
+from maskwire.signatures import refuse_unknown_keywords
 
 _NAME = "events.out.tfevents.{:010d}.maskwire.lineage-{}"
 _HEADER = struct.Struct("<QI")  # a record: its length, and a checksum; then the data, and a checksum
@@ -23,6 +25,7 @@ _CHECKSUM = 4  # bytes
 _FLUSH_SECONDS = 5.0
 
 
+@refuse_unknown_keywords
 class TensorBoard(Logger):
     """Writes the curves of a run to `folder`/RUN_ID, for `tensorboard --logdir folder`."""
 
@@ -46,7 +49,7 @@ class TensorBoard(Logger):
 
     def open(self, place: Place) -> Place | None:
         """Find the last step in the run's event files, and begin a file. OSError if it cannot be written."""
-        self._run = self.path / place.run_id
+        self._run = self.path.absolute() / place.run_id
         self._run.mkdir(parents=True, exist_ok=True)
         last = self._last_place(place.run_id)
         self._begin(last or place)
@@ -76,15 +79,19 @@ class TensorBoard(Logger):
             self.flush()
 
     def flush(self) -> None:
-        """Write what is buffered to the event file."""
+        """Write what is buffered to the event file. OSError if it was deleted, moved or replaced."""
         if self._file is not None:
             self._file.flush()
+            check_in_place(Path(self._file.name), self._file.fileno())
             self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Close the event file."""
+        """Close the event file. OSError if it was deleted, moved or replaced."""
         if self._file is not None:
-            self._file.close()
+            file, self._file = self._file, None
+            with file:
+                file.flush()
+                check_in_place(Path(file.name), file.fileno())
 
     def _begin(self, place: Place) -> None:
         """Begin a file for the steps after `place`."""

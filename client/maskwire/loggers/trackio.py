@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from maskwire.loggers.logger import Logger, needs
+from maskwire.loggers.logger import Logger, check_further, needs
 from maskwire.loggers.records import Place, Record, is_evaluation, scalars
 from maskwire.nonfatal_output import tell
+from maskwire.signatures import refuse_unknown_keywords
 
 _START = "start"
 """A curve of one point, at the step after which a log begins."""
+_SET_HERE = ("project", "name", "group", "resume")
+"""The arguments of `trackio.init` that this logger sets."""
 
 
+@refuse_unknown_keywords
 class Trackio(Logger):
     """Writes the curves of a run to a trackio project, for `trackio show --project PROJECT`."""
 
@@ -23,12 +27,18 @@ class Trackio(Logger):
     close_seconds = 60.0
 
     def __init__(self, project: str, **options: Any) -> None:
-        """Log to a project. Raises ImportError without the package trackio.
+        """Log to a project.
 
         project: Its name.
         options: Further arguments of `trackio.init`, such as `space_id`.
+
+        Raises ImportError without the package trackio, and TypeError for an unknown option.
         """
         needs("trackio", "trackio")
+        if options:
+            import trackio
+
+            check_further("Trackio", options, trackio.init, _SET_HERE, ("project",))
         self._project, self._options = project, options
         self._run: Any = None
         self._evaluated = (0, 0)  # lineage and step
@@ -40,6 +50,12 @@ class Trackio(Logger):
 
     def open(self, place: Place) -> Place | None:
         """Resume the trackio run of the newest lineage that has one, or begin one."""
+        try:
+            return self._resume(place)
+        except OSError as error:  # a network error: training can start without this logger
+            raise RuntimeError(f"trackio failed: {error}") from error
+
+    def _resume(self, place: Place) -> Place | None:
         import trackio
         from trackio import run, utils
 
@@ -47,6 +63,8 @@ class Trackio(Logger):
             module.print = _tell
         try:
             names = {one.name for one in trackio.Api().runs(self._project)}
+        except OSError:
+            raise  # some of those of huggingface_hub are ValueErrors too
         except ValueError:  # no such project yet
             names = set()
         for lineage in range(place.lineage, 0, -1):
@@ -82,10 +100,7 @@ class Trackio(Logger):
 
         name = _name(place.run_id, place.lineage)
         options = {"auto_log_cpu": False, "auto_log_gpu": False, "embed": False, **self._options}
-        try:
-            self._run = trackio.init(self._project, name=name, group=place.run_id, resume="allow", **options)
-        except OSError as error:  # a network error: training can start without this logger
-            raise RuntimeError(f"trackio.init failed: {error}") from error
+        self._run = trackio.init(self._project, name=name, group=place.run_id, resume="allow", **options)
         step = self._run._next_step - 1
         if step < 0:
             self._run.log({_START: place.step}, step=place.step)

@@ -8,17 +8,23 @@ Without a network, set `mode="offline"` (or WANDB_MODE=offline) and upload later
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from pathlib import Path
 from typing import Any, Literal
 
-from maskwire.loggers.logger import Logger, needs
+from maskwire.loggers.logger import Logger, check_further, needs
 from maskwire.loggers.records import Place, Record, is_evaluation, scalars
 from maskwire.loggers.wandb_offline_reader import LINEAGE, START, is_finished, offline_log
+from maskwire.signatures import refuse_unknown_keywords
 
 _POLL_SECONDS = 0.05
+_SET_HERE = ("project", "id", "group", "resume", "reinit", "mode", "dir", "settings")
+"""The arguments of `wandb.init` that this logger sets."""
 
 
+@refuse_unknown_keywords
 class WandB(Logger):
     """Writes the curves of a run to a W&B project."""
 
@@ -33,14 +39,23 @@ class WandB(Logger):
         folder: str | Path | None = None,
         **options: Any,
     ) -> None:
-        """Log to a project. Raises ImportError without the package wandb.
+        """Log to a project.
 
         project: Its name.
         mode: By default that of W&B's own settings, as in WANDB_MODE.
         folder: The folder in which W&B keeps its folder `wandb`; by default the current one.
         options: Further arguments of `wandb.init`, such as `entity`, `name`, `tags` or `config`.
+
+        Raises ImportError without the package wandb, ValueError for an unknown mode and TypeError for an
+        unknown option.
         """
         needs("wandb", "wandb")
+        if mode not in (None, "online", "offline"):
+            raise ValueError(f"mode must be 'online', 'offline' or None, got {mode!r}")
+        if options:
+            import wandb
+
+            check_further("WandB", options, wandb.init, _SET_HERE, ("project", "mode", "folder"))
         self._project, self._mode, self._options = project, mode, options
         self._folder = None if folder is None else Path(folder)
         self._run: Any = None
@@ -57,7 +72,10 @@ class WandB(Logger):
 
         settings = wandb.setup().settings
         if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except FileExistsError as error:  # a file, and not a folder
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from None
         if (self._mode or settings.mode) == "offline":
             found = offline_log(_folder_of(self._folder or Path(settings.root_dir)), place.run_id)
             if found is None:

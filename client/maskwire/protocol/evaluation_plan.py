@@ -23,6 +23,7 @@ from maskwire.errors import StepMovedError
 from maskwire.protocol import codec, token_batch
 from maskwire.protocol.limits import Bounds, too_long
 from maskwire.results import EvalResult, FractionResult, Losses, LossSums, RowResult
+from maskwire.signatures import refuse_unknown_keywords
 from maskwire.v1 import training_service_pb2 as pb
 
 EvaluationProgress = Callable[[int, int, float], None]
@@ -227,6 +228,7 @@ class EvaluationSum:
         )
 
 
+@refuse_unknown_keywords
 def combine(found: Sequence[EvalResult], text_bytes: int | None = None) -> EvalResult:
     """Combine evaluations of different rows into one. In `maskwire.protocol.evaluation_plan`.
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from maskwire.arguments import check_data, check_options, check_whole
+from maskwire.arguments import check_data, check_flag, check_function, check_options, check_whole
 from maskwire.callbacks import EarlyStopping, SaveBest, StopTraining
 from maskwire.errors import ForkError
 from maskwire.loggers.json_lines import JsonLines
 from maskwire.loggers.logger import Logger
-from maskwire.loggers.progress import TrainingProgress, training_progress
+from maskwire.loggers.progress import TrainingProgress, check_progress, training_progress
 from maskwire.protocol.fit_actions import Fitting, ResultOf
 from maskwire.protocol.fit_callbacks import Callbacks, check_callbacks
 from maskwire.protocol.fit_data_check import files_of, record_data
@@ -83,7 +83,8 @@ def fit(
     set. With `maskwire.aio` a cancelled task ends at once and leaves the steps in flight to `close`. The next
     call resumes.
 
-    Raises ValueError for an `until_step` below 0 and for an interval below 1.
+    Raises TypeError or ValueError for arguments that are no such values, for an `until_step` below 0, an
+    interval below 1, and an `evaluate` without `eval_every` or the reverse.
     """
     check_data("fit", data)
     check_options("fit", options, FitOptions.__annotations__, also=_OWN)
@@ -91,7 +92,16 @@ def fit(
     for name, every in (("eval_every", eval_every), ("checkpoint_every", checkpoint_every)):
         if every is not None:
             check_whole(name, every, 1, cure=", or None for never")
-    called = _with_save_best(check_callbacks(callbacks), save_best, bool(evaluate and eval_every))
+    for name, flag in (("save_best", save_best), ("allow_changed_data", allow_changed_data)):
+        check_flag(name, flag)
+    awaited = inspect.iscoroutinefunction(getattr(trainer, "submit", None))  # the asyncio client's
+    for name, function in (("on_step", on_step), ("evaluate", evaluate)):
+        check_function(name, function, awaited=awaited)
+    called = check_callbacks(callbacks, awaited=awaited)
+    called = _with_save_best(called, save_best, evaluate is not None and eval_every is not None)
+    _check_evaluation(evaluate, eval_every)
+    check_progress(progress)
+    inputs = StepInputs(data, options, learning_rate)
     lines = None if metrics is None else JsonLines(metrics)
     logging = [one for one in [lines, *called] if isinstance(one, Logger)]
     called = [one for one in called if not isinstance(one, Logger)]
@@ -102,7 +112,7 @@ def fit(
         progress = training_progress(progress, trainer.step, until_step, lambda: trainer.seconds_waited)
     loggers = Loggers(trainer, result, progress, logging, lines)
     calls = Callbacks(trainer, result, progress, called, on_step)
-    window = FitWindow(trainer, StepInputs(data, options, learning_rate), result, progress, loggers, calls)
+    window = FitWindow(trainer, inputs, result, progress, loggers, calls)
     milestones = Milestones(
         trainer,
         result,
@@ -110,7 +120,7 @@ def fit(
         loggers,
         calls,
         evaluate=evaluate,
-        eval_every=eval_every if evaluate else None,
+        eval_every=eval_every,
         checkpoint_every=checkpoint_every,
     )
     began, waited = time.monotonic(), trainer.seconds_waited
@@ -184,6 +194,17 @@ def _end(loggers: Loggers, callbacks: Callbacks) -> Fitting[None]:
 
 _OWN = [name for name in inspect.signature(fit).parameters if name not in ("trainer", "data", "options")]
 """The arguments of `fit` that are not passed to each step."""
+
+
+def _check_evaluation(evaluate: object, eval_every: int | None) -> None:
+    """Raise ValueError for one without the other: nothing would ever be evaluated."""
+    if evaluate is not None and eval_every is None:
+        raise ValueError("evaluate needs eval_every, the number of steps between evaluations, got None")
+    if eval_every is not None and evaluate is None:
+        raise ValueError(
+            f"eval_every={eval_every} needs evaluate, such as lambda trainer: trainer.evaluate(held_out), "
+            "got None"
+        )
 
 
 def _with_save_best(callbacks: list[Any], save_best: bool, evaluated: bool) -> list[Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from maskwire.arguments import call_back
+from maskwire.arguments import call_back, check_function
 from maskwire.callbacks import HOOKS, StopTraining
 from maskwire.errors import MaskwireError
 from maskwire.loggers.logger import Logger
@@ -134,8 +134,11 @@ class _OnStep:
         self.on_step = function
 
 
-def check_callbacks(callbacks: Iterable[Any]) -> list[Any]:
-    """Return the callbacks as a list. Raises TypeError for other objects, with what was probably meant."""
+def check_callbacks(callbacks: Iterable[Any], *, awaited: bool) -> list[Any]:
+    """Return the callbacks as a list. Raises TypeError for other objects, with what was probably meant.
+
+    `awaited`: their methods may be coroutine functions.
+    """
     if not isinstance(callbacks, Iterable) or isinstance(callbacks, str | bytes):
         raise TypeError(
             f"callbacks must be a list of objects, got {type(callbacks).__name__}: write [callback]"
@@ -165,4 +168,7 @@ def check_callbacks(callbacks: Iterable[Any]) -> list[Any]:
                 f"{where}, a {type(callback).__name__}, has no method that fit calls: give it one of "
                 f"{', '.join(HOOKS)}"
             )
+        for hook in known:
+            name = f"{where}, a {type(callback).__name__}: {hook}"
+            check_function(name, getattr(callback, hook), awaited=awaited)
     return found

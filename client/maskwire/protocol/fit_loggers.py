@@ -35,7 +35,7 @@ class Loggers:
         self._reported: set[LogThread] = set()
 
     def open(self) -> Fitting[None]:
-        """Open the logs and fill in what they lack. Raises the ValueError or OSError of one of them."""
+        """Open the logs and fill in what they lack. Raises what the caller can mend first."""
         trainer = self._trainer
         here = Place(trainer.run_id, trainer.lineage, trainer.step)
         self._threads = [LogThread(logger, here) for logger in self._loggers]

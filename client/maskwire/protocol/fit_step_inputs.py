@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from maskwire.arguments import call_back, check_rows
+from maskwire.arguments import call_back, check_real, check_rows
 from maskwire.batch import Batch
 from maskwire.protocol.option_types import FitOptions
 from maskwire.protocol.token_batch import to_array
+
+_MOST_RATE = float(np.finfo(np.float32).max)
 
 LearningRate = float | Callable[[int], float | None] | None
 
@@ -46,6 +47,8 @@ class StepInputs:
 
     def __init__(self, data: Data, options: FitOptions, learning_rate: LearningRate) -> None:
         self._data, self._options, self._learning_rate = data, options, learning_rate
+        if not callable(learning_rate):
+            _check_rate("learning_rate", learning_rate)
 
     def of_step(self, step: int) -> StepInput:
         """Return what to send for a step. Raises TypeError or ValueError for an invalid batch or rate."""
@@ -83,16 +86,19 @@ class StepInputs:
         if not callable(self._learning_rate):
             return self._learning_rate
         found = call_back("learning_rate", self._learning_rate, step)
-        if found is None:
-            return None
-        if isinstance(found, bool) or not isinstance(found, int | float | np.integer | np.floating):
-            raise TypeError(
-                f"learning_rate({step}) must return a number, or None to use the server's schedule, got "
-                f"{found!r}"
-            )
-        if not math.isfinite(found) or found < 0:
-            raise ValueError(f"learning_rate({step}) must be finite and at least 0, got {found!r}")
-        return float(found)
+        _check_rate(f"learning_rate({step})", found)
+        return None if found is None else float(found)
+
+
+def _check_rate(name: str, rate: Any) -> None:
+    """Raise TypeError or ValueError unless a learning rate is None or a number that weights can hold."""
+    if rate is None:
+        return
+    check_real(name, rate, ", or None for the server's schedule")
+    if not rate >= 0:  # also NaN
+        raise ValueError(f"{name} must be finite and at least 0, got {rate!r}")
+    if rate > _MOST_RATE:
+        raise ValueError(f"{name} must be at most {_MOST_RATE:.1e}, the largest 32-bit number, got {rate!r}")
 
 
 def _count(rows: Any, lengths: Any, where: str) -> int:

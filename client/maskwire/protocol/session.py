@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from maskwire import results
+from maskwire.arguments import check_flag
 from maskwire.errors import FencedError, WriterPresentError
 from maskwire.process_identity import default_name, holder_of, is_gone, this_process
 from maskwire.protocol import codec
@@ -65,6 +66,7 @@ class Session(Calls):
 
         `replace`: open a new session without claiming any history.
         """
+        check_flag("takeover", takeover)
         nonce = new_id() if replace else self._nonce
         request = pb.OpenSessionRequest(
             client_name=self.name,
@@ -125,6 +127,10 @@ class Session(Calls):
 
         `fit` does this for data with a `tokenizer`. Raises TokenizerError if the run has another one.
         """
+        if not isinstance(tokenizer, str):
+            raise TypeError(
+                f"tokenizer must be a string that names a tokenizer, such as 'bytes', got {tokenizer!r}"
+            )
         if tokenizer and tokenizer != self.tokenizer:
             yield from self.open(tokenizer=tokenizer)
 
@@ -149,6 +155,13 @@ class Session(Calls):
 
         `fit` does this for data with a `fingerprint()`.
         """
+        check_flag("allow_changed", allow_changed)
+        if not isinstance(fingerprint, Mapping) or not all(
+            isinstance(word, str) for part in fingerprint.items() for word in part
+        ):
+            raise TypeError(
+                f"fingerprint must be a dict of strings, such as {{'rows': '1000'}}, got {fingerprint!r}"
+            )
         if fingerprint and dict(fingerprint) != self.data:
             yield from self.open(data=fingerprint, allow_changed_data=allow_changed)
 

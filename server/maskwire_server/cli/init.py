@@ -26,7 +26,7 @@ def init(
         typer.Option(
             show_default=False,
             help="A folder written by `maskwire data prepare`, whose vocabulary, special ids and "
-            "row length go into [model].",
+            "row length go into \\[model].",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
@@ -34,7 +34,7 @@ def init(
     """Write a commented configuration file with every setting.
 
     All have their default values, except those with which the built-in encoder learns faster: positions, norm
-    and qk_norm of [model], the schedule of [objective], and Muon as the optimizer.
+    and qk_norm of \\[model], the schedule of \\[objective], and Muon as the optimizer.
     """
     check_extra()
     from maskwire_server.config.model import ModelConfig
