@@ -72,6 +72,12 @@ class Segment:
     batches: tuple[BatchObject, ...] = ()
     deletes: tuple[str, ...] = ()
     """Objects that are no longer needed: they count as deleted from here on, and are deleted later."""
+    lossless: bool | None = None
+    """Whether the segments up to this one have every step that was acknowledged before it was composed,
+    besides those that restores lost, and every later one is acknowledged only once a segment has it. None: a
+    version wrote it that did not record this."""
+    lost: tuple[int, ...] = ()
+    """Restores of the run lost what was acknowledged after these steps, or may have; oldest first."""
 
     def encode(self) -> bytes:
         """The bytes of the object."""
@@ -104,7 +110,7 @@ class Segment:
         )
         try:
             return Segment(
-                **{**head, "deletes": tuple(head["deletes"])},
+                **{**head, "deletes": tuple(head["deletes"]), "lost": tuple(head.get("lost", ()))},
                 changes=changes,
                 batches=tuple(BatchObject(**each) for each in batches),
             )
