@@ -22,6 +22,8 @@ FORMAT = 1
 FOLDER, BATCHES = "segments", "batches"
 PUT, DELETE, RESET = "put", "delete", "reset"
 """A row was added or changed; a row was deleted; all rows are deleted, and the complete journal follows."""
+LAST_TABLE = "run"
+"""The table whose rows are the last of a complete journal."""
 _OF_BATCHES = re.compile(rf"{BATCHES}/\d+-(\d+)-(\d+)-(\d+)-[0-9a-f]+")
 
 Value = int | float | str | bytes | None
@@ -78,6 +80,16 @@ class Segment:
     version wrote it that did not record this."""
     lost: tuple[int, ...] = ()
     """Restores of the run lost what was acknowledged after these steps, or may have; oldest first."""
+
+    @property
+    def begins_upload(self) -> bool:
+        """Whether it is the first of the segments with the complete journal."""
+        return bool(self.changes) and self.changes[0].kind == RESET
+
+    @property
+    def ends_upload(self) -> bool:
+        """Whether it is the last of them, if one of them began."""
+        return any(change.table == LAST_TABLE for change in self.changes)
 
     def encode(self) -> bytes:
         """The bytes of the object."""

@@ -14,13 +14,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-from maskwire_server.journal.mirror_segments import DELETE, PUT, RESET, Change
+from maskwire_server.journal.mirror_segments import DELETE, LAST_TABLE, PUT, RESET, Change
 from maskwire_server.journal.schema import FORMAT
 
 BATCHES = "payloads"
 """The table of batches: the outbox has only their keys, and not their deletion, which the mirror decides."""
-_LAST = "run"
-"""The table that `fill` copies last."""
 _OWN = ("outbox", "mirror")
 _COLUMNS = 12
 _MARK = "mark"
@@ -149,11 +147,11 @@ class Outbox:
     def fill(self, state: MirrorState, transaction: Callable[[Callable[[], object]], None]) -> None:
         """Copy every row of the journal into the outbox, in several transactions.
 
-        After a crash in between it must be called again. The table `run` comes last: a restore uses what
-        follows a RESET only if that table is there (`ends_upload`).
+        After a crash in between it must be called again. The table `run` comes last, in one transaction: a
+        restore uses what follows a RESET only if that table is there (`Segment.ends_upload`).
         """
         transaction(partial(self._begin, state))
-        for table in sorted(_tables(self._db), key=lambda table: table == _LAST):
+        for table in sorted(_tables(self._db), key=lambda table: table == LAST_TABLE):
             keys, after = _keys(self._db, table), None
             while (after := self._fill_page(table, keys, after, transaction)) is not None:
                 pass
@@ -172,11 +170,12 @@ class Outbox:
         after: tuple[object, ...] | None,
         transaction: Callable[[Callable[[], object]], None],
     ) -> tuple[object, ...] | None:
-        """Copy at most _PAGE rows after a key into the outbox; return the last one's key, None at the end."""
+        """Copy some rows after a key into the outbox; return the last one's key, None at the end."""
         key = ", ".join(keys)
         where = "" if after is None else f"WHERE ({key}) > ({', '.join('?' * len(keys))})"
+        most = -1 if table == LAST_TABLE else _PAGE
         rows = self._db.execute(
-            f"SELECT {key} FROM {table} {where} ORDER BY {key} LIMIT {_PAGE}", after or ()
+            f"SELECT {key} FROM {table} {where} ORDER BY {key} LIMIT {most}", after or ()
         ).fetchall()
         if not rows:
             return None
@@ -260,9 +259,8 @@ class Outbox:
     def needs_checkpoint(self) -> bool:
         """Whether it holds a complete journal whose steps cannot all be computed from the batches here."""
         row = self._db.execute(
-            f"SELECT EXISTS (SELECT 1 FROM outbox WHERE source = '{_LAST}') AND EXISTS (SELECT 1 FROM steps "
-            f"WHERE NOT EXISTS (SELECT 1 FROM {BATCHES} AS kept WHERE kept.lineage = steps.lineage "
-            "AND kept.step = steps.step))"
+            f"SELECT EXISTS (SELECT 1 FROM outbox WHERE source = '{LAST_TABLE}') AND EXISTS ("
+            f"SELECT 1 FROM steps LEFT JOIN {BATCHES} USING (lineage, step) WHERE payload IS NULL)"
         ).fetchone()
         return bool(row[0])
 
@@ -278,16 +276,6 @@ class Outbox:
             "AND c0 = steps.lineage AND c1 = steps.step) ORDER BY lineage DESC, step DESC LIMIT 1"
         ).fetchone()
         return (row[0], row[1]) if row else (0, 0)
-
-
-def begins_upload(changes: tuple[Change, ...]) -> bool:
-    """Whether a segment with these changes is the first of those with the complete journal."""
-    return bool(changes) and changes[0].kind == RESET
-
-
-def ends_upload(changes: tuple[Change, ...]) -> bool:
-    """Whether a segment with these changes is the last of those with the complete journal."""
-    return any(change.table == _LAST for change in changes)
 
 
 def apply(db: sqlite3.Connection, change: Change) -> None:

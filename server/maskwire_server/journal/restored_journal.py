@@ -25,7 +25,7 @@ from maskwire_server.journal.mirror_segments import (
     split,
 )
 from maskwire_server.journal.object_store import ObjectStore
-from maskwire_server.journal.outbox import MirrorState, Outbox, apply, begins_upload, ends_upload
+from maskwire_server.journal.outbox import MirrorState, Outbox, apply
 from maskwire_server.journal.run_directory import JOURNAL_FILE, lock
 from maskwire_server.journal.schema import FORMAT, TABLES
 
@@ -98,7 +98,7 @@ class _Copy:
                 f"its journal format is {segment.journal_format}, but this version reads {FORMAT}; restore "
                 "with the version that wrote it"
             )
-        for change in segment.changes[begins_upload(segment.changes) :]:
+        for change in segment.changes[segment.begins_upload :]:
             apply(self.db, change)
 
     def step(self) -> tuple[int, int]:
@@ -218,7 +218,7 @@ class _Restore:
             fits = (segment.number, segment.previous) == (number, self._hash)
             if not fits or (self._last and segment.run_id != self._last.run_id):
                 raise ValueError("it does not follow the previous segment")
-            if begins_upload(segment.changes):
+            if segment.begins_upload:
                 self._begin_upload(number)
             copy = self._unfinished or self._copy
             if segment.changes and copy is None:
@@ -230,7 +230,7 @@ class _Restore:
                 copy.apply(segment)
             except (ValueError, sqlite3.IntegrityError) as error:
                 copy.problem = f"{where}: {error}"  # no matter if a later upload is complete
-            if copy is self._unfinished and ends_upload(segment.changes):
+            if copy is self._unfinished and segment.ends_upload:
                 if self._copy is not None:
                     self._copy.discard()
                 self._copy, self._unfinished = copy, None
