@@ -115,17 +115,25 @@ def test_a_fenced_server_deletes_no_unfinished_upload(
     assert left.exists()
 
 
-def test_a_checkpoint_with_a_file_missing_is_not_in_the_mirror(local: MirroredRig) -> None:
+@pytest.mark.parametrize("file", ["state.json", "manifest.json"])
+def test_a_checkpoint_with_a_file_missing_in_the_mirror_is_uploaded_again(
+    local: MirroredRig, file: str
+) -> None:
     """Such as one that a fenced server went on uploading while its files were deleted."""
     engine = local.start()
     train(engine, 2)
     engine.save(SaveRequest("two")).result(WAIT)
     engine.drain(WAIT)
     engine.close()
-    (state,) = (local.folder / "mirror" / "checkpoints").glob("two.*/state.json")
-    state.unlink()
-    local.start()
-    wait_for(state.exists)
+    (gone,) = (local.folder / "mirror" / "checkpoints").glob(f"two.*/{file}")
+    gone.unlink()
+    again = local.start()
+    wait_for(lambda: again.status().mirror.checkpoint == "two")  # type: ignore[union-attr]
+    assert gone.exists()
+    assert again._mirror is not None
+    copies, run = again._mirror._copies, again._run
+    with mock.patch.object(copies, "_checkpoints", mock.Mock(own=list)):
+        assert not [name for name in copies.collectable(run.lineages, 1, batches=False) if "two" in name]
 
 
 def test_what_a_start_from_the_mirror_may_need_stays_though_it_is_gone_here(local: MirroredRig) -> None:
