@@ -5,21 +5,31 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
-import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from unittest import mock
 
 import pytest
-from mirrors import MirroredRig, down, lose_the_machine, mirror, tables, train
+from mirrors import (
+    MirroredRig,
+    down,
+    lose_the_machine,
+    mirror,
+    restored,
+    segments,
+    steps,
+    tables,
+    train,
+    upload_all,
+)
 from rig import WAIT, Rig, wait_for
 
 from maskwire_server import failpoints
 from maskwire_server.engine import checkpoint_uploader
 from maskwire_server.engine import mirror as engine_mirror
-from maskwire_server.errors import RunDirectoryError, StoreError
-from maskwire_server.journal import database, mirror_segment_writer, outbox, restored_journal, schema
+from maskwire_server.errors import StoreError
+from maskwire_server.journal import outbox, restored_journal
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.mirror_segment_writer import resume
 from maskwire_server.journal.mirror_segments import Segment, hash_of
@@ -41,30 +51,12 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MirroredRig
     rig.close()
 
 
-def killed_at(place: str, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def killed_at(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def kill(name: str) -> None:
         if name == place:
             raise Killed
 
     monkeypatch.setattr(failpoints, "_action", kill)
-    return monkeypatch
-
-
-def restored(rig: MirroredRig, name: str) -> str:
-    """Restore, and return what the run's status says of it."""
-    assert rig.restore(name)
-    with closing(Journal(rig.folder / name)) as journal:
-        state = journal.outbox.state()
-    assert state is not None
-    return state.restored
-
-
-def steps(rig: MirroredRig, name: str) -> int:
-    return len(tables(rig.folder / name)["steps"])
-
-
-def segments(rig: MirroredRig) -> list[Segment]:
-    return [Segment.decode(path.read_bytes()) for path in sorted((rig.folder / "mirror/segments").iterdir())]
 
 
 def a_run_that_was_served_without_its_mirror(rig: MirroredRig, **sections: object) -> None:
@@ -77,19 +69,6 @@ def a_run_that_was_served_without_its_mirror(rig: MirroredRig, **sections: objec
     train(alone, 2, first=6)
     alone.drain(WAIT)
     alone.close()
-
-
-def upload_all(rig: MirroredRig, size: int = 1) -> Iterator[bool]:
-    """Upload what the run directory has, in small segments; yields after each whether it was the last."""
-    with closing(Journal(rig.folder / "run")) as journal:
-        writer, after, more = resume(journal, rig.store, rig.acknowledge), 0, True
-        yield False
-        while more:
-            page = journal.outbox.page(after, size)
-            writer.compose(page)
-            writer.send()
-            after, more = page.last, page.more
-            yield not more
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["", "of an older version"])
@@ -200,10 +179,10 @@ def test_a_start_that_confirms_nothing_promises_nothing(
         lose_the_machine(rig, engine)
     rig.acknowledge = "mirrored"
     for _ in range(2):
-        with killed_at("mirror.restoring", monkeypatch).context() as patch, pytest.raises(Killed):
-            rig.restore("run")
-        patch.undo()
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            killed_at("mirror.restoring", patch)
+            with pytest.raises(Killed):
+                rig.restore("run")
     assert restored(rig, "run").endswith("steps from 1 on that were acknowledged after that are lost")
     second = rig.start()
     train(second, 4)
@@ -302,81 +281,6 @@ def test_a_mirror_of_an_older_version_is_restored(rig: MirroredRig, acknowledge:
     assert words in restored(rig, "run")
     again = rig.start()
     assert (again.status().durable_step, again.status().digest) == (5, digest)
-
-
-# Other formats of the journal.
-
-
-def migrate(monkeypatch: pytest.MonkeyPatch, *, table: bool) -> None:
-    """The next version of the software: another format of the journal, with a new table or without."""
-    statement = "CREATE TABLE further (key INTEGER PRIMARY KEY)"
-
-    def to_4(db: sqlite3.Connection) -> None:
-        """migrate format 3 to 4"""
-        if table:
-            db.execute(statement)
-        db.execute("UPDATE run SET value = 4 WHERE key = 'format'")
-
-    monkeypatch.setitem(database.MIGRATIONS, 3, to_4)
-    for module in (schema, database, outbox, mirror_segment_writer, restored_journal):
-        monkeypatch.setattr(module, "FORMAT", 4)
-    monkeypatch.setattr(restored_journal, "TABLES", (*schema.TABLES, statement) if table else schema.TABLES)
-
-
-@pytest.mark.parametrize("table", [True, False], ids=["a new table", "no new table"])
-def test_a_run_is_restored_from_its_upload_after_a_migration(
-    rig: MirroredRig, monkeypatch: pytest.MonkeyPatch, table: bool
-) -> None:
-    engine = rig.start()
-    train(engine, 3)
-    engine.drain(WAIT)
-    engine.close()
-    with monkeypatch.context() as patch:
-        migrate(patch, table=table)
-        engine = rig.start()
-        train(engine, 2, first=3)
-        digest = engine.status().digest
-        lose_the_machine(rig, engine)
-        assert restored(rig, "run").endswith(NONE_LOST)
-        again = rig.start()
-        assert (again.status().durable_step, again.status().digest) == (5, digest)
-        again.close()
-    with pytest.raises(RunDirectoryError, match="its journal format is 4, but this version reads 3"):
-        rig.restore("with the older version")
-
-
-def test_until_the_upload_after_a_migration_is_complete_the_older_version_restores(
-    rig: MirroredRig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(outbox, "_PAGE", 4)
-    engine = rig.start()
-    train(engine, 3)
-    engine.drain(WAIT)
-    engine.close()
-    with monkeypatch.context() as patch:
-        migrate(patch, table=True)
-        list(itertools.islice(upload_all(rig), 3))
-        with pytest.raises(RunDirectoryError, match="its journal format is 3, but this version reads 4"):
-            rig.restore("with the newer version")
-    words = restored(rig, "with the older version")
-    assert words.endswith(
-        f"a later upload of the complete journal was not finished and is not used; {NONE_LOST}"
-    )
-    assert steps(rig, "with the older version") == 3
-
-
-def test_a_segment_that_was_uploaded_before_a_migration_is_recognised_after_it(
-    rig: MirroredRig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The server died after the upload, before the journal knew; then tables got other columns."""
-    journal = Journal(rig.folder / "run")
-    journal.create({"run_id": "run-1", "seed": 0, "canonical": b"{}"}, b"d" * 32)
-    writer = resume(journal, rig.store, "local")
-    writer.compose(journal.outbox.page(0, 2**30))
-    writer.send()
-    journal._db.execute("ALTER TABLE lineages ADD COLUMN later TEXT")
-    assert resume(journal, rig.store, "local").number == writer.number + 1
-    journal.close()
 
 
 def test_a_store_that_fails_during_a_restore_leaves_no_draft(rig: MirroredRig) -> None:
