@@ -18,6 +18,9 @@ from maskwire_server import config
 from maskwire_server.config import StorageConfig
 from maskwire_server.engine.engine import Engine
 from maskwire_server.journal import restored_journal
+from maskwire_server.journal.journal import Journal
+from maskwire_server.journal.mirror_segment_writer import resume
+from maskwire_server.journal.mirror_segments import Segment
 from maskwire_server.journal.object_store import ObjectStore
 
 Tables = dict[str, list[tuple[Any, ...]]]
@@ -90,6 +93,36 @@ def mirror(engine: Engine) -> MirrorStatus:
 def train(engine: Engine, count: int, first: int = 0) -> None:
     for step in range(first, first + count):
         engine.train_step(bare(step, f"step-{step}")).result(WAIT)
+
+
+def restored(rig: MirroredRig, name: str) -> str:
+    """Restore, and return what the run's status says of it."""
+    assert rig.restore(name)
+    with closing(Journal(rig.folder / name)) as journal:
+        state = journal.outbox.state()
+    assert state is not None
+    return state.restored
+
+
+def steps(rig: MirroredRig, name: str) -> int:
+    return len(tables(rig.folder / name)["steps"])
+
+
+def segments(rig: MirroredRig) -> list[Segment]:
+    return [Segment.decode(path.read_bytes()) for path in sorted((rig.folder / "mirror/segments").iterdir())]
+
+
+def upload_all(rig: MirroredRig, size: int = 1) -> Iterator[bool]:
+    """Upload what the run directory has, in small segments; yields after each whether it was the last."""
+    with closing(Journal(rig.folder / "run")) as journal:
+        writer, after, more = resume(journal, rig.store, rig.acknowledge), 0, True
+        yield False
+        while more:
+            page = journal.outbox.page(after, size)
+            writer.compose(page)
+            writer.send()
+            after, more = page.last, page.more
+            yield not more
 
 
 def lose_the_machine(rig: MirroredRig, engine: Engine) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import shutil
 import threading
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from maskwire_server.checkpoints.files import NOT_A_MANIFEST, describe, flush, w
 from maskwire_server.checkpoints.provenance import foreign_save, recorded_saves
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import Refused
+from maskwire_server.journal.ancestry import ancestry
 from maskwire_server.journal.fsync import flush_folder, make_folder
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.mirror_segments import BATCHES, steps_of_batches
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 _UPLOADED = "it is being copied to the mirror"
+_OF_A_CHECKPOINT = re.compile(rf"{FOLDER}/.+\.[0-9a-f]{{16}}")
 
 
 class MirroredCheckpoints:
@@ -43,20 +46,35 @@ class MirroredCheckpoints:
         self._store = store
         self._checkpoints = checkpoints
         self._there: dict[str, Manifest] = {}  # by the name of the folder in the mirror
+        self._partial: frozenset[str] = frozenset()  # folders without a manifest, when `read_all` last looked
         self._uploading = threading.Lock()
         self._changing = threading.Lock()  # held while `_there` is replaced
 
     def read_all(self) -> dict[str, tuple[Manifest, bytes]]:
-        """Every complete checkpoint in the mirror by its folder, with the bytes of its manifest."""
-        names = [name for name in self._store.names(FOLDER) if name.endswith(f"/{MANIFEST}")]
+        """Every complete checkpoint in the mirror by its folder, with the bytes of its manifest.
+
+        Called before this server uploads any: an upload that is not complete by then is another server's.
+        """
+        there = self._store.names(FOLDER)
+        names = [name for name in there if name.endswith(f"/{MANIFEST}")]
+        folders = {"/".join(name.split("/")[:2]) for name in there}
+        with_manifest = {name.removesuffix(f"/{MANIFEST}") for name in names}
+        self._partial = frozenset(filter(_OF_A_CHECKPOINT.fullmatch, folders - with_manifest))
         found = {}
         for name, data in zip(names, self._store.get_all(names), strict=True):
             if data is None:  # it has been deleted since
                 continue
+            folder = name.removesuffix(f"/{MANIFEST}")
             try:
-                found[name.removesuffix(f"/{MANIFEST}")] = Manifest.from_json(data), data
+                manifest = Manifest.from_json(data)
             except NOT_A_MANIFEST as error:
                 log.warning("%s/%s cannot be read and is not used: %s", self._store.address, name, error)
+                continue
+            absent = {f"{folder}/{file.name}" for file in manifest.info.files}.difference(there)
+            if absent:
+                log.error("%s/%s is missing: the checkpoint is not used", self._store.address, min(absent))
+                continue
+            found[folder] = manifest, data
         return found
 
     def load(self, found: dict[str, Manifest]) -> None:
@@ -89,6 +107,16 @@ class MirroredCheckpoints:
             finally:
                 self._checkpoints.unpin(name, _UPLOADED)
 
+    def upload_newest(self, lineages: dict[int, Lineage]) -> None:
+        """Upload the newest intact checkpoint of the ancestry, unless it is there. Raises StoreError."""
+        path = retention.on_path(self._checkpoints.own(), ancestry(lineages, max(lineages)))
+        for manifest in path:
+            try:
+                self.upload(manifest)
+                return
+            except Refused as refusal:  # it is damaged: try the next one
+                log.warning("checkpoint %s is not uploaded: %s", manifest.info.name, refusal)
+
     def _upload(self, manifest: Manifest) -> None:
         path = self._checkpoints.path(manifest.info.name)
         data = (path / MANIFEST).read_bytes()
@@ -110,6 +138,7 @@ class MirroredCheckpoints:
         self._store.put(f"{folder}/{MANIFEST}", data)
         with self._changing:
             self._there = {**self._there, folder: manifest}
+            self._partial -= {folder}
         log.info("checkpoint %s uploaded: %.1f MB", manifest.info.name, manifest.info.size_bytes / 1e6)
         failpoints.passing("mirror.checkpoint_uploaded")
 
@@ -118,7 +147,10 @@ class MirroredCheckpoints:
     def collectable(self, lineages: dict[int, Lineage], lineage: int, *, batches: bool) -> list[str]:
         """The checkpoint folders that can be deleted from the mirror, and with `batches` the batch objects.
 
-        Checkpoints that the run directory has are kept, and so is all that a restore may need.
+        Checkpoints that the run directory has are kept, and so is all that a restore may need. What an
+        earlier server left of an upload is deleted. It may still be uploading, if it does not know yet that
+        it is fenced: but nobody relies on a checkpoint that a segment names as deleted. A later server begins
+        after that segment, or there is no such segment, because this server is fenced.
         """
         there = newest_first(self._there.values())
         needed = retention.needed(there, lineages, lineage).keys()
@@ -128,6 +160,8 @@ class MirroredCheckpoints:
             for folder, manifest in self._there.items()
             if manifest.to_json() not in here and manifest.info.name not in needed
         ]
+        again = {manifest.info.name for manifest in self._checkpoints.own()}  # uploaded again from here
+        gone += sorted(folder for folder in self._partial if _name(folder) not in again)
         if batches:
             stretches = retention.droppable(there, lineages, lineage)
             for name in self._store.names(BATCHES) if stretches else []:
@@ -144,7 +178,10 @@ class MirroredCheckpoints:
         for name in names:
             failpoints.passing("mirror.deleting")
             if name.startswith(f"{FOLDER}/"):
+                if name in self._partial:
+                    log.info("%s is deleted: a server was lost while it uploaded this checkpoint", name)
                 with self._changing:
+                    self._partial -= {name}
                     self._there = {folder: m for folder, m in self._there.items() if folder != name}
                 self._store.delete(f"{name}/{MANIFEST}")
                 for file in self._store.names(name):
@@ -184,6 +221,11 @@ class MirroredCheckpoints:
         write_manifest_bytes(path, data)
         flush_folder(self._checkpoints.folder)
         log.info("checkpoint %s fetched", manifest.info.name)
+
+
+def _name(folder: str) -> str:
+    """The name of the checkpoint in a folder of the mirror."""
+    return folder.removeprefix(f"{FOLDER}/").rpartition(".")[0]
 
 
 def members(journal: Journal, found: dict[str, Manifest]) -> dict[str, Manifest]:

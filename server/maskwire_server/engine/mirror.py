@@ -102,25 +102,27 @@ class Mirror:
 
         Called before the run is served. The mirror then has every record that an answer can come from, and a
         checkpoint. With `with_newest` it has the newest checkpoint of the run directory: the run cannot be
-        recovered from earlier ones.
+        recovered from earlier ones. The same if a complete journal is to be uploaded that lacks batches,
+        whether or not answers wait: when that upload ends, it replaces what the mirror had.
         """
-        if not self.awaited:
-            return
-        while (page := journal.outbox.page(0, self._settings.segment_bytes)).last:
+        needed = journal.outbox.needs_checkpoint()
+        if self.awaited:
+            needed |= with_newest or self._copies.newest is None
+        if needed:
+            self._copies.upload_newest(journal.lineages())
+        while self.awaited:
+            page = journal.outbox.page(0, self._settings.segment_bytes)
+            if not page.last and self._writer.lossless:
+                break
+            for name in _restored_checkpoints(page):
+                self._saves.upload(name)
+            self._writer.lossless |= not page.more
             self._writer.compose(page)
             self._writer.send()
-            self._sent = page.last
+            self._sent = max(self._sent, page.last)
             record = _UploadedCommit(self._writer, page.last)
             journal.transaction(partial(record.write, journal))
         self._step = journal.outbox.last_uploaded_step()
-        missing = self._copies.missing()
-        wanted = missing[:1] if with_newest else missing if self._copies.newest is None else []
-        for manifest in wanted:
-            try:
-                self._copies.upload(manifest)
-                break
-            except Refused as refusal:  # it is damaged: try the next one
-                log.warning("checkpoint %s is not uploaded: %s", manifest.info.name, refusal)
         self._problem = ""
 
     def _wait(self, tell: Callable[[str], None], failure: StoreError) -> bool:

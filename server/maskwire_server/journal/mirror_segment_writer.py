@@ -26,7 +26,16 @@ class SegmentWriter:
     """Writes segments one after another. Used by one thread at a time."""
 
     def __init__(
-        self, store: ObjectStore, run_id: str, acknowledge: str, instance: str, number: int, previous: str
+        self,
+        store: ObjectStore,
+        run_id: str,
+        acknowledge: str,
+        instance: str,
+        number: int,
+        previous: str,
+        *,
+        lossless: bool = False,
+        lost: tuple[int, ...] = (),
     ) -> None:
         self._store = store
         self._run_id = run_id
@@ -36,6 +45,9 @@ class SegmentWriter:
         """The number of the newest segment."""
         self.hash = previous
         """The SHA-256 of the newest segment; empty before the first."""
+        self.lossless = lossless
+        """What the next segment says of itself: see `Segment.lossless`."""
+        self._lost = lost
         self.pending: Segment | None = None
         """The segment that is composed and not uploaded yet. A retry must send the same bytes."""
         self._data = b""
@@ -48,6 +60,7 @@ class SegmentWriter:
         self.pending = Segment(
             self._run_id, number, self.hash, self.instance, time.time(), self._acknowledge, FORMAT,
             page.first, page.last, page.changes, tuple(batches for batches, _ in objects), tuple(deletes),
+            self.lossless, self._lost,
         )  # fmt: skip
         self._objects = [(batches.name, content) for batches, content in objects]
         self._data = self.pending.encode()
@@ -109,24 +122,30 @@ def resume(journal: Journal, store: ObjectStore, acknowledge: str) -> SegmentWri
     outbox, run_id = journal.outbox, journal.fact("run_id")
     known = outbox.state()
     if known is None or known.address != store.address:
-        known = MirrorState(store.address, restored=known.restored if known else "")
+        before = known or MirrorState("")
+        known = MirrorState(store.address, restored=before.restored, lost=before.lost)
     chain = _Chain(journal, store, known)
     chain.read()
-    state = chain.state
-    if not (state.complete and outbox.is_current):
+    # Without an outbox the run was served without a mirror. `fill` records that and makes one, at once.
+    state = replace(chain.state, unmirrored=chain.state.unmirrored or not outbox.active)
+    if not (state.complete and outbox.is_current and state.journal_format == FORMAT):
         log.info("the whole journal will be uploaded to %s", store.address)
         outbox.fill(state, journal.transaction)
-        state = replace(state, complete=True)
+        state = replace(state, complete=True, journal_format=FORMAT)
     instance = new_instance()
     # Record the instance first: if this start is killed after `send`, the next one recognises the segment.
     state = replace(state, instances=(*state.instances, instance))
     journal.transaction(lambda: outbox.keep(state))
-    writer = SegmentWriter(store, run_id, acknowledge, instance, state.number, state.hash)
+    # This segment confirms nothing: at most, what the one before it said still holds.
+    lossless = acknowledge == "mirrored" and chain.lossless and not state.unmirrored
+    writer = SegmentWriter(
+        store, run_id, acknowledge, instance, state.number, state.hash, lossless=lossless, lost=state.lost
+    )
     writer.compose(NOTHING)
     failpoints.passing("mirror.claiming")
     writer.send()
     failpoints.passing("mirror.claimed")
-    claimed = replace(state, number=writer.number, hash=writer.hash, instances=(instance,))
+    claimed = replace(state, number=writer.number, hash=writer.hash, instances=(instance,), unmirrored=False)
     journal.transaction(lambda: outbox.keep(claimed))
     return writer
 
@@ -138,6 +157,8 @@ class _Chain:
         self._journal = journal
         self._store = store
         self.state = state
+        self.lossless = False
+        """What the last segment says of itself."""
 
     def read(self) -> None:
         """Record segments that an earlier process of this directory uploaded, but did not record."""
@@ -147,10 +168,7 @@ class _Chain:
             if data is None:
                 self._require_last()
                 return
-            try:
-                segment = Segment.decode(data)
-            except ValueError as error:
-                raise RunDirectoryError(f"{self._store.address}: segment {number}: {error}") from error
+            segment = self._decoded(number, data)
             if not self.state.number and not self.state.instances:
                 raise RunDirectoryError(
                     f"{self._store.address} holds run {segment.run_id}: to restore it, start with an empty "
@@ -168,10 +186,10 @@ class _Chain:
         if not segment.changes:
             return True
         outbox = self._journal.outbox
-        return outbox.active and outbox.changes(segment.first, segment.last) == segment.changes
+        return outbox.active and outbox.holds(segment.first, segment.last, segment.changes)
 
     def _require_last(self) -> None:
-        """Raise RunDirectoryError unless the last segment that the journal knows is there."""
+        """Read the last segment that the journal knows. Raises RunDirectoryError if it is not there."""
         if self.state.number:
             data = self._store.get(segment_name(self.state.number))
             if data is None or hash_of(data) != self.state.hash:
@@ -180,3 +198,10 @@ class _Chain:
                     "or was changed: bring it back, or set storage.mirror to another address, where the run "
                     "will be uploaded again"
                 )
+            self.lossless = bool(self._decoded(self.state.number, data).lossless)
+
+    def _decoded(self, number: int, data: bytes) -> Segment:
+        try:
+            return Segment.decode(data)
+        except ValueError as error:
+            raise RunDirectoryError(f"{self._store.address}: segment {number}: {error}") from error

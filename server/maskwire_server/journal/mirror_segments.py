@@ -22,6 +22,8 @@ FORMAT = 1
 FOLDER, BATCHES = "segments", "batches"
 PUT, DELETE, RESET = "put", "delete", "reset"
 """A row was added or changed; a row was deleted; all rows are deleted, and the complete journal follows."""
+LAST_TABLE = "run"
+"""The table whose rows are the last of a complete journal."""
 _OF_BATCHES = re.compile(rf"{BATCHES}/\d+-(\d+)-(\d+)-(\d+)-[0-9a-f]+")
 
 Value = int | float | str | bytes | None
@@ -72,6 +74,22 @@ class Segment:
     batches: tuple[BatchObject, ...] = ()
     deletes: tuple[str, ...] = ()
     """Objects that are no longer needed: they count as deleted from here on, and are deleted later."""
+    lossless: bool | None = None
+    """Whether the segments up to this one have every step that was acknowledged before it was composed,
+    besides those that restores lost, and every later one is acknowledged only once a segment has it. None: a
+    version wrote it that did not record this."""
+    lost: tuple[int, ...] = ()
+    """Restores of the run lost what was acknowledged after these steps, or may have; oldest first."""
+
+    @property
+    def begins_upload(self) -> bool:
+        """Whether it is the first of the segments with the complete journal."""
+        return bool(self.changes) and self.changes[0].kind == RESET
+
+    @property
+    def ends_upload(self) -> bool:
+        """Whether it is the last of them, if one of them began."""
+        return any(change.table == LAST_TABLE for change in self.changes)
 
     def encode(self) -> bytes:
         """The bytes of the object."""
@@ -104,7 +122,7 @@ class Segment:
         )
         try:
             return Segment(
-                **{**head, "deletes": tuple(head["deletes"])},
+                **{**head, "deletes": tuple(head["deletes"]), "lost": tuple(head.get("lost", ()))},
                 changes=changes,
                 batches=tuple(BatchObject(**each) for each in batches),
             )

@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-from maskwire_server.journal.mirror_segments import DELETE, PUT, RESET, Change
+from maskwire_server.journal.mirror_segments import DELETE, LAST_TABLE, PUT, RESET, Change
 from maskwire_server.journal.schema import FORMAT
 
 BATCHES = "payloads"
@@ -56,6 +56,12 @@ class MirrorState:
     """The checkpoints in the mirror that count as deleted, although their objects may still exist."""
     restored: str = ""
     """The point to which the run was last restored, in words; empty: never."""
+    lost: tuple[int, ...] = ()
+    """Restores lost what was acknowledged after these steps, or may have."""
+    unmirrored: bool = False
+    """Whether the run was served without a mirror, and no segment says since that steps may be missing."""
+    journal_format: int = 3
+    """The format of the journal that was uploaded; versions that did not record it had 3."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,8 @@ class Outbox:
         if row is None:
             return None
         found = json.loads(row[0])
-        return MirrorState(**{**found, "instances": tuple(found["instances"]), "gone": tuple(found["gone"])})
+        lists = {name: tuple(found.get(name, ())) for name in ("instances", "gone", "lost")}
+        return MirrorState(**{**found, **lists})
 
     def keep(self, state: MirrorState) -> None:
         """Record what the journal knows of its mirror."""
@@ -140,21 +147,21 @@ class Outbox:
     def fill(self, state: MirrorState, transaction: Callable[[Callable[[], object]], None]) -> None:
         """Copy every row of the journal into the outbox, in several transactions.
 
-        After a crash in between it must be called again. The table `run` comes last: a mirror without it
-        holds no run.
+        After a crash in between it must be called again. The table `run` comes last, in one transaction: a
+        restore uses what follows a RESET only if that table is there (`Segment.ends_upload`).
         """
         transaction(partial(self._begin, state))
-        for table in sorted(_tables(self._db), key=lambda table: table == "run"):
+        for table in sorted(_tables(self._db), key=lambda table: table == LAST_TABLE):
             keys, after = _keys(self._db, table), None
             while (after := self._fill_page(table, keys, after, transaction)) is not None:
                 pass
-        transaction(partial(self.keep, MirrorState(**{**vars(state), "complete": True})))
+        transaction(partial(self.keep, replace(state, complete=True, journal_format=FORMAT)))
 
     def _begin(self, state: MirrorState) -> None:
         self.create()
         self._db.execute("DELETE FROM outbox")
         self._db.execute("INSERT INTO outbox (source, kind) VALUES ('', ?)", (RESET,))
-        self.keep(MirrorState(**{**vars(state), "complete": False}))
+        self.keep(replace(state, complete=False))
 
     def _fill_page(
         self,
@@ -163,11 +170,12 @@ class Outbox:
         after: tuple[object, ...] | None,
         transaction: Callable[[Callable[[], object]], None],
     ) -> tuple[object, ...] | None:
-        """Copy at most _PAGE rows after a key into the outbox; return the last one's key, None at the end."""
+        """Copy some rows after a key into the outbox; return the last one's key, None at the end."""
         key = ", ".join(keys)
         where = "" if after is None else f"WHERE ({key}) > ({', '.join('?' * len(keys))})"
+        most = -1 if table == LAST_TABLE else _PAGE
         rows = self._db.execute(
-            f"SELECT {key} FROM {table} {where} ORDER BY {key} LIMIT {_PAGE}", after or ()
+            f"SELECT {key} FROM {table} {where} ORDER BY {key} LIMIT {most}", after or ()
         ).fetchall()
         if not rows:
             return None
@@ -238,14 +246,23 @@ class Outbox:
             self._widths[source] = len(_noted(self._db, source))
         return self._widths[source]
 
-    def changes(self, first: int, last: int) -> tuple[Change, ...]:
-        """The changes with these ids that are still in the outbox."""
-        rows = self._db.execute("SELECT * FROM outbox WHERE id BETWEEN ? AND ? ORDER BY id", (first, last))
-        found = []
-        for _, source, kind, *values in rows.fetchall():
-            if kind != _MARK:
-                found.append(Change(source, kind, tuple(values[: self._width(source)])))
-        return tuple(found)
+    def holds(self, first: int, last: int, changes: tuple[Change, ...]) -> bool:
+        """Whether exactly these changes have the ids from `first` to `last`, whatever was migrated since."""
+        rows = self._db.execute(
+            "SELECT * FROM outbox WHERE id BETWEEN ? AND ? AND kind <> ? ORDER BY id", (first, last, _MARK)
+        ).fetchall()
+        return len(rows) == len(changes) and all(
+            Change(source, kind, tuple(values[: len(change.values)])) == change
+            for (_, source, kind, *values), change in zip(rows, changes, strict=True)
+        )
+
+    def needs_checkpoint(self) -> bool:
+        """Whether it holds a complete journal whose steps cannot all be computed from the batches here."""
+        row = self._db.execute(
+            f"SELECT EXISTS (SELECT 1 FROM outbox WHERE source = '{LAST_TABLE}') AND EXISTS ("
+            f"SELECT 1 FROM steps LEFT JOIN {BATCHES} USING (lineage, step) WHERE payload IS NULL)"
+        ).fetchone()
+        return bool(row[0])
 
     def uploaded(self, last: int, state: MirrorState) -> None:
         """Delete the changes up to a mark, which are in the mirror, and record the mirror's state."""
@@ -263,10 +280,6 @@ class Outbox:
 
 def apply(db: sqlite3.Connection, change: Change) -> None:
     """Apply a change to another journal. Raises ValueError if no table of the journal fits it."""
-    if change.kind == RESET:
-        for table in _tables(db):
-            db.execute(f"DELETE FROM {table}")
-        return
     columns = _columns(db, change.table) if change.table in _tables(db) else []
     if change.table == BATCHES:  # their bytes are in objects of their own
         return

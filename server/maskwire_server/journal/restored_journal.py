@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import os
@@ -71,41 +70,97 @@ def _newest(store: ObjectStore) -> int:
     return max(filter(None, map(segment_number, store.names(FOLDER))), default=0)
 
 
+class _Copy:
+    """One upload of the complete journal, with the changes since: a draft of the restored journal."""
+
+    def __init__(self, draft: Path, batches: dict[str, BatchObject]) -> None:
+        self.draft = draft
+        self.batches = batches
+        self.written: Segment
+        self.problem = ""
+        """Why it cannot be used; empty: it can."""
+        self.db = sqlite3.connect(draft.absolute(), isolation_level=None)
+        # The draft is not used before it is renamed, and it is flushed before that.
+        self.db.execute("PRAGMA journal_mode=OFF")
+        self.db.execute("PRAGMA synchronous=OFF")
+        self.db.execute("BEGIN")
+        for statement in TABLES:
+            self.db.execute(statement)
+
+    def apply(self, segment: Segment) -> None:
+        """Apply a segment's changes. Raises ValueError and sqlite3.IntegrityError if they cannot be."""
+        self.written = segment
+        self.batches |= {batches.name: batches for batches in segment.batches}
+        if self.problem:
+            return
+        if segment.journal_format != FORMAT:
+            raise ValueError(
+                f"its journal format is {segment.journal_format}, but this version reads {FORMAT}; restore "
+                "with the version that wrote it"
+            )
+        for change in segment.changes[segment.begins_upload :]:
+            apply(self.db, change)
+
+    def step(self) -> tuple[int, int]:
+        """The current lineage and its last step."""
+        lineage = self.db.execute("SELECT max(lineage) FROM lineages").fetchone()[0]
+        (step,) = self.db.execute(
+            "SELECT coalesce((SELECT max(step) FROM steps WHERE lineage = ?1), "
+            "(SELECT step FROM lineages WHERE lineage = ?1))",
+            (lineage,),
+        ).fetchone()
+        return lineage, step
+
+    def discard(self) -> None:
+        """Delete the draft."""
+        self.db.close()
+        self.draft.unlink(missing_ok=True)
+
+
 class _Restore:
-    """One restore: segments are applied to a new journal, in order."""
+    """One restore: segments are applied in order, to a draft for each upload of the complete journal.
+
+    Of two uploads the later one counts, once it is complete: only then does the mirror hold a run again
+    without what was there before.
+    """
 
     def __init__(self, run_dir: Path, store: ObjectStore, acknowledge: str) -> None:
         self._run_dir = run_dir
         self._store = store
         self._acknowledge = acknowledge
         self._last: Segment | None = None
-        self._written: Segment | None = None  # the last one with changes
         self._hash = ""
-        self._batches: dict[str, BatchObject] = {}
+        self._copy: _Copy | None = None
+        self._unfinished: _Copy | None = None  # a later upload, which is not complete
+        self._lossless = False  # what the last segment says of itself
         self._gone: list[str] = []  # checkpoints that count as deleted
 
     def run(self, newest: int, check: Callable[[int, bytes], object]) -> None:
         """Restore, under the lock of the run directory."""
-        draft = self._run_dir / _DRAFT
-        draft.unlink(missing_ok=True)
-        with contextlib.closing(sqlite3.connect(draft.absolute(), isolation_level=None)) as db:
-            # The draft is not used before it is renamed, and it is flushed before that.
-            db.execute("PRAGMA journal_mode=OFF")
-            db.execute("PRAGMA synchronous=OFF")
-            db.execute("BEGIN")
-            for statement in TABLES:
-                db.execute(statement)
-            writer = self._claim(db, newest, check)
-            self._insert_batches(db)
-            outbox = Outbox(db)
+        for left in self._run_dir.glob(f"{_DRAFT}*"):
+            left.unlink()
+        try:
+            copy, writer = self._claim(newest, check)
+            self._insert_batches(copy)
+            outbox = Outbox(copy.db)
             outbox.create()
             outbox.keep(
                 MirrorState(
-                    self._store.address, writer.number, writer.hash, (writer.instance,), complete=True,
-                    fetching=True, gone=tuple(self._gone), restored=self._words(db),
+                    self._store.address, writer.number, writer.hash, (writer.instance,),
+                    complete=self._unfinished is None, fetching=True, gone=tuple(self._gone),
+                    restored=self._words(copy), lost=self._lost(copy), journal_format=FORMAT,
                 )
             )  # fmt: skip
-            db.execute("COMMIT")
+            copy.db.execute("COMMIT")
+            copy.db.close()
+            self._rename(copy.draft)
+        finally:
+            for each in (self._copy, self._unfinished):
+                if each is not None:
+                    each.discard()
+
+    def _rename(self, draft: Path) -> None:
+        """Make a finished draft the run directory's journal."""
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
         for suffix in ("-wal", "-shm", "-journal"):  # left by a lost journal: SQLite would replay it
@@ -116,43 +171,46 @@ class _Restore:
         flush_folder(self._run_dir)
         failpoints.passing("mirror.restored")
 
-    def _claim(
-        self, db: sqlite3.Connection, newest: int, check: Callable[[int, bytes], object]
-    ) -> SegmentWriter:
+    def _claim(self, newest: int, check: Callable[[int, bytes], object]) -> tuple[_Copy, SegmentWriter]:
         """Apply every segment and write the next. If another writer is faster, apply its segment first."""
-        self._apply_through(db, newest)
+        self._apply_through(newest)
         for attempt in itertools.count(1):
-            facts = dict(db.execute("SELECT key, value FROM run").fetchall())
-            if self._last is None or "run_id" not in facts:
+            copy = self._copy
+            if copy is None or self._last is None:
                 raise RunDirectoryError(
                     f"{self._store.address} holds no complete copy of a run: its server was lost during the "
                     "first upload; to start a new run, set storage.mirror to an address that holds nothing"
                 )
+            if copy.problem:
+                raise RunDirectoryError(copy.problem)
+            facts = dict(copy.db.execute("SELECT key, value FROM run").fetchall())
             check(facts["seed"], facts["canonical"])
             writer = SegmentWriter(
-                self._store, facts["run_id"], self._acknowledge, new_instance(), self._last.number, self._hash
-            )
+                self._store, facts["run_id"], self._acknowledge, new_instance(), self._last.number,
+                self._hash, lossless=self._lossless, lost=self._lost(copy),
+            )  # fmt: skip
             writer.compose(NOTHING)
             failpoints.passing("mirror.claiming")
             found = writer.try_send()
             if found is None:
                 failpoints.passing("mirror.claimed")
-                return writer
-            self._apply(db, found)  # the other writer is alive, and wrote it first
+                return copy, writer
+            self._apply(found)  # the other writer is alive, and wrote it first
             if attempt % _CATCH_UP == 0:
-                self._apply_through(db, _newest(self._store))
+                self._apply_through(_newest(self._store))
         raise AssertionError
 
-    def _apply_through(self, db: sqlite3.Connection, newest: int) -> None:
+    def _apply_through(self, newest: int) -> None:
         """Apply the segments after the last applied one, up to and including `newest`."""
         first = self._last.number + 1 if self._last else 1
         names = [segment_name(number) for number in range(first, newest + 1)]
         for data in self._store.get_all(names):
-            self._apply(db, data)
+            self._apply(data)
 
-    def _apply(self, db: sqlite3.Connection, data: bytes | None) -> None:
-        """Check the next segment, and apply its changes."""
+    def _apply(self, data: bytes | None) -> None:
+        """Check the next segment, and apply its changes to the upload that it belongs to."""
         number = self._last.number + 1 if self._last else 1
+        where = f"{self._store.address}/{segment_name(number)}"
         try:
             if data is None:
                 raise ValueError("it is missing")
@@ -160,27 +218,50 @@ class _Restore:
             fits = (segment.number, segment.previous) == (number, self._hash)
             if not fits or (self._last and segment.run_id != self._last.run_id):
                 raise ValueError("it does not follow the previous segment")
-            if segment.journal_format != FORMAT:
-                raise ValueError(
-                    f"its journal format is {segment.journal_format}, but this version reads {FORMAT}; "
-                    "restore with the version that wrote it"
-                )
-            for change in segment.changes:
-                apply(db, change)
-        except (ValueError, sqlite3.IntegrityError) as error:
-            raise RunDirectoryError(f"{self._store.address}/{segment_name(number)}: {error}") from error
+            if segment.begins_upload:
+                self._begin_upload(number)
+            copy = self._unfinished or self._copy
+            if segment.changes and copy is None:
+                raise ValueError("it does not follow an upload of the complete journal")
+        except ValueError as error:
+            raise RunDirectoryError(f"{where}: {error}") from error
+        if segment.changes and copy is not None:
+            try:
+                copy.apply(segment)
+            except (ValueError, sqlite3.IntegrityError) as error:
+                copy.problem = f"{where}: {error}"  # no matter if a later upload is complete
+            if copy is self._unfinished and segment.ends_upload:
+                if self._copy is not None:
+                    self._copy.discard()
+                self._copy, self._unfinished = copy, None
+        self._lossless = self._is_lossless(segment)
         self._last, self._hash = segment, hash_of(data)
-        if segment.changes:
-            self._written = segment
-        self._batches |= {batches.name: batches for batches in segment.batches}
+        batches = [each.batches for each in (self._copy, self._unfinished) if each is not None]
         for gone in segment.deletes:
-            if self._batches.pop(gone, None) is None:
+            found = [each.pop(gone, None) for each in batches]
+            if not any(found):
                 self._gone.append(gone)
 
-    def _insert_batches(self, db: sqlite3.Connection) -> None:
+    def _begin_upload(self, number: int) -> None:
+        """Begin a draft for the upload of the complete journal that a segment begins."""
+        if self._unfinished is not None:
+            self._unfinished.discard()
+        # It may not have the oldest batches, which earlier segments have.
+        batches = dict(self._copy.batches) if self._copy is not None else {}
+        self._unfinished = _Copy(self._run_dir / f"{_DRAFT}-{number}", batches)
+
+    def _is_lossless(self, segment: Segment) -> bool:
+        """What a segment says of itself, or what can be said of one that an older version wrote."""
+        if segment.lossless is not None:
+            return segment.lossless
+        if segment.acknowledge != "mirrored" or self._unfinished is not None:
+            return False
+        return self._lossless or bool(segment.changes)  # one without changes may be that of a start
+
+    def _insert_batches(self, copy: _Copy) -> None:
         """Insert the batches that the mirror has. Recovery raises if it needs a missing one."""
         there = set(self._store.names(BATCHES))
-        for name, batches in self._batches.items():
+        for name, batches in copy.batches.items():
             content = self._store.get(name) if name in there else None
             if content is None:
                 log.warning("%s/%s is missing", self._store.address, name)
@@ -189,23 +270,34 @@ class _Restore:
             if found is None:
                 log.warning("%s/%s does not match its hash and is not used", self._store.address, name)
                 continue
-            db.executemany(
+            copy.db.executemany(
                 "INSERT OR REPLACE INTO payloads VALUES (?, ?, ?)",
                 [(batches.lineage, step, batch) for step, batch in found],
             )
 
-    def _words(self, db: sqlite3.Connection) -> str:
+    def _lost(self, copy: _Copy) -> tuple[int, ...]:
+        """The steps after which this restore and earlier ones lost something, or may have."""
+        assert self._last is not None
+        earlier, (_, step) = self._last.lost, copy.step()
+        return earlier if self._lossless or earlier[-1:] == (step,) else (*earlier, step)
+
+    def _words(self, copy: _Copy) -> str:
         """Describe the point to which the run was restored, and what may be lost."""
-        lineage = db.execute("SELECT max(lineage) FROM lineages").fetchone()[0]
-        step = db.execute(
-            "SELECT coalesce((SELECT max(step) FROM steps WHERE lineage = ?1), "
-            "(SELECT step FROM lineages WHERE lineage = ?1))",
-            (lineage,),
-        ).fetchone()[0]
-        written = self._written
-        assert written is not None
+        (lineage, step), written = copy.step(), copy.written
         at = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(written.at))
         words = f"step {step} (lineage {lineage}), segment {written.number} of {at}"
-        if self._last is not None and self._last.acknowledge == "mirrored":
-            return f"{words}; no acknowledged step is lost"
-        return f"{words}; steps from {step + 1} on that were acknowledged after that are lost"
+        if self._unfinished is not None:
+            words += "; a later upload of the complete journal was not finished and is not used"
+        lost = self._lost(copy)
+        earlier = lost if self._lossless else lost[:-1]
+        if not self._lossless:
+            words += f"; steps from {step + 1} on that were acknowledged after that are lost"
+        elif earlier:
+            words += "; no step acknowledged since the last restore is lost"
+        else:
+            words += "; no acknowledged step is lost"
+        if earlier:
+            words += (
+                f"; earlier restores lost what was acknowledged after step {', '.join(map(str, earlier))}"
+            )
+        return words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -12,6 +13,8 @@ from rig import WAIT, wait_for
 
 from maskwire_server.checkpoints.mirrored_checkpoints import MirroredCheckpoints
 from maskwire_server.engine import checkpoint_uploader
+from maskwire_server.errors import FencedError
+from maskwire_server.journal.mirror_segments import Segment
 from maskwire_server.journal.records import Lineage
 from maskwire_server.requests import SaveRequest
 
@@ -56,6 +59,81 @@ def test_a_checkpoint_that_lacks_a_file_in_the_mirror_is_passed_over(local: Mirr
     again = local.start()
     assert again.status().durable_step == 4
     assert [info.name for info in again.checkpoints()] == ["two", "step-000000000"]
+
+
+def unfinished_upload(rig: MirroredRig, name: str) -> Path:
+    """What is in the mirror of a checkpoint whose upload was cut off."""
+    folder = rig.folder / "mirror" / "checkpoints" / f"{name}.0123456789abcdef"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    return folder / "state.json"
+
+
+@pytest.mark.parametrize("restored", [True, False], ids=["restored", "restarted"])
+def test_what_an_earlier_server_left_of_an_upload_is_announced_and_deleted(
+    local: MirroredRig, restored: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    engine = local.start()
+    train(engine, 2)
+    engine.drain(WAIT)
+    engine.close()
+    left = unfinished_upload(local, "step-000000001")
+    stranger = left.parents[1] / "notes" / "state.json"
+    stranger.parent.mkdir()
+    stranger.write_text("not an upload of a checkpoint")
+    if restored:
+        shutil.rmtree(local.folder / "run")
+        assert local.restore("run")
+    again = local.start()
+    begun_later = unfinished_upload(local, "step-000000003")
+    wait_for(lambda: not left.exists())
+    segments = sorted((local.folder / "mirror" / "segments").iterdir())
+    announced = [name for path in segments for name in Segment.decode(path.read_bytes()).deletes]
+    assert "checkpoints/step-000000001.0123456789abcdef" in announced
+    assert "step-000000001.0123456789abcdef is deleted: a server was lost" in caplog.text
+    train(again, 2, first=2)
+    again.drain(WAIT)
+    assert begun_later.exists(), "a later server may be writing it"
+    assert stranger.exists()
+
+
+def test_a_fenced_server_deletes_no_unfinished_upload(
+    local: MirroredRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = unfinished_upload(local, "step-000000001")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_uploader.CheckpointUploader, "_copy", lambda _: None)
+        engine = local.start()
+        train(engine, 1)
+        wait_for(lambda: mirror(engine).step == 1)
+        assert local.restore("other")
+    assert engine._mirror is not None
+    engine._mirror.saved()
+    wait_for(lambda: bool(local.fatal))
+    assert isinstance(local.fatal[0], FencedError)
+    assert left.exists()
+
+
+@pytest.mark.parametrize("file", ["state.json", "manifest.json"])
+def test_a_checkpoint_with_a_file_missing_in_the_mirror_is_uploaded_again(
+    local: MirroredRig, file: str
+) -> None:
+    """Such as one that a fenced server went on uploading while its files were deleted."""
+    engine = local.start()
+    train(engine, 2)
+    engine.save(SaveRequest("two")).result(WAIT)
+    engine.drain(WAIT)
+    engine.close()
+    (gone,) = (local.folder / "mirror" / "checkpoints").glob(f"two.*/{file}")
+    gone.unlink()
+    again = local.start()
+    wait_for(lambda: again.status().mirror.checkpoint == "two")  # type: ignore[union-attr]
+    assert gone.exists()
+    assert again._mirror is not None
+    copies, run = again._mirror._copies, again._run
+    with mock.patch.object(copies, "_checkpoints", mock.Mock(own=list)):
+        assert not [name for name in copies.collectable(run.lineages, 1, batches=False) if "two" in name]
 
 
 def test_what_a_start_from_the_mirror_may_need_stays_though_it_is_gone_here(local: MirroredRig) -> None:
