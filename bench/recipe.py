@@ -197,7 +197,7 @@ def write_tables(kept: dict[str, Any]) -> None:
     for split, arms in runs.items():
         rows = [_row(arm, found, arms.get("before", {})) for arm, found in arms.items()]
         lines += [
-            f"### {split.capitalize()} of training\n",
+            f"## {split.capitalize()} of training\n",
             "| arm | bits per byte | of `before` | steps | parameters |",
             "|---|---|---|---|---|",
             *(row for _, row in sorted(rows)),

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,15 @@ def navigation() -> list[Path]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_of_a_page_leads_to_a_file_and_a_heading_that_exist(page: Path) -> None:
     assert broken_links(page) == []
+
+
+def test_no_page_skips_a_level_of_headings() -> None:
+    """The site's generator refuses such a page."""
+    skips = {}
+    for page in PAGES:
+        levels = [0, *map(len, re.findall(r"^(#+) ", without_code(page), re.MULTILINE))]
+        skips[page.name] = [below for above, below in pairwise(levels) if below > above + 1]
+    assert {name: found for name, found in skips.items() if found} == {}
 
 
 def test_a_link_to_a_missing_file_or_heading_is_found(tmp_path: Path) -> None:
