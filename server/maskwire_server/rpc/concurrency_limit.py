@@ -1,8 +1,10 @@
-"""A bound on how many calls of one kind run at the same time."""
+"""Bounds on how many calls of one kind run at the same time, and on how much of the time."""
 
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 
 from maskwire_server.errors import Refused
 
@@ -28,3 +30,30 @@ class ConcurrencyLimit:
     def __exit__(self, *_: object) -> None:
         """Release the slot."""
         self._slots.release()
+
+
+class Turns:
+    """A context manager for calls that take time from training: one at a time, at most half of the time.
+
+    A call begins when the one before it has ended for as long as that one took.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._clock = clock
+        self._sleep = sleep
+        self._turn = threading.Lock()
+        self._began = self._next = clock()
+
+    def __enter__(self) -> None:
+        """Wait for the turn."""
+        self._turn.acquire()
+        self._sleep(max(0.0, self._next - self._clock()))
+        self._began = self._clock()
+
+    def __exit__(self, *_: object) -> None:
+        """End the turn."""
+        now = self._clock()
+        self._next = now + (now - self._began)
+        self._turn.release()

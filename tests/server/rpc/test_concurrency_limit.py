@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from maskwire_server.errors import Refused
-from maskwire_server.rpc.concurrency_limit import ConcurrencyLimit
+from maskwire_server.rpc.concurrency_limit import ConcurrencyLimit, Turns
 
 
 def test_a_call_over_the_limit_is_refused_with_the_limit() -> None:
@@ -26,4 +26,29 @@ def test_a_call_that_ends_with_an_error_makes_room_for_the_next() -> None:
     with pytest.raises(ValueError, match="broken"), limit:
         raise ValueError("broken")
     with limit:
+        pass
+
+
+def test_calls_that_take_turns_take_half_of_the_time_at_most() -> None:
+    now, pauses = [100.0], []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        now[0] += seconds
+
+    turns = Turns(lambda: now[0], sleep)
+    for seconds, idle in ((3.0, 0.0), (1.0, 0.0), (2.0, 0.5), (1.0, 10.0)):
+        now[0] += idle
+        with turns:
+            now[0] += seconds
+    assert pauses == [0.0, 3.0, 0.5, 0.0], (
+        "after 3 s, after 1 s less the idle time, and after a long idle time"
+    )
+
+
+def test_a_call_that_fails_ends_its_turn() -> None:
+    turns = Turns()
+    with pytest.raises(ValueError, match="broken"), turns:
+        raise ValueError("broken")
+    with turns:
         pass

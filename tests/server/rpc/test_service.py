@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
@@ -131,8 +132,9 @@ def test_a_list_of_steps_keeps_its_slot_until_it_is_answered_or_cancelled() -> N
             pool.submit(service.ListSteps, pb.ListStepsRequest(), Context(ended=False))  # type: ignore[arg-type]
             for _ in range(MAX_LISTS)
         ]
-        for _ in lists:
-            engine.listing.acquire()
+        engine.listing.acquire()  # of the first; the others wait for their turn
+        while service._lists._slots._value > 0:  # type: ignore[attr-defined]
+            time.sleep(0.005)
         refused = RecordingContext(ended=False)
         with pytest.raises(grpc.RpcError, match="limit of 2 lists of steps at a time is reached"):
             service.ListSteps(pb.ListStepsRequest(), refused)  # type: ignore[arg-type]
