@@ -134,7 +134,6 @@ def test_other_sources_or_options_start_from_scratch(
         ({}, {"any_format": True}),
         ({"text_field": "q"}, FIELDS),
         (FIELDS, {"prompt_field": "a", "response_field": "q"}),
-        (FIELDS, {"prompt_field": "q", "response_field": "q"}),
         ({}, {"special_tokens": True}),
         ({}, {"special_tokens": False}),
         ({}, {"parse_special_tokens": True}),

@@ -92,12 +92,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Rank
 def test_a_lost_rank_costs_a_restart_and_no_step(
     start: Start, undisturbed: tuple[RankServer, dict[str, Any]], tmp_path: Path
 ) -> None:
-    """A follower runs out of memory; the leader is killed, then the follower; the follower freezes."""
+    """A follower runs out of memory, the leader is killed, the follower freezes. R12 also kills followers."""
     lossy = start(2, *SETTINGS, fault="1:rank.ordered:6:memory")
 
     def lose(step: int) -> None:
-        if step in (4, 8):
-            lossy.ranks()[step // 4 - 1].kill()
+        if step == 4:
+            lossy.ranks()[0].kill()
         if step == 10:
             lossy.ranks()[1].send_signal(signal.SIGSTOP)
 
@@ -111,7 +111,6 @@ def test_a_lost_rank_costs_a_restart_and_no_step(
     assert lossy.fired.exists()
     assert "rank 1 failed in" in log
     assert "the leader ended: all ranks restart" in log
-    assert "rank 1 ended: all ranks restart" in log
     assert lossy.stop() == 0
     pickles = [
         path

@@ -128,10 +128,8 @@ def test_a_list_of_steps_keeps_its_slot_until_it_is_answered_or_cancelled() -> N
     engine = RecordingEngine(object())
     service = TrainingService(engine)  # type: ignore[arg-type]
     with ThreadPoolExecutor(MAX_LISTS) as pool:
-        lists = [
+        for _ in range(MAX_LISTS):
             pool.submit(service.ListSteps, pb.ListStepsRequest(), Context(ended=False))  # type: ignore[arg-type]
-            for _ in range(MAX_LISTS)
-        ]
         engine.listing.acquire()  # of the first; the others wait for their turn
         while service._lists._slots._value > 0:  # type: ignore[attr-defined]
             time.sleep(0.005)
