@@ -164,14 +164,20 @@ class Mirror:
         return None if copied is None else copied.info
 
     def flush(self, seconds: float) -> None:
-        """Wait until everything is uploaded or an upload fails, for at most `seconds`."""
-        deadline = time.monotonic() + seconds
+        """Wait until everything is uploaded or another upload fails, for at most `seconds`."""
+        deadline, failures = time.monotonic() + seconds, self._all_failures
         self._saves.look()
-        while time.monotonic() < deadline and not self._problem and not self._saves.problem:
+        while (
+            time.monotonic() < deadline and self._all_failures == failures and self._saves.thread.is_alive()
+        ):
             self._work.set()
             if self._saves.idle and self._committer.position <= self._sent:
                 return
             time.sleep(0.02)
+
+    @property
+    def _all_failures(self) -> int:
+        return self._failures + self._saves.failures
 
     def status(self) -> MirrorStatus:
         """How much of the run is in the mirror. Takes no lock."""
@@ -187,7 +193,7 @@ class Mirror:
             problem=self._problem or self._saves.problem,
             restored=self._restored,
             uploaded_bytes=self._bytes,
-            failures=self._failures + self._saves.failures,
+            failures=self._all_failures,
         )
 
     def stop(self) -> None:

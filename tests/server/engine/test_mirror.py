@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from counter import CounterTrainer
-from mirrors import MirroredRig, down, lose_the_machine, mirror, tables, train
+from mirrors import MirroredRig, down, lose_the_machine, mirror, restored, tables, train
 from rig import WAIT, Rig, bare, open_session, payload, reason, reason_of, wait_for
 
 from maskwire.v1.values import Losses, RunState
@@ -330,3 +330,28 @@ def test_a_restore_that_waits_for_the_mirror_holds_up_no_shutdown(mirrored: Mirr
     again = mirrored.start()
     answer = again.restore(RestoreRequest("named", "id")).result(WAIT)
     assert (answer.lineage, answer.step) == (again.status().lineage, 2)
+
+
+def test_a_clean_stop_uploads_the_rest_although_an_earlier_upload_failed(
+    local: MirroredRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (engine_mirror, checkpoint_uploader):
+        monkeypatch.setattr(module, "RETRY_SECONDS", 1000.0)
+    engine = local.start()
+    train(engine, 2)
+    wait_for(lambda: mirror(engine).step == 2)
+    with down():
+        train(engine, 3, first=2)
+        wait_for(lambda: bool(mirror(engine).problem))
+    assert engine.drain(WAIT)
+    lose_the_machine(local, engine)
+    assert restored(local, "run").startswith("step 5 ")
+
+
+@pytest.mark.parametrize("acknowledge", ["local", "mirrored"])
+def test_a_stop_waits_for_one_attempt_while_the_store_is_down(tmp_path: Path, acknowledge: str) -> None:
+    rig = MirroredRig(tmp_path, acknowledge)
+    engine = rig.start(serve={"drain_seconds": 3600.0})
+    with down():
+        assert engine.drain(WAIT), "long before serve.drain_seconds"
+    rig.close()
