@@ -44,7 +44,7 @@ robustness: venv ## Inject faults, write docs/robustness.md (FULL=1, ONLY="R1 R4
 
 docs: venv ## Generate the reference pages, run all tutorials, and build the site into docs/_site
 	$(BIN)/python docs/generate.py
-	@MASKWIRE_TUTORIALS=1 $(BIN)/python -m pytest -q tests/rpc/test_tutorials.py
+	@MASKWIRE_TUTORIALS=1 $(BIN)/python -m pytest -q tests/rpc/test_tutorials.py -o faulthandler_timeout=0
 	@$(PYTHON) deploy/venv.py docs
 	@$(BIN)/python docs/website/build.py
 
