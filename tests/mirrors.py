@@ -109,7 +109,8 @@ def steps(rig: MirroredRig, name: str) -> int:
 
 
 def segments(rig: MirroredRig) -> list[Segment]:
-    return [Segment.decode(path.read_bytes()) for path in sorted((rig.folder / "mirror/segments").iterdir())]
+    names = sorted((rig.folder / "mirror/segments").glob("*[0-9]"))  # not one that is being written
+    return [Segment.decode(path.read_bytes()) for path in names]
 
 
 def upload_all(rig: MirroredRig, size: int = 1) -> Iterator[bool]:

@@ -24,7 +24,8 @@ class TextFormatter(logging.Formatter):
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
         """The traceback, indented: what an exception quotes cannot look like a line of the log."""
-        return textwrap.indent(super().formatException(ei), "  ").translate(_OTHER_LINE_ENDS)
+        text = super().formatException(ei).translate(_OTHER_LINE_ENDS)
+        return textwrap.indent(text, "  ", predicate=lambda _: True)
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         """The message, with its line ends escaped."""

@@ -49,7 +49,10 @@ def test_a_traceback_is_a_field_of_one_json_object_and_lines_of_text() -> None:
 
 def test_what_an_exception_quotes_cannot_look_like_a_line_of_the_log() -> None:
     try:
-        raise ValueError(INJECTED)
+        try:
+            raise KeyError("the cause")
+        except KeyError as cause:  # the traceback has blank lines between the two
+            raise ValueError(INJECTED) from cause
     except ValueError:
         failed = record("step %d failed", 3, error=True)
     first, *traceback = TextFormatter().format(failed).splitlines()
