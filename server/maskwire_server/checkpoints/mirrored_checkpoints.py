@@ -148,9 +148,10 @@ class MirroredCheckpoints:
         """The checkpoint folders that can be deleted from the mirror, and with `batches` the batch objects.
 
         Checkpoints that the run directory has are kept, and so is all that a restore may need. What an
-        earlier server left of an upload is deleted. It may still be uploading, if it does not know yet that
-        it is fenced: but nobody relies on a checkpoint that a segment names as deleted. A later server begins
-        after that segment, or there is no such segment, because this server is fenced.
+        earlier server left of an unfinished upload is deleted. That server may still be uploading, if it has
+        not noticed yet that it is fenced. This is safe: a segment announces each deletion first, and a server
+        that restores the run reads that segment. If this server is fenced too, it cannot write the segment,
+        and deletes nothing.
         """
         there = newest_first(self._there.values())
         needed = retention.needed(there, lineages, lineage).keys()

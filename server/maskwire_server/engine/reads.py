@@ -112,7 +112,10 @@ class Reads:
             )
 
     def _may_continue(self, entry: Evaluation | Generation) -> bool:
-        """Whether to compute the next part; refuses the read if others have waited for it for too long."""
+        """Open the session that waits first, and return whether to compute the next part.
+
+        Refuses the read if a step or save has waited for it for too long.
+        """
         run = self._run
         run.computing.beat()
         with run.mutex:

@@ -120,8 +120,8 @@ class _Copy:
 class _Restore:
     """One restore: segments are applied in order, to a draft for each upload of the complete journal.
 
-    Of two uploads the later one counts, once it is complete: only then does the mirror hold a run again
-    without what was there before.
+    A later upload replaces an earlier one as soon as it is complete. Until then the mirror holds the run only
+    together with the earlier upload.
     """
 
     def __init__(self, run_dir: Path, store: ObjectStore, acknowledge: str) -> None:
@@ -229,7 +229,7 @@ class _Restore:
             try:
                 copy.apply(segment)
             except (ValueError, sqlite3.IntegrityError) as error:
-                copy.problem = f"{where}: {error}"  # no matter if a later upload is complete
+                copy.problem = f"{where}: {error}"  # ignored if a later upload is complete
             if copy is self._unfinished and segment.ends_upload:
                 if self._copy is not None:
                     self._copy.discard()
@@ -246,7 +246,7 @@ class _Restore:
         """Begin a draft for the upload of the complete journal that a segment begins."""
         if self._unfinished is not None:
             self._unfinished.discard()
-        # It may not have the oldest batches, which earlier segments have.
+        # The upload may lack the oldest batches, which earlier segments name.
         batches = dict(self._copy.batches) if self._copy is not None else {}
         self._unfinished = _Copy(self._run_dir / f"{_DRAFT}-{number}", batches)
 
