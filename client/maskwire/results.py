@@ -271,7 +271,8 @@ class DeviceShare:
     refused_reads: int = 0
     """Evaluations and generations that were refused because too many waited."""
     ended_reads: int = 0
-    """Evaluations and generations that were ended because a step had waited for `serve.max_read_seconds`."""
+    """Evaluations and generations that were ended because a step or a save had waited for
+    `serve.max_read_seconds`."""
 
 
 @dataclass(frozen=True)

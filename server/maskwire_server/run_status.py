@@ -23,7 +23,7 @@ class DeviceShare:
     refused_reads: int
     """Reads refused because too many were waiting."""
     ended_reads: int
-    """Reads ended because a step had waited for `serve.max_read_seconds`."""
+    """Reads ended because a step or a save had waited for `serve.max_read_seconds`."""
 
 
 @dataclass(frozen=True)

@@ -184,8 +184,8 @@ class TrainingServiceServicer:
         OK: the evaluation, with the step and digest it saw.
         INVALID_ARGUMENT (INVALID_FIELD): as TrainStep; and an evaluation that needs more positions than
         Limits.max_read_tokens: send fewer rows, shorter ones, or fewer draws.
-        RESOURCE_EXHAUSTED (READ_TOO_LONG): it kept a training step waiting for max_read_seconds (metadata) and
-        was ended: send less in one call, or wait until no client trains.
+        RESOURCE_EXHAUSTED (READ_TOO_LONG): it kept a training step or a save waiting for max_read_seconds
+        (metadata) and was ended: send less in one call, or wait until no client trains.
         RESOURCE_EXHAUSTED (QUEUE_FULL) and UNAVAILABLE (RECOVERING, RESTORING, DRAINING, HELD): retry
         after RetryInfo.
         FAILED_PRECONDITION (DIVERGED): the weights give losses that are not finite; restore a checkpoint.

@@ -113,11 +113,11 @@ def refuse_many_reads(waiting: int, limit: int) -> None:
 
 
 def read_too_long(what: str, seconds: float) -> Refused:
-    """The refusal of a read that kept a training step waiting for too long."""
+    """The refusal of a read that kept a training step or a save waiting for too long."""
     return Refused(
         "READ_TOO_LONG",
-        f"the {what} kept a training step waiting for {seconds:g} s, the limit (serve.max_read_seconds), and "
-        "was ended: send fewer or shorter rows, fewer draws or fewer passes in one call, wait until nothing "
+        f"the {what} kept a training step or a save waiting for {seconds:g} s, the limit "
+        "(serve.max_read_seconds), and was ended: send fewer or shorter rows, fewer draws or fewer passes in one call, wait until nothing "
         "trains, or raise the setting",
         max_read_seconds=f"{seconds:g}",
     )
