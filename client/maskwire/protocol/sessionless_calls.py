@@ -88,7 +88,8 @@ class Calls(RetriedCalls):
 
         If the rows exceed what the server accepts in one call, several calls are made; StepMovedError is
         raised if the run's step changes between them. Raises DivergedError if the weights give logits that
-        are not finite, and RequestError with the reason READ_TOO_LONG if a step or a save had to wait too long.
+        are not finite, and RequestError with the reason READ_TOO_LONG if a step or a save had to wait too
+        long.
         """
         return (yield from self._sample(codec.generate_request(prompts, **options)))
 

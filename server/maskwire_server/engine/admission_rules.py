@@ -117,8 +117,8 @@ def read_too_long(what: str, seconds: float) -> Refused:
     return Refused(
         "READ_TOO_LONG",
         f"the {what} kept a training step or a save waiting for {seconds:g} s, the limit "
-        "(serve.max_read_seconds), and was ended: send fewer or shorter rows, fewer draws or fewer passes in one call, wait until nothing "
-        "trains, or raise the setting",
+        "(serve.max_read_seconds), and was ended: send fewer or shorter rows, fewer draws or fewer passes in "
+        "one call, wait until nothing trains, or raise the setting",
         max_read_seconds=f"{seconds:g}",
     )
 
