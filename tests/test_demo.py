@@ -17,6 +17,7 @@ from demo import __main__ as demo
 from demo import report
 from demo.fourgram import FourGram
 from demo.generating import Writing
+from demo.library import python_sources
 from maskwire.data.file_data import ByteData
 from maskwire_server.cli.init import RECIPE
 
@@ -147,3 +148,10 @@ def test_ratios_of_recipes_are_of_the_same_seed(tmp_path: Path, monkeypatch: pyt
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
+
+
+def test_the_text_is_found_without_a_message(caplog: pytest.LogCaptureFixture) -> None:
+    files = python_sources()
+    assert len(files) > 300
+    assert all(path.stat().st_size for path in files)
+    assert caplog.messages == []
