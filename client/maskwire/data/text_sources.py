@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from maskwire.data import hugging_face, remote_files
 from maskwire.data.file_discovery import LocalFile, Skipped, expand, select
-from maskwire.data.hugging_face import DatasetSource, is_dataset, is_dataset_folder, load
+from maskwire.data.hugging_face import DatasetSource, is_dataset, is_dataset_folder
 from maskwire.data.record import EMPTY, Fields, Item, Record
 from maskwire.data.record_files import Reader, reader_of
-from maskwire.data.remote_files import Remote, find, is_remote
+from maskwire.data.remote_files import Remote, is_remote
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def find_sources(
         if is_dataset(each):
             found.append(DatasetSource(each, fields))
         elif is_remote(each):
-            found += find(str(each), pattern, skipped)
+            found += remote_files.find(str(each), pattern, skipped)
         elif is_dataset_folder(Path(each)):
             found.append(_saved(Path(each), fields))
         else:
@@ -116,7 +117,7 @@ def find_sources(
 
 
 def _saved(folder: Path, fields: Fields) -> DatasetSource:
-    return DatasetSource(load(folder), fields, folder)
+    return DatasetSource(hugging_face.load(folder), fields, folder)
 
 
 def identity_of(sources: list[Source]) -> str:
