@@ -11,7 +11,6 @@ from pathlib import Path
 
 import fork_server
 import numpy as np
-import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -37,7 +36,7 @@ LONGEST = (
     "rpc/test_evaluation.py", "test_scale.py",
 )  # fmt: skip
 """The files that take ten seconds or more, the longest first."""
-CHILDREN = pytest.StashKey[set[int]]()
+BEGAN = pytest.StashKey[float]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -76,7 +75,7 @@ def own_log_levels() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    item.stash[CHILDREN] = {child.pid for child in psutil.Process().children(recursive=True)}  # the fixtures'
+    item.stash[BEGAN] = fork_server.seconds_since_boot()
     return (yield)
 
 
@@ -84,5 +83,5 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Kill what a failed test started and would have ended itself; fixtures end their own processes."""
     if call.when == "call" and call.excinfo is not None and call.excinfo.type is not pytest.skip.Exception:
-        fork_server.kill_children(besides=item.stash[CHILDREN])
+        fork_server.kill_children(since=item.stash[BEGAN])
     return (yield)

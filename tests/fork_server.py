@@ -24,6 +24,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -179,14 +180,21 @@ def run(
     return done
 
 
-def kill_children(besides: set[int]) -> None:
-    """Kill the other children of this process, and theirs; the fork servers stay."""
+def seconds_since_boot() -> float:
+    """The clock of process start times; 0 where the system has none, so that every process is newer."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return 0.0 if clock is None else time.clock_gettime(clock)
+
+
+def kill_children(since: float) -> None:
+    """Kill the children of this process, and theirs, that started since then; the fork servers stay."""
+    boot, tick = psutil.boot_time(), 0.01  # start times are whole ticks
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
             words = " ".join(child.cmdline())
             keeps = "multiprocessing." in words or "fork_server.py" in words  # its resource tracker too
             for process in (*child.children(recursive=True), *([] if keeps else [child])):
-                if process.pid not in besides:
+                if process.create_time() - boot > since - tick:
                     process.kill()
 
 

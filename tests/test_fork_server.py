@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,10 @@ def test_two_draw_differently() -> None:
 def test_a_failed_test_loses_its_own_and_not_those_of_fixtures() -> None:
     waits = [sys.executable, "-c", "input()"]
     with fork_server.Process(waits, stdin=subprocess.PIPE) as kept:
-        besides = {child.pid for child in psutil.Process().children(recursive=True)}
+        time.sleep(0.05)  # start times are whole ticks of the system's clock
+        began = fork_server.seconds_since_boot()
         lost = fork_server.Process(waits, stdin=subprocess.PIPE)
-        fork_server.kill_children(besides)
+        fork_server.kill_children(began)
         lost.communicate()
         assert (lost.returncode, kept.poll()) == (-signal.SIGKILL, None)
     assert fork_server.run([sys.executable, "-c", "print(1)"]).stdout == b"1\n"

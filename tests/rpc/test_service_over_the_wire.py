@@ -110,13 +110,13 @@ def test_the_pairs_source_is_learnt_through_the_server(serve: Serve) -> None:
     # Each token of a uniform source of V = 8 symbols stands twice: the best negative ELBO is ln(8)/2.
     server = serve(
         model__num_tokens="9", model__mask_id="8", model__max_seq_len="8", model__dim="64", model__depth="2",
-        model__dim_head="32", optimizer__learning_rate="0.003", optimizer__warmup_steps="20",
-        optimizer__ema_decay="0.99",
+        model__dim_head="32", optimizer__learning_rate="0.005", optimizer__warmup_steps="20",
+        optimizer__ema_decay="0.98",
     )  # fmt: skip
     rng = np.random.default_rng(0)
     with maskwire.connect(server.address) as trainer:
-        futures = [trainer.submit(pairs(rng, 64, 8, 8)) for _ in range(400)]
-        assert [future.result().step for future in futures] == list(range(1, 401))
+        futures = [trainer.submit(pairs(rng, 64, 8, 8)) for _ in range(150)]
+        assert [future.result().step for future in futures] == list(range(1, 151))
         found = trainer.eval_loss(pairs(rng, 512, 8, 8))
     assert found.nats_per_token == pytest.approx(np.log(8) / 2, rel=0.03)
 

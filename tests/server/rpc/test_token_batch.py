@@ -32,7 +32,7 @@ batches = st.builds(
 )
 
 
-@settings(max_examples=1500)
+@settings(max_examples=500)
 @given(batches)
 def test_an_arbitrary_batch_is_read_or_refused_by_field(batch: pb.TokenBatch) -> None:
     try:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 
@@ -80,8 +80,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     installed = importlib.util.find_spec("x_transformers") is not None
     cases = {name: case for name, case in CASES.items() if installed or name != "x-transformers"}
     (folder / "cases.json").write_text(json.dumps(cases))
+    if fork_server.Process is fork_server.Forked:
+        fork_server.CONNECTION.preload("maskwire_server.training.sharding", environment={})
     workers = [
-        subprocess.Popen(
+        fork_server.Process(
             [sys.executable, WORKER, str(rank), str(RANKS), folder / "store", folder / "cases.json",
              folder / f"{rank}.json"]
         )
