@@ -19,6 +19,7 @@ import grpc
 
 from maskwire import client, results
 from maskwire.aio_driver import Driver, awaited, iterating
+from maskwire.arguments import check_function
 from maskwire.client import CLOSE_TIMEOUT, EXIT_GRACE
 from maskwire.credentials import CredentialOptions, Endpoint
 from maskwire.errors import closed_meanwhile
@@ -53,6 +54,7 @@ async def connect(
     on_takeover: Callable[[str], None] | None = None,
     **credentials: Unpack[CredentialOptions],
 ) -> Trainer:
+    check_function("on_takeover", on_takeover)
     writer = Writer(
         target,
         RetryPolicy(retry_for, timeout),

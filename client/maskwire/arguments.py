@@ -93,6 +93,30 @@ def check_real(name: str, value: Any, cure: str = "") -> None:
         raise TypeError(f"{name} must be a number{cure}, got {value!r}")
 
 
+def check_text(name: str, value: Any, cure: str = "") -> None:
+    """Raise TypeError unless a value is a text."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a text{cure}, got {value!r}")
+
+
+def check_labels(labels: Any) -> None:
+    """Raise TypeError unless labels are texts by name, or None."""
+    if labels is None:
+        return
+    if not isinstance(labels, Mapping):
+        raise TypeError(f'labels must be texts by name, {{"name": "text"}}, got {labels!r}')
+    for key, value in labels.items():
+        check_text("the name of a label", key)
+        check_text(f"the label {key!r}", value, cure=f" (str({value!r}))")
+
+
+def check_expected(**expected: Any) -> None:
+    """Raise ValueError unless each is a position in the run's history, or None."""
+    for name, value in expected.items():
+        if value is not None:
+            check_whole(name, value, 0, cure=", or None")
+
+
 def check_flag(name: str, value: Any) -> None:
     """Raise TypeError unless a value is True or False: a text such as "no" would count as True."""
     if not isinstance(value, bool | np.bool_):

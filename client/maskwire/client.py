@@ -13,6 +13,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 import grpc
 
 from maskwire import results
+from maskwire.arguments import check_function
 from maskwire.credentials import CredentialOptions, Endpoint
 from maskwire.driver import Background, Driver, blocking, iterating, result_of
 from maskwire.errors import UnavailableError
@@ -62,8 +63,10 @@ def connect(
     on_takeover: Called with a message about whose session was taken over; by default a warning is logged.
     credentials: TLS and token, see `maskwire.credentials.CredentialOptions`.
 
-    Raises the errors of `maskwire.errors`, ValueError for wrong arguments and OSError for unreadable files.
+    Raises the errors of `maskwire.errors`, ValueError and TypeError for wrong arguments, and OSError for
+    unreadable files.
     """
+    check_function("on_takeover", on_takeover)
     writer = Writer(
         target,
         RetryPolicy(retry_for, timeout),
@@ -98,8 +101,8 @@ def attach(
     target, retry_for, timeout, on_wait: As in `connect`.
     credentials: TLS and token, see `maskwire.credentials.CredentialOptions`.
 
-    Nothing is sent before the first call. Raises ValueError for wrong arguments and OSError for unreadable
-    files.
+    Nothing is sent before the first call. Raises ValueError and TypeError for wrong arguments, and OSError
+    for unreadable files.
     """
     calls = Calls(target, RetryPolicy(retry_for, timeout), on_wait or log.warning, time.monotonic)
     return Client(Endpoint.of(target, **credentials), calls)

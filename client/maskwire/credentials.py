@@ -10,6 +10,7 @@ from typing import Any, TypedDict, Unpack
 
 import grpc
 
+from maskwire.arguments import check_flag, check_text
 from maskwire.target import check_target
 
 _CHANNEL_OPTIONS = [
@@ -90,6 +91,12 @@ class Endpoint:
         Raises ValueError for a wrong target or option, OSError for an unreadable file.
         """
         check_target(target)
+        for name in ("ca", "cert", "key", "token_file"):
+            if not isinstance(path := options.get(name), str | Path | None):
+                raise TypeError(f"{name} must be the path of a file, got {path!r}")
+        for name in ("tls", "allow_insecure"):
+            if (flag := options.get(name)) is not None:
+                check_flag(name, flag)
         ca, cert, key = options.get("ca"), options.get("cert"), options.get("key")
         server_name = options.get("server_name")
         if (cert is None) != (key is None):
@@ -106,6 +113,9 @@ class Endpoint:
             credentials = grpc.ssl_channel_credentials(*(_pem(name, path) for name, path in (
                 ("ca", ca), ("key", key), ("cert", cert))))  # fmt: skip
         token, file = options.get("token"), options.get("token_file")
+        for name, text in (("server_name", server_name), ("token", token)):
+            if text is not None:
+                check_text(name, text)
         if token is not None and file is not None:
             raise ValueError("set token or token_file, not both")
         found = _checked("token", token or "") if file is None else TokenFile(Path(file))

@@ -74,6 +74,22 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     "train on a DataLoader": (lambda t: t.train_step(DataLoader()), "tokens must be rows.*got DataLoader"),
     "a tokenizer's dict": (lambda t: t.train_step({"input_ids": TOKENS}), "pass its 'input_ids'"),
     "text": (lambda t: t.train_step("some text"), r"got str: encode it"),
+    "checkpoint's name": (lambda t: t.checkpoint(5), "^name must be a text, got 5"),
+    "a label": (
+        lambda t: t.checkpoint("a", labels={"seed": 5}),
+        r"^the label 'seed' must be a text \(str\(5\)\), got 5",
+    ),
+    "a label's name": (lambda t: t.checkpoint("a", labels={5: "a"}), "^the name of a label must be a text"),
+    "labels": (lambda t: t.checkpoint("a", labels=["a"]), "^labels must be texts by name"),
+    "a score": (lambda t: t.checkpoint("a", score="low"), "^score must be a number, or None, got 'low'"),
+    "restore": (lambda t: t.restore(5), "^name must be a text, got 5"),
+    "restore None": (lambda t: t.restore(None), "^name must be a text, got None"),
+    "delete": (lambda t: t.delete(5), "^name must be a text, got 5"),
+    "a download's name": (lambda t: t.download(5, "b"), "^name must be a text, got 5"),
+    "a download's progress": (
+        lambda t: t.download("a", "b", on_progress=5),
+        "^on_progress must be a function, got 5",
+    ),
     "a field's type": (lambda t: t.eval_loss(TOKENS, draws="four"), "draws cannot be 'four'"),
 }
 
@@ -103,6 +119,14 @@ WRONG_NUMBERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "until_step": (lambda t: t.fit(DATA, until_step=-1), "until_step must be at least 0, got -1"),
     "step": (lambda t: t.submit(TOKENS, step=0), "^step must be at least 1, got 0"),
+    "a restore's step": (
+        lambda t: t.restore("a", expected_step="x"),
+        "^expected_step must be a whole number of at least 0, or None, got 'x'",
+    ),
+    "a checkpoint's step": (
+        lambda t: t.checkpoint("a", expected_step=-1),
+        "^expected_step must be at least 0, or None, got -1",
+    ),
     "a step of a float": (lambda t: t.submit(TOKENS, step=1.0), "^step must be a whole number.*got 1.0"),
     "batch_size": (lambda t: t.evaluate(TOKENS, batch_size=1.5), "batch_size must be a whole number"),
     "rows": (lambda t: t.evaluate(DATA, rows=True), "^rows must be a whole number.*got True"),
@@ -191,6 +215,34 @@ def test_a_wrong_argument_of_connect_is_refused(option: str, words: str) -> None
         maskwire.connect("127.0.0.1:1", **{option: 1})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=words):
         asyncio.run(maskwire.aio.connect("127.0.0.1:1", **{option: 1}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"name": 5}, "^name must be a text, got 5"),
+        ({"on_wait": 5}, "^on_wait must be a function, got 5"),
+        ({"on_takeover": 5}, "^on_takeover must be a function, got 5"),
+        ({"timeout": "x"}, "^timeout must be a number of seconds, got 'x'"),
+        ({"retry_for": None}, "^retry_for must be a number of seconds, got None"),
+        ({"tls": "no"}, "^tls must be True or False, got 'no'"),
+        ({"allow_insecure": "no"}, "^allow_insecure must be True or False, got 'no'"),
+        ({"ca": 5}, "^ca must be the path of a file, got 5"),
+        ({"token_file": 5}, "^token_file must be the path of a file, got 5"),
+        ({"token": 5}, "^token must be a text, got 5"),
+        ({"server_name": 5, "tls": True}, "^server_name must be a text, got 5"),
+    ],
+    ids=str,
+)
+def test_a_value_of_the_wrong_type_is_refused_by_connect(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        maskwire.connect("127.0.0.1:1", **arguments)
+    with pytest.raises(TypeError, match=words):
+        asyncio.run(maskwire.aio.connect("127.0.0.1:1", **arguments))
+    if not {"name", "on_takeover"} & arguments.keys():
+        for package in (maskwire, maskwire.aio):
+            with pytest.raises(TypeError, match=words):
+                package.attach("127.0.0.1:1", **arguments)
 
 
 @pytest.mark.parametrize(

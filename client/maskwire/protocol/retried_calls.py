@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
+from maskwire.arguments import check_function
 from maskwire.errors import Failure, MaskwireError
 from maskwire.protocol.effects import Call, Notify, Operation, Pause, Receive, Stream
 from maskwire.protocol.retry import RetryPolicy, given_up, without_advice
@@ -44,6 +45,7 @@ class RetriedCalls:
     def __init__(
         self, target: str, policy: RetryPolicy, on_wait: Callable[[str], None], clock: Callable[[], float]
     ) -> None:
+        check_function("on_wait", on_wait)
         self.target = target
         self._policy = policy
         self._on_wait = on_wait

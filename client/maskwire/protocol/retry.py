@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from maskwire.arguments import check_real
 from maskwire.errors import Failure, MaskwireError, UnavailableError
 
 _MAX_SECONDS = 1e7  # gRPC accepts no infinite deadline
@@ -30,6 +31,7 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         for name, lowest in (("retry_for", 0.0), ("attempt_timeout", 1e-3)):
             value = getattr(self, name)
+            check_real(name.removeprefix("attempt_"), value, " of seconds")
             if not lowest <= value <= _MAX_SECONDS:
                 raise ValueError(
                     f"{name.removeprefix('attempt_')} must be {lowest:g} to {_MAX_SECONDS:g} s, got {value}"

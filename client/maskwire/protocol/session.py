@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from maskwire import results
-from maskwire.arguments import check_flag
+from maskwire.arguments import check_flag, check_text
 from maskwire.errors import FencedError, WriterPresentError
 from maskwire.process_identity import default_name, holder_of, is_gone, this_process
 from maskwire.protocol import codec
@@ -31,6 +31,8 @@ class Session(Calls):
         name: str | None,
     ) -> None:
         super().__init__(target, policy, on_wait, clock)
+        if name is not None:
+            check_text("name", name)
         self.name = name or default_name()
         self.takeover_message = ""
         """A message about the open session that this one took over; empty: there was none."""
