@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from maskwire.cli.generation_text import MASKED, decode_row, read_prompts, render_rows
-from maskwire.data.tokenizer_codec import ByteCodec
+from maskwire.data.tokenizer_codec import ByteCodec, FileCodec
 from maskwire.results import GenerateResult, ModelInfo
+from maskwire.v1.values import TokenizerDescription
 
 BYTES = ModelInfo(257, 256, None, 64, 1, "", True, False)
 WORDS = ModelInfo(1000, 999, None, 64, 1, "", True, False)
@@ -64,3 +65,33 @@ def test_a_sampled_escape_sequence_does_not_reach_the_terminal() -> None:
 
 def test_bytes_that_are_not_utf8_are_replaced() -> None:
     assert decode_row(np.array([97, 0xC3, 256, 0xA9]), BYTES, ByteCodec()) == f"a\ufffd{MASKED}\ufffd"
+
+
+def codec_of_words(words: list[str], decoder: str) -> FileCodec:
+    """A codec of these tokens, each with its place as its id."""
+    tokenizers = pytest.importorskip("tokenizers")
+    loaded = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: id_ for id_, word in enumerate(words)}, unk_token=words[0])
+    )
+    loaded.decoder = getattr(tokenizers.decoders, decoder)()
+    return FileCodec(TokenizerDescription("words.json", loaded.to_str().encode()))
+
+
+@pytest.mark.parametrize(
+    ("decoder", "words"),
+    [
+        ("Metaspace", ["▁the", "▁cat", "s", "▁sat"]),
+        ("WordPiece", ["the", "cat", "##s", "sat"]),
+        ("ByteLevel", ["the", "Ġcat", "s", "Ġsat"]),
+    ],
+)
+def test_spaces_before_words_are_shown_wherever_a_part_begins(decoder: str, words: list[str]) -> None:
+    text = f"the cats{MASKED} sats{MASKED}s"
+    codec = codec_of_words(words, decoder)
+    row = np.array([0, 1, 2, 999, 3, 2, 999, 2])
+    assert decode_row(row, WORDS, codec) == text
+    found = GenerateResult([row], 1, False, (2,), 0, b"", False)
+    (prompt,) = read_prompts([], ["0,1,~,~,3,~,~,2"], gap="~", length=None, model=WORDS, codec=None)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(render_rows(found, [prompt], WORDS, codec))
+    assert console.file.getvalue().splitlines()[0] == text  # type: ignore[attr-defined]

@@ -94,7 +94,7 @@ def decode_row(row: npt.NDArray[np.int64], model: ModelInfo, codec: TextCodec | 
         row = row[: ends[0]]
     parts, start = [], 0
     for place in [*np.flatnonzero(row == model.mask_id), len(row)]:
-        parts.append(codec.decode(row[start:place].tolist()))
+        parts.append(codec.decode(row[start:place].tolist(), continued=start > 0))
         start = place + 1
     return MASKED.join(parts)
 
@@ -115,6 +115,7 @@ def render_rows(
             given = np.array(prompts[place].ids) != model.mask_id
         masked = row == model.mask_id
         style = np.where(masked, 0, np.where(given, 1, 2))
+        first = len(codec.start) if codec is not None else 0
         line = Text(no_wrap=False)
         ends = [*(np.flatnonzero(np.diff(style)) + 1), len(row)]
         start = 0
@@ -125,7 +126,7 @@ def render_rows(
             elif codec is None:
                 words = "".join(f"{id_} " for id_ in part)
             else:
-                words = _printable(codec.decode(part.tolist()))
+                words = _printable(codec.decode(part.tolist(), continued=start > first))
             line.append(words, style=("dim", "", "bold green")[style[start]])
             start = end
         lines.append(line)

@@ -24,8 +24,8 @@ class TextCodec(Protocol):
     def encode(self, text: str, *, continued: bool = False) -> list[int]:
         """The ids of a part of a text; `continued`: it is not the first part."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; special ones are left out."""
+    def decode(self, ids: Sequence[int], *, continued: bool = False) -> str:
+        """The text of ids; special ones are left out. `continued`: they are not the first part of a text."""
 
 
 class ByteCodec:
@@ -38,7 +38,7 @@ class ByteCodec:
         """The bytes of a part of a text, also those that Python could not decode from the command line."""
         return list(text.encode(errors="surrogateescape"))
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, continued: bool = False) -> str:  # noqa: ARG002
         """The text of the ids below 256."""
         return bytes(id_ for id_ in ids if id_ < _BYTES).decode(errors="replace")
 
@@ -58,9 +58,18 @@ class FileCodec:
         except Exception as error:  # the package raises bare Exception
             raise ValueError(f"the run's tokenizer cannot encode {text!r}: {error}") from error
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; special ones, and those that the tokenizer does not have, are left out."""
-        return self._tokenizer.decode(ids)
+    def decode(self, ids: Sequence[int], *, continued: bool = False) -> str:
+        """The text of ids; special ones, and those that the tokenizer does not have, are left out.
+
+        Many tokenizers drop the space before the first word of a text. `continued` keeps it, or adds none
+        if the first id continues a word.
+        """
+        text = self._tokenizer.decode(ids)
+        if not continued or not ids:
+            return text
+        before = self._tokenizer.decode(ids[:1])  # any token will do
+        both = self._tokenizer.decode([ids[0], *ids])
+        return both.removeprefix(before) if both.startswith(before) else text
 
 
 def is_byte_model(model: ModelInfo) -> bool:
