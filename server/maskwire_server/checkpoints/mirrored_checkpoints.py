@@ -23,7 +23,7 @@ from maskwire_server.checkpoints.files import NOT_A_MANIFEST, describe, flush, w
 from maskwire_server.checkpoints.provenance import foreign_save, recorded_saves
 from maskwire_server.checkpoints.store import Checkpoints
 from maskwire_server.errors import Refused
-from maskwire_server.journal.ancestry import ancestry
+from maskwire_server.journal.ancestry import Segment, ancestry
 from maskwire_server.journal.fsync import flush_folder, make_folder
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.mirror_segments import BATCHES, steps_of_batches
@@ -89,6 +89,10 @@ class MirroredCheckpoints:
     def newest(self) -> Manifest | None:
         """The newest checkpoint in the mirror."""
         return next(iter(newest_first(self._there.values())), None)
+
+    def newest_of(self, segments: list[Segment]) -> Manifest | None:
+        """The newest checkpoint of an ancestry in the mirror."""
+        return next(iter(newest_first(retention.on_path(self._there.values(), segments))), None)
 
     def missing(self) -> list[Manifest]:
         """The checkpoints of the run directory that the mirror lacks, newest first."""

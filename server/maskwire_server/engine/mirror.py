@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from maskwire.v1.values import MirrorStatus
@@ -23,13 +23,17 @@ from maskwire_server.engine.checkpoint_uploader import CheckpointUploader
 from maskwire_server.engine.committer import Committer
 from maskwire_server.engine.engine_options import EngineOptions
 from maskwire_server.engine.shared_state import Run
+from maskwire_server.engine.uploaded_commit import UploadedCommit
 from maskwire_server.engine.wakeup import Wakeup
 from maskwire_server.errors import FencedError, Refused, StoreError
+from maskwire_server.journal import inexact_replays
+from maskwire_server.journal.ancestry import ancestry
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.mirror_segment_writer import SegmentWriter, resume
+from maskwire_server.journal.mirror_segments import Segment, restored_checkpoints
 from maskwire_server.journal.object_store import ObjectStore
 from maskwire_server.journal.outbox import Page
-from maskwire_server.journal.records import Lineage
+from maskwire_server.recovery import initial_weights
 from maskwire_server.results import CheckpointInfo
 
 log = logging.getLogger(__name__)
@@ -37,6 +41,8 @@ log = logging.getLogger(__name__)
 START_RETRY_SECONDS = 1.0
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 10.0
 """The wait after a failure, which doubles with each further one, and its upper bound."""
+STOP_ATTEMPTS = 3
+"""A server that stops leaves the rest after so many failures without progress, if the store worked before."""
 
 
 class Mirror:
@@ -65,6 +71,7 @@ class Mirror:
         self._committer: Committer
         self._thread = threading.Thread(target=self._main, name="maskwire-mirror", daemon=True)
         self._sent = 0  # the newest mark of the outbox that is in the mirror
+        self._unrecorded: UploadedCommit | None = None  # a segment of `settle` that the journal does not know
         self._step = (0, 0)
         self._restored = ""
         self._at = time.time()
@@ -97,33 +104,46 @@ class Mirror:
         self._step, self._at = journal.outbox.last_uploaded_step(), time.time()
         self._problem = ""  # the store answers again
 
-    def settle(self, journal: Journal, *, with_newest: bool) -> None:
-        """If answers wait for the mirror, upload what was recorded before this start.
+    def settle(self, journal: Journal) -> None:
+        """Upload what must be in the mirror before this server computes a step or answers a client.
 
-        Called before the run is served. The mirror then has every record that an answer can come from, and a
-        checkpoint. With `with_newest` it has the newest checkpoint of the run directory: the run cannot be
-        recovered from earlier ones. The same if a complete journal is to be uploaded that lacks batches,
-        whether or not answers wait: when that upload ends, it replaces what the mirror had.
+        That is the newest checkpoint, if the mirror has none from which the run can be recovered. If answers
+        wait for the mirror, also every record of the journal. It can be called again if the disk was full.
         """
-        needed = journal.outbox.needs_checkpoint()
-        if self.awaited:
-            needed |= with_newest or self._copies.newest is None
-        if needed:
+        if (self.awaited and self._copies.newest is None) or self._lacks_checkpoint(journal):
             self._copies.upload_newest(journal.lineages())
         while self.awaited:
-            page = journal.outbox.page(0, self._settings.segment_bytes)
-            if not page.last and self._writer.lossless:
-                break
-            for name in _restored_checkpoints(page):
-                self._saves.upload(name)
-            self._writer.lossless |= not page.more
-            self._writer.compose(page)
-            self._writer.send()
-            self._sent = max(self._sent, page.last)
-            record = _UploadedCommit(self._writer, page.last)
-            journal.transaction(partial(record.write, journal))
+            if self._unrecorded is None:
+                page = journal.outbox.page(0, self._settings.segment_bytes)
+                if not page.last and self._writer.lossless:
+                    break
+                for name in restored_checkpoints(page.changes):
+                    self._saves.upload(name)
+                self._writer.lossless |= not page.more
+                self._writer.compose(page)
+                self._send()
+                self._sent = max(self._sent, page.last)
+                self._unrecorded = UploadedCommit(self._writer, page.last)
+            journal.transaction(partial(self._unrecorded.write, journal))
+            self._unrecorded = None
         self._step = journal.outbox.last_uploaded_step()
         self._problem = ""
+
+    def _lacks_checkpoint(self, journal: Journal) -> bool:
+        """Whether what the mirror has, or the journal that it is to get, leads to no state of this run.
+
+        That journal may lack batches. Others may not compute the same initial weights, nor the results of an
+        inexact replay.
+        """
+        lineages = journal.lineages()
+        segments = ancestry(lineages, max(lineages))
+        newest = self._copies.newest_of(segments)
+        start = (0, 0) if newest is None else (newest.info.lineage, newest.info.step)
+        return (
+            journal.outbox.needs_checkpoint()
+            or (newest is None and not initial_weights.follow_from_seed(journal))
+            or bool(inexact_replays.ahead(inexact_replays.recorded(journal), segments, start))
+        )
 
     def _wait(self, tell: Callable[[str], None], failure: StoreError) -> bool:
         """Wait before a call to the store is retried; False if the server is stopping."""
@@ -164,15 +184,22 @@ class Mirror:
         return None if copied is None else copied.info
 
     def flush(self, seconds: float) -> None:
-        """Wait until everything is uploaded or another upload fails, for at most `seconds`."""
-        deadline, failures = time.monotonic() + seconds, self._all_failures
+        """Wait until everything is uploaded or uploads keep failing, for at most `seconds`."""
+        deadline = time.monotonic() + seconds
+        attempts = 1 if self._problem or self._saves.problem else STOP_ATTEMPTS
+        failures, sent = self._all_failures, self._sent
         self._saves.look()
-        while (
-            time.monotonic() < deadline and self._all_failures == failures and self._saves.thread.is_alive()
-        ):
-            self._work.set()
-            if self._saves.idle and self._committer.position <= self._sent:
+        self._work.set()
+        while time.monotonic() < deadline and self._thread.is_alive():
+            if self._sent > sent:
+                failures, sent = self._all_failures, self._sent
+            saved = self._saves.idle or not self._saves.thread.is_alive()
+            if saved and self._committer.position <= self._sent:
                 return
+            if self._all_failures - failures >= attempts:
+                return
+            if not self._problem:  # otherwise the thread waits until it tries again
+                self._work.set()
             time.sleep(0.02)
 
     @property
@@ -240,23 +267,28 @@ class Mirror:
             if not page.last and not self._saves.announcing:
                 self._advance(page.position)
                 return False
-            for name in _restored_checkpoints(page):
+            for name in restored_checkpoints(page.changes):
                 self._saves.upload(name)  # first: the lineage needs the checkpoint it starts from
             self._writer.compose(page, self._saves.take_announcements())
             more = page.more
-        segment = self._writer.pending
-        assert segment is not None
-        self._writer.send()
-        self._at = segment.at
-        self._bytes += sum(size for batches in segment.batches for _, size in batches.steps)
+        segment = self._send()
         steps = [change.values[:2] for change in segment.changes if change.table == "steps"]
         if steps:
             self._step = max((int(str(lineage)), int(str(step))) for lineage, step in steps)
         self._advance(segment.last)
         failpoints.passing("mirror.acknowledging")
-        self._committer.append(_UploadedCommit(self._writer, self._sent))
+        self._committer.append(UploadedCommit(self._writer, self._sent))
         self._saves.announced(segment.deletes)
         return more
+
+    def _send(self) -> Segment:
+        """Upload the composed segment, and return it. Raises FencedError; StoreError if a retry can help."""
+        segment = self._writer.pending
+        assert segment is not None
+        self._writer.send()
+        self._at = segment.at
+        self._bytes += sum(size for batches in segment.batches for _, size in batches.steps)
+        return segment
 
     def _next_page(self) -> Page | None:
         """The changes that the mirror lacks; None while the server shuts down. Raises StoreError."""
@@ -296,40 +328,9 @@ def mirror_of(
     )
 
 
-@dataclass(eq=False)
-class _UploadedCommit:
-    """Deletes the changes from the outbox that are in the mirror."""
-
-    writer: SegmentWriter
-    last: int
-
-    def __post_init__(self) -> None:
-        self._number, self._hash = self.writer.number, self.writer.hash
-
-    def write(self, journal: Journal) -> None:
-        """Delete the changes, and record the segment."""
-        state = journal.outbox.state()
-        assert state is not None
-        state = replace(state, number=self._number, hash=self._hash, instances=(self.writer.instance,))
-        journal.outbox.uploaded(self.last, state)
-
-    def committed(self) -> None:
-        """Do nothing: no caller waits for it."""
-
-
 def _no_patience(_: StoreError) -> bool:
     return False  # the threads themselves wait, and report the failure
 
 
 def _page(journal: Journal, after: int, size: int) -> Page:
     return journal.outbox.page(after, size)
-
-
-def _restored_checkpoints(page: Page) -> list[str]:
-    """The checkpoints from which the new lineages in this page start."""
-    found = [
-        Lineage.read(change.values[:6] + change.values[7:])
-        for change in page.changes
-        if change.table == "lineages"
-    ]
-    return [lineage.checkpoint for lineage in found if lineage.checkpoint]

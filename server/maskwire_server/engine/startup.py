@@ -178,8 +178,7 @@ class Startup:
             self._save_where_needed(journal, trainer, recovered, numerics)
         configuration_id = self._when_there_is_space(partial(self._record, journal, numerics))
         if self._mirror is not None:
-            settle = partial(self._mirror.settle, journal, with_newest=recovered.replayed_inexactly)
-            self._when_there_is_space(settle)
+            self._when_there_is_space(partial(self._mirror.settle, journal))
         here = head.computed
         run.events.publish(LineageOpened(time.time(), run_id, here.lineage, here.step))
         log.info("run %s is at step %d after %.1f s", run_id, here.step, self._options.clock() - began)

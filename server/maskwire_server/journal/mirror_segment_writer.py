@@ -119,34 +119,47 @@ def resume(journal: Journal, store: ObjectStore, acknowledge: str) -> SegmentWri
 
     Raises RunDirectoryError when the address holds another run.
     """
-    outbox, run_id = journal.outbox, journal.fact("run_id")
+    outbox = journal.outbox
     known = outbox.state()
     if known is None or known.address != store.address:
         before = known or MirrorState("")
         known = MirrorState(store.address, restored=before.restored, lost=before.lost)
     chain = _Chain(journal, store, known)
-    chain.read()
-    # Without an outbox the run was served without a mirror. `fill` records that and makes one, at once.
-    state = replace(chain.state, unmirrored=chain.state.unmirrored or not outbox.active)
-    if not (state.complete and outbox.is_current and state.journal_format == FORMAT):
+    writer = _claim(chain, journal, store, acknowledge)
+    if not (chain.state.complete and outbox.is_current and chain.state.journal_format == FORMAT):
         log.info("the whole journal will be uploaded to %s", store.address)
-        outbox.fill(state, journal.transaction)
-        state = replace(state, complete=True, journal_format=FORMAT)
-    instance = new_instance()
-    # Record the instance first: if this start is killed after `send`, the next one recognises the segment.
-    state = replace(state, instances=(*state.instances, instance))
-    journal.transaction(lambda: outbox.keep(state))
-    # This segment confirms nothing: at most, what the one before it said still holds.
-    lossless = acknowledge == "mirrored" and chain.lossless and not state.unmirrored
-    writer = SegmentWriter(
-        store, run_id, acknowledge, instance, state.number, state.hash, lossless=lossless, lost=state.lost
-    )
-    writer.compose(NOTHING)
-    failpoints.passing("mirror.claiming")
-    writer.send()
+        outbox.fill(chain.state, journal.transaction)
+    return writer
+
+
+def _claim(chain: _Chain, journal: Journal, store: ObjectStore, acknowledge: str) -> SegmentWriter:
+    """Write the next segment, an empty one, and record it. Raises FencedError."""
+    outbox, instance = journal.outbox, new_instance()
+    while True:
+        chain.read()
+        # Without an outbox the run was served without a mirror. This is recorded before there is one.
+        unmirrored = chain.state.unmirrored or not outbox.active
+        # The instance is recorded first: if this start is killed after the upload, the next one recognises
+        # the segment.
+        instances = tuple(dict.fromkeys((*chain.state.instances, instance)))
+        chain.state = state = replace(chain.state, unmirrored=unmirrored, instances=instances)
+        journal.transaction(partial(outbox.keep, state))
+        # This segment confirms nothing: at most, what the one before it said still holds.
+        lossless = acknowledge == "mirrored" and chain.lossless and not unmirrored
+        writer = SegmentWriter(
+            store, journal.fact("run_id"), acknowledge, instance, state.number, state.hash,
+            lossless=lossless, lost=state.lost,
+        )  # fmt: skip
+        writer.compose(NOTHING)
+        failpoints.passing("mirror.claiming")
+        if writer.try_send() is None:
+            break
+        # Another server's segment, or one whose upload this directory's former process had begun: read it.
     failpoints.passing("mirror.claimed")
-    claimed = replace(state, number=writer.number, hash=writer.hash, instances=(instance,), unmirrored=False)
-    journal.transaction(lambda: outbox.keep(claimed))
+    chain.state = replace(
+        state, number=writer.number, hash=writer.hash, instances=(instance,), unmirrored=False
+    )
+    journal.transaction(partial(outbox.keep, chain.state))
     return writer
 
 

@@ -15,8 +15,11 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from maskwire_server.journal.records import Lineage
 
 FORMAT = 1
 FOLDER, BATCHES = "segments", "batches"
@@ -183,3 +186,9 @@ def _from_json(value: Any) -> Value:
     if isinstance(value, bool) or not isinstance(value, int | float | str | None):
         raise ValueError(f"a column cannot hold {value!r}")
     return value
+
+
+def restored_checkpoints(changes: Iterable[Change]) -> list[str]:
+    """The checkpoints from which the new lineages among the changes start."""
+    found = [Lineage.read(each.values[:6] + each.values[7:]) for each in changes if each.table == "lineages"]
+    return [lineage.checkpoint for lineage in found if lineage.checkpoint]

@@ -23,12 +23,13 @@ _OWN = ("outbox", "mirror")
 _COLUMNS = 12
 _MARK = "mark"
 _PAGE = 1000
+_STATE = "CREATE TABLE IF NOT EXISTS mirror (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
 _CREATE = (
     f"""CREATE TABLE IF NOT EXISTS outbox (
   id INTEGER PRIMARY KEY AUTOINCREMENT, source TEXT NOT NULL, kind TEXT NOT NULL,
   {", ".join(f"c{number}" for number in range(_COLUMNS))})""",
     f"CREATE INDEX IF NOT EXISTS outbox_batches ON outbox (c0, c1) WHERE source = '{BATCHES}'",
-    "CREATE TABLE IF NOT EXISTS mirror (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    _STATE,
 )
 UPLOADED = (
     f"NOT EXISTS (SELECT 1 FROM outbox WHERE source = '{BATCHES}' AND c0 = payloads.lineage "
@@ -118,6 +119,7 @@ class Outbox:
 
     def keep(self, state: MirrorState) -> None:
         """Record what the journal knows of its mirror."""
+        self._db.execute(_STATE)
         self._db.execute("INSERT OR REPLACE INTO mirror VALUES ('state', ?)", (json.dumps(asdict(state)),))
 
     def create(self) -> None:

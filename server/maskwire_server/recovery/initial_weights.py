@@ -18,6 +18,11 @@ def recorded(journal: Journal) -> str | None:
     return sha256 or None
 
 
+def follow_from_seed(journal: Journal) -> bool:
+    """Whether the run's seed makes its initial weights, so that they need not be kept."""
+    return recorded(journal) is None and journal.last_event(STARTED_FROM) is None
+
+
 def require_source(journal: Journal) -> None:
     """Raise RunDirectoryError if a run without an intact checkpoint cannot be computed from its beginning."""
     started = journal.last_event(STARTED_FROM)

@@ -19,7 +19,7 @@ from maskwire.v1.values import Losses, RunState
 from maskwire_server.engine import checkpoint_uploader
 from maskwire_server.engine import mirror as engine_mirror
 from maskwire_server.engine.engine import Engine
-from maskwire_server.errors import FencedError, Refused
+from maskwire_server.errors import FencedError, Refused, StoreError
 from maskwire_server.journal.object_store import ObjectStore
 from maskwire_server.position import HistoryPosition
 from maskwire_server.requests import (
@@ -348,8 +348,28 @@ def test_a_clean_stop_uploads_the_rest_although_an_earlier_upload_failed(
     assert restored(local, "run").startswith("step 5 ")
 
 
+def test_a_clean_stop_tries_again_when_a_request_fails(
+    local: MirroredRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = local.start(segment_seconds=1000.0, serve={"drain_seconds": 3600.0})
+    wait_for(lambda: bool(mirror(engine).checkpoint))
+    train(engine, 5)
+    create, failures = ObjectStore.create, [StoreError("503 Slow Down")] * 2
+
+    def sometimes(store: ObjectStore, name: str, data: bytes) -> None:
+        if failures:
+            raise failures.pop()
+        create(store, name, data)
+
+    monkeypatch.setattr(ObjectStore, "create", sometimes)
+    assert engine.drain(WAIT)
+    assert not failures
+    lose_the_machine(local, engine)
+    assert restored(local, "run").startswith("step 5 ")
+
+
 @pytest.mark.parametrize("acknowledge", ["local", "mirrored"])
-def test_a_stop_waits_for_one_attempt_while_the_store_is_down(tmp_path: Path, acknowledge: str) -> None:
+def test_a_stop_waits_for_few_attempts_while_the_store_is_down(tmp_path: Path, acknowledge: str) -> None:
     rig = MirroredRig(tmp_path, acknowledge)
     engine = rig.start(serve={"drain_seconds": 3600.0})
     with down():
