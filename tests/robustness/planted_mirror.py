@@ -26,8 +26,9 @@ def an_answer_while_the_store_is_down(folder: Path) -> None:
         train(engine, 1)
         with down():
             step = engine.train_step(bare(1, "step-1"))
-            wait_for(lambda: step.done() or engine.status().state is RunState.HELD)
+            wait_for(lambda: step.done() or mirror(engine).failures >= 2)  # half a second after the first
             assert not step.done(), "the step was answered before the mirror had it"
+            assert engine.status().state is RunState.HELD
         assert step.result(WAIT).step == 2
 
 
