@@ -24,6 +24,7 @@ def an_answer_while_the_store_is_down(folder: Path) -> None:
     with closing(MirroredRig(folder, "mirrored")) as rig:
         engine = rig.start()
         train(engine, 1)
+        wait_for(lambda: mirror(engine).step == 1)
         with down():
             step = engine.train_step(bare(1, "step-1"))
             wait_for(lambda: step.done() or mirror(engine).failures >= 2)  # half a second after the first
