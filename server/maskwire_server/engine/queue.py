@@ -211,7 +211,10 @@ class Queue:
     def unpark(self) -> None:
         """Queue the next save that was set aside, at the front."""
         if self._parked:
-            self._entries.appendleft(self._parked.popleft())
+            save = self._parked.popleft()
+            if save.arrived is not None:  # until now it waited for the other checkpoint, not for a read
+                save.arrived = self._clock()
+            self._entries.appendleft(save)
 
     # Refusals.
 
