@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -39,7 +40,8 @@ class CredentialOptions(TypedDict, total=False):
     token: str | None
     """Bearer token, for a server that requires one."""
     token_file: str | Path | None
-    """File with the bearer token on its first line that is not a comment. Read again when it changes."""
+    """File with the bearer token on its first line that is not a comment. Read again when it changes, unless
+    it is a pipe."""
     allow_insecure: bool
     """Send the token in plaintext to another machine. Anyone on the network can read it."""
 
@@ -49,7 +51,7 @@ class TokenFile:
 
     def __init__(self, path: Path) -> None:
         """Read it. Raises OSError and ValueError."""
-        self._path = path
+        self._path = path.absolute()  # the program may change its folder
         self._stamp: tuple[int, ...] = ()
         self._token = ""
         self.read()
@@ -59,7 +61,8 @@ class TokenFile:
         try:
             found = self._path.stat()
             stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
-            if stamp != self._stamp:
+            # Only a regular file is read again: a pipe would wait for somebody to write to it.
+            if not self._token or (stamp != self._stamp and stat.S_ISREG(found.st_mode)):
                 self._token, self._stamp = _token_in(self._path), stamp
         except (OSError, ValueError):
             if not self._token:

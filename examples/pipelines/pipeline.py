@@ -4,14 +4,14 @@
 
 It runs the command `maskwire`, which takes the server, the certificates and the token from the environment
 (MASKWIRE_TARGET, MASKWIRE_CA, MASKWIRE_TOKEN_FILE). Each finished stage leaves a record, WORK/STAGE.json.
-Run the same command again after any interruption: it resumes at the first stage without a record. See
-docs/pipelines.md.
+Run the same command again after any interruption: it resumes at the first stage without a record. The gate
+is checked in every run, because --bound may change. See docs/pipelines.md.
 
 Exit codes: those of `maskwire` for the command that failed, or
 
     0    the weights are in WORK/model, and WORK/export.json describes them
     2    wrong usage, or WORK belongs to a pipeline with other arguments
-    10   the gate is closed: the model is not good enough; nothing was exported
+    10   the gate is closed: the model is not good enough; this run exported nothing
     11   somebody else trained the run beyond --until-step, or restored it
 """
 
@@ -92,12 +92,12 @@ STAGES: tuple[Stage, ...] = (prepare, train, evaluate, gate, export)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the stages that have no record yet."""
+    """Run the gate, and the other stages that have no record yet."""
     options = parser().parse_args(arguments)
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, stop)
-    # The bound may change: a closed gate leaves no record. All other arguments must fit the records.
+    # The bound may change: the gate is checked in every run. All other arguments must fit the records.
     fixed = {key: str(value) for key, value in vars(options).items() if key not in ("work", "bound", "name")}
     if not (work / "arguments.json").exists():
         write(work / "arguments.json", fixed)
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     for stage in STAGES:
         name = stage.__name__
         path = work / f"{name}.json"
-        if not path.exists():
+        if stage is gate or not path.exists():
             write(path, stage(work, options, records))
         records[name] = read(path)
         print(json.dumps({"stage": name, **records[name]}), flush=True)

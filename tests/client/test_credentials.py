@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from pathlib import Path
@@ -60,6 +61,35 @@ def test_a_token_file_is_read_again_when_it_changes_and_is_usable(tmp_path: Path
     (tmp_path / "next").write_text("third-token-0123456789")
     (tmp_path / "next").rename(file)
     assert sent() == "third-token-0123456789"
+
+
+def test_a_relative_token_file_stays_the_same_file_when_the_program_changes_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "token").write_text(f"token-of-{folder}")
+    monkeypatch.chdir(tmp_path / "one")
+    endpoint = Endpoint.of("127.0.0.1:1", token_file="token")
+    monkeypatch.chdir(tmp_path / "two")
+    assert endpoint.metadata == (("authorization", "Bearer token-of-one"),)
+    (tmp_path / "one" / "token").write_text("replaced-token-of-one")
+    assert endpoint.metadata == (("authorization", "Bearer replaced-token-of-one"),)
+
+
+def test_a_fifo_is_read_once_because_a_second_read_would_wait_for_a_writer(tmp_path: Path) -> None:
+    fifo = tmp_path / "token"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=fifo.write_text, args=(TOKEN,))
+    writer.start()
+    endpoint = Endpoint.of("127.0.0.1:1", token_file=fifo)
+    writer.join()
+    os.utime(fifo, ns=(1, 1))  # the stamp has changed, whatever the clock's resolution
+    sent: list[object] = []
+    reader = threading.Thread(target=lambda: sent.append(endpoint.metadata), daemon=True)
+    reader.start()
+    reader.join(10)
+    assert sent == [(("authorization", f"Bearer {TOKEN}"),)]
 
 
 @pytest.mark.parametrize(

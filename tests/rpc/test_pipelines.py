@@ -132,6 +132,10 @@ def test_a_closed_gate_exports_nothing_and_opens_with_another_bound(calm: Server
     assert "ran" not in run(calm, arguments(texts, "work", bound=0.5)).stderr, "and costs nothing again"
     opened = run(calm, arguments(texts, "work"))
     assert opened.returncode == 0, opened.stderr
+    for bound, code in ((0.5, 10), (19, 0)):
+        again = run(calm, arguments(texts, "work", bound=bound))
+        assert (again.returncode, "ran" in again.stderr) == (code, False), "each run checks its own bound"
+    assert records(texts / "work")["gate"]["bound"] == 19
     beyond = run(calm, arguments(texts, "beyond", **{"until-step": 3}))
     assert (beyond.returncode, "is at step 6" in beyond.stderr) == (11, True)
 

@@ -19,7 +19,7 @@ from maskwire_server.errors import Refused
 class Queue:
     """Entries for the executor in order. Methods are called under the run's mutex.
 
-    Status reports call `len`, `busy` and `reads` without the mutex.
+    Status reports call `len`, `busy`, `reads` and `without_reads` without the mutex.
     """
 
     def __init__(self, clock: Callable[[], float], gap_seconds: float) -> None:
@@ -38,8 +38,11 @@ class Queue:
         self._refused: set[int] = set()  # numbers whose step was refused, until another step takes them
 
     def __len__(self) -> int:
-        """Entries that wait. Early steps do not count: they must not keep their predecessor out."""
-        return len(self._entries) + len(self._parked)
+        """Entries that wait, without reads whose callers have left.
+
+        Early steps do not count: they must not keep their predecessor out.
+        """
+        return self.without_reads + self.reads()
 
     @property
     def busy(self) -> bool:
@@ -82,7 +85,8 @@ class Queue:
 
         The limit on steps and saves is compared with this number, so that reads take no place from them.
         """
-        return len(self) - sum(isinstance(entry, Evaluation | Generation) for entry in self._entries)
+        entries = self._entries.copy()  # atomic, whatever other threads do
+        return len(self._parked) + sum(not isinstance(entry, Evaluation | Generation) for entry in entries)
 
     def saves(self) -> list[Save]:
         """The saves that wait."""
@@ -211,7 +215,10 @@ class Queue:
     def unpark(self) -> None:
         """Queue the next save that was set aside, at the front."""
         if self._parked:
-            self._entries.appendleft(self._parked.popleft())
+            save = self._parked.popleft()
+            if save.arrived is not None:  # until now it waited for the other checkpoint, not for a read
+                save.arrived = self._clock()
+            self._entries.appendleft(save)
 
     # Refusals.
 

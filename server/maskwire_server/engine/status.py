@@ -36,6 +36,7 @@ def report(
     """State, progress and what the run is waiting for. Works even if a thread of the run hangs."""
     head, durable = run.head, run.head.durable
     figures = run.aggregates.figures(run.events.dropped)
+    waiting_reads = run.queue.reads()
     return RunStatus(
         state=run.conditions.state,
         state_since=run.conditions.since,
@@ -45,7 +46,7 @@ def report(
         step=head.computed.step,
         durable_step=durable.step,
         digest=durable.digest,
-        queue_length=len(run.queue),
+        queue_length=run.queue.without_reads + waiting_reads,  # an alert subtracts the reads again
         queue_limit=serve.queue_limit,
         steps_per_second=figures.recent.steps_per_second,
         tokens_per_second=figures.recent.tokens_per_second,
@@ -64,7 +65,7 @@ def report(
             run.share.step_seconds,
             run.share.read_seconds,
             run.share.owed_seconds,
-            run.queue.reads(),
+            waiting_reads,
             run.share.refused_reads,
             run.share.ended_reads,
         ),

@@ -8,6 +8,10 @@ from collections.abc import Callable
 
 from maskwire_server.errors import Refused
 
+MOST_COUNTED = 5.0
+"""Seconds of a call in `Turns` that count. A page of steps is read in milliseconds: the rest of a longer call
+was a wait, for the disk or the mirror, which takes no time from training."""
+
 
 class ConcurrencyLimit:
     """A context manager for calls that occupy a worker for a long time; a call over the limit is refused."""
@@ -35,7 +39,7 @@ class ConcurrencyLimit:
 class Turns:
     """A context manager for calls that take time from training: one at a time, at most half of the time.
 
-    A call begins when the one before it has ended for as long as that one took.
+    A call begins when the one before it has ended for as long as that one took, up to MOST_COUNTED.
     """
 
     def __init__(
@@ -55,5 +59,5 @@ class Turns:
     def __exit__(self, *_: object) -> None:
         """End the turn."""
         now = self._clock()
-        self._next = now + (now - self._began)
+        self._next = now + min(now - self._began, MOST_COUNTED)
         self._turn.release()

@@ -18,6 +18,8 @@ from maskwire_server.batch import Prompts
 from maskwire_server.config import ServeConfig
 from maskwire_server.engine.device_share import IDLE_SECONDS, DeviceShare
 from maskwire_server.engine.engine import Engine
+from maskwire_server.engine.entries import Save
+from maskwire_server.engine.queue import Queue
 from maskwire_server.errors import Refused, Unwanted
 from maskwire_server.requests import EvalRequest, GenerateRequest, SaveRequest, SessionRequest
 from maskwire_server.results import (
@@ -298,10 +300,30 @@ def test_reads_whose_callers_have_left_take_no_place_from_steps(rig: Rig) -> Non
     rig.trainer.entered.acquire()
     for _ in range(6):  # one reader with a short deadline
         assert engine.eval_loss(evaluation("a")).cancel()
-        assert engine.status().queue_length <= 1, "one that has left is forgotten when the next one comes"
+        generated = engine.generate(generation(1, "a"))
+        status = engine.status()
+        assert (status.queue_length, status.device_share.waiting_reads) == (1, 1), "not those that have left"
+        generated.cancel()
+        assert engine.status().queue_length == 0
+        assert len(engine._run.queue._entries) <= 2, "the next one that comes drops those that have left"
     second = engine.train_step(bare(2))
     rig.trainer.gate.set()
     assert [each.result(WAIT).step for each in (first, second)] == [1, 2]
+
+
+def test_a_save_waits_for_a_read_from_when_the_checkpoint_before_it_is_written() -> None:
+    clock = Clock()
+    share, queue = DeviceShare(clock, 30.0), Queue(clock, gap_seconds=30.0)
+    for requested in (None, clock.now):
+        queue.park(Save(SaveRequest(), automatic=requested is None, arrived=requested))
+    share.begin_read()
+    clock.now += 100.0
+    queue.unpark()
+    assert queue.first_arrived is None, "no client waits for an automatic save"
+    queue.unpark()
+    assert not share.read_is_overdue(queue.first_arrived), "until now it waited for the other checkpoint"
+    clock.now += 30.0
+    assert share.read_is_overdue(queue.first_arrived)
 
 
 def test_a_pause_between_steps_counts_as_theirs_and_a_client_that_has_left_is_not_waited_for() -> None:

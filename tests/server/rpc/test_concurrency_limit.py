@@ -46,6 +46,15 @@ def test_calls_that_take_turns_take_half_of_the_time_at_most() -> None:
     )
 
 
+def test_a_call_that_waited_for_a_slow_store_delays_the_next_by_five_seconds_at_most() -> None:
+    now, pauses = [100.0], []
+    turns = Turns(lambda: now[0], pauses.append)
+    for seconds in (40.0, 0.0):
+        with turns:
+            now[0] += seconds
+    assert pauses == [0.0, 5.0]
+
+
 def test_a_call_that_fails_ends_its_turn() -> None:
     turns = Turns()
     with pytest.raises(ValueError, match="broken"), turns:
