@@ -45,3 +45,5 @@ class StepsPage:
     steps: tuple[RecordedStep, ...]
     next_step: int | None
     """The first step of the next page; None on the last page."""
+    seconds: float = 0.0
+    """How long the committer took to read it."""

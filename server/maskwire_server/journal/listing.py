@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from maskwire_server.errors import Refused
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.records import StepRecord
@@ -10,6 +12,7 @@ from maskwire_server.step_listing import RecordedStep, StepsPage, StepsRequest
 
 def page(journal: Journal, run_id: str, request: StepsRequest) -> StepsPage:
     """The first steps of the requested range; raises Refused (WRONG_RUN)."""
+    began = time.monotonic()
     lineages = journal.lineages()
     newest = max(lineages)
     lineage = lineages.get(newest if request.lineage is None else request.lineage)
@@ -28,6 +31,7 @@ def page(journal: Journal, run_id: str, request: StepsRequest) -> StepsPage:
         run_id, lineage.lineage, lineage.parent, lineage.step, lineage.checkpoint,
         steps=tuple(_recorded(record) for record in found[: request.size]),
         next_step=found[-1].step if len(found) > request.size else None,
+        seconds=time.monotonic() - began,
     )  # fmt: skip
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Self
 
 from maskwire_server.errors import Refused
-
-MOST_COUNTED = 5.0
-"""Seconds of a call in `Turns` that count. A page of steps is read in milliseconds: the rest of a longer call
-was a wait, for the disk or the mirror, which takes no time from training."""
 
 
 class ConcurrencyLimit:
@@ -39,7 +36,7 @@ class ConcurrencyLimit:
 class Turns:
     """A context manager for calls that take time from training: one at a time, at most half of the time.
 
-    A call begins when the one before it has ended for as long as that one took, up to MOST_COUNTED.
+    A call begins when the one before it has ended for as long as that one took from training.
     """
 
     def __init__(
@@ -48,16 +45,18 @@ class Turns:
         self._clock = clock
         self._sleep = sleep
         self._turn = threading.Lock()
-        self._began = self._next = clock()
+        self._next = clock()
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         """Wait for the turn."""
         self._turn.acquire()
         self._sleep(max(0.0, self._next - self._clock()))
-        self._began = self._clock()
+        return self
+
+    def took(self, seconds: float) -> None:
+        """Note how long the call took from training, without its wait for the disk or the mirror."""
+        self._next = self._clock() + seconds
 
     def __exit__(self, *_: object) -> None:
         """End the turn."""
-        now = self._clock()
-        self._next = now + min(now - self._began, MOST_COUNTED)
         self._turn.release()

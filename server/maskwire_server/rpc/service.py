@@ -142,8 +142,10 @@ class TrainingService(pb_grpc.TrainingServiceServicer):
     def ListSteps(self, request: pb.ListStepsRequest, context: grpc.ServicerContext) -> pb.ListStepsResponse:
         with abort_on_error(context):
             decoded = list_steps.read_list(request)
-            with self._lists, self._list_turns:
-                return list_steps.answer(_wait(self._engine.list_steps(decoded), context))
+            with self._lists, self._list_turns as turn:
+                page = _wait(self._engine.list_steps(decoded), context)
+                turn.took(page.seconds)
+                return list_steps.answer(page)
 
     def GetStatus(
         self,

@@ -39,20 +39,22 @@ def test_calls_that_take_turns_take_half_of_the_time_at_most() -> None:
     turns = Turns(lambda: now[0], sleep)
     for seconds, idle in ((3.0, 0.0), (1.0, 0.0), (2.0, 0.5), (1.0, 10.0)):
         now[0] += idle
-        with turns:
+        with turns as turn:
             now[0] += seconds
+            turn.took(seconds)
     assert pauses == [0.0, 3.0, 0.5, 0.0], (
         "after 3 s, after 1 s less the idle time, and after a long idle time"
     )
 
 
-def test_a_call_that_waited_for_a_slow_store_delays_the_next_by_five_seconds_at_most() -> None:
+def test_what_a_call_waited_for_the_mirror_delays_no_other_call() -> None:
     now, pauses = [100.0], []
     turns = Turns(lambda: now[0], pauses.append)
-    for seconds in (40.0, 0.0):
-        with turns:
-            now[0] += seconds
-    assert pauses == [0.0, 5.0]
+    for held_back in (40.0, 0.0):
+        with turns as turn:
+            now[0] += 0.25 + held_back
+            turn.took(0.25)
+    assert pauses == [0.0, 0.25]
 
 
 def test_a_call_that_fails_ends_its_turn() -> None:
