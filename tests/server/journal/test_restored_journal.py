@@ -7,6 +7,7 @@ import itertools
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -162,6 +163,20 @@ def test_what_a_recorded_lineage_starts_from_is_uploaded_first_at_a_start(
     rig.acknowledge = "mirrored"
     rig.start(checkpoints={"every_steps": 1000})
     assert list((rig.folder / "mirror" / "checkpoints").glob("three.*/manifest.json"))
+
+
+def test_each_segment_of_a_whole_upload_exceeds_its_size_by_one_batch_at_most(rig: MirroredRig) -> None:
+    with closing(Journal(rig.folder / "run")) as journal:
+        journal.create({"run_id": "run-1", "seed": 0, "canonical": b"{}"}, b"d" * 32)
+        batches = [(1, step, bytes([step]) * 3000) for step in range(1, 13)]
+        write = partial(journal._db.executemany, "INSERT INTO payloads VALUES (?, ?, ?)", batches)
+        journal.transaction(write)
+    list(upload_all(rig, 10_000))
+    sizes = [sum(size for each in segment.batches for _, size in each.steps) for segment in segments(rig)]
+    assert sum(sizes) == 12 * 3000
+    assert max(sizes) == 4 * 3000
+    assert rig.restore("other")
+    assert sorted(tables(rig.folder / "other")["payloads"]) == batches
 
 
 # What is said to be lost.
