@@ -22,7 +22,7 @@ from maskwire_server.checkpoints.catalogue import newest_first
 from maskwire_server.checkpoints.files import NOT_A_MANIFEST, describe, flush, write_manifest_bytes
 from maskwire_server.checkpoints.provenance import foreign_save, recorded_saves
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.errors import Refused
+from maskwire_server.errors import Refused, is_shortage
 from maskwire_server.journal.ancestry import ancestry
 from maskwire_server.journal.fsync import flush_folder, make_folder
 from maskwire_server.journal.journal import Journal
@@ -30,7 +30,7 @@ from maskwire_server.journal.mirror_segments import BATCHES, steps_of_batches
 from maskwire_server.journal.object_store import ObjectStore
 from maskwire_server.journal.records import Lineage
 from maskwire_server.manifest import MANIFEST, Manifest
-from maskwire_server.results import CheckpointInfo
+from maskwire_server.results import CheckpointInfo, FileInfo
 
 log = logging.getLogger(__name__)
 
@@ -126,11 +126,11 @@ class MirroredCheckpoints:
             if twin is not None:  # such as weights that are never trained
                 self._store.copy(f"{twin}/{file.name}", f"{folder}/{file.name}")
                 continue
-            if not (path / file.name).is_file() or describe(path / file.name) != file:
+            if not _is_intact(path / file.name, file):
                 raise Refused(
                     "CHECKPOINT_DAMAGED",
-                    f"{file.name} is missing or does not match its manifest; the next save sets the "
-                    "checkpoint aside",
+                    f"{file.name} is missing or does not match its manifest; save again, and delete this "
+                    "checkpoint if it is still listed then",
                     name=manifest.info.name,
                 )
             self._store.put_file(f"{folder}/{file.name}", path / file.name)
@@ -222,6 +222,16 @@ class MirroredCheckpoints:
         write_manifest_bytes(path, data)
         flush_folder(self._checkpoints.folder)
         log.info("checkpoint %s fetched", manifest.info.name)
+
+
+def _is_intact(path: Path, file: FileInfo) -> bool:
+    """Whether a file is as its manifest lists it."""
+    try:
+        return describe(path) == file
+    except OSError as error:
+        if is_shortage(error):  # it may be intact
+            raise
+        return False
 
 
 def _name(folder: str) -> str:

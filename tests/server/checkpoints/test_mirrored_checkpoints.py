@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from mirrors import MirroredRig, down, lose_the_machine, mirror, train
-from rig import WAIT, wait_for
+from rig import WAIT, reason, wait_for
 
 from maskwire_server.checkpoints.mirrored_checkpoints import MirroredCheckpoints
 from maskwire_server.engine import checkpoint_uploader
@@ -27,23 +27,43 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MirroredR
     rig.close()
 
 
-@pytest.mark.parametrize("gone", [False, True])
-def test_a_damaged_checkpoint_does_not_keep_the_others_from_the_mirror(
-    local: MirroredRig, gone: bool
+def changed(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"state"', b'"staTe"'))
+
+
+def unreadable(path: Path) -> None:
+    path.unlink()
+    path.mkdir()  # reading it raises an error of the operating system
+
+
+@pytest.mark.parametrize("damage", [changed, Path.unlink, unreadable])
+@pytest.mark.parametrize("acknowledge", ["local", "mirrored"])
+def test_a_damaged_checkpoint_is_refused_and_named_and_keeps_no_other_from_the_mirror(
+    local: MirroredRig, acknowledge: str, damage: Callable[[Path], None]
 ) -> None:
-    engine = local.start()
-    train(engine, 1)
+    local.acknowledge = acknowledge
+    engine = local.start(checkpoints={"every_steps": 1000})
+    saves = []
     with down("put_file"):
-        for name in ("older", "newer"):
-            engine.save(SaveRequest(name)).result(WAIT)
-            train(engine, 1, first=1 if name == "older" else 2)
-        state = local.folder / "run" / "checkpoints" / "newer" / "state.json"
-        if gone:
-            state.unlink()
-        else:
-            state.write_bytes(state.read_bytes().replace(b'"state"', b'"staTe"'))
-    wait_for(lambda: mirror(engine).checkpoint == "older")
-    wait_for(lambda: mirror(engine).problem == "")
+        for step, name in enumerate(("older", "newer")):
+            train(engine, 1, first=step)
+            folder = local.folder / "run" / "checkpoints" / name
+            saves.append(engine.save(SaveRequest(name, name)))
+            wait_for((folder / "manifest.json").exists)
+            wait_for(lambda: not engine._saves.busy)
+        damage(folder / "state.json")
+    words = "checkpoint 'newer' cannot be copied to the mirror: state.json is missing or does not match its"
+    wait_for(lambda: mirror(engine).problem.startswith(words))
+    assert mirror(engine).checkpoint == "older"
+    assert saves[0].result(WAIT).name == "older"
+    if acknowledge == "local":
+        assert saves[1].result(WAIT).name == "newer"
+    else:
+        for save in (saves[1], engine.save(SaveRequest("newer", "newer"))):
+            assert reason(save) == "CHECKPOINT_FAILED"
+            assert str(save.exception()).startswith(words)
+    assert engine.save(SaveRequest("newest")).result(WAIT).name == "newest"  # sets the damaged one aside
+    wait_for(lambda: mirror(engine).checkpoint == "newest" and mirror(engine).problem == "")
 
 
 def test_a_checkpoint_that_lacks_a_file_in_the_mirror_is_passed_over(local: MirroredRig) -> None:
