@@ -122,9 +122,7 @@ class MirroredCheckpoints:
         data = (path / MANIFEST).read_bytes()
         folder = f"{FOLDER}/{manifest.info.name}.{hashlib.sha256(data).hexdigest()[:16]}"
         for file in manifest.info.files:
-            twin = next((each for each, m in self._there.items() if file in m.info.files), None)
-            if twin is not None:  # such as weights that are never trained
-                self._store.copy(f"{twin}/{file.name}", f"{folder}/{file.name}")
+            if self._copy_twin(file, folder):
                 continue
             if not _is_intact(path / file.name, file):
                 raise Refused(
@@ -141,6 +139,25 @@ class MirroredCheckpoints:
             self._partial -= {folder}
         log.info("checkpoint %s uploaded: %.1f MB", manifest.info.name, manifest.info.size_bytes / 1e6)
         failpoints.passing("mirror.checkpoint_uploaded")
+
+    def _copy_twin(self, file: FileInfo, folder: str) -> bool:
+        """Copy a file, such as weights that are never trained, from another checkpoint there, if one has it.
+
+        The content of the copy is not compared: to hash it, it would be downloaded. A restore does that.
+        """
+        for twin in [each for each, manifest in self._there.items() if file in manifest.info.files]:
+            # Looked up first: a copy that fails is retried, also if the object is gone.
+            if f"{twin}/{file.name}" in self._store.names(twin):
+                self._store.copy(f"{twin}/{file.name}", f"{folder}/{file.name}")
+                return True
+            log.error("%s/%s/%s is missing: the checkpoint is not used", self._store.address, twin, file.name)
+            self._forget(twin)  # `missing` names it, if it is still here, and it is uploaded again
+        return False
+
+    def _forget(self, folder: str) -> None:
+        with self._changing:
+            self._partial -= {folder}
+            self._there = {each: manifest for each, manifest in self._there.items() if each != folder}
 
     # Deleting.
 
@@ -181,9 +198,7 @@ class MirroredCheckpoints:
             if name.startswith(f"{FOLDER}/"):
                 if name in self._partial:
                     log.info("%s is deleted: a server was lost while it uploaded this checkpoint", name)
-                with self._changing:
-                    self._partial -= {name}
-                    self._there = {folder: m for folder, m in self._there.items() if folder != name}
+                self._forget(name)
                 self._store.delete(f"{name}/{MANIFEST}")
                 for file in self._store.names(name):
                     self._store.delete(file)

@@ -156,6 +156,28 @@ def test_a_checkpoint_with_a_file_missing_in_the_mirror_is_uploaded_again(
         assert not [name for name in copies.collectable(run.lineages, 1, batches=False) if "two" in name]
 
 
+def test_a_file_that_two_checkpoints_share_is_uploaded_again_once_it_is_gone_there(
+    local: MirroredRig, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = local.start(checkpoints={"every_steps": 1000})
+    train(engine, 1)
+    engine.save(SaveRequest("first")).result(WAIT)
+    wait_for(lambda: mirror(engine).checkpoint == "first")
+    folder = local.folder / "mirror" / "checkpoints"
+    (lost,) = folder.glob("first.*/state.json")
+    content = lost.read_bytes()
+    lost.unlink()
+    engine.save(SaveRequest("second")).result(WAIT)  # of the same step, so with the same file
+    wait_for(lambda: mirror(engine).checkpoint == "second")
+    assert f"{lost.parent.name}/state.json is missing: the checkpoint is not used" in caplog.text
+    engine.save(SaveRequest("third")).result(WAIT)
+    wait_for(lambda: mirror(engine).checkpoint == "third")
+    engine.drain(WAIT)
+    for name in ("first", "second", "third"):
+        assert [path.read_bytes() for path in folder.glob(f"{name}.*/state.json")] == [content], name
+    assert (mirror(engine).problem, mirror(engine).failures) == ("", 0)
+
+
 def test_what_a_start_from_the_mirror_may_need_stays_though_it_is_gone_here(local: MirroredRig) -> None:
     engine = local.start()
     for step in range(3):
