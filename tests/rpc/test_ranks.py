@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -194,10 +195,11 @@ def test_a_server_that_is_stopped_while_it_starts_ends_with_0(start: Start) -> N
 LAYOUT = "distributed: replicate x shard must be the number of ranks, 2, got 3 x off"
 
 
-def test_ranks_that_do_not_form_the_layout_are_refused_before_any_starts(start: Start) -> None:
-    server = start(2, "distributed.replicate=3")
+def test_ranks_that_do_not_form_the_layout_are_refused_in_the_log_before_any_starts(start: Start) -> None:
+    server = start(2, "distributed.replicate=3", "telemetry.log_format=json")
     assert server.process.wait(120) == 2
-    assert server.log.read_text() == f"maskwire-server: {LAYOUT}\n"
+    (line,) = map(json.loads, server.log.read_text().splitlines())
+    assert (line["level"], line["message"]) == ("critical", LAYOUT)
 
 
 def test_a_rank_of_another_launcher_that_is_not_in_the_layout_is_refused(tmp_path: Path) -> None:

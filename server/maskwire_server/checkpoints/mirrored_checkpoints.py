@@ -22,7 +22,7 @@ from maskwire_server.checkpoints.catalogue import newest_first
 from maskwire_server.checkpoints.files import NOT_A_MANIFEST, describe, flush, write_manifest_bytes
 from maskwire_server.checkpoints.provenance import foreign_save, recorded_saves
 from maskwire_server.checkpoints.store import Checkpoints
-from maskwire_server.errors import Refused
+from maskwire_server.errors import Refused, is_shortage
 from maskwire_server.journal.ancestry import Segment, ancestry
 from maskwire_server.journal.fsync import flush_folder, make_folder
 from maskwire_server.journal.journal import Journal
@@ -30,7 +30,7 @@ from maskwire_server.journal.mirror_segments import BATCHES, steps_of_batches
 from maskwire_server.journal.object_store import ObjectStore
 from maskwire_server.journal.records import Lineage
 from maskwire_server.manifest import MANIFEST, Manifest
-from maskwire_server.results import CheckpointInfo
+from maskwire_server.results import CheckpointInfo, FileInfo
 
 log = logging.getLogger(__name__)
 
@@ -126,15 +126,13 @@ class MirroredCheckpoints:
         data = (path / MANIFEST).read_bytes()
         folder = f"{FOLDER}/{manifest.info.name}.{hashlib.sha256(data).hexdigest()[:16]}"
         for file in manifest.info.files:
-            twin = next((each for each, m in self._there.items() if file in m.info.files), None)
-            if twin is not None:  # such as weights that are never trained
-                self._store.copy(f"{twin}/{file.name}", f"{folder}/{file.name}")
+            if self._copy_twin(file, folder):
                 continue
-            if not (path / file.name).is_file() or describe(path / file.name) != file:
+            if not _is_intact(path / file.name, file):
                 raise Refused(
                     "CHECKPOINT_DAMAGED",
-                    f"{file.name} is missing or does not match its manifest; the next save sets the "
-                    "checkpoint aside",
+                    f"{file.name} is missing or does not match its manifest; save again, and delete this "
+                    "checkpoint if it is still listed then",
                     name=manifest.info.name,
                 )
             self._store.put_file(f"{folder}/{file.name}", path / file.name)
@@ -145,6 +143,25 @@ class MirroredCheckpoints:
             self._partial -= {folder}
         log.info("checkpoint %s uploaded: %.1f MB", manifest.info.name, manifest.info.size_bytes / 1e6)
         failpoints.passing("mirror.checkpoint_uploaded")
+
+    def _copy_twin(self, file: FileInfo, folder: str) -> bool:
+        """Copy a file, such as weights that are never trained, from another checkpoint there, if one has it.
+
+        The content of the copy is not compared: to hash it, it would be downloaded. A restore does that.
+        """
+        for twin in [each for each, manifest in self._there.items() if file in manifest.info.files]:
+            # Looked up first: a copy that fails is retried, also if the object is gone.
+            if f"{twin}/{file.name}" in self._store.names(twin):
+                self._store.copy(f"{twin}/{file.name}", f"{folder}/{file.name}")
+                return True
+            log.error("%s/%s/%s is missing: the checkpoint is not used", self._store.address, twin, file.name)
+            self._forget(twin)  # `missing` names it, if it is still here, and it is uploaded again
+        return False
+
+    def _forget(self, folder: str) -> None:
+        with self._changing:
+            self._partial -= {folder}
+            self._there = {each: manifest for each, manifest in self._there.items() if each != folder}
 
     # Deleting.
 
@@ -185,9 +202,7 @@ class MirroredCheckpoints:
             if name.startswith(f"{FOLDER}/"):
                 if name in self._partial:
                     log.info("%s is deleted: a server was lost while it uploaded this checkpoint", name)
-                with self._changing:
-                    self._partial -= {name}
-                    self._there = {folder: m for folder, m in self._there.items() if folder != name}
+                self._forget(name)
                 self._store.delete(f"{name}/{MANIFEST}")
                 for file in self._store.names(name):
                     self._store.delete(file)
@@ -226,6 +241,16 @@ class MirroredCheckpoints:
         write_manifest_bytes(path, data)
         flush_folder(self._checkpoints.folder)
         log.info("checkpoint %s fetched", manifest.info.name)
+
+
+def _is_intact(path: Path, file: FileInfo) -> bool:
+    """Whether a file is as its manifest lists it."""
+    try:
+        return describe(path) == file
+    except OSError as error:
+        if is_shortage(error):  # it may be intact
+            raise
+        return False
 
 
 def _name(folder: str) -> str:

@@ -19,7 +19,9 @@ from maskwire_server.cli.options import (
     start_log,
     stop,
 )
+from maskwire_server.error_output import say
 from maskwire_server.errors import ConfigError, RunDirectoryError
+from maskwire_server.exit_codes import EXIT_CONFIG
 from maskwire_server.ranks.launcher import Launch, check_layout, launch
 
 if TYPE_CHECKING:
@@ -83,7 +85,8 @@ def _launched(distributed: DistributedConfig, group: Launch, arguments: list[str
         check_layout(distributed, group.ranks * group.nodes)
         return launch(group, arguments)
     except ConfigError as error:
-        stop(*str(error).splitlines())
+        say(error)
+        return EXIT_CONFIG
 
 
 def check(

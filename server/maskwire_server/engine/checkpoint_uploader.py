@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from maskwire_server.checkpoints.mirrored_checkpoints import MirroredCheckpoints
@@ -50,7 +50,7 @@ class CheckpointUploader:
         self._busy = False
         self._committer: Committer
         self.problem = ""
-        """Why the last upload failed; empty: it did not."""
+        """Why the last upload failed, or which checkpoint is too damaged to upload; empty: neither."""
         self.failures = 0
         self.thread = threading.Thread(target=self._main, name="maskwire-mirror-checkpoints", daemon=True)
 
@@ -121,32 +121,35 @@ class CheckpointUploader:
     # The thread.
 
     def _main(self) -> None:
+        failing = False
         try:
             while not self._stopping:
                 try:
-                    self._copy()
-                    self.problem = ""
-                    wait = None
+                    self.problem, failing = self._copy(), False
                 except (StoreError, OSError) as error:
                     self.failures += 1
-                    if not self.problem:
+                    if not failing:
                         log.error("%s; trying again", error)
-                    self.problem, wait = str(error), RETRY_SECONDS
-                self._work.wait(wait)
+                    self.problem, failing = str(error), True
+                self._work.wait(RETRY_SECONDS if failing else None)
         except Refused:  # the committer has ended
             pass
         except Exception:
             log.exception("checkpoints are not uploaded any more; restart the server")
             self.problem = "the thread that uploads checkpoints failed; see the log"
 
-    def _copy(self) -> None:
-        """Delete what was announced, upload what is missing, and announce what nothing needs any more."""
+    def _copy(self) -> str:
+        """Delete what was announced, upload what is missing, and announce what nothing needs any more.
+
+        Returns why a checkpoint of the run directory cannot be uploaded; empty: there is none.
+        """
         self._busy = True
         self._looking = False
         self._delete()
+        problem = ""
         for manifest in self._copies.missing():
             self._wait_mirrored()
-            self._upload(manifest)
+            problem = self._upload(manifest) or problem
             self._answer_waiters()
         self._answer_waiters()
         with self._run.mutex:
@@ -159,12 +162,21 @@ class CheckpointUploader:
         if new:
             self._announcing.set()
         self._busy = False
+        return problem
 
-    def _upload(self, manifest: Manifest) -> None:
+    def _upload(self, manifest: Manifest) -> str:
+        """Upload a checkpoint. If it is damaged, refuse its callers, and return what is wrong."""
+        name = manifest.info.name
         try:
             self._copies.upload(manifest)
         except Refused as refusal:
-            log.warning("checkpoint %s is not uploaded: %s", manifest.info.name, refusal)
+            problem = f"checkpoint {name!r} cannot be copied to the mirror: {refusal}"
+            log.warning("%s", problem)
+            if manifest in self._copies.missing():  # otherwise it was deleted: see `_answer_waiters`
+                for _, waiter in self._take_waiters(lambda info: info == manifest.info):
+                    refuse(waiter, Refused("CHECKPOINT_FAILED", problem, name=name))
+                return problem
+        return ""
 
     def _wait_mirrored(self) -> None:
         """Wait until the mirror has every record that the journal has now. Refused at shutdown."""
@@ -186,13 +198,21 @@ class CheckpointUploader:
 
     def _answer_waiters(self) -> None:
         """Answer the callers whose checkpoint is uploaded, and refuse those whose checkpoint is gone."""
-        missing = [manifest.info for manifest in self._copies.missing()]
-        with self._progress:
-            waiters = self._waiters
-            self._waiters = [(info, waiter) for info, waiter in waiters if info in missing]
+        with self._progress:  # so that no caller is added whose checkpoint came after this list
+            missing = [manifest.info for manifest in self._copies.missing()]
+            waiters = self._take_waiters(lambda info: info not in missing)
         for info, waiter in waiters:
             if self._copies.holds(info):
                 answer(waiter, info)
-            elif info not in missing:
+            else:
                 gone = f"checkpoint {info.name!r} was deleted before it was in the mirror; save again"
                 refuse(waiter, Refused("CHECKPOINT_FAILED", gone, name=info.name))
+
+    def _take_waiters(
+        self, chosen: Callable[[CheckpointInfo], bool]
+    ) -> list[tuple[CheckpointInfo, Future[CheckpointInfo]]]:
+        """Remove and return the callers whose checkpoint is chosen."""
+        with self._progress:
+            taken = [each for each in self._waiters if chosen(each[0])]
+            self._waiters = [each for each in self._waiters if not chosen(each[0])]
+        return taken

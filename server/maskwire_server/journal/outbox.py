@@ -3,7 +3,8 @@
 Triggers on every table copy each changed row, with all its columns, into the table `outbox`, in the
 transaction that changes the row. They are generated from the tables in the file, so that no table or column
 is forgotten. Of a batch they copy only lineage and step: its bytes stay in their own table until they are
-uploaded. A row called a mark ends each transaction. Changes are uploaded up to a mark, and then deleted here.
+uploaded. A row called a mark ends each transaction, and in `Outbox.fill` each batch. Changes are uploaded up
+to a mark, and then deleted here.
 """
 
 from __future__ import annotations
@@ -188,7 +189,14 @@ class Outbox:
             f"INSERT INTO outbox (source, kind, {into}) SELECT '{table}', '{PUT}', {', '.join(columns)} "
             f"FROM {table} WHERE {' AND '.join(f'{name} = ?' for name in keys)}"
         )
-        transaction(partial(self._db.executemany, copy, rows))
+
+        def write() -> None:
+            for row in rows:
+                self._db.execute(copy, row)
+                if table == BATCHES:  # `page` ends at a mark, and reads all batches before it
+                    self.mark()
+
+        transaction(write)
         return tuple(rows[-1])
 
     # While the run is served.

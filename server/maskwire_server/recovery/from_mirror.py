@@ -6,10 +6,12 @@ import contextlib
 import logging
 import threading
 from functools import partial
+from pathlib import Path
 
 from maskwire_server.config import Config
 from maskwire_server.errors import StoreError
 from maskwire_server.journal import restored_journal
+from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.object_store import ObjectStore
 from maskwire_server.journal.run_directory import JOURNAL_FILE
 from maskwire_server.recovery import recorded_config
@@ -33,7 +35,16 @@ def restore_journal(config: Config, store: ObjectStore, stop: threading.Event) -
     with contextlib.suppress(StoreError):  # `stop` is set
         store.probe()
         if restored_journal.restore(config.run.dir, store, config.storage.acknowledge, check):
-            log.warning("the journal was restored from %s", store.address)
+            _report(config.run.dir)
+
+
+def _report(run_dir: Path) -> None:
+    """Log to which point the run was restored, and what may be lost, as its status tells it."""
+    with contextlib.closing(Journal(run_dir)) as journal:
+        state = journal.outbox.state()
+    assert state is not None
+    level = logging.WARNING if state.lost else logging.INFO
+    log.log(level, "the run was restored from %s: %s", state.address, state.restored)
 
 
 def _wait(stop: threading.Event, failure: StoreError) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from mirrors import MirroredRig, down, lose_the_machine, mirror, train
-from rig import WAIT, wait_for
+from rig import WAIT, reason, wait_for
 
 from maskwire_server.checkpoints.mirrored_checkpoints import MirroredCheckpoints
 from maskwire_server.engine import checkpoint_uploader
@@ -27,23 +27,43 @@ def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MirroredR
     rig.close()
 
 
-@pytest.mark.parametrize("gone", [False, True])
-def test_a_damaged_checkpoint_does_not_keep_the_others_from_the_mirror(
-    local: MirroredRig, gone: bool
+def changed(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"state"', b'"staTe"'))
+
+
+def unreadable(path: Path) -> None:
+    path.unlink()
+    path.mkdir()  # reading it raises an error of the operating system
+
+
+@pytest.mark.parametrize("damage", [changed, Path.unlink, unreadable])
+@pytest.mark.parametrize("acknowledge", ["local", "mirrored"])
+def test_a_damaged_checkpoint_is_refused_and_named_and_keeps_no_other_from_the_mirror(
+    local: MirroredRig, acknowledge: str, damage: Callable[[Path], None]
 ) -> None:
-    engine = local.start()
-    train(engine, 1)
+    local.acknowledge = acknowledge
+    engine = local.start(checkpoints={"every_steps": 1000})
+    saves = []
     with down("put_file"):
-        for name in ("older", "newer"):
-            engine.save(SaveRequest(name)).result(WAIT)
-            train(engine, 1, first=1 if name == "older" else 2)
-        state = local.folder / "run" / "checkpoints" / "newer" / "state.json"
-        if gone:
-            state.unlink()
-        else:
-            state.write_bytes(state.read_bytes().replace(b'"state"', b'"staTe"'))
-    wait_for(lambda: mirror(engine).checkpoint == "older")
-    wait_for(lambda: mirror(engine).problem == "")
+        for step, name in enumerate(("older", "newer")):
+            train(engine, 1, first=step)
+            folder = local.folder / "run" / "checkpoints" / name
+            saves.append(engine.save(SaveRequest(name, name)))
+            wait_for((folder / "manifest.json").exists)
+            wait_for(lambda: not engine._saves.busy)
+        damage(folder / "state.json")
+    words = "checkpoint 'newer' cannot be copied to the mirror: state.json is missing or does not match its"
+    wait_for(lambda: mirror(engine).problem.startswith(words))
+    assert mirror(engine).checkpoint == "older"
+    assert saves[0].result(WAIT).name == "older"
+    if acknowledge == "local":
+        assert saves[1].result(WAIT).name == "newer"
+    else:
+        for save in (saves[1], engine.save(SaveRequest("newer", "newer"))):
+            assert reason(save) == "CHECKPOINT_FAILED"
+            assert str(save.exception()).startswith(words)
+    assert engine.save(SaveRequest("newest")).result(WAIT).name == "newest"  # sets the damaged one aside
+    wait_for(lambda: mirror(engine).checkpoint == "newest" and mirror(engine).problem == "")
 
 
 def test_a_checkpoint_that_lacks_a_file_in_the_mirror_is_passed_over(local: MirroredRig) -> None:
@@ -134,6 +154,28 @@ def test_a_checkpoint_with_a_file_missing_in_the_mirror_is_uploaded_again(
     copies, run = again._mirror._copies, again._run
     with mock.patch.object(copies, "_checkpoints", mock.Mock(own=list)):
         assert not [name for name in copies.collectable(run.lineages, 1, batches=False) if "two" in name]
+
+
+def test_a_file_that_two_checkpoints_share_is_uploaded_again_once_it_is_gone_there(
+    local: MirroredRig, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = local.start(checkpoints={"every_steps": 1000})
+    train(engine, 1)
+    engine.save(SaveRequest("first")).result(WAIT)
+    wait_for(lambda: mirror(engine).checkpoint == "first")
+    folder = local.folder / "mirror" / "checkpoints"
+    (lost,) = folder.glob("first.*/state.json")
+    content = lost.read_bytes()
+    lost.unlink()
+    engine.save(SaveRequest("second")).result(WAIT)  # of the same step, so with the same file
+    wait_for(lambda: mirror(engine).checkpoint == "second")
+    assert f"{lost.parent.name}/state.json is missing: the checkpoint is not used" in caplog.text
+    engine.save(SaveRequest("third")).result(WAIT)
+    wait_for(lambda: mirror(engine).checkpoint == "third")
+    engine.drain(WAIT)
+    for name in ("first", "second", "third"):
+        assert [path.read_bytes() for path in folder.glob(f"{name}.*/state.json")] == [content], name
+    assert (mirror(engine).problem, mirror(engine).failures) == ("", 0)
 
 
 def test_what_a_start_from_the_mirror_may_need_stays_though_it_is_gone_here(local: MirroredRig) -> None:

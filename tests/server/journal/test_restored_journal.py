@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -25,7 +27,7 @@ from mirrors import (
 )
 from rig import WAIT, Rig, wait_for
 
-from maskwire_server import failpoints
+from maskwire_server import config, failpoints
 from maskwire_server.engine import checkpoint_uploader
 from maskwire_server.engine import mirror as engine_mirror
 from maskwire_server.errors import StoreError
@@ -33,6 +35,7 @@ from maskwire_server.journal import outbox, restored_journal
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.mirror_segment_writer import resume
 from maskwire_server.journal.mirror_segments import Segment, hash_of
+from maskwire_server.recovery import from_mirror
 from maskwire_server.requests import RestoreRequest, SaveRequest
 
 NONE_LOST = "no acknowledged step is lost"
@@ -164,7 +167,43 @@ def test_what_a_recorded_lineage_starts_from_is_uploaded_first_at_a_start(
     assert list((rig.folder / "mirror" / "checkpoints").glob("three.*/manifest.json"))
 
 
+def test_each_segment_of_a_whole_upload_exceeds_its_size_by_one_batch_at_most(rig: MirroredRig) -> None:
+    with closing(Journal(rig.folder / "run")) as journal:
+        journal.create({"run_id": "run-1", "seed": 0, "canonical": b"{}"}, b"d" * 32)
+        batches = [(1, step, bytes([step]) * 3000) for step in range(1, 13)]
+        write = partial(journal._db.executemany, "INSERT INTO payloads VALUES (?, ?, ?)", batches)
+        journal.transaction(write)
+    list(upload_all(rig, 10_000))
+    sizes = [sum(size for each in segment.batches for _, size in each.steps) for segment in segments(rig)]
+    assert sum(sizes) == 12 * 3000
+    assert max(sizes) == 4 * 3000
+    assert rig.restore("other")
+    assert sorted(tables(rig.folder / "other")["payloads"]) == batches
+
+
 # What is said to be lost.
+
+
+@pytest.mark.parametrize("acknowledge", ["local", "mirrored"])
+def test_a_restore_logs_what_the_status_says_of_it(
+    rig: MirroredRig, caplog: pytest.LogCaptureFixture, acknowledge: str
+) -> None:
+    caplog.set_level("INFO", from_mirror.__name__)
+    rig.acknowledge = acknowledge
+    engine = rig.start()
+    train(engine, 3)
+    wait_for(lambda: mirror(engine).step == 3)
+    lose_the_machine(rig, engine)
+    seen = config.load(None, storage={"mirror": rig.address, "acknowledge": acknowledge},
+                       run={"dir": str(rig.folder / "run")})  # fmt: skip
+    for _ in range(2):  # the second time, the directory holds the run
+        with mock.patch.object(from_mirror.recorded_config, "completed"):
+            from_mirror.restore_journal(seen, rig.store, threading.Event())
+    (record,) = [each for each in caplog.records if each.name == from_mirror.__name__]
+    words = mirror(rig.start()).restored
+    assert words.startswith("step 3 (lineage 1), segment ")
+    assert record.getMessage() == f"the run was restored from {rig.address}: {words}"
+    assert record.levelname == ("INFO" if acknowledge == "mirrored" else "WARNING")
 
 
 def test_a_start_that_confirms_nothing_promises_nothing(
