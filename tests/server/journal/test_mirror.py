@@ -14,7 +14,8 @@ import pytest
 from mirrors import MirroredRig, down, tables
 from rig import WAIT, bare, open_session, wait_for
 
-from maskwire_server.errors import FencedError, RunDirectoryError, StoreError
+from maskwire_server.engine.engine import Engine
+from maskwire_server.errors import FencedError, Refused, RunDirectoryError, StoreError
 from maskwire_server.journal import outbox, schema
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.mirror_segment_writer import NOTHING, SegmentWriter, resume
@@ -30,6 +31,16 @@ def rig(tmp_path: Path) -> Iterator[MirroredRig]:
     rig = MirroredRig(tmp_path)
     yield rig
     rig.close()
+
+
+def deleted(engine: Engine, name: str) -> bool:
+    """Delete a checkpoint; False while it is being uploaded."""
+    try:
+        engine.delete(name).result(WAIT)
+    except Refused as refusal:
+        assert "it is being copied to the mirror" in refusal.message
+        return False
+    return True
 
 
 def a_long_life(rig: MirroredRig) -> None:
@@ -49,7 +60,7 @@ def a_long_life(rig: MirroredRig) -> None:
     engine.save(SaveRequest("newer")).result(WAIT)
     engine.train_step(bare(20)).result(WAIT)
     engine.save(SaveRequest("newest")).result(WAIT)
-    engine.delete("gone").result(WAIT)
+    wait_for(lambda: deleted(engine, "gone"))
     engine.drain(WAIT)
     engine.close()
 
