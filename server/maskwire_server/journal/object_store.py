@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
 
 from maskwire_server.errors import ConfigError, StoreError
+from maskwire_server.journal.fsync import flush_folder, make_folder
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -98,6 +99,7 @@ class ObjectStore:
     def _put_file(self, name: str, path: Path) -> None:
         self._fs.makedirs(self._fs._parent(self._path(name)), exist_ok=True)
         self._fs.put_file(str(path), self._path(name))
+        self._flush(name)
 
     def copy(self, name: str, target: str) -> None:
         """Copy an object within the store."""
@@ -106,6 +108,7 @@ class ObjectStore:
     def _copy(self, name: str, target: str) -> None:
         self._fs.makedirs(self._fs._parent(self._path(target)), exist_ok=True)
         self._fs.cp_file(self._path(name), self._path(target))
+        self._flush(target)
 
     def get(self, name: str) -> bytes | None:
         """The content of an object; None if there is none of that name."""
@@ -180,7 +183,7 @@ class ObjectStore:
     def _link(self, name: str, data: bytes) -> None:
         """Write a local file under a temporary name and hard-link it, which fails if the name exists."""
         path = Path(self._path(name))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         draft = path.with_name(f"{path.name}-{uuid.uuid4().hex}.part")
         try:
             with draft.open("wb") as file:
@@ -188,8 +191,17 @@ class ObjectStore:
                 file.flush()
                 os.fsync(file.fileno())
             path.hardlink_to(draft)
+            flush_folder(path.parent)
         finally:
             draft.unlink(missing_ok=True)
+
+    def _flush(self, name: str) -> None:
+        """Make a local file durable. In other stores an object is durable once it is written."""
+        if self._protocol == "file":
+            path = Path(self._path(name))
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            flush_folder(path.parent)
 
     def _call(self, what: str, act: Callable[[*Ts], T], *arguments: *Ts) -> T:
         """Call `act`, and retry while `patience` says so. Raises FileExistsError; StoreError for the rest."""

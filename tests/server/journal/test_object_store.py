@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -50,3 +51,20 @@ def test_a_probe_whose_answer_is_lost_succeeds_at_the_next_try(rig: MirroredRig)
         store.probe()
     assert not answers
     assert store.names("") == []
+
+
+def test_objects_in_a_folder_are_flushed_with_their_names(rig: MirroredRig, tmp_path: Path) -> None:
+    store, source, flushed = rig.store, tmp_path / "source", set()
+    source.write_bytes(b"weights")
+
+    def record(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    with mock.patch("os.fsync", record):
+        store.create("a/created", b"1")
+        store.put("b/written", b"2")
+        store.put_file("c/file", source)
+        store.copy("c/file", "d/copied")
+    for name in ("a/created", "b/written", "c/file", "d/copied"):
+        path = tmp_path / "mirror" / name
+        assert {path.stat().st_ino, path.parent.stat().st_ino} <= flushed, name
