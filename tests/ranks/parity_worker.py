@@ -3,7 +3,8 @@
     python parity_worker.py RANK SIZE STORE SCENARIOS.json OUT.json
 
 Every rank holds the whole trainer beside its part of the divided one. Each step of the divided one begins
-from the state of the whole one. Everything is computed in fp64. The leader writes the largest differences.
+from the state of the whole one. Everything is computed in fp64, or in fp32 with `serve.precision` bf16. The
+leader writes the largest differences.
 """
 
 from __future__ import annotations
@@ -36,7 +37,12 @@ from maskwire_server.training.ranks_interface import Ranks, assign, whole
 from maskwire_server.training.sharding import ManyRanks
 from maskwire_server.training.trainer import TorchTrainer
 
+EPS = 0.01
+"""AdamW divides by sqrt(v) + eps, so a difference of a gradient becomes one of at most about lr / eps = 1 times as
+much in its first update. With the default of 1e-8, rounding could turn the update of a tiny gradient around."""
 COLUMNS, ROWS = 20, 13
+SMALLEST = 1e-12
+"""A tensor without a larger number is compared as if it had this one."""
 ENCODER = {
     "num_tokens": 257, "mask_id": 256, "max_seq_len": COLUMNS, "dim": 32, "depth": 2, "heads": 2,
     "dim_head": 16,
@@ -56,7 +62,13 @@ def batch(step: int, rows: int = ROWS, prompts: float = 0.3) -> Batch:
 
 def make(scenario: dict[str, Any], ranks: Ranks | None) -> TorchTrainer:
     model = scenario.get("model", {})
-    optimizer = {"learning_rate": 0.01, "warmup_steps": 0, "ema_decay": 0.9, **scenario.get("optimizer", {})}
+    optimizer = {
+        "learning_rate": 0.01,
+        "warmup_steps": 0,
+        "ema_decay": 0.9,
+        "eps": EPS,
+        **scenario.get("optimizer", {}),
+    }
     trainer = TorchTrainer(
         ModelConfig(**(model if "source" in model else {**ENCODER, **model})),
         ObjectiveConfig(**scenario.get("objective", {})),
@@ -169,7 +181,7 @@ class Comparison:
         given = snapshot.live_tensors(self.alone._groups())
         for file, tensors in snapshot.live_tensors(self.divided._groups()).items():
             for name, tensor in tensors.items():
-                self._note(f"{file} {name}", whole(tensor.detach()), given[file][name].detach(), 1e-6)
+                self._note(f"{file} {name}", whole(tensor.detach()), given[file][name].detach())
         if self._scenario.get("ahead"):  # the state changes while the divided one holds gathered weights
             self.alone.train_step(2, number, self._batch(number), Modes())
             self._samples.take()
@@ -209,10 +221,11 @@ class Comparison:
         trainer._clear_gradients()
         return found | {"losses and norm": torch.tensor(losses, dtype=torch.float64)}
 
-    def _note(self, what: str, found: Tensor, expected: Tensor, scale: float = 1.0) -> None:
-        """Note a difference, relative to the largest number; `scale` weakens that of an update."""
+    def _note(self, what: str, found: Tensor, expected: Tensor) -> None:
+        """Note a difference, relative to the largest number of a tensor."""
         found, expected = found.detach().double(), expected.detach().double()
-        difference = float((found - expected).abs().max()) / max(1.0, float(expected.abs().max())) * scale
+        largest = max(SMALLEST, float(expected.abs().max()))
+        difference = float((found - expected).abs().max()) / largest
         self.worst[what] = max(self.worst.get(what, 0.0), difference if difference == difference else 1e9)
 
 
@@ -229,6 +242,8 @@ def shared_folder() -> Iterator[Path]:
 
 def compare(scenario: dict[str, Any], steps: int, samples: Samples) -> dict[str, Any]:
     """The largest differences, what else was wrong, and the hash of the last state."""
+    bf16 = scenario.get("serve", {}).get("precision") == "bf16"
+    torch.set_default_dtype(torch.float32 if bf16 else torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         if scenario.get("bug"):
             BUGS[scenario["bug"]](patch)
@@ -245,7 +260,7 @@ def compare(scenario: dict[str, Any], steps: int, samples: Samples) -> dict[str,
             error = f"{type(raised).__name__}: {raised}"
             samples.take()
         state = None
-        if not error and "bug" not in scenario:
+        if scenario.get("saved"):
             state = both.divided.snapshot()
             with shared_folder() as folder:
                 both.save(folder)
@@ -268,7 +283,6 @@ def snapshot_hash(state: snapshot.Snapshot) -> str:
 def main() -> None:
     rank, size, store, scenarios, out = sys.argv[1:]
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(size))
-    torch.set_default_dtype(torch.float64)
     given = json.loads(Path(scenarios).read_text())
     samples = Samples()
     found = {}
