@@ -38,8 +38,8 @@ from maskwire_server.training.sharding import ManyRanks
 from maskwire_server.training.trainer import TorchTrainer
 
 EPS = 0.01
-"""AdamW divides by sqrt(v) + eps, so a difference of a gradient becomes one of at most about lr / eps = 1 times as
-much in its first update. With the default of 1e-8, rounding could turn the update of a tiny gradient around."""
+"""AdamW's first update is lr g / (|g| + eps): a difference of a gradient changes it by at most lr / eps times
+as much, here once. With the default of 1e-8, rounding could reverse the update of a tiny gradient."""
 COLUMNS, ROWS = 20, 13
 SMALLEST = 1e-12
 """A tensor without a larger number is compared as if it had this one."""
@@ -49,12 +49,12 @@ ENCODER = {
 }  # fmt: skip
 
 
-def batch(step: int, rows: int = ROWS, prompts: float = 0.3) -> Batch:
+def batch(step: int, rows: int = ROWS, prompts: float = 0.3, tokens: int = 256) -> Batch:
     """Rows of different lengths with prompts; if there are several, the last has nothing else."""
     random = np.random.default_rng(step)
     lengths = random.integers(1, COLUMNS + 1, rows).astype(np.int32)
     valid = np.arange(COLUMNS) < lengths[:, None]
-    ids = random.integers(0, 256, (rows, COLUMNS))[valid]
+    ids = random.integers(0, tokens, (rows, COLUMNS))[valid]
     prompt = random.random((rows, COLUMNS)) < prompts
     prompt[1:][-1:] = True
     return Batch(ids, rows, COLUMNS, lengths, np.packbits(prompt, bitorder="little").tobytes())
@@ -124,9 +124,29 @@ BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         ManyRanks, "parts", lambda *given: [part for part in _parts(*given) if part]
     ),
     "no agreement": lambda patch: patch.setattr(ManyRanks, "agree", lambda *_: None),
+    "the average stands still": lambda patch: patch.setattr(optimizers.Group, "update", _without_average),
+    "three times the rate": lambda patch: patch.setattr(optimizers.Group, "update", _times(3)),
+    "a negative rate": lambda patch: patch.setattr(optimizers.Group, "update", _times(-1)),
 }
 """Mistakes that were made while this was built, or could be: each must be found."""
 _parts, _set_factor = ManyRanks.parts, FSDPModule.set_gradient_divide_factor
+_update = optimizers.Group.update
+
+
+def _is_divided(group: optimizers.Group) -> bool:
+    return isinstance(group.module, FSDPModule)
+
+
+def _without_average(group: optimizers.Group, rate: float) -> None:
+    average = group.ema
+    if _is_divided(group):
+        group.ema = None
+    _update(group, rate)
+    group.ema = average
+
+
+def _times(factor: float) -> Callable[[optimizers.Group, float], None]:
+    return lambda group, rate: _update(group, factor * rate if _is_divided(group) else rate)
 
 
 def _null_embedding_as_an_input(networks: Networks, e_bnd: Tensor | None) -> Tensor | None:
@@ -203,7 +223,8 @@ class Comparison:
 
     def _batch(self, number: int) -> Batch:
         shape = {name: self._scenario[name] for name in ("rows", "prompts") if name in self._scenario}
-        return batch(number, **shape)
+        tokens = self._scenario.get("model", {}).get("num_tokens", 257)
+        return batch(number, **shape, tokens=256 if tokens > 256 else tokens - 2)
 
     def _gradients(self, trainer: TorchTrainer, number: int, modes: Modes) -> dict[str, Tensor]:
         sums = trainer._gradients(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from rank_groups import compare
+from source_models import ARCHITECTURES
 
 STEPS = int(os.environ.get("MASKWIRE_PARITY_STEPS", "1"))
 """`make robustness` takes 50."""
@@ -52,6 +53,12 @@ FACTORY: dict[str, Any] = {
     "source": "python", "num_tokens": 257, "mask_id": 256, "max_seq_len": 20,
     "python": {"factory": "in_place:build"},
 }  # fmt: skip
+ADAPTED = {
+    "source": "huggingface", "num_tokens": 41, "mask_id": 40, "pad_id": 39, "max_seq_len": 20,
+    "lora": {"rank": 2},
+    "huggingface": {"path": "unused", "pretrained": False,
+                    "config": {**ARCHITECTURES["BertConfig"], "model_type": "bert"}},
+}  # fmt: skip
 LAYOUTS = {2: (1, 2), 3: (1, 3), 4: (1, 2, 4)}
 """The copies of the model, by the number of ranks; the ranks of each share one."""
 
@@ -87,12 +94,16 @@ OTHERS: dict[str, Any] = {
     "prompts alone": {**TOKEN, "rows": 1, "prompts": 1.0},
     "x-transformers": {**TOKEN, "model": MODERN},
     "of a factory": {"replicate": 1, "model": FACTORY},
+    "adapters": {"replicate": 1, "model": ADAPTED},
 }
 MISTAKES: dict[str, Any] = {
     "null embedding as an input": NULL,
     "no reshard": CRITIC_ALONE,
     "divided by the ranks": {"replicate": 1},
     "rows from 0": {"replicate": 1},
+    "the average stands still": {"replicate": 1, "steps": 1},
+    "three times the rate": {"replicate": 1, "steps": 1},
+    "a negative rate": {"replicate": 1, "steps": 1, "optimizer": {"name": "muon"}},
 }
 AGREEMENT = {"replicate": 1, "disagree": True}
 
@@ -100,14 +111,15 @@ AGREEMENT = {"replicate": 1, "disagree": True}
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one group of two ranks found; starting a group takes longer than all that it does."""
-    pytest.importorskip("x_transformers", reason="needs the extra x-transformers")
+    for library in ("x_transformers", "transformers", "peft"):
+        pytest.importorskip(library, reason=f"needs {library}")
     in_place = {**FACTORY, "python": {**FACTORY["python"], "options": {"in_place": True}}}
     again = {"replicate": 1, **OBJECTIVES["self critic"], "steps": 2, "saved": True}
     return compare(
         tmp_path_factory.mktemp("ranks"), 2, STEPS,
         {
             **scenarios(2), **OTHERS, **PARTS, "first": again, "second": again,
-            **{f"{bug}!": {**mistake, "bug": bug, "steps": 2} for bug, mistake in MISTAKES.items()},
+            **{f"{bug}!": {"steps": 2, **mistake, "bug": bug} for bug, mistake in MISTAKES.items()},
             "agreement": AGREEMENT, "no agreement": {**AGREEMENT, "bug": "no agreement"},
             "in place": {"replicate": 1, "refused": True, "model": in_place},
         },
@@ -137,6 +149,7 @@ def test_the_same_layout_gives_the_same_bits_again(found: dict[str, Any]) -> Non
 def test_a_mistake_is_found(bug: str, found: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):
         check({bug: found[f"{bug}!"]})
+    assert found[f"{bug}!"]["worst"]
 
 
 def test_ranks_that_differ_notice_it_by_their_agreement_alone(found: dict[str, Any]) -> None:

@@ -140,7 +140,7 @@ class LeaderTrainer:
             self._gathered = averaged
 
     def _together(self, order: Order, call: Callable[[], T], *, changes: bool = True) -> T:
-        """Carry out an order on every rank. Raises ValueError if all ranks refuse to `configure`, else StateLost."""
+        """Carry out an order on every rank. Raises StateLost, or ValueError if all refuse it alike."""
         if changes:
             self._gathered = None
         failpoints.passing("rank.ordering")
