@@ -99,10 +99,11 @@ def state_bytes(shape: Shape, shard: int) -> float:
     return (4 + shape.averaged) * FP32 * shape.weights / shard
 
 
-def gathered_bytes(shape: Shape, shard: int) -> float:
-    """Bytes gathered at once: the weights and gradients outside the blocks; two blocks and a gradient."""
-    if shard == 1:
-        return 0.0
+def gathered_bytes(shape: Shape) -> float:
+    """Bytes gathered at once: the weights and gradients outside the blocks; two blocks and a gradient.
+
+    `fully_shard` copies the weights to gather them even if a single rank has all of them.
+    """
     return FP32 * (2 * shape.outside + 3 * shape.block)
 
 
@@ -274,7 +275,7 @@ def tables() -> str:
     lines = ["| model | shard | state per rank | gathered at once |", "|---|---|---|---|"]
     for name, shape in (("1.2B", LLAMA_1B), ("8B", LLAMA_8B)):
         for shard in (1, 8, 64):
-            state, at_once = state_bytes(shape, shard), gathered_bytes(shape, shard)
+            state, at_once = state_bytes(shape, shard), gathered_bytes(shape)
             lines.append(f"| {name} | {shard} | {state / 2**30:.1f} GiB | {at_once / 2**30:.1f} GiB |")
     lines += [
         "",

@@ -19,8 +19,7 @@ def test_a_rank_keeps_its_part_of_four_numbers_or_five() -> None:
     assert scale.state_bytes(SHAPE, 1) == 4 * 4 * 250
     assert scale.state_bytes(SHAPE, 5) == 4 * 4 * 50
     assert scale.state_bytes(Shape(100, 2, 50, averaged=True), 5) == 5 * 4 * 50
-    assert scale.gathered_bytes(SHAPE, 1) == 0
-    assert scale.gathered_bytes(SHAPE, 2) == 4 * (2 * 50 + 3 * 100)
+    assert scale.gathered_bytes(SHAPE) == 4 * (2 * 50 + 3 * 100)
 
 
 def test_the_traffic_of_a_part_is_that_of_rings() -> None:

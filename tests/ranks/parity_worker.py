@@ -3,7 +3,8 @@
     python parity_worker.py RANK SIZE STORE SCENARIOS.json OUT.json
 
 Every rank holds the whole trainer beside its part of the divided one. Each step of the divided one begins
-from the state of the whole one. Everything is computed in fp64. The leader writes the largest differences.
+from the state of the whole one. Everything is computed in fp64, or in fp32 with `serve.precision` bf16. The
+leader writes the largest differences.
 """
 
 from __future__ import annotations
@@ -36,19 +37,24 @@ from maskwire_server.training.ranks_interface import Ranks, assign, whole
 from maskwire_server.training.sharding import ManyRanks
 from maskwire_server.training.trainer import TorchTrainer
 
+EPS = 0.01
+"""AdamW's first update is lr g / (|g| + eps): a difference of a gradient changes it by at most lr / eps times
+as much, here once. With the default of 1e-8, rounding could reverse the update of a tiny gradient."""
 COLUMNS, ROWS = 20, 13
+SMALLEST = 1e-12
+"""A tensor without a larger number is compared as if it had this one."""
 ENCODER = {
     "num_tokens": 257, "mask_id": 256, "max_seq_len": COLUMNS, "dim": 32, "depth": 2, "heads": 2,
     "dim_head": 16,
 }  # fmt: skip
 
 
-def batch(step: int, rows: int = ROWS, prompts: float = 0.3) -> Batch:
+def batch(step: int, rows: int = ROWS, prompts: float = 0.3, tokens: int = 256) -> Batch:
     """Rows of different lengths with prompts; if there are several, the last has nothing else."""
     random = np.random.default_rng(step)
     lengths = random.integers(1, COLUMNS + 1, rows).astype(np.int32)
     valid = np.arange(COLUMNS) < lengths[:, None]
-    ids = random.integers(0, 256, (rows, COLUMNS))[valid]
+    ids = random.integers(0, tokens, (rows, COLUMNS))[valid]
     prompt = random.random((rows, COLUMNS)) < prompts
     prompt[1:][-1:] = True
     return Batch(ids, rows, COLUMNS, lengths, np.packbits(prompt, bitorder="little").tobytes())
@@ -56,7 +62,13 @@ def batch(step: int, rows: int = ROWS, prompts: float = 0.3) -> Batch:
 
 def make(scenario: dict[str, Any], ranks: Ranks | None) -> TorchTrainer:
     model = scenario.get("model", {})
-    optimizer = {"learning_rate": 0.01, "warmup_steps": 0, "ema_decay": 0.9, **scenario.get("optimizer", {})}
+    optimizer = {
+        "learning_rate": 0.01,
+        "warmup_steps": 0,
+        "ema_decay": 0.9,
+        "eps": EPS,
+        **scenario.get("optimizer", {}),
+    }
     trainer = TorchTrainer(
         ModelConfig(**(model if "source" in model else {**ENCODER, **model})),
         ObjectiveConfig(**scenario.get("objective", {})),
@@ -112,9 +124,29 @@ BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         ManyRanks, "parts", lambda *given: [part for part in _parts(*given) if part]
     ),
     "no agreement": lambda patch: patch.setattr(ManyRanks, "agree", lambda *_: None),
+    "the average stands still": lambda patch: patch.setattr(optimizers.Group, "update", _without_average),
+    "three times the rate": lambda patch: patch.setattr(optimizers.Group, "update", _times(3)),
+    "a negative rate": lambda patch: patch.setattr(optimizers.Group, "update", _times(-1)),
 }
 """Mistakes that were made while this was built, or could be: each must be found."""
 _parts, _set_factor = ManyRanks.parts, FSDPModule.set_gradient_divide_factor
+_update = optimizers.Group.update
+
+
+def _is_divided(group: optimizers.Group) -> bool:
+    return isinstance(group.module, FSDPModule)
+
+
+def _without_average(group: optimizers.Group, rate: float) -> None:
+    average = group.ema
+    if _is_divided(group):
+        group.ema = None
+    _update(group, rate)
+    group.ema = average
+
+
+def _times(factor: float) -> Callable[[optimizers.Group, float], None]:
+    return lambda group, rate: _update(group, factor * rate if _is_divided(group) else rate)
 
 
 def _null_embedding_as_an_input(networks: Networks, e_bnd: Tensor | None) -> Tensor | None:
@@ -169,7 +201,7 @@ class Comparison:
         given = snapshot.live_tensors(self.alone._groups())
         for file, tensors in snapshot.live_tensors(self.divided._groups()).items():
             for name, tensor in tensors.items():
-                self._note(f"{file} {name}", whole(tensor.detach()), given[file][name].detach(), 1e-6)
+                self._note(f"{file} {name}", whole(tensor.detach()), given[file][name].detach())
         if self._scenario.get("ahead"):  # the state changes while the divided one holds gathered weights
             self.alone.train_step(2, number, self._batch(number), Modes())
             self._samples.take()
@@ -191,7 +223,8 @@ class Comparison:
 
     def _batch(self, number: int) -> Batch:
         shape = {name: self._scenario[name] for name in ("rows", "prompts") if name in self._scenario}
-        return batch(number, **shape)
+        tokens = self._scenario.get("model", {}).get("num_tokens", 257)
+        return batch(number, **shape, tokens=256 if tokens > 256 else tokens - 2)
 
     def _gradients(self, trainer: TorchTrainer, number: int, modes: Modes) -> dict[str, Tensor]:
         sums = trainer._gradients(
@@ -209,10 +242,11 @@ class Comparison:
         trainer._clear_gradients()
         return found | {"losses and norm": torch.tensor(losses, dtype=torch.float64)}
 
-    def _note(self, what: str, found: Tensor, expected: Tensor, scale: float = 1.0) -> None:
-        """Note a difference, relative to the largest number; `scale` weakens that of an update."""
+    def _note(self, what: str, found: Tensor, expected: Tensor) -> None:
+        """Note a difference, relative to the largest number of a tensor."""
         found, expected = found.detach().double(), expected.detach().double()
-        difference = float((found - expected).abs().max()) / max(1.0, float(expected.abs().max())) * scale
+        largest = max(SMALLEST, float(expected.abs().max()))
+        difference = float((found - expected).abs().max()) / largest
         self.worst[what] = max(self.worst.get(what, 0.0), difference if difference == difference else 1e9)
 
 
@@ -229,6 +263,8 @@ def shared_folder() -> Iterator[Path]:
 
 def compare(scenario: dict[str, Any], steps: int, samples: Samples) -> dict[str, Any]:
     """The largest differences, what else was wrong, and the hash of the last state."""
+    bf16 = scenario.get("serve", {}).get("precision") == "bf16"
+    torch.set_default_dtype(torch.float32 if bf16 else torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         if scenario.get("bug"):
             BUGS[scenario["bug"]](patch)
@@ -245,7 +281,7 @@ def compare(scenario: dict[str, Any], steps: int, samples: Samples) -> dict[str,
             error = f"{type(raised).__name__}: {raised}"
             samples.take()
         state = None
-        if not error and "bug" not in scenario:
+        if scenario.get("saved"):
             state = both.divided.snapshot()
             with shared_folder() as folder:
                 both.save(folder)
@@ -268,7 +304,6 @@ def snapshot_hash(state: snapshot.Snapshot) -> str:
 def main() -> None:
     rank, size, store, scenarios, out = sys.argv[1:]
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(size))
-    torch.set_default_dtype(torch.float64)
     given = json.loads(Path(scenarios).read_text())
     samples = Samples()
     found = {}

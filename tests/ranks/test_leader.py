@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maskwire_server.batch import Batch, Modes, Prompts
+from maskwire_server.batch import Batch, Modes, Payload, Prompts
 from maskwire_server.errors import StateLost
 from maskwire_server.ranks import leader
-from maskwire_server.ranks.leader import LeaderTrainer
+from maskwire_server.ranks.follower import call
+from maskwire_server.ranks.leader import LeaderTrainer, carried_out
+from maskwire_server.ranks.orders import Order
 from maskwire_server.ranks.shared_folder import SavePlace
 from maskwire_server.results import EvalOptions, GenerateOptions
 
@@ -77,6 +79,25 @@ def test_a_connection_that_is_lost_ends_the_process(name: str, place: str) -> No
     fake: Any = Fake(name if place == "the call" else place, RuntimeError("Connection closed by peer"))
     with pytest.raises(StateLost, match=r"rank 0 failed in .*: Connection closed by peer"):
         CALLS[name](leading(fake))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "configure"])
+def test_a_value_error_of_one_rank_ends_the_process(name: str) -> None:
+    """It does not ask the others whether they raised it too: they may wait for this rank elsewhere."""
+    fake: Any = Fake(name, ValueError("id 7 is not supported"))
+    with pytest.raises(StateLost, match=rf"rank 0 failed in {name}: id 7 is not supported"):
+        CALLS[name](leading(fake))
+    assert fake.agreed == []
+
+
+def test_a_step_that_a_follower_cannot_decode_or_compute_ends_its_process() -> None:
+    fake: Any = Fake("train_step", ValueError("id 7 is not supported"))
+    payloads = Payload(BATCH, Modes()).encode(), b"nothing"
+    for payload, words in zip(payloads, ("id 7 is not supported", ""), strict=True):
+        order = Order("train_step", {"lineage": 1, "step": 1}, payload)
+        with pytest.raises(StateLost, match=rf"rank 0 failed in train_step: {words}"):
+            carried_out(fake, order, call(fake, fake, fake, order))
+    assert fake.agreed == []
 
 
 def test_a_refusal_of_all_ranks_is_a_refusal() -> None:

@@ -32,7 +32,7 @@ def follow(member: Member, build: Callable[[dict[str, Any]], TorchTrainer], save
     """Build the trainer from the first order, the leader's configuration, and carry out the later orders.
 
     Never returns: `Member.watch` exits the process when the leader ends. Raises StateLost if a call fails,
-    unless all ranks refuse it with the same ValueError.
+    unless all ranks refuse to `configure` with the same ValueError.
     """
     trainer = build(member.next_order().arguments)
     while True:
@@ -49,6 +49,10 @@ def call(member: Member, trainer: TorchTrainer, saver: ShardSaver, order: Order)
     if order.name == "probe":
         return lambda: member.ranks.which(not shared_folder.sees(Path(given["path"])))
     if order.name == "train_step":
-        payload = Payload.decode(order.payload)
-        return lambda: trainer.train_step(given["lineage"], given["step"], payload.batch, payload.modes)
+        return lambda: _train_step(trainer, given, order.payload)
     return lambda: _CALLS[order.name](trainer, **given)
+
+
+def _train_step(trainer: TorchTrainer, given: dict[str, Any], encoded: bytes) -> None:
+    payload = Payload.decode(encoded)
+    trainer.train_step(given["lineage"], given["step"], payload.batch, payload.modes)

@@ -32,9 +32,9 @@ T = TypeVar("T")
 class LeaderTrainer:
     """Has the methods of `TorchTrainer` that a server calls.
 
-    A call that fails on one rank leaves the others waiting. Every error is therefore raised as StateLost,
-    except a ValueError that all ranks raise alike: the processes exit, and a restart recovers the run from
-    its last durable step.
+    A call that fails on one rank leaves the others waiting. Every error is therefore raised as StateLost:
+    the processes exit, and a restart recovers the run from its last durable step. The exception is a
+    ValueError of `configure`, in which no rank waits for another: all ranks raise it alike.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class LeaderTrainer:
             self._gathered = averaged
 
     def _together(self, order: Order, call: Callable[[], T], *, changes: bool = True) -> T:
-        """Carry out an order on every rank. Raises ValueError if all ranks raise it alike, else StateLost."""
+        """Carry out an order on every rank. Raises StateLost, or ValueError if all refuse it alike."""
         if changes:
             self._gathered = None
         failpoints.passing("rank.ordering")
@@ -150,13 +150,15 @@ class LeaderTrainer:
 
 
 def carried_out(member: Member, order: Order, call: Callable[[], T]) -> T:
-    """Carry out an order on this rank, and check that all ranks either did so or refused it alike."""
+    """Carry out an order on this rank, and check that all ranks did so, or refuse to `configure` alike."""
     refusal: ValueError | None = None
     with fatal(member, order):
         failpoints.passing("rank.ordered")
         try:
             result = call()
         except ValueError as error:
+            if order.name != "configure":
+                raise  # for example of the model: the others may wait for this rank in a collective
             refusal = error
         if refusal is not None:
             member.ranks.agree(f"{order.name} refused: {refusal}")

@@ -9,7 +9,7 @@ from maskwire_server.journal.journal import Journal
 
 FINGERPRINT = (
     "torch", "device", "threads", "precision", "compile", "deterministic", "micro_batch_tokens", "world_size",
-    "transformers", "peft", "x-transformers", "factory",
+    "nccl", "nccl_algo", "nccl_proto", "transformers", "peft", "x-transformers", "factory",
 )  # fmt: skip
 NUMERICS = "fingerprint.numerics"
 """The key of the server's numerics version. Steps of another version are replayed within the tolerance."""

@@ -121,11 +121,22 @@ def embeddings(
     """
     first = None
     if first_pass:
-        with torch.no_grad():
+        with torch.no_grad(), _autocast_without_cache(input_bn.device.type):
             start = model.conditioning(None) if config.self_cond_start == "null" else None
             first = model.embed(input_bn, valid_bn, start)
     cond = model.conditioning(first) if config.self_cond else None
     return model.embed(input_bn, valid_bn, cond, read_m)
+
+
+def _autocast_without_cache(device_type: str) -> torch.autocast:
+    """The current autocast, which keeps no bf16 copies of weights.
+
+    Those of a pass without gradients have no graph (up to torch 2.10), and the next pass would use them.
+    """
+    enabled = torch.is_autocast_enabled(device_type)
+    return torch.autocast(
+        device_type, torch.get_autocast_dtype(device_type), enabled=enabled, cache_enabled=False
+    )
 
 
 def positions(mask_bn: Tensor) -> Tensor:

@@ -86,13 +86,15 @@ class Room:
     """Activations and logits."""
     leader: int
     """What only the leader needs."""
+    build: int
+    """The whole model, before it is divided; 0 if it is not built in this memory."""
     memory: int
     sharing: int
     """How many ranks share the memory."""
 
     def _needed(self, part: Held) -> int:
         during_step = self.gathered + max(self.computed, 4 * part.gradients)
-        return self.sharing * (part.size + during_step) + self.leader
+        return max(self.sharing * (part.size + during_step) + self.leader, self.sharing * self.build)
 
     def fits(self, part: Held) -> bool:
         """Whether a rank with this part of the state has enough memory, the leader included."""
@@ -108,6 +110,8 @@ class Room:
         words = " + ".join(f"{name} {size_text(size)}" for name, size in terms.items())
         needed = self._needed(part)
         verdict = "fits" if self.fits(part) else "does not fit"
+        if needed == self.sharing * self.build:
+            return f"{ranks}to build the model = {size_text(needed)} of {size_text(self.memory)}: {verdict}"
         return (
             f"{ranks}({words}) + leader {size_text(self.leader)} = {size_text(needed)} of "
             f"{size_text(self.memory)}: {verdict}"
@@ -161,7 +165,8 @@ def layouts(
     on_cpu = device.type == "cpu"
     memory, sharing = _memory(device, machines)
     leaders = copy.size + snapshot.size * on_cpu
-    room = Room(gathered.size, activations.size + logits.size, leaders, memory, sharing)
+    built = copies * 4 * whole.weights * on_cpu  # the host memory of a GPU's machine is another
+    room = Room(gathered.size, activations.size + logits.size, leaders, built, memory, sharing)
     frozen = whole.weights - whole.gradients
     ranks = f"{machines.ranks} on each of {machines.hosts} hosts = {machines.size}"
     lines = [

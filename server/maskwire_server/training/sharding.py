@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
@@ -70,11 +71,15 @@ class ManyRanks(Ranks):
 
     @property
     def versions(self) -> dict[str, str]:
-        """The layout, replicate x shard, for the environment fingerprint.
+        """The layout, replicate x shard, and NCCL on GPUs, for the environment fingerprint.
 
-        In another layout, sums are rounded differently.
+        In another layout, or with another version or algorithm of NCCL, sums are rounded differently.
         """
-        return {"world_size": f"{self.replicate} x {self.size // self.replicate}"}
+        found = {"world_size": f"{self.replicate} x {self.size // self.replicate}"}
+        if self.device is not None and self.device.type == "cuda":
+            found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+            found |= {name.lower(): os.environ.get(name, "") for name in ("NCCL_ALGO", "NCCL_PROTO")}
+        return found
 
     def record(self, order: bytes) -> None:
         """Record an order of the leader that this rank executes. `agree` compares the ranks' records."""

@@ -68,12 +68,16 @@ def accumulate(
     if not sums.masked:
         return sums
     weight_s = objective.position_weights(config, masking.n_s, masking.k_s)
+    # autocast keeps its bf16 copies of the weights, and the node of the graph that made them, for later
+    # passes. `fully_shard` takes a block's gradients when the block's backward pass ends; the node of an
+    # earlier pass runs after that, so its gradients would be lost, or added to another step's.
+    cached = not ranks.is_sharded
     with _seeded(at, ranks, device, draws_of_torch=settings.has_dropout):
         for part in parts:
             row_b = [0] if part is None else part[0]  # an empty part stands for no sequence
             own = empty_part(device) if part is None else masking.corrupt(row_b, *there.take(*part))
             keys_b = draws.keys(Purpose.CRITIC_SAMPLE, at.seed, at.lineage, at.number, rows=row_b)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
+            with torch.autocast(device.type, torch.bfloat16, settings.bf16, cache_enabled=cached):
                 losses = objective.losses(
                     networks,
                     config,

@@ -14,8 +14,9 @@ import torch
 
 from maskwire_server import config
 from maskwire_server.errors import ConfigError
+from maskwire_server.training import rank_memory
 from maskwire_server.training.models.generator_critic import Networks
-from maskwire_server.training.rank_memory import Machines, held, layouts
+from maskwire_server.training.rank_memory import Held, Machines, Room, held, layouts
 from maskwire_server.training.weight_partition import check_shardable, part_size
 
 WORKER = Path(__file__).with_name("layout_worker.py")
@@ -143,6 +144,25 @@ def test_check_offers_only_replicas_to_a_model_without_blocks() -> None:
 def test_check_refuses_a_scalar_weight() -> None:
     with pytest.raises(ConfigError, match=r"the weight model\.scale is a scalar"):
         report(Machines(2), model=REFUSED["scalar"]["model"])
+
+
+def test_ranks_on_a_cpu_must_all_build_the_model_before_it_is_divided(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """64 ranks need 64 x 2 whole copies of the weights; divided, less than that and the leader's state."""
+    serve, optimizer = {"device": "cpu", "micro_batch_tokens": 12}, {"ema_decay": 0.9}
+    model = {**ENCODER, "num_tokens": 4096, "mask_id": 4095}
+    weights = networks_of(loaded(model=model))
+    need = 64 * 2 * 4 * sum(weight.numel() for weight in weights.parameters())
+    room: dict[str, Any] = {"gathered": 0, "computed": 0, "leader": 0, "sharing": 64}
+    small = Held(1, 1, 1, 0, 1)
+    assert Room(**room, build=need // 64, memory=need).fits(small)
+    assert not Room(**room, build=need // 64, memory=need - 1).fits(small)
+    rooms: list[Room] = []
+    monkeypatch.setattr(rank_memory, "Room", lambda *given: rooms.append(Room(*given)) or rooms[-1])
+    report(Machines(64), model=model, serve=serve, optimizer=optimizer)
+    report(Machines(64, memory=GIB), model=model, serve={**serve, "device": "auto"}, optimizer=optimizer)
+    assert [each.build for each in rooms] == [need // 64, 0], "the host of a GPU has another memory"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ from maskwire_server.batch import Batch, Modes, Prompts
 from maskwire_server.errors import ConfigError, StateLost, Unwanted
 from maskwire_server.results import EvalOptions, GenerateOptions
 from maskwire_server.training import optimizers
+from maskwire_server.training.corruption import StepKey
 from maskwire_server.training.micro_batch_split import split, split_by_length
+from maskwire_server.training.models.generator_critic import Networks
 from maskwire_server.training.numerics import choose_device
 from maskwire_server.training.snapshot import Snapshot, live_tensors
 from maskwire_server.training.tensor_batch import TensorBatch
@@ -116,6 +118,41 @@ def test_both_learn_from_the_weighted_sum_when_no_flag_is_set() -> None:
     assert losses.critic_loss is not None
     assert losses.loss == losses.generator_loss + 0.25 * losses.critic_loss
     assert any("/critic." in name for name in changed(before, state(trainer)))
+
+
+@pytest.mark.parametrize("critic", ["none", "self", "token"])
+@pytest.mark.parametrize("start", ["none", "null"])
+def test_every_parameter_gets_the_gradient_in_bf16_that_it_gets_in_fp32(critic: str, start: str) -> None:
+    """Also those that a first pass without gradients used: autocast could keep its bf16 copies of them."""
+    objective = {"self_cond": True, "self_cond_prob": 1.0, "self_cond_start": start, "critic": critic}
+    found = []
+    for precision in ("fp32", "bf16"):
+        trainer = make(objective, model={"depth": 1}, precision=precision)
+        trainer._gradients(trainer._host(BATCH), Modes(), StepKey(0, 1, 1))
+        found.append({name: weight.grad for name, weight in trainer.networks.named_parameters()})
+    for name, exact in found[0].items():
+        rounded = found[1][name]
+        assert exact is not None, name
+        assert rounded is not None, name
+        if name.startswith("generator"):  # other ids may be sampled for a separate critic
+            assert torch.norm(rounded - exact) <= 0.1 * torch.norm(exact), name
+
+
+def test_autocast_keeps_no_copies_of_weights_from_a_pass_without_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Up to torch 2.10 they have no graph, and the next pass would use them."""
+    trainer = make({"self_cond": True, "self_cond_prob": 1.0}, precision="bf16")
+    passes = []
+
+    def embed(*given: Any) -> torch.Tensor:
+        keeps = torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()
+        passes.append((torch.is_grad_enabled(), *keeps))
+        return Networks.embed(trainer.networks, *given)
+
+    monkeypatch.setattr(trainer.networks, "embed", embed)
+    trainer._gradients(trainer._host(BATCH), Modes(), StepKey(0, 1, 1))
+    assert passes == [(False, True, False), (True, True, True)]
 
 
 def test_flags_that_exclude_each_other_are_rejected() -> None:
