@@ -102,3 +102,40 @@ def test_the_leader_tells_the_launcher_how_it_ended(tmp_path: Path, monkeypatch:
     assert launcher.last_loss() == ""
     launcher.note_loss("rank 1 ended")
     assert launcher.last_loss() == "rank 1 ended"
+
+
+RANK = (
+    "from maskwire_server.ranks.launcher import end_with_launcher; end_with_launcher(); "
+    "print('serves', flush=True); input()"
+)
+
+
+@pytest.mark.parametrize("noted", ["this process", "another process", "nothing"])
+def test_a_rank_serves_only_under_the_launcher_that_started_it(noted: str, tmp_path: Path) -> None:
+    """A rank whose launcher was killed has another parent, or its launcher's folder is gone."""
+    if noted != "nothing":
+        number = os.getpid() + (noted == "another process")
+        (tmp_path / "torch-launcher.pid").write_text(str(number))
+    done = subprocess.run(
+        [sys.executable, "-c", RANK], env={**os.environ, launcher.FOLDER: str(tmp_path)}, input="\n",
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    expected = (0, "serves\n") if noted == "this process" else (70, "")
+    assert (done.returncode, done.stdout) == expected, done.stderr
+
+
+def test_a_rank_ends_with_its_launcher(tmp_path: Path) -> None:
+    """The launcher starts a rank, passes on its process id, and is killed."""
+    starts = (
+        "import os, subprocess, sys; from pathlib import Path\n"
+        f"Path({str(tmp_path)!r}, 'torch-launcher.pid').write_text(str(os.getpid()))\n"
+        f"subprocess.run([sys.executable, '-c', {RANK!r}])"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-uc", starts], env={**os.environ, launcher.FOLDER: str(tmp_path)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as parent:  # fmt: skip
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"serves\n"
+        parent.kill()
+        assert parent.stdout.read() == b"", "the rank has closed its output too"

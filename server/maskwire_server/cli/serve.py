@@ -20,7 +20,7 @@ from maskwire_server.cli.options import (
     stop,
 )
 from maskwire_server.errors import ConfigError, RunDirectoryError
-from maskwire_server.ranks.launcher import Launch, check_layout, launch
+from maskwire_server.ranks.launcher import Launch, check_layout, end_with_launcher, launch
 
 if TYPE_CHECKING:
     from maskwire_server.config import DistributedConfig  # needs the extra `server`
@@ -51,6 +51,9 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a run until SIGTERM or Ctrl-C. Starting it again on the same run directory resumes the run."""
+    is_rank = ranks is None and "WORLD_SIZE" in os.environ
+    if is_rank:
+        end_with_launcher()  # before the imports, which take seconds
     chosen = loaded(config, run_dir, address, settings)
     start_log(log_level, chosen.telemetry.log_format)
     if ranks is not None:
@@ -73,7 +76,7 @@ def serve(
         "accept_inexact_replay": accept_inexact_replay,
         "accept_lost_history": accept_lost_history,
     }
-    if "WORLD_SIZE" in os.environ:
+    if is_rank:
         serve_rank(chosen, **how)
     raise typer.Exit(run(chosen, **how))
 

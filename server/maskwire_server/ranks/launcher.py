@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -37,6 +38,7 @@ FOLDER = "MASKWIRE_LAUNCH_DIR"
 """Variable that names the folder for the leader's process id and, when it ends for good, its exit code."""
 LEADER = "MASKWIRE_LEADER"
 """Variable that is 1 on the host that has the run directory, if there are several hosts."""
+_AGENT = "torch-launcher.pid"
 _PID, _EXIT_CODE, _LOSS, _STOPPING = "leader.pid", "exit-code", "loss", "stopping"
 _RESTARTS = 1000
 _FAILURE = 70
@@ -82,8 +84,9 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
             [*command, "-m", "maskwire_server", *arguments],
             env=environment,
             start_new_session=True,  # Ctrl-C reaches only this process
-            preexec_fn=_end_with_parent,
+            preexec_fn=partial(_end_with, os.getpid(), signal.SIGTERM),
         )
+        (Path(folder) / _AGENT).write_text(str(launcher.pid))
         _forward_signals(Path(folder), launcher)
         if chosen.follows_files:
             _forward_hang_up(Path(folder))
@@ -130,11 +133,15 @@ def is_stopping() -> bool:
 
 
 def end_with_launcher() -> None:
-    """Have the kernel kill this rank when torch's launcher ends, so that it does not outlive it (Linux)."""
+    """Have the kernel kill this rank when torch's launcher ends, and exit if it has ended (Linux)."""
     parent = os.getppid()
-    _end_with_parent(signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(_FAILURE)
+    folder = os.environ.get(FOLDER)
+    if folder is not None:  # by now the launcher may have ended, and this rank have another parent
+        try:
+            parent = int((Path(folder) / _AGENT).read_text())
+        except (OSError, ValueError):
+            os._exit(_FAILURE)
+    _end_with(parent, signal.SIGKILL)
 
 
 def last_loss() -> str:
@@ -227,10 +234,12 @@ def _interface(address: str) -> str | None:
     return None
 
 
-def _end_with_parent(number: int = signal.SIGTERM) -> None:
-    """Have the kernel send this process a signal when its parent process ends (Linux)."""
+def _end_with(parent: int, number: int) -> None:
+    """Have the kernel send this process a signal when its parent ends (Linux); exit if it has ended."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os._exit(_FAILURE)
 
 
 def _forward_signals(folder: Path, launcher: subprocess.Popen[bytes]) -> None:
