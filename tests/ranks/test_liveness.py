@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -139,3 +143,40 @@ def test_a_rank_ends_with_its_launcher(tmp_path: Path) -> None:
         assert parent.stdout.readline() == b"serves\n"
         parent.kill()
         assert parent.stdout.read() == b"", "the rank has closed its output too"
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_stop_ends_the_ranks_at_once_unless_the_leader_is_elsewhere_and_may_need_them(
+    follows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers: dict[int, Callable[[int, None], None]] = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    sent: list[int] = []
+    torch_launcher: Any = SimpleNamespace(send_signal=sent.append)
+    launcher._forward_signals(tmp_path, torch_launcher, follows=follows)
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert (tmp_path / "stopping").exists()
+    assert sent == [signal.SIGTERM] * (not follows)
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert sent[-1] == signal.SIGTERM, "a second signal does not wait"
+
+
+@pytest.mark.parametrize(
+    ("appears", "expected"), [("exit-code", 0), ("stopping", 0), ("leader.pid", 7), ("", 7)]
+)
+def test_a_launcher_that_waits_for_another_host_is_ended(appears: str, expected: int, tmp_path: Path) -> None:
+    """At the limit of the leader's exit code or of a stop; before it, the launcher's own code counts."""
+    if appears:
+        (tmp_path / appears).touch()
+    with subprocess.Popen(
+        [sys.executable, "-c", "input(); raise SystemExit(7)"], stdin=subprocess.PIPE
+    ) as torch_launcher:
+        if expected:
+            assert torch_launcher.stdin is not None
+            torch_launcher.stdin.write(b"\n")
+            torch_launcher.stdin.flush()
+        limits = (
+            {"exit-code": 0.2, "stopping": 0.2} if not expected else {"exit-code": LONG, "stopping": LONG}
+        )
+        assert launcher._wait(torch_launcher, tmp_path, limits) == expected
+        assert torch_launcher.returncode == (expected or -9)

@@ -63,7 +63,7 @@ def serve(
         arguments += [f"--set={each}" for each in settings or []]
         arguments += ["--accept-inexact-replay"] * accept_inexact_replay
         follows = bool(chosen.serve.certificate_files or chosen.serve.token_files)
-        launched = Launch(ranks, nodes, rendezvous, follows)
+        launched = Launch(ranks, nodes, rendezvous, chosen.serve.drain_seconds, follows)
         raise typer.Exit(_launched(chosen.distributed, launched, ["serve", *arguments]))
     if config is None:
         log.info("no configuration file (--config): using the defaults, flags and the environment")

@@ -3,7 +3,8 @@
 The launcher restarts every rank when one ends with an error. A configuration error must not be retried, and
 SIGTERM must reach only the leader, which drains and then ends its followers: the launcher would end all ranks
 at once. Therefore a rank that must not be restarted exits with 0, the leader writes the exit code of `serve`
-to a file, and this process forwards signals to the leader. This process does not import torch.
+to a file, and this process forwards signals to the leader. On a host without the leader it waits for the
+leader's end. This process does not import torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,12 @@ _PID, _EXIT_CODE, _LOSS, _STOPPING = "leader.pid", "exit-code", "loss", "stoppin
 _RESTARTS = 1000
 _FAILURE = 70
 _NAME_SECONDS = 60.0
+_EXIT_SECONDS = 5.0
+"""How long torch's launcher may take to end once the leader has ended for good. It waits up to 300 s for the
+launchers of the other hosts, which may be gone."""
+_POLL_SECONDS = 0.1
+_STOP_SECONDS = 10.0
+"""How long a stop may take on a host without the leader, besides `Launch.drain_seconds`."""
 _PR_SET_PDEATHSIG, _SIOCGIFADDR = 1, 0x8915
 
 
@@ -55,6 +62,8 @@ class Launch:
     nodes: int = 1
     rendezvous: str | None = None
     """HOST:PORT of the host that has the run directory, if there are several hosts."""
+    drain_seconds: float = 30.0
+    """How long the leader may take to stop."""
     follows_files: bool = False
     """Whether the leader reads certificates and tokens again on SIGHUP."""
 
@@ -87,10 +96,14 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
             preexec_fn=partial(_end_with, os.getpid(), signal.SIGTERM),
         )
         (Path(folder) / _AGENT).write_text(str(launcher.pid))
-        _forward_signals(Path(folder), launcher)
+        follows = chosen.nodes > 1 and environment[LEADER] == "0"
+        _forward_signals(Path(folder), launcher, follows=follows)
         if chosen.follows_files:
             _forward_hang_up(Path(folder))
-        code = launcher.wait()
+        limits = {_EXIT_CODE: _EXIT_SECONDS}
+        if follows:
+            limits[_STOPPING] = chosen.drain_seconds + _STOP_SECONDS
+        code = _wait(launcher, Path(folder), limits)
         noted: int | None = None
         with contextlib.suppress(OSError, ValueError):
             noted = int((Path(folder) / _EXIT_CODE).read_text())
@@ -242,11 +255,38 @@ def _end_with(parent: int, number: int) -> None:
         os._exit(_FAILURE)
 
 
-def _forward_signals(folder: Path, launcher: subprocess.Popen[bytes]) -> None:
-    """Forward SIGTERM and SIGINT to the leader. Without a leader on this host, send the launcher SIGTERM."""
+def _wait(launcher: subprocess.Popen[bytes], folder: Path, limits: Mapping[str, float]) -> int:
+    """The exit code of torch's launcher; 0 if it had to be ended.
+
+    `limits` says by the name of a file how many seconds after it appears the launcher is ended. All ranks on
+    this host end with it.
+    """
+    seen: dict[str, float] = {}
+    while (code := launcher.poll()) is None:
+        for name, seconds in limits.items():
+            if not (folder / name).exists():
+                continue
+            if time.monotonic() - seen.setdefault(name, time.monotonic()) > seconds:
+                launcher.kill()  # SIGTERM would make it wait 30 s for followers, which ignore it
+                launcher.wait()
+                return 0
+        time.sleep(_POLL_SECONDS)
+    return code
+
+
+def _forward_signals(folder: Path, launcher: subprocess.Popen[bytes], *, follows: bool) -> None:
+    """Forward SIGTERM and SIGINT to the leader. Without one, end torch's launcher.
+
+    If the leader is on another host (`follows`), wait first: it may have got the signal too, and needs its
+    followers until it has stopped. A second signal does not wait.
+    """
 
     def forward(number: int, _: FrameType | None) -> None:
+        is_first = not (folder / _STOPPING).exists()
         (folder / _STOPPING).touch()
+        if follows and is_first:
+            log.info("%s: waiting until the leader has stopped", signal.Signals(number).name)
+            return
         try:
             pid = int((folder / _PID).read_text())
             os.kill(pid, number)

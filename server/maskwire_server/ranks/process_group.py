@@ -180,9 +180,7 @@ def rank_device(wish: str, place: Place) -> torch.device:
     if device.type != "cuda":
         return device
     if ":" in wish:
-        raise ConfigError(
-            f"serve.device: must be auto, cpu or cuda with ranks, each on its own GPU, got {wish!r}"
-        )
+        raise ConfigError(f"serve.device: with ranks must be auto, cpu or cuda, a GPU for each, got {wish!r}")
     if place.local_size > torch.cuda.device_count():
         raise ConfigError(
             f"--ranks: must be at most the number of CUDA devices, {torch.cuda.device_count()}, "
