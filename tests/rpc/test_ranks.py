@@ -202,6 +202,25 @@ def test_ranks_that_do_not_form_the_layout_are_refused_before_any_starts(start: 
     assert server.log.read_text() == f"maskwire-server: {LAYOUT}\n"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--nodes=2", "--nodes needs --ranks, got none"),
+        ("--rendezvous=host:29500", "--rendezvous needs --ranks, got none"),
+        ("--set=distributed.replicate=2", "distributed: replicate and shard divide ranks, and need --ranks, "
+         "got 2 x off without it"),
+        ("--set=distributed.shard=4", "distributed: replicate and shard divide ranks, and need --ranks, "
+         "got 1 x 4 without it"),
+    ],
+)  # fmt: skip
+def test_what_needs_ranks_is_refused_without_them(given: str, expected: str, tmp_path: Path) -> None:
+    done = fork_server.run(
+        ["-m", "maskwire_server", "serve", f"--run-dir={tmp_path / 'run'}", given], text=True
+    )
+    assert (done.returncode, done.stderr) == (2, f"maskwire-server: {expected}\n")
+    assert not (tmp_path / "run").exists()
+
+
 ONE = "distributed.replicate=1"
 DIFFERENCES = {
     "the layout of no rank": (["distributed.replicate=3"] * 2, LAYOUT),

@@ -54,8 +54,16 @@ def serve(
     is_rank = ranks is None and "WORLD_SIZE" in os.environ
     if is_rank:
         end_with_launcher()  # before the imports, which take seconds
+    if ranks is None and (rendezvous is not None or nodes > 1):
+        stop(f"{'--nodes' if nodes > 1 else '--rendezvous'} needs --ranks, got none")
     chosen = loaded(config, run_dir, address, settings)
     start_log(log_level, chosen.telemetry.log_format)
+    layout = chosen.distributed
+    if ranks is None and not is_rank and (layout.replicate > 1 or (layout.shard or 1) > 1):
+        stop(
+            "distributed: replicate and shard divide ranks, and need --ranks, got "
+            f"{layout.replicate} x {layout.shard or 'off'} without it"
+        )
     if ranks is not None:
         given = {"config": config, "run-dir": run_dir, "address": address, "log-level": log_level,
                  "accept-lost-history": accept_lost_history}  # fmt: skip
