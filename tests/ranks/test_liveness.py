@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from maskwire_server.errors import ConfigError
-from maskwire_server.ranks import launcher
+from maskwire_server.ranks import addresses, launcher
 from maskwire_server.ranks.liveness import LOOPBACK, Monitor, watch_leader
 from maskwire_server.ranks.orders import Order
 
@@ -180,3 +181,32 @@ def test_a_launcher_that_waits_for_another_host_is_ended(appears: str, expected:
         )
         assert launcher._wait(torch_launcher, tmp_path, limits) == expected
         assert torch_launcher.returncode == (expected or -9)
+
+
+def test_a_host_waits_for_the_others_as_long_as_it_takes(caplog: pytest.LogCaptureFixture) -> None:
+    """Both for the leader's host, at which torch's launcher cannot ask otherwise, and for the rest."""
+    options = launcher._options(launcher.Launch(1, 2, "127.0.0.1:29500"), "folder")
+    (given,) = [each for each in options if each.startswith("--rdzv-conf=")]
+    settings = dict(each.split("=") for each in given.removeprefix("--rdzv-conf=").split(","))
+    assert settings["is_host"] == "true"
+    assert int(settings["join_timeout"]) >= 30 * 24 * 3600
+    with socket.create_server((LOOPBACK, 0)) as free:
+        port = free.getsockname()[1]
+    caplog.set_level("INFO")
+    waiting = threading.Thread(target=addresses.wait_for, args=(LOOPBACK, port), daemon=True)
+    waiting.start()
+    while f"waiting for {LOOPBACK}:{port}" not in caplog.text:
+        assert waiting.is_alive()
+    with socket.create_server((LOOPBACK, port)):
+        waiting.join(60)
+        assert not waiting.is_alive()
+
+
+def test_a_name_that_other_hosts_cannot_use_is_refused() -> None:
+    """Debian gives a host's own name a loopback address. One that is given as such is what was meant."""
+    message = (
+        r"^--rendezvous: localhost is 127\.0\.0\.1 on this host; give its address in the hosts' network$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        launcher.launch(launcher.Launch(1, 2, "localhost:29500"), [])
+    addresses.check_name("127.0.1.1")

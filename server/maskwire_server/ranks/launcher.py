@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import logging
 import os
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -29,6 +26,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from maskwire_server.errors import ConfigError
+from maskwire_server.ranks import addresses
 
 if TYPE_CHECKING:
     from maskwire_server.config import DistributedConfig  # needs the extra `server`
@@ -43,14 +41,15 @@ _AGENT = "torch-launcher.pid"
 _PID, _EXIT_CODE, _LOSS, _STOPPING = "leader.pid", "exit-code", "loss", "stopping"
 _RESTARTS = 1000
 _FAILURE = 70
-_NAME_SECONDS = 60.0
+_JOIN_SECONDS = 365 * 24 * 3600
+"""How long the group waits for a host that is missing. By default torch gives up after ten minutes."""
 _EXIT_SECONDS = 5.0
 """How long torch's launcher may take to end once the leader has ended for good. It waits up to 300 s for the
 launchers of the other hosts, which may be gone."""
 _POLL_SECONDS = 0.1
 _STOP_SECONDS = 10.0
 """How long a stop may take on a host without the leader, besides `Launch.drain_seconds`."""
-_PR_SET_PDEATHSIG, _SIOCGIFADDR = 1, 0x8915
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,13 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
         if chosen.nodes == 1:
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no rank listens on the network
         else:
-            environment |= {LEADER: str(int(_is_here(_host(chosen))))}
-            interface = _interface(address_towards(_host(chosen)))
+            host, port = _rendezvous(chosen)
+            interface = addresses.interface(addresses.towards(host))
+            addresses.check_name(host)
+            leads = addresses.is_here(host)
+            environment |= {LEADER: str(int(leads))}
+            if not leads:
+                addresses.wait_for(host, port)
             if interface is not None:  # gloo's default, that of the host's name, may be lo
                 environment.setdefault("GLOO_SOCKET_IFNAME", interface)
         command = [sys.executable, "-m", "torch.distributed.run", *_options(chosen, folder)]
@@ -96,7 +100,7 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
             preexec_fn=partial(_end_with, os.getpid(), signal.SIGTERM),
         )
         (Path(folder) / _AGENT).write_text(str(launcher.pid))
-        follows = chosen.nodes > 1 and environment[LEADER] == "0"
+        follows = environment.get(LEADER) == "0"
         _forward_signals(Path(folder), launcher, follows=follows)
         if chosen.follows_files:
             _forward_hang_up(Path(folder))
@@ -188,63 +192,22 @@ def _options(chosen: Launch, folder: str) -> list[str]:
             *options, "--rdzv-backend=c10d", f"--rdzv-endpoint={rendezvous}", "--rdzv-conf=store_type=file",
             "--rdzv-id=maskwire", "--local-addr=127.0.0.1",
         ]  # fmt: skip
-    host = _host(chosen)
+    host, _ = _rendezvous(chosen)
     return [
         *options, "--rdzv-backend=c10d", f"--rdzv-endpoint={chosen.rendezvous}", "--rdzv-id=maskwire",
-        f"--rdzv-conf=is_host={str(_is_here(host)).lower()}", f"--local-addr={address_towards(host)}",
+        f"--rdzv-conf=is_host={str(addresses.is_here(host)).lower()},join_timeout={_JOIN_SECONDS}",
+        f"--local-addr={addresses.towards(host)}",
     ]  # fmt: skip
 
 
-def _host(chosen: Launch) -> str:
+def _rendezvous(chosen: Launch) -> tuple[str, int]:
     host, colon, port = (chosen.rendezvous or "").rpartition(":")
     if not host or not colon or not port.isdigit():
         raise ConfigError(
             f"--rendezvous must be HOST:PORT of the host that has the run directory, with --nodes "
             f"{chosen.nodes}, got {chosen.rendezvous!r}"
         )
-    return host
-
-
-def _is_here(host: str) -> bool:
-    """Whether a host name is an address of this host, to which a socket can be bound."""
-    try:
-        socket.create_server((host, 0)).close()
-    except OSError:
-        return False
-    return True
-
-
-def address_towards(host: str) -> str:
-    """The address from which this host reaches another one. Raises ConfigError.
-
-    Retries while the name does not resolve: a pod may start before the name of the leader's pod exists.
-    """
-    until = time.monotonic() + _NAME_SECONDS
-    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-        while True:
-            try:
-                probe.connect((host, 9))  # sends nothing
-                address: str = probe.getsockname()[0]
-                return address
-            except OSError as error:
-                if isinstance(error, socket.gaierror) and time.monotonic() < until:
-                    time.sleep(1)
-                    continue
-                why = error.strerror or str(error)
-                raise ConfigError(
-                    f"--rendezvous: {host} cannot be reached ({why}); check the name"
-                ) from error
-
-
-def _interface(address: str) -> str | None:
-    """The network interface that has an address (Linux)."""
-    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                if socket.inet_ntoa(found[20:24]) == address:
-                    return name
-    return None
+    return host, int(port)
 
 
 def _end_with(parent: int, number: int) -> None:

@@ -19,7 +19,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from maskwire_server.config import DistributedConfig, ServeConfig
 from maskwire_server.errors import ConfigError
-from maskwire_server.ranks.launcher import FOLDER, LEADER, address_towards, check_layout, note_loss
+from maskwire_server.ranks import addresses
+from maskwire_server.ranks.launcher import FOLDER, LEADER, check_layout, note_loss
 from maskwire_server.ranks.liveness import LOOPBACK, LeaderAddress, Monitor, exit_now, watch_leader
 from maskwire_server.ranks.orders import Order
 from maskwire_server.training.numerics import choose_device, cores
@@ -245,7 +246,7 @@ def _leave_together(store: Store, place: Place) -> None:
 def _watch(store: Store, place: Place, leader: int, timeout: float) -> Monitor | None:
     """Watch the other ranks from now on, and exit when one is lost. Returns the leader's monitor."""
     if place.rank == leader:
-        host = LOOPBACK if place.hosts == 1 else address_towards(os.environ["MASTER_ADDR"])
+        host = LOOPBACK if place.hosts == 1 else addresses.towards(os.environ["MASTER_ADDR"])
         monitor = Monitor(host, place.size - 1, timeout, _exit_lost)
         store.set("monitor", json.dumps(asdict(monitor.address)))
         return monitor
