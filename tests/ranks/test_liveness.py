@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -210,3 +211,24 @@ def test_a_name_that_other_hosts_cannot_use_is_refused() -> None:
     with pytest.raises(ConfigError, match=message):
         launcher.launch(launcher.Launch(1, 2, "localhost:29500"), [])
     addresses.check_name("127.0.1.1")
+
+
+def test_what_a_killed_launcher_left_is_deleted_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    kept = {tmp_path / "maskwire-launch-new", tmp_path / "other"}
+    left = tmp_path / "maskwire-launch-left"
+    for folder in (*kept, left):
+        folder.mkdir()
+    for folder in (tmp_path / "other", left):
+        (folder / "torch-launcher.pid").touch()
+    (tmp_path / "maskwire-launch-link").symlink_to(tmp_path / "other")
+    with launcher._folder() as first:
+        (Path(first) / "torch-launcher.pid").touch()
+        assert not left.exists()
+        with launcher._folder() as second:
+            assert Path(first).exists(), "its launcher is running"
+            assert Path(second) not in {Path(first), *kept}
+    assert set(tmp_path.iterdir()) == {*kept, tmp_path / "maskwire-launch-link"}
+    assert list((tmp_path / "other").iterdir())

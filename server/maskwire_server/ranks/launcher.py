@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,7 @@ FOLDER = "MASKWIRE_LAUNCH_DIR"
 """Variable that names the folder for the leader's process id and, when it ends for good, its exit code."""
 LEADER = "MASKWIRE_LEADER"
 """Variable that is 1 on the host that has the run directory, if there are several hosts."""
+_PREFIX = "maskwire-launch-"
 _AGENT = "torch-launcher.pid"
 _PID, _EXIT_CODE, _LOSS, _STOPPING = "leader.pid", "exit-code", "loss", "stopping"
 _RESTARTS = 1000
@@ -72,7 +75,7 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
 
     Raises ConfigError.
     """
-    with tempfile.TemporaryDirectory(prefix="maskwire-launch-") as folder:
+    with _folder() as folder:
         environment = {
             **os.environ,
             FOLDER: folder,
@@ -177,6 +180,34 @@ def _write(name: str, value: object) -> bool:
     part.write_text(str(value))
     part.replace(Path(folder) / name)
     return True
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    """A folder for this launch. Deletes those that launchers left which were killed."""
+    for each in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        _delete_if_left(each)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder:
+        lock = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks; nothing is deleted there
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            os.close(lock)
+
+
+def _delete_if_left(folder: Path) -> None:
+    """Delete a folder of this user whose launcher has ended, which the kernel then unlocked."""
+    with contextlib.suppress(OSError):
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_own = os.fstat(lock).st_uid == os.getuid()
+            if is_own and (folder / _AGENT).exists():  # without it, its launcher is about to lock it
+                shutil.rmtree(folder)
+        finally:
+            os.close(lock)
 
 
 def _options(chosen: Launch, folder: str) -> list[str]:
