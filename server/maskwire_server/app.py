@@ -168,7 +168,6 @@ def serve_rank(
     from maskwire_server.ranks.shared_folder import SavePlace
     from maskwire_server.training.trainer import TorchTrainer
 
-    launcher.end_with_launcher()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the leader ends its followers
     try:

@@ -123,6 +123,18 @@ def _r12_hung(folder: Path) -> Any:
     return rank_faults.hung_follower(folder)
 
 
+def _r12_frozen(folder: Path) -> Any:
+    return rank_faults.frozen_start(folder)
+
+
+def _r12_stopped(folder: Path) -> Any:
+    return rank_faults.stopped_hosts(folder / "s")
+
+
+def _r12_different(folder: Path) -> Any:
+    return rank_faults.different_hosts(folder / "d")
+
+
 def _r12_network(folder: Path) -> Any:
     return rank_faults.cut_network(folder / "n")
 
@@ -200,8 +212,11 @@ def cases(full: bool) -> list[Case]:
             made.append(case("R12", f"rank {rank} from {part[0]}", _r12_places, rank, part))
     made.append(case("R12", "random instants", _r12_random, share(50, 5)))
     made.append(case("R12", "hung follower", _r12_hung))
+    made.append(case("R12", "frozen start", _r12_frozen))
     if os.geteuid() == 0 and shutil.which("ip"):
         made.append(case("R12", "network", _r12_network))
+        made.append(case("R12", "both hosts stopped", _r12_stopped))
+        made.append(case("R12", "different hosts", _r12_different))
         made.append(case("R12", "no shared folder", _r12_hidden))
     made.append(case("R13", "parity", _r13, share(50, 5)))
     made.append(case("R13", "other layouts", _r13_layouts))

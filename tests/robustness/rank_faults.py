@@ -144,6 +144,65 @@ def hung_follower(folder: Path) -> dict[str, Any]:
     return {"hangs": 1}
 
 
+def frozen_start(folder: Path) -> dict[str, Any]:
+    """A rank freezes while it imports torch, before anything watches it. Raises AssertionError."""
+    server = RankServer(folder / "frozen", SIZE, *SETTINGS)
+    try:
+        while len(ranks := server.ranks()) < SIZE:
+            assert server.process.poll() is None, server.log.read_text()[-4000:]
+        ranks[1].suspend()
+        began = time.monotonic()
+        with maskwire.connect(server.target, retry_for=300, on_wait=lambda _: None) as trainer:
+            assert trainer.train_step(batch(1)).step == 1
+        back = time.monotonic() - began
+        assert "the ranks did not meet within 60 s" in server.log.read_text()
+        assert server.stop() == 0
+    finally:
+        server.kill()
+    return {"back": back}
+
+
+def stopped_hosts(folder: Path) -> dict[str, Any]:
+    """SIGTERM to the launchers of two hosts, as a cluster sends it: both end in order.
+
+    Needs root and iproute2. Raises AssertionError.
+    """
+    with Hosts() as hosts, contextlib.ExitStack() as ends:
+        servers = [_on(hosts, name, folder, ends) for name in ("a", "b")]
+        with maskwire.connect(servers[0].target, retry_for=180, on_wait=lambda _: None) as trainer:
+            trainer.train_step(batch(1))
+        began = time.monotonic()
+        for server in reversed(servers):
+            server.process.terminate()
+        assert [server.process.wait(60) for server in servers] == [0, 0]
+        assert "stopped" in servers[0].log.read_text(), "the leader has drained"
+    return {"seconds": time.monotonic() - began}
+
+
+def different_hosts(folder: Path) -> dict[str, Any]:
+    """Two hosts that were configured differently: both say so and end with code 2.
+
+    Needs root and iproute2. Raises AssertionError.
+    """
+    with Hosts() as hosts, contextlib.ExitStack() as ends:
+        servers = [
+            _on(hosts, "a", folder, ends),
+            _on(hosts, "b", folder, ends, "distributed.replicate=2"),
+        ]
+        for server in servers:
+            assert server.process.wait(180) == 2, server.log.read_text()[-2000:]
+            assert "distributed.replicate: must be the same on all ranks" in server.log.read_text()
+    return {}
+
+
+def _on(hosts: Hosts, name: str, folder: Path, ends: contextlib.ExitStack, *settings: str) -> RankServer:
+    """One rank of a server on two hosts, of which a has the run directory."""
+    server = RankServer(folder / name, 1, *SETTINGS, *settings, prefix=hosts.command(name),
+                        flags=["--nodes=2", f"--rendezvous={hosts.address('a')}:29400"])  # fmt: skip
+    ends.callback(server.kill)
+    return server
+
+
 def cut_network(folder: Path) -> dict[str, Any]:
     """Two network namespaces are two hosts; the link between them goes down and comes up again.
 
@@ -151,13 +210,7 @@ def cut_network(folder: Path) -> dict[str, Any]:
     """
     folder.mkdir(parents=True)
     with Hosts() as hosts, contextlib.ExitStack() as ends:
-        servers = [
-            RankServer(folder / name, 1, *SETTINGS, prefix=hosts.command(name),
-                       flags=["--nodes=2", f"--rendezvous={hosts.address('a')}:29400"])
-            for name in ("a", "b")
-        ]  # fmt: skip
-        for server in servers:
-            ends.callback(server.kill)
+        servers = [_on(hosts, name, folder, ends) for name in ("a", "b")]
         leader = servers[0]
         with maskwire.connect(
             leader.target, name="job", retry_for=180, timeout=60, on_wait=lambda _: None

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -202,11 +204,55 @@ def test_ranks_that_do_not_form_the_layout_are_refused_in_the_log_before_any_sta
     assert (line["level"], line["message"]) == ("critical", LAYOUT)
 
 
-def test_a_rank_of_another_launcher_that_is_not_in_the_layout_is_refused(tmp_path: Path) -> None:
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--nodes=2", "--nodes needs --ranks, got none"),
+        ("--rendezvous=host:29500", "--rendezvous needs --ranks, got none"),
+        ("--set=distributed.replicate=2", "distributed: replicate and shard divide ranks, and need --ranks, "
+         "got 2 x off without it"),
+        ("--set=distributed.shard=4", "distributed: replicate and shard divide ranks, and need --ranks, "
+         "got 1 x 4 without it"),
+    ],
+)  # fmt: skip
+def test_what_needs_ranks_is_refused_without_them(given: str, expected: str, tmp_path: Path) -> None:
     done = fork_server.run(
-        ["-m", "maskwire_server", "serve", f"--run-dir={tmp_path}", "--set=distributed.replicate=3"],
-        env={**os.environ, **fork_server.ONE_THREAD, **place}, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert f"maskwire-server: {LAYOUT}\n" in done.stderr
+        ["-m", "maskwire_server", "serve", f"--run-dir={tmp_path / 'run'}", given], text=True
+    )
+    assert (done.returncode, done.stderr) == (2, f"maskwire-server: {expected}\n")
+    assert not (tmp_path / "run").exists()
+
+
+ONE = "distributed.replicate=1"
+DIFFERENCES = {
+    "the layout of no rank": (["distributed.replicate=3"] * 2, LAYOUT),
+    "two layouts": (
+        [ONE, "distributed.replicate=2"],
+        "distributed.replicate: must be the same on all ranks, got 1 on rank 0 (HOST) and 2 on rank 1 (HOST)",
+    ),
+    "no GPU": (
+        [ONE, "serve.device=cuda"],
+        "rank 1 on HOST: serve.device: must be a device of this machine, which has 0 CUDA devices, got "
+        "'cuda'; use auto or cpu",
+    ),
+}
+
+
+@pytest.mark.parametrize("difference", DIFFERENCES)
+def test_ranks_that_do_not_fit_together_all_say_why(difference: str, tmp_path: Path) -> None:
+    """Ranks of another launcher, such as torchrun: ours checks the layout of one host before it starts."""
+    settings, expected = DIFFERENCES[difference]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [
+        fork_server.Process(
+            ["-m", "maskwire_server", "serve", f"--run-dir={tmp_path}", f"--set={setting}"],
+            env={**os.environ, **fork_server.ONE_THREAD, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank, setting in enumerate(settings)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=100)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    for each in said:
+        assert f"maskwire-server: {expected.replace('HOST', socket.gethostname())}\n" in each

@@ -22,7 +22,7 @@ from maskwire_server.cli.options import (
 from maskwire_server.error_output import say
 from maskwire_server.errors import ConfigError, RunDirectoryError
 from maskwire_server.exit_codes import EXIT_CONFIG
-from maskwire_server.ranks.launcher import Launch, check_layout, launch
+from maskwire_server.ranks.launcher import Launch, check_layout, end_with_launcher, launch
 
 if TYPE_CHECKING:
     from maskwire_server.config import DistributedConfig  # needs the extra `server`
@@ -53,8 +53,20 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a run until SIGTERM or Ctrl-C. Starting it again on the same run directory resumes the run."""
+    is_rank = ranks is None and "WORLD_SIZE" in os.environ
+    if is_rank:
+        end_with_launcher()  # before the imports, which take seconds
+    if ranks is None and (rendezvous is not None or nodes > 1):
+        stop(f"{'--nodes' if nodes > 1 else '--rendezvous'} needs --ranks, got none")
     chosen = loaded(config, run_dir, address, settings)
     start_log(log_level, chosen.telemetry.log_format)
+    layout = chosen.distributed
+    if ranks is None and not is_rank and (layout.replicate > 1 or (layout.shard or 1) > 1):
+        say(
+            "distributed: replicate and shard divide ranks, and need --ranks, got "
+            f"{layout.replicate} x {layout.shard or 'off'} without it"
+        )
+        raise typer.Exit(EXIT_CONFIG)
     if ranks is not None:
         given = {"config": config, "run-dir": run_dir, "address": address, "log-level": log_level,
                  "accept-lost-history": accept_lost_history}  # fmt: skip
@@ -62,7 +74,7 @@ def serve(
         arguments += [f"--set={each}" for each in settings or []]
         arguments += ["--accept-inexact-replay"] * accept_inexact_replay
         follows = bool(chosen.serve.certificate_files or chosen.serve.token_files)
-        launched = Launch(ranks, nodes, rendezvous, follows)
+        launched = Launch(ranks, nodes, rendezvous, chosen.serve.drain_seconds, follows)
         raise typer.Exit(_launched(chosen.distributed, launched, ["serve", *arguments]))
     if config is None:
         log.info("no configuration file (--config): using the defaults, flags and the environment")
@@ -75,7 +87,7 @@ def serve(
         "accept_inexact_replay": accept_inexact_replay,
         "accept_lost_history": accept_lost_history,
     }
-    if "WORLD_SIZE" in os.environ:
+    if is_rank:
         serve_rank(chosen, **how)
     raise typer.Exit(run(chosen, **how))
 

@@ -3,7 +3,8 @@
 The launcher restarts every rank when one ends with an error. A configuration error must not be retried, and
 SIGTERM must reach only the leader, which drains and then ends its followers: the launcher would end all ranks
 at once. Therefore a rank that must not be restarted exits with 0, the leader writes the exit code of `serve`
-to a file, and this process forwards signals to the leader. This process does not import torch.
+to a file, and this process forwards signals to the leader. On a host without the leader it waits for the
+leader's end. This process does not import torch.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ import ctypes
 import fcntl
 import logging
 import os
+import shutil
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from maskwire_server.errors import ConfigError
+from maskwire_server.ranks import addresses
 
 if TYPE_CHECKING:
     from maskwire_server.config import DistributedConfig  # needs the extra `server`
@@ -37,11 +39,20 @@ FOLDER = "MASKWIRE_LAUNCH_DIR"
 """Variable that names the folder for the leader's process id and, when it ends for good, its exit code."""
 LEADER = "MASKWIRE_LEADER"
 """Variable that is 1 on the host that has the run directory, if there are several hosts."""
+_PREFIX = "maskwire-launch-"
+_AGENT = "torch-launcher.pid"
 _PID, _EXIT_CODE, _LOSS, _STOPPING = "leader.pid", "exit-code", "loss", "stopping"
 _RESTARTS = 1000
 _FAILURE = 70
-_NAME_SECONDS = 60.0
-_PR_SET_PDEATHSIG, _SIOCGIFADDR = 1, 0x8915
+_JOIN_SECONDS = 365 * 24 * 3600
+"""How long the group waits for a host that is missing. By default torch gives up after ten minutes."""
+_EXIT_SECONDS = 5.0
+"""How long torch's launcher may take to end once the leader has ended for good. It waits up to 300 s for the
+launchers of the other hosts, which may be gone."""
+_POLL_SECONDS = 0.1
+_STOP_SECONDS = 10.0
+"""How long a stop may take on a host without the leader, besides `Launch.drain_seconds`."""
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,8 @@ class Launch:
     nodes: int = 1
     rendezvous: str | None = None
     """HOST:PORT of the host that has the run directory, if there are several hosts."""
+    drain_seconds: float = 30.0
+    """How long the leader may take to stop."""
     follows_files: bool = False
     """Whether the leader reads certificates and tokens again on SIGHUP."""
 
@@ -62,7 +75,7 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
 
     Raises ConfigError.
     """
-    with tempfile.TemporaryDirectory(prefix="maskwire-launch-") as folder:
+    with _folder() as folder:
         environment = {
             **os.environ,
             FOLDER: folder,
@@ -73,8 +86,13 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
         if chosen.nodes == 1:
             environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no rank listens on the network
         else:
-            environment |= {LEADER: str(int(_is_here(_host(chosen))))}
-            interface = _interface(address_towards(_host(chosen)))
+            host, port = _rendezvous(chosen)
+            interface = addresses.interface(addresses.towards(host))
+            addresses.check_name(host)
+            leads = addresses.is_here(host)
+            environment |= {LEADER: str(int(leads))}
+            if not leads:
+                addresses.wait_for(host, port)
             if interface is not None:  # gloo's default, that of the host's name, may be lo
                 environment.setdefault("GLOO_SOCKET_IFNAME", interface)
         command = [sys.executable, "-m", "torch.distributed.run", *_options(chosen, folder)]
@@ -82,12 +100,17 @@ def launch(chosen: Launch, arguments: Sequence[str]) -> int:
             [*command, "-m", "maskwire_server", *arguments],
             env=environment,
             start_new_session=True,  # Ctrl-C reaches only this process
-            preexec_fn=_end_with_parent,
+            preexec_fn=partial(_end_with, os.getpid(), signal.SIGTERM),
         )
-        _forward_signals(Path(folder), launcher)
+        (Path(folder) / _AGENT).write_text(str(launcher.pid))
+        follows = environment.get(LEADER) == "0"
+        _forward_signals(Path(folder), launcher, follows=follows)
         if chosen.follows_files:
             _forward_hang_up(Path(folder))
-        code = launcher.wait()
+        limits = {_EXIT_CODE: _EXIT_SECONDS}
+        if follows:
+            limits[_STOPPING] = chosen.drain_seconds + _STOP_SECONDS
+        code = _wait(launcher, Path(folder), limits)
         noted: int | None = None
         with contextlib.suppress(OSError, ValueError):
             noted = int((Path(folder) / _EXIT_CODE).read_text())
@@ -130,11 +153,15 @@ def is_stopping() -> bool:
 
 
 def end_with_launcher() -> None:
-    """Have the kernel kill this rank when torch's launcher ends, so that it does not outlive it (Linux)."""
+    """Have the kernel kill this rank when torch's launcher ends, and exit if it has ended (Linux)."""
     parent = os.getppid()
-    _end_with_parent(signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(_FAILURE)
+    folder = os.environ.get(FOLDER)
+    if folder is not None:  # by now the launcher may have ended, and this rank have another parent
+        try:
+            parent = int((Path(folder) / _AGENT).read_text())
+        except (OSError, ValueError):
+            os._exit(_FAILURE)
+    _end_with(parent, signal.SIGKILL)
 
 
 def last_loss() -> str:
@@ -155,6 +182,34 @@ def _write(name: str, value: object) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    """A folder for this launch. Deletes those that launchers left which were killed."""
+    for each in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        _delete_if_left(each)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as folder:
+        lock = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks; nothing is deleted there
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            os.close(lock)
+
+
+def _delete_if_left(folder: Path) -> None:
+    """Delete a folder of this user whose launcher has ended, which the kernel then unlocked."""
+    with contextlib.suppress(OSError):
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_own = os.fstat(lock).st_uid == os.getuid()
+            if is_own and (folder / _AGENT).exists():  # without it, its launcher is about to lock it
+                shutil.rmtree(folder)
+        finally:
+            os.close(lock)
+
+
 def _options(chosen: Launch, folder: str) -> list[str]:
     options = [
         f"--nproc-per-node={chosen.ranks}", f"--nnodes={chosen.nodes}", f"--max-restarts={_RESTARTS}",
@@ -168,76 +223,64 @@ def _options(chosen: Launch, folder: str) -> list[str]:
             *options, "--rdzv-backend=c10d", f"--rdzv-endpoint={rendezvous}", "--rdzv-conf=store_type=file",
             "--rdzv-id=maskwire", "--local-addr=127.0.0.1",
         ]  # fmt: skip
-    host = _host(chosen)
+    host, _ = _rendezvous(chosen)
     return [
         *options, "--rdzv-backend=c10d", f"--rdzv-endpoint={chosen.rendezvous}", "--rdzv-id=maskwire",
-        f"--rdzv-conf=is_host={str(_is_here(host)).lower()}", f"--local-addr={address_towards(host)}",
+        f"--rdzv-conf=is_host={str(addresses.is_here(host)).lower()},join_timeout={_JOIN_SECONDS}",
+        f"--local-addr={addresses.towards(host)}",
     ]  # fmt: skip
 
 
-def _host(chosen: Launch) -> str:
+def _rendezvous(chosen: Launch) -> tuple[str, int]:
     host, colon, port = (chosen.rendezvous or "").rpartition(":")
     if not host or not colon or not port.isdigit():
         raise ConfigError(
             f"--rendezvous must be HOST:PORT of the host that has the run directory, with --nodes "
             f"{chosen.nodes}, got {chosen.rendezvous!r}"
         )
-    return host
+    return host, int(port)
 
 
-def _is_here(host: str) -> bool:
-    """Whether a host name is an address of this host, to which a socket can be bound."""
-    try:
-        socket.create_server((host, 0)).close()
-    except OSError:
-        return False
-    return True
-
-
-def address_towards(host: str) -> str:
-    """The address from which this host reaches another one. Raises ConfigError.
-
-    Retries while the name does not resolve: a pod may start before the name of the leader's pod exists.
-    """
-    until = time.monotonic() + _NAME_SECONDS
-    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-        while True:
-            try:
-                probe.connect((host, 9))  # sends nothing
-                address: str = probe.getsockname()[0]
-                return address
-            except OSError as error:
-                if isinstance(error, socket.gaierror) and time.monotonic() < until:
-                    time.sleep(1)
-                    continue
-                why = error.strerror or str(error)
-                raise ConfigError(
-                    f"--rendezvous: {host} cannot be reached ({why}); check the name"
-                ) from error
-
-
-def _interface(address: str) -> str | None:
-    """The network interface that has an address (Linux)."""
-    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                if socket.inet_ntoa(found[20:24]) == address:
-                    return name
-    return None
-
-
-def _end_with_parent(number: int = signal.SIGTERM) -> None:
-    """Have the kernel send this process a signal when its parent process ends (Linux)."""
+def _end_with(parent: int, number: int) -> None:
+    """Have the kernel send this process a signal when its parent ends (Linux); exit if it has ended."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os._exit(_FAILURE)
 
 
-def _forward_signals(folder: Path, launcher: subprocess.Popen[bytes]) -> None:
-    """Forward SIGTERM and SIGINT to the leader. Without a leader on this host, send the launcher SIGTERM."""
+def _wait(launcher: subprocess.Popen[bytes], folder: Path, limits: Mapping[str, float]) -> int:
+    """The exit code of torch's launcher; 0 if it had to be ended.
+
+    `limits` says by the name of a file how many seconds after it appears the launcher is ended. All ranks on
+    this host end with it.
+    """
+    seen: dict[str, float] = {}
+    while (code := launcher.poll()) is None:
+        for name, seconds in limits.items():
+            if not (folder / name).exists():
+                continue
+            if time.monotonic() - seen.setdefault(name, time.monotonic()) > seconds:
+                launcher.kill()  # SIGTERM would make it wait 30 s for followers, which ignore it
+                launcher.wait()
+                return 0
+        time.sleep(_POLL_SECONDS)
+    return code
+
+
+def _forward_signals(folder: Path, launcher: subprocess.Popen[bytes], *, follows: bool) -> None:
+    """Forward SIGTERM and SIGINT to the leader. Without one, end torch's launcher.
+
+    If the leader is on another host (`follows`), wait first: it may have got the signal too, and needs its
+    followers until it has stopped. A second signal does not wait.
+    """
 
     def forward(number: int, _: FrameType | None) -> None:
+        is_first = not (folder / _STOPPING).exists()
         (folder / _STOPPING).touch()
+        if follows and is_first:
+            log.info("%s: waiting until the leader has stopped", signal.Signals(number).name)
+            return
         try:
             pid = int((folder / _PID).read_text())
             os.kill(pid, number)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
+import socket
+import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from maskwire_server.config import DistributedConfig, ServeConfig
 from maskwire_server.errors import ConfigError
-from maskwire_server.ranks.launcher import FOLDER, LEADER, address_towards, check_layout, note_loss
+from maskwire_server.ranks import addresses
+from maskwire_server.ranks.launcher import FOLDER, LEADER, check_layout, note_loss
 from maskwire_server.ranks.liveness import LOOPBACK, LeaderAddress, Monitor, exit_now, watch_leader
 from maskwire_server.ranks.orders import Order
 from maskwire_server.training.numerics import choose_device, cores
@@ -22,6 +30,10 @@ log = logging.getLogger(__name__)
 
 EXIT_LOST = 75
 """Exit code: another rank was lost."""
+_FORM_SECONDS = 60
+"""How long a rank waits for the others when it starts, which must import torch meanwhile. Afterwards it
+watches them. If this is too short, the ranks restart, and import torch again from a warmer disk cache."""
+_LEAVE = timedelta(seconds=10)  # how long a rank's answer to a configuration error may take
 _COLLECTIVE = timedelta(minutes=30)  # limit for a hung device; lost ranks are noticed long before
 _SAVE = timedelta(hours=1)  # how long the files of one checkpoint may take
 _UNBOUNDED = timedelta(days=3650)  # between two orders, or two saves, a run may be idle
@@ -50,28 +62,34 @@ class Place:
         return self.local_rank == 0 and (self.hosts == 1 or os.environ.get(LEADER) == "1")
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a rank has and was configured with, as far as all ranks must fit together."""
+
+    host: str
+    settings: dict[str, str]
+    """By name: what must be the same on all ranks."""
+    problem: str
+    """Why this rank cannot take part, or ""."""
+    may_lead: bool
+
+
+_exit_lost = exit_now(EXIT_LOST, note_loss)
+
+
 class Member:
     """This process in its group. The leader calls `order` while all others call `next_order`."""
 
-    def __init__(self, place: Place, ranks: ManyRanks, leader: int) -> None:
+    def __init__(self, place: Place, ranks: ManyRanks, leader: int, monitor: Monitor | None) -> None:
+        """`monitor` is the leader's."""
         self.place, self.ranks = place, ranks
         self.is_leader = ranks.is_leader
         self._leader = leader
         self._orders = dist.new_group(backend="gloo", timeout=_UNBOUNDED)
         self._saves = dist.new_group(backend="gloo", timeout=_SAVE)  # used by the savers' threads alone
-        self.lost = exit_now(EXIT_LOST, note_loss)
+        self.lost = _exit_lost
         """Exits this process with the given reason; the other ranks then exit too."""
-        self._monitor: Monitor | None = None
-
-    def watch(self, timeout: float) -> None:
-        """Watch the other ranks from now on, and exit when one is lost."""
-        if self.is_leader:
-            host = LOOPBACK if self.place.hosts == 1 else address_towards(os.environ["MASTER_ADDR"])
-            self._monitor = Monitor(host, self.place.size - 1, timeout, self.lost)
-            self.order(Order("watch", asdict(self._monitor.address)))
-        else:
-            address = LeaderAddress(**self.next_order().arguments)
-            watch_leader(address, self.place.rank, timeout, self.lost, lambda: os._exit(0))
+        self._monitor = monitor
 
     def order(self, order: Order) -> None:
         """Send an order to all followers."""
@@ -125,24 +143,116 @@ class Member:
 
 
 def join(distributed: DistributedConfig, serve: ServeConfig) -> Member:
-    """Join the group of the launcher. Raises ConfigError if the ranks do not fit the configuration."""
+    """Join the group of the launcher, and exit from now on when another rank is lost.
+
+    Raises ConfigError on every rank if one of them does not fit the configuration, or the others.
+    """
     place = Place.from_environment()
-    check_layout(distributed, place.size)
-    device = choose_device(serve.device)
+    late = threading.Timer(_FORM_SECONDS, _exit_lost, [f"the ranks did not meet within {_FORM_SECONDS} s"])
+    late.daemon = True
+    late.start()
+    store, _, _ = next(rendezvous(_store(place), place.rank, place.size, timeout=_COLLECTIVE))
+    store.set_timeout(_COLLECTIVE)
+    terms = _exchange(store, place, own_terms(place, distributed, serve))
+    try:
+        leader = agreed(terms, distributed)
+    except ConfigError:
+        _leave_together(store, place)
+        raise
+    monitor = _watch(store, place, leader, distributed.rank_timeout_seconds)
+    late.cancel()  # from now on, each rank watches the leader, and the leader all others
+    device = rank_device(serve.device, place)
     if device.type == "cuda":
-        device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        init_method=_store(place), rank=place.rank, world_size=place.size, timeout=_COLLECTIVE,
+        store=store, rank=place.rank, world_size=place.size, timeout=_COLLECTIVE,
     )  # fmt: skip
-    leader = _leader(place)
     ranks = ManyRanks(device, replicate=distributed.replicate, leader=leader, timeout=_COLLECTIVE)
     ranks.cores = max(1, cores() // place.local_size)
-    member = Member(place, ranks, leader)
-    member.watch(distributed.rank_timeout_seconds)
+    member = Member(place, ranks, leader, monitor)
     log.info("rank %d of %d%s", place.rank, place.size, ", the leader" if ranks.is_leader else "")
     return member
+
+
+def rank_device(wish: str, place: Place) -> torch.device:
+    """The device of this rank. Raises ConfigError unless this host has one for each of its ranks."""
+    device = choose_device(wish)
+    if device.type != "cuda":
+        return device
+    if ":" in wish:
+        raise ConfigError(f"serve.device: with ranks must be auto, cpu or cuda, a GPU for each, got {wish!r}")
+    if place.local_size > torch.cuda.device_count():
+        raise ConfigError(
+            f"--ranks: must be at most the number of CUDA devices, {torch.cuda.device_count()}, "
+            f"got {place.local_size}; or set serve.device=cpu"
+        )
+    return torch.device("cuda", place.local_rank)
+
+
+def own_terms(place: Place, distributed: DistributedConfig, serve: ServeConfig) -> Terms:
+    """The terms of this rank."""
+    device, problem = "", ""
+    try:
+        device = rank_device(serve.device, place).type
+    except ConfigError as error:
+        problem = str(error)
+    settings = {
+        "distributed.replicate": str(distributed.replicate),
+        "distributed.shard": str(distributed.shard or "off"),
+        "serve.device": device,
+    }
+    return Terms(socket.gethostname(), settings, problem, place.may_lead)
+
+
+def agreed(terms: Sequence[Terms], distributed: DistributedConfig) -> int:
+    """The rank of the leader. Raises ConfigError, with the same words on every rank, if the terms differ."""
+    for rank, each in enumerate(terms):
+        if each.problem:
+            raise ConfigError(f"rank {rank} on {each.host}: {each.problem}")
+    first = terms[0]
+    for rank, each in enumerate(terms):
+        for name, value in each.settings.items():
+            if value != first.settings[name]:
+                raise ConfigError(
+                    f"{name}: must be the same on all ranks, got {first.settings[name]} on rank 0 "
+                    f"({first.host}) and {value} on rank {rank} ({each.host})"
+                )
+    check_layout(distributed, len(terms))
+    leaders = [rank for rank, each in enumerate(terms) if each.may_lead]
+    if len(leaders) != 1:
+        raise ConfigError(
+            f"distributed: exactly one host must have the run directory, got {len(leaders)}; set {LEADER}=1 "
+            "there, or start with: maskwire-server serve --ranks N --nodes M --rendezvous HOST:PORT"
+        )
+    return leaders[0]
+
+
+def _exchange(store: Store, place: Place, own: Terms) -> list[Terms]:
+    """The terms of all ranks. Waits for all of them."""
+    store.set(f"terms/{place.rank}", json.dumps(asdict(own)))
+    found = store.multi_get([f"terms/{rank}" for rank in range(place.size)])
+    return [Terms(**json.loads(each)) for each in found]
+
+
+def _leave_together(store: Store, place: Place) -> None:
+    """Keep the store, which the process of rank 0 may have, until all ranks have read it."""
+    with contextlib.suppress(RuntimeError):  # includes torch's errors of a store that is gone
+        store.set(f"left/{place.rank}", "")
+        if place.rank == 0:
+            store.wait([f"left/{rank}" for rank in range(place.size)], _LEAVE)
+
+
+def _watch(store: Store, place: Place, leader: int, timeout: float) -> Monitor | None:
+    """Watch the other ranks from now on, and exit when one is lost. Returns the leader's monitor."""
+    if place.rank == leader:
+        host = LOOPBACK if place.hosts == 1 else addresses.towards(os.environ["MASTER_ADDR"])
+        monitor = Monitor(host, place.size - 1, timeout, _exit_lost)
+        store.set("monitor", json.dumps(asdict(monitor.address)))
+        return monitor
+    address = LeaderAddress(**json.loads(store.get("monitor")))
+    watch_leader(address, place.rank, timeout, _exit_lost, lambda: os._exit(0))
+    return None
 
 
 def _store(place: Place) -> str:
@@ -151,17 +261,3 @@ def _store(place: Place) -> str:
     if folder is None or place.hosts > 1:
         return "env://"
     return f"file://{folder}/ranks-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-
-
-def _leader(place: Place) -> int:
-    """The rank of the leader. Raises ConfigError unless exactly one host has the run directory."""
-    may = torch.tensor([place.may_lead], dtype=torch.int64)
-    found = [torch.zeros_like(may) for _ in range(place.size)]
-    dist.all_gather(found, may)
-    leaders = [rank for rank, each in enumerate(found) if int(each)]
-    if len(leaders) != 1:
-        raise ConfigError(
-            f"distributed: exactly one host must have the run directory, got {len(leaders)}; set {LEADER}=1 "
-            "there, or start with: maskwire-server serve --ranks N --nodes M --rendezvous HOST:PORT"
-        )
-    return leaders[0]
