@@ -77,7 +77,7 @@ class ManyRanks(Ranks):
         """
         found = {"world_size": f"{self.replicate} x {self.size // self.replicate}"}
         if self.device is not None and self.device.type == "cuda":
-            found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+            found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
             found |= {name.lower(): os.environ.get(name, "") for name in ("NCCL_ALGO", "NCCL_PROTO")}
         return found
 
