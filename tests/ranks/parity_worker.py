@@ -49,12 +49,12 @@ ENCODER = {
 }  # fmt: skip
 
 
-def batch(step: int, rows: int = ROWS, prompts: float = 0.3, tokens: int = 256) -> Batch:
+def batch(step: int, rows: int = ROWS, prompts: float = 0.3) -> Batch:
     """Rows of different lengths with prompts; if there are several, the last has nothing else."""
     random = np.random.default_rng(step)
     lengths = random.integers(1, COLUMNS + 1, rows).astype(np.int32)
     valid = np.arange(COLUMNS) < lengths[:, None]
-    ids = random.integers(0, tokens, (rows, COLUMNS))[valid]
+    ids = random.integers(0, 256, (rows, COLUMNS))[valid]
     prompt = random.random((rows, COLUMNS)) < prompts
     prompt[1:][-1:] = True
     return Batch(ids, rows, COLUMNS, lengths, np.packbits(prompt, bitorder="little").tobytes())
@@ -223,8 +223,7 @@ class Comparison:
 
     def _batch(self, number: int) -> Batch:
         shape = {name: self._scenario[name] for name in ("rows", "prompts") if name in self._scenario}
-        tokens = self._scenario.get("model", {}).get("num_tokens", 257)
-        return batch(number, **shape, tokens=256 if tokens > 256 else tokens - 2)
+        return batch(number, **shape)
 
     def _gradients(self, trainer: TorchTrainer, number: int, modes: Modes) -> dict[str, Tensor]:
         sums = trainer._gradients(

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from rank_groups import compare
-from source_models import ARCHITECTURES
 
 STEPS = int(os.environ.get("MASKWIRE_PARITY_STEPS", "1"))
 """`make robustness` takes 50."""
@@ -53,12 +52,6 @@ FACTORY: dict[str, Any] = {
     "source": "python", "num_tokens": 257, "mask_id": 256, "max_seq_len": 20,
     "python": {"factory": "in_place:build"},
 }  # fmt: skip
-ADAPTED = {
-    "source": "huggingface", "num_tokens": 41, "mask_id": 40, "pad_id": 39, "max_seq_len": 20,
-    "lora": {"rank": 2},
-    "huggingface": {"path": "unused", "pretrained": False,
-                    "config": {**ARCHITECTURES["BertConfig"], "model_type": "bert"}},
-}  # fmt: skip
 LAYOUTS = {2: (1, 2), 3: (1, 3), 4: (1, 2, 4)}
 """The copies of the model, by the number of ranks; the ranks of each share one."""
 
@@ -94,7 +87,6 @@ OTHERS: dict[str, Any] = {
     "prompts alone": {**TOKEN, "rows": 1, "prompts": 1.0},
     "x-transformers": {**TOKEN, "model": MODERN},
     "of a factory": {"replicate": 1, "model": FACTORY},
-    "adapters": {"replicate": 1, "model": ADAPTED},
 }
 MISTAKES: dict[str, Any] = {
     "null embedding as an input": NULL,
@@ -111,8 +103,7 @@ AGREEMENT = {"replicate": 1, "disagree": True}
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one group of two ranks found; starting a group takes longer than all that it does."""
-    for library in ("x_transformers", "transformers", "peft"):
-        pytest.importorskip(library, reason=f"needs {library}")
+    pytest.importorskip("x_transformers", reason="needs the extra x-transformers")
     in_place = {**FACTORY, "python": {**FACTORY["python"], "options": {"in_place": True}}}
     again = {"replicate": 1, **OBJECTIVES["self critic"], "steps": 2, "saved": True}
     return compare(
