@@ -226,7 +226,7 @@ NO_MATTER = {
     "serve.session_idle_seconds": "5", "serve.gap_seconds": "1", "serve.drain_seconds": "9",
     "serve.reserve_bytes": "1000", "serve.poison_after": "3", "serve.reflection": "false",
     "serve.max_read_seconds": "9", "serve.max_reads_per_credential": "2", "serve.step_timeout_seconds": "700",
-    "distributed.replicate": "2", "distributed.shard": "2", "distributed.rank_timeout_seconds": "3",
+    "distributed.replicate": "1", "distributed.shard": "1", "distributed.rank_timeout_seconds": "3",
     "distributed.checkpoints_by": "leader",
     "telemetry.metrics_address": "127.0.0.1:0", "telemetry.tensorboard": "true",
     "telemetry.log_format": "json",
