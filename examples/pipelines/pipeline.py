@@ -75,7 +75,7 @@ def gate(_: Path, options: argparse.Namespace, records: dict[str, Record]) -> Re
     if found["bits_per_token"] is None or found["standard_error"] is None:
         fail(CLOSED, "the evaluation is not finite, or has one row only; raise --eval-rows")
     upper = found["bits_per_token"] + 2 * found["standard_error"] / math.log(2)
-    if upper > options.bound:
+    if not upper <= options.bound:  # also if one is not a number
         fail(CLOSED, f"{upper:.4f} bits per token (with 2 standard errors) exceed --bound {options.bound:g}")
     return {"upper": upper, "bound": options.bound}
 
