@@ -30,7 +30,7 @@ from rig import WAIT, Rig, wait_for
 from maskwire_server import config, failpoints
 from maskwire_server.engine import checkpoint_uploader
 from maskwire_server.engine import mirror as engine_mirror
-from maskwire_server.errors import StoreError
+from maskwire_server.errors import RunDirectoryError, StoreError
 from maskwire_server.journal import outbox, restored_journal
 from maskwire_server.journal.journal import Journal
 from maskwire_server.journal.mirror_segment_writer import resume
@@ -333,3 +333,47 @@ def test_a_store_that_fails_during_a_restore_leaves_no_draft(rig: MirroredRig) -
     ):
         rig.restore("other")
     assert sorted(path.name for path in (rig.folder / "other").iterdir()) == ["lock"]
+
+
+@pytest.mark.parametrize("content", [b"changed", None])
+def test_batches_that_the_store_lost_are_passed_over_if_a_checkpoint_covers_them(
+    rig: MirroredRig, content: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = rig.start()
+    train(engine, 3)
+    engine.save(SaveRequest("three")).result(WAIT)
+    digest = engine.status().digest
+    lose_the_machine(rig, engine)
+    (object_,) = (rig.folder / "mirror" / "batches").glob("*-1-3-3-*")
+    object_.unlink() if content is None else object_.write_bytes(content)
+    assert rig.restore("run")
+    assert f"{object_.name} {'is missing' if content is None else 'does not match its hash'}" in caplog.text
+    again = rig.start()
+    assert (again.status().durable_step, again.status().digest) == (3, digest)
+
+
+def test_what_a_killed_restore_left_is_deleted_by_the_next(
+    rig: MirroredRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = rig.start()
+    train(engine, 2)
+    lose_the_machine(rig, engine)
+    killed_at("mirror.claimed", monkeypatch)
+    with pytest.raises(Killed):
+        rig.restore("run")
+    (rig.folder / "run" / f"{restored_journal._DRAFT}.9").write_bytes(b"of a killed restore")
+    monkeypatch.undo()
+    assert rig.restore("run")
+    assert not list((rig.folder / "run").glob(f"{restored_journal._DRAFT}*"))
+
+
+@pytest.mark.parametrize("content", [b"changed", None])
+def test_a_start_whose_newest_segment_was_changed_says_so(rig: MirroredRig, content: bytes | None) -> None:
+    rig.start().close()
+    newest = max((rig.folder / "mirror" / "segments").iterdir())
+    newest.unlink() if content is None else newest.write_bytes(content)
+    again = rig.start(wait=False)
+    with pytest.raises(
+        RunDirectoryError, match=r"segment \d+, which this run wrote, is missing or was changed"
+    ):
+        again.wait_serving(WAIT)
