@@ -42,7 +42,7 @@ START_RETRY_SECONDS = 1.0
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 10.0
 """The wait after a failure, which doubles with each further one, and its upper bound."""
 STOP_ATTEMPTS = 3
-"""A server that stops leaves the rest after so many failures without progress, if the store worked before."""
+"""Failed uploads in a row after which a stopping server gives up, if the store worked before the stop."""
 
 
 class Mirror:
@@ -130,10 +130,10 @@ class Mirror:
         self._problem = ""
 
     def _lacks_checkpoint(self, journal: Journal) -> bool:
-        """Whether what the mirror has, or the journal that it is to get, leads to no state of this run.
+        """Whether the run could not be recovered from the checkpoints in the mirror and the journal.
 
-        That journal may lack batches. Others may not compute the same initial weights, nor the results of an
-        inexact replay.
+        A checkpoint is needed if the journal lacks batches, if the initial weights do not come from the seed,
+        and after an inexact replay, which another machine cannot repeat.
         """
         lineages = journal.lineages()
         segments = ancestry(lineages, max(lineages))
@@ -141,7 +141,7 @@ class Mirror:
         start = (0, 0) if newest is None else (newest.info.lineage, newest.info.step)
         return (
             journal.outbox.needs_checkpoint()
-            or (newest is None and not initial_weights.follow_from_seed(journal))
+            or (newest is None and not initial_weights.come_from_seed(journal))
             or bool(inexact_replays.ahead(inexact_replays.recorded(journal), segments, start))
         )
 

@@ -18,8 +18,8 @@ def recorded(journal: Journal) -> str | None:
     return sha256 or None
 
 
-def follow_from_seed(journal: Journal) -> bool:
-    """Whether the run's seed makes its initial weights, so that they need not be kept."""
+def come_from_seed(journal: Journal) -> bool:
+    """Whether the run's initial weights can be generated again from its seed."""
     return recorded(journal) is None and journal.last_event(STARTED_FROM) is None
 
 
