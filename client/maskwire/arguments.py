@@ -93,21 +93,21 @@ def check_real(name: str, value: Any, cure: str = "") -> None:
         raise TypeError(f"{name} must be a number{cure}, got {value!r}")
 
 
-def check_text(name: str, value: Any, cure: str = "") -> None:
-    """Raise TypeError unless a value is a text."""
+def check_str(name: str, value: Any, cure: str = "") -> None:
+    """Raise TypeError unless a value is a str."""
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a text{cure}, got {value!r}")
+        raise TypeError(f"{name} must be a str{cure}, got {value!r}")
 
 
 def check_labels(labels: Any) -> None:
-    """Raise TypeError unless labels are texts by name, or None."""
+    """Raise TypeError unless labels map str to str, or are None."""
     if labels is None:
         return
     if not isinstance(labels, Mapping):
-        raise TypeError(f'labels must be texts by name, {{"name": "text"}}, got {labels!r}')
+        raise TypeError(f'labels must map str to str, such as {{"name": "value"}}, got {labels!r}')
     for key, value in labels.items():
-        check_text("the name of a label", key)
-        check_text(f"the label {key!r}", value, cure=f" (str({value!r}))")
+        check_str("the name of a label", key)
+        check_str(f"the label {key!r}", value, cure=f", such as str({value!r})")
 
 
 def check_expected(**expected: Any) -> None:

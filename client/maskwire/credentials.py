@@ -11,7 +11,7 @@ from typing import Any, TypedDict, Unpack
 
 import grpc
 
-from maskwire.arguments import check_flag, check_text
+from maskwire.arguments import check_flag, check_str
 from maskwire.target import check_target
 
 _CHANNEL_OPTIONS = [
@@ -118,7 +118,7 @@ class Endpoint:
         token, file = options.get("token"), options.get("token_file")
         for name, text in (("server_name", server_name), ("token", token)):
             if text is not None:
-                check_text(name, text)
+                check_str(name, text)
         if token is not None and file is not None:
             raise ValueError("set token or token_file, not both")
         found = _checked("token", token or "") if file is None else TokenFile(Path(file))

@@ -109,13 +109,13 @@ def render_rows(
 ) -> Group:
     """Render unfinished rows: masked tokens dim, prompt tokens plain, sampled tokens bright."""
     lines = []
+    first = len(codec.start) if codec is not None else 0
     for place, row in enumerate(found.tokens):
         given = np.zeros(len(row), dtype=bool)
         if prompts:
             given = np.array(prompts[place].ids) != model.mask_id
         masked = row == model.mask_id
         style = np.where(masked, 0, np.where(given, 1, 2))
-        first = len(codec.start) if codec is not None else 0
         line = Text(no_wrap=False)
         ends = [*(np.flatnonzero(np.diff(style)) + 1), len(row)]
         start = 0

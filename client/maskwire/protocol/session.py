@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from maskwire import results
-from maskwire.arguments import check_flag, check_text
+from maskwire.arguments import check_flag, check_str
 from maskwire.errors import FencedError, WriterPresentError
 from maskwire.process_identity import default_name, holder_of, is_gone, this_process
 from maskwire.protocol import codec
@@ -32,7 +32,7 @@ class Session(Calls):
     ) -> None:
         super().__init__(target, policy, on_wait, clock)
         if name is not None:
-            check_text("name", name)
+            check_str("name", name)
         self.name = name or default_name()
         self.takeover_message = ""
         """A message about the open session that this one took over; empty: there was none."""

@@ -159,7 +159,7 @@ class Calls(RetriedCalls):
 
         Raises CheckpointError if the name is taken, or if writing failed.
         """
-        arguments.check_text("name", name)
+        arguments.check_str("name", name)
         arguments.check_labels(labels)
         arguments.check_expected(expected_lineage=expected_lineage, expected_step=expected_step)
         if score is not None:
@@ -220,7 +220,7 @@ class Calls(RetriedCalls):
         Raises CheckpointError if there is no such checkpoint, or while recovery, a lineage or a download
         needs it.
         """
-        arguments.check_text("name", name)
+        arguments.check_str("name", name)
         yield from self._ask("DeleteCheckpoint", lambda: pb.DeleteCheckpointRequest(name=name))
 
     def restore(self, name: str, *, expected_step: int | None = None) -> Operation[results.RestoreResult]:
@@ -231,7 +231,7 @@ class Calls(RetriedCalls):
 
         Raises CheckpointError if there is no such checkpoint, or if it is damaged.
         """
-        arguments.check_text("name", name)
+        arguments.check_str("name", name)
         arguments.check_expected(expected_step=expected_step)
         request = pb.RestoreCheckpointRequest(request_id=new_id(), name=name, expected_step=expected_step)
         response = yield from self._ask("RestoreCheckpoint", lambda: request)
@@ -258,7 +258,7 @@ class Calls(RetriedCalls):
         CheckpointError if there is no such checkpoint or a file is damaged, and OSError if the folder cannot
         be written.
         """
-        arguments.check_text("name", name)
+        arguments.check_str("name", name)
         arguments.check_function("on_progress", on_progress)
         listed = yield from self.checkpoints()
         info = next((info for info in listed if info.name == name), None)

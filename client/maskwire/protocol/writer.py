@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Unpack
 
 from maskwire import results
-from maskwire.arguments import check_expected, check_text, check_whole
+from maskwire.arguments import check_expected, check_str, check_whole
 from maskwire.errors import ConflictError, MaskwireError, UnavailableError
 from maskwire.protocol import codec
 from maskwire.protocol.effects import Operation, Pause, Until
@@ -81,7 +81,7 @@ class Writer(Session):
         Waits for the steps in flight first. Raises CheckpointError if there is no such checkpoint, or if it
         is damaged.
         """
-        check_text("name", name)
+        check_str("name", name)
         check_expected(expected_step=expected_step)
         yield Until(lambda: not self._restoring)
         self._restoring = True  # later steps wait
