@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from rank_groups import compare
+from source_models import ARCHITECTURES
 
 STEPS = int(os.environ.get("MASKWIRE_PARITY_STEPS", "1"))
 """`make robustness` takes 50."""
@@ -51,6 +52,13 @@ SAMPLE = {
 FACTORY: dict[str, Any] = {
     "source": "python", "num_tokens": 257, "mask_id": 256, "max_seq_len": 20,
     "python": {"factory": "in_place:build"},
+}  # fmt: skip
+ADAPTED: dict[str, Any] = {
+    "source": "huggingface", "num_tokens": 257, "mask_id": 256, "max_seq_len": 20,
+    "lora": {"rank": 2},
+    "huggingface": {"path": "unused", "pretrained": False,
+                    "config": {**ARCHITECTURES["BertConfig"], "model_type": "bert", "vocab_size": 257,
+                               "pad_token_id": None}},
 }  # fmt: skip
 LAYOUTS = {2: (1, 2), 3: (1, 3), 4: (1, 2, 4)}
 """The copies of the model, by the number of ranks; the ranks of each share one."""
@@ -151,6 +159,18 @@ def test_ranks_that_differ_notice_it_by_their_agreement_alone(found: dict[str, A
 def test_a_model_that_cannot_be_divided_is_refused(found: dict[str, Any]) -> None:
     refusal = found["in place"]["error"]
     assert "a model that ranks divide must not change the outputs of its layers in place" in refusal
+
+
+@pytest.mark.skipif(STEPS < 50, reason="a part of `make robustness`: it imports transformers in each rank")
+@pytest.mark.parametrize("size", LAYOUTS)
+def test_ranks_train_adapters_as_one_process_does(size: int, tmp_path: Path) -> None:
+    check(compare(tmp_path, size, STEPS, {
+        f"{objective}, {replicate} x {size // replicate}": {
+            "replicate": replicate, "model": ADAPTED, **OBJECTIVES[objective],
+        }
+        for replicate in LAYOUTS[size]
+        for objective in ("plain", "self critic")
+    }))  # fmt: skip
 
 
 @pytest.mark.skipif(STEPS < 50, reason="a part of `make robustness`: it waits for a collective's end")

@@ -32,7 +32,7 @@ def architecture(model: ModelConfig) -> nn.Module:
         else:
             config = transformers.AutoConfig.for_model(source.config["model_type"], **values)
         module: nn.Module = transformers.AutoModelForMaskedLM.from_config(
-            config, trust_remote_code=source.trust_remote_code, dtype=torch.float32
+            config, trust_remote_code=source.trust_remote_code, dtype=torch.get_default_dtype()
         )
     except Exception as error:
         raise ConfigError(
